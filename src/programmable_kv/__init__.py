@@ -1,0 +1,25 @@
+"""programmable-kv: edit the content of a transformer's KV cache at the price of the tokens touched."""
+
+from programmable_kv.account import Account
+from programmable_kv.engine import Engine, Rows
+from programmable_kv.errors import ProgrammableKVError
+from programmable_kv.model import Model, load_model, wrap_model
+from programmable_kv.notebook.decision import Decision
+from programmable_kv.notebook.edits import Mode
+from programmable_kv.notebook.notebook import Notebook
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Account",
+    "Decision",
+    "Engine",
+    "Mode",
+    "Model",
+    "Notebook",
+    "ProgrammableKVError",
+    "Rows",
+    "__version__",
+    "load_model",
+    "wrap_model",
+]

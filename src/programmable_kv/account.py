@@ -1,0 +1,64 @@
+"""What an operation cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """The price of an operation, counted where it was paid.
+
+    `tokens_computed` went through the transformer; `tokens_relocated` only had their keys rotated;
+    `tokens_reused` were neither. `bytes_moved` counts cache bytes copied or rotated, not those the model wrote.
+    """
+
+    tokens_computed: int = 0
+    tokens_relocated: int = 0
+    tokens_reused: int = 0
+    bytes_moved: int = 0
+    seconds: float = 0.0
+    note: str = ""
+    """what was done beyond what was asked, in words (for example that a tail was relocated)"""
+
+    def __add__(self, other: Account) -> Account:
+        """Two operations one after the other on the same context; reuse is that of the second."""
+        return Account(
+            self.tokens_computed + other.tokens_computed,
+            self.tokens_relocated + other.tokens_relocated,
+            other.tokens_reused,
+            self.bytes_moved + other.bytes_moved,
+            self.seconds + other.seconds,
+            "; ".join(note for note in (self.note, other.note) if note),
+        )
+
+
+class Meter:
+    """Running totals, kept where the work is done; `measure` turns a difference of them into an account."""
+
+    def __init__(self) -> None:
+        self.tokens_computed = 0
+        self.tokens_relocated = 0
+        self.bytes_moved = 0
+
+    @contextmanager
+    def measure(self) -> Iterator[Reading]:
+        reading = Reading()
+        before = (self.tokens_computed, self.tokens_relocated, self.bytes_moved)
+        began = time.perf_counter()
+        yield reading
+        reading.account = Account(
+            self.tokens_computed - before[0],
+            self.tokens_relocated - before[1],
+            bytes_moved=self.bytes_moved - before[2],
+            seconds=time.perf_counter() - began,
+        )
+
+
+class Reading:
+    """Filled when its `measure` block ends without an error."""
+
+    account = Account()

@@ -1,0 +1,153 @@
+"""From a scenario to the token sequences the adapter is trained on.
+
+One training sequence is a conversation over one policy: several questions, with state updates in between
+that must be obeyed (the last one wins) or must not matter. Several supervised decisions share one policy, so a
+token of prefill teaches more. Only the assistant's words carry loss.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Protocol
+
+from programmable_kv.adapter.grammar import (
+    Gate,
+    Phrasing,
+    Scenario,
+    Split,
+    Stage,
+    make_scenario,
+    phrasing_of,
+    question,
+    update,
+)
+
+
+class Encoder(Protocol):
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of text; `learned` marks the words the assistant must come to say."""
+
+    text: str
+    learned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """Token ids and, for each, whether the loss counts it."""
+
+    ids: list[int]
+    learned: list[bool]
+
+
+def _message(role: str, content: str) -> Piece:
+    return Piece(f"<|im_start|>{role}\n{content}<|im_end|>\n")
+
+
+def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "full") -> list[Piece]:
+    """Draw a scenario and a conversation about it (ChatML, or plain text for one in eight).
+
+    Training goes through the stages in order. On the full mixture alone, 80 steps left the loss at the plateau where an
+    option is guessed; looking a rule up is found where there is little else to look at, and then carries over.
+    """
+    phrasing = phrasing_of(split, stage)
+    if stage == "hop" and rng.random() < 0.3:
+        stage = "full"
+    if stage == "pair":
+        scenario = make_scenario(rng, split, fillers=0, gates=1, two_hop=False, gated_values=2, stage=stage)
+        count = 1
+    elif stage == "short":
+        scenario = make_scenario(rng, split, fillers=rng.randint(0, 3), gates=1, two_hop=False, stage=stage)
+        count = rng.randint(2, 3)
+    elif stage == "hop":
+        scenario = make_scenario(rng, split, fillers=rng.randint(0, 1), gates=1, two_hop=True, stage=stage)
+        count = rng.randint(1, 2)
+    else:
+        scenario, count = make_scenario(rng, split, stage=stage), rng.randint(3, 6)
+    if rng.random() < 0.12:
+        return _plain(rng, phrasing, scenario, count)
+    pieces = [_message("system", scenario.text())]
+    values = dict(scenario.values)
+    for turn in range(count):
+        gate = rng.choice(scenario.gates)
+        think = rng.random() < 0.3 and stage not in ("pair", "hop")
+        asked = question(rng, phrasing, gate, think=think)
+        lines = (
+            _updates(rng, phrasing, scenario, gate, values)
+            if turn or (rng.random() < 0.35 and stage in ("mixed", "wide", "full"))
+            else []
+        )
+        where = rng.random()
+        if where < 0.45 or not lines:
+            pieces += [_message("system", line) for line in lines]
+            pieces.append(_message("user", asked))
+        elif where < 0.8:
+            pieces.append(_message("user", asked))
+            pieces += [_message("system", line) for line in lines]
+        else:
+            pieces.append(_message("user", "\n".join([*lines, asked])))
+        answer = gate.thought(values[gate.field]) if think else gate.actions[values[gate.field]]
+        pieces += [Piece("<|im_start|>assistant\n"), Piece(f"{answer}<|im_end|>", learned=True), Piece("\n")]
+    return pieces
+
+
+def _plain(rng: random.Random, phrasing: Phrasing, scenario: Scenario, count: int) -> list[Piece]:
+    pieces = [Piece(scenario.text() + "\n")]
+    values = dict(scenario.values)
+    for turn in range(count):
+        gate = rng.choice(scenario.gates)
+        lines = _updates(rng, phrasing, scenario, gate, values) if turn else []
+        asked = question(rng, phrasing, gate, think=False)
+        first, second = ("".join(f"\n{line}" for line in lines), f"\n{asked}")
+        if rng.random() < 0.5:
+            first, second = second, first
+        pieces += [Piece(f"{first}{second}\nAction:"), Piece(f" {gate.actions[values[gate.field]]}\n", learned=True)]
+    return pieces
+
+
+def _updates(
+    rng: random.Random, phrasing: Phrasing, scenario: Scenario, gate: Gate, values: dict[str, str]
+) -> list[str]:
+    """Update lines before a question; `values` is brought up to date as they are drawn."""
+    draw = rng.random()
+    names: list[str] = []
+    if draw < 0.5:
+        names = [gate.field]
+    elif draw < 0.65:
+        names = [gate.field] * rng.randint(2, 3)
+    elif draw < 0.9 and scenario.irrelevant:
+        names = [rng.choice(sorted(scenario.irrelevant))]
+        if rng.random() < 0.4:
+            names.insert(rng.randint(0, 1), gate.field)
+    elif draw < 0.95 and len(scenario.gates) > 1:
+        names = [rng.choice(scenario.gates).field]
+    by_field = {gate.field: gate for gate in scenario.gates}
+    lines = []
+    for name in names:
+        choices = sorted(by_field[name].actions) if name in by_field else list(scenario.irrelevant[name])
+        changed = [value for value in choices if value != values[name]]
+        if not changed:
+            continue
+        # Prefer a value whose action differs: an update that changes nothing teaches nothing.
+        if name in by_field:
+            actions = by_field[name].actions
+            telling = [value for value in changed if actions[value] != actions[values[name]]]
+            changed = telling if telling and rng.random() < 0.8 else changed
+        values[name] = rng.choice(changed)
+        lines.append(update(rng, phrasing, name, values[name]))
+    return lines
+
+
+def encode(pieces: list[Piece], tokenizer: Encoder) -> Sequence:
+    """Tokenise piece by piece: an answer's tokens never merge with what precedes it, as in decoding."""
+    ids: list[int] = []
+    learned: list[bool] = []
+    for piece in pieces:
+        piece_ids = tokenizer.encode(piece.text, add_special_tokens=False)
+        ids += piece_ids
+        learned += [piece.learned] * len(piece_ids)
+    return Sequence(ids, learned)

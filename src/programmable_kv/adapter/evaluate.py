@@ -1,0 +1,157 @@
+"""Does the embedded model follow policies it never saw? Held-out domains, fields, values, actions and phrasings.
+
+Every question is asked of one scenario's exact cache: appending to an exact cache is, by causality, a full prefill of
+the whole text (a unit test holds that), so each scenario's policy is computed once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from programmable_kv.adapter.grammar import PHRASINGS, Gate, Scenario, Split, make_scenario, question, update
+from programmable_kv.adapter.replay import documents
+from programmable_kv.model import Model, load_model
+from programmable_kv.notebook.notebook import Notebook
+from programmable_kv.notebook.wording import DEFAULT_TEMPLATE
+from programmable_kv.records import Record, Recorder, digest_of, wilson
+
+SEED = 77_000
+KINDS = ("direct", "update", "default_update", "irrelevant_update", "several_updates", "think")
+"""what is asked of each scenario; `default_update` is worded as this package's own erratum"""
+FULLY_ASKED = 200
+"""scenarios that are asked everything; the others are not asked for several updates, nor with a line of thought"""
+
+
+def scenarios(count: int, split: Split = "held_out", seed: int = SEED) -> list[Scenario]:
+    return [make_scenario(random.Random(f"{seed}/{split}/{i}"), split) for i in range(count)]
+
+
+def other_value(rng: random.Random, gate: Gate, value: str) -> str:
+    """A value under which the gate decides differently."""
+    return rng.choice([v for v in sorted(gate.actions) if gate.actions[v] != gate.actions[value]])
+
+
+def evaluate(
+    model: Model, count: int, path: Path, *, report: Callable[[int, int], None] | None = None, command: str = ""
+) -> Record:
+    """Ask `count` held-out scenarios everything in `KINDS`, and write the record with Wilson intervals."""
+    drawn = scenarios(count)
+    recorder = Recorder(
+        path,
+        name="adapter-held-out",
+        version=1,
+        title="The embedded model on held-out gated decisions",
+        command=command,
+        model=model.name,
+        model_fingerprint=model.fingerprint,
+        data_digest=digest_of(scenario.text() for scenario in drawn),
+        seeds=[SEED],
+        settings={"scenarios": count, "split": "held_out"},
+    )
+    for index, scenario in enumerate(drawn):
+        if not recorder.done(scenario=index):
+            recorder.add({"scenario": index, "domain": scenario.domain, **_ask(model, scenario, index)})
+        if report is not None:
+            report(index + 1, count)
+    summary: dict[str, Any] = {
+        kind: wilson(sum(row[kind] for row in recorder.rows if kind in row), sum(kind in row for row in recorder.rows))
+        for kind in KINDS
+    }
+    return recorder.finish(summary)
+
+
+def _ask(model: Model, scenario: Scenario, index: int) -> dict[str, bool]:
+    rng = random.Random(f"{SEED}/ask/{index}")
+    gate = rng.choice(scenario.gates)
+    value = scenario.values[gate.field]
+    asked = question(rng, PHRASINGS["held_out"], gate, think=False)
+    notebook = Notebook(model)
+    notebook.message("system", scenario.prompt, **scenario.values)
+    notebook.prefill()
+
+    def right(*updates: str, expect: str, think: bool = False) -> bool:
+        mark = notebook.mark()
+        for line in updates:
+            notebook.add("system", line)
+        decision = notebook.decide(asked, scenario.options, think=think)
+        notebook.rollback(mark)
+        return decision.choice == expect
+
+    def update_to(new: str, name: str = gate.field) -> str:
+        return update(rng, PHRASINGS["held_out"], name, new)
+
+    new = other_value(rng, gate, value)
+    between = rng.choice([v for v in sorted(gate.actions) if v != value])
+    last = new if between != new else other_value(rng, gate, between)
+    irrelevant = rng.choice(sorted(scenario.irrelevant))
+    unrelated = rng.choice(list(scenario.irrelevant[irrelevant]))
+    answers: dict[str, bool] = {
+        "direct": right(expect=gate.actions[value]),
+        "update": right(update_to(new), expect=gate.actions[new]),
+        "default_update": right(DEFAULT_TEMPLATE.format(name=gate.field, value=new), expect=gate.actions[new]),
+        "irrelevant_update": right(update_to(unrelated, irrelevant), expect=gate.actions[value]),
+    }
+    if index < FULLY_ASKED:
+        answers["several_updates"] = right(update_to(between), update_to(last), expect=gate.actions[last])
+        answers["think"] = right(expect=gate.actions[value], think=True)
+    return answers
+
+
+@torch.no_grad()
+def perplexity(model: Model, *, tokens: int = 20_000, window: int = 512) -> float:
+    """Perplexity on plain text that training never replayed (standard-library docstrings), in non-overlapping windows."""
+    engine, total, counted = model.engine, 0.0, 0
+    for text in documents("held_out"):
+        ids = model.tokenizer.encode(text, add_special_tokens=False)
+        for start in range(0, len(ids), window):
+            chunk = ids[start : start + window]
+            if len(chunk) < 16:
+                continue
+            logits = engine.append(engine.new_buffer(len(chunk)), chunk, logits=len(chunk))
+            loss = torch.nn.functional.cross_entropy(logits[:-1].float(), torch.tensor(chunk[1:]), reduction="sum")
+            total, counted = total + float(loss), counted + len(chunk) - 1
+        if counted >= tokens:
+            break
+    return math.exp(total / counted)
+
+
+def write_abilities(path: Path, *, base: Model, adapted: Model, command: str) -> Record:
+    """The record of what the adapter did to plain text: perplexity of base and adapted model on the same sample."""
+    recorder = Recorder(
+        path,
+        name="adapter-abilities",
+        version=1,
+        title="Perplexity on plain text, before and after the adapter",
+        command=command,
+        model=adapted.name,
+        model_fingerprint=adapted.fingerprint,
+        data_digest=digest_of(documents("held_out")),
+        seeds=[],
+        settings={"tokens": 20_000, "window": 512, "text": "docstrings of standard-library modules from 'p' on"},
+    )
+    for name, model in (("base", base), ("adapted", adapted)):
+        if not recorder.done(which=name):
+            recorder.add({"which": name, "perplexity": perplexity(model), "fingerprint": model.fingerprint})
+    found = {row["which"]: row["perplexity"] for row in recorder.rows}
+    return recorder.finish({**found, "ratio": found["adapted"] / found["base"]})
+
+
+def base_model() -> Model:
+    """The embedded model without the adapter."""
+    from programmable_kv.weights import base_folder
+
+    return replace(load_model(base_folder()), name="embedded base")
+
+
+def training_summary(folder: Path) -> dict[str, Any]:
+    """The training record that ships beside the adapter's weights."""
+    loaded: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    return loaded

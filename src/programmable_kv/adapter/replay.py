@@ -1,0 +1,33 @@
+"""Plain English that every Python carries: the standard library's own docstrings.
+
+Used twice: a part of it is replayed during adapter training so that the base model's abilities
+survive, and a part that is never trained on measures whether they did (perplexity against the base).
+"""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+HELD_OUT_FROM = "p"
+"""Modules whose name starts with this letter or a later one are never replayed."""
+
+
+@cache
+def documents(part: Literal["replay", "held_out"], minimum_characters: int = 600) -> tuple[str, ...]:
+    """Docstrings of top-level standard-library modules, longest-lived prose first by module name."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    found: list[str] = []
+    for path in sorted(folder.glob("*.py")):
+        if (path.stem.lower() >= HELD_OUT_FROM) != (part == "held_out"):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node)
+                if text is not None and len(text) >= minimum_characters:
+                    found.append(text)
+    return tuple(found)

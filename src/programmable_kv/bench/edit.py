@@ -1,0 +1,194 @@
+"""TTFT of an edit, by context length: every mode against full prefill and against the common way.
+
+The common way to try a continuation on a cached prompt is to clone a DynamicCache, append, and decode. It is given the very
+erratum and question that `field_erratum` computes. `bare` is the floor: one forward of as many tokens on a ready cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from programmable_kv.demo.demo import CASES, VALUES, policy
+from programmable_kv.model import Model
+from programmable_kv.notebook.edits import Mode
+from programmable_kv.notebook.notebook import Notebook
+from programmable_kv.records import Record, Recorder, digest_of
+
+LENGTHS = (512, 1024, 2048, 4096, 7936)
+"""tokens of context; the last leaves room for the answer below the embedded model's 8192 positions"""
+DECODED = 48
+_FILLER = "- Notes of the weekly meeting are kept in folder {number} of the shared drive.\n"
+
+
+def context(model: Model, length: int) -> Notebook:
+    """The demo's policy, cut or padded with unrelated rules to `length` tokens in all, prefilled."""
+    case = CASES[0]
+    head, _, closing = policy().rpartition("\n\n")
+    lines = head.split("\n")
+
+    def built(lines: list[str], filler: int) -> Notebook:
+        rules = "\n".join(lines) + "\n" + "".join(_FILLER.format(number=n) for n in range(filler))
+        return Notebook(model).message("system", f"{rules}\n{closing}", **VALUES).message("user", case.request)
+
+    def size(lines: list[str], filler: int) -> int:
+        return len(model.tokenizer.encode(built(lines, filler).rendered().text, add_special_tokens=False))
+
+    while size(lines, 0) > length:
+        lines.pop()
+    per_line = size(lines, 100) - size(lines, 0)
+    filler = max(0, (length - size(lines, 0)) * 100 // per_line)
+    while size(lines, filler + 1) <= length:
+        filler += 1
+    notebook = built(lines, filler)
+    notebook.prefill()
+    return notebook
+
+
+def run(
+    model: Model,
+    path: Path,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    repeats: int = 7,
+    report: Callable[[int, int], None] | None = None,
+    command: str = "",
+) -> Record:
+    """Measure every length and write the record. Times are medians over `repeats` (three for whole prefills)."""
+    recorder = Recorder(
+        path,
+        name="edit-ttft",
+        version=1,
+        title="Time to first token of an edit, by mode and context length",
+        command=command,
+        model=model.name,
+        model_fingerprint=model.fingerprint,
+        data_digest=digest_of([policy(), *VALUES.values()]),
+        seeds=[],
+        settings={"lengths": list(lengths), "repeats": repeats, "decoded": DECODED},
+    )
+    for number, length in enumerate(lengths):
+        if not recorder.done(length=length):
+            recorder.add({"length": length, **measure(model, length, repeats)})
+        if report is not None:
+            report(number + 1, len(lengths))
+    return recorder.finish(summarise(recorder.rows))
+
+
+def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
+    """One length: milliseconds until the first answer token's logits, for each way; and decoding speed."""
+    case = CASES[0]
+    options = [case.before, case.after]
+    notebook = context(model, length)
+    ways: dict[str, float] = {}
+    tokens: dict[str, int] = {}
+    whole = max(1, min(3, repeats))
+    for mode in Mode:
+        times = []
+        for _ in range(whole if mode in (Mode.FULL, Mode.SUFFIX) else repeats):
+            mark = notebook.mark()
+            decision = notebook.decide(None, options, edits={case.field: case.value}, mode=mode)
+            notebook.rollback(mark)
+            times.append(decision.ttft_ms)
+        ways[str(mode)] = statistics.median(times)
+        tokens[str(mode)] = decision.account.tokens_computed
+
+    appended = _erratum_and_question(notebook, case.field, case.value)
+    few = appended + appended[: tokens["field_erratum"] - len(appended)]
+    reference = model.engine.model
+    ready = _dynamic(reference, notebook.ids)
+    ways["clone"] = _median(repeats, lambda: _forward(reference, appended, copy.deepcopy(ready)))
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        _forward(reference, few, ready)
+        times.append(1e3 * (time.perf_counter() - began))
+        ready.crop(-len(few))
+    ways["bare"] = statistics.median(times)
+    tokens["clone"] = len(appended)
+    tokens["bare"] = len(few)
+    decode = {
+        "buffer_ms_per_token": _decode(reference, notebook.fork().cache, notebook.ids[-1]),
+        "dynamic_ms_per_token": _decode(reference, ready, notebook.ids[-1]),
+    }
+    return {
+        "tokens": len(notebook),
+        "ttft_ms": {way: round(ms, 3) for way, ms in ways.items()},
+        "tokens_computed": tokens,
+        "decode": {name: round(ms, 3) for name, ms in decode.items()},
+    }
+
+
+def _erratum_and_question(notebook: Notebook, field: str, value: str) -> list[int]:
+    trial = notebook.mark()
+    before = len(notebook)
+    notebook.edit({field: value}, mode=Mode.ERRATUM)
+    header: list[int] = notebook.model.tokenizer.encode(
+        notebook._prompt(None, think=False).text, add_special_tokens=False
+    )
+    appended = notebook.ids[before:] + header
+    notebook.rollback(trial)
+    return appended
+
+
+@torch.no_grad()
+def _dynamic(model: Any, ids: list[int]) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+@torch.no_grad()
+def _forward(model: Any, ids: list[int], cache: Any) -> torch.Tensor:
+    output = model(
+        input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
+    return output.logits  # type: ignore[no-any-return]
+
+
+def _decode(model: Any, cache: Any, token: int) -> float:
+    """Median milliseconds a token, decoding one by one."""
+    times = []
+    for _ in range(DECODED):
+        began = time.perf_counter()
+        token = int(_forward(model, [token], cache)[0, -1].argmax())
+        times.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(times)
+
+
+def _median(repeats: int, operation: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        operation()
+        times.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(times)
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ratios within this run, which travel better than milliseconds."""
+    summary: dict[str, Any] = {}
+    for row in rows:
+        ms = row["ttft_ms"]
+        edit = ms["field_erratum"]
+        summary[f"at_{row['length']}"] = {
+            "full_over_field_erratum": round(ms["full"] / edit, 2),
+            "clone_over_field_erratum": round(ms["clone"] / edit, 2),
+            "field_erratum_over_bare": round(edit / ms["bare"], 3),
+            "buffer_over_dynamic_decode": round(
+                row["decode"]["buffer_ms_per_token"] / row["decode"]["dynamic_ms_per_token"], 3
+            ),
+            "field_erratum_ms": round(edit, 1),
+            "full_ms": round(ms["full"], 1),
+        }
+    by_length = {row["length"]: row["ttft_ms"]["field_erratum"] for row in rows}
+    if 1024 in by_length and max(by_length) > 4096:
+        summary["growth_1k_to_8k"] = round(by_length[max(by_length)] / by_length[1024], 3)
+    return summary

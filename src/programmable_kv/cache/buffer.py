@@ -1,0 +1,435 @@
+"""KVBuffer: a preallocated transformers `Cache` that is written in place and taken back at the cost of what was touched.
+
+Appending costs what is appended (amortised: storage grows by doubling), truncating is O(1), and a mark with an undo
+log lets an edit be tried and rolled back without cloning the context. Layers with a sliding window keep every
+token; the mask enforces the window, so that an edit far behind the window is still possible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from programmable_kv.account import Meter
+from programmable_kv.cache.layout import KVLayout
+from programmable_kv.cache.rotation import rotate
+from programmable_kv.cache.transformers_api import Cache, CacheLayerMixin
+from programmable_kv.errors import CacheBufferError
+
+_SMALLEST_CAPACITY = 64
+_NO_ORIGIN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A state of the buffer that can be returned to."""
+
+    serial: int
+    length: int
+    logged: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """What some slots held before they were overwritten. Tensors are [B, H, n, D] per layer."""
+
+    slots: slice | torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    positions: torch.Tensor
+    origins: torch.Tensor
+    origin_keys: list[torch.Tensor] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where the next forward writes, and how many slots its queries see."""
+
+    slots: slice | torch.Tensor
+    first: int
+    visible: int
+
+
+class BufferLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's keys and values, [B, H, capacity, D]; the first `length` slots are in use."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, owner: KVBuffer) -> None:
+        super().__init__()
+        self._owner = owner
+        self.length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size = key_states.shape[0]
+        capacity = self._owner.capacity
+        self.keys = key_states.new_empty((*key_states.shape[:2], capacity, key_states.shape[-1]))
+        self.values = value_states.new_empty((*value_states.shape[:2], capacity, value_states.shape[-1]))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write T new rows [B, H, T, D] in place; returns views of every visible slot, [B, H, S, D]."""
+        tokens = key_states.shape[-2]
+        target = self._owner.target
+        if target is None:
+            self._owner.ensure_capacity(self.length + tokens)
+            target = _Target(slice(self.length, self.length + tokens), self.length, self.length + tokens)
+            self._owner.note_append(self.length, tokens)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys[:, :, target.slots] = key_states
+        self.values[:, :, target.slots] = value_states
+        self.length = max(self.length, target.visible)
+        return self.keys[:, :, : target.visible], self.values[:, :, : target.visible]
+
+    def get_seq_length(self) -> int:
+        """Slots before the first row being written: the past, as transformers understands it."""
+        target = self._owner.target
+        return self.length if target is None else target.first
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        target = self._owner.target
+        return (self.length + query_length if target is None else target.visible), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove that many tokens from the end; as in transformers, the number is given as a negative integer."""
+        if tokens_to_remove > 0:
+            raise CacheBufferError(f"crop takes the tokens to remove as a negative number, got {tokens_to_remove}")
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def reset(self) -> None:
+        self.length = 0
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        raise CacheBufferError("KVBuffer holds one sequence: beam search would need several. Use greedy or sampling.")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise CacheBufferError("KVBuffer holds one sequence and cannot be repeated. Fork the notebook instead.")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        raise CacheBufferError("KVBuffer holds one sequence and cannot be re-batched. Fork the notebook instead.")
+
+
+class KVBuffer(Cache):  # type: ignore[misc]
+    """Keys and values of one token sequence, all layers, with the position of every slot.
+
+    It is a transformers `Cache`: pass it as `past_key_values` to a forward or to `generate`.
+    """
+
+    def __init__(self, layout: KVLayout, *, capacity: int = _SMALLEST_CAPACITY, meter: Meter | None = None) -> None:
+        self.layout = layout
+        self.capacity = max(capacity, _SMALLEST_CAPACITY)
+        self.meter = meter or Meter()
+        self.target: _Target | None = None
+        self._positions = torch.zeros(self.capacity, dtype=torch.long)
+        # Where each slot's key was computed, if it has been relocated since; the key as it was computed lies
+        # in `_origin_keys`. Relocating always starts from there, so nothing drifts however often it moves.
+        self._origins = torch.full((self.capacity,), _NO_ORIGIN, dtype=torch.long)
+        self._origin_keys: list[torch.Tensor] | None = None
+        self._undo: list[_Saved] = []
+        self._marks: list[Mark] = []
+        self._serial = 0
+        super().__init__(layers=[BufferLayer(self) for _ in layout.layers])
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def length(self) -> int:
+        """Slots in use."""
+        return int(self.layers[0].length)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """[S] position of every slot in use, in slot order (strictly increasing). A view: do not write to it."""
+        return self._positions[: self.length]
+
+    @property
+    def next_position(self) -> int:
+        """The position that an appended token gets."""
+        return int(self._positions[self.length - 1]) + 1 if self.length else 0
+
+    def positions_until(self, slot: int) -> torch.Tensor:
+        """[slot] positions of the slots before `slot`, those being written included. A view."""
+        return self._positions[:slot]
+
+    def dense_until(self, slot: int) -> bool:
+        """Whether the position of every slot before `slot` equals its index (positions ascend strictly)."""
+        return slot == 0 or int(self._positions[slot - 1]) == slot - 1
+
+    @property
+    def dense(self) -> bool:
+        """Whether positions equal indices throughout, which transformers' own masks and `generate` assume."""
+        return self.dense_until(self.length)
+
+    @property
+    def relocated(self) -> torch.Tensor:
+        """Slots in use whose keys were rotated away from the position they were computed at, ascending."""
+        origins = self._origins[: self.length]
+        return ((origins != _NO_ORIGIN) & (origins != self.positions)).nonzero().flatten()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values in use."""
+        return self.length * self.bytes_per_token
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(
+            tensor[:, :, :1].numel() * tensor.element_size()
+            for layer in self.layers
+            if layer.is_initialized
+            for tensor in (layer.keys, layer.values)
+        )
+
+    def keys(self, layer: int) -> torch.Tensor:
+        """Layer's keys in use, [B, H, S, D]; a view."""
+        return self.layers[layer].keys[:, :, : self.length]  # type: ignore[no-any-return]
+
+    def values(self, layer: int) -> torch.Tensor:
+        """Layer's values in use, [B, H, S, D]; a view."""
+        return self.layers[layer].values[:, :, : self.length]  # type: ignore[no-any-return]
+
+    # -- growing and shrinking ---------------------------------------------------------------------------------
+
+    def ensure_capacity(self, slots: int) -> None:
+        """Make room for `slots` in all. Doubles, so that appending one by one copies each token O(1) times."""
+        if slots <= self.capacity:
+            return
+        capacity = max(slots, 2 * self.capacity)
+        used = self._high_water
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys = self._grown(layer.keys, used, capacity)
+                layer.values = self._grown(layer.values, used, capacity)
+        if self._origin_keys is not None:
+            self._origin_keys = [self._grown(tensor, used, capacity) for tensor in self._origin_keys]
+        positions = torch.zeros(capacity, dtype=torch.long)
+        positions[: self.capacity] = self._positions
+        origins = torch.full((capacity,), _NO_ORIGIN, dtype=torch.long)
+        origins[: self.capacity] = self._origins
+        self._positions, self._origins, self.capacity = positions, origins, capacity
+
+    def _grown(self, tensor: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
+        larger = tensor.new_empty((*tensor.shape[:2], capacity, tensor.shape[-1]))
+        larger[:, :, :used] = tensor[:, :, :used]
+        self.meter.bytes_moved += tensor[:, :, :used].numel() * tensor.element_size()
+        return larger
+
+    @property
+    def _high_water(self) -> int:
+        """Slots whose content a rollback may still need."""
+        lengths: list[int] = [layer.length for layer in self.layers]
+        return max(lengths + [mark.length for mark in self._marks])
+
+    def truncate(self, length: int) -> None:
+        """Forget every slot from `length` on. O(1); undone by `rollback` to an earlier mark."""
+        if not 0 <= length <= self.length:
+            raise CacheBufferError(f"cannot truncate {self.length} slots to {length}")
+        for layer in self.layers:
+            layer.length = length
+
+    def note_append(self, start: int, tokens: int) -> None:
+        """Positions of rows that transformers appends by itself (its own `generate`): they follow on."""
+        if start == self.layers[0].length:
+            self._save(slice(start, start + tokens))
+            first = self.next_position
+            self._positions[start : start + tokens] = torch.arange(first, first + tokens)
+            self._origins[start : start + tokens] = _NO_ORIGIN
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def writing(self, slots: Sequence[int], positions: Sequence[int]) -> Iterator[_Target]:
+        """Send the rows of the next forward to `slots` (ascending), which stand at `positions` (ascending).
+
+        Slots must be in use already, or follow on from the last one in use. Inside the block the forward's queries
+        see the slots up to the last one written. If it raises, the lengths are put back; content of overwritten
+        slots comes back only with a rollback to a mark.
+        """
+        first, last = slots[0], slots[-1]
+        contiguous = last - first + 1 == len(slots)
+        fresh = [slot for slot in slots if slot >= self.length]
+        if fresh != list(range(self.length, self.length + len(fresh))):
+            raise CacheBufferError(f"slots {fresh[:3]}... would leave a gap after the {self.length} in use")
+        self.ensure_capacity(last + 1)
+        where: slice | torch.Tensor = slice(first, last + 1) if contiguous else torch.tensor(slots)
+        self._save(where)
+        before = self.length
+        new_positions = torch.tensor(positions, dtype=torch.long)
+        old_positions, old_origins = self._positions[where].clone(), self._origins[where].clone()
+        self._positions[where] = new_positions
+        self._origins[where] = _NO_ORIGIN
+        self.target = _Target(where, first, last + 1)
+        try:
+            yield self.target
+        except BaseException:
+            for layer in self.layers:
+                layer.length = before
+            self._positions[where], self._origins[where] = old_positions, old_origins
+            raise
+        finally:
+            self.target = None
+
+    def relocate(self, start: int, stop: int, to: int, shift: int, layout: KVLayout) -> None:
+        """Move slots [start, stop), which must be the buffer's tail, to slot `to`, and their positions by `shift`.
+
+        `layout` is one with which relocation was proved exact. Keys are rotated from where they were computed, values
+        are copied. The caller fills (or has truncated) what lies between. Costs a pass over the moved tokens.
+        """
+        if stop != self.length or not 0 <= start <= stop or to < 0:
+            raise CacheBufferError(f"can only relocate the tail of {self.length} slots, not [{start}, {stop})")
+        count = stop - start
+        if count == 0:
+            self._set_length(min(to, stop))
+            return
+        self.ensure_capacity(to + count)
+        old, new = slice(start, stop), slice(to, to + count)
+        self._save(slice(min(start, to), max(stop, to + count)))
+        positions = self._positions[old] + shift
+        origins = torch.where(self._origins[old] == _NO_ORIGIN, self._positions[old], self._origins[old])
+        self._ensure_origin_keys()
+        assert self._origin_keys is not None
+        moved_before = self._origins[old] != _NO_ORIGIN
+        offsets = positions - origins
+        for layer, rule, origin in zip(self.layers, layout.layers, self._origin_keys, strict=True):
+            source = layer.keys[:, :, old].clone()
+            if bool(moved_before.any()):
+                source[:, :, moved_before] = origin[:, :, old][:, :, moved_before]
+            origin[:, :, new] = source
+            layer.keys[:, :, new] = source if rule.rotary is None else rotate(source, offsets, rule.rotary)
+            layer.values[:, :, new] = layer.values[:, :, old].clone()
+            self.meter.bytes_moved += 2 * source.numel() * source.element_size()
+        self._positions[new], self._origins[new] = positions, origins
+        self.meter.tokens_relocated += count
+        self._set_length(to + count)
+
+    def _set_length(self, length: int) -> None:
+        for layer in self.layers:
+            layer.length = length
+
+    def _ensure_origin_keys(self) -> None:
+        if self._origin_keys is None:
+            self._origin_keys = [torch.empty_like(layer.keys) for layer in self.layers]
+
+    # -- marks -------------------------------------------------------------------------------------------------
+
+    def mark(self) -> Mark:
+        """Remember this state. Until it is released or rolled back, overwritten rows are kept aside."""
+        self._serial += 1
+        mark = Mark(self._serial, self.length, len(self._undo))
+        self._marks.append(mark)
+        return mark
+
+    def rollback(self, mark: Mark) -> None:
+        """Return to a mark, dropping it and every later one. Costs what was overwritten since."""
+        self._require(mark)
+        while len(self._undo) > mark.logged:
+            self._restore(self._undo.pop())
+        self._set_length(mark.length)
+        self._drop(mark)
+
+    def release(self, mark: Mark) -> None:
+        """Keep what happened since a mark, dropping it and every later one."""
+        self._require(mark)
+        self._drop(mark)
+        if not self._marks:
+            self._undo.clear()
+
+    def _require(self, mark: Mark) -> None:
+        if mark not in self._marks:
+            raise CacheBufferError("this mark is not active: it was rolled back, released, or is another buffer's")
+
+    def _drop(self, mark: Mark) -> None:
+        self._marks = self._marks[: self._marks.index(mark)]
+
+    def _save(self, where: slice | torch.Tensor) -> None:
+        """Keep aside the rows that are about to be overwritten and that some mark still needs."""
+        needed = max((mark.length for mark in self._marks), default=0)
+        if isinstance(where, slice):
+            where = slice(where.start, min(where.stop, needed))
+            if where.start >= where.stop:
+                return
+        else:
+            where = where[where < needed]
+            if where.numel() == 0:
+                return
+        keys = [layer.keys[:, :, where].clone() for layer in self.layers]
+        values = [layer.values[:, :, where].clone() for layer in self.layers]
+        origins = self._origins[where].clone()
+        origin_keys = None
+        if self._origin_keys is not None and bool((origins != _NO_ORIGIN).any()):
+            origin_keys = [tensor[:, :, where].clone() for tensor in self._origin_keys]
+        self._undo.append(_Saved(where, keys, values, self._positions[where].clone(), origins, origin_keys))
+        self.meter.bytes_moved += sum(tensor.numel() * tensor.element_size() for tensor in (*keys, *values))
+
+    def _restore(self, saved: _Saved) -> None:
+        for layer, keys, values in zip(self.layers, saved.keys, saved.values, strict=True):
+            layer.keys[:, :, saved.slots] = keys
+            layer.values[:, :, saved.slots] = values
+            self.meter.bytes_moved += keys.numel() * keys.element_size() + values.numel() * values.element_size()
+        self._positions[saved.slots] = saved.positions
+        self._origins[saved.slots] = saved.origins
+        if saved.origin_keys is not None:
+            assert self._origin_keys is not None
+            for tensor, keys in zip(self._origin_keys, saved.origin_keys, strict=True):
+                tensor[:, :, saved.slots] = keys
+
+    # -- copies ------------------------------------------------------------------------------------------------
+
+    def fork(self) -> KVBuffer:
+        """An independent copy of what is in use (no marks). This one does copy the context."""
+        other = KVBuffer(self.layout, capacity=self.length, meter=self.meter)
+        other.load_tensors(self.tensors())
+        self.meter.bytes_moved += self.nbytes
+        return other
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that is in use, as named views: `keys.I` and `values.I` [B, H, S, D] for layer I, `positions` [S].
+
+        If keys were relocated, also `origins` [S] and `origin_keys.I`, so that a copy drifts no more than this does.
+        """
+        named = {"positions": self.positions}
+        for index in range(len(self.layers) if self.length else 0):
+            named[f"keys.{index}"] = self.keys(index)
+            named[f"values.{index}"] = self.values(index)
+        if self._origin_keys is not None and self.relocated.numel():
+            named["origins"] = self._origins[: self.length]
+            for index, tensor in enumerate(self._origin_keys):
+                named[f"origin_keys.{index}"] = tensor[:, :, : self.length]
+        return named
+
+    def load_tensors(self, named: dict[str, torch.Tensor]) -> None:
+        """Fill an empty buffer with copies of what `tensors` gave."""
+        if self.length or self._marks:
+            raise CacheBufferError("tensors can only be loaded into an empty buffer")
+        count = int(named["positions"].numel())
+        self.ensure_capacity(count)
+        self._positions[:count] = named["positions"]
+        for index, layer in enumerate(self.layers if count else []):
+            keys, values = named[f"keys.{index}"], named[f"values.{index}"]
+            layer.lazy_initialization(keys, values)
+            layer.keys[:, :, :count] = keys
+            layer.values[:, :, :count] = values
+        if "origins" in named:
+            self._origins[:count] = named["origins"]
+            self._ensure_origin_keys()
+            assert self._origin_keys is not None
+            for index, tensor in enumerate(self._origin_keys):
+                tensor[:, :, :count] = named[f"origin_keys.{index}"]
+        self._set_length(count)

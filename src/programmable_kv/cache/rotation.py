@@ -1,0 +1,73 @@
+"""RoPE as one rotation by an offset.
+
+A rotary key at position p is k_p = s R(p) k, with R(p) turning each channel pair i by the angle p f_i. Rotations
+compose, R(p + d) = R(d) R(p), so moving a cached key by d positions is one rotation by d f_i. The factor s that
+YaRN-style models multiply into cos and sin is already in the key and must not be applied again.
+Source: Su et al., RoFormer, section 3.2 (arXiv 2104.09864).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import torch
+
+
+class Pairing(StrEnum):
+    """Which two channels turn together: i with i + R/2, or 2i with 2i + 1 (R rotary channels)."""
+
+    HALF_SPLIT = "half-split"
+    INTERLEAVED = "interleaved"
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """How one layer's keys rotate: which channels, paired how, at which frequencies (radians a position)."""
+
+    frequencies: tuple[float, ...]
+    start: int = 0
+    pairing: Pairing = Pairing.HALF_SPLIT
+
+    @classmethod
+    def from_table(cls, table: torch.Tensor) -> Rotary:
+        """From a model's own frequency buffer [R / 2]. The values are the buffer's, widened to float64."""
+        return cls(tuple(table.detach().to("cpu", torch.float64).tolist()))
+
+    @property
+    def width(self) -> int:
+        """R, the number of rotary channels."""
+        return 2 * len(self.frequencies)
+
+    def paired(self, pairing: Pairing) -> Rotary:
+        return replace(self, pairing=pairing)
+
+
+def rotate(keys: torch.Tensor, offsets: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Keys moved by `offsets` positions; a new tensor.
+
+    Args:
+        keys: [..., T, D], any floating dtype. Channels outside the rotary window are copied.
+        offsets: [T] integer positions to move each token by (may be negative).
+        rotary: the layer's rotation.
+
+    The angles are computed in float64 and reduced there, so large offsets lose nothing; the rotation itself runs
+    in float32 or the keys' dtype, whichever is wider, with one rounding at the end.
+    """
+    compute = torch.promote_types(keys.dtype, torch.float32)
+    # MPS has no float64: angles are made on the CPU, where they are T x R/2 numbers.
+    angles = torch.outer(offsets.to("cpu", torch.float64), torch.tensor(rotary.frequencies, dtype=torch.float64))
+    cos, sin = angles.cos().to(keys.device, compute), angles.sin().to(keys.device, compute)
+    stop = rotary.start + rotary.width
+    window = keys[..., rotary.start : stop].to(compute)
+    if rotary.pairing is Pairing.HALF_SPLIT:
+        first, second = window.chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    else:
+        first, second = window[..., 0::2], window[..., 1::2]
+        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    if rotary.width == keys.shape[-1]:
+        return turned.to(keys.dtype)
+    moved = keys.clone()
+    moved[..., rotary.start : stop] = turned.to(keys.dtype)
+    return moved

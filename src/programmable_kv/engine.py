@@ -1,0 +1,235 @@
+"""The one place that runs the transformer.
+
+Everything a notebook does to a cache comes down to one primitive: *compute these rows*. Rows are tokens with a slot
+and a position; they may be appended, lie in the middle, or both at once. A single forward writes their keys and
+values into the buffer layer by layer, so a refreshed field is already in place, in every layer, when an erratum
+or a question in the same forward attends to it. Fusing them costs one sweep over the weights instead of three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from programmable_kv.account import Meter
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.cache.layout import KVLayout, PositionEncoding
+from programmable_kv.cache.masks import attention_masks
+from programmable_kv.cache.selfcheck import RelocationProof, prove_relocation
+from programmable_kv.cache.transformers_api import GROUPED_SDPA
+from programmable_kv.errors import ContextOverflowError, NonFiniteLogitsError, UnverifiedError
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tokens to compute: ids, the slots they go to and the positions they stand at, all ascending."""
+
+    ids: tuple[int, ...] = ()
+    slots: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not len(self.ids) == len(self.slots) == len(self.positions):
+            raise ValueError("ids, slots and positions must have one entry for each row")
+        if any(a >= b for a, b in zip(self.slots, self.slots[1:], strict=False)):
+            raise ValueError("slots must ascend")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def appended(cls, ids: Sequence[int], slot: int, position: int) -> Rows:
+        count = len(ids)
+        return cls(tuple(ids), tuple(range(slot, slot + count)), tuple(range(position, position + count)))
+
+    def then(self, other: Rows) -> Rows:
+        """These rows and later ones, in one forward."""
+        return Rows(self.ids + other.ids, self.slots + other.slots, self.positions + other.positions)
+
+
+class Engine:
+    """Runs a transformers causal language model on a `KVBuffer`, and counts what it computes."""
+
+    def __init__(self, model: Any) -> None:
+        """`model`: a transformers causal LM in eval mode, with sdpa, eager or this package's grouped sdpa attention.
+
+        Raises:
+            UnsupportedModelError: a layer does not cache per-token keys and values.
+        """
+        self.model = model
+        self.layout = KVLayout.read(model)
+        self.meter = Meter()
+        self._proof: RelocationProof | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]
+
+    def new_buffer(self, capacity: int = 0) -> KVBuffer:
+        return KVBuffer(self.layout, capacity=capacity, meter=self.meter)
+
+    # -- computing ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def compute(self, buffer: KVBuffer, rows: Rows, *, logits: int = 1) -> torch.Tensor:
+        """Compute rows against the buffer and write them into it.
+
+        Returns the logits of the last `logits` rows, [logits, vocabulary]; 0 skips the vocabulary projection.
+
+        Raises:
+            ContextOverflowError: a position is beyond what the model was made for. Nothing was written.
+            NonFiniteLogitsError: the logits read are NaN or infinite. The rows were written: roll back.
+        """
+        self._check_positions(rows)
+        with buffer.writing(rows.slots, rows.positions) as target:
+            appended = isinstance(target.slots, slice) and target.slots.stop == target.visible
+            mask: Any = None
+            if not (appended and buffer.dense_until(target.visible)):
+                additive = self.dtype if self.model.config._attn_implementation == "eager" else None
+                keys = buffer.positions_until(target.visible).to(self.device)
+                queries = torch.tensor(rows.positions, device=self.device)
+                mask = attention_masks(self.layout, queries, keys, additive=additive)
+            output = self._forward(buffer, rows, mask, logits)
+        self.meter.tokens_computed += len(rows)
+        if logits and not bool(torch.isfinite(output).all()):
+            raise NonFiniteLogitsError(
+                "the model returned NaN or infinite logits, so no decision can be read. Check the weights and the "
+                "dtype (float16 overflows on many models); the context is as it was before the call."
+            )
+        return output
+
+    def _forward(self, buffer: KVBuffer, rows: Rows, mask: Any, logits: int) -> torch.Tensor:
+        # An empty index keeps no row; the integer 0 would mean "all rows" to transformers.
+        keep: Any = logits if logits else torch.empty(0, dtype=torch.long, device=self.device)
+        output = self.model(
+            input_ids=torch.tensor([rows.ids], device=self.device),
+            position_ids=torch.tensor([rows.positions], device=self.device),
+            attention_mask=mask,
+            past_key_values=buffer,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        return output.logits[0]  # type: ignore[no-any-return]
+
+    def _check_positions(self, rows: Rows) -> None:
+        limit = self.layout.position_limit
+        if limit is not None and rows.positions and rows.positions[-1] >= limit:
+            raise ContextOverflowError(
+                f"position {rows.positions[-1]} is beyond the {limit} positions of {self.layout.model_type}. "
+                "Shorten the context or the value, or load a model with a longer context."
+            )
+
+    def append(self, buffer: KVBuffer, ids: Sequence[int], *, logits: int = 1) -> torch.Tensor:
+        """Compute tokens after the last one in the buffer."""
+        return self.compute(buffer, Rows.appended(ids, buffer.length, buffer.next_position), logits=logits)
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def stream_greedy(self, buffer: KVBuffer, first_logits: torch.Tensor, stop_ids: frozenset[int]) -> Iterator[int]:
+        """Greedy tokens from the logits of the last row on, each appended before the next is drawn.
+
+        A stop token is neither yielded nor appended. The caller ends the stream by not drawing further.
+        """
+        logits = first_logits
+        while (token := int(logits[-1].argmax())) not in stop_ids:
+            yield token
+            logits = self.append(buffer, [token])
+
+    def stream_sampled(
+        self, buffer: KVBuffer, first_logits: torch.Tensor, stop_ids: frozenset[int], temperature: float, seed: int
+    ) -> Iterator[int]:
+        """As `stream_greedy`, but sampled at a temperature from a seeded generator (on the CPU, for reproducibility)."""
+        generator = torch.Generator().manual_seed(seed)
+        logits = first_logits
+        while True:
+            weights = torch.softmax(logits[-1].float().cpu() / temperature, dim=-1)
+            token = int(torch.multinomial(weights, 1, generator=generator))
+            if token in stop_ids:
+                return
+            yield token
+            logits = self.append(buffer, [token])
+
+    @torch.no_grad()
+    def attention_of(self, buffer: KVBuffer, rows: Rows) -> torch.Tensor:
+        """How much the last of `rows` attends to every slot it sees, weighted by the size of what it reads there.
+
+        Returns [S]: over layers and heads, the mean of (attention weight x norm of the value vector), with the rows
+        computed against the buffer as it is. The buffer is left as it was.
+        Source: Kobayashi et al., Attention is Not Only a Weight (arXiv 2004.10102), section 3.
+        """
+        implementation = self.model.config._attn_implementation
+        mark = buffer.mark()
+        try:
+            self.model.set_attn_implementation("eager")
+            self._check_positions(rows)
+            with buffer.writing(rows.slots, rows.positions) as target:
+                keys = buffer.positions_until(target.visible).to(self.device)
+                queries = torch.tensor(rows.positions, device=self.device)
+                output = self.model(
+                    input_ids=torch.tensor([rows.ids], device=self.device),
+                    position_ids=torch.tensor([rows.positions], device=self.device),
+                    attention_mask=attention_masks(self.layout, queries, keys, additive=self.dtype),
+                    past_key_values=buffer,
+                    use_cache=True,
+                    output_attentions=True,
+                    logits_to_keep=1,
+                )
+            self.meter.tokens_computed += len(rows)
+            influence = torch.zeros(target.visible, dtype=torch.float32, device=self.device)
+            for layer, attention in enumerate(output.attentions):
+                weights = attention[0, :, -1, :].float()
+                norms = buffer.layers[layer].values[0, :, : target.visible].float().norm(dim=-1)
+                groups = weights.shape[0] // norms.shape[0]
+                influence += (weights * norms.repeat_interleave(groups, dim=0)).mean(dim=0)
+            return influence / len(output.attentions)
+        finally:
+            self.model.set_attn_implementation(implementation)
+            buffer.rollback(mark)
+
+    # -- relocation --------------------------------------------------------------------------------------------
+
+    @property
+    def relocation(self) -> RelocationProof:
+        """Whether relocation is exact on these weights, found out once by computing it both ways."""
+        if self._proof is None:
+            before = self.meter.tokens_computed
+            vocabulary = self.model.get_input_embeddings().weight.shape[0]
+            self._proof = prove_relocation(self.layout, self._prefilled_alone, vocabulary, self.dtype)
+            # The check is not part of anybody's operation.
+            self.meter.tokens_computed = before
+        return self._proof
+
+    def _prefilled_alone(self, ids: tuple[int, ...], positions: tuple[int, ...]) -> KVBuffer:
+        buffer = self.new_buffer(len(ids))
+        self.compute(buffer, Rows(ids, tuple(range(len(ids))), positions), logits=0)
+        return buffer
+
+    def require_relocation(self) -> KVLayout:
+        """The layout with which relocation was proved exact.
+
+        Raises:
+            UnverifiedError: keys of this model cannot be moved to another position, or have not been proved to.
+        """
+        if self.layout.encoding is PositionEncoding.LEARNED:
+            raise UnverifiedError(
+                f"{self.layout.model_type} adds learned position embeddings to the tokens themselves, so nothing cached "
+                "at one position is right at another. Keep the value's token length, or use the erratum or suffix mode."
+            )
+        if not self.relocation.exact:
+            raise UnverifiedError(
+                f"relocation is not exact on this {self.layout.model_type}: {self.relocation.reason}. Keep the value's "
+                "token length, or use the erratum, suffix or full mode, which relocate nothing."
+            )
+        return self.relocation.layout
+
+
+def supports_grouped_attention(model: Any) -> bool:
+    """Whether a model loaded with transformers' sdpa can use `GROUPED_SDPA` in its place."""
+    return bool(getattr(model.config, "_attn_implementation", None) in ("sdpa", GROUPED_SDPA))

@@ -1,0 +1,129 @@
+"""Does an edited cache decide as a full prefill would? Every mode, direct and with one line of thought, held out.
+
+The discovery this package rests on shows here: refreshing the changed field's own keys and values (`in_place`) leaves
+the decision where it was, because the model decides from what it noted on later tokens at prefill.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from programmable_kv.adapter.evaluate import other_value, scenarios
+from programmable_kv.adapter.grammar import PHRASINGS, Gate, Scenario, question
+from programmable_kv.model import Model
+from programmable_kv.notebook.edits import Mode
+from programmable_kv.notebook.notebook import Notebook
+from programmable_kv.notebook.wording import THINK_INSTRUCTION
+from programmable_kv.records import Record, Recorder, bootstrap_mean, digest_of, wilson
+
+SEED = 88_000
+SELECTED = 32
+SMALLEST_GAP = 0.5
+"""nats between the full prefills' gaps below which a recovery would divide by noise; such scenarios give none"""
+LAYOUTS = ("asked before", "asked after")
+"""whether the question is part of the cached context, or comes with the decision, after the edit"""
+
+
+def run(
+    model: Model, count: int, path: Path, *, report: Callable[[int, int], None] | None = None, command: str = ""
+) -> Record:
+    """Edit one field in each of `count` held-out scenarios, in every mode, and compare with full prefill."""
+    drawn = scenarios(count, seed=SEED)
+    recorder = Recorder(
+        path,
+        name="edit-modes",
+        version=1,
+        title="Agreement with full prefill and recovery, by edit mode",
+        command=command,
+        model=model.name,
+        model_fingerprint=model.fingerprint,
+        data_digest=digest_of(scenario.text() for scenario in drawn),
+        seeds=[SEED],
+        settings={"scenarios": count, "selected": SELECTED, "smallest_gap": SMALLEST_GAP},
+    )
+    for index, scenario in enumerate(drawn):
+        if not recorder.done(scenario=index):
+            recorder.add({"scenario": index, "domain": scenario.domain, **_one(model, scenario, index)})
+        if report is not None:
+            report(index + 1, count)
+    return recorder.finish(summarise(recorder.rows))
+
+
+def _one(model: Model, scenario: Scenario, index: int) -> dict[str, Any]:
+    rng = random.Random(f"{SEED}/{index}")
+    gate = rng.choice(scenario.gates)
+    old = scenario.values[gate.field]
+    new = other_value(rng, gate, old)
+    asked = question(rng, PHRASINGS["held_out"], gate, think=False)
+    row: dict[str, Any] = {"field": gate.field, "old": gate.actions[old], "new": gate.actions[new]}
+    for layout in LAYOUTS:
+        notebook = _prefilled(model, scenario, asked if layout == "asked before" else None)
+        prompt = None if layout == "asked before" else asked
+        row[layout] = {
+            "before": notebook.decide(prompt, scenario.options).choice,
+            **_modes(notebook, prompt, scenario, gate, old, new, think=False),
+        }
+    notebook = _prefilled(model, scenario, f"{asked} {THINK_INSTRUCTION}")
+    row["think"] = {
+        "before": notebook.decide(None, scenario.options, think=True).choice,
+        **_modes(notebook, None, scenario, gate, old, new, think=True),
+    }
+    return row
+
+
+def _prefilled(model: Model, scenario: Scenario, asked: str | None) -> Notebook:
+    notebook = Notebook(model)
+    notebook.message("system", scenario.prompt, **scenario.values)
+    if asked is not None:
+        notebook.message("user", asked)
+    notebook.prefill()
+    return notebook
+
+
+def _modes(
+    notebook: Notebook, prompt: str | None, scenario: Scenario, gate: Gate, old: str, new: str, *, think: bool
+) -> dict[str, dict[str, Any]]:
+    found = {}
+    for mode in Mode:
+        mark = notebook.mark()
+        decision = notebook.decide(
+            prompt, scenario.options, edits={gate.field: new}, mode=mode, k=SELECTED, think=think
+        )
+        notebook.rollback(mark)
+        found[str(mode)] = {
+            "choice": decision.choice,
+            "gap": round(decision.gap(gate.actions[new], gate.actions[old]), 5),
+            "tokens_computed": decision.account.tokens_computed,
+        }
+    return found
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Agreement (Wilson) and recovery (bootstrap of the mean) for each mode.
+
+    Only scenarios where full prefill is right about the old and about the new value count: elsewhere there is no decision
+    to preserve.
+    """
+    summary: dict[str, Any] = {"scenarios": len(rows)}
+    for layout in (*LAYOUTS, "think"):
+        right = [r for r in rows if r[layout]["before"] == r["old"] and r[layout]["full"]["choice"] == r["new"]]
+        part: dict[str, Any] = {"counted": len(right)}
+        for mode in Mode:
+            agreed = sum(r[layout][mode]["choice"] == r[layout]["full"]["choice"] for r in right)
+            entry: dict[str, Any] = {"agreement": wilson(agreed, len(right)).model_dump()}
+            recoveries = [
+                (r[layout][mode]["gap"] - r[layout]["stale"]["gap"]) / span
+                for r in right
+                if (span := r[layout]["full"]["gap"] - r[layout]["stale"]["gap"]) > SMALLEST_GAP
+            ]
+            if layout != "think":
+                entry["recovery"] = bootstrap_mean(recoveries).model_dump()
+            entry["mean_tokens_computed"] = round(
+                sum(r[layout][mode]["tokens_computed"] for r in right) / max(1, len(right)), 1
+            )
+            part[str(mode)] = entry
+        summary[layout.replace(" ", "_")] = part
+    return summary

@@ -1,0 +1,129 @@
+"""Load a model: the embedded agent model, a Hub id, a folder, or a GGUF file; and fingerprint it.
+
+The embedded model is SmolLM2-135M-Instruct plus this package's LoRA adapter. Its base weights are fetched once (see
+`weights.py`), joined with the adapter, and kept as safetensors in a per-user cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from programmable_kv.cache.transformers_api import GROUPED_SDPA, register_attention
+from programmable_kv.engine import Engine
+from programmable_kv.errors import ModelUnavailableError
+
+EMBEDDED = "embedded"
+_SAMPLES_PER_TENSOR = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A loaded model with its tokenizer, the engine that runs it, and a fingerprint of all that its cache depends on."""
+
+    name: str
+    tokenizer: Any
+    engine: Engine
+    fingerprint: str = field(repr=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.engine.dtype
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def position_limit(self) -> int | None:
+        return self.engine.layout.position_limit
+
+
+def load_model(
+    name: str | Path = EMBEDDED,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attention: str | None = None,
+) -> Model:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: "embedded", a Hub id, a folder with a transformers model, or the path of a GGUF file.
+        device: as transformers' `device_map` spells it; the model's default when None.
+        dtype: a torch dtype or its name, or "auto" for the dtype on disk; float32 when None.
+        attention: "sdpa", "eager", or None for sdpa that never repeats keys for their query groups.
+
+    Raises:
+        ModelUnavailableError: the weights could not be had, with the reason and what to do.
+        UnsupportedModelError: the model does not cache keys and values for each token.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    register_attention()
+    arguments: dict[str, Any] = {"dtype": dtype if dtype is not None else torch.float32}
+    if device is not None:
+        arguments["device_map"] = device
+    if attention is not None:
+        arguments["attn_implementation"] = attention
+    source: dict[str, Any] = {}
+    folder = name
+    if str(name) == EMBEDDED:
+        from programmable_kv.weights import embedded_folder
+
+        folder = embedded_folder()
+    elif Path(name).suffix == ".gguf":
+        if not Path(name).is_file():
+            raise ModelUnavailableError(f"there is no GGUF file at {name}. Check the path.")
+        folder, source = Path(name).parent, {"gguf_file": Path(name).name}
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **source, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **source)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelUnavailableError(
+            f"could not load '{name}': {_first_line(error)} Give 'embedded', a Hub id that can be reached, a folder with "
+            "config.json and weights, or a .gguf file."
+        ) from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    model.eval()
+    if attention is None and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(GROUPED_SDPA)
+    return wrap_model(model, tokenizer, name=str(name))
+
+
+def wrap_model(model: Any, tokenizer: Any, *, name: str = "custom") -> Model:
+    """A `Model` from a transformers model and its fast tokenizer that are loaded already."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelUnavailableError(
+            f"the tokenizer of '{name}' cannot tell which characters a token covers (it is not a fast tokenizer), so field "
+            "spans cannot be exact. Use a model with a tokenizer.json."
+        )
+    return Model(name, tokenizer, Engine(model), fingerprint(model, tokenizer))
+
+
+def fingerprint(model: Any, tokenizer: Any) -> str:
+    """A digest of all that decides a cache's content: weights (sampled evenly), rotary tables, dtype, tokenizer, template."""
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(flat[::step].to("cpu", torch.float64).numpy().tobytes())
+    vocabulary = tokenizer.get_vocab()
+    digest.update(repr(sorted(vocabulary.items(), key=lambda item: item[1])).encode())
+    digest.update(str(getattr(tokenizer, "chat_template", None)).encode())
+    return digest.hexdigest()[:32]
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return line if line.endswith(".") else line + "."

@@ -1,0 +1,247 @@
+"""A cached context: parts in, prefilled once, appended to, marked and taken back. `Notebook` adds edits and questions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Self
+
+from programmable_kv.account import Account, Meter
+from programmable_kv.cache.buffer import KVBuffer, Mark
+from programmable_kv.cache.span import Span
+from programmable_kv.errors import InvalidEditError, NotPrefilledError, UnknownFieldError
+from programmable_kv.model import Model
+from programmable_kv.notebook.context import Context, FieldState, Kind, TokenState, tokenised
+from programmable_kv.notebook.parts import Message, Rendered, Text, continuation, render_chat, unmark
+from programmable_kv.notebook.ranking import AttentionInfluence, Ranking
+from programmable_kv.notebook.values import check_name, check_no_markers, check_template, check_value
+from programmable_kv.notebook.wording import DEFAULT_TEMPLATE
+
+
+@dataclass(frozen=True, slots=True)
+class NotebookMark:
+    """A state of a notebook that can be returned to."""
+
+    buffer: Mark
+    context: Context
+    messages: tuple[Message, ...]
+
+
+class CachedContext:
+    """Text and fields, computed once; the books (`Context`) and the cache (`KVBuffer`) kept in step."""
+
+    def __init__(
+        self, model: Model, *, erratum_template: str = DEFAULT_TEMPLATE, ranking: Ranking | None = None
+    ) -> None:
+        check_template(erratum_template)
+        self.model = model
+        self.erratum_template = erratum_template
+        self.ranking = ranking or AttentionInfluence()
+        self._values: dict[str, str] = {}
+        self._texts: list[Text] = []
+        self._messages: list[Message] = []
+        self._context = Context()
+        self._buffer: KVBuffer | None = None
+
+    # -- building ----------------------------------------------------------------------------------------------
+
+    def message(self, role: str, content: str, /, **fields: str) -> Self:
+        """Add a chat message. `{name}` in `content` is a field for every name given here or declared before.
+
+        Raises:
+            UnknownFieldError: a field given here has no placeholder in the content.
+            InvalidValueError: a name or value is not plain data, or the content has special tokens.
+        """
+        self._require_unfilled()
+        if self._texts:
+            raise InvalidEditError("this notebook is made of raw text; chat messages cannot be mixed in. Use .text().")
+        check_no_markers(content, self.model.tokenizer, f"the {role} message")
+        self._messages.append(Message(role, self._declared(content, fields)))
+        return self
+
+    def text(self, content: str, /, **fields: str) -> Self:
+        """Add raw text, as the model will read it. Placeholders as in `message`."""
+        self._require_unfilled()
+        if self._messages:
+            raise InvalidEditError(
+                "this notebook is made of chat messages; raw text cannot be mixed in. Use .message()."
+            )
+        self._texts.append(self._declared(content, fields))
+        return self
+
+    def field(self, name: str, value: str) -> Self:
+        """Add a field's value as raw text, right after what was added before."""
+        return self.text("{" + name + "}", **{name: value})
+
+    def _declared(self, content: str, fields: Mapping[str, str]) -> Text:
+        for name, value in fields.items():
+            check_name(name)
+            check_value(name, value, self.model.tokenizer, self.erratum_template)
+            if self._values.get(name, value) != value:
+                raise InvalidEditError(f"field {name} was declared before as {self._values[name]!r}, now as {value!r}")
+        known = {**self._values, **fields}
+        text = Text(content, tuple(name for name in known if name in fields or "{" + name + "}" in content))
+        text.check()
+        self._values = known
+        return text
+
+    def prefill(self) -> Account:
+        """Compute the whole context once.
+
+        Raises:
+            NotPrefilledError: there is nothing to prefill, or it was prefilled already.
+            ContextOverflowError: the context is longer than the model's positions.
+            TemplateError: the chat template changes what the messages say.
+        """
+        self._require_unfilled()
+        if not self._texts and not self._messages:
+            raise NotPrefilledError("the notebook is empty: add .message(...) or .text(...) before .prefill()")
+        unit = tokenised(self.model.tokenizer, self.rendered(), Kind.PREFILL, special=not self._messages)
+        context = Context([unit], {name: FieldState(value, value, value) for name, value in self._values.items()})
+        buffer = self.model.engine.new_buffer(len(unit) + 128)
+        with self.model.engine.meter.measure() as reading:
+            self.model.engine.append(buffer, unit.ids, logits=0)
+        self._context, self._buffer = context, buffer
+        return reading.account
+
+    def rendered(self) -> Rendered:
+        """The parts as written, as the model will read them at prefill, with the characters of every field."""
+        if self._messages:
+            return render_chat(self.model.tokenizer, self._messages, self._values)
+        return unmark("".join(text.marked(self._values) for text in self._texts))
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    @property
+    def cache(self) -> KVBuffer:
+        """The cache itself, a transformers `Cache`: `transformers_model.generate(ids, past_key_values=notebook.cache)`.
+
+        What transformers appends to it by itself, the notebook does not know of: wrap such calls in `mark` and `rollback`.
+        """
+        return self._filled()
+
+    @property
+    def ids(self) -> list[int]:
+        """The token ids in the cache, one for each slot."""
+        return self._context.ids
+
+    @property
+    def rendered_text(self) -> str:
+        """The text whose tokens are cached."""
+        return self._context.text
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """Every field's current value."""
+        if self._buffer is None:
+            return dict(self._values)
+        return {name: state.current for name, state in self._context.fields.items()}
+
+    def spans(self, name: str) -> list[Span]:
+        """The slots of every place of a field.
+
+        Raises:
+            UnknownFieldError: there is no such field.
+        """
+        self._filled()
+        self._require_known([name])
+        return self._context.spans(name)
+
+    @property
+    def states(self) -> list[TokenState]:
+        """What every cached token is worth."""
+        return self._context.states(self._filled().relocated.tolist())
+
+    def __len__(self) -> int:
+        return len(self._context)
+
+    def add(self, role: str, content: str, /) -> Account:
+        """Append a turn to the live context: what the user said, a tool's result, the assistant's own answer.
+
+        For a raw-text notebook the role is not rendered: the content is appended as it is.
+
+        Raises:
+            TemplateError: the chat template cannot continue this conversation with that role.
+        """
+        buffer = self._filled()
+        check_no_markers(content, self.model.tokenizer, f"the {role} turn")
+        with self._transaction() as meter, meter.measure() as reading:
+            if self._messages:
+                message = Message(role, Text(content))
+                rendered = self._continuation([message])
+                self._messages.append(message)
+            else:
+                rendered = Rendered(content)
+            unit = tokenised(self.model.tokenizer, rendered, Kind.TURN)
+            edited = any(state is not TokenState.EXACT for state in self._context.states())
+            self.model.engine.append(buffer, unit.ids, logits=0)
+            context = self._context.copy()
+            context.units.append(replace(unit, after_edit=edited))
+            self._context = context
+        return self._account(reading.account, "")
+
+    def _continuation(self, more: Sequence[Message], *, prompt_for_answer: bool = False) -> Rendered:
+        written = {name: state.written for name, state in self._context.fields.items()}
+        return continuation(self.model.tokenizer, self._messages, more, written, prompt_for_answer=prompt_for_answer)
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def mark(self) -> NotebookMark:
+        """Remember this state. Costs nothing until something is overwritten."""
+        return NotebookMark(self._filled().mark(), self._context, tuple(self._messages))
+
+    def rollback(self, mark: NotebookMark) -> None:
+        """Return to a mark, at the cost of what was overwritten since; it and later marks are used up."""
+        self._filled().rollback(mark.buffer)
+        self._context, self._messages = mark.context, list(mark.messages)
+
+    def release(self, mark: NotebookMark) -> None:
+        """Keep what happened since a mark; it and later marks are used up."""
+        self._filled().release(mark.buffer)
+
+    def fork(self) -> Self:
+        """An independent notebook in the same state. Copies the cache."""
+        other = type(self)(self.model, erratum_template=self.erratum_template, ranking=self.ranking)
+        other._values, other._texts, other._messages = dict(self._values), list(self._texts), list(self._messages)
+        other._context = self._context.copy()
+        other._buffer = self._filled().fork()
+        return other
+
+    def _repr_html_(self) -> str:
+        from programmable_kv.notebook.html import tokens_html
+
+        return tokens_html(self)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Meter]:
+        """If the block raises, the notebook is put back as it was before it."""
+        buffer = self._filled()
+        mark = buffer.mark()
+        context, messages = self._context, list(self._messages)
+        try:
+            yield self.model.engine.meter
+        except BaseException:
+            buffer.rollback(mark)
+            self._context, self._messages = context, messages
+            raise
+        buffer.release(mark)
+
+    def _account(self, account: Account, note: str) -> Account:
+        reused = max(0, len(self._context) - account.tokens_computed - account.tokens_relocated)
+        return replace(account, tokens_reused=reused, note=note)
+
+    def _filled(self) -> KVBuffer:
+        if self._buffer is None:
+            raise NotPrefilledError("the context has not been computed yet: call .prefill() first")
+        return self._buffer
+
+    def _require_unfilled(self) -> None:
+        if self._buffer is not None:
+            raise NotPrefilledError("the context was prefilled already: use .add(role, content) to append to it")
+
+    def _require_known(self, names: Mapping[str, str] | Sequence[str]) -> None:
+        for name in names:
+            if name not in self._context.fields:
+                known = ", ".join(self._context.fields) or "none"
+                raise UnknownFieldError(f"there is no field {name!r}; the context's fields are: {known}")

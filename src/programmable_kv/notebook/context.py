@@ -1,0 +1,281 @@
+"""The bookkeeping of a cached context: its text, tokens and spans. No tensors here.
+
+A context is a list of *units* that were tokenised one by one (the prefilled text, later turns, errata). A unit's tokens
+never merge with a neighbour's, so an edit re-tokenises inside one unit only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+from programmable_kv.cache.span import Span
+from programmable_kv.notebook.parts import Rendered
+
+_MARGIN = 12
+"""tokens re-tokenised on each side of a changed value; the outer half must come out as it was"""
+
+
+class Kind(StrEnum):
+    """Why a unit is in the context."""
+
+    PREFILL = "prefill"
+    TURN = "turn"
+    ERRATUM = "erratum"
+
+
+class TokenState(StrEnum):
+    """What a cached token's keys and values are worth, strongest first; a join of spans takes the weakest."""
+
+    EXACT = "exact"
+    RELOCATED = "relocated"
+    REFRESHED = "refreshed"
+    ERRATUM = "erratum"
+    AFTER_EDIT = "after edit"
+    """computed after an edit, on a context that still holds stale tokens"""
+    STALE = "stale"
+
+    @property
+    def rank(self) -> int:
+        return list(TokenState).index(self)
+
+
+def weakest(states: Sequence[TokenState]) -> TokenState:
+    """The state of a span that joins others."""
+    return max(states, key=lambda state: state.rank, default=TokenState.EXACT)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One occurrence of a field in a unit: the characters of its value, and the tokens that hold any of them."""
+
+    name: str
+    characters: Span
+    tokens: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A run of text that was tokenised on its own. `offsets` are the characters of each token."""
+
+    kind: Kind
+    text: str
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    special: bool
+    """whether the tokenizer added its own special tokens (only for raw text at the start of a context)"""
+    places: tuple[Place, ...] = ()
+    corrects: tuple[tuple[str, str], ...] = ()
+    """for an erratum: the (field, value) it states"""
+    after_edit: bool = False
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """Tokens that an edit replaces: `old` in the slots before the edit, `new` in those after it."""
+
+    old: Span
+    new: Span
+
+    @property
+    def growth(self) -> int:
+        return len(self.new) - len(self.old)
+
+    def joined(self, later: Replacement) -> Replacement:
+        """One replacement that covers this one and a later one which touches it."""
+        old = Span(self.old.start, max(self.old.stop, later.old.stop))
+        start = self.new.start
+        return Replacement(old, Span(start, start + len(old) + self.growth + later.growth))
+
+
+def tokenised(
+    tokenizer: Any, rendered: Rendered, kind: Kind, *, special: bool = False, corrects: tuple[tuple[str, str], ...] = ()
+) -> Unit:
+    """Tokenise a text on its own, with the token span of every field in it."""
+    ids, offsets = _encode(tokenizer, rendered.text, special)
+    places = tuple(Place(name, span, _covering(offsets, span)) for name, span in rendered.places)
+    return Unit(kind, rendered.text, ids, offsets, special, places, corrects)
+
+
+def _encode(tokenizer: Any, text: str, special: bool) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+    return tuple(encoded["input_ids"]), tuple((int(a), int(b)) for a, b in encoded["offset_mapping"])
+
+
+def _covering(offsets: Sequence[tuple[int, int]], characters: Span) -> Span:
+    """The tokens that hold any of the characters: a token that also holds a neighbour widens the span."""
+    hit = [i for i, (a, b) in enumerate(offsets) if a < characters.stop and b > characters.start]
+    return Span(hit[0], hit[-1] + 1)
+
+
+def replace_value(tokenizer: Any, unit: Unit, place: Place, value: str) -> tuple[Unit, Span, Span]:
+    """The unit with a new value in one place; the tokens that changed before (old span) and after (new span).
+
+    Re-tokenises a few tokens around the value and checks that the outermost came out as they were; if a merge reaches
+    further than that, the whole unit is tokenised again. The spans cover the value and whatever merged with it.
+    """
+    text = unit.text[: place.characters.start] + value + unit.text[place.characters.stop :]
+    growth = len(value) - len(place.characters)
+    local = _locally(tokenizer, unit, place, text, growth)
+    ids, offsets = local if local is not None else _encode(tokenizer, text, unit.special)
+
+    head = 0
+    while head < min(len(ids), place.tokens.start) and ids[head] == unit.ids[head]:
+        head += 1
+    tail, tail_limit = 0, min(len(ids) - head, len(unit.ids) - place.tokens.stop)
+    while tail < tail_limit and ids[-1 - tail] == unit.ids[-1 - tail]:
+        tail += 1
+    characters = Span(place.characters.start, place.characters.stop + growth)
+    covering = _covering(offsets, characters)
+    # The changed tokens, and at least every token that holds a character of the new value.
+    new = Span(min(head, covering.start), max(len(ids) - tail, covering.stop))
+    old = Span(new.start, len(unit.ids) - (len(ids) - new.stop))
+
+    places = []
+    for other in unit.places:
+        moved = other.characters
+        if other is place:
+            moved = characters
+        elif other.characters.start >= place.characters.stop:
+            moved = other.characters.shifted(growth)
+        places.append(Place(other.name, moved, _covering(offsets, moved)))
+    return replace(unit, text=text, ids=ids, offsets=offsets, places=tuple(places)), old, new
+
+
+def _locally(
+    tokenizer: Any, unit: Unit, place: Place, text: str, growth: int
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]] | None:
+    """Ids and offsets of the changed unit from a window around the place, or None if the window does not settle it."""
+    first, last = place.tokens.start - _MARGIN, place.tokens.stop + _MARGIN
+    if first < 1 or last >= len(unit.ids):
+        return None
+    start, stop = unit.offsets[first][0], unit.offsets[last - 1][1]
+    before_ids, _ = _encode(tokenizer, unit.text[start:stop], special=False)
+    if before_ids != unit.ids[first:last]:
+        return None  # this tokenizer's result depends on more than the window
+    window_ids, window_offsets = _encode(tokenizer, text[start : stop + growth], special=False)
+    guard = _MARGIN // 2
+    if (
+        len(window_ids) < 2 * guard
+        or window_ids[:guard] != before_ids[:guard]
+        or window_ids[-guard:] != before_ids[-guard:]
+    ):
+        return None
+    ids = unit.ids[:first] + window_ids + unit.ids[last:]
+    offsets = (
+        *unit.offsets[:first],
+        *((a + start, b + start) for a, b in window_offsets),
+        *((a + growth, b + growth) for a, b in unit.offsets[last:]),
+    )
+    return ids, offsets
+
+
+@dataclass(slots=True)
+class FieldState:
+    """A field's values: `current` is the truth, `written` stands in its places, `noted` is what later tokens saw."""
+
+    current: str
+    written: str
+    noted: str
+
+
+@dataclass(slots=True)
+class Context:
+    """Units in slot order, and the state of every field. Copying is cheap: units are immutable."""
+
+    units: list[Unit] = field(default_factory=list)
+    fields: dict[str, FieldState] = field(default_factory=dict)
+    refreshed: frozenset[int] = frozenset()
+    """slots that the last selective edit recomputed, outside fields"""
+
+    def copy(self) -> Context:
+        fields = {name: replace(state) for name, state in self.fields.items()}
+        return Context(list(self.units), fields, self.refreshed)
+
+    def __len__(self) -> int:
+        return sum(len(unit) for unit in self.units)
+
+    @property
+    def ids(self) -> list[int]:
+        return [token for unit in self.units for token in unit.ids]
+
+    @property
+    def text(self) -> str:
+        return "".join(unit.text for unit in self.units)
+
+    def starts(self) -> Iterator[tuple[int, Unit]]:
+        """(first slot, unit) in order."""
+        slot = 0
+        for unit in self.units:
+            yield slot, unit
+            slot += len(unit)
+
+    def spans(self, name: str) -> list[Span]:
+        """The slots of every place of a field."""
+        return [
+            place.tokens.shifted(slot) for slot, unit in self.starts() for place in unit.places if place.name == name
+        ]
+
+    def corrections(self, name: str) -> list[int]:
+        """Indices of the units that are errata about a field."""
+        return [i for i, unit in enumerate(self.units) if any(field == name for field, _ in unit.corrects)]
+
+    def write(self, tokenizer: Any, changes: Mapping[str, str]) -> list[Replacement]:
+        """Put new values into every place of the changed fields.
+
+        Returns the replaced tokens in slot order, with their slots as of before and after the whole edit; places that
+        share a token come back as one replacement.
+        """
+        found: list[Replacement] = []
+        grown = slot = 0
+        for index, unit in enumerate(self.units):
+            length = len(unit)
+            for number in range(len(unit.places)):
+                place = unit.places[number]
+                if place.name not in changes:
+                    continue
+                inside = len(unit) - length
+                unit, old, new = replace_value(tokenizer, unit, place, changes[place.name])
+                replacement = Replacement(old.shifted(slot - inside), new.shifted(slot + grown))
+                if found and replacement.old.start <= found[-1].old.stop:
+                    replacement = found.pop().joined(replacement)
+                found.append(replacement)
+            self.units[index] = unit
+            grown += len(unit) - length
+            slot += length
+        return found
+
+    def states(self, relocated: Iterable[int] = ()) -> list[TokenState]:
+        """The state of every cached token, derived from what the edits did and which slots were `relocated`."""
+        states: list[TokenState] = []
+        for unit in self.units:
+            state = TokenState.AFTER_EDIT if unit.after_edit else TokenState.EXACT
+            states += [TokenState.ERRATUM if unit.kind is Kind.ERRATUM else state] * len(unit)
+        stale_from = len(states)
+        for name, field_state in self.fields.items():
+            spans = self.spans(name)
+            if field_state.noted != field_state.current and spans:
+                stale_from = min(stale_from, spans[0].stop)
+        for slot in range(stale_from, len(states)):
+            if states[slot] is TokenState.EXACT:
+                states[slot] = TokenState.STALE
+        for slot in self.refreshed:
+            if states[slot] is TokenState.STALE:
+                states[slot] = TokenState.REFRESHED
+        for name, field_state in self.fields.items():
+            for span in self.spans(name):
+                if field_state.written != field_state.current:
+                    mark = TokenState.STALE
+                elif field_state.written != field_state.noted:
+                    mark = TokenState.REFRESHED
+                else:
+                    continue
+                states[span.start : span.stop] = [mark] * len(span)
+        for slot in relocated:
+            states[slot] = weakest([states[slot], TokenState.RELOCATED])
+        return states

@@ -1,0 +1,105 @@
+"""Decisions: which of some named options the model would say next, by the log-probability of the whole string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from programmable_kv.account import Account
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.engine import Engine
+from programmable_kv.errors import InvalidOptionsError
+
+_TAIL_CHARACTERS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What was chosen, how sure, and what it cost.
+
+    `log_probabilities` are of each option's whole token string; `probabilities` are those, normalised over the options.
+    `account` is what it took until the answer's first token could be read, an edit in the same call included;
+    `scoring` is what came on top: a thought, and the later tokens of the options.
+    """
+
+    choice: str
+    probabilities: dict[str, float]
+    log_probabilities: dict[str, float]
+    account: Account
+    scoring: Account
+    thought: str = ""
+
+    @property
+    def ttft_ms(self) -> float:
+        """Milliseconds until the logits of the answer's first token were there."""
+        return 1e3 * self.account.seconds
+
+    def gap(self, new: str, old: str) -> float:
+        """Log-probability of one option over another, in nats."""
+        return self.log_probabilities[new] - self.log_probabilities[old]
+
+
+def option_ids(tokenizer: Any, prompt_end: str, options: Sequence[str], end_id: int | None) -> list[list[int]]:
+    """The tokens of each option in the form that the prompt's end calls for.
+
+    After white space (a chat template's header) an option stands as it is; after a word or colon it takes a space. Its
+    tokens are those that the prompt's last characters and the option give together, so that a tokenizer's word
+    marker is right. Where one option's tokens begin another's, all options are closed with the end-of-turn token:
+    without it the shorter one could never lose.
+
+    Raises:
+        InvalidOptionsError: fewer than two options, two equal ones, or one that tokenises to nothing.
+    """
+    if len(options) < 2 or len(set(options)) != len(options) or not all(option.strip() for option in options):
+        raise InvalidOptionsError(f"a decision needs at least two different, non-empty options; got {list(options)}")
+    tail = prompt_end[-_TAIL_CHARACTERS:]
+    space = "" if not tail or tail[-1].isspace() else " "
+    tail_ids = tokenizer.encode(tail, add_special_tokens=False)
+    found = []
+    for option in options:
+        joined = tokenizer.encode(tail + space + option, add_special_tokens=False)
+        if joined[: len(tail_ids)] == tail_ids:
+            found.append(joined[len(tail_ids) :])
+        else:
+            found.append(tokenizer.encode(space + option, add_special_tokens=False))
+    if not all(found):
+        raise InvalidOptionsError(f"an option tokenises to nothing: {list(options)}")
+    starts_another = any(a != b and b[: len(a)] == a for a in found for b in found)
+    if len({tuple(ids) for ids in found}) != len(found):
+        raise InvalidOptionsError(f"two options have the same tokens: {list(options)}")
+    if starts_another and end_id is not None:
+        found = [[*ids, end_id] for ids in found]
+    return found
+
+
+@torch.no_grad()
+def score(
+    engine: Engine, buffer: KVBuffer, first_logits: torch.Tensor, options: Sequence[Sequence[int]]
+) -> list[float]:
+    """Log-probability of each option's tokens after the buffer. The buffer is left as it was.
+
+    `first_logits`: [1, vocabulary], of the row that the first token follows. Options with a shared beginning share its
+    computation: it is computed once and truncated back to.
+    """
+    length = buffer.length
+    cached: list[int] = []
+    rows: list[torch.Tensor] = [torch.log_softmax(first_logits[-1].double(), dim=-1)]
+    scores = [0.0] * len(options)
+    for index in sorted(range(len(options)), key=lambda i: list(options[i])):
+        ids = list(options[index])
+        shared = 0
+        while shared < min(len(cached), len(ids) - 1) and cached[shared] == ids[shared]:
+            shared += 1
+        buffer.truncate(length + shared)
+        del rows[shared + 1 :]
+        new = ids[shared:-1]
+        if new:
+            logits = engine.append(buffer, new, logits=len(new))
+            rows += list(torch.log_softmax(logits.double(), dim=-1))
+        cached = ids[:-1]
+        scores[index] = sum(float(rows[i][token]) for i, token in enumerate(ids))
+    buffer.truncate(length)
+    return scores

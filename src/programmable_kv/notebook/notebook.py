@@ -1,0 +1,328 @@
+"""Notebook: a context of text and fields whose cache is edited instead of prefilled again.
+
+notebook = Notebook(load_model())
+notebook.message("system", "... order_status: {order_status} ...", order_status="shipped")
+notebook.message("user", "Can I still cancel?")
+notebook.prefill()
+notebook.decide(options=["cancel", "deny"])
+notebook.edit(order_status="pending")
+notebook.decide(options=["cancel", "deny"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from programmable_kv.account import Account
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.engine import Rows
+from programmable_kv.errors import ContextOverflowError, InvalidEditError, TemplateError
+from programmable_kv.model import Model
+from programmable_kv.notebook.cached_context import CachedContext
+from programmable_kv.notebook.context import Context, Kind, Unit, tokenised
+from programmable_kv.notebook.decision import Decision, option_ids, score
+from programmable_kv.notebook.edits import DEFAULT_MODE, EditPlan, Mode, plan_edit
+from programmable_kv.notebook.parts import Message, Rendered, Text
+from programmable_kv.notebook.values import check_no_markers, check_value
+from programmable_kv.notebook.wording import THINK_INSTRUCTION
+
+_THOUGHT_ENDS = ", so"
+_THOUGHT_LIMIT = 48
+_ERRATUM_ROLES = ("system", "user")
+
+
+class Notebook(CachedContext):
+    """A cached context that can be edited.
+
+    Build it from chat messages (`message`) or raw text (`text`, `field`), not both; `prefill` it once; then `edit`,
+    `decide`, `generate`, `add`, in any order. Every operation returns or carries its `Account`. An operation that
+    raises leaves the notebook as it was.
+    """
+
+    # -- editing -----------------------------------------------------------------------------------------------
+
+    def edit(
+        self,
+        changes: Mapping[str, str] | None = None,
+        /,
+        *,
+        mode: str | Mode = DEFAULT_MODE,
+        k: int = 32,
+        **fields: str,
+    ) -> Account:
+        """Give fields new values: `edit(order_status="pending")`, or a mapping for names that are no keywords.
+
+        Args:
+            mode: one of `Mode`.
+            k: for `selective`, how many later tokens to recompute besides the field's own.
+
+        Raises:
+            UnknownFieldError, InvalidValueError, InvalidEditError: the edit is not one.
+            ContextOverflowError: the new value or the erratum does not fit.
+            UnverifiedError: the value's token length changes and this model's keys cannot be relocated.
+        """
+        with self._transaction() as meter, meter.measure() as reading:
+            note = self._edit({**(changes or {}), **fields}, parse_mode(mode), k)[1]
+        return self._account(reading.account, note)
+
+    def _edit(
+        self, changes: Mapping[str, str], mode: Mode, k: int, then: Sequence[int] = (), logits: int = 0
+    ) -> tuple[torch.Tensor | None, str]:
+        """Carry out an edit and compute the tokens `then` after it, in one forward. Logits are of the last rows."""
+        buffer = self._filled()
+        self._require_known(changes)
+        if not changes:
+            raise InvalidEditError("the edit names no field; give at least one, as field=value")
+        for name, value in changes.items():
+            check_value(name, value, self.model.tokenizer, self.erratum_template)
+        plan, after = plan_edit(
+            self._context, changes, mode, tokenizer=self.model.tokenizer, write_erratum=self._erratum
+        )
+        if plan.relocates:
+            layout = self.model.engine.require_relocation()
+        limit = self.model.position_limit
+        if limit is not None and len(after) + len(then) > limit:
+            raise ContextOverflowError(
+                f"after this edit the context needs {len(after) + len(then)} positions, and the model has {limit}. Use a "
+                "shorter value, or start a new notebook."
+            )
+        extra: set[int] = set()
+        if mode is Mode.SELECTIVE:
+            extra = self._most_influential(buffer, plan, then, k)
+        buffer.truncate(plan.keep)
+        for move in plan.moves:
+            buffer.relocate(move.start, buffer.length, move.to, move.to - move.start, layout)
+        slots = sorted({*plan.compute, *extra})
+        if mode is Mode.SELECTIVE:
+            after.refreshed = frozenset(extra)
+        rows = _rows(buffer, after.ids, slots)
+        end = rows.positions[-1] + 1 if rows.slots and rows.slots[-1] == len(after) - 1 else buffer.next_position
+        rows = rows.then(Rows.appended(then, len(after), end))
+        output = None
+        if rows.slots:
+            output = self.model.engine.compute(buffer, rows, logits=min(logits, len(rows)))
+        self._context = after
+        return output, plan.note
+
+    def _most_influential(self, buffer: KVBuffer, plan: EditPlan, then: Sequence[int], k: int) -> set[int]:
+        """The k later slots (as of after the edit) that the ranking puts first."""
+        if k < 1:
+            raise InvalidEditError(f"selective needs k >= 1, got {k}; for the field alone use mode='in_place'")
+        if not plan.compute:
+            return set()
+        reader = Rows.appended(then, buffer.length, buffer.next_position)
+        if not then:  # nothing is asked yet: the context's last token reads
+            last = buffer.length - 1
+            reader = Rows((self._context.ids[last],), (last,), (int(buffer.positions[last]),))
+        scores = self.ranking.scores(self.model.engine, buffer, reader)
+        growth = sum(move.to - move.start for move in plan.moves)
+        first = plan.compute[0]
+        own = set(plan.compute)
+        shifts = sorted((move.start, move.to - move.start) for move in plan.moves)
+        candidates = []
+        for slot in range(first, plan.keep):
+            target = slot + sum(shift for start, shift in shifts if slot >= start)
+            if target not in own and first < target < plan.keep + growth:
+                candidates.append((float(scores[slot]), target))
+        return {target for _, target in sorted(candidates, reverse=True)[:k]}
+
+    def _erratum(self, context: Context, name: str, value: str) -> Unit:
+        line = self.erratum_template.format(name=name, value=value)
+        if not self._messages:
+            rendered = Rendered(line + "\n" if context.text.endswith("\n") else f"\n{line}\n")
+        else:
+            rendered = self._erratum_message(line)
+        return tokenised(self.model.tokenizer, rendered, Kind.ERRATUM, corrects=((name, value),))
+
+    def _erratum_message(self, line: str) -> Rendered:
+        """The line as a message of its own, in the first role that the chat template takes there."""
+        for role in _ERRATUM_ROLES:
+            try:
+                return self._continuation([Message(role, Text(line))])
+            except TemplateError as error:
+                refused = error
+        raise TemplateError(
+            f"the chat template takes no update at this point, neither as a system nor as a user message ({refused}). Use "
+            "mode='suffix', which appends nothing; or build the notebook from raw text."
+        )
+
+    # -- asking ------------------------------------------------------------------------------------------------
+
+    def decide(
+        self,
+        prompt: str | None = None,
+        options: Sequence[str] = (),
+        *,
+        edits: Mapping[str, str] | None = None,
+        mode: str | Mode = DEFAULT_MODE,
+        k: int = 32,
+        think: bool = False,
+    ) -> Decision:
+        """Which option the model would answer. The prompt and the answer are taken back; an edit stays.
+
+        Args:
+            prompt: asked as a user message (or raw text); None asks for the answer to what the context ends with.
+            options: at least two strings, compared as wholes.
+            edits, mode, k: an edit to make first, in the same forward as the prompt: the cheapest way to do both.
+            think: let the model restate the field in one line before it decides.
+        """
+        buffer = self._filled()
+        tokenizer = self.model.tokenizer
+        thought = ""
+        with self._transaction() as meter:
+            with meter.measure() as reading:
+                asked = self._prompt(prompt, think=think)
+                ids = list(tokenised(tokenizer, asked, Kind.TURN).ids)
+                logits, note = self._ask(ids, edits, parse_mode(mode), k)
+            with meter.measure() as scoring:
+                prompt_end = asked.text or self._context.text
+                if think:
+                    thought, logits = self._think(buffer, logits)
+                    prompt_end = thought if thought.endswith(_THOUGHT_ENDS) else prompt_end
+                strings = option_ids(tokenizer, prompt_end, options, tokenizer.eos_token_id)
+                scores = score(self.model.engine, buffer, logits, strings)
+                buffer.truncate(len(self._context))
+        log_probabilities = dict(zip(options, scores, strict=True))
+        weights = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=0).tolist()
+        return Decision(
+            max(log_probabilities, key=lambda option: log_probabilities[option]),
+            dict(zip(options, weights, strict=True)),
+            log_probabilities,
+            self._account(reading.account, note),
+            scoring.account,
+            thought,
+        )
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+        keep: bool = False,
+    ) -> Iterator[str]:
+        """Stream an answer as pieces of text; greedy at temperature 0.
+
+        With `keep` the prompt and the answer become turns of the context; otherwise they are taken back when the
+        stream ends or is closed. Do not use the notebook for anything else before that.
+        """
+        from tokenizers.decoders import DecodeStream
+
+        buffer = self._filled()
+        asked = self._prompt(prompt, think=False)
+        ids = list(tokenised(self.model.tokenizer, asked, Kind.TURN).ids)
+        said: list[int] = []
+        stream = DecodeStream(skip_special_tokens=True)
+        answer = ""
+        completed = False
+        with self._transaction():
+            try:
+                logits, _ = self._ask(ids, None, DEFAULT_MODE, 0)
+                tokens = (
+                    self.model.engine.stream_sampled(buffer, logits, self._stop_ids, temperature, seed)
+                    if temperature > 0
+                    else self.model.engine.stream_greedy(buffer, logits, self._stop_ids)
+                )
+                for token in tokens:
+                    said.append(token)
+                    piece = stream.step(self.model.tokenizer.backend_tokenizer, token)
+                    if piece:
+                        answer += piece
+                        yield piece
+                    if len(said) >= max_new_tokens:
+                        break
+                completed = True
+            finally:
+                buffer.truncate(len(self._context))
+        if keep and completed:
+            if prompt is not None:
+                self.add("user", prompt)
+            self.add("assistant", answer)
+
+    @property
+    def _stop_ids(self) -> frozenset[int]:
+        configured = self.model.engine.model.generation_config.eos_token_id
+        listed = configured if isinstance(configured, list) else [configured]
+        return frozenset(token for token in [*listed, self.model.tokenizer.eos_token_id] if token is not None)
+
+    def _prompt(self, prompt: str | None, *, think: bool) -> Rendered:
+        if prompt is not None:
+            check_no_markers(prompt, self.model.tokenizer, "the prompt")
+        if think:
+            prompt = f"{prompt} {THINK_INSTRUCTION}" if prompt else THINK_INSTRUCTION
+        if not self._messages:
+            return Rendered(prompt or "")
+        asked = [Message("user", Text(prompt))] if prompt is not None else []
+        return self._continuation(asked, prompt_for_answer=True)
+
+    def _ask(self, ids: list[int], edits: Mapping[str, str] | None, mode: Mode, k: int) -> tuple[torch.Tensor, str]:
+        """Edit (if asked to) and compute the prompt; the logits of its last token."""
+        buffer = self._filled()
+        note = ""
+        if edits:
+            logits, note = self._edit(edits, mode, k, then=ids, logits=1)
+            if ids and logits is not None:
+                return logits, note
+        elif ids:
+            return self.model.engine.append(buffer, ids), note
+        # Nothing new to read from: the context's last token is computed once more, for its logits.
+        last = buffer.length - 1
+        row = Rows((self._context.ids[last],), (last,), (int(buffer.positions[last]),))
+        return self.model.engine.compute(buffer, row), note
+
+    def _think(self, buffer: KVBuffer, logits: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """Greedy tokens up to the word that announces the decision; the thought, and the logits after it."""
+        said: list[int] = []
+        text = ""
+        while len(said) < _THOUGHT_LIMIT and not text.endswith(_THOUGHT_ENDS):
+            token = int(logits[-1].argmax())
+            if token in self._stop_ids:
+                break
+            said.append(token)
+            logits = self.model.engine.append(buffer, [token])
+            text = self.model.tokenizer.decode(said)
+        return text, logits
+
+    # -- keeping -----------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the notebook (text, fields, keys and values) to a folder, atomically. See `persistence.py`."""
+        from programmable_kv.notebook.persistence import save
+
+        return save(self, Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path, model: Model) -> Notebook:
+        """Read a notebook that `save` wrote with the same model.
+
+        Raises:
+            FingerprintMismatchError: it was saved from another model, tokenizer or dtype.
+            CorruptFileError: a file is missing, damaged, or of another format version.
+        """
+        from programmable_kv.notebook.persistence import load
+
+        return load(Path(folder), model)
+
+
+def parse_mode(mode: str | Mode) -> Mode:
+    """
+    Raises:
+        InvalidEditError: there is no such mode; the message lists them.
+    """
+    try:
+        return Mode(mode)
+    except ValueError:
+        raise InvalidEditError(f"there is no edit mode {mode!r}; the modes are: {', '.join(Mode)}") from None
+
+
+def _rows(buffer: KVBuffer, ids: Sequence[int], slots: Sequence[int]) -> Rows:
+    """Rows for some slots. A replaced or appended slot stands one position after the slot before it."""
+    positions: dict[int, int] = {}
+    for slot in slots:
+        before = positions.get(slot - 1, int(buffer.positions[slot - 1]) if 0 < slot <= buffer.length else -1)
+        positions[slot] = before + 1 if slot else 0
+    return Rows(tuple(ids[slot] for slot in slots), tuple(slots), tuple(positions.values()))

@@ -1,0 +1,61 @@
+"""Numbers in documents come from records: `<!--RECORD:PATH:FORMAT-->0.98<!--/-->` quotes one.
+
+The comments do not show when Markdown is rendered. `pkv figures` writes the numbers; a test fails when a document
+holds a number that its record does not, or a measured-looking number that quotes none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from programmable_kv.records import Record, read_record, results_folder
+
+_QUOTE = re.compile(r"<!--(?P<record>[a-z0-9-]+):(?P<path>[A-Za-z0-9_.]+):(?P<format>[^>]*?)-->(?P<text>.*?)<!--/-->")
+_CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
+_MEASURED_LOOKING = re.compile(r"\d+(?:\.\d+)?\s?(?:ms\b|%|×|x faster|times faster|tokens/s|nats)|\b0\.\d+")
+CITED = "<!--cited-->"
+"""a line that ends with this quotes published work, with its source, and no record of ours"""
+
+
+def documents(folder: Path) -> Iterator[Path]:
+    """README, CONTRIBUTING and everything in the documents' folder."""
+    yield from (path for path in (folder.parent / "README.md", folder.parent / "CONTRIBUTING.md") if path.exists())
+    yield from sorted(folder.rglob("*.md"))
+
+
+def formatted(record: Record, path: str, spec: str) -> str:
+    """A figure as a document shows it; `%` in front of the format multiplies by a hundred."""
+    value = record.figure(path)
+    return format(100 * value, spec[1:]) + "%" if spec.startswith("%") else format(value, spec)
+
+
+def refreshed(text: str, results: Path | None = None) -> str:
+    """The document with every quoted number written anew."""
+    folder = results or results_folder()
+
+    def write(match: re.Match[str]) -> str:
+        record = read_record(folder / f"{match['record']}.json")
+        number = formatted(record, match["path"], match["format"])
+        return f"<!--{match['record']}:{match['path']}:{match['format']}-->{number}<!--/-->"
+
+    return _QUOTE.sub(write, text)
+
+
+def wrong_quotes(text: str, results: Path | None = None) -> list[str]:
+    """What is wrong with a document's numbers, one sentence each."""
+    folder = results or results_folder()
+    wrong = []
+    for match in _QUOTE.finditer(text):
+        expected = formatted(read_record(folder / f"{match['record']}.json"), match["path"], match["format"])
+        if match["text"] != expected:
+            wrong.append(
+                f"{match['record']}:{match['path']} is {expected} in its record, {match['text']} in the document"
+            )
+    unquoted = _QUOTE.sub("", _CODE.sub("", text))
+    for line in unquoted.splitlines():
+        found = _MEASURED_LOOKING.search(line)
+        if found and not line.rstrip().endswith(CITED):
+            wrong.append(f"{found.group()!r} looks measured but quotes no record: {line.strip()[:90]}")
+    return wrong

@@ -1,0 +1,296 @@
+"""The one record that every experiment and bench writes, and where a figure in a document must come from.
+
+A record is a JSON file in `results/`: what was run, on what, with which seeds, every row it measured, and a summary with
+intervals. It is written row by row through a `Recorder`, so that an interrupted run resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from programmable_kv.errors import RecordError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Machine(_Strict):
+    """Where a record was made: enough to judge a time, nothing that names the place."""
+
+    processor: str
+    cores: int
+    threads: int
+    python: str
+    torch: str
+    transformers: str
+
+    @classmethod
+    def here(cls) -> Machine:
+        import torch
+        import transformers
+
+        return cls(
+            processor=_processor(),
+            cores=os.cpu_count() or 1,
+            threads=torch.get_num_threads(),
+            python=platform.python_version(),
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+        )
+
+
+class Interval(_Strict):
+    """An estimate with its 95% interval and how that was made."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    method: Literal["wilson", "cluster bootstrap", "bootstrap", "none"]
+
+
+class Record(_Strict):
+    """One run of one experiment or bench."""
+
+    schema_version: Literal[1] = 1
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    version: int
+    """of the experiment: rows of different versions must not be compared"""
+    title: str
+    command: str
+    commit: str
+    started: datetime
+    wall_seconds: float
+    model: str
+    model_fingerprint: str
+    data_digest: str
+    """sha256 over whatever the rows were computed from, so that two runs on the same data can be told"""
+    seeds: list[int]
+    machine: Machine
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]]
+    summary: dict[str, Interval | float | int | str | dict[str, Any]]
+    complete: bool
+    notes: list[str] = []
+
+    def figure(self, path: str) -> float:
+        """A number of the summary by its dotted path, for documents: `field_erratum.agreement.value`."""
+        found: Any = self.summary
+        for key in path.split("."):
+            if isinstance(found, Interval):
+                found = getattr(found, key)
+            elif isinstance(found, dict) and key in found:
+                found = found[key]
+            else:
+                raise RecordError(f"record {self.name} has no figure {path!r}")
+        if isinstance(found, Interval):
+            found = found.value
+        if not isinstance(found, int | float):
+            raise RecordError(f"figure {path!r} of record {self.name} is not a number")
+        return float(found)
+
+
+def results_folder() -> Path:
+    """`results/` of the working folder, or the one that `PKV_RESULTS` names."""
+    return Path(os.environ.get("PKV_RESULTS", "results"))
+
+
+def read_record(path: Path) -> Record:
+    """
+    Raises:
+        RecordError: the file is missing or does not fit the schema.
+    """
+    try:
+        return Record.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecordError(f"there is no record at {path}") from None
+    except ValidationError as error:
+        raise RecordError(f"{path} is not a record of schema 1: {error}") from error
+
+
+def all_records(folder: Path | None = None) -> list[Record]:
+    return [read_record(path) for path in sorted((folder or results_folder()).glob("*.json"))]
+
+
+class Recorder:
+    """Collects rows into a record on disk; rows that an earlier, interrupted run wrote are kept and skipped.
+
+    A partial file of other settings, data, model or version is not resumed but refused.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str,
+        version: int,
+        title: str,
+        command: str,
+        model: str,
+        model_fingerprint: str,
+        data_digest: str,
+        seeds: Sequence[int],
+        settings: dict[str, Any],
+    ) -> None:
+        self.path = path
+        self._partial = path.with_suffix(".partial")
+        self._began = time.perf_counter()
+        self.record = Record(
+            name=name,
+            version=version,
+            title=title,
+            command=command,
+            commit=_commit(),
+            started=datetime.now(UTC),
+            wall_seconds=0.0,
+            model=model,
+            model_fingerprint=model_fingerprint,
+            data_digest=data_digest,
+            seeds=list(seeds),
+            machine=Machine.here(),
+            settings=settings,
+            rows=[],
+            summary={},
+            complete=False,
+        )
+        self._earlier_seconds = 0.0
+        if self._partial.exists():
+            self._resume()
+
+    def _resume(self) -> None:
+        earlier = read_record(self._partial)
+        same = ("name", "version", "model_fingerprint", "data_digest", "seeds", "settings")
+        differing = [key for key in same if getattr(earlier, key) != getattr(self.record, key)]
+        if differing:
+            raise RecordError(
+                f"{self._partial} is an interrupted run with another {', '.join(differing)}. Finish that run with its "
+                "settings, or delete the file."
+            )
+        self.record = earlier
+        self._earlier_seconds = earlier.wall_seconds
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return self.record.rows
+
+    def done(self, **key: Any) -> bool:
+        """Whether a row with these entries is there already."""
+        return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a row and write it to disk."""
+        self.rows.append(row)
+        self._write(self._partial)
+
+    def finish(self, summary: dict[str, Any], notes: Iterable[str] = ()) -> Record:
+        """Complete the record and put it in its place."""
+        self.record = self.record.model_copy(
+            update={"summary": summary, "complete": True, "notes": list(notes)},
+        )
+        self._write(self._partial)
+        # Validated as anybody will read it, before it takes the name of a finished record.
+        record = read_record(self._partial)
+        self._partial.replace(self.path)
+        return record
+
+    def _write(self, path: Path) -> None:
+        self.record.wall_seconds = round(self._earlier_seconds + time.perf_counter() - self._began, 3)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(_compact_json(self.record), encoding="utf-8")
+        temporary.replace(path)
+
+
+def digest_of(items: Iterable[str]) -> str:
+    """sha256 over strings, each with its length, so that no two different lists agree."""
+    digest = hashlib.sha256()
+    for item in items:
+        encoded = item.encode()
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    return digest.hexdigest()
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """A proportion with Wilson's 95% interval."""
+    from statsmodels.stats.proportion import proportion_confint
+
+    if n == 0:
+        return Interval(value=float("nan"), low=0.0, high=1.0, n=0, method="wilson")
+    low, high = proportion_confint(successes, n, alpha=0.05, method="wilson")
+    return Interval(value=successes / n, low=float(low), high=float(high), n=n, method="wilson")
+
+
+def bootstrap_mean(values: Sequence[float], *, statistic: str = "mean", seed: int = 0) -> Interval:
+    """A mean or median with a percentile bootstrap interval (10,000 resamples of the items, seeded)."""
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    function: Any = {"mean": np.mean, "median": np.median}[statistic]
+    if len(values) < 2 or len(set(values)) == 1:
+        value = float(values[0]) if values else float("nan")
+        return Interval(value=value, low=value, high=value, n=len(values), method="none")
+    outcome = bootstrap(
+        (np.asarray(values, dtype=float),), function, n_resamples=10_000, method="percentile",
+        rng=np.random.default_rng(seed), vectorized=True, batch=1000,
+    )  # fmt: skip
+    interval = outcome.confidence_interval
+    return Interval(
+        value=float(function(values)), low=float(interval.low), high=float(interval.high), n=len(values),
+        method="bootstrap",
+    )  # fmt: skip
+
+
+def cluster_bootstrap(clusters: Sequence[Sequence[float]], *, resamples: int = 10_000, seed: int = 0) -> Interval:
+    """The mean over all items, with an interval from resampling whole clusters (items of one cluster are not independent)."""
+    import numpy as np
+
+    sums = np.array([sum(cluster) for cluster in clusters], dtype=float)
+    sizes = np.array([len(cluster) for cluster in clusters], dtype=float)
+    drawn = np.random.default_rng(seed).integers(len(clusters), size=(resamples, len(clusters)))
+    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(
+        value=float(sums.sum() / sizes.sum()), low=float(low), high=float(high), n=int(sizes.sum()),
+        method="cluster bootstrap",
+    )  # fmt: skip
+
+
+def _compact_json(record: Record) -> str:
+    """Indented JSON, with each row on one line, so that a diff of records can be read."""
+    body = record.model_dump(mode="json")
+    rows = body.pop("rows")
+    text = json.dumps({**body, "rows": "@rows"}, indent=1)
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    return text.replace('"@rows"', f"[\n  {lines}\n ]" if rows else "[]") + "\n"
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,255 @@
+"""Random programs of buffer operations against a slow model of the buffer that keeps everything and recomputes all.
+
+The model of a cached row is independent of the buffer: a row's keys and values are whatever was last written for its
+token; a relocated key is the canonical key rotated once, in float64, from the position it was computed at.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from conftest import tiny_engine
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.cache.rotation import rotate
+from programmable_kv.errors import CacheBufferError
+
+LAYERS, HEADS, DIM = 2, 2, 8
+ENGINE = tiny_engine("llama")
+LAYOUT = ENGINE.require_relocation()
+
+
+@dataclass
+class Row:
+    """One token as the slow model keeps it: keys and values [layers, heads, dim] as computed, and two positions."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    computed_at: int
+    position: int
+
+    def moved_keys(self, layer: int) -> torch.Tensor:
+        rotary = LAYOUT.layers[layer].rotary
+        assert rotary is not None
+        offset = torch.tensor([self.position - self.computed_at])
+        return rotate(self.keys[layer][:, None], offset, rotary)[:, 0]
+
+
+@dataclass
+class SlowBuffer:
+    rows: list[Row] = field(default_factory=list)
+
+
+class Programs(RuleBasedStateMachine):
+    """Append, overwrite, edit with a change of length, truncate, mark, roll back, release, fork, save and load."""
+
+    @initialize()
+    def start(self) -> None:
+        self.buffer = KVBuffer(ENGINE.layout)
+        self.slow = SlowBuffer()
+        self.marks: list[tuple[Any, SlowBuffer]] = []
+        self.counter = 0
+
+    def fresh(self, position: int) -> Row:
+        self.counter += 1
+        generator = torch.Generator().manual_seed(self.counter)
+        shape = (LAYERS, HEADS, DIM)
+        return Row(
+            torch.randn(shape, generator=generator, dtype=torch.float64),
+            torch.randn(shape, generator=generator, dtype=torch.float64),
+            position,
+            position,
+        )
+
+    def write(self, slots: list[int], positions: list[int]) -> None:
+        made = [self.fresh(position) for position in positions]
+        with self.buffer.writing(slots, positions):
+            for layer in range(LAYERS):
+                keys = torch.stack([row.keys[layer] for row in made], dim=1)[None]
+                values = torch.stack([row.values[layer] for row in made], dim=1)[None]
+                seen_keys, _ = self.buffer.update(keys, values, layer)
+                assert seen_keys.shape[2] == slots[-1] + 1, "queries must see up to the last row written, no further"
+        for slot, row in zip(slots, made, strict=True):
+            if slot < len(self.slow.rows):
+                self.slow.rows[slot] = row
+            else:
+                self.slow.rows.append(row)
+
+    @rule(count=st.integers(1, 9))
+    def append(self, count: int) -> None:
+        first, position = len(self.slow.rows), self.slow.rows[-1].position + 1 if self.slow.rows else 0
+        self.write(list(range(first, first + count)), list(range(position, position + count)))
+
+    @rule(count=st.integers(1, 5))
+    def append_as_transformers_does(self, count: int) -> None:
+        position = self.slow.rows[-1].position + 1 if self.slow.rows else 0
+        made = [self.fresh(position + i) for i in range(count)]
+        for layer in range(LAYERS):
+            keys = torch.stack([row.keys[layer] for row in made], dim=1)[None]
+            values = torch.stack([row.values[layer] for row in made], dim=1)[None]
+            self.buffer.update(keys, values, layer)
+        self.slow.rows += made
+
+    @precondition(lambda self: self.slow.rows)
+    @rule(data=st.data())
+    def overwrite(self, data: st.DataObject) -> None:
+        slots = sorted(data.draw(st.sets(st.integers(0, len(self.slow.rows) - 1), min_size=1, max_size=6)))
+        self.write(slots, [self.slow.rows[slot].position for slot in slots])
+
+    @precondition(lambda self: len(self.slow.rows) > 2)
+    @rule(data=st.data())
+    def edit_with_a_change_of_length(self, data: st.DataObject) -> None:
+        start = data.draw(st.integers(1, len(self.slow.rows) - 1))
+        stop = data.draw(st.integers(start, min(len(self.slow.rows), start + 4)))
+        length = data.draw(st.integers(1, 5))
+        shift = length - (stop - start)
+        tail = self.slow.rows[stop:]
+        position = self.slow.rows[start - 1].position + 1
+        self.buffer.relocate(stop, len(self.slow.rows), start + length, shift, LAYOUT)
+        if not tail:
+            self.buffer.truncate(start)
+        slots = list(range(start, start + length))
+        # What lies in the gap now is about to be written; the slow model makes room for it.
+        self.slow.rows = self.slow.rows[:start]
+        self.write_gap(slots, position, bool(tail))
+        for row in tail:
+            row.position += shift
+        self.slow.rows += tail
+
+    def write_gap(self, slots: list[int], position: int, has_tail: bool) -> None:
+        self.write(slots, list(range(position, position + len(slots))))
+        assert has_tail or self.buffer.length == slots[-1] + 1
+
+    @precondition(lambda self: self.slow.rows)
+    @rule(data=st.data())
+    def truncate(self, data: st.DataObject) -> None:
+        length = data.draw(st.integers(0, len(self.slow.rows)))
+        self.buffer.truncate(length)
+        del self.slow.rows[length:]
+
+    @rule()
+    def mark(self) -> None:
+        if len(self.marks) < 4:
+            self.marks.append((self.buffer.mark(), copy.deepcopy(self.slow)))
+
+    @precondition(lambda self: self.marks)
+    @rule(data=st.data())
+    def rollback(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.integers(0, len(self.marks) - 1))
+        mark, slow = self.marks[chosen]
+        del self.marks[chosen:]
+        self.buffer.rollback(mark)
+        self.slow = slow
+        with pytest.raises(CacheBufferError):
+            self.buffer.rollback(mark)
+
+    @precondition(lambda self: self.marks)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.integers(0, len(self.marks) - 1))
+        self.buffer.release(self.marks[chosen][0])
+        del self.marks[chosen:]
+
+    @rule()
+    def fork(self) -> None:
+        if self.slow.rows:
+            spoiled = self.buffer.fork()
+            spoiled.keys(0).zero_()  # shared storage would spoil the original, which the invariant compares
+        self.buffer, self.marks = self.buffer.fork(), []
+
+    @rule()
+    def save_and_load(self) -> None:
+        named = {name: tensor.clone() for name, tensor in self.buffer.tensors().items()}
+        other = KVBuffer(ENGINE.layout)
+        other.load_tensors(named)
+        self.buffer, self.marks = other, []
+
+    @invariant()
+    def equal(self) -> None:
+        if not hasattr(self, "buffer"):
+            return
+        assert self.buffer.length == len(self.slow.rows)
+        assert self.buffer.positions.tolist() == [row.position for row in self.slow.rows]
+        for layer in range(LAYERS if self.slow.rows else 0):
+            keys = torch.stack([row.moved_keys(layer) for row in self.slow.rows], dim=1)
+            values = torch.stack([row.values[layer] for row in self.slow.rows], dim=1)
+            # Both rotate once from the key as computed, in float64: equal to the last bit.
+            assert torch.equal(self.buffer.keys(layer)[0], keys), f"keys of layer {layer}"
+            assert torch.equal(self.buffer.values(layer)[0], values), f"values of layer {layer}"
+        moved = [i for i, row in enumerate(self.slow.rows) if row.position != row.computed_at]
+        assert self.buffer.relocated.tolist() == moved
+
+
+Programs.TestCase.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestPrograms = Programs.TestCase
+"""100 programs of up to 40 steps: more than 2,000 operations in each run."""
+
+
+def filled(count: int) -> KVBuffer:
+    buffer = ENGINE.new_buffer()
+    ENGINE.append(buffer, list(range(3, 3 + count)), logits=0)
+    return buffer
+
+
+def test_truncate_moves_no_bytes() -> None:
+    buffer = filled(500)
+    before = ENGINE.meter.bytes_moved
+    buffer.truncate(3)
+    assert ENGINE.meter.bytes_moved == before
+    assert buffer.length == 3
+
+
+def test_appending_one_by_one_copies_each_token_a_bounded_number_of_times() -> None:
+    buffer = ENGINE.new_buffer()
+    before = ENGINE.meter.bytes_moved
+    for token in range(600):
+        ENGINE.append(buffer, [3 + token % 400], logits=0)
+    assert ENGINE.meter.bytes_moved - before <= 2 * buffer.nbytes
+
+
+def test_a_tried_edit_costs_what_it_touched() -> None:
+    buffer = filled(400)
+    before = ENGINE.meter.bytes_moved
+    mark = buffer.mark()
+    with buffer.writing([7, 8], [7, 8]):
+        for layer in range(LAYERS):
+            buffer.update(torch.zeros(1, HEADS, 2, DIM).double(), torch.zeros(1, HEADS, 2, DIM).double(), layer)
+    buffer.rollback(mark)
+    assert ENGINE.meter.bytes_moved - before == 2 * 2 * buffer.bytes_per_token, "two tokens saved and two restored"
+
+
+def test_a_failed_write_puts_lengths_and_positions_back() -> None:
+    buffer = filled(10)
+
+    def dies_after_one_layer() -> None:
+        with buffer.writing([10, 11], [10, 11]):
+            buffer.update(torch.zeros(1, HEADS, 2, DIM).double(), torch.zeros(1, HEADS, 2, DIM).double(), 0)
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        dies_after_one_layer()
+    assert buffer.length == 10
+    assert buffer.positions.tolist() == list(range(10))
+
+
+def test_gaps_beams_and_foreign_marks_are_refused() -> None:
+    buffer = filled(5)
+    with pytest.raises(CacheBufferError, match="gap"), buffer.writing([7], [7]):
+        pass
+    with pytest.raises(CacheBufferError, match="one sequence"):
+        buffer.reorder_cache(torch.tensor([0]))
+    with pytest.raises(CacheBufferError, match="not active"):
+        filled(2).rollback(buffer.mark())
+    with pytest.raises(CacheBufferError, match="truncate"):
+        buffer.truncate(6)
+    with pytest.raises(CacheBufferError, match="tail"):
+        buffer.relocate(1, 3, 0, -1, LAYOUT)

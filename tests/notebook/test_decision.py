@@ -1,0 +1,72 @@
+"""Options are compared as whole strings; scoring leaves no trace; the brute-force reference is a full forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import tiny, tokenizer
+from programmable_kv import Notebook
+from programmable_kv.errors import InvalidOptionsError
+from programmable_kv.notebook.decision import option_ids
+from reference import full_forward
+
+
+def build(kind: str = "byte-level") -> Notebook:
+    notebook = Notebook(tiny(kind=kind)).text("status: {status}. what now?\nAction:", status="pending")
+    notebook.prefill()
+    return notebook
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
+@pytest.mark.parametrize(
+    "options", [("deny", "cancel"), ("cancel order", "cancel refund"), ("cancel", "cancel refund", "x")]
+)
+def test_scores_equal_full_forwards(kind: str, options: tuple[str, ...]) -> None:
+    notebook = build(kind)
+    decision = notebook.decide(options=options)
+    end = notebook.model.tokenizer.eos_token_id
+    for option, ids in zip(options, option_ids(notebook.model.tokenizer, "Action:", options, end), strict=True):
+        _, logits = full_forward(notebook.model.engine.model, [*notebook.ids, *ids])
+        rows = torch.log_softmax(logits.double(), dim=-1)
+        start = len(notebook) - 1
+        expected = sum(float(rows[start + i, token]) for i, token in enumerate(ids))
+        assert decision.log_probabilities[option] == pytest.approx(expected, abs=1e-8)
+    assert sum(decision.probabilities.values()) == pytest.approx(1.0)
+    assert decision.choice == max(decision.log_probabilities, key=lambda o: decision.log_probabilities[o])
+
+
+def test_deciding_leaves_the_cache_as_it_was() -> None:
+    notebook = build()
+    keys = [notebook.cache.keys(i).clone() for i in range(2)]
+    for _ in range(2):
+        notebook.decide(" really?", ["deny", "cancel", "cancel order"])
+        assert notebook.cache.length == len(notebook)
+        for layer in range(2):
+            torch.testing.assert_close(notebook.cache.keys(layer), keys[layer], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("end", "expected"), [("Action:", " deny"), ("assistant\n", "deny"), ("Is it ", "deny")])
+def test_the_form_follows_the_prompts_end(end: str, expected: str) -> None:
+    ids = option_ids(tokenizer("byte-level"), end, ["deny", "cancel"], None)
+    assert tokenizer("byte-level").decode(ids[0]) == expected
+
+
+def test_a_metaspace_tokenizer_gets_no_second_word_marker() -> None:
+    ids = option_ids(tokenizer("metaspace"), "is\n", ["deny", "cancel"], None)
+    assert tokenizer("metaspace").decode(ids[0]) == "deny"
+
+
+def test_an_option_that_begins_another_can_lose() -> None:
+    """Without an end token the shorter string's probability contains the longer one's."""
+    end = tokenizer("byte-level").eos_token_id
+    ids = option_ids(tokenizer("byte-level"), "Action:", ["cancel", "cancel order"], end)
+    assert all(option[-1] == end for option in ids)
+    ids = option_ids(tokenizer("byte-level"), "Action:", ["cancel", "deny"], end)
+    assert not any(end in option for option in ids)
+
+
+@pytest.mark.parametrize("options", [[], ["a"], ["a", "a"], ["a", " "]])
+def test_bad_options(options: list[str]) -> None:
+    with pytest.raises(InvalidOptionsError):
+        build().decide(options=options)

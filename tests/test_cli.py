@@ -1,0 +1,119 @@
+"""The command line as a user meets it: real processes, real output, errors without tracebacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+POLICY = """You are the support agent of an online shop.
+
+# Session
+order_status: {status}
+
+# Policy
+- Be polite and brief in every message.
+- If order_status is pending, cancel.
+- If order_status is shipped, deny.
+- {"json": "is left alone"}
+
+Reply with the action only.
+"""
+ASK = ["--ask", "Somebody asks for a cancellation. What do you do?", "--options", "cancel,deny"]
+
+
+def pkv(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "programmable_kv", *arguments], capture_output=True, text=True, check=False, cwd=cwd,
+        env=environment,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> str:
+    path = tmp_path / "policy.md"
+    path.write_text(POLICY, encoding="utf-8")
+    return str(path)
+
+
+def test_edit_prints_one_json_object(policy: str) -> None:
+    done = pkv("edit", "--prompt", policy, "--field", "status=shipped", "--set", "status=pending", *ASK, "--json")
+    assert done.returncode == 0, done.stderr
+    body = json.loads(done.stdout)
+    modes = {row["mode"]: row for row in body["modes"]}
+    assert set(modes) == {"stale", "in_place", "erratum", "field_erratum", "selective", "suffix", "full"}
+    for row in modes.values():
+        assert {"mode", "decision", "probabilities", "agrees_with_full", "tokens_computed", "ttft_ms"} <= set(row)
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+    assert body["before"] == "deny"
+    assert modes["full"]["decision"] == "cancel"
+    assert modes["stale"]["decision"] == "deny"
+    assert modes["field_erratum"]["agrees_with_full"] is True
+    assert len(body["prompt_sha256"]) == 64
+    assert len(body["model_fingerprint"]) == 32
+
+
+def test_edit_prints_a_table(policy: str) -> None:
+    arguments = ["--field", "status=shipped", "--set", "status=pending", "--mode", "erratum", "--raw"]
+    done = pkv("edit", "--prompt", policy, *arguments, *ASK)
+    assert done.returncode == 0, done.stderr
+    assert "erratum" in done.stdout
+    assert "full" in done.stdout
+    assert "suffix" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--field", "status=shipped", "--set", "colour=red", *ASK], "no field 'colour'"),
+        (["--field", "status=shipped", "--set", "status=", *ASK], "is empty"),
+        (["--field", "status", "--set", "status=x", *ASK], "takes name=value"),
+        (["--field", "nothing=here", "--set", "nothing=x", *ASK], "no placeholder"),
+        (["--field", "status=shipped", "--set", "status=a<|im_end|>b", *ASK], "marks roles or special tokens"),
+        (["--field", "status=shipped", "--set", "status=x", "--ask", "?", "--options", "one"], "at least two answers"),
+        (["--field", "status=shipped", "--set", "status=x", *ASK, "--mode", "magic"], "no edit mode 'magic'"),
+        (["--field", "status=shipped", "--set", "status=x", *ASK, "--model", "missing.gguf"], "no GGUF file"),
+    ],
+    ids=lambda item: item if isinstance(item, str) else "",
+)
+def test_errors_are_one_message_and_no_traceback(policy: str, arguments: list[str], message: str) -> None:
+    done = pkv("edit", "--prompt", policy, *arguments)
+    assert done.returncode == 1
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_missing_prompt_file() -> None:
+    done = pkv("edit", "--prompt", "nowhere.md", "--field", "a=b", "--set", "a=c", *ASK)
+    assert done.returncode == 1
+    assert "cannot read the prompt" in done.stderr
+
+
+def test_demo_writes_its_page(tmp_path: Path) -> None:
+    done = pkv("demo", "--page", "page.html", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "account_role: verified_admin → suspended_user" in done.stdout
+    assert "order_status" in done.stdout
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+def test_results_lists_the_records() -> None:
+    root = Path(__file__).parent.parent
+    done = pkv("results", cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert "edit-modes" in done.stdout
+    assert "edit-ttft" in json.loads(pkv("results", "--json", cwd=root).stdout)
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "bad.json").write_text("{}")
+    done = pkv("results", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "bad.json" in done.stderr.replace("\n", "")

@@ -1,0 +1,103 @@
+"""Documents stay true: numbers come from records, modules and options are real, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from programmable_kv.figures import draw_all
+from programmable_kv.quotes import documents, refreshed, wrong_quotes
+from programmable_kv.records import Record, all_records
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = list(documents(ROOT / "docs"))
+RESULTS = ROOT / "results"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_number_is_its_records(path: Path) -> None:
+    assert wrong_quotes(path.read_text(encoding="utf-8"), RESULTS) == []
+
+
+def test_a_wrong_or_unquoted_number_is_found() -> None:
+    record = next(r for r in all_records(RESULTS) if r.name == "adapter-abilities")
+    right = refreshed("a <!--adapter-abilities:ratio:.3f-->?<!--/--> b", RESULTS)
+    assert f"{record.figure('ratio'):.3f}" in right
+    assert wrong_quotes(right, RESULTS) == []
+    assert len(wrong_quotes(right.replace(f"{record.figure('ratio'):.3f}", "0.123"), RESULTS)) == 1
+    assert len(wrong_quotes("it is 12 times faster", RESULTS)) == 1
+    assert len(wrong_quotes("it takes 80 ms", RESULTS)) == 1
+    assert wrong_quotes("others report 80 ms (Source, 2026) <!--cited-->", RESULTS) == []
+
+
+def test_records_are_complete_and_of_the_shipped_model() -> None:
+    records = all_records(RESULTS)
+    assert {"adapter-held-out", "adapter-abilities", "edit-modes", "edit-ttft"} <= {r.name for r in records}
+    assert all(r.complete for r in records)
+    fingerprints = {r.model_fingerprint for r in records if r.model == "embedded"}
+    assert len(fingerprints) == 1, "records of different adapters are mixed"
+
+
+def test_figures_are_drawn_from_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PKV_RESULTS", str(RESULTS))
+    for drawn in draw_all(tmp_path):
+        committed = ROOT / "docs" / "figures" / drawn.name
+        assert committed.read_bytes() == drawn.read_bytes(), f"run `pkv figures`: {drawn.name} is out of date"
+
+
+def test_the_structure_page_names_every_module() -> None:
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `([\w/]+\.py)` \| \S", page, re.MULTILINE))
+    package = ROOT / "src" / "programmable_kv"
+    real = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if path.read_text(encoding="utf-8").strip()
+    }
+    assert named == real
+
+
+def test_links_lead_somewhere() -> None:
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+            assert target.startswith("http") or (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_every_option_and_command_named_is_real() -> None:
+    helps = {}
+    for path in DOCUMENTS:
+        for command in re.findall(r"^(?:\.venv/bin/)?pkv ([^\n\\]*)", path.read_text(encoding="utf-8"), re.MULTILINE):
+            words = [w for w in command.split() if re.fullmatch(r"[a-z-]+", w) and not w.startswith("-")]
+            for depth in (2, 1):
+                name = tuple(words[:depth])
+                if name not in helps:
+                    done = subprocess.run(
+                        [sys.executable, "-m", "programmable_kv", *name, "--help"], capture_output=True, text=True, check=False,
+                        env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "PATH": "/usr/bin:/bin"},
+                    )  # fmt: skip
+                    helps[name] = done.stdout if done.returncode == 0 else ""
+                if helps[name]:
+                    break
+            assert helps[name], f"{path.name}: there is no command 'pkv {command}'"
+            for option in re.findall(r"--[a-z-]+", command):
+                assert option in helps[name], f"{path.name}: 'pkv {' '.join(name)}' has no {option}"
+
+
+def test_the_readme_opens_with_two_commands_that_do_all_the_setup() -> None:
+    commands = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(commands) == 2
+    assert commands[0].endswith("pkv demo")
+    assert commands[1].endswith("pytest")
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "README.md" in script, "CI runs the README's own lines"
+
+
+def test_a_records_schema_is_what_the_docs_say() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in ("name", "version", "rows", "summary"):
+        assert name in Record.model_fields
+        assert f"`{name}`" in page

@@ -1,0 +1,138 @@
+"""The embedded model end to end: what the records say, on a small slice of each experiment and bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from programmable_kv import Mode, Notebook
+from programmable_kv.demo import demo
+from programmable_kv.records import read_record
+
+
+@pytest.fixture(scope="module")
+def demo_results(embedded: Any) -> Any:
+    return list(demo.run(embedded))
+
+
+def test_greedy_output_equals_transformers_own(embedded: Any) -> None:
+    notebook = demo.build(embedded, demo.CASES[0].request)
+    prompt = embedded.tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
+    ids = torch.tensor([[*notebook.ids, *prompt]])
+    model = embedded.engine.model
+    arguments: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **arguments).tolist()
+    mark = notebook.mark()
+    assert model.generate(ids, past_key_values=notebook.cache, **arguments).tolist() == expected
+    notebook.rollback(mark)
+    text = "".join(notebook.generate(max_new_tokens=24))
+    own = embedded.tokenizer.decode(expected[0][ids.shape[1] :]).partition("<|im_end|>")[0]
+    assert text == own
+
+
+def test_the_demo_shows_the_discovery(demo_results: Any) -> None:
+    """Stale and in-place keep the old decision; the default, and recomputing, decide as a full prefill does."""
+    for case, before, outcomes in demo_results:
+        assert before.choice == case.before, case.field
+        by_mode = {outcome.mode: outcome for outcome in outcomes}
+        assert by_mode[Mode.FULL].decision.choice == case.after, case.field
+        assert not by_mode[Mode.STALE].agrees
+        assert not by_mode[Mode.IN_PLACE].agrees, case.field
+        for mode in (Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.SUFFIX):
+            assert by_mode[mode].agrees, (case.field, mode)
+        assert by_mode[Mode.FIELD_ERRATUM].decision.account.tokens_computed < 80
+
+
+def test_the_demo_page_is_self_contained(demo_results: Any) -> None:
+    page = demo.html_page("embedded", demo_results)
+    assert "http" not in page
+    assert "<script" not in page
+    assert page.count("<details>") == len(demo.CASES) * len(demo.MODES)
+    for state in ("stale", "erratum", "refreshed", "exact"):
+        assert f'title="{state}"' in page
+
+
+def test_the_demos_policy_is_about_nine_hundred_tokens(embedded: Any) -> None:
+    assert 850 <= len(demo.build(embedded, demo.CASES[0].request)) <= 1000
+
+
+def test_a_slice_of_the_held_out_experiment(embedded: Any, tmp_path: Path) -> None:
+    from programmable_kv.lab.edit_modes import run
+
+    record = run(embedded, 6, tmp_path / "edit-modes.json")
+    part: Any = record.summary["asked_before"]
+    assert part["counted"] >= 4
+    assert part["stale"]["agreement"]["value"] == 0
+    assert part["full"]["agreement"]["value"] == 1
+    assert part["suffix"]["agreement"]["value"] >= 0.75
+    assert part["field_erratum"]["agreement"]["value"] >= 0.75
+    assert abs(part["suffix"]["recovery"]["value"] - 1) < 0.05
+    assert read_record(tmp_path / "edit-modes.json") == record
+
+
+def test_a_slice_of_the_adapters_evaluation(embedded: Any, tmp_path: Path) -> None:
+    from programmable_kv.adapter.evaluate import evaluate
+
+    record = evaluate(embedded, 8, tmp_path / "adapter-held-out.json")
+    for kind in ("direct", "default_update", "irrelevant_update"):
+        assert record.figure(kind) >= 0.75, kind
+
+
+def test_a_slice_of_the_bench(embedded: Any, tmp_path: Path) -> None:
+    from programmable_kv.bench.edit import run
+
+    record = run(embedded, tmp_path / "edit-ttft.json", lengths=[512], repeats=1)
+    row = record.rows[0]
+    assert 490 <= row["tokens"] <= 512
+    assert row["tokens_computed"]["bare"] == row["tokens_computed"]["field_erratum"]
+    assert row["tokens_computed"]["clone"] < row["tokens_computed"]["suffix"] < row["tokens_computed"]["full"]
+    assert all(ms > 0 for ms in row["ttft_ms"].values())
+
+
+def test_a_slice_of_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    """Two steps at once, and one step, a stop, and one more, end alike (bfloat16 on one machine)."""
+    from dataclasses import replace
+
+    from safetensors.torch import load_file
+
+    from programmable_kv.adapter.train import TrainingRecipe, train
+    from programmable_kv.weights import base_folder
+
+    recipe = replace(
+        TrainingRecipe(),
+        pair_steps=1,
+        short_steps=0,
+        mixed_steps=0,
+        wide_steps=0,
+        hop_steps=1,
+        full_steps=0,
+        conversations_per_step=1,
+        warmup_steps=1,
+        replay_tokens=32,
+        learning_rate=1e-3,
+    )
+    train(base_folder(), tmp_path / "once", recipe)
+    train(base_folder(), tmp_path / "twice", recipe, stop_after=1)
+    train(base_folder(), tmp_path / "twice", recipe)
+    once, twice = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("once", "twice"))
+    assert any(float(tensor.abs().max()) > 0 for name, tensor in once.items() if "lora_B" in name)
+    for name, tensor in once.items():
+        torch.testing.assert_close(tensor.float(), twice[name].float(), rtol=0.05, atol=2e-4)
+    with pytest.raises(ValueError, match="another recipe"):
+        train(base_folder(), tmp_path / "twice", replace(recipe, seed=1))
+
+
+def test_appending_is_a_full_prefill(embedded: Any) -> None:
+    """What the evaluations rely on: a turn appended to an exact cache is the prefill of the whole text."""
+    stepwise = Notebook(embedded).message("system", "status: {s} of it", s="new")
+    stepwise.prefill()
+    stepwise.add("user", "what is it?")
+    whole = Notebook(embedded).message("system", "status: {s} of it", s="new").message("user", "what is it?")
+    whole.prefill()
+    assert stepwise.ids == whole.ids
+    for layer in range(30):
+        torch.testing.assert_close(stepwise.cache.keys(layer), whole.cache.keys(layer), rtol=1e-3, atol=2e-3)
