@@ -221,6 +221,39 @@ def test_a_field_in_two_places() -> None:
     assert notebook.rendered_text.count("x") == 2
 
 
+@pytest.mark.parametrize("mode", [Mode.SELECTIVE, Mode.IN_PLACE])
+def test_there_by_rows_that_stay_and_back_again_is_outspoken(mode: Mode) -> None:
+    """Rows that were computed under B stay in the cache: going back to A must neither call them exact nor say nothing."""
+    notebook = build()
+    notebook.edit(status="pending", mode=mode, k=4)
+    if mode is Mode.IN_PLACE:
+        notebook.add("user", "and now?")
+    account = notebook.edit(status="shipped")
+    assert "status is now: shipped" in notebook.rendered_text
+    assert "no erratum" not in account.note
+    assert {TokenState.AFTER_EDIT, TokenState.STALE} & set(notebook.states)
+    notebook.edit(status="shipped", mode="suffix")
+    assert set(notebook.states) == {TokenState.EXACT}
+    assert "STATE UPDATE" not in notebook.rendered_text
+
+
+def test_a_suffix_edit_of_one_field_does_not_launder_another() -> None:
+    """What is recomputed while another field is only refreshed has read a mixture: going back must say so."""
+    notebook = build()
+    notebook.edit(status="pending", mode="in_place")
+    notebook.edit(tier="silver", mode="suffix")
+    notebook.edit(status="shipped")
+    assert "status is now: shipped" in notebook.rendered_text
+    assert set(notebook.states) != {TokenState.EXACT}
+
+
+def test_selective_after_in_place_still_recomputes() -> None:
+    notebook = build()
+    notebook.edit(status="pending", mode="in_place")
+    account = notebook.edit(status="pending", mode="selective", k=3)
+    assert account.tokens_computed == 3 + 1  # one row is computed to rank with
+
+
 @pytest.mark.parametrize("mode", [Mode.IN_PLACE, Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.SUFFIX])
 @pytest.mark.parametrize("other", ["pending", "cancelled by the customer"])
 def test_there_and_back_again_leaves_nothing_of_b(mode: Mode, other: str) -> None:
@@ -380,6 +413,9 @@ def test_any_program_ends_right_after_a_full_edit(steps: list[tuple[str, ...]]) 
             assert notebook.ids == ids
         assert notebook.cache.length == len(notebook.ids) == len(notebook.states)
         assert notebook.cache.dense
+        if set(notebook.states) == {TokenState.EXACT}:
+            expected, _ = full_forward(notebook.model.engine.model, notebook.ids)
+            assert_rows_equal(notebook.cache, expected, range(len(notebook)), atol=1e-9)
     notebook.edit(status="pending", mode="full")
     expected, _ = full_forward(notebook.model.engine.model, notebook.ids)
     assert_rows_equal(notebook.cache, expected, range(len(notebook)), atol=1e-9)

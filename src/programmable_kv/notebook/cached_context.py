@@ -98,7 +98,9 @@ class CachedContext:
         if not self._texts and not self._messages:
             raise NotPrefilledError("the notebook is empty: add .message(...) or .text(...) before .prefill()")
         unit = tokenised(self.model.tokenizer, self.rendered(), Kind.PREFILL, special=not self._messages)
-        context = Context([unit], {name: FieldState(value, value, value) for name, value in self._values.items()})
+        read = {name: frozenset[str | None]({value}) for name, value in self._values.items()}
+        fields = {name: FieldState(value, value) for name, value in self._values.items()}
+        context = Context([replace(unit, read=read)], fields)
         buffer = self.model.engine.new_buffer(len(unit) + 128)
         with self.model.engine.meter.measure() as reading:
             self.model.engine.append(buffer, unit.ids, logits=0)
@@ -174,10 +176,9 @@ class CachedContext:
             else:
                 rendered = Rendered(content)
             unit = tokenised(self.model.tokenizer, rendered, Kind.TURN)
-            edited = any(state is not TokenState.EXACT for state in self._context.states())
             self.model.engine.append(buffer, unit.ids, logits=0)
             context = self._context.copy()
-            context.units.append(replace(unit, after_edit=edited))
+            context.units.append(replace(unit, read=context.reading(len(context))))
             self._context = context
         return self._account(reading.account, "")
 

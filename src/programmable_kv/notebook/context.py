@@ -34,7 +34,7 @@ class TokenState(StrEnum):
     REFRESHED = "refreshed"
     ERRATUM = "erratum"
     AFTER_EDIT = "after edit"
-    """computed after an edit, on a context that still holds stale tokens"""
+    """computed on a context that held traces of several values of a field"""
     STALE = "stale"
 
     @property
@@ -56,6 +56,10 @@ class Place:
     tokens: Span
 
 
+Readings = Mapping[str, frozenset[str | None]]
+"""for each field, the values under which some tokens were computed; None for a mixture of several"""
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """A run of text that was tokenised on its own. `offsets` are the characters of each token."""
@@ -69,7 +73,8 @@ class Unit:
     places: tuple[Place, ...] = ()
     corrects: tuple[tuple[str, str], ...] = ()
     """for an erratum: the (field, value) it states"""
-    after_edit: bool = False
+    read: Readings = field(default_factory=dict)
+    """what those of its tokens that follow a field have read of it"""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -177,11 +182,10 @@ def _locally(
 
 @dataclass(slots=True)
 class FieldState:
-    """A field's values: `current` is the truth, `written` stands in its places, `noted` is what later tokens saw."""
+    """A field's values: `current` is the truth, `written` stands in its places."""
 
     current: str
     written: str
-    noted: str
 
 
 @dataclass(slots=True)
@@ -250,28 +254,86 @@ class Context:
             slot += length
         return found
 
+    # -- what was computed under which values --------------------------------------------------------------------
+
+    def first_place(self, name: str) -> int:
+        """The slot after a field's first place: tokens from here on can have read it."""
+        return min(span.stop for span in self.spans(name))
+
+    def reading(self, slot: int) -> Readings:
+        """What a token computed now, at `slot`, reads of each field: one value if all before it agrees, else a mixture."""
+        return {name: self._reading_of(name, state.written, slot) for name, state in self.fields.items()}
+
+    def _reading_of(self, name: str, written: str, slot: int) -> frozenset[str | None]:
+        seen: set[str | None] = {written}
+        place = self.first_place(name)
+        for begins, unit in self._following(name):
+            if max(begins, place) >= slot:
+                break
+            seen |= unit.read[name]
+            if any(corrected == name for corrected, _ in unit.corrects):
+                seen.add(None)
+        return frozenset(seen) if len(seen) == 1 else frozenset({None})
+
+    def _following(self, name: str) -> Iterator[tuple[int, Unit]]:
+        """The units that hold tokens after a field's first place."""
+        place = self.first_place(name)
+        return ((begins, unit) for begins, unit in self.starts() if begins + len(unit) > place)
+
+    def read_only(self, name: str, value: str) -> bool:
+        """Whether the field's places and every token after them have seen this value and no other."""
+        return self.fields[name].written == value and all(
+            unit.read[name] == frozenset({value}) for _, unit in self._following(name)
+        )
+
+    def note_computed_from(self, start: int) -> None:
+        """Every token from slot `start` on was computed, in one go, on what precedes it."""
+        begins = 0
+        for index, unit in enumerate(self.units):
+            if begins + len(unit) > start:
+                now = self.reading(max(start, begins))
+                read = {}
+                for name, value in now.items():
+                    kept = max(begins, self.first_place(name)) < start  # some of its readers in this unit stay
+                    read[name] = unit.read[name] | value if kept else value
+                self.units[index] = replace(unit, read=read)
+            begins += len(unit)
+
+    def note_computed(self, slots: Iterable[int]) -> None:
+        """Some tokens were computed on what precedes them. A field's own places do not count as readers of it."""
+        own = {name: {slot for span in self.spans(name) for slot in span.range} for name in self.fields}
+        first = {name: self.first_place(name) for name in self.fields}
+        bounds = list(self.starts())
+        for slot in sorted(slots):
+            index = max(i for i, (begins, _) in enumerate(bounds) if begins <= slot)
+            unit, now = self.units[index], self.reading(slot)
+            read = {
+                name: unit.read[name] | now[name] if slot >= first[name] and slot not in own[name] else unit.read[name]
+                for name in self.fields
+            }
+            if read != unit.read:
+                self.units[index] = replace(unit, read=read)
+
     def states(self, relocated: Iterable[int] = ()) -> list[TokenState]:
-        """The state of every cached token, derived from what the edits did and which slots were `relocated`."""
+        """The state of every cached token, derived from what it has read and which slots were `relocated`."""
         states: list[TokenState] = []
         for unit in self.units:
-            state = TokenState.AFTER_EDIT if unit.after_edit else TokenState.EXACT
-            states += [TokenState.ERRATUM if unit.kind is Kind.ERRATUM else state] * len(unit)
-        stale_from = len(states)
+            states += [TokenState.ERRATUM if unit.kind is Kind.ERRATUM else TokenState.EXACT] * len(unit)
         for name, field_state in self.fields.items():
-            spans = self.spans(name)
-            if field_state.noted != field_state.current and spans:
-                stale_from = min(stale_from, spans[0].stop)
-        for slot in range(stale_from, len(states)):
-            if states[slot] is TokenState.EXACT:
-                states[slot] = TokenState.STALE
+            place = self.first_place(name)
+            for begins, unit in self._following(name):
+                mark = _worth(unit.read[name], field_state.current)
+                if unit.kind is not Kind.ERRATUM:
+                    for slot in range(max(begins, place), begins + len(unit)):
+                        states[slot] = weakest([states[slot], mark])
         for slot in self.refreshed:
-            if states[slot] is TokenState.STALE:
+            if states[slot] in (TokenState.STALE, TokenState.AFTER_EDIT):
                 states[slot] = TokenState.REFRESHED
         for name, field_state in self.fields.items():
             for span in self.spans(name):
                 if field_state.written != field_state.current:
                     mark = TokenState.STALE
-                elif field_state.written != field_state.noted:
+                elif not self.read_only(name, field_state.written):
                     mark = TokenState.REFRESHED
                 else:
                     continue
@@ -279,3 +341,10 @@ class Context:
         for slot in relocated:
             states[slot] = weakest([states[slot], TokenState.RELOCATED])
         return states
+
+
+def _worth(read: frozenset[str | None], current: str) -> TokenState:
+    """The state of tokens that were computed under these values of a field."""
+    if read == frozenset({current}):
+        return TokenState.EXACT
+    return TokenState.AFTER_EDIT if read <= {current, None} else TokenState.STALE

@@ -91,13 +91,14 @@ class Notebook(CachedContext):
             )
         extra: set[int] = set()
         if mode is Mode.SELECTIVE:
-            extra = self._most_influential(buffer, plan, then, k)
+            extra = self._most_influential(buffer, plan, after, changes, then, k)
         buffer.truncate(plan.keep)
         for move in plan.moves:
             buffer.relocate(move.start, buffer.length, move.to, move.to - move.start, layout)
         slots = sorted({*plan.compute, *extra})
         if mode is Mode.SELECTIVE:
             after.refreshed = frozenset(extra)
+            after.note_computed(extra)
         rows = _rows(buffer, after.ids, slots)
         end = rows.positions[-1] + 1 if rows.slots and rows.slots[-1] == len(after) - 1 else buffer.next_position
         rows = rows.then(Rows.appended(then, len(after), end))
@@ -107,23 +108,23 @@ class Notebook(CachedContext):
         self._context = after
         return output, plan.note
 
-    def _most_influential(self, buffer: KVBuffer, plan: EditPlan, then: Sequence[int], k: int) -> set[int]:
+    def _most_influential(
+        self, buffer: KVBuffer, plan: EditPlan, after: Context, changes: Mapping[str, str], then: Sequence[int], k: int
+    ) -> set[int]:
         """The k later slots (as of after the edit) that the ranking puts first."""
         if k < 1:
             raise InvalidEditError(f"selective needs k >= 1, got {k}; for the field alone use mode='in_place'")
-        if not plan.compute:
-            return set()
         reader = Rows.appended(then, buffer.length, buffer.next_position)
         if not then:  # nothing is asked yet: the context's last token reads
             last = buffer.length - 1
             reader = Rows((self._context.ids[last],), (last,), (int(buffer.positions[last]),))
         scores = self.ranking.scores(self.model.engine, buffer, reader)
         growth = sum(move.to - move.start for move in plan.moves)
-        first = plan.compute[0]
-        own = set(plan.compute)
+        first = min(after.first_place(name) for name in changes) - 1
+        own = {*plan.compute, *(slot for name in changes for span in after.spans(name) for slot in span.range)}
         shifts = sorted((move.start, move.to - move.start) for move in plan.moves)
         candidates = []
-        for slot in range(first, plan.keep):
+        for slot in range(plan.keep):
             target = slot + sum(shift for start, shift in shifts if slot >= start)
             if target not in own and first < target < plan.keep + growth:
                 candidates.append((float(scores[slot]), target))

@@ -45,13 +45,12 @@ class SavedUnit(_Strict):
     special: bool
     places: tuple[SavedPlace, ...]
     corrects: tuple[tuple[str, str], ...]
-    after_edit: bool
+    read: dict[str, tuple[str | None, ...]]
 
 
 class SavedField(_Strict):
     current: str
     written: str
-    noted: str
 
 
 class SavedMessage(_Strict):
@@ -101,7 +100,7 @@ def save(notebook: Notebook, folder: Path) -> Path:
             ),
             units=tuple(_saved(unit) for unit in context.units),
             fields={
-                name: SavedField(current=state.current, written=state.written, noted=state.noted)
+                name: SavedField(current=state.current, written=state.written)
                 for name, state in context.fields.items()
             },
             refreshed=tuple(sorted(context.refreshed)),
@@ -151,7 +150,7 @@ def load(folder: Path, model: Model) -> Notebook:
     notebook._values = {name: state.current for name, state in manifest.fields.items()}
     context = Context(
         [_unit(saved) for saved in manifest.units],
-        {name: FieldState(f.current, f.written, f.noted) for name, f in manifest.fields.items()},
+        {name: FieldState(f.current, f.written) for name, f in manifest.fields.items()},
         frozenset(manifest.refreshed),
     )
     buffer = model.engine.new_buffer(len(context))
@@ -176,14 +175,15 @@ def _saved(unit: Unit) -> SavedUnit:
     )
     return SavedUnit(
         kind=unit.kind, text=unit.text, ids=unit.ids, offsets=unit.offsets, special=unit.special, places=places,
-        corrects=unit.corrects, after_edit=unit.after_edit,
+        corrects=unit.corrects, read={name: tuple(sorted(values, key=str)) for name, values in unit.read.items()},
     )  # fmt: skip
 
 
 def _unit(saved: SavedUnit) -> Unit:
     places = tuple(Place(p.name, Span(*p.characters), Span(*p.tokens)) for p in saved.places)
     return Unit(
-        saved.kind, saved.text, saved.ids, saved.offsets, saved.special, places, saved.corrects, saved.after_edit
+        saved.kind, saved.text, saved.ids, saved.offsets, saved.special, places, saved.corrects,
+        {name: frozenset(values) for name, values in saved.read.items()},
     )
 
 
