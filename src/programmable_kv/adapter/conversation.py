@@ -65,9 +65,16 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
         scenario = make_scenario(rng, split, fillers=rng.randint(0, 3), gates=1, two_hop=False, stage=stage)
         count = rng.randint(2, 3)
     elif stage == "hop":
-        values = 2 if rng.random() < 0.5 else None
+        told_apart = 2 if rng.random() < 0.5 else None
         scenario = make_scenario(
-            rng, split, fillers=0, gates=1, two_hop=True, gated_values=values, ordered=rng.random() < 0.6, stage=stage
+            rng,
+            split,
+            fillers=0,
+            gates=1,
+            two_hop=True,
+            gated_values=told_apart,
+            ordered=rng.random() < 0.6,
+            stage=stage,
         )
         count = rng.randint(2, 4)
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import random
 import time
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from torch import nn
 from programmable_kv.adapter.conversation import Sequence, conversation, encode
 from programmable_kv.adapter.grammar import Stage
 from programmable_kv.adapter.replay import documents
+from programmable_kv.errors import TrainingError
+from programmable_kv.records import digest_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class TrainingRecipe:
     mixed_steps: int = 120
     wide_steps: int = 330
     hop_steps: int = 250
-    full_steps: int = 450
+    full_steps: int = 300
     """steps of each `Stage` of conversations, in this order"""
     conversations_per_step: int = 8
     tokens_per_pass: int = 2048
@@ -90,11 +93,13 @@ def train(
     recipe: TrainingRecipe,
     *,
     stop_after: int | None = None,
+    change_recipe: bool = False,
     report: Callable[[int, float, float], None] | None = None,
 ) -> Path:
     """Train (or resume training) the adapter of the model in `base`; returns the folder with its weights.
 
-    `stop_after` ends it at that step of the recipe's schedule.
+    `stop_after` ends it at that step of the recipe's schedule. With `change_recipe` it may go on from a checkpoint of another
+    recipe; which recipe was followed up to which step is recorded.
 
     `report(step, decision_loss, replay_loss)` is called after every step. Losses are in nats a token.
     """
@@ -110,16 +115,24 @@ def train(
 
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
-    start, seconds, curve, began_with = 0, 0.0, [], None
+    start, seconds = 0, 0.0
+    curve: list[Any] = []
+    earlier: list[dict[str, Any]] = []
     if not checkpoint.exists() and (out / "training.json").exists():
-        start, seconds, curve, began_with = _load_exported(out, model, recipe)
+        start, seconds, curve, earlier = _load_exported(out, model, recipe)
         weights.restart()
     elif checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        earlier = state["earlier"]
         if state["recipe"] != asdict(recipe):
-            raise ValueError(f"{checkpoint} was written by another recipe; choose another folder or delete it")
+            if not change_recipe:
+                raise TrainingError(
+                    f"{checkpoint} was written by another recipe. Choose another folder, delete it, or change the recipe "
+                    "from here on."
+                )
+            earlier = [*earlier, {"until_step": state["step"], "recipe": state["recipe"]}]
         weights.load(state["masters"], state["optimizer"])
-        start, seconds, curve, began_with = (state[key] for key in ("step", "seconds", "curve", "began_with"))
+        start, seconds, curve = state["step"], state["seconds"], state["curve"]
 
     replay_ids = [tokenizer.encode(text, add_special_tokens=False) for text in documents("replay")]
     began = time.perf_counter() - seconds
@@ -144,7 +157,7 @@ def train(
         if report is not None:
             report(step, decision_loss, float(replay_loss.detach()))
         if (step + 1) % 20 == 0 or step + 1 == last:
-            _save(checkpoint, model, weights, recipe, step + 1, time.perf_counter() - began, curve, began_with)
+            _save(checkpoint, model, weights, recipe, step + 1, time.perf_counter() - began, curve, earlier)
     return export(checkpoint, out)
 
 
@@ -186,8 +199,8 @@ class Masters:
 
 def _load_exported(
     folder: Path, model: Any, recipe: TrainingRecipe
-) -> tuple[int, float, list[Any], dict[str, Any] | None]:
-    """Go on from an exported adapter: its step, seconds, curve, and its own recipe where that was another one.
+) -> tuple[int, float, list[Any], list[dict[str, Any]]]:
+    """Go on from an exported adapter: its step, seconds, curve, and the recipes it followed if they were others.
 
     Only where the second cosine begins is the optimizer's state not needed.
     """
@@ -196,13 +209,15 @@ def _load_exported(
 
     found = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     if found["step"] != recipe.second_start:
-        raise ValueError(
+        raise TrainingError(
             f"{folder} holds an adapter exported at step {found['step']}; without its checkpoint.pt training can only "
             f"go on from step {recipe.second_start}. Choose an empty folder to train from the start."
         )
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-    began_with = found["recipe"] if found["recipe"] != asdict(recipe) else None
-    return found["step"], found["seconds"], found["curve"], began_with
+    earlier = list(found.get("earlier", []))
+    if found["recipe"] != asdict(recipe):
+        earlier.append({"until_step": found["step"], "recipe": found["recipe"]})
+    return found["step"], found["seconds"], found["curve"], earlier
 
 
 def _width(sequences: list[Sequence]) -> int:
@@ -254,7 +269,7 @@ def _save(
     step: int,
     seconds: float,
     curve: list[Any],
-    began_with: dict[str, Any] | None,
+    earlier: list[dict[str, Any]],
 ) -> None:
     from peft import get_peft_model_state_dict
 
@@ -268,7 +283,7 @@ def _save(
             "step": step,
             "seconds": seconds,
             "curve": curve,
-            "began_with": began_with,
+            "earlier": earlier,
         },
         partial,
     )
@@ -286,7 +301,9 @@ def export(checkpoint: Path, out: Path) -> Path:
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     recipe = TrainingRecipe(**state["recipe"])
     _lora(recipe, LoraConfig).save_pretrained(out)
-    summary = {key: state[key] for key in ("recipe", "began_with", "step", "seconds")}
+    summary = {key: state[key] for key in ("recipe", "earlier", "step", "seconds")}
+    # The replayed text and the English words of the grammar are the running Python's standard library.
+    summary |= {"python": platform.python_version(), "text_digest": digest_of(documents("replay"))}
     curve = {"columns": ["step", "decision_loss", "replay_loss"], "curve": state["curve"]}
     (out / "training.json").write_text(json.dumps({**summary, **curve}) + "\n", encoding="utf-8")
     return out

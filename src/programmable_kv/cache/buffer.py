@@ -24,11 +24,10 @@ _SMALLEST_CAPACITY = 64
 _NO_ORIGIN = -1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Mark:
-    """A state of the buffer that can be returned to."""
+    """A state of one buffer that can be returned to. Compared by identity: no other buffer's mark passes for it."""
 
-    serial: int
     length: int
     logged: int
 
@@ -141,7 +140,6 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self._origin_keys: list[torch.Tensor] | None = None
         self._undo: list[_Saved] = []
         self._marks: list[Mark] = []
-        self._serial = 0
         super().__init__(layers=[BufferLayer(self) for _ in layout.layers])
 
     # -- reading -----------------------------------------------------------------------------------------------
@@ -331,8 +329,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
 
     def mark(self) -> Mark:
         """Remember this state. Until it is released or rolled back, overwritten rows are kept aside."""
-        self._serial += 1
-        mark = Mark(self._serial, self.length, len(self._undo))
+        mark = Mark(self.length, len(self._undo))
         self._marks.append(mark)
         return mark
 
@@ -351,8 +348,12 @@ class KVBuffer(Cache):  # type: ignore[misc]
         if not self._marks:
             self._undo.clear()
 
+    def holds(self, mark: Mark) -> bool:
+        """Whether this mark is active: neither rolled back nor released, and this buffer's own."""
+        return mark in self._marks
+
     def _require(self, mark: Mark) -> None:
-        if mark not in self._marks:
+        if not self.holds(mark):
             raise CacheBufferError("this mark is not active: it was rolled back, released, or is another buffer's")
 
     def _drop(self, mark: Mark) -> None:
@@ -396,7 +397,6 @@ class KVBuffer(Cache):  # type: ignore[misc]
         """An independent copy of what is in use (no marks). This one does copy the context."""
         other = KVBuffer(self.layout, capacity=self.length, meter=self.meter)
         other.load_tensors(self.tensors())
-        self.meter.bytes_moved += self.nbytes
         return other
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -433,3 +433,4 @@ class KVBuffer(Cache):  # type: ignore[misc]
             for index, tensor in enumerate(self._origin_keys):
                 tensor[:, :, :count] = named[f"origin_keys.{index}"]
         self._set_length(count)
+        self.meter.bytes_moved += self.nbytes

@@ -10,12 +10,12 @@ from typing import Self
 from programmable_kv.account import Account, Meter
 from programmable_kv.cache.buffer import KVBuffer, Mark
 from programmable_kv.cache.span import Span
-from programmable_kv.errors import InvalidEditError, NotPrefilledError, UnknownFieldError
+from programmable_kv.errors import InvalidEditError, NotPrefilledError, OutOfStepError, UnknownFieldError
 from programmable_kv.model import Model
 from programmable_kv.notebook.context import Context, FieldState, Kind, TokenState, tokenised
 from programmable_kv.notebook.parts import Message, Rendered, Text, continuation, render_chat, unmark
 from programmable_kv.notebook.ranking import AttentionInfluence, Ranking
-from programmable_kv.notebook.values import check_name, check_no_markers, check_template, check_value
+from programmable_kv.notebook.values import check_name, check_no_markers, check_role, check_template, check_value
 from programmable_kv.notebook.wording import DEFAULT_TEMPLATE
 
 
@@ -43,6 +43,8 @@ class CachedContext:
         self._messages: list[Message] = []
         self._context = Context()
         self._buffer: KVBuffer | None = None
+        self.last_account = Account()
+        """what the latest operation cost"""
 
     # -- building ----------------------------------------------------------------------------------------------
 
@@ -56,6 +58,7 @@ class CachedContext:
         self._require_unfilled()
         if self._texts:
             raise InvalidEditError("this notebook is made of raw text; chat messages cannot be mixed in. Use .text().")
+        check_role(role)
         check_no_markers(content, self.model.tokenizer, f"the {role} message")
         self._messages.append(Message(role, self._declared(content, fields)))
         return self
@@ -77,7 +80,7 @@ class CachedContext:
     def _declared(self, content: str, fields: Mapping[str, str]) -> Text:
         for name, value in fields.items():
             check_name(name)
-            check_value(name, value, self.model.tokenizer, self.erratum_template)
+            check_value(name, value, self.model.tokenizer, self.erratum_template, {*fields, *self._values})
             if self._values.get(name, value) != value:
                 raise InvalidEditError(f"field {name} was declared before as {self._values[name]!r}, now as {value!r}")
         known = {**self._values, **fields}
@@ -105,6 +108,7 @@ class CachedContext:
         with self.model.engine.meter.measure() as reading:
             self.model.engine.append(buffer, unit.ids, logits=0)
         self._context, self._buffer = context, buffer
+        self.last_account = reading.account
         return reading.account
 
     def rendered(self) -> Rendered:
@@ -166,8 +170,13 @@ class CachedContext:
         Raises:
             TemplateError: the chat template cannot continue this conversation with that role.
         """
-        buffer = self._filled()
+        check_role(role)
         check_no_markers(content, self.model.tokenizer, f"the {role} turn")
+        return self._append_turn(role, content)
+
+    def _append_turn(self, role: str, content: str) -> Account:
+        buffer = self._filled()
+        reused = len(self._context)
         with self._transaction() as meter, meter.measure() as reading:
             if self._messages:
                 message = Message(role, Text(content))
@@ -180,7 +189,7 @@ class CachedContext:
             context = self._context.copy()
             context.units.append(replace(unit, read=context.reading(len(context))))
             self._context = context
-        return self._account(reading.account, "")
+        return self._account(reading.account, reused)
 
     def _continuation(self, more: Sequence[Message], *, prompt_for_answer: bool = False) -> Rendered:
         written = {name: state.written for name, state in self._context.fields.items()}
@@ -192,21 +201,30 @@ class CachedContext:
         """Remember this state. Costs nothing until something is overwritten."""
         return NotebookMark(self._filled().mark(), self._context, tuple(self._messages))
 
-    def rollback(self, mark: NotebookMark) -> None:
-        """Return to a mark, at the cost of what was overwritten since; it and later marks are used up."""
-        self._filled().rollback(mark.buffer)
+    def rollback(self, mark: NotebookMark) -> Account:
+        """Return to a mark, at the cost of what was overwritten since; it and later marks are used up.
+
+        Raises:
+            CacheBufferError: the mark is used up, or another notebook's.
+        """
+        with self.model.engine.meter.measure() as reading:
+            self._filled().rollback(mark.buffer)
         self._context, self._messages = mark.context, list(mark.messages)
+        return self._account(reading.account, len(self._context))
 
     def release(self, mark: NotebookMark) -> None:
         """Keep what happened since a mark; it and later marks are used up."""
         self._filled().release(mark.buffer)
 
     def fork(self) -> Self:
-        """An independent notebook in the same state. Copies the cache."""
+        """An independent notebook in the same state. Copies the cache; its `last_account` says what that cost."""
+        self._require_in_step()
         other = type(self)(self.model, erratum_template=self.erratum_template, ranking=self.ranking)
         other._values, other._texts, other._messages = dict(self._values), list(self._texts), list(self._messages)
         other._context = self._context.copy()
-        other._buffer = self._filled().fork()
+        with self.model.engine.meter.measure() as reading:
+            other._buffer = self._filled().fork()
+        other._account(reading.account, len(self._context))
         return other
 
     def _repr_html_(self) -> str:
@@ -217,20 +235,33 @@ class CachedContext:
     @contextmanager
     def _transaction(self) -> Iterator[Meter]:
         """If the block raises, the notebook is put back as it was before it."""
-        buffer = self._filled()
+        buffer = self._require_in_step()
         mark = buffer.mark()
         context, messages = self._context, list(self._messages)
         try:
             yield self.model.engine.meter
         except BaseException:
-            buffer.rollback(mark)
-            self._context, self._messages = context, messages
+            if buffer.holds(mark):  # or else the user has rolled back further already
+                buffer.rollback(mark)
+                self._context, self._messages = context, messages
             raise
-        buffer.release(mark)
+        if buffer.holds(mark):
+            buffer.release(mark)
 
-    def _account(self, account: Account, note: str) -> Account:
-        reused = max(0, len(self._context) - account.tokens_computed - account.tokens_relocated)
-        return replace(account, tokens_reused=reused, note=note)
+    def _account(self, account: Account, reused: int, note: str = "") -> Account:
+        """`reused`: how many cached tokens were neither computed nor moved."""
+        self.last_account = replace(account, tokens_reused=reused, note=note)
+        return self.last_account
+
+    def _require_in_step(self) -> KVBuffer:
+        buffer = self._filled()
+        if buffer.length != len(self._context):
+            raise OutOfStepError(
+                f"the cache holds {buffer.length} tokens and this notebook knows of {len(self._context)}: a stream from "
+                ".generate() is still open, or transformers appended to .cache by itself. Finish or close the stream; or "
+                "roll back to a mark from before."
+            )
+        return buffer
 
     def _filled(self) -> KVBuffer:
         if self._buffer is None:

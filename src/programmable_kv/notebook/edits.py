@@ -34,7 +34,7 @@ class Mode(StrEnum):
 
 
 DEFAULT_MODE = Mode.FIELD_ERRATUM
-_REFRESHES_FIELD = frozenset({Mode.IN_PLACE, Mode.FIELD_ERRATUM, Mode.SELECTIVE, Mode.SUFFIX, Mode.FULL})
+REFRESHES_FIELD = frozenset({Mode.IN_PLACE, Mode.FIELD_ERRATUM, Mode.SELECTIVE, Mode.SUFFIX, Mode.FULL})
 _STATES_VALUE = frozenset({Mode.ERRATUM, Mode.FIELD_ERRATUM})
 _RECOMPUTES_AFTER = frozenset({Mode.SUFFIX, Mode.FULL})
 
@@ -92,7 +92,7 @@ def plan_edit(
     keep = len(after)
     moves: list[Move] = []
     compute: list[int] = []
-    if mode in _REFRESHES_FIELD:
+    if mode in REFRESHES_FIELD:
         rewritten = {name: value for name, value in changes.items() if after.fields[name].written != value}
         before = len(after)
         replacements = after.write(tokenizer, rewritten)

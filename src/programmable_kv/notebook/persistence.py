@@ -100,18 +100,24 @@ def save(notebook: Notebook, folder: Path) -> Path:
             ),
             units=tuple(_saved(unit) for unit in context.units),
             fields={
-                name: SavedField(current=state.current, written=state.written)
-                for name, state in context.fields.items()
+                name: SavedField(current=state.current, written=state.written) for name, state in context.fields.items()
             },
             refreshed=tuple(sorted(context.refreshed)),
         )
-        (partial / _MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        body = manifest.model_dump_json()
+        sealed = {"sha256": hashlib.sha256(body.encode()).hexdigest(), "notebook": json.loads(body)}
+        (partial / _MANIFEST).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
         if folder.exists():
             # A folder cannot be replaced in one step everywhere: move the old one aside first.
             aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-")) / "old"
             folder.rename(aside)
-            partial.rename(folder)
-            shutil.rmtree(aside.parent)
+            try:
+                partial.rename(folder)
+            except OSError:
+                aside.rename(folder)
+                raise
+            finally:
+                shutil.rmtree(aside.parent, ignore_errors=True)
         else:
             partial.rename(folder)
     finally:
@@ -122,11 +128,15 @@ def save(notebook: Notebook, folder: Path) -> Path:
 def load(folder: Path, model: Model) -> Notebook:
     """Read a notebook; every check comes before any state is made."""
     try:
-        manifest = Manifest.model_validate_json((folder / _MANIFEST).read_text(encoding="utf-8"))
+        sealed = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = Manifest.model_validate(sealed["notebook"])
+        intact = sealed["sha256"] == hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
     except FileNotFoundError:
         raise CorruptFileError(f"{folder} holds no {_MANIFEST}: it is not a saved notebook") from None
-    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValidationError, ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{folder / _MANIFEST} is damaged or of another format: {_short(error)}") from error
+    if not intact:
+        raise CorruptFileError(f"{folder / _MANIFEST} was damaged or changed by hand: save the notebook again")
     if manifest.fingerprint != model.fingerprint:
         raise FingerprintMismatchError(
             f"{folder} was saved from '{manifest.model_name}' ({manifest.fingerprint[:8]}, {manifest.dtype}); this model is "
@@ -182,7 +192,13 @@ def _saved(unit: Unit) -> SavedUnit:
 def _unit(saved: SavedUnit) -> Unit:
     places = tuple(Place(p.name, Span(*p.characters), Span(*p.tokens)) for p in saved.places)
     return Unit(
-        saved.kind, saved.text, saved.ids, saved.offsets, saved.special, places, saved.corrects,
+        saved.kind,
+        saved.text,
+        saved.ids,
+        saved.offsets,
+        saved.special,
+        places,
+        saved.corrects,
         {name: frozenset(values) for name, values in saved.read.items()},
     )
 
