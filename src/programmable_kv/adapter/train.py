@@ -36,7 +36,7 @@ class TrainingRecipe:
     mixed_steps: int = 120
     wide_steps: int = 330
     hop_steps: int = 250
-    full_steps: int = 420
+    full_steps: int = 300
     """steps of each `Stage` of conversations, in this order"""
     conversations_per_step: int = 8
     tokens_per_pass: int = 2048
