@@ -14,6 +14,8 @@ from programmable_kv.demo import demo
 from programmable_kv.errors import TrainingError
 from programmable_kv.records import read_record
 
+RESULTS = Path(__file__).parent.parent / "results"
+
 
 @pytest.fixture(scope="module")
 def demo_results(embedded: Any) -> Any:
@@ -25,7 +27,10 @@ def test_greedy_output_equals_transformers_own(embedded: Any) -> None:
     prompt = embedded.tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
     ids = torch.tensor([[*notebook.ids, *prompt]])
     model = embedded.engine.model
-    arguments: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    # Without a mask, generate takes the end-of-turn tokens of the prompt for padding and hides them.
+    arguments: dict[str, Any] = {
+        "max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids),
+    }  # fmt: skip
     expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **arguments).tolist()
     mark = notebook.mark()
     assert model.generate(ids, past_key_values=notebook.cache, **arguments).tolist() == expected
@@ -62,25 +67,35 @@ def test_the_demos_policy_is_about_nine_hundred_tokens(embedded: Any) -> None:
 
 
 def test_a_slice_of_the_held_out_experiment(embedded: Any, tmp_path: Path) -> None:
+    """The first scenarios again: the decisions that the committed record holds, and recoveries of 1 where they must be."""
     from programmable_kv.lab.edit_modes import run
 
-    record = run(embedded, 6, tmp_path / "edit-modes.json")
+    record = run(embedded, 4, tmp_path / "edit-modes.json")
+    committed = read_record(RESULTS / "edit-modes.json")
+    for row, before in zip(record.rows, committed.rows, strict=False):
+        for layout in ("asked before", "asked after", "think"):
+            for mode in Mode:
+                ours, theirs = row[layout][mode], before[layout][mode]
+                close = abs(theirs["gap"]) < 0.05  # a tie may fall either way on another machine
+                assert ours["choice"] == theirs["choice"] or close, (layout, mode)
+                assert ours["tokens_computed"] == theirs["tokens_computed"]
     part: Any = record.summary["asked_before"]
-    assert part["counted"] >= 4
+    assert part["counted"] >= 2
     assert part["stale"]["agreement"]["value"] == 0
-    assert part["full"]["agreement"]["value"] == 1
-    assert part["suffix"]["agreement"]["value"] >= 0.75
-    assert part["field_erratum"]["agreement"]["value"] >= 0.75
+    assert part["full"]["agreement"]["value"] == part["suffix"]["agreement"]["value"] == 1
     assert abs(part["suffix"]["recovery"]["value"] - 1) < 0.05
     assert read_record(tmp_path / "edit-modes.json") == record
 
 
 def test_a_slice_of_the_adapters_evaluation(embedded: Any, tmp_path: Path) -> None:
-    from programmable_kv.adapter.evaluate import evaluate
+    """The first scenarios again, as the committed record has them; one in all may be a tie that fell the other way."""
+    from programmable_kv.adapter.evaluate import KINDS, evaluate
 
-    record = evaluate(embedded, 8, tmp_path / "adapter-held-out.json")
-    for kind in ("direct", "default_update", "irrelevant_update"):
-        assert record.figure(kind) >= 0.75, kind
+    record = evaluate(embedded, 6, tmp_path / "adapter-held-out.json")
+    committed = read_record(RESULTS / "adapter-held-out.json")
+    answers = [(row[k], before[k]) for row, before in zip(record.rows, committed.rows, strict=False) for k in KINDS]
+    assert len(answers) == 6 * len(KINDS)
+    assert sum(ours != theirs for ours, theirs in answers) <= 1
 
 
 def test_a_slice_of_the_bench(embedded: Any, tmp_path: Path) -> None:
