@@ -126,6 +126,18 @@ class Engine:
                 "Shorten the context or the value, or load a model with a longer context."
             )
 
+    def check_length(self, length: int) -> None:
+        """
+        Raises:
+            ContextOverflowError: the model has fewer positions than that.
+        """
+        limit = self.layout.position_limit
+        if limit is not None and length > limit:
+            raise ContextOverflowError(
+                f"the context needs {length} positions, and {self.layout.model_type} has {limit}. Shorten it, or load a "
+                "model with a longer context."
+            )
+
     def append(self, buffer: KVBuffer, ids: Sequence[int], *, logits: int = 1) -> torch.Tensor:
         """Compute tokens after the last one in the buffer."""
         return self.compute(buffer, Rows.appended(ids, buffer.length, buffer.next_position), logits=logits)

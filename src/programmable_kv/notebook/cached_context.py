@@ -14,7 +14,9 @@ from programmable_kv.errors import InvalidEditError, NotPrefilledError, UnknownF
 from programmable_kv.model import Model
 from programmable_kv.notebook.context import Context, FieldState, Kind, TokenState, tokenised
 from programmable_kv.notebook.parts import Message, Rendered, Text, continuation, render_chat, unmark
+from programmable_kv.notebook.splicing import SKILL_MARK, SeamRepair, cut_at_skills, joined_values, splice
 from programmable_kv.notebook.ranking import AttentionInfluence, Ranking
+from programmable_kv.notebook.skill import Skill, skills_among
 from programmable_kv.notebook.values import check_name, check_no_markers, check_template, check_value
 from programmable_kv.notebook.wording import DEFAULT_TEMPLATE
 
@@ -39,6 +41,7 @@ class CachedContext:
         self.erratum_template = erratum_template
         self.ranking = ranking or AttentionInfluence()
         self._values: dict[str, str] = {}
+        self._skills: dict[str, Skill] = {}
         self._texts: list[Text] = []
         self._messages: list[Message] = []
         self._context = Context()
@@ -46,12 +49,15 @@ class CachedContext:
 
     # -- building ----------------------------------------------------------------------------------------------
 
-    def message(self, role: str, content: str, /, **fields: str) -> Self:
+    def message(self, role: str, content: str, /, **fields: str | Skill) -> Self:
         """Add a chat message. `{name}` in `content` is a field for every name given here or declared before.
+
+        Where a `Skill` is given instead of a value, the compiled skill is spliced in at its placeholder.
 
         Raises:
             UnknownFieldError: a field given here has no placeholder in the content.
             InvalidValueError: a name or value is not plain data, or the content has special tokens.
+            FingerprintMismatchError: another model compiled the skill.
         """
         self._require_unfilled()
         if self._texts:
@@ -60,7 +66,7 @@ class CachedContext:
         self._messages.append(Message(role, self._declared(content, fields)))
         return self
 
-    def text(self, content: str, /, **fields: str) -> Self:
+    def text(self, content: str, /, **fields: str | Skill) -> Self:
         """Add raw text, as the model will read it. Placeholders as in `message`."""
         self._require_unfilled()
         if self._messages:
@@ -74,8 +80,21 @@ class CachedContext:
         """Add a field's value as raw text, right after what was added before."""
         return self.text("{" + name + "}", **{name: value})
 
-    def _declared(self, content: str, fields: Mapping[str, str]) -> Text:
+    def skill(self, skill: Skill) -> Self:
+        """Add a compiled skill as raw text, right after what was added before."""
+        return self.text("{" + skill.name + "}", **{skill.name: skill})
+
+    def _declared(self, content: str, given: Mapping[str, str | Skill]) -> Text:
+        fields, skills = skills_among(given)
+        for name, skill in skills.items():
+            check_name(name)
+            skill.check_fits(self.model)
+            if name in self._values or content.count("{" + name + "}") > 1:
+                raise InvalidEditError(f"{name} was declared before: a skill has one place, and a name of its own")
+            fields[name] = SKILL_MARK
         for name, value in fields.items():
+            if name in skills:
+                continue
             check_name(name)
             check_value(name, value, self.model.tokenizer, self.erratum_template)
             if self._values.get(name, value) != value:
@@ -84,6 +103,7 @@ class CachedContext:
         text = Text(content, tuple(name for name in known if name in fields or "{" + name + "}" in content))
         text.check()
         self._values = known
+        self._skills.update(skills)
         return text
 
     def prefill(self) -> Account:
@@ -97,11 +117,26 @@ class CachedContext:
         self._require_unfilled()
         if not self._texts and not self._messages:
             raise NotPrefilledError("the notebook is empty: add .message(...) or .text(...) before .prefill()")
-        unit = tokenised(self.model.tokenizer, self.rendered(), Kind.PREFILL, special=not self._messages)
-        context = Context([unit], {name: FieldState(value, value, value) for name, value in self._values.items()})
-        buffer = self.model.engine.new_buffer(len(unit) + 128)
+        pieces = cut_at_skills(self.rendered(), self._skills)
+        values = {name: value for name, value in self._values.items() if name not in self._skills}
+        for skill in self._skills.values():
+            values = joined_values(values, skill)
+        units = [
+            piece.unit if isinstance(piece, Skill)
+            else tokenised(self.model.tokenizer, piece, Kind.PREFILL, special=not self._messages and number == 0)
+            for number, piece in enumerate(pieces)
+        ]  # fmt: skip
+        context = Context([], {name: FieldState(value, value, value) for name, value in values.items()})
+        length = sum(len(unit) for unit in units)
+        self.model.engine.check_length(length)
+        buffer = self.model.engine.new_buffer(length + 128)
         with self.model.engine.meter.measure() as reading:
-            self.model.engine.append(buffer, unit.ids, logits=0)
+            for piece, unit in zip(pieces, units, strict=True):
+                if isinstance(piece, Skill):
+                    splice(self.model.engine, buffer, context, piece, len(context), SeamRepair())
+                    continue
+                self.model.engine.append(buffer, unit.ids, logits=0)
+                context.units.append(replace(unit, after_edit=not context.all_exact()))
         self._context, self._buffer = context, buffer
         return reading.account
 
@@ -135,7 +170,7 @@ class CachedContext:
     def fields(self) -> dict[str, str]:
         """Every field's current value."""
         if self._buffer is None:
-            return dict(self._values)
+            return {name: value for name, value in self._values.items() if name not in self._skills}
         return {name: state.current for name, state in self._context.fields.items()}
 
     def spans(self, name: str) -> list[Span]:
@@ -174,15 +209,14 @@ class CachedContext:
             else:
                 rendered = Rendered(content)
             unit = tokenised(self.model.tokenizer, rendered, Kind.TURN)
-            edited = any(state is not TokenState.EXACT for state in self._context.states())
             self.model.engine.append(buffer, unit.ids, logits=0)
             context = self._context.copy()
-            context.units.append(replace(unit, after_edit=edited))
+            context.units.append(replace(unit, after_edit=not context.all_exact()))
             self._context = context
         return self._account(reading.account, "")
 
     def _continuation(self, more: Sequence[Message], *, prompt_for_answer: bool = False) -> Rendered:
-        written = {name: state.written for name, state in self._context.fields.items()}
+        written = self._values | {name: state.written for name, state in self._context.fields.items()}
         return continuation(self.model.tokenizer, self._messages, more, written, prompt_for_answer=prompt_for_answer)
 
     # -- state -------------------------------------------------------------------------------------------------
@@ -204,6 +238,7 @@ class CachedContext:
         """An independent notebook in the same state. Copies the cache."""
         other = type(self)(self.model, erratum_template=self.erratum_template, ranking=self.ranking)
         other._values, other._texts, other._messages = dict(self._values), list(self._texts), list(self._messages)
+        other._skills = dict(self._skills)
         other._context = self._context.copy()
         other._buffer = self._filled().fork()
         return other

@@ -1,6 +1,6 @@
 """The bookkeeping of a cached context: its text, tokens and spans. No tensors here.
 
-A context is a list of *units* that were tokenised one by one (the prefilled text, later turns, errata). A unit's tokens
+A context is a list of *units* that were tokenised one by one (the prefilled text, later turns, errata, skills). A unit's tokens
 never merge with a neighbour's, so an edit re-tokenises inside one unit only.
 """
 
@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from programmable_kv.cache.span import Span
+from programmable_kv.errors import InvalidEditError
 from programmable_kv.notebook.parts import Rendered
 
 _MARGIN = 12
@@ -23,6 +24,7 @@ class Kind(StrEnum):
 
     PREFILL = "prefill"
     TURN = "turn"
+    SKILL = "skill"
     ERRATUM = "erratum"
 
 
@@ -31,6 +33,9 @@ class TokenState(StrEnum):
 
     EXACT = "exact"
     RELOCATED = "relocated"
+    """computed at another position, or alone, and rotated to this one"""
+    REPAIRED = "repaired"
+    """the seam of a spliced skill, computed again in its place"""
     REFRESHED = "refreshed"
     ERRATUM = "erratum"
     AFTER_EDIT = "after edit"
@@ -70,9 +75,56 @@ class Unit:
     corrects: tuple[tuple[str, str], ...] = ()
     """for an erratum: the (field, value) it states"""
     after_edit: bool = False
+    name: str = ""
+    """of the skill"""
+    base: tuple[TokenState, ...] = ()
+    """each token's state before any edit is considered; empty where all are exact"""
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+    @property
+    def base_states(self) -> tuple[TokenState, ...]:
+        return self.base or (TokenState.EXACT,) * len(self.ids)
+
+    def marked(self, tokens: Span, state: TokenState, *, weaken: bool = True) -> Unit:
+        """With a state set for some of its tokens; a state that is weaker already stays, unless `weaken` is False."""
+        base = list(self.base_states)
+        for token in tokens.range:
+            base[token] = weakest([base[token], state]) if weaken else state
+        return replace(self, base=tuple(base) if any(s is not TokenState.EXACT for s in base) else ())
+
+    def split(self, token: int) -> tuple[Unit, Unit]:
+        """Two units out of one, the second from `token` on.
+
+        Raises:
+            InvalidEditError: the boundary lies inside a field's value, or is none of the text (a character of several tokens).
+        """
+        for place in self.places:
+            if place.tokens.start < token < place.tokens.stop:
+                raise InvalidEditError(
+                    f"token {token} of this part lies inside the value of {place.name}: a value cannot be split. Choose "
+                    "a boundary before or after it."
+                )
+        character = self.offsets[token][0]
+        if self.offsets[token - 1][1] > character:
+            raise InvalidEditError(
+                f"tokens {token - 1} and {token} of this part share a character, so the text cannot be split there. Choose "
+                "a boundary one token earlier or later."
+            )
+        head = replace(
+            self, text=self.text[:character], ids=self.ids[:token], offsets=self.offsets[:token],
+            places=tuple(p for p in self.places if p.tokens.stop <= token), base=self.base[:token],
+        )  # fmt: skip
+        tail = replace(
+            self, text=self.text[character:], ids=self.ids[token:],
+            offsets=tuple((a - character, b - character) for a, b in self.offsets[token:]), special=False,
+            places=tuple(Place(p.name, p.characters.shifted(-character), p.tokens.shifted(-token))
+                         for p in self.places if p.tokens.start >= token),
+            base=self.base[token:],
+        )  # fmt: skip
+        return head, tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +196,8 @@ def replace_value(tokenizer: Any, unit: Unit, place: Place, value: str) -> tuple
         elif other.characters.start >= place.characters.stop:
             moved = other.characters.shifted(growth)
         places.append(Place(other.name, moved, _covering(offsets, moved)))
-    return replace(unit, text=text, ids=ids, offsets=offsets, places=tuple(places)), old, new
+    base = unit.base and (*unit.base[: old.start], *(TokenState.EXACT,) * len(new), *unit.base[old.stop :])
+    return replace(unit, text=text, ids=ids, offsets=offsets, places=tuple(places), base=base), old, new
 
 
 def _locally(
@@ -221,6 +274,23 @@ class Context:
             place.tokens.shifted(slot) for slot, unit in self.starts() for place in unit.places if place.name == name
         ]
 
+    def split_at(self, slot: int) -> int:
+        """Make a slot the start of a unit; returns that unit's index (the number of units for the context's end)."""
+        if slot == len(self):
+            return len(self.units)
+        for index, (start, unit) in enumerate(self.starts()):
+            if start == slot:
+                return index
+            if start < slot < start + len(unit):
+                self.units[index : index + 1] = unit.split(slot - start)
+                return index + 1
+        raise InvalidEditError(f"there is no slot {slot} in a context of {len(self)} tokens")
+
+    def forget_lost_fields(self) -> None:
+        """Drop the fields that no text holds any more."""
+        held = {place.name for unit in self.units for place in unit.places}
+        self.fields = {name: state for name, state in self.fields.items() if name in held}
+
     def corrections(self, name: str) -> list[int]:
         """Indices of the units that are errata about a field."""
         return [i for i, unit in enumerate(self.units) if any(field == name for field, _ in unit.corrects)]
@@ -250,19 +320,26 @@ class Context:
             slot += length
         return found
 
+    def all_exact(self) -> bool:
+        """Whether every token is as a full prefill would have computed it (relocated ones are not known of here)."""
+        return all(state is TokenState.EXACT for state in self.states())
+
     def states(self, relocated: Iterable[int] = ()) -> list[TokenState]:
         """The state of every cached token, derived from what the edits did and which slots were `relocated`."""
         states: list[TokenState] = []
         for unit in self.units:
-            state = TokenState.AFTER_EDIT if unit.after_edit else TokenState.EXACT
-            states += [TokenState.ERRATUM if unit.kind is Kind.ERRATUM else state] * len(unit)
+            if unit.kind is Kind.ERRATUM:
+                states += [TokenState.ERRATUM] * len(unit)
+            else:
+                state = TokenState.AFTER_EDIT if unit.after_edit else TokenState.EXACT
+                states += [weakest([state, token_state]) for token_state in unit.base_states]
         stale_from = len(states)
         for name, field_state in self.fields.items():
             spans = self.spans(name)
             if field_state.noted != field_state.current and spans:
                 stale_from = min(stale_from, spans[0].stop)
         for slot in range(stale_from, len(states)):
-            if states[slot] is TokenState.EXACT:
+            if states[slot] in (TokenState.EXACT, TokenState.RELOCATED, TokenState.REPAIRED):
                 states[slot] = TokenState.STALE
         for slot in self.refreshed:
             if states[slot] is TokenState.STALE:

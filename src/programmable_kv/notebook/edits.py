@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from programmable_kv.notebook.context import Context, Kind, Unit
+from programmable_kv.cache.span import Span
+from programmable_kv.notebook.context import Context, Kind, TokenState, Unit
 
 
 class Mode(StrEnum):
@@ -144,10 +145,18 @@ def _plan_recompute(after: Context, changes: Mapping[str, str], mode: Mode, toke
     after.units = kept
     start = 0 if mode is Mode.FULL else min([*touched, len(after)])
     stale_elsewhere = any(state.noted != state.current for state in after.fields.values())
+    spliced_before = any(
+        state is not TokenState.EXACT
+        for begins, unit in after.starts()
+        for state in unit.base_states[: max(0, start - begins)]
+    )
     slot = 0
     for index, unit in enumerate(after.units):
+        recomputed = Span(min(len(unit), max(0, start - slot)), len(unit))
+        unit = unit.marked(recomputed, TokenState.EXACT, weaken=False)
         if slot >= start and unit.kind is not Kind.ERRATUM:
-            after.units[index] = replace(unit, after_edit=unit.after_edit and stale_elsewhere)
+            unit = replace(unit, after_edit=(unit.after_edit and stale_elsewhere) or spliced_before)
+        after.units[index] = unit
         slot += len(unit)
     return EditPlan(mode, start, (), tuple(range(start, len(after)))), after
 

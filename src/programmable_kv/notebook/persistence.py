@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import CorruptFileError, FingerprintMismatchError, NotPrefilledError
 from programmable_kv.model import Model
-from programmable_kv.notebook.context import Context, FieldState, Kind, Place, Unit
+from programmable_kv.notebook.context import Context, FieldState, Kind, Place, TokenState, Unit
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.notebook.parts import Message, Text
 
@@ -46,6 +46,8 @@ class SavedUnit(_Strict):
     places: tuple[SavedPlace, ...]
     corrects: tuple[tuple[str, str], ...]
     after_edit: bool
+    name: str = ""
+    base: tuple[TokenState, ...] = ()
 
 
 class SavedField(_Strict):
@@ -72,6 +74,8 @@ class Manifest(_Strict):
     messages: tuple[SavedMessage, ...]
     units: tuple[SavedUnit, ...]
     fields: dict[str, SavedField]
+    written: dict[str, str]
+    """what stands for every placeholder of the messages, skills included"""
     refreshed: tuple[int, ...]
 
 
@@ -104,6 +108,7 @@ def save(notebook: Notebook, folder: Path) -> Path:
                 name: SavedField(current=state.current, written=state.written, noted=state.noted)
                 for name, state in context.fields.items()
             },
+            written=dict(notebook._values),
             refreshed=tuple(sorted(context.refreshed)),
         )
         (partial / _MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
@@ -148,7 +153,7 @@ def load(folder: Path, model: Model) -> Notebook:
         raise CorruptFileError(f"{path} is not a safetensors file: {error}") from error
     notebook = Notebook(model, erratum_template=manifest.erratum_template)
     notebook._messages = [Message(m.role, Text(m.template, m.fields)) for m in manifest.messages]
-    notebook._values = {name: state.current for name, state in manifest.fields.items()}
+    notebook._values = dict(manifest.written)
     context = Context(
         [_unit(saved) for saved in manifest.units],
         {name: FieldState(f.current, f.written, f.noted) for name, f in manifest.fields.items()},
@@ -176,15 +181,16 @@ def _saved(unit: Unit) -> SavedUnit:
     )
     return SavedUnit(
         kind=unit.kind, text=unit.text, ids=unit.ids, offsets=unit.offsets, special=unit.special, places=places,
-        corrects=unit.corrects, after_edit=unit.after_edit,
+        corrects=unit.corrects, after_edit=unit.after_edit, name=unit.name, base=unit.base,
     )  # fmt: skip
 
 
 def _unit(saved: SavedUnit) -> Unit:
     places = tuple(Place(p.name, Span(*p.characters), Span(*p.tokens)) for p in saved.places)
     return Unit(
-        saved.kind, saved.text, saved.ids, saved.offsets, saved.special, places, saved.corrects, saved.after_edit
-    )
+        saved.kind, saved.text, saved.ids, saved.offsets, saved.special, places, saved.corrects, saved.after_edit,
+        saved.name, saved.base,
+    )  # fmt: skip
 
 
 def _sha256(path: Path) -> str:
