@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from programmable_kv import Mode, Notebook
 from programmable_kv.demo import demo
+from programmable_kv.errors import TrainingError
 from programmable_kv.records import read_record
 
 
@@ -122,7 +123,7 @@ def test_a_slice_of_training_resumes_to_the_same_weights(tmp_path: Path) -> None
     assert any(float(tensor.abs().max()) > 0 for name, tensor in once.items() if "lora_B" in name)
     for name, tensor in once.items():
         torch.testing.assert_close(tensor.float(), twice[name].float(), rtol=0.05, atol=2e-4)
-    with pytest.raises(ValueError, match="another recipe"):
+    with pytest.raises(TrainingError, match="another recipe"):
         train(base_folder(), tmp_path / "twice", replace(recipe, seed=1))
 
 

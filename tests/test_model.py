@@ -37,10 +37,13 @@ def test_the_adapter_is_small_and_comes_with_its_record() -> None:
     folder = weights.adapter_folder()
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 12_000_000
     from programmable_kv.adapter.evaluate import training_summary
+    from programmable_kv.adapter.train import TrainingRecipe
 
     summary = training_summary(folder)
     assert summary["step"] == len(summary["curve"])
-    assert {"seed", "steps", "learning_rate"} <= set(summary["recipe"])
+    assert summary["step"] == TrainingRecipe(**summary["recipe"]).steps, "the schedule was trained to its end"
+    assert {"python", "text_digest", "held_out"} <= set(summary)
+    assert all(figure["n"] >= 200 for figure in summary["held_out"].values())
 
 
 def test_loaded_with_attention_that_does_not_repeat_keys(embedded: Any) -> None:
@@ -59,7 +62,7 @@ def test_a_folder_and_a_fingerprint(tmp_path: Path) -> None:
     assert one.fingerprint == two.fingerprint
     assert load_model(tmp_path / "m").fingerprint != one.fingerprint, "another dtype caches other bits"
     with torch.no_grad():
-        two.engine.model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-6
+        two.engine.model.model.layers[1].mlp.up_proj.weight[0, 1] += 1e-6
     assert fingerprint(two.engine.model, two.tokenizer) != one.fingerprint
     assert load_model(tmp_path / "m", attention="sdpa").engine.model.config._attn_implementation == "sdpa"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,9 @@ app.add_typer(train_app, name="train")
 out = Console()
 err = Console(stderr=True)
 
+_INTERRUPTED = 130
+"""typer's exit status after Ctrl-C"""
+
 ModelOption = Annotated[str, typer.Option("--model", help="'embedded', a Hub id, a folder, or a .gguf file")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="the record's file; by default in results/")]
 
@@ -44,9 +48,10 @@ def main() -> None:
         err.print(f"[bold red]error[/] ({type(error).__name__.removesuffix('Error')}):", end=" ")
         err.print(str(error), markup=False, highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("interrupted; what was recorded is kept, run the same command to go on")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            err.print("interrupted. A record keeps the rows that were measured: the same command goes on from there")
+        raise
 
 
 @app.command()
@@ -58,6 +63,7 @@ def demo(
     from programmable_kv.demo.demo import CASES, VALUES, html_page, run
     from programmable_kv.model import load_model
 
+    page.parent.mkdir(parents=True, exist_ok=True)
     loaded = load_model(model)
     results = []
     with _progress("Editing a cached policy", len(CASES)) as report:
@@ -106,7 +112,6 @@ def edit(
     from programmable_kv.model import load_model
     from programmable_kv.notebook.edits import Mode
     from programmable_kv.notebook.notebook import Notebook, parse_mode
-    from programmable_kv.records import digest_of
 
     try:
         text = prompt.read_text(encoding="utf-8")
@@ -151,7 +156,7 @@ def edit(
             "modes": rows,
             "before": before.choice,
             "context_tokens": len(notebook),
-            "prompt_sha256": digest_of([text]),
+            "prompt_sha256": hashlib.sha256(prompt.read_bytes()).hexdigest(),
             "model": loaded.name,
             "model_fingerprint": loaded.fingerprint,
         }
@@ -185,7 +190,12 @@ def bench_edit(
     from programmable_kv.bench.edit import run
     from programmable_kv.model import load_model
 
-    sizes = [int(length) for length in lengths.split(",")]
+    try:
+        sizes = [int(length) for length in lengths.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{lengths!r} is not a list of numbers separated by commas", param_hint="--lengths"
+        ) from None
     with _progress("Measuring lengths", len(sizes)) as report:
         record = run(
             load_model(model), _record_path(out_path, "edit-ttft"), lengths=sizes, repeats=repeats, report=report,
@@ -197,7 +207,7 @@ def bench_edit(
 @lab_app.command("edit-modes")
 def lab_edit_modes(
     model: ModelOption = "embedded",
-    scenarios: Annotated[int, typer.Option(min=1, help="held-out scenarios")] = 240,
+    scenarios: Annotated[int, typer.Option(min=1, help="held-out scenarios")] = 260,
     out_path: OutOption = None,
 ) -> None:
     """Agreement with full prefill and recovery of every edit mode, direct and with a line of thought."""
@@ -214,16 +224,21 @@ def lab_edit_modes(
 @lab_app.command("adapter")
 def lab_adapter(
     scenarios: Annotated[int, typer.Option(min=1, help="held-out scenarios")] = 500,
+    attach: Annotated[
+        Path | None, typer.Option(help="also put the figures into the training.json of this folder of weights")
+    ] = None,
     out_path: OutOption = None,
 ) -> None:
     """Does the embedded model follow policies it never saw, and obey updates of them?"""
-    from programmable_kv.adapter.evaluate import evaluate
+    from programmable_kv.adapter.evaluate import attach_figures, evaluate
     from programmable_kv.model import load_model
 
     with _progress("Scenarios", scenarios) as report:
         record = evaluate(
             load_model(), scenarios, _record_path(out_path, "adapter-held-out"), report=report, command=_command()
         )
+    if attach is not None:
+        attach_figures(attach, record)
     out.print_json(json.dumps(record.model_dump(mode="json")["summary"]))
 
 
@@ -245,8 +260,11 @@ def train_adapter(
     folder: Annotated[Path, typer.Option("--out", help="where checkpoints and the result go; resumes what is there")],
     stop_after: Annotated[int | None, typer.Option(min=1, help="end at this step of the recipe's schedule")] = None,
     seed: Annotated[int | None, typer.Option(help="another seed than the recipe's")] = None,
+    change_recipe: Annotated[
+        bool, typer.Option("--change-recipe", help="go on from a checkpoint of another recipe, which is recorded")
+    ] = False,
 ) -> None:
-    """Train the embedded model's LoRA adapter (about an hour on two cores)."""
+    """Train the embedded model's LoRA adapter (two to three hours on two cores)."""
     from dataclasses import replace
 
     from programmable_kv.adapter.train import TrainingRecipe, train
@@ -257,8 +275,9 @@ def train_adapter(
         recipe = replace(recipe, seed=seed)
     with _progress("Training steps", recipe.steps) as report:
         train(
-            base_folder(), folder, recipe, stop_after=stop_after, report=lambda step, *_: report(step + 1, recipe.steps)
-        )
+            base_folder(), folder, recipe, stop_after=stop_after, change_recipe=change_recipe,
+            report=lambda step, *_: report(step + 1, recipe.steps),
+        )  # fmt: skip
     out.print(f"The adapter is in {folder}: adapter_model.safetensors, adapter_config.json, training.json")
 
 

@@ -9,6 +9,7 @@ or a question in the same forward attends to it. Fusing them costs one sweep ove
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,7 @@ from programmable_kv.account import Meter
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.layout import KVLayout, PositionEncoding
 from programmable_kv.cache.masks import attention_masks
-from programmable_kv.cache.selfcheck import RelocationProof, prove_relocation
-from programmable_kv.cache.transformers_api import GROUPED_SDPA
+from programmable_kv.cache.selfcheck import RelocationProof, RowsProof, prove_relocation, prove_rows
 from programmable_kv.errors import ContextOverflowError, NonFiniteLogitsError, UnverifiedError
 
 
@@ -63,6 +63,7 @@ class Engine:
         self.layout = KVLayout.read(model)
         self.meter = Meter()
         self._proof: RelocationProof | None = None
+        self._rows_proof: RowsProof | None = None
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +86,7 @@ class Engine:
 
         Raises:
             ContextOverflowError: a position is beyond what the model was made for. Nothing was written.
-            NonFiniteLogitsError: the logits read are NaN or infinite. The rows were written: roll back.
+            NonFiniteLogitsError: NaN or infinity in the logits (or, without any, in the rows). They were written: roll back.
         """
         self._check_positions(rows)
         with buffer.writing(rows.slots, rows.positions) as target:
@@ -98,9 +99,11 @@ class Engine:
                 mask = attention_masks(self.layout, queries, keys, additive=additive)
             output = self._forward(buffer, rows, mask, logits)
         self.meter.tokens_computed += len(rows)
-        if logits and not bool(torch.isfinite(output).all()):
+        # What is not finite anywhere is not finite in the last layer's values either: a sum carries it there.
+        written = buffer.layers[-1].values[:, :, target.slots]
+        if not bool(torch.isfinite(output if logits else written).all()):
             raise NonFiniteLogitsError(
-                "the model returned NaN or infinite logits, so no decision can be read. Check the weights and the "
+                "the model computed NaN or infinity, so nothing can be read from this context. Check the weights and the "
                 "dtype (float16 overflows on many models); the context is as it was before the call."
             )
         return output
@@ -211,17 +214,57 @@ class Engine:
     def relocation(self) -> RelocationProof:
         """Whether relocation is exact on these weights, found out once by computing it both ways."""
         if self._proof is None:
-            before = self.meter.tokens_computed
-            vocabulary = self.model.get_input_embeddings().weight.shape[0]
-            self._proof = prove_relocation(self.layout, self._prefilled_alone, vocabulary, self.dtype)
-            # The check is not part of anybody's operation.
-            self.meter.tokens_computed = before
+            with self._unmetered():
+                self._proof = prove_relocation(self.layout, self._prefilled_alone, self._vocabulary, self.dtype)
         return self._proof
+
+    @property
+    def rows(self) -> RowsProof:
+        """Whether rows in the middle of a context can be computed again on these weights, found out once."""
+        if self._rows_proof is None:
+            config = self.model.config.get_text_config(decoder=True).to_dict()
+            windows = tuple(v for k, v in config.items() if "window" in k and isinstance(v, int) and v > 1)
+            with self._unmetered():
+                self._rows_proof = prove_rows(
+                    self.layout, windows, self._prefilled_alone, self._recomputed, self._vocabulary, self.dtype
+                )
+        return self._rows_proof
+
+    def verify(self) -> None:
+        """Do both checks now, if they were not done yet: they take about a second, once."""
+        _ = (self.rows, self.relocation)
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @contextmanager
+    def _unmetered(self) -> Iterator[None]:
+        """The model's checks are no part of anybody's operation."""
+        meter, self.meter = self.meter, Meter()
+        try:
+            yield
+        finally:
+            self.meter = meter
+
+    def _recomputed(self, buffer: KVBuffer, ids: tuple[int, ...], slots: tuple[int, ...]) -> torch.Tensor:
+        return self.compute(buffer, Rows(ids, slots, slots))
 
     def _prefilled_alone(self, ids: tuple[int, ...], positions: tuple[int, ...]) -> KVBuffer:
         buffer = self.new_buffer(len(ids))
         self.compute(buffer, Rows(ids, tuple(range(len(ids))), positions), logits=0)
         return buffer
+
+    def require_rows(self) -> None:
+        """
+        Raises:
+            UnverifiedError: rows in the middle of this model's context cannot be computed again.
+        """
+        if not self.rows.exact:
+            raise UnverifiedError(
+                f"rows in the middle of a context of this {self.layout.model_type} cannot be computed again: "
+                f"{self.rows.reason}. Use the erratum, suffix or full mode, which only append."
+            )
 
     def require_relocation(self) -> KVLayout:
         """The layout with which relocation was proved exact.
@@ -240,8 +283,3 @@ class Engine:
                 "token length, or use the erratum, suffix or full mode, which relocate nothing."
             )
         return self.relocation.layout
-
-
-def supports_grouped_attention(model: Any) -> bool:
-    """Whether a model loaded with transformers' sdpa can use `GROUPED_SDPA` in its place."""
-    return bool(getattr(model.config, "_attn_implementation", None) in ("sdpa", GROUPED_SDPA))

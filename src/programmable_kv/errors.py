@@ -35,6 +35,10 @@ class TemplateError(ProgrammableKVError):
     """The chat template does not leave message contents and earlier turns as they were."""
 
 
+class OutOfStepError(ProgrammableKVError):
+    """The cache holds tokens that the notebook does not know of, so its books cannot be trusted."""
+
+
 class InvalidOptionsError(ProgrammableKVError):
     """The options of a decision are empty, equal, or tokenise to nothing."""
 
@@ -48,7 +52,7 @@ class CacheBufferError(ProgrammableKVError):
 
 
 class NonFiniteLogitsError(ProgrammableKVError):
-    """The model returned NaN or infinity where a decision was to be read."""
+    """The model computed NaN or infinity, in logits or in what it caches."""
 
 
 class FingerprintMismatchError(ProgrammableKVError):
@@ -61,6 +65,10 @@ class CorruptFileError(ProgrammableKVError):
 
 class ModelUnavailableError(ProgrammableKVError):
     """A model's weights could not be had: no network, wrong digest, full disk, no such name."""
+
+
+class TrainingError(ProgrammableKVError):
+    """Training cannot start or go on in the folder given."""
 
 
 class RecordError(ProgrammableKVError):

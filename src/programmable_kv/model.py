@@ -7,18 +7,31 @@ The embedded model is SmolLM2-135M-Instruct plus this package's LoRA adapter. It
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from programmable_kv.cache.transformers_api import GROUPED_SDPA, register_attention
 from programmable_kv.engine import Engine
 from programmable_kv.errors import ModelUnavailableError
 
 EMBEDDED = "embedded"
-_SAMPLES_PER_TENSOR = 64
+_WITHOUT_EFFECT = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "quantization_config",
+    }
+)
+"""entries of a configuration that change no cached number, or that the weights themselves show"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +99,7 @@ def load_model(
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, **source, **arguments)
         tokenizer = AutoTokenizer.from_pretrained(folder, **source)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, AttributeError, SafetensorError) as error:
         raise ModelUnavailableError(
             f"could not load '{name}': {_first_line(error)} Give 'embedded', a Hub id that can be reached, a folder with "
             "config.json and weights, or a .gguf file."
@@ -111,15 +124,14 @@ def wrap_model(model: Any, tokenizer: Any, *, name: str = "custom") -> Model:
 
 
 def fingerprint(model: Any, tokenizer: Any) -> str:
-    """A digest of all that decides a cache's content: weights (sampled evenly), rotary tables, dtype, tokenizer, template."""
+    """A digest of all that decides a cache's content: every weight and table, configuration, tokenizer, chat template."""
     digest = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(flat[::step].to("cpu", torch.float64).numpy().tobytes())
-    vocabulary = tokenizer.get_vocab()
-    digest.update(repr(sorted(vocabulary.items(), key=lambda item: item[1])).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in _WITHOUT_EFFECT}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(str(getattr(tokenizer, "chat_template", None)).encode())
     return digest.hexdigest()[:32]
 

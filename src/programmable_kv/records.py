@@ -178,6 +178,8 @@ class Recorder:
                 f"{self._partial} is an interrupted run with another {', '.join(differing)}. Finish that run with its "
                 "settings, or delete the file."
             )
+        if earlier.commit != self.record.commit:
+            earlier.notes.append(f"resumed at commit {self.record.commit} after {len(earlier.rows)} rows")
         self.record = earlier
         self._earlier_seconds = earlier.wall_seconds
 
@@ -197,7 +199,7 @@ class Recorder:
     def finish(self, summary: dict[str, Any], notes: Iterable[str] = ()) -> Record:
         """Complete the record and put it in its place."""
         self.record = self.record.model_copy(
-            update={"summary": summary, "complete": True, "notes": list(notes)},
+            update={"summary": summary, "complete": True, "notes": [*self.record.notes, *notes]},
         )
         self._write(self._partial)
         # Validated as anybody will read it, before it takes the name of a finished record.

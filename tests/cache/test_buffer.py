@@ -148,19 +148,20 @@ class Programs(RuleBasedStateMachine):
 
     def splice(self, data: st.DataObject, made: list[Row]) -> None:
         at = data.draw(st.integers(0, len(self.slow.rows)))
+        replacing = data.draw(st.integers(0, min(3, len(self.slow.rows) - at)))
         segment = Segment(
             tuple(range(len(made))),
             torch.tensor([row.computed_at for row in made]),
             tuple(torch.stack([row.keys[layer] for row in made], dim=1)[None] for layer in range(LAYERS)),
             tuple(torch.stack([row.values[layer] for row in made], dim=1)[None] for layer in range(LAYERS)),
         )
-        self.buffer.insert(at, segment, LAYOUT)
+        self.buffer.insert(at, segment, LAYOUT, replacing=replacing)
         position = self.slow.rows[at - 1].position + 1 if at else 0
         for i, row in enumerate(made):
             row.position = position + i
-        for row in self.slow.rows[at:]:
-            row.position += len(made)
-        self.slow.rows[at:at] = made
+        for row in self.slow.rows[at + replacing :]:
+            row.position += len(made) - replacing
+        self.slow.rows[at : at + replacing] = made
 
     @precondition(lambda self: self.slow.rows)
     @rule(data=st.data())

@@ -50,6 +50,38 @@ def test_recomputing_any_rows_of_an_exact_cache_changes_nothing(model_type: str)
         torch.testing.assert_close(output[0], logits[slots[-1]], rtol=0, atol=10 * atol(model_type))
 
 
+def test_rows_are_proved(model_type: str) -> None:
+    assert tiny_engine(model_type).rows.exact
+
+
+@pytest.mark.parametrize(("model_type", "reason"), [("gpt_neo", "differ"), ("bloom", "mask")])
+def test_models_that_build_their_own_mask_are_refused(model_type: str, reason: str) -> None:
+    """GPT-Neo's local attention counts slots, and BLOOM's takes no mask of rows: appending is all they can do."""
+    settings: dict[str, dict[str, Any]] = {
+        "gpt_neo": {"attention_types": ((("global", "local"), 1),), "window_size": 8, "num_layers": 2, "num_heads": 4},
+        "bloom": {"n_layer": 2, "n_head": 4},
+    }
+    engine = tiny_engine(model_type, "eager", **settings[model_type])
+    assert not engine.rows.exact
+    with pytest.raises(UnverifiedError, match=reason):
+        engine.require_rows()
+    buffer = engine.new_buffer()
+    engine.append(buffer, IDS[:20], logits=0)
+    logits = engine.append(buffer, IDS[20:])
+    expected, all_logits = full_forward(engine.model, IDS)
+    assert_rows_equal(buffer, expected, range(40), atol=1e-6)
+    torch.testing.assert_close(logits[0], all_logits[-1], rtol=0, atol=1e-5)
+
+
+def test_a_window_that_is_not_the_models_is_caught() -> None:
+    from dataclasses import replace
+
+    engine = Engine(tiny_model("mistral"))
+    layers = tuple(replace(layer, window=30) for layer in engine.layout.layers)
+    engine.layout = replace(engine.layout, layers=layers)
+    assert not engine.rows.exact
+
+
 def test_rows_in_the_middle_and_at_the_end_in_one_forward(model_type: str) -> None:
     """A refreshed field is in place, in every layer, when the appended rows of the same forward read it."""
     engine = tiny_engine(model_type)

@@ -11,7 +11,13 @@ from test_edits import build
 
 from conftest import tiny
 from programmable_kv import Notebook
-from programmable_kv.errors import CorruptFileError, FingerprintMismatchError, NotPrefilledError
+from programmable_kv.errors import (
+    CacheBufferError,
+    CorruptFileError,
+    FingerprintMismatchError,
+    NotPrefilledError,
+    OutOfStepError,
+)
 from programmable_kv.notebook.context import TokenState, weakest
 from programmable_kv.notebook.html import COLOURS
 from reference import assert_rows_equal, full_forward
@@ -71,9 +77,11 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         Notebook.load(tmp_path / "saved", tiny(dtype=torch.float32))
     with pytest.raises(FingerprintMismatchError):
         Notebook.load(tmp_path / "saved", tiny(rope_theta=5000.0))
+    with pytest.raises(FingerprintMismatchError):  # nothing but a number in the configuration differs
+        Notebook.load(tmp_path / "saved", tiny(rms_norm_eps=1e-3))
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "manifest", "version", "no manifest"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "manifest", "version", "no manifest", "id"])
 def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
     folder = build().save(tmp_path / "saved")
     tensors, manifest = folder / "cache.safetensors", folder / "notebook.json"
@@ -88,7 +96,13 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
     elif damage == "manifest":
         manifest.write_text(manifest.read_text()[:-40])
     elif damage == "version":
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+        content = json.loads(manifest.read_text())
+        content["notebook"]["format"] = 99
+        manifest.write_text(json.dumps(content))
+    elif damage == "id":
+        content = json.loads(manifest.read_text())
+        content["notebook"]["units"][0]["ids"][3] += 1
+        manifest.write_text(json.dumps(content))
     else:
         manifest.unlink()
     with pytest.raises(CorruptFileError):
@@ -119,6 +133,79 @@ def test_generate_is_greedy_and_taken_back() -> None:
     assert notebook.cache.length == length
     sampled = ["".join(notebook.generate("go on", max_new_tokens=6, temperature=5.0, seed=s)) for s in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_an_open_stream_refuses_everything_else() -> None:
+    notebook = build()
+    length = len(notebook)
+    stream = notebook.generate("go on", max_new_tokens=6)
+    next(stream)
+    for operation in (
+        lambda: notebook.decide("now?", ["cancel", "deny"]),
+        lambda: notebook.edit(status="pending"),
+        lambda: notebook.add("user", "hi"),
+        lambda: notebook.generate("go on"),
+        notebook.fork,
+    ):
+        with pytest.raises(OutOfStepError, match="stream"):
+            operation()
+    stream.close()
+    notebook.decide("now?", ["cancel", "deny"])
+    assert notebook.cache.length == length
+
+
+def test_a_stream_ends_when_the_notebook_is_rolled_back_under_it() -> None:
+    notebook = build()
+    mark = notebook.mark()
+    stream = notebook.generate("go on", max_new_tokens=6)
+    next(stream)
+    notebook.rollback(mark)
+    with pytest.raises(OutOfStepError, match="rolled back"):
+        list(stream)
+    assert notebook.cache.length == len(notebook)
+
+
+def test_tokens_that_transformers_appended_are_noticed() -> None:
+    notebook = build()
+    model = notebook.model.engine.model
+    mark = notebook.mark()
+    ids = torch.tensor([[*notebook.ids, 5]])
+    model.generate(ids, past_key_values=notebook.cache, max_new_tokens=2, do_sample=False, eos_token_id=None)
+    with pytest.raises(OutOfStepError, match="transformers"):
+        notebook.decide("now?", ["cancel", "deny"])
+    notebook.rollback(mark)
+    notebook.decide("now?", ["cancel", "deny"])
+
+
+def test_another_notebooks_mark_is_refused() -> None:
+    one, two = build(), build(status="pending")
+    mark, _ = one.mark(), two.mark()
+    with pytest.raises(CacheBufferError, match="not active"):
+        two.rollback(mark)
+    assert two.fields["status"] == "pending"
+
+
+def test_every_operation_leaves_its_account(tmp_path: Path) -> None:
+    notebook = build()
+    assert notebook.last_account.tokens_computed == len(notebook)
+    mark = notebook.mark()
+    list(notebook.generate("go on", max_new_tokens=4))
+    assert notebook.last_account.tokens_computed >= 4
+    assert notebook.last_account.tokens_reused == len(notebook)
+    notebook.edit(status="cancelled by the customer", mode="in_place")
+    assert notebook.rollback(mark).bytes_moved > 0
+    fork = notebook.fork()
+    assert fork.last_account.bytes_moved == notebook.cache.nbytes
+    notebook.save(tmp_path / "saved")
+    assert notebook.last_account.bytes_moved == notebook.cache.nbytes
+    assert Notebook.load(tmp_path / "saved", tiny()).last_account.bytes_moved == notebook.cache.nbytes
+
+
+def test_an_answer_with_markers_is_kept_as_it_was_said() -> None:
+    """The model's own words are not a value from outside, and half a conversation is never left behind."""
+    notebook = build()
+    notebook._append_turn("assistant", "### <done>")
+    assert notebook.rendered_text.endswith("### <done><|im_end|>\n")
 
 
 def test_kept_turns_equal_a_prefill_of_the_conversation() -> None:

@@ -55,8 +55,9 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
     option is guessed; looking a rule up is found where there is little else to look at, and then carries over.
     """
     phrasing = phrasing_of(split, stage)
-    if stage == "hop" and rng.random() < 0.3:
+    if stage == "hop" and rng.random() < 0.12:
         stage = "full"
+    late = stage in ("hop", "full")
     if stage == "pair":
         scenario = make_scenario(rng, split, fillers=0, gates=1, two_hop=False, gated_values=2, stage=stage)
         count = 1
@@ -64,8 +65,18 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
         scenario = make_scenario(rng, split, fillers=rng.randint(0, 3), gates=1, two_hop=False, stage=stage)
         count = rng.randint(2, 3)
     elif stage == "hop":
-        scenario = make_scenario(rng, split, fillers=rng.randint(0, 1), gates=1, two_hop=True, stage=stage)
-        count = rng.randint(1, 2)
+        told_apart = 2 if rng.random() < 0.5 else None
+        scenario = make_scenario(
+            rng,
+            split,
+            fillers=0,
+            gates=1,
+            two_hop=True,
+            gated_values=told_apart,
+            ordered=rng.random() < 0.6,
+            stage=stage,
+        )
+        count = rng.randint(2, 4)
     else:
         scenario, count = make_scenario(rng, split, stage=stage), rng.randint(3, 6)
     if rng.random() < 0.12:
@@ -74,11 +85,11 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
     values = dict(scenario.values)
     for turn in range(count):
         gate = rng.choice(scenario.gates)
-        think = rng.random() < 0.3 and stage not in ("pair", "hop")
+        think = rng.random() < (0.15 if late else 0.3) and stage != "pair"
         asked = question(rng, phrasing, gate, think=think)
         lines = (
             _updates(rng, phrasing, scenario, gate, values)
-            if turn or (rng.random() < 0.35 and stage in ("mixed", "wide", "full"))
+            if turn or (rng.random() < (0.5 if late else 0.35) and stage in ("mixed", "wide", "hop", "full"))
             else []
         )
         where = rng.random()

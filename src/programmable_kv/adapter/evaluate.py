@@ -20,7 +20,7 @@ from programmable_kv.adapter.grammar import PHRASINGS, Gate, Scenario, Split, ma
 from programmable_kv.adapter.replay import documents
 from programmable_kv.model import Model, load_model
 from programmable_kv.notebook.notebook import Notebook
-from programmable_kv.notebook.wording import DEFAULT_TEMPLATE
+from programmable_kv.notebook.wording import DEFAULT_TEMPLATE, statement
 from programmable_kv.records import Record, Recorder, digest_of, wilson
 
 SEED = 77_000
@@ -96,7 +96,7 @@ def _ask(model: Model, scenario: Scenario, index: int) -> dict[str, bool]:
     answers: dict[str, bool] = {
         "direct": right(expect=gate.actions[value]),
         "update": right(update_to(new), expect=gate.actions[new]),
-        "default_update": right(DEFAULT_TEMPLATE.format(name=gate.field, value=new), expect=gate.actions[new]),
+        "default_update": right(statement(DEFAULT_TEMPLATE, gate.field, new), expect=gate.actions[new]),
         "irrelevant_update": right(update_to(unrelated, irrelevant), expect=gate.actions[value]),
     }
     if index < FULLY_ASKED:
@@ -149,6 +149,13 @@ def base_model() -> Model:
     from programmable_kv.weights import base_folder
 
     return replace(load_model(base_folder()), name="embedded base")
+
+
+def attach_figures(folder: Path, record: Record) -> None:
+    """Put the held-out figures beside the weights they were measured on, into `training.json`."""
+    summary = training_summary(folder)
+    summary["held_out"] = {kind: record.model_dump(mode="json")["summary"][kind] for kind in KINDS}
+    (folder / "training.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
 
 
 def training_summary(folder: Path) -> dict[str, Any]:

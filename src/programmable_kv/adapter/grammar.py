@@ -26,7 +26,8 @@ from programmable_kv.notebook.wording import THINK_INSTRUCTION
 Split = Literal["train", "held_out"]
 Stage = Literal["pair", "short", "mixed", "wide", "hop", "full"]
 """what training goes through: two rules and one question; few rules and two or three turns; everything, in few words;
-everything, in many words and wordings; short two-hop policies mixed with everything; everything, groups of any name"""
+everything, in many words and wordings; short two-hop policies, lookups mostly first; everything, groups of any name,
+two gates more often"""
 _NARROW = frozenset({"pair", "short", "mixed"})
 
 
@@ -212,13 +213,16 @@ FILLERS: dict[Split, tuple[str, ...]] = {
 TWO_HOP_SHARE = 0.25
 TRAINED_TWO_HOP_SHARE = 0.4
 """of the gates, how many are looked up through a group; more in training, because they are the harder ones"""
+PAIR_SHARE = 0.35
+TRAINED_PAIR_SHARE = 0.5
+"""of the scenarios, how many hold two gates, told apart by the topic; more at the end of training, for the same reason"""
 KINDS: dict[Split, tuple[str, ...]] = {
     "train": ("class", "group", "category", "bucket", "lane"),
     "held_out": ("band", "shelf"),
 }
 LABELS: dict[Split, tuple[str, ...]] = {
     "train": ("A", "B", "C", "red", "blue", "one", "two", "north", "south"),
-    "held_out": ("K", "M", "R", "amber", "violet", "seven", "nine"),
+    "held_out": ("K", "M", "R", "ochre", "violet", "eleven", "nine"),
 }
 # Invented names widen the training vocabulary: a model that has seen thousands of random field
 # names copies the one in front of it instead of remembering a list.
@@ -378,17 +382,19 @@ def make_scenario(
     gates: int | None = None,
     two_hop: bool | None = None,
     gated_values: int | None = None,
+    ordered: bool = False,
     stage: Stage = "full",
 ) -> Scenario:
     """Draw one scenario. What is left out is drawn too: `fillers` (0 to 30), `gates` (1 or 2), `two_hop`, and how many
-    values each gate tells apart (`gated_values`, 2 to 4). A training scenario of an earlier `stage` is worded in fewer
-    ways, from fewer words."""
+    values each gate tells apart (`gated_values`, 2 to 4). In an `ordered` one the lookups come before the rules. A training
+    scenario of an earlier `stage` is worded in fewer ways, from fewer words."""
     wide = split == "train" and stage not in _NARROW
     any_kind = wide and stage != "wide"
     phrasing = phrasing_of(split, stage)
     hops = TRAINED_TWO_HOP_SHARE if wide else TWO_HOP_SHARE
     domain, fields, actions = _vocabulary(rng, split, wide)
-    gate_count = gates if gates is not None else (2 if rng.random() < 0.35 else 1)
+    pairs = TRAINED_PAIR_SHARE if any_kind else PAIR_SHARE
+    gate_count = gates if gates is not None else (2 if rng.random() < pairs else 1)
     filler_count = fillers if fillers is not None else _filler_count(rng)
     names = rng.sample(sorted(fields), k=len(fields))
     topics = rng.sample(list(domain.topics), k=gate_count)
@@ -414,7 +420,8 @@ def make_scenario(
         prefix = f"For {gate.topic}: " if gate_count > 1 else ""
         rules += [prefix + line if line_is_rule else line for line, line_is_rule in gate_lines]
         made.append(gate)
-    rng.shuffle(rules)
+    if not ordered:
+        rng.shuffle(rules)
     pool = list(FILLERS[split])
     if split == "train" and rng.random() < 0.4:
         # Rules about other things, in the very form of a gate, so that form alone decides nothing.
@@ -423,7 +430,7 @@ def make_scenario(
             for _ in range(4)
         ]
     lines = rules + [pool[i % len(pool)] for i in rng.sample(range(max(len(pool), filler_count)), filler_count)]
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 and not ordered:
         rng.shuffle(lines)
     else:
         spread = sorted(rng.sample(range(len(lines)), len(rules)))
@@ -478,9 +485,11 @@ def _make_gate(
         table = dict(zip(chosen, picked, strict=True))
         lines = [(phrase.format(field=field, value=v, action=a), True) for v, a in table.items()]
         return Gate(field, topic, table), lines
-    labels = rng.sample(_english() if any_label and rng.random() < 0.4 else LABELS[split], 2)
-    groups = {value: labels[i % 2] for i, value in enumerate(chosen)}
-    per_label = dict(zip(labels, rng.sample(actions, 2), strict=True))
+    # With two groups, "the other action than last time" would pass for a looked-up answer.
+    group_count = 3 if any_label and len(chosen) > 2 and rng.random() < 0.5 else 2
+    labels = rng.sample(_english() if any_label and rng.random() < 0.4 else LABELS[split], group_count)
+    groups = {value: labels[i % group_count] for i, value in enumerate(chosen)}
+    per_label = dict(zip(labels, rng.sample(actions, group_count), strict=True))
     lookup = rng.choice(phrasing.lookups)
     lines = [(lookup.format(value=f"{field} {v}", kind=kind, label=label), False) for v, label in groups.items()]
     lines += [(phrase.format(field=kind, value=label, action=action), True) for label, action in per_label.items()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import random
 import time
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from torch import nn
 from programmable_kv.adapter.conversation import Sequence, conversation, encode
 from programmable_kv.adapter.grammar import Stage
 from programmable_kv.adapter.replay import documents
+from programmable_kv.errors import TrainingError
+from programmable_kv.records import digest_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,8 @@ class TrainingRecipe:
     short_steps: int = 300
     mixed_steps: int = 120
     wide_steps: int = 330
-    hop_steps: int = 260
-    full_steps: int = 120
+    hop_steps: int = 250
+    full_steps: int = 300
     """steps of each `Stage` of conversations, in this order"""
     conversations_per_step: int = 8
     tokens_per_pass: int = 2048
@@ -41,8 +44,8 @@ class TrainingRecipe:
     learning_rate: float = 5e-4
     cosine_steps: int = 1200
     """where the first cosine would end; the wide stage stops before, at about a tenth of the rate"""
-    second_learning_rate: float = 4e-4
-    """what a second cosine starts from, at the hop stage"""
+    second_learning_rate: float = 5e-4
+    """what a second cosine starts from at the hop stage, with a fresh optimizer on the exported (bfloat16) weights"""
     warmup_steps: int = 20
     lora_rank: int = 16
     lora_alpha: int = 32
@@ -53,9 +56,12 @@ class TrainingRecipe:
 
     @property
     def steps(self) -> int:
-        return (
-            self.pair_steps + self.short_steps + self.mixed_steps + self.wide_steps + self.hop_steps + self.full_steps
-        )
+        return self.second_start + self.hop_steps + self.full_steps
+
+    @property
+    def second_start(self) -> int:
+        """The step at which the second cosine begins."""
+        return self.pair_steps + self.short_steps + self.mixed_steps + self.wide_steps
 
     def stage(self, step: int) -> Stage:
         stages: tuple[tuple[Stage, int], ...] = (
@@ -70,17 +76,15 @@ class TrainingRecipe:
         return "full"
 
     def rate(self, step: int) -> float:
-        """Linear warm-up, a cosine, and a second one from the hop stage on; both towards a twentieth."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        again = self.steps - self.hop_steps - self.full_steps
-        if step >= again:
-            return _cosine(self.second_learning_rate, (step - again) / (self.steps - again))
-        return _cosine(self.learning_rate, (step - self.warmup_steps) / (self.cosine_steps - self.warmup_steps))
-
-
-def _cosine(rate: float, progress: float) -> float:
-    return rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+        """Two cosines towards a twentieth, each after a linear warm-up; the second is the hop and full stages'."""
+        second = step >= self.second_start
+        peak = self.second_learning_rate if second else self.learning_rate
+        done = step - self.second_start if second else step
+        whole = self.steps - self.second_start if second else self.cosine_steps
+        if done < self.warmup_steps:
+            return peak * (done + 1) / self.warmup_steps
+        progress = (done - self.warmup_steps) / (whole - self.warmup_steps)
+        return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def train(
@@ -89,11 +93,13 @@ def train(
     recipe: TrainingRecipe,
     *,
     stop_after: int | None = None,
+    change_recipe: bool = False,
     report: Callable[[int, float, float], None] | None = None,
 ) -> Path:
     """Train (or resume training) the adapter of the model in `base`; returns the folder with its weights.
 
-    `stop_after` ends it at that step of the recipe's schedule.
+    `stop_after` ends it at that step of the recipe's schedule. With `change_recipe` it may go on from a checkpoint of another
+    recipe; which recipe was followed up to which step is recorded.
 
     `report(step, decision_loss, replay_loss)` is called after every step. Losses are in nats a token.
     """
@@ -109,11 +115,22 @@ def train(
 
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
-    start, seconds, curve = 0, 0.0, []
-    if checkpoint.exists():
+    start, seconds = 0, 0.0
+    curve: list[Any] = []
+    earlier: list[dict[str, Any]] = []
+    if not checkpoint.exists() and (out / "training.json").exists():
+        start, seconds, curve, earlier = _load_exported(out, model, recipe)
+        weights.restart()
+    elif checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        earlier = state["earlier"]
         if state["recipe"] != asdict(recipe):
-            raise ValueError(f"{checkpoint} was written by another recipe; choose another folder or delete it")
+            if not change_recipe:
+                raise TrainingError(
+                    f"{checkpoint} was written by another recipe. Choose another folder, delete it, or change the recipe "
+                    "from here on."
+                )
+            earlier = [*earlier, {"until_step": state["step"], "recipe": state["recipe"]}]
         weights.load(state["masters"], state["optimizer"])
         start, seconds, curve = state["step"], state["seconds"], state["curve"]
 
@@ -121,6 +138,8 @@ def train(
     began = time.perf_counter() - seconds
     last = min(recipe.steps, stop_after or recipe.steps)
     for step in range(start, last):
+        if step == recipe.second_start:
+            weights.restart()
         rng = random.Random(f"{recipe.seed}/{step}")
         stage = recipe.stage(step)
         drawn = [encode(conversation(rng, stage=stage), tokenizer) for _ in range(recipe.conversations_per_step)]
@@ -138,7 +157,7 @@ def train(
         if report is not None:
             report(step, decision_loss, float(replay_loss.detach()))
         if (step + 1) % 20 == 0 or step + 1 == last:
-            _save(checkpoint, model, weights, recipe, step + 1, time.perf_counter() - began, curve)
+            _save(checkpoint, model, weights, recipe, step + 1, time.perf_counter() - began, curve, earlier)
     return export(checkpoint, out)
 
 
@@ -150,7 +169,11 @@ class Masters:
 
     def __init__(self, weights: list[nn.Parameter]) -> None:
         self._weights = weights
-        self.tensors = [nn.Parameter(weight.detach().float()) for weight in weights]
+        self.restart()
+
+    def restart(self) -> None:
+        """A fresh optimizer on the bfloat16 weights as they are, which is all that an exported adapter holds."""
+        self.tensors = [nn.Parameter(weight.detach().float()) for weight in self._weights]
         self.optimizer = torch.optim.AdamW(self.tensors, weight_decay=0.0, betas=(0.9, 0.98))
 
     def load(self, tensors: list[torch.Tensor], optimizer: dict[str, Any]) -> None:
@@ -172,6 +195,29 @@ class Masters:
     def _publish(self) -> None:
         for master, weight in zip(self.tensors, self._weights, strict=True):
             weight.data.copy_(master.data)
+
+
+def _load_exported(
+    folder: Path, model: Any, recipe: TrainingRecipe
+) -> tuple[int, float, list[Any], list[dict[str, Any]]]:
+    """Go on from an exported adapter: its step, seconds, curve, and the recipes it followed if they were others.
+
+    Only where the second cosine begins is the optimizer's state not needed.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    found = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    if found["step"] != recipe.second_start:
+        raise TrainingError(
+            f"{folder} holds an adapter exported at step {found['step']}; without its checkpoint.pt training can only "
+            f"go on from step {recipe.second_start}. Choose an empty folder to train from the start."
+        )
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    earlier = list(found.get("earlier", []))
+    if found["recipe"] != asdict(recipe):
+        earlier.append({"until_step": found["step"], "recipe": found["recipe"]})
+    return found["step"], found["seconds"], found["curve"], earlier
 
 
 def _width(sequences: list[Sequence]) -> int:
@@ -216,7 +262,14 @@ def _replay(rng: random.Random, documents_ids: list[list[int]], tokens: int) -> 
 
 
 def _save(
-    path: Path, model: Any, weights: Masters, recipe: TrainingRecipe, step: int, seconds: float, curve: list[Any]
+    path: Path,
+    model: Any,
+    weights: Masters,
+    recipe: TrainingRecipe,
+    step: int,
+    seconds: float,
+    curve: list[Any],
+    earlier: list[dict[str, Any]],
 ) -> None:
     from peft import get_peft_model_state_dict
 
@@ -230,6 +283,7 @@ def _save(
             "step": step,
             "seconds": seconds,
             "curve": curve,
+            "earlier": earlier,
         },
         partial,
     )
@@ -247,7 +301,9 @@ def export(checkpoint: Path, out: Path) -> Path:
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     recipe = TrainingRecipe(**state["recipe"])
     _lora(recipe, LoraConfig).save_pretrained(out)
-    summary = {key: state[key] for key in ("recipe", "step", "seconds")}
+    summary = {key: state[key] for key in ("recipe", "earlier", "step", "seconds")}
+    # The replayed text and the English words of the grammar are the running Python's standard library.
+    summary |= {"python": platform.python_version(), "text_digest": digest_of(documents("replay"))}
     curve = {"columns": ["step", "decision_loss", "replay_loss"], "curve": state["curve"]}
     (out / "training.json").write_text(json.dumps({**summary, **curve}) + "\n", encoding="utf-8")
     return out

@@ -26,11 +26,10 @@ from programmable_kv.errors import CacheBufferError
 _SMALLEST_CAPACITY = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Mark:
-    """A state of the buffer that can be returned to."""
+    """A state of one buffer that can be returned to. Compared by identity: no other buffer's mark passes for it."""
 
-    serial: int
     length: int
     logged: int
 
@@ -139,7 +138,6 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self._origins = Origins(self.capacity)
         self._undo: list[_Saved] = []
         self._marks: list[Mark] = []
-        self._serial = 0
         super().__init__(layers=[BufferLayer(self) for _ in layout.layers])
 
     # -- reading -----------------------------------------------------------------------------------------------
@@ -332,24 +330,24 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self._save(new)
         self._move(torch.tensor(order, dtype=torch.long), new, self._positions[new].clone(), layout)
 
-    def insert(self, at: int, segment: Segment, layout: KVLayout) -> None:
-        """Splice a segment in before slot `at`; what follows moves on by its length, in slots and in positions.
+    def insert(self, at: int, segment: Segment, layout: KVLayout, *, replacing: int = 0) -> None:
+        """Splice a segment in before slot `at`, in the place of the `replacing` slots from there on.
 
-        `layout` is one with which relocation was proved exact. The segment's keys are rotated once, from the canonical;
-        it is kept (not copied) for as long as its tokens stand here.
+        What follows moves by the difference in length, in slots and in positions. The segment's keys are rotated once, from
+        the canonical; it is kept (not copied) for as long as its tokens stand here. `layout` is one with which relocation was
+        proved exact.
         """
-        if not 0 <= at <= self.length:
-            raise CacheBufferError(f"cannot insert before slot {at} of {self.length}")
+        if not 0 <= at <= at + replacing <= self.length:
+            raise CacheBufferError(f"cannot insert in the place of slots [{at}, {at + replacing}) of {self.length}")
         if len(segment.keys) != len(self.layers):
             raise CacheBufferError(f"a segment of {len(segment.keys)} layers does not fit {len(self.layers)}")
-        count = len(segment)
-        if count == 0:
-            return
+        count, tail = len(segment), at + replacing
         position = int(self._positions[at - 1]) + 1 if at else 0
-        self.ensure_capacity(self.length + count)
-        length = self.length + count
-        if at < self.length:
-            self.relocate(at, self.length, at + count, count, layout)
+        length = self.length + count - replacing
+        self.ensure_capacity(length)
+        if tail < self.length and count != replacing:
+            self._save(slice(at, min(tail, at + count)))
+            self.relocate(tail, self.length, at + count, count - replacing, layout)
         else:
             self._save(slice(at, at + count))
         where = slice(at, at + count)
@@ -388,8 +386,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
 
     def mark(self) -> Mark:
         """Remember this state. Until it is released or rolled back, overwritten rows are kept aside."""
-        self._serial += 1
-        mark = Mark(self._serial, self.length, len(self._undo))
+        mark = Mark(self.length, len(self._undo))
         self._marks.append(mark)
         return mark
 
@@ -409,8 +406,12 @@ class KVBuffer(Cache):  # type: ignore[misc]
             self._undo.clear()
             self._origins.release_unused(self.length)
 
+    def holds(self, mark: Mark) -> bool:
+        """Whether this mark is active: neither rolled back nor released, and this buffer's own."""
+        return mark in self._marks
+
     def _require(self, mark: Mark) -> None:
-        if mark not in self._marks:
+        if not self.holds(mark):
             raise CacheBufferError("this mark is not active: it was rolled back, released, or is another buffer's")
 
     def _drop(self, mark: Mark) -> None:
@@ -448,7 +449,6 @@ class KVBuffer(Cache):  # type: ignore[misc]
         """An independent copy of what is in use (no marks). This one does copy the context."""
         other = KVBuffer(self.layout, capacity=self.length, meter=self.meter)
         other.load_tensors(self.tensors())
-        self.meter.bytes_moved += self.nbytes
         return other
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -482,3 +482,4 @@ class KVBuffer(Cache):  # type: ignore[misc]
             keys = [named[f"origin_keys.{index}"] for index in range(len(self.layers))]
             self._origins.load(named["origins"], keys)
         self._set_length(count)
+        self.meter.bytes_moved += self.nbytes

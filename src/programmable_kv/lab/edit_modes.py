@@ -119,8 +119,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 for r in right
                 if (span := r[layout]["full"]["gap"] - r[layout]["stale"]["gap"]) > SMALLEST_GAP
             ]
-            if layout != "think":
-                entry["recovery"] = bootstrap_mean(recoveries).model_dump()
+            entry["recovery"] = bootstrap_mean(recoveries).model_dump()
             entry["mean_tokens_computed"] = round(
                 sum(r[layout][mode]["tokens_computed"] for r in right) / max(1, len(right)), 1
             )

@@ -10,14 +10,14 @@ from typing import Self
 from programmable_kv.account import Account, Meter
 from programmable_kv.cache.buffer import KVBuffer, Mark
 from programmable_kv.cache.span import Span
-from programmable_kv.errors import InvalidEditError, NotPrefilledError, UnknownFieldError
+from programmable_kv.errors import InvalidEditError, NotPrefilledError, OutOfStepError, UnknownFieldError
 from programmable_kv.model import Model
-from programmable_kv.notebook.context import Context, FieldState, Kind, TokenState, tokenised
+from programmable_kv.notebook.context import Context, FieldState, Kind, TokenState, Unit, tokenised
 from programmable_kv.notebook.parts import Message, Rendered, Text, continuation, render_chat, unmark
-from programmable_kv.notebook.splicing import SKILL_MARK, SeamRepair, cut_at_skills, joined_values, splice
 from programmable_kv.notebook.ranking import AttentionInfluence, Ranking
 from programmable_kv.notebook.skill import Skill, skills_among
-from programmable_kv.notebook.values import check_name, check_no_markers, check_template, check_value
+from programmable_kv.notebook.splicing import SKILL_MARK, SeamRepair, cut_at_skills, joined_values, splice
+from programmable_kv.notebook.values import check_name, check_no_markers, check_role, check_template, check_value
 from programmable_kv.notebook.wording import DEFAULT_TEMPLATE
 
 
@@ -46,6 +46,8 @@ class CachedContext:
         self._messages: list[Message] = []
         self._context = Context()
         self._buffer: KVBuffer | None = None
+        self.last_account = Account()
+        """what the latest operation cost"""
 
     # -- building ----------------------------------------------------------------------------------------------
 
@@ -62,6 +64,7 @@ class CachedContext:
         self._require_unfilled()
         if self._texts:
             raise InvalidEditError("this notebook is made of raw text; chat messages cannot be mixed in. Use .text().")
+        check_role(role)
         check_no_markers(content, self.model.tokenizer, f"the {role} message")
         self._messages.append(Message(role, self._declared(content, fields)))
         return self
@@ -91,14 +94,12 @@ class CachedContext:
             skill.check_fits(self.model)
             if name in self._values or content.count("{" + name + "}") > 1:
                 raise InvalidEditError(f"{name} was declared before: a skill has one place, and a name of its own")
-            fields[name] = SKILL_MARK
         for name, value in fields.items():
-            if name in skills:
-                continue
             check_name(name)
-            check_value(name, value, self.model.tokenizer, self.erratum_template)
+            check_value(name, value, self.model.tokenizer, self.erratum_template, {*fields, *self._values})
             if self._values.get(name, value) != value:
                 raise InvalidEditError(f"field {name} was declared before as {self._values[name]!r}, now as {value!r}")
+        fields |= dict.fromkeys(skills, SKILL_MARK)
         known = {**self._values, **fields}
         text = Text(content, tuple(name for name in known if name in fields or "{" + name + "}" in content))
         text.check()
@@ -117,27 +118,28 @@ class CachedContext:
         self._require_unfilled()
         if not self._texts and not self._messages:
             raise NotPrefilledError("the notebook is empty: add .message(...) or .text(...) before .prefill()")
-        pieces = cut_at_skills(self.rendered(), self._skills)
+        engine = self.model.engine
+        pieces: list[Unit | Skill] = [
+            piece if isinstance(piece, Skill)
+            else tokenised(self.model.tokenizer, piece, Kind.PREFILL, special=not self._messages and number == 0)
+            for number, piece in enumerate(cut_at_skills(self.rendered(), self._skills))
+        ]  # fmt: skip
         values = {name: value for name, value in self._values.items() if name not in self._skills}
         for skill in self._skills.values():
             values = joined_values(values, skill)
-        units = [
-            piece.unit if isinstance(piece, Skill)
-            else tokenised(self.model.tokenizer, piece, Kind.PREFILL, special=not self._messages and number == 0)
-            for number, piece in enumerate(pieces)
-        ]  # fmt: skip
-        context = Context([], {name: FieldState(value, value, value) for name, value in values.items()})
-        length = sum(len(unit) for unit in units)
-        self.model.engine.check_length(length)
-        buffer = self.model.engine.new_buffer(length + 128)
-        with self.model.engine.meter.measure() as reading:
-            for piece, unit in zip(pieces, units, strict=True):
+        context = Context([], {name: FieldState(value, value) for name, value in values.items()})
+        length = sum(len(piece) for piece in pieces)
+        engine.check_length(length)
+        buffer = engine.new_buffer(length + 128)
+        with engine.meter.measure() as reading:
+            for piece in pieces:
                 if isinstance(piece, Skill):
-                    splice(self.model.engine, buffer, context, piece, len(context), SeamRepair())
-                    continue
-                self.model.engine.append(buffer, unit.ids, logits=0)
-                context.units.append(replace(unit, after_edit=not context.all_exact()))
+                    splice(engine, buffer, context, piece, Span(len(context), len(context)), SeamRepair())
+                else:
+                    engine.append(buffer, piece.ids, logits=0)
+                    context.append(piece)
         self._context, self._buffer = context, buffer
+        self.last_account = reading.account
         return reading.account
 
     def rendered(self) -> Rendered:
@@ -199,8 +201,13 @@ class CachedContext:
         Raises:
             TemplateError: the chat template cannot continue this conversation with that role.
         """
-        buffer = self._filled()
+        check_role(role)
         check_no_markers(content, self.model.tokenizer, f"the {role} turn")
+        return self._append_turn(role, content)
+
+    def _append_turn(self, role: str, content: str) -> Account:
+        buffer = self._filled()
+        reused = len(self._context)
         with self._transaction() as meter, meter.measure() as reading:
             if self._messages:
                 message = Message(role, Text(content))
@@ -211,9 +218,9 @@ class CachedContext:
             unit = tokenised(self.model.tokenizer, rendered, Kind.TURN)
             self.model.engine.append(buffer, unit.ids, logits=0)
             context = self._context.copy()
-            context.units.append(replace(unit, after_edit=not context.all_exact()))
+            context.append(unit)
             self._context = context
-        return self._account(reading.account, "")
+        return self._account(reading.account, reused)
 
     def _continuation(self, more: Sequence[Message], *, prompt_for_answer: bool = False) -> Rendered:
         written = self._values | {name: state.written for name, state in self._context.fields.items()}
@@ -225,22 +232,31 @@ class CachedContext:
         """Remember this state. Costs nothing until something is overwritten."""
         return NotebookMark(self._filled().mark(), self._context, tuple(self._messages))
 
-    def rollback(self, mark: NotebookMark) -> None:
-        """Return to a mark, at the cost of what was overwritten since; it and later marks are used up."""
-        self._filled().rollback(mark.buffer)
+    def rollback(self, mark: NotebookMark) -> Account:
+        """Return to a mark, at the cost of what was overwritten since; it and later marks are used up.
+
+        Raises:
+            CacheBufferError: the mark is used up, or another notebook's.
+        """
+        with self.model.engine.meter.measure() as reading:
+            self._filled().rollback(mark.buffer)
         self._context, self._messages = mark.context, list(mark.messages)
+        return self._account(reading.account, len(self._context))
 
     def release(self, mark: NotebookMark) -> None:
         """Keep what happened since a mark; it and later marks are used up."""
         self._filled().release(mark.buffer)
 
     def fork(self) -> Self:
-        """An independent notebook in the same state. Copies the cache."""
+        """An independent notebook in the same state. Copies the cache; its `last_account` says what that cost."""
+        self._require_in_step()
         other = type(self)(self.model, erratum_template=self.erratum_template, ranking=self.ranking)
         other._values, other._texts, other._messages = dict(self._values), list(self._texts), list(self._messages)
         other._skills = dict(self._skills)
         other._context = self._context.copy()
-        other._buffer = self._filled().fork()
+        with self.model.engine.meter.measure() as reading:
+            other._buffer = self._filled().fork()
+        other._account(reading.account, len(self._context))
         return other
 
     def _repr_html_(self) -> str:
@@ -251,20 +267,33 @@ class CachedContext:
     @contextmanager
     def _transaction(self) -> Iterator[Meter]:
         """If the block raises, the notebook is put back as it was before it."""
-        buffer = self._filled()
+        buffer = self._require_in_step()
         mark = buffer.mark()
         context, messages = self._context, list(self._messages)
         try:
             yield self.model.engine.meter
         except BaseException:
-            buffer.rollback(mark)
-            self._context, self._messages = context, messages
+            if buffer.holds(mark):  # or else the user has rolled back further already
+                buffer.rollback(mark)
+                self._context, self._messages = context, messages
             raise
-        buffer.release(mark)
+        if buffer.holds(mark):
+            buffer.release(mark)
 
-    def _account(self, account: Account, note: str) -> Account:
-        reused = max(0, len(self._context) - account.tokens_computed - account.tokens_relocated)
-        return replace(account, tokens_reused=reused, note=note)
+    def _account(self, account: Account, reused: int, note: str = "") -> Account:
+        """`reused`: how many cached tokens were neither computed nor moved."""
+        self.last_account = replace(account, tokens_reused=reused, note=note)
+        return self.last_account
+
+    def _require_in_step(self) -> KVBuffer:
+        buffer = self._filled()
+        if buffer.length != len(self._context):
+            raise OutOfStepError(
+                f"the cache holds {buffer.length} tokens and this notebook knows of {len(self._context)}: a stream from "
+                ".generate() is still open, or transformers appended to .cache by itself. Finish or close the stream; or "
+                "roll back to a mark from before."
+            )
+        return buffer
 
     def _filled(self) -> KVBuffer:
         if self._buffer is None:

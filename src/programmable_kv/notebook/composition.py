@@ -67,15 +67,19 @@ class Composition(CachedContext):
             ContextOverflowError: it does not fit.
             InvalidEditError: `at` is no place in the text, or a field of the skill has another value here.
         """
+        slot = self._slot(at)
+        return self._splice(skill, Span(slot, slot), repair)
+
+    def _splice(self, skill: Skill, where: Span, repair: SeamRepair | None) -> Account:
         buffer = self._filled()
         skill.check_fits(self.model)
-        slot = self._slot(at)
+        self.model.engine.check_length(buffer.next_position + len(skill) - len(where))
+        self.model.engine.verify()
         with self._transaction() as meter, meter.measure() as reading:
-            self._require_room(len(skill))
             context = self._context.copy()
-            note = splice(self.model.engine, buffer, context, skill, slot, repair or SeamRepair())
+            note = splice(self.model.engine, buffer, context, skill, where, repair or SeamRepair())
             self._context = context
-        return self._account(reading.account, note)
+        return self._moved(reading.account, note)
 
     def cut(self, what: str | Part | Span, /) -> Account:
         """Take a part (a skill's name, or a piece of the context) out. What follows is relocated.
@@ -98,7 +102,7 @@ class Composition(CachedContext):
             self._mark_stale(context, first)
             context.forget_lost_fields()
             self._context = context
-        return self._account(reading.account, self._following(span.start))
+        return self._moved(reading.account, self._following(span.start))
 
     def move(self, what: str | Part | Span, /, *, to: int | Part | None = None) -> Account:
         """Move a part before the slot (or part) `to`; to the context's end when None.
@@ -129,16 +133,13 @@ class Composition(CachedContext):
             context.units[first : first + len(run)] = run
             self._mark_stale(context, first)
             self._context = context
-        return self._account(reading.account, self._following(start))
+        return self._moved(reading.account, self._following(start))
 
     def replace(
         self, what: str | Part | Span, skill: Skill, /, *, repair: SeamRepair | None = None
     ) -> Account:
         """Exchange a part for a skill, in its place. Raises as `cut` and `splice` do."""
-        skill.check_fits(self.model)
-        span = self._span(what)
-        with self._transaction():
-            return self.cut(span) + self.splice(skill, at=span.start, repair=repair)
+        return self._splice(skill, self._span(what), repair)
 
     # -- places --------------------------------------------------------------------------------------------------
 
@@ -157,8 +158,8 @@ class Composition(CachedContext):
             )
         return span
 
-    def _require_room(self, tokens: int) -> None:
-        self.model.engine.check_length(self._filled().next_position + tokens)
+    def _moved(self, account: Account, note: str) -> Account:
+        return self._account(account, len(self._context) - account.tokens_relocated, note)
 
     def _following(self, start: int) -> str:
         later = len(self._context) - start

@@ -39,7 +39,7 @@ class TokenState(StrEnum):
     REFRESHED = "refreshed"
     ERRATUM = "erratum"
     AFTER_EDIT = "after edit"
-    """computed after an edit, on a context that still holds stale tokens"""
+    """computed on a context that held traces of several values of a field"""
     STALE = "stale"
 
     @property
@@ -61,6 +61,10 @@ class Place:
     tokens: Span
 
 
+Readings = Mapping[str, frozenset[str | None]]
+"""for each field, the values under which some tokens were computed; None for a mixture of several"""
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """A run of text that was tokenised on its own. `offsets` are the characters of each token."""
@@ -74,15 +78,15 @@ class Unit:
     places: tuple[Place, ...] = ()
     corrects: tuple[tuple[str, str], ...] = ()
     """for an erratum: the (field, value) it states"""
-    after_edit: bool = False
+    read: Readings = field(default_factory=dict)
+    """what those of its tokens that follow a field have read of it; nothing, if they were computed without it"""
     name: str = ""
     """of the skill"""
     base: tuple[TokenState, ...] = ()
-    """each token's state before any edit is considered; empty where all are exact"""
+    """each token's state as far as the parts before it are concerned; empty where all are exact"""
 
     def __len__(self) -> int:
         return len(self.ids)
-
 
     @property
     def base_states(self) -> tuple[TokenState, ...]:
@@ -230,11 +234,10 @@ def _locally(
 
 @dataclass(slots=True)
 class FieldState:
-    """A field's values: `current` is the truth, `written` stands in its places, `noted` is what later tokens saw."""
+    """A field's values: `current` is the truth, `written` stands in its places."""
 
     current: str
     written: str
-    noted: str
 
 
 @dataclass(slots=True)
@@ -320,35 +323,109 @@ class Context:
             slot += length
         return found
 
-    def all_exact(self) -> bool:
-        """Whether every token is as a full prefill would have computed it (relocated ones are not known of here)."""
-        return all(state is TokenState.EXACT for state in self.states())
+    # -- what was computed under which values --------------------------------------------------------------------
+
+    def first_place(self, name: str) -> int:
+        """The slot after a field's first place: tokens from here on can have read it."""
+        return min(span.stop for span in self.spans(name))
+
+    def reading(self, slot: int) -> Readings:
+        """What a token computed now, at `slot`, reads of each field: one value if all before it agrees, else a mixture."""
+        return {name: self._reading_of(name, state.written, slot) for name, state in self.fields.items()}
+
+    def _reading_of(self, name: str, written: str, slot: int) -> frozenset[str | None]:
+        seen: set[str | None] = {written}
+        place = self.first_place(name)
+        for begins, unit in self._following(name):
+            if max(begins, place) >= slot:
+                break
+            seen |= unit.read[name]
+            if any(corrected == name for corrected, _ in unit.corrects):
+                seen.add(None)
+        return frozenset(seen) if len(seen) == 1 else frozenset({None})
+
+    def _following(self, name: str) -> Iterator[tuple[int, Unit]]:
+        """The units that hold tokens after a field's first place."""
+        place = self.first_place(name)
+        return ((begins, unit) for begins, unit in self.starts() if begins + len(unit) > place)
+
+    def read_only(self, name: str, value: str) -> bool:
+        """Whether the field's places and every token after them have seen this value and no other."""
+        return self.fields[name].written == value and all(
+            unit.read[name] <= {value} for _, unit in self._following(name)
+        )
+
+    def computed_base(self, slot: int) -> TokenState:
+        """The base state of a token computed now, at `slot`: exact only on exact parts, or repaired ones (which are)."""
+        for begins, unit in self.starts():
+            if begins >= slot:
+                break
+            if not set(unit.base[: slot - begins]) <= {TokenState.EXACT, TokenState.REPAIRED}:
+                return TokenState.AFTER_EDIT
+        return TokenState.EXACT
+
+    def append(self, unit: Unit) -> None:
+        """Take in a unit that was computed at the context's end."""
+        end = len(self)
+        unit = replace(unit, read=self.reading(end))
+        self.units.append(unit.marked(Span(0, len(unit)), self.computed_base(end)))
+
+    def note_computed_from(self, start: int) -> None:
+        """Every token from slot `start` on was computed, in one go, on what precedes it."""
+        begins = 0
+        base = self.computed_base(start)
+        for index, unit in enumerate(self.units):
+            if begins + len(unit) > start:
+                now = self.reading(max(start, begins))
+                read = {}
+                for name, value in now.items():
+                    kept = max(begins, self.first_place(name)) < start  # some of its readers in this unit stay
+                    read[name] = unit.read[name] | value if kept else value
+                recomputed = Span(max(0, start - begins), len(unit))
+                self.units[index] = replace(unit, read=read).marked(recomputed, base, weaken=False)
+            begins += len(unit)
+
+    def note_computed(self, slots: Iterable[int], *, repaired: bool = False) -> None:
+        """Some tokens were computed on what precedes them. A field's own places do not count as readers of it.
+
+        `repaired`: they are a spliced skill's, and called so where they are as good as exact.
+        """
+        own = {name: {slot for span in self.spans(name) for slot in span.range} for name in self.fields}
+        first = {name: self.first_place(name) for name in self.fields}
+        bounds = list(self.starts())
+        for slot in sorted(slots):
+            index = max(i for i, (begins, _) in enumerate(bounds) if begins <= slot)
+            unit, now = self.units[index], self.reading(slot)
+            read = {
+                name: unit.read[name] | now[name] if slot >= first[name] and slot not in own[name] else unit.read[name]
+                for name in self.fields
+            }
+            token = slot - bounds[index][0]
+            base = self.computed_base(slot)
+            base = TokenState.REPAIRED if repaired and base is TokenState.EXACT else base
+            unit = unit.marked(Span(token, token + 1), base, weaken=False)
+            self.units[index] = replace(unit, read=read)
 
     def states(self, relocated: Iterable[int] = ()) -> list[TokenState]:
-        """The state of every cached token, derived from what the edits did and which slots were `relocated`."""
+        """The state of every cached token, derived from what it has read and which slots were `relocated`."""
         states: list[TokenState] = []
         for unit in self.units:
-            if unit.kind is Kind.ERRATUM:
-                states += [TokenState.ERRATUM] * len(unit)
-            else:
-                state = TokenState.AFTER_EDIT if unit.after_edit else TokenState.EXACT
-                states += [weakest([state, token_state]) for token_state in unit.base_states]
-        stale_from = len(states)
+            states += [TokenState.ERRATUM] * len(unit) if unit.kind is Kind.ERRATUM else unit.base_states
         for name, field_state in self.fields.items():
-            spans = self.spans(name)
-            if field_state.noted != field_state.current and spans:
-                stale_from = min(stale_from, spans[0].stop)
-        for slot in range(stale_from, len(states)):
-            if states[slot] in (TokenState.EXACT, TokenState.RELOCATED, TokenState.REPAIRED):
-                states[slot] = TokenState.STALE
+            place = self.first_place(name)
+            for begins, unit in self._following(name):
+                mark = _worth(unit.read[name], field_state.current)
+                if unit.kind is not Kind.ERRATUM:
+                    for slot in range(max(begins, place), begins + len(unit)):
+                        states[slot] = weakest([states[slot], mark])
         for slot in self.refreshed:
-            if states[slot] is TokenState.STALE:
+            if states[slot] in (TokenState.STALE, TokenState.AFTER_EDIT):
                 states[slot] = TokenState.REFRESHED
         for name, field_state in self.fields.items():
             for span in self.spans(name):
                 if field_state.written != field_state.current:
                     mark = TokenState.STALE
-                elif field_state.written != field_state.noted:
+                elif not self.read_only(name, field_state.written):
                     mark = TokenState.REFRESHED
                 else:
                     continue
@@ -356,3 +433,10 @@ class Context:
         for slot in relocated:
             states[slot] = weakest([states[slot], TokenState.RELOCATED])
         return states
+
+
+def _worth(read: frozenset[str | None], current: str) -> TokenState:
+    """The state of tokens that were computed under these values of a field."""
+    if read <= {current}:
+        return TokenState.EXACT
+    return TokenState.AFTER_EDIT if read <= {current, None} else TokenState.STALE

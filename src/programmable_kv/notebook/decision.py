@@ -53,6 +53,8 @@ def option_ids(tokenizer: Any, prompt_end: str, options: Sequence[str], end_id: 
     Raises:
         InvalidOptionsError: fewer than two options, two equal ones, or one that tokenises to nothing.
     """
+    if isinstance(options, str):
+        raise InvalidOptionsError(f"options are a list of strings, got the one string {options!r}")
     if len(options) < 2 or len(set(options)) != len(options) or not all(option.strip() for option in options):
         raise InvalidOptionsError(f"a decision needs at least two different, non-empty options; got {list(options)}")
     tail = prompt_end[-_TAIL_CHARACTERS:]
@@ -70,7 +72,12 @@ def option_ids(tokenizer: Any, prompt_end: str, options: Sequence[str], end_id: 
     starts_another = any(a != b and b[: len(a)] == a for a in found for b in found)
     if len({tuple(ids) for ids in found}) != len(found):
         raise InvalidOptionsError(f"two options have the same tokens: {list(options)}")
-    if starts_another and end_id is not None:
+    if starts_another:
+        if end_id is None:
+            raise InvalidOptionsError(
+                f"one option begins another ({list(options)}), and this tokenizer has no end token to tell them apart. "
+                "Rephrase them."
+            )
         found = [[*ids, end_id] for ids in found]
     return found
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from programmable_kv.cache.span import Span
-from programmable_kv.notebook.context import Context, Kind, TokenState, Unit
+from programmable_kv.notebook.context import Context, Kind, Unit
 
 
 class Mode(StrEnum):
@@ -35,7 +34,7 @@ class Mode(StrEnum):
 
 
 DEFAULT_MODE = Mode.FIELD_ERRATUM
-_REFRESHES_FIELD = frozenset({Mode.IN_PLACE, Mode.FIELD_ERRATUM, Mode.SELECTIVE, Mode.SUFFIX, Mode.FULL})
+REFRESHES_FIELD = frozenset({Mode.IN_PLACE, Mode.FIELD_ERRATUM, Mode.SELECTIVE, Mode.SUFFIX, Mode.FULL})
 _STATES_VALUE = frozenset({Mode.ERRATUM, Mode.FIELD_ERRATUM})
 _RECOMPUTES_AFTER = frozenset({Mode.SUFFIX, Mode.FULL})
 
@@ -93,7 +92,7 @@ def plan_edit(
     keep = len(after)
     moves: list[Move] = []
     compute: list[int] = []
-    if mode in _REFRESHES_FIELD:
+    if mode in REFRESHES_FIELD:
         rewritten = {name: value for name, value in changes.items() if after.fields[name].written != value}
         before = len(after)
         replacements = after.write(tokenizer, rewritten)
@@ -106,19 +105,20 @@ def plan_edit(
             notes.append(f"the value's token length changed: {tail} later tokens were relocated")
         keep = min([before, *(r.old.start for r in growing if r.old.stop == before)])
         compute = [slot for r in replacements for slot in r.new.range]
+        after.note_computed(compute)
     for name, value in changes.items():
         in_the_way = bool(after.corrections(name))
         # Where the rest of the context was computed under this very value, an erratum would only cost tokens.
-        needed = after.fields[name].noted != value or in_the_way
+        needed = not after.read_only(name, value) or in_the_way
         if (mode in _STATES_VALUE and needed) or in_the_way:
             start = len(after)
-            unit = replace(write_erratum(after, name, value), after_edit=True)
-            after.units.append(unit)
+            unit = write_erratum(after, name, value)
+            after.append(unit)
             compute += range(start, start + len(unit))
             if mode not in _STATES_VALUE:
                 notes.append(f"an earlier erratum about {name} lies inside the context, so a new one was needed")
         elif mode in _STATES_VALUE:
-            notes.append(f"no erratum: the context was computed with {name} = {value}")
+            notes.append(f"no erratum: everything that follows was computed with {name} = {value}")
     return EditPlan(mode, keep, tuple(moves), tuple(compute), "; ".join(notes)), after
 
 
@@ -130,10 +130,10 @@ def _plan_recompute(after: Context, changes: Mapping[str, str], mode: Mode, toke
     replacements = after.write(tokenizer, rewritten)
     touched = [replacement.new.start for replacement in replacements]
     for name, value in changes.items():
-        # Also when the text already says so: what later tokens noted may be from another value.
-        if after.fields[name].noted != value:
+        after.fields[name].written = value
+        # Also when the text already says so: later tokens may have read another value.
+        if not after.read_only(name, value):
             touched += [span.start for span in after.spans(name)]
-        after.fields[name].written = after.fields[name].noted = value
     kept: list[Unit] = []
     slot = 0
     for unit in after.units:
@@ -144,20 +144,7 @@ def _plan_recompute(after: Context, changes: Mapping[str, str], mode: Mode, toke
         slot += len(unit)
     after.units = kept
     start = 0 if mode is Mode.FULL else min([*touched, len(after)])
-    stale_elsewhere = any(state.noted != state.current for state in after.fields.values())
-    spliced_before = any(
-        state is not TokenState.EXACT
-        for begins, unit in after.starts()
-        for state in unit.base_states[: max(0, start - begins)]
-    )
-    slot = 0
-    for index, unit in enumerate(after.units):
-        recomputed = Span(min(len(unit), max(0, start - slot)), len(unit))
-        unit = unit.marked(recomputed, TokenState.EXACT, weaken=False)
-        if slot >= start and unit.kind is not Kind.ERRATUM:
-            unit = replace(unit, after_edit=(unit.after_edit and stale_elsewhere) or spliced_before)
-        after.units[index] = unit
-        slot += len(unit)
+    after.note_computed_from(start)
     return EditPlan(mode, start, (), tuple(range(start, len(after)))), after
 
 

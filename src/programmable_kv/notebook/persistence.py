@@ -45,15 +45,14 @@ class SavedUnit(_Strict):
     special: bool
     places: tuple[SavedPlace, ...]
     corrects: tuple[tuple[str, str], ...]
-    after_edit: bool
-    name: str = ""
-    base: tuple[TokenState, ...] = ()
+    read: dict[str, tuple[str | None, ...]]
+    name: str
+    base: tuple[TokenState, ...]
 
 
 class SavedField(_Strict):
     current: str
     written: str
-    noted: str
 
 
 class SavedMessage(_Strict):
@@ -74,8 +73,8 @@ class Manifest(_Strict):
     messages: tuple[SavedMessage, ...]
     units: tuple[SavedUnit, ...]
     fields: dict[str, SavedField]
-    written: dict[str, str]
-    """what stands for every placeholder of the messages, skills included"""
+    placeholders: dict[str, str]
+    """what stood for every placeholder of the messages when they were rendered, skills included"""
     refreshed: tuple[int, ...]
 
 
@@ -105,19 +104,25 @@ def save(notebook: Notebook, folder: Path) -> Path:
             ),
             units=tuple(_saved(unit) for unit in context.units),
             fields={
-                name: SavedField(current=state.current, written=state.written, noted=state.noted)
-                for name, state in context.fields.items()
+                name: SavedField(current=state.current, written=state.written) for name, state in context.fields.items()
             },
-            written=dict(notebook._values),
+            placeholders=dict(notebook._values),
             refreshed=tuple(sorted(context.refreshed)),
         )
-        (partial / _MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        body = manifest.model_dump_json()
+        sealed = {"sha256": hashlib.sha256(body.encode()).hexdigest(), "notebook": json.loads(body)}
+        (partial / _MANIFEST).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
         if folder.exists():
             # A folder cannot be replaced in one step everywhere: move the old one aside first.
             aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-")) / "old"
             folder.rename(aside)
-            partial.rename(folder)
-            shutil.rmtree(aside.parent)
+            try:
+                partial.rename(folder)
+            except OSError:
+                aside.rename(folder)
+                raise
+            finally:
+                shutil.rmtree(aside.parent, ignore_errors=True)
         else:
             partial.rename(folder)
     finally:
@@ -128,11 +133,15 @@ def save(notebook: Notebook, folder: Path) -> Path:
 def load(folder: Path, model: Model) -> Notebook:
     """Read a notebook; every check comes before any state is made."""
     try:
-        manifest = Manifest.model_validate_json((folder / _MANIFEST).read_text(encoding="utf-8"))
+        sealed = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = Manifest.model_validate(sealed["notebook"])
+        intact = sealed["sha256"] == hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
     except FileNotFoundError:
         raise CorruptFileError(f"{folder} holds no {_MANIFEST}: it is not a saved notebook") from None
-    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValidationError, ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{folder / _MANIFEST} is damaged or of another format: {_short(error)}") from error
+    if not intact:
+        raise CorruptFileError(f"{folder / _MANIFEST} was damaged or changed by hand: save the notebook again")
     if manifest.fingerprint != model.fingerprint:
         raise FingerprintMismatchError(
             f"{folder} was saved from '{manifest.model_name}' ({manifest.fingerprint[:8]}, {manifest.dtype}); this model is "
@@ -153,10 +162,10 @@ def load(folder: Path, model: Model) -> Notebook:
         raise CorruptFileError(f"{path} is not a safetensors file: {error}") from error
     notebook = Notebook(model, erratum_template=manifest.erratum_template)
     notebook._messages = [Message(m.role, Text(m.template, m.fields)) for m in manifest.messages]
-    notebook._values = dict(manifest.written)
+    notebook._values = dict(manifest.placeholders)
     context = Context(
         [_unit(saved) for saved in manifest.units],
-        {name: FieldState(f.current, f.written, f.noted) for name, f in manifest.fields.items()},
+        {name: FieldState(f.current, f.written) for name, f in manifest.fields.items()},
         frozenset(manifest.refreshed),
     )
     buffer = model.engine.new_buffer(len(context))
@@ -181,16 +190,25 @@ def _saved(unit: Unit) -> SavedUnit:
     )
     return SavedUnit(
         kind=unit.kind, text=unit.text, ids=unit.ids, offsets=unit.offsets, special=unit.special, places=places,
-        corrects=unit.corrects, after_edit=unit.after_edit, name=unit.name, base=unit.base,
+        corrects=unit.corrects, read={name: tuple(sorted(values, key=str)) for name, values in unit.read.items()},
+        name=unit.name, base=unit.base,
     )  # fmt: skip
 
 
 def _unit(saved: SavedUnit) -> Unit:
     places = tuple(Place(p.name, Span(*p.characters), Span(*p.tokens)) for p in saved.places)
     return Unit(
-        saved.kind, saved.text, saved.ids, saved.offsets, saved.special, places, saved.corrects, saved.after_edit,
-        saved.name, saved.base,
-    )  # fmt: skip
+        saved.kind,
+        saved.text,
+        saved.ids,
+        saved.offsets,
+        saved.special,
+        places,
+        saved.corrects,
+        {name: frozenset(values) for name, values in saved.read.items()},
+        saved.name,
+        saved.base,
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -85,21 +85,26 @@ def _in_place(buffer: KVBuffer, ids: tuple[int, ...], start: int, slots: Sequenc
 
 
 def splice(
-    engine: Engine, buffer: KVBuffer, context: Context, skill: Skill, at: int, repair: SeamRepair
+    engine: Engine, buffer: KVBuffer, context: Context, skill: Skill, where: Span, repair: SeamRepair
 ) -> str:
-    """Put a skill before slot `at`, in the cache and in the books; what follows is relocated and marked stale.
+    """Put a skill in the place of the slots `where` (which may be none), in the cache and in the books.
+
+    What follows is relocated and marked stale: it was computed without the skill.
 
     `context` is changed. Returns a note on what was done beyond the asked.
 
     Raises:
         UnverifiedError: keys of this model cannot be moved.
-        InvalidEditError: `at` is no place in the text, or the skill holds a field whose value is another one here.
+        InvalidEditError: an end of `where` is no place in the text, or a field of the skill has another value here.
     """
     layout = engine.require_relocation()
-    fields = joined_values({name: state.current for name, state in context.fields.items()}, skill)
+    at = where.start
     index = context.split_at(at)
+    del context.units[index : context.split_at(where.stop)]
+    context.forget_lost_fields()
+    fields = joined_values({name: state.current for name, state in context.fields.items()}, skill)
     following = len(context) - at
-    buffer.insert(at, skill.segment, layout)
+    buffer.insert(at, skill.segment, layout, replacing=len(where))
     span = Span(at, at + len(skill))
     unit = skill.unit
     repaired: list[int] = []
@@ -108,14 +113,18 @@ def splice(
         if repaired:
             engine.compute(buffer, _in_place(buffer, unit.ids, at, repaired), logits=0)
         unit = unit.marked(Span(0, len(unit)), TokenState.RELOCATED)
-        for slot in repaired:
-            unit = unit.marked(Span(slot - at, slot - at + 1), TokenState.REPAIRED, weaken=False)
     for later in range(index, len(context.units)):
         tail = context.units[later]
         context.units[later] = tail.marked(Span(0, len(tail)), TokenState.STALE)
-    context.units.insert(index, replace(unit, name=skill.name))
+    # Nothing here was computed under a field of the other's: a skill alone has read its own only.
+    unread: frozenset[str | None] = frozenset()
+    for other, known in enumerate(context.units):
+        context.units[other] = replace(known, read={name: known.read.get(name, unread) for name in fields})
+    own = {name: frozenset[str | None]({value}) for name, value in skill.values.items()}
+    context.units.insert(index, replace(unit, name=skill.name, read={name: own.get(name, unread) for name in fields}))
     for name, value in fields.items():
-        context.fields.setdefault(name, FieldState(value, value, value))
+        context.fields.setdefault(name, FieldState(value, value))
+    context.note_computed(repaired, repaired=True)
     return f"{following} later tokens were relocated and have not read {skill.name}" if following else ""
 
 

@@ -8,3 +8,8 @@ model may want another wording (`docs/which-edit.md`)."""
 
 THINK_INSTRUCTION = "First restate the field, then decide."
 """asks for one line of reasoning before the answer"""
+
+
+def statement(template: str, name: str, value: str) -> str:
+    """The erratum's line. Braces of the template's own stay as they are."""
+    return template.replace("{name}", name).replace("{value}", value)
