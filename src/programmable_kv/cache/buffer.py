@@ -430,9 +430,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
                 return
         keys = [layer.keys[:, :, where].clone() for layer in self.layers]
         values = [layer.values[:, :, where].clone() for layer in self.layers]
-        self._undo.append(
-            _Saved(where, keys, values, self._positions[where].clone(), self._origins.save(where))
-        )
+        self._undo.append(_Saved(where, keys, values, self._positions[where].clone(), self._origins.save(where)))
         self.meter.bytes_moved += sum(tensor.numel() * tensor.element_size() for tensor in (*keys, *values))
 
     def _restore(self, saved: _Saved) -> None:

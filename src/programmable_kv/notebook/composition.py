@@ -52,9 +52,7 @@ class Composition(CachedContext):
             )
         return found[0]
 
-    def splice(
-        self, skill: Skill, /, *, at: int | Part | None = None, repair: SeamRepair | None = None
-    ) -> Account:
+    def splice(self, skill: Skill, /, *, at: int | Part | None = None, repair: SeamRepair | None = None) -> Account:
         """Put a compiled skill into the live context.
 
         Args:
@@ -127,7 +125,7 @@ class Composition(CachedContext):
             moved = list(span.range)
             others = [other for other in range(start, stop) if other not in span.range]
             order = moved + others if slot <= span.start else others + moved
-            by_start = {begins: unit for begins, unit in context.starts()}
+            by_start = dict(context.starts())
             run = [by_start[begins] for begins in order if begins in by_start]
             buffer.reorder(start, order, layout)
             context.units[first : first + len(run)] = run
@@ -135,9 +133,7 @@ class Composition(CachedContext):
             self._context = context
         return self._moved(reading.account, self._following(start))
 
-    def replace(
-        self, what: str | Part | Span, skill: Skill, /, *, repair: SeamRepair | None = None
-    ) -> Account:
+    def replace(self, what: str | Part | Span, skill: Skill, /, *, repair: SeamRepair | None = None) -> Account:
         """Exchange a part for a skill, in its place. Raises as `cut` and `splice` do."""
         return self._splice(skill, self._span(what), repair)
 

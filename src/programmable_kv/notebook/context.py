@@ -326,8 +326,8 @@ class Context:
     # -- what was computed under which values --------------------------------------------------------------------
 
     def first_place(self, name: str) -> int:
-        """The slot after a field's first place: tokens from here on can have read it."""
-        return min(span.stop for span in self.spans(name))
+        """The slot after a field's first place: tokens from here on can have read it. The end, if it is still to come."""
+        return min((span.stop for span in self.spans(name)), default=len(self))
 
     def reading(self, slot: int) -> Readings:
         """What a token computed now, at `slot`, reads of each field: one value if all before it agrees, else a mixture."""

@@ -7,7 +7,7 @@ A plan is made on a copy of the context's bookkeeping, so that it can be printed
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 

@@ -33,7 +33,7 @@ class Skill:
     segment: Segment = field(repr=False)
     fingerprint: str
     """of the model that compiled it"""
-    account: Account = Account()
+    account: Account
     """what compiling it cost"""
 
     @property
@@ -69,9 +69,7 @@ class Skill:
         part = Text(text, tuple(fields))
         part.check()
         rendered = (
-            unmark(part.marked(fields))
-            if role is None
-            else render_chat(model.tokenizer, [Message(role, part)], fields)
+            unmark(part.marked(fields)) if role is None else render_chat(model.tokenizer, [Message(role, part)], fields)
         )
         unit = tokenised(model.tokenizer, rendered, Kind.SKILL)
         if name is None:

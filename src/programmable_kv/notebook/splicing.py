@@ -43,7 +43,9 @@ class SeamRepair:
         if self.seam < 0:
             raise InvalidEditError(f"a seam has at least 0 tokens, got {self.seam}")
         if self.rule is not None and not _SPELLED.fullmatch(self.rule):
-            raise InvalidEditError(f"there is no repair {self.rule!r}; write for example 'deviation:15%' or 'influence:8'")
+            raise InvalidEditError(
+                f"there is no repair {self.rule!r}; write for example 'deviation:15%' or 'influence:8'"
+            )
 
     def tokens(self, engine: Engine, buffer: KVBuffer, ids: tuple[int, ...], span: Span) -> list[int]:
         """The slots to compute again, ascending, of a skill that was just spliced into `span`."""
@@ -84,9 +86,7 @@ def _in_place(buffer: KVBuffer, ids: tuple[int, ...], start: int, slots: Sequenc
     return Rows(tuple(ids[slot - start] for slot in slots), tuple(slots), positions)
 
 
-def splice(
-    engine: Engine, buffer: KVBuffer, context: Context, skill: Skill, where: Span, repair: SeamRepair
-) -> str:
+def splice(engine: Engine, buffer: KVBuffer, context: Context, skill: Skill, where: Span, repair: SeamRepair) -> str:
     """Put a skill in the place of the slots `where` (which may be none), in the cache and in the books.
 
     What follows is relocated and marked stale: it was computed without the skill.
