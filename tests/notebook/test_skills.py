@@ -21,7 +21,6 @@ from programmable_kv.errors import (
     FingerprintMismatchError,
     InvalidEditError,
     InvalidValueError,
-    ProgrammableKVError,
     UnknownFieldError,
     UnverifiedError,
 )
@@ -374,8 +373,8 @@ def test_any_composition_keeps_its_books_and_can_be_made_exact(data: st.DataObje
                 notebook.add("user", "now?")
                 notebook.rollback(mark)
                 assert notebook.ids == ids
-        except ProgrammableKVError as error:
-            assert "inside" in str(error) or "into themselves" in str(error) or "share a character" in str(error)
+        except InvalidEditError:  # a slot inside a value, a character, or the part itself: refused, and nothing changed
+            pass
         assert notebook.cache.length == len(notebook.ids) == len(notebook.states)
         assert notebook.cache.dense
         expected, _ = full_forward(notebook.model.engine.model, notebook.ids)

@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from programmable_kv.account import Meter
+from programmable_kv.cache.buffer_layer import BufferLayer, WriteTarget
 from programmable_kv.cache.layout import KVLayout
 from programmable_kv.cache.origins import Origins, SavedOrigins, Slots
 from programmable_kv.cache.rotation import rotate
 from programmable_kv.cache.segment import Segment
 from programmable_kv.cache.span import Span
-from programmable_kv.cache.transformers_api import Cache, CacheLayerMixin
+from programmable_kv.cache.transformers_api import Cache
 from programmable_kv.errors import CacheBufferError
 
 _SMALLEST_CAPACITY = 64
@@ -45,84 +45,6 @@ class _Saved:
     origins: SavedOrigins
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """Where the next forward writes, and how many slots its queries see."""
-
-    slots: Slots
-    first: int
-    visible: int
-
-
-class BufferLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values, [B, H, capacity, D]; the first `length` slots are in use."""
-
-    is_sliding = False
-    is_croppable = True
-
-    def __init__(self, owner: KVBuffer) -> None:
-        super().__init__()
-        self._owner = owner
-        self.length = 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.batch_size = key_states.shape[0]
-        capacity = self._owner.capacity
-        self.keys = key_states.new_empty((*key_states.shape[:2], capacity, key_states.shape[-1]))
-        self.values = value_states.new_empty((*value_states.shape[:2], capacity, value_states.shape[-1]))
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write T new rows [B, H, T, D] in place; returns views of every visible slot, [B, H, S, D]."""
-        tokens = key_states.shape[-2]
-        target = self._owner.target
-        if target is None:
-            self._owner.ensure_capacity(self.length + tokens)
-            target = _Target(slice(self.length, self.length + tokens), self.length, self.length + tokens)
-            self._owner.note_append(self.length, tokens)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys[:, :, target.slots] = key_states
-        self.values[:, :, target.slots] = value_states
-        self.length = max(self.length, target.visible)
-        return self.keys[:, :, : target.visible], self.values[:, :, : target.visible]
-
-    def get_seq_length(self) -> int:
-        """Slots before the first row being written: the past, as transformers understands it."""
-        target = self._owner.target
-        return self.length if target is None else target.first
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        target = self._owner.target
-        return (self.length + query_length if target is None else target.visible), 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove that many tokens from the end; as in transformers, the number is given as a negative integer."""
-        if tokens_to_remove > 0:
-            raise CacheBufferError(f"crop takes the tokens to remove as a negative number, got {tokens_to_remove}")
-        self.length = max(0, self.length + tokens_to_remove)
-
-    def reset(self) -> None:
-        self.length = 0
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        raise CacheBufferError("KVBuffer holds one sequence: beam search would need several. Use greedy or sampling.")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise CacheBufferError("KVBuffer holds one sequence and cannot be repeated. Fork the notebook instead.")
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        raise CacheBufferError("KVBuffer holds one sequence and cannot be re-batched. Fork the notebook instead.")
-
-
 class KVBuffer(Cache):  # type: ignore[misc]
     """Keys and values of one token sequence, all layers, with the position of every slot.
 
@@ -133,7 +55,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self.layout = layout
         self.capacity = max(capacity, _SMALLEST_CAPACITY)
         self.meter = meter or Meter()
-        self.target: _Target | None = None
+        self.target: WriteTarget | None = None
         self._positions = torch.zeros(self.capacity, dtype=torch.long)
         self._origins = Origins(self.capacity)
         self._undo: list[_Saved] = []
@@ -251,7 +173,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
     # -- writing -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def writing(self, slots: Sequence[int], positions: Sequence[int]) -> Iterator[_Target]:
+    def writing(self, slots: Sequence[int], positions: Sequence[int]) -> Iterator[WriteTarget]:
         """Send the rows of the next forward to `slots` (ascending), which stand at `positions` (ascending).
 
         Slots must be in use already, or follow on from the last one in use. Inside the block the forward's queries
@@ -270,7 +192,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
         old_positions, old_origins = self._positions[where].clone(), self._origins.save(where)
         self._positions[where] = torch.tensor(positions, dtype=torch.long)
         self._origins.forget(where)
-        self.target = _Target(where, first, last + 1)
+        self.target = WriteTarget(where, first, last + 1)
         try:
             yield self.target
         except BaseException:
@@ -477,7 +399,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
             layer.keys[:, :, :count] = keys
             layer.values[:, :, :count] = values
         if "origins" in named:
-            keys = [named[f"origin_keys.{index}"] for index in range(len(self.layers))]
-            self._origins.load(named["origins"], keys)
+            canonical = [named[f"origin_keys.{index}"] for index in range(len(self.layers))]
+            self._origins.load(named["origins"], canonical)
         self._set_length(count)
         self.meter.bytes_moved += self.nbytes

@@ -73,7 +73,7 @@ class Origins:
         if bool(own.any()):
             assert self._keys is not None
             keys[:, :, own] = self._keys[layer][:, :, slots][:, :, own]
-        for source in sources[sources != _NONE].unique().tolist():
+        for source in set(sources.tolist()) - {_NONE} if bool((sources != _NONE).any()) else ():
             segment, held = self._segments[source], sources == source
             assert segment is not None
             keys[:, :, held] = segment.keys[layer][:, :, rows[held]]
@@ -102,7 +102,7 @@ class Origins:
 
     def release_unused(self, length: int) -> None:
         """Let go of the segments that none of the first `length` slots comes from."""
-        used = set(self._sources[:length].unique().tolist())
+        used = set(self._sources[:length].tolist()) if self._segments else set()
         self._segments = [segment if i in used else None for i, segment in enumerate(self._segments)]
 
     def save(self, slots: Slots) -> SavedOrigins:

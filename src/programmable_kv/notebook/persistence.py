@@ -102,7 +102,7 @@ def save(notebook: Notebook, folder: Path) -> Path:
                 SavedMessage(role=m.role, template=m.content.template, fields=m.content.fields)
                 for m in notebook._messages
             ),
-            units=tuple(_saved(unit) for unit in context.units),
+            units=tuple(saved_unit(unit) for unit in context.units),
             fields={
                 name: SavedField(current=state.current, written=state.written) for name, state in context.fields.items()
             },
@@ -164,7 +164,7 @@ def load(folder: Path, model: Model) -> Notebook:
     notebook._messages = [Message(m.role, Text(m.template, m.fields)) for m in manifest.messages]
     notebook._values = dict(manifest.placeholders)
     context = Context(
-        [_unit(saved) for saved in manifest.units],
+        [unit_of(saved) for saved in manifest.units],
         {name: FieldState(f.current, f.written) for name, f in manifest.fields.items()},
         frozenset(manifest.refreshed),
     )
@@ -181,7 +181,7 @@ def load(folder: Path, model: Model) -> Notebook:
     return notebook
 
 
-def _saved(unit: Unit) -> SavedUnit:
+def saved_unit(unit: Unit) -> SavedUnit:
     places = tuple(
         SavedPlace(
             name=p.name, characters=(p.characters.start, p.characters.stop), tokens=(p.tokens.start, p.tokens.stop)
@@ -195,7 +195,7 @@ def _saved(unit: Unit) -> SavedUnit:
     )  # fmt: skip
 
 
-def _unit(saved: SavedUnit) -> Unit:
+def unit_of(saved: SavedUnit) -> Unit:
     places = tuple(Place(p.name, Span(*p.characters), Span(*p.tokens)) for p in saved.places)
     return Unit(
         saved.kind,

@@ -15,7 +15,7 @@ from typing import Any
 from programmable_kv.account import Account
 from programmable_kv.cache.segment import Segment
 from programmable_kv.cache.span import Span
-from programmable_kv.errors import InvalidValueError
+from programmable_kv.errors import FingerprintMismatchError, InvalidValueError
 from programmable_kv.model import Model
 from programmable_kv.notebook.context import Kind, Unit, tokenised
 from programmable_kv.notebook.parts import Message, Text, render_chat, unmark
@@ -60,12 +60,35 @@ class Skill:
             ContextOverflowError: it is longer than the model's positions.
             TemplateError: the chat template does not take a message of that role.
         """
+        return Draft.of(model, text, name=name, role=role, **fields).compiled(model)
+
+    def check_fits(self, model: Model) -> None:
+        """
+        Raises:
+            FingerprintMismatchError: another model, tokenizer or dtype compiled it.
+        """
+        check_fingerprint(self.name, self.fingerprint, model)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A skill's text, tokenised and checked, before anything is computed."""
+
+    name: str
+    unit: Unit
+    values: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls, model: Model, text: str, /, *, name: str | None = None, role: str | None = None, **fields: str
+    ) -> Draft:
+        """Arguments and errors as `Skill.compile`."""
         if not text:
             raise InvalidValueError("the skill's text is empty")
         check_no_markers(text, model.tokenizer, "the skill's text")
         for field_name, value in fields.items():
             check_name(field_name)
-            check_value(field_name, value, model.tokenizer, DEFAULT_TEMPLATE)
+            check_value(field_name, value, model.tokenizer, DEFAULT_TEMPLATE, fields)
         part = Text(text, tuple(fields))
         part.check()
         rendered = (
@@ -75,25 +98,31 @@ class Skill:
         if name is None:
             name = "skill_" + hashlib.sha256(unit.text.encode()).hexdigest()[:12]
         check_name(name)
+        return cls(name, unit, dict(fields))
+
+    def compiled(self, model: Model) -> Skill:
+        """Compute it, alone, from position 0."""
         with model.engine.meter.measure() as reading:
-            buffer = model.engine.new_buffer(len(unit))
-            model.engine.append(buffer, unit.ids, logits=0)
-        segment = buffer.segment(Span(0, len(unit)), unit.ids)
-        return cls(name, unit, dict(fields), segment, model.fingerprint, reading.account)
+            buffer = model.engine.new_buffer(len(self.unit))
+            model.engine.append(buffer, self.unit.ids, logits=0)
+        segment = buffer.segment(Span(0, len(self.unit)), self.unit.ids)
+        return self.with_segment(segment, model.fingerprint, reading.account)
 
-    def check_fits(self, model: Model) -> None:
-        """
-        Raises:
-            FingerprintMismatchError: another model, tokenizer or dtype compiled it.
-        """
-        from programmable_kv.errors import FingerprintMismatchError
+    def with_segment(self, segment: Segment, fingerprint: str, account: Account) -> Skill:
+        return Skill(self.name, self.unit, self.values, segment, fingerprint, account)
 
-        if self.fingerprint != model.fingerprint:
-            raise FingerprintMismatchError(
-                f"skill {self.name!r} was compiled by a model with fingerprint {self.fingerprint[:8]}, and this one's is "
-                f"{model.fingerprint[:8]} ('{model.name}'). Keys and values only fit the weights, tokenizer and dtype that "
-                "made them: compile it again."
-            )
+
+def check_fingerprint(name: str, fingerprint: str, model: Model) -> None:
+    """
+    Raises:
+        FingerprintMismatchError: the skill of that name was compiled by another model, tokenizer or dtype.
+    """
+    if fingerprint != model.fingerprint:
+        raise FingerprintMismatchError(
+            f"skill {name!r} was compiled by a model with fingerprint {fingerprint[:8]}, and this one's is "
+            f"{model.fingerprint[:8]} ('{model.name}'). Keys and values only fit the weights, tokenizer and dtype that made "
+            "them: compile it again."
+        )
 
 
 def skills_among(fields: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Skill]]:
