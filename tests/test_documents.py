@@ -44,7 +44,9 @@ def test_records_are_complete_and_of_the_shipped_model() -> None:
 
 def test_figures_are_drawn_from_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PKV_RESULTS", str(RESULTS))
-    for drawn in draw_all(tmp_path):
+    figures = draw_all(tmp_path)
+    assert len(figures) == len(list((ROOT / "docs" / "figures").iterdir()))
+    for drawn in figures:
         committed = ROOT / "docs" / "figures" / drawn.name
         assert committed.read_bytes() == drawn.read_bytes(), f"run `pkv figures`: {drawn.name} is out of date"
 
@@ -70,7 +72,7 @@ def test_links_lead_somewhere() -> None:
 def test_every_option_and_command_named_is_real() -> None:
     helps = {}
     for path in DOCUMENTS:
-        for command in re.findall(r"^(?:\.venv/bin/)?pkv ([^\n\\]*)", path.read_text(encoding="utf-8"), re.MULTILINE):
+        for command in re.findall(r"(?:^|[`/])pkv ([^\n\\`]*)", path.read_text(encoding="utf-8"), re.MULTILINE):
             words = [w for w in command.split() if re.fullmatch(r"[a-z-]+", w) and not w.startswith("-")]
             for depth in (2, 1):
                 name = tuple(words[:depth])
