@@ -238,6 +238,23 @@ def lab_edit_modes(
     out.print_json(json.dumps(record.model_dump(mode="json")["summary"]))
 
 
+@lab_app.command("splicing")
+def lab_splicing(
+    model: ModelOption = "embedded",
+    scenarios: Annotated[int, typer.Option(min=1, help="held-out policies")] = 100,
+    out_path: OutOption = None,
+) -> None:
+    """Agreement of a spliced policy with full prefill, by seam and displacement, with two controls that must fail."""
+    from programmable_kv.lab.splicing import run
+    from programmable_kv.model import load_model
+
+    with _progress("Policies", scenarios) as report:
+        record = run(
+            load_model(model), scenarios, _record_path(out_path, "splice-agreement"), report=report, command=_command()
+        )
+    out.print_json(json.dumps(record.model_dump(mode="json")["summary"]))
+
+
 @lab_app.command("adapter")
 def lab_adapter(
     scenarios: Annotated[int, typer.Option(min=1, help="held-out scenarios")] = 500,
