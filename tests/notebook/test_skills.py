@@ -224,6 +224,19 @@ def test_a_thousand_moves_are_one() -> None:
         assert torch.equal(notebook.cache.keys(layer), once.cache.keys(layer))
 
 
+def test_recompute_makes_it_exact() -> None:
+    notebook = build()
+    notebook.splice(Skill.compile(notebook.model, DATES, name="dates"), at=notebook.spans("status")[0].stop + 2)
+    notebook.add("user", "so?")
+    first = next(slot for slot, state in enumerate(notebook.states) if state is not TokenState.EXACT)
+    account = notebook.recompute()
+    assert account.tokens_computed == len(notebook) - first
+    assert account.tokens_reused == first
+    exact_up_to(notebook, range(len(notebook)))
+    assert set(notebook.states) == {TokenState.EXACT}
+    assert notebook.recompute().tokens_computed == 0
+
+
 def test_replace_is_cut_and_splice_at_one_relocation() -> None:
     notebook = build()
     notebook.splice(Skill.compile(notebook.model, REFUNDS, name="refunds"))

@@ -137,6 +137,30 @@ class Composition(CachedContext):
         """Exchange a part for a skill, in its place. Raises as `cut` and `splice` do."""
         return self._splice(skill, self._span(what), repair)
 
+    def recompute(self, start: int | Part | None = None) -> Account:
+        """Compute everything from a slot (or part) on again, on what precedes it; from the first inexact token when None.
+
+        From the context's first inexact token on, it makes all of it exact for the text as it stands. (A value that is
+        stated by an erratum only stays stated by an erratum.)
+
+        Raises:
+            InvalidEditError: there is no such slot.
+        """
+        buffer = self._filled()
+        states = self.states
+        first = next((slot for slot, state in enumerate(states) if state is not TokenState.EXACT), len(states))
+        slot = first if start is None else self._slot(start)
+        with self._transaction() as meter, meter.measure() as reading:
+            context = self._context.copy()
+            context.refreshed = frozenset()
+            context.note_computed_from(slot)
+            ids = context.ids[slot:]
+            if ids:
+                buffer.truncate(slot)
+                self.model.engine.append(buffer, ids, logits=0)
+            self._context = context
+        return self._account(reading.account, slot)
+
     # -- places --------------------------------------------------------------------------------------------------
 
     def _slot(self, at: int | Part | None) -> int:
