@@ -90,8 +90,8 @@ def _prefix(model: Model, rng: random.Random, tokens: int) -> list[int]:
     lines = list(FILLERS["held_out"])
     rng.shuffle(lines)
     text = "<|im_start|>system\n" + "\n".join(lines * (1 + tokens // 40))
-    ids: list[int] = model.tokenizer.encode(text, add_special_tokens=False)[: tokens - 1]
-    return ids + model.tokenizer.encode("\n", add_special_tokens=False)
+    ids: list[int] = model.tokenizer.encode(text, add_special_tokens=False)
+    return [*ids[: tokens - 1], *model.tokenizer.encode("\n", add_special_tokens=False)]
 
 
 class _Case:
