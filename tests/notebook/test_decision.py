@@ -36,6 +36,25 @@ def test_scores_equal_full_forwards(kind: str, options: tuple[str, ...]) -> None
     assert decision.choice == max(decision.log_probabilities, key=lambda o: decision.log_probabilities[o])
 
 
+def test_a_guessed_thought_is_the_greedy_one() -> None:
+    """The second time the whole thought is checked in one forward; a first token that differs falls back to decoding."""
+    notebook = build()
+    model = notebook.model.engine.model
+    first = notebook.decide(options=["deny", "cancel"], think=True)
+    assert first.scoring.tokens_computed > 3
+    again = notebook.decide(options=["deny", "cancel"], think=True)
+    assert again.thought == first.thought
+    assert again.log_probabilities == pytest.approx(first.log_probabilities, abs=1e-9)
+    said = notebook._thoughts[0]
+    ids = torch.tensor([notebook.ids])
+    arguments = {"max_new_tokens": len(said), "do_sample": False}
+    assert model.generate(ids, **arguments)[0, ids.shape[1] :].tolist() == said
+    wrong = [*said[:2], (said[2] + 1) % 400, *said[3:]]
+    notebook._thoughts[:] = [wrong]
+    assert notebook.decide(options=["deny", "cancel"], think=True).thought == first.thought
+    assert notebook._thoughts[1] == said
+
+
 def test_deciding_leaves_the_cache_as_it_was() -> None:
     notebook = build()
     keys = [notebook.cache.keys(i).clone() for i in range(2)]

@@ -46,6 +46,7 @@ class CachedContext:
         self._messages: list[Message] = []
         self._context = Context()
         self._buffer: KVBuffer | None = None
+        self._thoughts: list[list[int]] = []
         self.last_account = Account()
         """what the latest operation cost"""
 
