@@ -117,3 +117,14 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     done = pkv("results", cwd=tmp_path)
     assert done.returncode == 1
     assert "bad.json" in done.stderr.replace("\n", "")
+
+
+def test_zoo_examines_the_types_that_are_named_and_writes_nothing(tmp_path: Path) -> None:
+    done = pkv("zoo", "--type", "gpt2", "--type", "llama", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    verdicts = {(row["type"], row["side"]): row["verdict"] for row in json.loads(done.stdout)}
+    assert verdicts["gpt2", "causal LM"] == "refused"
+    assert verdicts["llama", "causal LM"] == "exact"
+    assert verdicts["llama", "with dynamic scaling"] == "exact within a regime"
+    assert list(tmp_path.iterdir()) == []
+    assert "lama" in pkv("zoo", "--type", "lama").stderr

@@ -109,6 +109,47 @@ def test_a_slice_of_the_bench(embedded: Any, tmp_path: Path) -> None:
     assert all(ms > 0 for ms in row["ttft_ms"].values())
 
 
+def test_a_slice_of_the_splice_bench(embedded: Any, tmp_path: Path) -> None:
+    from programmable_kv.bench.splice import run
+
+    record = run(embedded, tmp_path / "splice-ttft.json", lengths=[256], repeats=1)
+    row = record.rows[0]
+    assert row["bytes"] == 256 * 30 * 2 * 3 * 64 * 4  # tokens, layers, keys and values, heads, channels, bytes
+    assert all(ms > 0 for ms in row["ms"].values())
+
+
+def test_a_slice_of_the_splicing_experiment(embedded: Any, tmp_path: Path) -> None:
+    """A spliced policy points where the full prefill does, and more so with a seam; without rotation it points elsewhere."""
+    from programmable_kv.lab.splicing import run
+
+    record = run(embedded, 4, tmp_path / "splice-agreement.json")
+    for row in record.rows:
+        assert row["seam_32"]["cosine"] > 0.9
+        assert row["seam_4"]["kl"] >= 0
+    far = [row for row in record.rows if row["displacement"] == 512]
+    rotated, not_rotated = (sum(row[arm]["cosine"] for row in far) for arm in ("seam_4", "not_rotated"))
+    assert rotated > not_rotated
+
+
+def test_eight_bits_point_the_same_way(embedded: Any, tmp_path: Path) -> None:
+    """A skill kept in 8 bits: at most 0.55 of the bytes of 16-bit tensors, and logits of cosine 0.999 and more."""
+    from programmable_kv import Skill
+    from programmable_kv.notebook.store import SkillStore
+
+    skill = Skill.compile(embedded, demo.policy().replace("{", "").replace("}", ""), name="policy")
+    store = SkillStore(tmp_path, int8=True)
+    entry = store.put(skill)
+    sixteen = skill.segment.nbytes / 2
+    assert entry.nbytes <= 0.55 * sixteen
+    ends = []
+    for each in (skill, store.get(embedded, "policy")):
+        notebook = Notebook(embedded).text("Read this.\n").skill(each)
+        notebook.prefill()
+        buffer = notebook.cache
+        ends.append(embedded.engine.append(buffer, embedded.tokenizer.encode("\nWhat do you do?"))[-1])
+    assert float(torch.nn.functional.cosine_similarity(ends[0], ends[1], dim=0)) >= 0.999
+
+
 def test_a_slice_of_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     """Two steps at once, and one step, a stop, and one more, end alike (bfloat16 on one machine)."""
     from dataclasses import replace

@@ -7,6 +7,8 @@ from programmable_kv.model import Model, load_model, wrap_model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.edits import Mode
 from programmable_kv.notebook.notebook import Notebook
+from programmable_kv.notebook.skill import Skill
+from programmable_kv.notebook.splicing import SeamRepair
 
 __version__ = "0.1.0"
 
@@ -19,6 +21,8 @@ __all__ = [
     "Notebook",
     "ProgrammableKVError",
     "Rows",
+    "SeamRepair",
+    "Skill",
     "__version__",
     "load_model",
     "wrap_model",

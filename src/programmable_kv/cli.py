@@ -27,7 +27,9 @@ app = typer.Typer(
 bench_app = typer.Typer(help="How fast: benches against what a user would do instead.", no_args_is_help=True)
 lab_app = typer.Typer(help="Why it works: experiments on the loaded model.", no_args_is_help=True)
 train_app = typer.Typer(help="Train what the package ships.", no_args_is_help=True)
+skills_app = typer.Typer(help="Skills: texts compiled once, kept, and spliced anywhere.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+app.add_typer(skills_app, name="skills")
 app.add_typer(lab_app, name="lab")
 app.add_typer(train_app, name="train")
 out = Console()
@@ -37,6 +39,7 @@ _INTERRUPTED = 130
 """typer's exit status after Ctrl-C"""
 
 ModelOption = Annotated[str, typer.Option("--model", help="'embedded', a Hub id, a folder, or a .gguf file")]
+SkillArgument = Annotated[str, typer.Argument(help="a name, a key, or the start of one")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="the record's file; by default in results/")]
 
 
@@ -113,10 +116,7 @@ def edit(
     from programmable_kv.notebook.edits import Mode
     from programmable_kv.notebook.notebook import Notebook, parse_mode
 
-    try:
-        text = prompt.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidValueError(f"cannot read the prompt {prompt}: {error}") from error
+    text = _read_text(prompt)
     fields, changes = _pairs(field, "--field"), _pairs(set_, "--set")
     choices = [option.strip() for option in options.split(",") if option.strip()]
     if len(choices) < 2:
@@ -190,15 +190,32 @@ def bench_edit(
     from programmable_kv.bench.edit import run
     from programmable_kv.model import load_model
 
-    try:
-        sizes = [int(length) for length in lengths.split(",")]
-    except ValueError:
-        raise typer.BadParameter(
-            f"{lengths!r} is not a list of numbers separated by commas", param_hint="--lengths"
-        ) from None
+    sizes = _sizes(lengths)
     with _progress("Measuring lengths", len(sizes)) as report:
         record = run(
             load_model(model), _record_path(out_path, "edit-ttft"), lengths=sizes, repeats=repeats, report=report,
+            command=_command(),
+        )  # fmt: skip
+    out.print_json(json.dumps(record.model_dump(mode="json")["summary"]))
+
+
+@bench_app.command("splice")
+def bench_splice(
+    model: ModelOption = "embedded",
+    lengths: Annotated[
+        str, typer.Option(help="skill lengths in tokens, separated by commas")
+    ] = "512,1024,2048,4096,7936",
+    repeats: Annotated[int, typer.Option(min=1, help="measurements of each way")] = 7,
+    out_path: OutOption = None,
+) -> None:
+    """TTFT of a spliced skill against full prefill, the concatenating way, and a plain copy."""
+    from programmable_kv.bench.splice import run
+    from programmable_kv.model import load_model
+
+    sizes = _sizes(lengths)
+    with _progress("Measuring lengths", len(sizes)) as report:
+        record = run(
+            load_model(model), _record_path(out_path, "splice-ttft"), lengths=sizes, repeats=repeats, report=report,
             command=_command(),
         )  # fmt: skip
     out.print_json(json.dumps(record.model_dump(mode="json")["summary"]))
@@ -217,6 +234,23 @@ def lab_edit_modes(
     with _progress("Scenarios", scenarios) as report:
         record = run(
             load_model(model), scenarios, _record_path(out_path, "edit-modes"), report=report, command=_command()
+        )
+    out.print_json(json.dumps(record.model_dump(mode="json")["summary"]))
+
+
+@lab_app.command("splicing")
+def lab_splicing(
+    model: ModelOption = "embedded",
+    scenarios: Annotated[int, typer.Option(min=1, help="held-out policies")] = 100,
+    out_path: OutOption = None,
+) -> None:
+    """Agreement of a spliced policy with full prefill, by seam and displacement, with two controls that must fail."""
+    from programmable_kv.lab.splicing import run
+    from programmable_kv.model import load_model
+
+    with _progress("Policies", scenarios) as report:
+        record = run(
+            load_model(model), scenarios, _record_path(out_path, "splice-agreement"), report=report, command=_command()
         )
     out.print_json(json.dumps(record.model_dump(mode="json")["summary"]))
 
@@ -281,6 +315,142 @@ def train_adapter(
     out.print(f"The adapter is in {folder}: adapter_model.safetensors, adapter_config.json, training.json")
 
 
+StoreOption = Annotated[
+    str | None, typer.Option("--store", help="a folder or any fsspec URL; a per-user cache folder by default")
+]
+
+
+@skills_app.command("compile")
+def skills_compile(
+    text: Annotated[Path, typer.Argument(help="a text file")],
+    name: Annotated[str | None, typer.Option(help="what it is called; a digest of its text by default")] = None,
+    field: Annotated[list[str] | None, typer.Option(help="name=value for a {name} in the text; repeatable")] = None,
+    role: Annotated[str | None, typer.Option(help="render it as a chat message of this role")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="keep it in 8 bits")] = False,
+    model: ModelOption = "embedded",
+    store: StoreOption = None,
+) -> None:
+    """Compile a text and keep it; says nothing new if it is kept already."""
+    from programmable_kv.model import load_model
+    from programmable_kv.notebook.store import SkillStore
+
+    loaded = load_model(model)
+    keep = SkillStore(store, int8=int8)
+    skill = keep.compile(loaded, _read_text(text), name=name, role=role, **_pairs(field or [], "--field"))
+    out.print(
+        f"{skill.name}: {len(skill)} tokens, {skill.account.tokens_computed} of them computed in "
+        f"{1e3 * skill.account.seconds:.0f} ms"
+    )
+
+
+@skills_app.command("list")
+def skills_list(store: StoreOption = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """List the kept skills, most recently used first."""
+    from programmable_kv.notebook.store import SkillStore
+
+    entries = SkillStore(store).entries()
+    if as_json:
+        print(json.dumps([entry.model_dump(mode="json", exclude={"unit"}) for entry in entries], indent=1))
+        return
+    table = Table()
+    for column in ("name", "key", "model", "tokens", "precision", "bytes"):
+        table.add_column(column)
+    for entry in entries:
+        model = f"{entry.model_name} {entry.fingerprint[:8]}"
+        table.add_row(entry.name, entry.key, model, str(len(entry.unit.ids)), entry.precision, f"{entry.nbytes:,}")
+    out.print(table)
+
+
+@skills_app.command("show")
+def skills_show(which: SkillArgument, store: StoreOption = None) -> None:
+    """Print a skill's manifest and text."""
+    from programmable_kv.notebook.store import SkillStore
+
+    entry = SkillStore(store).entry(which)
+    print(json.dumps(entry.model_dump(mode="json", exclude={"unit": {"ids", "offsets", "base", "read"}}), indent=1))
+
+
+@skills_app.command("verify")
+def skills_verify(which: SkillArgument, store: StoreOption = None) -> None:
+    """Read a skill's tensors and compare them with the manifest's digest."""
+    from programmable_kv.notebook.store import SkillStore
+
+    entry = SkillStore(store).verify(which)
+    out.print(f"{entry.name} ({entry.key}): {entry.nbytes:,} bytes, intact")
+
+
+@skills_app.command("rm")
+def skills_rm(which: SkillArgument, store: StoreOption = None) -> None:
+    """Forget a skill."""
+    from programmable_kv.notebook.store import SkillStore
+
+    entry = SkillStore(store).remove(which)
+    out.print(f"{entry.name} ({entry.key}) is gone")
+
+
+@skills_app.command("export")
+def skills_export(which: SkillArgument, file: Annotated[Path, typer.Argument()], store: StoreOption = None) -> None:
+    """Write a skill to one file."""
+    from programmable_kv.notebook.store import SkillStore
+
+    entry = SkillStore(store).export(which, file)
+    out.print(f"{entry.name} is in {file}; it fits models with fingerprint {entry.fingerprint}")
+
+
+@skills_app.command("import")
+def skills_import(file: Annotated[Path, typer.Argument()], store: StoreOption = None) -> None:
+    """Take in an exported skill."""
+    from programmable_kv.notebook.store import SkillStore
+
+    entry = SkillStore(store).import_file(file)
+    out.print(f"{entry.name} ({entry.key}) is kept")
+
+
+@app.command()
+def zoo(
+    types: Annotated[
+        list[str] | None, typer.Option("--type", help="only this type of transformers; repeatable, writes no page")
+    ] = None,
+    out_path: OutOption = None,
+    page: Annotated[Path, typer.Option(help="the support matrix, written when every type was examined")] = Path(
+        "docs/architectures.md"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
+) -> None:
+    """On which architectures relocation is exact: the check on a tiny random model of every decoder type."""
+    from programmable_kv.lab.zoo import examine_apart, run, species_named
+    from programmable_kv.lab.zoo_page import page as written
+
+    wanted = species_named(types or [])
+    with _progress("Architectures", len(wanted)) as report:
+        if types and out_path is None:
+            rows = []
+            for number, each in enumerate(wanted, start=1):
+                rows.append(examine_apart(each))
+                report(number, len(wanted))
+        else:
+            record = run(_record_path(out_path, "zoo"), wanted, command=_command(), report=report)
+            rows = record.rows
+            if not types:
+                page.write_text(written(record), encoding="utf-8")
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table()
+    for column in ("type", "verdict", "what turns", "worst", "reason"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        side = "" if row["side"] == "causal LM" else f" ({row['side']})"
+        table.add_row(
+            row["type"] + side,
+            row["verdict"],
+            row.get("family", ""),
+            f"{row.get('worst', float('nan')):.0e}",
+            row["reason"],
+        )
+    out.print(table)
+
+
 @app.command()
 def results(as_json: Annotated[bool, typer.Option("--json", help="print the summaries as JSON")] = False) -> None:
     """List the records in results/."""
@@ -311,6 +481,22 @@ def figures(folder: Annotated[Path, typer.Option(help="the documents' folder")] 
         out.print(str(path))
     for path in documents(folder):
         path.write_text(refreshed(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _sizes(lengths: str) -> list[int]:
+    try:
+        return [int(length) for length in lengths.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{lengths!r} is not a list of numbers separated by commas", param_hint="--lengths"
+        ) from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidValueError(f"cannot read {path}: {error}") from error
 
 
 def _pairs(given: list[str], option: str) -> dict[str, str]:

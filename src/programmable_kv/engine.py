@@ -17,10 +17,24 @@ import torch
 
 from programmable_kv.account import Meter
 from programmable_kv.cache.buffer import KVBuffer
-from programmable_kv.cache.layout import KVLayout, PositionEncoding
+from programmable_kv.cache.layout import KVLayout
 from programmable_kv.cache.masks import attention_masks
-from programmable_kv.cache.selfcheck import RelocationProof, RowsProof, prove_relocation, prove_rows
-from programmable_kv.errors import ContextOverflowError, NonFiniteLogitsError, UnverifiedError
+from programmable_kv.cache.rowscheck import RowsProof, prove_rows
+from programmable_kv.cache.selfcheck import CachedLayer, PositionEncoding, RelocationProof, Verdict, prove_relocation
+from programmable_kv.cache.transformers_api import (
+    Cache,
+    DynamicCache,
+    cache_that_drops_nothing,
+    cached_tensors,
+    fills_a_cache,
+    takes_positions,
+)
+from programmable_kv.errors import (
+    ContextOverflowError,
+    NonFiniteLogitsError,
+    UnsupportedModelError,
+    UnverifiedError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +75,7 @@ class Engine:
         """
         self.model = model
         self.layout = KVLayout.read(model)
+        self.layout.require_tokens_only()
         self.meter = Meter()
         self._proof: RelocationProof | None = None
         self._rows_proof: RowsProof | None = None
@@ -127,6 +142,18 @@ class Engine:
             raise ContextOverflowError(
                 f"position {rows.positions[-1]} is beyond the {limit} positions of {self.layout.model_type}. "
                 "Shorten the context or the value, or load a model with a longer context."
+            )
+
+    def check_length(self, length: int) -> None:
+        """
+        Raises:
+            ContextOverflowError: the model has fewer positions than that.
+        """
+        limit = self.layout.position_limit
+        if limit is not None and length > limit:
+            raise ContextOverflowError(
+                f"the context needs {length} positions, and {self.layout.model_type} has {limit}. Shorten it, or load a "
+                "model with a longer context."
             )
 
     def append(self, buffer: KVBuffer, ids: Sequence[int], *, logits: int = 1) -> torch.Tensor:
@@ -203,7 +230,11 @@ class Engine:
         """Whether relocation is exact on these weights, found out once by computing it both ways."""
         if self._proof is None:
             with self._unmetered():
-                self._proof = prove_relocation(self.layout, self._prefilled_alone, self._vocabulary, self.dtype)
+                try:
+                    self._proof = prove_relocation(self.layout, self._cached_alone, self._vocabulary, self.dtype)
+                except (ValueError, RuntimeError, IndexError, TypeError, FloatingPointError) as error:
+                    reason = f"the check could not be run ({str(error).splitlines()[0]})"
+                    self._proof = RelocationProof(Verdict.REFUSED, self.layout, float("inf"), reason)
         return self._proof
 
     @property
@@ -243,6 +274,15 @@ class Engine:
         self.compute(buffer, Rows(ids, tuple(range(len(ids))), positions), logits=0)
         return buffer
 
+    def _cached_alone(
+        self, ids: Sequence[int], positions: torch.Tensor | None, *, padding: int = 0
+    ) -> list[CachedLayer]:
+        """What each layer caches of tokens with nothing before them; through the buffer where positions are given."""
+        if positions is None or positions.ndim > 1:
+            return prefill_alone(self.model, ids, positions, padding=padding)
+        buffer = self._prefilled_alone(tuple(ids), tuple(positions.tolist()))
+        return [{"keys": buffer.keys(index), "values": buffer.values(index)} for index in range(len(buffer))]
+
     def require_rows(self) -> None:
         """
         Raises:
@@ -254,20 +294,67 @@ class Engine:
                 f"{self.rows.reason}. Use the erratum, suffix or full mode, which only append."
             )
 
-    def require_relocation(self) -> KVLayout:
+    def require_relocation(self, *, below: int | None = None) -> KVLayout:
         """The layout with which relocation was proved exact.
+
+        `below`: no position before or after the relocation reaches this one, as far as the caller knows; needed for models
+        that can be relocated within a bound only.
 
         Raises:
             UnverifiedError: keys of this model cannot be moved to another position, or have not been proved to.
         """
-        if self.layout.encoding is PositionEncoding.LEARNED:
+        name, proof = self.layout.model_type, self.relocation
+        instead = "Keep the value's token length, or use the erratum, suffix or full mode, which relocate nothing."
+        if proof.encoding is PositionEncoding.LEARNED:
             raise UnverifiedError(
-                f"{self.layout.model_type} adds learned position embeddings to the tokens themselves, so nothing cached "
-                "at one position is right at another. Keep the value's token length, or use the erratum or suffix mode."
+                f"{name} keeps positions in the hidden states themselves (learned position embeddings, or positions that it "
+                f"counts by itself), so nothing cached at one position is right at another: {proof.reason}. {instead}"
             )
-        if not self.relocation.exact:
+        if not proof.exact:
+            raise UnverifiedError(f"relocation is not exact on this {name}: {proof.reason}. {instead}")
+        limit = self.layout.position_limit
+        reached = min((bound for bound in (below, limit) if bound is not None), default=None)
+        if proof.within is not None and (reached is None or reached > proof.within):
+            raise UnverifiedError(f"relocation on this {name} is exact within a bound only ({proof.reason}). {instead}")
+        if any(layer.others for layer in proof.layout.layers):
             raise UnverifiedError(
-                f"relocation is not exact on this {self.layout.model_type}: {self.relocation.reason}. Keep the value's "
-                "token length, or use the erratum, suffix or full mode, which relocate nothing."
+                f"{name} keeps rotary keys in the place of values, which a KVBuffer copies as they are. {instead}"
             )
-        return self.relocation.layout
+        return proof.layout
+
+
+@torch.no_grad()
+def prefill_alone(
+    model: Any, ids: Sequence[int], positions: torch.Tensor | None, *, padding: int = 0
+) -> list[CachedLayer]:
+    """Prefill with transformers' own cache, whatever its layers keep; returns all that each layer holds, by name.
+
+    `positions` is [T], [A, T] for A position axes, or None to let the model count. The first `padding` ids are masked
+    out. Tensors come as [B, H, T, D].
+
+    Raises:
+        UnsupportedModelError: the model returns no cache.
+    """
+    device = next(model.parameters()).device
+    mask = torch.ones(1, len(ids), dtype=torch.long, device=device)
+    mask[:, :padding] = 0
+    arguments: dict[str, Any] = {}
+    if positions is not None and takes_positions(model):
+        arguments["position_ids"] = (positions[None] if positions.ndim == 1 else positions[:, None]).to(device)
+    arguments |= {"input_ids": torch.tensor([list(ids)], device=device), "attention_mask": mask, "use_cache": True}
+    empty = cache_that_drops_nothing(model)
+    if empty is not None:
+        arguments["past_key_values"] = empty
+    output = model(**arguments)
+    cache = output.get("past_key_values", output.get("cache_params"))
+    if cache is None and empty is None and fills_a_cache(model):
+        cache = arguments["past_key_values"] = DynamicCache(config=model.config)
+        model(**arguments)
+    if not isinstance(cache, Cache):
+        raise UnsupportedModelError(
+            f"{model.config.model_type} returns no cache of transformers' own kind, so there is nothing to relocate."
+        )
+    return [
+        {name: tensor[:, None] if tensor.ndim == 3 else tensor for name, tensor in layer.items()}
+        for layer in cached_tensors(cache)
+    ]

@@ -15,6 +15,10 @@ class UnverifiedError(ProgrammableKVError):
     """Relocation has not been proved exact for this model, so it is refused."""
 
 
+class UnknownSkillError(ProgrammableKVError):
+    """A skill was named that the store does not have, or has several times."""
+
+
 class UnknownFieldError(ProgrammableKVError):
     """A field was named that the context does not have, or a declared field never appears in the text."""
 

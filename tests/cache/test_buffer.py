@@ -19,6 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from conftest import tiny_engine
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.rotation import rotate
+from programmable_kv.cache.segment import Segment
+from programmable_kv.cache.span import Span
 from programmable_kv.errors import CacheBufferError
 
 LAYERS, HEADS, DIM = 2, 2, 8
@@ -126,6 +128,62 @@ class Programs(RuleBasedStateMachine):
     def write_gap(self, slots: list[int], position: int, has_tail: bool) -> None:
         self.write(slots, list(range(position, position + len(slots))))
         assert has_tail or self.buffer.length == slots[-1] + 1
+
+    @rule(data=st.data(), count=st.integers(1, 5), computed_at=st.integers(0, 50))
+    def splice_a_new_segment(self, data: st.DataObject, count: int, computed_at: int) -> None:
+        made = [self.fresh(computed_at + i) for i in range(count)]
+        self.splice(data, made)
+
+    @precondition(lambda self: self.slow.rows)
+    @rule(data=st.data())
+    def splice_a_copy_of_a_span(self, data: st.DataObject) -> None:
+        start = data.draw(st.integers(0, len(self.slow.rows) - 1))
+        stop = data.draw(st.integers(start + 1, min(len(self.slow.rows), start + 5)))
+        segment = self.buffer.segment(Span(start, stop), range(stop - start))
+        made = copy.deepcopy(self.slow.rows[start:stop])
+        assert segment.computed_at.tolist() == [row.computed_at for row in made]
+        for layer in range(LAYERS):
+            assert torch.equal(segment.keys[layer][0], torch.stack([row.keys[layer] for row in made], dim=1))
+        self.splice(data, made)
+
+    def splice(self, data: st.DataObject, made: list[Row]) -> None:
+        at = data.draw(st.integers(0, len(self.slow.rows)))
+        replacing = data.draw(st.integers(0, min(3, len(self.slow.rows) - at)))
+        segment = Segment(
+            tuple(range(len(made))),
+            torch.tensor([row.computed_at for row in made]),
+            tuple(torch.stack([row.keys[layer] for row in made], dim=1)[None] for layer in range(LAYERS)),
+            tuple(torch.stack([row.values[layer] for row in made], dim=1)[None] for layer in range(LAYERS)),
+        )
+        self.buffer.insert(at, segment, LAYOUT, replacing=replacing)
+        position = self.slow.rows[at - 1].position + 1 if at else 0
+        for i, row in enumerate(made):
+            row.position = position + i
+        for row in self.slow.rows[at + replacing :]:
+            row.position += len(made) - replacing
+        self.slow.rows[at : at + replacing] = made
+
+    @precondition(lambda self: self.slow.rows)
+    @rule(data=st.data())
+    def cut(self, data: st.DataObject) -> None:
+        start = data.draw(st.integers(0, len(self.slow.rows) - 1))
+        stop = data.draw(st.integers(start, min(len(self.slow.rows), start + 4)))
+        self.buffer.relocate(stop, len(self.slow.rows), start, start - stop, LAYOUT)
+        for row in self.slow.rows[stop:]:
+            row.position -= stop - start
+        del self.slow.rows[start:stop]
+
+    @precondition(lambda self: len(self.slow.rows) > 1)
+    @rule(data=st.data())
+    def reorder(self, data: st.DataObject) -> None:
+        start = data.draw(st.integers(0, len(self.slow.rows) - 2))
+        stop = data.draw(st.integers(start + 1, min(len(self.slow.rows), start + 6)))
+        order = data.draw(st.permutations(range(start, stop)))
+        self.buffer.reorder(start, order, LAYOUT)
+        positions = [row.position for row in self.slow.rows]
+        self.slow.rows[start:stop] = [self.slow.rows[slot] for slot in order]
+        for row, position in zip(self.slow.rows, positions, strict=True):
+            row.position = position
 
     @precondition(lambda self: self.slow.rows)
     @rule(data=st.data())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import DynamicCache
 
 from conftest import TINY, tiny_engine, tiny_model
 from programmable_kv.cache.layout import KVLayout, Reach
-from programmable_kv.cache.rotation import Rotary
+from programmable_kv.cache.rotation import Pairing, Rotary
 from programmable_kv.cache.selfcheck import prove_relocation
 from programmable_kv.cache.transformers_api import GROUPED_SDPA, register_attention
 from programmable_kv.engine import Engine, Rows
@@ -74,8 +75,6 @@ def test_models_that_build_their_own_mask_are_refused(model_type: str, reason: s
 
 
 def test_a_window_that_is_not_the_models_is_caught() -> None:
-    from dataclasses import replace
-
     engine = Engine(tiny_model("mistral"))
     layers = tuple(replace(layer, window=30) for layer in engine.layout.layers)
     engine.layout = replace(engine.layout, layers=layers)
@@ -182,25 +181,33 @@ def test_relocation_is_proved(model_type: str) -> None:
     assert proof.exact, proof.reason
 
 
-@pytest.mark.parametrize("fault", ["theta", "pairing", "scaling"])
+@pytest.mark.parametrize("fault", ["theta", "scaling"])
 def test_a_wrong_layout_is_caught(fault: str) -> None:
     engine = tiny_engine("llama")
     rotary = engine.layout.layers[1].rotary
     assert rotary is not None
-    if fault == "theta":
-        wrong = Rotary(tuple(f * 1.01 for f in rotary.frequencies))
-    elif fault == "pairing":
-        # Frequencies in the order of the other pairing: neither pairing can be right with them.
-        wrong = Rotary(rotary.frequencies[::-1])
-    else:
-        wrong = Rotary(tuple(f / 2 for f in rotary.frequencies))
-    import dataclasses
-
-    layers = (engine.layout.layers[0], dataclasses.replace(engine.layout.layers[1], rotary=wrong))
-    layout = dataclasses.replace(engine.layout, layers=layers)
-    proof = prove_relocation(layout, engine._prefilled_alone, 512, torch.float64)
+    wrong = Rotary(tuple(f * 1.01 if fault == "theta" else f / 2 for f in rotary.frequencies))
+    proof = prove_relocation(with_rotary(engine.layout, wrong), engine._cached_alone, 512, torch.float64)
     assert not proof.exact
     assert "layer 1" in proof.reason
+
+
+@pytest.mark.parametrize("fault", ["pairing", "order"])
+def test_a_wrong_arrangement_is_put_right(fault: str) -> None:
+    """Not what the layout says of the channels is kept, but what holds on the model's keys."""
+    engine = tiny_engine("llama")
+    rotary = engine.layout.layers[1].rotary
+    assert rotary is not None
+    wrong = rotary.paired(Pairing.INTERLEAVED) if fault == "pairing" else Rotary(rotary.frequencies[::-1])
+    proof = prove_relocation(with_rotary(engine.layout, wrong), engine._cached_alone, 512, torch.float64)
+    assert proof.exact
+    assert proof.layout.layers[1].rotary == rotary
+
+
+def with_rotary(layout: KVLayout, rotary: Rotary) -> KVLayout:
+    """The layout with layer 1's rotation replaced, and no other table to find the right one in."""
+    layers = (layout.layers[0], replace(layout.layers[1], rotary=rotary), *layout.layers[2:])
+    return replace(layout, layers=layers, tables=())
 
 
 def test_relocated_chunk_equals_the_chunk_prefilled_there(model_type: str) -> None:
@@ -240,10 +247,40 @@ def test_learned_positions_are_refused() -> None:
         engine.require_relocation()
 
 
-def test_dynamic_frequencies_are_refused() -> None:
+def test_dynamic_frequencies_relocate_within_what_the_model_has() -> None:
+    """They change beyond the configured length only, and no engine goes there."""
     parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     engine = tiny_engine("llama", rope_parameters=_frozen(parameters))
-    with pytest.raises(UnverifiedError, match="dynamic"):
+    assert engine.relocation.within == engine.layout.position_limit
+    engine.require_relocation()
+
+
+def test_a_regime_is_not_left_unasked() -> None:
+    parameters = {
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256,
+        "short_factor": (1.0, 1.0, 1.5, 2.0), "long_factor": (2.0, 4.0, 4.0, 8.0),
+    }  # fmt: skip
+    engine = tiny_engine("llama", rope_parameters=_frozen(parameters))
+    with pytest.raises(UnverifiedError, match="positions below 256"):
+        engine.require_relocation()
+    with pytest.raises(UnverifiedError, match="within a bound"):
+        engine.require_relocation(below=257)
+    assert engine.require_relocation(below=256) is engine.relocation.layout
+
+
+def test_rotary_keys_in_the_place_of_values_are_refused() -> None:
+    """MLA: the proof is exact, but the buffer would copy what has to turn."""
+    engine = tiny_engine(
+        "minicpm3",
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        num_key_value_heads=4,
+    )
+    assert engine.relocation.exact
+    with pytest.raises(UnverifiedError, match="in the place of values"):
         engine.require_relocation()
 
 

@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from programmable_kv.account import Meter
+from programmable_kv.cache.buffer_layer import BufferLayer, WriteTarget
 from programmable_kv.cache.layout import KVLayout
+from programmable_kv.cache.origins import Origins, SavedOrigins, Slots
 from programmable_kv.cache.rotation import rotate
-from programmable_kv.cache.transformers_api import Cache, CacheLayerMixin
+from programmable_kv.cache.segment import Segment
+from programmable_kv.cache.span import Span
+from programmable_kv.cache.transformers_api import Cache
 from programmable_kv.errors import CacheBufferError
 
 _SMALLEST_CAPACITY = 64
-_NO_ORIGIN = -1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,90 +38,11 @@ class Mark:
 class _Saved:
     """What some slots held before they were overwritten. Tensors are [B, H, n, D] per layer."""
 
-    slots: slice | torch.Tensor
+    slots: Slots
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     positions: torch.Tensor
-    origins: torch.Tensor
-    origin_keys: list[torch.Tensor] | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """Where the next forward writes, and how many slots its queries see."""
-
-    slots: slice | torch.Tensor
-    first: int
-    visible: int
-
-
-class BufferLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values, [B, H, capacity, D]; the first `length` slots are in use."""
-
-    is_sliding = False
-    is_croppable = True
-
-    def __init__(self, owner: KVBuffer) -> None:
-        super().__init__()
-        self._owner = owner
-        self.length = 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.batch_size = key_states.shape[0]
-        capacity = self._owner.capacity
-        self.keys = key_states.new_empty((*key_states.shape[:2], capacity, key_states.shape[-1]))
-        self.values = value_states.new_empty((*value_states.shape[:2], capacity, value_states.shape[-1]))
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write T new rows [B, H, T, D] in place; returns views of every visible slot, [B, H, S, D]."""
-        tokens = key_states.shape[-2]
-        target = self._owner.target
-        if target is None:
-            self._owner.ensure_capacity(self.length + tokens)
-            target = _Target(slice(self.length, self.length + tokens), self.length, self.length + tokens)
-            self._owner.note_append(self.length, tokens)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys[:, :, target.slots] = key_states
-        self.values[:, :, target.slots] = value_states
-        self.length = max(self.length, target.visible)
-        return self.keys[:, :, : target.visible], self.values[:, :, : target.visible]
-
-    def get_seq_length(self) -> int:
-        """Slots before the first row being written: the past, as transformers understands it."""
-        target = self._owner.target
-        return self.length if target is None else target.first
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        target = self._owner.target
-        return (self.length + query_length if target is None else target.visible), 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove that many tokens from the end; as in transformers, the number is given as a negative integer."""
-        if tokens_to_remove > 0:
-            raise CacheBufferError(f"crop takes the tokens to remove as a negative number, got {tokens_to_remove}")
-        self.length = max(0, self.length + tokens_to_remove)
-
-    def reset(self) -> None:
-        self.length = 0
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        raise CacheBufferError("KVBuffer holds one sequence: beam search would need several. Use greedy or sampling.")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise CacheBufferError("KVBuffer holds one sequence and cannot be repeated. Fork the notebook instead.")
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        raise CacheBufferError("KVBuffer holds one sequence and cannot be re-batched. Fork the notebook instead.")
+    origins: SavedOrigins
 
 
 class KVBuffer(Cache):  # type: ignore[misc]
@@ -132,12 +55,9 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self.layout = layout
         self.capacity = max(capacity, _SMALLEST_CAPACITY)
         self.meter = meter or Meter()
-        self.target: _Target | None = None
+        self.target: WriteTarget | None = None
         self._positions = torch.zeros(self.capacity, dtype=torch.long)
-        # Where each slot's key was computed, if it has been relocated since; the key as it was computed lies
-        # in `_origin_keys`. Relocating always starts from there, so nothing drifts however often it moves.
-        self._origins = torch.full((self.capacity,), _NO_ORIGIN, dtype=torch.long)
-        self._origin_keys: list[torch.Tensor] | None = None
+        self._origins = Origins(self.capacity)
         self._undo: list[_Saved] = []
         self._marks: list[Mark] = []
         super().__init__(layers=[BufferLayer(self) for _ in layout.layers])
@@ -178,8 +98,11 @@ class KVBuffer(Cache):  # type: ignore[misc]
     @property
     def relocated(self) -> torch.Tensor:
         """Slots in use whose keys were rotated away from the position they were computed at, ascending."""
-        origins = self._origins[: self.length]
-        return ((origins != _NO_ORIGIN) & (origins != self.positions)).nonzero().flatten()
+        return (self._origins.computed_at(self._used, self.positions) != self.positions).nonzero().flatten()
+
+    @property
+    def _used(self) -> slice:
+        return slice(0, self.length)
 
     @property
     def nbytes(self) -> int:
@@ -215,13 +138,10 @@ class KVBuffer(Cache):  # type: ignore[misc]
             if layer.is_initialized:
                 layer.keys = self._grown(layer.keys, used, capacity)
                 layer.values = self._grown(layer.values, used, capacity)
-        if self._origin_keys is not None:
-            self._origin_keys = [self._grown(tensor, used, capacity) for tensor in self._origin_keys]
+        self._origins.grow(capacity)
         positions = torch.zeros(capacity, dtype=torch.long)
         positions[: self.capacity] = self._positions
-        origins = torch.full((capacity,), _NO_ORIGIN, dtype=torch.long)
-        origins[: self.capacity] = self._origins
-        self._positions, self._origins, self.capacity = positions, origins, capacity
+        self._positions, self.capacity = positions, capacity
 
     def _grown(self, tensor: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
         larger = tensor.new_empty((*tensor.shape[:2], capacity, tensor.shape[-1]))
@@ -248,12 +168,12 @@ class KVBuffer(Cache):  # type: ignore[misc]
             self._save(slice(start, start + tokens))
             first = self.next_position
             self._positions[start : start + tokens] = torch.arange(first, first + tokens)
-            self._origins[start : start + tokens] = _NO_ORIGIN
+            self._origins.forget(slice(start, start + tokens))
 
     # -- writing -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def writing(self, slots: Sequence[int], positions: Sequence[int]) -> Iterator[_Target]:
+    def writing(self, slots: Sequence[int], positions: Sequence[int]) -> Iterator[WriteTarget]:
         """Send the rows of the next forward to `slots` (ascending), which stand at `positions` (ascending).
 
         Slots must be in use already, or follow on from the last one in use. Inside the block the forward's queries
@@ -266,20 +186,20 @@ class KVBuffer(Cache):  # type: ignore[misc]
         if fresh != list(range(self.length, self.length + len(fresh))):
             raise CacheBufferError(f"slots {fresh[:3]}... would leave a gap after the {self.length} in use")
         self.ensure_capacity(last + 1)
-        where: slice | torch.Tensor = slice(first, last + 1) if contiguous else torch.tensor(slots)
+        where: Slots = slice(first, last + 1) if contiguous else torch.tensor(slots)
         self._save(where)
         before = self.length
-        new_positions = torch.tensor(positions, dtype=torch.long)
-        old_positions, old_origins = self._positions[where].clone(), self._origins[where].clone()
-        self._positions[where] = new_positions
-        self._origins[where] = _NO_ORIGIN
-        self.target = _Target(where, first, last + 1)
+        old_positions, old_origins = self._positions[where].clone(), self._origins.save(where)
+        self._positions[where] = torch.tensor(positions, dtype=torch.long)
+        self._origins.forget(where)
+        self.target = WriteTarget(where, first, last + 1)
         try:
             yield self.target
         except BaseException:
             for layer in self.layers:
                 layer.length = before
-            self._positions[where], self._origins[where] = old_positions, old_origins
+            self._positions[where] = old_positions
+            self._origins.restore(old_origins)
             raise
         finally:
             self.target = None
@@ -293,37 +213,96 @@ class KVBuffer(Cache):  # type: ignore[misc]
         if stop != self.length or not 0 <= start <= stop or to < 0:
             raise CacheBufferError(f"can only relocate the tail of {self.length} slots, not [{start}, {stop})")
         count = stop - start
-        if count == 0:
+        if count:
+            self.ensure_capacity(to + count)
+            self._save(slice(min(start, to), max(stop, to + count)))
+            positions = self._positions[start:stop] + shift
+            self._move(slice(start, stop), slice(to, to + count), positions, layout)
+            self._set_length(to + count)
+        else:
             self._set_length(min(to, stop))
-            return
-        self.ensure_capacity(to + count)
-        old, new = slice(start, stop), slice(to, to + count)
-        self._save(slice(min(start, to), max(stop, to + count)))
-        positions = self._positions[old] + shift
-        origins = torch.where(self._origins[old] == _NO_ORIGIN, self._positions[old], self._origins[old])
-        self._ensure_origin_keys()
-        assert self._origin_keys is not None
-        moved_before = self._origins[old] != _NO_ORIGIN
-        offsets = positions - origins
-        for layer, rule, origin in zip(self.layers, layout.layers, self._origin_keys, strict=True):
-            source = layer.keys[:, :, old].clone()
-            if bool(moved_before.any()):
-                source[:, :, moved_before] = origin[:, :, old][:, :, moved_before]
-            origin[:, :, new] = source
-            layer.keys[:, :, new] = source if rule.rotary is None else rotate(source, offsets, rule.rotary)
-            layer.values[:, :, new] = layer.values[:, :, old].clone()
-            self.meter.bytes_moved += 2 * source.numel() * source.element_size()
-        self._positions[new], self._origins[new] = positions, origins
+
+    def _move(self, old: Slots, new: slice, positions: torch.Tensor, layout: KVLayout) -> None:
+        """Put what stands in slots `old` into slots `new`, at `positions` [n]. The two may overlap."""
+        computed_at = self._origins.computed_at(old, self._positions[old])
+        layers = [layer.keys for layer in self.layers]
+        spliced = self._origins.all_from_segments(old)
+        for index, (layer, rule) in enumerate(zip(self.layers, layout.layers, strict=True)):
+            canonical = self._origins.canonical(index, old, layer.keys[:, :, old])
+            if not spliced:
+                self._origins.keep(index, new, canonical, layers)
+            moved = canonical if rule.rotary is None else rotate(canonical, positions - computed_at, rule.rotary)
+            layer.keys[:, :, new] = moved
+            values = layer.values[:, :, old]
+            layer.values[:, :, new] = values.clone() if isinstance(old, slice) else values
+            self.meter.bytes_moved += (moved.numel() + values.numel()) * moved.element_size()
+        self._origins.move(old, new, computed_at)
+        self._positions[new] = positions
+        self.meter.tokens_relocated += positions.numel()
+
+    def reorder(self, start: int, order: Sequence[int], layout: KVLayout) -> None:
+        """Permute a run of slots: slot `start + i` gets what stands in slot `order[i]`. Positions stay with the slots.
+
+        Costs a pass over the run. `layout` is one with which relocation was proved exact.
+        """
+        stop = start + len(order)
+        if sorted(order) != list(range(start, stop)) or not 0 <= start <= stop <= self.length:
+            raise CacheBufferError(f"the order given is not one of the slots [{start}, {stop}) of {self.length}")
+        new = slice(start, stop)
+        self._save(new)
+        self._move(torch.tensor(order, dtype=torch.long), new, self._positions[new].clone(), layout)
+
+    def insert(self, at: int, segment: Segment, layout: KVLayout, *, replacing: int = 0) -> None:
+        """Splice a segment in before slot `at`, in the place of the `replacing` slots from there on.
+
+        What follows moves by the difference in length, in slots and in positions. The segment's keys are rotated once, from
+        the canonical; it is kept (not copied) for as long as its tokens stand here. `layout` is one with which relocation was
+        proved exact.
+        """
+        if not 0 <= at <= at + replacing <= self.length:
+            raise CacheBufferError(f"cannot insert in the place of slots [{at}, {at + replacing}) of {self.length}")
+        if len(segment.keys) != len(self.layers):
+            raise CacheBufferError(f"a segment of {len(segment.keys)} layers does not fit {len(self.layers)}")
+        count, tail = len(segment), at + replacing
+        position = int(self._positions[at - 1]) + 1 if at else 0
+        length = self.length + count - replacing
+        self.ensure_capacity(length)
+        if tail < self.length and count != replacing:
+            self._save(slice(at, min(tail, at + count)))
+            self.relocate(tail, self.length, at + count, count - replacing, layout)
+        else:
+            self._save(slice(at, at + count))
+        where = slice(at, at + count)
+        for index, layer in enumerate(self.layers):
+            keys = segment.keys_at(index, position, layout)
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys, segment.values[index])
+            layer.keys[:, :, where] = keys
+            layer.values[:, :, where] = segment.values[index]
+        self._positions[where] = position + torch.arange(count)
+        self._origins.from_segment(where, segment)
+        self.meter.bytes_moved += segment.nbytes
         self.meter.tokens_relocated += count
-        self._set_length(to + count)
+        self._set_length(length)
+
+    def segment(self, span: Span, ids: Sequence[int]) -> Segment:
+        """A copy of some slots' keys (as they were computed) and values, with the token ids that they are of."""
+        if span.stop > self.length or len(ids) != len(span):
+            raise CacheBufferError(f"cannot take {len(ids)} tokens from slots [{span.start}, {span.stop})")
+        slots = slice(span.start, span.stop)
+        return Segment(
+            tuple(ids),
+            self._origins.computed_at(slots, self._positions[slots]).clone(),
+            tuple(
+                self._origins.canonical(index, slots, layer.keys[:, :, slots])
+                for index, layer in enumerate(self.layers)
+            ),
+            tuple(layer.values[:, :, slots].clone() for layer in self.layers),
+        )
 
     def _set_length(self, length: int) -> None:
         for layer in self.layers:
             layer.length = length
-
-    def _ensure_origin_keys(self) -> None:
-        if self._origin_keys is None:
-            self._origin_keys = [torch.empty_like(layer.keys) for layer in self.layers]
 
     # -- marks -------------------------------------------------------------------------------------------------
 
@@ -347,6 +326,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self._drop(mark)
         if not self._marks:
             self._undo.clear()
+            self._origins.release_unused(self.length)
 
     def holds(self, mark: Mark) -> bool:
         """Whether this mark is active: neither rolled back nor released, and this buffer's own."""
@@ -359,7 +339,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
     def _drop(self, mark: Mark) -> None:
         self._marks = self._marks[: self._marks.index(mark)]
 
-    def _save(self, where: slice | torch.Tensor) -> None:
+    def _save(self, where: Slots) -> None:
         """Keep aside the rows that are about to be overwritten and that some mark still needs."""
         needed = max((mark.length for mark in self._marks), default=0)
         if isinstance(where, slice):
@@ -372,11 +352,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
                 return
         keys = [layer.keys[:, :, where].clone() for layer in self.layers]
         values = [layer.values[:, :, where].clone() for layer in self.layers]
-        origins = self._origins[where].clone()
-        origin_keys = None
-        if self._origin_keys is not None and bool((origins != _NO_ORIGIN).any()):
-            origin_keys = [tensor[:, :, where].clone() for tensor in self._origin_keys]
-        self._undo.append(_Saved(where, keys, values, self._positions[where].clone(), origins, origin_keys))
+        self._undo.append(_Saved(where, keys, values, self._positions[where].clone(), self._origins.save(where)))
         self.meter.bytes_moved += sum(tensor.numel() * tensor.element_size() for tensor in (*keys, *values))
 
     def _restore(self, saved: _Saved) -> None:
@@ -385,11 +361,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
             layer.values[:, :, saved.slots] = values
             self.meter.bytes_moved += keys.numel() * keys.element_size() + values.numel() * values.element_size()
         self._positions[saved.slots] = saved.positions
-        self._origins[saved.slots] = saved.origins
-        if saved.origin_keys is not None:
-            assert self._origin_keys is not None
-            for tensor, keys in zip(self._origin_keys, saved.origin_keys, strict=True):
-                tensor[:, :, saved.slots] = keys
+        self._origins.restore(saved.origins)
 
     # -- copies ------------------------------------------------------------------------------------------------
 
@@ -408,10 +380,10 @@ class KVBuffer(Cache):  # type: ignore[misc]
         for index in range(len(self.layers) if self.length else 0):
             named[f"keys.{index}"] = self.keys(index)
             named[f"values.{index}"] = self.values(index)
-        if self._origin_keys is not None and self.relocated.numel():
-            named["origins"] = self._origins[: self.length]
-            for index, tensor in enumerate(self._origin_keys):
-                named[f"origin_keys.{index}"] = tensor[:, :, : self.length]
+        if self.relocated.numel():
+            named["origins"] = self._origins.computed_at(self._used, self.positions)
+            for index in range(len(self.layers)):
+                named[f"origin_keys.{index}"] = self._origins.canonical(index, self._used, self.keys(index))
         return named
 
     def load_tensors(self, named: dict[str, torch.Tensor]) -> None:
@@ -427,10 +399,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
             layer.keys[:, :, :count] = keys
             layer.values[:, :, :count] = values
         if "origins" in named:
-            self._origins[:count] = named["origins"]
-            self._ensure_origin_keys()
-            assert self._origin_keys is not None
-            for index, tensor in enumerate(self._origin_keys):
-                tensor[:, :, :count] = named[f"origin_keys.{index}"]
+            canonical = [named[f"origin_keys.{index}"] for index in range(len(self.layers))]
+            self._origins.load(named["origins"], canonical)
         self._set_length(count)
         self.meter.bytes_moved += self.nbytes

@@ -1,7 +1,11 @@
 """What each layer of a model caches, read from the model itself into data.
 
-Legend of shapes used across the package: B batch, H key-value heads, S slots, T new tokens, D head dim, L layers.
-A *position* is what the rotary embedding and the mask see; a *slot* is where a token lies in the buffer.
+Legend of shapes used across the package: B batch, H key-value heads, S slots, T new tokens, D head dim, L layers,
+A position axes (one, or three with M-RoPE). A *position* is what the rotary embedding and the mask see; a *slot* is
+where a token lies in the buffer.
+
+What is read here is what the model says of itself. What it does not say (how channels are paired, where the rotary window
+starts, whether a layer rotates at all) is found out on the model's own keys, by `selfcheck`.
 """
 
 from __future__ import annotations
@@ -11,7 +15,14 @@ from enum import StrEnum
 from typing import Any
 
 from programmable_kv.cache.rotation import Rotary
-from programmable_kv.cache.transformers_api import cached_layer_types, frequency_tables
+from programmable_kv.cache.transformers_api import (
+    cached_layer_types,
+    decoder_of,
+    frequency_tables,
+    position_axes,
+    rope_entries,
+    rope_types,
+)
 from programmable_kv.errors import UnsupportedModelError
 
 
@@ -23,48 +34,69 @@ class Reach(StrEnum):
     CHUNKED = "chunked_attention"
 
 
-class PositionEncoding(StrEnum):
-    """How a model tells positions apart, as far as its cache is concerned."""
-
-    ROTARY = "rotary"
-    LEARNED = "learned"
-    NONE_CACHED = "none cached"
-    """ALiBi or no encoding at all: nothing in the cache depends on a position."""
-
-
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """One layer's cache: its reach (with the window in tokens, if any) and how its keys rotate, if they do."""
+    """One layer's cache: its reach (with the window in tokens, if any) and what of it turns with the position."""
 
     reach: Reach
     window: int | None
     rotary: Rotary | None
+    """how the keys turn; None if they do not depend on the position"""
+    kind: str = Reach.FULL.value
+    """the layer's type as transformers names it, where states and tokens are told apart"""
+    others: tuple[tuple[str, Rotary], ...] = ()
+    """what else turns, by the name of the cached tensor: MLA keeps its rotary keys where others keep values"""
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """A bound on positions within which relocation can be exact, and what changes beyond it."""
+
+    name: str
+    within: int
+    turns: bool = True
+    """whether the frequencies change beyond it (or else which tokens see each other)"""
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """All layers' caches, and what the model's position encoding allows."""
+    """All layers' caches, and what the model says about its positions."""
 
     model_type: str
     layers: tuple[LayerLayout, ...]
-    encoding: PositionEncoding
     position_limit: int | None
     """positions the model was configured for (None: not stated)"""
-    regime: str | None = None
-    """the name of a length-dependent rope type (`dynamic`, `longrope`), for which relocation is not verified"""
+    regime: Regime | None = None
+    axes: int = 1
+    """how many position axes the rotary embedding takes"""
+    tables: tuple[Rotary, ...] = ()
+    """every frequency table found in the model, for a layer whose own cannot be told from its type"""
 
     @property
     def reaches(self) -> frozenset[tuple[Reach, int | None]]:
         """The distinct masks that a forward needs."""
         return frozenset((layer.reach, layer.window) for layer in self.layers)
 
+    def require_tokens_only(self) -> None:
+        """
+        Raises:
+            UnsupportedModelError: a layer keeps something else than the keys and values of each token, which a
+                `KVBuffer` does not hold.
+        """
+        for layer in self.layers:
+            if layer.kind not in tuple(Reach):
+                raise UnsupportedModelError(
+                    f"{self.model_type} has a layer of type '{layer.kind}', which keeps a state and not (only) the keys and "
+                    "values of each token, so it cannot be edited in place. Use an attention-only model, or append "
+                    "updates as text."
+                )
+
     @classmethod
     def read(cls, model: Any) -> KVLayout:
-        """Read the layout of a transformers causal language model.
+        """Read the layout of a transformers causal language model (or of a decoder without its head).
 
         Raises:
-            UnsupportedModelError: a layer keeps a recurrent state instead of per-token keys and values, or the
-                model is not a decoder that transformers caches.
+            UnsupportedModelError: the model is not a decoder, or does not say what its layers cache.
         """
         config = model.config.get_text_config(decoder=True)
         model_type = str(getattr(config, "model_type", type(model).__name__))
@@ -75,45 +107,64 @@ class KVLayout:
             )
         try:
             types = cached_layer_types(config)
-        except (AttributeError, KeyError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UnsupportedModelError(f"{model_type} does not say what its layers cache ({error}).") from error
-        reaches = [_reach(model_type, config, kind, arguments) for kind, arguments in types]
-        tables = frequency_tables(model.get_decoder())
-        parameters = getattr(config, "rope_parameters", None) or {}
-        encoding = PositionEncoding.ROTARY
-        if not tables:
-            learned = any(name.rpartition(".")[2] in _LEARNED_TABLES for name, _ in model.named_modules())
-            encoding = PositionEncoding.LEARNED if learned else PositionEncoding.NONE_CACHED
-        rotaries = {key: Rotary.from_table(found[0]) for key, found in tables.items()}
-        layers = tuple(
-            LayerLayout(reach, window, rotaries.get(kind, rotaries.get("")))
-            for (reach, window), (kind, _) in zip(reaches, types, strict=True)
+        decoder = decoder_of(model)
+        tables = frequency_tables(decoder)
+        found = {key: tuple(dict.fromkeys(map(Rotary.from_table, each))) for key, each in tables.items()}
+        entries = rope_entries(config)
+        layers = []
+        for kind, arguments in types:
+            reach, window = _reach(config, kind, arguments)
+            own: tuple[Rotary | None, ...] = found.get(kind) or found.get("") or (None,)
+            layers.append(LayerLayout(reach, window, own[0], kind))
+        return cls(
+            model_type,
+            tuple(layers),
+            _position_limit(config),
+            _regime(config, rope_types(decoder), entries, layers),
+            position_axes(decoder),
+            tuple(dict.fromkeys(rotary for each in found.values() for rotary in each)) or _closed_form(config, entries),
         )
-        limit = getattr(config, "max_position_embeddings", None)
-        return cls(model_type, layers, encoding, limit, _regime(parameters))
 
 
-_LEARNED_TABLES = frozenset({"wpe", "embed_positions", "position_embeddings"})
-_LENGTH_DEPENDENT = frozenset({"dynamic", "longrope"})
+def _closed_form(config: Any, entries: list[dict[str, Any]]) -> tuple[Rotary, ...]:
+    """Where a model keeps no table of frequencies, the formula that all started from: theta^(-2i / R)."""
+    theta = next((float(entry["rope_theta"]) for entry in entries if entry.get("rope_theta")), 1e4)
+    head = getattr(config, "head_dim", None)
+    if not isinstance(head, int):
+        head = int(getattr(config, "hidden_size", 0)) // max(int(getattr(config, "num_attention_heads", 1)), 1)
+    widths = {int(getattr(config, "rotary_dim", None) or head), head} - {0}
+    return tuple(Rotary(tuple(theta ** (-2 * i / width) for i in range(width // 2))) for width in sorted(widths))
 
 
-def _regime(parameters: dict[str, Any]) -> str | None:
-    for entry in (parameters, *parameters.values()):
-        if isinstance(entry, dict) and entry.get("rope_type") in _LENGTH_DEPENDENT:
-            return str(entry["rope_type"])
-    return None
+def _position_limit(config: Any) -> int | None:
+    stated = [getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions")]
+    return next((limit for limit in stated if isinstance(limit, int) and limit > 0), None)
 
 
-def _reach(model_type: str, config: Any, kind: str, arguments: dict[str, Any]) -> tuple[Reach, int | None]:
-    try:
-        reach = Reach(kind)
-    except ValueError:
-        raise UnsupportedModelError(
-            f"{model_type} has a layer of type '{kind}', which keeps a state and not the keys and values of each "
-            "token, so there is nothing to edit in place. Use an attention-only model, or append updates as text."
-        ) from None
-    if reach is Reach.FULL:
-        return reach, None
-    if reach is Reach.SLIDING:
-        return reach, int(arguments.get("sliding_window") or config.sliding_window)
-    return reach, int(config.attention_chunk_size)
+def _regime(config: Any, kinds: set[str], entries: list[dict[str, Any]], layers: list[LayerLayout]) -> Regime | None:
+    """The tightest of the bounds: frequencies that change with the length, and chunks that tokens cannot see across."""
+    regimes = [
+        Regime("chunked attention", layer.window, False)
+        for layer in layers
+        if layer.reach is Reach.CHUNKED and layer.window
+    ]
+    if "longrope" in kinds:
+        # One table up to the length of the first training, another beyond.
+        stated = [
+            int(e["original_max_position_embeddings"]) for e in entries if e.get("original_max_position_embeddings")
+        ]
+        regimes.append(Regime("longrope frequencies", min(stated, default=_position_limit(config) or 0)))
+    if any("dynamic" in kind for kind in kinds):
+        # A new table for every length beyond what the model was configured for.
+        regimes.append(Regime("dynamic frequencies", _position_limit(config) or 0))
+    return min(regimes, key=lambda regime: regime.within, default=None)
+
+
+def _reach(config: Any, kind: str, arguments: dict[str, Any]) -> tuple[Reach, int | None]:
+    if "sliding" in kind:
+        return Reach.SLIDING, int(arguments.get("sliding_window") or config.sliding_window)
+    if kind == Reach.CHUNKED:
+        return Reach.CHUNKED, int(config.attention_chunk_size)
+    return Reach.FULL, None

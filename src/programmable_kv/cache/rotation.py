@@ -28,6 +28,8 @@ class Rotary:
     frequencies: tuple[float, ...]
     start: int = 0
     pairing: Pairing = Pairing.HALF_SPLIT
+    axes: tuple[int, ...] = ()
+    """with positions of several axes (M-RoPE: time, height, width), the axis that turns each frequency"""
 
     @classmethod
     def from_table(cls, table: torch.Tensor) -> Rotary:
@@ -42,21 +44,32 @@ class Rotary:
     def paired(self, pairing: Pairing) -> Rotary:
         return replace(self, pairing=pairing)
 
+    def angles(self, offsets: torch.Tensor) -> torch.Tensor:
+        """Radians in float64, [T, R / 2], for offsets [T] (the same on every axis) or [A, T] (one row an axis)."""
+        # MPS has no float64: angles are made on the CPU, where they are T x R/2 numbers.
+        moved = offsets.to("cpu", torch.float64)
+        if moved.ndim == 1:
+            moved = moved[:, None]
+        elif self.axes:
+            moved = moved[list(self.axes)].T
+        else:
+            raise ValueError("this rotation has no axes of its own: give one offset for each token, [T]")
+        return moved * torch.tensor(self.frequencies, dtype=torch.float64)
+
 
 def rotate(keys: torch.Tensor, offsets: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Keys moved by `offsets` positions; a new tensor.
 
     Args:
         keys: [..., T, D], any floating dtype. Channels outside the rotary window are copied.
-        offsets: [T] integer positions to move each token by (may be negative).
+        offsets: [T] integer positions to move each token by (may be negative); [A, T] if axes move by their own.
         rotary: the layer's rotation.
 
     The angles are computed in float64 and reduced there, so large offsets lose nothing; the rotation itself runs
     in float32 or the keys' dtype, whichever is wider, with one rounding at the end.
     """
     compute = torch.promote_types(keys.dtype, torch.float32)
-    # MPS has no float64: angles are made on the CPU, where they are T x R/2 numbers.
-    angles = torch.outer(offsets.to("cpu", torch.float64), torch.tensor(rotary.frequencies, dtype=torch.float64))
+    angles = rotary.angles(offsets)
     cos, sin = angles.cos().to(keys.device, compute), angles.sin().to(keys.device, compute)
     stop = rotary.start + rotary.width
     window = keys[..., rotary.start : stop].to(compute)

@@ -5,23 +5,33 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, get_layer_types_and_kwargs
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 __all__ = [
     "GROUPED_SDPA",
     "Cache",
     "CacheLayerMixin",
+    "DynamicCache",
+    "cache_that_drops_nothing",
     "cached_layer_types",
+    "cached_tensors",
+    "decoder_of",
+    "fills_a_cache",
     "frequency_tables",
     "grouped_sdpa",
+    "position_axes",
     "register_attention",
+    "rope_entries",
+    "rope_types",
+    "takes_positions",
 ]
 
 GROUPED_SDPA = "pkv_grouped_sdpa"
@@ -44,6 +54,74 @@ def frequency_tables(decoder: nn.Module) -> dict[str, list[torch.Tensor]]:
         elif leaf.endswith("_" + _FREQUENCY_BUFFER) and "original" not in leaf:
             found.setdefault(leaf.removesuffix("_" + _FREQUENCY_BUFFER), []).append(tensor)
     return found
+
+
+def decoder_of(model: Any) -> Any:
+    """The decoder inside a causal language model, or the model where `get_decoder` finds something else (a head)."""
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model
+
+
+def rope_types(decoder: Any) -> set[str]:
+    """The rope types in use. Rotary modules know better than the configuration: some read `dynamic` as a fixed scaling."""
+    found: set[str] = set()
+    for module in decoder.modules():
+        kind = getattr(module, "rope_type", None)
+        found.update(kind.values() if isinstance(kind, dict) else [kind] if isinstance(kind, str) else [])
+    return found or {str(entry.get("rope_type", "default")) for entry in rope_entries(decoder.config)}
+
+
+def rope_entries(config: Any) -> list[dict[str, Any]]:
+    """The rotary settings of a configuration: one, or one for each layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [entry for entry in parameters.values() if isinstance(entry, dict)]
+    return nested or ([dict(parameters)] if parameters else [])
+
+
+def position_axes(decoder: Any) -> int:
+    """How many axes a position has: as many as its M-RoPE sections, which some models keep in a module only."""
+    found = [entry.get("mrope_section") for entry in rope_entries(decoder.config)]
+    for module in decoder.modules():
+        sections = getattr(module, "mrope_section", None)
+        found += list(sections.values()) if isinstance(sections, dict) else [sections]
+    return next((len(sections) for sections in found if sections), 1)
+
+
+def cached_tensors(cache: Any) -> list[dict[str, torch.Tensor]]:
+    """All that each layer of a transformers cache holds, by name; states in a container are `name.key`."""
+    layers = []
+    # Decoders that could attend to an encoder keep their own tokens in a cache within the cache.
+    for layer in getattr(cache, "self_attention_cache", cache).layers:
+        found: dict[str, torch.Tensor] = {}
+        for name, held in vars(layer).items():
+            members = held.items() if isinstance(held, dict) else [("", held)]
+            for key, tensor in members:
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
+                    found[f"{name}.{key}" if isinstance(held, dict) else name] = tensor
+        layers.append(found)
+    return layers
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether a model's forward has, or may pass on, `position_ids`. Whether it heeds them is another question."""
+    parameters = inspect.signature(model.forward).parameters
+    return "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def cache_that_drops_nothing(model: Any) -> DynamicCache | None:
+    """An empty cache that keeps every token even in layers with a window; None where layers may keep something else."""
+    try:
+        kinds = {kind for kind, _ in cached_layer_types(model.config.get_text_config(decoder=True))}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    tokens_only = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
+    # Told nothing about the layers, this cache takes each for one that attends to all.
+    return DynamicCache() if tokens_only and fills_a_cache(model) else None
+
+
+def fills_a_cache(model: nn.Module) -> bool:
+    """Whether a model's forward takes a cache to fill (some do not make one, but fill what they are given)."""
+    return "past_key_values" in inspect.signature(model.forward).parameters
 
 
 def grouped_sdpa(

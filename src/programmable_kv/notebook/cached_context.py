@@ -12,9 +12,11 @@ from programmable_kv.cache.buffer import KVBuffer, Mark
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidEditError, NotPrefilledError, OutOfStepError, UnknownFieldError
 from programmable_kv.model import Model
-from programmable_kv.notebook.context import Context, FieldState, Kind, TokenState, tokenised
+from programmable_kv.notebook.context import Context, FieldState, Kind, TokenState, Unit, tokenised
 from programmable_kv.notebook.parts import Message, Rendered, Text, continuation, render_chat, unmark
 from programmable_kv.notebook.ranking import AttentionInfluence, Ranking
+from programmable_kv.notebook.skill import Skill, skills_among
+from programmable_kv.notebook.splicing import SKILL_MARK, SeamRepair, cut_at_skills, joined_values, splice
 from programmable_kv.notebook.values import check_name, check_no_markers, check_role, check_template, check_value
 from programmable_kv.notebook.wording import DEFAULT_TEMPLATE
 
@@ -39,6 +41,7 @@ class CachedContext:
         self.erratum_template = erratum_template
         self.ranking = ranking or AttentionInfluence()
         self._values: dict[str, str] = {}
+        self._skills: dict[str, Skill] = {}
         self._texts: list[Text] = []
         self._messages: list[Message] = []
         self._context = Context()
@@ -49,12 +52,15 @@ class CachedContext:
 
     # -- building ----------------------------------------------------------------------------------------------
 
-    def message(self, role: str, content: str, /, **fields: str) -> Self:
+    def message(self, role: str, content: str, /, **fields: str | Skill) -> Self:
         """Add a chat message. `{name}` in `content` is a field for every name given here or declared before.
+
+        Where a `Skill` is given instead of a value, the compiled skill is spliced in at its placeholder.
 
         Raises:
             UnknownFieldError: a field given here has no placeholder in the content.
             InvalidValueError: a name or value is not plain data, or the content has special tokens.
+            FingerprintMismatchError: another model compiled the skill.
         """
         self._require_unfilled()
         if self._texts:
@@ -64,7 +70,7 @@ class CachedContext:
         self._messages.append(Message(role, self._declared(content, fields)))
         return self
 
-    def text(self, content: str, /, **fields: str) -> Self:
+    def text(self, content: str, /, **fields: str | Skill) -> Self:
         """Add raw text, as the model will read it. Placeholders as in `message`."""
         self._require_unfilled()
         if self._messages:
@@ -78,16 +84,28 @@ class CachedContext:
         """Add a field's value as raw text, right after what was added before."""
         return self.text("{" + name + "}", **{name: value})
 
-    def _declared(self, content: str, fields: Mapping[str, str]) -> Text:
+    def skill(self, skill: Skill) -> Self:
+        """Add a compiled skill as raw text, right after what was added before."""
+        return self.text("{" + skill.name + "}", **{skill.name: skill})
+
+    def _declared(self, content: str, given: Mapping[str, str | Skill]) -> Text:
+        fields, skills = skills_among(given)
+        for name, skill in skills.items():
+            check_name(name)
+            skill.check_fits(self.model)
+            if name in self._values or content.count("{" + name + "}") > 1:
+                raise InvalidEditError(f"{name} was declared before: a skill has one place, and a name of its own")
         for name, value in fields.items():
             check_name(name)
             check_value(name, value, self.model.tokenizer, self.erratum_template, {*fields, *self._values})
             if self._values.get(name, value) != value:
                 raise InvalidEditError(f"field {name} was declared before as {self._values[name]!r}, now as {value!r}")
+        fields |= dict.fromkeys(skills, SKILL_MARK)
         known = {**self._values, **fields}
         text = Text(content, tuple(name for name in known if name in fields or "{" + name + "}" in content))
         text.check()
         self._values = known
+        self._skills.update(skills)
         return text
 
     def prefill(self) -> Account:
@@ -101,13 +119,26 @@ class CachedContext:
         self._require_unfilled()
         if not self._texts and not self._messages:
             raise NotPrefilledError("the notebook is empty: add .message(...) or .text(...) before .prefill()")
-        unit = tokenised(self.model.tokenizer, self.rendered(), Kind.PREFILL, special=not self._messages)
-        read = {name: frozenset[str | None]({value}) for name, value in self._values.items()}
-        fields = {name: FieldState(value, value) for name, value in self._values.items()}
-        context = Context([replace(unit, read=read)], fields)
-        buffer = self.model.engine.new_buffer(len(unit) + 128)
-        with self.model.engine.meter.measure() as reading:
-            self.model.engine.append(buffer, unit.ids, logits=0)
+        engine = self.model.engine
+        pieces: list[Unit | Skill] = [
+            piece if isinstance(piece, Skill)
+            else tokenised(self.model.tokenizer, piece, Kind.PREFILL, special=not self._messages and number == 0)
+            for number, piece in enumerate(cut_at_skills(self.rendered(), self._skills))
+        ]  # fmt: skip
+        values = {name: value for name, value in self._values.items() if name not in self._skills}
+        for skill in self._skills.values():
+            values = joined_values(values, skill)
+        context = Context([], {name: FieldState(value, value) for name, value in values.items()})
+        length = sum(len(piece) for piece in pieces)
+        engine.check_length(length)
+        buffer = engine.new_buffer(length + 128)
+        with engine.meter.measure() as reading:
+            for piece in pieces:
+                if isinstance(piece, Skill):
+                    splice(engine, buffer, context, piece, Span(len(context), len(context)), SeamRepair())
+                else:
+                    engine.append(buffer, piece.ids, logits=0)
+                    context.append(piece)
         self._context, self._buffer = context, buffer
         self.last_account = reading.account
         return reading.account
@@ -142,7 +173,7 @@ class CachedContext:
     def fields(self) -> dict[str, str]:
         """Every field's current value."""
         if self._buffer is None:
-            return dict(self._values)
+            return {name: value for name, value in self._values.items() if name not in self._skills}
         return {name: state.current for name, state in self._context.fields.items()}
 
     def spans(self, name: str) -> list[Span]:
@@ -188,12 +219,12 @@ class CachedContext:
             unit = tokenised(self.model.tokenizer, rendered, Kind.TURN)
             self.model.engine.append(buffer, unit.ids, logits=0)
             context = self._context.copy()
-            context.units.append(replace(unit, read=context.reading(len(context))))
+            context.append(unit)
             self._context = context
         return self._account(reading.account, reused)
 
     def _continuation(self, more: Sequence[Message], *, prompt_for_answer: bool = False) -> Rendered:
-        written = {name: state.written for name, state in self._context.fields.items()}
+        written = self._values | {name: state.written for name, state in self._context.fields.items()}
         return continuation(self.model.tokenizer, self._messages, more, written, prompt_for_answer=prompt_for_answer)
 
     # -- state -------------------------------------------------------------------------------------------------
@@ -222,6 +253,7 @@ class CachedContext:
         self._require_in_step()
         other = type(self)(self.model, erratum_template=self.erratum_template, ranking=self.ranking)
         other._values, other._texts, other._messages = dict(self._values), list(self._texts), list(self._messages)
+        other._skills = dict(self._skills)
         other._context = self._context.copy()
         with self.model.engine.meter.measure() as reading:
             other._buffer = self._filled().fork()

@@ -1,6 +1,6 @@
 """The bookkeeping of a cached context: its text, tokens and spans. No tensors here.
 
-A context is a list of *units* that were tokenised one by one (the prefilled text, later turns, errata). A unit's tokens
+A context is a list of *units* that were tokenised one by one (the prefilled text, later turns, errata, skills). A unit's tokens
 never merge with a neighbour's, so an edit re-tokenises inside one unit only.
 """
 
@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from programmable_kv.cache.span import Span
+from programmable_kv.errors import InvalidEditError
 from programmable_kv.notebook.parts import Rendered
 
 _MARGIN = 12
@@ -23,6 +24,7 @@ class Kind(StrEnum):
 
     PREFILL = "prefill"
     TURN = "turn"
+    SKILL = "skill"
     ERRATUM = "erratum"
 
 
@@ -31,6 +33,9 @@ class TokenState(StrEnum):
 
     EXACT = "exact"
     RELOCATED = "relocated"
+    """computed at another position, or alone, and rotated to this one"""
+    REPAIRED = "repaired"
+    """the seam of a spliced skill, computed again in its place"""
     REFRESHED = "refreshed"
     ERRATUM = "erratum"
     AFTER_EDIT = "after edit"
@@ -74,10 +79,56 @@ class Unit:
     corrects: tuple[tuple[str, str], ...] = ()
     """for an erratum: the (field, value) it states"""
     read: Readings = field(default_factory=dict)
-    """what those of its tokens that follow a field have read of it"""
+    """what those of its tokens that follow a field have read of it; nothing, if they were computed without it"""
+    name: str = ""
+    """of the skill"""
+    base: tuple[TokenState, ...] = ()
+    """each token's state as far as the parts before it are concerned; empty where all are exact"""
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def base_states(self) -> tuple[TokenState, ...]:
+        return self.base or (TokenState.EXACT,) * len(self.ids)
+
+    def marked(self, tokens: Span, state: TokenState, *, weaken: bool = True) -> Unit:
+        """With a state set for some of its tokens; a state that is weaker already stays, unless `weaken` is False."""
+        base = list(self.base_states)
+        for token in tokens.range:
+            base[token] = weakest([base[token], state]) if weaken else state
+        return replace(self, base=tuple(base) if any(s is not TokenState.EXACT for s in base) else ())
+
+    def split(self, token: int) -> tuple[Unit, Unit]:
+        """Two units out of one, the second from `token` on.
+
+        Raises:
+            InvalidEditError: the boundary lies inside a field's value, or is none of the text (a character of several tokens).
+        """
+        for place in self.places:
+            if place.tokens.start < token < place.tokens.stop:
+                raise InvalidEditError(
+                    f"token {token} of this part lies inside the value of {place.name}: a value cannot be split. Choose "
+                    "a boundary before or after it."
+                )
+        character = self.offsets[token][0]
+        if self.offsets[token - 1][1] > character:
+            raise InvalidEditError(
+                f"tokens {token - 1} and {token} of this part share a character, so the text cannot be split there. Choose "
+                "a boundary one token earlier or later."
+            )
+        head = replace(
+            self, text=self.text[:character], ids=self.ids[:token], offsets=self.offsets[:token],
+            places=tuple(p for p in self.places if p.tokens.stop <= token), base=self.base[:token],
+        )  # fmt: skip
+        tail = replace(
+            self, text=self.text[character:], ids=self.ids[token:],
+            offsets=tuple((a - character, b - character) for a, b in self.offsets[token:]), special=False,
+            places=tuple(Place(p.name, p.characters.shifted(-character), p.tokens.shifted(-token))
+                         for p in self.places if p.tokens.start >= token),
+            base=self.base[token:],
+        )  # fmt: skip
+        return head, tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +200,8 @@ def replace_value(tokenizer: Any, unit: Unit, place: Place, value: str) -> tuple
         elif other.characters.start >= place.characters.stop:
             moved = other.characters.shifted(growth)
         places.append(Place(other.name, moved, _covering(offsets, moved)))
-    return replace(unit, text=text, ids=ids, offsets=offsets, places=tuple(places)), old, new
+    base = unit.base and (*unit.base[: old.start], *(TokenState.EXACT,) * len(new), *unit.base[old.stop :])
+    return replace(unit, text=text, ids=ids, offsets=offsets, places=tuple(places), base=base), old, new
 
 
 def _locally(
@@ -225,6 +277,23 @@ class Context:
             place.tokens.shifted(slot) for slot, unit in self.starts() for place in unit.places if place.name == name
         ]
 
+    def split_at(self, slot: int) -> int:
+        """Make a slot the start of a unit; returns that unit's index (the number of units for the context's end)."""
+        if slot == len(self):
+            return len(self.units)
+        for index, (start, unit) in enumerate(self.starts()):
+            if start == slot:
+                return index
+            if start < slot < start + len(unit):
+                self.units[index : index + 1] = unit.split(slot - start)
+                return index + 1
+        raise InvalidEditError(f"there is no slot {slot} in a context of {len(self)} tokens")
+
+    def forget_lost_fields(self) -> None:
+        """Drop the fields that no text holds any more."""
+        held = {place.name for unit in self.units for place in unit.places}
+        self.fields = {name: state for name, state in self.fields.items() if name in held}
+
     def corrections(self, name: str) -> list[int]:
         """Indices of the units that are errata about a field."""
         return [i for i, unit in enumerate(self.units) if any(field == name for field, _ in unit.corrects)]
@@ -257,8 +326,8 @@ class Context:
     # -- what was computed under which values --------------------------------------------------------------------
 
     def first_place(self, name: str) -> int:
-        """The slot after a field's first place: tokens from here on can have read it."""
-        return min(span.stop for span in self.spans(name))
+        """The slot after a field's first place: tokens from here on can have read it. The end, if it is still to come."""
+        return min((span.stop for span in self.spans(name)), default=len(self))
 
     def reading(self, slot: int) -> Readings:
         """What a token computed now, at `slot`, reads of each field: one value if all before it agrees, else a mixture."""
@@ -283,12 +352,28 @@ class Context:
     def read_only(self, name: str, value: str) -> bool:
         """Whether the field's places and every token after them have seen this value and no other."""
         return self.fields[name].written == value and all(
-            unit.read[name] == frozenset({value}) for _, unit in self._following(name)
+            unit.read[name] <= {value} for _, unit in self._following(name)
         )
+
+    def computed_base(self, slot: int) -> TokenState:
+        """The base state of a token computed now, at `slot`: exact only on exact parts, or repaired ones (which are)."""
+        for begins, unit in self.starts():
+            if begins >= slot:
+                break
+            if not set(unit.base[: slot - begins]) <= {TokenState.EXACT, TokenState.REPAIRED}:
+                return TokenState.AFTER_EDIT
+        return TokenState.EXACT
+
+    def append(self, unit: Unit) -> None:
+        """Take in a unit that was computed at the context's end."""
+        end = len(self)
+        unit = replace(unit, read=self.reading(end))
+        self.units.append(unit.marked(Span(0, len(unit)), self.computed_base(end)))
 
     def note_computed_from(self, start: int) -> None:
         """Every token from slot `start` on was computed, in one go, on what precedes it."""
         begins = 0
+        base = self.computed_base(start)
         for index, unit in enumerate(self.units):
             if begins + len(unit) > start:
                 now = self.reading(max(start, begins))
@@ -296,11 +381,15 @@ class Context:
                 for name, value in now.items():
                     kept = max(begins, self.first_place(name)) < start  # some of its readers in this unit stay
                     read[name] = unit.read[name] | value if kept else value
-                self.units[index] = replace(unit, read=read)
+                recomputed = Span(max(0, start - begins), len(unit))
+                self.units[index] = replace(unit, read=read).marked(recomputed, base, weaken=False)
             begins += len(unit)
 
-    def note_computed(self, slots: Iterable[int]) -> None:
-        """Some tokens were computed on what precedes them. A field's own places do not count as readers of it."""
+    def note_computed(self, slots: Iterable[int], *, repaired: bool = False) -> None:
+        """Some tokens were computed on what precedes them. A field's own places do not count as readers of it.
+
+        `repaired`: they are a spliced skill's, and called so where they are as good as exact.
+        """
         own = {name: {slot for span in self.spans(name) for slot in span.range} for name in self.fields}
         first = {name: self.first_place(name) for name in self.fields}
         bounds = list(self.starts())
@@ -311,14 +400,17 @@ class Context:
                 name: unit.read[name] | now[name] if slot >= first[name] and slot not in own[name] else unit.read[name]
                 for name in self.fields
             }
-            if read != unit.read:
-                self.units[index] = replace(unit, read=read)
+            token = slot - bounds[index][0]
+            base = self.computed_base(slot)
+            base = TokenState.REPAIRED if repaired and base is TokenState.EXACT else base
+            unit = unit.marked(Span(token, token + 1), base, weaken=False)
+            self.units[index] = replace(unit, read=read)
 
     def states(self, relocated: Iterable[int] = ()) -> list[TokenState]:
         """The state of every cached token, derived from what it has read and which slots were `relocated`."""
         states: list[TokenState] = []
         for unit in self.units:
-            states += [TokenState.ERRATUM if unit.kind is Kind.ERRATUM else TokenState.EXACT] * len(unit)
+            states += [TokenState.ERRATUM] * len(unit) if unit.kind is Kind.ERRATUM else unit.base_states
         for name, field_state in self.fields.items():
             place = self.first_place(name)
             for begins, unit in self._following(name):
@@ -345,6 +437,6 @@ class Context:
 
 def _worth(read: frozenset[str | None], current: str) -> TokenState:
     """The state of tokens that were computed under these values of a field."""
-    if read == frozenset({current}):
+    if read <= {current}:
         return TokenState.EXACT
     return TokenState.AFTER_EDIT if read <= {current, None} else TokenState.STALE

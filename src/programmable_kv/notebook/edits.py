@@ -7,7 +7,7 @@ A plan is made on a copy of the context's bookkeeping, so that it can be printed
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -113,7 +113,7 @@ def plan_edit(
         if (mode in _STATES_VALUE and needed) or in_the_way:
             start = len(after)
             unit = write_erratum(after, name, value)
-            after.units.append(replace(unit, read=after.reading(start)))
+            after.append(unit)
             compute += range(start, start + len(unit))
             if mode not in _STATES_VALUE:
                 notes.append(f"an earlier erratum about {name} lies inside the context, so a new one was needed")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 COLOURS = {
     TokenState.EXACT: "#f3f3f3",
     TokenState.RELOCATED: "#cfe6f5",
+    TokenState.REPAIRED: "#d5d0ee",
     TokenState.REFRESHED: "#b9e3d2",
     TokenState.ERRATUM: "#ffd48a",
     TokenState.AFTER_EDIT: "#ece6a5",
@@ -23,6 +24,7 @@ COLOURS = {
 MEANINGS = {
     TokenState.EXACT: "as a full prefill would have computed it",
     TokenState.RELOCATED: "moved to another position, not computed again",
+    TokenState.REPAIRED: "the seam of a spliced skill, computed again in its place",
     TokenState.REFRESHED: "computed again for the new value",
     TokenState.ERRATUM: "the line that states the new value",
     TokenState.AFTER_EDIT: "computed after an edit, reading stale tokens too",

@@ -23,7 +23,7 @@ from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.engine import Rows
 from programmable_kv.errors import ContextOverflowError, InvalidEditError, OutOfStepError, TemplateError
 from programmable_kv.model import Model
-from programmable_kv.notebook.cached_context import CachedContext
+from programmable_kv.notebook.composition import Composition
 from programmable_kv.notebook.context import Context, Kind, Unit, tokenised
 from programmable_kv.notebook.decision import Decision, option_ids, score
 from programmable_kv.notebook.edits import DEFAULT_MODE, REFRESHES_FIELD, EditPlan, Mode, plan_edit
@@ -36,7 +36,7 @@ _THOUGHT_LIMIT = 48
 _ERRATUM_ROLES = ("system", "user")
 
 
-class Notebook(CachedContext):
+class Notebook(Composition):
     """A cached context that can be edited.
 
     Build it from chat messages (`message`) or raw text (`text`, `field`), not both; `prefill` it once; then `edit`,

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import CorruptFileError, FingerprintMismatchError, NotPrefilledError
 from programmable_kv.model import Model
-from programmable_kv.notebook.context import Context, FieldState, Kind, Place, Unit
+from programmable_kv.notebook.context import Context, FieldState, Kind, Place, TokenState, Unit
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.notebook.parts import Message, Text
 
@@ -46,6 +46,8 @@ class SavedUnit(_Strict):
     places: tuple[SavedPlace, ...]
     corrects: tuple[tuple[str, str], ...]
     read: dict[str, tuple[str | None, ...]]
+    name: str
+    base: tuple[TokenState, ...]
 
 
 class SavedField(_Strict):
@@ -71,6 +73,8 @@ class Manifest(_Strict):
     messages: tuple[SavedMessage, ...]
     units: tuple[SavedUnit, ...]
     fields: dict[str, SavedField]
+    placeholders: dict[str, str]
+    """what stood for every placeholder of the messages when they were rendered, skills included"""
     refreshed: tuple[int, ...]
 
 
@@ -98,10 +102,11 @@ def save(notebook: Notebook, folder: Path) -> Path:
                 SavedMessage(role=m.role, template=m.content.template, fields=m.content.fields)
                 for m in notebook._messages
             ),
-            units=tuple(_saved(unit) for unit in context.units),
+            units=tuple(saved_unit(unit) for unit in context.units),
             fields={
                 name: SavedField(current=state.current, written=state.written) for name, state in context.fields.items()
             },
+            placeholders=dict(notebook._values),
             refreshed=tuple(sorted(context.refreshed)),
         )
         body = manifest.model_dump_json()
@@ -157,9 +162,9 @@ def load(folder: Path, model: Model) -> Notebook:
         raise CorruptFileError(f"{path} is not a safetensors file: {error}") from error
     notebook = Notebook(model, erratum_template=manifest.erratum_template)
     notebook._messages = [Message(m.role, Text(m.template, m.fields)) for m in manifest.messages]
-    notebook._values = {name: state.current for name, state in manifest.fields.items()}
+    notebook._values = dict(manifest.placeholders)
     context = Context(
-        [_unit(saved) for saved in manifest.units],
+        [unit_of(saved) for saved in manifest.units],
         {name: FieldState(f.current, f.written) for name, f in manifest.fields.items()},
         frozenset(manifest.refreshed),
     )
@@ -176,7 +181,7 @@ def load(folder: Path, model: Model) -> Notebook:
     return notebook
 
 
-def _saved(unit: Unit) -> SavedUnit:
+def saved_unit(unit: Unit) -> SavedUnit:
     places = tuple(
         SavedPlace(
             name=p.name, characters=(p.characters.start, p.characters.stop), tokens=(p.tokens.start, p.tokens.stop)
@@ -186,10 +191,11 @@ def _saved(unit: Unit) -> SavedUnit:
     return SavedUnit(
         kind=unit.kind, text=unit.text, ids=unit.ids, offsets=unit.offsets, special=unit.special, places=places,
         corrects=unit.corrects, read={name: tuple(sorted(values, key=str)) for name, values in unit.read.items()},
+        name=unit.name, base=unit.base,
     )  # fmt: skip
 
 
-def _unit(saved: SavedUnit) -> Unit:
+def unit_of(saved: SavedUnit) -> Unit:
     places = tuple(Place(p.name, Span(*p.characters), Span(*p.tokens)) for p in saved.places)
     return Unit(
         saved.kind,
@@ -200,6 +206,8 @@ def _unit(saved: SavedUnit) -> Unit:
         places,
         saved.corrects,
         {name: frozenset(values) for name, values in saved.read.items()},
+        saved.name,
+        saved.base,
     )
 
 

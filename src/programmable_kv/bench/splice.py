@@ -1,0 +1,167 @@
+"""TTFT of a spliced skill, by its length: against a full prefill, the concatenating way, and a plain copy of the bytes.
+
+A warm prefix is cached, a compiled skill is put after it, and a short question follows. The common way to splice a
+cached chunk rotates its keys back to position 0 and then to the new one, concatenates every layer's tensors with the
+prefix's into a new cache, and goes on from there. `copy` is the floor: the same bytes, copied once.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.cache.layout import KVLayout
+from programmable_kv.cache.rotation import rotate
+from programmable_kv.cache.segment import Segment
+from programmable_kv.cache.span import Span
+from programmable_kv.engine import Rows
+from programmable_kv.model import Model
+from programmable_kv.notebook.splicing import DEFAULT_SEAM
+from programmable_kv.records import Record, Recorder, digest_of
+
+LENGTHS = (512, 1024, 2048, 4096, 7936)
+"""tokens of the skill; with prefix and question the last stays below the embedded model's 8192 positions"""
+PREFIX = "You are the support agent of an online shop. What follows is the policy that is in force today.\n\n"
+SENTENCE = "Rule {number}: notes of the weekly meeting are kept in folder {number} of the shared drive.\n"
+QUESTION = "\nWhich folder holds the notes of week seven? Answer:"
+
+
+def run(
+    model: Model,
+    path: Path,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    repeats: int = 7,
+    report: Callable[[int, int], None] | None = None,
+    command: str = "",
+) -> Record:
+    """Measure every length and write the record. Times are medians over `repeats`; whole prefills run once above 2048."""
+    recorder = Recorder(
+        path,
+        name="splice-ttft",
+        version=1,
+        title="Time to first token after splicing a compiled skill, by its length",
+        command=command,
+        model=model.name,
+        model_fingerprint=model.fingerprint,
+        data_digest=digest_of([PREFIX, SENTENCE, QUESTION]),
+        seeds=[],
+        settings={"lengths": list(lengths), "repeats": repeats, "seam": DEFAULT_SEAM},
+    )
+    for number, length in enumerate(lengths):
+        if not recorder.done(length=length):
+            recorder.add({"length": length, **measure(model, length, repeats)})
+        if report is not None:
+            report(number + 1, len(lengths))
+    return recorder.finish(summarise(recorder.rows))
+
+
+def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
+    """One length: milliseconds of each way to the question's logits, and of the splice and the copy alone."""
+    engine = model.engine
+    layout = engine.require_relocation()
+    prefix, question = (model.tokenizer.encode(text, add_special_tokens=False) for text in (PREFIX, QUESTION))
+    text = "".join(SENTENCE.format(number=n) for n in range(length // 10))
+    ids = model.tokenizer.encode(text, add_special_tokens=False)[:length]
+    alone = engine.new_buffer(length)
+    engine.append(alone, ids, logits=0)
+    skill = alone.segment(Span(0, length), ids)
+    buffer = engine.new_buffer(len(prefix) + length + len(question) + 8)
+    engine.append(buffer, prefix, logits=0)
+    start = buffer.length
+
+    def put() -> None:
+        buffer.insert(start, skill, layout)
+
+    def spliced() -> torch.Tensor:
+        put()
+        seam = range(start, start + DEFAULT_SEAM)
+        engine.compute(buffer, Rows(tuple(ids[:DEFAULT_SEAM]), tuple(seam), tuple(seam)), logits=0)
+        return engine.append(buffer, question)
+
+    def full() -> torch.Tensor:
+        return engine.append(engine.new_buffer(len(prefix) + length + len(question)), prefix + ids + question)
+
+    def back() -> None:
+        buffer.truncate(start)
+
+    plain = [torch.empty_like(tensor) for tensor in (*skill.keys, *skill.values)]
+
+    def copied() -> None:
+        for target, source in zip(plain, (*skill.keys, *skill.values), strict=True):
+            target.copy_(source)
+
+    whole = repeats if length <= 2048 else 1
+    ways = {
+        "full": _median(whole, full),
+        "splice": _median(repeats, spliced, back),
+        "concatenate": _median(repeats, lambda: _concatenated(model, buffer, skill, layout, question)),
+        "put": _median(repeats, put, back),
+        "copy": _median(repeats, copied),
+    }
+    return {"ms": {way: round(ms, 3) for way, ms in ways.items()}, "bytes": skill.nbytes, "prefix": start}
+
+
+@torch.no_grad()
+def _concatenated(
+    model: Model, prefix: KVBuffer, skill: Segment, layout: KVLayout, question: list[int]
+) -> torch.Tensor:
+    """The rival: keys rotated from where they stand to 0 and from there to their place, every layer concatenated."""
+    cache = DynamicCache()
+    offset = torch.full((len(skill),), prefix.length)
+    none = torch.zeros(len(skill), dtype=torch.long)
+    for index, rule in enumerate(layout.layers):
+        keys = skill.keys[index]
+        if rule.rotary is not None:
+            keys = rotate(rotate(keys, none, rule.rotary), offset, rule.rotary)
+        cache.update(
+            torch.cat((prefix.keys(index), keys), dim=2),
+            torch.cat((prefix.values(index), skill.values[index]), dim=2),
+            index,
+        )
+    output = model.engine.model(
+        input_ids=torch.tensor([question], device=model.engine.device),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits  # type: ignore[no-any-return]
+
+
+def _median(repeats: int, operation: Callable[[], Any], undo: Callable[[], None] | None = None) -> float:
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        operation()
+        times.append(1e3 * (time.perf_counter() - began))
+        if undo is not None:
+            undo()
+    return statistics.median(times)
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ratios within this run, and how straight the line of the splice's cost over the skill's length is."""
+    from scipy.stats import linregress
+
+    summary: dict[str, Any] = {}
+    for row in rows:
+        ms = row["ms"]
+        summary[f"at_{row['length']}"] = {
+            "full_over_splice": round(ms["full"] / ms["splice"], 2),
+            "concatenate_over_splice": round(ms["concatenate"] / ms["splice"], 2),
+            "put_over_copy": round(ms["put"] / ms["copy"], 2),
+            "splice_ms": round(ms["splice"], 1),
+            "full_ms": round(ms["full"], 1),
+        }
+    if len(rows) > 2:
+        fit = linregress([row["length"] for row in rows], [row["ms"]["put"] for row in rows])
+        summary["put_ms_per_1k_tokens"] = round(1000 * float(fit.slope), 3)
+        summary["put_r_squared"] = round(float(fit.rvalue) ** 2, 4)
+    return summary

@@ -1,0 +1,129 @@
+"""Which rotation turns the keys that a model cached at one position into those it cached at another.
+
+A configuration does not say how channels are paired, where the rotary window lies in a head, or whether a layer rotates
+at all. So candidates are tried on the model's own tensors, and the one that holds is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from programmable_kv.cache.rotation import Pairing, Rotary, rotate
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """One cached tensor of one token, computed at position 0 and at `offsets` ([T] or [A, T]); both [B, H, T, D]."""
+
+    offsets: torch.Tensor
+    before: torch.Tensor
+    after: torch.Tensor
+
+    def error(self, rule: Rotary | None) -> torch.Tensor:
+        """What is left of the difference after turning by the rule, relative to each token's norm; [B, H, T, D]."""
+        turned = self.before if rule is None else rotate(self.before, self.offsets, rule)
+        scale = self.after.double().norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        difference: torch.Tensor = (turned.double() - self.after.double()).abs() / scale
+        return difference
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The best rule among candidates (None: a copy), and its largest error relative to the tensor's norm."""
+
+    rule: Rotary | None
+    error: float
+
+
+def best_rule(expected: Rotary | None, tables: Sequence[Rotary], moved: Sequence[Moved], allowed: float) -> Found:
+    """The first candidate that holds for every move, or else the one that comes closest."""
+    width = moved[0].before.shape[-1]
+    found = []
+    for rule in _candidates(expected, tables, width):
+        found.append(Found(rule, _worst(moved, rule)))
+        if found[-1].error <= allowed:
+            return found[-1]
+    for rule in _reordered(tables, width, moved):
+        found.append(Found(rule, _worst(moved, rule)))
+        if found[-1].error <= allowed:
+            break
+    return min(found, key=lambda each: each.error)
+
+
+def _worst(moved: Sequence[Moved], rule: Rotary | None) -> float:
+    """The largest error of all; NaN if any is (which no comparison takes for a small one)."""
+    return float(torch.stack([each.error(rule).max() for each in moved]).max())
+
+
+def _candidates(expected: Rotary | None, tables: Sequence[Rotary], width: int) -> Iterator[Rotary | None]:
+    """What the model says, then a plain copy, then every table it has, in either sense, anywhere in the head."""
+    own = [expected] if expected is not None else []
+    likely = _placed(own, width, everywhere=False)
+    yield from likely
+    yield None
+    seen = set(likely)
+    known = [*own, *tables]
+    backwards = [replace(table, frequencies=tuple(-f for f in table.frequencies)) for table in known]
+    for everywhere in (False, True):
+        for rule in _placed([*known, *backwards], width, everywhere=everywhere):
+            if rule not in seen:
+                seen.add(rule)
+                yield rule
+
+
+def _placed(tables: Iterable[Rotary], width: int, *, everywhere: bool) -> list[Rotary]:
+    """Each table with both pairings, at the head's first or last channels, or at every even one."""
+    placed: list[Rotary] = []
+    for table in tables:
+        last = width - table.width
+        if last < 0:
+            continue
+        starts = range(0, last + 1, 2) if everywhere else dict.fromkeys((0, last))
+        for start in starts:
+            placed.extend(replace(table, start=start, pairing=pairing) for pairing in Pairing)
+    return placed
+
+
+def _reordered(tables: Sequence[Rotary], width: int, moved: Sequence[Moved]) -> Iterator[Rotary]:
+    """Tables whose frequencies stand in another order in the head: for each pair, the frequency that suits it best."""
+    for rule in _placed(tables, width, everywhere=False):
+        each = [replace(rule, frequencies=(f,) * len(rule.frequencies)) for f in dict.fromkeys(rule.frequencies)]
+        # [F, D]: how far every channel is off at its worst, were all pairs to turn with frequency f.
+        worst = torch.stack(
+            [torch.stack([m.error(one).amax(dim=(0, 1, 2)) for m in moved]).amax(dim=0) for one in each]
+        )
+        pairs = [_channels(rule, pair) for pair in range(len(rule.frequencies))]
+        best = [int(worst[:, pair].amax(dim=1).argmin()) for pair in pairs]
+        yield replace(rule, frequencies=tuple(each[index].frequencies[0] for index in best))
+
+
+def axes_of(rule: Rotary, moved: Sequence[Moved], allowed: float) -> Rotary | None:
+    """The rule with the axis that turns each frequency, given one move along each axis alone; None if it cannot be told.
+
+    The pair (i, its partner) must turn with exactly one axis and stand still along the others.
+    """
+    axes: list[int] = []
+    for pair in range(len(rule.frequencies)):
+        turning = []
+        for axis, each in enumerate(moved):
+            along = replace(rule, axes=tuple([axis] * len(rule.frequencies)))
+            channels = _channels(rule, pair)
+            turned = float(each.error(along)[..., channels].max()) <= allowed
+            still = float(each.error(None)[..., channels].max()) <= allowed
+            if turned and not still:
+                turning.append(axis)
+            elif not still:
+                return None
+        if len(turning) != 1:
+            return None
+        axes.append(turning[0])
+    return replace(rule, axes=tuple(axes))
+
+
+def _channels(rule: Rotary, pair: int) -> list[int]:
+    if rule.pairing is Pairing.HALF_SPLIT:
+        return [rule.start + pair, rule.start + pair + rule.width // 2]
+    return [rule.start + 2 * pair, rule.start + 2 * pair + 1]

@@ -1,0 +1,137 @@
+"""Where relocated keys come from, so that moving them again starts from the key as it was computed.
+
+Relocating a key rounds it once. Relocating the result again would round it twice, and so on: keys that move with every
+edit would drift. Hence each moved slot remembers the position its key was computed at, and where that key still lies
+unrotated: in this store, which holds a copy, or in the `Segment` it was spliced from, which needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from programmable_kv.cache.segment import Segment
+
+_NONE = -1
+
+Slots = slice | torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SavedOrigins:
+    """What an `Origins` held for some slots."""
+
+    slots: Slots
+    positions: torch.Tensor
+    sources: torch.Tensor
+    rows: torch.Tensor
+    keys: list[torch.Tensor] | None
+
+
+class Origins:
+    """For each slot: the position its key was computed at (-1: where it stands), and where that key is kept."""
+
+    def __init__(self, capacity: int) -> None:
+        self._positions = torch.full((capacity,), _NONE, dtype=torch.long)
+        self._sources = torch.full((capacity,), _NONE, dtype=torch.long)
+        self._rows = torch.zeros(capacity, dtype=torch.long)
+        self._segments: list[Segment | None] = []
+        self._keys: list[torch.Tensor] | None = None
+        """canonical keys [B, H, capacity, D] of each layer, for the moved slots that come from no segment"""
+
+    def all_from_segments(self, slots: Slots) -> bool:
+        """Whether the canonical keys of all these slots are kept by segments."""
+        return bool((self._sources[slots] != _NONE).all())
+
+    def moved(self, slots: Slots) -> torch.Tensor:
+        """[n] booleans: was the key in each of the slots computed at a position that is on record here?"""
+        return self._positions[slots] != _NONE
+
+    def computed_at(self, slots: Slots, standing_at: torch.Tensor) -> torch.Tensor:
+        """[n] positions at which the keys of some slots were computed; they stand at `standing_at` [n] now."""
+        return torch.where(self._positions[slots] == _NONE, standing_at, self._positions[slots])
+
+    def grow(self, capacity: int) -> None:
+        self._positions = _grown(self._positions, 0, capacity, _NONE)
+        self._sources = _grown(self._sources, 0, capacity, _NONE)
+        self._rows = _grown(self._rows, 0, capacity, 0)
+        if self._keys is not None:
+            self._keys = [_grown(tensor, 2, capacity, 0) for tensor in self._keys]
+
+    def forget(self, slots: Slots) -> None:
+        """The keys in these slots were computed where they stand."""
+        self._positions[slots] = _NONE
+        self._sources[slots] = _NONE
+
+    def canonical(self, layer: int, slots: Slots, standing: torch.Tensor) -> torch.Tensor:
+        """A layer's keys in some slots as they were computed: a copy of `standing` [B, H, n, D], those in the buffer."""
+        keys = standing.clone()
+        sources, rows = self._sources[slots], self._rows[slots]
+        own = self.moved(slots) & (sources == _NONE)
+        if bool(own.any()):
+            assert self._keys is not None
+            keys[:, :, own] = self._keys[layer][:, :, slots][:, :, own]
+        for source in set(sources.tolist()) - {_NONE} if bool((sources != _NONE).any()) else ():
+            segment, held = self._segments[source], sources == source
+            assert segment is not None
+            keys[:, :, held] = segment.keys[layer][:, :, rows[held]]
+        return keys
+
+    def keep(self, layer: int, slots: Slots, canonical: torch.Tensor, layers: Sequence[torch.Tensor]) -> None:
+        """Keep a layer's canonical keys [B, H, n, D], which now stand in `slots`. `layers` gives every layer's shape."""
+        if self._keys is None:
+            capacity = self._positions.numel()
+            self._keys = [tensor.new_empty((*tensor.shape[:2], capacity, tensor.shape[-1])) for tensor in layers]
+        self._keys[layer][:, :, slots] = canonical
+
+    def move(self, old: Slots, new: Slots, computed_at: torch.Tensor) -> None:
+        """What stood in slots `old`, computed at `computed_at` [n], now stands in `new`."""
+        sources, rows = self._sources[old].clone(), self._rows[old].clone()
+        self._positions[new], self._sources[new], self._rows[new] = computed_at, sources, rows
+
+    def from_segment(self, slots: slice, segment: Segment) -> None:
+        """The keys in these slots are a segment's, rotated. The segment is kept; nothing is copied."""
+        source = next((i for i, known in enumerate(self._segments) if known is segment), len(self._segments))
+        if source == len(self._segments):
+            self._segments.append(segment)
+        self._positions[slots] = segment.computed_at
+        self._sources[slots] = source
+        self._rows[slots] = torch.arange(len(segment))
+
+    def release_unused(self, length: int) -> None:
+        """Let go of the segments that none of the first `length` slots comes from."""
+        used = set(self._sources[:length].tolist()) if self._segments else set()
+        self._segments = [segment if i in used else None for i, segment in enumerate(self._segments)]
+
+    def save(self, slots: Slots) -> SavedOrigins:
+        keys = None
+        if self._keys is not None and bool(self.moved(slots).any()):
+            keys = [tensor[:, :, slots].clone() for tensor in self._keys]
+        return SavedOrigins(
+            slots, self._positions[slots].clone(), self._sources[slots].clone(), self._rows[slots].clone(), keys
+        )
+
+    def restore(self, saved: SavedOrigins) -> None:
+        self._positions[saved.slots], self._sources[saved.slots] = saved.positions, saved.sources
+        self._rows[saved.slots] = saved.rows
+        if saved.keys is not None:
+            assert self._keys is not None
+            for tensor, keys in zip(self._keys, saved.keys, strict=True):
+                tensor[:, :, saved.slots] = keys
+
+    def load(self, positions: torch.Tensor, keys: Sequence[torch.Tensor]) -> None:
+        """Take over copies of the first slots' origins and canonical keys."""
+        count = positions.numel()
+        self._positions[:count] = positions
+        for layer, tensor in enumerate(keys):
+            self.keep(layer, slice(0, count), tensor, keys)
+
+
+def _grown(tensor: torch.Tensor, dim: int, capacity: int, fill: int) -> torch.Tensor:
+    shape = list(tensor.shape)
+    used, shape[dim] = shape[dim], capacity
+    larger = tensor.new_full(shape, fill) if tensor.dtype == torch.long else tensor.new_empty(shape)
+    larger.narrow(dim, 0, used).copy_(tensor)
+    return larger

@@ -1,0 +1,80 @@
+"""Proves on a loaded model that rows in the middle of a context can be computed again, or says why they cannot.
+
+Rows recomputed in the middle of an exact cache must come out as they were. If a model built its mask from indices, by itself,
+or a window were not the one that its configuration names, this would show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.cache.layout import KVLayout
+
+Fill = Callable[[tuple[int, ...], tuple[int, ...]], KVBuffer]
+"""(token ids, positions) -> a buffer in which they were prefilled alone"""
+
+Recompute = Callable[[KVBuffer, tuple[int, ...], tuple[int, ...]], torch.Tensor]
+"""(buffer, token ids, slots) -> compute those tokens where they stand; the last one's logits [1, vocabulary]"""
+
+_ROWS_CHUNK = 40
+_WIDEST_WINDOW = 512
+"""tokens; a window up to this size is looked past, at the price of a forward of as many tokens"""
+
+
+@dataclass(frozen=True, slots=True)
+class RowsProof:
+    """Whether rows in the middle of a context can be computed again, and why not."""
+
+    exact: bool
+    worst: float
+    """largest error over its tolerance"""
+    reason: str = ""
+
+
+def prove_rows(
+    layout: KVLayout,
+    windows: tuple[int, ...],
+    prefill: Fill,
+    recompute: Recompute,
+    vocabulary: int,
+    dtype: torch.dtype,
+) -> RowsProof:
+    """Recompute scattered rows of an exact cache. `windows` are the sizes that the model's configuration speaks of.
+
+    Rows computed in another batch differ by rounding: each of L layers adds one of the dtype's, relative to a key's norm, and
+    independent ones add up as the square root of L. 32 is the margin.
+    """
+    length = max([_ROWS_CHUNK, *(window + 16 for window in windows if window <= _WIDEST_WINDOW)])
+    if layout.position_limit is not None:
+        length = min(length, layout.position_limit)
+    ids = tuple((5 + 29 * i) % vocabulary for i in range(length))
+    slots = (1, length // 4, length // 2, length // 2 + 1, length - 1)
+    buffer = prefill(ids[:-1], tuple(range(length - 1)))
+    expected = recompute(buffer, ids[-1:], slots[-1:])
+    before = [(buffer.keys(i).clone(), buffer.values(i).clone()) for i in range(len(buffer))]
+    try:
+        logits = recompute(buffer, tuple(ids[slot] for slot in slots), slots)
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        return RowsProof(
+            False, float("inf"), f"its attention takes no mask from outside ({str(error).splitlines()[0]})"
+        )
+    allowed = min(0.5, 32 * len(layout.layers) ** 0.5 * torch.finfo(dtype).eps)
+    worst, where = 0.0, ""
+    # The last layer's attention leaves no trace in the cache: only the logits show it.
+    compared = [("logits after", len(before), logits, expected)]
+    for index, (keys, values) in enumerate(before):
+        compared += [("keys of", index, buffer.keys(index), keys), ("values of", index, buffer.values(index), values)]
+    for name, index, ours, theirs in compared:
+        scale = theirs.double().norm(dim=-1).amax().clamp_min(1e-30)
+        off = float((ours.double() - theirs.double()).norm(dim=-1).amax() / scale)
+        if not off / allowed <= worst:
+            worst = off / allowed
+            where = (
+                f"the {name} layer {index}, of rows computed again in their place, differ by {off:.2e} of their norm, where "
+                f"{allowed:.2e} is the rounding"
+            )
+    return RowsProof(worst <= 1.0, worst, "" if worst <= 1.0 else where)

@@ -1,0 +1,67 @@
+"""A run of cached tokens as a value: what is cut out of one context, kept, and spliced into another.
+
+A segment's keys are *canonical*: as they were computed, at the positions they were computed at. Whoever puts it somewhere
+rotates a copy, so a segment that has been moved a thousand times is as exact as one that was moved once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from programmable_kv.cache.layout import KVLayout
+from programmable_kv.cache.rotation import rotate
+from programmable_kv.cache.span import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Token ids with their keys and values in every layer. Immutable: nothing may write to its tensors.
+
+    `keys[layer]` is [B, H, n, D_k] and `values[layer]` [B, H, n, D_v]; `computed_at` [n] holds the position of each key.
+    """
+
+    ids: tuple[int, ...]
+    computed_at: torch.Tensor
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+
+    def __post_init__(self) -> None:
+        count = len(self.ids)
+        if self.computed_at.shape != (count,) or len(self.keys) != len(self.values):
+            raise ValueError(
+                f"a segment of {count} tokens has positions of shape {tuple(self.computed_at.shape)}, keys of "
+                f"{len(self.keys)} layers and values of {len(self.values)}"
+            )
+        for tensor in (*self.keys, *self.values):
+            if tensor.ndim != 4 or tensor.shape[2] != count:
+                raise ValueError(f"a segment of {count} tokens holds a tensor of shape {tuple(tensor.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
+
+    def part(self, span: Span) -> Segment:
+        """Some of its tokens; the tensors are views."""
+        rows = slice(span.start, span.stop)
+        return Segment(
+            self.ids[rows],
+            self.computed_at[rows],
+            tuple(tensor[:, :, rows] for tensor in self.keys),
+            tuple(tensor[:, :, rows] for tensor in self.values),
+        )
+
+    def keys_at(self, layer: int, position: int, layout: KVLayout) -> torch.Tensor:
+        """A layer's keys, [B, H, n, D], as if computed with the first token at `position`: one rotation from the canonical.
+
+        `layout` is one with which relocation was proved exact. A new tensor, except where the layer does not rotate.
+        """
+        rule = layout.layers[layer].rotary
+        if rule is None:
+            return self.keys[layer]
+        return rotate(self.keys[layer], position + torch.arange(len(self)) - self.computed_at, rule)

@@ -1,0 +1,131 @@
+"""A skill: a text compiled once, alone, whose cache is spliced wherever it is needed.
+
+A policy, a tool's description, a document, a tool's result. Compiled alone it has seen nothing but itself, so its
+keys and values are right at any position, for any context, up to what its first tokens would have read from whatever
+stands before them. That remainder is what seam repair is for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from programmable_kv.account import Account
+from programmable_kv.cache.segment import Segment
+from programmable_kv.cache.span import Span
+from programmable_kv.errors import FingerprintMismatchError, InvalidValueError
+from programmable_kv.model import Model
+from programmable_kv.notebook.context import Kind, Unit, tokenised
+from programmable_kv.notebook.parts import Message, Text, render_chat, unmark
+from programmable_kv.notebook.values import check_name, check_no_markers, check_value
+from programmable_kv.notebook.wording import DEFAULT_TEMPLATE
+
+
+@dataclass(frozen=True, slots=True)
+class Skill:
+    """A compiled text: its tokens (`unit`), the values of the fields in it, and its keys and values (`segment`)."""
+
+    name: str
+    unit: Unit
+    values: Mapping[str, str]
+    segment: Segment = field(repr=False)
+    fingerprint: str
+    """of the model that compiled it"""
+    account: Account
+    """what compiling it cost"""
+
+    @property
+    def text(self) -> str:
+        return self.unit.text
+
+    def __len__(self) -> int:
+        return len(self.unit)
+
+    @classmethod
+    def compile(
+        cls, model: Model, text: str, /, *, name: str | None = None, role: str | None = None, **fields: str
+    ) -> Skill:
+        """Compute a text alone, from position 0.
+
+        Args:
+            text: what it says; `{field}` placeholders as in `Notebook.message`.
+            name: what it is called in a context; a digest of its text when None.
+            role: render it as a chat message of this role, to be spliced between turns (a tool's result, say).
+
+        Raises:
+            InvalidValueError: the text is empty or has special tokens, or a name or value is not plain data.
+            UnknownFieldError: a field has no placeholder in the text.
+            ContextOverflowError: it is longer than the model's positions.
+            TemplateError: the chat template does not take a message of that role.
+        """
+        return Draft.of(model, text, name=name, role=role, **fields).compiled(model)
+
+    def check_fits(self, model: Model) -> None:
+        """
+        Raises:
+            FingerprintMismatchError: another model, tokenizer or dtype compiled it.
+        """
+        check_fingerprint(self.name, self.fingerprint, model)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A skill's text, tokenised and checked, before anything is computed."""
+
+    name: str
+    unit: Unit
+    values: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls, model: Model, text: str, /, *, name: str | None = None, role: str | None = None, **fields: str
+    ) -> Draft:
+        """Arguments and errors as `Skill.compile`."""
+        if not text:
+            raise InvalidValueError("the skill's text is empty")
+        check_no_markers(text, model.tokenizer, "the skill's text")
+        for field_name, value in fields.items():
+            check_name(field_name)
+            check_value(field_name, value, model.tokenizer, DEFAULT_TEMPLATE, fields)
+        part = Text(text, tuple(fields))
+        part.check()
+        rendered = (
+            unmark(part.marked(fields)) if role is None else render_chat(model.tokenizer, [Message(role, part)], fields)
+        )
+        unit = tokenised(model.tokenizer, rendered, Kind.SKILL)
+        if name is None:
+            name = "skill_" + hashlib.sha256(unit.text.encode()).hexdigest()[:12]
+        check_name(name)
+        return cls(name, unit, dict(fields))
+
+    def compiled(self, model: Model) -> Skill:
+        """Compute it, alone, from position 0."""
+        with model.engine.meter.measure() as reading:
+            buffer = model.engine.new_buffer(len(self.unit))
+            model.engine.append(buffer, self.unit.ids, logits=0)
+        segment = buffer.segment(Span(0, len(self.unit)), self.unit.ids)
+        return self.with_segment(segment, model.fingerprint, reading.account)
+
+    def with_segment(self, segment: Segment, fingerprint: str, account: Account) -> Skill:
+        return Skill(self.name, self.unit, self.values, segment, fingerprint, account)
+
+
+def check_fingerprint(name: str, fingerprint: str, model: Model) -> None:
+    """
+    Raises:
+        FingerprintMismatchError: the skill of that name was compiled by another model, tokenizer or dtype.
+    """
+    if fingerprint != model.fingerprint:
+        raise FingerprintMismatchError(
+            f"skill {name!r} was compiled by a model with fingerprint {fingerprint[:8]}, and this one's is "
+            f"{model.fingerprint[:8]} ('{model.name}'). Keys and values only fit the weights, tokenizer and dtype that made "
+            "them: compile it again."
+        )
+
+
+def skills_among(fields: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Skill]]:
+    """The plain values and the skills among a message's keyword arguments."""
+    skills = {name: value for name, value in fields.items() if isinstance(value, Skill)}
+    return {name: value for name, value in fields.items() if name not in skills}, skills

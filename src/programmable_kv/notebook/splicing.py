@@ -1,0 +1,159 @@
+"""Putting a compiled skill into a cached context: the splice, and the repair of its seam.
+
+A skill was compiled with nothing before it. Spliced, its keys are rotated to where they stand now; its first
+tokens, which would have read most from what precedes them (and served as the attention sink of the lone text), may
+be computed again in their place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.cache.span import Span
+from programmable_kv.engine import Engine, Rows
+from programmable_kv.errors import InvalidEditError
+from programmable_kv.notebook.context import Context, FieldState, TokenState
+from programmable_kv.notebook.parts import Rendered
+from programmable_kv.notebook.skill import Skill
+
+SKILL_MARK = "\ue003"
+"""stands for a skill in a text until its tokens are spliced in"""
+DEFAULT_SEAM = 4
+_SPELLED = re.compile(r"(deviation):(\d+(?:\.\d+)?)%|(influence):(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class SeamRepair:
+    """Which of a spliced skill's tokens are computed again in their place.
+
+    The first `seam`; and those that `rule` picks: `"deviation:15%"` the share whose keys differ most from what they would
+    be in place (CacheBlend's rule, arXiv 2405.16444, section 4; finding out computes the whole skill once, which the
+    account counts), `"influence:8"` the tokens that the context's last one attends to most.
+    """
+
+    seam: int = DEFAULT_SEAM
+    rule: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.seam < 0:
+            raise InvalidEditError(f"a seam has at least 0 tokens, got {self.seam}")
+        if self.rule is not None and not _SPELLED.fullmatch(self.rule):
+            raise InvalidEditError(
+                f"there is no repair {self.rule!r}; write for example 'deviation:15%' or 'influence:8'"
+            )
+
+    def tokens(self, engine: Engine, buffer: KVBuffer, ids: tuple[int, ...], span: Span) -> list[int]:
+        """The slots to compute again, ascending, of a skill that was just spliced into `span`."""
+        chosen = set(range(span.start, min(span.stop, span.start + self.seam)))
+        match = _SPELLED.fullmatch(self.rule) if self.rule else None
+        if match and match[1]:
+            count = round(len(span) * float(match[2]) / 100)
+            chosen |= _top(_deviations(engine, buffer, ids, span), count, span)
+        elif match:
+            last = span.stop - 1
+            reader = Rows((ids[-1],), (last,), (int(buffer.positions[last]),))
+            chosen |= _top(engine.attention_of(buffer, reader)[span.start : span.stop].cpu(), int(match[4]), span)
+        return sorted(chosen)
+
+
+def _top(scores: torch.Tensor, count: int, span: Span) -> set[int]:
+    return {span.start + token for token in scores.topk(min(count, len(span))).indices.tolist()}
+
+
+def _deviations(engine: Engine, buffer: KVBuffer, ids: tuple[int, ...], span: Span) -> torch.Tensor:
+    """[n] how far each token's cached keys are from those computed in place, relative, over all layers."""
+    slots = slice(span.start, span.stop)
+    cached = [buffer.keys(layer)[:, :, slots].clone() for layer in range(len(buffer))]
+    mark = buffer.mark()
+    engine.compute(buffer, _in_place(buffer, ids, span.start, span.range), logits=0)
+    deviations = torch.zeros(len(span), dtype=torch.float64)
+    for layer, keys in enumerate(cached):
+        true = buffer.keys(layer)[:, :, slots]
+        squared = (true - keys).double().pow(2).sum(dim=(0, 1, 3)) / true.double().pow(2).sum(dim=(0, 1, 3))
+        deviations += squared.cpu()
+    buffer.rollback(mark)
+    return deviations
+
+
+def _in_place(buffer: KVBuffer, ids: tuple[int, ...], start: int, slots: Sequence[int]) -> Rows:
+    """Rows for some slots of a skill that starts at slot `start`, where they stand."""
+    positions = tuple(int(buffer.positions[slot]) for slot in slots)
+    return Rows(tuple(ids[slot - start] for slot in slots), tuple(slots), positions)
+
+
+def splice(engine: Engine, buffer: KVBuffer, context: Context, skill: Skill, where: Span, repair: SeamRepair) -> str:
+    """Put a skill in the place of the slots `where` (which may be none), in the cache and in the books.
+
+    What follows is relocated and marked stale: it was computed without the skill.
+
+    `context` is changed. Returns a note on what was done beyond the asked.
+
+    Raises:
+        UnverifiedError: keys of this model cannot be moved.
+        InvalidEditError: an end of `where` is no place in the text, or a field of the skill has another value here.
+    """
+    layout = engine.require_relocation()
+    at = where.start
+    index = context.split_at(at)
+    del context.units[index : context.split_at(where.stop)]
+    context.forget_lost_fields()
+    fields = joined_values({name: state.current for name, state in context.fields.items()}, skill)
+    following = len(context) - at
+    buffer.insert(at, skill.segment, layout, replacing=len(where))
+    span = Span(at, at + len(skill))
+    unit = skill.unit
+    repaired: list[int] = []
+    if at:
+        repaired = repair.tokens(engine, buffer, unit.ids, span)
+        if repaired:
+            engine.compute(buffer, _in_place(buffer, unit.ids, at, repaired), logits=0)
+        unit = unit.marked(Span(0, len(unit)), TokenState.RELOCATED)
+    for later in range(index, len(context.units)):
+        tail = context.units[later]
+        context.units[later] = tail.marked(Span(0, len(tail)), TokenState.STALE)
+    # Nothing here was computed under a field of the other's: a skill alone has read its own only.
+    unread: frozenset[str | None] = frozenset()
+    for other, known in enumerate(context.units):
+        context.units[other] = replace(known, read={name: known.read.get(name, unread) for name in fields})
+    own = {name: frozenset[str | None]({value}) for name, value in skill.values.items()}
+    context.units.insert(index, replace(unit, name=skill.name, read={name: own.get(name, unread) for name in fields}))
+    for name, value in fields.items():
+        context.fields.setdefault(name, FieldState(value, value))
+    context.note_computed(repaired, repaired=True)
+    return f"{following} later tokens were relocated and have not read {skill.name}" if following else ""
+
+
+def joined_values(values: Mapping[str, str], skill: Skill) -> dict[str, str]:
+    """The fields' values with those of a skill.
+
+    Raises:
+        InvalidEditError: a field of the skill has another value already.
+    """
+    for name, value in skill.values.items():
+        if values.get(name, value) != value:
+            raise InvalidEditError(
+                f"skill {skill.name!r} was compiled with {name} = {value!r}, and the context has {values[name]!r}. Compile "
+                "it with that value, or splice it before the edit."
+            )
+    return {**values, **skill.values}
+
+
+def cut_at_skills(rendered: Rendered, skills: Mapping[str, Skill]) -> list[Rendered | Skill]:
+    """A rendered text in pieces: the text between skills, and the skills in their places."""
+    pieces: list[Rendered | Skill] = []
+    start = 0
+    fields = [(name, span) for name, span in rendered.places if name not in skills]
+    end = Span(len(rendered.text), len(rendered.text))
+    for name, span in [*((name, span) for name, span in rendered.places if name in skills), ("", end)]:
+        inside = tuple((field, s.shifted(-start)) for field, s in fields if start <= s.start < span.start)
+        if span.start > start:
+            pieces.append(Rendered(rendered.text[start : span.start], inside))
+        if name:
+            pieces.append(skills[name])
+        start = span.stop
+    return pieces
