@@ -6,6 +6,7 @@ erratum and question that `field_erratum` computes. `bare` is the floor: one for
 
 from __future__ import annotations
 
+import bisect
 import copy
 import statistics
 import time
@@ -43,10 +44,8 @@ def context(model: Model, length: int) -> Notebook:
 
     while size(lines, 0) > length:
         lines.pop()
-    per_line = size(lines, 100) - size(lines, 0)
-    filler = max(0, (length - size(lines, 0)) * 100 // per_line)
-    while size(lines, filler + 1) <= length:
-        filler += 1
+    # The most rules that fit: later ones have longer numbers, so their count cannot be divided out.
+    filler = bisect.bisect_right(range(length), length, key=lambda count: size(lines, count)) - 1
     notebook = built(lines, filler)
     notebook.prefill()
     return notebook
