@@ -57,8 +57,9 @@ def _modes(axes: Any, record: Record) -> None:
         places = [index + (number - 0.5) * 0.36 for index in range(len(_MODE_ORDER))]
         shares = [part[mode]["agreement"] for mode in _MODE_ORDER]
         values = [share["value"] for share in shares]
-        below = [share["value"] - share["low"] for share in shares]
-        above = [share["high"] - share["value"] for share in shares]
+        # A proportion of 0 or 1 meets its own bound, up to rounding.
+        below = [max(0.0, share["value"] - share["low"]) for share in shares]
+        above = [max(0.0, share["high"] - share["value"]) for share in shares]
         axes.bar(places, values, width=0.34, color=colour, label=label)
         axes.errorbar(places, values, yerr=(below, above), fmt="none", ecolor="#222222", elinewidth=1, capsize=2)
     axes.set_xticks(
