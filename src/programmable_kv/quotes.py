@@ -28,7 +28,9 @@ def documents(folder: Path) -> Iterator[Path]:
 def formatted(record: Record, path: str, spec: str) -> str:
     """A figure as a document shows it; `%` in front of the format multiplies by a hundred."""
     value = record.figure(path)
-    return format(100 * value, spec[1:]) + "%" if spec.startswith("%") else format(value, spec)
+    text = format(100 * value, spec[1:]) + "%" if spec.startswith("%") else format(value, spec)
+    # A value that rounds to zero has no sign to show.
+    return text.removeprefix("-") if not text.strip("-0.%") else text
 
 
 def refreshed(text: str, results: Path | None = None) -> str:
