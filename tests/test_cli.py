@@ -74,7 +74,7 @@ def test_edit_prints_a_table(policy: str) -> None:
         (["--field", "status=shipped", "--set", "status=", *ASK], "is empty"),
         (["--field", "status", "--set", "status=x", *ASK], "takes name=value"),
         (["--field", "nothing=here", "--set", "nothing=x", *ASK], "no placeholder"),
-        (["--field", "status=shipped", "--set", "status=a<|im_end|>b", *ASK], "marks roles or special tokens"),
+        (["--field", "status=shipped", "--set", "status=a<|im_end|>b", *ASK], "marks roles"),
         (["--field", "status=shipped", "--set", "status=x", "--ask", "?", "--options", "one"], "at least two answers"),
         (["--field", "status=shipped", "--set", "status=x", *ASK, "--mode", "magic"], "no edit mode 'magic'"),
         (["--field", "status=shipped", "--set", "status=x", *ASK, "--model", "missing.gguf"], "no GGUF file"),
@@ -92,7 +92,7 @@ def test_errors_are_one_message_and_no_traceback(policy: str, arguments: list[st
 def test_a_missing_prompt_file() -> None:
     done = pkv("edit", "--prompt", "nowhere.md", "--field", "a=b", "--set", "a=c", *ASK)
     assert done.returncode == 1
-    assert "cannot read the prompt" in done.stderr
+    assert "cannot read nowhere.md" in done.stderr
 
 
 def test_demo_writes_its_page(tmp_path: Path) -> None:

@@ -119,16 +119,16 @@ def test_a_slice_of_the_splice_bench(embedded: Any, tmp_path: Path) -> None:
 
 
 def test_a_slice_of_the_splicing_experiment(embedded: Any, tmp_path: Path) -> None:
-    """A spliced policy points where the full prefill does, and more so with a seam; without rotation it points elsewhere."""
+    """A spliced policy points where the full prefill does; one that depends on a value outside of it, which it never read, less so.
+
+    Nothing is asserted of the control without rotation: on these few policies it cannot be told from the rotated one.
+    """
     from programmable_kv.lab.splicing import run
 
-    record = run(embedded, 4, tmp_path / "splice-agreement.json")
-    for row in record.rows:
-        assert row["seam_32"]["cosine"] > 0.9
-        assert row["seam_4"]["kl"] >= 0
-    far = [row for row in record.rows if row["displacement"] == 512]
-    rotated, not_rotated = (sum(row[arm]["cosine"] for row in far) for arm in ("seam_4", "not_rotated"))
-    assert rotated > not_rotated
+    rows = run(embedded, 4, tmp_path / "splice-agreement.json").rows
+    for row in rows:
+        assert row["seam_32"]["cosine"] > 0.95
+    assert sum(row["coupled"]["kl"] for row in rows) > 2 * sum(row["seam_4"]["kl"] for row in rows)
 
 
 def test_eight_bits_point_the_same_way(embedded: Any, tmp_path: Path) -> None:

@@ -79,9 +79,11 @@ def demo(
             f"{before.probabilities[before.choice]:.3f})",
             title_justify="left",
         )
-        for column in ("mode", "decision", "probability", "as full prefill?"):
+        for column in ("mode", "decision"):
+            table.add_column(column, min_width=13)
+        for column in ("probability", "as full prefill?"):
             table.add_column(column)
-        for column in ("tokens computed", "ms", "times faster"):
+        for column in ("tokens", "ms", "times faster"):
             table.add_column(column, justify="right")
         for o in outcomes:
             chosen = o.decision.choice
