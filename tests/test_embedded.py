@@ -119,7 +119,7 @@ def test_a_slice_of_the_splice_bench(embedded: Any, tmp_path: Path) -> None:
 
 
 def test_a_slice_of_the_splicing_experiment(embedded: Any, tmp_path: Path) -> None:
-    """A spliced policy points where the full prefill does; one that depends on a value outside of it, which it never read, less so.
+    """A spliced policy points where the full prefill does; one that depends on a value it never read, less so.
 
     Nothing is asserted of the control without rotation: on these few policies it cannot be told from the rotated one.
     """
