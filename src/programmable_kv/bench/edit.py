@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from programmable_kv.bench.timing import median_ms
 from programmable_kv.demo.demo import CASES, VALUES, policy
 from programmable_kv.model import Model
 from programmable_kv.notebook.edits import Mode
@@ -103,7 +104,7 @@ def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
     few = appended + appended[: tokens["field_erratum"] - len(appended)]
     reference = model.engine.model
     ready = _dynamic(reference, notebook.ids)
-    ways["clone"] = _median(repeats, lambda: _forward(reference, appended, copy.deepcopy(ready)))
+    ways["clone"] = median_ms(repeats, lambda: _forward(reference, appended, copy.deepcopy(ready)))
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -158,15 +159,6 @@ def _decode(model: Any, cache: Any, token: int) -> float:
     for _ in range(DECODED):
         began = time.perf_counter()
         token = int(_forward(model, [token], cache)[0, -1].argmax())
-        times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times)
-
-
-def _median(repeats: int, operation: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        operation()
         times.append(1e3 * (time.perf_counter() - began))
     return statistics.median(times)
 

@@ -7,8 +7,6 @@ prefix's into a new cache, and goes on from there. `copy` is the floor: the same
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from programmable_kv.bench.timing import median_ms
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.layout import KVLayout
 from programmable_kv.cache.rotation import rotate
@@ -100,11 +99,11 @@ def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
 
     whole = repeats if length <= 2048 else 1
     ways = {
-        "full": _median(whole, full),
-        "splice": _median(repeats, spliced, back),
-        "concatenate": _median(repeats, lambda: _concatenated(model, buffer, skill, layout, question)),
-        "put": _median(repeats, put, back),
-        "copy": _median(repeats, copied),
+        "full": median_ms(whole, full),
+        "splice": median_ms(repeats, spliced, back),
+        "concatenate": median_ms(repeats, lambda: _concatenated(model, buffer, skill, layout, question)),
+        "put": median_ms(repeats, put, back),
+        "copy": median_ms(repeats, copied),
     }
     return {"ms": {way: round(ms, 3) for way, ms in ways.items()}, "bytes": skill.nbytes, "prefix": start}
 
@@ -133,17 +132,6 @@ def _concatenated(
         logits_to_keep=1,
     )
     return output.logits  # type: ignore[no-any-return]
-
-
-def _median(repeats: int, operation: Callable[[], Any], undo: Callable[[], None] | None = None) -> float:
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        operation()
-        times.append(1e3 * (time.perf_counter() - began))
-        if undo is not None:
-            undo()
-    return statistics.median(times)
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
