@@ -167,6 +167,8 @@ def test_a_slice_of_training_resumes_to_the_same_weights(tmp_path: Path) -> None
         wide_steps=0,
         hop_steps=1,
         full_steps=0,
+        topics_steps=0,
+        last_steps=0,
         conversations_per_step=1,
         warmup_steps=1,
         replay_tokens=32,

@@ -1,6 +1,7 @@
 """programmable-kv: edit the content of a transformer's KV cache at the price of the tokens touched."""
 
 from programmable_kv.account import Account
+from programmable_kv.agent.agent import Agent, Turn
 from programmable_kv.engine import Engine, Rows
 from programmable_kv.errors import ProgrammableKVError
 from programmable_kv.model import Model, load_model, wrap_model
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Account",
+    "Agent",
     "Decision",
     "Engine",
     "Mode",
@@ -23,6 +25,7 @@ __all__ = [
     "Rows",
     "SeamRepair",
     "Skill",
+    "Turn",
     "__version__",
     "load_model",
     "wrap_model",

@@ -115,8 +115,9 @@ def edit(
     The question is part of the cached context, as in an agent that is asked and then learns that its state changed.
     """
     from programmable_kv.model import load_model
+    from programmable_kv.notebook.editing import parse_mode
     from programmable_kv.notebook.edits import Mode
-    from programmable_kv.notebook.notebook import Notebook, parse_mode
+    from programmable_kv.notebook.notebook import Notebook
 
     text = _read_text(prompt)
     fields, changes = _pairs(field, "--field"), _pairs(set_, "--set")

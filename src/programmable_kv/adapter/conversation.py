@@ -52,12 +52,13 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
     """Draw a scenario and a conversation about it (ChatML, or plain text for one in eight).
 
     Training goes through the stages in order. On the full mixture alone, 80 steps left the loss at the plateau where an
-    option is guessed; looking a rule up is found where there is little else to look at, and then carries over.
+    option is guessed; looking a rule up is found where there is little else to look at, and then carries over. So is
+    choosing between two sets of rules by the topic.
     """
     phrasing = phrasing_of(split, stage)
-    if stage == "hop" and rng.random() < 0.12:
+    if stage in ("hop", "topics") and rng.random() < 0.12:
         stage = "full"
-    late = stage in ("hop", "full")
+    late = stage in ("hop", "full", "topics")
     if stage == "pair":
         scenario = make_scenario(rng, split, fillers=0, gates=1, two_hop=False, gated_values=2, stage=stage)
         count = 1
@@ -77,6 +78,11 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
             stage=stage,
         )
         count = rng.randint(2, 4)
+    elif stage == "topics":
+        told_apart = 2 if rng.random() < 0.4 else None
+        fillers = rng.randint(0, 2)
+        scenario = make_scenario(rng, split, fillers=fillers, gates=2, gated_values=told_apart, stage=stage)
+        count = rng.randint(4, 7)
     else:
         scenario, count = make_scenario(rng, split, stage=stage), rng.randint(3, 6)
     if rng.random() < 0.12:
@@ -89,7 +95,7 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
         asked = question(rng, phrasing, gate, think=think)
         lines = (
             _updates(rng, phrasing, scenario, gate, values)
-            if turn or (rng.random() < (0.5 if late else 0.35) and stage in ("mixed", "wide", "hop", "full"))
+            if turn or (rng.random() < (0.5 if late else 0.35) and stage not in ("pair", "short"))
             else []
         )
         where = rng.random()
@@ -125,15 +131,17 @@ def _updates(
 ) -> list[str]:
     """Update lines before a question; `values` is brought up to date as they are drawn."""
     draw = rng.random()
+    # Often another gate's field, or the newest update alone would tell which rules the next question calls for.
+    about = rng.choice(scenario.gates) if rng.random() < 0.5 else gate
     names: list[str] = []
     if draw < 0.5:
-        names = [gate.field]
+        names = [about.field]
     elif draw < 0.65:
-        names = [gate.field] * rng.randint(2, 3)
+        names = [about.field] * rng.randint(2, 3)
     elif draw < 0.9 and scenario.irrelevant:
         names = [rng.choice(sorted(scenario.irrelevant))]
         if rng.random() < 0.4:
-            names.insert(rng.randint(0, 1), gate.field)
+            names.insert(rng.randint(0, 1), about.field)
     elif draw < 0.95 and len(scenario.gates) > 1:
         names = [rng.choice(scenario.gates).field]
     by_field = {gate.field: gate for gate in scenario.gates}

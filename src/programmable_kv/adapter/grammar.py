@@ -24,10 +24,10 @@ from programmable_kv.adapter.replay import documents
 from programmable_kv.notebook.wording import THINK_INSTRUCTION
 
 Split = Literal["train", "held_out"]
-Stage = Literal["pair", "short", "mixed", "wide", "hop", "full"]
+Stage = Literal["pair", "short", "mixed", "wide", "hop", "full", "topics"]
 """what training goes through: two rules and one question; few rules and two or three turns; everything, in few words;
 everything, in many words and wordings; short two-hop policies, lookups mostly first; everything, groups of any name,
-two gates more often"""
+two gates more often; short policies of two gates"""
 _NARROW = frozenset({"pair", "short", "mixed"})
 
 

@@ -37,50 +37,60 @@ class TrainingRecipe:
     wide_steps: int = 330
     hop_steps: int = 250
     full_steps: int = 300
-    """steps of each `Stage` of conversations, in this order"""
+    topics_steps: int = 300
+    last_steps: int = 150
+    """steps of each `Stage` of conversations, in this order; the last ones are of the full stage again"""
     conversations_per_step: int = 8
     tokens_per_pass: int = 2048
     """padded tokens in one forward and backward; a step takes as many passes as its conversations need"""
     learning_rate: float = 5e-4
     cosine_steps: int = 1200
     """where the first cosine would end; the wide stage stops before, at about a tenth of the rate"""
-    second_learning_rate: float = 5e-4
-    """what a second cosine starts from at the hop stage, with a fresh optimizer on the exported (bfloat16) weights"""
+    later_learning_rate: float = 5e-4
+    """what a cosine of its own starts from at the hop and at the topics stage, with a fresh optimizer"""
     warmup_steps: int = 20
     lora_rank: int = 16
     lora_alpha: int = 32
     replay_tokens: int = 128
     """tokens of plain text replayed in each step"""
-    replay_weight: float = 0.3
+    replay_weight: float = 0.6
     max_gradient_norm: float = 1.0
 
     @property
     def steps(self) -> int:
-        return self.second_start + self.hop_steps + self.full_steps
+        return sum(steps for _, steps in self._stages)
 
     @property
-    def second_start(self) -> int:
-        """The step at which the second cosine begins."""
-        return self.pair_steps + self.short_steps + self.mixed_steps + self.wide_steps
+    def fresh_starts(self) -> tuple[int, int]:
+        """The steps, after the first, at which a new cosine and a new optimizer begin."""
+        second = self.pair_steps + self.short_steps + self.mixed_steps + self.wide_steps
+        return second, second + self.hop_steps + self.full_steps
+
+    @property
+    def _stages(self) -> tuple[tuple[Stage, int], ...]:
+        return (
+            ("pair", self.pair_steps), ("short", self.short_steps), ("mixed", self.mixed_steps),
+            ("wide", self.wide_steps), ("hop", self.hop_steps), ("full", self.full_steps),
+            ("topics", self.topics_steps), ("full", self.last_steps),
+        )  # fmt: skip
 
     def stage(self, step: int) -> Stage:
-        stages: tuple[tuple[Stage, int], ...] = (
-            ("pair", self.pair_steps), ("short", self.short_steps), ("mixed", self.mixed_steps),
-            ("wide", self.wide_steps), ("hop", self.hop_steps),
-        )  # fmt: skip
         end = 0
-        for name, steps in stages:
+        for name, steps in self._stages:
             end += steps
             if step < end:
                 return name
         return "full"
 
     def rate(self, step: int) -> float:
-        """Two cosines towards a twentieth, each after a linear warm-up; the second is the hop and full stages'."""
-        second = step >= self.second_start
-        peak = self.second_learning_rate if second else self.learning_rate
-        done = step - self.second_start if second else step
-        whole = self.steps - self.second_start if second else self.cosine_steps
+        """Three cosines towards a twentieth, each after a linear warm-up."""
+        second, third = self.fresh_starts
+        if step < second:
+            peak, done, whole = self.learning_rate, step, self.cosine_steps
+        elif step < third:
+            peak, done, whole = self.later_learning_rate, step - second, third - second
+        else:
+            peak, done, whole = self.later_learning_rate, step - third, self.steps - third
         if done < self.warmup_steps:
             return peak * (done + 1) / self.warmup_steps
         progress = (done - self.warmup_steps) / (whole - self.warmup_steps)
@@ -138,7 +148,7 @@ def train(
     began = time.perf_counter() - seconds
     last = min(recipe.steps, stop_after or recipe.steps)
     for step in range(start, last):
-        if step == recipe.second_start:
+        if step in recipe.fresh_starts:
             weights.restart()
         rng = random.Random(f"{recipe.seed}/{step}")
         stage = recipe.stage(step)
@@ -202,16 +212,16 @@ def _load_exported(
 ) -> tuple[int, float, list[Any], list[dict[str, Any]]]:
     """Go on from an exported adapter: its step, seconds, curve, and the recipes it followed if they were others.
 
-    Only where the second cosine begins is the optimizer's state not needed.
+    Only where a new cosine begins is the optimizer's state not needed.
     """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     found = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    if found["step"] != recipe.second_start:
+    if found["step"] not in recipe.fresh_starts:
         raise TrainingError(
             f"{folder} holds an adapter exported at step {found['step']}; without its checkpoint.pt training can only "
-            f"go on from step {recipe.second_start}. Choose an empty folder to train from the start."
+            f"go on from steps {recipe.fresh_starts}. Choose an empty folder to train from the start."
         )
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     earlier = list(found.get("earlier", []))

@@ -31,25 +31,34 @@ _FILLER = "- Notes of the weekly meeting are kept in folder {number} of the shar
 
 
 def context(model: Model, length: int) -> Notebook:
-    """The demo's policy, cut or padded with unrelated rules to `length` tokens in all, prefilled."""
-    case = CASES[0]
+    """The demo's policy at that length with a request, prefilled."""
+    notebook = _built(model, padded_policy(model, length))
+    notebook.prefill()
+    return notebook
+
+
+def _built(model: Model, policy: str) -> Notebook:
+    return Notebook(model).message("system", policy, **VALUES).message("user", CASES[0].request)
+
+
+def padded_policy(model: Model, length: int) -> str:
+    """The demo's policy, cut or padded with unrelated rules, so that with a request after it there are `length` tokens."""
     head, _, closing = policy().rpartition("\n\n")
     lines = head.split("\n")
 
-    def built(lines: list[str], filler: int) -> Notebook:
+    def text(lines: list[str], filler: int) -> str:
         rules = "\n".join(lines) + "\n" + "".join(_FILLER.format(number=n) for n in range(filler))
-        return Notebook(model).message("system", f"{rules}\n{closing}", **VALUES).message("user", case.request)
+        return f"{rules}\n{closing}"
 
     def size(lines: list[str], filler: int) -> int:
-        return len(model.tokenizer.encode(built(lines, filler).rendered().text, add_special_tokens=False))
+        rendered = _built(model, text(lines, filler)).rendered().text
+        return len(model.tokenizer.encode(rendered, add_special_tokens=False))
 
     while size(lines, 0) > length:
         lines.pop()
     # The most rules that fit: later ones have longer numbers, so their count cannot be divided out.
     filler = bisect.bisect_right(range(length), length, key=lambda count: size(lines, count)) - 1
-    notebook = built(lines, filler)
-    notebook.prefill()
-    return notebook
+    return text(lines, filler)
 
 
 def run(

@@ -108,8 +108,8 @@ class CachedContext:
         self._skills.update(skills)
         return text
 
-    def prefill(self) -> Account:
-        """Compute the whole context once.
+    def prefill(self, *, repair: SeamRepair | None = None) -> Account:
+        """Compute the whole context once; skills in it are spliced, and `repair` says which of their tokens are computed.
 
         Raises:
             NotPrefilledError: there is nothing to prefill, or it was prefilled already.
@@ -131,11 +131,14 @@ class CachedContext:
         context = Context([], {name: FieldState(value, value) for name, value in values.items()})
         length = sum(len(piece) for piece in pieces)
         engine.check_length(length)
+        if self._skills:
+            engine.verify()
+        repair = repair or SeamRepair()
         buffer = engine.new_buffer(length + 128)
         with engine.meter.measure() as reading:
             for piece in pieces:
                 if isinstance(piece, Skill):
-                    splice(engine, buffer, context, piece, Span(len(context), len(context)), SeamRepair())
+                    splice(engine, buffer, context, piece, Span(len(context), len(context)), repair)
                 else:
                     engine.append(buffer, piece.ids, logits=0)
                     context.append(piece)

@@ -18,149 +18,29 @@ from pathlib import Path
 
 import torch
 
-from programmable_kv.account import Account
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.engine import Rows
-from programmable_kv.errors import ContextOverflowError, InvalidEditError, OutOfStepError, TemplateError
+from programmable_kv.errors import InvalidEditError, OutOfStepError, TemplateError
 from programmable_kv.model import Model
-from programmable_kv.notebook.composition import Composition
-from programmable_kv.notebook.context import Context, Kind, Unit, tokenised
+from programmable_kv.notebook.context import Kind, Unit, tokenised
 from programmable_kv.notebook.decision import Decision, option_ids, score
-from programmable_kv.notebook.edits import DEFAULT_MODE, REFRESHES_FIELD, EditPlan, Mode, plan_edit
+from programmable_kv.notebook.editing import Editing, parse_mode
+from programmable_kv.notebook.edits import DEFAULT_MODE, Mode
 from programmable_kv.notebook.parts import Message, Rendered, Text
-from programmable_kv.notebook.values import check_no_markers, check_value
-from programmable_kv.notebook.wording import THINK_INSTRUCTION, statement
+from programmable_kv.notebook.values import check_no_markers
+from programmable_kv.notebook.wording import THINK_INSTRUCTION
 
 _THOUGHT_ENDS = ", so"
 _THOUGHT_LIMIT = 48
-_ERRATUM_ROLES = ("system", "user")
 
 
-class Notebook(Composition):
+class Notebook(Editing):
     """A cached context that can be edited.
 
     Build it from chat messages (`message`) or raw text (`text`, `field`), not both; `prefill` it once; then `edit`,
     `decide`, `generate`, `add`, in any order. Every operation returns or carries its `Account`. An operation that
     raises leaves the notebook as it was.
     """
-
-    # -- editing -----------------------------------------------------------------------------------------------
-
-    def edit(
-        self,
-        changes: Mapping[str, str] | None = None,
-        /,
-        *,
-        mode: str | Mode = DEFAULT_MODE,
-        k: int = 32,
-        **fields: str,
-    ) -> Account:
-        """Give fields new values: `edit(order_status="pending")`, or a mapping for names that are no keywords.
-
-        Args:
-            mode: one of `Mode`.
-            k: for `selective`, how many later tokens to recompute besides the field's own.
-
-        Raises:
-            UnknownFieldError, InvalidValueError, InvalidEditError: the edit is not one.
-            ContextOverflowError: the new value or the erratum does not fit.
-            UnverifiedError: the value's token length changes and this model's keys cannot be relocated.
-        """
-        chosen = parse_mode(mode)
-        self._prepare(chosen)
-        with self._transaction() as meter, meter.measure() as reading:
-            done = self._edit({**(changes or {}), **fields}, chosen, k)
-        return self._account(reading.account, done.reused, done.note)
-
-    def _prepare(self, mode: Mode) -> None:
-        """Have the model's checks done once, before any clock runs: they are no part of an operation's price."""
-        if mode in REFRESHES_FIELD:
-            self.model.engine.verify()
-
-    def _edit(
-        self, changes: Mapping[str, str], mode: Mode, k: int, then: Sequence[int] = (), logits: int = 0
-    ) -> _Edited:
-        """Carry out an edit and compute the tokens `then` after it, in one forward. Logits are of the last rows."""
-        buffer = self._filled()
-        self._require_known(changes)
-        if not changes:
-            raise InvalidEditError("the edit names no field; give at least one, as field=value")
-        for name, value in changes.items():
-            check_value(name, value, self.model.tokenizer, self.erratum_template, self._context.fields)
-        plan, after = plan_edit(
-            self._context, changes, mode, tokenizer=self.model.tokenizer, write_erratum=self._erratum
-        )
-        if plan.relocates:
-            layout = self.model.engine.require_relocation()
-        if mode in REFRESHES_FIELD and plan.compute and plan.compute != tuple(range(plan.compute[0], len(after))):
-            self.model.engine.require_rows()
-        limit = self.model.position_limit
-        if limit is not None and len(after) + len(then) > limit:
-            raise ContextOverflowError(
-                f"after this edit the context needs {len(after) + len(then)} positions, and the model has {limit}. Use a "
-                "shorter value, or start a new notebook."
-            )
-        extra: set[int] = set()
-        if mode is Mode.SELECTIVE:
-            extra = self._most_influential(buffer, plan, after, changes, then, k)
-        buffer.truncate(plan.keep)
-        for move in plan.moves:
-            buffer.relocate(move.start, buffer.length, move.to, move.to - move.start, layout)
-        slots = sorted({*plan.compute, *extra})
-        if mode is Mode.SELECTIVE:
-            after.refreshed = frozenset(extra)
-            after.note_computed(extra)
-        rows = _rows(buffer, after.ids, slots)
-        end = rows.positions[-1] + 1 if rows.slots and rows.slots[-1] == len(after) - 1 else buffer.next_position
-        rows = rows.then(Rows.appended(then, len(after), end))
-        output = None
-        if rows.slots:
-            output = self.model.engine.compute(buffer, rows, logits=min(logits, len(rows)))
-        self._context = after
-        moved = {slot for move in plan.moves for slot in range(move.to, len(after))}
-        return _Edited(output, len(after) - len(moved.union(slots)), plan.note)
-
-    def _most_influential(
-        self, buffer: KVBuffer, plan: EditPlan, after: Context, changes: Mapping[str, str], then: Sequence[int], k: int
-    ) -> set[int]:
-        """The k later slots (as of after the edit) that the ranking puts first."""
-        if k < 1:
-            raise InvalidEditError(f"selective needs k >= 1, got {k}; for the field alone use mode='in_place'")
-        reader = Rows.appended(then, buffer.length, buffer.next_position)
-        if not then:  # nothing is asked yet: the context's last token reads
-            last = buffer.length - 1
-            reader = Rows((self._context.ids[last],), (last,), (int(buffer.positions[last]),))
-        scores = self.ranking.scores(self.model.engine, buffer, reader)
-        growth = sum(move.to - move.start for move in plan.moves)
-        first = min(after.first_place(name) for name in changes) - 1
-        own = {*plan.compute, *(slot for name in changes for span in after.spans(name) for slot in span.range)}
-        shifts = sorted((move.start, move.to - move.start) for move in plan.moves)
-        candidates = []
-        for slot in range(plan.keep):
-            target = slot + sum(shift for start, shift in shifts if slot >= start)
-            if target not in own and first < target < plan.keep + growth:
-                candidates.append((float(scores[slot]), target))
-        return {target for _, target in sorted(candidates, reverse=True)[:k]}
-
-    def _erratum(self, context: Context, name: str, value: str) -> Unit:
-        line = statement(self.erratum_template, name, value)
-        if not self._messages:
-            rendered = Rendered(line + "\n" if context.text.endswith("\n") else f"\n{line}\n")
-        else:
-            rendered = self._erratum_message(line)
-        return tokenised(self.model.tokenizer, rendered, Kind.ERRATUM, corrects=((name, value),))
-
-    def _erratum_message(self, line: str) -> Rendered:
-        """The line as a message of its own, in the first role that the chat template takes there."""
-        for role in _ERRATUM_ROLES:
-            try:
-                return self._continuation([Message(role, Text(line))])
-            except TemplateError as error:
-                refused = error
-        raise TemplateError(
-            f"the chat template takes no update at this point, neither as a system nor as a user message ({refused}). Use "
-            "mode='suffix', which appends nothing; or build the notebook from raw text."
-        )
 
     # -- asking ------------------------------------------------------------------------------------------------
 
@@ -173,6 +53,7 @@ class Notebook(Composition):
         mode: str | Mode = DEFAULT_MODE,
         k: int = 32,
         think: bool = False,
+        keep: bool = False,
     ) -> Decision:
         """Which option the model would answer. The prompt and the answer are taken back; an edit stays.
 
@@ -182,6 +63,12 @@ class Notebook(Composition):
             edits, mode, k: an edit to make first, in the same forward as the prompt: the cheapest way to do both.
             think: let the model restate the field in one line before it decides. With a prompt, an instruction to do so is
                 added to it; without one, the context is expected to end with such a request.
+            keep: let the prompt and the answer become turns of the context. The prompt is not computed again for that.
+
+        Raises:
+            InvalidOptionsError: the options cannot be compared.
+            InvalidValueError: the prompt has special tokens, or an option that is to be kept has.
+            TemplateError: with `keep`, the chat template renders an answer in another way than it asks for one.
         """
         buffer = self._filled()
         tokenizer = self.model.tokenizer
@@ -189,11 +76,14 @@ class Notebook(Composition):
         chosen = parse_mode(mode)
         if edits:
             self._prepare(chosen)
+        if keep:
+            for option in options:
+                check_no_markers(option, tokenizer, "an option")
         with self._transaction() as meter:
             with meter.measure() as reading:
                 asked = self._prompt(prompt, think=think)
-                ids = list(tokenised(tokenizer, asked, Kind.TURN).ids)
-                done = self._ask(ids, edits, chosen, k)
+                turn = tokenised(tokenizer, asked, Kind.TURN)
+                done = self._ask(list(turn.ids), edits, chosen, k)
                 logits = done.logits
             with meter.measure() as scoring:
                 prompt_end = asked.text or self._context.text
@@ -202,17 +92,45 @@ class Notebook(Composition):
                     prompt_end = thought
                 strings = option_ids(tokenizer, prompt_end, options, self._answer_end)
                 scores = score(self.model.engine, buffer, logits, strings)
-                buffer.truncate(len(self._context))
+                choice = options[max(range(len(options)), key=lambda index: scores[index])]
+                buffer.truncate(len(self._context) + (len(turn) if keep else 0))
+                if keep:
+                    said = None if prompt is None else _with_instruction(prompt) if think else prompt
+                    self._keep(turn, said, f"{thought} {choice}" if think else choice)
         log_probabilities = dict(zip(options, scores, strict=True))
         weights = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=0).tolist()
         return Decision(
-            max(log_probabilities, key=lambda option: log_probabilities[option]),
+            choice,
             dict(zip(options, weights, strict=True)),
             log_probabilities,
             self._account(reading.account, done.reused, done.note),
             scoring.account,
             thought,
         )
+
+    def _keep(self, turn: Unit, said: str | None, answer: str) -> None:
+        """Let a prompt, which is computed already, and the answer to it become turns."""
+        more: list[Message] = []
+        if self._messages:
+            more = [Message("user", Text(said))] if said is not None else []
+            more.append(Message("assistant", Text(answer)))
+            whole = self._continuation(more).text
+        else:
+            end = turn.text or self._context.text
+            whole = turn.text + ("" if not end or end[-1].isspace() else " ") + answer
+        if not whole.startswith(turn.text):
+            raise TemplateError(
+                "the chat template renders an answer in another way than it asks for one, so the prompt cannot stay as it "
+                "was computed. Decide without keep, and add both turns."
+            )
+        context = self._context.copy()
+        if len(turn):
+            context.append(turn)
+        unit = tokenised(self.model.tokenizer, Rendered(whole[len(turn.text) :]), Kind.TURN)
+        self.model.engine.append(self._filled(), unit.ids, logits=0)
+        context.append(unit)
+        self._context = context
+        self._messages += more
 
     def generate(
         self,
@@ -292,7 +210,7 @@ class Notebook(Composition):
         if prompt is not None:
             check_no_markers(prompt, self.model.tokenizer, "the prompt")
         if think and prompt is not None:
-            prompt = f"{prompt} {THINK_INSTRUCTION}"
+            prompt = _with_instruction(prompt)
         if not self._messages:
             return Rendered(prompt or "")
         asked = [Message("user", Text(prompt))] if prompt is not None else []
@@ -345,7 +263,7 @@ class Notebook(Composition):
             guess = next((thought for thought in self._thoughts if thought[: len(begun)] == begun), begun)
             logits, agreed = self._agreed(buffer, guess[len(said) :])
             said += agreed
-            text = self.model.tokenizer.decode(said)
+            text = self.model.tokenizer.decode(said, skip_special_tokens=True)
         if said not in self._thoughts:
             self._thoughts.append(said)
         if not text.endswith(_THOUGHT_ENDS):
@@ -395,13 +313,8 @@ class Notebook(Composition):
         return notebook
 
 
-@dataclass(frozen=True, slots=True)
-class _Edited:
-    """An edit that was carried out: the logits asked for, the tokens it left alone, and what it did beyond the asked."""
-
-    logits: torch.Tensor | None
-    reused: int
-    note: str
+def _with_instruction(prompt: str) -> str:
+    return f"{prompt} {THINK_INSTRUCTION}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,23 +324,3 @@ class _Answered:
     logits: torch.Tensor
     reused: int
     note: str
-
-
-def parse_mode(mode: str | Mode) -> Mode:
-    """
-    Raises:
-        InvalidEditError: there is no such mode; the message lists them.
-    """
-    try:
-        return Mode(mode)
-    except ValueError:
-        raise InvalidEditError(f"there is no edit mode {mode!r}; the modes are: {', '.join(Mode)}") from None
-
-
-def _rows(buffer: KVBuffer, ids: Sequence[int], slots: Sequence[int]) -> Rows:
-    """Rows for some slots. A replaced or appended slot stands one position after the slot before it."""
-    positions: dict[int, int] = {}
-    for slot in slots:
-        before = positions.get(slot - 1, int(buffer.positions[slot - 1]) if 0 < slot <= buffer.length else -1)
-        positions[slot] = before + 1 if slot else 0
-    return Rows(tuple(ids[slot] for slot in slots), tuple(slots), tuple(positions.values()))

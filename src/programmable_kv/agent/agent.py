@@ -1,0 +1,123 @@
+"""An agent on one live cache: composed once, edited as its state changes, each turn computing only what is new.
+
+agent = Agent(model, "... order_status: {order_status} ...", order_status="pending")
+agent.act("Can I still cancel?", ["cancel", "deny"])
+agent.act("And now?", ["cancel", "deny"], order_status="shipped")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from programmable_kv.account import Account
+from programmable_kv.model import Model
+from programmable_kv.notebook.decision import Decision
+from programmable_kv.notebook.edits import DEFAULT_MODE, Mode
+from programmable_kv.notebook.notebook import Notebook
+from programmable_kv.notebook.skill import Skill
+from programmable_kv.notebook.splicing import SeamRepair
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One request: the state that had changed before it, and what was decided."""
+
+    request: str
+    changes: Mapping[str, str]
+    decision: Decision
+
+    @property
+    def account(self) -> Account:
+        """All that the turn computed: the edit, the request, and the answer."""
+        return self.decision.account + self.decision.scoring
+
+
+class Agent:
+    """A policy and skills in one context, a state, and a trajectory that grows.
+
+    Nothing is computed twice: a change of state costs the field and one line about it, a turn costs its own tokens.
+    `notebook` is the live context; what is done to it by hand is seen by the turns that follow.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        policy: str | Skill,
+        /,
+        *,
+        skills: Sequence[Skill] = (),
+        mode: str | Mode = DEFAULT_MODE,
+        repair: SeamRepair | None = None,
+        **state: str,
+    ) -> None:
+        """Compose the context. What was compiled before is spliced, only the rest is computed.
+
+        Args:
+            policy: the system message, with a `{field}` placeholder for every name in `state`; or a skill, whose own fields
+                are the state.
+            skills: stand after the policy, in this order, each after an empty line.
+            mode: how changes of state are made (`Mode`).
+            repair: which tokens of each skill are computed again in their place.
+
+        Raises:
+            UnknownFieldError, InvalidValueError, InvalidEditError, FingerprintMismatchError, ContextOverflowError: as
+                `Notebook.message` and `Notebook.prefill`.
+            UnverifiedError: there is a skill, and this model's keys cannot be moved.
+        """
+        pieces = [*([policy] if isinstance(policy, Skill) else []), *skills]
+        text = "\n\n".join(
+            [*([] if isinstance(policy, Skill) else [policy]), *("{" + skill.name + "}" for skill in pieces)]
+        )
+        self.mode = mode
+        self.notebook = Notebook(model)
+        self.notebook.message("system", text, **state, **{skill.name: skill for skill in pieces})
+        self.composed = self.notebook.prefill(repair=repair)
+        self.turns: list[Turn] = []
+
+    @property
+    def state(self) -> dict[str, str]:
+        """Every field's current value."""
+        return self.notebook.fields
+
+    def act(
+        self,
+        request: str,
+        options: Sequence[str],
+        changes: Mapping[str, str] | None = None,
+        /,
+        *,
+        think: bool = False,
+        **fields: str,
+    ) -> Turn:
+        """Take over changes of state and decide on a request, in one forward. Request and answer stay in the context.
+
+        A value that is no change costs nothing.
+
+        Raises:
+            UnknownFieldError, InvalidValueError, InvalidOptionsError, TemplateError, ContextOverflowError: as
+                `Notebook.decide`; the agent is as it was.
+        """
+        given = {**(changes or {}), **fields}
+        changed = {name: value for name, value in given.items() if self.state.get(name) != value}
+        decision = self.notebook.decide(request, options, edits=changed, mode=self.mode, think=think, keep=True)
+        turn = Turn(request, changed, decision)
+        self.turns.append(turn)
+        return turn
+
+    def hear(self, role: str, content: str, /) -> Account:
+        """Append what somebody else said: a tool's result, say."""
+        return self.notebook.add(role, content)
+
+    def learn(self, skill: Skill, /) -> Account:
+        """Splice a skill in at the end of the trajectory, from where the next turns read it."""
+        return self.notebook.splice(skill)
+
+    def forget(self, name: str, /) -> Account:
+        """Cut a skill out. What followed it is relocated, and keeps what it concluded while the skill was there."""
+        return self.notebook.cut(name)
+
+    @property
+    def account(self) -> Account:
+        """Everything so far, the composition included."""
+        return sum((turn.account for turn in self.turns), self.composed)
