@@ -118,6 +118,18 @@ def test_a_slice_of_the_splice_bench(embedded: Any, tmp_path: Path) -> None:
     assert all(ms > 0 for ms in row["ms"].values())
 
 
+def test_a_slice_of_the_agent_bench(embedded: Any, tmp_path: Path) -> None:
+    """The agent computes a small part of what its rival does; both play the same turns."""
+    from programmable_kv.bench.agent import DOMAINS, policies, run
+
+    assert len(policies(1)) == len({scenario.domain for scenario in policies(1)}) == len(DOMAINS) >= 16
+    record = run(embedded, tmp_path / "agent.json", instances=0, lengths=[512], timed_turns=3)
+    turns = record.rows[0]["turns"]
+    assert [turn["changed"] for turn in turns] == [False, True, False]
+    assert all(turn["agent_tokens"] < 100 < 400 < turn["rival_tokens"] for turn in turns)
+    assert record.figure("at_512.rival_over_agent_tokens") > 4
+
+
 def test_a_slice_of_the_splicing_experiment(embedded: Any, tmp_path: Path) -> None:
     """A spliced policy points where the full prefill does; one that depends on a value it never read, less so.
 

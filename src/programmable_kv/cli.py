@@ -224,6 +224,27 @@ def bench_splice(
     out.print_json(json.dumps(record.model_dump(mode="json")["summary"]))
 
 
+@bench_app.command("agent")
+def bench_agent(
+    model: ModelOption = "embedded",
+    instances: Annotated[int, typer.Option(min=0, help="policies of each held-out domain")] = 10,
+    lengths: Annotated[str, typer.Option(help="tokens of the timed policies, separated by commas")] = "1024,2048,4096",
+    turns: Annotated[int, typer.Option(min=1, help="turns of each timed policy")] = 12,
+    out_path: OutOption = None,
+) -> None:
+    """An agent on a live cache against re-prefilling every turn: the same decisions, and how much sooner."""
+    from programmable_kv.bench.agent import DOMAINS, run
+    from programmable_kv.model import load_model
+
+    sizes = _sizes(lengths)
+    with _progress("Policies", instances * len(DOMAINS) + len(sizes)) as report:
+        record = run(
+            load_model(model), _record_path(out_path, "agent"), instances=instances, lengths=sizes, timed_turns=turns,
+            report=report, command=_command(),
+        )  # fmt: skip
+    out.print_json(json.dumps(record.model_dump(mode="json")["summary"]))
+
+
 @lab_app.command("edit-modes")
 def lab_edit_modes(
     model: ModelOption = "embedded",

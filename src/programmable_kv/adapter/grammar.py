@@ -303,7 +303,9 @@ class Scenario:
 
 
 @cache
-def domains(split: Split) -> tuple[Domain, ...]:
+def domains(split: Split | Literal["held_out_more"]) -> tuple[Domain, ...]:
+    """The domains of a split. Those of `held_out_more` came after the first records and are drawn by name only, so that the
+    scenarios of a seed stay what they were."""
     text = resources.files(__package__).joinpath("domains.toml").read_text(encoding="utf-8")
     return tuple(Domain(name, **body) for name, body in tomllib.loads(text)[split].items())
 
@@ -351,8 +353,10 @@ def _english_names(rng: random.Random, count: int) -> list[str]:
     return [f"{word}_{rng.choice(_english())}" if rng.random() < 0.4 else word for word in words]
 
 
-def _vocabulary(rng: random.Random, split: Split, wide: bool) -> tuple[Domain, dict[str, Sequence[str]], list[str]]:
-    domain = rng.choice(domains(split))
+def _vocabulary(
+    rng: random.Random, split: Split, wide: bool, chosen: Domain | None
+) -> tuple[Domain, dict[str, Sequence[str]], list[str]]:
+    domain = chosen or rng.choice(domains(split))
     fields = dict(domain.fields)
     actions = list(domain.actions)
     if wide and rng.random() < 0.3:
@@ -384,20 +388,21 @@ def make_scenario(
     gated_values: int | None = None,
     ordered: bool = False,
     stage: Stage = "full",
+    domain: Domain | None = None,
 ) -> Scenario:
-    """Draw one scenario. What is left out is drawn too: `fillers` (0 to 30), `gates` (1 or 2), `two_hop`, and how many
-    values each gate tells apart (`gated_values`, 2 to 4). In an `ordered` one the lookups come before the rules. A training
-    scenario of an earlier `stage` is worded in fewer ways, from fewer words."""
+    """Draw one scenario. What is left out is drawn too: the `domain`, `fillers` (0 to 30), `gates` (1 or 2), `two_hop`, and
+    how many values each gate tells apart (`gated_values`, 2 to 4). In an `ordered` one the lookups come before the rules. A
+    training scenario of an earlier `stage` is worded in fewer ways, from fewer words."""
     wide = split == "train" and stage not in _NARROW
     any_kind = wide and stage != "wide"
     phrasing = phrasing_of(split, stage)
     hops = TRAINED_TWO_HOP_SHARE if wide else TWO_HOP_SHARE
-    domain, fields, actions = _vocabulary(rng, split, wide)
+    trade, fields, actions = _vocabulary(rng, split, wide, domain)
     pairs = TRAINED_PAIR_SHARE if any_kind else PAIR_SHARE
     gate_count = gates if gates is not None else (2 if rng.random() < pairs else 1)
     filler_count = fillers if fillers is not None else _filler_count(rng)
     names = rng.sample(sorted(fields), k=len(fields))
-    topics = rng.sample(list(domain.topics), k=gate_count)
+    topics = rng.sample(list(trade.topics), k=gate_count)
     made: list[Gate] = []
     rules: list[str] = []
     for index in range(gate_count):
@@ -451,7 +456,7 @@ def make_scenario(
         )
     bullet = rng.choice(("- ", "* ", ""))
     blocks = [
-        rng.choice(phrasing.openings).format(role=domain.role),
+        rng.choice(phrasing.openings).format(role=trade.role),
         rng.choice(("# Session", "Current state:", "## State", "Facts")) + "\n" + "\n".join(field_lines),
         rng.choice(("# Policy", "Rules:", "## Rules", "Policy")) + "\n" + "\n".join(bullet + line for line in lines),
     ]
@@ -462,7 +467,7 @@ def make_scenario(
         rng.shuffle(shown_options)
         blocks.append("Possible actions: " + ", ".join(dict.fromkeys(shown_options)))
     irrelevant = {name: [v for v in fields[name] if v != values[name]] for name in extra}
-    return Scenario(domain.name, "\n\n".join(blocks), values, tuple(made), irrelevant)
+    return Scenario(trade.name, "\n\n".join(blocks), values, tuple(made), irrelevant)
 
 
 def _make_gate(

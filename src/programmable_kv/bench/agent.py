@@ -29,6 +29,7 @@ from programmable_kv.notebook.skill import Skill
 from programmable_kv.records import Record, Recorder, digest_of, wilson
 
 SEED = 66_000
+DOMAINS = (*domains("held_out"), *domains("held_out_more"))
 LENGTHS = (1024, 2048, 4096)
 """tokens of the timed policies"""
 INSTANCES = 10
@@ -72,7 +73,7 @@ def run(
         seeds=[SEED],
         settings={
             "instances": instances,
-            "domains": len(domains("held_out")),
+            "domains": len(DOMAINS),
             "turns": turns,
             "timed_turns": timed_turns,
             "lengths": list(lengths),
@@ -103,17 +104,12 @@ def run(
 
 
 def policies(instances: int) -> list[Scenario]:
-    """As many held-out scenarios of every domain, drawn as the adapter's are."""
-    wanted = {domain.name: instances for domain in domains("held_out")}
-    found: list[Scenario] = []
-    number = 0
-    while any(wanted.values()):
-        scenario = make_scenario(random.Random(f"{SEED}/policy/{number}"), "held_out")
-        number += 1
-        if wanted[scenario.domain]:
-            wanted[scenario.domain] -= 1
-            found.append(scenario)
-    return found
+    """As many scenarios of every domain that training never saw."""
+    return [
+        make_scenario(random.Random(f"{SEED}/{domain.name}/{number}"), "held_out", domain=domain)
+        for domain in DOMAINS
+        for number in range(instances)
+    ]
 
 
 def trajectory(scenario: Scenario, turns: int, rng: random.Random) -> Iterator[Step]:
