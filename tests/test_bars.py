@@ -23,6 +23,7 @@ BARS = [
     ("edit-ttft", "at_4096.field_erratum_over_bare", AT_MOST, 1.3),
     ("edit-ttft", "at_4096.buffer_over_dynamic_decode", AT_MOST, 1.05),
     ("zoo", "causal.exact", AT_LEAST, 105),
+    ("agent", "at_4096.rival_over_agent_ttft", AT_LEAST, 15),
 ]
 SHORT = [
     ("adapter-held-out", "direct.value", AT_LEAST, 0.97),
@@ -32,6 +33,7 @@ SHORT = [
     ("edit-ttft", "at_4096.full_over_field_erratum", AT_LEAST, 60),
     ("edit-ttft", "at_4096.clone_over_field_erratum", AT_LEAST, 3),
     ("edit-ttft", "growth_1k_to_8k", AT_MOST, 2),
+    ("agent", "agreement.value", AT_LEAST, 0.97),
 ]
 
 
