@@ -322,7 +322,7 @@ def train_adapter(
         bool, typer.Option("--change-recipe", help="go on from a checkpoint of another recipe, which is recorded")
     ] = False,
 ) -> None:
-    """Train the embedded model's LoRA adapter (two to three hours on two cores)."""
+    """Train the embedded model's LoRA adapter (about three hours on two cores)."""
     from dataclasses import replace
 
     from programmable_kv.adapter.train import TrainingRecipe, train
