@@ -120,13 +120,16 @@ def test_a_slice_of_the_splice_bench(embedded: Any, tmp_path: Path) -> None:
 
 def test_a_slice_of_the_agent_bench(embedded: Any, tmp_path: Path) -> None:
     """The agent computes a small part of what its rival does; both play the same turns."""
-    from programmable_kv.bench.agent import DOMAINS, policies, run
+    from programmable_kv.adapter.grammar import HELD_OUT_DOMAINS
+    from programmable_kv.bench.agent import policies, run
 
-    assert len(policies(1)) == len({scenario.domain for scenario in policies(1)}) == len(DOMAINS) >= 16
+    assert len(policies(1)) == len({scenario.domain for scenario in policies(1)}) == len(HELD_OUT_DOMAINS) >= 16
     record = run(embedded, tmp_path / "agent.json", instances=0, lengths=[512], timed_turns=3)
     turns = record.rows[0]["turns"]
     assert [turn["changed"] for turn in turns] == [False, True, False]
     assert all(turn["agent_tokens"] < 100 < 400 < turn["rival_tokens"] for turn in turns)
+    assert turns[0]["cached_tokens"] == turns[0]["rival_tokens"]  # nothing to keep yet
+    assert turns[2]["cached_tokens"] < 100 < turns[1]["cached_tokens"] < turns[1]["rival_tokens"]
     assert record.figure("at_512.rival_over_agent_tokens") > 4
 
 
@@ -180,7 +183,8 @@ def test_a_slice_of_training_resumes_to_the_same_weights(tmp_path: Path) -> None
         hop_steps=1,
         full_steps=0,
         topics_steps=0,
-        last_steps=0,
+        full_again_steps=0,
+        hard_steps=0,
         conversations_per_step=1,
         warmup_steps=1,
         replay_tokens=32,

@@ -28,6 +28,10 @@ class Encoder(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 
+FULL_SHARE: dict[Stage, float] = {"hop": 0.12, "topics": 0.12, "hard": 0.25}
+"""of the conversations of a narrow late stage, how many are of the full mixture"""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A run of text; `learned` marks the words the assistant must come to say."""
@@ -56,9 +60,9 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
     choosing between two sets of rules by the topic.
     """
     phrasing = phrasing_of(split, stage)
-    if stage in ("hop", "topics") and rng.random() < 0.12:
+    if stage in FULL_SHARE and rng.random() < FULL_SHARE[stage]:
         stage = "full"
-    late = stage in ("hop", "full", "topics")
+    late = stage in ("hop", "full", "topics", "hard")
     if stage == "pair":
         scenario = make_scenario(rng, split, fillers=0, gates=1, two_hop=False, gated_values=2, stage=stage)
         count = 1
@@ -83,6 +87,14 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
         fillers = rng.randint(0, 2)
         scenario = make_scenario(rng, split, fillers=fillers, gates=2, gated_values=told_apart, stage=stage)
         count = rng.randint(4, 7)
+    elif stage == "hard":
+        gates, fillers = rng.randint(1, 2), min(12, int(rng.expovariate(1 / 3)))
+        told_apart = 2 if gates == 2 and rng.random() < 0.5 else None
+        two_hop = True if gates == 1 else None
+        scenario = make_scenario(
+            rng, split, fillers=fillers, gates=gates, two_hop=two_hop, gated_values=told_apart, stage=stage
+        )
+        count = rng.randint(5, 9)
     else:
         scenario, count = make_scenario(rng, split, stage=stage), rng.randint(3, 6)
     if rng.random() < 0.12:

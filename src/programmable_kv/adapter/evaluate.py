@@ -1,5 +1,8 @@
 """Does the embedded model follow policies it never saw? Held-out domains, fields, values, actions and phrasings.
 
+The policies drawn hold one set of 2 to 4 rules, or two such sets told apart by the topic of the request; a rule asks for the
+field's value, or for a group that the value is looked up in (two hops). Each of these is reported.
+
 Every question is asked of one scenario's exact cache: appending to an exact cache is, by causality, a full prefill of
 the whole text (a unit test holds that), so each scenario's policy is computed once.
 """
@@ -16,7 +19,15 @@ from typing import Any
 
 import torch
 
-from programmable_kv.adapter.grammar import PHRASINGS, Gate, Scenario, Split, make_scenario, question, update
+from programmable_kv.adapter.grammar import (
+    HELD_OUT_DOMAINS,
+    PHRASINGS,
+    Gate,
+    Scenario,
+    make_scenario,
+    question,
+    update,
+)
 from programmable_kv.adapter.replay import documents
 from programmable_kv.model import Model, load_model
 from programmable_kv.notebook.notebook import Notebook
@@ -28,10 +39,21 @@ KINDS = ("direct", "update", "default_update", "irrelevant_update", "several_upd
 """what is asked of each scenario; `default_update` is worded as this package's own erratum"""
 FULLY_ASKED = 200
 """scenarios that are asked everything; the others are not asked for several updates, nor with a line of thought"""
+PARTS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "one_rule_set": lambda row: row["rule_sets"] == 1,
+    "two_rule_sets": lambda row: row["rule_sets"] == 2,
+    "at_most_four_rules": lambda row: row["rules"] <= 4,
+    "two_hops": lambda row: row["rule_sets"] == 1 and row["two_hops"],
+}
+"""kinds of policies that the summary tells apart"""
 
 
-def scenarios(count: int, split: Split = "held_out", seed: int = SEED) -> list[Scenario]:
-    return [make_scenario(random.Random(f"{seed}/{split}/{i}"), split) for i in range(count)]
+def scenarios(count: int, seed: int = SEED) -> list[Scenario]:
+    """Held-out scenarios, from every held-out domain in turn."""
+    return [
+        make_scenario(random.Random(f"{seed}/{i}"), "held_out", domain=HELD_OUT_DOMAINS[i % len(HELD_OUT_DOMAINS)])
+        for i in range(count)
+    ]
 
 
 def other_value(rng: random.Random, gate: Gate, value: str) -> str:
@@ -47,28 +69,37 @@ def evaluate(
     recorder = Recorder(
         path,
         name="adapter-held-out",
-        version=1,
+        version=2,
         title="The embedded model on held-out gated decisions",
         command=command,
         model=model.name,
         model_fingerprint=model.fingerprint,
         data_digest=digest_of(scenario.text() for scenario in drawn),
         seeds=[SEED],
-        settings={"scenarios": count, "split": "held_out"},
+        settings={"scenarios": count, "domains": len(HELD_OUT_DOMAINS)},
     )
     for index, scenario in enumerate(drawn):
         if not recorder.done(scenario=index):
             recorder.add({"scenario": index, "domain": scenario.domain, **_ask(model, scenario, index)})
         if report is not None:
             report(index + 1, count)
-    summary: dict[str, Any] = {
-        kind: wilson(sum(row[kind] for row in recorder.rows if kind in row), sum(kind in row for row in recorder.rows))
+    return recorder.finish(summarise(recorder.rows))
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rates of right answers with Wilson intervals, of all policies and of each of `PARTS`."""
+    summary: dict[str, Any] = _rates(rows)
+    return summary | {name: _rates([row for row in rows if belongs(row)]) for name, belongs in PARTS.items()}
+
+
+def _rates(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        kind: wilson(sum(row[kind] for row in rows if kind in row), sum(kind in row for row in rows)).model_dump()
         for kind in KINDS
     }
-    return recorder.finish(summary)
 
 
-def _ask(model: Model, scenario: Scenario, index: int) -> dict[str, bool]:
+def _ask(model: Model, scenario: Scenario, index: int) -> dict[str, Any]:
     rng = random.Random(f"{SEED}/ask/{index}")
     gate = rng.choice(scenario.gates)
     value = scenario.values[gate.field]
@@ -93,7 +124,10 @@ def _ask(model: Model, scenario: Scenario, index: int) -> dict[str, bool]:
     last = new if between != new else other_value(rng, gate, between)
     irrelevant = rng.choice(sorted(scenario.irrelevant))
     unrelated = rng.choice(list(scenario.irrelevant[irrelevant]))
-    answers: dict[str, bool] = {
+    answers: dict[str, Any] = {
+        "rule_sets": len(scenario.gates),
+        "rules": sum(gate.rules for gate in scenario.gates),
+        "two_hops": gate.groups is not None,
         "direct": right(expect=gate.actions[value]),
         "update": right(update_to(new), expect=gate.actions[new]),
         "default_update": right(statement(DEFAULT_TEMPLATE, gate.field, new), expect=gate.actions[new]),

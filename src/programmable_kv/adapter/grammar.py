@@ -24,10 +24,10 @@ from programmable_kv.adapter.replay import documents
 from programmable_kv.notebook.wording import THINK_INSTRUCTION
 
 Split = Literal["train", "held_out"]
-Stage = Literal["pair", "short", "mixed", "wide", "hop", "full", "topics"]
+Stage = Literal["pair", "short", "mixed", "wide", "hop", "full", "topics", "hard"]
 """what training goes through: two rules and one question; few rules and two or three turns; everything, in few words;
 everything, in many words and wordings; short two-hop policies, lookups mostly first; everything, groups of any name,
-two gates more often; short policies of two gates"""
+two gates more often; short policies of two gates; what is still missed: two hops or two gates, many updates, filler rules"""
 _NARROW = frozenset({"pair", "short", "mixed"})
 
 
@@ -281,6 +281,11 @@ class Gate:
     def options(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(self.actions.values()))
 
+    @property
+    def rules(self) -> int:
+        """How many rules say what to do: one a value, or one a group."""
+        return len(self.actions if self.groups is None else set(self.groups.values()))
+
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
@@ -304,10 +309,14 @@ class Scenario:
 
 @cache
 def domains(split: Split | Literal["held_out_more"]) -> tuple[Domain, ...]:
-    """The domains of a split. Those of `held_out_more` came after the first records and are drawn by name only, so that the
-    scenarios of a seed stay what they were."""
+    """The domains of a split. `held_out_more` are held out as well, but came later: the English words that training draws were
+    chosen without them, so those words may be a part of their names, though none is the whole of one."""
     text = resources.files(__package__).joinpath("domains.toml").read_text(encoding="utf-8")
     return tuple(Domain(name, **body) for name, body in tomllib.loads(text)[split].items())
+
+
+HELD_OUT_DOMAINS = (*domains("held_out"), *domains("held_out_more"))
+"""all that training never saw"""
 
 
 def _filler_count(rng: random.Random) -> int:

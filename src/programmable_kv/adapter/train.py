@@ -38,8 +38,9 @@ class TrainingRecipe:
     hop_steps: int = 250
     full_steps: int = 300
     topics_steps: int = 300
-    last_steps: int = 150
-    """steps of each `Stage` of conversations, in this order; the last ones are of the full stage again"""
+    full_again_steps: int = 150
+    hard_steps: int = 420
+    """steps of each `Stage` of conversations, in this order"""
     conversations_per_step: int = 8
     tokens_per_pass: int = 2048
     """padded tokens in one forward and backward; a step takes as many passes as its conversations need"""
@@ -47,7 +48,7 @@ class TrainingRecipe:
     cosine_steps: int = 1200
     """where the first cosine would end; the wide stage stops before, at about a tenth of the rate"""
     later_learning_rate: float = 5e-4
-    """what a cosine of its own starts from at the hop and at the topics stage, with a fresh optimizer"""
+    """what a cosine of its own starts from at the hop, the topics and the hard stage, with a fresh optimizer"""
     warmup_steps: int = 20
     lora_rank: int = 16
     lora_alpha: int = 32
@@ -61,17 +62,18 @@ class TrainingRecipe:
         return sum(steps for _, steps in self._stages)
 
     @property
-    def fresh_starts(self) -> tuple[int, int]:
+    def fresh_starts(self) -> tuple[int, int, int]:
         """The steps, after the first, at which a new cosine and a new optimizer begin."""
         second = self.pair_steps + self.short_steps + self.mixed_steps + self.wide_steps
-        return second, second + self.hop_steps + self.full_steps
+        third = second + self.hop_steps + self.full_steps
+        return second, third, third + self.topics_steps + self.full_again_steps
 
     @property
     def _stages(self) -> tuple[tuple[Stage, int], ...]:
         return (
             ("pair", self.pair_steps), ("short", self.short_steps), ("mixed", self.mixed_steps),
             ("wide", self.wide_steps), ("hop", self.hop_steps), ("full", self.full_steps),
-            ("topics", self.topics_steps), ("full", self.last_steps),
+            ("topics", self.topics_steps), ("full", self.full_again_steps), ("hard", self.hard_steps),
         )  # fmt: skip
 
     def stage(self, step: int) -> Stage:
@@ -83,14 +85,14 @@ class TrainingRecipe:
         return "full"
 
     def rate(self, step: int) -> float:
-        """Three cosines towards a twentieth, each after a linear warm-up."""
-        second, third = self.fresh_starts
-        if step < second:
-            peak, done, whole = self.learning_rate, step, self.cosine_steps
-        elif step < third:
-            peak, done, whole = self.later_learning_rate, step - second, third - second
+        """Four cosines towards a twentieth, each after a linear warm-up."""
+        starts = [0, *self.fresh_starts]
+        start = max(start for start in starts if start <= step)
+        if start == 0:
+            peak, whole = self.learning_rate, self.cosine_steps
         else:
-            peak, done, whole = self.later_learning_rate, step - third, self.steps - third
+            peak, whole = self.later_learning_rate, min(s for s in [*starts, self.steps] if s > start) - start
+        done = step - start
         if done < self.warmup_steps:
             return peak * (done + 1) / self.warmup_steps
         progress = (done - self.warmup_steps) / (whole - self.warmup_steps)

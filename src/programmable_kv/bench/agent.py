@@ -1,8 +1,9 @@
 """An agent on one live cache against one that prefills its whole context every turn: the same decisions? how much sooner?
 
 The rival re-renders its system message with the current values, appends the conversation so far, and prefills everything,
-as an agent without a programmable cache has to when its state changes. Each keeps a trajectory of its own: what it
-answered is what it reads later. Two questions, two kinds of rows:
+as an agent without a programmable cache has to when its state changes. Where times are compared a second rival plays the same
+turns with a prefix cache: it keeps what its context and the last one begin with in common. Each keeps a trajectory of its own:
+what it answered is what it reads later. Two questions, two kinds of rows:
 
 - `decisions`: held-out policies, compiled once and spliced; in half of the turns the state changes before the request.
 - `time`: one policy padded to a length, many turns; the sum of the times to the first answer token.
@@ -11,25 +12,25 @@ answered is what it reads later. Two questions, two kinds of rows:
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from programmable_kv.account import Account
 from programmable_kv.adapter.evaluate import other_value
-from programmable_kv.adapter.grammar import PHRASINGS, Scenario, domains, make_scenario, question
+from programmable_kv.adapter.grammar import HELD_OUT_DOMAINS, PHRASINGS, Scenario, make_scenario, question
 from programmable_kv.agent.agent import Agent
 from programmable_kv.bench.edit import padded_policy
+from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.demo.demo import CASES, VALUES
 from programmable_kv.model import Model
-from programmable_kv.notebook.decision import option_ids, score
+from programmable_kv.notebook.decision import best_of, option_ids, score
 from programmable_kv.notebook.parts import Message, Text, render_chat
 from programmable_kv.notebook.skill import Skill
 from programmable_kv.records import Record, Recorder, digest_of, wilson
 
 SEED = 66_000
-DOMAINS = (*domains("held_out"), *domains("held_out_more"))
 LENGTHS = (1024, 2048, 4096)
 """tokens of the timed policies"""
 INSTANCES = 10
@@ -64,7 +65,7 @@ def run(
     recorder = Recorder(
         path,
         name="agent",
-        version=1,
+        version=2,
         title="An agent on a live cache against re-prefilling every turn",
         command=command,
         model=model.name,
@@ -73,7 +74,7 @@ def run(
         seeds=[SEED],
         settings={
             "instances": instances,
-            "domains": len(DOMAINS),
+            "domains": len(HELD_OUT_DOMAINS),
             "turns": turns,
             "timed_turns": timed_turns,
             "lengths": list(lengths),
@@ -89,14 +90,15 @@ def run(
                     "kind": "decisions",
                     "policy": number,
                     "domain": scenario.domain,
-                    "turns": _both(model, scenario.prompt, dict(scenario.values), steps),
+                    "turns": _both(model, scenario.prompt, dict(scenario.values), steps, prefix_cache=False),
                 }
             )
         if report is not None:
             report(number + 1, work)
     for number, length in enumerate(lengths):
         if not recorder.done(kind="time", length=length):
-            row = _both(model, padded_policy(model, length), dict(VALUES), list(_timed_steps(timed_turns)))
+            policy, steps = padded_policy(model, length), list(_timed_steps(timed_turns))
+            row = _both(model, policy, dict(VALUES), steps, prefix_cache=True)
             recorder.add({"kind": "time", "length": length, "turns": row})
         if report is not None:
             report(len(drawn) + number + 1, work)
@@ -107,7 +109,7 @@ def policies(instances: int) -> list[Scenario]:
     """As many scenarios of every domain that training never saw."""
     return [
         make_scenario(random.Random(f"{SEED}/{domain.name}/{number}"), "held_out", domain=domain)
-        for domain in DOMAINS
+        for domain in HELD_OUT_DOMAINS
         for number in range(instances)
     ]
 
@@ -138,13 +140,19 @@ def _timed_steps(turns: int) -> Iterator[Step]:
         yield Step(changes, case.request, (case.before, case.after), right)
 
 
-def _both(model: Model, policy: str, state: dict[str, str], steps: list[Step]) -> list[dict[str, Any]]:
-    """Every turn of both agents: was it right, did they agree, tokens and milliseconds to the first answer token."""
+def _both(
+    model: Model, policy: str, state: dict[str, str], steps: list[Step], *, prefix_cache: bool
+) -> list[dict[str, Any]]:
+    """Every turn of both agents: was it right, did they agree, tokens and milliseconds to the first answer token.
+
+    With `prefix_cache` the rival that has one plays as well.
+    """
     skill = Skill.compile(model, policy, name="policy", **state)
     agent = Agent(model, skill)
     composing = agent.composed
     rival = Rival(model, policy, state)
-    rows = []
+    cached = Rival(model, policy, state, prefix_cache=True) if prefix_cache else None
+    rows: list[dict[str, Any]] = []
     for number, step in enumerate(steps):
         turn = agent.act(step.request, step.options, step.changes)
         ours, theirs = turn.decision, rival.act(step)
@@ -160,15 +168,23 @@ def _both(model: Model, policy: str, state: dict[str, str], steps: list[Step]) -
                 "rival_ttft_ms": round(1e3 * theirs.account.seconds, 2),
             }
         )
+        if cached is not None:
+            account = cached.act(step).account
+            rows[-1] |= {"cached_tokens": account.tokens_computed, "cached_ttft_ms": round(1e3 * account.seconds, 2)}
     return rows
 
 
 class Rival:
-    """Renders its state into the system message and prefills everything, every turn, in one forward."""
+    """Renders its state into the system message and prefills everything, every turn, in one forward.
 
-    def __init__(self, model: Model, policy: str, state: dict[str, str]) -> None:
-        self.model, self.state = model, state
+    With a `prefix_cache` it prefills from the first token on that differs from the last turn's context.
+    """
+
+    def __init__(self, model: Model, policy: str, state: Mapping[str, str], *, prefix_cache: bool = False) -> None:
+        self.model, self.state = model, dict(state)
         self.messages = [Message("system", Text(policy, tuple(state)))]
+        self.cached: KVBuffer | None = model.engine.new_buffer(64) if prefix_cache else None
+        self.ids: list[int] = []
 
     def act(self, step: Step) -> _Answer:
         engine, tokenizer = self.model.engine, self.model.tokenizer
@@ -177,13 +193,25 @@ class Rival:
         with engine.meter.measure() as reading:
             text = render_chat(tokenizer, self.messages, self.state, prompt_for_answer=True).text
             ids = tokenizer.encode(text, add_special_tokens=False)
-            buffer = engine.new_buffer(len(ids) + 64)
-            logits = engine.append(buffer, ids)
-        strings = option_ids(tokenizer, text, step.options, tokenizer.eos_token_id)
-        scores = score(engine, buffer, logits, strings)
-        choice = step.options[max(range(len(scores)), key=lambda index: scores[index])]
+            if self.cached is None:
+                buffer, kept = engine.new_buffer(len(ids) + 64), 0
+            else:
+                buffer, kept = self.cached, _shared(self.ids, ids)
+                buffer.truncate(kept)
+            logits = engine.append(buffer, ids[kept:])
+        self.ids = ids
+        scores = score(engine, buffer, logits, option_ids(tokenizer, text, step.options, tokenizer.eos_token_id))
+        choice = best_of(step.options, scores)
         self.messages.append(Message("assistant", Text(choice)))
         return _Answer(choice, reading.account)
+
+
+def _shared(before: Sequence[int], now: Sequence[int]) -> int:
+    """How many tokens two contexts begin with in common; the last one is always computed, for its logits."""
+    for index, (old, new) in enumerate(zip(before, now[:-1], strict=False)):
+        if old != new:
+            return index
+    return min(len(before), len(now) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +234,15 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         if row["kind"] == "time":
             sums = {
-                key: sum(turn[key] for turn in row["turns"]) for key in row["turns"][0] if key.endswith(("ms", "ns"))
+                key: sum(turn[key] for turn in row["turns"])
+                for key in row["turns"][0]
+                if key.endswith(("_ttft_ms", "_tokens"))
             }
             summary[f"at_{row['length']}"] = {
                 "rival_over_agent_ttft": round(sums["rival_ttft_ms"] / sums["agent_ttft_ms"], 2),
+                "cached_over_agent_ttft": round(sums["cached_ttft_ms"] / sums["agent_ttft_ms"], 2),
                 "rival_over_agent_tokens": round(sums["rival_tokens"] / sums["agent_tokens"], 2),
+                "cached_over_agent_tokens": round(sums["cached_tokens"] / sums["agent_tokens"], 2),
                 "agent_seconds": round(sums["agent_ttft_ms"] / 1e3, 2),
                 "rival_seconds": round(sums["rival_ttft_ms"] / 1e3, 2),
                 "turns": len(row["turns"]),

@@ -35,7 +35,7 @@ def run(
     recorder = Recorder(
         path,
         name="edit-modes",
-        version=1,
+        version=2,
         title="Agreement with full prefill and recovery, by edit mode",
         command=command,
         model=model.name,
@@ -59,6 +59,7 @@ def _one(model: Model, scenario: Scenario, index: int) -> dict[str, Any]:
     new = other_value(rng, gate, old)
     asked = question(rng, PHRASINGS["held_out"], gate, think=False)
     row: dict[str, Any] = {"field": gate.field, "old": gate.actions[old], "new": gate.actions[new]}
+    row["rule_sets"] = len(scenario.gates)
     for layout in LAYOUTS:
         notebook = _prefilled(model, scenario, asked if layout == "asked before" else None)
         prompt = None if layout == "asked before" else asked
@@ -107,7 +108,12 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     Only scenarios where full prefill is right about the old and about the new value count: elsewhere there is no decision
     to preserve.
     """
-    summary: dict[str, Any] = {"scenarios": len(rows)}
+    summary: dict[str, Any] = {"scenarios": len(rows), **_by_layout(rows)}
+    return summary | {"one_rule_set": _by_layout([row for row in rows if row["rule_sets"] == 1])}
+
+
+def _by_layout(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    parts = {}
     for layout in (*LAYOUTS, "think"):
         right = [r for r in rows if r[layout]["before"] == r["old"] and r[layout]["full"]["choice"] == r["new"]]
         part: dict[str, Any] = {"counted": len(right)}
@@ -124,5 +130,5 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 sum(r[layout][mode]["tokens_computed"] for r in right) / max(1, len(right)), 1
             )
             part[str(mode)] = entry
-        summary[layout.replace(" ", "_")] = part
-    return summary
+        parts[layout.replace(" ", "_")] = part
+    return parts

@@ -21,7 +21,7 @@ from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.layout import KVLayout
 from programmable_kv.engine import Rows
 from programmable_kv.model import Model
-from programmable_kv.notebook.decision import option_ids, score
+from programmable_kv.notebook.decision import best_of, option_ids, score
 from programmable_kv.notebook.skill import Skill
 from programmable_kv.records import Record, Recorder, bootstrap_mean, digest_of, wilson
 
@@ -131,7 +131,7 @@ class _Case:
 
     def _choice(self, buffer: KVBuffer, logits: torch.Tensor) -> str:
         scores = score(self.model.engine, buffer, logits, self.strings)
-        return self.options[max(range(len(scores)), key=lambda i: scores[i])]
+        return best_of(self.options, scores)
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:

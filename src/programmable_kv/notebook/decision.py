@@ -82,6 +82,11 @@ def option_ids(tokenizer: Any, prompt_end: str, options: Sequence[str], end_id: 
     return found
 
 
+def best_of(options: Sequence[str], scores: Sequence[float]) -> str:
+    """The option of the highest score; the first of equals."""
+    return options[max(range(len(options)), key=lambda index: scores[index])]
+
+
 @torch.no_grad()
 def score(
     engine: Engine, buffer: KVBuffer, first_logits: torch.Tensor, options: Sequence[Sequence[int]]

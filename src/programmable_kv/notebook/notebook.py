@@ -23,7 +23,7 @@ from programmable_kv.engine import Rows
 from programmable_kv.errors import InvalidEditError, OutOfStepError, TemplateError
 from programmable_kv.model import Model
 from programmable_kv.notebook.context import Kind, Unit, tokenised
-from programmable_kv.notebook.decision import Decision, option_ids, score
+from programmable_kv.notebook.decision import Decision, best_of, option_ids, score
 from programmable_kv.notebook.editing import Editing, parse_mode
 from programmable_kv.notebook.edits import DEFAULT_MODE, Mode
 from programmable_kv.notebook.parts import Message, Rendered, Text
@@ -92,7 +92,7 @@ class Notebook(Editing):
                     prompt_end = thought
                 strings = option_ids(tokenizer, prompt_end, options, self._answer_end)
                 scores = score(self.model.engine, buffer, logits, strings)
-                choice = options[max(range(len(options)), key=lambda index: scores[index])]
+                choice = best_of(options, scores)
                 buffer.truncate(len(self._context) + (len(turn) if keep else 0))
                 if keep:
                     said = None if prompt is None else _with_instruction(prompt) if think else prompt

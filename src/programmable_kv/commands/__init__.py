@@ -1,0 +1,1 @@
+"""The commands of `pkv`, by what they are for."""

@@ -1,0 +1,217 @@
+"""`pkv bench`, `pkv lab`, `pkv train` and `pkv zoo`: what takes minutes or hours and ends in a record.
+
+An interrupted run keeps its rows; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from programmable_kv.commands.common import ModelOption, OutOption, command, err, out, progress, record_path
+from programmable_kv.records import Record
+
+bench_app = typer.Typer(help="How fast: benches against what a user would do instead.", no_args_is_help=True)
+lab_app = typer.Typer(help="Why it works: experiments on the loaded model.", no_args_is_help=True)
+train_app = typer.Typer(help="Train what the package ships.", no_args_is_help=True)
+
+LengthsOption = Annotated[str, typer.Option(help="lengths in tokens, separated by commas")]
+RepeatsOption = Annotated[int, typer.Option(min=1, help="measurements of each way")]
+
+
+@bench_app.command("edit")
+def bench_edit(
+    model: ModelOption = "embedded",
+    lengths: LengthsOption = "512,1024,2048,4096,7936",
+    repeats: RepeatsOption = 7,
+    out_path: OutOption = None,
+) -> None:
+    """TTFT of every edit mode against full prefill, cloning a cache, and a bare forward."""
+    from programmable_kv.bench.edit import run
+
+    sizes = _sizes(lengths)
+    _measure(run, model, out_path, "edit-ttft", "Lengths", len(sizes), lengths=sizes, repeats=repeats)
+
+
+@bench_app.command("splice")
+def bench_splice(
+    model: ModelOption = "embedded",
+    lengths: LengthsOption = "512,1024,2048,4096,7936",
+    repeats: RepeatsOption = 7,
+    out_path: OutOption = None,
+) -> None:
+    """TTFT of a spliced skill against full prefill, the concatenating way, and a plain copy."""
+    from programmable_kv.bench.splice import run
+
+    sizes = _sizes(lengths)
+    _measure(run, model, out_path, "splice-ttft", "Lengths", len(sizes), lengths=sizes, repeats=repeats)
+
+
+@bench_app.command("agent")
+def bench_agent(
+    model: ModelOption = "embedded",
+    instances: Annotated[int, typer.Option(min=0, help="policies of each held-out domain")] = 10,
+    lengths: LengthsOption = "1024,2048,4096",
+    turns: Annotated[int, typer.Option(min=1, help="turns of each timed policy")] = 12,
+    out_path: OutOption = None,
+) -> None:
+    """An agent on a live cache against re-prefilling every turn: the same decisions, and how much sooner."""
+    from programmable_kv.adapter.grammar import HELD_OUT_DOMAINS
+    from programmable_kv.bench.agent import run
+
+    sizes = _sizes(lengths)
+    total = instances * len(HELD_OUT_DOMAINS) + len(sizes)
+    _measure(run, model, out_path, "agent", "Policies", total, instances=instances, lengths=sizes, timed_turns=turns)
+
+
+@lab_app.command("edit-modes")
+def lab_edit_modes(
+    model: ModelOption = "embedded",
+    scenarios: Annotated[int, typer.Option(min=1, help="held-out scenarios")] = 260,
+    out_path: OutOption = None,
+) -> None:
+    """Agreement with full prefill and recovery of every edit mode, direct and with a line of thought."""
+    from programmable_kv.lab.edit_modes import run
+
+    _measure(run, model, out_path, "edit-modes", "Scenarios", scenarios, count=scenarios)
+
+
+@lab_app.command("splicing")
+def lab_splicing(
+    model: ModelOption = "embedded",
+    scenarios: Annotated[int, typer.Option(min=1, help="held-out policies")] = 100,
+    out_path: OutOption = None,
+) -> None:
+    """Agreement of a spliced policy with full prefill, by seam and displacement, with two controls that must fail."""
+    from programmable_kv.lab.splicing import run
+
+    _measure(run, model, out_path, "splice-agreement", "Policies", scenarios, count=scenarios)
+
+
+@lab_app.command("adapter")
+def lab_adapter(
+    scenarios: Annotated[int, typer.Option(min=1, help="held-out scenarios")] = 800,
+    attach: Annotated[
+        Path | None, typer.Option(help="also put the figures into the training.json of this folder of weights")
+    ] = None,
+    out_path: OutOption = None,
+) -> None:
+    """Does the embedded model follow policies it never saw, and obey updates of them?"""
+    from programmable_kv.adapter.evaluate import attach_figures, evaluate
+
+    record = _measure(evaluate, "embedded", out_path, "adapter-held-out", "Scenarios", scenarios, count=scenarios)
+    if attach is not None:
+        attach_figures(attach, record)
+
+
+@lab_app.command("abilities")
+def lab_abilities(out_path: OutOption = None) -> None:
+    """Perplexity on plain text, before and after the adapter."""
+    from programmable_kv.adapter.evaluate import base_model, write_abilities
+    from programmable_kv.model import load_model
+
+    with err.status("Reading plain text with both models ..."):
+        record = write_abilities(
+            record_path(out_path, "adapter-abilities"), base=base_model(), adapted=load_model(), command=command()
+        )
+    _print_summary(record)
+
+
+@train_app.command("adapter")
+def train_adapter(
+    folder: Annotated[Path, typer.Option("--out", help="where checkpoints and the result go; resumes what is there")],
+    stop_after: Annotated[int | None, typer.Option(min=1, help="end at this step of the recipe's schedule")] = None,
+    seed: Annotated[int | None, typer.Option(help="another seed than the recipe's")] = None,
+    change_recipe: Annotated[
+        bool, typer.Option("--change-recipe", help="go on from a checkpoint of another recipe, which is recorded")
+    ] = False,
+) -> None:
+    """Train the embedded model's LoRA adapter (about four hours on two cores)."""
+    from programmable_kv.adapter.train import TrainingRecipe, train
+    from programmable_kv.weights import base_folder
+
+    recipe = TrainingRecipe()
+    if seed is not None:
+        recipe = replace(recipe, seed=seed)
+    with progress("Training steps", recipe.steps) as report:
+        train(
+            base_folder(), folder, recipe, stop_after=stop_after, change_recipe=change_recipe,
+            report=lambda step, *_: report(step + 1, recipe.steps),
+        )  # fmt: skip
+    out.print(f"The adapter is in {folder}: adapter_model.safetensors, adapter_config.json, training.json")
+
+
+def zoo(
+    types: Annotated[
+        list[str] | None, typer.Option("--type", help="only this type of transformers; repeatable, writes no page")
+    ] = None,
+    out_path: OutOption = None,
+    page: Annotated[Path, typer.Option(help="the support matrix, written when every type was examined")] = Path(
+        "docs/architectures.md"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
+) -> None:
+    """On which architectures relocation is exact: the check on a tiny random model of every decoder type."""
+    from programmable_kv.lab.zoo import examine_apart, run, species_named
+    from programmable_kv.lab.zoo_page import page as written
+
+    wanted = species_named(types or [])
+    with progress("Architectures", len(wanted)) as report:
+        if types and out_path is None:
+            rows = []
+            for number, each in enumerate(wanted, start=1):
+                rows.append(examine_apart(each))
+                report(number, len(wanted))
+        else:
+            record = run(record_path(out_path, "zoo"), wanted, command=command(), report=report)
+            rows = record.rows
+            if not types:
+                page.write_text(written(record), encoding="utf-8")
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table()
+    for column in ("type", "verdict", "what turns", "worst", "reason"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        side = "" if row["side"] == "causal LM" else f" ({row['side']})"
+        table.add_row(
+            row["type"] + side,
+            row["verdict"],
+            row.get("family", ""),
+            f"{row.get('worst', float('nan')):.0e}",
+            row["reason"],
+        )
+    out.print(table)
+
+
+def _measure(
+    run: Callable[..., Record], model: str, out_path: Path | None, name: str, title: str, total: int, **settings: Any
+) -> Record:
+    """Load the model, run with a progress bar, write the record `name`, and print its summary."""
+    from programmable_kv.model import load_model
+
+    loaded, path = load_model(model), record_path(out_path, name)
+    with progress(title, total) as report:
+        record = run(loaded, path=path, report=report, command=command(), **settings)
+    _print_summary(record)
+    return record
+
+
+def _print_summary(record: Record) -> None:
+    out.print_json(json.dumps(record.model_dump(mode="json")["summary"]))
+
+
+def _sizes(lengths: str) -> list[int]:
+    try:
+        return [int(length) for length in lengths.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{lengths!r} is not a list of numbers separated by commas", param_hint="--lengths"
+        ) from None

@@ -1,0 +1,105 @@
+"""`pkv skills`: texts compiled once and kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from programmable_kv.commands.common import ModelOption, out, pairs, read_text
+
+app = typer.Typer(help="Skills: texts compiled once, kept, and spliced anywhere.", no_args_is_help=True)
+
+SkillArgument = Annotated[str, typer.Argument(help="a name, a key, or the start of one")]
+StoreOption = Annotated[
+    str | None, typer.Option("--store", help="a folder or any fsspec URL; a per-user cache folder by default")
+]
+
+
+@app.command("compile")
+def skills_compile(
+    text: Annotated[Path, typer.Argument(help="a text file")],
+    name: Annotated[str | None, typer.Option(help="what it is called; a digest of its text by default")] = None,
+    field: Annotated[list[str] | None, typer.Option(help="name=value for a {name} in the text; repeatable")] = None,
+    role: Annotated[str | None, typer.Option(help="render it as a chat message of this role")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="keep it in 8 bits")] = False,
+    model: ModelOption = "embedded",
+    store: StoreOption = None,
+) -> None:
+    """Compile a text and keep it; says nothing new if it is kept already."""
+    from programmable_kv.model import load_model
+    from programmable_kv.notebook.store import SkillStore
+
+    loaded = load_model(model)
+    keep = SkillStore(store, int8=int8)
+    skill = keep.compile(loaded, read_text(text), name=name, role=role, **pairs(field or [], "--field"))
+    out.print(
+        f"{skill.name}: {len(skill)} tokens, {skill.account.tokens_computed} of them computed in "
+        f"{1e3 * skill.account.seconds:.0f} ms"
+    )
+
+
+@app.command("list")
+def skills_list(store: StoreOption = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """List the kept skills, most recently used first."""
+    from programmable_kv.notebook.store import SkillStore
+
+    entries = SkillStore(store).entries()
+    if as_json:
+        print(json.dumps([entry.model_dump(mode="json", exclude={"unit"}) for entry in entries], indent=1))
+        return
+    table = Table()
+    for column in ("name", "key", "model", "tokens", "precision", "bytes"):
+        table.add_column(column)
+    for entry in entries:
+        model = f"{entry.model_name} {entry.fingerprint[:8]}"
+        table.add_row(entry.name, entry.key, model, str(len(entry.unit.ids)), entry.precision, f"{entry.nbytes:,}")
+    out.print(table)
+
+
+@app.command("show")
+def skills_show(which: SkillArgument, store: StoreOption = None) -> None:
+    """Print a skill's manifest and text."""
+    from programmable_kv.notebook.store import SkillStore
+
+    entry = SkillStore(store).entry(which)
+    print(json.dumps(entry.model_dump(mode="json", exclude={"unit": {"ids", "offsets", "base", "read"}}), indent=1))
+
+
+@app.command("verify")
+def skills_verify(which: SkillArgument, store: StoreOption = None) -> None:
+    """Read a skill's tensors and compare them with the manifest's digest."""
+    from programmable_kv.notebook.store import SkillStore
+
+    entry = SkillStore(store).verify(which)
+    out.print(f"{entry.name} ({entry.key}): {entry.nbytes:,} bytes, intact")
+
+
+@app.command("rm")
+def skills_rm(which: SkillArgument, store: StoreOption = None) -> None:
+    """Forget a skill."""
+    from programmable_kv.notebook.store import SkillStore
+
+    entry = SkillStore(store).remove(which)
+    out.print(f"{entry.name} ({entry.key}) is gone")
+
+
+@app.command("export")
+def skills_export(which: SkillArgument, file: Annotated[Path, typer.Argument()], store: StoreOption = None) -> None:
+    """Write a skill to one file."""
+    from programmable_kv.notebook.store import SkillStore
+
+    entry = SkillStore(store).export(which, file)
+    out.print(f"{entry.name} is in {file}; it fits models with fingerprint {entry.fingerprint}")
+
+
+@app.command("import")
+def skills_import(file: Annotated[Path, typer.Argument()], store: StoreOption = None) -> None:
+    """Take in an exported skill."""
+    from programmable_kv.notebook.store import SkillStore
+
+    entry = SkillStore(store).import_file(file)
+    out.print(f"{entry.name} ({entry.key}) is kept")
