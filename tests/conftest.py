@@ -61,6 +61,16 @@ def tiny_model(model_type: str, attention: str = "sdpa", dtype: torch.dtype = to
     return model
 
 
+def frozen(parameters: dict[str, Any]) -> Any:
+    """A dictionary that can be a key of `tiny_model`'s cache."""
+
+    class Frozen(dict[str, Any]):
+        def __hash__(self) -> int:  # type: ignore[override]
+            return hash(tuple(sorted(self.items())))
+
+    return Frozen(parameters)
+
+
 def tiny_engine(model_type: str, attention: str = "sdpa", dtype: torch.dtype = torch.float64, **changes: Any) -> Engine:
     return Engine(tiny_model(model_type, attention, dtype, **changes))
 

@@ -185,9 +185,11 @@ def test_a_slice_of_training_resumes_to_the_same_weights(tmp_path: Path) -> None
         topics_steps=0,
         full_again_steps=0,
         hard_steps=0,
+        settle_steps=1,
         conversations_per_step=1,
         warmup_steps=1,
         replay_tokens=32,
+        settle_replay_tokens=32,
         learning_rate=1e-3,
     )
     train(base_folder(), tmp_path / "once", recipe)

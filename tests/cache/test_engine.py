@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from conftest import TINY, tiny_engine, tiny_model
+from conftest import TINY, frozen, tiny_engine, tiny_model
 from programmable_kv.cache.layout import KVLayout, Reach
 from programmable_kv.cache.rotation import Pairing, Rotary
 from programmable_kv.cache.selfcheck import prove_relocation
@@ -250,7 +250,7 @@ def test_learned_positions_are_refused() -> None:
 def test_dynamic_frequencies_relocate_within_what_the_model_has() -> None:
     """They change beyond the configured length only, and no engine goes there."""
     parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    engine = tiny_engine("llama", rope_parameters=_frozen(parameters))
+    engine = tiny_engine("llama", rope_parameters=frozen(parameters))
     assert engine.relocation.within == engine.layout.position_limit
     engine.require_relocation()
 
@@ -260,7 +260,7 @@ def test_a_regime_is_not_left_unasked() -> None:
         "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256,
         "short_factor": (1.0, 1.0, 1.5, 2.0), "long_factor": (2.0, 4.0, 4.0, 8.0),
     }  # fmt: skip
-    engine = tiny_engine("llama", rope_parameters=_frozen(parameters))
+    engine = tiny_engine("llama", rope_parameters=frozen(parameters))
     with pytest.raises(UnverifiedError, match="positions below 256"):
         engine.require_relocation()
     with pytest.raises(UnverifiedError, match="within a bound"):
@@ -297,7 +297,7 @@ def test_rotary_keys_in_the_place_of_values_are_refused() -> None:
     ids=lambda parameters: str(parameters["rope_type"]),
 )  # fmt: skip
 def test_scaled_rope_relocates_exactly(parameters: dict[str, Any]) -> None:
-    assert tiny_engine("llama", rope_parameters=_frozen(parameters)).relocation.exact
+    assert tiny_engine("llama", rope_parameters=frozen(parameters)).relocation.exact
 
 
 def test_recurrent_models_are_refused() -> None:
@@ -335,11 +335,3 @@ def test_layouts_read_from_the_models() -> None:
 
 def test_every_tiny_type_is_loaded() -> None:
     assert len(TINY) == 8
-
-
-def _frozen(parameters: dict[str, Any]) -> Any:
-    class Frozen(dict):  # type: ignore[type-arg]
-        def __hash__(self) -> int:  # type: ignore[override]
-            return hash(tuple(sorted(self.items())))
-
-    return Frozen(parameters)

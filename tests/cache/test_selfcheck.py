@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import tiny_engine, tiny_model
+from conftest import frozen, tiny_engine, tiny_model
 from programmable_kv.cache.layout import KVLayout
 from programmable_kv.cache.rotation import Rotary
 from programmable_kv.cache.selfcheck import (
@@ -23,13 +23,6 @@ from programmable_kv.engine import Engine, prefill_alone
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 128}
 Tamper = Callable[[Sequence[int], torch.Tensor | None], list[CachedLayer]]
-
-
-class Frozen(dict[str, Any]):
-    """Settings that can be an argument of the cached `tiny_model`."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(sorted(self.items())))
 
 
 def prove(model: Any, layout: KVLayout | None = None, tamper: Any = None) -> RelocationProof:
@@ -74,7 +67,7 @@ def test_a_small_error_of_theta_is_caught() -> None:
 
 
 def test_a_forgotten_scaling_is_caught() -> None:
-    scaled = tiny_model("llama", rope_parameters=Frozen(YARN))
+    scaled = tiny_model("llama", rope_parameters=frozen(YARN))
     plain = KVLayout.read(tiny_model("llama")).layers[1].rotary
     assert plain is not None
     assert prove(scaled).exact
@@ -124,7 +117,7 @@ def standing_still(model: Any) -> Any:
 
 @pytest.mark.parametrize("fault", [shifted_by_one, scaled_again, standing_still])
 def test_a_wrong_movement_is_caught(fault: Any) -> None:
-    model = tiny_model("llama", rope_parameters=Frozen(YARN))
+    model = tiny_model("llama", rope_parameters=frozen(YARN))
     assert float(model.model.rotary_emb.attention_scaling) > 1
     proof = prove(model, tamper=fault(model))
     assert proof.verdict is Verdict.REFUSED
@@ -159,10 +152,10 @@ def test_two_regimes_of_frequencies() -> None:
         "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256,
         "short_factor": factors, "long_factor": tuple(4 * f for f in factors),
     }  # fmt: skip
-    proof = prove(tiny_model("llama", rope_parameters=Frozen(settings)))
+    proof = prove(tiny_model("llama", rope_parameters=frozen(settings)))
     assert proof.verdict is Verdict.WITHIN
     assert proof.within == 256
-    same = Frozen({**settings, "long_factor": factors})
+    same = frozen({**settings, "long_factor": factors})
     assert prove(tiny_model("llama", rope_parameters=same)).verdict is Verdict.EXACT, (
         "a bound that changes nothing is none"
     )

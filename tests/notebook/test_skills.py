@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import tiny
+from conftest import frozen, tiny
 from programmable_kv import Notebook, Rows, SeamRepair, Skill
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import (
@@ -334,6 +334,26 @@ class TestErrors:
             lambda n: n.move(Span(3, 5)),
         ):
             self.check(UnverifiedError, "learned", operation, notebook)
+
+    def test_beyond_a_regime(self) -> None:
+        """LongRoPE's frequencies change at 128 tokens: exact below, refused where a position would come to lie beyond."""
+        parameters = {
+            "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128,
+            "short_factor": (1.0, 1.0, 1.5, 2.0), "long_factor": (2.0, 4.0, 4.0, 8.0),
+        }  # fmt: skip
+        notebook = build(tiny(rope_parameters=frozen(parameters)))
+        skill = Skill.compile(notebook.model, DATES, name="dates")
+        notebook.splice(skill, at=0, repair=WHOLE)
+        notebook.edit(status="cancelled", mode="field_erratum")
+        notebook.recompute()
+        exact_up_to(notebook, range(len(notebook)))
+        assert len(notebook) < 128 < len(notebook) + 2 * len(skill)
+        second = Skill.compile(notebook.model, REFUNDS * 2, name="refunds")
+        assert len(notebook) + len(second) > 128
+        self.check(UnverifiedError, "below 128", lambda n: n.splice(second, at=0), notebook)
+        notebook.add("user", REFUNDS * 2)
+        self.check(UnverifiedError, "below 128", lambda n: n.cut("dates"), notebook)
+        self.check(UnverifiedError, "below 128", lambda n: n.edit(status="pending again"), notebook)
 
     @pytest.mark.parametrize("rule", ["deviation", "deviation:x%", "influence:", "best"])
     def test_unknown_repairs(self, rule: str) -> None:

@@ -40,7 +40,8 @@ class TrainingRecipe:
     topics_steps: int = 300
     full_again_steps: int = 150
     hard_steps: int = 420
-    """steps of each `Stage` of conversations, in this order"""
+    settle_steps: int = 100
+    """steps of each `Stage` of conversations, in this order; the last ones are of the full stage, kept close to the base"""
     conversations_per_step: int = 8
     tokens_per_pass: int = 2048
     """padded tokens in one forward and backward; a step takes as many passes as its conversations need"""
@@ -55,6 +56,10 @@ class TrainingRecipe:
     replay_tokens: int = 128
     """tokens of plain text replayed in each step"""
     replay_weight: float = 0.6
+    settle_replay_tokens: int = 512
+    settle_replay_weight: float = 4.0
+    """at the end the replayed text is not learned: the adapted model's distribution over it is drawn to the base's. Learned
+    for thousands of steps, these few documents are remembered word for word, and other text becomes less likely."""
     max_gradient_norm: float = 1.0
 
     @property
@@ -62,11 +67,16 @@ class TrainingRecipe:
         return sum(steps for _, steps in self._stages)
 
     @property
-    def fresh_starts(self) -> tuple[int, int, int]:
+    def fresh_starts(self) -> tuple[int, int, int, int]:
         """The steps, after the first, at which a new cosine and a new optimizer begin."""
         second = self.pair_steps + self.short_steps + self.mixed_steps + self.wide_steps
         third = second + self.hop_steps + self.full_steps
-        return second, third, third + self.topics_steps + self.full_again_steps
+        fourth = third + self.topics_steps + self.full_again_steps
+        return second, third, fourth, fourth + self.hard_steps
+
+    def settles(self, step: int) -> bool:
+        """Whether plain text draws to the base's distribution, instead of being learned."""
+        return step >= self.fresh_starts[-1]
 
     @property
     def _stages(self) -> tuple[tuple[Stage, int], ...]:
@@ -74,6 +84,7 @@ class TrainingRecipe:
             ("pair", self.pair_steps), ("short", self.short_steps), ("mixed", self.mixed_steps),
             ("wide", self.wide_steps), ("hop", self.hop_steps), ("full", self.full_steps),
             ("topics", self.topics_steps), ("full", self.full_again_steps), ("hard", self.hard_steps),
+            ("full", self.settle_steps),
         )  # fmt: skip
 
     def stage(self, step: int) -> Stage:
@@ -85,7 +96,7 @@ class TrainingRecipe:
         return "full"
 
     def rate(self, step: int) -> float:
-        """Four cosines towards a twentieth, each after a linear warm-up."""
+        """Five cosines towards a twentieth, each after a linear warm-up."""
         starts = [0, *self.fresh_starts]
         start = max(start for start in starts if start <= step)
         if start == 0:
@@ -113,7 +124,8 @@ def train(
     `stop_after` ends it at that step of the recipe's schedule. With `change_recipe` it may go on from a checkpoint of another
     recipe; which recipe was followed up to which step is recorded.
 
-    `report(step, decision_loss, replay_loss)` is called after every step. Losses are in nats a token.
+    `report(step, decision_loss, replay_loss)` is called after every step. Losses are in nats a token; in the settling steps
+    the second one is the divergence from the base on the replayed text.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -161,9 +173,13 @@ def train(
             loss = _summed_loss(model, batch) / learned
             loss.backward()  # type: ignore[no-untyped-call]
             decision_loss += float(loss.detach())
-        text = _replay(rng, replay_ids, recipe.replay_tokens)
-        replay_loss = _summed_loss(model, [text]) / len(text.ids)
-        (recipe.replay_weight * replay_loss).backward()  # type: ignore[no-untyped-call]
+        if recipe.settles(step):
+            text = _replay(rng, replay_ids, recipe.settle_replay_tokens)
+            replay_loss, weight = _distance_from_base(model, text), recipe.settle_replay_weight
+        else:
+            text = _replay(rng, replay_ids, recipe.replay_tokens)
+            replay_loss, weight = _summed_loss(model, [text]) / len(text.ids), recipe.replay_weight
+        (weight * replay_loss).backward()  # type: ignore[no-untyped-call]
         weights.step(recipe.rate(step), recipe.max_gradient_norm)
         curve.append([step, round(decision_loss, 4), round(float(replay_loss.detach()), 4)])
         if report is not None:
@@ -264,6 +280,15 @@ def _summed_loss(model: Any, batch: list[Sequence]) -> torch.Tensor:
     rows = learned[:, 1:]
     logits = causal_lm.lm_head(hidden[:, :-1][rows]).float()
     return nn.functional.cross_entropy(logits, ids[:, 1:][rows], reduction="sum")
+
+
+def _distance_from_base(model: Any, text: Sequence) -> torch.Tensor:
+    """Kullback-Leibler divergence of the adapted model's next-token distributions from the base's, mean over a text."""
+    ids = torch.tensor([text.ids])
+    with torch.no_grad(), model.disable_adapter():
+        base = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+    adapted = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+    return nn.functional.kl_div(adapted, base, log_target=True, reduction="batchmean")
 
 
 def _replay(rng: random.Random, documents_ids: list[list[int]], tokens: int) -> Sequence:

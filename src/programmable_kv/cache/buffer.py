@@ -231,11 +231,14 @@ class KVBuffer(Cache):  # type: ignore[misc]
             canonical = self._origins.canonical(index, old, layer.keys[:, :, old])
             if not spliced:
                 self._origins.keep(index, new, canonical, layers)
-            moved = canonical if rule.rotary is None else rotate(canonical, positions - computed_at, rule.rotary)
-            layer.keys[:, :, new] = moved
+            standing = layer.keys[:, :, new]
+            if rule.rotary is None:
+                standing.copy_(canonical)
+            else:
+                rotate(canonical, positions - computed_at, rule.rotary, out=standing)
             values = layer.values[:, :, old]
             layer.values[:, :, new] = values.clone() if isinstance(old, slice) else values
-            self.meter.bytes_moved += (moved.numel() + values.numel()) * moved.element_size()
+            self.meter.bytes_moved += (canonical.numel() + values.numel()) * canonical.element_size()
         self._origins.move(old, new, computed_at)
         self._positions[new] = positions
         self.meter.tokens_relocated += positions.numel()
@@ -274,10 +277,9 @@ class KVBuffer(Cache):  # type: ignore[misc]
             self._save(slice(at, at + count))
         where = slice(at, at + count)
         for index, layer in enumerate(self.layers):
-            keys = segment.keys_at(index, position, layout)
             if not layer.is_initialized:
-                layer.lazy_initialization(keys, segment.values[index])
-            layer.keys[:, :, where] = keys
+                layer.lazy_initialization(segment.keys[index], segment.values[index])
+            segment.put_keys(index, position, layout, layer.keys[:, :, where])
             layer.values[:, :, where] = segment.values[index]
         self._positions[where] = position + torch.arange(count)
         self._origins.from_segment(where, segment)

@@ -57,30 +57,43 @@ class Rotary:
         return moved * torch.tensor(self.frequencies, dtype=torch.float64)
 
 
-def rotate(keys: torch.Tensor, offsets: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Keys moved by `offsets` positions; a new tensor.
+def rotate(
+    keys: torch.Tensor, offsets: torch.Tensor, rotary: Rotary, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Keys moved by `offsets` positions, in a new tensor or in `out`.
 
     Args:
         keys: [..., T, D], any floating dtype. Channels outside the rotary window are copied.
         offsets: [T] integer positions to move each token by (may be negative); [A, T] if axes move by their own.
         rotary: the layer's rotation.
+        out: like `keys`, and no part of them; a view of a buffer spares a copy.
 
     The angles are computed in float64 and reduced there, so large offsets lose nothing; the rotation itself runs
     in float32 or the keys' dtype, whichever is wider, with one rounding at the end.
     """
+    result = torch.empty_like(keys) if out is None else out
     compute = torch.promote_types(keys.dtype, torch.float32)
+    if offsets.ndim == 1 and offsets.numel() and bool((offsets == offsets[0]).all()):
+        offsets = offsets[:1]  # a run that moves as one: one angle a channel pair, not one a token
     angles = rotary.angles(offsets)
     cos, sin = angles.cos().to(keys.device, compute), angles.sin().to(keys.device, compute)
     stop = rotary.start + rotary.width
-    window = keys[..., rotary.start : stop].to(compute)
-    if rotary.pairing is Pairing.HALF_SPLIT:
-        first, second = window.chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    for outside in (slice(0, rotary.start), slice(stop, keys.shape[-1])):
+        result[..., outside] = keys[..., outside]
+    first, second = (half.to(compute) for half in _halves(keys[..., rotary.start : stop], rotary.pairing))
+    to_first, to_second = _halves(result[..., rotary.start : stop], rotary.pairing)
+    if result.dtype == compute:
+        torch.mul(first, cos, out=to_first).sub_(second * sin)
+        torch.mul(second, cos, out=to_second).add_(first * sin)
     else:
-        first, second = window[..., 0::2], window[..., 1::2]
-        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
-    if rotary.width == keys.shape[-1]:
-        return turned.to(keys.dtype)
-    moved = keys.clone()
-    moved[..., rotary.start : stop] = turned.to(keys.dtype)
-    return moved
+        to_first.copy_((first * cos).sub_(second * sin))
+        to_second.copy_((second * cos).add_(first * sin))
+    return result
+
+
+def _halves(window: torch.Tensor, pairing: Pairing) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the second channel of every pair; views."""
+    if pairing is Pairing.INTERLEAVED:
+        return window[..., 0::2], window[..., 1::2]
+    half = window.shape[-1] // 2
+    return window[..., :half], window[..., half:]

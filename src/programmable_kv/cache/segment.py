@@ -56,12 +56,13 @@ class Segment:
             tuple(tensor[:, :, rows] for tensor in self.values),
         )
 
-    def keys_at(self, layer: int, position: int, layout: KVLayout) -> torch.Tensor:
-        """A layer's keys, [B, H, n, D], as if computed with the first token at `position`: one rotation from the canonical.
+    def put_keys(self, layer: int, position: int, layout: KVLayout, out: torch.Tensor) -> None:
+        """Write a layer's keys into `out` [B, H, n, D], as if computed with the first token at `position`.
 
-        `layout` is one with which relocation was proved exact. A new tensor, except where the layer does not rotate.
+        One rotation from the canonical. `layout` is one with which relocation was proved exact.
         """
         rule = layout.layers[layer].rotary
         if rule is None:
-            return self.keys[layer]
-        return rotate(self.keys[layer], position + torch.arange(len(self)) - self.computed_at, rule)
+            out.copy_(self.keys[layer])
+        else:
+            rotate(self.keys[layer], position + torch.arange(len(self)) - self.computed_at, rule, out=out)

@@ -90,7 +90,8 @@ class Composition(CachedContext):
         span = self._span(what)
         with self._transaction() as meter, meter.measure() as reading:
             context = self._context.copy()
-            layout = self.model.engine.require_relocation() if span.stop < len(context) else None
+            moves = span.stop < len(context)
+            layout = self.model.engine.require_relocation(below=buffer.next_position) if moves else None
             first, last = context.split_at(span.start), context.split_at(span.stop)
             if layout is None:
                 buffer.truncate(span.start)
@@ -115,7 +116,7 @@ class Composition(CachedContext):
         span, slot = self._span(what), self._slot(to)
         if span.start < slot < span.stop:
             raise InvalidEditError(f"cannot move slots [{span.start}, {span.stop}) into themselves, to slot {slot}")
-        layout = self.model.engine.require_relocation()
+        layout = self.model.engine.require_relocation(below=buffer.next_position)
         with self._transaction() as meter, meter.measure() as reading:
             context = self._context.copy()
             for boundary in sorted({span.start, span.stop, slot}):

@@ -69,7 +69,8 @@ class Editing(Composition):
             self._context, changes, mode, tokenizer=self.model.tokenizer, write_erratum=self._erratum
         )
         if plan.relocates:
-            layout = self.model.engine.require_relocation()
+            reach = max(buffer.next_position, len(after) + len(then))
+            layout = self.model.engine.require_relocation(below=reach)
         if mode in REFRESHES_FIELD and plan.compute and plan.compute != tuple(range(plan.compute[0], len(after))):
             self.model.engine.require_rows()
         limit = self.model.position_limit

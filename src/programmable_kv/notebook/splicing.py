@@ -97,7 +97,8 @@ def splice(engine: Engine, buffer: KVBuffer, context: Context, skill: Skill, whe
         UnverifiedError: keys of this model cannot be moved.
         InvalidEditError: an end of `where` is no place in the text, or a field of the skill has another value here.
     """
-    layout = engine.require_relocation()
+    reach = max(buffer.next_position, buffer.length - len(where) + len(skill))
+    layout = engine.require_relocation(below=reach)
     at = where.start
     index = context.split_at(at)
     del context.units[index : context.split_at(where.stop)]
