@@ -17,7 +17,7 @@ from programmable_kv.account import Meter
 from programmable_kv.cache.buffer_layer import BufferLayer, WriteTarget
 from programmable_kv.cache.layout import KVLayout
 from programmable_kv.cache.origins import Origins, SavedOrigins, Slots
-from programmable_kv.cache.rotation import rotate
+from programmable_kv.cache.rotation import put
 from programmable_kv.cache.segment import Segment
 from programmable_kv.cache.span import Span
 from programmable_kv.cache.transformers_api import Cache
@@ -225,17 +225,14 @@ class KVBuffer(Cache):  # type: ignore[misc]
     def _move(self, old: Slots, new: slice, positions: torch.Tensor, layout: KVLayout) -> None:
         """Put what stands in slots `old` into slots `new`, at `positions` [n]. The two may overlap."""
         computed_at = self._origins.computed_at(old, self._positions[old])
+        offsets = positions - computed_at
         layers = [layer.keys for layer in self.layers]
         spliced = self._origins.all_from_segments(old)
         for index, (layer, rule) in enumerate(zip(self.layers, layout.layers, strict=True)):
             canonical = self._origins.canonical(index, old, layer.keys[:, :, old])
             if not spliced:
                 self._origins.keep(index, new, canonical, layers)
-            standing = layer.keys[:, :, new]
-            if rule.rotary is None:
-                standing.copy_(canonical)
-            else:
-                rotate(canonical, positions - computed_at, rule.rotary, out=standing)
+            put(canonical, offsets, rule.rotary, layer.keys[:, :, new])
             values = layer.values[:, :, old]
             layer.values[:, :, new] = values.clone() if isinstance(old, slice) else values
             self.meter.bytes_moved += (canonical.numel() + values.numel()) * canonical.element_size()
@@ -276,12 +273,14 @@ class KVBuffer(Cache):  # type: ignore[misc]
         else:
             self._save(slice(at, at + count))
         where = slice(at, at + count)
+        positions = position + torch.arange(count)
+        offsets = positions - segment.computed_at
         for index, layer in enumerate(self.layers):
             if not layer.is_initialized:
                 layer.lazy_initialization(segment.keys[index], segment.values[index])
-            segment.put_keys(index, position, layout, layer.keys[:, :, where])
+            put(segment.keys[index], offsets, layout.layers[index].rotary, layer.keys[:, :, where])
             layer.values[:, :, where] = segment.values[index]
-        self._positions[where] = position + torch.arange(count)
+        self._positions[where] = positions
         self._origins.from_segment(where, segment)
         self.meter.bytes_moved += segment.nbytes
         self.meter.tokens_relocated += count

@@ -91,6 +91,14 @@ def rotate(
     return result
 
 
+def put(keys: torch.Tensor, offsets: torch.Tensor, rotary: Rotary | None, out: torch.Tensor) -> None:
+    """Write keys [..., T, D] into `out`, moved by `offsets` [T] positions; as they are where the layer does not rotate."""
+    if rotary is None:
+        out.copy_(keys)
+    else:
+        rotate(keys, offsets, rotary, out=out)
+
+
 def _halves(window: torch.Tensor, pairing: Pairing) -> tuple[torch.Tensor, torch.Tensor]:
     """The first and the second channel of every pair; views."""
     if pairing is Pairing.INTERLEAVED:

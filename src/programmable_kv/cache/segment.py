@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from programmable_kv.cache.layout import KVLayout
-from programmable_kv.cache.rotation import rotate
 from programmable_kv.cache.span import Span
 
 
@@ -55,14 +53,3 @@ class Segment:
             tuple(tensor[:, :, rows] for tensor in self.keys),
             tuple(tensor[:, :, rows] for tensor in self.values),
         )
-
-    def put_keys(self, layer: int, position: int, layout: KVLayout, out: torch.Tensor) -> None:
-        """Write a layer's keys into `out` [B, H, n, D], as if computed with the first token at `position`.
-
-        One rotation from the canonical. `layout` is one with which relocation was proved exact.
-        """
-        rule = layout.layers[layer].rotary
-        if rule is None:
-            out.copy_(self.keys[layer])
-        else:
-            rotate(self.keys[layer], position + torch.arange(len(self)) - self.computed_at, rule, out=out)

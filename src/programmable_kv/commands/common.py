@@ -29,13 +29,13 @@ def read_text(path: Path) -> str:
 
 
 def pairs(given: list[str], option: str) -> dict[str, str]:
-    pairs = {}
+    found = {}
     for item in given:
         name, equals, value = item.partition("=")
         if not equals:
             raise InvalidValueError(f"{option} takes name=value, got {item!r}")
-        pairs[name] = value
-    return pairs
+        found[name] = value
+    return found
 
 
 def record_path(given: Path | None, name: str) -> Path:

@@ -23,34 +23,33 @@ train_app = typer.Typer(help="Train what the package ships.", no_args_is_help=Tr
 
 LengthsOption = Annotated[str, typer.Option(help="lengths in tokens, separated by commas")]
 RepeatsOption = Annotated[int, typer.Option(min=1, help="measurements of each way")]
+_ALL_LENGTHS = "512,1024,2048,4096,7936"
 
 
 @bench_app.command("edit")
 def bench_edit(
     model: ModelOption = "embedded",
-    lengths: LengthsOption = "512,1024,2048,4096,7936",
+    lengths: LengthsOption = _ALL_LENGTHS,
     repeats: RepeatsOption = 7,
     out_path: OutOption = None,
 ) -> None:
     """TTFT of every edit mode against full prefill, cloning a cache, and a bare forward."""
     from programmable_kv.bench.edit import run
 
-    sizes = _sizes(lengths)
-    _measure(run, model, out_path, "edit-ttft", "Lengths", len(sizes), lengths=sizes, repeats=repeats)
+    _measure_lengths(run, model, out_path, "edit-ttft", lengths, repeats)
 
 
 @bench_app.command("splice")
 def bench_splice(
     model: ModelOption = "embedded",
-    lengths: LengthsOption = "512,1024,2048,4096,7936",
+    lengths: LengthsOption = _ALL_LENGTHS,
     repeats: RepeatsOption = 7,
     out_path: OutOption = None,
 ) -> None:
     """TTFT of a spliced skill against full prefill, the concatenating way, and a plain copy."""
     from programmable_kv.bench.splice import run
 
-    sizes = _sizes(lengths)
-    _measure(run, model, out_path, "splice-ttft", "Lengths", len(sizes), lengths=sizes, repeats=repeats)
+    _measure_lengths(run, model, out_path, "splice-ttft", lengths, repeats)
 
 
 @bench_app.command("agent")
@@ -202,6 +201,13 @@ def _measure(
         record = run(loaded, path=path, report=report, command=command(), **settings)
     _print_summary(record)
     return record
+
+
+def _measure_lengths(
+    run: Callable[..., Record], model: str, out_path: Path | None, name: str, lengths: str, repeats: int
+) -> None:
+    sizes = _sizes(lengths)
+    _measure(run, model, out_path, name, "Lengths", len(sizes), lengths=sizes, repeats=repeats)
 
 
 def _print_summary(record: Record) -> None:
