@@ -26,6 +26,14 @@ TINY: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
     "phi3": {},
     "gpt_neox": {},
+    "minicpm3": {  # MLA: a latent is cached beside rotary keys, which stand in the place of values
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
 }
 """model type -> what its tiny configuration needs beyond the common sizes"""
 

@@ -316,9 +316,9 @@ class Engine:
         reached = min((bound for bound in (below, limit) if bound is not None), default=None)
         if proof.within is not None and (reached is None or reached > proof.within):
             raise UnverifiedError(f"relocation on this {name} is exact within a bound only ({proof.reason}). {instead}")
-        if any(layer.others for layer in proof.layout.layers):
+        if any(layer.turns_more for layer in proof.layout.layers):
             raise UnverifiedError(
-                f"{name} keeps rotary keys in the place of values, which a KVBuffer copies as they are. {instead}"
+                f"{name} keeps more than one tensor a layer that turns, and a KVBuffer turns one of them. {instead}"
             )
         return proof.layout
 

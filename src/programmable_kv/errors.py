@@ -77,3 +77,7 @@ class TrainingError(ProgrammableKVError):
 
 class RecordError(ProgrammableKVError):
     """A result record is missing, unreadable, or does not fit the schema."""
+
+
+class MissingDataError(ProgrammableKVError):
+    """An experiment's data comes from a package that is not installed."""

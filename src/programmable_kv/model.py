@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from programmable_kv.cache.transformers_api import GROUPED_SDPA, register_attention
 from programmable_kv.engine import Engine
-from programmable_kv.errors import ModelUnavailableError
+from programmable_kv.errors import ModelUnavailableError, UnsupportedModelError
 
 EMBEDDED = "embedded"
 _WITHOUT_EFFECT = frozenset(
@@ -124,9 +124,13 @@ def wrap_model(model: Any, tokenizer: Any, *, name: str = "custom") -> Model:
 
 
 def fingerprint(model: Any, tokenizer: Any) -> str:
-    """A digest of all that decides a cache's content: every weight and table, configuration, tokenizer, chat template."""
+    """A digest of all that decides a cache's content: every weight and table, configuration, tokenizer, chat template.
+
+    Raises:
+        UnsupportedModelError: a weight is kept in a form that cannot be read, so two models could not be told apart.
+    """
     digest = hashlib.sha256()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers(), *_packed_weights(model)]:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _WITHOUT_EFFECT}
@@ -134,6 +138,32 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(str(getattr(tokenizer, "chat_template", None)).encode())
     return digest.hexdigest()[:32]
+
+
+def _packed_weights(model: Any) -> list[tuple[str, torch.Tensor]]:
+    """What a module with quantised weights packs away: neither parameter nor buffer, but in its state."""
+    found = []
+    for name, packed in model.state_dict().items():
+        if isinstance(packed, torch.Tensor) and not packed.is_quantized:
+            continue  # a parameter or buffer, or tied to one
+        for number, part in enumerate(packed if isinstance(packed, tuple) else (packed,)):
+            if isinstance(part, torch.Tensor):
+                found.append((f"{name}.{number}", part.int_repr() if part.is_quantized else part))
+                if part.is_quantized:
+                    found += [(f"{name}.{number}.{which}", tensor) for which, tensor in _scales(part)]
+            elif part is not None and not isinstance(part, str | int | float | torch.dtype):
+                raise UnsupportedModelError(
+                    f"the weights in {name} are kept as {type(part).__name__}, which cannot be read, so a cache could not be told "
+                    "from another model's. Load the model without this quantisation."
+                )
+    return found
+
+
+def _scales(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Scales and zero points of a quantised tensor."""
+    if tensor.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
+        return [("scales", tensor.q_per_channel_scales()), ("zeros", tensor.q_per_channel_zero_points())]
+    return [("scale", torch.tensor([tensor.q_scale()])), ("zero", torch.tensor([tensor.q_zero_point()]))]
 
 
 def _first_line(error: Exception) -> str:

@@ -10,35 +10,43 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from programmable_kv.adapter import grammar
+from programmable_kv.adapter import phrasings, vocabulary
 from programmable_kv.adapter.conversation import conversation
-from programmable_kv.adapter.grammar import HELD_OUT_DOMAINS, Phrasing, Split, Stage, domains, make_scenario
+from programmable_kv.adapter.grammar import make_scenario
+from programmable_kv.adapter.phrasings import Phrasing, Split, Stage
+from programmable_kv.adapter.vocabulary import domains, held_out_domains
 
 
 def test_twelve_training_domains_and_held_out_ones() -> None:
     assert len(domains("train")) >= 12
-    assert len(HELD_OUT_DOMAINS) >= 16
+    assert len(held_out_domains()) >= 16
 
 
 def test_the_splits_share_no_name_value_action_or_phrasing() -> None:
-    train, held_out = domains("train"), HELD_OUT_DOMAINS
+    train, held_out = domains("train"), held_out_domains()
     values = {value for domain in train for several in domain.fields.values() for value in several}
-    known = {*values, *grammar.VALUES, *grammar.KINDS["train"], *grammar.LABELS["train"], *grammar._english()}
+    known = {
+        *values,
+        *vocabulary.VALUES,
+        *vocabulary.KINDS["train"],
+        *vocabulary.LABELS["train"],
+        *vocabulary.english(),
+    }
     for domain in held_out:
         assert not known & {value for several in domain.fields.values() for value in several}
-        assert not {*grammar.VERBS, *grammar._english()} & set(domain.actions)
-    assert not known & {*grammar.KINDS["held_out"], *grammar.LABELS["held_out"]}
+        assert not {*vocabulary.VERBS, *vocabulary.english()} & set(domain.actions)
+    assert not known & {*vocabulary.KINDS["held_out"], *vocabulary.LABELS["held_out"]}
     for what in ("fields", "actions", "topics"):
         ours = {item for domain in train for item in getattr(domain, what)}
         theirs = {item for domain in held_out for item in getattr(domain, what)}
         assert not ours & theirs, what
     for said in fields(Phrasing):
-        ours, theirs = (set(getattr(grammar.PHRASINGS[split], said.name)) for split in ("train", "held_out"))
+        ours, theirs = (set(getattr(phrasings.PHRASINGS[split], said.name)) for split in ("train", "held_out"))
         assert not ours & theirs, said.name
-    assert not set(grammar.FILLERS["train"]) & set(grammar.FILLERS["held_out"])
-    invented = {f"{a}_{b}" for a in grammar.WORDS_A for b in grammar.WORDS_B}
+    assert not set(phrasings.FILLERS["train"]) & set(phrasings.FILLERS["held_out"])
+    invented = {f"{a}_{b}" for a in vocabulary.WORDS_A for b in vocabulary.WORDS_B}
     assert not invented & {field for domain in held_out for field in domain.fields}
-    invented_actions = {f"{a}_{b}" for a in grammar.VERBS for b in grammar.OBJECTS}
+    invented_actions = {f"{a}_{b}" for a in vocabulary.VERBS for b in vocabulary.OBJECTS}
     assert not invented_actions & {action for domain in held_out for action in domain.actions}
 
 
@@ -70,7 +78,7 @@ def test_a_scenario_can_be_answered_from_its_text(seed: int, split: Split) -> No
     assert position < len(text) / 2 or len(text) < 900, "fields stand near the top"
 
 
-@pytest.mark.parametrize("stage", ["pair", "short", "mixed", "wide", "hop", "full", "topics", "hard"])
+@pytest.mark.parametrize("stage", ["pair", "short", "mixed", "wide", "hop", "full", "topics", "hard", "settle"])
 def test_conversations_teach_answers_only(stage: Stage) -> None:
     for seed in range(60):
         pieces = conversation(random.Random(seed), stage=stage)

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from conftest import TINY, frozen, tiny_engine, tiny_model
-from programmable_kv.cache.layout import KVLayout, Reach
+from programmable_kv.cache.layout import KVLayout, LayerLayout, Reach
 from programmable_kv.cache.rotation import Pairing, Rotary
 from programmable_kv.cache.selfcheck import prove_relocation
 from programmable_kv.cache.transformers_api import GROUPED_SDPA, register_attention
@@ -268,19 +268,18 @@ def test_a_regime_is_not_left_unasked() -> None:
     assert engine.require_relocation(below=256) is engine.relocation.layout
 
 
-def test_rotary_keys_in_the_place_of_values_are_refused() -> None:
-    """MLA: the proof is exact, but the buffer would copy what has to turn."""
-    engine = tiny_engine(
-        "minicpm3",
-        kv_lora_rank=16,
-        q_lora_rank=16,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        num_key_value_heads=4,
-    )
-    assert engine.relocation.exact
-    with pytest.raises(UnverifiedError, match="in the place of values"):
+def test_which_cached_tensor_turns() -> None:
+    """MLA's rotary keys stand in the place of values. A layer of which both turn is more than a buffer moves."""
+    assert {layer.turning for layer in tiny_engine("minicpm3").require_relocation().layers} == {"values"}
+    rotary = Rotary((1.0,))
+    both = LayerLayout(Reach.FULL, None, rotary, others=(("values", rotary),))
+    assert both.turning == "keys"
+    assert both.turns_more
+    assert not replace(both, rotary=None).turns_more
+    engine = Engine(tiny_model("llama"))
+    exact = engine.relocation
+    engine._proof = replace(exact, layout=replace(exact.layout, layers=(both, both)))
+    with pytest.raises(UnverifiedError, match="more than one tensor"):
         engine.require_relocation()
 
 
@@ -334,4 +333,4 @@ def test_layouts_read_from_the_models() -> None:
 
 
 def test_every_tiny_type_is_loaded() -> None:
-    assert len(TINY) == 8
+    assert len(TINY) == 9

@@ -11,17 +11,8 @@ import random
 from dataclasses import dataclass
 from typing import Protocol
 
-from programmable_kv.adapter.grammar import (
-    Gate,
-    Phrasing,
-    Scenario,
-    Split,
-    Stage,
-    make_scenario,
-    phrasing_of,
-    question,
-    update,
-)
+from programmable_kv.adapter.grammar import Gate, Scenario, make_scenario
+from programmable_kv.adapter.phrasings import Phrasing, Split, Stage, phrasing_of, question, update
 
 
 class Encoder(Protocol):
@@ -30,6 +21,11 @@ class Encoder(Protocol):
 
 FULL_SHARE: dict[Stage, float] = {"hop": 0.12, "topics": 0.12, "hard": 0.25}
 """of the conversations of a narrow late stage, how many are of the full mixture"""
+
+FIRST_UPDATE_SHARE: dict[Stage, float] = {"settle": 0.85}
+"""of the conversations, how many open with updates: a first update alone was obeyed less often than the last of several"""
+REWRITTEN_SHARE = 0.25
+"""of the settling conversations, how many show the values of now in the policy, below answers from before"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +58,7 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
     phrasing = phrasing_of(split, stage)
     if stage in FULL_SHARE and rng.random() < FULL_SHARE[stage]:
         stage = "full"
-    late = stage in ("hop", "full", "topics", "hard")
+    late = stage in ("hop", "full", "topics", "hard", "settle")
     if stage == "pair":
         scenario = make_scenario(rng, split, fillers=0, gates=1, two_hop=False, gated_values=2, stage=stage)
         count = 1
@@ -95,8 +91,15 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
             rng, split, fillers=fillers, gates=gates, two_hop=two_hop, gated_values=told_apart, stage=stage
         )
         count = rng.randint(5, 9)
+    elif stage == "settle":
+        gates = rng.choices((1, 2, 3, 4), weights=(11, 4, 3, 2))[0]
+        two_hop = rng.random() < 0.5 if gates == 1 else None
+        scenario = make_scenario(rng, split, gates=gates, two_hop=two_hop, stage=stage)
+        count = gates + rng.randint(1, 3)
     else:
         scenario, count = make_scenario(rng, split, stage=stage), rng.randint(3, 6)
+    if stage == "settle" and rng.random() < REWRITTEN_SHARE:
+        return _rewritten(rng, phrasing, scenario, count + 2)
     if rng.random() < 0.12:
         return _plain(rng, phrasing, scenario, count)
     pieces = [_message("system", scenario.text())]
@@ -104,10 +107,11 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
     for turn in range(count):
         gate = rng.choice(scenario.gates)
         think = rng.random() < (0.15 if late else 0.3) and stage != "pair"
-        asked = question(rng, phrasing, gate, think=think)
+        asked = question(rng, phrasing, gate.topic, think=think)
         lines = (
             _updates(rng, phrasing, scenario, gate, values)
-            if turn or (rng.random() < (0.5 if late else 0.35) and stage not in ("pair", "short"))
+            if turn
+            or (rng.random() < FIRST_UPDATE_SHARE.get(stage, 0.5 if late else 0.35) and stage not in ("pair", "short"))
             else []
         )
         where = rng.random()
@@ -120,8 +124,31 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
         else:
             pieces.append(_message("user", "\n".join([*lines, asked])))
         answer = gate.thought(values[gate.field]) if think else gate.actions[values[gate.field]]
-        pieces += [Piece("<|im_start|>assistant\n"), Piece(f"{answer}<|im_end|>", learned=True), Piece("\n")]
+        pieces += _answer(answer)
     return pieces
+
+
+def _rewritten(rng: random.Random, phrasing: Phrasing, scenario: Scenario, count: int) -> list[Piece]:
+    """A conversation whose policy was rendered anew with the values of now: earlier answers were right for earlier ones.
+
+    So goes an agent that puts its state into the system message. Only answers that the shown values ask for are learned.
+    """
+    values = dict(scenario.values)
+    turns: list[tuple[str, Gate, str]] = []
+    for _ in range(count):
+        gate = rng.choice(scenario.gates)
+        if rng.random() < 0.5:
+            values[gate.field] = rng.choice([value for value in sorted(gate.actions) if value != values[gate.field]])
+        turns.append((question(rng, phrasing, gate.topic, think=False), gate, gate.actions[values[gate.field]]))
+    pieces = [_message("system", scenario.prompt.format_map(values))]
+    for asked, gate, answer in turns:
+        right = gate.actions[values[gate.field]] == answer
+        pieces += [_message("user", asked), *_answer(answer, learned=right)]
+    return pieces
+
+
+def _answer(text: str, *, learned: bool = True) -> list[Piece]:
+    return [Piece("<|im_start|>assistant\n"), Piece(f"{text}<|im_end|>", learned), Piece("\n")]
 
 
 def _plain(rng: random.Random, phrasing: Phrasing, scenario: Scenario, count: int) -> list[Piece]:
@@ -130,7 +157,7 @@ def _plain(rng: random.Random, phrasing: Phrasing, scenario: Scenario, count: in
     for turn in range(count):
         gate = rng.choice(scenario.gates)
         lines = _updates(rng, phrasing, scenario, gate, values) if turn else []
-        asked = question(rng, phrasing, gate, think=False)
+        asked = question(rng, phrasing, gate.topic, think=False)
         first, second = ("".join(f"\n{line}" for line in lines), f"\n{asked}")
         if rng.random() < 0.5:
             first, second = second, first

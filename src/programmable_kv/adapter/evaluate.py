@@ -19,16 +19,10 @@ from typing import Any
 
 import torch
 
-from programmable_kv.adapter.grammar import (
-    HELD_OUT_DOMAINS,
-    PHRASINGS,
-    Gate,
-    Scenario,
-    make_scenario,
-    question,
-    update,
-)
+from programmable_kv.adapter.grammar import Gate, Scenario, make_scenario
+from programmable_kv.adapter.phrasings import PHRASINGS, question, update
 from programmable_kv.adapter.replay import documents
+from programmable_kv.adapter.vocabulary import held_out_domains
 from programmable_kv.model import Model, load_model
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.notebook.wording import DEFAULT_TEMPLATE, statement
@@ -50,9 +44,9 @@ PARTS: dict[str, Callable[[dict[str, Any]], bool]] = {
 
 def scenarios(count: int, seed: int = SEED) -> list[Scenario]:
     """Held-out scenarios, from every held-out domain in turn."""
+    trades = held_out_domains()
     return [
-        make_scenario(random.Random(f"{seed}/{i}"), "held_out", domain=HELD_OUT_DOMAINS[i % len(HELD_OUT_DOMAINS)])
-        for i in range(count)
+        make_scenario(random.Random(f"{seed}/{i}"), "held_out", domain=trades[i % len(trades)]) for i in range(count)
     ]
 
 
@@ -76,7 +70,7 @@ def evaluate(
         model_fingerprint=model.fingerprint,
         data_digest=digest_of(scenario.text() for scenario in drawn),
         seeds=[SEED],
-        settings={"scenarios": count, "domains": len(HELD_OUT_DOMAINS)},
+        settings={"scenarios": count, "domains": len(held_out_domains())},
     )
     for index, scenario in enumerate(drawn):
         if not recorder.done(scenario=index):
@@ -103,7 +97,7 @@ def _ask(model: Model, scenario: Scenario, index: int) -> dict[str, Any]:
     rng = random.Random(f"{SEED}/ask/{index}")
     gate = rng.choice(scenario.gates)
     value = scenario.values[gate.field]
-    asked = question(rng, PHRASINGS["held_out"], gate, think=False)
+    asked = question(rng, PHRASINGS["held_out"], gate.topic, think=False)
     notebook = Notebook(model)
     notebook.message("system", scenario.prompt, **scenario.values)
     notebook.prefill()

@@ -14,15 +14,19 @@ from typing import Literal
 
 HELD_OUT_FROM = "p"
 """Modules whose name starts with this letter or a later one are never replayed."""
+_NOT_PROSE = {"site-packages", "dist-packages", "test", "tests"}
 
 
 @cache
-def documents(part: Literal["replay", "held_out"], minimum_characters: int = 600) -> tuple[str, ...]:
-    """Docstrings of top-level standard-library modules, longest-lived prose first by module name."""
+def documents(
+    part: Literal["replay", "held_out"], minimum_characters: int = 600, *, packages: bool = False
+) -> tuple[str, ...]:
+    """Docstrings of the standard library's top-level modules, by module name; with `packages`, of all of its modules."""
     folder = Path(sysconfig.get_path("stdlib"))
     found: list[str] = []
-    for path in sorted(folder.glob("*.py")):
-        if (path.stem.lower() >= HELD_OUT_FROM) != (part == "held_out"):
+    for path in sorted(folder.rglob("*.py") if packages else folder.glob("*.py")):
+        module = path.relative_to(folder).with_suffix("").parts
+        if (module[0].lower() >= HELD_OUT_FROM) != (part == "held_out") or _NOT_PROSE.intersection(module):
             continue
         tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
         for node in ast.walk(tree):

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from programmable_kv.adapter.conversation import Sequence, conversation, encode
-from programmable_kv.adapter.grammar import Stage
+from programmable_kv.adapter.phrasings import Stage
 from programmable_kv.adapter.replay import documents
 from programmable_kv.errors import TrainingError
 from programmable_kv.records import digest_of
@@ -40,8 +40,8 @@ class TrainingRecipe:
     topics_steps: int = 300
     full_again_steps: int = 150
     hard_steps: int = 420
-    settle_steps: int = 100
-    """steps of each `Stage` of conversations, in this order; the last ones are of the full stage, kept close to the base"""
+    settle_steps: int = 120
+    """steps of each `Stage` of conversations, in this order; in the last one the model is also drawn back to the base"""
     conversations_per_step: int = 8
     tokens_per_pass: int = 2048
     """padded tokens in one forward and backward; a step takes as many passes as its conversations need"""
@@ -50,6 +50,7 @@ class TrainingRecipe:
     """where the first cosine would end; the wide stage stops before, at about a tenth of the rate"""
     later_learning_rate: float = 5e-4
     """what a cosine of its own starts from at the hop, the topics and the hard stage, with a fresh optimizer"""
+    settle_learning_rate: float = 3e-4
     warmup_steps: int = 20
     lora_rank: int = 16
     lora_alpha: int = 32
@@ -84,7 +85,7 @@ class TrainingRecipe:
             ("pair", self.pair_steps), ("short", self.short_steps), ("mixed", self.mixed_steps),
             ("wide", self.wide_steps), ("hop", self.hop_steps), ("full", self.full_steps),
             ("topics", self.topics_steps), ("full", self.full_again_steps), ("hard", self.hard_steps),
-            ("full", self.settle_steps),
+            ("settle", self.settle_steps),
         )  # fmt: skip
 
     def stage(self, step: int) -> Stage:
@@ -102,7 +103,8 @@ class TrainingRecipe:
         if start == 0:
             peak, whole = self.learning_rate, self.cosine_steps
         else:
-            peak, whole = self.later_learning_rate, min(s for s in [*starts, self.steps] if s > start) - start
+            peak = self.settle_learning_rate if self.settles(step) else self.later_learning_rate
+            whole = min(s for s in [*starts, self.steps] if s > start) - start
         done = step - start
         if done < self.warmup_steps:
             return peak * (done + 1) / self.warmup_steps
@@ -159,6 +161,7 @@ def train(
         start, seconds, curve = state["step"], state["seconds"], state["curve"]
 
     replay_ids = [tokenizer.encode(text, add_special_tokens=False) for text in documents("replay")]
+    plain = documents("replay", 200, packages=True)
     began = time.perf_counter() - seconds
     last = min(recipe.steps, stop_after or recipe.steps)
     for step in range(start, last):
@@ -174,8 +177,9 @@ def train(
             loss.backward()  # type: ignore[no-untyped-call]
             decision_loss += float(loss.detach())
         if recipe.settles(step):
-            text = _replay(rng, replay_ids, recipe.settle_replay_tokens)
-            replay_loss, weight = _distance_from_base(model, text), recipe.settle_replay_weight
+            shuffled = "\n\n".join(rng.sample(plain, k=8))
+            ids = tokenizer.encode(shuffled, add_special_tokens=False)[: recipe.settle_replay_tokens]
+            replay_loss, weight = _distance_from_base(model, ids), recipe.settle_replay_weight
         else:
             text = _replay(rng, replay_ids, recipe.replay_tokens)
             replay_loss, weight = _summed_loss(model, [text]) / len(text.ids), recipe.replay_weight
@@ -282,9 +286,9 @@ def _summed_loss(model: Any, batch: list[Sequence]) -> torch.Tensor:
     return nn.functional.cross_entropy(logits, ids[:, 1:][rows], reduction="sum")
 
 
-def _distance_from_base(model: Any, text: Sequence) -> torch.Tensor:
+def _distance_from_base(model: Any, text: list[int]) -> torch.Tensor:
     """Kullback-Leibler divergence of the adapted model's next-token distributions from the base's, mean over a text."""
-    ids = torch.tensor([text.ids])
+    ids = torch.tensor([text])
     with torch.no_grad(), model.disable_adapter():
         base = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
     adapted = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)

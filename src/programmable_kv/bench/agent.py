@@ -19,7 +19,9 @@ from typing import Any
 
 from programmable_kv.account import Account
 from programmable_kv.adapter.evaluate import other_value
-from programmable_kv.adapter.grammar import HELD_OUT_DOMAINS, PHRASINGS, Scenario, make_scenario, question
+from programmable_kv.adapter.grammar import Scenario, make_scenario
+from programmable_kv.adapter.phrasings import PHRASINGS, question
+from programmable_kv.adapter.vocabulary import held_out_domains
 from programmable_kv.agent.agent import Agent
 from programmable_kv.bench.edit import padded_policy
 from programmable_kv.cache.buffer import KVBuffer
@@ -74,7 +76,7 @@ def run(
         seeds=[SEED],
         settings={
             "instances": instances,
-            "domains": len(HELD_OUT_DOMAINS),
+            "domains": len(held_out_domains()),
             "turns": turns,
             "timed_turns": timed_turns,
             "lengths": list(lengths),
@@ -109,7 +111,7 @@ def policies(instances: int) -> list[Scenario]:
     """As many scenarios of every domain that training never saw."""
     return [
         make_scenario(random.Random(f"{SEED}/{domain.name}/{number}"), "held_out", domain=domain)
-        for domain in HELD_OUT_DOMAINS
+        for domain in held_out_domains()
         for number in range(instances)
     ]
 
@@ -123,7 +125,7 @@ def trajectory(scenario: Scenario, turns: int, rng: random.Random) -> Iterator[S
         if rng.random() < 0.5:
             changes[gate.field] = other_value(rng, gate, values[gate.field])
             values |= changes
-        asked = question(rng, PHRASINGS["held_out"], gate, think=False)
+        asked = question(rng, PHRASINGS["held_out"], gate.topic, think=False)
         yield Step(changes, asked, scenario.options, gate.actions[values[gate.field]])
 
 

@@ -15,7 +15,7 @@ import torch
 
 from programmable_kv.account import Meter
 from programmable_kv.cache.buffer_layer import BufferLayer, WriteTarget
-from programmable_kv.cache.layout import KVLayout
+from programmable_kv.cache.layout import KVLayout, LayerLayout, Turning
 from programmable_kv.cache.origins import Origins, SavedOrigins, Slots
 from programmable_kv.cache.rotation import put
 from programmable_kv.cache.segment import Segment
@@ -226,19 +226,28 @@ class KVBuffer(Cache):  # type: ignore[misc]
         """Put what stands in slots `old` into slots `new`, at `positions` [n]. The two may overlap."""
         computed_at = self._origins.computed_at(old, self._positions[old])
         offsets = positions - computed_at
-        layers = [layer.keys for layer in self.layers]
+        self._origins.follow(layout)
+        shapes = [self._tensors(layer, rule)[0] for layer, rule in zip(self.layers, layout.layers, strict=True)]
         spliced = self._origins.all_from_segments(old)
         for index, (layer, rule) in enumerate(zip(self.layers, layout.layers, strict=True)):
-            canonical = self._origins.canonical(index, old, layer.keys[:, :, old])
+            turning, still = self._tensors(layer, rule)
+            canonical = self._origins.canonical(index, old, turning[:, :, old])
             if not spliced:
-                self._origins.keep(index, new, canonical, layers)
-            put(canonical, offsets, rule.rotary, layer.keys[:, :, new])
-            values = layer.values[:, :, old]
-            layer.values[:, :, new] = values.clone() if isinstance(old, slice) else values
-            self.meter.bytes_moved += (canonical.numel() + values.numel()) * canonical.element_size()
+                self._origins.keep(index, new, canonical, shapes)
+            put(canonical, offsets, rule.turns, turning[:, :, new])
+            copied = still[:, :, old]
+            still[:, :, new] = copied.clone() if isinstance(old, slice) else copied
+            self.meter.bytes_moved += (canonical.numel() + copied.numel()) * canonical.element_size()
         self._origins.move(old, new, computed_at)
         self._positions[new] = positions
         self.meter.tokens_relocated += positions.numel()
+
+    @staticmethod
+    def _tensors(layer: BufferLayer, rule: LayerLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's cached tensor that turns with the position, and the other one."""
+        assert layer.keys is not None
+        assert layer.values is not None
+        return (layer.keys, layer.values) if rule.turning == "keys" else (layer.values, layer.keys)
 
     def reorder(self, start: int, order: Sequence[int], layout: KVLayout) -> None:
         """Permute a run of slots: slot `start + i` gets what stands in slot `order[i]`. Positions stay with the slots.
@@ -275,11 +284,13 @@ class KVBuffer(Cache):  # type: ignore[misc]
         where = slice(at, at + count)
         positions = position + torch.arange(count)
         offsets = positions - segment.computed_at
-        for index, layer in enumerate(self.layers):
+        self._origins.follow(layout)
+        for layer, keys, values, rule in zip(self.layers, segment.keys, segment.values, layout.layers, strict=True):
             if not layer.is_initialized:
-                layer.lazy_initialization(segment.keys[index], segment.values[index])
-            put(segment.keys[index], offsets, layout.layers[index].rotary, layer.keys[:, :, where])
-            layer.values[:, :, where] = segment.values[index]
+                layer.lazy_initialization(keys, values)
+            turning, still = self._tensors(layer, rule)
+            put(keys if rule.turning == "keys" else values, offsets, rule.turns, turning[:, :, where])
+            still[:, :, where] = values if rule.turning == "keys" else keys
         self._positions[where] = positions
         self._origins.from_segment(where, segment)
         self.meter.bytes_moved += segment.nbytes
@@ -294,12 +305,16 @@ class KVBuffer(Cache):  # type: ignore[misc]
         return Segment(
             tuple(ids),
             self._origins.computed_at(slots, self._positions[slots]).clone(),
-            tuple(
-                self._origins.canonical(index, slots, layer.keys[:, :, slots])
-                for index, layer in enumerate(self.layers)
-            ),
-            tuple(layer.values[:, :, slots].clone() for layer in self.layers),
+            tuple(self._as_computed(index, "keys", slots) for index in range(len(self.layers))),
+            tuple(self._as_computed(index, "values", slots) for index in range(len(self.layers))),
         )
+
+    def _as_computed(self, index: int, name: Turning, slots: Slots) -> torch.Tensor:
+        """A copy of a layer's keys or values in some slots, turned back to where they were computed."""
+        standing = (self.keys(index) if name == "keys" else self.values(index))[:, :, slots]
+        if self._origins.turning is None or self._origins.turning[index] != name:
+            return standing.clone()
+        return self._origins.canonical(index, slots, standing)
 
     def _set_length(self, length: int) -> None:
         for layer in self.layers:
@@ -375,7 +390,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that is in use, as named views: `keys.I` and `values.I` [B, H, S, D] for layer I, `positions` [S].
 
-        If keys were relocated, also `origins` [S] and `origin_keys.I`, so that a copy drifts no more than this does.
+        If keys were relocated, also `origins` [S] and `origin_keys.I` (with MLA `origin_values.I`), so that a copy drifts no more than this does.
         """
         named = {"positions": self.positions}
         for index in range(len(self.layers) if self.length else 0):
@@ -383,8 +398,8 @@ class KVBuffer(Cache):  # type: ignore[misc]
             named[f"values.{index}"] = self.values(index)
         if self.relocated.numel():
             named["origins"] = self._origins.computed_at(self._used, self.positions)
-            for index in range(len(self.layers)):
-                named[f"origin_keys.{index}"] = self._origins.canonical(index, self._used, self.keys(index))
+            for index, name in enumerate(self._origins.turning or ()):
+                named[f"origin_{name}.{index}"] = self._as_computed(index, name, self._used)
         return named
 
     def load_tensors(self, named: dict[str, torch.Tensor]) -> None:
@@ -400,7 +415,10 @@ class KVBuffer(Cache):  # type: ignore[misc]
             layer.keys[:, :, :count] = keys
             layer.values[:, :, :count] = values
         if "origins" in named:
-            canonical = [named[f"origin_keys.{index}"] for index in range(len(self.layers))]
-            self._origins.load(named["origins"], canonical)
+            turning: list[Turning] = [
+                "keys" if f"origin_keys.{index}" in named else "values" for index in range(len(self.layers))
+            ]
+            canonical = [named[f"origin_{name}.{index}"] for index, name in enumerate(turning)]
+            self._origins.load(named["origins"], canonical, turning)
         self._set_length(count)
         self.meter.bytes_moved += self.nbytes

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from programmable_kv.cache.rotation import Rotary
 from programmable_kv.cache.transformers_api import (
@@ -24,6 +24,9 @@ from programmable_kv.cache.transformers_api import (
     rope_types,
 )
 from programmable_kv.errors import UnsupportedModelError
+
+
+Turning = Literal["keys", "values"]
 
 
 class Reach(StrEnum):
@@ -46,6 +49,21 @@ class LayerLayout:
     """the layer's type as transformers names it, where states and tokens are told apart"""
     others: tuple[tuple[str, Rotary], ...] = ()
     """what else turns, by the name of the cached tensor: MLA keeps its rotary keys where others keep values"""
+
+    @property
+    def turning(self) -> Turning:
+        """Which of the two cached tensors turns with the position, where one of them does: with MLA it is the second."""
+        return "values" if self.rotary is None and "values" in dict(self.others) else "keys"
+
+    @property
+    def turns(self) -> Rotary | None:
+        """How that tensor turns; None if it does not."""
+        return self.rotary if self.turning == "keys" else dict(self.others)["values"]
+
+    @property
+    def turns_more(self) -> bool:
+        """Whether anything else turns too."""
+        return bool(dict(self.others).keys() - {self.turning})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,7 @@
 """Where relocated keys come from, so that moving them again starts from the key as it was computed.
 
+(With MLA read "rotary keys": they stand in the place of values, beside a latent that does not turn.)
+
 Relocating a key rounds it once. Relocating the result again would round it twice, and so on: keys that move with every
 edit would drift. Hence each moved slot remembers the position its key was computed at, and where that key still lies
 unrotated: in this store, which holds a copy, or in the `Segment` it was spliced from, which needs none.
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from programmable_kv.cache.layout import KVLayout, Turning
 from programmable_kv.cache.segment import Segment
 
 _NONE = -1
@@ -38,8 +41,14 @@ class Origins:
         self._sources = torch.full((capacity,), _NONE, dtype=torch.long)
         self._rows = torch.zeros(capacity, dtype=torch.long)
         self._segments: list[Segment | None] = []
+        self.turning: tuple[Turning, ...] | None = None
+        """for each layer, the tensor that turns; known once something was moved"""
         self._keys: list[torch.Tensor] | None = None
         """canonical keys [B, H, capacity, D] of each layer, for the moved slots that come from no segment"""
+
+    def follow(self, layout: KVLayout) -> None:
+        """Keys are moved as this layout says."""
+        self.turning = tuple(layer.turning for layer in layout.layers)
 
     def all_from_segments(self, slots: Slots) -> bool:
         """Whether the canonical keys of all these slots are kept by segments."""
@@ -76,7 +85,8 @@ class Origins:
         for source in set(sources.tolist()) - {_NONE} if bool((sources != _NONE).any()) else ():
             segment, held = self._segments[source], sources == source
             assert segment is not None
-            keys[:, :, held] = segment.keys[layer][:, :, rows[held]]
+            assert self.turning is not None
+            keys[:, :, held] = segment.tensors(self.turning[layer])[layer][:, :, rows[held]]
         return keys
 
     def keep(self, layer: int, slots: Slots, canonical: torch.Tensor, layers: Sequence[torch.Tensor]) -> None:
@@ -121,8 +131,9 @@ class Origins:
             for tensor, keys in zip(self._keys, saved.keys, strict=True):
                 tensor[:, :, saved.slots] = keys
 
-    def load(self, positions: torch.Tensor, keys: Sequence[torch.Tensor]) -> None:
+    def load(self, positions: torch.Tensor, keys: Sequence[torch.Tensor], turning: Sequence[Turning]) -> None:
         """Take over copies of the first slots' origins and canonical keys."""
+        self.turning = tuple(turning)
         count = positions.numel()
         self._positions[:count] = positions
         for layer, tensor in enumerate(keys):

@@ -1,6 +1,6 @@
 """A run of cached tokens as a value: what is cut out of one context, kept, and spliced into another.
 
-A segment's keys are *canonical*: as they were computed, at the positions they were computed at. Whoever puts it somewhere
+A segment's keys (with MLA, what stands in the place of values) are *canonical*: as they were computed, at the positions they were computed at. Whoever puts it somewhere
 rotates a copy, so a segment that has been moved a thousand times is as exact as one that was moved once.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from programmable_kv.cache.layout import Turning
 from programmable_kv.cache.span import Span
 
 
@@ -43,6 +44,10 @@ class Segment:
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
+
+    def tensors(self, name: Turning) -> tuple[torch.Tensor, ...]:
+        """Its keys, or its values, of every layer."""
+        return self.keys if name == "keys" else self.values
 
     def part(self, span: Span) -> Segment:
         """Some of its tokens; the tensors are views."""

@@ -61,11 +61,11 @@ def bench_agent(
     out_path: OutOption = None,
 ) -> None:
     """An agent on a live cache against re-prefilling every turn: the same decisions, and how much sooner."""
-    from programmable_kv.adapter.grammar import HELD_OUT_DOMAINS
+    from programmable_kv.adapter.vocabulary import held_out_domains
     from programmable_kv.bench.agent import run
 
     sizes = _sizes(lengths)
-    total = instances * len(HELD_OUT_DOMAINS) + len(sizes)
+    total = instances * len(held_out_domains()) + len(sizes)
     _measure(run, model, out_path, "agent", "Policies", total, instances=instances, lengths=sizes, timed_turns=turns)
 
 
@@ -81,16 +81,27 @@ def lab_edit_modes(
     _measure(run, model, out_path, "edit-modes", "Scenarios", scenarios, count=scenarios)
 
 
-@lab_app.command("splicing")
-def lab_splicing(
+@lab_app.command("compose")
+def lab_compose(
     model: ModelOption = "embedded",
-    scenarios: Annotated[int, typer.Option(min=1, help="held-out policies")] = 100,
+    policies: Annotated[int, typer.Option(min=1, help="tasks of each kind")] = 48,
+    tools: Annotated[int, typer.Option(min=0, help="requests for one of sixteen tools")] = 60,
+    horizons: Annotated[int, typer.Option(min=0, help="conversations of forty turns on one edited cache")] = 8,
+    dtype: Annotated[str, typer.Option(help="a torch dtype's name, or 'auto' for the one on disk")] = "float32",
     out_path: OutOption = None,
 ) -> None:
-    """Agreement of a spliced policy with full prefill, by seam and displacement, with two controls that must fail."""
-    from programmable_kv.lab.splicing import run
+    """Agreement of compiled pieces, spliced together, with full prefill: by seam and place, with controls that must fail."""
+    from programmable_kv.lab.composing.experiment import record_name, run, work
+    from programmable_kv.model import load_model
 
-    _measure(run, model, out_path, "splice-agreement", "Policies", scenarios, count=scenarios)
+    loaded = load_model(model, dtype=dtype)
+    total = len(list(work(policies, tools))) + horizons
+    with progress("Comparisons", total) as report:
+        record = run(
+            loaded, record_path(out_path, record_name(loaded)), policies=policies, tools=tools, horizons=horizons,
+            report=report, command=command(),
+        )  # fmt: skip
+    _print_summary(record)
 
 
 @lab_app.command("adapter")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from programmable_kv.adapter.evaluate import other_value, scenarios
-from programmable_kv.adapter.grammar import PHRASINGS, Gate, Scenario, question
+from programmable_kv.adapter.grammar import Gate, Scenario
+from programmable_kv.adapter.phrasings import PHRASINGS, question
 from programmable_kv.model import Model
 from programmable_kv.notebook.edits import Mode
 from programmable_kv.notebook.notebook import Notebook
@@ -57,7 +58,7 @@ def _one(model: Model, scenario: Scenario, index: int) -> dict[str, Any]:
     gate = rng.choice(scenario.gates)
     old = scenario.values[gate.field]
     new = other_value(rng, gate, old)
-    asked = question(rng, PHRASINGS["held_out"], gate, think=False)
+    asked = question(rng, PHRASINGS["held_out"], gate.topic, think=False)
     row: dict[str, Any] = {"field": gate.field, "old": gate.actions[old], "new": gate.actions[new]}
     row["rule_sets"] = len(scenario.gates)
     for layout in LAYOUTS:

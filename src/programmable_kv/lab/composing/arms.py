@@ -1,0 +1,115 @@
+"""Ways to get pieces into a cache behind a prefix, and how their answers compare with a full prefill of the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from programmable_kv.engine import Rows
+from programmable_kv.lab.composing.frame import Frame
+from programmable_kv.lab.composing.tasks import Task
+from programmable_kv.model import Model
+from programmable_kv.notebook.decision import best_of, option_ids, score
+from programmable_kv.notebook.skill import Skill
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """A way to splice: how many of each piece's first tokens are computed again, and whether keys are rotated at all."""
+
+    name: str
+    seam: int
+    rotated: bool = True
+
+
+SEAMS = (0, 1, 4, 16, 32)
+NOT_ROTATED = Arm("not_rotated", 0, rotated=False)
+"""the control: what a splice with seam 0 would be if rotation did not matter"""
+ALL_ARMS = (*(Arm(f"seam_{seam}", seam) for seam in SEAMS), NOT_ROTATED)
+FEW_ARMS = (*(Arm(f"seam_{seam}", seam) for seam in SEAMS[:3]), NOT_ROTATED)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    choice: str
+    logits: torch.Tensor
+    """[vocabulary] of the answer's first token, float64"""
+
+
+class Stand:
+    """A cache with a frame's prefix in it, behind which pieces are put and taken away again."""
+
+    def __init__(self, model: Model, frame: Frame) -> None:
+        self._model, self._frame = model, frame
+        self._layout = model.engine.require_relocation()
+        self._unrotated = replace(
+            self._layout, layers=tuple(replace(layer, rotary=None) for layer in self._layout.layers)
+        )
+        self._buffer = model.engine.new_buffer(len(frame.before) + 1024)
+        model.engine.append(self._buffer, frame.before, logits=0)
+
+    def compare(self, tasks: Sequence[Task], arms: Sequence[Arm]) -> list[dict[str, Any]]:
+        """Tasks about the same pieces, asked of a full prefill and of every arm; a row for each task."""
+        engine, buffer, first = self._model.engine, self._buffer, tasks[0]
+        skills = [Skill.compile(self._model, piece) for piece in first.pieces]
+        bare = buffer.length
+        if first.shared:
+            engine.append(buffer, self._encode(first.shared), logits=0)
+        start = buffer.length
+        engine.append(buffer, [token for skill in skills for token in skill.unit.ids], logits=0)
+        full = [self._answer(task) for task in tasks]
+        rows: list[dict[str, Any]] = [
+            {
+                "kind": task.kind, "domain": task.domain, "pieces": len(skills), "tokens": sum(map(len, skills)),
+                "right": answer.choice in task.right,
+            }
+            for task, answer in zip(tasks, full, strict=True)
+        ]  # fmt: skip
+        for arm in arms:
+            buffer.truncate(start)
+            for skill in skills:
+                self._splice(skill, arm)
+            for row, task, expected in zip(rows, tasks, full, strict=True):
+                row[arm.name] = _compared(self._answer(task), expected)
+        buffer.truncate(bare)
+        return rows
+
+    def _splice(self, skill: Skill, arm: Arm) -> None:
+        engine, buffer = self._model.engine, self._buffer
+        at, position = buffer.length, buffer.next_position
+        buffer.insert(at, skill.segment, self._layout if arm.rotated else self._unrotated)
+        seam = min(arm.seam, len(skill))
+        if seam:
+            slots, positions = tuple(range(at, at + seam)), tuple(range(position, position + seam))
+            engine.compute(buffer, Rows(skill.unit.ids[:seam], slots, positions), logits=0)
+
+    def _answer(self, task: Task) -> _Answer:
+        """The decision behind what the buffer holds, which is left as it was."""
+        engine, buffer, length = self._model.engine, self._buffer, self._buffer.length
+        tail = self._frame.after(task.request)
+        logits = engine.append(buffer, self._encode(tail))
+        tokenizer = self._model.tokenizer
+        strings = option_ids(tokenizer, tail, task.options, tokenizer.eos_token_id)
+        choice = best_of(task.options, score(engine, buffer, logits, strings))
+        buffer.truncate(length)
+        return _Answer(choice, logits[-1].double())
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._model.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+
+def _compared(found: _Answer, expected: _Answer) -> dict[str, Any]:
+    """Same decision? And how alike are the distributions of the next token: cosine of logits, divergence in nats."""
+    divergence = torch.nn.functional.kl_div(
+        found.logits.log_softmax(-1), expected.logits.log_softmax(-1), log_target=True, reduction="sum"
+    )
+    cosine = torch.nn.functional.cosine_similarity(found.logits, expected.logits, dim=0)
+    return {
+        "agrees": found.choice == expected.choice,
+        "cosine": round(float(cosine), 6),
+        "kl": round(float(divergence), 6),
+    }

@@ -1,0 +1,149 @@
+"""The suite: every kind of task in every place, tools, and the horizon; one record for each model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from programmable_kv.lab.composing import tasks as ask
+from programmable_kv.lab.composing.arms import ALL_ARMS, FEW_ARMS, Arm, Stand
+from programmable_kv.lab.composing.frame import Place, frame_at
+from programmable_kv.lab.composing.horizon import SEED as HORIZON_SEED
+from programmable_kv.lab.composing.horizon import play
+from programmable_kv.lab.composing.tasks import Task
+from programmable_kv.lab.composing.tools import tool_requests
+from programmable_kv.model import Model
+from programmable_kv.records import Record, Recorder, bootstrap_mean, cluster_bootstrap, digest_of, wilson
+
+MIDDLE = Place("system", 512)
+FAR = Place("system", 4096)
+PLACES = (Place("system", 64), MIDDLE, Place("conversation", 512), FAR)
+TURNS = 40
+_STAGES = ("first", "middle", "last")
+"""thirds of a horizon's turns"""
+
+
+def work(policies: int, tools: int) -> Iterator[tuple[Place, Sequence[Arm], list[Task]]]:
+    """What is compared, place by place (a prefix is computed once), tasks about the same pieces together."""
+    everywhere = list(ask.policies(policies))
+    updates = list(ask.updates(policies))
+    for place in PLACES:
+        chosen: list[tuple[Sequence[Arm], list[Task]]] = [(ALL_ARMS, everywhere)]
+        if place.area == "system":
+            chosen.append((FEW_ARMS, updates))
+        if place == MIDDLE:
+            chosen += [
+                (ALL_ARMS, list(ask.facts(policies))),
+                (FEW_ARMS, list(ask.coupled(policies))),
+                (FEW_ARMS, list(ask.two_hops(policies, together=True))),
+                (FEW_ARMS, list(ask.two_hops(policies, together=False))),
+                *((FEW_ARMS, list(ask.several(policies, n))) for n in range(1, ask.MOST_PIECES + 1)),
+                (FEW_ARMS, list(tool_requests(tools))),
+            ]
+        for arms, several in chosen:
+            for _, same in groupby(several, key=lambda task: (task.shared, task.pieces)):
+                yield place, arms, list(same)
+
+
+def run(
+    model: Model,
+    path: Path,
+    *,
+    policies: int,
+    tools: int,
+    horizons: int,
+    report: Callable[[int, int], None] | None = None,
+    command: str = "",
+) -> Record:
+    """Compare `policies` tasks of each kind, `tools` requests for tools, and `horizons` long conversations.
+
+    A model without a chat template holds no conversation: it has no horizon.
+    """
+    groups = list(work(policies, tools))
+    horizons = horizons if model.has_chat_template else 0
+    recorder = Recorder(
+        path,
+        name=path.stem,
+        version=1,
+        title="Compiled pieces spliced together, against a full prefill of the same tokens",
+        command=command,
+        model=Path(model.name).name,
+        model_fingerprint=model.fingerprint,
+        data_digest=digest_of(
+            text for _, _, tasks in groups for task in tasks for text in (*task.pieces, task.request)
+        ),
+        seeds=[ask.SEED, HORIZON_SEED],
+        settings={"policies": policies, "tools": tools, "horizons": horizons, "dtype": str(model.dtype)},
+    )
+    total = len(groups) + horizons
+    stand: tuple[Place, Stand] | None = None
+    for number, (place, arms, tasks) in enumerate(groups):
+        if not recorder.done(group=number):
+            if stand is None or stand[0] != place:
+                stand = place, Stand(model, frame_at(model, place))
+            for row in stand[1].compare(tasks, arms):
+                recorder.add({"group": number, "place": str(place), **row})
+        if report is not None:
+            report(number + 1, total)
+    for number in range(horizons):
+        if not recorder.done(kind="horizon", policy=number):
+            recorder.add({"kind": "horizon", "policy": number, "turns": play(model, number, TURNS)})
+        if report is not None:
+            report(len(groups) + number + 1, total)
+    return recorder.finish(summarise(recorder.rows))
+
+
+def record_name(model: Model) -> str:
+    """`compose-` and the model's name as a record may spell it."""
+    return "compose-" + re.sub(r"[^a-z0-9]+", "-", Path(model.name).name.lower()).strip("-")
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """For each kind and place: how often full prefill is right, and each arm against it; and the horizon by thirds."""
+    summary: dict[str, Any] = {}
+    compared = [row for row in rows if row["kind"] != "horizon"]
+    for kind in dict.fromkeys(row["kind"] for row in compared):
+        of_kind = [row for row in compared if row["kind"] == kind]
+        places = dict.fromkeys(row["place"] for row in of_kind)
+        summary[kind] = {place: _arms([row for row in of_kind if row["place"] == place]) for place in places}
+        summary[kind]["everywhere"] = _arms(of_kind)
+    plays = [row["turns"] for row in rows if row["kind"] == "horizon"]
+    if plays:
+        summary["horizon"] = _horizon(plays)
+    return summary
+
+
+def _arms(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Agreement counts where full prefill is right; `flips` are disagreements of all; cosine and KL of all."""
+    right = [row for row in rows if row["right"]]
+    part: dict[str, Any] = {"full_right": wilson(len(right), len(rows)).model_dump()}
+    for arm in (arm.name for arm in ALL_ARMS if arm.name in rows[0]):
+        part[arm] = {
+            "agreement": wilson(sum(row[arm]["agrees"] for row in right), len(right)).model_dump(),
+            "flips": wilson(sum(not row[arm]["agrees"] for row in rows), len(rows)).model_dump(),
+            "cosine": bootstrap_mean([row[arm]["cosine"] for row in rows], statistic="median").model_dump(),
+            "kl": bootstrap_mean([row[arm]["kl"] for row in rows], statistic="median").model_dump(),
+        }
+    return part
+
+
+def _horizon(plays: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """By thirds of the turns; the intervals resample whole conversations."""
+    turns = len(plays[0])
+    part: dict[str, Any] = {}
+    for index, name in enumerate(_STAGES):
+        first, last = index * turns // 3, (index + 1) * turns // 3
+        thirds = [play[first:last] for play in plays]
+        right = [row for third in thirds for row in third if row["right"]]
+        part[name] = {
+            "full_right": wilson(len(right), sum(map(len, thirds))).model_dump(),
+            "agreement": wilson(sum(row["agrees"] for row in right), len(right)).model_dump(),
+            "live_right": wilson(
+                sum(row["live_right"] for third in thirds for row in third), sum(map(len, thirds))
+            ).model_dump(),
+            "kl": cluster_bootstrap([[row["kl"] for row in third] for third in thirds]).model_dump(),
+        }
+    return part

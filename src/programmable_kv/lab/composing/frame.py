@@ -1,0 +1,85 @@
+"""The text around spliced pieces: in the system area or in mid-conversation, and how much other text stands before."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from programmable_kv.adapter.phrasings import FILLERS
+from programmable_kv.demo.demo import policy
+from programmable_kv.model import Model
+
+Area = Literal["system", "conversation"]
+_PIECES, _REQUEST = "\ue006", "\ue007"
+_SEED = 55_000
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where pieces go: the area, and how many tokens of other text stand before them (at least)."""
+
+    area: Area
+    displacement: int
+
+    def __str__(self) -> str:
+        return f"{self.area}_{self.displacement}"
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What stands before the pieces (`before`), and between them and the request, and after it."""
+
+    before: list[int]
+    _between: str
+    _end: str
+
+    def after(self, request: str) -> str:
+        """From the last piece to where the answer begins."""
+        return self._between + request + self._end
+
+
+def frame_at(model: Model, place: Place) -> Frame:
+    """The frame of a place: through the chat template if the model has one, as a plain dialogue else."""
+    lines = _other_lines()
+    count = 0
+    while True:
+        before, between, end = _cut(_render(model, place.area, "\n".join(lines[i % len(lines)] for i in range(count))))
+        ids: list[int] = model.tokenizer.encode(before, add_special_tokens=not model.has_chat_template)
+        if len(ids) >= place.displacement:
+            return Frame(ids, between, end)
+        count += 1 + (place.displacement - len(ids)) // 25
+
+
+def _other_lines() -> Sequence[str]:
+    """Rules that no request is about."""
+    demo = [line[2:] for line in policy().splitlines() if line.startswith("- ") and not line.startswith("- For a ")]
+    lines = sorted({*FILLERS["train"], *FILLERS["held_out"], *demo})
+    random.Random(_SEED).shuffle(lines)
+    return lines
+
+
+def _render(model: Model, area: Area, other: str) -> str:
+    if area == "system":
+        messages = [("system", f"House rules:\n{other}\n\n{_PIECES}"), ("user", _REQUEST)]
+    else:
+        messages = [
+            ("system", f"House rules:\n{other}"),
+            ("user", "A case is coming in. Please look up what applies to it."),
+            ("assistant", "Send me what was found."),
+            ("user", f"This was found:\n{_PIECES}\n{_REQUEST}"),
+        ]
+    if not model.has_chat_template:
+        spoken = "\n\n".join(
+            content if role == "system" else f"{role.title()}: {content}" for role, content in messages
+        )
+        return spoken + "\nAction:"
+    conversation = [{"role": role, "content": content} for role, content in messages]
+    return str(model.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+
+
+def _cut(rendered: str) -> tuple[str, str, str]:
+    before, _, rest = rendered.partition(_PIECES)
+    between, _, end = rest.partition(_REQUEST)
+    return before, between, end

@@ -1,0 +1,68 @@
+"""Does a cache that is edited again and again drift? One live context, an early field changed every turn, a growing tail.
+
+Every turn is compared with a full prefill of the policy with its current values and the same conversation. (Appending the same
+tokens to both would be equal by causality, and prove nothing.) The right answer is what both read later, whatever each said.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+from programmable_kv.adapter.evaluate import other_value
+from programmable_kv.adapter.grammar import make_scenario
+from programmable_kv.adapter.phrasings import PHRASINGS, question
+from programmable_kv.adapter.vocabulary import held_out_domains
+from programmable_kv.model import Model
+from programmable_kv.notebook.decision import Decision
+from programmable_kv.notebook.notebook import Notebook
+
+SEED = 44_000
+
+
+def play(model: Model, number: int, turns: int) -> list[dict[str, Any]]:
+    """One held-out policy's turns: a field is set to a value that decides otherwise, and its topic is asked for."""
+    trades = held_out_domains()
+    rng = random.Random(f"{SEED}/{number}")
+    scenario = make_scenario(rng, "held_out", domain=trades[number % len(trades)], gates=1)
+    values, gate = dict(scenario.values), scenario.gates[0]
+    live = Notebook(model).message("system", scenario.prompt, **values)
+    live.prefill()
+    said: list[tuple[str, str]] = []
+    rows: list[dict[str, Any]] = []
+    for turn in range(turns):
+        values[gate.field] = other_value(rng, gate, values[gate.field])
+        said.append(("user", question(rng, PHRASINGS["held_out"], gate.topic, think=False)))
+        live.edit(**{gate.field: values[gate.field]})
+        live.add(*said[-1])
+        ours = live.decide(None, scenario.options)
+        whole = Notebook(model).message("system", scenario.prompt, **values)
+        for role, content in said:
+            whole.message(role, content)
+        whole.prefill()
+        theirs = whole.decide(None, scenario.options)
+        right = gate.actions[values[gate.field]]
+        rows.append(
+            {
+                "turn": turn,
+                "tokens": len(live),
+                "full_tokens": len(whole),
+                "right": theirs.choice == right,
+                "live_right": ours.choice == right,
+                "agrees": ours.choice == theirs.choice,
+                "kl": round(_divergence(ours, theirs), 6),
+            }
+        )
+        said.append(("assistant", right))
+        live.add(*said[-1])
+    return rows
+
+
+def _divergence(found: Decision, expected: Decision) -> float:
+    """Kullback-Leibler divergence over the options, in nats."""
+    return sum(
+        p * (math.log(p) - math.log(max(found.probabilities[option], 1e-300)))
+        for option, p in expected.probabilities.items()
+        if p > 0
+    )

@@ -1,0 +1,131 @@
+"""What is asked of spliced pieces: questions whose answer stands in them, and whose right answer is known.
+
+Held-out policies, facts, several sets of rules at once, two updates of one field, and two kinds that tell the limits of
+splicing: a *coupled* policy, whose facts stand outside it, and a two-hop lookup that is *split* over two pieces.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from programmable_kv.adapter.evaluate import other_value
+from programmable_kv.adapter.grammar import Gate, Scenario, make_scenario
+from programmable_kv.adapter.phrasings import PHRASINGS, question
+from programmable_kv.adapter.vocabulary import Domain, held_out_domains
+from programmable_kv.notebook.wording import DEFAULT_TEMPLATE, statement
+
+SEED = 99_000
+MOST_PIECES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A question about pieces of text that are compiled apart; `shared` is computed in place before them."""
+
+    kind: str
+    domain: str
+    pieces: tuple[str, ...]
+    request: str
+    options: tuple[str, ...]
+    right: frozenset[str]
+    shared: str = ""
+
+
+def policies(count: int) -> Iterator[Task]:
+    """Whole policies, each a piece of its own."""
+    for number, domain in _domains(count):
+        rng, scenario, gate = _drawn("policy", number, domain)
+        yield _task("policy", rng, scenario, gate, (scenario.text() + "\n",))
+
+
+def coupled(count: int) -> Iterator[Task]:
+    """Policies whose facts stand outside: the piece holds the rules alone, and never read them."""
+    for number, domain in _domains(count):
+        rng, scenario, gate = _drawn("policy", number, domain)
+        role, facts, rules = scenario.text().split("\n\n", 2)
+        yield _task("coupled", rng, scenario, gate, (rules + "\n",), shared=f"{role}\n\n{facts}\n\n")
+
+
+def facts(count: int) -> Iterator[Task]:
+    """One fact about a case; a fact about another case stands before it."""
+    for number, domain in _domains(count):
+        rng = random.Random(f"{SEED}/fact/{number}")
+        field = rng.choice(sorted(domain.fields))
+        value, other = rng.sample(list(domain.fields[field]), 2)
+        case, another = rng.sample([f"{letter}{rng.randint(1000, 9999)}" for letter in "ABCDEF"], 2)
+        say = "The {field} of case {case} is {value}.\n"
+        yield Task(
+            "fact", domain.name, (say.format(field=field, case=case, value=value),),
+            f"What is the {field} of case {case}? Reply with the value only.",
+            tuple(domain.fields[field]), frozenset({value}), say.format(field=field, case=another, value=other),
+        )  # fmt: skip
+
+
+def several(count: int, pieces: int) -> Iterator[Task]:
+    """As many sets of rules as asked for, of different domains, each a piece; the request is about one of them."""
+    trades = held_out_domains()
+    for number, first in _domains(count):
+        rng = random.Random(f"{SEED}/several/{pieces}/{number}")
+        chosen = [first, *rng.sample([trade for trade in trades if trade is not first], pieces - 1)]
+        sets = [
+            make_scenario(rng, "held_out", domain=trade, gates=1, two_hop=False, fillers=0, gated_values=2)
+            for trade in chosen
+        ]
+        texts = [_rule_set(one.gates[0], one.values[one.gates[0].field]) for one in sets]
+        order = rng.sample(range(pieces), pieces)
+        asked = sets[0]
+        yield _task(f"rule_sets_{pieces}", rng, asked, asked.gates[0], tuple(texts[i] for i in order))
+
+
+def updates(count: int) -> Iterator[Task]:
+    """A policy in place, and two updates of its field as pieces: which of them is the last is told by position alone."""
+    for number, domain in _domains(count):
+        rng, scenario, gate = _drawn("updates", number, domain, gates=1)
+        last = rng.choice(sorted(gate.actions))
+        first = other_value(rng, gate, last)
+        lines = tuple(statement(DEFAULT_TEMPLATE, gate.field, value) + "\n" for value in (first, last))
+        yield _task("updates", rng, scenario, gate, lines, value=last, shared=scenario.text() + "\n\n")
+
+
+def two_hops(count: int, *, together: bool) -> Iterator[Task]:
+    """The groups of the values in one piece and the rules about groups in another, or both in one piece."""
+    for number, domain in _domains(count):
+        rng, scenario, gate = _drawn("two hops", number, domain, gates=1, two_hop=True, fillers=0)
+        assert gate.groups is not None
+        value = scenario.values[gate.field]
+        lookups = "".join(f"{gate.field} {v} belongs to {gate.kind} {group}.\n" for v, group in gate.groups.items())
+        by_group = {group: gate.actions[v] for v, group in gate.groups.items()}
+        rules = "".join(f"If {gate.kind} is {group}, {action}.\n" for group, action in by_group.items())
+        first = f"{gate.field}: {value}\n{lookups}"
+        pieces = (first + rules,) if together else (first, rules)
+        yield _task("two_hops_together" if together else "two_hops_split", rng, scenario, gate, pieces)
+
+
+def _domains(count: int) -> Iterator[tuple[int, Domain]]:
+    trades = held_out_domains()
+    return ((number, trades[number % len(trades)]) for number in range(count))
+
+
+def _drawn(
+    kind: str, number: int, domain: Domain, *, gates: int | None = None, two_hop: bool | None = None,
+    fillers: int | None = None,
+) -> tuple[random.Random, Scenario, Gate]:  # fmt: skip
+    rng = random.Random(f"{SEED}/{kind}/{number}")
+    scenario = make_scenario(rng, "held_out", domain=domain, gates=gates, two_hop=two_hop, fillers=fillers)
+    return rng, scenario, rng.choice(scenario.gates)
+
+
+def _task(
+    kind: str, rng: random.Random, scenario: Scenario, gate: Gate, pieces: tuple[str, ...], *, value: str | None = None,
+    shared: str = "",
+) -> Task:  # fmt: skip
+    asked = question(rng, PHRASINGS["held_out"], gate.topic, think=False)
+    right = gate.actions[scenario.values[gate.field] if value is None else value]
+    return Task(kind, scenario.domain, pieces, asked, scenario.options, frozenset({right}), shared)
+
+
+def _rule_set(gate: Gate, value: str) -> str:
+    rules = "".join(f"For {gate.topic}: If {gate.field} is {v}, {action}.\n" for v, action in gate.actions.items())
+    return f"{gate.field}: {value}\n{rules}"

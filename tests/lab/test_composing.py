@@ -1,0 +1,111 @@
+"""The composing suite: its questions can be answered, its arms are what they say, and a slice of it is what the record holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from programmable_kv.lab.composing import experiment, tasks, tools
+from programmable_kv.lab.composing.arms import FEW_ARMS, NOT_ROTATED, Arm, Stand
+from programmable_kv.lab.composing.frame import Place, frame_at
+from programmable_kv.lab.composing.horizon import play
+
+NEAR = Place("system", 64)
+
+
+def every_kind(count: int) -> list[tasks.Task]:
+    return [
+        *tasks.policies(count), *tasks.coupled(count), *tasks.facts(count), *tasks.updates(count),
+        *tasks.two_hops(count, together=True), *tasks.two_hops(count, together=False),
+        *(task for pieces in range(1, tasks.MOST_PIECES + 1) for task in tasks.several(count, pieces)),
+    ]  # fmt: skip
+
+
+def test_every_answer_stands_in_what_the_model_reads() -> None:
+    for task in every_kind(16):
+        text = task.shared + "".join(task.pieces)
+        assert task.right <= set(task.options)
+        assert all(answer in text for answer in task.right), task
+        assert len(task.options) >= 2
+    assert len({task.domain for task in tasks.policies(16)}) == 16
+    assert [len(next(tasks.several(1, n)).pieces) for n in (1, 6)] == [1, 6]
+
+
+def test_a_coupled_piece_never_read_its_facts() -> None:
+    for whole, part in zip(tasks.policies(16), tasks.coupled(16), strict=True):
+        assert (part.shared + part.pieces[0]).strip() == whole.pieces[0].strip()
+        assert part.pieces[0] != whole.pieces[0]
+
+
+def test_two_updates_leave_the_last_one_in_charge() -> None:
+    for task in tasks.updates(16):
+        first, last = (piece.rpartition(": ")[2].rstrip(".\n") for piece in task.pieces)
+        assert first != last
+
+
+def test_sixteen_tools_and_requests_for_them() -> None:
+    assert len(tools.retail_tools()) == 16
+    requests = list(tools.tool_requests(60))
+    assert len(requests) == 60
+    assert len({answer for task in requests for answer in task.right}) >= 6
+    assert all(len(task.pieces) == len(task.options) == 16 for task in requests)
+    assert not any("state_key" in piece for piece in requests[0].pieces)
+
+
+@pytest.mark.parametrize("place", [NEAR, Place("conversation", 200)], ids=str)
+def test_a_frame_stands_where_it_says(embedded: Any, place: Place) -> None:
+    frame = frame_at(embedded, place)
+    assert place.displacement <= len(frame.before) < place.displacement + 60
+    assert frame.after("What now?").count("What now?") == 1
+    assert frame.after("What now?").endswith("<|im_start|>assistant\n")
+
+
+def test_computing_a_whole_piece_again_is_a_full_prefill(embedded: Any) -> None:
+    """And splicing it as it was compiled is not, nor is leaving its keys unrotated the same as rotating them."""
+    stand = Stand(embedded, frame_at(embedded, NEAR))
+    task = next(tasks.policies(1))
+    whole = Arm("whole", 10_000)
+    row = stand.compare([task], [whole, *FEW_ARMS])[0]
+    assert row["whole"]["cosine"] > 1 - 1e-5
+    assert row["whole"]["kl"] < 1e-5
+    assert row["whole"]["kl"] < row["seam_4"]["kl"]
+    assert row["seam_0"]["kl"] != row[NOT_ROTATED.name]["kl"]
+    again = stand.compare([task], [whole, *FEW_ARMS])[0]
+    assert again == row  # what was put behind the prefix was taken away again
+
+
+def test_a_piece_that_depends_on_what_it_never_read_is_worse(embedded: Any) -> None:
+    stand = Stand(embedded, frame_at(embedded, NEAR))
+    arm = [Arm("seam_4", 4)]
+    whole = [stand.compare([task], arm)[0]["seam_4"]["kl"] for task in tasks.policies(4)]
+    part = [stand.compare([task], arm)[0]["seam_4"]["kl"] for task in tasks.coupled(4)]
+    assert sum(part) > 4 * sum(whole)
+
+
+def test_the_horizon_compares_an_edited_cache_with_the_text_as_it_is_now(embedded: Any) -> None:
+    rows = play(embedded, 0, 3)
+    assert [row["turn"] for row in rows] == [0, 1, 2]
+    assert all(row["tokens"] > row["full_tokens"] for row in rows)  # errata stay; a rendered policy has none
+    assert rows[0]["tokens"] < rows[1]["tokens"] < rows[2]["tokens"]
+
+
+def test_a_slice_of_the_suite_resumes(embedded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "PLACES", (NEAR,))
+    monkeypatch.setattr(experiment, "TURNS", 3)
+    path = tmp_path / "compose-embedded.json"
+    stop_after = 1
+
+    def interrupted(done: int, _: int) -> None:
+        if done == stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(embedded, path, policies=1, tools=0, horizons=1, report=interrupted)
+    record = experiment.run(embedded, path, policies=1, tools=0, horizons=1)
+    assert [row["kind"] for row in record.rows] == ["policy", "updates", "horizon"]
+    assert record.figure("policy.system_64.seam_1.cosine.value") > 0.9
+    assert record.figure("horizon.first.full_right.n") == 1
+    assert experiment.record_name(replace(embedded, name="models/Qwen2.5 Coder")) == "compose-qwen2-5-coder"
