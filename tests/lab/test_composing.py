@@ -1,4 +1,4 @@
-"""The composing suite: its questions can be answered, its arms are what they say, and a slice of it is what the record holds."""
+"""The composing suite: its questions can be answered, its arms are what they say, and an interrupted run resumes."""
 
 from __future__ import annotations
 

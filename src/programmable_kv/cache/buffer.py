@@ -390,7 +390,8 @@ class KVBuffer(Cache):  # type: ignore[misc]
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that is in use, as named views: `keys.I` and `values.I` [B, H, S, D] for layer I, `positions` [S].
 
-        If keys were relocated, also `origins` [S] and `origin_keys.I` (with MLA `origin_values.I`), so that a copy drifts no more than this does.
+        If keys were relocated, also `origins` [S] and `origin_keys.I` (with MLA `origin_values.I`), so that a copy drifts no
+        more than this does.
         """
         named = {"positions": self.positions}
         for index in range(len(self.layers) if self.length else 0):

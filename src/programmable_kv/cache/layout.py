@@ -25,7 +25,6 @@ from programmable_kv.cache.transformers_api import (
 )
 from programmable_kv.errors import UnsupportedModelError
 
-
 Turning = Literal["keys", "values"]
 
 

@@ -34,7 +34,7 @@ def play(model: Model, number: int, turns: int) -> list[dict[str, Any]]:
     for turn in range(turns):
         values[gate.field] = other_value(rng, gate, values[gate.field])
         said.append(("user", question(rng, PHRASINGS["held_out"], gate.topic, think=False)))
-        live.edit(**{gate.field: values[gate.field]})
+        live.edit({gate.field: values[gate.field]})
         live.add(*said[-1])
         ours = live.decide(None, scenario.options)
         whole = Notebook(model).message("system", scenario.prompt, **values)
