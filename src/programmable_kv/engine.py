@@ -283,7 +283,7 @@ class Engine:
         buffer = self._prefilled_alone(tuple(ids), tuple(positions.tolist()))
         return [{"keys": buffer.keys(index), "values": buffer.values(index)} for index in range(len(buffer))]
 
-    def require_rows(self) -> None:
+    def require_rows(self, *, instead: str = "Use the erratum, suffix or full mode, which only append.") -> None:
         """
         Raises:
             UnverifiedError: rows in the middle of this model's context cannot be computed again.
@@ -291,7 +291,7 @@ class Engine:
         if not self.rows.exact:
             raise UnverifiedError(
                 f"rows in the middle of a context of this {self.layout.model_type} cannot be computed again: "
-                f"{self.rows.reason}. Use the erratum, suffix or full mode, which only append."
+                f"{self.rows.reason}. {instead}"
             )
 
     def require_relocation(self, *, below: int | None = None) -> KVLayout:

@@ -6,6 +6,7 @@ prefill, and so does everything computed after it. What was not repaired differs
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,13 +67,15 @@ def test_a_spliced_skill_is_the_skill_alone_at_its_new_place(model_type: str) ->
     model.engine.compute(
         wrong, Rows(skill.unit.ids, tuple(range(len(skill))), tuple(s + 1 for s in span.range)), logits=0
     )
-    for layer in range(len(notebook.cache)):
-        found = notebook.cache.keys(layer)[:, :, span.start : span.stop]
+    for layer, rule in enumerate(model.engine.require_relocation().layers):
+        still: Any = "values" if rule.turning == "keys" else "keys"
+        found, right, off = (getattr(cache, rule.turning)(layer) for cache in (notebook.cache, alone, wrong))
+        found = found[:, :, span.start : span.stop]
         # Rotary tables are float32 even in a float64 model.
-        torch.testing.assert_close(found, alone.keys(layer), rtol=0, atol=max(1e-4, atol(model_type)))
-        assert float((found - wrong.keys(layer)).abs().max()) > 1e-2, "a rotation that is wrong by one must show"
-        values = notebook.cache.values(layer)[:, :, span.start : span.stop]
-        torch.testing.assert_close(values, skill.segment.values[layer], rtol=0, atol=0)
+        torch.testing.assert_close(found, right, rtol=0, atol=max(1e-4, atol(model_type)))
+        assert float((found - off).abs().max()) > 1e-2, "a rotation that is wrong by one must show"
+        copied = getattr(notebook.cache, still)(layer)[:, :, span.start : span.stop]
+        torch.testing.assert_close(copied, skill.segment.tensors(still)[layer], rtol=0, atol=0)
     expected, _ = full_forward(model.engine.model, notebook.ids)
     assert largest_difference(notebook.cache, expected, span.range) > 1e-3, "it never saw what precedes it"
     assert set(notebook.states[span.start :]) == {TokenState.RELOCATED}
@@ -98,6 +101,41 @@ def test_wholly_repaired_and_continued_is_a_full_prefill(model_type: str) -> Non
     notebook.add("user", "and now?")
     exact_up_to(notebook, range(len(notebook)), atol(model_type))
     assert set(notebook.states) == {TokenState.EXACT, TokenState.REPAIRED}
+
+
+@pytest.mark.parametrize("repair", [NONE, SeamRepair(), WHOLE], ids=["none", "seam", "whole"])
+def test_a_splice_and_a_question_in_one_forward(repair: SeamRepair) -> None:
+    """The same cache, books, decision and price as one after the other; and an edit cannot come along."""
+    model = tiny()
+    skill = Skill.compile(model, REFUNDS, name="refunds", role="tool")
+    one, two = build(model), build(model)
+    together = one.decide("and now?", ["refund", "deny"], skill=skill, repair=repair)
+    spliced = two.splice(skill, repair=repair)
+    apart = two.decide("and now?", ["refund", "deny"])
+    for option, score in apart.log_probabilities.items():
+        assert abs(together.log_probabilities[option] - score) < 1e-9
+    assert (one.ids, one.states, one.parts) == (two.ids, two.states, two.parts)
+    for layer in range(len(one.cache)):
+        torch.testing.assert_close(one.cache.keys(layer), two.cache.keys(layer), rtol=0, atol=1e-9)
+    assert together.account.tokens_computed == spliced.tokens_computed + apart.account.tokens_computed
+    before = one.ids
+    with pytest.raises(InvalidEditError, match="one forward"):
+        one.decide("and?", ["refund", "deny"], skill=skill, edits={"status": "shipped"})
+    assert one.ids == before
+
+
+def test_a_seam_is_refused_where_rows_cannot_be_computed_again() -> None:
+    """A model may pass the one check and fail the other: then it takes skills as they are, and no seam."""
+    model = tiny()
+    model.engine._rows_proof = replace(model.engine.rows, exact=False, reason="a mask of its own making")
+    notebook = Notebook(model).text("the order status is pending. ")
+    notebook.prefill()
+    skill = Skill.compile(model, REFUNDS, name="refunds")
+    before = notebook.ids
+    with pytest.raises(UnverifiedError, match="SeamRepair\\(0\\)"):
+        notebook.splice(skill)
+    assert notebook.ids == before
+    assert notebook.splice(skill, repair=NONE).tokens_computed == 0
 
 
 def test_skills_as_parts_of_a_prompt() -> None:

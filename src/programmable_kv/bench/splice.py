@@ -81,9 +81,8 @@ def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
 
     def spliced() -> torch.Tensor:
         put()
-        seam = range(start, start + DEFAULT_SEAM)
-        engine.compute(buffer, Rows(tuple(ids[:DEFAULT_SEAM]), tuple(seam), tuple(seam)), logits=0)
-        return engine.append(buffer, question)
+        seam = Rows.appended(ids[:DEFAULT_SEAM], start, start)
+        return engine.compute(buffer, seam.then(Rows.appended(question, buffer.length, buffer.length)))
 
     def full() -> torch.Tensor:
         return engine.append(engine.new_buffer(len(prefix) + length + len(question)), prefix + ids + question)

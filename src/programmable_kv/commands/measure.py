@@ -142,7 +142,7 @@ def train_adapter(
         bool, typer.Option("--change-recipe", help="go on from a checkpoint of another recipe, which is recorded")
     ] = False,
 ) -> None:
-    """Train the embedded model's LoRA adapter (about four hours on two cores)."""
+    """Train the embedded model's LoRA adapter (about four and a half hours on two cores)."""
     from programmable_kv.adapter.train import TrainingRecipe, train
     from programmable_kv.weights import base_folder
 

@@ -6,6 +6,7 @@ still holds what it concluded then. Later turns are computed on the context as i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from programmable_kv.account import Account
@@ -14,7 +15,7 @@ from programmable_kv.errors import InvalidEditError
 from programmable_kv.notebook.cached_context import CachedContext
 from programmable_kv.notebook.context import Context, Kind, TokenState
 from programmable_kv.notebook.skill import Skill
-from programmable_kv.notebook.splicing import SeamRepair, splice
+from programmable_kv.notebook.splicing import SeamRepair, Spliced, splice
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +70,21 @@ class Composition(CachedContext):
         return self._splice(skill, Span(slot, slot), repair)
 
     def _splice(self, skill: Skill, where: Span, repair: SeamRepair | None) -> Account:
-        buffer = self._filled()
-        skill.check_fits(self.model)
-        self.model.engine.check_length(buffer.next_position + len(skill) - len(where))
+        self._filled()
         self.model.engine.verify()
         with self._transaction() as meter, meter.measure() as reading:
-            context = self._context.copy()
-            note = splice(self.model.engine, buffer, context, skill, where, repair or SeamRepair())
-            self._context = context
-        return self._moved(reading.account, note)
+            done = self._spliced(skill, where, repair)
+        return self._moved(reading.account, done.note)
+
+    def _spliced(self, skill: Skill, where: Span, repair: SeamRepair | None, then: Sequence[int] = ()) -> Spliced:
+        """Splice, and compute the tokens `then` at the context's end in the same forward. Within a transaction."""
+        buffer = self._filled()
+        skill.check_fits(self.model)
+        self.model.engine.check_length(buffer.next_position + len(skill) - len(where) + len(then))
+        context = self._context.copy()
+        done = splice(self.model.engine, buffer, context, skill, where, repair or SeamRepair(), then)
+        self._context = context
+        return done
 
     def cut(self, what: str | Part | Span, /) -> Account:
         """Take a part (a skill's name, or a piece of the context) out. What follows is relocated.

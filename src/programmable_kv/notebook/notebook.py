@@ -12,13 +12,14 @@ notebook.decide(options=["cancel", "deny"])
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.cache.span import Span
 from programmable_kv.engine import Rows
 from programmable_kv.errors import InvalidEditError, OutOfStepError, TemplateError
 from programmable_kv.model import Model
@@ -27,6 +28,8 @@ from programmable_kv.notebook.decision import Decision, best_of, option_ids, sco
 from programmable_kv.notebook.editing import Editing, parse_mode
 from programmable_kv.notebook.edits import DEFAULT_MODE, Mode
 from programmable_kv.notebook.parts import Message, Rendered, Text
+from programmable_kv.notebook.skill import Skill
+from programmable_kv.notebook.splicing import SeamRepair
 from programmable_kv.notebook.values import check_no_markers
 from programmable_kv.notebook.wording import THINK_INSTRUCTION
 
@@ -52,21 +55,25 @@ class Notebook(Editing):
         edits: Mapping[str, str] | None = None,
         mode: str | Mode = DEFAULT_MODE,
         k: int = 32,
+        skill: Skill | None = None,
+        repair: SeamRepair | None = None,
         think: bool = False,
         keep: bool = False,
     ) -> Decision:
-        """Which option the model would answer. The prompt and the answer are taken back; an edit stays.
+        """Which option the model would answer. The prompt and the answer are taken back; an edit or a splice stays.
 
         Args:
             prompt: asked as a user message (or raw text); None asks for the answer to what the context ends with.
             options: at least two strings, compared as wholes.
             edits, mode, k: an edit to make first, in the same forward as the prompt: the cheapest way to do both.
+            skill, repair: a skill to splice in at the context's end first, its seam in the same forward as the prompt.
             think: let the model restate the field in one line before it decides. With a prompt, an instruction to do so is
                 added to it; without one, the context is expected to end with such a request.
             keep: let the prompt and the answer become turns of the context. The prompt is not computed again for that.
 
         Raises:
             InvalidOptionsError: the options cannot be compared.
+            InvalidEditError: an edit and a splice at once.
             InvalidValueError: the prompt has special tokens, or an option that is to be kept has.
             TemplateError: with `keep`, the chat template renders an answer in another way than it asks for one.
         """
@@ -76,6 +83,10 @@ class Notebook(Editing):
         chosen = parse_mode(mode)
         if edits:
             self._prepare(chosen)
+        if skill is not None:
+            if edits:
+                raise InvalidEditError("a skill and edits cannot go into one forward: edit first, or splice first")
+            self.model.engine.verify()
         if keep:
             for option in options:
                 check_no_markers(option, tokenizer, "an option")
@@ -83,7 +94,10 @@ class Notebook(Editing):
             with meter.measure() as reading:
                 asked = self._prompt(prompt, think=think)
                 turn = tokenised(tokenizer, asked, Kind.TURN)
-                done = self._ask(list(turn.ids), edits, chosen, k)
+                if skill is None:
+                    done = self._ask(list(turn.ids), edits, chosen, k)
+                else:
+                    done = self._ask_with(skill, list(turn.ids), repair)
                 logits = done.logits
             with meter.measure() as scoring:
                 prompt_end = asked.text or self._context.text
@@ -245,6 +259,14 @@ class Notebook(Editing):
         last = buffer.length - 1
         row = Rows((self._context.ids[last],), (last,), (int(buffer.positions[last]),))
         return _Answered(self.model.engine.compute(buffer, row), reused, note)
+
+    def _ask_with(self, skill: Skill, ids: list[int], repair: SeamRepair | None) -> _Answered:
+        """Splice a skill in at the end and compute the prompt, in one forward."""
+        end = len(self._context)
+        done = self._spliced(skill, Span(end, end), repair, ids)
+        if done.logits is None:
+            return replace(self._ask(ids, None, DEFAULT_MODE, 0), reused=end, note=done.note)
+        return _Answered(done.logits, end, done.note)
 
     def _think(self, buffer: KVBuffer, logits: torch.Tensor) -> tuple[str, torch.Tensor]:
         """Greedy tokens up to the words that announce the decision; the thought, and the logits after it.

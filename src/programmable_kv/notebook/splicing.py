@@ -47,6 +47,11 @@ class SeamRepair:
                 f"there is no repair {self.rule!r}; write for example 'deviation:15%' or 'influence:8'"
             )
 
+    @property
+    def computes(self) -> bool:
+        """Whether anything is computed again at all."""
+        return self.seam > 0 or self.rule is not None
+
     def tokens(self, engine: Engine, buffer: KVBuffer, ids: tuple[int, ...], span: Span) -> list[int]:
         """The slots to compute again, ascending, of a skill that was just spliced into `span`."""
         chosen = set(range(span.start, min(span.stop, span.start + self.seam)))
@@ -86,20 +91,37 @@ def _in_place(buffer: KVBuffer, ids: tuple[int, ...], start: int, slots: Sequenc
     return Rows(tuple(ids[slot - start] for slot in slots), tuple(slots), positions)
 
 
-def splice(engine: Engine, buffer: KVBuffer, context: Context, skill: Skill, where: Span, repair: SeamRepair) -> str:
+@dataclass(frozen=True, slots=True)
+class Spliced:
+    """A splice that was carried out: the logits asked for, and what it did beyond the asked."""
+
+    logits: torch.Tensor | None
+    note: str
+
+
+def splice(
+    engine: Engine,
+    buffer: KVBuffer,
+    context: Context,
+    skill: Skill,
+    where: Span,
+    repair: SeamRepair,
+    then: Sequence[int] = (),
+) -> Spliced:
     """Put a skill in the place of the slots `where` (which may be none), in the cache and in the books.
 
-    What follows is relocated and marked stale: it was computed without the skill.
-
-    `context` is changed. Returns a note on what was done beyond the asked.
+    What follows is relocated and marked stale: it was computed without the skill. The tokens `then` are computed after
+    the end, in one forward with the seam; the logits are of the last of them. `context` is changed, and does not hold them.
 
     Raises:
-        UnverifiedError: keys of this model cannot be moved.
+        UnverifiedError: keys of this model cannot be moved, or its rows not computed again in their place.
         InvalidEditError: an end of `where` is no place in the text, or a field of the skill has another value here.
     """
-    reach = max(buffer.next_position, buffer.length - len(where) + len(skill))
-    layout = engine.require_relocation(below=reach)
     at = where.start
+    if at and repair.computes:
+        engine.require_rows(instead="Splice with SeamRepair(0), which computes nothing again.")
+    reach = max(buffer.next_position, buffer.length - len(where) + len(skill) + len(then))
+    layout = engine.require_relocation(below=reach)
     index = context.split_at(at)
     del context.units[index : context.split_at(where.stop)]
     context.forget_lost_fields()
@@ -109,10 +131,10 @@ def splice(engine: Engine, buffer: KVBuffer, context: Context, skill: Skill, whe
     span = Span(at, at + len(skill))
     unit = skill.unit
     repaired: list[int] = []
+    rows = Rows()
     if at:
         repaired = repair.tokens(engine, buffer, unit.ids, span)
-        if repaired:
-            engine.compute(buffer, _in_place(buffer, unit.ids, at, repaired), logits=0)
+        rows = _in_place(buffer, unit.ids, at, repaired)
         unit = unit.marked(Span(0, len(unit)), TokenState.RELOCATED)
     for later in range(index, len(context.units)):
         tail = context.units[later]
@@ -126,7 +148,10 @@ def splice(engine: Engine, buffer: KVBuffer, context: Context, skill: Skill, whe
     for name, value in fields.items():
         context.fields.setdefault(name, FieldState(value, value))
     context.note_computed(repaired, repaired=True)
-    return f"{following} later tokens were relocated and have not read {skill.name}" if following else ""
+    rows = rows.then(Rows.appended(then, buffer.length, buffer.next_position))
+    logits = engine.compute(buffer, rows, logits=1 if then else 0) if rows.slots else None
+    note = f"{following} later tokens were relocated and have not read {skill.name}" if following else ""
+    return Spliced(logits if then else None, note)
 
 
 def joined_values(values: Mapping[str, str], skill: Skill) -> dict[str, str]:
