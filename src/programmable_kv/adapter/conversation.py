@@ -22,10 +22,10 @@ class Encoder(Protocol):
 FULL_SHARE: dict[Stage, float] = {"hop": 0.12, "topics": 0.12, "hard": 0.25}
 """of the conversations of a narrow late stage, how many are of the full mixture"""
 
-FIRST_UPDATE_SHARE: dict[Stage, float] = {"settle": 0.85}
+FIRST_UPDATE_SHARE: dict[Stage, float] = {"settle": 0.85, "obey": 0.85}
 """of the conversations, how many open with updates: a first update alone was obeyed less often than the last of several"""
-REWRITTEN_SHARE = 0.25
-"""of the settling conversations, how many show the values of now in the policy, below answers from before"""
+REWRITTEN_SHARE: dict[Stage, float] = {"settle": 0.25, "obey": 0.1}
+"""of the conversations, how many show the values of now in the policy, below answers from before"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
     phrasing = phrasing_of(split, stage)
     if stage in FULL_SHARE and rng.random() < FULL_SHARE[stage]:
         stage = "full"
-    late = stage in ("hop", "full", "topics", "hard", "settle")
+    late = stage in ("hop", "full", "topics", "hard", "settle", "obey")
     if stage == "pair":
         scenario = make_scenario(rng, split, fillers=0, gates=1, two_hop=False, gated_values=2, stage=stage)
         count = 1
@@ -96,9 +96,14 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
         two_hop = rng.random() < 0.5 if gates == 1 else None
         scenario = make_scenario(rng, split, gates=gates, two_hop=two_hop, stage=stage)
         count = gates + rng.randint(1, 3)
+    elif stage == "obey":
+        gates = rng.choices((1, 2, 3, 4), weights=(9, 8, 2, 1))[0]
+        two_hop = rng.random() < 0.5 if gates == 1 else None
+        scenario = make_scenario(rng, split, gates=gates, two_hop=two_hop, stage=stage)
+        count = rng.randint(2, 4)
     else:
         scenario, count = make_scenario(rng, split, stage=stage), rng.randint(3, 6)
-    if stage == "settle" and rng.random() < REWRITTEN_SHARE:
+    if stage in REWRITTEN_SHARE and rng.random() < REWRITTEN_SHARE[stage]:
         return _rewritten(rng, phrasing, scenario, count + 2)
     if rng.random() < 0.12:
         return _plain(rng, phrasing, scenario, count)
@@ -109,7 +114,7 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
         think = rng.random() < (0.15 if late else 0.3) and stage != "pair"
         asked = question(rng, phrasing, gate.topic, think=think)
         lines = (
-            _updates(rng, phrasing, scenario, gate, values)
+            _updates(rng, phrasing, scenario, gate, values, single=stage == "obey" and not turn and rng.random() < 0.75)
             if turn
             or (rng.random() < FIRST_UPDATE_SHARE.get(stage, 0.5 if late else 0.35) and stage not in ("pair", "short"))
             else []
@@ -166,9 +171,19 @@ def _plain(rng: random.Random, phrasing: Phrasing, scenario: Scenario, count: in
 
 
 def _updates(
-    rng: random.Random, phrasing: Phrasing, scenario: Scenario, gate: Gate, values: dict[str, str]
+    rng: random.Random,
+    phrasing: Phrasing,
+    scenario: Scenario,
+    gate: Gate,
+    values: dict[str, str],
+    *,
+    single: bool = False,
 ) -> list[str]:
-    """Update lines before a question; `values` is brought up to date as they are drawn."""
+    """Update lines before a question (a `single` one: of the field that decides it); `values` follows them."""
+    if single:
+        decided = gate.actions[values[gate.field]]
+        values[gate.field] = rng.choice([value for value in sorted(gate.actions) if gate.actions[value] != decided])
+        return [update(rng, phrasing, gate.field, values[gate.field])]
     draw = rng.random()
     # Often another gate's field, or the newest update alone would tell which rules the next question calls for.
     about = rng.choice(scenario.gates) if rng.random() < 0.5 else gate

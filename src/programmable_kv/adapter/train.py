@@ -41,7 +41,8 @@ class TrainingRecipe:
     full_again_steps: int = 150
     hard_steps: int = 420
     settle_steps: int = 120
-    """steps of each `Stage` of conversations, in this order; in the last one the model is also drawn back to the base"""
+    obey_steps: int = 110
+    """steps of each `Stage` of conversations, in this order; in the last two the model is also drawn back to the base"""
     conversations_per_step: int = 8
     tokens_per_pass: int = 2048
     """padded tokens in one forward and backward; a step takes as many passes as its conversations need"""
@@ -51,6 +52,7 @@ class TrainingRecipe:
     later_learning_rate: float = 5e-4
     """what a cosine of its own starts from at the hop, the topics and the hard stage, with a fresh optimizer"""
     settle_learning_rate: float = 3e-4
+    obey_learning_rate: float = 5e-4
     warmup_steps: int = 20
     lora_rank: int = 16
     lora_alpha: int = 32
@@ -59,6 +61,7 @@ class TrainingRecipe:
     replay_weight: float = 0.6
     settle_replay_tokens: int = 512
     settle_replay_weight: float = 4.0
+    obey_replay_weight: float = 1.5
     """at the end the replayed text is not learned: the adapted model's distribution over it is drawn to the base's. Learned
     for thousands of steps, these few documents are remembered word for word, and other text becomes less likely."""
     max_gradient_norm: float = 1.0
@@ -68,15 +71,20 @@ class TrainingRecipe:
         return sum(steps for _, steps in self._stages)
 
     @property
-    def fresh_starts(self) -> tuple[int, int, int, int]:
+    def fresh_starts(self) -> tuple[int, ...]:
         """The steps, after the first, at which a new cosine and a new optimizer begin."""
         second = self.pair_steps + self.short_steps + self.mixed_steps + self.wide_steps
         third = second + self.hop_steps + self.full_steps
         fourth = third + self.topics_steps + self.full_again_steps
-        return second, third, fourth, fourth + self.hard_steps
+        settling = fourth + self.hard_steps
+        return second, third, fourth, settling, settling + self.settle_steps
 
     def settles(self, step: int) -> bool:
         """Whether plain text draws to the base's distribution, instead of being learned."""
+        return step >= self.fresh_starts[-2]
+
+    def obeys(self, step: int) -> bool:
+        """Whether it is the last stage."""
         return step >= self.fresh_starts[-1]
 
     @property
@@ -85,7 +93,7 @@ class TrainingRecipe:
             ("pair", self.pair_steps), ("short", self.short_steps), ("mixed", self.mixed_steps),
             ("wide", self.wide_steps), ("hop", self.hop_steps), ("full", self.full_steps),
             ("topics", self.topics_steps), ("full", self.full_again_steps), ("hard", self.hard_steps),
-            ("settle", self.settle_steps),
+            ("settle", self.settle_steps), ("obey", self.obey_steps),
         )  # fmt: skip
 
     def stage(self, step: int) -> Stage:
@@ -97,13 +105,15 @@ class TrainingRecipe:
         return "full"
 
     def rate(self, step: int) -> float:
-        """Five cosines towards a twentieth, each after a linear warm-up."""
+        """Six cosines towards a twentieth, each after a linear warm-up."""
         starts = [0, *self.fresh_starts]
         start = max(start for start in starts if start <= step)
         if start == 0:
             peak, whole = self.learning_rate, self.cosine_steps
         else:
-            peak = self.settle_learning_rate if self.settles(step) else self.later_learning_rate
+            peak = self.later_learning_rate
+            if self.settles(step):
+                peak = self.obey_learning_rate if self.obeys(step) else self.settle_learning_rate
             whole = min(s for s in [*starts, self.steps] if s > start) - start
         done = step - start
         if done < self.warmup_steps:
@@ -179,7 +189,8 @@ def train(
         if recipe.settles(step):
             shuffled = "\n\n".join(rng.sample(plain, k=8))
             ids = tokenizer.encode(shuffled, add_special_tokens=False)[: recipe.settle_replay_tokens]
-            replay_loss, weight = _distance_from_base(model, ids), recipe.settle_replay_weight
+            weight = recipe.obey_replay_weight if recipe.obeys(step) else recipe.settle_replay_weight
+            replay_loss = _distance_from_base(model, ids)
         else:
             text = _replay(rng, replay_ids, recipe.replay_tokens)
             replay_loss, weight = _summed_loss(model, [text]) / len(text.ids), recipe.replay_weight
