@@ -108,4 +108,4 @@ def test_a_slice_of_the_suite_resumes(embedded: Any, tmp_path: Path, monkeypatch
     assert [row["kind"] for row in record.rows] == ["policy", "updates", "horizon"]
     assert record.figure("policy.system_64.seam_1.cosine.value") > 0.9
     assert record.figure("horizon.first.full_right.n") == 1
-    assert experiment.record_name(replace(embedded, name="models/Qwen2.5 Coder")) == "compose-qwen2-5-coder"
+    assert experiment.record_name(replace(embedded, name="models/Qwen2.5_Coder.gguf")) == "compose-qwen2-5-coder"

@@ -98,7 +98,8 @@ def run(
 
 def record_name(model: Model) -> str:
     """`compose-` and the model's name as a record may spell it."""
-    return "compose-" + re.sub(r"[^a-z0-9]+", "-", Path(model.name).name.lower()).strip("-")
+    plain = Path(model.name).name.lower().removesuffix(".gguf")
+    return "compose-" + re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
