@@ -60,6 +60,7 @@ class TrainingRecipe:
     """tokens of plain text replayed in each step"""
     replay_weight: float = 0.6
     settle_replay_tokens: int = 512
+    """in the last two stages"""
     settle_replay_weight: float = 4.0
     obey_replay_weight: float = 1.5
     """at the end the replayed text is not learned: the adapted model's distribution over it is drawn to the base's. Learned
@@ -355,7 +356,8 @@ def export(checkpoint: Path, out: Path) -> Path:
     _lora(recipe, LoraConfig).save_pretrained(out)
     summary = {key: state[key] for key in ("recipe", "earlier", "step", "seconds")}
     # The replayed text and the English words of the grammar are the running Python's standard library.
-    summary |= {"python": platform.python_version(), "text_digest": digest_of(documents("replay"))}
+    texts = (*documents("replay"), *documents("replay", 200, packages=True))
+    summary |= {"python": platform.python_version(), "text_digest": digest_of(texts)}
     curve = {"columns": ["step", "decision_loss", "replay_loss"], "curve": state["curve"]}
     (out / "training.json").write_text(json.dumps({**summary, **curve}) + "\n", encoding="utf-8")
     return out
