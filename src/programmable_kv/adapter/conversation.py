@@ -22,6 +22,8 @@ class Encoder(Protocol):
 FULL_SHARE: dict[Stage, float] = {"hop": 0.12, "topics": 0.12, "hard": 0.25}
 """of the conversations of a narrow late stage, how many are of the full mixture"""
 
+GATE_WEIGHTS: dict[Stage, tuple[int, int, int, int]] = {"settle": (11, 4, 3, 2), "obey": (9, 8, 2, 1)}
+"""how often a policy has one gate, two, three and four"""
 FIRST_UPDATE_SHARE: dict[Stage, float] = {"settle": 0.85, "obey": 0.85}
 """of the conversations, how many open with updates: a first update alone was obeyed less often than the last of several"""
 REWRITTEN_SHARE: dict[Stage, float] = {"settle": 0.25, "obey": 0.1}
@@ -91,16 +93,11 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
             rng, split, fillers=fillers, gates=gates, two_hop=two_hop, gated_values=told_apart, stage=stage
         )
         count = rng.randint(5, 9)
-    elif stage == "settle":
-        gates = rng.choices((1, 2, 3, 4), weights=(11, 4, 3, 2))[0]
+    elif stage in GATE_WEIGHTS:
+        gates = rng.choices((1, 2, 3, 4), weights=GATE_WEIGHTS[stage])[0]
         two_hop = rng.random() < 0.5 if gates == 1 else None
         scenario = make_scenario(rng, split, gates=gates, two_hop=two_hop, stage=stage)
-        count = gates + rng.randint(1, 3)
-    elif stage == "obey":
-        gates = rng.choices((1, 2, 3, 4), weights=(9, 8, 2, 1))[0]
-        two_hop = rng.random() < 0.5 if gates == 1 else None
-        scenario = make_scenario(rng, split, gates=gates, two_hop=two_hop, stage=stage)
-        count = rng.randint(2, 4)
+        count = gates + rng.randint(1, 3) if stage == "settle" else rng.randint(2, 4)
     else:
         scenario, count = make_scenario(rng, split, stage=stage), rng.randint(3, 6)
     if stage in REWRITTEN_SHARE and rng.random() < REWRITTEN_SHARE[stage]:

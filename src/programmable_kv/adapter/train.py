@@ -80,13 +80,9 @@ class TrainingRecipe:
         settling = fourth + self.hard_steps
         return second, third, fourth, settling, settling + self.settle_steps
 
-    def settles(self, step: int) -> bool:
-        """Whether plain text draws to the base's distribution, instead of being learned."""
-        return step >= self.fresh_starts[-2]
-
-    def obeys(self, step: int) -> bool:
-        """Whether it is the last stage."""
-        return step >= self.fresh_starts[-1]
+    def divergence_weight(self, step: int) -> float | None:
+        """What the divergence from the base on plain text counts in this step; None where plain text is learned instead."""
+        return {"settle": self.settle_replay_weight, "obey": self.obey_replay_weight}.get(self.stage(step))
 
     @property
     def _stages(self) -> tuple[tuple[Stage, int], ...]:
@@ -112,9 +108,8 @@ class TrainingRecipe:
         if start == 0:
             peak, whole = self.learning_rate, self.cosine_steps
         else:
-            peak = self.later_learning_rate
-            if self.settles(step):
-                peak = self.obey_learning_rate if self.obeys(step) else self.settle_learning_rate
+            own = {"settle": self.settle_learning_rate, "obey": self.obey_learning_rate}
+            peak = own.get(self.stage(step), self.later_learning_rate)
             whole = min(s for s in [*starts, self.steps] if s > start) - start
         done = step - start
         if done < self.warmup_steps:
@@ -187,11 +182,11 @@ def train(
             loss = _summed_loss(model, batch) / learned
             loss.backward()  # type: ignore[no-untyped-call]
             decision_loss += float(loss.detach())
-        if recipe.settles(step):
+        divergence_weight = recipe.divergence_weight(step)
+        if divergence_weight is not None:
             shuffled = "\n\n".join(rng.sample(plain, k=8))
             ids = tokenizer.encode(shuffled, add_special_tokens=False)[: recipe.settle_replay_tokens]
-            weight = recipe.obey_replay_weight if recipe.obeys(step) else recipe.settle_replay_weight
-            replay_loss = _distance_from_base(model, ids)
+            replay_loss, weight = _distance_from_base(model, ids), divergence_weight
         else:
             text = _replay(rng, replay_ids, recipe.replay_tokens)
             replay_loss, weight = _summed_loss(model, [text]) / len(text.ids), recipe.replay_weight
