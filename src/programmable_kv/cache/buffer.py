@@ -17,7 +17,7 @@ from programmable_kv.account import Meter
 from programmable_kv.cache.buffer_layer import BufferLayer, WriteTarget
 from programmable_kv.cache.layout import KVLayout, LayerLayout, Turning
 from programmable_kv.cache.origins import Origins, SavedOrigins, Slots
-from programmable_kv.cache.rotation import put
+from programmable_kv.cache.rotation import Move
 from programmable_kv.cache.segment import Segment
 from programmable_kv.cache.span import Span
 from programmable_kv.cache.transformers_api import Cache
@@ -225,7 +225,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
     def _move(self, old: Slots, new: slice, positions: torch.Tensor, layout: KVLayout) -> None:
         """Put what stands in slots `old` into slots `new`, at `positions` [n]. The two may overlap."""
         computed_at = self._origins.computed_at(old, self._positions[old])
-        offsets = positions - computed_at
+        move = Move(positions - computed_at)
         self._origins.follow(layout)
         pairs = [self._tensors(layer, rule) for layer, rule in zip(self.layers, layout.layers, strict=True)]
         shapes = [turning for turning, _ in pairs]
@@ -234,7 +234,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
             canonical = self._origins.canonical(index, old, turning[:, :, old])
             if not spliced:
                 self._origins.keep(index, new, canonical, shapes)
-            put(canonical, offsets, rule.turns, turning[:, :, new])
+            move.put(canonical, rule.turns, turning[:, :, new])
             copied = still[:, :, old]
             still[:, :, new] = copied.clone() if isinstance(old, slice) else copied
             self.meter.bytes_moved += (canonical.numel() + copied.numel()) * canonical.element_size()
@@ -283,13 +283,13 @@ class KVBuffer(Cache):  # type: ignore[misc]
             self._save(slice(at, at + count))
         where = slice(at, at + count)
         positions = position + torch.arange(count)
-        offsets = positions - segment.computed_at
+        move = Move(positions - segment.computed_at)
         self._origins.follow(layout)
         for layer, keys, values, rule in zip(self.layers, segment.keys, segment.values, layout.layers, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(keys, values)
             turning, still = self._tensors(layer, rule)
-            put(keys if rule.turning == "keys" else values, offsets, rule.turns, turning[:, :, where])
+            move.put(keys if rule.turning == "keys" else values, rule.turns, turning[:, :, where])
             still[:, :, where] = values if rule.turning == "keys" else keys
         self._positions[where] = positions
         self._origins.from_segment(where, segment)

@@ -13,6 +13,9 @@ from enum import StrEnum
 
 import torch
 
+_TOKENS_AT_ONCE = 1024
+"""few enough that what is read and written twice is still in the processor's cache the second time"""
+
 
 class Pairing(StrEnum):
     """Which two channels turn together: i with i + R/2, or 2i with 2i + 1 (R rotary channels)."""
@@ -57,46 +60,69 @@ class Rotary:
         return moved * torch.tensor(self.frequencies, dtype=torch.float64)
 
 
-def rotate(
-    keys: torch.Tensor, offsets: torch.Tensor, rotary: Rotary, *, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Keys moved by `offsets` positions, in a new tensor or in `out`.
-
-    Args:
-        keys: [..., T, D], any floating dtype. Channels outside the rotary window are copied.
-        offsets: [T] integer positions to move each token by (may be negative); [A, T] if axes move by their own.
-        rotary: the layer's rotation.
-        out: like `keys`, and no part of them; a view of a buffer spares a copy.
-
-    The angles are computed in float64 and reduced there, so large offsets lose nothing; the rotation itself runs
-    in float32 or the keys' dtype, whichever is wider, with one rounding at the end.
-    """
-    result = torch.empty_like(keys) if out is None else out
-    compute = torch.promote_types(keys.dtype, torch.float32)
-    if offsets.ndim == 1 and offsets.numel() and bool((offsets == offsets[0]).all()):
-        offsets = offsets[:1]  # a run that moves as one: one angle a channel pair, not one a token
-    angles = rotary.angles(offsets)
-    cos, sin = angles.cos().to(keys.device, compute), angles.sin().to(keys.device, compute)
-    stop = rotary.start + rotary.width
-    for outside in (slice(0, rotary.start), slice(stop, keys.shape[-1])):
-        result[..., outside] = keys[..., outside]
-    first, second = (half.to(compute) for half in _halves(keys[..., rotary.start : stop], rotary.pairing))
-    to_first, to_second = _halves(result[..., rotary.start : stop], rotary.pairing)
-    if result.dtype == compute:
-        torch.mul(first, cos, out=to_first).sub_(second * sin)
-        torch.mul(second, cos, out=to_second).add_(first * sin)
-    else:
-        to_first.copy_((first * cos).sub_(second * sin))
-        to_second.copy_((second * cos).add_(first * sin))
+def rotate(keys: torch.Tensor, offsets: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Keys [..., T, D] moved by `offsets` positions ([T], or [A, T] if axes move by their own), in a new tensor."""
+    result = torch.empty_like(keys)
+    Move(offsets).put(keys, rotary, result)
     return result
 
 
-def put(keys: torch.Tensor, offsets: torch.Tensor, rotary: Rotary | None, out: torch.Tensor) -> None:
-    """Write keys [..., T, D] into `out`, moved by `offsets` [T] positions; as they are where the layer does not rotate."""
-    if rotary is None:
-        out.copy_(keys)
-    else:
-        rotate(keys, offsets, rotary, out=out)
+class Move:
+    """Moves tokens by `offsets` positions, in as many layers as are given to it.
+
+    The angles are computed once for each rotation, in float64 and reduced there, so large offsets lose nothing. The rotation
+    itself runs in float32 or the keys' dtype, whichever is wider, with one rounding at the end.
+    """
+
+    def __init__(self, offsets: torch.Tensor) -> None:
+        """`offsets`: [T] integer positions to move each token by (may be negative); [A, T] if axes move by their own."""
+        if offsets.ndim == 1 and offsets.numel() and bool((offsets == offsets[0]).all()):
+            offsets = offsets[:1]  # a run that moves as one: one angle a channel pair, not one a token
+        self._offsets = offsets
+        self._tables: dict[tuple[Rotary, torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def put(self, keys: torch.Tensor, rotary: Rotary | None, out: torch.Tensor) -> None:
+        """Write a layer's keys [..., T, D] into `out`, moved; as they are where the layer does not rotate.
+
+        `out` is like `keys`, and no part of them. Channels outside the rotary window are copied.
+        """
+        if rotary is None:
+            out.copy_(keys)
+            return
+        compute = torch.promote_types(keys.dtype, torch.float32)
+        cos, sin = self._table(rotary, keys.device, compute)
+        stop = rotary.start + rotary.width
+        for outside in (slice(0, rotary.start), slice(stop, keys.shape[-1])):
+            out[..., outside] = keys[..., outside]
+        for begin in range(0, keys.shape[-2], _TOKENS_AT_ONCE):
+            tokens = slice(begin, begin + _TOKENS_AT_ONCE)
+            angle = slice(None) if len(cos) == 1 else tokens
+            window, target = (tensor[..., tokens, rotary.start : stop] for tensor in (keys, out))
+            source = window.to(compute)
+            turned = target if target.dtype == compute else torch.empty_like(source)
+            torch.mul(source, cos[angle], out=turned)
+            first, second = _halves(source, rotary.pairing)
+            to_first, to_second = _halves(turned, rotary.pairing)
+            to_first.addcmul_(second, sin[angle], value=-1)
+            to_second.addcmul_(first, sin[angle])
+            if turned is not target:
+                target.copy_(turned)
+
+    def _table(self, rotary: Rotary, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cosine at every channel, [T, R], and the sine of every pair, [T, R / 2]; one row for a run that moves as one."""
+        made = self._tables.get((rotary, device, dtype))
+        if made is None:
+            angles = rotary.angles(self._offsets)
+            cos, sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+            made = self._tables[rotary, device, dtype] = _both(cos, rotary.pairing), sin
+        return made
+
+
+def _both(of_pairs: torch.Tensor, pairing: Pairing) -> torch.Tensor:
+    """A number of each pair [T, R / 2] at both of its channels, [T, R]."""
+    if pairing is Pairing.INTERLEAVED:
+        return of_pairs.repeat_interleave(2, dim=-1)
+    return torch.cat((of_pairs, of_pairs), dim=-1)
 
 
 def _halves(window: torch.Tensor, pairing: Pairing) -> tuple[torch.Tensor, torch.Tensor]:
