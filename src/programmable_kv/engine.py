@@ -215,8 +215,8 @@ class Engine:
             influence = torch.zeros(target.visible, dtype=torch.float32, device=self.device)
             for index, attention in enumerate(output.attentions):
                 weights = attention[0, :, -1, :].float()
-                layer, turning = buffer.layers[index], self.relocation.layout.layers[index].turning
-                read = layer.values if turning == "keys" else layer.keys
+                layer, rotated = buffer.layers[index], self.relocation.layout.layers[index].rotated
+                read = layer.values if rotated == "keys" else layer.keys
                 norms = read[0, :, : target.visible].float().norm(dim=-1)
                 groups = weights.shape[0] // norms.shape[0]
                 influence += (weights * norms.repeat_interleave(groups, dim=0)).mean(dim=0)
@@ -318,7 +318,7 @@ class Engine:
         reached = min((bound for bound in (below, limit) if bound is not None), default=None)
         if proof.within is not None and (reached is None or reached > proof.within):
             raise UnverifiedError(f"relocation on this {name} is exact within a bound only ({proof.reason}). {instead}")
-        if any(layer.turns_more for layer in proof.layout.layers):
+        if any(layer.rotates_more for layer in proof.layout.layers):
             raise UnverifiedError(
                 f"{name} keeps more than one tensor a layer that turns, and a KVBuffer turns one of them. {instead}"
             )

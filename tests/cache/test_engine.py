@@ -224,7 +224,7 @@ def test_relocated_chunk_equals_the_chunk_prefilled_there(model_type: str) -> No
         tolerance = 1e-4 * float(there.keys(index).norm(dim=-1).max())
         torch.testing.assert_close(moved.keys(index), there.keys(index), rtol=0, atol=tolerance)
         torch.testing.assert_close(moved.values(index), there.values(index), rtol=0, atol=tolerance)
-        turning = layout.layers[index].turning
+        turning = layout.layers[index].rotated
         wrong, right = (getattr(buffer, turning)(index) for buffer in (off_by_one, there))
         assert float((wrong - right).abs().max()) > 100 * tolerance
 
@@ -272,12 +272,12 @@ def test_a_regime_is_not_left_unasked() -> None:
 
 def test_which_cached_tensor_turns() -> None:
     """MLA's rotary keys stand in the place of values. A layer of which both turn is more than a buffer moves."""
-    assert {layer.turning for layer in tiny_engine("minicpm3").require_relocation().layers} == {"values"}
+    assert {layer.rotated for layer in tiny_engine("minicpm3").require_relocation().layers} == {"values"}
     rotary = Rotary((1.0,))
     both = LayerLayout(Reach.FULL, None, rotary, others=(("values", rotary),))
-    assert both.turning == "keys"
-    assert both.turns_more
-    assert not replace(both, rotary=None).turns_more
+    assert both.rotated == "keys"
+    assert both.rotates_more
+    assert not replace(both, rotary=None).rotates_more
     engine = Engine(tiny_model("llama"))
     exact = engine.relocation
     engine._proof = replace(exact, layout=replace(exact.layout, layers=(both, both)))

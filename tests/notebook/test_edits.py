@@ -93,7 +93,7 @@ def test_refreshing_modes(model_type: str, mode: Mode, value: str) -> None:
     growth = len(ids) - len(before)
     old = [slot - growth for slot in tail]
     for index, layer in enumerate(notebook.model.engine.require_relocation().layers):
-        still = "values" if layer.turning == "keys" else "keys"
+        still = "values" if layer.rotated == "keys" else "keys"
         now, then = (getattr(cache, still)(index) for cache in (notebook.cache, before.cache))
         torch.testing.assert_close(now[:, :, tail], then[:, :, old], rtol=0, atol=0)
     changed = span.stop - first_difference(ids, before.ids)
@@ -116,11 +116,11 @@ def test_relocated_tail_equals_one_rotation(model_type: str) -> None:
 
     layout = notebook.model.engine.require_relocation()
     for index, layer in enumerate(layout.layers):
-        assert layer.turns is not None
-        tail = getattr(before.cache, layer.turning)(index)[:, :, old.stop :]
-        right = rotate(tail, torch.full((tail.shape[2],), growth), layer.turns)
-        wrong = rotate(tail, torch.full((tail.shape[2],), growth + 1), layer.turns)
-        found = getattr(notebook.cache, layer.turning)(index)[:, :, new.stop :]
+        assert layer.rotation is not None
+        tail = getattr(before.cache, layer.rotated)(index)[:, :, old.stop :]
+        right = rotate(tail, torch.full((tail.shape[2],), growth), layer.rotation)
+        wrong = rotate(tail, torch.full((tail.shape[2],), growth + 1), layer.rotation)
+        found = getattr(notebook.cache, layer.rotated)(index)[:, :, new.stop :]
         assert torch.equal(found, right)
         assert float((found - wrong).abs().max()) > 1e-3, "a rotation that is wrong by one must show"
 

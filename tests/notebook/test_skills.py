@@ -68,8 +68,8 @@ def test_a_spliced_skill_is_the_skill_alone_at_its_new_place(model_type: str) ->
         wrong, Rows(skill.unit.ids, tuple(range(len(skill))), tuple(s + 1 for s in span.range)), logits=0
     )
     for layer, rule in enumerate(model.engine.require_relocation().layers):
-        still: Any = "values" if rule.turning == "keys" else "keys"
-        found, right, off = (getattr(cache, rule.turning)(layer) for cache in (notebook.cache, alone, wrong))
+        still: Any = "values" if rule.rotated == "keys" else "keys"
+        found, right, off = (getattr(cache, rule.rotated)(layer) for cache in (notebook.cache, alone, wrong))
         found = found[:, :, span.start : span.stop]
         # Rotary tables are float32 even in a float64 model.
         torch.testing.assert_close(found, right, rtol=0, atol=max(1e-4, atol(model_type)))

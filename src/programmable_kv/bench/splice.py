@@ -117,8 +117,8 @@ def _concatenated(
     none = torch.zeros(len(skill), dtype=torch.long)
     for index, rule in enumerate(layout.layers):
         turned = {"keys": skill.keys[index], "values": skill.values[index]}
-        if rule.turns is not None:
-            turned[rule.turning] = rotate(rotate(turned[rule.turning], none, rule.turns), offset, rule.turns)
+        if rule.rotation is not None:
+            turned[rule.rotated] = rotate(rotate(turned[rule.rotated], none, rule.rotation), offset, rule.rotation)
         cache.update(
             torch.cat((prefix.keys(index), turned["keys"]), dim=2),
             torch.cat((prefix.values(index), turned["values"]), dim=2),

@@ -15,7 +15,7 @@ import torch
 
 from programmable_kv.account import Meter
 from programmable_kv.cache.buffer_layer import BufferLayer, WriteTarget
-from programmable_kv.cache.layout import KVLayout, LayerLayout, Turning
+from programmable_kv.cache.layout import KVLayout, LayerLayout, Rotated
 from programmable_kv.cache.origins import Origins, SavedOrigins, Slots
 from programmable_kv.cache.rotation import Move
 from programmable_kv.cache.segment import Segment
@@ -228,13 +228,13 @@ class KVBuffer(Cache):  # type: ignore[misc]
         move = Move(positions - computed_at)
         self._origins.follow(layout)
         pairs = [self._tensors(layer, rule) for layer, rule in zip(self.layers, layout.layers, strict=True)]
-        shapes = [turning for turning, _ in pairs]
+        shapes = [rotated for rotated, _ in pairs]
         spliced = self._origins.all_from_segments(old)
-        for index, ((turning, still), rule) in enumerate(zip(pairs, layout.layers, strict=True)):
-            canonical = self._origins.canonical(index, old, turning[:, :, old])
+        for index, ((rotated, still), rule) in enumerate(zip(pairs, layout.layers, strict=True)):
+            canonical = self._origins.canonical(index, old, rotated[:, :, old])
             if not spliced:
                 self._origins.keep(index, new, canonical, shapes)
-            move.put(canonical, rule.turns, turning[:, :, new])
+            move.put(canonical, rule.rotation, rotated[:, :, new])
             copied = still[:, :, old]
             still[:, :, new] = copied.clone() if isinstance(old, slice) else copied
             self.meter.bytes_moved += (canonical.numel() + copied.numel()) * canonical.element_size()
@@ -247,7 +247,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
         """A layer's cached tensor that turns with the position, and the other one."""
         assert layer.keys is not None
         assert layer.values is not None
-        return (layer.keys, layer.values) if rule.turning == "keys" else (layer.values, layer.keys)
+        return (layer.keys, layer.values) if rule.rotated == "keys" else (layer.values, layer.keys)
 
     def reorder(self, start: int, order: Sequence[int], layout: KVLayout) -> None:
         """Permute a run of slots: slot `start + i` gets what stands in slot `order[i]`. Positions stay with the slots.
@@ -288,9 +288,9 @@ class KVBuffer(Cache):  # type: ignore[misc]
         for layer, keys, values, rule in zip(self.layers, segment.keys, segment.values, layout.layers, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(keys, values)
-            turning, still = self._tensors(layer, rule)
-            move.put(keys if rule.turning == "keys" else values, rule.turns, turning[:, :, where])
-            still[:, :, where] = values if rule.turning == "keys" else keys
+            rotated, still = self._tensors(layer, rule)
+            move.put(keys if rule.rotated == "keys" else values, rule.rotation, rotated[:, :, where])
+            still[:, :, where] = values if rule.rotated == "keys" else keys
         self._positions[where] = positions
         self._origins.from_segment(where, segment)
         self.meter.bytes_moved += segment.nbytes
@@ -309,10 +309,10 @@ class KVBuffer(Cache):  # type: ignore[misc]
             tuple(self._as_computed(index, "values", slots) for index in range(len(self.layers))),
         )
 
-    def _as_computed(self, index: int, name: Turning, slots: Slots) -> torch.Tensor:
+    def _as_computed(self, index: int, name: Rotated, slots: Slots) -> torch.Tensor:
         """A copy of a layer's keys or values in some slots, turned back to where they were computed."""
         standing = (self.keys(index) if name == "keys" else self.values(index))[:, :, slots]
-        if self._origins.turning is None or self._origins.turning[index] != name:
+        if self._origins.rotated is None or self._origins.rotated[index] != name:
             return standing.clone()
         return self._origins.canonical(index, slots, standing)
 
@@ -399,7 +399,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
             named[f"values.{index}"] = self.values(index)
         if self.relocated.numel():
             named["origins"] = self._origins.computed_at(self._used, self.positions)
-            for index, name in enumerate(self._origins.turning or ()):
+            for index, name in enumerate(self._origins.rotated or ()):
                 named[f"origin_{name}.{index}"] = self._as_computed(index, name, self._used)
         return named
 
@@ -416,10 +416,10 @@ class KVBuffer(Cache):  # type: ignore[misc]
             layer.keys[:, :, :count] = keys
             layer.values[:, :, :count] = values
         if "origins" in named:
-            turning: list[Turning] = [
+            rotated: list[Rotated] = [
                 "keys" if f"origin_keys.{index}" in named else "values" for index in range(len(self.layers))
             ]
-            canonical = [named[f"origin_{name}.{index}"] for index, name in enumerate(turning)]
-            self._origins.load(named["origins"], canonical, turning)
+            canonical = [named[f"origin_{name}.{index}"] for index, name in enumerate(rotated)]
+            self._origins.load(named["origins"], canonical, rotated)
         self._set_length(count)
         self.meter.bytes_moved += self.nbytes

@@ -25,7 +25,7 @@ from programmable_kv.cache.transformers_api import (
 )
 from programmable_kv.errors import UnsupportedModelError
 
-Turning = Literal["keys", "values"]
+Rotated = Literal["keys", "values"]
 
 
 class Reach(StrEnum):
@@ -50,19 +50,19 @@ class LayerLayout:
     """what else turns, by the name of the cached tensor: MLA keeps its rotary keys where others keep values"""
 
     @property
-    def turning(self) -> Turning:
+    def rotated(self) -> Rotated:
         """Which of the two cached tensors turns with the position, where one of them does: with MLA it is the second."""
         return "values" if self.rotary is None and "values" in dict(self.others) else "keys"
 
     @property
-    def turns(self) -> Rotary | None:
+    def rotation(self) -> Rotary | None:
         """How that tensor turns; None if it does not."""
-        return self.rotary if self.turning == "keys" else dict(self.others)["values"]
+        return self.rotary if self.rotated == "keys" else dict(self.others)["values"]
 
     @property
-    def turns_more(self) -> bool:
+    def rotates_more(self) -> bool:
         """Whether anything else turns too."""
-        return bool(dict(self.others).keys() - {self.turning})
+        return bool(dict(self.others).keys() - {self.rotated})
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Regime:
 
     name: str
     within: int
-    turns: bool = True
+    changes_frequencies: bool = True
     """whether the frequencies change beyond it (or else which tokens see each other)"""
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from programmable_kv.cache.layout import KVLayout, Turning
+from programmable_kv.cache.layout import KVLayout, Rotated
 from programmable_kv.cache.segment import Segment
 
 _NONE = -1
@@ -41,14 +41,14 @@ class Origins:
         self._sources = torch.full((capacity,), _NONE, dtype=torch.long)
         self._rows = torch.zeros(capacity, dtype=torch.long)
         self._segments: list[Segment | None] = []
-        self.turning: tuple[Turning, ...] | None = None
+        self.rotated: tuple[Rotated, ...] | None = None
         """for each layer, the tensor that turns; known once something was moved"""
         self._keys: list[torch.Tensor] | None = None
         """canonical keys [B, H, capacity, D] of each layer, for the moved slots that come from no segment"""
 
     def follow(self, layout: KVLayout) -> None:
         """Keys are moved as this layout says."""
-        self.turning = tuple(layer.turning for layer in layout.layers)
+        self.rotated = tuple(layer.rotated for layer in layout.layers)
 
     def all_from_segments(self, slots: Slots) -> bool:
         """Whether the canonical keys of all these slots are kept by segments."""
@@ -85,8 +85,8 @@ class Origins:
         for source in set(sources.tolist()) - {_NONE} if bool((sources != _NONE).any()) else ():
             segment, held = self._segments[source], sources == source
             assert segment is not None
-            assert self.turning is not None
-            keys[:, :, held] = segment.tensors(self.turning[layer])[layer][:, :, rows[held]]
+            assert self.rotated is not None
+            keys[:, :, held] = segment.tensors(self.rotated[layer])[layer][:, :, rows[held]]
         return keys
 
     def keep(self, layer: int, slots: Slots, canonical: torch.Tensor, layers: Sequence[torch.Tensor]) -> None:
@@ -131,9 +131,9 @@ class Origins:
             for tensor, keys in zip(self._keys, saved.keys, strict=True):
                 tensor[:, :, saved.slots] = keys
 
-    def load(self, positions: torch.Tensor, keys: Sequence[torch.Tensor], turning: Sequence[Turning]) -> None:
+    def load(self, positions: torch.Tensor, keys: Sequence[torch.Tensor], rotated: Sequence[Rotated]) -> None:
         """Take over copies of the first slots' origins and canonical keys."""
-        self.turning = tuple(turning)
+        self.rotated = tuple(rotated)
         count = positions.numel()
         self._positions[:count] = positions
         for layer, tensor in enumerate(keys):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from programmable_kv.cache.layout import Turning
+from programmable_kv.cache.layout import Rotated
 from programmable_kv.cache.span import Span
 
 
@@ -46,7 +46,7 @@ class Segment:
         """Bytes of keys and values."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
 
-    def tensors(self, name: Turning) -> tuple[torch.Tensor, ...]:
+    def tensors(self, name: Rotated) -> tuple[torch.Tensor, ...]:
         """Its keys, or its values, of every layer."""
         return self.keys if name == "keys" else self.values
 

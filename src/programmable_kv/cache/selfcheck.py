@@ -294,7 +294,7 @@ class _Check:
         """Whether a chunk relocated across the bound is wrong; taken as read where it cannot be seen from here."""
         regime, limit = self.layout.regime, self.layout.position_limit
         assert regime is not None
-        if not regime.turns or (limit is not None and regime.within + _CHUNK > limit):
+        if not regime.changes_frequencies or (limit is not None and regime.within + _CHUNK > limit):
             return True
         there = self._chunk(regime.within)
         offsets = torch.full((_CHUNK,), regime.within)
