@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -9,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from conftest import tiny_model, tokenizer
 
 POLICY = """You are the support agent of an online shop.
 
@@ -65,6 +69,24 @@ def test_edit_prints_a_table(policy: str) -> None:
     assert "erratum" in done.stdout
     assert "full" in done.stdout
     assert "suffix" not in done.stdout
+
+
+def test_edit_shows_which_modes_a_model_refuses(policy: str, tmp_path: Path) -> None:
+    """A model whose keys cannot be moved refuses to refresh a value of another length; the others are compared."""
+    model = copy.deepcopy(tiny_model("gpt2", dtype=torch.float32, n_positions=1024, n_embd=32, n_layer=2, n_head=4))
+    plain = copy.copy(tokenizer("byte-level"))
+    plain.chat_template = None
+    for part in (model, plain):
+        part.save_pretrained(tmp_path / "gpt2")
+    edited = ["--field", "status=shipped", "--set", "status=not shipped and pending"]
+    done = pkv("edit", "--prompt", policy, *edited, *ASK, "--model", str(tmp_path / "gpt2"), "--json")
+    assert done.returncode == 0, done.stderr
+    modes = {row["mode"]: row for row in json.loads(done.stdout)["modes"]}
+    assert modes["in_place"]["decision"] is None
+    assert "cached at one position is right at another" in modes["in_place"]["note"]
+    assert modes["erratum"]["decision"] in ("cancel", "deny")
+    table = pkv("edit", "--prompt", policy, *edited, *ASK, "--model", str(tmp_path / "gpt2"), "--mode", "in_place")
+    assert "refused" in table.stdout
 
 
 @pytest.mark.parametrize(

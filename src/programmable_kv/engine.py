@@ -118,8 +118,9 @@ class Engine:
         written = buffer.layers[-1].values[:, :, target.slots]
         if not bool(torch.isfinite(output if logits else written).all()):
             raise NonFiniteLogitsError(
-                "the model computed NaN or infinity, so nothing can be read from this context. Check the weights and the "
-                "dtype (float16 overflows on many models); the context is as it was before the call."
+                "the model computed NaN or infinity, so nothing can be read from these rows. Check the weights and the dtype "
+                "(float16 overflows on many models). A notebook is as it was before the call; a bare buffer has to be rolled "
+                "back."
             )
         return output
 

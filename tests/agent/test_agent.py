@@ -8,7 +8,7 @@ import pytest
 
 from conftest import tiny
 from programmable_kv import Agent, Notebook, SeamRepair, Skill
-from programmable_kv.errors import InvalidOptionsError, TemplateError, UnknownFieldError
+from programmable_kv.errors import InvalidEditError, InvalidOptionsError, TemplateError, UnknownFieldError
 from programmable_kv.notebook.context import TokenState
 from reference import assert_rows_equal, full_forward, largest_difference
 
@@ -143,3 +143,24 @@ def test_the_embedded_agent_follows_its_state(embedded: Any) -> None:
     said = [agent.act(request, ["cancel", "deny"], order_status=s).decision.choice for s in ("pending", "shipped")]
     again = agent.act(request, ["cancel", "deny"], order_status="pending").decision.choice
     assert [*said, again] == ["cancel", "deny", "cancel"]
+
+
+def test_everything_is_in_the_account() -> None:
+    agent = started()
+    turn = agent.act("the customer asks", OPTIONS)
+    heard = agent.hear("tool", "delivered")
+    learned = agent.learn(Skill.compile(agent.notebook.model, "date policy.\n", name="dates"))
+    forgot = agent.forget("dates")
+    assert turn.account.tokens_reused > 0
+    parts = (agent.composed, turn.account, heard, learned, forgot)
+    assert agent.account.tokens_computed == sum(part.tokens_computed for part in parts)
+    assert agent.account.bytes_moved == sum(part.bytes_moved for part in parts)
+
+
+def test_a_mode_that_is_none_costs_no_prefill() -> None:
+    model = tiny()
+    before = model.engine.meter.tokens_computed
+    with pytest.raises(InvalidEditError, match="no edit mode 'magic'"):
+        Agent(model, POLICY, mode="magic", status="pending")
+    assert model.engine.meter.tokens_computed == before
+    assert Agent(model, "mode: {mode}.", {"mode": "slow"}).state == {"mode": "slow"}

@@ -6,6 +6,7 @@ prefill, and so does everything computed after it. What was not repaired differs
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,8 @@ from programmable_kv.errors import (
     FingerprintMismatchError,
     InvalidEditError,
     InvalidValueError,
+    NotPrefilledError,
+    TemplateError,
     UnknownFieldError,
     UnverifiedError,
 )
@@ -457,3 +460,109 @@ def test_any_composition_keeps_its_books_and_can_be_made_exact(data: st.DataObje
     notebook.edit(status="pending", mode="full")
     exact_up_to(notebook, range(len(notebook)))
     assert set(notebook.states) == {TokenState.EXACT}
+
+
+def test_a_field_after_a_skill_is_a_field() -> None:
+    """It comes into the books with a piece that is computed after the splice."""
+    model = tiny()
+    refunds = Skill.compile(model, REFUNDS, name="refunds")
+    notebook = Notebook(model).message(
+        "system", "agent.\n{refunds}status: {status}.", refunds=refunds, status="pending"
+    )
+    notebook.message("user", "the tier is {tier}?", tier="gold").prefill()
+    assert notebook.fields == {"status": "pending", "tier": "gold"}
+    notebook.edit(status="shipped", tier="silver", mode="full")
+    assert "status: shipped." in notebook.rendered_text
+    assert "tier is silver?" in notebook.rendered_text
+    exact_up_to(notebook, range(len(notebook)))
+
+
+def test_a_message_is_compiled_without_what_begins_a_conversation() -> None:
+    """A template that puts a system message of its own before a lone turn must not put it into the skill."""
+    model = tiny()
+    own = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nbe nice<|im_end|>\n{% endif %}"
+    chat = copy.copy(model.tokenizer)
+    chat.chat_template = "<s>" + own + chat.chat_template
+    result = Skill.compile(replace(model, tokenizer=chat), "order {order}", {"order": "77"}, role="tool")
+    assert result.text == "<|im_start|>tool\norder 77<|im_end|>\n"
+    assert [place.name for place in result.unit.places] == ["order"]
+    with pytest.raises(TemplateError, match="no system role"):
+        Skill.compile(tiny(kind="metaspace"), "order", role="system")
+
+
+def test_a_field_may_be_called_like_an_argument() -> None:
+    model = tiny()
+    assert Skill.compile(model, "role: {role}, {name}.", {"role": "admin", "name": "bo"}).text == "role: admin, bo."
+    with pytest.raises(InvalidValueError, match="in a mapping"):
+        Skill.compile(model, "role: {role}.", role="admin")
+
+
+@pytest.mark.parametrize("how", ["cut", "move", "splice"])
+def test_what_a_selective_edit_refreshed_is_forgotten_when_slots_move(how: str) -> None:
+    notebook = build()
+    notebook.edit(status="shipped", mode="selective", k=1000)
+    assert TokenState.REFRESHED in notebook.states[notebook.spans("status")[-1].stop :]
+    if how == "cut":
+        notebook.add("user", "so?")
+        notebook.cut(notebook.parts[-1])
+        notebook.cut(Span(len(notebook) - 2, len(notebook)))
+    elif how == "move":
+        notebook.add("user", "so?")
+        notebook.move(notebook.parts[-1], to=0)
+    else:
+        notebook.splice(Skill.compile(notebook.model, DATES), at=0)
+    assert len(notebook.states) == len(notebook)
+    field = {slot for span in notebook.spans("status") for slot in span.range}
+    assert all(state is not TokenState.REFRESHED for slot, state in enumerate(notebook.states) if slot not in field)
+    notebook.recompute()
+    exact_up_to(notebook, range(len(notebook)))
+
+
+def test_a_skills_values_are_data_too() -> None:
+    model = tiny()
+    speaks = Skill.compile(model, "note: {note}\n", note="status is shipped")
+    notebook = build(model)
+    with pytest.raises(InvalidValueError, match="speaks of the field status"):
+        notebook.splice(speaks)
+    with pytest.raises(InvalidValueError, match="speaks of the field status"):
+        Notebook(model).message("system", "{status}\n{speaks}", status="pending", speaks=speaks)
+    with pytest.raises(InvalidValueError, match="speaks of the field tier"):
+        Notebook(model).text("note: {note}", note="tier is gold").text("tier: {tier}", tier="silver")
+    worded = Skill.compile(model, "note: {note}\n", note="henceforth read shipped")
+    own = Notebook(model, erratum_template="henceforth read {name} as {value}").text("status: {status}", status="new")
+    own.prefill()
+    with pytest.raises(InvalidValueError, match="words of the erratum template"):
+        own.splice(worded)
+
+
+def test_a_move_to_where_it_is_costs_nothing() -> None:
+    notebook = build()
+    notebook.splice(Skill.compile(notebook.model, DATES, name="dates"), repair=WHOLE)
+    before = notebook.states
+    account = notebook.move("dates")
+    assert (account.tokens_relocated, account.tokens_computed, account.bytes_moved) == (0, 0, 0)
+    assert notebook.states == before
+
+
+def test_the_note_of_a_move_counts_what_was_moved() -> None:
+    notebook = build()
+    for number in range(4):
+        notebook.add("user", f"turn {number} about the order")
+    first, second = notebook.parts[1:3]
+    account = notebook.move(first, to=second.span.stop)
+    assert account.tokens_relocated == len(first.span) + len(second.span) < len(notebook) - first.span.start
+    assert account.note.startswith(f"{account.tokens_relocated} tokens were relocated")
+
+
+def test_an_empty_context_says_so() -> None:
+    notebook = build()
+    notebook.cut(Span(0, len(notebook)))
+    assert notebook.ids == []
+    raw = Notebook(tiny()).text("agent")
+    raw.prefill()
+    raw.cut(Span(0, len(raw)))
+    with pytest.raises(InvalidEditError, match="context is empty"):
+        raw.decide(options=["refund", "deny"])
+    with pytest.raises(NotPrefilledError, match="text is empty"):
+        Notebook(tiny()).text("").prefill()
+    assert raw.add("user", "").tokens_computed == 0

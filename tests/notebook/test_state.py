@@ -251,3 +251,49 @@ def test_joining_spans_takes_the_weakest() -> None:
     assert weakest([]) is TokenState.EXACT
     assert order[0] is TokenState.EXACT
     assert order[-1] is TokenState.STALE
+
+
+def test_of_two_streams_the_second_is_refused_when_it_begins() -> None:
+    notebook = build()
+    one, two = notebook.generate("a", max_new_tokens=6), notebook.generate("b", max_new_tokens=6)
+    first = next(one)
+    with pytest.raises(OutOfStepError, match="still open"):
+        next(two)
+    alone = "".join([first, *one])
+    assert alone == "".join(notebook.generate("a", max_new_tokens=6))
+
+
+def test_a_mark_is_not_released_under_a_stream() -> None:
+    notebook = build()
+    mark = notebook.mark()
+    stream = notebook.generate("a", max_new_tokens=6)
+    next(stream)
+    with pytest.raises(OutOfStepError, match="still open"):
+        notebook.release(mark)
+    list(stream)
+    notebook.release(mark)
+    notebook.add("user", "so?")
+
+
+def test_asking_of_the_context_as_it_is_leaves_its_last_token_alone() -> None:
+    """Its logits come from computing it again, under values that it must not keep."""
+    notebook = Notebook(tiny()).text("status: {status}. cancel or deny", status="pending")
+    notebook.prefill()
+    exact = notebook.cache.keys(1).clone()
+    notebook.edit(status="shipped", mode="in_place")
+    notebook.decide(options=["cancel", "deny"])
+    notebook.edit(status="pending", mode="in_place")
+    assert set(notebook.states) == {TokenState.EXACT}
+    torch.testing.assert_close(notebook.cache.keys(1), exact, rtol=0, atol=1e-9)
+
+
+def test_a_value_that_was_edited_away_is_not_saved(tmp_path: Path) -> None:
+    notebook = Notebook(tiny()).message("system", "address: {address}. agent.", address="elm street nine")
+    notebook.prefill()
+    notebook.edit(address="removed", mode="full")
+    notebook.save(tmp_path / "saved")
+    assert "elm street" not in (tmp_path / "saved" / "notebook.json").read_text(encoding="utf-8")
+    loaded = Notebook.load(tmp_path / "saved", notebook.model)
+    for each in (notebook, loaded):
+        each.add("user", "so?")
+    assert_same(notebook, loaded)

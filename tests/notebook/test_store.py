@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,31 @@ def test_killed_or_racing_writers_lose_nothing(tmp_path: Path) -> None:
     assert reads > 5
     assert store.get(tiny(), "shared").name == "shared"
     assert [entry.name for entry in store.entries()] == ["shared"]
+
+
+def test_a_damaged_manifest_is_in_nobodys_way(tmp_path: Path) -> None:
+    model, store = tiny(), SkillStore(tmp_path, limit=1)
+    store.compile(model, "one thing.", name="one")
+    key = store.entry("one").key
+    (tmp_path / f"{key}.json").write_text("{}", encoding="utf-8")
+    store.compile(model, "another thing.", name="two")
+    assert [entry.name for entry in store.entries()] == ["two"]
+    assert store.damaged() == [key]
+    with pytest.raises(CorruptFileError):
+        store.verify(key)
+    assert store.remove(key) == key
+    assert store.damaged() == []
+    assert not list(tmp_path.glob(f"{key}*"))
+
+
+def test_a_kept_skill_takes_the_name_it_is_asked_for_under(store: SkillStore) -> None:
+    model = tiny()
+    unnamed = store.compile(model, "one thing.")
+    named = store.compile(model, "one thing.", name="thing")
+    assert named.account.tokens_computed == 0
+    assert store.verify("thing").nbytes
+    assert [entry.name for entry in store.entries()] == ["thing"]
+    same(
+        replace(unnamed, name="thing", unit=replace(unnamed.unit, name="")),
+        replace(named, unit=replace(named.unit, name="")),
+    )

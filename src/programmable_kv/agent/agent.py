@@ -8,11 +8,12 @@ agent.act("And now?", ["cancel", "deny"], order_status="shipped")
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from programmable_kv.account import Account
 from programmable_kv.model import Model
 from programmable_kv.notebook.decision import Decision
+from programmable_kv.notebook.editing import parse_mode
 from programmable_kv.notebook.edits import DEFAULT_MODE, Mode
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.notebook.skill import Skill
@@ -30,7 +31,8 @@ class Turn:
     @property
     def account(self) -> Account:
         """All that the turn computed: the edit, the request, and the answer."""
-        return self.decision.account + self.decision.scoring
+        total = self.decision.account + self.decision.scoring
+        return replace(total, tokens_reused=self.decision.account.tokens_reused)
 
 
 class Agent:
@@ -44,6 +46,7 @@ class Agent:
         self,
         model: Model,
         policy: str | Skill,
+        values: Mapping[str, str] | None = None,
         /,
         *,
         skills: Sequence[Skill] = (),
@@ -54,8 +57,9 @@ class Agent:
         """Compose the context. What was compiled before is spliced, only the rest is computed.
 
         Args:
-            policy: the system message, with a `{field}` placeholder for every name in `state`; or a skill, whose own fields
+            policy: the system message, with a `{field}` placeholder for every name in the state; or a skill, whose own fields
                 are the state.
+            values, state: the fields' values; those of fields that are called `skills`, `mode` or `repair` in `values`.
             skills: stand after the policy, in this order, each after an empty line.
             mode: how changes of state are made (`Mode`).
             repair: which tokens of each skill are computed again in their place.
@@ -69,11 +73,12 @@ class Agent:
         text = "\n\n".join(
             [*([] if isinstance(policy, Skill) else [policy]), *("{" + skill.name + "}" for skill in pieces)]
         )
-        self.mode = mode
+        self.mode = parse_mode(mode)
         self.notebook = Notebook(model)
-        self.notebook.message("system", text, **state, **{skill.name: skill for skill in pieces})
+        self.notebook.message("system", text, **{**(values or {}), **state}, **{skill.name: skill for skill in pieces})
         self.composed = self.notebook.prefill(repair=repair)
         self.turns: list[Turn] = []
+        self._between: list[Account] = []
 
     @property
     def state(self) -> dict[str, str]:
@@ -107,17 +112,21 @@ class Agent:
 
     def hear(self, role: str, content: str, /) -> Account:
         """Append what somebody else said: a tool's result, say."""
-        return self.notebook.add(role, content)
+        return self._noted(self.notebook.add(role, content))
 
     def learn(self, skill: Skill, /) -> Account:
         """Splice a skill in at the end of the trajectory, from where the next turns read it."""
-        return self.notebook.splice(skill)
+        return self._noted(self.notebook.splice(skill))
 
     def forget(self, name: str, /) -> Account:
         """Cut a skill out. What followed it is relocated, and keeps what it concluded while the skill was there."""
-        return self.notebook.cut(name)
+        return self._noted(self.notebook.cut(name))
+
+    def _noted(self, account: Account) -> Account:
+        self._between.append(account)
+        return account
 
     @property
     def account(self) -> Account:
-        """Everything so far, the composition included."""
-        return sum((turn.account for turn in self.turns), self.composed)
+        """Everything that the agent did so far, the composition included. Reuse is no sum: that of the last turn stands."""
+        return sum([*self._between, *(turn.account for turn in self.turns)], self.composed)

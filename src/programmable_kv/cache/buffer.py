@@ -180,6 +180,8 @@ class KVBuffer(Cache):  # type: ignore[misc]
         see the slots up to the last one written. If it raises, the lengths are put back; content of overwritten
         slots comes back only with a rollback to a mark.
         """
+        if not len(slots):
+            raise CacheBufferError("there are no slots to write: a forward needs at least one row")
         first, last = slots[0], slots[-1]
         contiguous = last - first + 1 == len(slots)
         fresh = [slot for slot in slots if slot >= self.length]

@@ -25,8 +25,9 @@ class Moved:
     def error(self, rule: Rotary | None) -> torch.Tensor:
         """What is left of the difference after turning by the rule, relative to each token's norm; [B, H, T, D]."""
         turned = self.before if rule is None else rotate(self.before, self.offsets, rule)
-        scale = self.after.double().norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-        difference: torch.Tensor = (turned.double() - self.after.double()).abs() / scale
+        found, right = turned.cpu().double(), self.after.cpu().double()  # MPS has no float64
+        scale = right.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        difference: torch.Tensor = (found - right).abs() / scale
         return difference
 
 

@@ -69,8 +69,8 @@ def prove_rows(
     for index, (keys, values) in enumerate(before):
         compared += [("keys of", index, buffer.keys(index), keys), ("values of", index, buffer.values(index), values)]
     for name, index, ours, theirs in compared:
-        scale = theirs.double().norm(dim=-1).amax().clamp_min(1e-30)
-        off = float((ours.double() - theirs.double()).norm(dim=-1).amax() / scale)
+        found, right = ours.cpu().double(), theirs.cpu().double()
+        off = float((found - right).norm(dim=-1).amax() / right.norm(dim=-1).amax().clamp_min(1e-30))
         if not off / allowed <= worst:
             worst = off / allowed
             where = (

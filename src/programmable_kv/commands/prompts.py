@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from programmable_kv.commands.common import ModelOption, out, pairs, progress, read_text
-from programmable_kv.errors import InvalidOptionsError
+from programmable_kv.errors import InvalidOptionsError, TemplateError, UnverifiedError
 
 
 def demo(
@@ -83,31 +83,38 @@ def edit(
     notebook = Notebook(loaded)
     raw = raw or not loaded.has_chat_template
     if raw:
-        notebook.text(text, **fields).text(f"\n{ask}\nAnswer:")
+        notebook.text(text, **fields).text(f"\n{ask}\n")
     else:
         notebook.message("system", text.strip(), **fields).message("user", ask)
     notebook.prefill()
-    before = notebook.decide(None, choices)
+    end = "Answer:" if raw else None  # after what an edit appends
+    before = notebook.decide(end, choices)
     wanted = [parse_mode(name) for name in mode] if mode else list(Mode)
     modes = [Mode.FULL, *(m for m in Mode if m in wanted and m is not Mode.FULL)]
     rows: list[dict[str, Any]] = []
     with progress("Editing", len(modes)) as report:
         for number, each in enumerate(modes, start=1):
             mark = notebook.mark()
-            decision = notebook.decide(None, choices, edits=changes, mode=each)
+            try:
+                decision = notebook.decide(end, choices, edits=changes, mode=each)
+            except (UnverifiedError, TemplateError) as error:
+                if each is Mode.FULL:
+                    raise
+                rows.append({"mode": str(each), "decision": None, "note": str(error)})
+            else:
+                full = rows[0]["decision"] if rows else decision.choice
+                rows.append(
+                    {
+                        "mode": str(each),
+                        "decision": decision.choice,
+                        "probabilities": {k: round(v, 6) for k, v in decision.probabilities.items()},
+                        "agrees_with_full": decision.choice == full,
+                        "tokens_computed": decision.account.tokens_computed,
+                        "ttft_ms": round(decision.ttft_ms, 3),
+                        "note": decision.account.note,
+                    }
+                )
             notebook.rollback(mark)
-            full = rows[0]["decision"] if rows else decision.choice
-            rows.append(
-                {
-                    "mode": str(each),
-                    "decision": decision.choice,
-                    "probabilities": {k: round(v, 6) for k, v in decision.probabilities.items()},
-                    "agrees_with_full": decision.choice == full,
-                    "tokens_computed": decision.account.tokens_computed,
-                    "ttft_ms": round(decision.ttft_ms, 3),
-                    "note": decision.account.note,
-                }
-            )
             report(number, len(modes))
     if as_json:
         body = {
@@ -127,6 +134,9 @@ def edit(
         table.add_column(column, justify="right")
     table.add_column("note")
     for row in rows:
+        if row["decision"] is None:
+            table.add_row(row["mode"], "[yellow]refused[/]", "", "", "", "", row["note"])
+            continue
         table.add_row(
             row["mode"], row["decision"], f"{row['probabilities'][row['decision']]:.3f}",
             "[green]yes[/]" if row["agrees_with_full"] else "[red]no[/]",

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from programmable_kv.commands.common import ModelOption, out, pairs, read_text
+from programmable_kv.commands.common import ModelOption, err, out, pairs, read_text
 
 app = typer.Typer(help="Skills: texts compiled once, kept, and spliced anywhere.", no_args_is_help=True)
 
@@ -35,7 +35,7 @@ def skills_compile(
 
     loaded = load_model(model)
     keep = SkillStore(store, int8=int8)
-    skill = keep.compile(loaded, read_text(text), name=name, role=role, **pairs(field or [], "--field"))
+    skill = keep.compile(loaded, read_text(text), pairs(field or [], "--field"), name=name, role=role)
     out.print(
         f"{skill.name}: {len(skill)} tokens, {skill.account.tokens_computed} of them computed in "
         f"{1e3 * skill.account.seconds:.0f} ms"
@@ -47,7 +47,8 @@ def skills_list(store: StoreOption = None, as_json: Annotated[bool, typer.Option
     """List the kept skills, most recently used first."""
     from programmable_kv.notebook.store import SkillStore
 
-    entries = SkillStore(store).entries()
+    keep = SkillStore(store)
+    entries = keep.entries()
     if as_json:
         print(json.dumps([entry.model_dump(mode="json", exclude={"unit"}) for entry in entries], indent=1))
         return
@@ -58,6 +59,8 @@ def skills_list(store: StoreOption = None, as_json: Annotated[bool, typer.Option
         model = f"{entry.model_name} {entry.fingerprint[:8]}"
         table.add_row(entry.name, entry.key, model, str(len(entry.unit.ids)), entry.precision, f"{entry.nbytes:,}")
     out.print(table)
+    for key in keep.damaged():
+        err.print(f"[red]{key} is damaged.[/] `pkv skills rm {key}` removes it.")
 
 
 @app.command("show")
@@ -83,8 +86,7 @@ def skills_rm(which: SkillArgument, store: StoreOption = None) -> None:
     """Forget a skill."""
     from programmable_kv.notebook.store import SkillStore
 
-    entry = SkillStore(store).remove(which)
-    out.print(f"{entry.name} ({entry.key}) is gone")
+    out.print(f"{SkillStore(store).remove(which)} is gone")
 
 
 @app.command("export")

@@ -61,6 +61,8 @@ class CachedContext:
             UnknownFieldError: a field given here has no placeholder in the content.
             InvalidValueError: a name or value is not plain data, or the content has special tokens.
             FingerprintMismatchError: another model compiled the skill.
+            InvalidEditError: the notebook is made of raw text, a field was declared with another value, or a skill twice.
+            NotPrefilledError: the context was computed already.
         """
         self._require_unfilled()
         if self._texts:
@@ -95,11 +97,13 @@ class CachedContext:
             skill.check_fits(self.model)
             if name in self._values or content.count("{" + name + "}") > 1:
                 raise InvalidEditError(f"{name} was declared before: a skill has one place, and a name of its own")
+        plain = {name: value for name, value in self._values.items() if name not in self._skills}
+        own = {name: value for skill in (self._skills | skills).values() for name, value in skill.values.items()}
         for name, value in fields.items():
             check_name(name)
-            check_value(name, value, self.model.tokenizer, self.erratum_template, {*fields, *self._values})
             if self._values.get(name, value) != value:
                 raise InvalidEditError(f"field {name} was declared before as {self._values[name]!r}, now as {value!r}")
+        self._check_values(plain | own | fields)
         fields |= dict.fromkeys(skills, SKILL_MARK)
         known = {**self._values, **fields}
         text = Text(content, tuple(name for name in known if name in fields or "{" + name + "}" in content))
@@ -108,11 +112,17 @@ class CachedContext:
         self._skills.update(skills)
         return text
 
+    def _check_values(self, values: Mapping[str, str]) -> None:
+        """Every value is data, as far as all of these fields and this notebook's wording of an erratum are concerned."""
+        for name, value in values.items():
+            check_value(name, value, self.model.tokenizer, self.erratum_template, values)
+
     def prefill(self, *, repair: SeamRepair | None = None) -> Account:
         """Compute the whole context once; skills in it are spliced, and `repair` says which of their tokens are computed.
 
         Raises:
             NotPrefilledError: there is nothing to prefill, or it was prefilled already.
+            UnverifiedError: there is a skill, and this model's keys cannot be moved.
             ContextOverflowError: the context is longer than the model's positions.
             TemplateError: the chat template changes what the messages say.
         """
@@ -130,6 +140,8 @@ class CachedContext:
             values = joined_values(values, skill)
         context = Context([], {name: FieldState(value, value) for name, value in values.items()})
         length = sum(len(piece) for piece in pieces)
+        if not length:
+            raise NotPrefilledError("the notebook's text is empty: there is nothing to compute")
         engine.check_length(length)
         if self._skills:
             engine.verify()
@@ -203,7 +215,9 @@ class CachedContext:
         For a raw-text notebook the role is not rendered: the content is appended as it is.
 
         Raises:
+            InvalidValueError: the content has special tokens, or the role is no word.
             TemplateError: the chat template cannot continue this conversation with that role.
+            ContextOverflowError: it does not fit.
         """
         check_role(role)
         check_no_markers(content, self.model.tokenizer, f"the {role} turn")
@@ -220,10 +234,11 @@ class CachedContext:
             else:
                 rendered = Rendered(content)
             unit = tokenised(self.model.tokenizer, rendered, Kind.TURN)
-            self.model.engine.append(buffer, unit.ids, logits=0)
-            context = self._context.copy()
-            context.append(unit)
-            self._context = context
+            if len(unit):
+                self.model.engine.append(buffer, unit.ids, logits=0)
+                context = self._context.copy()
+                context.append(unit)
+                self._context = context
         return self._account(reading.account, reused)
 
     def _continuation(self, more: Sequence[Message], *, prompt_for_answer: bool = False) -> Rendered:
@@ -248,8 +263,12 @@ class CachedContext:
         return self._account(reading.account, len(self._context))
 
     def release(self, mark: NotebookMark) -> None:
-        """Keep what happened since a mark; it and later marks are used up."""
-        self._filled().release(mark.buffer)
+        """Keep what happened since a mark; it and later marks are used up.
+
+        Raises:
+            OutOfStepError: a stream is open, which has a mark of its own.
+        """
+        self._require_in_step().release(mark.buffer)
 
     def fork(self) -> Self:
         """An independent notebook in the same state. Copies the cache; its `last_account` says what that cost."""

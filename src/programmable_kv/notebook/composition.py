@@ -63,6 +63,7 @@ class Composition(CachedContext):
         Raises:
             UnverifiedError: keys of this model cannot be moved.
             FingerprintMismatchError: another model compiled it.
+            InvalidValueError: a value here speaks of a field of the skill's, or one of the skill's of a field here.
             ContextOverflowError: it does not fit.
             InvalidEditError: `at` is no place in the text, or a field of the skill has another value here.
         """
@@ -74,12 +75,13 @@ class Composition(CachedContext):
         self.model.engine.verify()
         with self._transaction() as meter, meter.measure() as reading:
             done = self._spliced(skill, where, repair)
-        return self._moved(reading.account, done.note)
+        return self._account(reading.account, len(self._context) - reading.account.tokens_relocated, done.note)
 
     def _spliced(self, skill: Skill, where: Span, repair: SeamRepair | None, then: Sequence[int] = ()) -> Spliced:
         """Splice, and compute the tokens `then` at the context's end in the same forward. Within a transaction."""
         buffer = self._filled()
         skill.check_fits(self.model)
+        self._check_values({name: state.current for name, state in self._context.fields.items()} | dict(skill.values))
         self.model.engine.check_length(buffer.next_position + len(skill) - len(where) + len(then))
         context = self._context.copy()
         done = splice(self.model.engine, buffer, context, skill, where, repair or SeamRepair(), then)
@@ -95,9 +97,11 @@ class Composition(CachedContext):
         """
         buffer = self._filled()
         span = self._span(what)
+        moves = span.stop < len(self._context)
+        if moves:
+            self.model.engine.verify()
         with self._transaction() as meter, meter.measure() as reading:
             context = self._context.copy()
-            moves = span.stop < len(context)
             layout = self.model.engine.require_relocation(below=buffer.next_position) if moves else None
             first, last = context.split_at(span.start), context.split_at(span.stop)
             if layout is None:
@@ -108,12 +112,12 @@ class Composition(CachedContext):
             self._mark_stale(context, first)
             context.forget_lost_fields()
             self._context = context
-        return self._moved(reading.account, self._following(span.start))
+        return self._moved(reading.account, span.start)
 
     def move(self, what: str | Part | Span, /, *, to: int | Part | None = None) -> Account:
         """Move a part before the slot (or part) `to`; to the context's end when None.
 
-        Only what lies between is touched.
+        Only what lies between is touched; a part that is there already costs nothing.
 
         Raises:
             UnverifiedError: keys of this model cannot be moved.
@@ -123,6 +127,9 @@ class Composition(CachedContext):
         span, slot = self._span(what), self._slot(to)
         if span.start < slot < span.stop:
             raise InvalidEditError(f"cannot move slots [{span.start}, {span.stop}) into themselves, to slot {slot}")
+        if slot in (span.start, span.stop):
+            return self._account(Account(), len(self._context))
+        self.model.engine.verify()
         layout = self.model.engine.require_relocation(below=buffer.next_position)
         with self._transaction() as meter, meter.measure() as reading:
             context = self._context.copy()
@@ -139,7 +146,7 @@ class Composition(CachedContext):
             context.units[first : first + len(run)] = run
             self._mark_stale(context, first)
             self._context = context
-        return self._moved(reading.account, self._following(start))
+        return self._moved(reading.account, start)
 
     def replace(self, what: str | Part | Span, skill: Skill, /, *, repair: SeamRepair | None = None) -> Account:
         """Exchange a part for a skill, in its place. Raises as `cut` and `splice` do."""
@@ -186,16 +193,16 @@ class Composition(CachedContext):
             )
         return span
 
-    def _moved(self, account: Account, note: str) -> Account:
-        return self._account(account, len(self._context) - account.tokens_relocated, note)
-
-    def _following(self, start: int) -> str:
-        later = len(self._context) - start
-        return f"{later} tokens were relocated; what they noted before stays" if later else ""
+    def _moved(self, account: Account, start: int) -> Account:
+        """What followed slot `start` has other text before it now than when it was computed."""
+        moved, later = account.tokens_relocated, len(self._context) - start
+        note = f"{moved} tokens were relocated; {later} keep what they noted before" if later else ""
+        return self._account(account, len(self._context) - moved, note)
 
     @staticmethod
     def _mark_stale(context: Context, first: int) -> None:
-        """Everything from unit `first` on was computed before what precedes it changed."""
+        """Everything from unit `first` on was computed before what precedes it changed, and may stand elsewhere now."""
+        context.refreshed = frozenset()
         for index in range(first, len(context.units)):
             unit = context.units[index]
             context.units[index] = unit.marked(Span(0, len(unit)), TokenState.STALE)

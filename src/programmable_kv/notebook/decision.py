@@ -98,7 +98,7 @@ def score(
     """
     length = buffer.length
     cached: list[int] = []
-    rows: list[torch.Tensor] = [torch.log_softmax(first_logits[-1].double(), dim=-1)]
+    rows: list[torch.Tensor] = [torch.log_softmax(first_logits[-1].cpu().double(), dim=-1)]
     scores = [0.0] * len(options)
     for index in sorted(range(len(options)), key=lambda i: list(options[i])):
         ids = list(options[index])
@@ -110,7 +110,7 @@ def score(
         new = ids[shared:-1]
         if new:
             logits = engine.append(buffer, new, logits=len(new))
-            rows += list(torch.log_softmax(logits.double(), dim=-1))
+            rows += list(torch.log_softmax(logits.cpu().double(), dim=-1))
         cached = ids[:-1]
         scores[index] = sum(float(rows[i][token]) for i, token in enumerate(ids))
     buffer.truncate(length)

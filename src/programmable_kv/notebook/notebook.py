@@ -12,13 +12,13 @@ notebook.decide(options=["cancel", "deny"])
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.cache.buffer import KVBuffer, Mark
 from programmable_kv.cache.span import Span
 from programmable_kv.engine import Rows
 from programmable_kv.errors import InvalidEditError, OutOfStepError, TemplateError
@@ -76,7 +76,8 @@ class Notebook(Editing):
             InvalidEditError: an edit and a splice at once, or a repair without a skill.
             UnknownFieldError, UnverifiedError, FingerprintMismatchError, ContextOverflowError: as `edit` and `splice`.
             InvalidValueError: the prompt has special tokens, or an option that is to be kept has.
-            TemplateError: with `keep`, the chat template renders an answer in another way than it asks for one.
+            TemplateError: the chat template does not take the prompt; or, with `keep`, renders an answer in another way than
+                it asks for one.
         """
         buffer = self._filled()
         tokenizer = self.model.tokenizer
@@ -111,6 +112,8 @@ class Notebook(Editing):
                 scores = score(self.model.engine, buffer, logits, strings)
                 choice = best_of(options, scores)
                 buffer.truncate(len(self._context) + (len(turn) if keep else 0))
+                if done.reread is not None:
+                    buffer.rollback(done.reread)
                 if keep:
                     said = None if prompt is None else _with_instruction(prompt) if think else prompt
                     self._keep(turn, said, f"{thought} {choice}" if think else choice)
@@ -166,6 +169,9 @@ class Notebook(Editing):
         Raises:
             OutOfStepError: another stream is open, or the notebook was rolled back under this one.
             InvalidValueError: the prompt has special tokens.
+            InvalidEditError: no tokens are asked for, a temperature is negative, or the context and the prompt are empty.
+            TemplateError: the chat template does not take the prompt, or (with `keep`) the answer.
+            ContextOverflowError: prompt or answer do not fit; what was yielded before stands, and the context is as it was.
         """
         asked = self._prompt(prompt, think=False)
         if max_new_tokens < 1:
@@ -180,7 +186,7 @@ class Notebook(Editing):
     ) -> Iterator[str]:
         from tokenizers.decoders import DecodeStream
 
-        buffer = self._filled()
+        buffer = self._require_in_step()
         ids = list(tokenised(self.model.tokenizer, asked, Kind.TURN).ids)
         said: list[int] = []
         stream = DecodeStream(skip_special_tokens=True)
@@ -259,9 +265,12 @@ class Notebook(Editing):
         elif ids:
             return _Answered(self.model.engine.append(buffer, ids), reused, note)
         # Nothing new to read from: the context's last token is computed once more, for its logits.
+        if not buffer.length:
+            raise InvalidEditError("the context is empty, so there is nothing to answer: give a prompt, or add a turn")
+        mark = buffer.mark()
         last = buffer.length - 1
         row = Rows((self._context.ids[last],), (last,), (int(buffer.positions[last]),))
-        return _Answered(self.model.engine.compute(buffer, row), reused, note)
+        return _Answered(self.model.engine.compute(buffer, row), reused, note, mark)
 
     def _ask_with(self, skill: Skill, ids: list[int], repair: SeamRepair | None) -> _Answered:
         """Splice a skill in at the end and compute the prompt, in one forward."""
@@ -269,12 +278,7 @@ class Notebook(Editing):
         done = self._spliced(skill, Span(end, end), repair, ids)
         if done.logits is not None:
             return _Answered(done.logits, end, done.note)
-        # Nothing is asked: the skill's last token is computed for its logits, and stays as it was spliced.
-        buffer = self._filled()
-        mark = buffer.mark()
-        logits = self._ask(ids, None, DEFAULT_MODE, 0).logits
-        buffer.rollback(mark)
-        return _Answered(logits, end, done.note)
+        return replace(self._ask(ids, None, DEFAULT_MODE, 0), reused=end, note=done.note)
 
     def _think(self, buffer: KVBuffer, logits: torch.Tensor) -> tuple[str, torch.Tensor]:
         """Greedy tokens up to the words that announce the decision; the thought, and the logits after it.
@@ -354,3 +358,5 @@ class _Answered:
     logits: torch.Tensor
     reused: int
     note: str
+    reread: Mark | None = None
+    """where the last cached token was computed again for its logits: what to return to, so that it stays as it was"""

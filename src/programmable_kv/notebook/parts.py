@@ -16,6 +16,8 @@ from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidValueError, TemplateError, UnknownFieldError
 
 _OPEN, _NAMED, _CLOSE = "\ue000", "\ue001", "\ue002"
+_EARLIER = "\ue008"
+"""what earlier messages say, where only their presence matters"""
 _MARKED = re.compile(f"{_OPEN}(.*?){_NAMED}(.*?){_CLOSE}", re.DOTALL)
 
 
@@ -130,6 +132,28 @@ def continuation(
         )
     places = tuple((name, span.shifted(-len(before))) for name, span in after.places if span.start >= len(before))
     return Rendered(after.text[len(before) :], places)
+
+
+def message_alone(tokenizer: Any, message: Message, values: Mapping[str, str]) -> Rendered:
+    """What a template adds for one message in mid-conversation: without what it puts at the start of every conversation.
+
+    Raises:
+        TemplateError: the template takes no message of that role after any of the beginnings tried, or gives the earlier
+            ones another form because of it.
+    """
+    refused: TemplateError | None = None
+    for roles in (("system",), ("system", "user"), ("user", "assistant"), ("system", "user", "assistant"), ("user",)):
+        try:
+            alone = continuation(tokenizer, [Message(role, Text(_EARLIER)) for role in roles], [message], values)
+        except TemplateError as error:
+            refused = error
+            continue
+        if alone.text and _EARLIER not in alone.text:
+            return alone
+    raise refused or TemplateError(
+        f"the chat template does not render a {message.role} message apart from those before it, so it cannot be compiled "
+        "alone. Compile the text without a role."
+    )
 
 
 def _count(messages: Sequence[Message]) -> int:

@@ -1,6 +1,7 @@
 """A notebook on disk: `notebook.json` (text, fields, digests) and `cache.safetensors` (keys and values).
 
-A folder is written beside its final name and renamed, so a killed process leaves the old one or the new one.
+A folder is written beside its final name and renamed, so nobody reads half of one. Where an older one is replaced, it is
+moved aside first: a process killed between the two renames leaves it there, as `.NAME-old-*/old`.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def save(notebook: Notebook, folder: Path) -> Path:
             fields={
                 name: SavedField(current=state.current, written=state.written) for name, state in context.fields.items()
             },
-            placeholders=dict(notebook._values),
+            placeholders=notebook._values | {name: state.written for name, state in context.fields.items()},
             refreshed=tuple(sorted(context.refreshed)),
         )
         body = manifest.model_dump_json()

@@ -18,7 +18,7 @@ from programmable_kv.cache.span import Span
 from programmable_kv.errors import FingerprintMismatchError, InvalidValueError
 from programmable_kv.model import Model
 from programmable_kv.notebook.context import Kind, Unit, tokenised
-from programmable_kv.notebook.parts import Message, Text, render_chat, unmark
+from programmable_kv.notebook.parts import Message, Text, message_alone, unmark
 from programmable_kv.notebook.values import check_name, check_no_markers, check_value
 from programmable_kv.notebook.wording import DEFAULT_TEMPLATE
 
@@ -45,12 +45,21 @@ class Skill:
 
     @classmethod
     def compile(
-        cls, model: Model, text: str, /, *, name: str | None = None, role: str | None = None, **fields: str
+        cls,
+        model: Model,
+        text: str,
+        values: Mapping[str, str] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        role: str | None = None,
+        **fields: str,
     ) -> Skill:
         """Compute a text alone, from position 0.
 
         Args:
             text: what it says; `{field}` placeholders as in `Notebook.message`.
+            values, fields: the fields' values; those of fields that are called `name` or `role` in `values`.
             name: what it is called in a context; a digest of its text when None.
             role: render it as a chat message of this role, to be spliced between turns (a tool's result, say).
 
@@ -60,7 +69,7 @@ class Skill:
             ContextOverflowError: it is longer than the model's positions.
             TemplateError: the chat template does not take a message of that role.
         """
-        return Draft.of(model, text, name=name, role=role, **fields).compiled(model)
+        return Draft.of(model, text, {**(values or {}), **fields}, name, role).compiled(model)
 
     def check_fits(self, model: Model) -> None:
         """
@@ -79,9 +88,7 @@ class Draft:
     values: Mapping[str, str]
 
     @classmethod
-    def of(
-        cls, model: Model, text: str, /, *, name: str | None = None, role: str | None = None, **fields: str
-    ) -> Draft:
+    def of(cls, model: Model, text: str, fields: Mapping[str, str], name: str | None, role: str | None) -> Draft:
         """Arguments and errors as `Skill.compile`."""
         if not text:
             raise InvalidValueError("the skill's text is empty")
@@ -89,10 +96,16 @@ class Draft:
         for field_name, value in fields.items():
             check_name(field_name)
             check_value(field_name, value, model.tokenizer, DEFAULT_TEMPLATE, fields)
+        for option, given in (("name", name), ("role", role)):
+            if given is not None and option not in fields and "{" + option + "}" in text:
+                raise InvalidValueError(
+                    f"the text has a placeholder {{{option}}}, and {option}={given!r} is the skill's own {option}, not a value "
+                    f"for it. Give the value in a mapping: compile(model, text, {{{option!r}: ...}})."
+                )
         part = Text(text, tuple(fields))
         part.check()
         rendered = (
-            unmark(part.marked(fields)) if role is None else render_chat(model.tokenizer, [Message(role, part)], fields)
+            unmark(part.marked(fields)) if role is None else message_alone(model.tokenizer, Message(role, part), fields)
         )
         unit = tokenised(model.tokenizer, rendered, Kind.SKILL)
         if name is None:

@@ -82,8 +82,8 @@ def _deviations(engine: Engine, buffer: KVBuffer, ids: tuple[int, ...], span: Sp
     deviations = torch.zeros(len(span), dtype=torch.float64)
     for layer, keys in enumerate(cached):
         true = buffer.keys(layer)[:, :, slots]
-        squared = (true - keys).double().pow(2).sum(dim=(0, 1, 3)) / true.double().pow(2).sum(dim=(0, 1, 3))
-        deviations += squared.cpu()
+        off, size = (tensor.cpu().double().pow(2).sum(dim=(0, 1, 3)) for tensor in (true - keys, true))
+        deviations += off / size
     buffer.rollback(mark)
     return deviations
 
@@ -127,7 +127,10 @@ def splice(
     layout = engine.require_relocation(below=reach)
     index = context.split_at(at)
     del context.units[index : context.split_at(where.stop)]
-    context.forget_lost_fields()
+    if len(where):
+        context.forget_lost_fields()
+    if at < len(context):
+        context.refreshed = frozenset()  # slots of before, which are others' now
     fields = joined_values({name: state.current for name, state in context.fields.items()}, skill)
     following = len(context) - at
     buffer.insert(at, skill.segment, layout, replacing=len(where))

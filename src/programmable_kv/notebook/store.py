@@ -13,7 +13,7 @@ import json
 import time
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -74,7 +74,7 @@ class SkillStore:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def put(self, skill: Skill, *, model_name: str = "") -> Entry:
-        """Keep a skill; returns its entry. One that is there already is not written again."""
+        """Keep a skill; returns its entry. One that is there already is written anew."""
         key = key_of(skill.fingerprint, skill.unit.ids, self.int8)
         tensors: dict[str, torch.Tensor] = {"computed_at": skill.segment.computed_at}
         for index, (keys, values) in enumerate(zip(skill.segment.keys, skill.segment.values, strict=True)):
@@ -96,19 +96,34 @@ class SkillStore:
             unit=saved_unit(skill.unit),
         )
         self._write(f"{key}.safetensors", body)
-        self._write(f"{key}.json", entry.model_dump_json(indent=1).encode())
+        self._write_manifest(entry)
         self._evict(keep=key)
         return entry
 
     def compile(
-        self, model: Model, text: str, /, *, name: str | None = None, role: str | None = None, **fields: str
+        self,
+        model: Model,
+        text: str,
+        values: Mapping[str, str] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        role: str | None = None,
+        **fields: str,
     ) -> Skill:
-        """The skill from the store if it is there, else compiled and kept. Arguments and errors as `Skill.compile`."""
-        draft = Draft.of(model, text, name=name, role=role, **fields)
+        """The skill from the store if it is there, else compiled and kept. Arguments and errors as `Skill.compile`.
+
+        An entry of the same tokens takes the name that is given here.
+        """
+        draft = Draft.of(model, text, {**(values or {}), **fields}, name, role)
         key = key_of(model.fingerprint, draft.unit.ids, self.int8)
         if self._files.exists(self._path(f"{key}.json")):
             # The tokens are those of the entry; name, fields and text are the caller's.
-            return draft.with_segment(self.get(model, key).segment, model.fingerprint, Account())
+            skill = draft.with_segment(self.get(model, key).segment, model.fingerprint, Account())
+            entry = self._read_entry(key)
+            if name is not None and entry.name != name:
+                self._write_manifest(entry.model_copy(update={"name": name}))
+            return skill
         skill = draft.compiled(model)
         self.put(skill, model_name=model.name)
         return skill
@@ -132,15 +147,29 @@ class SkillStore:
         return skill
 
     def entries(self) -> list[Entry]:
-        """Every entry, most recently used first. Damaged manifests raise."""
-        names = [name for name, _ in sorted(self._manifests(), key=lambda item: -item[1])]
-        return [self._read_entry(name.removesuffix(".json")) for name in names]
+        """Every entry whose manifest is intact, most recently used first."""
+        return self._sorted_entries()[0]
+
+    def damaged(self) -> list[str]:
+        """The keys of entries whose manifest is not: `remove` takes them."""
+        return self._sorted_entries()[1]
+
+    def _sorted_entries(self) -> tuple[list[Entry], list[str]]:
+        intact, damaged = [], []
+        for name, _ in sorted(self._manifests(), key=lambda item: -item[1]):
+            key = name.removesuffix(".json")
+            try:
+                intact.append(self._read_entry(key))
+            except CorruptFileError:
+                damaged.append(key)
+        return intact, damaged
 
     def entry(self, which: str, fingerprint: str | None = None) -> Entry:
         """The manifest of a key or a name; of several models' skills of one name, the one with that fingerprint.
 
         Raises:
             UnknownSkillError: there is none, or more than one.
+            CorruptFileError: its manifest is damaged.
         """
         if self._files.exists(self._path(f"{which}.json")):
             return self._read_entry(which)
@@ -163,13 +192,19 @@ class SkillStore:
         self._checked(entry)
         return entry
 
-    def remove(self, which: str) -> Entry:
-        """Forget an entry: the manifest first, so that nobody finds half of it."""
-        entry = self.entry(which)
+    def remove(self, which: str) -> str:
+        """Forget an entry (a damaged one too, by its key) and return its key.
+
+        The manifest goes first, so that nobody finds half of it.
+
+        Raises:
+            UnknownSkillError: there is none, or more than one.
+        """
+        key = which if self._files.exists(self._path(f"{which}.json")) else self.entry(which).key
         for suffix in ("json", "safetensors"):
-            if self._files.exists(self._path(f"{entry.key}.{suffix}")):
-                self._files.rm_file(self._path(f"{entry.key}.{suffix}"))
-        return entry
+            if self._files.exists(self._path(f"{key}.{suffix}")):
+                self._files.rm_file(self._path(f"{key}.{suffix}"))
+        return key
 
     # -- carrying ------------------------------------------------------------------------------------------------
 
@@ -224,6 +259,9 @@ class SkillStore:
             partial.replace(self._path(name))
         finally:
             partial.unlink(missing_ok=True)
+
+    def _write_manifest(self, entry: Entry) -> None:
+        self._write(f"{entry.key}.json", entry.model_dump_json(indent=1).encode())
 
     def _manifests(self) -> Iterator[tuple[str, float]]:
         """(file name, time of last use) of every manifest."""
