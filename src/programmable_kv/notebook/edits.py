@@ -1,7 +1,7 @@
 """The edit strategies, as plans: which slots stay, which move, which are computed. No tensors and no model here.
 
 A plan is made on a copy of the context's bookkeeping, so that it can be printed, compared, tested or thrown away.
-`notebook.py` carries it out.
+`editing.py` carries it out.
 """
 
 from __future__ import annotations
