@@ -174,6 +174,7 @@ def test_a_slice_of_training_resumes_to_the_same_weights(tmp_path: Path) -> None
         hard_steps=0,
         settle_steps=1,
         obey_steps=1,
+        looked_up_steps=1,
         conversations_per_step=1,
         warmup_steps=1,
         replay_tokens=32,

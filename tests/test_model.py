@@ -200,6 +200,12 @@ def test_eight_bit_weights_work_and_are_told_apart() -> None:
     assert one.fingerprint == same.fingerprint
     assert one.fingerprint != other.fingerprint
     assert one.fingerprint != fingerprint(plain, tokenizer("byte-level"))
+    scaled = copy.deepcopy(plain)
+    with torch.no_grad():
+        scaled.model.layers[0].mlp.up_proj.weight.mul_(2)
+    halves, whole = (_eight_bits(model).model.layers[0].mlp.up_proj.weight() for model in (plain, scaled))
+    assert torch.equal(halves.int_repr(), whole.int_repr()), "only the scale differs"
+    assert wrap_model(_eight_bits(scaled), tokenizer("byte-level")).fingerprint != one.fingerprint
     assert one.engine.relocation.exact
     before = one.engine.append(one.engine.new_buffer(), [5, 6, 7])
     full = wrap_model(plain, tokenizer("byte-level")).engine

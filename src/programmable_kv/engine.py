@@ -190,8 +190,8 @@ class Engine:
     def attention_of(self, buffer: KVBuffer, rows: Rows) -> torch.Tensor:
         """How much the last of `rows` attends to every slot it sees, weighted by the size of what it reads there.
 
-        Returns [S]: over layers and heads, the mean of (attention weight x norm of the value vector), with the rows
-        computed against the buffer as it is. The buffer is left as it was.
+        Returns [S]: over layers and heads, the mean of (attention weight x norm of the value vector; with MLA, of the latent
+        that values are made from), with the rows computed against the buffer as it is. The buffer is left as it was.
         Source: Kobayashi et al., Attention is Not Only a Weight (arXiv 2004.10102), section 3.
         """
         implementation = self.model.config._attn_implementation
@@ -213,9 +213,11 @@ class Engine:
                 )
             self.meter.tokens_computed += len(rows)
             influence = torch.zeros(target.visible, dtype=torch.float32, device=self.device)
-            for layer, attention in enumerate(output.attentions):
+            for index, attention in enumerate(output.attentions):
                 weights = attention[0, :, -1, :].float()
-                norms = buffer.layers[layer].values[0, :, : target.visible].float().norm(dim=-1)
+                layer, turning = buffer.layers[index], self.relocation.layout.layers[index].turning
+                read = layer.values if turning == "keys" else layer.keys
+                norms = read[0, :, : target.visible].float().norm(dim=-1)
                 groups = weights.shape[0] // norms.shape[0]
                 influence += (weights * norms.repeat_interleave(groups, dim=0)).mean(dim=0)
             return influence / len(output.attentions)

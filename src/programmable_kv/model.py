@@ -142,16 +142,20 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
 
 def _packed_weights(model: Any) -> list[tuple[str, torch.Tensor]]:
     """What a module with quantised weights packs away: neither parameter nor buffer, but in its state."""
+    plain = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    plain |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     found = []
     for name, packed in model.state_dict().items():
-        if isinstance(packed, torch.Tensor) and not packed.is_quantized:
-            continue  # a parameter or buffer, or tied to one
+        if name in plain:
+            continue
         for number, part in enumerate(packed if isinstance(packed, tuple) else (packed,)):
             if isinstance(part, torch.Tensor):
                 found.append((f"{name}.{number}", part.int_repr() if part.is_quantized else part))
                 if part.is_quantized:
                     found += [(f"{name}.{number}.{which}", tensor) for which, tensor in _scales(part)]
-            elif part is not None and not isinstance(part, str | int | float | torch.dtype):
+            elif part is None or isinstance(part, str | int | float | torch.dtype):
+                found.append((f"{name}.{number}={part}", torch.empty(0)))
+            else:
                 raise UnsupportedModelError(
                     f"the weights in {name} are kept as {type(part).__name__}, which cannot be read, so a cache could not be "
                     "told from another model's. Load the model without this quantisation."

@@ -44,6 +44,16 @@ def test_two_updates_leave_the_last_one_in_charge() -> None:
     for task in tasks.updates(16):
         first, last = (piece.rpartition(": ")[2].rstrip(".\n") for piece in task.pieces)
         assert first != last
+        right = next(iter(task.right))
+        rules = [line for line in task.shared.splitlines() if right in line and not line.startswith("Possible")]
+        assert any(last in rule or "band" in rule or "shelf" in rule for rule in rules), "what the last value asks for"
+
+
+def test_more_sets_of_rules_hold_the_fewer() -> None:
+    for two, six in zip(tasks.several(16, 2), tasks.several(16, 6), strict=True):
+        assert set(two.pieces) < set(six.pieces)
+        assert set(two.options) < set(six.options)
+        assert two.right == six.right
 
 
 def test_sixteen_tools_and_requests_for_them() -> None:

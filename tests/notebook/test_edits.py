@@ -91,11 +91,11 @@ def test_refreshing_modes(model_type: str, mode: Mode, value: str) -> None:
     tail = [slot for slot in range(span.stop, len(ids)) if notebook.states[slot] is not TokenState.REFRESHED]
     assert largest_difference(notebook.cache, expected, tail) > 1e-3, "the tail must still hold what it noted before"
     growth = len(ids) - len(before)
-    for layer in range(len(notebook.cache)):
-        old = [slot - growth for slot in tail]
-        torch.testing.assert_close(
-            notebook.cache.values(layer)[:, :, tail], before.cache.values(layer)[:, :, old], rtol=0, atol=0
-        )
+    old = [slot - growth for slot in tail]
+    for index, layer in enumerate(notebook.model.engine.require_relocation().layers):
+        still = "values" if layer.turning == "keys" else "keys"
+        now, then = (getattr(cache, still)(index) for cache in (notebook.cache, before.cache))
+        torch.testing.assert_close(now[:, :, tail], then[:, :, old], rtol=0, atol=0)
     changed = span.stop - first_difference(ids, before.ids)
     moved = len(ids) - span.stop if growth else 0
     assert account.tokens_relocated == moved
@@ -116,11 +116,11 @@ def test_relocated_tail_equals_one_rotation(model_type: str) -> None:
 
     layout = notebook.model.engine.require_relocation()
     for index, layer in enumerate(layout.layers):
-        tail = before.cache.keys(index)[:, :, old.stop :]
-        assert layer.rotary is not None
-        right = rotate(tail, torch.full((tail.shape[2],), growth), layer.rotary)
-        wrong = rotate(tail, torch.full((tail.shape[2],), growth + 1), layer.rotary)
-        found = notebook.cache.keys(index)[:, :, new.stop :]
+        assert layer.turns is not None
+        tail = getattr(before.cache, layer.turning)(index)[:, :, old.stop :]
+        right = rotate(tail, torch.full((tail.shape[2],), growth), layer.turns)
+        wrong = rotate(tail, torch.full((tail.shape[2],), growth + 1), layer.turns)
+        found = getattr(notebook.cache, layer.turning)(index)[:, :, new.stop :]
         assert torch.equal(found, right)
         assert float((found - wrong).abs().max()) > 1e-3, "a rotation that is wrong by one must show"
 

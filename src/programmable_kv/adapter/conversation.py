@@ -22,9 +22,9 @@ class Encoder(Protocol):
 FULL_SHARE: dict[Stage, float] = {"hop": 0.12, "topics": 0.12, "hard": 0.25}
 """of the conversations of a narrow late stage, how many are of the full mixture"""
 
-FIRST_UPDATE_SHARE: dict[Stage, float] = {"settle": 0.85, "obey": 0.85}
+FIRST_UPDATE_SHARE: dict[Stage, float] = {"settle": 0.85, "obey": 0.85, "looked_up": 0.85}
 """of the conversations, how many open with updates: a first update alone was obeyed less often than the last of several"""
-REWRITTEN_SHARE: dict[Stage, float] = {"settle": 0.25, "obey": 0.1}
+REWRITTEN_SHARE: dict[Stage, float] = {"settle": 0.25, "obey": 0.1, "looked_up": 0.1}
 """of the conversations, how many show the values of now in the policy, below answers from before"""
 
 
@@ -58,7 +58,7 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
     phrasing = phrasing_of(split, stage)
     if stage in FULL_SHARE and rng.random() < FULL_SHARE[stage]:
         stage = "full"
-    late = stage in ("hop", "full", "topics", "hard", "settle", "obey")
+    late = stage in ("hop", "full", "topics", "hard", "settle", "obey", "looked_up")
     if stage == "pair":
         scenario = make_scenario(rng, split, fillers=0, gates=1, two_hop=False, gated_values=2, stage=stage)
         count = 1
@@ -96,9 +96,10 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
         two_hop = rng.random() < 0.5 if gates == 1 else None
         scenario = make_scenario(rng, split, gates=gates, two_hop=two_hop, stage=stage)
         count = gates + rng.randint(1, 3)
-    elif stage == "obey":
-        gates = rng.choices((1, 2, 3, 4), weights=(9, 8, 2, 1))[0]
-        two_hop = rng.random() < 0.5 if gates == 1 else None
+    elif stage in ("obey", "looked_up"):
+        weights, two_hop_share = ((9, 8, 2, 1), 0.5) if stage == "obey" else ((14, 4, 1, 1), 0.75)
+        gates = rng.choices((1, 2, 3, 4), weights=weights)[0]
+        two_hop = rng.random() < two_hop_share if gates == 1 else None
         scenario = make_scenario(rng, split, gates=gates, two_hop=two_hop, stage=stage)
         count = rng.randint(2, 4)
     else:
@@ -114,7 +115,14 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
         think = rng.random() < (0.15 if late else 0.3) and stage != "pair"
         asked = question(rng, phrasing, gate.topic, think=think)
         lines = (
-            _updates(rng, phrasing, scenario, gate, values, single=stage == "obey" and not turn and rng.random() < 0.75)
+            _updates(
+                rng,
+                phrasing,
+                scenario,
+                gate,
+                values,
+                single=stage in ("obey", "looked_up") and not turn and rng.random() < 0.75,
+            )
             if turn
             or (rng.random() < FIRST_UPDATE_SHARE.get(stage, 0.5 if late else 0.35) and stage not in ("pair", "short"))
             else []

@@ -42,7 +42,8 @@ class TrainingRecipe:
     hard_steps: int = 420
     settle_steps: int = 120
     obey_steps: int = 110
-    """steps of each `Stage` of conversations, in this order; in the last two the model is also drawn back to the base"""
+    looked_up_steps: int = 100
+    """steps of each `Stage` of conversations, in this order; in the last three the model is also drawn back to the base"""
     conversations_per_step: int = 8
     tokens_per_pass: int = 2048
     """padded tokens in one forward and backward; a step takes as many passes as its conversations need"""
@@ -60,6 +61,7 @@ class TrainingRecipe:
     """tokens of plain text replayed in each step"""
     replay_weight: float = 0.6
     settle_replay_tokens: int = 512
+    """in the last three stages"""
     settle_replay_weight: float = 4.0
     obey_replay_weight: float = 1.5
     """at the end the replayed text is not learned: the adapted model's distribution over it is drawn to the base's. Learned
@@ -77,15 +79,16 @@ class TrainingRecipe:
         third = second + self.hop_steps + self.full_steps
         fourth = third + self.topics_steps + self.full_again_steps
         settling = fourth + self.hard_steps
-        return second, third, fourth, settling, settling + self.settle_steps
+        obeying = settling + self.settle_steps
+        return second, third, fourth, settling, obeying, obeying + self.obey_steps
 
     def settles(self, step: int) -> bool:
         """Whether plain text draws to the base's distribution, instead of being learned."""
-        return step >= self.fresh_starts[-2]
+        return step >= self.fresh_starts[3]
 
     def obeys(self, step: int) -> bool:
-        """Whether it is the last stage."""
-        return step >= self.fresh_starts[-1]
+        """Whether it is one of the last two stages."""
+        return step >= self.fresh_starts[4]
 
     @property
     def _stages(self) -> tuple[tuple[Stage, int], ...]:
@@ -93,7 +96,7 @@ class TrainingRecipe:
             ("pair", self.pair_steps), ("short", self.short_steps), ("mixed", self.mixed_steps),
             ("wide", self.wide_steps), ("hop", self.hop_steps), ("full", self.full_steps),
             ("topics", self.topics_steps), ("full", self.full_again_steps), ("hard", self.hard_steps),
-            ("settle", self.settle_steps), ("obey", self.obey_steps),
+            ("settle", self.settle_steps), ("obey", self.obey_steps), ("looked_up", self.looked_up_steps),
         )  # fmt: skip
 
     def stage(self, step: int) -> Stage:
@@ -105,7 +108,7 @@ class TrainingRecipe:
         return "full"
 
     def rate(self, step: int) -> float:
-        """Six cosines towards a twentieth, each after a linear warm-up."""
+        """Seven cosines towards a twentieth, each after a linear warm-up."""
         starts = [0, *self.fresh_starts]
         start = max(start for start in starts if start <= step)
         if start == 0:
@@ -355,7 +358,8 @@ def export(checkpoint: Path, out: Path) -> Path:
     _lora(recipe, LoraConfig).save_pretrained(out)
     summary = {key: state[key] for key in ("recipe", "earlier", "step", "seconds")}
     # The replayed text and the English words of the grammar are the running Python's standard library.
-    summary |= {"python": platform.python_version(), "text_digest": digest_of(documents("replay"))}
+    texts = (*documents("replay"), *documents("replay", 200, packages=True))
+    summary |= {"python": platform.python_version(), "text_digest": digest_of(texts)}
     curve = {"columns": ["step", "decision_loss", "replay_loss"], "curve": state["curve"]}
     (out / "training.json").write_text(json.dumps({**summary, **curve}) + "\n", encoding="utf-8")
     return out

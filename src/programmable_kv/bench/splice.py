@@ -116,12 +116,12 @@ def _concatenated(
     offset = torch.full((len(skill),), prefix.length)
     none = torch.zeros(len(skill), dtype=torch.long)
     for index, rule in enumerate(layout.layers):
-        keys = skill.keys[index]
-        if rule.rotary is not None:
-            keys = rotate(rotate(keys, none, rule.rotary), offset, rule.rotary)
+        turned = {"keys": skill.keys[index], "values": skill.values[index]}
+        if rule.turns is not None:
+            turned[rule.turning] = rotate(rotate(turned[rule.turning], none, rule.turns), offset, rule.turns)
         cache.update(
-            torch.cat((prefix.keys(index), keys), dim=2),
-            torch.cat((prefix.values(index), skill.values[index]), dim=2),
+            torch.cat((prefix.keys(index), turned["keys"]), dim=2),
+            torch.cat((prefix.values(index), turned["values"]), dim=2),
             index,
         )
     output = model.engine.model(

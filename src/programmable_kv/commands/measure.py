@@ -90,7 +90,7 @@ def lab_compose(
     dtype: Annotated[str, typer.Option(help="a torch dtype's name, or 'auto' for the one on disk")] = "float32",
     out_path: OutOption = None,
 ) -> None:
-    """Agreement of compiled pieces, spliced together, with full prefill: by seam and place, with controls that must fail."""
+    """Agreement of compiled pieces, spliced together, with full prefill: by seam and place, with controls."""
     from programmable_kv.lab.composing.experiment import record_name, run, work
     from programmable_kv.model import load_model
 

@@ -14,8 +14,8 @@ from programmable_kv.records import Record
 _MEANING = {
     Verdict.EXACT: (
         "Cached tokens can stand at another position. What turns with the position, and how, is in the third column; the last "
-        "is the worst error of the check over its tolerance (1 would be a failure). Where a latent, indexer keys or shared "
-        "layers are told of, the rotation is proved, but `KVBuffer` does not hold or turn such a cache yet, and says so."
+        "is the worst error of the check over its tolerance (1 would be a failure). Where indexer keys or shared layers are "
+        "told of, the rotation is proved, but `KVBuffer` does not hold such a cache yet, and says so."
     ),
     Verdict.WITHIN: "As above, as long as every position stays below the bound. Across it, relocation is refused.",
     Verdict.ATTENTION_ONLY: (

@@ -12,7 +12,7 @@ notebook.decide(options=["cancel", "deny"])
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -73,7 +73,8 @@ class Notebook(Editing):
 
         Raises:
             InvalidOptionsError: the options cannot be compared.
-            InvalidEditError: an edit and a splice at once.
+            InvalidEditError: an edit and a splice at once, or a repair without a skill.
+            UnknownFieldError, UnverifiedError, FingerprintMismatchError, ContextOverflowError: as `edit` and `splice`.
             InvalidValueError: the prompt has special tokens, or an option that is to be kept has.
             TemplateError: with `keep`, the chat template renders an answer in another way than it asks for one.
         """
@@ -83,6 +84,8 @@ class Notebook(Editing):
         chosen = parse_mode(mode)
         if edits:
             self._prepare(chosen)
+        if skill is None and repair is not None:
+            raise InvalidEditError("there is a repair and no skill to repair: give the skill as well")
         if skill is not None:
             if edits:
                 raise InvalidEditError("a skill and edits cannot go into one forward: edit first, or splice first")
@@ -264,9 +267,14 @@ class Notebook(Editing):
         """Splice a skill in at the end and compute the prompt, in one forward."""
         end = len(self._context)
         done = self._spliced(skill, Span(end, end), repair, ids)
-        if done.logits is None:
-            return replace(self._ask(ids, None, DEFAULT_MODE, 0), reused=end, note=done.note)
-        return _Answered(done.logits, end, done.note)
+        if done.logits is not None:
+            return _Answered(done.logits, end, done.note)
+        # Nothing is asked: the skill's last token is computed for its logits, and stays as it was spliced.
+        buffer = self._filled()
+        mark = buffer.mark()
+        logits = self._ask(ids, None, DEFAULT_MODE, 0).logits
+        buffer.rollback(mark)
+        return _Answered(logits, end, done.note)
 
     def _think(self, buffer: KVBuffer, logits: torch.Tensor) -> tuple[str, torch.Tensor]:
         """Greedy tokens up to the words that announce the decision; the thought, and the logits after it.

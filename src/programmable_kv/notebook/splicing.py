@@ -71,7 +71,10 @@ def _top(scores: torch.Tensor, count: int, span: Span) -> set[int]:
 
 
 def _deviations(engine: Engine, buffer: KVBuffer, ids: tuple[int, ...], span: Span) -> torch.Tensor:
-    """[n] how far each token's cached keys are from those computed in place, relative, over all layers."""
+    """[n] how far each token's cached keys are from those computed in place, relative, over all layers.
+
+    With MLA the keys are made from the latent, and it is the latents that are compared.
+    """
     slots = slice(span.start, span.stop)
     cached = [buffer.keys(layer)[:, :, slots].clone() for layer in range(len(buffer))]
     mark = buffer.mark()

@@ -1,1 +1,1 @@
-"""Do compiled pieces, spliced together, act as the same text prefilled? On real weights, against controls that must fail."""
+"""Do compiled pieces, spliced together, act as the same text prefilled? On real weights, against controls."""

@@ -46,16 +46,24 @@ class Stand:
         self._model, self._frame = model, frame
         self._layout = model.engine.require_relocation()
         self._unrotated = replace(
-            self._layout, layers=tuple(replace(layer, rotary=None) for layer in self._layout.layers)
+            self._layout, layers=tuple(replace(layer, rotary=None, others=()) for layer in self._layout.layers)
         )
         self._buffer = model.engine.new_buffer(len(frame.before) + 1024)
         model.engine.append(self._buffer, frame.before, logits=0)
 
     def compare(self, tasks: Sequence[Task], arms: Sequence[Arm]) -> list[dict[str, Any]]:
         """Tasks about the same pieces, asked of a full prefill and of every arm; a row for each task."""
+        buffer = self._buffer
+        mark, length = buffer.mark(), buffer.length
+        try:
+            return self._compare(tasks, arms)
+        finally:
+            buffer.truncate(length)
+            buffer.release(mark)  # which lets go of the pieces too
+
+    def _compare(self, tasks: Sequence[Task], arms: Sequence[Arm]) -> list[dict[str, Any]]:
         engine, buffer, first = self._model.engine, self._buffer, tasks[0]
         skills = [Skill.compile(self._model, piece) for piece in first.pieces]
-        bare = buffer.length
         if first.shared:
             engine.append(buffer, self._encode(first.shared), logits=0)
         start = buffer.length
@@ -74,7 +82,6 @@ class Stand:
                 self._splice(skill, arm)
             for row, task, expected in zip(rows, tasks, full, strict=True):
                 row[arm.name] = _compared(self._answer(task), expected)
-        buffer.truncate(bare)
         return rows
 
     def _splice(self, skill: Skill, arm: Arm) -> None:

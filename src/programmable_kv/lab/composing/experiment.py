@@ -36,7 +36,7 @@ def work(policies: int, tools: int) -> Iterator[tuple[Place, Sequence[Arm], list
             chosen.append((FEW_ARMS, updates))
         if place == MIDDLE:
             chosen += [
-                (ALL_ARMS, list(ask.facts(policies))),
+                (FEW_ARMS, list(ask.facts(policies))),
                 (FEW_ARMS, list(ask.coupled(policies))),
                 (FEW_ARMS, list(ask.two_hops(policies, together=True))),
                 (FEW_ARMS, list(ask.two_hops(policies, together=False))),
@@ -73,19 +73,29 @@ def run(
         model=Path(model.name).name,
         model_fingerprint=model.fingerprint,
         data_digest=digest_of(
-            text for _, _, tasks in groups for task in tasks for text in (*task.pieces, task.request)
+            text
+            for place, _, tasks in groups
+            for task in tasks
+            for text in (str(place), task.shared, *task.pieces, task.request, *task.options)
         ),
         seeds=[ask.SEED, HORIZON_SEED],
-        settings={"policies": policies, "tools": tools, "horizons": horizons, "dtype": str(model.dtype)},
+        settings={
+            "policies": policies,
+            "tools": tools,
+            "horizons": horizons,
+            "dtype": str(model.dtype),
+            "turns": TURNS,
+        },
     )
     total = len(groups) + horizons
     stand: tuple[Place, Stand] | None = None
     for number, (place, arms, tasks) in enumerate(groups):
-        if not recorder.done(group=number):
+        if not all(recorder.done(group=number, task=index) for index in range(len(tasks))):
             if stand is None or stand[0] != place:
                 stand = place, Stand(model, frame_at(model, place))
-            for row in stand[1].compare(tasks, arms):
-                recorder.add({"group": number, "place": str(place), **row})
+            for index, row in enumerate(stand[1].compare(tasks, arms)):
+                if not recorder.done(group=number, task=index):
+                    recorder.add({"group": number, "task": index, "place": str(place), **row})
         if report is not None:
             report(number + 1, total)
     for number in range(horizons):
@@ -110,7 +120,6 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         of_kind = [row for row in compared if row["kind"] == kind]
         places = dict.fromkeys(row["place"] for row in of_kind)
         summary[kind] = {place: _arms([row for row in of_kind if row["place"] == place]) for place in places}
-        summary[kind]["everywhere"] = _arms(of_kind)
     plays = [row["turns"] for row in rows if row["kind"] == "horizon"]
     if plays:
         summary["horizon"] = _horizon(plays)
@@ -138,13 +147,13 @@ def _horizon(plays: list[list[dict[str, Any]]]) -> dict[str, Any]:
     for index, name in enumerate(_STAGES):
         first, last = index * turns // 3, (index + 1) * turns // 3
         thirds = [play[first:last] for play in plays]
-        right = [row for third in thirds for row in third if row["right"]]
         part[name] = {
-            "full_right": wilson(len(right), sum(map(len, thirds))).model_dump(),
-            "agreement": wilson(sum(row["agrees"] for row in right), len(right)).model_dump(),
-            "live_right": wilson(
-                sum(row["live_right"] for third in thirds for row in third), sum(map(len, thirds))
-            ).model_dump(),
+            "full_right": cluster_bootstrap([[row["right"] for row in third] for third in thirds]).model_dump(),
+            "live_right": cluster_bootstrap([[row["live_right"] for row in third] for third in thirds]).model_dump(),
             "kl": cluster_bootstrap([[row["kl"] for row in third] for third in thirds]).model_dump(),
         }
+        # Where full prefill is never right there is no decision to preserve.
+        right = [agreed for third in thirds if (agreed := [row["agrees"] for row in third if row["right"]])]
+        if right:
+            part[name]["agreement"] = cluster_bootstrap(right).model_dump()
     return part

@@ -9,6 +9,7 @@ from typing import Literal
 
 from programmable_kv.adapter.phrasings import FILLERS
 from programmable_kv.demo.demo import policy
+from programmable_kv.errors import TemplateError
 from programmable_kv.model import Model
 
 Area = Literal["system", "conversation"]
@@ -41,7 +42,11 @@ class Frame:
 
 
 def frame_at(model: Model, place: Place) -> Frame:
-    """The frame of a place: through the chat template if the model has one, as a plain dialogue else."""
+    """The frame of a place: through the chat template if the model has one, as a plain dialogue else.
+
+    Raises:
+        TemplateError: the chat template does not render every message once.
+    """
     lines = _other_lines()
     count = 0
     while True:
@@ -80,6 +85,10 @@ def _render(model: Model, area: Area, other: str) -> str:
 
 
 def _cut(rendered: str) -> tuple[str, str, str]:
-    before, _, rest = rendered.partition(_PIECES)
-    between, _, end = rest.partition(_REQUEST)
+    before, mark, rest = rendered.partition(_PIECES)
+    between, asked, end = rest.partition(_REQUEST)
+    if not mark or not asked or _PIECES in rest or _REQUEST in end:
+        raise TemplateError(
+            "the chat template drops or repeats a system or user message, so pieces have no one place in it"
+        )
     return before, between, end

@@ -1,5 +1,7 @@
 """Does a cache that is edited again and again drift? One live context, an early field changed every turn, a growing tail.
 
+The field takes one of two other values, each with an action of its own, so that "not what was said last" answers nothing.
+
 Every turn is compared with a full prefill of the policy with its current values and the same conversation. (Appending the same
 tokens to both would be equal by causality, and prove nothing.) The right answer is what both read later, whatever each said.
 """
@@ -25,7 +27,9 @@ def play(model: Model, number: int, turns: int) -> list[dict[str, Any]]:
     """One held-out policy's turns: a field is set to a value that decides otherwise, and its topic is asked for."""
     trades = held_out_domains()
     rng = random.Random(f"{SEED}/{number}")
-    scenario = make_scenario(rng, "held_out", domain=trades[number % len(trades)], gates=1)
+    scenario = make_scenario(
+        rng, "held_out", domain=trades[number % len(trades)], gates=1, two_hop=False, gated_values=3
+    )
     values, gate = dict(scenario.values), scenario.gates[0]
     live = Notebook(model).message("system", scenario.prompt, **values)
     live.prefill()

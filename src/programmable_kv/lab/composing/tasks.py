@@ -1,14 +1,15 @@
 """What is asked of spliced pieces: questions whose answer stands in them, and whose right answer is known.
 
 Held-out policies, facts, several sets of rules at once, two updates of one field, and two kinds that tell the limits of
-splicing: a *coupled* policy, whose facts stand outside it, and a two-hop lookup that is *split* over two pieces.
+splicing: a *coupled* policy, whose facts stand outside it, and a two-hop lookup that is *split* over two pieces. All of it is
+about domains that the embedded model never saw in training; sets and lookups are worded as in training.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from programmable_kv.adapter.evaluate import other_value
 from programmable_kv.adapter.grammar import Gate, Scenario, make_scenario
@@ -64,19 +65,22 @@ def facts(count: int) -> Iterator[Task]:
 
 
 def several(count: int, pieces: int) -> Iterator[Task]:
-    """As many sets of rules as asked for, of different domains, each a piece; the request is about one of them."""
+    """As many sets of rules as asked for, of different domains, each a piece; the request is about one of them.
+
+    The options are every set's actions. A task of more pieces holds the sets of the task of fewer.
+    """
     trades = held_out_domains()
     for number, first in _domains(count):
-        rng = random.Random(f"{SEED}/several/{pieces}/{number}")
-        chosen = [first, *rng.sample([trade for trade in trades if trade is not first], pieces - 1)]
+        rng = random.Random(f"{SEED}/several/{number}")
+        chosen = [first, *rng.sample([trade for trade in trades if trade is not first], MOST_PIECES - 1)][:pieces]
         sets = [
             make_scenario(rng, "held_out", domain=trade, gates=1, two_hop=False, fillers=0, gated_values=2)
             for trade in chosen
         ]
         texts = [_rule_set(one.gates[0], one.values[one.gates[0].field]) for one in sets]
         order = rng.sample(range(pieces), pieces)
-        asked = sets[0]
-        yield _task(f"rule_sets_{pieces}", rng, asked, asked.gates[0], tuple(texts[i] for i in order))
+        task = _task(f"rule_sets_{pieces}", rng, sets[0], sets[0].gates[0], tuple(texts[i] for i in order))
+        yield replace(task, options=tuple(dict.fromkeys(option for one in sets for option in one.options)))
 
 
 def updates(count: int) -> Iterator[Task]:

@@ -27,6 +27,8 @@ _PREPARING = ("find_", "get_", "list_", "calculate")
 
 def tool_requests(count: int) -> Iterator[Task]:
     """All tools as pieces; what a customer wants; right is any tool of the task's that does it rather than prepares it."""
+    if not count:
+        return
     tools = retail_tools()
     pieces = tuple(json.dumps(tool) + "\n" for tool in tools)
     names = tuple(str(tool["name"]) for tool in tools)
