@@ -188,6 +188,11 @@ def test_a_slice_of_training_resumes_to_the_same_weights(tmp_path: Path) -> None
     assert any(float(tensor.abs().max()) > 0 for name, tensor in once.items() if "lora_B" in name)
     for name, tensor in once.items():
         torch.testing.assert_close(tensor.float(), twice[name].float(), rtol=0.05, atol=2e-4)
+    state = torch.load(tmp_path / "once" / "checkpoint.pt", weights_only=True)
+    before, after = state["before_last"], state["adapter"]
+    assert any(not torch.equal(before[name], after[name]) for name in once)
+    for name, tensor in once.items():
+        torch.testing.assert_close(tensor, ((before[name].float() + after[name].float()) / 2).to(torch.bfloat16))
     with pytest.raises(TrainingError, match="another recipe"):
         train(base_folder(), tmp_path / "twice", replace(recipe, seed=1))
 

@@ -227,10 +227,10 @@ class KVBuffer(Cache):  # type: ignore[misc]
         computed_at = self._origins.computed_at(old, self._positions[old])
         offsets = positions - computed_at
         self._origins.follow(layout)
-        shapes = [self._tensors(layer, rule)[0] for layer, rule in zip(self.layers, layout.layers, strict=True)]
+        pairs = [self._tensors(layer, rule) for layer, rule in zip(self.layers, layout.layers, strict=True)]
+        shapes = [turning for turning, _ in pairs]
         spliced = self._origins.all_from_segments(old)
-        for index, (layer, rule) in enumerate(zip(self.layers, layout.layers, strict=True)):
-            turning, still = self._tensors(layer, rule)
+        for index, ((turning, still), rule) in enumerate(zip(pairs, layout.layers, strict=True)):
             canonical = self._origins.canonical(index, old, turning[:, :, old])
             if not spliced:
                 self._origins.keep(index, new, canonical, shapes)

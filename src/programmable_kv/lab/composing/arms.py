@@ -88,10 +88,8 @@ class Stand:
         engine, buffer = self._model.engine, self._buffer
         at, position = buffer.length, buffer.next_position
         buffer.insert(at, skill.segment, self._layout if arm.rotated else self._unrotated)
-        seam = min(arm.seam, len(skill))
-        if seam:
-            slots, positions = tuple(range(at, at + seam)), tuple(range(position, position + seam))
-            engine.compute(buffer, Rows(skill.unit.ids[:seam], slots, positions), logits=0)
+        if arm.seam:
+            engine.compute(buffer, Rows.appended(skill.unit.ids[: arm.seam], at, position), logits=0)
 
     def _answer(self, task: Task) -> _Answer:
         """The decision behind what the buffer holds, which is left as it was."""
