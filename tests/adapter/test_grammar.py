@@ -78,7 +78,9 @@ def test_a_scenario_can_be_answered_from_its_text(seed: int, split: Split) -> No
     assert position < len(text) / 2 or len(text) < 900, "fields stand near the top"
 
 
-@pytest.mark.parametrize("stage", ["pair", "short", "mixed", "wide", "hop", "full", "topics", "hard", "settle", "obey"])
+@pytest.mark.parametrize(
+    "stage", ["pair", "short", "mixed", "wide", "hop", "full", "topics", "hard", "settle", "obey", "looked_up"]
+)
 def test_conversations_teach_answers_only(stage: Stage) -> None:
     for seed in range(60):
         pieces = conversation(random.Random(seed), stage=stage)

@@ -22,11 +22,13 @@ class Encoder(Protocol):
 FULL_SHARE: dict[Stage, float] = {"hop": 0.12, "topics": 0.12, "hard": 0.25}
 """of the conversations of a narrow late stage, how many are of the full mixture"""
 
-GATE_WEIGHTS: dict[Stage, tuple[int, int, int, int]] = {"settle": (11, 4, 3, 2), "obey": (9, 8, 2, 1)}
+GATE_WEIGHTS: dict[Stage, tuple[int, int, int, int]] = {
+    "settle": (11, 4, 3, 2), "obey": (9, 8, 2, 1), "looked_up": (14, 4, 1, 1),
+}  # fmt: skip
 """how often a policy has one gate, two, three and four"""
-FIRST_UPDATE_SHARE: dict[Stage, float] = {"settle": 0.85, "obey": 0.85}
+FIRST_UPDATE_SHARE: dict[Stage, float] = {"settle": 0.85, "obey": 0.85, "looked_up": 0.85}
 """of the conversations, how many open with updates: a first update alone was obeyed less often than the last of several"""
-REWRITTEN_SHARE: dict[Stage, float] = {"settle": 0.25, "obey": 0.1}
+REWRITTEN_SHARE: dict[Stage, float] = {"settle": 0.25, "obey": 0.1, "looked_up": 0.1}
 """of the conversations, how many show the values of now in the policy, below answers from before"""
 
 
@@ -60,7 +62,7 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
     phrasing = phrasing_of(split, stage)
     if stage in FULL_SHARE and rng.random() < FULL_SHARE[stage]:
         stage = "full"
-    late = stage in ("hop", "full", "topics", "hard", "settle", "obey")
+    late = stage in ("hop", "full", "topics", "hard", *GATE_WEIGHTS)
     if stage == "pair":
         scenario = make_scenario(rng, split, fillers=0, gates=1, two_hop=False, gated_values=2, stage=stage)
         count = 1
@@ -95,7 +97,7 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
         count = rng.randint(5, 9)
     elif stage in GATE_WEIGHTS:
         gates = rng.choices((1, 2, 3, 4), weights=GATE_WEIGHTS[stage])[0]
-        two_hop = rng.random() < 0.5 if gates == 1 else None
+        two_hop = rng.random() < (0.75 if stage == "looked_up" else 0.5) if gates == 1 else None
         scenario = make_scenario(rng, split, gates=gates, two_hop=two_hop, stage=stage)
         count = gates + rng.randint(1, 3) if stage == "settle" else rng.randint(2, 4)
     else:
@@ -110,8 +112,9 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
         gate = rng.choice(scenario.gates)
         think = rng.random() < (0.15 if late else 0.3) and stage != "pair"
         asked = question(rng, phrasing, gate.topic, think=think)
+        opens = stage in ("obey", "looked_up") and not turn
         lines = (
-            _updates(rng, phrasing, scenario, gate, values, single=stage == "obey" and not turn and rng.random() < 0.75)
+            _updates(rng, phrasing, scenario, gate, values, single=opens and rng.random() < 0.75)
             if turn
             or (rng.random() < FIRST_UPDATE_SHARE.get(stage, 0.5 if late else 0.35) and stage not in ("pair", "short"))
             else []

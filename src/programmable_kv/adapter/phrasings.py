@@ -9,11 +9,12 @@ from typing import Literal
 from programmable_kv.notebook.wording import THINK_INSTRUCTION
 
 Split = Literal["train", "held_out"]
-Stage = Literal["pair", "short", "mixed", "wide", "hop", "full", "topics", "hard", "settle", "obey"]
+Stage = Literal["pair", "short", "mixed", "wide", "hop", "full", "topics", "hard", "settle", "obey", "looked_up"]
 """what training goes through: two rules and one question; few rules and two or three turns; everything, in few words;
 everything, in many words and wordings; short two-hop policies, lookups mostly first; everything, groups of any name,
 two gates more often; short policies of two gates; what is still missed: two hops or two gates, many updates, filler rules;
-up to four gates, an update mostly first; short conversations that open with one update of what is asked"""
+up to four gates, an update mostly first; short conversations that open with one update of what is asked; the same, mostly
+of values that are looked up"""
 NARROW: frozenset[Stage] = frozenset({"pair", "short", "mixed"})
 
 

@@ -42,7 +42,8 @@ class TrainingRecipe:
     hard_steps: int = 420
     settle_steps: int = 120
     obey_steps: int = 110
-    """steps of each `Stage` of conversations, in this order; in the last two the model is also drawn back to the base"""
+    looked_up_steps: int = 100
+    """steps of each `Stage` of conversations, in this order; in the last three the model is also drawn back to the base"""
     conversations_per_step: int = 8
     tokens_per_pass: int = 2048
     """padded tokens in one forward and backward; a step takes as many passes as its conversations need"""
@@ -60,12 +61,15 @@ class TrainingRecipe:
     """tokens of plain text replayed in each step"""
     replay_weight: float = 0.6
     settle_replay_tokens: int = 512
-    """in the last two stages"""
+    """in the last three stages"""
     settle_replay_weight: float = 4.0
     obey_replay_weight: float = 1.5
     """at the end the replayed text is not learned: the adapted model's distribution over it is drawn to the base's. Learned
     for thousands of steps, these few documents are remembered word for word, and other text becomes less likely."""
     max_gradient_norm: float = 1.0
+    last_stage_share: float = 0.5
+    """what is exported is the mean of the weights before and after the last stage, the latter counting so much (weights of one
+    run averaged: Izmailov et al. 2018, https://arxiv.org/abs/1803.05407)"""
 
     @property
     def steps(self) -> int:
@@ -78,11 +82,13 @@ class TrainingRecipe:
         third = second + self.hop_steps + self.full_steps
         fourth = third + self.topics_steps + self.full_again_steps
         settling = fourth + self.hard_steps
-        return second, third, fourth, settling, settling + self.settle_steps
+        obeying = settling + self.settle_steps
+        return second, third, fourth, settling, obeying, obeying + self.obey_steps
 
     def divergence_weight(self, step: int) -> float | None:
         """What the divergence from the base on plain text counts in this step; None where plain text is learned instead."""
-        return {"settle": self.settle_replay_weight, "obey": self.obey_replay_weight}.get(self.stage(step))
+        obey = self.obey_replay_weight
+        return {"settle": self.settle_replay_weight, "obey": obey, "looked_up": obey}.get(self.stage(step))
 
     @property
     def _stages(self) -> tuple[tuple[Stage, int], ...]:
@@ -90,7 +96,7 @@ class TrainingRecipe:
             ("pair", self.pair_steps), ("short", self.short_steps), ("mixed", self.mixed_steps),
             ("wide", self.wide_steps), ("hop", self.hop_steps), ("full", self.full_steps),
             ("topics", self.topics_steps), ("full", self.full_again_steps), ("hard", self.hard_steps),
-            ("settle", self.settle_steps), ("obey", self.obey_steps),
+            ("settle", self.settle_steps), ("obey", self.obey_steps), ("looked_up", self.looked_up_steps),
         )  # fmt: skip
 
     def stage(self, step: int) -> Stage:
@@ -102,13 +108,14 @@ class TrainingRecipe:
         return "full"
 
     def rate(self, step: int) -> float:
-        """Six cosines towards a twentieth, each after a linear warm-up."""
+        """Seven cosines towards a twentieth, each after a linear warm-up."""
         starts = [0, *self.fresh_starts]
         start = max(start for start in starts if start <= step)
         if start == 0:
             peak, whole = self.learning_rate, self.cosine_steps
         else:
-            own = {"settle": self.settle_learning_rate, "obey": self.obey_learning_rate}
+            obey = self.obey_learning_rate
+            own = {"settle": self.settle_learning_rate, "obey": obey, "looked_up": obey}
             peak = own.get(self.stage(step), self.later_learning_rate)
             whole = min(s for s in [*starts, self.steps] if s > start) - start
         done = step - start
@@ -150,12 +157,13 @@ def train(
     start, seconds = 0, 0.0
     curve: list[Any] = []
     earlier: list[dict[str, Any]] = []
+    before_last: dict[str, torch.Tensor] | None = None
     if not checkpoint.exists() and (out / "training.json").exists():
         start, seconds, curve, earlier = _load_exported(out, model, recipe)
         weights.restart()
     elif checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        earlier = state["earlier"]
+        earlier, before_last = state["earlier"], state["before_last"]
         if state["recipe"] != asdict(recipe):
             if not change_recipe:
                 raise TrainingError(
@@ -173,6 +181,8 @@ def train(
     for step in range(start, last):
         if step in recipe.fresh_starts:
             weights.restart()
+        if step == recipe.fresh_starts[-1]:
+            before_last = _adapter_of(model)
         rng = random.Random(f"{recipe.seed}/{step}")
         stage = recipe.stage(step)
         drawn = [encode(conversation(rng, stage=stage), tokenizer) for _ in range(recipe.conversations_per_step)]
@@ -196,7 +206,20 @@ def train(
         if report is not None:
             report(step, decision_loss, float(replay_loss.detach()))
         if (step + 1) % 20 == 0 or step + 1 == last:
-            _save(checkpoint, model, weights, recipe, step + 1, time.perf_counter() - began, curve, earlier)
+            state = {
+                "adapter": _adapter_of(model),
+                "before_last": before_last,
+                "masters": [tensor.data for tensor in weights.tensors],
+                "optimizer": weights.optimizer.state_dict(),
+                "recipe": asdict(recipe),
+                "step": step + 1,
+                "seconds": time.perf_counter() - began,
+                "curve": curve,
+                "earlier": earlier,
+            }
+            partial = checkpoint.with_suffix(".partial")
+            torch.save(state, partial)
+            partial.replace(checkpoint)
     return export(checkpoint, out)
 
 
@@ -309,45 +332,29 @@ def _replay(rng: random.Random, documents_ids: list[list[int]], tokens: int) -> 
     return Sequence(cut, [True] * len(cut))
 
 
-def _save(
-    path: Path,
-    model: Any,
-    weights: Masters,
-    recipe: TrainingRecipe,
-    step: int,
-    seconds: float,
-    curve: list[Any],
-    earlier: list[dict[str, Any]],
-) -> None:
+def _adapter_of(model: Any) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
-    partial = path.with_suffix(".partial")
-    torch.save(
-        {
-            "adapter": get_peft_model_state_dict(model),
-            "masters": [tensor.data for tensor in weights.tensors],
-            "optimizer": weights.optimizer.state_dict(),
-            "recipe": asdict(recipe),
-            "step": step,
-            "seconds": seconds,
-            "curve": curve,
-            "earlier": earlier,
-        },
-        partial,
-    )
-    partial.replace(path)
+    return {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
 
 
 def export(checkpoint: Path, out: Path) -> Path:
-    """Write a checkpoint's adapter as peft reads it (bfloat16), and `training.json` with recipe and loss curve."""
+    """Write a checkpoint's adapter as peft reads it (bfloat16), and `training.json` with recipe and loss curve.
+
+    From within the last stage it is the mean that `TrainingRecipe.last_stage_share` speaks of.
+    """
     from peft import LoraConfig
     from safetensors.torch import save_file
 
     state = torch.load(checkpoint, weights_only=True)
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in state["adapter"].items()}
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     recipe = TrainingRecipe(**state["recipe"])
+    adapter: dict[str, torch.Tensor] = state["adapter"]
+    if state["before_last"] is not None:
+        earlier, share = state["before_last"], recipe.last_stage_share
+        adapter = {name: torch.lerp(earlier[name].float(), tensor.float(), share) for name, tensor in adapter.items()}
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in adapter.items()}
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     _lora(recipe, LoraConfig).save_pretrained(out)
     summary = {key: state[key] for key in ("recipe", "earlier", "step", "seconds")}
     # The replayed text and the English words of the grammar are the running Python's standard library.
