@@ -37,6 +37,12 @@ def test_no_device_is_named(path: Path) -> None:
     assert not re.search(r"\.cuda\(|[\"'](cuda|mps)", text)
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_double_precision_is_the_cpus(path: Path) -> None:
+    """MPS has no float64: what comes off a device is widened on the CPU."""
+    assert not re.search(r"(?<!\.cpu\(\))\.double\(\)", path.read_text(encoding="utf-8"))
+
+
 def test_only_the_engine_calls_a_model() -> None:
     """Invariant: whatever is measured is measured in one place. (The bench's rivals and the trainer run their own.)"""
     for path in SOURCES:

@@ -2,7 +2,8 @@
 
 A warm prefix is cached, a compiled skill is put after it, and a short question follows. The common way to splice a
 cached chunk rotates its keys back to position 0 and then to the new one, concatenates every layer's tensors with the
-prefix's into a new cache, and goes on from there. `copy` is the floor: the same bytes, copied once.
+prefix's into a new cache, and goes on from there. `put` and `join` are the two ways without the question's forward, and `copy`
+is the floor: the same bytes, copied once. The rival rotates with our own `rotate`, so that it differs in what it does only.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def run(
     recorder = Recorder(
         path,
         name="splice-ttft",
-        version=1,
+        version=2,
         title="Time to first token after splicing a compiled skill, by its length",
         command=command,
         model=model.name,
@@ -100,17 +101,15 @@ def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
     ways = {
         "full": median_ms(whole, full),
         "splice": median_ms(repeats, spliced, back),
-        "concatenate": median_ms(repeats, lambda: _concatenated(model, buffer, skill, layout, question)),
+        "concatenate": median_ms(repeats, lambda: _answered(model, _joined(buffer, skill, layout), question)),
         "put": median_ms(repeats, put, back),
+        "join": median_ms(repeats, lambda: _joined(buffer, skill, layout)),
         "copy": median_ms(repeats, copied),
     }
     return {"ms": {way: round(ms, 3) for way, ms in ways.items()}, "bytes": skill.nbytes, "prefix": start}
 
 
-@torch.no_grad()
-def _concatenated(
-    model: Model, prefix: KVBuffer, skill: Segment, layout: KVLayout, question: list[int]
-) -> torch.Tensor:
+def _joined(prefix: KVBuffer, skill: Segment, layout: KVLayout) -> DynamicCache:
     """The rival: keys rotated from where they stand to 0 and from there to their place, every layer concatenated."""
     cache = DynamicCache()
     offset = torch.full((len(skill),), prefix.length)
@@ -124,6 +123,11 @@ def _concatenated(
             torch.cat((prefix.values(index), turned["values"]), dim=2),
             index,
         )
+    return cache
+
+
+@torch.no_grad()
+def _answered(model: Model, cache: DynamicCache, question: list[int]) -> torch.Tensor:
     output = model.engine.model(
         input_ids=torch.tensor([question], device=model.engine.device),
         past_key_values=cache,
@@ -144,6 +148,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "full_over_splice": round(ms["full"] / ms["splice"], 2),
             "concatenate_over_splice": round(ms["concatenate"] / ms["splice"], 2),
             "put_over_copy": round(ms["put"] / ms["copy"], 2),
+            "join_over_put": round(ms["join"] / ms["put"], 2),
             "splice_ms": round(ms["splice"], 1),
             "full_ms": round(ms["full"], 1),
         }

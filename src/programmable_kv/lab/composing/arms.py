@@ -100,7 +100,7 @@ class Stand:
         strings = option_ids(tokenizer, tail, task.options, tokenizer.eos_token_id)
         choice = best_of(task.options, score(engine, buffer, logits, strings))
         buffer.truncate(length)
-        return _Answer(choice, logits[-1].double())
+        return _Answer(choice, logits[-1].cpu().double())
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._model.tokenizer.encode(text, add_special_tokens=False)
