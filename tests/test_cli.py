@@ -150,3 +150,12 @@ def test_zoo_examines_the_types_that_are_named_and_writes_nothing(tmp_path: Path
     assert verdicts["llama", "with dynamic scaling"] == "exact within a regime"
     assert list(tmp_path.iterdir()) == []
     assert "lama" in pkv("zoo", "--type", "lama").stderr
+
+
+def test_a_record_does_not_say_where_it_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    from programmable_kv.commands.common import command
+
+    monkeypatch.setattr(
+        sys, "argv", ["pkv", "bench", "edit", "--out", "/home/me/x.json", "--repeats", "3", "--out=y.json"]
+    )
+    assert command() == "pkv bench edit --repeats 3"

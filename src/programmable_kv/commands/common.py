@@ -45,7 +45,11 @@ def record_path(given: Path | None, name: str) -> Path:
 
 
 def command() -> str:
-    return "pkv " + " ".join(sys.argv[1:])
+    """The command line that makes a record; where the record goes is no part of it."""
+    words = sys.argv[1:]
+    after = {index + 1 for index, word in enumerate(words) if word == "--out"}
+    kept = [word for i, word in enumerate(words) if i not in after and word.partition("=")[0] != "--out"]
+    return " ".join(["pkv", *kept])
 
 
 @contextmanager
