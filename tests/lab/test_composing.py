@@ -66,6 +66,15 @@ def test_sixteen_tools_and_requests_for_them() -> None:
     assert not any("state_key" in piece for piece in requests[0].pieces)
 
 
+def test_agreement_is_left_out_where_full_prefill_is_never_right() -> None:
+    row = {"kind": "policy", "place": "system_64", "right": False, "seam_0": {"agrees": True, "cosine": 1.0, "kl": 0.0}}
+    wrong = experiment.summarise([row])["policy"]["system_64"]["seam_0"]
+    assert "agreement" not in wrong
+    assert wrong["flips"]["value"] == 0
+    right = experiment.summarise([row, row | {"right": True}])["policy"]["system_64"]["seam_0"]
+    assert right["agreement"]["n"] == 1
+
+
 def test_a_server_that_lists_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools, "_PACKAGE", "json")  # a package without a server
     tools.retail_tools.cache_clear()

@@ -132,11 +132,13 @@ def _arms(rows: list[dict[str, Any]]) -> dict[str, Any]:
     part: dict[str, Any] = {"full_right": wilson(len(right), len(rows)).model_dump()}
     for arm in (arm.name for arm in ALL_ARMS if arm.name in rows[0]):
         part[arm] = {
-            "agreement": wilson(sum(row[arm]["agrees"] for row in right), len(right)).model_dump(),
             "flips": wilson(sum(not row[arm]["agrees"] for row in rows), len(rows)).model_dump(),
             "cosine": bootstrap_mean([row[arm]["cosine"] for row in rows], statistic="median").model_dump(),
             "kl": bootstrap_mean([row[arm]["kl"] for row in rows], statistic="median").model_dump(),
         }
+        # Where full prefill is never right there is no decision to preserve.
+        if right:
+            part[arm]["agreement"] = wilson(sum(row[arm]["agrees"] for row in right), len(right)).model_dump()
     return part
 
 
