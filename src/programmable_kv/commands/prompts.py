@@ -128,9 +128,10 @@ def edit(
         print(json.dumps(body, ensure_ascii=False, indent=1))
         return
     table = Table(title=f"{', '.join(set_)}   (before: {before.choice} {before.probabilities[before.choice]:.3f})")
-    for column in ("mode", "decision", "probability", "as full prefill?"):
+    table.add_column("mode", no_wrap=True, min_width=13)
+    for column in ("decision", "probability", "as full prefill?"):
         table.add_column(column)
-    for column in ("tokens computed", "ms"):
+    for column in ("tokens", "ms"):
         table.add_column(column, justify="right")
     table.add_column("note")
     for row in rows:
