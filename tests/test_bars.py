@@ -59,6 +59,7 @@ SHORT = [
     ("compose-embedded", "rule_sets_2.system_512.seam_4.agreement.value", AT_LEAST, 0.97),
     ("compose-embedded", "rule_sets_6.system_512.seam_4.agreement.value", AT_LEAST, 0.97),
     ("compose-embedded", "tools.system_512.seam_4.agreement.value", AT_LEAST, 0.97),
+    ("compose-gemma-3-270m-q4-k-m", "policy.system_512.seam_1.cosine.value", AT_LEAST, 0.99),
     ("agent", "agreement.value", AT_LEAST, 0.97),
 ]
 
