@@ -497,6 +497,16 @@ def test_a_field_may_be_called_like_an_argument() -> None:
         Skill.compile(model, "role: {role}.", role="admin")
 
 
+def test_replacing_the_last_part_forgets_what_was_refreshed_in_it() -> None:
+    notebook = build()
+    notebook.add("user", "so? " * 30)
+    notebook.edit(status="shipped", mode="selective", k=1000)
+    notebook.replace(notebook.parts[-1], Skill.compile(notebook.model, "dates.\n"), repair=NONE)
+    assert len(notebook.states) == len(notebook)
+    notebook.recompute()
+    exact_up_to(notebook, range(len(notebook)))
+
+
 @pytest.mark.parametrize("how", ["cut", "move", "splice"])
 def test_what_a_selective_edit_refreshed_is_forgotten_when_slots_move(how: str) -> None:
     notebook = build()

@@ -163,7 +163,7 @@ def train(
         weights.restart()
     elif checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        earlier, before_last = state["earlier"], state["before_last"]
+        earlier, before_last = state["earlier"], state.get("before_last")  # an older recipe's checkpoint has none
         if state["recipe"] != asdict(recipe):
             if not change_recipe:
                 raise TrainingError(

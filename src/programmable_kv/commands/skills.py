@@ -47,8 +47,9 @@ def skills_list(store: StoreOption = None, as_json: Annotated[bool, typer.Option
     """List the kept skills, most recently used first."""
     from programmable_kv.notebook.store import SkillStore
 
-    keep = SkillStore(store)
-    entries = keep.entries()
+    entries, damaged = SkillStore(store).inventory()
+    for key in damaged:
+        err.print(f"[red]{key} is damaged.[/] `pkv skills rm {key}` removes it.")
     if as_json:
         print(json.dumps([entry.model_dump(mode="json", exclude={"unit"}) for entry in entries], indent=1))
         return
@@ -59,8 +60,6 @@ def skills_list(store: StoreOption = None, as_json: Annotated[bool, typer.Option
         model = f"{entry.model_name} {entry.fingerprint[:8]}"
         table.add_row(entry.name, entry.key, model, str(len(entry.unit.ids)), entry.precision, f"{entry.nbytes:,}")
     out.print(table)
-    for key in keep.damaged():
-        err.print(f"[red]{key} is damaged.[/] `pkv skills rm {key}` removes it.")
 
 
 @app.command("show")

@@ -97,13 +97,12 @@ class CachedContext:
             skill.check_fits(self.model)
             if name in self._values or content.count("{" + name + "}") > 1:
                 raise InvalidEditError(f"{name} was declared before: a skill has one place, and a name of its own")
-        plain = {name: value for name, value in self._values.items() if name not in self._skills}
         own = {name: value for skill in (self._skills | skills).values() for name, value in skill.values.items()}
         for name, value in fields.items():
             check_name(name)
             if self._values.get(name, value) != value:
                 raise InvalidEditError(f"field {name} was declared before as {self._values[name]!r}, now as {value!r}")
-        self._check_values(plain | own | fields)
+        self._check_values(self.fields | own | fields)
         fields |= dict.fromkeys(skills, SKILL_MARK)
         known = {**self._values, **fields}
         text = Text(content, tuple(name for name in known if name in fields or "{" + name + "}" in content))
@@ -135,7 +134,7 @@ class CachedContext:
             else tokenised(self.model.tokenizer, piece, Kind.PREFILL, special=not self._messages and number == 0)
             for number, piece in enumerate(cut_at_skills(self.rendered(), self._skills))
         ]  # fmt: skip
-        values = {name: value for name, value in self._values.items() if name not in self._skills}
+        values = self.fields
         for skill in self._skills.values():
             values = joined_values(values, skill)
         context = Context([], {name: FieldState(value, value) for name, value in values.items()})
@@ -191,6 +190,11 @@ class CachedContext:
             return {name: value for name, value in self._values.items() if name not in self._skills}
         return {name: state.current for name, state in self._context.fields.items()}
 
+    @property
+    def written_values(self) -> dict[str, str]:
+        """What stands in every placeholder, a skill's mark included. An erratum may say otherwise of a field."""
+        return self._values | {name: state.written for name, state in self._context.fields.items()}
+
     def spans(self, name: str) -> list[Span]:
         """The slots of every place of a field.
 
@@ -242,7 +246,7 @@ class CachedContext:
         return self._account(reading.account, reused)
 
     def _continuation(self, more: Sequence[Message], *, prompt_for_answer: bool = False) -> Rendered:
-        written = self._values | {name: state.written for name, state in self._context.fields.items()}
+        written = self.written_values
         return continuation(self.model.tokenizer, self._messages, more, written, prompt_for_answer=prompt_for_answer)
 
     # -- state -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from programmable_kv.account import Account
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidEditError
 from programmable_kv.notebook.cached_context import CachedContext
-from programmable_kv.notebook.context import Context, Kind, TokenState
+from programmable_kv.notebook.context import Kind, TokenState
 from programmable_kv.notebook.skill import Skill
 from programmable_kv.notebook.splicing import SeamRepair, Spliced, splice
 
@@ -81,7 +81,7 @@ class Composition(CachedContext):
         """Splice, and compute the tokens `then` at the context's end in the same forward. Within a transaction."""
         buffer = self._filled()
         skill.check_fits(self.model)
-        self._check_values({name: state.current for name, state in self._context.fields.items()} | dict(skill.values))
+        self._check_values(self.fields | dict(skill.values))
         self.model.engine.check_length(buffer.next_position + len(skill) - len(where) + len(then))
         context = self._context.copy()
         done = splice(self.model.engine, buffer, context, skill, where, repair or SeamRepair(), then)
@@ -98,18 +98,16 @@ class Composition(CachedContext):
         buffer = self._filled()
         span = self._span(what)
         moves = span.stop < len(self._context)
-        if moves:
-            self.model.engine.verify()
+        layout = self.model.engine.require_relocation(below=buffer.next_position) if moves else None
         with self._transaction() as meter, meter.measure() as reading:
             context = self._context.copy()
-            layout = self.model.engine.require_relocation(below=buffer.next_position) if moves else None
             first, last = context.split_at(span.start), context.split_at(span.stop)
             if layout is None:
                 buffer.truncate(span.start)
             else:
                 buffer.relocate(span.stop, len(context), span.start, -len(span), layout)
             del context.units[first:last]
-            self._mark_stale(context, first)
+            context.mark_stale(first)
             context.forget_lost_fields()
             self._context = context
         return self._moved(reading.account, span.start)
@@ -129,7 +127,6 @@ class Composition(CachedContext):
             raise InvalidEditError(f"cannot move slots [{span.start}, {span.stop}) into themselves, to slot {slot}")
         if slot in (span.start, span.stop):
             return self._account(Account(), len(self._context))
-        self.model.engine.verify()
         layout = self.model.engine.require_relocation(below=buffer.next_position)
         with self._transaction() as meter, meter.measure() as reading:
             context = self._context.copy()
@@ -144,7 +141,7 @@ class Composition(CachedContext):
             run = [by_start[begins] for begins in order if begins in by_start]
             buffer.reorder(start, order, layout)
             context.units[first : first + len(run)] = run
-            self._mark_stale(context, first)
+            context.mark_stale(first)
             self._context = context
         return self._moved(reading.account, start)
 
@@ -198,11 +195,3 @@ class Composition(CachedContext):
         moved, later = account.tokens_relocated, len(self._context) - start
         note = f"{moved} tokens were relocated; {later} keep what they noted before" if later else ""
         return self._account(account, len(self._context) - moved, note)
-
-    @staticmethod
-    def _mark_stale(context: Context, first: int) -> None:
-        """Everything from unit `first` on was computed before what precedes it changed, and may stand elsewhere now."""
-        context.refreshed = frozenset()
-        for index in range(first, len(context.units)):
-            unit = context.units[index]
-            context.units[index] = unit.marked(Span(0, len(unit)), TokenState.STALE)

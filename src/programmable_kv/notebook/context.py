@@ -294,6 +294,13 @@ class Context:
         held = {place.name for unit in self.units for place in unit.places}
         self.fields = {name: state for name, state in self.fields.items() if name in held}
 
+    def mark_stale(self, first: int) -> None:
+        """Everything from unit `first` on was computed before what precedes it changed, and may stand elsewhere now."""
+        self.refreshed = frozenset()
+        for index in range(first, len(self.units)):
+            unit = self.units[index]
+            self.units[index] = unit.marked(Span(0, len(unit)), TokenState.STALE)
+
     def corrections(self, name: str) -> list[int]:
         """Indices of the units that are errata about a field."""
         return [i for i, unit in enumerate(self.units) if any(field == name for field, _ in unit.corrects)]

@@ -107,7 +107,7 @@ def save(notebook: Notebook, folder: Path) -> Path:
             fields={
                 name: SavedField(current=state.current, written=state.written) for name, state in context.fields.items()
             },
-            placeholders=notebook._values | {name: state.written for name, state in context.fields.items()},
+            placeholders=notebook.written_values,
             refreshed=tuple(sorted(context.refreshed)),
         )
         body = manifest.model_dump_json()

@@ -125,12 +125,12 @@ def splice(
         engine.require_rows(instead="Splice with SeamRepair(0), which computes nothing again.")
     reach = max(buffer.next_position, buffer.length - len(where) + len(skill) + len(then))
     layout = engine.require_relocation(below=reach)
+    appended = at == len(context)
     index = context.split_at(at)
     del context.units[index : context.split_at(where.stop)]
-    if len(where):
+    if not appended:  # at a prompt's prefill, the text that holds a field may be still to come
         context.forget_lost_fields()
-    if at < len(context):
-        context.refreshed = frozenset()  # slots of before, which are others' now
+        context.mark_stale(index)
     fields = joined_values({name: state.current for name, state in context.fields.items()}, skill)
     following = len(context) - at
     buffer.insert(at, skill.segment, layout, replacing=len(where))
@@ -142,9 +142,6 @@ def splice(
         repaired = repair.tokens(engine, buffer, unit.ids, span)
         rows = _in_place(buffer, unit.ids, at, repaired)
         unit = unit.marked(Span(0, len(unit)), TokenState.RELOCATED)
-    for later in range(index, len(context.units)):
-        tail = context.units[later]
-        context.units[later] = tail.marked(Span(0, len(tail)), TokenState.STALE)
     # Nothing here was computed under a field of the other's: a skill alone has read its own only.
     unread: frozenset[str | None] = frozenset()
     for other, known in enumerate(context.units):

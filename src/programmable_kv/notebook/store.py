@@ -119,11 +119,10 @@ class SkillStore:
         key = key_of(model.fingerprint, draft.unit.ids, self.int8)
         if self._files.exists(self._path(f"{key}.json")):
             # The tokens are those of the entry; name, fields and text are the caller's.
-            skill = draft.with_segment(self.get(model, key).segment, model.fingerprint, Account())
-            entry = self._read_entry(key)
-            if name is not None and entry.name != name:
-                self._write_manifest(entry.model_copy(update={"name": name}))
-            return skill
+            kept = self.get(model, key)
+            if name is not None and kept.name != name:
+                self._write_manifest(self._read_entry(key).model_copy(update={"name": name}))
+            return draft.with_segment(kept.segment, model.fingerprint, Account())
         skill = draft.compiled(model)
         self.put(skill, model_name=model.name)
         return skill
@@ -148,13 +147,14 @@ class SkillStore:
 
     def entries(self) -> list[Entry]:
         """Every entry whose manifest is intact, most recently used first."""
-        return self._sorted_entries()[0]
+        return self.inventory()[0]
 
     def damaged(self) -> list[str]:
         """The keys of entries whose manifest is not: `remove` takes them."""
-        return self._sorted_entries()[1]
+        return self.inventory()[1]
 
-    def _sorted_entries(self) -> tuple[list[Entry], list[str]]:
+    def inventory(self) -> tuple[list[Entry], list[str]]:
+        """`entries` and `damaged`, in one reading."""
         intact, damaged = [], []
         for name, _ in sorted(self._manifests(), key=lambda item: -item[1]):
             key = name.removesuffix(".json")
