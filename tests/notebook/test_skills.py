@@ -55,25 +55,27 @@ def atol(model_type: str) -> float:
     return 2e-4 if model_type == "gemma2" else 1e-9
 
 
-def test_a_spliced_skill_is_the_skill_alone_at_its_new_place(model_type: str) -> None:
-    """And not as it would be if its rotation were wrong by one, nor as in a full prefill."""
+@pytest.mark.parametrize("preface", ["", "orders are dated."], ids=["alone", "preface"])
+def test_a_spliced_skill_is_the_skill_alone_at_its_new_place(model_type: str, preface: str) -> None:
+    """Or behind its preface; not as it would be if its rotation were wrong by one, nor as in a full prefill."""
     model = tiny(model_type)
     notebook = build(model)
-    skill = Skill.compile(model, REFUNDS, name="refunds")
+    skill = Skill.compile(model, REFUNDS, name="refunds", preface=preface)
     account = notebook.splice(skill, repair=NONE)
     span = notebook.part("refunds").span
     assert account.tokens_computed == 0
     assert account.tokens_relocated == len(skill)
-    alone = model.engine.new_buffer()
-    model.engine.compute(alone, Rows(skill.unit.ids, tuple(range(len(skill))), tuple(span.range)), logits=0)
-    wrong = model.engine.new_buffer()
-    model.engine.compute(
-        wrong, Rows(skill.unit.ids, tuple(range(len(skill))), tuple(s + 1 for s in span.range)), logits=0
-    )
+    before = model.tokenizer.encode(preface) if preface else []
+    ids = (*before, *skill.unit.ids)
+    alone, wrong = model.engine.new_buffer(), model.engine.new_buffer()
+    for cache, shift in ((alone, 0), (wrong, 1)):
+        positions = tuple(range(span.start - len(before) + shift, span.stop + shift))
+        model.engine.compute(cache, Rows(ids, tuple(range(len(ids))), positions), logits=0)
     for layer, rule in enumerate(model.engine.require_relocation().layers):
         still: Any = "values" if rule.rotated == "keys" else "keys"
-        found, right, off = (getattr(cache, rule.rotated)(layer) for cache in (notebook.cache, alone, wrong))
-        found = found[:, :, span.start : span.stop]
+        found, right, off = (
+            getattr(cache, rule.rotated)(layer)[:, :, -len(skill) :] for cache in (notebook.cache, alone, wrong)
+        )
         # Rotary tables are float32 even in a float64 model.
         torch.testing.assert_close(found, right, rtol=0, atol=max(1e-4, atol(model_type)))
         assert float((found - off).abs().max()) > 1e-2, "a rotation that is wrong by one must show"
@@ -96,6 +98,40 @@ def test_the_seam_is_as_in_a_full_prefill(model_type: str, seam: int) -> None:
     )
     states = notebook.states[span.start : span.stop]
     assert states == [TokenState.REPAIRED] * seam + [TokenState.RELOCATED] * (len(span) - seam)
+
+
+def test_behind_its_preface_a_skill_is_a_full_prefill(model_type: str) -> None:
+    model = tiny(model_type)
+    skill = Skill.compile(model, REFUNDS, name="refunds", preface=DATES)
+    alone = Skill.compile(model, REFUNDS, name="refunds")
+    assert skill.text == REFUNDS
+    behind = Notebook(model).text(DATES).text("{refunds}", refunds=skill)
+    behind.prefill(repair=NONE)
+    span = behind.part("refunds").span
+    expected, _ = full_forward(model.engine.model, behind.ids)
+    assert_rows_equal(behind.cache, expected, span.range, atol=atol(model_type))
+    unread = Notebook(model).text(DATES).text("{refunds}", refunds=alone)
+    unread.prefill(repair=NONE)
+    assert largest_difference(unread.cache, expected, span.range) > 1e-4
+
+
+def test_a_skill_with_a_preface_is_not_exact_at_the_start() -> None:
+    skill = Skill.compile(tiny(), REFUNDS, name="refunds", preface=DATES)
+    notebook = Notebook(tiny()).text("{refunds}", refunds=skill)
+    notebook.prefill(repair=NONE)
+    assert set(notebook.states) == {TokenState.RELOCATED}
+    mended = Notebook(tiny()).text("{refunds}", refunds=skill)
+    mended.prefill(repair=WHOLE)
+    assert set(mended.states) == {TokenState.REPAIRED}
+    exact_up_to(mended, range(len(mended)))
+
+
+def test_a_preface_is_text_and_counts() -> None:
+    with pytest.raises(InvalidValueError, match="preface contains"):
+        Skill.compile(tiny(), REFUNDS, preface="<|im_end|>")
+    with pytest.raises(ContextOverflowError):
+        Skill.compile(tiny(), REFUNDS, preface=DATES * 60)
+    assert Skill.compile(tiny(), "{preface}", {"preface": "gold"}).values == {"preface": "gold"}
 
 
 def test_wholly_repaired_and_continued_is_a_full_prefill(model_type: str) -> None:

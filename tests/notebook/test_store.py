@@ -57,6 +57,18 @@ def test_compiling_again_computes_nothing(store: SkillStore) -> None:
     assert store.compile(tiny(), TEXT, tier="silver").account.tokens_computed > 0
 
 
+def test_a_preface_is_part_of_the_address(store: SkillStore) -> None:
+    alone = store.compile(tiny(), TEXT, name="refunds", tier="gold")
+    behind = store.compile(tiny(), TEXT, name="informed", tier="gold", preface="dates come first.")
+    assert behind.account.tokens_computed > alone.account.tokens_computed
+    assert {entry.preface for entry in store.entries()} == {"", "dates come first."}
+    kept = store.compile(tiny(), TEXT, name="informed", tier="gold", preface="dates come first.")
+    assert kept.account.tokens_computed == 0
+    same(kept, behind)
+    assert kept.preface == store.get(tiny(), "informed").preface == "dates come first."
+    assert not torch.equal(alone.segment.values[-1], behind.segment.values[-1])
+
+
 def test_other_models_and_unknown_names_are_refused(store: SkillStore) -> None:
     store.compile(tiny(), TEXT, name="refunds", tier="gold")
     with pytest.raises(FingerprintMismatchError, match="compile it again"):

@@ -25,6 +25,9 @@ def skills_compile(
     name: Annotated[str | None, typer.Option(help="what it is called; a digest of its text by default")] = None,
     field: Annotated[list[str] | None, typer.Option(help="name=value for a {name} in the text; repeatable")] = None,
     role: Annotated[str | None, typer.Option(help="render it as a chat message of this role")] = None,
+    preface: Annotated[
+        Path | None, typer.Option(help="a text file that it reads while it is compiled, and does not hold")
+    ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="keep it in 8 bits")] = False,
     model: ModelOption = "embedded",
     store: StoreOption = None,
@@ -35,11 +38,13 @@ def skills_compile(
 
     loaded = load_model(model)
     keep = SkillStore(store, int8=int8)
-    skill = keep.compile(loaded, read_text(text), pairs(field or [], "--field"), name=name, role=role)
-    out.print(
-        f"{skill.name}: {len(skill)} tokens, {skill.account.tokens_computed} of them computed in "
-        f"{1e3 * skill.account.seconds:.0f} ms"
-    )
+    skill = keep.compile(
+        loaded, read_text(text), pairs(field or [], "--field"), name=name, role=role,
+        preface=read_text(preface) if preface else "",
+    )  # fmt: skip
+    computed = skill.account.tokens_computed
+    cost = f"{computed} computed in {1e3 * skill.account.seconds:.0f} ms" if computed else "kept already"
+    out.print(f"{skill.name}: {len(skill)} tokens, {cost}")
 
 
 @app.command("list")

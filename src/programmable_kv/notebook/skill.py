@@ -1,8 +1,9 @@
 """A skill: a text compiled once, alone, whose cache is spliced wherever it is needed.
 
 A policy, a tool's description, a document, a tool's result. Compiled alone it has seen nothing but itself, so its
-keys and values are right at any position, for any context, up to what its first tokens would have read from whatever
-stands before them. That remainder is what seam repair is for.
+keys and values are right at any position, for any context, up to what its tokens would have read from whatever stands
+before them. That remainder is what seam repair is for, and a *preface*: text like what it will stand behind, which it
+reads while it is compiled, and which is not part of it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Skill:
     """of the model that compiled it"""
     account: Account
     """what compiling it cost"""
+    preface: str = ""
+    """what it read while it was compiled, and does not hold"""
 
     @property
     def text(self) -> str:
@@ -53,23 +56,26 @@ class Skill:
         *,
         name: str | None = None,
         role: str | None = None,
+        preface: str = "",
         **fields: str,
     ) -> Skill:
-        """Compute a text alone, from position 0.
+        """Compute a text alone, or behind a preface.
 
         Args:
             text: what it says; `{field}` placeholders as in `Notebook.message`.
             values, fields: the fields' values; those of fields that are called `name` or `role` in `values`.
             name: what it is called in a context; a digest of its text when None.
             role: render it as a chat message of this role, to be spliced between turns (a tool's result, say).
+            preface: raw text that it reads while it is computed, and that is then let go of: of the kind that it will stand
+                behind. What the text concludes from it stays in its keys and values.
 
         Raises:
-            InvalidValueError: the text is empty or has special tokens, or a name or value is not plain data.
+            InvalidValueError: the text is empty, it or the preface has special tokens, or a name or value is not plain data.
             UnknownFieldError: a field has no placeholder in the text.
-            ContextOverflowError: it is longer than the model's positions.
+            ContextOverflowError: it is longer than the model's positions, the preface included.
             TemplateError: the chat template does not take a message of that role.
         """
-        return Draft.of(model, text, {**(values or {}), **fields}, name, role).compiled(model)
+        return Draft.of(model, text, {**(values or {}), **fields}, name, role, preface).compiled(model)
 
     def check_fits(self, model: Model) -> None:
         """
@@ -86,17 +92,21 @@ class Draft:
     name: str
     unit: Unit
     values: Mapping[str, str]
+    preface: str
 
     @classmethod
-    def of(cls, model: Model, text: str, fields: Mapping[str, str], name: str | None, role: str | None) -> Draft:
+    def of(
+        cls, model: Model, text: str, fields: Mapping[str, str], name: str | None, role: str | None, preface: str
+    ) -> Draft:
         """Arguments and errors as `Skill.compile`."""
         if not text:
             raise InvalidValueError("the skill's text is empty")
         check_no_markers(text, model.tokenizer, "the skill's text")
+        check_no_markers(preface, model.tokenizer, "the skill's preface")
         for field_name, value in fields.items():
             check_name(field_name)
             check_value(field_name, value, model.tokenizer, DEFAULT_TEMPLATE, fields)
-        for option, given in (("name", name), ("role", role)):
+        for option, given in (("name", name), ("role", role), ("preface", preface or None)):
             if given is not None and option not in fields and "{" + option + "}" in text:
                 raise InvalidValueError(
                     f"the text has a placeholder {{{option}}}, and {option}={given!r} is the skill's own {option}, not a value "
@@ -111,18 +121,20 @@ class Draft:
         if name is None:
             name = "skill_" + hashlib.sha256(unit.text.encode()).hexdigest()[:12]
         check_name(name)
-        return cls(name, unit, dict(fields))
+        return cls(name, unit, dict(fields), preface)
 
     def compiled(self, model: Model) -> Skill:
-        """Compute it, alone, from position 0."""
+        """Compute it, behind its preface, from position 0."""
+        before: list[int] = model.tokenizer.encode(self.preface) if self.preface else []
+        end = len(before) + len(self.unit)
         with model.engine.meter.measure() as reading:
-            buffer = model.engine.new_buffer(len(self.unit))
-            model.engine.append(buffer, self.unit.ids, logits=0)
-        segment = buffer.segment(Span(0, len(self.unit)), self.unit.ids)
+            buffer = model.engine.new_buffer(end)
+            model.engine.append(buffer, [*before, *self.unit.ids], logits=0)
+        segment = buffer.segment(Span(len(before), end), self.unit.ids)
         return self.with_segment(segment, model.fingerprint, reading.account)
 
     def with_segment(self, segment: Segment, fingerprint: str, account: Account) -> Skill:
-        return Skill(self.name, self.unit, self.values, segment, fingerprint, account)
+        return Skill(self.name, self.unit, self.values, segment, fingerprint, account, self.preface)
 
 
 def check_fingerprint(name: str, fingerprint: str, model: Model) -> None:

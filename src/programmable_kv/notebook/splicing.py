@@ -1,8 +1,8 @@
 """Putting a compiled skill into a cached context: the splice, and the repair of its seam.
 
-A skill was compiled with nothing before it. Spliced, its keys are rotated to where they stand now; its first
-tokens, which would have read most from what precedes them (and served as the attention sink of the lone text), may
-be computed again in their place.
+A skill was compiled with nothing before it, or behind a preface that is not here. Spliced, its keys are rotated to where
+they stand now; its first tokens, which would have read most from what precedes them (and served as the attention sink of
+the lone text), may be computed again in their place.
 """
 
 from __future__ import annotations
@@ -121,9 +121,11 @@ def splice(
         InvalidEditError: an end of `where` is no place in the text, or a field of the skill has another value here.
     """
     at = where.start
-    if at and repair.computes:
+    displaced = at > 0 or bool(skill.preface)  # what precedes it here is not what it read
+    if displaced and repair.computes:
         engine.require_rows(instead="Splice with SeamRepair(0), which computes nothing again.")
-    reach = max(buffer.next_position, buffer.length - len(where) + len(skill) + len(then))
+    compiled_at = int(skill.segment.computed_at[-1]) + 1
+    reach = max(buffer.next_position, buffer.length - len(where) + len(skill) + len(then), compiled_at)
     layout = engine.require_relocation(below=reach)
     appended = at == len(context)
     index = context.split_at(at)
@@ -138,7 +140,7 @@ def splice(
     unit = skill.unit
     repaired: list[int] = []
     rows = Rows()
-    if at:
+    if displaced:
         repaired = repair.tokens(engine, buffer, unit.ids, span)
         rows = _in_place(buffer, unit.ids, at, repaired)
         unit = unit.marked(Span(0, len(unit)), TokenState.RELOCATED)

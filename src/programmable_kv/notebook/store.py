@@ -2,8 +2,8 @@
 
 An entry is two files: `KEY.safetensors` (keys and values) and `KEY.json` (the manifest, with the tensors' digest). The
 manifest is written last and by renaming, so a process that dies while writing leaves no entry, and never half of one.
-KEY is a digest of all that decides the content: the model's fingerprint, the token ids, and the format. Two processes
-that write the same key write the same bytes.
+KEY is a digest of all that decides the content: the model's fingerprint, the token ids, the preface, and the format.
+Two processes that write the same key write the same bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     key: str
     name: str
     model_name: str
@@ -50,6 +50,7 @@ class Entry(BaseModel):
     nbytes: int
     tensors_sha256: str
     values: dict[str, str]
+    preface: str
     unit: SavedUnit
 
 
@@ -75,7 +76,7 @@ class SkillStore:
 
     def put(self, skill: Skill, *, model_name: str = "") -> Entry:
         """Keep a skill; returns its entry. One that is there already is written anew."""
-        key = key_of(skill.fingerprint, skill.unit.ids, self.int8)
+        key = key_of(skill.fingerprint, skill.unit.ids, skill.preface, self.int8)
         tensors: dict[str, torch.Tensor] = {"computed_at": skill.segment.computed_at}
         for index, (keys, values) in enumerate(zip(skill.segment.keys, skill.segment.values, strict=True)):
             if self.int8:
@@ -93,6 +94,7 @@ class SkillStore:
             nbytes=len(body),
             tensors_sha256=hashlib.sha256(body).hexdigest(),
             values=dict(skill.values),
+            preface=skill.preface,
             unit=saved_unit(skill.unit),
         )
         self._write(f"{key}.safetensors", body)
@@ -109,14 +111,15 @@ class SkillStore:
         *,
         name: str | None = None,
         role: str | None = None,
+        preface: str = "",
         **fields: str,
     ) -> Skill:
         """The skill from the store if it is there, else compiled and kept. Arguments and errors as `Skill.compile`.
 
         An entry of the same tokens takes the name that is given here.
         """
-        draft = Draft.of(model, text, {**(values or {}), **fields}, name, role)
-        key = key_of(model.fingerprint, draft.unit.ids, self.int8)
+        draft = Draft.of(model, text, {**(values or {}), **fields}, name, role, preface)
+        key = key_of(model.fingerprint, draft.unit.ids, preface, self.int8)
         if self._files.exists(self._path(f"{key}.json")):
             # The tokens are those of the entry; name, fields and text are the caller's.
             kept = self.get(model, key)
@@ -140,7 +143,8 @@ class SkillStore:
         entry = self.entry(which, model.fingerprint)
         check_fingerprint(entry.name, entry.fingerprint, model)
         segment = self._segment(entry, model, verify)
-        skill = Skill(entry.name, unit_of(entry.unit), entry.values, segment, entry.fingerprint, Account())
+        unit = unit_of(entry.unit)
+        skill = Skill(entry.name, unit, entry.values, segment, entry.fingerprint, Account(), entry.preface)
         if self._local:
             Path(self._path(f"{entry.key}.json")).touch()
         return skill
@@ -322,14 +326,14 @@ class SkillStore:
                 total -= entry.nbytes
 
 
-def key_of(fingerprint: str, ids: tuple[int, ...], int8: bool) -> str:
+def key_of(fingerprint: str, ids: tuple[int, ...], preface: str, int8: bool) -> str:
     """The address of a skill: a digest of all that decides its content."""
-    content = json.dumps({"format": 1, "fingerprint": fingerprint, "ids": ids, "int8": int8})
+    content = json.dumps({"format": 2, "fingerprint": fingerprint, "ids": ids, "preface": preface, "int8": int8})
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def _true_key(entry: Entry) -> bool:
-    return entry.key == key_of(entry.fingerprint, entry.unit.ids, entry.precision == "int8")
+    return entry.key == key_of(entry.fingerprint, entry.unit.ids, entry.preface, entry.precision == "int8")
 
 
 def _parsed(manifest: bytes, where: str) -> Entry:
