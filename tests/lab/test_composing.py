@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from programmable_kv import SeamRepair
 from programmable_kv.errors import MissingDataError
 from programmable_kv.lab.composing import experiment, tasks, tools
 from programmable_kv.lab.composing.arms import FEW_ARMS, NOT_ROTATED, Arm, Stand
@@ -57,6 +58,20 @@ def test_more_sets_of_rules_hold_the_fewer() -> None:
         assert two.right == six.right
 
 
+def test_a_preface_gives_no_answer_away() -> None:
+    """It holds what else is known ahead of the piece (a policy that it updates, its facts), or text of no use here."""
+    for task in every_kind(16):
+        for piece, preface in zip(task.pieces, task.prefaces, strict=bool(task.prefaces)):
+            assert piece not in preface
+            if not task.shared and task.kind != "two_hops_split":
+                telling = [line for line in "".join(task.pieces).splitlines() if any(a in line for a in task.right)]
+                assert telling, task
+                assert not any(line in preface for line in telling), task
+    for task in [*tasks.updates(4), *tasks.coupled(4)]:
+        assert all(task.shared in preface for preface in task.prefaces)
+    assert next(tasks.two_hops(1, together=False)).pieces[0] in next(tasks.two_hops(1, together=False)).prefaces[1]
+
+
 def test_sixteen_tools_and_requests_for_them() -> None:
     assert len(tools.retail_tools()) == 16
     requests = list(tools.tool_requests(60))
@@ -94,7 +109,7 @@ def test_computing_a_whole_piece_again_is_a_full_prefill(embedded: Any) -> None:
     """And splicing it as it was compiled is not, nor is leaving its keys unrotated the same as rotating them."""
     stand = Stand(embedded, frame_at(embedded, NEAR))
     task = next(tasks.policies(1))
-    whole = Arm("whole", 10_000)
+    whole = Arm("whole", SeamRepair(10_000))
     row = stand.compare([task], [whole, *FEW_ARMS])[0]
     assert row["whole"]["cosine"] > 1 - 1e-5
     assert row["whole"]["kl"] < 1e-5
@@ -106,10 +121,19 @@ def test_computing_a_whole_piece_again_is_a_full_prefill(embedded: Any) -> None:
 
 def test_a_piece_that_depends_on_what_it_never_read_is_worse(embedded: Any) -> None:
     stand = Stand(embedded, frame_at(embedded, NEAR))
-    arm = [Arm("seam_4", 4)]
+    arm = [Arm("seam_4", SeamRepair(4))]
     whole = [stand.compare([task], arm)[0]["seam_4"]["kl"] for task in tasks.policies(4)]
     part = [stand.compare([task], arm)[0]["seam_4"]["kl"] for task in tasks.coupled(4)]
     assert sum(part) > 4 * sum(whole)
+
+
+def test_a_preface_tells_what_a_piece_lacks(embedded: Any) -> None:
+    stand = Stand(embedded, frame_at(embedded, NEAR))
+    alone, informed = Arm("alone", SeamRepair(0)), Arm("informed", SeamRepair(0), preface=True)
+    rows = [stand.compare([task], [alone, informed])[0] for task in tasks.coupled(4)]
+    assert sum(row["alone"]["kl"] for row in rows) > 4 * sum(row["informed"]["kl"] for row in rows)
+    together = next(tasks.two_hops(1, together=True))
+    assert "informed" not in stand.compare([together], [alone, informed])[0]  # it has no preface
 
 
 def test_the_horizon_compares_an_edited_cache_with_the_text_as_it_is_now(embedded: Any) -> None:
@@ -130,8 +154,8 @@ def test_a_slice_of_the_suite_resumes(embedded: Any, tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        experiment.run(embedded, path, policies=1, tools=0, horizons=1, report=interrupted)
-    record = experiment.run(embedded, path, policies=1, tools=0, horizons=1)
+        experiment.run(embedded, path, policies=1, others=1, tools=0, horizons=1, report=interrupted)
+    record = experiment.run(embedded, path, policies=1, others=1, tools=0, horizons=1)
     assert [row["kind"] for row in record.rows] == ["policy", "updates", "horizon"]
     assert record.figure("policy.system_64.seam_1.cosine.value") > 0.9
     assert record.figure("horizon.first.full_right.n") == 1

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conftest import tiny, tokenizer
 from programmable_kv import Notebook
 from programmable_kv.errors import InvalidOptionsError
-from programmable_kv.notebook.decision import option_ids
+from programmable_kv.notebook.decision import likeliest, option_ids, score
 from reference import full_forward
 
 
@@ -16,6 +18,29 @@ def build(kind: str = "byte-level") -> Notebook:
     notebook = Notebook(tiny(kind=kind)).text("status: {status}. what now?\nAction:", status="pending")
     notebook.prefill()
     return notebook
+
+
+@given(st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=4).map(tuple), min_size=1, max_size=8, unique=True))
+@settings(max_examples=40, deadline=None)
+def test_the_likeliest_is_the_best_scored(options: list[tuple[int, ...]]) -> None:
+    engine = tiny().engine
+    buffer = engine.new_buffer()
+    first = engine.append(buffer, tokenizer("byte-level").encode("what now?"))
+    length = buffer.length
+    scores = score(engine, buffer, first, options)
+    assert scores[likeliest(engine, buffer, first, options)] == pytest.approx(max(scores), abs=1e-12)
+    assert buffer.length == length
+
+
+def test_an_option_that_cannot_win_is_not_computed() -> None:
+    engine = tiny().engine
+    buffer = engine.new_buffer()
+    first = engine.append(buffer, tokenizer("byte-level").encode("what now?"))
+    best, worst = int(first[-1].argmax()), int(first[-1].argmin())
+    with engine.meter.measure() as reading:
+        assert likeliest(engine, buffer, first, [[worst, 1, 2, 3], [best]]) == 1
+        assert likeliest(engine, buffer, first, [[best], [worst]]) == 0
+    assert reading.account.tokens_computed == 0
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace"])

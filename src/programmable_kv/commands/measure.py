@@ -84,9 +84,10 @@ def lab_edit_modes(
 @lab_app.command("compose")
 def lab_compose(
     model: ModelOption = "embedded",
-    policies: Annotated[int, typer.Option(min=1, help="tasks of each kind")] = 48,
-    tools: Annotated[int, typer.Option(min=0, help="requests for one of sixteen tools")] = 60,
-    horizons: Annotated[int, typer.Option(min=0, help="conversations of forty turns on one edited cache")] = 8,
+    policies: Annotated[int, typer.Option(min=1, help="policies, in every place")] = 24,
+    others: Annotated[int, typer.Option(min=1, help="tasks of each other kind")] = 24,
+    tools: Annotated[int, typer.Option(min=0, help="requests for one of sixteen tools")] = 40,
+    horizons: Annotated[int, typer.Option(min=0, help="conversations of forty turns on one edited cache")] = 4,
     dtype: Annotated[str, typer.Option(help="a torch dtype's name, or 'auto' for the one on disk")] = "float32",
     out_path: OutOption = None,
 ) -> None:
@@ -95,11 +96,11 @@ def lab_compose(
     from programmable_kv.model import load_model
 
     loaded = load_model(model, dtype=dtype)
-    total = len(list(work(policies, tools))) + horizons
+    total = len(list(work(policies, others, tools))) + horizons
     with progress("Comparisons", total) as report:
         record = run(
-            loaded, record_path(out_path, record_name(loaded)), policies=policies, tools=tools, horizons=horizons,
-            report=report, command=command(),
+            loaded, record_path(out_path, record_name(loaded)), policies=policies, others=others, tools=tools,
+            horizons=horizons, report=report, command=command(),
         )  # fmt: skip
     _print_summary(record)
 

@@ -52,8 +52,8 @@ class SeamRepair:
         """Whether anything is computed again at all."""
         return self.seam > 0 or self.rule is not None
 
-    def tokens(self, engine: Engine, buffer: KVBuffer, ids: tuple[int, ...], span: Span) -> list[int]:
-        """The slots to compute again, ascending, of a skill that was just spliced into `span`."""
+    def rows(self, engine: Engine, buffer: KVBuffer, ids: tuple[int, ...], span: Span) -> Rows:
+        """What to compute again of a skill that was just spliced into `span`, of these tokens. The buffer is left as it was."""
         chosen = set(range(span.start, min(span.stop, span.start + self.seam)))
         match = _SPELLED.fullmatch(self.rule) if self.rule else None
         if match and match[1]:
@@ -63,7 +63,7 @@ class SeamRepair:
             last = span.stop - 1
             reader = Rows((ids[-1],), (last,), (int(buffer.positions[last]),))
             chosen |= _top(engine.attention_of(buffer, reader)[span.start : span.stop].cpu(), int(match[4]), span)
-        return sorted(chosen)
+        return _in_place(buffer, ids, span.start, sorted(chosen))
 
 
 def _top(scores: torch.Tensor, count: int, span: Span) -> set[int]:
@@ -138,11 +138,9 @@ def splice(
     buffer.insert(at, skill.segment, layout, replacing=len(where))
     span = Span(at, at + len(skill))
     unit = skill.unit
-    repaired: list[int] = []
     rows = Rows()
     if displaced:
-        repaired = repair.tokens(engine, buffer, unit.ids, span)
-        rows = _in_place(buffer, unit.ids, at, repaired)
+        rows = repair.rows(engine, buffer, unit.ids, span)
         unit = unit.marked(Span(0, len(unit)), TokenState.RELOCATED)
     # Nothing here was computed under a field of the other's: a skill alone has read its own only.
     unread: frozenset[str | None] = frozenset()
@@ -152,7 +150,7 @@ def splice(
     context.units.insert(index, replace(unit, name=skill.name, read={name: own.get(name, unread) for name in fields}))
     for name, value in fields.items():
         context.fields.setdefault(name, FieldState(value, value))
-    context.note_computed(repaired, repaired=True)
+    context.note_computed(rows.slots, repaired=True)
     rows = rows.then(Rows.appended(then, buffer.length, buffer.next_position))
     logits = engine.compute(buffer, rows, logits=1 if then else 0) if rows.slots else None
     note = f"{following} later tokens were relocated and have not read {skill.name}" if following else ""

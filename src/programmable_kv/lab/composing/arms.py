@@ -8,28 +8,41 @@ from typing import Any
 
 import torch
 
-from programmable_kv.engine import Rows
+from programmable_kv.cache.span import Span
 from programmable_kv.lab.composing.frame import Frame
 from programmable_kv.lab.composing.tasks import Task
 from programmable_kv.model import Model
-from programmable_kv.notebook.decision import best_of, option_ids, score
+from programmable_kv.notebook.decision import likeliest, option_ids
 from programmable_kv.notebook.skill import Skill
+from programmable_kv.notebook.splicing import SeamRepair
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A way to splice: how many of each piece's first tokens are computed again, and whether keys are rotated at all."""
+    """A way to splice: which of each piece's tokens are computed again, whether keys are rotated at all, and whether the
+    pieces were compiled behind their prefaces."""
 
     name: str
-    seam: int
+    repair: SeamRepair
     rotated: bool = True
+    preface: bool = False
 
 
-SEAMS = (0, 1, 4, 16, 32)
-NOT_ROTATED = Arm("not_rotated", 0, rotated=False)
+SEAMS = tuple(Arm(f"seam_{seam}", SeamRepair(seam)) for seam in (0, 1, 4, 16, 32))
+NOT_ROTATED = Arm("not_rotated", SeamRepair(0), rotated=False)
 """the control: what a splice with seam 0 would be if rotation did not matter"""
-ALL_ARMS = (*(Arm(f"seam_{seam}", seam) for seam in SEAMS), NOT_ROTATED)
-FEW_ARMS = (*(Arm(f"seam_{seam}", seam) for seam in SEAMS[:3]), NOT_ROTATED)
+RULES = (
+    Arm("deviation_15", SeamRepair(0, rule="deviation:15%")),
+    Arm("influence_16", SeamRepair(0, rule="influence:16")),
+)
+PREFACED = (
+    Arm("preface_0", SeamRepair(0), preface=True),
+    Arm("preface_4", SeamRepair(4), preface=True),
+    Arm("preface_influence_16", SeamRepair(0, rule="influence:16"), preface=True),
+)
+"""for tasks whose pieces have prefaces"""
+ALL_ARMS = (*SEAMS, NOT_ROTATED, *RULES, *PREFACED)
+FEW_ARMS = (*SEAMS[:3], NOT_ROTATED, *RULES, *PREFACED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +76,12 @@ class Stand:
 
     def _compare(self, tasks: Sequence[Task], arms: Sequence[Arm]) -> list[dict[str, Any]]:
         engine, buffer, first = self._model.engine, self._buffer, tasks[0]
+        arms = [arm for arm in arms if first.prefaces or not arm.preface]
         skills = [Skill.compile(self._model, piece) for piece in first.pieces]
+        informed = [
+            Skill.compile(self._model, piece, preface=preface)
+            for piece, preface in zip(first.pieces, first.prefaces, strict=bool(first.prefaces))
+        ]
         if first.shared:
             engine.append(buffer, self._encode(first.shared), logits=0)
         start = buffer.length
@@ -78,7 +96,7 @@ class Stand:
         ]  # fmt: skip
         for arm in arms:
             buffer.truncate(start)
-            for skill in skills:
+            for skill in informed if arm.preface else skills:
                 self._splice(skill, arm)
             for row, task, expected in zip(rows, tasks, full, strict=True):
                 row[arm.name] = _compared(self._answer(task), expected)
@@ -86,10 +104,11 @@ class Stand:
 
     def _splice(self, skill: Skill, arm: Arm) -> None:
         engine, buffer = self._model.engine, self._buffer
-        at, position = buffer.length, buffer.next_position
+        at = buffer.length
         buffer.insert(at, skill.segment, self._layout if arm.rotated else self._unrotated)
-        if arm.seam:
-            engine.compute(buffer, Rows.appended(skill.unit.ids[: arm.seam], at, position), logits=0)
+        rows = arm.repair.rows(engine, buffer, skill.unit.ids, Span(at, buffer.length))
+        if rows.slots:
+            engine.compute(buffer, rows, logits=0)
 
     def _answer(self, task: Task) -> _Answer:
         """The decision behind what the buffer holds, which is left as it was."""
@@ -98,7 +117,7 @@ class Stand:
         logits = engine.append(buffer, self._encode(tail))
         tokenizer = self._model.tokenizer
         strings = option_ids(tokenizer, tail, task.options, tokenizer.eos_token_id)
-        choice = best_of(task.options, score(engine, buffer, logits, strings))
+        choice = task.options[likeliest(engine, buffer, logits, strings)]
         buffer.truncate(length)
         return _Answer(choice, logits[-1].cpu().double())
 

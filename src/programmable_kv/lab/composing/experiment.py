@@ -26,21 +26,21 @@ _STAGES = ("first", "middle", "last")
 """thirds of a horizon's turns"""
 
 
-def work(policies: int, tools: int) -> Iterator[tuple[Place, Sequence[Arm], list[Task]]]:
+def work(policies: int, others: int, tools: int) -> Iterator[tuple[Place, Sequence[Arm], list[Task]]]:
     """What is compared, place by place (a prefix is computed once), tasks about the same pieces together."""
     everywhere = list(ask.policies(policies))
-    updates = list(ask.updates(policies))
+    updates = list(ask.updates(others))
     for place in PLACES:
         chosen: list[tuple[Sequence[Arm], list[Task]]] = [(ALL_ARMS, everywhere)]
         if place.area == "system":
             chosen.append((FEW_ARMS, updates))
         if place == MIDDLE:
             chosen += [
-                (FEW_ARMS, list(ask.facts(policies))),
-                (FEW_ARMS, list(ask.coupled(policies))),
-                (FEW_ARMS, list(ask.two_hops(policies, together=True))),
-                (FEW_ARMS, list(ask.two_hops(policies, together=False))),
-                *((FEW_ARMS, list(ask.several(policies, n))) for n in range(1, ask.MOST_PIECES + 1)),
+                (FEW_ARMS, list(ask.facts(others))),
+                (FEW_ARMS, list(ask.coupled(others))),
+                (FEW_ARMS, list(ask.two_hops(others, together=True))),
+                (FEW_ARMS, list(ask.two_hops(others, together=False))),
+                *((FEW_ARMS, list(ask.several(others, n))) for n in range(1, ask.MOST_PIECES + 1)),
                 (FEW_ARMS, list(tool_requests(tools))),
             ]
         for arms, several in chosen:
@@ -53,21 +53,22 @@ def run(
     path: Path,
     *,
     policies: int,
+    others: int,
     tools: int,
     horizons: int,
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
-    """Compare `policies` tasks of each kind, `tools` requests for tools, and `horizons` long conversations.
+    """Compare `policies` policies, `others` tasks of each other kind, `tools` requests for tools, and `horizons` conversations.
 
     A model without a chat template holds no conversation: it has no horizon.
     """
-    groups = list(work(policies, tools))
+    groups = list(work(policies, others, tools))
     horizons = horizons if model.has_chat_template else 0
     recorder = Recorder(
         path,
         name=path.stem,
-        version=1,
+        version=2,
         title="Compiled pieces spliced together, against a full prefill of the same tokens",
         command=command,
         model=Path(model.name).name,
@@ -76,11 +77,12 @@ def run(
             text
             for place, _, tasks in groups
             for task in tasks
-            for text in (str(place), task.shared, *task.pieces, task.request, *task.options)
+            for text in (str(place), task.shared, *task.prefaces, *task.pieces, task.request, *task.options)
         ),
         seeds=[ask.SEED, HORIZON_SEED],
         settings={
             "policies": policies,
+            "others": others,
             "tools": tools,
             "horizons": horizons,
             "dtype": str(model.dtype),

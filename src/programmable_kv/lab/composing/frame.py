@@ -47,7 +47,7 @@ def frame_at(model: Model, place: Place) -> Frame:
     Raises:
         TemplateError: the chat template does not render every message once.
     """
-    lines = _other_lines()
+    lines = other_lines()
     count = 0
     while True:
         before, between, end = _cut(_render(model, place.area, "\n".join(lines[i % len(lines)] for i in range(count))))
@@ -57,7 +57,7 @@ def frame_at(model: Model, place: Place) -> Frame:
         count += 1 + (place.displacement - len(ids)) // 25
 
 
-def _other_lines() -> Sequence[str]:
+def other_lines() -> Sequence[str]:
     """Rules that no request is about."""
     demo = [line[2:] for line in policy().splitlines() if line.startswith("- ") and not line.startswith("- For a ")]
     lines = sorted({*FILLERS["train"], *FILLERS["held_out"], *demo})

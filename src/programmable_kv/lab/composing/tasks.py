@@ -15,15 +15,21 @@ from programmable_kv.adapter.evaluate import other_value
 from programmable_kv.adapter.grammar import Gate, Scenario, make_scenario
 from programmable_kv.adapter.phrasings import PHRASINGS, question
 from programmable_kv.adapter.vocabulary import Domain, held_out_domains
+from programmable_kv.lab.composing.frame import other_lines
 from programmable_kv.notebook.wording import DEFAULT_TEMPLATE, statement
 
 SEED = 99_000
 MOST_PIECES = 6
+PREFACE_LINES = 4
+"""about a hundred tokens; the frames take theirs from the other end of the same list"""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A question about pieces of text that are compiled apart; `shared` is computed in place before them."""
+    """A question about pieces of text that are compiled apart; `shared` is computed in place before them.
+
+    `prefaces`, one a piece or none at all: what a piece may read while it is compiled.
+    """
 
     kind: str
     domain: str
@@ -32,69 +38,87 @@ class Task:
     options: tuple[str, ...]
     right: frozenset[str]
     shared: str = ""
+    prefaces: tuple[str, ...] = ()
 
 
 def policies(count: int) -> Iterator[Task]:
-    """Whole policies, each a piece of its own."""
+    """Whole policies, each a piece of its own. A preface holds another policy."""
+    trades = held_out_domains()
     for number, domain in _domains(count):
         rng, scenario, gate = _drawn("policy", number, domain)
-        yield _task("policy", rng, scenario, gate, (scenario.text() + "\n",))
+        _, stranger, _ = _drawn("stranger", number, trades[(number + 1) % len(trades)])
+        task = _task("policy", rng, scenario, gate, (scenario.text() + "\n",))
+        yield replace(task, prefaces=_behind(task, stranger.text() + "\n"))
 
 
 def coupled(count: int) -> Iterator[Task]:
-    """Policies whose facts stand outside: the piece holds the rules alone, and never read them."""
+    """Policies whose facts stand outside: the piece holds the rules alone, and never read them, but in a preface."""
     for number, domain in _domains(count):
         rng, scenario, gate = _drawn("policy", number, domain)
         role, facts, rules = scenario.text().split("\n\n", 2)
-        yield _task("coupled", rng, scenario, gate, (rules + "\n",), shared=f"{role}\n\n{facts}\n\n")
+        task = _task("coupled", rng, scenario, gate, (rules + "\n",), shared=f"{role}\n\n{facts}\n\n")
+        yield replace(task, prefaces=_behind(task, task.shared))
 
 
 def facts(count: int) -> Iterator[Task]:
-    """One fact about a case; a fact about another case stands before it."""
+    """One fact about a case; a fact about another case stands before it, and one about a third in a preface."""
     for number, domain in _domains(count):
         rng = random.Random(f"{SEED}/fact/{number}")
         field = rng.choice(sorted(domain.fields))
         value, other = rng.sample(list(domain.fields[field]), 2)
         case, another = rng.sample([f"{letter}{rng.randint(1000, 9999)}" for letter in "ABCDEF"], 2)
         say = "The {field} of case {case} is {value}.\n"
-        yield Task(
+        third = say.format(field=field, case=f"G{rng.randint(1000, 9999)}", value=other)
+        task = Task(
             "fact", domain.name, (say.format(field=field, case=case, value=value),),
             f"What is the {field} of case {case}? Reply with the value only.",
             tuple(domain.fields[field]), frozenset({value}), say.format(field=field, case=another, value=other),
         )  # fmt: skip
+        yield replace(task, prefaces=_behind(task, third))
 
 
 def several(count: int, pieces: int) -> Iterator[Task]:
     """As many sets of rules as asked for, of different domains, each a piece; the request is about one of them.
 
-    The options are every set's actions. A task of more pieces holds the sets of the task of fewer.
+    The options are every set's actions. A task of more pieces holds the sets of the task of fewer. A preface holds a set
+    of yet another domain.
     """
     trades = held_out_domains()
     for number, first in _domains(count):
         rng = random.Random(f"{SEED}/several/{number}")
-        chosen = [first, *rng.sample([trade for trade in trades if trade is not first], MOST_PIECES - 1)][:pieces]
+        chosen = [first, *rng.sample([trade for trade in trades if trade is not first], MOST_PIECES - 1)]
+        stranger = random.Random(f"{SEED}/stranger/{number}").choice([trade for trade in trades if trade not in chosen])
         sets = [
             make_scenario(rng, "held_out", domain=trade, gates=1, two_hop=False, fillers=0, gated_values=2)
-            for trade in chosen
+            for trade in chosen[:pieces]
         ]
-        texts = [_rule_set(one.gates[0], one.values[one.gates[0].field]) for one in sets]
+        texts = [_rule_set(one) for one in sets]
         order = rng.sample(range(pieces), pieces)
         task = _task(f"rule_sets_{pieces}", rng, sets[0], sets[0].gates[0], tuple(texts[i] for i in order))
-        yield replace(task, options=tuple(dict.fromkeys(option for one in sets for option in one.options)))
+        alien = make_scenario(rng, "held_out", domain=stranger, gates=1, two_hop=False, fillers=0, gated_values=2)
+        options = tuple(dict.fromkeys(option for one in sets for option in one.options))
+        yield replace(task, options=options, prefaces=_behind(task, _rule_set(alien)))
 
 
 def updates(count: int) -> Iterator[Task]:
-    """A policy in place, and two updates of its field as pieces: which of them is the last is told by position alone."""
+    """A policy in place, and two updates of its field as pieces: which of them is the last is told by position alone.
+
+    A preface holds the policy.
+    """
     for number, domain in _domains(count):
         rng, scenario, gate = _drawn("updates", number, domain, gates=1)
         last = rng.choice(sorted(gate.actions))
         first = other_value(rng, gate, last)
         lines = tuple(statement(DEFAULT_TEMPLATE, gate.field, value) + "\n" for value in (first, last))
-        yield _task("updates", rng, scenario, gate, lines, value=last, shared=scenario.text() + "\n\n")
+        task = _task("updates", rng, scenario, gate, lines, value=last, shared=scenario.text() + "\n\n")
+        yield replace(task, prefaces=_behind(task, task.shared))
 
 
 def two_hops(count: int, *, together: bool) -> Iterator[Task]:
-    """The groups of the values in one piece and the rules about groups in another, or both in one piece."""
+    """The groups of the values in one piece and the rules about groups in another, or both in one piece.
+
+    Where they are split, the preface of the rules holds the groups.
+    """
     for number, domain in _domains(count):
         rng, scenario, gate = _drawn("two hops", number, domain, gates=1, two_hop=True, fillers=0)
         assert gate.groups is not None
@@ -104,7 +128,8 @@ def two_hops(count: int, *, together: bool) -> Iterator[Task]:
         rules = "".join(f"If {gate.kind} is {group}, {action}.\n" for group, action in by_group.items())
         first = f"{gate.field}: {value}\n{lookups}"
         pieces = (first + rules,) if together else (first, rules)
-        yield _task("two_hops_together" if together else "two_hops_split", rng, scenario, gate, pieces)
+        task = _task("two_hops_together" if together else "two_hops_split", rng, scenario, gate, pieces)
+        yield task if together else replace(task, prefaces=("", _behind(task, first)[1]))
 
 
 def _domains(count: int) -> Iterator[tuple[int, Domain]]:
@@ -130,6 +155,14 @@ def _task(
     return Task(kind, scenario.domain, pieces, asked, scenario.options, frozenset({right}), shared)
 
 
-def _rule_set(gate: Gate, value: str) -> str:
+def _behind(task: Task, text: str) -> tuple[str, ...]:
+    """Other rules and that text, as every piece's preface."""
+    opening = "House rules:\n" + "\n".join(other_lines()[-PREFACE_LINES:])
+    return (f"{opening}\n\n{text}",) * len(task.pieces)
+
+
+def _rule_set(scenario: Scenario) -> str:
+    gate = scenario.gates[0]
+    value = scenario.values[gate.field]
     rules = "".join(f"For {gate.topic}: If {gate.field} is {v}, {action}.\n" for v, action in gate.actions.items())
     return f"{gate.field}: {value}\n{rules}"

@@ -26,11 +26,15 @@ _PREPARING = ("find_", "get_", "list_", "calculate")
 
 
 def tool_requests(count: int) -> Iterator[Task]:
-    """All tools as pieces; what a customer wants; right is any tool of the task's that does it rather than prepares it."""
+    """All tools as pieces; what a customer wants; right is any tool of the task's that does it rather than prepares it.
+
+    A tool's preface holds the two before it.
+    """
     if not count:
         return
     tools = retail_tools()
     pieces = tuple(json.dumps(tool) + "\n" for tool in tools)
+    prefaces = tuple(pieces[i - 2] + pieces[i - 1] for i in range(len(pieces)))
     names = tuple(str(tool["name"]) for tool in tools)
     found = 0
     for task in _tasks():
@@ -42,7 +46,7 @@ def tool_requests(count: int) -> Iterator[Task]:
             request = (
                 f"A customer says: {reason}\nWhich one tool does what this customer wants? Reply with its name only."
             )
-            yield Task("tools", "retail", pieces, request, names, right)
+            yield Task("tools", "retail", pieces, request, names, right, prefaces=prefaces)
 
 
 @cache
