@@ -101,18 +101,67 @@ def test_the_seam_is_as_in_a_full_prefill(model_type: str, seam: int) -> None:
 
 
 def test_behind_its_preface_a_skill_is_a_full_prefill(model_type: str) -> None:
+    """Nothing is computed for it then, a seam neither; alone it would have been approximate."""
     model = tiny(model_type)
     skill = Skill.compile(model, REFUNDS, name="refunds", preface=DATES)
     alone = Skill.compile(model, REFUNDS, name="refunds")
     assert skill.text == REFUNDS
     behind = Notebook(model).text(DATES).text("{refunds}", refunds=skill)
-    behind.prefill(repair=NONE)
-    span = behind.part("refunds").span
-    expected, _ = full_forward(model.engine.model, behind.ids)
-    assert_rows_equal(behind.cache, expected, span.range, atol=atol(model_type))
+    account = behind.prefill()
+    assert account.tokens_computed == len(behind) - len(skill)
+    assert set(behind.states) == {TokenState.EXACT}
+    exact_up_to(behind, range(len(behind)), atol(model_type))
     unread = Notebook(model).text(DATES).text("{refunds}", refunds=alone)
     unread.prefill(repair=NONE)
-    assert largest_difference(unread.cache, expected, span.range) > 1e-4
+    expected, _ = full_forward(model.engine.model, unread.ids)
+    assert largest_difference(unread.cache, expected, unread.part("refunds").span.range) > 1e-4
+
+
+def test_a_preface_may_be_the_beginning_of_a_conversation() -> None:
+    before = [("system", "you are an agent.\n")]
+    skill = Skill.compile(tiny(), REFUNDS + "the tier is {tier}.", name="refunds", tier="gold", preface=before)
+    notebook = Notebook(tiny()).message("system", "you are an agent.\n{refunds}", refunds=skill)
+    account = notebook.prefill()
+    assert account.tokens_computed == len(notebook) - len(skill)
+    assert set(notebook.states) == {TokenState.EXACT}
+    exact_up_to(notebook, range(len(notebook)))
+    notebook.edit(tier="silver", mode="suffix")
+    exact_up_to(notebook, range(len(notebook)))
+    live = build()
+    live.splice(skill, repair=NONE)
+    assert TokenState.EXACT not in live.states[live.part("refunds").span.start :]
+
+
+def test_a_preface_that_a_template_has_no_place_for_is_refused() -> None:
+    chat = copy.copy(tiny().tokenizer)
+    chat.chat_template = "{% for message in messages %}{{ message['role'] }} {% endfor %}"
+    with pytest.raises(TemplateError, match="drops or repeats the system message"):
+        Skill.compile(replace(tiny(), tokenizer=chat), REFUNDS, preface=[("system", "")])
+    with pytest.raises(InvalidValueError, match="preface contains"):
+        Skill.compile(tiny(), REFUNDS, preface=[("system", "<|im_end|>")])
+
+
+def test_the_same_tokens_are_not_enough() -> None:
+    """Where what stands before was not computed as in the preface, the skill is not exact, and its seam is computed."""
+    skill = Skill.compile(tiny(), REFUNDS, name="refunds", preface="status: shipped. what applies?")
+    for mode, exact in (("in_place", False), ("suffix", True)):
+        notebook = Notebook(tiny()).text("status: {status}. what applies?", status="pending")
+        notebook.prefill()
+        notebook.edit(status="shipped", mode=mode)
+        account = notebook.splice(skill)
+        assert tuple(notebook.ids) == skill.preface_ids + skill.unit.ids
+        assert (account.tokens_computed == 0) is exact
+        assert (set(notebook.states) == {TokenState.EXACT}) is exact
+
+
+def test_a_skill_that_read_a_value_goes_stale_with_it() -> None:
+    skill = Skill.compile(tiny(), REFUNDS, name="refunds", preface="status: pending. ")
+    notebook = Notebook(tiny()).text("status: {status}. ", status="pending").text("{refunds}", refunds=skill)
+    notebook.prefill()
+    assert set(notebook.states) == {TokenState.EXACT}
+    notebook.edit(status="shipped", mode="in_place")
+    span = notebook.part("refunds").span
+    assert set(notebook.states[span.start : span.stop]) == {TokenState.STALE}
 
 
 def test_a_skill_with_a_preface_is_not_exact_at_the_start() -> None:

@@ -65,7 +65,10 @@ def test_a_preface_is_part_of_the_address(store: SkillStore) -> None:
     kept = store.compile(tiny(), TEXT, name="informed", tier="gold", preface="dates come first.")
     assert kept.account.tokens_computed == 0
     same(kept, behind)
-    assert kept.preface == store.get(tiny(), "informed").preface == "dates come first."
+    assert kept.preface_ids == store.get(tiny(), "informed").preface_ids == behind.preface_ids
+    chat = store.compile(tiny(), TEXT, tier="gold", preface=[("system", "dates come first.")])
+    assert chat.preface == "<|im_start|>system\ndates come first."
+    assert len(store.entries()) == 3
     assert not torch.equal(alone.segment.values[-1], behind.segment.values[-1])
 
 

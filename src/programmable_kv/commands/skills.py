@@ -28,6 +28,9 @@ def skills_compile(
     preface: Annotated[
         Path | None, typer.Option(help="a text file that it reads while it is compiled, and does not hold")
     ] = None,
+    inside: Annotated[
+        str | None, typer.Option(help="a role: compile it as inside a chat message of this role, after the preface")
+    ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="keep it in 8 bits")] = False,
     model: ModelOption = "embedded",
     store: StoreOption = None,
@@ -37,10 +40,11 @@ def skills_compile(
     from programmable_kv.notebook.store import SkillStore
 
     loaded = load_model(model)
+    before = read_text(preface) if preface else ""
     keep = SkillStore(store, int8=int8)
     skill = keep.compile(
         loaded, read_text(text), pairs(field or [], "--field"), name=name, role=role,
-        preface=read_text(preface) if preface else "",
+        preface=before if inside is None else [(inside, before)],
     )  # fmt: skip
     computed = skill.account.tokens_computed
     cost = f"{computed} computed in {1e3 * skill.account.seconds:.0f} ms" if computed else "kept already"

@@ -156,6 +156,22 @@ def message_alone(tokenizer: Any, message: Message, values: Mapping[str, str]) -
     )
 
 
+def left_open(tokenizer: Any, messages: Sequence[tuple[str, str]]) -> str:
+    """A conversation of (role, content) up to where the content of its last message ends: what a text in that place reads.
+
+    Raises:
+        TemplateError: the template refuses these roles, or does not say what the last message says just once.
+    """
+    *earlier, (role, content) = messages
+    before, mark, after = _apply(tokenizer, [*earlier, (role, content + _EARLIER)], False).partition(_EARLIER)
+    if not mark or _EARLIER in after:
+        raise TemplateError(
+            f"the chat template drops or repeats the {role} message, so no text has its place in it. Write the preface as "
+            "raw text."
+        )
+    return before
+
+
 def _count(messages: Sequence[Message]) -> int:
     return sum(len(re.findall("|".join(re.escape("{" + n + "}") for n in m.content.fields), m.content.template))
                if m.content.fields else 0 for m in messages)  # fmt: skip

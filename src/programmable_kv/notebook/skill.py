@@ -9,7 +9,7 @@ reads while it is compiled, and which is not part of it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,12 @@ from programmable_kv.cache.span import Span
 from programmable_kv.errors import FingerprintMismatchError, InvalidValueError
 from programmable_kv.model import Model
 from programmable_kv.notebook.context import Kind, Unit, tokenised
-from programmable_kv.notebook.parts import Message, Text, message_alone, unmark
+from programmable_kv.notebook.parts import Message, Text, left_open, message_alone, unmark
 from programmable_kv.notebook.values import check_name, check_no_markers, check_value
 from programmable_kv.notebook.wording import DEFAULT_TEMPLATE
+
+Preface = str | Sequence[tuple[str, str]]
+"""raw text, or a conversation of (role, content) whose last message is left open: what follows stands inside of it"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class Skill:
     """what compiling it cost"""
     preface: str = ""
     """what it read while it was compiled, and does not hold"""
+    preface_ids: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:
@@ -56,7 +60,7 @@ class Skill:
         *,
         name: str | None = None,
         role: str | None = None,
-        preface: str = "",
+        preface: Preface = "",
         **fields: str,
     ) -> Skill:
         """Compute a text alone, or behind a preface.
@@ -66,14 +70,14 @@ class Skill:
             values, fields: the fields' values; those of fields that are called `name` or `role` in `values`.
             name: what it is called in a context; a digest of its text when None.
             role: render it as a chat message of this role, to be spliced between turns (a tool's result, say).
-            preface: raw text that it reads while it is computed, and that is then let go of: of the kind that it will stand
-                behind. What the text concludes from it stays in its keys and values.
+            preface: what it reads while it is computed, and that is then let go of: text of the kind that it will stand behind.
+                What it concludes from that stays in its keys and values. Behind just these tokens it is exact.
 
         Raises:
             InvalidValueError: the text is empty, it or the preface has special tokens, or a name or value is not plain data.
             UnknownFieldError: a field has no placeholder in the text.
             ContextOverflowError: it is longer than the model's positions, the preface included.
-            TemplateError: the chat template does not take a message of that role.
+            TemplateError: the chat template does not take a message of that role, or the preface.
         """
         return Draft.of(model, text, {**(values or {}), **fields}, name, role, preface).compiled(model)
 
@@ -93,16 +97,16 @@ class Draft:
     unit: Unit
     values: Mapping[str, str]
     preface: str
+    preface_ids: tuple[int, ...]
 
     @classmethod
     def of(
-        cls, model: Model, text: str, fields: Mapping[str, str], name: str | None, role: str | None, preface: str
+        cls, model: Model, text: str, fields: Mapping[str, str], name: str | None, role: str | None, preface: Preface
     ) -> Draft:
         """Arguments and errors as `Skill.compile`."""
         if not text:
             raise InvalidValueError("the skill's text is empty")
         check_no_markers(text, model.tokenizer, "the skill's text")
-        check_no_markers(preface, model.tokenizer, "the skill's preface")
         for field_name, value in fields.items():
             check_name(field_name)
             check_value(field_name, value, model.tokenizer, DEFAULT_TEMPLATE, fields)
@@ -121,20 +125,31 @@ class Draft:
         if name is None:
             name = "skill_" + hashlib.sha256(unit.text.encode()).hexdigest()[:12]
         check_name(name)
-        return cls(name, unit, dict(fields), preface)
+        return cls(name, unit, dict(fields), *_read(model.tokenizer, preface))
 
     def compiled(self, model: Model) -> Skill:
         """Compute it, behind its preface, from position 0."""
-        before: list[int] = model.tokenizer.encode(self.preface) if self.preface else []
-        end = len(before) + len(self.unit)
+        start, end = len(self.preface_ids), len(self.preface_ids) + len(self.unit)
         with model.engine.meter.measure() as reading:
             buffer = model.engine.new_buffer(end)
-            model.engine.append(buffer, [*before, *self.unit.ids], logits=0)
-        segment = buffer.segment(Span(len(before), end), self.unit.ids)
+            model.engine.append(buffer, [*self.preface_ids, *self.unit.ids], logits=0)
+        segment = buffer.segment(Span(start, end), self.unit.ids)
         return self.with_segment(segment, model.fingerprint, reading.account)
 
     def with_segment(self, segment: Segment, fingerprint: str, account: Account) -> Skill:
-        return Skill(self.name, self.unit, self.values, segment, fingerprint, account, self.preface)
+        return Skill(self.name, self.unit, self.values, segment, fingerprint, account, self.preface, self.preface_ids)
+
+
+def _read(tokenizer: Any, preface: Preface) -> tuple[str, tuple[int, ...]]:
+    """A preface as the model reads it, and its tokens."""
+    if not preface:
+        return "", ()
+    for content in [preface] if isinstance(preface, str) else [content for _, content in preface]:
+        check_no_markers(content, tokenizer, "the skill's preface")
+    if isinstance(preface, str):
+        return preface, tuple(tokenizer.encode(preface))
+    text = left_open(tokenizer, preface)
+    return text, tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 def check_fingerprint(name: str, fingerprint: str, model: Model) -> None:

@@ -121,7 +121,7 @@ def splice(
         InvalidEditError: an end of `where` is no place in the text, or a field of the skill has another value here.
     """
     at = where.start
-    displaced = at > 0 or bool(skill.preface)  # what precedes it here is not what it read
+    displaced = not _stands_behind_its_preface(context, skill, at)
     if displaced and repair.computes:
         engine.require_rows(instead="Splice with SeamRepair(0), which computes nothing again.")
     compiled_at = int(skill.segment.computed_at[-1]) + 1
@@ -142,11 +142,12 @@ def splice(
     if displaced:
         rows = repair.rows(engine, buffer, unit.ids, span)
         unit = unit.marked(Span(0, len(unit)), TokenState.RELOCATED)
-    # Nothing here was computed under a field of the other's: a skill alone has read its own only.
+    # Nothing here was computed under a field of the other's: a skill has read its own only, and what was in its preface.
     unread: frozenset[str | None] = frozenset()
     for other, known in enumerate(context.units):
         context.units[other] = replace(known, read={name: known.read.get(name, unread) for name in fields})
-    own = {name: frozenset[str | None]({value}) for name, value in skill.values.items()}
+    own = {} if displaced else dict(context.reading(at))
+    own |= {name: frozenset[str | None]({value}) for name, value in skill.values.items()}
     context.units.insert(index, replace(unit, name=skill.name, read={name: own.get(name, unread) for name in fields}))
     for name, value in fields.items():
         context.fields.setdefault(name, FieldState(value, value))
@@ -155,6 +156,16 @@ def splice(
     logits = engine.compute(buffer, rows, logits=1 if then else 0) if rows.slots else None
     note = f"{following} later tokens were relocated and have not read {skill.name}" if following else ""
     return Spliced(logits if then else None, note)
+
+
+def _stands_behind_its_preface(context: Context, skill: Skill, at: int) -> bool:
+    """Whether what precedes slot `at` is, token for token and exactly, what the skill read while it was compiled."""
+    return (
+        len(skill.preface_ids) == at
+        and tuple(context.ids[:at]) == skill.preface_ids
+        and context.computed_base(at) is TokenState.EXACT
+        and all(None not in seen for seen in context.reading(at).values())
+    )
 
 
 def joined_values(values: Mapping[str, str], skill: Skill) -> dict[str, str]:

@@ -28,7 +28,7 @@ from programmable_kv.errors import CorruptFileError, UnknownSkillError
 from programmable_kv.model import Model
 from programmable_kv.notebook.persistence import SavedUnit, saved_unit, unit_of
 from programmable_kv.notebook.quantised import dequantised, quantised
-from programmable_kv.notebook.skill import Draft, Skill, check_fingerprint
+from programmable_kv.notebook.skill import Draft, Preface, Skill, check_fingerprint
 from programmable_kv.weights import home
 
 DEFAULT_LIMIT = 4 * 2**30
@@ -51,6 +51,7 @@ class Entry(BaseModel):
     tensors_sha256: str
     values: dict[str, str]
     preface: str
+    preface_ids: tuple[int, ...]
     unit: SavedUnit
 
 
@@ -76,7 +77,7 @@ class SkillStore:
 
     def put(self, skill: Skill, *, model_name: str = "") -> Entry:
         """Keep a skill; returns its entry. One that is there already is written anew."""
-        key = key_of(skill.fingerprint, skill.unit.ids, skill.preface, self.int8)
+        key = key_of(skill.fingerprint, skill.preface_ids, skill.unit.ids, self.int8)
         tensors: dict[str, torch.Tensor] = {"computed_at": skill.segment.computed_at}
         for index, (keys, values) in enumerate(zip(skill.segment.keys, skill.segment.values, strict=True)):
             if self.int8:
@@ -95,6 +96,7 @@ class SkillStore:
             tensors_sha256=hashlib.sha256(body).hexdigest(),
             values=dict(skill.values),
             preface=skill.preface,
+            preface_ids=skill.preface_ids,
             unit=saved_unit(skill.unit),
         )
         self._write(f"{key}.safetensors", body)
@@ -111,7 +113,7 @@ class SkillStore:
         *,
         name: str | None = None,
         role: str | None = None,
-        preface: str = "",
+        preface: Preface = "",
         **fields: str,
     ) -> Skill:
         """The skill from the store if it is there, else compiled and kept. Arguments and errors as `Skill.compile`.
@@ -119,7 +121,7 @@ class SkillStore:
         An entry of the same tokens takes the name that is given here.
         """
         draft = Draft.of(model, text, {**(values or {}), **fields}, name, role, preface)
-        key = key_of(model.fingerprint, draft.unit.ids, preface, self.int8)
+        key = key_of(model.fingerprint, draft.preface_ids, draft.unit.ids, self.int8)
         if self._files.exists(self._path(f"{key}.json")):
             # The tokens are those of the entry; name, fields and text are the caller's.
             kept = self.get(model, key)
@@ -143,8 +145,10 @@ class SkillStore:
         entry = self.entry(which, model.fingerprint)
         check_fingerprint(entry.name, entry.fingerprint, model)
         segment = self._segment(entry, model, verify)
-        unit = unit_of(entry.unit)
-        skill = Skill(entry.name, unit, entry.values, segment, entry.fingerprint, Account(), entry.preface)
+        skill = Skill(
+            entry.name, unit_of(entry.unit), entry.values, segment, entry.fingerprint, Account(), entry.preface,
+            entry.preface_ids,
+        )  # fmt: skip
         if self._local:
             Path(self._path(f"{entry.key}.json")).touch()
         return skill
@@ -326,14 +330,14 @@ class SkillStore:
                 total -= entry.nbytes
 
 
-def key_of(fingerprint: str, ids: tuple[int, ...], preface: str, int8: bool) -> str:
+def key_of(fingerprint: str, preface_ids: tuple[int, ...], ids: tuple[int, ...], int8: bool) -> str:
     """The address of a skill: a digest of all that decides its content."""
-    content = json.dumps({"format": 2, "fingerprint": fingerprint, "ids": ids, "preface": preface, "int8": int8})
+    content = json.dumps({"format": 2, "fingerprint": fingerprint, "preface": preface_ids, "ids": ids, "int8": int8})
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def _true_key(entry: Entry) -> bool:
-    return entry.key == key_of(entry.fingerprint, entry.unit.ids, entry.preface, entry.precision == "int8")
+    return entry.key == key_of(entry.fingerprint, entry.preface_ids, entry.unit.ids, entry.precision == "int8")
 
 
 def _parsed(manifest: bytes, where: str) -> Entry:
