@@ -133,6 +133,25 @@ def test_a_slice_of_the_agent_bench(embedded: Any, tmp_path: Path) -> None:
     assert record.figure("at_512.rival_over_agent_tokens") > 4
 
 
+def test_an_agent_that_computes_everything_again_is_its_rival(embedded: Any) -> None:
+    """A policy behind its preface is exact, so with suffix edits every decision is the rival's; stale, it is not."""
+    from random import Random
+
+    from programmable_kv.bench.agent import play, policies, trajectory
+    from programmable_kv.notebook.edits import Mode
+
+    turns = [
+        turn["modes"]
+        for scenario in policies(1)[:3]
+        for turn in play(
+            embedded, scenario.prompt, dict(scenario.values), list(trajectory(scenario, 4, Random(0))),
+            [Mode.SUFFIX, Mode.STALE],
+        )
+    ]  # fmt: skip
+    assert all(modes["suffix"]["agrees"] for modes in turns)
+    assert not all(modes["stale"]["agrees"] for modes in turns)
+
+
 def test_eight_bits_point_the_same_way(embedded: Any, tmp_path: Path) -> None:
     """A skill kept in 8 bits: at most 0.55 of the bytes of 16-bit tensors, and logits of cosine 0.999 and more."""
     from programmable_kv import Skill

@@ -5,7 +5,8 @@ as an agent without a programmable cache has to when its state changes. Where ti
 turns with a prefix cache: it keeps what its context and the last one begin with in common. Each keeps a trajectory of its own:
 what it answered is what it reads later. Two questions, two kinds of rows:
 
-- `decisions`: held-out policies, compiled once and spliced; in half of the turns the state changes before the request.
+- `decisions`: held-out policies, compiled once and spliced; in half of the turns the state changes before the request. An
+  agent plays in each of several edit modes.
 - `time`: one policy padded to a length, many turns; the sum of the times to the first answer token.
 """
 
@@ -27,7 +28,8 @@ from programmable_kv.bench.edit import padded_policy
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.demo.demo import CASES, VALUES
 from programmable_kv.model import Model
-from programmable_kv.notebook.decision import best_of, option_ids, score
+from programmable_kv.notebook.decision import likeliest, option_ids
+from programmable_kv.notebook.edits import DEFAULT_MODE, Mode
 from programmable_kv.notebook.parts import Message, Text, render_chat
 from programmable_kv.notebook.skill import Skill
 from programmable_kv.records import Record, Recorder, digest_of, wilson
@@ -39,6 +41,10 @@ INSTANCES = 10
 """policies of each held-out domain"""
 TURNS = 6
 TIMED_TURNS = 12
+MODES = (DEFAULT_MODE, Mode.ERRATUM)
+"""of the agents that decide; the first one's times are taken"""
+OPENING = [("system", "")]
+"""what a policy is compiled behind, and stands behind: a system message's beginning"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,7 @@ def run(
     recorder = Recorder(
         path,
         name="agent",
-        version=2,
+        version=3,
         title="An agent on a live cache against re-prefilling every turn",
         command=command,
         model=model.name,
@@ -92,7 +98,7 @@ def run(
                     "kind": "decisions",
                     "policy": number,
                     "domain": scenario.domain,
-                    "turns": _both(model, scenario.prompt, dict(scenario.values), steps, prefix_cache=False),
+                    "turns": play(model, scenario.prompt, dict(scenario.values), steps, MODES),
                 }
             )
         if report is not None:
@@ -100,7 +106,7 @@ def run(
     for number, length in enumerate(lengths):
         if not recorder.done(kind="time", length=length):
             policy, steps = padded_policy(model, length), list(_timed_steps(timed_turns))
-            row = _both(model, policy, dict(VALUES), steps, prefix_cache=True)
+            row = play(model, policy, dict(VALUES), steps, MODES[:1], prefix_cache=True)
             recorder.add({"kind": "time", "length": length, "turns": row})
         if report is not None:
             report(len(drawn) + number + 1, work)
@@ -142,28 +148,33 @@ def _timed_steps(turns: int) -> Iterator[Step]:
         yield Step(changes, case.request, (case.before, case.after), right)
 
 
-def _both(
-    model: Model, policy: str, state: dict[str, str], steps: list[Step], *, prefix_cache: bool
-) -> list[dict[str, Any]]:
-    """Every turn of both agents: was it right, did they agree, tokens and milliseconds to the first answer token.
+def play(
+    model: Model, policy: str, state: dict[str, str], steps: list[Step], modes: Sequence[Mode], *,
+    prefix_cache: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Every turn of the rival and of an agent in each mode: who was right, who agreed with the rival; and of the first
+    agent and the rivals, tokens and milliseconds to the first answer token.
 
     With `prefix_cache` the rival that has one plays as well.
     """
-    skill = Skill.compile(model, policy, name="policy", **state)
-    agent = Agent(model, skill)
-    composing = agent.composed
+    skill = Skill.compile(model, policy, state, name="policy", preface=OPENING)
+    agents = {mode: Agent(model, skill, mode=mode) for mode in modes}
+    composing = agents[modes[0]].composed
     rival = Rival(model, policy, state)
     cached = Rival(model, policy, state, prefix_cache=True) if prefix_cache else None
     rows: list[dict[str, Any]] = []
     for number, step in enumerate(steps):
-        turn = agent.act(step.request, step.options, step.changes)
-        ours, theirs = turn.decision, rival.act(step)
+        theirs = rival.act(step)
+        decided = {mode: agent.act(step.request, step.options, step.changes).decision for mode, agent in agents.items()}
+        ours = decided[modes[0]]
         rows.append(
             {
                 "changed": bool(step.changes),
                 "right": theirs.choice == step.right,
-                "agent_right": ours.choice == step.right,
-                "agrees": ours.choice == theirs.choice,
+                "modes": {
+                    str(mode): {"right": one.choice == step.right, "agrees": one.choice == theirs.choice}
+                    for mode, one in decided.items()
+                },
                 "agent_tokens": ours.account.tokens_computed + (composing.tokens_computed if number == 0 else 0),
                 "rival_tokens": theirs.account.tokens_computed,
                 "agent_ttft_ms": round(ours.ttft_ms + (1e3 * composing.seconds if number == 0 else 0), 2),
@@ -202,8 +213,8 @@ class Rival:
                 buffer.truncate(kept)
             logits = engine.append(buffer, ids[kept:])
         self.ids = ids
-        scores = score(engine, buffer, logits, option_ids(tokenizer, text, step.options, tokenizer.eos_token_id))
-        choice = best_of(step.options, scores)
+        strings = option_ids(tokenizer, text, step.options, tokenizer.eos_token_id)
+        choice = step.options[likeliest(engine, buffer, logits, strings)]
         self.messages.append(Message("assistant", Text(choice)))
         return _Answer(choice, reading.account)
 
@@ -223,16 +234,18 @@ class _Answer:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Agreement where the rival is right (Wilson), both rates of right answers, and ratios of the summed times and tokens."""
+    """Rates of right answers (Wilson), agreement by mode where the rival is right, and ratios of summed times and tokens."""
     turns = [turn for row in rows if row["kind"] == "decisions" for turn in row["turns"]]
     right = [turn for turn in turns if turn["right"]]
-    summary: dict[str, Any] = {"decisions": len(turns)}
-    for name, counted in (("agreement", right), ("agreement_on_all", turns)):
-        summary[name] = wilson(sum(turn["agrees"] for turn in counted), len(counted)).model_dump()
     changed = [turn for turn in right if turn["changed"]]
-    summary["agreement_after_a_change"] = wilson(sum(t["agrees"] for t in changed), len(changed)).model_dump()
-    summary["agent_right"] = wilson(sum(turn["agent_right"] for turn in turns), len(turns)).model_dump()
-    summary["rival_right"] = wilson(len(right), len(turns)).model_dump()
+    summary: dict[str, Any] = {"decisions": len(turns), "rival_right": wilson(len(right), len(turns)).model_dump()}
+    for mode in MODES:
+        counts = (("agreement", right), ("agreement_after_a_change", changed), ("agreement_on_all", turns))
+        summary[mode] = {
+            name: wilson(sum(turn["modes"][mode]["agrees"] for turn in counted), len(counted)).model_dump()
+            for name, counted in counts
+        }
+        summary[mode]["right"] = wilson(sum(turn["modes"][mode]["right"] for turn in turns), len(turns)).model_dump()
     for row in rows:
         if row["kind"] == "time":
             sums = {
