@@ -10,7 +10,7 @@ import pytest
 
 from programmable_kv import SeamRepair
 from programmable_kv.errors import MissingDataError
-from programmable_kv.lab.composing import experiment, tasks, tools
+from programmable_kv.lab.composing import experiment, suites, tasks, tools
 from programmable_kv.lab.composing.arms import FEW_ARMS, NOT_ROTATED, Arm, Stand
 from programmable_kv.lab.composing.frame import Place, frame_at
 from programmable_kv.lab.composing.horizon import play
@@ -144,9 +144,10 @@ def test_the_horizon_compares_an_edited_cache_with_the_text_as_it_is_now(embedde
 
 
 def test_a_slice_of_the_suite_resumes(embedded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "PLACES", (NEAR,))
+    monkeypatch.setattr(suites, "PLACES", (NEAR,))
     monkeypatch.setattr(experiment, "TURNS", 3)
     path = tmp_path / "compose-embedded.json"
+    suite = suites.Composing(policies=1, others=1, tools=0, horizons=1)
     stop_after = 1
 
     def interrupted(done: int, _: int) -> None:
@@ -154,9 +155,18 @@ def test_a_slice_of_the_suite_resumes(embedded: Any, tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        experiment.run(embedded, path, policies=1, others=1, tools=0, horizons=1, report=interrupted)
-    record = experiment.run(embedded, path, policies=1, others=1, tools=0, horizons=1)
+        experiment.run(embedded, path, suite, report=interrupted)
+    record = experiment.run(embedded, path, suite)
     assert [row["kind"] for row in record.rows] == ["policy", "updates", "horizon"]
     assert record.figure("policy.system_64.seam_1.cosine.value") > 0.9
     assert record.figure("horizon.first.full_right.n") == 1
-    assert experiment.record_name(replace(embedded, name="models/Qwen2.5_Coder.gguf")) == "compose-qwen2-5-coder"
+    assert experiment.record_name(suite, replace(embedded, name="models/Qwen2.5_Coder.gguf")) == "compose-qwen2-5-coder"
+
+
+def test_every_preface_is_tried(embedded: Any, tmp_path: Path) -> None:
+    record = experiment.run(embedded, tmp_path / "preface-embedded.json", suites.Prefaces(policies=1, others=1))
+    names = ("none", "title", "rules_4", "rules_20", "like")
+    assert list(record.summary) == [f"{kind}_{name}" for kind in ("policy", "rule_sets_2") for name in names]
+    found = [record.figure(f"policy_{name}.system_512.preface_0.kl.value") for name in names[1:]]
+    assert len(set(found)) == len(found), "each of them leaves something else"
+    assert record.figure("policy_none.system_512.seam_32.cosine.value") > 0.99

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -17,12 +17,16 @@ from rich.table import Table
 from programmable_kv.commands.common import ModelOption, OutOption, command, err, out, progress, record_path
 from programmable_kv.records import Record
 
+if TYPE_CHECKING:
+    from programmable_kv.lab.composing.suites import Suite
+
 bench_app = typer.Typer(help="How fast: benches against what a user would do instead.", no_args_is_help=True)
 lab_app = typer.Typer(help="Why it works: experiments on the loaded model.", no_args_is_help=True)
 train_app = typer.Typer(help="Train what the package ships.", no_args_is_help=True)
 
 LengthsOption = Annotated[str, typer.Option(help="lengths in tokens, separated by commas")]
 RepeatsOption = Annotated[int, typer.Option(min=1, help="measurements of each way")]
+DtypeOption = Annotated[str, typer.Option(help="a torch dtype's name, or 'auto' for the one on disk")]
 _ALL_LENGTHS = "512,1024,2048,4096,7936"
 
 
@@ -88,20 +92,37 @@ def lab_compose(
     others: Annotated[int, typer.Option(min=1, help="tasks of each other kind")] = 24,
     tools: Annotated[int, typer.Option(min=0, help="requests for one of sixteen tools")] = 40,
     horizons: Annotated[int, typer.Option(min=0, help="conversations of forty turns on one edited cache")] = 4,
-    dtype: Annotated[str, typer.Option(help="a torch dtype's name, or 'auto' for the one on disk")] = "float32",
+    dtype: DtypeOption = "float32",
     out_path: OutOption = None,
 ) -> None:
     """Agreement of compiled pieces, spliced together, with full prefill: by seam and place, with controls."""
-    from programmable_kv.lab.composing.experiment import record_name, run, work
+    from programmable_kv.lab.composing.suites import Composing
+
+    _compare(Composing(policies, others, tools, horizons), model, dtype, out_path)
+
+
+@lab_app.command("preface")
+def lab_preface(
+    model: ModelOption = "embedded",
+    policies: Annotated[int, typer.Option(min=1, help="policies, one skill each")] = 24,
+    others: Annotated[int, typer.Option(min=1, help="pairs of rule sets, two skills each")] = 24,
+    dtype: DtypeOption = "float32",
+    out_path: OutOption = None,
+) -> None:
+    """What should a skill read while it is compiled? Agreement with full prefill behind several prefaces."""
+    from programmable_kv.lab.composing.suites import Prefaces
+
+    _compare(Prefaces(policies, others), model, dtype, out_path)
+
+
+def _compare(suite: Suite, model: str, dtype: str, out_path: Path | None) -> None:
+    from programmable_kv.lab.composing.experiment import record_name, run
     from programmable_kv.model import load_model
 
     loaded = load_model(model, dtype=dtype)
-    total = len(list(work(policies, others, tools))) + horizons
-    with progress("Comparisons", total) as report:
-        record = run(
-            loaded, record_path(out_path, record_name(loaded)), policies=policies, others=others, tools=tools,
-            horizons=horizons, report=report, command=command(),
-        )  # fmt: skip
+    path = record_path(out_path, record_name(suite, loaded))
+    with progress("Comparisons", len(suite.groups()) + suite.horizons) as report:
+        record = run(loaded, path, suite, report=report, command=command())
     _print_summary(record)
 
 

@@ -1,103 +1,73 @@
-"""The suite: every kind of task in every place, tools, and the horizon; one record for each model."""
+"""Carrying out a suite of comparisons on one model, into one record."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from programmable_kv.lab.composing import tasks as ask
-from programmable_kv.lab.composing.arms import ALL_ARMS, FEW_ARMS, Arm, Stand
+from programmable_kv.lab.composing.arms import ALL_ARMS, Stand
 from programmable_kv.lab.composing.frame import Place, frame_at
 from programmable_kv.lab.composing.horizon import SEED as HORIZON_SEED
 from programmable_kv.lab.composing.horizon import play
-from programmable_kv.lab.composing.tasks import Task
-from programmable_kv.lab.composing.tools import tool_requests
+from programmable_kv.lab.composing.suites import Suite
 from programmable_kv.model import Model
 from programmable_kv.records import Record, Recorder, bootstrap_mean, cluster_bootstrap, digest_of, wilson
 
-MIDDLE = Place("system", 512)
-FAR = Place("system", 4096)
-PLACES = (Place("system", 64), MIDDLE, Place("conversation", 512), FAR)
 TURNS = 40
 _STAGES = ("first", "middle", "last")
 """thirds of a horizon's turns"""
 
 
-def work(policies: int, others: int, tools: int) -> Iterator[tuple[Place, Sequence[Arm], list[Task]]]:
-    """What is compared, place by place (a prefix is computed once), tasks about the same pieces together."""
-    everywhere = list(ask.policies(policies))
-    updates = list(ask.updates(others))
-    for place in PLACES:
-        chosen: list[tuple[Sequence[Arm], list[Task]]] = [(ALL_ARMS, everywhere)]
-        if place.area == "system":
-            chosen.append((FEW_ARMS, updates))
-        if place == MIDDLE:
-            chosen += [
-                (FEW_ARMS, list(ask.facts(others))),
-                (FEW_ARMS, list(ask.coupled(others))),
-                (FEW_ARMS, list(ask.two_hops(others, together=True))),
-                (FEW_ARMS, list(ask.two_hops(others, together=False))),
-                *((FEW_ARMS, list(ask.several(others, n))) for n in range(1, ask.MOST_PIECES + 1)),
-                (FEW_ARMS, list(tool_requests(tools))),
-            ]
-        for arms, several in chosen:
-            for _, same in groupby(several, key=lambda task: (task.shared, task.pieces)):
-                yield place, arms, list(same)
-
-
 def run(
     model: Model,
     path: Path,
+    suite: Suite,
     *,
-    policies: int,
-    others: int,
-    tools: int,
-    horizons: int,
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
-    """Compare `policies` policies, `others` tasks of each other kind, `tools` requests for tools, and `horizons` conversations.
+    """Make a suite's comparisons, each task in each of its arms, and play its long conversations.
 
-    A model without a chat template holds no conversation: it has no horizon.
+    A model without a chat template holds no conversation: it plays none.
     """
-    groups = list(work(policies, others, tools))
-    horizons = horizons if model.has_chat_template else 0
+    groups = suite.groups()
+    horizons = suite.horizons if model.has_chat_template else 0
     recorder = Recorder(
         path,
         name=path.stem,
-        version=2,
-        title="Compiled pieces spliced together, against a full prefill of the same tokens",
+        version=suite.version,
+        title=suite.title,
         command=command,
         model=Path(model.name).name,
         model_fingerprint=model.fingerprint,
         data_digest=digest_of(
             text
-            for place, _, tasks in groups
-            for task in tasks
-            for text in (str(place), task.shared, *task.prefaces, *task.pieces, task.request, *task.options)
+            for group in groups
+            for task in group.tasks
+            for text in (
+                str(group.place),
+                task.shared,
+                *map(str, task.prefaces),
+                *task.pieces,
+                task.request,
+                *task.options,
+            )
         ),
         seeds=[ask.SEED, HORIZON_SEED],
-        settings={
-            "policies": policies,
-            "others": others,
-            "tools": tools,
-            "horizons": horizons,
-            "dtype": str(model.dtype),
-            "turns": TURNS,
-        },
+        settings={**suite.settings(), "dtype": str(model.dtype), "turns": TURNS},
     )
     total = len(groups) + horizons
     stand: tuple[Place, Stand] | None = None
-    for number, (place, arms, tasks) in enumerate(groups):
-        if not all(recorder.done(group=number, task=index) for index in range(len(tasks))):
-            if stand is None or stand[0] != place:
-                stand = place, Stand(model, frame_at(model, place))
-            for index, row in enumerate(stand[1].compare(tasks, arms)):
+    for number, group in enumerate(groups):
+        if not all(recorder.done(group=number, task=index) for index in range(len(group.tasks))):
+            if stand is None or stand[0] != group.place:
+                stand = group.place, Stand(model, frame_at(model, group.place))
+            for index, row in enumerate(stand[1].compare(group.tasks, group.arms)):
                 if not recorder.done(group=number, task=index):
-                    recorder.add({"group": number, "task": index, "place": str(place), **row})
+                    recorder.add({"group": number, "task": index, "place": str(group.place), **row})
         if report is not None:
             report(number + 1, total)
     for number in range(horizons):
@@ -108,10 +78,10 @@ def run(
     return recorder.finish(summarise(recorder.rows))
 
 
-def record_name(model: Model) -> str:
-    """`compose-` and the model's name as a record may spell it."""
+def record_name(suite: Suite, model: Model) -> str:
+    """The suite's and the model's name as a record may spell them."""
     plain = Path(model.name).name.lower().removesuffix(".gguf")
-    return "compose-" + re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+    return f"{suite.stem}-" + re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:

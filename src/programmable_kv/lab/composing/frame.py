@@ -13,6 +13,7 @@ from programmable_kv.errors import TemplateError
 from programmable_kv.model import Model
 
 Area = Literal["system", "conversation"]
+TITLE = "House rules:\n"
 _PIECES, _REQUEST = "\ue006", "\ue007"
 _SEED = 55_000
 
@@ -67,10 +68,10 @@ def other_lines() -> Sequence[str]:
 
 def _render(model: Model, area: Area, other: str) -> str:
     if area == "system":
-        messages = [("system", f"House rules:\n{other}\n\n{_PIECES}"), ("user", _REQUEST)]
+        messages = [("system", f"{TITLE}{other}\n\n{_PIECES}"), ("user", _REQUEST)]
     else:
         messages = [
-            ("system", f"House rules:\n{other}"),
+            ("system", f"{TITLE}{other}"),
             ("user", "A case is coming in. Please look up what applies to it."),
             ("assistant", "Send me what was found."),
             ("user", f"This was found:\n{_PIECES}\n{_REQUEST}"),

@@ -15,13 +15,13 @@ from programmable_kv.adapter.evaluate import other_value
 from programmable_kv.adapter.grammar import Gate, Scenario, make_scenario
 from programmable_kv.adapter.phrasings import PHRASINGS, question
 from programmable_kv.adapter.vocabulary import Domain, held_out_domains
-from programmable_kv.lab.composing.frame import other_lines
+from programmable_kv.lab.composing.frame import TITLE, other_lines
+from programmable_kv.notebook.skill import Preface
 from programmable_kv.notebook.wording import DEFAULT_TEMPLATE, statement
 
 SEED = 99_000
 MOST_PIECES = 6
-PREFACE_LINES = 4
-"""about a hundred tokens; the frames take theirs from the other end of the same list"""
+PREFACE_RULES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Task:
     options: tuple[str, ...]
     right: frozenset[str]
     shared: str = ""
-    prefaces: tuple[str, ...] = ()
+    prefaces: tuple[Preface, ...] = ()
 
 
 def policies(count: int) -> Iterator[Task]:
@@ -155,10 +155,14 @@ def _task(
     return Task(kind, scenario.domain, pieces, asked, scenario.options, frozenset({right}), shared)
 
 
-def _behind(task: Task, text: str) -> tuple[str, ...]:
-    """Other rules and that text, as every piece's preface."""
-    opening = "House rules:\n" + "\n".join(other_lines()[-PREFACE_LINES:])
-    return (f"{opening}\n\n{text}",) * len(task.pieces)
+def other_rules(count: int) -> str:
+    """So many rules that no request is about, 25 tokens each, and an empty line; the frames begin at the list's other end."""
+    return TITLE + "".join(f"{line}\n" for line in other_lines()[-count:]) + "\n"
+
+
+def _behind(task: Task, text: str) -> tuple[Preface, ...]:
+    """A few other rules and that text, as every piece's preface."""
+    return (other_rules(PREFACE_RULES) + text,) * len(task.pieces)
 
 
 def _rule_set(scenario: Scenario) -> str:

@@ -1,0 +1,113 @@
+"""What is compared with what: the suite of composing, and the question of what a skill should read while it is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from typing import Any, ClassVar
+
+from programmable_kv.lab.composing import tasks as ask
+from programmable_kv.lab.composing.arms import ALL_ARMS, FEW_ARMS, PREFACED, SEAMS, Arm
+from programmable_kv.lab.composing.frame import Place
+from programmable_kv.lab.composing.tasks import Task
+from programmable_kv.lab.composing.tools import tool_requests
+from programmable_kv.notebook.skill import Preface
+
+MIDDLE = Place("system", 512)
+PLACES = (Place("system", 64), MIDDLE, Place("conversation", 512), Place("system", 4096))
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tasks about the same pieces in one place, and the ways to splice that are compared on them."""
+
+    place: Place
+    arms: Sequence[Arm]
+    tasks: Sequence[Task]
+
+
+@dataclass(frozen=True, slots=True)
+class Composing:
+    """Every kind of task: `policies` in every place, `others` of each other kind, and `tools` requests for a tool."""
+
+    policies: int
+    others: int
+    tools: int
+    horizons: int
+
+    stem: ClassVar[str] = "compose"
+    title: ClassVar[str] = "Compiled pieces spliced together, against a full prefill of the same tokens"
+    version: ClassVar[int] = 2
+
+    def groups(self) -> list[Group]:
+        everywhere = list(ask.policies(self.policies))
+        updates = list(ask.updates(self.others))
+        found: list[Group] = []
+        for place in PLACES:
+            found += _grouped(place, ALL_ARMS, everywhere)
+            if place.area == "system":
+                found += _grouped(place, FEW_ARMS, updates)
+            if place == MIDDLE:
+                for several in (
+                    ask.facts(self.others),
+                    ask.coupled(self.others),
+                    ask.two_hops(self.others, together=True),
+                    ask.two_hops(self.others, together=False),
+                    *(ask.several(self.others, pieces) for pieces in range(1, ask.MOST_PIECES + 1)),
+                    tool_requests(self.tools),
+                ):
+                    found += _grouped(place, FEW_ARMS, several)
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Prefaces:
+    """Policies, and pairs of rule sets, behind several prefaces in turn: none, a few words, other rules, their like as well."""
+
+    policies: int
+    others: int
+
+    stem: ClassVar[str] = "preface"
+    title: ClassVar[str] = "Skills compiled behind several prefaces, against a full prefill of the same tokens"
+    version: ClassVar[int] = 1
+    horizons: ClassVar[int] = 0
+
+    def groups(self) -> list[Group]:
+        found: list[Group] = []
+        for several in (list(ask.policies(self.policies)), list(ask.several(self.others, 2))):
+            for name, preface in _PREFACES.items():
+                arms = SEAMS if name == "none" else PREFACED[:2]
+                named = [replace(task, kind=f"{task.kind}_{name}", prefaces=preface(task)) for task in several]
+                found += _grouped(MIDDLE, arms, named)
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Suite = Composing | Prefaces
+"""`stem` begins the records' names, and `version` counts what was changed about the comparisons"""
+
+
+def _everywhere(text: str) -> Callable[[Task], tuple[Preface, ...]]:
+    return lambda task: (text,) * len(task.pieces)
+
+
+_PREFACES: dict[str, Callable[[Task], tuple[Preface, ...]]] = {
+    "none": lambda task: (),
+    "title": _everywhere(ask.TITLE),
+    "rules_4": _everywhere(ask.other_rules(4)),
+    "rules_20": _everywhere(ask.other_rules(20)),
+    "like": lambda task: task.prefaces,
+}
+"""what each piece of a task reads; `like` is that of the suite: four other rules, and a text of its own kind"""
+
+
+def _grouped(place: Place, arms: Sequence[Arm], tasks: Iterator[Task] | Sequence[Task]) -> list[Group]:
+    """Neighbours about the same pieces together."""
+    same = groupby(tasks, key=lambda task: (task.shared, task.pieces, task.prefaces))
+    return [Group(place, arms, list(together)) for _, together in same]
