@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from programmable_kv.lab.composing import tasks as ask
 from programmable_kv.lab.composing.arms import ALL_ARMS, FEW_ARMS, PREFACED, SEAMS, Arm
-from programmable_kv.lab.composing.frame import Place
+from programmable_kv.lab.composing.frame import TITLE, Place
 from programmable_kv.lab.composing.tasks import Task
 from programmable_kv.lab.composing.tools import tool_requests
 from programmable_kv.notebook.skill import Preface
@@ -99,7 +99,7 @@ def _everywhere(text: str) -> Callable[[Task], tuple[Preface, ...]]:
 
 _PREFACES: dict[str, Callable[[Task], tuple[Preface, ...]]] = {
     "none": lambda task: (),
-    "title": _everywhere(ask.TITLE),
+    "title": _everywhere(TITLE),
     "rules_4": _everywhere(ask.other_rules(4)),
     "rules_20": _everywhere(ask.other_rules(20)),
     "like": lambda task: task.prefaces,
