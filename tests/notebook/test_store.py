@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from conftest import tiny
-from programmable_kv import Notebook, Skill
-from programmable_kv.errors import CorruptFileError, FingerprintMismatchError, UnknownSkillError
+from programmable_kv import Notebook, SeamRepair, Skill
+from programmable_kv.errors import CorruptFileError, FingerprintMismatchError, InvalidValueError, UnknownSkillError
+from programmable_kv.notebook.context import TokenState
 from programmable_kv.notebook.store import SkillStore
 
 TEXT = "refund policy: if the tier is {tier} refund, else deny. reply only with the action.\n"
@@ -151,6 +152,20 @@ def test_eight_bits(tmp_path: Path) -> None:
             float(torch.nn.functional.cosine_similarity(ours.float().flatten(), theirs.float().flatten(), dim=0))
             > 0.999
         )
+
+
+def test_what_was_rounded_is_never_exact(tmp_path: Path) -> None:
+    plain, small = SkillStore(tmp_path / "plain"), SkillStore(tmp_path / "small", int8=True)
+    before = [("system", "")]
+    for store, exact in ((plain, True), (small, False)):
+        store.compile(tiny(), TEXT, name="refunds", tier="gold", preface=before)
+        for skill in (store.get(tiny(), "refunds"), store.compile(tiny(), TEXT, tier="gold", preface=before)):
+            notebook = Notebook(tiny()).message("system", "{" + skill.name + "}", **{skill.name: skill})
+            notebook.prefill(repair=SeamRepair(0))
+            assert (set(notebook.states) == {TokenState.EXACT}) is exact
+            assert (TokenState.RELOCATED in notebook.states) is not exact
+    with pytest.raises(InvalidValueError, match="8 bits"):
+        plain.put(small.get(tiny(), "refunds"))
 
 
 _WRITER = """

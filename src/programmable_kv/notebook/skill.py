@@ -42,6 +42,8 @@ class Skill:
     preface: str = ""
     """what it read while it was compiled, and does not hold"""
     preface_ids: tuple[int, ...] = ()
+    rounded: bool = False
+    """kept in fewer bits than it was computed in: close, and never exact"""
 
     @property
     def text(self) -> str:

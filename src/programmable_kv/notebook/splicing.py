@@ -121,8 +121,8 @@ def splice(
         InvalidEditError: an end of `where` is no place in the text, or a field of the skill has another value here.
     """
     at = where.start
-    displaced = not _stands_behind_its_preface(context, skill, at)
-    if displaced and repair.computes:
+    exact = _is_exact_at(context, skill, at)
+    if not exact and repair.computes:
         engine.require_rows(instead="Splice with SeamRepair(0), which computes nothing again.")
     compiled_at = int(skill.segment.computed_at[-1]) + 1
     reach = max(buffer.next_position, buffer.length - len(where) + len(skill) + len(then), compiled_at)
@@ -139,14 +139,14 @@ def splice(
     span = Span(at, at + len(skill))
     unit = skill.unit
     rows = Rows()
-    if displaced:
+    if not exact:
         rows = repair.rows(engine, buffer, unit.ids, span)
         unit = unit.marked(Span(0, len(unit)), TokenState.RELOCATED)
     # Nothing here was computed under a field of the other's: a skill has read its own only, and what was in its preface.
     unread: frozenset[str | None] = frozenset()
     for other, known in enumerate(context.units):
         context.units[other] = replace(known, read={name: known.read.get(name, unread) for name in fields})
-    own = {} if displaced else dict(context.reading(at))
+    own = dict(context.reading(at)) if exact else {}
     own |= {name: frozenset[str | None]({value}) for name, value in skill.values.items()}
     context.units.insert(index, replace(unit, name=skill.name, read={name: own.get(name, unread) for name in fields}))
     for name, value in fields.items():
@@ -158,10 +158,11 @@ def splice(
     return Spliced(logits if then else None, note)
 
 
-def _stands_behind_its_preface(context: Context, skill: Skill, at: int) -> bool:
+def _is_exact_at(context: Context, skill: Skill, at: int) -> bool:
     """Whether what precedes slot `at` is, token for token and exactly, what the skill read while it was compiled."""
     return (
-        len(skill.preface_ids) == at
+        not skill.rounded
+        and len(skill.preface_ids) == at
         and tuple(context.ids[:at]) == skill.preface_ids
         and context.computed_base(at) is TokenState.EXACT
         and all(None not in seen for seen in context.reading(at).values())

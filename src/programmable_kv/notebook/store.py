@@ -14,6 +14,7 @@ import time
 import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ from safetensors.torch import load, load_file, save
 
 from programmable_kv.account import Account
 from programmable_kv.cache.segment import Segment
-from programmable_kv.errors import CorruptFileError, UnknownSkillError
+from programmable_kv.errors import CorruptFileError, InvalidValueError, UnknownSkillError
 from programmable_kv.model import Model
 from programmable_kv.notebook.persistence import SavedUnit, saved_unit, unit_of
 from programmable_kv.notebook.quantised import dequantised, quantised
@@ -76,7 +77,16 @@ class SkillStore:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def put(self, skill: Skill, *, model_name: str = "") -> Entry:
-        """Keep a skill; returns its entry. One that is there already is written anew."""
+        """Keep a skill; returns its entry. One that is there already is written anew.
+
+        Raises:
+            InvalidValueError: it was kept in 8 bits before, and this store keeps skills as they were computed.
+        """
+        if skill.rounded and not self.int8:
+            raise InvalidValueError(
+                f"skill {skill.name!r} comes from a store of 8 bits, and this one keeps skills as they were computed. "
+                "Compile it again, or keep it in a store with int8=True."
+            )
         key = key_of(skill.fingerprint, skill.preface_ids, skill.unit.ids, self.int8)
         tensors: dict[str, torch.Tensor] = {"computed_at": skill.segment.computed_at}
         for index, (keys, values) in enumerate(zip(skill.segment.keys, skill.segment.values, strict=True)):
@@ -127,7 +137,7 @@ class SkillStore:
             kept = self.get(model, key)
             if name is not None and kept.name != name:
                 self._write_manifest(self._read_entry(key).model_copy(update={"name": name}))
-            return draft.with_segment(kept.segment, model.fingerprint, Account())
+            return replace(draft.with_segment(kept.segment, model.fingerprint, Account()), rounded=kept.rounded)
         skill = draft.compiled(model)
         self.put(skill, model_name=model.name)
         return skill
@@ -147,7 +157,7 @@ class SkillStore:
         segment = self._segment(entry, model, verify)
         skill = Skill(
             entry.name, unit_of(entry.unit), entry.values, segment, entry.fingerprint, Account(), entry.preface,
-            entry.preface_ids,
+            entry.preface_ids, entry.precision == "int8",
         )  # fmt: skip
         if self._local:
             Path(self._path(f"{entry.key}.json")).touch()
