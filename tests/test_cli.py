@@ -159,3 +159,35 @@ def test_a_record_does_not_say_where_it_was_written(monkeypatch: pytest.MonkeyPa
         sys, "argv", ["pkv", "bench", "edit", "--out", "/home/me/x.json", "--repeats", "3", "--out=y.json"]
     )
     assert command() == "pkv bench edit --repeats 3"
+
+
+def test_a_skill_is_compiled_kept_carried_and_removed(policy: str, tmp_path: Path) -> None:
+    store = ["--store", str(tmp_path / "skills")]
+    compiling = [
+        "skills",
+        "compile",
+        policy,
+        "--name",
+        "refunds",
+        "--field",
+        "status=shipped",
+        "--inside",
+        "system",
+        *store,
+    ]
+    first, again = pkv(*compiling), pkv(*compiling)
+    assert "computed in" in first.stdout, first.stderr
+    assert "kept already" in again.stdout, again.stderr
+    [entry] = json.loads(pkv("skills", "list", "--json", *store).stdout)
+    assert entry["preface"] == "<|im_start|>system\n"
+    assert entry["values"] == {"status": "shipped"}
+    assert json.loads(pkv("skills", "show", "refunds", *store).stdout)["unit"]["text"].startswith("You are the support")
+    carried = tmp_path / "refunds.skill"
+    assert pkv("skills", "export", "refunds", str(carried), *store).returncode == 0
+    assert "is gone" in pkv("skills", "rm", "refunds", *store).stdout
+    gone = pkv("skills", "verify", "refunds", *store)
+    assert gone.returncode != 0
+    assert "0 skills" in gone.stderr
+    assert "Traceback" not in gone.stderr
+    assert pkv("skills", "import", str(carried), *store).returncode == 0
+    assert "intact" in pkv("skills", "verify", "refunds", *store).stdout

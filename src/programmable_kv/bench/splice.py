@@ -45,7 +45,7 @@ def run(
     """Measure every length and write the record. Times are medians over `repeats`; whole prefills run once above 2048."""
     recorder = Recorder(
         path,
-        name="splice-ttft",
+        name=path.stem,
         version=2,
         title="Time to first token after splicing a compiled skill, by its length",
         command=command,
