@@ -137,9 +137,14 @@ def test_an_agent_that_computes_everything_again_is_its_rival(embedded: Any) -> 
     """A policy behind its preface is exact, so with suffix edits every decision is the rival's; stale, it is not."""
     from random import Random
 
-    from programmable_kv.bench.agent import play, policies, trajectory
+    from programmable_kv import Agent, Skill
+    from programmable_kv.bench.agent import OPENING, play, policies, trajectory
+    from programmable_kv.notebook.context import TokenState
     from programmable_kv.notebook.edits import Mode
 
+    one = policies(1)[0]
+    composed = Agent(embedded, Skill.compile(embedded, one.prompt, dict(one.values), name="policy", preface=OPENING))
+    assert set(composed.notebook.states) == {TokenState.EXACT}
     turns = [
         turn["modes"]
         for scenario in policies(1)[:3]

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from programmable_kv.errors import RecordError
+
+_NAME = r"^[a-z0-9][a-z0-9-]*$"
 
 
 class _Strict(BaseModel):
@@ -65,7 +68,7 @@ class Record(_Strict):
     """One run of one experiment or bench."""
 
     schema_version: Literal[1] = 1
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    name: str = Field(pattern=_NAME)
     version: int
     """of the experiment: rows of different versions must not be compared"""
     title: str
@@ -147,6 +150,10 @@ class Recorder:
         self.path = path
         self._partial = path.with_suffix(".partial")
         self._began = time.perf_counter()
+        if not re.match(_NAME, name):
+            raise RecordError(
+                f"a record cannot be called {name!r}: write lower-case letters, digits and '-', starting with a letter or digit"
+            )
         self.record = Record(
             name=name,
             version=version,

@@ -41,6 +41,9 @@ def test_an_option_that_cannot_win_is_not_computed() -> None:
         assert likeliest(engine, buffer, first, [[worst, 1, 2, 3], [best]]) == 1
         assert likeliest(engine, buffer, first, [[best], [worst]]) == 0
     assert reading.account.tokens_computed == 0
+    with engine.meter.measure() as reading:
+        likeliest(engine, buffer, first, [[best, 1, 2, 3, last] for last in range(9)])
+    assert reading.account.tokens_computed == 4, "what they begin with is computed once"
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace"])

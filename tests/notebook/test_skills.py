@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from conftest import frozen, tiny
 from programmable_kv import Notebook, Rows, SeamRepair, Skill
@@ -139,6 +140,81 @@ def test_a_preface_that_a_template_has_no_place_for_is_refused() -> None:
         Skill.compile(replace(tiny(), tokenizer=chat), REFUNDS, preface=[("system", "")])
     with pytest.raises(InvalidValueError, match="preface contains"):
         Skill.compile(tiny(), REFUNDS, preface=[("system", "<|im_end|>")])
+
+
+@pytest.mark.parametrize(
+    "preface",
+    [[{"role": "system", "content": "rules"}], ("system", "rules"), ("ai", "ok"), ["hello"], [("system", 3)],
+     [("<|im_end|>", "x")], [("system", "a \ue008")]],
+)  # fmt: skip
+def test_what_is_no_preface_is_refused(preface: Any) -> None:
+    with pytest.raises(InvalidValueError):
+        Skill.compile(tiny(), REFUNDS, preface=preface)
+
+
+def test_a_message_behind_a_conversation_is_exact_at_that_turn() -> None:
+    """The conversation is closed then: the message is no part of its last one."""
+    said = [("system", "rules."), ("user", "look it up")]
+    result = Skill.compile(tiny(), "found: gold", name="result", role="tool", preface=said)
+    notebook = Notebook(tiny()).message(*said[0]).message(*said[1])
+    notebook.prefill()
+    assert notebook.splice(result).tokens_computed == 0
+    assert set(notebook.states) == {TokenState.EXACT}
+    exact_up_to(notebook, range(len(notebook)))
+    with pytest.raises(InvalidValueError, match="role"):
+        Skill.compile(tiny(), "found: gold", role="<|im_end|>")
+
+
+def test_a_preface_begins_as_raw_text_does() -> None:
+    """With the token that begins every text, where the tokenizer has one."""
+    beginning = copy.deepcopy(tiny().tokenizer)
+    token = "<|im_start|>"
+    beginning.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, beginning.convert_tokens_to_ids(token))]
+    )
+    model = replace(tiny(), tokenizer=beginning)
+    skill = Skill.compile(model, REFUNDS, name="refunds", preface=DATES)
+    notebook = Notebook(model).text(DATES).text("{refunds}", refunds=skill)
+    notebook.prefill()
+    assert notebook.ids[0] == skill.preface_ids[0] == beginning.convert_tokens_to_ids(token)
+    assert set(notebook.states) == {TokenState.EXACT}
+    opened = Skill.compile(model, REFUNDS, name="opened", preface=[("system", "")])
+    chat = Notebook(model).message("system", "{opened}", opened=opened)
+    chat.prefill()
+    assert opened.preface_ids.count(skill.preface_ids[0]) == 1
+    assert set(chat.states) == {TokenState.EXACT}
+
+
+def test_what_a_preface_said_is_not_known() -> None:
+    """So an edit says what is true, though nothing in this context contradicts it; and `suffix` computes the skill again."""
+    skill = Skill.compile(tiny(), REFUNDS, name="refunds", preface="status: pending")
+    plain = Skill.compile(tiny(), REFUNDS, name="refunds")
+    for spliced, lines in ((skill, 1), (plain, 0)):
+        notebook = Notebook(tiny()).text("order 5. status: {status}", status="pending")
+        notebook.prefill()
+        notebook.splice(spliced, repair=NONE)
+        again = notebook.fork()
+        account = notebook.edit(status="shipped")
+        assert ("no erratum" in account.note) is not bool(lines)
+        assert sum(part.kind is Kind.ERRATUM for part in notebook.parts) == lines
+        again.edit(status="shipped", mode="suffix")
+        exact_up_to(again, range(len(again)))
+        assert set(again.states) == {TokenState.EXACT}
+
+
+def test_a_value_that_is_written_otherwise_is_not_joined() -> None:
+    notebook = Notebook(tiny()).text("status: {status}. ok. ", status="pending")
+    notebook.prefill()
+    notebook.edit(status="shipped", mode="erratum")
+    skill = Skill.compile(tiny(), "the status is {status} here. ", {"status": "shipped"}, name="note")
+    before = (notebook.ids, notebook.states)
+    with pytest.raises(InvalidEditError, match="still says 'pending'"):
+        notebook.splice(skill)
+    assert (notebook.ids, notebook.states) == before
+    notebook.edit(status="shipped", mode="suffix")
+    notebook.splice(skill)
+    notebook.edit(status="pending", mode="suffix")
+    assert "the status is pending here" in notebook.rendered_text
 
 
 def test_the_same_tokens_are_not_enough() -> None:

@@ -70,6 +70,8 @@ def test_a_preface_is_part_of_the_address(store: SkillStore) -> None:
     chat = store.compile(tiny(), TEXT, tier="gold", preface=[("system", "dates come first.")])
     assert chat.preface == "<|im_start|>system\ndates come first."
     assert len(store.entries()) == 3
+    unnamed = store.compile(tiny(), TEXT, tier="gold")
+    assert unnamed.name != chat.name, "a default name tells prefaces apart"
     assert not torch.equal(alone.segment.values[-1], behind.segment.values[-1])
 
 
@@ -159,7 +161,8 @@ def test_what_was_rounded_is_never_exact(tmp_path: Path) -> None:
     before = [("system", "")]
     for store, exact in ((plain, True), (small, False)):
         store.compile(tiny(), TEXT, name="refunds", tier="gold", preface=before)
-        for skill in (store.get(tiny(), "refunds"), store.compile(tiny(), TEXT, tier="gold", preface=before)):
+        first = store.compile(tiny(), TEXT * 2, tier="gold", preface=before)
+        for skill in (first, store.get(tiny(), "refunds"), store.compile(tiny(), TEXT, tier="gold", preface=before)):
             notebook = Notebook(tiny()).message("system", "{" + skill.name + "}", **{skill.name: skill})
             notebook.prefill(repair=SeamRepair(0))
             assert (set(notebook.states) == {TokenState.EXACT}) is exact

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -35,7 +35,11 @@ def skills_compile(
     model: ModelOption = "embedded",
     store: StoreOption = None,
 ) -> None:
-    """Compile a text and keep it; says nothing new if it is kept already."""
+    """Compile a text and keep it, unless it is kept already."""
+    if role is not None and inside is not None:
+        raise typer.BadParameter(
+            "a skill is a message of its own, or stands inside of one: not both", param_hint="--inside"
+        )
     from programmable_kv.model import load_model
     from programmable_kv.notebook.store import SkillStore
 
@@ -60,14 +64,17 @@ def skills_list(store: StoreOption = None, as_json: Annotated[bool, typer.Option
     for key in damaged:
         err.print(f"[red]{key} is damaged.[/] `pkv skills rm {key}` removes it.")
     if as_json:
-        print(json.dumps([entry.model_dump(mode="json", exclude={"unit"}) for entry in entries], indent=1))
+        print(
+            json.dumps([entry.model_dump(mode="json", exclude={"unit", "preface_ids"}) for entry in entries], indent=1)
+        )
         return
     table = Table()
-    for column in ("name", "key", "model", "tokens", "precision", "bytes"):
+    for column in ("name", "key", "model", "tokens", "of preface", "precision", "bytes"):
         table.add_column(column)
     for entry in entries:
         model = f"{entry.model_name} {entry.fingerprint[:8]}"
-        table.add_row(entry.name, entry.key, model, str(len(entry.unit.ids)), entry.precision, f"{entry.nbytes:,}")
+        counts = (str(len(ids)) for ids in (entry.unit.ids, entry.preface_ids))
+        table.add_row(entry.name, entry.key, model, *counts, entry.precision, f"{entry.nbytes:,}")
     out.print(table)
 
 
@@ -77,7 +84,8 @@ def skills_show(which: SkillArgument, store: StoreOption = None) -> None:
     from programmable_kv.notebook.store import SkillStore
 
     entry = SkillStore(store).entry(which)
-    print(json.dumps(entry.model_dump(mode="json", exclude={"unit": {"ids", "offsets", "base", "read"}}), indent=1))
+    hidden: Any = {"preface_ids": True, "unit": {"ids", "offsets", "base", "read"}}
+    print(json.dumps(entry.model_dump(mode="json", exclude=hidden), indent=1))
 
 
 @app.command("verify")

@@ -33,7 +33,7 @@ class TokenState(StrEnum):
 
     EXACT = "exact"
     RELOCATED = "relocated"
-    """computed at another position, or alone, and rotated to this one"""
+    """computed at another position, alone or behind a preface, and rotated to this one; or kept in fewer bits"""
     REPAIRED = "repaired"
     """the seam of a spliced skill, computed again in its place"""
     REFRESHED = "refreshed"
@@ -82,6 +82,8 @@ class Unit:
     """what those of its tokens that follow a field have read of it; nothing, if they were computed without it"""
     name: str = ""
     """of the skill"""
+    foreign: bool = False
+    """whether some of its tokens read a preface that is not in the context: what that says of a field is not known"""
     base: tuple[TokenState, ...] = ()
     """each token's state as far as the parts before it are concerned; empty where all are exact"""
 
@@ -362,6 +364,10 @@ class Context:
             unit.read[name] <= {value} for _, unit in self._following(name)
         )
 
+    def known(self, name: str, value: str) -> bool:
+        """`read_only`, and nothing here has read a preface that may say otherwise."""
+        return self.read_only(name, value) and not any(unit.foreign for unit in self.units)
+
     def computed_base(self, slot: int) -> TokenState:
         """The base state of a token computed now, at `slot`: exact only on exact parts, or repaired ones (which are)."""
         for begins, unit in self.starts():
@@ -389,7 +395,8 @@ class Context:
                     kept = max(begins, self.first_place(name)) < start  # some of its readers in this unit stay
                     read[name] = unit.read[name] | value if kept else value
                 recomputed = Span(max(0, start - begins), len(unit))
-                self.units[index] = replace(unit, read=read).marked(recomputed, base, weaken=False)
+                foreign = unit.foreign and begins < start
+                self.units[index] = replace(unit, read=read, foreign=foreign).marked(recomputed, base, weaken=False)
             begins += len(unit)
 
     def note_computed(self, slots: Iterable[int], *, repaired: bool = False) -> None:

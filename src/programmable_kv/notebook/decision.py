@@ -89,19 +89,22 @@ def best_of(options: Sequence[str], scores: Sequence[float]) -> str:
 
 @torch.no_grad()
 def likeliest(engine: Engine, buffer: KVBuffer, first_logits: torch.Tensor, options: Sequence[Sequence[int]]) -> int:
-    """The index of the option that `score` would score highest, with as few of them computed as that takes.
+    """The index of the option that `score` would score highest.
 
-    A string is never likelier than its first token, so an option whose first token is less likely than a whole one that was
-    computed is left out. Arguments as `score`.
+    A string is never likelier than its first token, so options whose first token is less likely than a whole one that was
+    computed are left out. Arguments as `score`.
     """
     first = torch.log_softmax(first_logits[-1].cpu().double(), dim=-1)
-    bounds = [float(first[ids[0]]) for ids in options]
+    beginning: dict[int, list[int]] = {}
+    for index, ids in enumerate(options):
+        beginning.setdefault(ids[0], []).append(index)
     found: dict[int, float] = {}
-    for index in sorted(range(len(options)), key=lambda i: -bounds[i]):
-        if found and bounds[index] < max(found.values()):
+    for token in sorted(beginning, key=lambda token: -float(first[token])):
+        if found and float(first[token]) < max(found.values()):
             break
-        found[index] = score(engine, buffer, first_logits, [options[index]])[0]
-    return min(found, key=lambda i: (-found[i], i))
+        alike = beginning[token]
+        found |= zip(alike, score(engine, buffer, first_logits, [options[i] for i in alike]), strict=True)
+    return min(found, key=lambda index: (-found[index], index))
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def plan_edit(
     for name, value in changes.items():
         in_the_way = bool(after.corrections(name))
         # Where the rest of the context was computed under this very value, an erratum would only cost tokens.
-        needed = not after.read_only(name, value) or in_the_way
+        needed = not after.known(name, value) or in_the_way
         if (mode in _STATES_VALUE and needed) or in_the_way:
             start = len(after)
             unit = write_erratum(after, name, value)
@@ -132,7 +132,7 @@ def _plan_recompute(after: Context, changes: Mapping[str, str], mode: Mode, toke
     for name, value in changes.items():
         after.fields[name].written = value
         # Also when the text already says so: later tokens may have read another value.
-        if not after.read_only(name, value):
+        if not after.known(name, value):
             touched += [span.start for span in after.spans(name)]
     kept: list[Unit] = []
     slot = 0

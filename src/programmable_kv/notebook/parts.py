@@ -156,13 +156,18 @@ def message_alone(tokenizer: Any, message: Message, values: Mapping[str, str]) -
     )
 
 
-def left_open(tokenizer: Any, messages: Sequence[tuple[str, str]]) -> str:
-    """A conversation of (role, content) up to where the content of its last message ends: what a text in that place reads.
+def said(tokenizer: Any, messages: Sequence[tuple[str, str]], *, left_open: bool) -> str:
+    """A conversation of (role, content); `left_open`: only up to where the content of its last message ends.
 
     Raises:
+        InvalidValueError: the last message has a private-use character that marks its end here.
         TemplateError: the template refuses these roles, or does not say what the last message says just once.
     """
+    if not left_open:
+        return _apply(tokenizer, messages, False)
     *earlier, (role, content) = messages
+    if _EARLIER in content:
+        raise InvalidValueError(f"the text contains the private-use character U+{ord(_EARLIER):04X}; remove it")
     before, mark, after = _apply(tokenizer, [*earlier, (role, content + _EARLIER)], False).partition(_EARLIER)
     if not mark or _EARLIER in after:
         raise TemplateError(

@@ -48,6 +48,7 @@ class SavedUnit(_Strict):
     corrects: tuple[tuple[str, str], ...]
     read: dict[str, tuple[str | None, ...]]
     name: str
+    foreign: bool = False
     base: tuple[TokenState, ...]
 
 
@@ -192,7 +193,7 @@ def saved_unit(unit: Unit) -> SavedUnit:
     return SavedUnit(
         kind=unit.kind, text=unit.text, ids=unit.ids, offsets=unit.offsets, special=unit.special, places=places,
         corrects=unit.corrects, read={name: tuple(sorted(values, key=str)) for name, values in unit.read.items()},
-        name=unit.name, base=unit.base,
+        name=unit.name, foreign=unit.foreign, base=unit.base,
     )  # fmt: skip
 
 
@@ -208,6 +209,7 @@ def unit_of(saved: SavedUnit) -> Unit:
         saved.corrects,
         {name: frozenset(values) for name, values in saved.read.items()},
         saved.name,
+        saved.foreign,
         saved.base,
     )
 

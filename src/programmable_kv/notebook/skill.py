@@ -19,12 +19,12 @@ from programmable_kv.cache.span import Span
 from programmable_kv.errors import FingerprintMismatchError, InvalidValueError
 from programmable_kv.model import Model
 from programmable_kv.notebook.context import Kind, Unit, tokenised
-from programmable_kv.notebook.parts import Message, Text, left_open, message_alone, unmark
-from programmable_kv.notebook.values import check_name, check_no_markers, check_value
+from programmable_kv.notebook.parts import Message, Text, message_alone, said, unmark
+from programmable_kv.notebook.values import check_name, check_no_markers, check_role, check_value
 from programmable_kv.notebook.wording import DEFAULT_TEMPLATE
 
 Preface = str | Sequence[tuple[str, str]]
-"""raw text, or a conversation of (role, content) whose last message is left open: what follows stands inside of it"""
+"""raw text, or a conversation of (role, content) whose last message is left open: the skill stands inside of it"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +69,12 @@ class Skill:
 
         Args:
             text: what it says; `{field}` placeholders as in `Notebook.message`.
-            values, fields: the fields' values; those of fields that are called `name` or `role` in `values`.
-            name: what it is called in a context; a digest of its text when None.
+            values, fields: the fields' values; those of fields that are called `name`, `role` or `preface` in `values`.
+            name: what it is called in a context; a digest of its text and preface when None.
             role: render it as a chat message of this role, to be spliced between turns (a tool's result, say).
             preface: what it reads while it is computed, and that is then let go of: text of the kind that it will stand behind.
-                What it concludes from that stays in its keys and values. Behind just these tokens it is exact.
+                What it concludes from that stays in its keys and values. Behind just these tokens it is exact. With a `role`,
+                the preface's last message is closed.
 
         Raises:
             InvalidValueError: the text is empty, it or the preface has special tokens, or a name or value is not plain data.
@@ -108,6 +109,8 @@ class Draft:
         """Arguments and errors as `Skill.compile`."""
         if not text:
             raise InvalidValueError("the skill's text is empty")
+        if role is not None:
+            check_role(role)
         check_no_markers(text, model.tokenizer, "the skill's text")
         for field_name, value in fields.items():
             check_name(field_name)
@@ -115,8 +118,8 @@ class Draft:
         for option, given in (("name", name), ("role", role), ("preface", preface or None)):
             if given is not None and option not in fields and "{" + option + "}" in text:
                 raise InvalidValueError(
-                    f"the text has a placeholder {{{option}}}, and {option}={given!r} is the skill's own {option}, not a value "
-                    f"for it. Give the value in a mapping: compile(model, text, {{{option!r}: ...}})."
+                    f"the text has a placeholder {{{option}}}, and {option}=... is the skill's own {option}, not a value for "
+                    f"it. Give the value in a mapping: compile(model, text, {{{option!r}: ...}})."
                 )
         part = Text(text, tuple(fields))
         part.check()
@@ -124,10 +127,11 @@ class Draft:
             unmark(part.marked(fields)) if role is None else message_alone(model.tokenizer, Message(role, part), fields)
         )
         unit = tokenised(model.tokenizer, rendered, Kind.SKILL)
+        read = _read(model.tokenizer, preface, inside=role is None)
         if name is None:
-            name = "skill_" + hashlib.sha256(unit.text.encode()).hexdigest()[:12]
+            name = "skill_" + hashlib.sha256(f"{read[0]}{unit.text}".encode()).hexdigest()[:12]
         check_name(name)
-        return cls(name, unit, dict(fields), *_read(model.tokenizer, preface))
+        return cls(name, unit, dict(fields), *read)
 
     def compiled(self, model: Model) -> Skill:
         """Compute it, behind its preface, from position 0."""
@@ -142,15 +146,22 @@ class Draft:
         return Skill(self.name, self.unit, self.values, segment, fingerprint, account, self.preface, self.preface_ids)
 
 
-def _read(tokenizer: Any, preface: Preface) -> tuple[str, tuple[int, ...]]:
-    """A preface as the model reads it, and its tokens."""
+def _read(tokenizer: Any, preface: Preface, *, inside: bool) -> tuple[str, tuple[int, ...]]:
+    """A preface as the model reads it, and its tokens; `inside`: the skill stands inside of its last message."""
     if not preface:
         return "", ()
-    for content in [preface] if isinstance(preface, str) else [content for _, content in preface]:
-        check_no_markers(content, tokenizer, "the skill's preface")
     if isinstance(preface, str):
+        check_no_markers(preface, tokenizer, "the skill's preface")
         return preface, tuple(tokenizer.encode(preface))
-    text = left_open(tokenizer, preface)
+    for message in preface:
+        if not isinstance(message, tuple | list) or len(message) != 2 or not all(isinstance(it, str) for it in message):
+            raise InvalidValueError(
+                f"a preface is a text, or a list of messages like ('system', 'Be polite.'); got {str(message)[:80]!r} in it"
+            )
+        role, content = message
+        check_role(role)
+        check_no_markers(content, tokenizer, "the skill's preface")
+    text = said(tokenizer, preface, left_open=inside)
     return text, tuple(tokenizer.encode(text, add_special_tokens=False))
 
 

@@ -33,7 +33,7 @@ class SeamRepair:
 
     The first `seam`; and those that `rule` picks: `"deviation:15%"` the share whose keys differ most from what they would
     be in place (CacheBlend's rule, arXiv 2405.16444, section 4; finding out computes the whole skill once, which the
-    account counts), `"influence:8"` the tokens that the context's last one attends to most.
+    account counts), `"influence:8"` the tokens that its own last one attends to most.
     """
 
     seam: int = DEFAULT_SEAM
@@ -118,8 +118,10 @@ def splice(
 
     Raises:
         UnverifiedError: keys of this model cannot be moved, or its rows not computed again in their place.
-        InvalidEditError: an end of `where` is no place in the text, or a field of the skill has another value here.
+        InvalidEditError: an end of `where` is no place in the text, or a field of the skill has another value here, or
+            two (one that is written, and one that an erratum states).
     """
+    _check_written(context, skill)
     at = where.start
     exact = _is_exact_at(context, skill, at)
     if not exact and repair.computes:
@@ -142,13 +144,15 @@ def splice(
     if not exact:
         rows = repair.rows(engine, buffer, unit.ids, span)
         unit = unit.marked(Span(0, len(unit)), TokenState.RELOCATED)
-    # Nothing here was computed under a field of the other's: a skill has read its own only, and what was in its preface.
+    # Nothing here was computed under a field of the other's. What a preface may have said of one is `foreign`.
     unread: frozenset[str | None] = frozenset()
     for other, known in enumerate(context.units):
         context.units[other] = replace(known, read={name: known.read.get(name, unread) for name in fields})
     own = dict(context.reading(at)) if exact else {}
     own |= {name: frozenset[str | None]({value}) for name, value in skill.values.items()}
-    context.units.insert(index, replace(unit, name=skill.name, read={name: own.get(name, unread) for name in fields}))
+    read = {name: own.get(name, unread) for name in fields}
+    foreign = not exact and bool(skill.preface_ids)
+    context.units.insert(index, replace(unit, name=skill.name, read=read, foreign=foreign))
     for name, value in fields.items():
         context.fields.setdefault(name, FieldState(value, value))
     context.note_computed(rows.slots, repaired=True)
@@ -156,6 +160,20 @@ def splice(
     logits = engine.compute(buffer, rows, logits=1 if then else 0) if rows.slots else None
     note = f"{following} later tokens were relocated and have not read {skill.name}" if following else ""
     return Spliced(logits if then else None, note)
+
+
+def _check_written(context: Context, skill: Skill) -> None:
+    """
+    Raises:
+        InvalidEditError: a field of the skill is written with another value than it has.
+    """
+    for name in skill.values:
+        state = context.fields.get(name)
+        if state is not None and state.written != state.current:
+            raise InvalidEditError(
+                f"{name} is {state.current!r}, and its place still says {state.written!r}, so a skill that holds it cannot "
+                "be spliced in. Edit the field in a mode that writes it (in_place, field_erratum, suffix) first."
+            )
 
 
 def _is_exact_at(context: Context, skill: Skill, at: int) -> bool:

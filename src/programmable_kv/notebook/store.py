@@ -42,7 +42,7 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[2] = 2
+    format: Literal[1] = 1
     key: str
     name: str
     model_name: str
@@ -51,8 +51,8 @@ class Entry(BaseModel):
     nbytes: int
     tensors_sha256: str
     values: dict[str, str]
-    preface: str
-    preface_ids: tuple[int, ...]
+    preface: str = ""
+    preface_ids: tuple[int, ...] = ()
     unit: SavedUnit
 
 
@@ -139,8 +139,9 @@ class SkillStore:
                 self._write_manifest(self._read_entry(key).model_copy(update={"name": name}))
             return replace(draft.with_segment(kept.segment, model.fingerprint, Account()), rounded=kept.rounded)
         skill = draft.compiled(model)
-        self.put(skill, model_name=model.name)
-        return skill
+        entry = self.put(skill, model_name=model.name)
+        # What 8 bits keep is what everybody gets, the one who compiled it too.
+        return replace(self.get(model, entry.key), account=skill.account) if self.int8 else skill
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -342,8 +343,10 @@ class SkillStore:
 
 def key_of(fingerprint: str, preface_ids: tuple[int, ...], ids: tuple[int, ...], int8: bool) -> str:
     """The address of a skill: a digest of all that decides its content."""
-    content = json.dumps({"format": 2, "fingerprint": fingerprint, "preface": preface_ids, "ids": ids, "int8": int8})
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+    content: dict[str, object] = {"format": 1, "fingerprint": fingerprint, "ids": ids, "int8": int8}
+    if preface_ids:
+        content["preface"] = preface_ids
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def _true_key(entry: Entry) -> bool:

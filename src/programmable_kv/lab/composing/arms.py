@@ -35,14 +35,11 @@ RULES = (
     Arm("deviation_15", SeamRepair(0, rule="deviation:15%")),
     Arm("influence_16", SeamRepair(0, rule="influence:16")),
 )
-PREFACED = (
-    Arm("preface_0", SeamRepair(0), preface=True),
-    Arm("preface_4", SeamRepair(4), preface=True),
-    Arm("preface_influence_16", SeamRepair(0, rule="influence:16"), preface=True),
-)
-"""for tasks whose pieces have prefaces"""
-ALL_ARMS = (*SEAMS, NOT_ROTATED, *RULES, *PREFACED)
-FEW_ARMS = (*SEAMS[:3], NOT_ROTATED, *RULES, *PREFACED)
+PREFACE_ARMS = (Arm("preface_0", SeamRepair(0), preface=True), Arm("preface_4", SeamRepair(4), preface=True))
+"""for tasks whose pieces have prefaces, as the next one"""
+_BOTH = Arm("preface_influence_16", SeamRepair(0, rule="influence:16"), preface=True)
+ALL_ARMS = (*SEAMS, NOT_ROTATED, *RULES, *PREFACE_ARMS, _BOTH)
+FEW_ARMS = (*SEAMS[:3], NOT_ROTATED, *RULES, *PREFACE_ARMS, _BOTH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +55,7 @@ class Stand:
     def __init__(self, model: Model, frame: Frame) -> None:
         self._model, self._frame = model, frame
         self._layout = model.engine.require_relocation()
+        model.engine.require_rows(instead="There is no seam to repair on this model, and so nothing to compare.")
         self._unrotated = replace(
             self._layout, layers=tuple(replace(layer, rotary=None, others=()) for layer in self._layout.layers)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,12 @@ def run(
             )
         ),
         seeds=[ask.SEED, HORIZON_SEED],
-        settings={**suite.settings(), "dtype": str(model.dtype), "turns": TURNS},
+        settings={
+            **asdict(suite),
+            **({"horizons": horizons} if suite.horizons else {}),
+            "dtype": str(model.dtype),
+            "turns": TURNS,
+        },
     )
     total = len(groups) + horizons
     stand: tuple[Place, Stand] | None = None

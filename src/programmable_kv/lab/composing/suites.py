@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from programmable_kv.lab.composing import tasks as ask
-from programmable_kv.lab.composing.arms import ALL_ARMS, FEW_ARMS, PREFACED, SEAMS, Arm
+from programmable_kv.lab.composing.arms import ALL_ARMS, FEW_ARMS, PREFACE_ARMS, SEAMS, Arm
 from programmable_kv.lab.composing.frame import TITLE, Place
 from programmable_kv.lab.composing.tasks import Task
 from programmable_kv.lab.composing.tools import tool_requests
@@ -60,9 +60,6 @@ class Composing:
                     found += _grouped(place, FEW_ARMS, several)
         return found
 
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class Prefaces:
@@ -80,13 +77,10 @@ class Prefaces:
         found: list[Group] = []
         for several in (list(ask.policies(self.policies)), list(ask.several(self.others, 2))):
             for name, preface in _PREFACES.items():
-                arms = SEAMS if name == "none" else PREFACED[:2]
+                arms = SEAMS if name == "none" else PREFACE_ARMS
                 named = [replace(task, kind=f"{task.kind}_{name}", prefaces=preface(task)) for task in several]
                 found += _grouped(MIDDLE, arms, named)
         return found
-
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 Suite = Composing | Prefaces

@@ -156,7 +156,10 @@ def _task(
 
 
 def other_rules(count: int) -> str:
-    """So many rules that no request is about, 25 tokens each, and an empty line; the frames begin at the list's other end."""
+    """So many rules that no request is about, 25 tokens each, and an empty line.
+
+    The frames begin at the list's other end; the longest hold all of it. A policy has some of these rules among its own.
+    """
     return TITLE + "".join(f"{line}\n" for line in other_lines()[-count:]) + "\n"
 
 

@@ -28,7 +28,7 @@ _PREPARING = ("find_", "get_", "list_", "calculate")
 def tool_requests(count: int) -> Iterator[Task]:
     """All tools as pieces; what a customer wants; right is any tool of the task's that does it rather than prepares it.
 
-    A tool's preface holds the two before it.
+    A tool's preface holds the two before it, in a circle.
     """
     if not count:
         return
