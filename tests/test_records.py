@@ -52,6 +52,11 @@ def test_another_runs_rows_are_not_mixed_in(tmp_path: Path, change: dict[str, An
         recorder(tmp_path / "a-test.json", **change)
 
 
+def test_a_name_that_no_record_may_have_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="lower-case"):
+        recorder(tmp_path / "my_run.json", name="my_run")
+
+
 def test_a_record_is_validated_on_read(tmp_path: Path) -> None:
     path = tmp_path / "a-test.json"
     recorder(path).finish({"x": 1.0})

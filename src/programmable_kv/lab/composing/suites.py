@@ -87,15 +87,11 @@ Suite = Composing | Prefaces
 """`stem` begins the records' names, and `version` counts what was changed about the comparisons"""
 
 
-def _everywhere(text: str) -> Callable[[Task], tuple[Preface, ...]]:
-    return lambda task: (text,) * len(task.pieces)
-
-
 _PREFACES: dict[str, Callable[[Task], tuple[Preface, ...]]] = {
     "none": lambda task: (),
-    "title": _everywhere(TITLE),
-    "rules_4": _everywhere(ask.other_rules(4)),
-    "rules_20": _everywhere(ask.other_rules(20)),
+    "title": lambda task: (TITLE,) * len(task.pieces),
+    "rules_4": lambda task: (ask.other_rules(4),) * len(task.pieces),
+    "rules_20": lambda task: (ask.other_rules(20),) * len(task.pieces),
     "like": lambda task: task.prefaces,
 }
 """what each piece of a task reads; `like` is that of the suite: four other rules, and a text of its own kind"""
