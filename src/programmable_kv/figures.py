@@ -20,6 +20,23 @@ _WAYS = {
     "bare": ("bare forward of as many tokens", "#56b4e9"),
 }
 
+_COMPILED = (
+    ("seam_4", "compiled alone, seam of 4", _GREY),
+    ("influence_16", "alone, 16 tokens again by influence", _ORANGE),
+    ("preface_0", "compiled behind a preface", _BLUE),
+    ("preface_influence_16", "both", _GREEN),
+)
+_COMPETING = {
+    "rule_sets_1": "one set\nof rules",
+    "rule_sets_2": "two sets",
+    "rule_sets_3": "three sets",
+    "rule_sets_6": "six sets",
+    "fact": "a fact beside\nanother",
+    "updates": "two updates",
+    "coupled": "facts stand\noutside",
+    "two_hops_split": "a lookup\nsplit in two",
+}
+
 
 def draw_all(folder: Path) -> list[Path]:
     """Draw every figure whose record exists; returns the files."""
@@ -54,20 +71,41 @@ def _modes(axes: Any, record: Record) -> None:
     series = (("asked_before", "answers at once", _BLUE), ("think", "restates the field first", _ORANGE))
     for number, (key, label, colour) in enumerate(series):
         part: Any = record.summary[key]
-        places = [index + (number - 0.5) * 0.36 for index in range(len(_MODE_ORDER))]
         shares = [part[mode]["agreement"] for mode in _MODE_ORDER]
-        values = [share["value"] for share in shares]
-        # A proportion of 0 or 1 meets its own bound, up to rounding.
-        below = [max(0.0, share["value"] - share["low"]) for share in shares]
-        above = [max(0.0, share["high"] - share["value"]) for share in shares]
-        axes.bar(places, values, width=0.34, color=colour, label=label)
-        axes.errorbar(places, values, yerr=(below, above), fmt="none", ecolor="#222222", elinewidth=1, capsize=2)
+        _bars(axes, shares, number, len(series), label, colour)
     axes.set_xticks(
         range(len(_MODE_ORDER)), [mode.replace("_", "\n+ " if mode == "field_erratum" else " ") for mode in _MODE_ORDER]
     )
     axes.set_ylabel("decides as a full prefill")
     axes.set_ylim(0, 1.05)
     axes.legend(frameon=False, loc="upper left")
+
+
+def _bars(axes: Any, shares: list[Any], number: int, of: int, label: str, colour: str) -> None:
+    """One series of proportions with their intervals, the `number`th of `of` that stand side by side."""
+    width = 0.72 / of
+    places = [index + (number - (of - 1) / 2) * width for index in range(len(shares))]
+    # A proportion of 0 or 1 meets its own bound, up to rounding.
+    below = [max(0.0, share["value"] - share["low"]) for share in shares]
+    above = [max(0.0, share["high"] - share["value"]) for share in shares]
+    axes.bar(places, [share["value"] for share in shares], width=0.94 * width, color=colour, label=label)
+    axes.errorbar(
+        places, [share["value"] for share in shares], yerr=(below, above), fmt="none", ecolor="#222222", elinewidth=1,
+        capsize=2,
+    )  # fmt: skip
+
+
+def _composing(axes: Any, record: Record) -> None:
+    """Agreement with full prefill of skills compiled alone, repaired, and behind a preface, by what is asked of them."""
+    summary: Any = record.summary
+    for number, (arm, label, colour) in enumerate(_COMPILED):
+        shares = [summary[kind]["system_512"][arm]["agreement"] for kind in _COMPETING]
+        _bars(axes, shares, number, len(_COMPILED), label, colour)
+    axes.set_xticks(range(len(_COMPETING)), list(_COMPETING.values()), fontsize=9)
+    axes.set_ylabel("decides as a full prefill")
+    axes.set_ylim(0, 1.25)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.legend(frameon=False, loc="upper left", ncols=2, fontsize=9)
 
 
 def _ttft(axes: Any, record: Record) -> None:
@@ -90,4 +128,5 @@ def _ttft(axes: Any, record: Record) -> None:
 _FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "edit-modes": ("edit-modes", _modes),
     "edit-ttft": ("edit-ttft", _ttft),
+    "composing": ("compose-embedded", _composing),
 }
