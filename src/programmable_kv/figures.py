@@ -31,8 +31,8 @@ _COMPETING = {
     "rule_sets_2": "two sets",
     "rule_sets_3": "three sets",
     "rule_sets_6": "six sets",
-    "fact": "a fact beside\nanother",
-    "updates": "two updates",
+    "fact": "a fact\nbeside one",
+    "updates": "two\nupdates",
     "coupled": "facts stand\noutside",
     "two_hops_split": "a lookup\nsplit in two",
 }

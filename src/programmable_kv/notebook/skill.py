@@ -42,6 +42,7 @@ class Skill:
     preface: str = ""
     """what it read while it was compiled, and does not hold"""
     preface_ids: tuple[int, ...] = ()
+    """its tokens; without a preface the one that begins every text, where the tokenizer has one"""
     rounded: bool = False
     """kept in fewer bits than it was computed in: close, and never exact"""
 
@@ -65,7 +66,7 @@ class Skill:
         preface: Preface = "",
         **fields: str,
     ) -> Skill:
-        """Compute a text alone, or behind a preface.
+        """Compute a text alone (behind the token that begins every text, where the tokenizer has one), or behind a preface.
 
         Args:
             text: what it says; `{field}` placeholders as in `Notebook.message`.
@@ -149,7 +150,7 @@ class Draft:
 def _read(tokenizer: Any, preface: Preface, *, inside: bool) -> tuple[str, tuple[int, ...]]:
     """A preface as the model reads it, and its tokens; `inside`: the skill stands inside of its last message."""
     if not preface:
-        return "", ()
+        return "", _beginning(tokenizer)
     if isinstance(preface, str):
         check_no_markers(preface, tokenizer, "the skill's preface")
         return preface, tuple(tokenizer.encode(preface))
@@ -163,6 +164,16 @@ def _read(tokenizer: Any, preface: Preface, *, inside: bool) -> tuple[str, tuple
         check_no_markers(content, tokenizer, "the skill's preface")
     text = said(tokenizer, preface, left_open=inside)
     return text, tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _beginning(tokenizer: Any) -> tuple[int, ...]:
+    """The token that begins every text, where the tokenizer puts one.
+
+    A text without it makes an attention sink of its first word, which no context does: on Gemma 3 270M the logits' cosine
+    with those of a full prefill was 0.956 without it and 0.995 with it (median of 8 policies).
+    """
+    ids = tuple(tokenizer.encode(""))
+    return ids if ids == (tokenizer.bos_token_id,) else ()
 
 
 def check_fingerprint(name: str, fingerprint: str, model: Model) -> None:

@@ -151,7 +151,7 @@ def splice(
     own = dict(context.reading(at)) if exact else {}
     own |= {name: frozenset[str | None]({value}) for name, value in skill.values.items()}
     read = {name: own.get(name, unread) for name in fields}
-    foreign = not exact and bool(skill.preface_ids)
+    foreign = not exact and bool(skill.preface)
     context.units.insert(index, replace(unit, name=skill.name, read=read, foreign=foreign))
     for name, value in fields.items():
         context.fields.setdefault(name, FieldState(value, value))
