@@ -169,8 +169,8 @@ def _read(tokenizer: Any, preface: Preface, *, inside: bool) -> tuple[str, tuple
 def _beginning(tokenizer: Any) -> tuple[int, ...]:
     """The token that begins every text, where the tokenizer puts one.
 
-    A text without it makes an attention sink of its first word, which no context does: on Gemma 3 270M the logits' cosine
-    with those of a full prefill was 0.956 without it and 0.995 with it (median of 8 policies).
+    A text without it makes an attention sink of its first word, which no context does. Models that were always trained with
+    such a token (Gemma) read a splice of that much worse.
     """
     ids = tuple(tokenizer.encode(""))
     return ids if ids == (tokenizer.bos_token_id,) else ()
