@@ -168,7 +168,7 @@ def test_a_message_behind_a_conversation_is_exact_at_that_turn() -> None:
 def test_a_preface_begins_as_raw_text_does() -> None:
     """With the token that begins every text, where the tokenizer has one."""
     beginning = copy.deepcopy(tiny().tokenizer)
-    token = "<|im_start|>"
+    token = beginning.bos_token
     beginning.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{token} $A", special_tokens=[(token, beginning.convert_tokens_to_ids(token))]
     )
@@ -188,7 +188,7 @@ def test_a_preface_begins_as_raw_text_does() -> None:
     opened = Skill.compile(model, REFUNDS, name="opened", preface=[("system", "")])
     chat = Notebook(model).message("system", "{opened}", opened=opened)
     chat.prefill()
-    assert opened.preface_ids.count(skill.preface_ids[0]) == 1
+    assert notebook.ids[0] not in opened.preface_ids, "a chat template writes what begins a conversation itself"
     assert set(chat.states) == {TokenState.EXACT}
 
 
