@@ -14,9 +14,7 @@ from programmable_kv.records import Record, read_record, results_folder
 
 _QUOTE = re.compile(r"<!--(?P<record>[a-z0-9-]+):(?P<path>[A-Za-z0-9_.]+):(?P<format>[^>]*?)-->(?P<text>.*?)<!--/-->")
 _CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
-_MEASURED_LOOKING = re.compile(
-    r"\d+(?:\.\d+)?\s?(?:ms\b|%|×|x faster|times faster|tokens/s|nats)|\b0\.\d+(?![\dB])"
-)  # 0.5B is a size
+_MEASURED_LOOKING = re.compile(r"\d+(?:\.\d+)?\s?(?:ms\b|%|×|x faster|times faster|tokens/s|nats)|\b0\.\d+")
 CITED = "<!--cited-->"
 """a line that ends with this quotes published work, with its source, and no record of ours"""
 
