@@ -191,3 +191,18 @@ def test_a_skill_is_compiled_kept_carried_and_removed(policy: str, tmp_path: Pat
     assert "Traceback" not in gone.stderr
     assert pkv("skills", "import", str(carried), *store).returncode == 0
     assert "intact" in pkv("skills", "verify", "refunds", *store).stdout
+
+
+def test_a_disk_that_is_full_is_told_and_nothing_half_written_stays(policy: str, tmp_path: Path) -> None:
+    """The limit on a file's size stands for the disk: the write fails in its midst, for real."""
+    folder = tmp_path / "skills"
+    done = subprocess.run(
+        ["bash", "-c", f'ulimit -f 8; exec "{sys.executable}" -m programmable_kv "$@"', "pkv", "skills", "compile", policy,
+         "--field", "status=shipped", "--store", str(folder)],
+        capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "error (OS)" in done.stderr
+    assert "make room" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert list(folder.iterdir()) == []

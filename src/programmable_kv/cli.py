@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -31,14 +32,22 @@ _INTERRUPTED = 130
 """typer's exit status after Ctrl-C"""
 
 
+def _fail(kind: str, message: str) -> NoReturn:
+    err.print(f"[bold red]error[/] ({kind}):", end=" ")
+    err.print(message, markup=False, highlight=False)
+    sys.exit(1)
+
+
 def main() -> None:
     """Run the command line; an error we know is one line on stderr and exit status 1, not a traceback."""
     try:
         app()
     except ProgrammableKVError as error:
-        err.print(f"[bold red]error[/] ({type(error).__name__.removesuffix('Error')}):", end=" ")
-        err.print(str(error), markup=False, highlight=False)
-        sys.exit(1)
+        _fail(type(error).__name__.removesuffix("Error"), str(error))
+    except OSError as error:  # a full disk, a folder that may not be written
+        _fail(
+            "OS", f"{error}. What was stored before is as it was: make room or choose another place, and run it again."
+        )
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
             err.print("interrupted. A record keeps the rows that were measured: the same command goes on from there")
