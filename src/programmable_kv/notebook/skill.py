@@ -141,10 +141,16 @@ class Draft:
             buffer = model.engine.new_buffer(end)
             model.engine.append(buffer, [*self.preface_ids, *self.unit.ids], logits=0)
         segment = buffer.segment(Span(start, end), self.unit.ids)
-        return self.with_segment(segment, model.fingerprint, reading.account)
-
-    def with_segment(self, segment: Segment, fingerprint: str, account: Account) -> Skill:
-        return Skill(self.name, self.unit, self.values, segment, fingerprint, account, self.preface, self.preface_ids)
+        return Skill(
+            self.name,
+            self.unit,
+            self.values,
+            segment,
+            model.fingerprint,
+            reading.account,
+            self.preface,
+            self.preface_ids,
+        )
 
 
 def _read(tokenizer: Any, preface: Preface, *, inside: bool) -> tuple[str, tuple[int, ...]]:

@@ -137,7 +137,7 @@ class SkillStore:
             kept = self.get(model, key)
             if name is not None and kept.name != name:
                 self._write_manifest(self._read_entry(key).model_copy(update={"name": name}))
-            return replace(draft.with_segment(kept.segment, model.fingerprint, Account()), rounded=kept.rounded)
+            return replace(kept, name=draft.name, unit=draft.unit, values=draft.values, preface=draft.preface)
         skill = draft.compiled(model)
         entry = self.put(skill, model_name=model.name)
         # What 8 bits keep is what everybody gets, the one who compiled it too.
