@@ -34,6 +34,9 @@ BARS = [
     ("splice-ttft", "at_7936.put_over_copy", AT_MOST, 2),
     ("splice-ttft", "at_7936.join_over_put", AT_LEAST, 5),
     ("splice-ttft", "put_r_squared", AT_LEAST, 0.95),
+    ("splice-ttft-gemma-3-270m", "at_8192.full_over_splice", AT_LEAST, 60),
+    ("splice-ttft-gemma-3-270m", "at_16128.full_over_splice", AT_LEAST, 60),
+    ("splice-ttft-gemma-3-270m", "put_r_squared", AT_LEAST, 0.95),
     ("compose-embedded", "policy.system_64.seam_1.agreement.value", AT_LEAST, 0.97),
     ("compose-embedded", "policy.system_512.seam_1.agreement.value", AT_LEAST, 0.97),
     ("compose-embedded", "policy.system_4096.seam_1.agreement.value", AT_LEAST, 0.97),
@@ -53,6 +56,7 @@ BARS = [
     ("compose-embedded", "horizon.last.agreement.value", AT_LEAST, 0.97),
     ("zoo", "causal.exact", AT_LEAST, 105),
     ("agent", "at_4096.rival_over_agent_ttft", AT_LEAST, 15),
+    ("agent", "one_rule_set.field_erratum.agreement.value", AT_LEAST, 0.97),
 ]
 SHORT = [
     ("adapter-held-out", "direct.value", AT_LEAST, 0.97),
@@ -64,6 +68,8 @@ SHORT = [
     ("edit-ttft", "at_4096.clone_over_field_erratum", AT_LEAST, 3),
     ("edit-ttft", "at_4096.full_over_field_erratum", AT_LEAST, 60),
     ("edit-ttft", "growth_1k_to_8k", AT_MOST, 2),
+    ("splice-ttft-gemma-3-270m", "at_16128.put_over_copy", AT_MOST, 2),
+    ("splice-ttft-gemma-3-270m", "at_16128.join_over_put", AT_LEAST, 5),
     ("compose-embedded", "fact.system_512.seam_4.agreement.value", AT_LEAST, 0.97),
     ("compose-embedded", "rule_sets_2.system_512.seam_4.agreement.value", AT_LEAST, 0.97),
     ("compose-embedded", "rule_sets_2.system_512.preface_0.agreement.value", AT_LEAST, 0.97),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import tiny
 from programmable_kv import Agent, Notebook, SeamRepair, Skill
+from programmable_kv.bench.agent import policies, summarise
 from programmable_kv.errors import InvalidEditError, InvalidOptionsError, TemplateError, UnknownFieldError
 from programmable_kv.notebook.context import TokenState
+from programmable_kv.records import Record, read_record
 from reference import assert_rows_equal, full_forward, largest_difference
 
+RESULTS = Path(__file__).parents[2] / "results"
 POLICY = "you are an agent. status: {status}. reply only with the action."
 REFUNDS = "refund policy: if the tier is {tier} refund, if silver deny.\n"
 OPTIONS = ["refund", "deny"]
@@ -164,3 +168,16 @@ def test_a_mode_that_is_none_costs_no_prefill() -> None:
         Agent(model, POLICY, mode="magic", status="pending")
     assert model.engine.meter.tokens_computed == before
     assert Agent(model, "mode: {mode}.", {"mode": "slow"}).state == {"mode": "slow"}
+
+
+def test_the_record_s_figures_follow_from_its_rows() -> None:
+    """Decisions under one set of rules are told apart by drawing the policies again."""
+    record = read_record(RESULTS / "agent.json")
+    drawn = policies(record.settings["instances"])
+    found: Any = summarise(record.rows, drawn)
+    single = [row for row in record.rows if row["kind"] == "decisions" and len(drawn[row["policy"]].gates) == 1]
+    right = [turn for row in single for turn in row["turns"] if turn["right"]]
+    agreed = [turn for turn in right if turn["modes"]["field_erratum"]["agrees"]]
+    assert found["one_rule_set"]["field_erratum"]["agreement"]["value"] == pytest.approx(len(agreed) / len(right))
+    assert 0 < len(single) < record.settings["instances"] * record.settings["domains"]
+    assert Record.model_validate(record.model_dump() | {"summary": found}).summary == record.summary

@@ -32,7 +32,7 @@ from programmable_kv.notebook.decision import likeliest, option_ids
 from programmable_kv.notebook.edits import DEFAULT_MODE, Mode
 from programmable_kv.notebook.parts import Message, Text, render_chat
 from programmable_kv.notebook.skill import Skill
-from programmable_kv.records import Record, Recorder, digest_of, wilson
+from programmable_kv.records import Record, Recorder, cluster_bootstrap, digest_of
 
 SEED = 66_000
 LENGTHS = (1024, 2048, 4096)
@@ -110,7 +110,7 @@ def run(
             recorder.add({"kind": "time", "length": length, "turns": row})
         if report is not None:
             report(len(drawn) + number + 1, work)
-    return recorder.finish(summarise(recorder.rows))
+    return recorder.finish(summarise(recorder.rows, drawn))
 
 
 def policies(instances: int) -> list[Scenario]:
@@ -233,19 +233,15 @@ class _Answer:
     account: Account
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rates of right answers (Wilson), agreement by mode where the rival is right, and ratios of summed times and tokens."""
-    turns = [turn for row in rows if row["kind"] == "decisions" for turn in row["turns"]]
-    right = [turn for turn in turns if turn["right"]]
-    changed = [turn for turn in right if turn["changed"]]
-    summary: dict[str, Any] = {"decisions": len(turns), "rival_right": wilson(len(right), len(turns)).model_dump()}
-    for mode in MODES:
-        counts = (("agreement", right), ("agreement_after_a_change", changed), ("agreement_on_all", turns))
-        summary[mode] = {
-            name: wilson(sum(turn["modes"][mode]["agrees"] for turn in counted), len(counted)).model_dump()
-            for name, counted in counts
-        }
-        summary[mode]["right"] = wilson(sum(turn["modes"][mode]["right"] for turn in turns), len(turns)).model_dump()
+def summarise(rows: list[dict[str, Any]], drawn: Sequence[Scenario]) -> dict[str, Any]:
+    """Rates of right answers, agreement by mode where the rival is right, of all policies and of those with one set of rules;
+    and ratios of summed times and tokens.
+
+    The turns of one policy are not independent: the intervals resample whole policies.
+    """
+    decided = [row for row in rows if row["kind"] == "decisions"]
+    single = [row for row in decided if len(drawn[row["policy"]].gates) == 1]
+    summary = _decisions(decided) | {"one_rule_set": _decisions(single)}
     for row in rows:
         if row["kind"] == "time":
             sums = {
@@ -263,3 +259,30 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 "turns": len(row["turns"]),
             }
     return summary
+
+
+def _decisions(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of these policies. Where the rival is never right there is no decision to agree with, and no figure."""
+    plays: list[list[dict[str, Any]]] = [row["turns"] for row in rows]
+    part: dict[str, Any] = {"decisions": sum(map(len, plays))}
+    right = [[turn for turn in turns if turn["right"]] for turns in plays]
+    changed = [[turn for turn in turns if turn["changed"]] for turns in right]
+    if plays:
+        part["rival_right"] = _rate([[turn["right"] for turn in turns] for turns in plays])
+    for mode in MODES:
+        counts = (
+            ("agreement", "agrees", right),
+            ("agreement_after_a_change", "agrees", changed),
+            ("agreement_on_all", "agrees", plays),
+            ("right", "right", plays),
+        )
+        part[mode] = {
+            name: _rate([[turn["modes"][mode][what] for turn in turns] for turns in counted if turns])
+            for name, what, counted in counts
+            if any(counted)
+        }
+    return part
+
+
+def _rate(turns_of_policies: list[list[bool]]) -> dict[str, Any]:
+    return cluster_bootstrap(turns_of_policies).model_dump()

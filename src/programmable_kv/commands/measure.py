@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from programmable_kv.records import Record
 
 if TYPE_CHECKING:
     from programmable_kv.lab.composing.suites import Suite
+    from programmable_kv.model import Model
 
 bench_app = typer.Typer(help="How fast: benches against what a user would do instead.", no_args_is_help=True)
 lab_app = typer.Typer(help="Why it works: experiments on the loaded model.", no_args_is_help=True)
@@ -113,17 +115,6 @@ def lab_preface(
     from programmable_kv.lab.composing.suites import Prefaces
 
     _compare(Prefaces(policies, others), model, dtype, out_path)
-
-
-def _compare(suite: Suite, model: str, dtype: str, out_path: Path | None) -> None:
-    from programmable_kv.lab.composing.experiment import record_name, run
-    from programmable_kv.model import load_model
-
-    loaded = load_model(model, dtype=dtype)
-    path = record_path(out_path, record_name(suite, loaded))
-    with progress("Comparisons", len(suite.groups()) + suite.horizons) as report:
-        record = run(loaded, path, suite, report=report, command=command())
-    _print_summary(record)
 
 
 @lab_app.command("adapter")
@@ -223,13 +214,30 @@ def zoo(
     out.print(table)
 
 
+def _compare(suite: Suite, model: str, dtype: str, out_path: Path | None) -> None:
+    from programmable_kv.lab.composing.experiment import record_name, run
+
+    work = len(suite.groups()) + suite.horizons
+    _measure(run, model, out_path, partial(record_name, suite), "Comparisons", work, dtype=dtype, suite=suite)
+
+
 def _measure(
-    run: Callable[..., Record], model: str, out_path: Path | None, name: str, title: str, total: int, **settings: Any
+    run: Callable[..., Record],
+    model: str,
+    out_path: Path | None,
+    name: str | Callable[[Model], str],
+    title: str,
+    total: int,
+    *,
+    dtype: str = "float32",
+    **settings: Any,
 ) -> Record:
-    """Load the model, run with a progress bar, write the record `name`, and print its summary."""
+    """Load the model, run with a progress bar, write the record `name` (or what it is called for that model), and print its
+    summary."""
     from programmable_kv.model import load_model
 
-    loaded, path = load_model(model), record_path(out_path, name)
+    loaded = load_model(model, dtype=dtype)
+    path = record_path(out_path, name if isinstance(name, str) else name(loaded))
     with progress(title, total) as report:
         record = run(loaded, path=path, report=report, command=command(), **settings)
     _print_summary(record)

@@ -138,28 +138,31 @@ def splice(
     fields = joined_values({name: state.current for name, state in context.fields.items()}, skill)
     following = len(context) - at
     buffer.insert(at, skill.segment, layout, replacing=len(where))
-    span = Span(at, at + len(skill))
-    unit = skill.unit
-    rows = Rows()
-    if not exact:
-        rows = repair.rows(engine, buffer, unit.ids, span)
-        unit = unit.marked(Span(0, len(unit)), TokenState.RELOCATED)
-    # Nothing here was computed under a field of the other's. What a preface may have said of one is `foreign`.
-    unread: frozenset[str | None] = frozenset()
-    for other, known in enumerate(context.units):
-        context.units[other] = replace(known, read={name: known.read.get(name, unread) for name in fields})
-    own = dict(context.reading(at)) if exact else {}
-    own |= {name: frozenset[str | None]({value}) for name, value in skill.values.items()}
-    read = {name: own.get(name, unread) for name in fields}
-    foreign = not exact and bool(skill.preface)
-    context.units.insert(index, replace(unit, name=skill.name, read=read, foreign=foreign))
-    for name, value in fields.items():
-        context.fields.setdefault(name, FieldState(value, value))
+    rows = Rows() if exact else repair.rows(engine, buffer, skill.unit.ids, Span(at, at + len(skill)))
+    _enter(context, index, skill, fields, exact)
     context.note_computed(rows.slots, repaired=True)
     rows = rows.then(Rows.appended(then, buffer.length, buffer.next_position))
     logits = engine.compute(buffer, rows, logits=1 if then else 0) if rows.slots else None
     note = f"{following} later tokens were relocated and have not read {skill.name}" if following else ""
     return Spliced(logits if then else None, note)
+
+
+def _enter(context: Context, index: int, skill: Skill, fields: Mapping[str, str], exact: bool) -> None:
+    """Write a skill into the books, as the context's unit of that index, with the values that it was computed under.
+
+    The units beside it were computed under no value of its own fields, nor it, unless exact, of theirs. `fields` are all
+    that are in force, the skill's included. What a preface may have said of one is not known: such a unit is `foreign`.
+    """
+    unread: frozenset[str | None] = frozenset()
+    for other, known in enumerate(context.units):
+        context.units[other] = replace(known, read={name: known.read.get(name, unread) for name in fields})
+    own = dict(context.reading(sum(map(len, context.units[:index])))) if exact else {}
+    own |= {name: frozenset[str | None]({value}) for name, value in skill.values.items()}
+    unit = skill.unit if exact else skill.unit.marked(Span(0, len(skill)), TokenState.RELOCATED)
+    read = {name: own.get(name, unread) for name in fields}
+    context.units.insert(index, replace(unit, name=skill.name, read=read, foreign=not exact and bool(skill.preface)))
+    for name, value in fields.items():
+        context.fields.setdefault(name, FieldState(value, value))
 
 
 def _check_written(context: Context, skill: Skill) -> None:
