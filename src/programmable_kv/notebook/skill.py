@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from programmable_kv.account import Account
 from programmable_kv.cache.segment import Segment
 from programmable_kv.cache.span import Span
-from programmable_kv.errors import FingerprintMismatchError, InvalidValueError
+from programmable_kv.errors import FingerprintMismatchError, InvalidValueError, UnknownFieldError
 from programmable_kv.model import Model
 from programmable_kv.notebook.context import Kind, Unit, tokenised
 from programmable_kv.notebook.parts import Message, Text, message_alone, said, unmark
@@ -83,7 +83,35 @@ class Skill:
             ContextOverflowError: it is longer than the model's positions, the preface included.
             TemplateError: the chat template does not take a message of that role, or the preface.
         """
-        return Draft.of(model, text, {**(values or {}), **fields}, name, role, preface).compiled(model)
+        return compute_drafts(model, [Draft.of(model, text, {**(values or {}), **fields}, name, role, preface)])[0]
+
+    @classmethod
+    def compile_together(
+        cls,
+        model: Model,
+        texts: Mapping[str, str],
+        values: Mapping[str, str] | None = None,
+        /,
+        *,
+        preface: Preface = "",
+        between: str = "",
+        **fields: str,
+    ) -> list[Skill]:
+        """Compile several texts in one forward, each behind those before it: its preface is all of them.
+
+        Spliced in this order, behind the same preface and with the same text between them, all of them are exact. In another
+        order, or some of them only, each is a skill that knows of the others that stood before it.
+
+        Args:
+            texts: name -> text, in order; `{field}` placeholders as in `compile`.
+            values, fields: the fields' values, each for every text that has its placeholder.
+            preface: what the first one reads, and so all of them; as in `compile`.
+            between: text that stands between two of them, and belongs to neither ("\\n\\n" in an `Agent`).
+
+        Raises:
+            InvalidValueError, UnknownFieldError, ContextOverflowError, TemplateError: as `compile`; or there is no text.
+        """
+        return compute_drafts(model, Draft.together(model, texts, {**(values or {}), **fields}, preface, between))
 
     def check_fits(self, model: Model) -> None:
         """
@@ -108,49 +136,111 @@ class Draft:
         cls, model: Model, text: str, fields: Mapping[str, str], name: str | None, role: str | None, preface: Preface
     ) -> Draft:
         """Arguments and errors as `Skill.compile`."""
-        if not text:
-            raise InvalidValueError("the skill's text is empty")
+        _check_no_option(text, fields, {"name": name, "role": role, "preface": preface or None})
         if role is not None:
             check_role(role)
+        return cls._behind(model, text, fields, name, role, _read(model.tokenizer, preface, inside=role is None))
+
+    @classmethod
+    def together(
+        cls, model: Model, texts: Mapping[str, str], fields: Mapping[str, str], preface: Preface, between: str
+    ) -> list[Draft]:
+        """Each behind those before it. Arguments and errors as `Skill.compile_together`."""
+        if not texts:
+            raise InvalidValueError("there is no text to compile: give at least one, as name -> text")
+        check_no_markers(between, model.tokenizer, "the text between skills")
+        unplaced = [field for field in fields if not any("{" + field + "}" in text for text in texts.values())]
+        if unplaced:
+            raise UnknownFieldError(
+                f"no text has a placeholder {{{unplaced[0]}}}. Write it where the value belongs, or do not give the value."
+            )
+        gap = tuple(model.tokenizer.encode(between, add_special_tokens=False))
+        read = _read(model.tokenizer, preface, inside=True)
+        drafts: list[Draft] = []
+        for name, text in texts.items():
+            _check_no_option(text, fields, {"preface": preface or None, "between": between or None})
+            own = {field: value for field, value in fields.items() if "{" + field + "}" in text}
+            draft = cls._behind(model, text, own, name, None, read)
+            drafts.append(draft)
+            read = (draft.preface + draft.unit.text + between, (*draft.preface_ids, *draft.unit.ids, *gap))
+        return drafts
+
+    @classmethod
+    def _behind(
+        cls,
+        model: Model,
+        text: str,
+        fields: Mapping[str, str],
+        name: str | None,
+        role: str | None,
+        read: tuple[str, tuple[int, ...]],
+    ) -> Draft:
+        """`read`: the preface as the model reads it, and its tokens."""
+        if not text:
+            raise InvalidValueError("the skill's text is empty")
         check_no_markers(text, model.tokenizer, "the skill's text")
         for field_name, value in fields.items():
             check_name(field_name)
             check_value(field_name, value, model.tokenizer, DEFAULT_TEMPLATE, fields)
-        for option, given in (("name", name), ("role", role), ("preface", preface or None)):
-            if given is not None and option not in fields and "{" + option + "}" in text:
-                raise InvalidValueError(
-                    f"the text has a placeholder {{{option}}}, and {option}=... is the skill's own {option}, not a value for "
-                    f"it. Give the value in a mapping: compile(model, text, {{{option!r}: ...}})."
-                )
         part = Text(text, tuple(fields))
         part.check()
         rendered = (
             unmark(part.marked(fields)) if role is None else message_alone(model.tokenizer, Message(role, part), fields)
         )
         unit = tokenised(model.tokenizer, rendered, Kind.SKILL)
-        read = _read(model.tokenizer, preface, inside=role is None)
         if name is None:
             name = "skill_" + hashlib.sha256(f"{read[0]}{unit.text}".encode()).hexdigest()[:12]
         check_name(name)
         return cls(name, unit, dict(fields), *read)
 
-    def compiled(self, model: Model) -> Skill:
-        """Compute it, behind its preface, from position 0."""
-        start, end = len(self.preface_ids), len(self.preface_ids) + len(self.unit)
-        with model.engine.meter.measure() as reading:
-            buffer = model.engine.new_buffer(end)
-            model.engine.append(buffer, [*self.preface_ids, *self.unit.ids], logits=0)
-        segment = buffer.segment(Span(start, end), self.unit.ids)
-        return Skill(
-            self.name,
-            self.unit,
-            self.values,
-            segment,
-            model.fingerprint,
-            reading.account,
-            self.preface,
-            self.preface_ids,
+    @property
+    def end(self) -> int:
+        """Where it ends, the preface counted."""
+        return len(self.preface_ids) + len(self.unit)
+
+
+def compute_drafts(model: Model, drafts: Sequence[Draft]) -> list[Skill]:
+    """Drafts, each behind the one before it, in one forward from position 0.
+
+    What that cost is told with each for the tokens up to its end that the one before it has not paid for.
+    """
+    last = drafts[-1]
+    with model.engine.meter.measure() as reading:
+        buffer = model.engine.new_buffer(last.end)
+        model.engine.append(buffer, [*last.preface_ids, *last.unit.ids], logits=0)
+    skills: list[Skill] = []
+    paid = 0
+    for draft in drafts:
+        share = (draft.end - paid) / last.end
+        account = replace(reading.account, tokens_computed=draft.end - paid, seconds=share * reading.account.seconds)
+        segment = buffer.segment(Span(len(draft.preface_ids), draft.end), draft.unit.ids)
+        skills.append(
+            Skill(
+                draft.name,
+                draft.unit,
+                draft.values,
+                segment,
+                model.fingerprint,
+                account,
+                draft.preface,
+                draft.preface_ids,
+            )
         )
+        paid = draft.end
+    return skills
+
+
+def _check_no_option(text: str, fields: Mapping[str, str], options: Mapping[str, object]) -> None:
+    """
+    Raises:
+        InvalidValueError: an option that was given could have been meant as the value of a field of that name.
+    """
+    for option, given in options.items():
+        if given is not None and option not in fields and "{" + option + "}" in text:
+            raise InvalidValueError(
+                f"the text has a placeholder {{{option}}}, and {option}=... is the skill's own {option}, not a value for it. "
+                f"Give the value in a mapping of values: {{{option!r}: ...}}."
+            )
 
 
 def _read(tokenizer: Any, preface: Preface, *, inside: bool) -> tuple[str, tuple[int, ...]]:

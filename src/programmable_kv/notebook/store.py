@@ -13,7 +13,7 @@ import json
 import time
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -29,7 +29,7 @@ from programmable_kv.errors import CorruptFileError, InvalidValueError, UnknownS
 from programmable_kv.model import Model
 from programmable_kv.notebook.persistence import SavedUnit, saved_unit, unit_of
 from programmable_kv.notebook.quantised import dequantised, quantised
-from programmable_kv.notebook.skill import Draft, Preface, Skill, check_fingerprint
+from programmable_kv.notebook.skill import Draft, Preface, Skill, check_fingerprint, compute_drafts
 from programmable_kv.weights import home
 
 DEFAULT_LIMIT = 4 * 2**30
@@ -131,17 +131,41 @@ class SkillStore:
         An entry of the same tokens takes the name that is given here.
         """
         draft = Draft.of(model, text, {**(values or {}), **fields}, name, role, preface)
-        key = key_of(model.fingerprint, draft.preface_ids, draft.unit.ids, self.int8)
-        if self._files.exists(self._path(f"{key}.json")):
-            # The tokens are those of the entry; name, fields and text are the caller's.
-            kept = self.get(model, key)
-            if name is not None and kept.name != name:
-                self._write_manifest(self._read_entry(key).model_copy(update={"name": name}))
-            return replace(kept, name=draft.name, unit=draft.unit, values=draft.values, preface=draft.preface)
-        skill = draft.compiled(model)
-        entry = self.put(skill, model_name=model.name)
-        # What 8 bits keep is what everybody gets, the one who compiled it too.
-        return replace(self.get(model, entry.key), account=skill.account) if self.int8 else skill
+        return self._compiled(model, [draft], named=name is not None)[0]
+
+    def compile_together(
+        self,
+        model: Model,
+        texts: Mapping[str, str],
+        values: Mapping[str, str] | None = None,
+        /,
+        *,
+        preface: Preface = "",
+        between: str = "",
+        **fields: str,
+    ) -> list[Skill]:
+        """The skills from the store if all of them are there, else compiled and kept. As `Skill.compile_together`."""
+        drafts = Draft.together(model, texts, {**(values or {}), **fields}, preface, between)
+        return self._compiled(model, drafts, named=True)
+
+    def _compiled(self, model: Model, drafts: Sequence[Draft], *, named: bool) -> list[Skill]:
+        """Drafts, each behind the one before it; `named`: the caller gave their names."""
+        keys = [key_of(model.fingerprint, draft.preface_ids, draft.unit.ids, self.int8) for draft in drafts]
+        if all(self._files.exists(self._path(f"{key}.json")) for key in keys):
+            return [self._kept(model, key, draft, named) for key, draft in zip(keys, drafts, strict=True)]
+        skills = compute_drafts(model, drafts)
+        for number, skill in enumerate(skills):
+            entry = self.put(skill, model_name=model.name)
+            if self.int8:  # what 8 bits keep is what everybody gets, the one who compiled it too
+                skills[number] = replace(self.get(model, entry.key), account=skill.account)
+        return skills
+
+    def _kept(self, model: Model, key: str, draft: Draft, named: bool) -> Skill:
+        """The tokens are those of the entry; name, fields and text are the caller's."""
+        kept = self.get(model, key)
+        if named and kept.name != draft.name:
+            self._write_manifest(self._read_entry(key).model_copy(update={"name": draft.name}))
+        return replace(kept, name=draft.name, unit=draft.unit, values=draft.values, preface=draft.preface)
 
     # -- reading -------------------------------------------------------------------------------------------------
 

