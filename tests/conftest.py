@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from programmable_kv.engine import Engine
@@ -153,3 +156,13 @@ def embedded() -> Any:
     from programmable_kv import load_model
 
     return load_model()
+
+
+def with_beginning(model: Any) -> Any:
+    """With a tokenizer that puts its beginning-of-text token before every text."""
+    tokenizer = copy.deepcopy(model.tokenizer)
+    token = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, tokenizer.convert_tokens_to_ids(token))]
+    )
+    return replace(model, tokenizer=tokenizer)

@@ -56,7 +56,6 @@ BARS = [
     ("compose-embedded", "horizon.last.agreement.value", AT_LEAST, 0.97),
     ("zoo", "causal.exact", AT_LEAST, 105),
     ("agent", "at_4096.rival_over_agent_ttft", AT_LEAST, 15),
-    ("agent", "one_rule_set.field_erratum.agreement.value", AT_LEAST, 0.97),
 ]
 SHORT = [
     ("adapter-held-out", "direct.value", AT_LEAST, 0.97),

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 class Account:
     """The price of an operation, counted where it was paid.
 
-    `tokens_computed` went through the transformer; `tokens_relocated` only had their keys rotated;
-    `tokens_reused` were neither. `bytes_moved` counts cache bytes copied or rotated, not those the model wrote.
+    `tokens_computed` went through the transformer. `tokens_relocated` were put in place from where they had been computed:
+    their keys were rotated (by nothing, where that is the same place). `tokens_reused` were neither. `bytes_moved` counts cache
+    bytes copied or rotated, not those the model wrote.
     """
 
     tokens_computed: int = 0

@@ -12,7 +12,7 @@ from programmable_kv import Agent, Notebook, SeamRepair, Skill
 from programmable_kv.bench.agent import policies, summarise
 from programmable_kv.errors import InvalidEditError, InvalidOptionsError, TemplateError, UnknownFieldError
 from programmable_kv.notebook.context import TokenState
-from programmable_kv.records import Record, read_record
+from programmable_kv.records import Record, digest_of, read_record
 from reference import assert_rows_equal, full_forward, largest_difference
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -174,6 +174,7 @@ def test_the_record_s_figures_follow_from_its_rows() -> None:
     """Decisions under one set of rules are told apart by drawing the policies again."""
     record = read_record(RESULTS / "agent.json")
     drawn = policies(record.settings["instances"])
+    assert record.data_digest == digest_of(scenario.text() for scenario in drawn)
     found: Any = summarise(record.rows, drawn)
     single = [row for row in record.rows if row["kind"] == "decisions" and len(drawn[row["policy"]].gates) == 1]
     right = [turn for row in single for turn in row["turns"] if turn["right"]]

@@ -81,6 +81,30 @@ def test_sixteen_tools_and_requests_for_them() -> None:
     assert not any("state_key" in piece for piece in requests[0].pieces)
 
 
+def test_a_catalogue_in_several_orders() -> None:
+    """The same tools and the same answers; what each read while it was compiled does not depend on the order."""
+    groups = suites.Catalogue(tools=12).groups()
+    asked = {name: group.tasks for group in groups for name in {task.kind for task in group.tasks}}
+    orders = ("in_order", "shuffled", "every_second")
+    assert list(asked) == [f"{order}_{how}" for order in orders for how in ("alone", "behind_two", "together")]
+    catalogue = asked["in_order_alone"][0].pieces
+    assert len(asked["in_order_alone"]) == len(asked["shuffled_together"]) == 12
+    assert asked["shuffled_alone"][0].pieces != catalogue
+    assert sorted(asked["shuffled_alone"][0].pieces) == sorted(catalogue)
+    for kind, several in asked.items():
+        for task in several:
+            assert task.right
+            assert task.right <= set(task.options)
+            assert all(name in piece for name, piece in zip(task.options, task.pieces, strict=True))
+            if kind.endswith("together"):
+                for piece, preface in zip(task.pieces, task.prefaces, strict=True):
+                    before = catalogue[: catalogue.index(piece)]
+                    assert isinstance(preface, str)
+                    assert preface.endswith("".join(before))
+                    assert not any(later in preface for later in catalogue[len(before) :])
+    assert len(asked["every_second_together"][0].pieces) == len(catalogue) // 2
+
+
 def test_agreement_is_left_out_where_full_prefill_is_never_right() -> None:
     row = {"kind": "policy", "place": "system_64", "right": False, "seam_0": {"agrees": True, "cosine": 1.0, "kl": 0.0}}
     wrong = experiment.summarise([row])["policy"]["system_64"]["seam_0"]

@@ -14,9 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
 
-from conftest import frozen, tiny
+from conftest import frozen, tiny, with_beginning
 from programmable_kv import Notebook, Rows, SeamRepair, Skill
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import (
@@ -167,16 +166,11 @@ def test_a_message_behind_a_conversation_is_exact_at_that_turn() -> None:
 
 def test_a_preface_begins_as_raw_text_does() -> None:
     """With the token that begins every text, where the tokenizer has one."""
-    beginning = copy.deepcopy(tiny().tokenizer)
-    token = beginning.bos_token
-    beginning.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{token} $A", special_tokens=[(token, beginning.convert_tokens_to_ids(token))]
-    )
-    model = replace(tiny(), tokenizer=beginning)
+    model = with_beginning(tiny())
     skill = Skill.compile(model, REFUNDS, name="refunds", preface=DATES)
     notebook = Notebook(model).text(DATES).text("{refunds}", refunds=skill)
     notebook.prefill()
-    assert notebook.ids[0] == skill.preface_ids[0] == beginning.convert_tokens_to_ids(token)
+    assert notebook.ids[0] == skill.preface_ids[0] == model.tokenizer.bos_token_id
     assert set(notebook.states) == {TokenState.EXACT}
     alone = Skill.compile(model, REFUNDS, name="alone")
     assert alone.preface_ids == (notebook.ids[0],)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import tiny
+from conftest import tiny, with_beginning
 from programmable_kv import Agent, Notebook, SeamRepair, Skill
-from programmable_kv.errors import ContextOverflowError, InvalidEditError, InvalidValueError, UnknownFieldError
+from programmable_kv.errors import ContextOverflowError, InvalidValueError, UnknownFieldError
 from programmable_kv.notebook.context import TokenState
 from programmable_kv.notebook.store import SkillStore
 from reference import assert_rows_equal, full_forward, largest_difference
@@ -118,6 +119,16 @@ def test_an_agent_composed_of_them_is_exact() -> None:
         ({"one": "a", "two words": "b"}, {}, InvalidValueError, "two words"),
         ({"one": "a", "two": "b"}, {"between": "<|im_end|>"}, InvalidValueError, "the text between skills"),
         ({"one": "a {between}"}, {"between": "\n"}, InvalidValueError, "in a mapping"),
+        (["one", "two"], {}, InvalidValueError, "name -> text"),
+        ({"one": 1}, {}, InvalidValueError, "name -> text"),
+        ({"one": "a"}, {"between": None}, InvalidValueError, "name -> text"),
+        ({"status": "a {status}"}, {"status": "pending"}, InvalidValueError, "of a text and of a field"),
+        (
+            {"one": "tier {tier}", "two": "note {note}"},
+            {"tier": "gold", "note": "tier is silver"},
+            InvalidValueError,
+            "speaks of the field tier",
+        ),
         ({"one": "orders " * 300, "two": "dates " * 300}, {}, ContextOverflowError, "positions"),
     ],
 )
@@ -126,7 +137,7 @@ def test_what_cannot_be_compiled_together(texts: Any, options: Any, error: type[
         Skill.compile_together(tiny(), texts, **options)
 
 
-def test_a_store_keeps_them(tmp_path: Any) -> None:
+def test_a_store_keeps_them(tmp_path: Path) -> None:
     model, store = tiny(), SkillStore(tmp_path)
     first = store.compile_together(model, TEXTS, preface=OPENING, between="\n\n", status="pending")
     again = store.compile_together(model, TEXTS, preface=OPENING, between="\n\n", status="pending")
@@ -134,6 +145,7 @@ def test_a_store_keeps_them(tmp_path: Any) -> None:
     assert sum(skill.account.tokens_computed for skill in again) == 0
     assert [skill.name for skill in again] == list(TEXTS)
     assert set(Agent(model, again[0], skills=again[1:]).notebook.states) == {TokenState.EXACT}
+    assert is_exact(Agent(model, again[0], skills=again[1:]).notebook)
     store.remove(store.entries()[0].key)
     mended = store.compile_together(model, TEXTS, preface=OPENING, between="\n\n", status="pending")
     assert sum(skill.account.tokens_computed for skill in mended) > 0
@@ -153,5 +165,60 @@ def test_a_value_that_the_others_read_stays_theirs() -> None:
     span = notebook.part("refunds").span
     assert set(notebook.states[span.start : span.stop]) == {TokenState.RELOCATED}
     assert not is_exact(notebook)
-    with pytest.raises(InvalidEditError, match="declared before"):
-        Notebook(model).text("{policy}", policy=shipped).text("{policy}", policy=shipped)
+
+
+def test_behind_the_token_that_begins_every_text() -> None:
+    """Raw text begins with it, also where a skill comes first."""
+    model = with_beginning(tiny())
+    first, second = Skill.compile_together(model, {"first": "dates.", "second": "refunds."}, between="\n")
+    assert first.preface_ids == (model.tokenizer.bos_token_id,)
+    notebook = Notebook(model).text("{first}\n{second}", first=first, second=second)
+    notebook.prefill()
+    assert notebook.ids == model.tokenizer.encode("dates.\nrefunds.")
+    assert set(notebook.states) == {TokenState.EXACT}
+    assert is_exact(notebook)
+
+
+def test_in_eight_bits_nothing_is_exact(tmp_path: Path) -> None:
+    model, store = tiny(), SkillStore(tmp_path, int8=True)
+    for _ in range(2):
+        policy, *skills = store.compile_together(model, TEXTS, preface=OPENING, between="\n\n", status="pending")
+        notebook = Agent(model, policy, skills=skills).notebook
+        assert TokenState.RELOCATED in notebook.states
+        assert not is_exact(notebook)
+
+
+def test_a_store_that_is_too_small_keeps_all_of_them(tmp_path: Path) -> None:
+    """What was asked for together is of no use in part."""
+    model = tiny()
+    alone = SkillStore(tmp_path / "other").compile_together(model, TEXTS, status="pending")
+    store = SkillStore(tmp_path / "small", limit=max(skill.segment.nbytes for skill in alone))
+    older = store.put(Skill.compile(model, "older", name="older"))
+    for computes in (True, False):
+        skills = store.compile_together(model, TEXTS, status="pending")
+        assert [skill.account.tokens_computed > 0 for skill in skills] == [computes] * 3
+    assert older.key not in {entry.key for entry in store.entries()}
+
+
+def test_a_value_that_was_cut_out_is_remembered_by_its_readers() -> None:
+    """A field leaves with the policy that holds it, and comes back with another value; what was computed under the first is
+    not taken for computed under the second, whatever was spliced in between."""
+    model = tiny()
+    policy, refunds, _ = together(model)
+    notebook = Notebook(model).message("system", "{policy}\n\n{refunds}", policy=policy, refunds=refunds)
+    notebook.prefill()
+    at = notebook.part("policy").span.start
+    notebook.cut("policy")
+    notebook.splice(Skill.compile(model, "tier: {tier}.", name="tiers", tier="gold"))
+    notebook.add("user", "cancel the order")
+    notebook.splice(Skill.compile(model, TEXTS["policy"], name="policy", status="shipped"), at=at)
+    span = notebook.part("refunds").span
+    assert set(notebook.states[span.start : span.stop]) == {TokenState.STALE}
+    mark = notebook.mark()
+    assert notebook.edit(status="shipped", mode="erratum").tokens_computed > 0
+    notebook.rollback(mark)
+    notebook.edit(status="shipped", mode="suffix")
+    assert not {TokenState.STALE} & set(notebook.states)
+    notebook.recompute()
+    assert set(notebook.states) == {TokenState.EXACT}
+    assert is_exact(notebook)

@@ -129,11 +129,7 @@ class CachedContext:
         if not self._texts and not self._messages:
             raise NotPrefilledError("the notebook is empty: add .message(...) or .text(...) before .prefill()")
         engine = self.model.engine
-        pieces: list[Unit | Skill] = [
-            piece if isinstance(piece, Skill)
-            else tokenised(self.model.tokenizer, piece, Kind.PREFILL, special=not self._messages and number == 0)
-            for number, piece in enumerate(cut_at_skills(self.rendered(), self._skills))
-        ]  # fmt: skip
+        pieces = self._pieces()
         values = self.fields
         for skill in self._skills.values():
             values = joined_values(values, skill)
@@ -156,6 +152,20 @@ class CachedContext:
         self._context, self._buffer = context, buffer
         self.last_account = reading.account
         return reading.account
+
+    def _pieces(self) -> list[Unit | Skill]:
+        """The text between skills, tokenised, and the skills, in order. Raw text begins with the token that begins every text,
+        where the tokenizer has one, also if a skill comes first."""
+        tokenizer, cut = self.model.tokenizer, cut_at_skills(self.rendered(), self._skills)
+        if not self._messages and cut and isinstance(cut[0], Skill):
+            cut = [Rendered(""), *cut]
+        pieces = [
+            piece
+            if isinstance(piece, Skill)
+            else tokenised(tokenizer, piece, Kind.PREFILL, special=not self._messages and number == 0)
+            for number, piece in enumerate(cut)
+        ]
+        return [piece for piece in pieces if len(piece)]
 
     def rendered(self) -> Rendered:
         """The parts as written, as the model will read them at prefill, with the characters of every field."""

@@ -339,8 +339,17 @@ class Context:
         return min((span.stop for span in self.spans(name)), default=len(self))
 
     def reading(self, slot: int) -> Readings:
-        """What a token computed now, at `slot`, reads of each field: one value if all before it agrees, else a mixture."""
-        return {name: self._reading_of(name, state.written, slot) for name, state in self.fields.items()}
+        """What a token computed now, at `slot`, reads of each field: one value if all before it agrees, else a mixture.
+
+        Of a field whose places were cut out, and which may come back, it reads what was noted before it.
+        """
+        lost: dict[str, frozenset[str | None]] = {
+            name: frozenset({None})
+            for begins, unit in self.starts()
+            for name, seen in unit.read.items()
+            if begins < slot and seen and name not in self.fields
+        }
+        return lost | {name: self._reading_of(name, state.written, slot) for name, state in self.fields.items()}
 
     def _reading_of(self, name: str, written: str, slot: int) -> frozenset[str | None]:
         seen: set[str | None] = {written}
@@ -391,9 +400,10 @@ class Context:
             if begins + len(unit) > start:
                 now = self.reading(max(start, begins))
                 read = {}
-                for name, value in now.items():
+                for name in now.keys() | unit.read.keys():
                     kept = max(begins, self.first_place(name)) < start  # some of its readers in this unit stay
-                    read[name] = unit.read[name] | value if kept else value
+                    value = now.get(name, frozenset())
+                    read[name] = unit.read.get(name, frozenset()) | value if kept else value
                 recomputed = Span(max(0, start - begins), len(unit))
                 foreign = unit.foreign and begins < start
                 self.units[index] = replace(unit, read=read, foreign=foreign).marked(recomputed, base, weaken=False)
@@ -410,10 +420,10 @@ class Context:
         for slot in sorted(slots):
             index = max(i for i, (begins, _) in enumerate(bounds) if begins <= slot)
             unit, now = self.units[index], self.reading(slot)
-            read = {
-                name: unit.read[name] | now[name] if slot >= first[name] and slot not in own[name] else unit.read[name]
-                for name in self.fields
-            }
+            read = dict(unit.read)
+            for name, value in now.items():
+                if slot >= first.get(name, 0) and slot not in own.get(name, ()):
+                    read[name] = read.get(name, frozenset()) | value
             token = slot - bounds[index][0]
             base = self.computed_base(slot)
             base = TokenState.REPAIRED if repaired and base is TokenState.EXACT else base

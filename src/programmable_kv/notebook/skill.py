@@ -100,13 +100,14 @@ class Skill:
         """Compile several texts in one forward, each behind those before it: its preface is all of them.
 
         Spliced in this order, behind the same preface and with the same text between them, all of them are exact. In another
-        order, or some of them only, each is a skill that knows of the others that stood before it.
+        order, or some of them only, each is a skill that has read those that stood before it, the values in them included.
 
         Args:
-            texts: name -> text, in order; `{field}` placeholders as in `compile`.
+            texts: name -> text, in order; `{field}` placeholders as in `compile`. What changes often is best in the last.
             values, fields: the fields' values, each for every text that has its placeholder.
             preface: what the first one reads, and so all of them; as in `compile`.
-            between: text that stands between two of them, and belongs to neither ("\\n\\n" in an `Agent`).
+            between: text that stands between two of them, and belongs to neither ("\\n\\n" in an `Agent`). A placeholder in
+                it, or in the preface, stands for itself.
 
         Raises:
             InvalidValueError, UnknownFieldError, ContextOverflowError, TemplateError: as `compile`; or there is no text.
@@ -146,20 +147,31 @@ class Draft:
         cls, model: Model, texts: Mapping[str, str], fields: Mapping[str, str], preface: Preface, between: str
     ) -> list[Draft]:
         """Each behind those before it. Arguments and errors as `Skill.compile_together`."""
-        if not texts:
-            raise InvalidValueError("there is no text to compile: give at least one, as name -> text")
-        check_no_markers(between, model.tokenizer, "the text between skills")
-        unplaced = [field for field in fields if not any("{" + field + "}" in text for text in texts.values())]
-        if unplaced:
-            raise UnknownFieldError(
-                f"no text has a placeholder {{{unplaced[0]}}}. Write it where the value belongs, or do not give the value."
+        if (
+            not texts
+            or not isinstance(texts, Mapping)
+            or not all(isinstance(it, str) for it in (*texts.values(), between))
+        ):
+            raise InvalidValueError(
+                "there is no text to compile: give at least one in a mapping, name -> text; `between` is a text too"
             )
+        check_no_markers(between, model.tokenizer, "the text between skills")
+        for field_name, value in fields.items():
+            if field_name in texts:
+                raise InvalidValueError(
+                    f"{field_name} is the name of a text and of a field: call one of them something else"
+                )
+            if not any("{" + field_name + "}" in text for text in texts.values()):
+                raise UnknownFieldError(
+                    f"no text has a placeholder {{{field_name}}}. Write it where the value belongs, or do not give the value."
+                )
+            check_value(field_name, value, model.tokenizer, DEFAULT_TEMPLATE, fields)
         gap = tuple(model.tokenizer.encode(between, add_special_tokens=False))
         read = _read(model.tokenizer, preface, inside=True)
         drafts: list[Draft] = []
         for name, text in texts.items():
             _check_no_option(text, fields, {"preface": preface or None, "between": between or None})
-            own = {field: value for field, value in fields.items() if "{" + field + "}" in text}
+            own = {of: value for of, value in fields.items() if "{" + of + "}" in text}
             draft = cls._behind(model, text, own, name, None, read)
             drafts.append(draft)
             read = (draft.preface + draft.unit.text + between, (*draft.preface_ids, *draft.unit.ids, *gap))
@@ -200,9 +212,9 @@ class Draft:
 
 
 def compute_drafts(model: Model, drafts: Sequence[Draft]) -> list[Skill]:
-    """Drafts, each behind the one before it, in one forward from position 0.
+    """Compute drafts, each behind the one before it, in one forward from position 0.
 
-    What that cost is told with each for the tokens up to its end that the one before it has not paid for.
+    Each one's account holds its own tokens and those between it and the one before: together they are what it all cost.
     """
     last = drafts[-1]
     with model.engine.meter.measure() as reading:

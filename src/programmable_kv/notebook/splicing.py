@@ -155,11 +155,12 @@ def _enter(context: Context, index: int, skill: Skill, fields: Mapping[str, str]
     """
     unread: frozenset[str | None] = frozenset()
     for other, known in enumerate(context.units):
-        context.units[other] = replace(known, read={name: known.read.get(name, unread) for name in fields})
-    own = dict(context.reading(sum(map(len, context.units[:index])))) if exact else {}
-    own |= {name: frozenset[str | None]({value}) for name, value in skill.values.items()}
+        context.units[other] = replace(known, read={**dict.fromkeys(fields, unread), **known.read})
+    read = dict.fromkeys(fields, unread)
+    if exact:
+        read.update(context.reading(sum(map(len, context.units[:index]))))
+    read |= {name: frozenset[str | None]({value}) for name, value in skill.values.items()}
     unit = skill.unit if exact else skill.unit.marked(Span(0, len(skill)), TokenState.RELOCATED)
-    read = {name: own.get(name, unread) for name in fields}
     context.units.insert(index, replace(unit, name=skill.name, read=read, foreign=not exact and bool(skill.preface)))
     for name, value in fields.items():
         context.fields.setdefault(name, FieldState(value, value))

@@ -82,6 +82,11 @@ class SkillStore:
         Raises:
             InvalidValueError: it was kept in 8 bits before, and this store keeps skills as they were computed.
         """
+        entry = self._put(skill, model_name)
+        self._evict(keep={entry.key})
+        return entry
+
+    def _put(self, skill: Skill, model_name: str) -> Entry:
         if skill.rounded and not self.int8:
             raise InvalidValueError(
                 f"skill {skill.name!r} comes from a store of 8 bits, and this one keeps skills as they were computed. "
@@ -111,7 +116,6 @@ class SkillStore:
         )
         self._write(f"{key}.safetensors", body)
         self._write_manifest(entry)
-        self._evict(keep=key)
         return entry
 
     def compile(
@@ -144,7 +148,10 @@ class SkillStore:
         between: str = "",
         **fields: str,
     ) -> list[Skill]:
-        """The skills from the store if all of them are there, else compiled and kept. As `Skill.compile_together`."""
+        """The skills from the store if all of them are there, else compiled and kept, all of them, whatever the limit.
+
+        Arguments and errors as `Skill.compile_together`. Kept in 8 bits, none of them is exact anywhere.
+        """
         drafts = Draft.together(model, texts, {**(values or {}), **fields}, preface, between)
         return self._compiled(model, drafts, named=True)
 
@@ -154,10 +161,13 @@ class SkillStore:
         if all(self._files.exists(self._path(f"{key}.json")) for key in keys):
             return [self._kept(model, key, draft, named) for key, draft in zip(keys, drafts, strict=True)]
         skills = compute_drafts(model, drafts)
-        for number, skill in enumerate(skills):
-            entry = self.put(skill, model_name=model.name)
-            if self.int8:  # what 8 bits keep is what everybody gets, the one who compiled it too
-                skills[number] = replace(self.get(model, entry.key), account=skill.account)
+        for skill in skills:
+            self._put(skill, model.name)
+        self._evict(keep=set(keys))
+        if self.int8:  # what 8 bits keep is what everybody gets, the one who compiled it too
+            return [
+                replace(self.get(model, key), account=skill.account) for key, skill in zip(keys, skills, strict=True)
+            ]
         return skills
 
     def _kept(self, model: Model, key: str, draft: Draft, named: bool) -> Skill:
@@ -277,7 +287,7 @@ class SkillStore:
             raise CorruptFileError(f"{file} was damaged or changed: export the skill again")
         self._write(f"{entry.key}.safetensors", body)
         self._write(f"{entry.key}.json", manifest)
-        self._evict(keep=entry.key)
+        self._evict(keep={entry.key})
         return entry
 
     # -- files ---------------------------------------------------------------------------------------------------
@@ -350,7 +360,7 @@ class SkillStore:
             tuple(read(f"values.{index}") for index in range(layers)),
         )
 
-    def _evict(self, keep: str) -> None:
+    def _evict(self, keep: set[str]) -> None:
         if self._local:  # what a killed process was writing, a day later
             for path in Path(self._root).glob(".*.partial"):
                 if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
@@ -360,7 +370,7 @@ class SkillStore:
         for entry in reversed(entries):
             if total <= self.limit:
                 break
-            if entry.key != keep:
+            if entry.key not in keep:
                 self.remove(entry.key)
                 total -= entry.nbytes
 
