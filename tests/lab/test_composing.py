@@ -12,8 +12,9 @@ from programmable_kv import SeamRepair
 from programmable_kv.errors import MissingDataError
 from programmable_kv.lab.composing import experiment, suites, tasks, tools
 from programmable_kv.lab.composing.arms import FEW_ARMS, NOT_ROTATED, Arm, Stand
-from programmable_kv.lab.composing.frame import Place, frame_at
+from programmable_kv.lab.composing.frame import TITLE, Place, frame_at
 from programmable_kv.lab.composing.horizon import play
+from programmable_kv.notebook.skill import Draft
 
 NEAR = Place("system", 64)
 
@@ -103,6 +104,15 @@ def test_a_catalogue_in_several_orders() -> None:
                     assert preface.endswith("".join(before))
                     assert not any(later in preface for later in catalogue[len(before) :])
     assert len(asked["every_second_together"][0].pieces) == len(catalogue) // 2
+
+
+def test_tools_compiled_together_read_what_they_would_in_one_forward(embedded: Any) -> None:
+    """The suite compiles each behind a text of all before it: the very tokens that `compile_together` puts there."""
+    together = next(g.tasks[0] for g in suites.Catalogue(1).groups() if g.tasks[0].kind == "in_order_together")
+    at_once = Draft.together(embedded, dict(zip(together.options, together.pieces, strict=True)), {}, TITLE, "")
+    for draft, piece, preface in zip(at_once, together.pieces, together.prefaces, strict=True):
+        one = Draft.of(embedded, piece, {}, None, None, preface)
+        assert (one.preface_ids, one.unit.ids) == (draft.preface_ids, draft.unit.ids)
 
 
 def test_agreement_is_left_out_where_full_prefill_is_never_right() -> None:
