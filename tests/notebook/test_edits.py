@@ -27,8 +27,8 @@ from programmable_kv.errors import (
     UnknownFieldError,
     UnverifiedError,
 )
-from programmable_kv.notebook.context import TokenState
 from programmable_kv.notebook.ranking import RandomOrder, Recency
+from programmable_kv.notebook.units import TokenState
 from reference import assert_rows_equal, full_forward, largest_difference
 
 POLICY = "order status: {status}\ntier: {tier}\npolicy: if one then deny, if two cancel. reply only."

@@ -28,7 +28,7 @@ from programmable_kv.errors import (
     UnknownFieldError,
     UnverifiedError,
 )
-from programmable_kv.notebook.context import Kind, TokenState
+from programmable_kv.notebook.units import Kind, TokenState
 from reference import assert_rows_equal, full_forward, largest_difference
 
 REFUNDS = "refund policy: if the tier is gold refund, if silver deny. reply only with the action.\n"

@@ -18,8 +18,8 @@ from programmable_kv.errors import (
     NotPrefilledError,
     OutOfStepError,
 )
-from programmable_kv.notebook.context import TokenState, weakest
 from programmable_kv.notebook.html import COLOURS
+from programmable_kv.notebook.units import TokenState, weakest
 from reference import assert_rows_equal, full_forward
 
 

@@ -15,8 +15,8 @@ import torch
 from conftest import tiny
 from programmable_kv import Notebook, SeamRepair, Skill
 from programmable_kv.errors import CorruptFileError, FingerprintMismatchError, InvalidValueError, UnknownSkillError
-from programmable_kv.notebook.context import TokenState
 from programmable_kv.notebook.store import SkillStore
+from programmable_kv.notebook.units import TokenState
 
 TEXT = "refund policy: if the tier is {tier} refund, else deny. reply only with the action.\n"
 

@@ -12,11 +12,12 @@ from programmable_kv.cache.buffer import KVBuffer, Mark
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidEditError, NotPrefilledError, OutOfStepError, UnknownFieldError
 from programmable_kv.model import Model
-from programmable_kv.notebook.context import Context, FieldState, Kind, TokenState, Unit, tokenised
+from programmable_kv.notebook.context import Context, FieldState
 from programmable_kv.notebook.parts import Message, Rendered, Text, continuation, render_chat, unmark
 from programmable_kv.notebook.ranking import AttentionInfluence, Ranking
 from programmable_kv.notebook.skill import Skill, skills_among
 from programmable_kv.notebook.splicing import SKILL_MARK, SeamRepair, cut_at_skills, joined_values, splice
+from programmable_kv.notebook.units import Kind, TokenState, Unit, tokenised
 from programmable_kv.notebook.values import check_name, check_no_markers, check_role, check_template, check_value
 from programmable_kv.notebook.wording import DEFAULT_TEMPLATE
 

@@ -13,9 +13,9 @@ from programmable_kv.account import Account
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidEditError
 from programmable_kv.notebook.cached_context import CachedContext
-from programmable_kv.notebook.context import Kind, TokenState
 from programmable_kv.notebook.skill import Skill
 from programmable_kv.notebook.splicing import SeamRepair, Spliced, splice
+from programmable_kv.notebook.units import Kind, TokenState
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,10 @@ from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.engine import Rows
 from programmable_kv.errors import ContextOverflowError, InvalidEditError, TemplateError
 from programmable_kv.notebook.composition import Composition
-from programmable_kv.notebook.context import Context, Kind, Unit, tokenised
+from programmable_kv.notebook.context import Context
 from programmable_kv.notebook.edits import DEFAULT_MODE, REFRESHES_FIELD, EditPlan, Mode, plan_edit
 from programmable_kv.notebook.parts import Message, Rendered, Text
+from programmable_kv.notebook.units import Kind, Unit, tokenised
 from programmable_kv.notebook.values import check_value
 from programmable_kv.notebook.wording import statement
 

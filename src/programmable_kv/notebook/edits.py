@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from programmable_kv.notebook.context import Context, Kind, Unit
+from programmable_kv.notebook.context import Context
+from programmable_kv.notebook.units import Kind, Unit
 
 
 class Mode(StrEnum):

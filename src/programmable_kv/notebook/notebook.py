@@ -23,13 +23,13 @@ from programmable_kv.cache.span import Span
 from programmable_kv.engine import Rows
 from programmable_kv.errors import InvalidEditError, OutOfStepError, TemplateError
 from programmable_kv.model import Model
-from programmable_kv.notebook.context import Kind, Unit, tokenised
 from programmable_kv.notebook.decision import Decision, best_of, option_ids, score
 from programmable_kv.notebook.editing import Editing, parse_mode
 from programmable_kv.notebook.edits import DEFAULT_MODE, Mode
 from programmable_kv.notebook.parts import Message, Rendered, Text
 from programmable_kv.notebook.skill import Skill
 from programmable_kv.notebook.splicing import SeamRepair
+from programmable_kv.notebook.units import Kind, Unit, tokenised
 from programmable_kv.notebook.values import check_no_markers
 from programmable_kv.notebook.wording import THINK_INSTRUCTION
 

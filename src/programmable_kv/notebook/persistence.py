@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import CorruptFileError, FingerprintMismatchError, NotPrefilledError
 from programmable_kv.model import Model
-from programmable_kv.notebook.context import Context, FieldState, Kind, Place, TokenState, Unit
+from programmable_kv.notebook.context import Context, FieldState
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.notebook.parts import Message, Text
+from programmable_kv.notebook.units import Kind, Place, TokenState, Unit
 
 _MANIFEST, _TENSORS = "notebook.json", "cache.safetensors"
 

@@ -18,8 +18,8 @@ from programmable_kv.cache.segment import Segment
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import FingerprintMismatchError, InvalidValueError, UnknownFieldError
 from programmable_kv.model import Model
-from programmable_kv.notebook.context import Kind, Unit, tokenised
 from programmable_kv.notebook.parts import Message, Text, message_alone, said, unmark
+from programmable_kv.notebook.units import Kind, Unit, tokenised
 from programmable_kv.notebook.values import check_name, check_no_markers, check_role, check_value
 from programmable_kv.notebook.wording import DEFAULT_TEMPLATE
 

@@ -17,9 +17,10 @@ from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.span import Span
 from programmable_kv.engine import Engine, Rows
 from programmable_kv.errors import InvalidEditError
-from programmable_kv.notebook.context import Context, FieldState, TokenState
+from programmable_kv.notebook.context import Context, FieldState
 from programmable_kv.notebook.parts import Rendered
 from programmable_kv.notebook.skill import Skill
+from programmable_kv.notebook.units import TokenState
 
 SKILL_MARK = "\ue003"
 """stands for a skill in a text until its tokens are spliced in"""
