@@ -117,6 +117,19 @@ def lab_preface(
     _compare(Prefaces(policies, others), model, dtype, out_path)
 
 
+@lab_app.command("catalogue")
+def lab_catalogue(
+    model: ModelOption = "embedded",
+    tools: Annotated[int, typer.Option(min=1, help="requests for one of sixteen tools")] = 40,
+    dtype: DtypeOption = "float32",
+    out_path: OutOption = None,
+) -> None:
+    """Tools compiled alone, behind others, and together; all of them, in another order, and half of them."""
+    from programmable_kv.lab.composing.suites import Catalogue
+
+    _compare(Catalogue(tools), model, dtype, out_path)
+
+
 @lab_app.command("adapter")
 def lab_adapter(
     scenarios: Annotated[int, typer.Option(min=1, help="held-out scenarios")] = 800,
@@ -212,19 +225,6 @@ def zoo(
             row["reason"],
         )
     out.print(table)
-
-
-@lab_app.command("catalogue")
-def lab_catalogue(
-    model: ModelOption = "embedded",
-    tools: Annotated[int, typer.Option(min=1, help="requests for one of sixteen tools")] = 40,
-    dtype: DtypeOption = "float32",
-    out_path: OutOption = None,
-) -> None:
-    """Tools compiled alone, behind others, and together; all of them, in another order, and half of them."""
-    from programmable_kv.lab.composing.suites import Catalogue
-
-    _compare(Catalogue(tools), model, dtype, out_path)
 
 
 def _compare(suite: Suite, model: str, dtype: str, out_path: Path | None) -> None:

@@ -140,6 +140,7 @@ class Draft:
         _check_no_option(text, fields, {"name": name, "role": role, "preface": preface or None})
         if role is not None:
             check_role(role)
+        _check_fields(model, fields)
         return cls._behind(model, text, fields, name, role, _read(model.tokenizer, preface, inside=role is None))
 
     @classmethod
@@ -156,7 +157,8 @@ class Draft:
                 "there is no text to compile: give at least one in a mapping, name -> text; `between` is a text too"
             )
         check_no_markers(between, model.tokenizer, "the text between skills")
-        for field_name, value in fields.items():
+        _check_fields(model, fields)
+        for field_name in fields:
             if field_name in texts:
                 raise InvalidValueError(
                     f"{field_name} is the name of a text and of a field: call one of them something else"
@@ -165,7 +167,6 @@ class Draft:
                 raise UnknownFieldError(
                     f"no text has a placeholder {{{field_name}}}. Write it where the value belongs, or do not give the value."
                 )
-            check_value(field_name, value, model.tokenizer, DEFAULT_TEMPLATE, fields)
         gap = tuple(model.tokenizer.encode(between, add_special_tokens=False))
         read = _read(model.tokenizer, preface, inside=True)
         drafts: list[Draft] = []
@@ -187,13 +188,10 @@ class Draft:
         role: str | None,
         read: tuple[str, tuple[int, ...]],
     ) -> Draft:
-        """`read`: the preface as the model reads it, and its tokens."""
+        """`fields` were checked. `read`: the preface as the model reads it, and its tokens."""
         if not text:
             raise InvalidValueError("the skill's text is empty")
         check_no_markers(text, model.tokenizer, "the skill's text")
-        for field_name, value in fields.items():
-            check_name(field_name)
-            check_value(field_name, value, model.tokenizer, DEFAULT_TEMPLATE, fields)
         part = Text(text, tuple(fields))
         part.check()
         rendered = (
@@ -240,6 +238,16 @@ def compute_drafts(model: Model, drafts: Sequence[Draft]) -> list[Skill]:
         )
         paid = draft.end
     return skills
+
+
+def _check_fields(model: Model, fields: Mapping[str, str]) -> None:
+    """
+    Raises:
+        InvalidValueError: a name or a value is not plain data.
+    """
+    for name, value in fields.items():
+        check_name(name)
+        check_value(name, value, model.tokenizer, DEFAULT_TEMPLATE, fields)
 
 
 def _check_no_option(text: str, fields: Mapping[str, str], options: Mapping[str, object]) -> None:
