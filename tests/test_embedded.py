@@ -89,7 +89,7 @@ def test_a_slice_of_the_held_out_experiment(embedded: Any, tmp_path: Path) -> No
 
 def test_a_slice_of_the_adapters_evaluation(embedded: Any, tmp_path: Path) -> None:
     """The first scenarios again, as the committed record has them; one in all may be a tie that fell the other way."""
-    from programmable_kv.adapter.evaluate import KINDS, evaluate
+    from programmable_kv.lab.adapter import KINDS, evaluate
 
     record = evaluate(embedded, 6, tmp_path / "adapter-held-out.json")
     committed = read_record(RESULTS / "adapter-held-out.json")
@@ -120,8 +120,8 @@ def test_a_slice_of_the_splice_bench(embedded: Any, tmp_path: Path) -> None:
 
 def test_a_slice_of_the_agent_bench(embedded: Any, tmp_path: Path) -> None:
     """The agent computes a small part of what its rival does; both play the same turns."""
-    from programmable_kv.adapter.vocabulary import held_out_domains
     from programmable_kv.bench.agent import policies, run
+    from programmable_kv.scenarios.vocabulary import held_out_domains
 
     assert len(policies(1)) == len({scenario.domain for scenario in policies(1)}) == len(held_out_domains()) >= 16
     record = run(embedded, tmp_path / "agent.json", instances=0, lengths=[512], timed_turns=3)
@@ -139,8 +139,8 @@ def test_an_agent_that_computes_everything_again_is_its_rival(embedded: Any) -> 
 
     from programmable_kv import Agent, Skill
     from programmable_kv.bench.agent import OPENING, play, policies, trajectory
-    from programmable_kv.notebook.edits import Mode
-    from programmable_kv.notebook.units import TokenState
+    from programmable_kv.edits.plan import Mode
+    from programmable_kv.prompt.units import TokenState
 
     one = policies(1)[0]
     composed = Agent(embedded, Skill.compile(embedded, one.prompt, dict(one.values), name="policy", preface=OPENING))
@@ -160,7 +160,7 @@ def test_an_agent_that_computes_everything_again_is_its_rival(embedded: Any) -> 
 def test_eight_bits_point_the_same_way(embedded: Any, tmp_path: Path) -> None:
     """A skill kept in 8 bits: at most 0.55 of the bytes of 16-bit tensors, and logits of cosine 0.999 and more."""
     from programmable_kv import Skill
-    from programmable_kv.notebook.store import SkillStore
+    from programmable_kv.skills.store import SkillStore
 
     skill = Skill.compile(embedded, demo.policy().replace("{", "").replace("}", ""), name="policy")
     store = SkillStore(tmp_path, int8=True)
@@ -182,8 +182,8 @@ def test_a_slice_of_training_resumes_to_the_same_weights(tmp_path: Path) -> None
 
     from safetensors.torch import load_file
 
-    from programmable_kv.adapter.train import TrainingRecipe, train
-    from programmable_kv.weights import base_folder
+    from programmable_kv.models.fetch import base_folder
+    from training.train import TrainingRecipe, train
 
     recipe = replace(
         TrainingRecipe(),

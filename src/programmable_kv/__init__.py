@@ -2,14 +2,14 @@
 
 from programmable_kv.account import Account
 from programmable_kv.agent.agent import Agent, Turn
+from programmable_kv.edits.plan import Mode
+from programmable_kv.edits.splicing import SeamRepair
 from programmable_kv.engine import Engine, Rows
 from programmable_kv.errors import ProgrammableKVError
-from programmable_kv.model import Model, load_model, wrap_model
+from programmable_kv.models.load import Model, load_model, wrap_model
 from programmable_kv.notebook.decision import Decision
-from programmable_kv.notebook.edits import Mode
 from programmable_kv.notebook.notebook import Notebook
-from programmable_kv.notebook.skill import Skill
-from programmable_kv.notebook.splicing import SeamRepair
+from programmable_kv.skills.skill import Skill
 
 __version__ = "0.1.0"
 

@@ -19,8 +19,6 @@ from programmable_kv.account import Meter
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.layout import KVLayout
 from programmable_kv.cache.masks import attention_masks
-from programmable_kv.cache.rowscheck import RowsProof, prove_rows
-from programmable_kv.cache.selfcheck import CachedLayer, PositionEncoding, RelocationProof, Verdict, prove_relocation
 from programmable_kv.cache.transformers_api import (
     Cache,
     DynamicCache,
@@ -35,6 +33,8 @@ from programmable_kv.errors import (
     UnsupportedModelError,
     UnverifiedError,
 )
+from programmable_kv.verify.relocation import CachedLayer, PositionEncoding, RelocationProof, Verdict, prove_relocation
+from programmable_kv.verify.rows import RowsProof, prove_rows
 
 
 @dataclass(frozen=True, slots=True)

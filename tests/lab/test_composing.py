@@ -14,7 +14,7 @@ from programmable_kv.lab.composing import experiment, suites, tasks, tools
 from programmable_kv.lab.composing.arms import FEW_ARMS, NOT_ROTATED, Arm, Stand
 from programmable_kv.lab.composing.frame import TITLE, Place, frame_at
 from programmable_kv.lab.composing.horizon import play
-from programmable_kv.notebook.skill import Draft
+from programmable_kv.skills.skill import Draft
 
 NEAR = Place("system", 64)
 

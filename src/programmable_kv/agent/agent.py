@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from programmable_kv.account import Account
-from programmable_kv.model import Model
+from programmable_kv.edits.plan import DEFAULT_MODE, Mode
+from programmable_kv.edits.splicing import SeamRepair
+from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.editing import parse_mode
-from programmable_kv.notebook.edits import DEFAULT_MODE, Mode
 from programmable_kv.notebook.notebook import Notebook
-from programmable_kv.notebook.skill import Skill
-from programmable_kv.notebook.splicing import SeamRepair
+from programmable_kv.skills.skill import Skill
 
 
 @dataclass(frozen=True, slots=True)

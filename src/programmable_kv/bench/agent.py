@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from programmable_kv.account import Account
-from programmable_kv.adapter.evaluate import other_value
-from programmable_kv.adapter.grammar import Scenario, make_scenario
-from programmable_kv.adapter.phrasings import PHRASINGS, question
-from programmable_kv.adapter.vocabulary import held_out_domains
 from programmable_kv.agent.agent import Agent
 from programmable_kv.bench.edit import padded_policy
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.demo.demo import CASES, VALUES
-from programmable_kv.model import Model
+from programmable_kv.edits.plan import DEFAULT_MODE, Mode
+from programmable_kv.lab.adapter import other_value
+from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import likeliest, option_ids
-from programmable_kv.notebook.edits import DEFAULT_MODE, Mode
-from programmable_kv.notebook.parts import Message, Text, render_chat
-from programmable_kv.notebook.skill import Skill
+from programmable_kv.prompt.parts import Message, Text, render_chat
 from programmable_kv.records import Record, Recorder, cluster_bootstrap, digest_of
+from programmable_kv.scenarios.grammar import Scenario, make_scenario
+from programmable_kv.scenarios.phrasings import PHRASINGS, question
+from programmable_kv.scenarios.vocabulary import held_out_domains
+from programmable_kv.skills.skill import Skill
 
 SEED = 66_000
 LENGTHS = (1024, 2048, 4096)

@@ -19,8 +19,8 @@ from transformers import DynamicCache
 
 from programmable_kv.bench.timing import median_ms
 from programmable_kv.demo.demo import CASES, VALUES, policy
-from programmable_kv.model import Model
-from programmable_kv.notebook.edits import Mode
+from programmable_kv.edits.plan import Mode
+from programmable_kv.models.load import Model
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.records import Record, Recorder, digest_of
 

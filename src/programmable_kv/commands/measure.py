@@ -1,4 +1,4 @@
-"""`pkv bench`, `pkv lab`, `pkv train` and `pkv zoo`: what takes minutes or hours and ends in a record.
+"""`pkv bench`, `pkv lab` and `pkv zoo`: what takes minutes or hours and ends in a record.
 
 An interrupted run keeps its rows; the same command goes on from there.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,11 +19,10 @@ from programmable_kv.records import Record
 
 if TYPE_CHECKING:
     from programmable_kv.lab.composing.suites import Suite
-    from programmable_kv.model import Model
+    from programmable_kv.models.load import Model
 
 bench_app = typer.Typer(help="How fast: benches against what a user would do instead.", no_args_is_help=True)
 lab_app = typer.Typer(help="Why it works: experiments on the loaded model.", no_args_is_help=True)
-train_app = typer.Typer(help="Train what the package ships.", no_args_is_help=True)
 
 LengthsOption = Annotated[str, typer.Option(help="lengths in tokens, separated by commas")]
 RepeatsOption = Annotated[int, typer.Option(min=1, help="measurements of each way")]
@@ -67,8 +65,8 @@ def bench_agent(
     out_path: OutOption = None,
 ) -> None:
     """An agent on a live cache against re-prefilling every turn: the same decisions, and how much sooner."""
-    from programmable_kv.adapter.vocabulary import held_out_domains
     from programmable_kv.bench.agent import run
+    from programmable_kv.scenarios.vocabulary import held_out_domains
 
     sizes = _sizes(lengths)
     total = instances * len(held_out_domains()) + len(sizes)
@@ -139,7 +137,7 @@ def lab_adapter(
     out_path: OutOption = None,
 ) -> None:
     """Does the embedded model follow policies it never saw, and obey updates of them?"""
-    from programmable_kv.adapter.evaluate import attach_figures, evaluate
+    from programmable_kv.lab.adapter import attach_figures, evaluate
 
     record = _measure(evaluate, "embedded", out_path, "adapter-held-out", "Scenarios", scenarios, count=scenarios)
     if attach is not None:
@@ -149,38 +147,14 @@ def lab_adapter(
 @lab_app.command("abilities")
 def lab_abilities(out_path: OutOption = None) -> None:
     """Perplexity on plain text, before and after the adapter."""
-    from programmable_kv.adapter.evaluate import base_model, write_abilities
-    from programmable_kv.model import load_model
+    from programmable_kv.lab.adapter import base_model, write_abilities
+    from programmable_kv.models.load import load_model
 
     with err.status("Reading plain text with both models ..."):
         record = write_abilities(
             record_path(out_path, "adapter-abilities"), base=base_model(), adapted=load_model(), command=command()
         )
     _print_summary(record)
-
-
-@train_app.command("adapter")
-def train_adapter(
-    folder: Annotated[Path, typer.Option("--out", help="where checkpoints and the result go; resumes what is there")],
-    stop_after: Annotated[int | None, typer.Option(min=1, help="end at this step of the recipe's schedule")] = None,
-    seed: Annotated[int | None, typer.Option(help="another seed than the recipe's")] = None,
-    change_recipe: Annotated[
-        bool, typer.Option("--change-recipe", help="go on from a checkpoint of another recipe, which is recorded")
-    ] = False,
-) -> None:
-    """Train the embedded model's LoRA adapter (about four and a half hours on two cores)."""
-    from programmable_kv.adapter.train import TrainingRecipe, train
-    from programmable_kv.weights import base_folder
-
-    recipe = TrainingRecipe()
-    if seed is not None:
-        recipe = replace(recipe, seed=seed)
-    with progress("Training steps", recipe.steps) as report:
-        train(
-            base_folder(), folder, recipe, stop_after=stop_after, change_recipe=change_recipe,
-            report=lambda step, *_: report(step + 1, recipe.steps),
-        )  # fmt: skip
-    out.print(f"The adapter is in {folder}: adapter_model.safetensors, adapter_config.json, training.json")
 
 
 def zoo(
@@ -247,7 +221,7 @@ def _measure(
 ) -> Record:
     """Load the model, run with a progress bar, write the record `name` (or what it is called for that model), and print its
     summary."""
-    from programmable_kv.model import load_model
+    from programmable_kv.models.load import load_model
 
     loaded = load_model(model, dtype=dtype)
     path = record_path(out_path, name if isinstance(name, str) else name(loaded))

@@ -20,7 +20,7 @@ def demo(
 ) -> None:
     """Flip four fields of one cached policy; every edit mode against a full prefill."""
     from programmable_kv.demo.demo import CASES, VALUES, html_page, run
-    from programmable_kv.model import load_model
+    from programmable_kv.models.load import load_model
 
     page.parent.mkdir(parents=True, exist_ok=True)
     loaded = load_model(model)
@@ -69,9 +69,9 @@ def edit(
 
     The question is part of the cached context, as in an agent that is asked and then learns that its state changed.
     """
-    from programmable_kv.model import load_model
+    from programmable_kv.edits.plan import Mode
+    from programmable_kv.models.load import load_model
     from programmable_kv.notebook.editing import parse_mode
-    from programmable_kv.notebook.edits import Mode
     from programmable_kv.notebook.notebook import Notebook
 
     text = read_text(prompt)

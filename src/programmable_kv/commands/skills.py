@@ -40,8 +40,8 @@ def skills_compile(
         raise typer.BadParameter(
             "a skill is a message of its own, or stands inside of one: not both", param_hint="--inside"
         )
-    from programmable_kv.model import load_model
-    from programmable_kv.notebook.store import SkillStore
+    from programmable_kv.models.load import load_model
+    from programmable_kv.skills.store import SkillStore
 
     loaded = load_model(model)
     before = read_text(preface) if preface else ""
@@ -58,7 +58,7 @@ def skills_compile(
 @app.command("list")
 def skills_list(store: StoreOption = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """List the kept skills, most recently used first."""
-    from programmable_kv.notebook.store import SkillStore
+    from programmable_kv.skills.store import SkillStore
 
     entries, damaged = SkillStore(store).inventory()
     for key in damaged:
@@ -81,7 +81,7 @@ def skills_list(store: StoreOption = None, as_json: Annotated[bool, typer.Option
 @app.command("show")
 def skills_show(which: SkillArgument, store: StoreOption = None) -> None:
     """Print a skill's manifest and text."""
-    from programmable_kv.notebook.store import SkillStore
+    from programmable_kv.skills.store import SkillStore
 
     entry = SkillStore(store).entry(which)
     hidden: Any = {"preface_ids": True, "unit": {"ids", "offsets", "base", "read"}}
@@ -91,7 +91,7 @@ def skills_show(which: SkillArgument, store: StoreOption = None) -> None:
 @app.command("verify")
 def skills_verify(which: SkillArgument, store: StoreOption = None) -> None:
     """Read a skill's tensors and compare them with the manifest's digest."""
-    from programmable_kv.notebook.store import SkillStore
+    from programmable_kv.skills.store import SkillStore
 
     entry = SkillStore(store).verify(which)
     out.print(f"{entry.name} ({entry.key}): {entry.nbytes:,} bytes, intact")
@@ -100,7 +100,7 @@ def skills_verify(which: SkillArgument, store: StoreOption = None) -> None:
 @app.command("rm")
 def skills_rm(which: SkillArgument, store: StoreOption = None) -> None:
     """Forget a skill."""
-    from programmable_kv.notebook.store import SkillStore
+    from programmable_kv.skills.store import SkillStore
 
     out.print(f"{SkillStore(store).remove(which)} is gone")
 
@@ -108,7 +108,7 @@ def skills_rm(which: SkillArgument, store: StoreOption = None) -> None:
 @app.command("export")
 def skills_export(which: SkillArgument, file: Annotated[Path, typer.Argument()], store: StoreOption = None) -> None:
     """Write a skill to one file."""
-    from programmable_kv.notebook.store import SkillStore
+    from programmable_kv.skills.store import SkillStore
 
     entry = SkillStore(store).export(which, file)
     out.print(f"{entry.name} is in {file}; it fits models with fingerprint {entry.fingerprint}")
@@ -117,7 +117,7 @@ def skills_export(which: SkillArgument, file: Annotated[Path, typer.Argument()],
 @app.command("import")
 def skills_import(file: Annotated[Path, typer.Argument()], store: StoreOption = None) -> None:
     """Take in an exported skill."""
-    from programmable_kv.notebook.store import SkillStore
+    from programmable_kv.skills.store import SkillStore
 
     entry = SkillStore(store).import_file(file)
     out.print(f"{entry.name} ({entry.key}) is kept")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from html import escape
 from importlib import resources
 
-from programmable_kv.model import Model
+from programmable_kv.edits.plan import Mode
+from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
-from programmable_kv.notebook.edits import Mode
 from programmable_kv.notebook.html import tokens_html
 from programmable_kv.notebook.notebook import Notebook
 

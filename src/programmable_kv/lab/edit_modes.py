@@ -11,14 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from programmable_kv.adapter.evaluate import other_value, scenarios
-from programmable_kv.adapter.grammar import Gate, Scenario
-from programmable_kv.adapter.phrasings import PHRASINGS, question
-from programmable_kv.model import Model
-from programmable_kv.notebook.edits import Mode
+from programmable_kv.edits.plan import Mode
+from programmable_kv.lab.adapter import other_value, scenarios
+from programmable_kv.models.load import Model
 from programmable_kv.notebook.notebook import Notebook
-from programmable_kv.notebook.wording import THINK_INSTRUCTION
+from programmable_kv.prompt.wording import THINK_INSTRUCTION
 from programmable_kv.records import Record, Recorder, bootstrap_mean, digest_of, wilson
+from programmable_kv.scenarios.grammar import Gate, Scenario
+from programmable_kv.scenarios.phrasings import PHRASINGS, question
 
 SEED = 88_000
 SELECTED = 32

@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from programmable_kv.cache.selfcheck import Verdict
 from programmable_kv.lab.tiny_configs import NOTES
 from programmable_kv.lab.zoo import NOT_BUILT
 from programmable_kv.records import Record
+from programmable_kv.verify.relocation import Verdict
 
 _MEANING = {
     Verdict.EXACT: (

@@ -10,16 +10,16 @@ from typing import Self
 from programmable_kv.account import Account, Meter
 from programmable_kv.cache.buffer import KVBuffer, Mark
 from programmable_kv.cache.span import Span
+from programmable_kv.edits.ranking import AttentionInfluence, Ranking
+from programmable_kv.edits.splicing import SKILL_MARK, SeamRepair, cut_at_skills, joined_values, splice
 from programmable_kv.errors import InvalidEditError, NotPrefilledError, OutOfStepError, UnknownFieldError
-from programmable_kv.model import Model
-from programmable_kv.notebook.context import Context, FieldState
-from programmable_kv.notebook.parts import Message, Rendered, Text, continuation, render_chat, unmark
-from programmable_kv.notebook.ranking import AttentionInfluence, Ranking
-from programmable_kv.notebook.skill import Skill, skills_among
-from programmable_kv.notebook.splicing import SKILL_MARK, SeamRepair, cut_at_skills, joined_values, splice
-from programmable_kv.notebook.units import Kind, TokenState, Unit, tokenised
-from programmable_kv.notebook.values import check_name, check_no_markers, check_role, check_template, check_value
-from programmable_kv.notebook.wording import DEFAULT_TEMPLATE
+from programmable_kv.ledger.context import Context, FieldState
+from programmable_kv.models.load import Model
+from programmable_kv.prompt.parts import Message, Rendered, Text, continuation, render_chat, unmark
+from programmable_kv.prompt.units import Kind, TokenState, Unit, tokenised
+from programmable_kv.prompt.values import check_name, check_no_markers, check_role, check_template, check_value
+from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
+from programmable_kv.skills.skill import Skill, skills_among
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from programmable_kv.account import Account
 from programmable_kv.cache.span import Span
+from programmable_kv.edits.splicing import SeamRepair, Spliced, splice
 from programmable_kv.errors import InvalidEditError
 from programmable_kv.notebook.cached_context import CachedContext
-from programmable_kv.notebook.skill import Skill
-from programmable_kv.notebook.splicing import SeamRepair, Spliced, splice
-from programmable_kv.notebook.units import Kind, TokenState
+from programmable_kv.prompt.units import Kind, TokenState
+from programmable_kv.skills.skill import Skill
 
 
 @dataclass(frozen=True, slots=True)

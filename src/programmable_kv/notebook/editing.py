@@ -9,15 +9,15 @@ import torch
 
 from programmable_kv.account import Account
 from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.edits.plan import DEFAULT_MODE, REFRESHES_FIELD, EditPlan, Mode, plan_edit
 from programmable_kv.engine import Rows
 from programmable_kv.errors import ContextOverflowError, InvalidEditError, TemplateError
+from programmable_kv.ledger.context import Context
 from programmable_kv.notebook.composition import Composition
-from programmable_kv.notebook.context import Context
-from programmable_kv.notebook.edits import DEFAULT_MODE, REFRESHES_FIELD, EditPlan, Mode, plan_edit
-from programmable_kv.notebook.parts import Message, Rendered, Text
-from programmable_kv.notebook.units import Kind, Unit, tokenised
-from programmable_kv.notebook.values import check_value
-from programmable_kv.notebook.wording import statement
+from programmable_kv.prompt.parts import Message, Rendered, Text
+from programmable_kv.prompt.units import Kind, Unit, tokenised
+from programmable_kv.prompt.values import check_value
+from programmable_kv.prompt.wording import statement
 
 _ERRATUM_ROLES = ("system", "user")
 

@@ -6,7 +6,7 @@ from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from programmable_kv.notebook.units import TokenState
+from programmable_kv.prompt.units import TokenState
 
 if TYPE_CHECKING:
     from programmable_kv.notebook.cached_context import CachedContext

@@ -20,18 +20,18 @@ import torch
 
 from programmable_kv.cache.buffer import KVBuffer, Mark
 from programmable_kv.cache.span import Span
+from programmable_kv.edits.plan import DEFAULT_MODE, Mode
+from programmable_kv.edits.splicing import SeamRepair
 from programmable_kv.engine import Rows
 from programmable_kv.errors import InvalidEditError, OutOfStepError, TemplateError
-from programmable_kv.model import Model
+from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision, best_of, option_ids, score
 from programmable_kv.notebook.editing import Editing, parse_mode
-from programmable_kv.notebook.edits import DEFAULT_MODE, Mode
-from programmable_kv.notebook.parts import Message, Rendered, Text
-from programmable_kv.notebook.skill import Skill
-from programmable_kv.notebook.splicing import SeamRepair
-from programmable_kv.notebook.units import Kind, Unit, tokenised
-from programmable_kv.notebook.values import check_no_markers
-from programmable_kv.notebook.wording import THINK_INSTRUCTION
+from programmable_kv.prompt.parts import Message, Rendered, Text
+from programmable_kv.prompt.units import Kind, Unit, tokenised
+from programmable_kv.prompt.values import check_no_markers
+from programmable_kv.prompt.wording import THINK_INSTRUCTION
+from programmable_kv.skills.skill import Skill
 
 _THOUGHT_ENDS = ", so"
 _THOUGHT_LIMIT = 48
@@ -321,7 +321,7 @@ class Notebook(Editing):
 
     def save(self, folder: str | Path) -> Path:
         """Write the notebook (text, fields, keys and values) to a folder, atomically. See `persistence.py`."""
-        from programmable_kv.notebook.persistence import save
+        from programmable_kv.storage.notebooks import save
 
         buffer = self._require_in_step()
         meter = self.model.engine.meter
@@ -339,7 +339,7 @@ class Notebook(Editing):
             FingerprintMismatchError: it was saved from another model, tokenizer or dtype.
             CorruptFileError: a file is missing, damaged, or of another format version.
         """
-        from programmable_kv.notebook.persistence import load
+        from programmable_kv.storage.notebooks import load
 
         with model.engine.meter.measure() as reading:
             notebook = load(Path(folder), model)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from programmable_kv.cache.span import Span
+from programmable_kv.edits.splicing import SeamRepair
 from programmable_kv.lab.composing.frame import Frame
 from programmable_kv.lab.composing.tasks import Task
-from programmable_kv.model import Model
+from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import likeliest, option_ids
-from programmable_kv.notebook.skill import Skill
-from programmable_kv.notebook.splicing import SeamRepair
+from programmable_kv.skills.skill import Skill
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from programmable_kv.lab.composing.frame import Place, frame_at
 from programmable_kv.lab.composing.horizon import SEED as HORIZON_SEED
 from programmable_kv.lab.composing.horizon import play
 from programmable_kv.lab.composing.suites import Suite
-from programmable_kv.model import Model
+from programmable_kv.models.load import Model
 from programmable_kv.records import Record, Recorder, bootstrap_mean, cluster_bootstrap, digest_of, wilson
 
 TURNS = 40

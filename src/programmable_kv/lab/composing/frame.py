@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from programmable_kv.adapter.phrasings import FILLERS
 from programmable_kv.demo.demo import policy
 from programmable_kv.errors import TemplateError
-from programmable_kv.model import Model
+from programmable_kv.models.load import Model
+from programmable_kv.scenarios.phrasings import FILLERS
 
 Area = Literal["system", "conversation"]
 TITLE = "House rules:\n"

@@ -13,7 +13,7 @@ from programmable_kv.lab.composing.arms import ALL_ARMS, FEW_ARMS, PREFACE_ARMS,
 from programmable_kv.lab.composing.frame import TITLE, Place
 from programmable_kv.lab.composing.tasks import Task
 from programmable_kv.lab.composing.tools import among, compiled_together, tool_requests
-from programmable_kv.notebook.skill import Preface
+from programmable_kv.skills.skill import Preface
 
 MIDDLE = Place("system", 512)
 PLACES = (Place("system", 64), MIDDLE, Place("conversation", 512), Place("system", 4096))

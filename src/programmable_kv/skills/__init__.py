@@ -1,0 +1,1 @@
+"""Texts compiled once and spliced wherever they are needed."""

@@ -1,0 +1,311 @@
+"""A skill: a text compiled once, alone, whose cache is spliced wherever it is needed.
+
+A policy, a tool's description, a document, a tool's result. Compiled alone it has seen nothing but itself, so its
+keys and values are right at any position, for any context, up to what its tokens would have read from whatever stands
+before them. That remainder is what seam repair is for, and a *preface*: text like what it will stand behind, which it
+reads while it is compiled, and which is not part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from programmable_kv.account import Account
+from programmable_kv.cache.segment import Segment
+from programmable_kv.cache.span import Span
+from programmable_kv.errors import FingerprintMismatchError, InvalidValueError, UnknownFieldError
+from programmable_kv.models.load import Model
+from programmable_kv.prompt.parts import Message, Text, message_alone, said, unmark
+from programmable_kv.prompt.units import Kind, Unit, tokenised
+from programmable_kv.prompt.values import check_name, check_no_markers, check_role, check_value
+from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
+
+Preface = str | Sequence[tuple[str, str]]
+"""raw text, or a conversation of (role, content) whose last message is left open: the skill stands inside of it"""
+
+
+@dataclass(frozen=True, slots=True)
+class Skill:
+    """A compiled text: its tokens (`unit`), the values of the fields in it, and its keys and values (`segment`)."""
+
+    name: str
+    unit: Unit
+    values: Mapping[str, str]
+    segment: Segment = field(repr=False)
+    fingerprint: str
+    """of the model that compiled it"""
+    account: Account
+    """what compiling it cost"""
+    preface: str = ""
+    """what it read while it was compiled, and does not hold"""
+    preface_ids: tuple[int, ...] = ()
+    """its tokens; without a preface the one that begins every text, where the tokenizer has one"""
+    rounded: bool = False
+    """kept in fewer bits than it was computed in: close, and never exact"""
+
+    @property
+    def text(self) -> str:
+        return self.unit.text
+
+    def __len__(self) -> int:
+        return len(self.unit)
+
+    @classmethod
+    def compile(
+        cls,
+        model: Model,
+        text: str,
+        values: Mapping[str, str] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        role: str | None = None,
+        preface: Preface = "",
+        **fields: str,
+    ) -> Skill:
+        """Compute a text alone (behind the token that begins every text, where the tokenizer has one), or behind a preface.
+
+        Args:
+            text: what it says; `{field}` placeholders as in `Notebook.message`.
+            values, fields: the fields' values; those of fields that are called `name`, `role` or `preface` in `values`.
+            name: what it is called in a context; a digest of its text and preface when None.
+            role: render it as a chat message of this role, to be spliced between turns (a tool's result, say).
+            preface: what it reads while it is computed, and that is then let go of: text of the kind that it will stand behind.
+                What it concludes from that stays in its keys and values. Behind just these tokens it is exact. With a `role`,
+                the preface's last message is closed.
+
+        Raises:
+            InvalidValueError: the text is empty, it or the preface has special tokens, or a name or value is not plain data.
+            UnknownFieldError: a field has no placeholder in the text.
+            ContextOverflowError: it is longer than the model's positions, the preface included.
+            TemplateError: the chat template does not take a message of that role, or the preface.
+        """
+        return compute_drafts(model, [Draft.of(model, text, {**(values or {}), **fields}, name, role, preface)])[0]
+
+    @classmethod
+    def compile_together(
+        cls,
+        model: Model,
+        texts: Mapping[str, str],
+        values: Mapping[str, str] | None = None,
+        /,
+        *,
+        preface: Preface = "",
+        between: str = "",
+        **fields: str,
+    ) -> list[Skill]:
+        """Compile several texts in one forward, each behind those before it: its preface is all of them.
+
+        Spliced in this order, behind the same preface and with the same text between them, all of them are exact. In another
+        order, or some of them only, each is a skill that has read those that stood before it, the values in them included.
+
+        Args:
+            texts: name -> text, in order; `{field}` placeholders as in `compile`. What changes often is best in the last.
+            values, fields: the fields' values, each for every text that has its placeholder.
+            preface: what the first one reads, and so all of them; as in `compile`.
+            between: text that stands between two of them, and belongs to neither ("\\n\\n" in an `Agent`). A placeholder in
+                it, or in the preface, stands for itself.
+
+        Raises:
+            InvalidValueError, UnknownFieldError, ContextOverflowError, TemplateError: as `compile`; or there is no text.
+        """
+        return compute_drafts(model, Draft.together(model, texts, {**(values or {}), **fields}, preface, between))
+
+    def check_fits(self, model: Model) -> None:
+        """
+        Raises:
+            FingerprintMismatchError: another model, tokenizer or dtype compiled it.
+        """
+        check_fingerprint(self.name, self.fingerprint, model)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A skill's text, tokenised and checked, before anything is computed."""
+
+    name: str
+    unit: Unit
+    values: Mapping[str, str]
+    preface: str
+    preface_ids: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, model: Model, text: str, fields: Mapping[str, str], name: str | None, role: str | None, preface: Preface
+    ) -> Draft:
+        """Arguments and errors as `Skill.compile`."""
+        _check_no_option(text, fields, {"name": name, "role": role, "preface": preface or None})
+        if role is not None:
+            check_role(role)
+        _check_fields(model, fields)
+        return cls._behind(model, text, fields, name, role, _read(model.tokenizer, preface, inside=role is None))
+
+    @classmethod
+    def together(
+        cls, model: Model, texts: Mapping[str, str], fields: Mapping[str, str], preface: Preface, between: str
+    ) -> list[Draft]:
+        """Each behind those before it. Arguments and errors as `Skill.compile_together`."""
+        if (
+            not texts
+            or not isinstance(texts, Mapping)
+            or not all(isinstance(it, str) for it in (*texts.values(), between))
+        ):
+            raise InvalidValueError(
+                "there is no text to compile: give at least one in a mapping, name -> text; `between` is a text too"
+            )
+        check_no_markers(between, model.tokenizer, "the text between skills")
+        _check_fields(model, fields)
+        for field_name in fields:
+            if field_name in texts:
+                raise InvalidValueError(
+                    f"{field_name} is the name of a text and of a field: call one of them something else"
+                )
+            if not any("{" + field_name + "}" in text for text in texts.values()):
+                raise UnknownFieldError(
+                    f"no text has a placeholder {{{field_name}}}. Write it where the value belongs, or do not give the value."
+                )
+        gap = tuple(model.tokenizer.encode(between, add_special_tokens=False))
+        read = _read(model.tokenizer, preface, inside=True)
+        drafts: list[Draft] = []
+        for name, text in texts.items():
+            _check_no_option(text, fields, {"preface": preface or None, "between": between or None})
+            own = {of: value for of, value in fields.items() if "{" + of + "}" in text}
+            draft = cls._behind(model, text, own, name, None, read)
+            drafts.append(draft)
+            read = (draft.preface + draft.unit.text + between, (*draft.preface_ids, *draft.unit.ids, *gap))
+        return drafts
+
+    @classmethod
+    def _behind(
+        cls,
+        model: Model,
+        text: str,
+        fields: Mapping[str, str],
+        name: str | None,
+        role: str | None,
+        read: tuple[str, tuple[int, ...]],
+    ) -> Draft:
+        """`fields` were checked. `read`: the preface as the model reads it, and its tokens."""
+        if not text:
+            raise InvalidValueError("the skill's text is empty")
+        check_no_markers(text, model.tokenizer, "the skill's text")
+        part = Text(text, tuple(fields))
+        part.check()
+        rendered = (
+            unmark(part.marked(fields)) if role is None else message_alone(model.tokenizer, Message(role, part), fields)
+        )
+        unit = tokenised(model.tokenizer, rendered, Kind.SKILL)
+        if name is None:
+            name = "skill_" + hashlib.sha256(f"{read[0]}{unit.text}".encode()).hexdigest()[:12]
+        check_name(name)
+        return cls(name, unit, dict(fields), *read)
+
+    @property
+    def end(self) -> int:
+        """Where it ends, the preface counted."""
+        return len(self.preface_ids) + len(self.unit)
+
+
+def compute_drafts(model: Model, drafts: Sequence[Draft]) -> list[Skill]:
+    """Compute drafts, each behind the one before it, in one forward from position 0.
+
+    Each one's account holds its own tokens and those between it and the one before: together they are what it all cost.
+    """
+    last = drafts[-1]
+    with model.engine.meter.measure() as reading:
+        buffer = model.engine.new_buffer(last.end)
+        model.engine.append(buffer, [*last.preface_ids, *last.unit.ids], logits=0)
+    skills: list[Skill] = []
+    paid = 0
+    for draft in drafts:
+        share = (draft.end - paid) / last.end
+        account = replace(reading.account, tokens_computed=draft.end - paid, seconds=share * reading.account.seconds)
+        segment = buffer.segment(Span(len(draft.preface_ids), draft.end), draft.unit.ids)
+        skills.append(
+            Skill(
+                draft.name,
+                draft.unit,
+                draft.values,
+                segment,
+                model.fingerprint,
+                account,
+                draft.preface,
+                draft.preface_ids,
+            )
+        )
+        paid = draft.end
+    return skills
+
+
+def _check_fields(model: Model, fields: Mapping[str, str]) -> None:
+    """
+    Raises:
+        InvalidValueError: a name or a value is not plain data.
+    """
+    for name, value in fields.items():
+        check_name(name)
+        check_value(name, value, model.tokenizer, DEFAULT_TEMPLATE, fields)
+
+
+def _check_no_option(text: str, fields: Mapping[str, str], options: Mapping[str, object]) -> None:
+    """
+    Raises:
+        InvalidValueError: an option that was given could have been meant as the value of a field of that name.
+    """
+    for option, given in options.items():
+        if given is not None and option not in fields and "{" + option + "}" in text:
+            raise InvalidValueError(
+                f"the text has a placeholder {{{option}}}, and {option}=... is the skill's own {option}, not a value for it. "
+                f"Give the value in a mapping of values: {{{option!r}: ...}}."
+            )
+
+
+def _read(tokenizer: Any, preface: Preface, *, inside: bool) -> tuple[str, tuple[int, ...]]:
+    """A preface as the model reads it, and its tokens; `inside`: the skill stands inside of its last message."""
+    if not preface:
+        return "", _beginning(tokenizer)
+    if isinstance(preface, str):
+        check_no_markers(preface, tokenizer, "the skill's preface")
+        return preface, tuple(tokenizer.encode(preface))
+    for message in preface:
+        if not isinstance(message, tuple | list) or len(message) != 2 or not all(isinstance(it, str) for it in message):
+            raise InvalidValueError(
+                f"a preface is a text, or a list of messages like ('system', 'Be polite.'); got {str(message)[:80]!r} in it"
+            )
+        role, content = message
+        check_role(role)
+        check_no_markers(content, tokenizer, "the skill's preface")
+    text = said(tokenizer, preface, left_open=inside)
+    return text, tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _beginning(tokenizer: Any) -> tuple[int, ...]:
+    """The token that begins every text, where the tokenizer puts one.
+
+    A text without it makes an attention sink of its first word, which no context does. Models that were always trained with
+    such a token (Gemma) read a splice of that much worse.
+    """
+    ids = tuple(tokenizer.encode(""))
+    return ids if ids == (tokenizer.bos_token_id,) else ()
+
+
+def check_fingerprint(name: str, fingerprint: str, model: Model) -> None:
+    """
+    Raises:
+        FingerprintMismatchError: the skill of that name was compiled by another model, tokenizer or dtype.
+    """
+    if fingerprint != model.fingerprint:
+        raise FingerprintMismatchError(
+            f"skill {name!r} was compiled by a model with fingerprint {fingerprint[:8]}, and this one's is "
+            f"{model.fingerprint[:8]} ('{model.name}'). Keys and values only fit the weights, tokenizer and dtype that made "
+            "them: compile it again."
+        )
+
+
+def skills_among(fields: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Skill]]:
+    """The plain values and the skills among a message's keyword arguments."""
+    skills = {name: value for name, value in fields.items() if isinstance(value, Skill)}
+    return {name: value for name, value in fields.items() if name not in skills}, skills

@@ -1,0 +1,1 @@
+"""Notebooks and skills on disk or at any fsspec URL."""

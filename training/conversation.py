@@ -1,0 +1,226 @@
+"""From a scenario to the token sequences the adapter is trained on.
+
+One training sequence is a conversation over one policy: several questions, with state updates in between
+that must be obeyed (the last one wins) or must not matter. Several supervised decisions share one policy, so a
+token of prefill teaches more. Only the assistant's words carry loss.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Protocol
+
+from programmable_kv.scenarios.grammar import Gate, Scenario, make_scenario
+from programmable_kv.scenarios.phrasings import Phrasing, Split, Stage, phrasing_of, question, update
+
+
+class Encoder(Protocol):
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+
+FULL_SHARE: dict[Stage, float] = {"hop": 0.12, "topics": 0.12, "hard": 0.25}
+"""of the conversations of a narrow late stage, how many are of the full mixture"""
+
+GATE_WEIGHTS: dict[Stage, tuple[int, int, int, int]] = {
+    "settle": (11, 4, 3, 2), "obey": (9, 8, 2, 1), "looked_up": (14, 4, 1, 1),
+}  # fmt: skip
+"""how often a policy has one gate, two, three and four"""
+FIRST_UPDATE_SHARE: dict[Stage, float] = {"settle": 0.85, "obey": 0.85, "looked_up": 0.85}
+"""of the conversations, how many open with updates: a first update alone was obeyed less often than the last of several"""
+REWRITTEN_SHARE: dict[Stage, float] = {"settle": 0.25, "obey": 0.1, "looked_up": 0.1}
+"""of the conversations, how many show the values of now in the policy, below answers from before"""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of text; `learned` marks the words the assistant must come to say."""
+
+    text: str
+    learned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """Token ids and, for each, whether the loss counts it."""
+
+    ids: list[int]
+    learned: list[bool]
+
+
+def _message(role: str, content: str) -> Piece:
+    return Piece(f"<|im_start|>{role}\n{content}<|im_end|>\n")
+
+
+def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "full") -> list[Piece]:
+    """Draw a scenario and a conversation about it (ChatML, or plain text for one in eight).
+
+    Training goes through the stages in order. On the full mixture alone, 80 steps left the loss at the plateau where an
+    option is guessed; looking a rule up is found where there is little else to look at, and then carries over. So is
+    choosing between two sets of rules by the topic.
+    """
+    phrasing = phrasing_of(split, stage)
+    if stage in FULL_SHARE and rng.random() < FULL_SHARE[stage]:
+        stage = "full"
+    late = stage in ("hop", "full", "topics", "hard", *GATE_WEIGHTS)
+    if stage == "pair":
+        scenario = make_scenario(rng, split, fillers=0, gates=1, two_hop=False, gated_values=2, stage=stage)
+        count = 1
+    elif stage == "short":
+        scenario = make_scenario(rng, split, fillers=rng.randint(0, 3), gates=1, two_hop=False, stage=stage)
+        count = rng.randint(2, 3)
+    elif stage == "hop":
+        told_apart = 2 if rng.random() < 0.5 else None
+        scenario = make_scenario(
+            rng,
+            split,
+            fillers=0,
+            gates=1,
+            two_hop=True,
+            gated_values=told_apart,
+            ordered=rng.random() < 0.6,
+            stage=stage,
+        )
+        count = rng.randint(2, 4)
+    elif stage == "topics":
+        told_apart = 2 if rng.random() < 0.4 else None
+        fillers = rng.randint(0, 2)
+        scenario = make_scenario(rng, split, fillers=fillers, gates=2, gated_values=told_apart, stage=stage)
+        count = rng.randint(4, 7)
+    elif stage == "hard":
+        gates, fillers = rng.randint(1, 2), min(12, int(rng.expovariate(1 / 3)))
+        told_apart = 2 if gates == 2 and rng.random() < 0.5 else None
+        two_hop = True if gates == 1 else None
+        scenario = make_scenario(
+            rng, split, fillers=fillers, gates=gates, two_hop=two_hop, gated_values=told_apart, stage=stage
+        )
+        count = rng.randint(5, 9)
+    elif stage in GATE_WEIGHTS:
+        gates = rng.choices((1, 2, 3, 4), weights=GATE_WEIGHTS[stage])[0]
+        two_hop = rng.random() < (0.75 if stage == "looked_up" else 0.5) if gates == 1 else None
+        scenario = make_scenario(rng, split, gates=gates, two_hop=two_hop, stage=stage)
+        count = gates + rng.randint(1, 3) if stage == "settle" else rng.randint(2, 4)
+    else:
+        scenario, count = make_scenario(rng, split, stage=stage), rng.randint(3, 6)
+    if stage in REWRITTEN_SHARE and rng.random() < REWRITTEN_SHARE[stage]:
+        return _rewritten(rng, phrasing, scenario, count + 2)
+    if rng.random() < 0.12:
+        return _plain(rng, phrasing, scenario, count)
+    pieces = [_message("system", scenario.text())]
+    values = dict(scenario.values)
+    for turn in range(count):
+        gate = rng.choice(scenario.gates)
+        think = rng.random() < (0.15 if late else 0.3) and stage != "pair"
+        asked = question(rng, phrasing, gate.topic, think=think)
+        opens = stage in ("obey", "looked_up") and not turn
+        lines = (
+            _updates(rng, phrasing, scenario, gate, values, single=opens and rng.random() < 0.75)
+            if turn
+            or (rng.random() < FIRST_UPDATE_SHARE.get(stage, 0.5 if late else 0.35) and stage not in ("pair", "short"))
+            else []
+        )
+        where = rng.random()
+        if where < 0.45 or not lines:
+            pieces += [_message("system", line) for line in lines]
+            pieces.append(_message("user", asked))
+        elif where < 0.8:
+            pieces.append(_message("user", asked))
+            pieces += [_message("system", line) for line in lines]
+        else:
+            pieces.append(_message("user", "\n".join([*lines, asked])))
+        answer = gate.thought(values[gate.field]) if think else gate.actions[values[gate.field]]
+        pieces += _answer(answer)
+    return pieces
+
+
+def _rewritten(rng: random.Random, phrasing: Phrasing, scenario: Scenario, count: int) -> list[Piece]:
+    """A conversation whose policy was rendered anew with the values of now: earlier answers were right for earlier ones.
+
+    So goes an agent that puts its state into the system message. Only answers that the shown values ask for are learned.
+    """
+    values = dict(scenario.values)
+    turns: list[tuple[str, Gate, str]] = []
+    for _ in range(count):
+        gate = rng.choice(scenario.gates)
+        if rng.random() < 0.5:
+            values[gate.field] = rng.choice([value for value in sorted(gate.actions) if value != values[gate.field]])
+        turns.append((question(rng, phrasing, gate.topic, think=False), gate, gate.actions[values[gate.field]]))
+    pieces = [_message("system", scenario.prompt.format_map(values))]
+    for asked, gate, answer in turns:
+        right = gate.actions[values[gate.field]] == answer
+        pieces += [_message("user", asked), *_answer(answer, learned=right)]
+    return pieces
+
+
+def _answer(text: str, *, learned: bool = True) -> list[Piece]:
+    return [Piece("<|im_start|>assistant\n"), Piece(f"{text}<|im_end|>", learned), Piece("\n")]
+
+
+def _plain(rng: random.Random, phrasing: Phrasing, scenario: Scenario, count: int) -> list[Piece]:
+    pieces = [Piece(scenario.text() + "\n")]
+    values = dict(scenario.values)
+    for turn in range(count):
+        gate = rng.choice(scenario.gates)
+        lines = _updates(rng, phrasing, scenario, gate, values) if turn else []
+        asked = question(rng, phrasing, gate.topic, think=False)
+        first, second = ("".join(f"\n{line}" for line in lines), f"\n{asked}")
+        if rng.random() < 0.5:
+            first, second = second, first
+        pieces += [Piece(f"{first}{second}\nAction:"), Piece(f" {gate.actions[values[gate.field]]}\n", learned=True)]
+    return pieces
+
+
+def _updates(
+    rng: random.Random,
+    phrasing: Phrasing,
+    scenario: Scenario,
+    gate: Gate,
+    values: dict[str, str],
+    *,
+    single: bool = False,
+) -> list[str]:
+    """Update lines before a question (a `single` one: of the field that decides it); `values` follows them."""
+    if single:
+        decided = gate.actions[values[gate.field]]
+        values[gate.field] = rng.choice([value for value in sorted(gate.actions) if gate.actions[value] != decided])
+        return [update(rng, phrasing, gate.field, values[gate.field])]
+    draw = rng.random()
+    # Often another gate's field, or the newest update alone would tell which rules the next question calls for.
+    about = rng.choice(scenario.gates) if rng.random() < 0.5 else gate
+    names: list[str] = []
+    if draw < 0.5:
+        names = [about.field]
+    elif draw < 0.65:
+        names = [about.field] * rng.randint(2, 3)
+    elif draw < 0.9 and scenario.irrelevant:
+        names = [rng.choice(sorted(scenario.irrelevant))]
+        if rng.random() < 0.4:
+            names.insert(rng.randint(0, 1), about.field)
+    elif draw < 0.95 and len(scenario.gates) > 1:
+        names = [rng.choice(scenario.gates).field]
+    by_field = {gate.field: gate for gate in scenario.gates}
+    lines = []
+    for name in names:
+        choices = sorted(by_field[name].actions) if name in by_field else list(scenario.irrelevant[name])
+        changed = [value for value in choices if value != values[name]]
+        if not changed:
+            continue
+        # Prefer a value whose action differs: an update that changes nothing teaches nothing.
+        if name in by_field:
+            actions = by_field[name].actions
+            telling = [value for value in changed if actions[value] != actions[values[name]]]
+            changed = telling if telling and rng.random() < 0.8 else changed
+        values[name] = rng.choice(changed)
+        lines.append(update(rng, phrasing, name, values[name]))
+    return lines
+
+
+def encode(pieces: list[Piece], tokenizer: Encoder) -> Sequence:
+    """Tokenise piece by piece: an answer's tokens never merge with what precedes it, as in decoding."""
+    ids: list[int] = []
+    learned: list[bool] = []
+    for piece in pieces:
+        piece_ids = tokenizer.encode(piece.text, add_special_tokens=False)
+        ids += piece_ids
+        learned += [piece.learned] * len(piece_ids)
+    return Sequence(ids, learned)
