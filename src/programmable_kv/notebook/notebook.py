@@ -319,30 +319,45 @@ class Notebook(Editing):
 
     # -- keeping -----------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the notebook (text, fields, keys and values) to a folder, atomically. See `persistence.py`."""
-        from programmable_kv.storage.notebooks import save
+    def save(self, where: str | Path) -> Path | str:
+        """Write the notebook (text, fields, keys and values) to a folder or any fsspec URL, in one step. Returns the place.
+
+        Raises:
+            NotPrefilledError: there is no cache to save yet.
+            CorruptFileError: something else than a saved notebook lies there.
+            StorageError: it cannot be written; what was saved there before is unchanged.
+        """
+        from programmable_kv.storage.notebooks import SavedNotebook, write
 
         buffer = self._require_in_step()
         meter = self.model.engine.meter
         with meter.measure() as reading:
-            path = save(self, Path(folder))
+            state = SavedNotebook(
+                self.erratum_template, tuple(self._messages), self.written_values, self._context, buffer.tensors()
+            )
+            place = write(state, where, self.model)
             meter.bytes_moved += buffer.nbytes
         self._account(reading.account, len(self._context))
-        return path
+        return place
 
     @classmethod
-    def load(cls, folder: str | Path, model: Model) -> Notebook:
+    def load(cls, where: str | Path, model: Model) -> Notebook:
         """Read a notebook that `save` wrote with the same model.
 
         Raises:
             FingerprintMismatchError: it was saved from another model, tokenizer or dtype.
-            CorruptFileError: a file is missing, damaged, or of another format version.
+            CorruptFileError: a file is missing, damaged, of another format version, or does not fit the model.
+            StorageError: it cannot be read.
         """
-        from programmable_kv.storage.notebooks import load
+        from programmable_kv.storage.notebooks import read
 
         with model.engine.meter.measure() as reading:
-            notebook = load(Path(folder), model)
+            state = read(where, model)
+            notebook = cls(model, erratum_template=state.erratum_template)
+            notebook._messages, notebook._values = list(state.messages), dict(state.values)
+            buffer = model.engine.new_buffer(len(state.context))
+            buffer.load_tensors(dict(state.tensors))
+            notebook._context, notebook._buffer = state.context, buffer
         notebook._account(reading.account, len(notebook))
         return notebook
 
