@@ -30,15 +30,21 @@ def same(one: Skill, two: Skill) -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.fixture(params=["folder", "memory"])
+@pytest.fixture(params=["folder", "memory", "backend"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> SkillStore:
-    where: Any = tmp_path / "skills" if request.param == "folder" else f"memory://{tmp_path.name}"
-    return SkillStore(where)
+    """The store on a folder, on a filesystem of fsspec, and on a backend of one's own."""
+    places: dict[str, Any] = {
+        "folder": tmp_path / "skills",
+        "memory": f"memory://{tmp_path.name}",
+        "backend": DictBlobs(),
+    }
+    return SkillStore(places[request.param])
 
 
 def test_what_is_put_in_comes_out(store: SkillStore) -> None:
     skill = Skill.compile(tiny(), TEXT, name="refunds", tier="gold")
     entry = store.put(skill)
+    assert len(entry.key) == 32
     for which in ("refunds", entry.key, entry.key[:10]):
         same(store.get(tiny(), which), skill)
     same(store.get(tiny(), "refunds", verify=False), skill)
@@ -87,28 +93,103 @@ def test_other_models_and_unknown_names_are_refused(store: SkillStore) -> None:
         store.entry("refunds")
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest", "ids", "renamed"])
-def test_nothing_corrupt_is_served(tmp_path: Path, damage: str) -> None:
-    store = SkillStore(tmp_path)
-    key = store.put(Skill.compile(tiny(), TEXT, name="refunds", tier="gold")).key
-    tensors, manifest = tmp_path / f"{key}.safetensors", tmp_path / f"{key}.json"
+DAMAGES = ("flip", "cut", "empty", "gone", "folder", "manifest", "emptied", "ids", "renamed", "replaced")
+
+
+def damaged(folder: Path, entry: Entry, damage: str) -> str:
+    """Damage an entry; returns the key under which it is to be found."""
+    tensors, manifest = folder / entry.tensors, folder / f"{entry.key}.json"
     body = bytearray(tensors.read_bytes())
     if damage == "flip":
         body[-7] ^= 4
         tensors.write_bytes(bytes(body))
     elif damage == "cut":
         tensors.write_bytes(bytes(body[:-9]))
+    elif damage == "empty":
+        tensors.write_bytes(b"")
     elif damage == "gone":
         tensors.unlink()
+    elif damage == "folder":
+        for path in (tensors, manifest):
+            path.unlink()
+            path.mkdir()
+            (path / "something").write_text("of somebody's")
     elif damage == "manifest":
         manifest.write_text(manifest.read_text()[:-20])
+    elif damage == "emptied":
+        manifest.write_bytes(b"")
     elif damage == "ids":
-        manifest.write_text(manifest.read_text().replace('"ids": [', '"ids": [7, '))
+        manifest.write_text(manifest.read_text().replace('"ids":[', '"ids":[7,'))
+    elif damage == "replaced":
+        other = SkillStore(folder).put(Skill.compile(tiny(), "another text.", name="another"))
+        manifest.write_bytes((folder / f"{other.key}.json").read_bytes())
     else:
-        key = "0" * 32
-        manifest.rename(tmp_path / f"{key}.json")
+        manifest.rename(folder / f"{'0' * 32}.json")
+        return "0" * 32
+    return entry.key
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_nothing_corrupt_is_served(tmp_path: Path, damage: str) -> None:
+    store = SkillStore(tmp_path)
+    key = damaged(tmp_path, store.put(Skill.compile(tiny(), TEXT, name="refunds", tier="gold")), damage)
     with pytest.raises(CorruptFileError):
         store.get(tiny(), key)
+    with pytest.raises(CorruptFileError):
+        store.verify(key)
+    with pytest.raises(CorruptFileError):
+        store.export(key, tmp_path / "out.skill")
+    assert not (tmp_path / "out.skill").exists()
+    store.remove(key)
+    with pytest.raises(UnknownSkillError):
+        store.get(tiny(), key)
+    assert not [path for path in tmp_path.glob(f"{key}*") if path.is_file()]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_damaged_is_compiled_again(tmp_path: Path, damage: str) -> None:
+    model, store = tiny(), SkillStore(tmp_path)
+    texts = {"policy": TEXT, "dates": "dates come first.\n"}
+    whole = store.compile_together(model, texts, tier="gold")
+    damaged(tmp_path, store.entry("policy"), damage)
+    for computes in (True, False):
+        skills = store.compile_together(model, texts, tier="gold")
+        assert [skill.account.tokens_computed > 0 for skill in skills] == [computes] * 2
+        for one, two in zip(skills, whole, strict=True):
+            same(one, two)
+    damaged(tmp_path, store.entry("policy"), damage)
+    assert store.compile(model, TEXT, tier="gold").account.tokens_computed > 0
+    assert store.compile(model, TEXT, tier="gold").account.tokens_computed == 0
+
+
+def test_no_flipped_bit_is_served(tmp_path: Path) -> None:
+    """One bit of every byte of both files. Tensors are refused too when their digest is checked, wherever the bit is."""
+    model, store = tiny(), SkillStore(tmp_path)
+    entry = store.put(Skill.compile(model, "no.", name="short"))
+    for path in (tmp_path / f"{entry.key}.json", tmp_path / entry.tensors):
+        whole = path.read_bytes()
+        for place in range(len(whole)):
+            spoiled = bytearray(whole)
+            spoiled[place] ^= 1 << place % 8
+            path.write_bytes(bytes(spoiled))
+            with pytest.raises(CorruptFileError):
+                store.get(model, entry.key)
+        path.write_bytes(whole)
+    assert store.get(model, entry.key).name == "short"
+
+
+def test_an_older_format_is_told_apart_from_damage(tmp_path: Path) -> None:
+    store = SkillStore(tmp_path)
+    key = store.put(Skill.compile(tiny(), "one thing.", name="one")).key
+    old = {"format": 1, "key": key, "name": "one", "fingerprint": "x", "preface_ids": [1, 2]}
+    (tmp_path / f"{key}.json").write_text(json.dumps(old, indent=1))
+    with pytest.raises(CorruptFileError, match="format 1, and this version reads and writes format 2.*compile"):
+        store.get(tiny(), key)
+    (tmp_path / f"{key}.json").write_bytes(seal(b'{"format": 3, "key": "of a later version"}'))
+    with pytest.raises(CorruptFileError, match="format 3"):
+        store.get(tiny(), key)
+    store.put(Skill.compile(tiny(), "another thing.", name="two"))
+    assert len(list(tmp_path.glob(f"{key}.*.safetensors"))) == 1, "the tensors of another version are not ours to clear"
 
 
 def test_export_and_import(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ together has prefaces that grow with it, and manifests are read for every listin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,26 +48,24 @@ class Unpacked:
     preface_ids: tuple[int, ...]
 
 
-def unpacked(
+def check_packed(
     tensors: Mapping[str, torch.Tensor],
     entry: Entry,
-    shapes: tuple[LayerShape, ...],
+    shapes: Sequence[LayerShape],
     where: str,
     *,
-    device: torch.device | None = None,
     limit: int | None = None,
     finite: bool = True,
-) -> Unpacked:
-    """The skill that a manifest and its tensors describe.
+) -> None:
+    """Are these the tensors of the skill that a manifest describes?
 
     Args:
         shapes: what the model caches in each layer.
-        device: where its keys and values go.
         limit: how many positions the model has.
         finite: look at every number too.
 
     Raises:
-        CorruptFileError: the tensors are not those of such a skill of this model.
+        CorruptFileError: they are not.
     """
     int8 = entry.precision == "int8"
     check = TensorCheck(tensors, where, len(entry.unit.ids), finite)
@@ -79,11 +77,25 @@ def unpacked(
             _check_levels(check, layer, shape)
         else:
             check.cached(layer, shape)
-    preface, preface_ids = _preface(tensors, entry, where)
+    _preface(tensors, entry, where)
+
+
+def unpacked(
+    tensors: Mapping[str, torch.Tensor],
+    entry: Entry,
+    shapes: Sequence[LayerShape],
+    where: str,
+    device: torch.device,
+) -> Unpacked:
+    """The skill that a manifest and its tensors describe, once `check_packed` has passed them.
+
+    Raises:
+        CorruptFileError: the preface is not the manifest's.
+    """
 
     def each(name: str, shape: CachedShape) -> torch.Tensor:
-        tensor = dequantised(tensors, name, shape.dtype) if int8 else tensors[name]
-        return tensor.to(device) if device is not None else tensor
+        int8 = entry.precision == "int8"
+        return (dequantised(tensors, name, shape.dtype) if int8 else tensors[name]).to(device)
 
     segment = Segment(
         entry.unit.ids,
@@ -91,7 +103,7 @@ def unpacked(
         tuple(each(f"keys.{layer}", shape["keys"]) for layer, shape in enumerate(shapes)),
         tuple(each(f"values.{layer}", shape["values"]) for layer, shape in enumerate(shapes)),
     )
-    return Unpacked(segment, preface, preface_ids)
+    return Unpacked(segment, *_preface(tensors, entry, where))
 
 
 def _check_levels(check: TensorCheck, layer: int, shape: LayerShape) -> None:

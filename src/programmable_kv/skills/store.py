@@ -25,7 +25,7 @@ from programmable_kv.errors import CorruptFileError, InvalidArgumentError, Inval
 from programmable_kv.models.fetch import home
 from programmable_kv.models.load import Model
 from programmable_kv.skills.entries import Entries, check_key, new_name
-from programmable_kv.skills.packing import packed, shapes_in, unpacked
+from programmable_kv.skills.packing import check_packed, packed, shapes_in, unpacked
 from programmable_kv.skills.skill import Draft, Preface, Skill, check_fingerprint, compute_drafts
 from programmable_kv.storage.archive import read_archive, write_archive
 from programmable_kv.storage.files import Blobs, blobs_at, sha256_of
@@ -175,7 +175,7 @@ class SkillStore:
 
     def _rounded(self, model: Model, skill: Skill, entry: Entry) -> Skill:
         shapes = self._shapes_of(model)
-        content = unpacked(packed(skill, int8=True), entry, shapes, entry.tensors, device=model.engine.device)
+        content = unpacked(packed(skill, int8=True), entry, shapes, entry.tensors, model.engine.device)
         return replace(skill, segment=content.segment, rounded=True)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -193,15 +193,9 @@ class SkillStore:
         check_fingerprint(entry.name, entry.fingerprint, model)
         entry, tensors, where = self._tensors(entry, verify=verify)
         entry.check(model, where)
-        content = unpacked(
-            tensors,
-            entry,
-            self._shapes_of(model),
-            where,
-            device=model.engine.device,
-            limit=model.position_limit,
-            finite=verify,
-        )
+        shapes = self._shapes_of(model)
+        check_packed(tensors, entry, shapes, where, limit=model.position_limit, finite=verify)
+        content = unpacked(tensors, entry, shapes, where, model.engine.device)
         self._entries.touch(entry.key)
         return Skill(
             entry.name,
@@ -283,7 +277,7 @@ class SkillStore:
         body, manifest = read_archive(path, _CARRIED)
         entry = Entry.read(manifest, str(path))
         check_key(entry, str(path))
-        if sha256_of(body) != entry.tensors_sha256:
+        if len(body) != entry.nbytes or sha256_of(body) != entry.tensors_sha256:
             raise CorruptFileError(f"{path} was damaged or changed: export the skill again")
         _check_content(entry, body, str(path))
         entry = entry.model_copy(update={"tensors": new_name(entry.key)})
@@ -321,4 +315,4 @@ def _check_content(entry: Entry, body: bytes, where: str) -> None:
         CorruptFileError: the tensors are not a skill's, whatever the model.
     """
     tensors = read_tensors(body, where)
-    unpacked(tensors, entry, shapes_in(tensors, where), where)
+    check_packed(tensors, entry, shapes_in(tensors, where), where)
