@@ -2,47 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from backends import DictBlobs
 from programmable_kv.errors import CorruptFileError, InvalidArgumentError, StorageError
-from programmable_kv.storage.files import Blob, Blobs, blobs_at
+from programmable_kv.storage.files import Blobs, blobs_at
 from programmable_kv.storage.local import LocalBlobs
-
-
-class DictBlobs(Blobs):
-    """The smallest backend: a dictionary. What a Redis or database backend would look like."""
-
-    def __init__(self) -> None:
-        super().__init__("a dictionary")
-        self.held: dict[str, bytes] = {}
-        self.used: dict[str, float] = {}
-        self._clock = 1.0
-
-    def _read(self, name: str) -> bytes:
-        if name not in self.held:
-            raise FileNotFoundError(name)
-        return self.held[name]
-
-    def _write(self, name: str, body: bytes) -> None:
-        self.held[name] = body
-        self._touch(name)
-
-    def _exists(self, name: str) -> bool:
-        return name in self.held
-
-    def _list(self) -> Iterator[Blob]:
-        yield from [Blob(name, len(body), self.used[name]) for name, body in self.held.items()]
-
-    def _remove(self, name: str) -> None:
-        self.held.pop(name, None)
-
-    def _touch(self, name: str) -> None:
-        if name in self.held:
-            self._clock += 1
-            self.used[name] = self._clock
 
 
 @pytest.fixture(params=["folder", "memory", "backend"])
@@ -75,7 +42,23 @@ def test_touching_never_creates(blobs: Blobs) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../x", "a/b", "a\\b", "/etc/passwd", "a/../b", "x..y", ".hidden", "a\n", "a\0b", "é", "x" * 200, 7],
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/b",
+        "a\\b",
+        "/etc/passwd",
+        "a/../b",
+        "x..y",
+        ".hidden",
+        "a\n",
+        "a\0b",
+        "é",
+        "x" * 200,
+        7,
+    ],
 )
 def test_a_name_that_is_not_flat_is_refused(blobs: Blobs, name: str) -> None:
     for operation in (
