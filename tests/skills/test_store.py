@@ -29,6 +29,7 @@ from programmable_kv.errors import (
 )
 from programmable_kv.prompt.units import TokenState
 from programmable_kv.skills.store import Entry, SkillStore
+from programmable_kv.storage.files import Blob
 from programmable_kv.storage.local import LocalBlobs
 from programmable_kv.storage.sealed import seal
 
@@ -486,3 +487,27 @@ def test_what_is_no_exported_skill_is_refused(tmp_path: Path, kind: str) -> None
     with pytest.raises(error):
         other.import_file(bad)
     assert not (tmp_path / "other").exists()
+
+
+def test_an_entry_that_is_replaced_while_it_is_listed_is_not_damaged(tmp_path: Path) -> None:
+    skill = Skill.compile(tiny(), TEXT, name="refunds", tier="gold")
+    other = SkillStore(tmp_path)
+
+    class Busy(LocalBlobs):
+        """Another process writes the entry anew after the listing, and again after the manifest was read."""
+
+        def _list(self) -> Iterator[Blob]:
+            found = list(super()._list())
+            other.put(skill)
+            return iter(found)
+
+        def _exists(self, name: str) -> bool:
+            if name.endswith(".safetensors") and not seen:
+                seen.append(name)
+                other.put(skill)
+            return super()._exists(name)
+
+    seen: list[str] = []
+    other.put(skill)
+    entries, damaged = SkillStore(Busy(tmp_path)).inventory()
+    assert ([entry.name for entry in entries], damaged, len(seen)) == (["refunds"], [], 1)

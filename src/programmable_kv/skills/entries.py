@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Container
 from contextlib import suppress
 from pathlib import Path
 
@@ -79,17 +79,29 @@ class Entries:
         intact, damaged = [], []
         for _, key in sorted(manifests, key=lambda item: -item[0].used_at):
             try:
-                entry = self.read(key)
+                entry = self._complete(key, listed)
             except CorruptFileError:
                 damaged.append(key)
                 continue
-            if entry is None:
-                continue  # evicted since it was listed
-            if entry.tensors in listed or self.blobs.exists(entry.tensors):
+            if entry is not None:  # or else it was evicted since it was listed
                 intact.append(entry)
-            else:
-                damaged.append(key)
         return intact, damaged
+
+    def _complete(self, key: str, listed: Container[str]) -> Entry | None:
+        """The manifest of a key whose tensors are there too; None if there is none.
+
+        Raises:
+            CorruptFileError: it is damaged, or its tensors are missing.
+        """
+        missing = ""
+        for _ in range(_ATTEMPTS):
+            entry = self.read(key)
+            if entry is None or entry.tensors in listed or self.blobs.exists(entry.tensors):
+                return entry
+            if entry.tensors == missing:
+                break
+            missing = entry.tensors  # unless the entry was replaced just now: look again
+        raise CorruptFileError(f"the tensors {self.place(missing)} are missing: {Entry.AGAIN}")
 
     def find(self, which: str, fingerprint: str | None = None) -> str:
         """The key that a key, a name or the beginning of a key stands for, looked up in this order.
