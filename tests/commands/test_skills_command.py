@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import tiny
+from programmable_kv import Skill
 from programmable_kv.commands.skills import app
 from programmable_kv.errors import CorruptFileError, InvalidArgumentError, StorageError, UnknownSkillError
 from programmable_kv.skills.store import SkillStore
@@ -116,6 +117,14 @@ def test_what_cannot_be_used_is_named_and_can_be_removed(model: str, policy: str
     assert key in done.stderr.replace("\n", "")
     pkv("rm", key[:8], *store)
     assert list((tmp_path / "skills").iterdir()) == []
+
+
+def test_an_imported_manifest_does_not_steer_the_terminal(tmp_path: Path) -> None:
+    store = SkillStore(tmp_path)
+    store.put(Skill.compile(tiny(), "one thing.", name="one"), model_name="\x1b[2J[red]evil")
+    shown = pkv("list", "--store", str(tmp_path))
+    assert "\x1b[2J" not in shown
+    assert "[red]evil" in shown.replace("\n", "").replace(" ", "").replace("│", "")
 
 
 def test_these_commands_import_nothing_heavy_before_they_run() -> None:

@@ -511,3 +511,15 @@ def test_an_entry_that_is_replaced_while_it_is_listed_is_not_damaged(tmp_path: P
     other.put(skill)
     entries, damaged = SkillStore(Busy(tmp_path)).inventory()
     assert ([entry.name for entry in entries], damaged, len(seen)) == (["refunds"], [], 1)
+
+
+def test_a_skill_whose_name_is_not_plain_is_not_kept(store: SkillStore) -> None:
+    skill = replace(Skill.compile(tiny(), "one thing.", name="one"), name="[red]one")
+    with pytest.raises(InvalidValueError, match="letters"):
+        store.put(skill)
+    assert store.entries() == []
+
+
+def test_a_limit_is_a_number_of_bytes(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="bytes"):
+        SkillStore(tmp_path, limit=-1)
