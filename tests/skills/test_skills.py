@@ -618,7 +618,10 @@ def test_any_composition_keeps_its_books_and_can_be_made_exact(data: st.DataObje
                 notebook.add("user", "now?")
                 notebook.rollback(mark)
                 assert notebook.ids == ids
-        except (InvalidEditError, UnknownPartError):  # a slot inside a value, a character, or the part itself: refused, and nothing changed
+        except (
+            InvalidEditError,
+            UnknownPartError,
+        ):  # a slot inside a value, a character, or the part itself: refused, and nothing changed
             pass
         assert notebook.cache.length == len(notebook.ids) == len(notebook.states)
         assert notebook.cache.dense
