@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from programmable_kv.commands.common import ModelOption, err, out, pairs, read_text
 
-app = typer.Typer(help="Skills: texts compiled once, kept, and spliced anywhere.", no_args_is_help=True)
+app = typer.Typer(
+    help="Skills: texts compiled once, kept, and spliced anywhere.", no_args_is_help=True, rich_markup_mode=None
+)
 
 SkillArgument = Annotated[str, typer.Argument(help="a name, a key, or the start of one")]
 StoreOption = Annotated[
@@ -68,6 +69,8 @@ def skills_list(store: StoreOption = None, as_json: Annotated[bool, typer.Option
             json.dumps([entry.model_dump(mode="json", exclude={"unit", "preface_ids"}) for entry in entries], indent=1)
         )
         return
+    from rich.table import Table
+
     table = Table()
     for column in ("name", "key", "model", "tokens", "of preface", "precision", "bytes"):
         table.add_column(column)
