@@ -6,6 +6,7 @@ Every command's help imports this module, so it imports rich only when something
 from __future__ import annotations
 
 import csv
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from programmable_kv.errors import InvalidArgumentError, InvalidValueError
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
+
+    from programmable_kv import Model
 
 STDIN = "-"
 
@@ -57,6 +60,19 @@ err = Output(stderr=True)
 
 ModelOption = Annotated[str, typer.Option("--model", help="'embedded', a Hub id, a folder, or a .gguf file")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="the record's file; by default in results/")]
+
+
+def load(name: str, **options: Any) -> Model:
+    """`load_model` for a command, with the garbage collector paused: importing torch and transformers makes objects by the
+    million that all stay, and looking through them again and again is a sixth of the start."""
+    gc.disable()
+    try:
+        from programmable_kv import load_model
+
+        return load_model(name, **options)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def read_bytes(path: Path) -> bytes:

@@ -16,6 +16,7 @@ from programmable_kv.commands.common import (
     decoded,
     err,
     listed,
+    load,
     out,
     pairs,
     progress,
@@ -40,11 +41,10 @@ def demo(
     page: Annotated[Path, typer.Option(help="where to write the HTML page")] = Path("pkv-demo.html"),
 ) -> None:
     """Flip four fields of one cached policy; every edit mode against a full prefill."""
-    from programmable_kv import load_model
     from programmable_kv.demo.demo import CASES, VALUES, html_page, run
 
     page.parent.mkdir(parents=True, exist_ok=True)
-    loaded = load_model(model)
+    loaded = load(model)
     results = []
     with progress("Editing a cached policy", len(CASES)) as report:
         for number, result in enumerate(run(loaded), start=1):
@@ -95,9 +95,7 @@ def edit(
     _check_fields(text, fields, changes)
     modes = _modes(mode)
 
-    from programmable_kv import load_model
-
-    loaded = load_model(model)
+    loaded = load(model)
     raw = raw or not loaded.has_chat_template
     notebook = _cached(loaded, text, fields, ask, raw=raw)
     end = "Answer:" if raw else None  # after what an edit appends

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def _progress() -> Iterator[Callable[[str, int | None], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # this one, also while `sys.stderr` is redirected
     said: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -196,7 +197,8 @@ def _check_digest(path: Path, what: str) -> None:
 
 def _convert(gguf: Path, target: Path, adapter: Path | None) -> Path:
     """Dequantise, join with the adapter, and write float16 safetensors, the tokenizer and a manifest."""
-    with quiet_transformers():
+    # The reader of GGUF files shows a bar of its own, which no setting turns off. Errors come as exceptions all the same.
+    with quiet_transformers(), redirect_stderr(io.StringIO()):
         _write_converted(gguf, target, adapter)
     (target / "provenance.json").write_text(
         json.dumps({"base": GGUF_NAME, "sha256": GGUF_SHA256, "adapter": adapter is not None}), encoding="utf-8"

@@ -87,8 +87,6 @@ def load_model(
     given = {"revision": revision, "token": token, "gguf_file": source.gguf_file}
     shared: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     shared["trust_remote_code"] = trust_remote_code  # left out, transformers would ask on the terminal
-    if source.local_files_only:
-        shared["local_files_only"] = True
     identity = FileIdentity.of(source, dtype=str(arguments["dtype"]), attention=str(attention))
     register_attention()
     model, tokenizer = _pretrained(str(name), source, shared, arguments)
@@ -132,11 +130,11 @@ def _pretrained(name: str, source: Source, shared: dict[str, Any], arguments: di
             tokenizer = AutoTokenizer.from_pretrained(source.place, **shared)
     # Damaged files and foreign code raise whatever their readers raise; to the caller each of them says the same.
     except Exception as error:
-        hint = (
-            "The file may be cut off: fetch it again."
-            if source.gguf_file
-            else "Check the name, the files and the network."
-        )
+        hint = "Check the name, the files and the network."
+        if "trust_remote_code" in str(error):
+            hint = "Read that code, and pass trust_remote_code=True to run it."
+        elif source.gguf_file is not None:
+            hint = "The file may be cut off: fetch it again."
         raise ModelUnavailableError(f"could not load '{name}': {_first_line(error)} {hint}") from error
     return model, tokenizer
 

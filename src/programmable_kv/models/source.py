@@ -25,8 +25,6 @@ class Source:
     """the local folder; None for a Hub id"""
     gguf_file: str | None = None
     """the name of a GGUF file in the folder"""
-    local_files_only: bool = False
-    """for a Hub id: the Hub cannot be reached, and its files are in the Hub's cache"""
 
 
 def find_source(name: str | Path, *, revision: str | None = None) -> Source:
@@ -96,8 +94,8 @@ def _on_the_hub(name: str, revision: str | None) -> Source:
         ) from error
     if _hub_answers():
         return Source(name, None)
-    if isinstance(cached, str):
-        return Source(name, None, local_files_only=True)
+    if isinstance(cached, str):  # as a folder, because transformers asks the Hub for some files whatever it is told
+        return Source(str(Path(cached).parent), Path(cached).parent)
     raise ModelUnavailableError(
         f"could not load '{name}': there is no such folder, the Hub cannot be reached, and its cache here does not hold the "
         f"model. Check the spelling and the network. {_FORMS}"
