@@ -37,7 +37,6 @@ def saved(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-@pytest.mark.weights
 def test_the_embedded_model_is_the_base_plus_the_adapter(embedded: Any) -> None:
     from safetensors.torch import load_file
 
@@ -63,7 +62,6 @@ def test_the_adapter_is_small_and_comes_with_its_record() -> None:
     assert all(figure["n"] >= 200 for figure in summary["held_out"].values())
 
 
-@pytest.mark.weights
 def test_loaded_with_attention_that_does_not_repeat_keys(embedded: Any) -> None:
     assert embedded.engine.model.config._attn_implementation == GROUPED_SDPA
     assert embedded.dtype is torch.float32
