@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from programmable_kv.engine import Engine
 
 
-
 def pytest_configure() -> None:
     """Where tests run in parallel, each process has one thread, and so have the processes it starts."""
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -12,9 +12,9 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from programmable_kv.account import Account
     from programmable_kv.agent.agent import Agent, Turn
     from programmable_kv.cache.span import Span
-    from programmable_kv.edits.plan import Mode
+    from programmable_kv.edits.modes import Mode
     from programmable_kv.edits.ranking import AttentionInfluence, RandomOrder, Recency
-    from programmable_kv.edits.splicing import SeamRepair
+    from programmable_kv.edits.seam import SeamRepair
     from programmable_kv.engine import Engine, Rows
     from programmable_kv.errors import (
         AlreadyPrefilledError,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from programmable_kv.models.load import Model, load_model, wrap_model
     from programmable_kv.notebook.decision import Decision
     from programmable_kv.notebook.notebook import Notebook
-    from programmable_kv.prompt.units import TokenState
+    from programmable_kv.states import TokenState
     from programmable_kv.skills.skill import Skill
     from programmable_kv.skills.store import SkillStore
 
@@ -77,7 +77,7 @@ _MODULE_OF = {
     "InvalidValueError": "errors",
     "MissingDataError": "errors",
     "MissingExtraError": "errors",
-    "Mode": "edits.plan",
+    "Mode": "edits.modes",
     "Model": "models.load",
     "ModelError": "errors",
     "ModelUnavailableError": "errors",
@@ -90,14 +90,14 @@ _MODULE_OF = {
     "Recency": "edits.ranking",
     "RecordError": "errors",
     "Rows": "engine",
-    "SeamRepair": "edits.splicing",
+    "SeamRepair": "edits.seam",
     "Skill": "skills.skill",
     "SkillStore": "skills.store",
     "Span": "cache.span",
     "StateError": "errors",
     "StorageError": "errors",
     "TemplateError": "errors",
-    "TokenState": "prompt.units",
+    "TokenState": "states",
     "TrainingError": "errors",
     "Turn": "agent.agent",
     "UnknownFieldError": "errors",

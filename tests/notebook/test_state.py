@@ -19,7 +19,7 @@ from programmable_kv.errors import (
     OutOfStepError,
 )
 from programmable_kv.notebook.html import COLOURS
-from programmable_kv.prompt.units import TokenState, weakest
+from programmable_kv.states import TokenState, weakest
 from reference import assert_rows_equal, full_forward
 
 

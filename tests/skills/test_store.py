@@ -15,7 +15,7 @@ import torch
 from conftest import tiny
 from programmable_kv import Notebook, SeamRepair, Skill
 from programmable_kv.errors import CorruptFileError, FingerprintMismatchError, InvalidValueError, UnknownSkillError
-from programmable_kv.prompt.units import TokenState
+from programmable_kv.states import TokenState
 from programmable_kv.skills.store import SkillStore
 
 TEXT = "refund policy: if the tier is {tier} refund, else deny. reply only with the action.\n"

@@ -23,7 +23,6 @@ from programmable_kv.commands.common import (
     read_bytes,
 )
 from programmable_kv.errors import (
-    InvalidArgumentError,
     InvalidOptionsError,
     TemplateError,
     UnknownFieldError,
@@ -176,13 +175,10 @@ def _check_fields(text: str, fields: dict[str, str], changes: dict[str, str]) ->
 
 def _modes(names: Iterable[str] | None) -> list[Mode]:
     """Full prefill, which is the oracle, and after it the modes asked for, or all."""
-    from programmable_kv import Mode
+    from programmable_kv.edits.modes import Mode, parse_mode
 
-    known = {str(mode): mode for mode in Mode}
-    wanted = set(names or known)
-    for name in wanted - set(known):
-        raise InvalidArgumentError(f"there is no edit mode {name!r}; the modes are: {', '.join(known)}")
-    return [Mode.FULL, *(mode for name, mode in known.items() if name in wanted and mode is not Mode.FULL)]
+    wanted = {parse_mode(name) for name in names} if names else set(Mode)
+    return [Mode.FULL, *(mode for mode in Mode if mode in wanted and mode is not Mode.FULL)]
 
 
 def _cached(model: Model, text: str, fields: dict[str, str], ask: str, *, raw: bool) -> Notebook:
@@ -212,7 +208,7 @@ def _tried(notebook: Notebook, end: str | None, choices: list[str], changes: dic
         return _Trial(mode, None, str(error))
     finally:
         notebook.rollback(mark)
-    return _Trial(mode, decision, decision.account.note)
+    return _Trial(mode, decision, decision.account.why)
 
 
 def _table(title: str, before: Decision) -> Table:
