@@ -51,9 +51,9 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from programmable_kv.models.load import Model, load_model, wrap_model
     from programmable_kv.notebook.decision import Decision
     from programmable_kv.notebook.notebook import Notebook
-    from programmable_kv.states import TokenState
     from programmable_kv.skills.skill import Skill
     from programmable_kv.skills.store import SkillStore
+    from programmable_kv.states import TokenState
 
 __version__ = "0.1.0"
 

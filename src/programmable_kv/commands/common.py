@@ -161,11 +161,11 @@ def command() -> str:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr; the block gets `report(done, total)`."""
+    """A bar on stderr, if that is a terminal; the block gets `report(done, total)`."""
     console = err.console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)
         yield lambda done, total: bar.update(task, completed=done, total=total)

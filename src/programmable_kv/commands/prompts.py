@@ -51,9 +51,9 @@ def demo(
             report(number, len(CASES))
     for case, before, outcomes in results:
         table = _table(f"{case.field}: {VALUES[case.field]} → {case.value}", before)
-        table.add_column("times faster", justify="right")
+        table.add_column("faster", justify="right", no_wrap=True)
         for o in outcomes:
-            table.add_row(*_cells(o.mode, o.decision, o.agrees), f"{o.ratio:.1f}")
+            table.add_row(*_cells(o.mode, o.decision, o.agrees), f"{o.ratio:.1f}x")
         out.print(table)
     page.write_text(html_page(loaded.name, results), encoding="utf-8")
     out.print(f"The tokens of every mode, coloured by state: {page}", soft_wrap=True)
