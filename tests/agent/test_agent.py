@@ -11,8 +11,8 @@ from conftest import tiny
 from programmable_kv import Agent, Notebook, SeamRepair, Skill
 from programmable_kv.bench.agent import policies, summarise
 from programmable_kv.errors import InvalidEditError, InvalidOptionsError, TemplateError, UnknownFieldError
-from programmable_kv.states import TokenState
 from programmable_kv.records import Record, digest_of, read_record
+from programmable_kv.states import TokenState
 from reference import assert_rows_equal, full_forward, largest_difference
 
 RESULTS = Path(__file__).parents[2] / "results"

