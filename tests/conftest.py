@@ -23,11 +23,14 @@ def pytest_configure() -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever uses the `embedded` fixture needs the weights."""
+    """Whatever uses the `embedded` fixture needs the weights; whatever needs the weights is slow."""
     for item in items:
         if "embedded" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.weights)
+        if item.get_closest_marker("weights") is not None:
+            item.add_marker(pytest.mark.slow)
 
 
 TINY: dict[str, dict[str, Any]] = {

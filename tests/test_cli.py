@@ -61,7 +61,6 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.weights
-@pytest.mark.slow
 def test_edit_prints_one_json_object(policy: str) -> None:
     done = pkv("edit", "--prompt", policy, "--field", "status=shipped", "--set", "status=pending", *ASK, "--json")
     assert done.returncode == 0, done.stderr
@@ -209,7 +208,6 @@ def test_an_interrupt_is_one_line(policy: str) -> None:
 
 
 @pytest.mark.weights
-@pytest.mark.slow
 def test_demo_writes_its_page(tmp_path: Path) -> None:
     done = pkv("demo", "--page", "page.html", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

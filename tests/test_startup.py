@@ -7,6 +7,7 @@ import inspect
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 import programmable_kv
 from programmable_kv import errors
 from programmable_kv.errors import MissingExtraError
-from programmable_kv.extras import require_extra
+from programmable_kv.extras import EXTRA_OF, extra_missing_in, missing_message, require_extra
 
 HEAVY = (
     "torch", "transformers", "tokenizers", "safetensors", "numpy", "fsspec", "jinja2", "rich.table", "rich.progress", "scipy",
@@ -101,6 +102,23 @@ def test_a_missing_extra_is_one_line_that_installs_it() -> None:
         MissingExtraError, match=r"no_such_module is not installed. Run: pip install 'programmable-kv\[lab\]'"
     ):
         require_extra("lab", "json", "no_such_module")
+
+
+def test_every_extra_is_declared_with_the_modules_it_installs() -> None:
+    """The table that error messages read, and the project's own declaration."""
+    project = tomllib.loads((_ROOT_FILE.parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = project["optional-dependencies"]
+    for module, extra in EXTRA_OF.items():
+        if module != "click":  # typer's own
+            assert any(requirement.startswith(module) for requirement in declared[extra]), (module, extra)
+    core = [requirement.partition(">")[0] for requirement in project["dependencies"]]
+    assert not set(core) & set(EXTRA_OF)
+
+
+def test_a_failed_import_is_told_only_where_an_extra_would_help() -> None:
+    assert extra_missing_in(ModuleNotFoundError(name="scipy.stats")) == missing_message("lab", ["scipy"])
+    assert extra_missing_in(ModuleNotFoundError(name="somebody_elses")) is None
+    assert extra_missing_in(ModuleNotFoundError()) is None
 
 
 def test_pkv_without_its_extra_says_how_to_get_it() -> None:

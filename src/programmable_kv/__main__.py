@@ -10,11 +10,12 @@ def main() -> None:
     try:
         from programmable_kv.cli import main as run
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("typer", "click", "rich"):
-            raise
-        from programmable_kv.extras import missing_message
+        from programmable_kv.extras import extra_missing_in
 
-        print(f"error: {missing_message('cli', [str(error.name)])}", file=sys.stderr)
+        told = extra_missing_in(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(1)
     run()
 

@@ -13,6 +13,7 @@ import typer
 from programmable_kv import __version__
 from programmable_kv.commands import measure, prompts, records, skills
 from programmable_kv.errors import ProgrammableKVError
+from programmable_kv.extras import extra_missing_in
 
 app = typer.Typer(
     name="pkv",
@@ -61,6 +62,11 @@ def main() -> None:
         app(prog_name="pkv")
     except ProgrammableKVError as error:
         _fail(type(error).__name__.removesuffix("Error"), str(error))
+    except ModuleNotFoundError as error:
+        told = extra_missing_in(error)
+        if told is None:
+            raise
+        _fail("MissingExtra", told)
     except OSError as error:  # a full disk, a folder that may not be written
         _fail(
             "OS", f"{error}. What was stored before is unchanged: make room or choose another place, and run it again."

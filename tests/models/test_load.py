@@ -85,7 +85,6 @@ def test_a_device_without_accelerate(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.weights
-@pytest.mark.slow
 def test_a_gguf_file(tmp_path: Path) -> None:
     """The embedded base's own file, through the door that any user's GGUF takes; its suffix may be in capitals."""
     file = fetch._fetch_gguf(tmp_path, lambda *_: None).rename(tmp_path / "MODEL.GGUF")

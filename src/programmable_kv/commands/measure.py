@@ -226,8 +226,10 @@ def _measure(
 ) -> Record:
     """Load the model, run with a progress bar, write the record `name` (or what it is called for that model), and print its
     summary."""
+    from programmable_kv.extras import require_extra
     from programmable_kv.models.load import load_model
 
+    require_extra("lab", "scipy", "statsmodels")  # the summary's intervals: told before hours of measuring, not after
     loaded = load_model(model, dtype=dtype)
     path = record_path(out_path, name if isinstance(name, str) else name(loaded))
     with progress(title, total) as report:
