@@ -40,6 +40,7 @@ def test_greedy_output_equals_transformers_own(embedded: Any) -> None:
     assert text == own
 
 
+@pytest.mark.xdist_group("demo")  # its cases are computed once
 def test_the_demo_shows_the_discovery(demo_results: Any) -> None:
     """Stale and in-place keep the old decision; an erratum, and recomputing, decide as a full prefill does."""
     for case, before, outcomes in demo_results:
@@ -53,6 +54,7 @@ def test_the_demo_shows_the_discovery(demo_results: Any) -> None:
         assert by_mode[Mode.FIELD_ERRATUM].decision.account.tokens_computed < 80
 
 
+@pytest.mark.xdist_group("demo")  # its cases are computed once
 def test_the_demo_page_is_self_contained(demo_results: Any) -> None:
     page = demo.html_page("embedded", demo_results)
     assert "http" not in page
@@ -176,6 +178,7 @@ def test_eight_bits_point_the_same_way(embedded: Any, tmp_path: Path) -> None:
     assert float(torch.nn.functional.cosine_similarity(ends[0], ends[1], dim=0)) >= 0.999
 
 
+@pytest.mark.weights
 def test_a_slice_of_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     """Two steps at once, and one step, a stop, and one more, end alike (bfloat16 on one machine)."""
     from dataclasses import replace

@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from programmable_kv.commands.common import ModelOption, OutOption, command, err, out, progress, record_path
-from programmable_kv.records import Record
 
 if TYPE_CHECKING:
     from programmable_kv.lab.composing.suites import Suite
     from programmable_kv.models.load import Model
+    from programmable_kv.records import Record
 
-bench_app = typer.Typer(help="How fast: benches against what a user would do instead.", no_args_is_help=True)
-lab_app = typer.Typer(help="Why it works: experiments on the loaded model.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="How fast: benches against what a user would do instead.", no_args_is_help=True, rich_markup_mode=None
+)
+lab_app = typer.Typer(
+    help="Why it works: experiments on the loaded model.", no_args_is_help=True, rich_markup_mode=None
+)
 
 LengthsOption = Annotated[str, typer.Option(help="lengths in tokens, separated by commas")]
 RepeatsOption = Annotated[int, typer.Option(min=1, help="measurements of each way")]
@@ -186,6 +189,8 @@ def zoo(
     if as_json:
         print(json.dumps(rows, indent=1))
         return
+    from rich.table import Table
+
     table = Table()
     for column in ("type", "verdict", "what turns", "worst", "reason"):
         table.add_column(column, overflow="fold")
@@ -221,8 +226,10 @@ def _measure(
 ) -> Record:
     """Load the model, run with a progress bar, write the record `name` (or what it is called for that model), and print its
     summary."""
+    from programmable_kv.extras import require_extra
     from programmable_kv.models.load import load_model
 
+    require_extra("lab", "scipy", "statsmodels")  # the summary's intervals: told before hours of measuring, not after
     loaded = load_model(model, dtype=dtype)
     path = record_path(out_path, name if isinstance(name, str) else name(loaded))
     with progress(title, total) as report:

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from programmable_kv.account import Account
 from programmable_kv.engine import Engine
 from programmable_kv.errors import CorruptFileError, InvalidArgumentError, InvalidValueError, UnknownSkillError
-from programmable_kv.models.fetch import home
+from programmable_kv.models.home import home
 from programmable_kv.models.load import Model
 from programmable_kv.prompt.values import check_name
 from programmable_kv.skills.entries import Entries, check_key, new_name
