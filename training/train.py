@@ -23,7 +23,7 @@ from programmable_kv.errors import TrainingError
 from programmable_kv.records import digest_of
 from programmable_kv.scenarios.phrasings import Stage
 from programmable_kv.scenarios.plain_text import documents
-from training.conversation import Sequence, conversation, encode
+from training.conversation import TrainingExample, conversation, encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,14 +282,14 @@ def _load_exported(
     return found["step"], found["seconds"], found["curve"], earlier
 
 
-def _width(sequences: list[Sequence]) -> int:
+def _width(sequences: list[TrainingExample]) -> int:
     """Padded length. Few distinct widths let the CPU's matrix kernels be prepared once and reused."""
     return math.ceil(max(len(sequence.ids) for sequence in sequences) / 64) * 64
 
 
-def _passes(drawn: list[Sequence], tokens: int) -> list[list[Sequence]]:
+def _passes(drawn: list[TrainingExample], tokens: int) -> list[list[TrainingExample]]:
     """Sequences of like lengths together, each batch at most `tokens` padded tokens (or one sequence)."""
-    batches: list[list[Sequence]] = []
+    batches: list[list[TrainingExample]] = []
     for sequence in sorted(drawn, key=lambda sequence: len(sequence.ids)):
         if batches and _width([*batches[-1], sequence]) * (len(batches[-1]) + 1) <= tokens:
             batches[-1].append(sequence)
@@ -298,7 +298,7 @@ def _passes(drawn: list[Sequence], tokens: int) -> list[list[Sequence]]:
     return batches
 
 
-def _summed_loss(model: Any, batch: list[Sequence]) -> torch.Tensor:
+def _summed_loss(model: Any, batch: list[TrainingExample]) -> torch.Tensor:
     """Cross entropy summed over the learned tokens. The vocabulary projection runs on those rows only.
 
     Padding is on the right, where a causal model's real tokens never look, so no mask is needed.
@@ -325,11 +325,11 @@ def _distance_from_base(model: Any, text: list[int]) -> torch.Tensor:
     return nn.functional.kl_div(adapted, base, log_target=True, reduction="batchmean")
 
 
-def _replay(rng: random.Random, documents_ids: list[list[int]], tokens: int) -> Sequence:
+def _replay(rng: random.Random, documents_ids: list[list[int]], tokens: int) -> TrainingExample:
     ids = rng.choice(documents_ids)
     start = rng.randint(0, max(0, len(ids) - tokens))
     cut = ids[start : start + tokens]
-    return Sequence(cut, [True] * len(cut))
+    return TrainingExample(cut, [True] * len(cut))
 
 
 def _adapter_of(model: Any) -> dict[str, torch.Tensor]:

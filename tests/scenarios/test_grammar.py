@@ -9,8 +9,8 @@ from dataclasses import fields
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programmable_kv.adapter import phrasings, vocabulary
 
+from programmable_kv.scenarios import phrasings, vocabulary
 from programmable_kv.scenarios.grammar import make_scenario
 from programmable_kv.scenarios.phrasings import Phrasing, Split, Stage
 from programmable_kv.scenarios.vocabulary import domains, held_out_domains

@@ -11,10 +11,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from programmable_kv.lab.adapter import other_value
 from programmable_kv.lab.composing.frame import TITLE, other_lines
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, statement
-from programmable_kv.scenarios.grammar import Gate, Scenario, make_scenario
+from programmable_kv.scenarios.grammar import Gate, Scenario, make_scenario, other_value
 from programmable_kv.scenarios.phrasings import PHRASINGS, question
 from programmable_kv.scenarios.vocabulary import Domain, held_out_domains
 from programmable_kv.skills.skill import Preface
