@@ -1,6 +1,6 @@
-"""From a scenario to the token sequences the adapter is trained on.
+"""From a scenario to the examples the adapter is trained on.
 
-One training sequence is a conversation over one policy: several questions, with state updates in between
+One example is a conversation over one policy: several questions, with state updates in between
 that must be obeyed (the last one wins) or must not matter. Several supervised decisions share one policy, so a
 token of prefill teaches more. Only the assistant's words carry loss.
 """

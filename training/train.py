@@ -1,6 +1,6 @@
 """Train the embedded model's adapter: LoRA on generated conversations, with plain text replayed.
 
-Run it as `pkv train adapter --out FOLDER`. It resumes from the last checkpoint in FOLDER; the data of step
+Run it as `python -m training.adapter --out FOLDER`. It resumes from the last checkpoint in FOLDER; the data of step
 `n` depends on (seed, n) alone, so a resumed run sees what an uninterrupted one would have seen.
 """
 
@@ -12,7 +12,7 @@ import platform
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,108 +21,9 @@ from torch import nn
 
 from programmable_kv.errors import TrainingError
 from programmable_kv.records import digest_of
-from programmable_kv.scenarios.phrasings import Stage
 from programmable_kv.scenarios.plain_text import documents
 from training.conversation import TrainingExample, conversation, encode
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingRecipe:
-    """Everything that decides the adapter's weights, apart from the base model and the grammar."""
-
-    seed: int = 20261124
-    pair_steps: int = 300
-    short_steps: int = 300
-    mixed_steps: int = 120
-    wide_steps: int = 330
-    hop_steps: int = 250
-    full_steps: int = 300
-    topics_steps: int = 300
-    full_again_steps: int = 150
-    hard_steps: int = 420
-    settle_steps: int = 120
-    obey_steps: int = 110
-    looked_up_steps: int = 100
-    """steps of each `Stage` of conversations, in this order; in the last three the model is also drawn back to the base"""
-    conversations_per_step: int = 8
-    tokens_per_pass: int = 2048
-    """padded tokens in one forward and backward; a step takes as many passes as its conversations need"""
-    learning_rate: float = 5e-4
-    cosine_steps: int = 1200
-    """where the first cosine would end; the wide stage stops before, at about a tenth of the rate"""
-    later_learning_rate: float = 5e-4
-    """what a cosine of its own starts from at the hop, the topics and the hard stage, with a fresh optimizer"""
-    settle_learning_rate: float = 3e-4
-    obey_learning_rate: float = 5e-4
-    warmup_steps: int = 20
-    lora_rank: int = 16
-    lora_alpha: int = 32
-    replay_tokens: int = 128
-    """tokens of plain text replayed in each step"""
-    replay_weight: float = 0.6
-    settle_replay_tokens: int = 512
-    """in the last three stages"""
-    settle_replay_weight: float = 4.0
-    obey_replay_weight: float = 1.5
-    """at the end the replayed text is not learned: the adapted model's distribution over it is drawn to the base's. Learned
-    for thousands of steps, these few documents are remembered word for word, and other text becomes less likely."""
-    max_gradient_norm: float = 1.0
-    last_stage_share: float = 0.5
-    """what is exported is the mean of the weights before and after the last stage, the latter counting so much (weights of one
-    run averaged: Izmailov et al. 2018, https://arxiv.org/abs/1803.05407)"""
-
-    @property
-    def steps(self) -> int:
-        return sum(steps for _, steps in self._stages)
-
-    @property
-    def fresh_starts(self) -> tuple[int, ...]:
-        """The steps, after the first, at which a new cosine and a new optimizer begin."""
-        second = self.pair_steps + self.short_steps + self.mixed_steps + self.wide_steps
-        third = second + self.hop_steps + self.full_steps
-        fourth = third + self.topics_steps + self.full_again_steps
-        settling = fourth + self.hard_steps
-        obeying = settling + self.settle_steps
-        return second, third, fourth, settling, obeying, obeying + self.obey_steps
-
-    def divergence_weight(self, step: int) -> float | None:
-        """What the divergence from the base on plain text counts in this step; None where plain text is learned instead."""
-        obey = self.obey_replay_weight
-        return {"settle": self.settle_replay_weight, "obey": obey, "looked_up": obey}.get(self.stage(step))
-
-    @property
-    def _stages(self) -> tuple[tuple[Stage, int], ...]:
-        return (
-            ("pair", self.pair_steps), ("short", self.short_steps), ("mixed", self.mixed_steps),
-            ("wide", self.wide_steps), ("hop", self.hop_steps), ("full", self.full_steps),
-            ("topics", self.topics_steps), ("full", self.full_again_steps), ("hard", self.hard_steps),
-            ("settle", self.settle_steps), ("obey", self.obey_steps), ("looked_up", self.looked_up_steps),
-        )  # fmt: skip
-
-    def stage(self, step: int) -> Stage:
-        end = 0
-        for name, steps in self._stages:
-            end += steps
-            if step < end:
-                return name
-        return "full"
-
-    def rate(self, step: int) -> float:
-        """Seven cosines towards a twentieth, each after a linear warm-up."""
-        starts = [0, *self.fresh_starts]
-        start = max(start for start in starts if start <= step)
-        if start == 0:
-            peak, whole = self.learning_rate, self.cosine_steps
-        else:
-            obey = self.obey_learning_rate
-            own = {"settle": self.settle_learning_rate, "obey": obey, "looked_up": obey}
-            peak = own.get(self.stage(step), self.later_learning_rate)
-            whole = min(s for s in [*starts, self.steps] if s > start) - start
-        done = step - start
-        if done < self.warmup_steps:
-            return peak * (done + 1) / self.warmup_steps
-        progress = (done - self.warmup_steps) / (whole - self.warmup_steps)
-        return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+from training.recipe import TrainingRecipe
 
 
 def train(
@@ -134,13 +35,21 @@ def train(
     change_recipe: bool = False,
     report: Callable[[int, float, float], None] | None = None,
 ) -> Path:
-    """Train (or resume training) the adapter of the model in `base`; returns the folder with its weights.
+    """Train (or resume training) the adapter of the model in `base`.
 
-    `stop_after` ends it at that step of the recipe's schedule. With `change_recipe` it may go on from a checkpoint of another
-    recipe; which recipe was followed up to which step is recorded.
+    Args:
+        base: a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
+        out: where checkpoints and the result go. A checkpoint there is resumed.
+        stop_after: stop at this step of the recipe's schedule.
+        change_recipe: continue from a checkpoint of another recipe. Which recipe was followed up to which step is recorded.
+        report: called as `report(step, decision_loss, replay_loss)` after every step. Losses are in nats a token; in the
+            last three stages the second one is the divergence from the base on the replayed text.
 
-    `report(step, decision_loss, replay_loss)` is called after every step. Losses are in nats a token; in the settling steps
-    the second one is the divergence from the base on the replayed text.
+    Returns:
+        The folder with the adapter's weights, its configuration and `training.json`.
+
+    Raises:
+        TrainingError: the folder holds a checkpoint of another recipe, or an exported adapter that cannot be resumed.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -167,8 +76,8 @@ def train(
         if state["recipe"] != asdict(recipe):
             if not change_recipe:
                 raise TrainingError(
-                    f"{checkpoint} was written by another recipe. Choose another folder, delete it, or change the recipe "
-                    "from here on."
+                    f"{checkpoint} was written by another recipe. Choose another folder, delete it, or continue with "
+                    "the new recipe (`--change-recipe`)."
                 )
             earlier = [*earlier, {"until_step": state["step"], "recipe": state["recipe"]}]
         weights.load(state["masters"], state["optimizer"])
@@ -186,7 +95,7 @@ def train(
         rng = random.Random(f"{recipe.seed}/{step}")
         stage = recipe.stage(step)
         drawn = [encode(conversation(rng, stage=stage), tokenizer) for _ in range(recipe.conversations_per_step)]
-        learned = sum(sum(sequence.learned) for sequence in drawn)
+        learned = sum(sum(example.learned) for example in drawn)
         decision_loss = 0.0
         for batch in _passes(drawn, recipe.tokens_per_pass):
             loss = _summed_loss(model, batch) / learned
@@ -234,7 +143,7 @@ class Masters:
         self.restart()
 
     def restart(self) -> None:
-        """A fresh optimizer on the bfloat16 weights as they are, which is all that an exported adapter holds."""
+        """A fresh optimizer on the bfloat16 weights: an exported adapter holds nothing more."""
         self.tensors = [nn.Parameter(weight.detach().float()) for weight in self._weights]
         self.optimizer = torch.optim.AdamW(self.tensors, weight_decay=0.0, betas=(0.9, 0.98))
 
@@ -262,9 +171,9 @@ class Masters:
 def _load_exported(
     folder: Path, model: Any, recipe: TrainingRecipe
 ) -> tuple[int, float, list[Any], list[dict[str, Any]]]:
-    """Go on from an exported adapter: its step, seconds, curve, and the recipes it followed if they were others.
+    """Continue from an exported adapter: its step, seconds, curve, and the other recipes that it followed.
 
-    Only where a new cosine begins is the optimizer's state not needed.
+    This works only where a new cosine begins: elsewhere the optimizer's state is needed, which is not exported.
     """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -273,7 +182,7 @@ def _load_exported(
     if found["step"] not in recipe.fresh_starts:
         raise TrainingError(
             f"{folder} holds an adapter exported at step {found['step']}; without its checkpoint.pt training can only "
-            f"go on from steps {recipe.fresh_starts}. Choose an empty folder to train from the start."
+            f"continue from steps {recipe.fresh_starts}. Choose an empty folder to train from the start."
         )
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     earlier = list(found.get("earlier", []))
@@ -282,19 +191,19 @@ def _load_exported(
     return found["step"], found["seconds"], found["curve"], earlier
 
 
-def _width(sequences: list[TrainingExample]) -> int:
+def _width(examples: list[TrainingExample]) -> int:
     """Padded length. Few distinct widths let the CPU's matrix kernels be prepared once and reused."""
-    return math.ceil(max(len(sequence.ids) for sequence in sequences) / 64) * 64
+    return math.ceil(max(len(example.ids) for example in examples) / 64) * 64
 
 
 def _passes(drawn: list[TrainingExample], tokens: int) -> list[list[TrainingExample]]:
-    """Sequences of like lengths together, each batch at most `tokens` padded tokens (or one sequence)."""
+    """Examples of similar lengths together, each batch at most `tokens` padded tokens (or one sequence)."""
     batches: list[list[TrainingExample]] = []
-    for sequence in sorted(drawn, key=lambda sequence: len(sequence.ids)):
-        if batches and _width([*batches[-1], sequence]) * (len(batches[-1]) + 1) <= tokens:
-            batches[-1].append(sequence)
+    for example in sorted(drawn, key=lambda example: len(example.ids)):
+        if batches and _width([*batches[-1], example]) * (len(batches[-1]) + 1) <= tokens:
+            batches[-1].append(example)
         else:
-            batches.append([sequence])
+            batches.append([example])
     return batches
 
 
@@ -306,9 +215,9 @@ def _summed_loss(model: Any, batch: list[TrainingExample]) -> torch.Tensor:
     width = _width(batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     learned = torch.zeros_like(ids, dtype=torch.bool)
-    for row, sequence in enumerate(batch):
-        ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
-        learned[row, : len(sequence.ids)] = torch.tensor(sequence.learned)
+    for row, example in enumerate(batch):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+        learned[row, : len(example.ids)] = torch.tensor(example.learned)
     causal_lm = model.get_base_model()
     hidden = causal_lm.model(input_ids=ids, use_cache=False).last_hidden_state
     rows = learned[:, 1:]
