@@ -80,6 +80,26 @@ def bench_agent(
     )
 
 
+@app.command("overhead")
+def bench_overhead(
+    lengths: LengthsOption = "4096,16384,65536",
+    units: Annotated[
+        str, typer.Option(help="messages of the context of each length, separated by commas")
+    ] = "100,400,1000",
+    repeats: RepeatsOption = 7,
+    out_path: OutOption = None,
+) -> None:
+    """The time of every public operation beside its forward, on a tiny random model (no download)."""
+    from programmable_kv.bench.overhead import model_for, run
+
+    sizes, counts = parse_lengths(lengths), parse_lengths(units, "--units")
+    if len(sizes) != len(counts):
+        raise typer.BadParameter(f"{len(counts)} numbers for {len(sizes)} lengths", param_hint="--units")
+    measure(
+        run, model_for(sizes), out_path, "overhead", "Lengths", len(sizes), lengths=sizes, units=counts, repeats=repeats
+    )
+
+
 def _measure_lengths(
     run: Callable[..., Record],
     name: str,

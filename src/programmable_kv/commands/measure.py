@@ -52,7 +52,7 @@ def print_summary(record: Record) -> None:
     out.print_json(json.dumps(record.model_dump(mode="json")["summary"]))
 
 
-def parse_lengths(lengths: str) -> list[int]:
+def parse_lengths(lengths: str, option: str = "--lengths") -> list[int]:
     """
     Raises:
         typer.BadParameter: not whole numbers above zero, separated by commas.
@@ -63,6 +63,6 @@ def parse_lengths(lengths: str) -> list[int]:
         parsed = []
     if not parsed or min(parsed) < 1:
         raise typer.BadParameter(
-            f"{lengths!r} is not a list of whole numbers above 0, separated by commas", param_hint="--lengths"
+            f"{lengths!r} is not a list of whole numbers above 0, separated by commas", param_hint=option
         )
     return parsed
