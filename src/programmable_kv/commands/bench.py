@@ -14,7 +14,9 @@ from programmable_kv.commands.measure import DtypeOption, LengthsOption, Repeats
 if TYPE_CHECKING:
     from programmable_kv.records import Record
 
-app = typer.Typer(help="How fast: benches against what a user would do instead.", no_args_is_help=True)
+app = typer.Typer(
+    help="How fast: benches against what a user would do instead.", no_args_is_help=True, rich_markup_mode=None
+)
 
 ShapeOption = Annotated[
     str | None,

@@ -13,7 +13,7 @@ from programmable_kv.commands.measure import DtypeOption, load, measure, print_s
 if TYPE_CHECKING:
     from programmable_kv.lab.composing.suites.suite import Suite
 
-app = typer.Typer(help="Why it works: experiments on the loaded model.", no_args_is_help=True)
+app = typer.Typer(help="Why it works: experiments on the loaded model.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command("edit-modes")
