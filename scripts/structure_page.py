@@ -11,7 +11,7 @@ _PACKAGE = "programmable_kv"
 
 
 def structure_page(page: str, root: Path) -> str:
-    """The page with both generated parts written anew; what stands between them is left alone.
+    """The page with both generated parts replaced; the text around them is kept.
 
     Raises:
         ValueError: a marker is missing from the page, or a module has no docstring.

@@ -134,9 +134,10 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
 
 
 def _rewritten(rng: random.Random, phrasing: Phrasing, scenario: Scenario, count: int) -> list[Piece]:
-    """A conversation whose policy was rendered anew with the values of now: earlier answers were right for earlier ones.
+    """A conversation whose policy shows the current values: earlier answers were right for earlier values.
 
-    So goes an agent that puts its state into the system message. Only answers that the shown values ask for are learned.
+    This is what an agent sees that puts its state into the system message. Only answers that are right for the shown values
+    are learned.
     """
     values = dict(scenario.values)
     turns: list[tuple[str, Gate, str]] = []

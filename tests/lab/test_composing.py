@@ -143,7 +143,7 @@ def test_a_frame_has_the_text_it_was_asked_for(embedded: Any, point: InsertionPo
 
 
 def test_computing_a_whole_piece_again_is_a_full_prefill(embedded: Any) -> None:
-    """And splicing it as it was compiled is not, nor is leaving its keys unrotated the same as rotating them."""
+    """Splicing it without recomputing is not, and keys left unrotated differ from rotated ones."""
     comparison = ArmComparison(embedded, frame_at(embedded, NEAR))
     task = next(tasks.policies(1))
     whole = Arm("whole", SeamRepair(10_000))

@@ -44,7 +44,7 @@ TIMED_TURNS = 12
 MODES = (DEFAULT_MODE, Mode.ERRATUM)
 """of the agents that decide; the first one's times are taken"""
 OPENING = [("system", "")]
-"""what a policy is compiled behind, and stands behind: a system message's beginning"""
+"""the preface that a policy is compiled behind and later spliced behind: the beginning of a system message"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,10 +24,10 @@ def zoo(
     """On which architectures relocation is exact: the check on a tiny random model of every decoder type."""
     from rich.table import Table
 
-    from programmable_kv.lab.zoo import examine_apart, run, species_named
+    from programmable_kv.lab.zoo import examine_apart, run, variants_named
     from programmable_kv.lab.zoo_page import page as written
 
-    wanted = species_named(types or [])
+    wanted = variants_named(types or [])
     with progress("Architectures", len(wanted)) as report:
         if types and out_path is None:
             rows = []

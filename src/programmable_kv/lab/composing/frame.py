@@ -1,4 +1,4 @@
-"""The text around spliced pieces: in the system area or in mid-conversation, and how much other text stands before."""
+"""The text around spliced pieces: in the system area or inside the conversation, after a given amount of other text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class InsertionPoint:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What stands before the pieces (`before`), and between them and the request, and after it."""
+    """The tokens before the pieces (`before`), and the text between them and the request, and after it."""
 
     before: list[int]
     _between: str

@@ -1,6 +1,6 @@
-"""What is asked of spliced pieces: questions whose answer stands in them, and whose right answer is known.
+"""What is asked of spliced pieces: questions whose right answer is known and is stated in the pieces.
 
-Held-out policies, facts, several sets of rules at once, two updates of one field, and two kinds that tell the limits of
+Held-out policies, facts, several sets of rules at once, two updates of one field, and two kinds that show the limits of
 splicing: a *coupled* policy, whose facts stand outside it, and a two-hop lookup that is *split* over two pieces. All of it is
 about domains that the embedded model never saw in training; sets and lookups are worded as in training.
 """
@@ -60,7 +60,7 @@ def coupled(count: int) -> Iterator[Task]:
 
 
 def facts(count: int) -> Iterator[Task]:
-    """One fact about a case; a fact about another case stands before it, and one about a third in a preface."""
+    """One fact about a case; a fact about another case precedes it, and one about a third case is in the preface."""
     for number, domain in _domains(count):
         rng = random.Random(f"{SEED}/fact/{number}")
         field = rng.choice(sorted(domain.fields))
@@ -100,7 +100,7 @@ def several(count: int, pieces: int) -> Iterator[Task]:
 
 
 def updates(count: int) -> Iterator[Task]:
-    """A policy in place, and two updates of its field as pieces: which of them is the last is told by position alone.
+    """A policy in place, and two updates of its field as pieces: only their position says which one is the last.
 
     A preface holds the policy.
     """
