@@ -67,6 +67,17 @@ def test_a_resumed_run_ends_with_the_same_weights(base: Path, tmp_path: Path) ->
         torch.testing.assert_close(tensor.float(), twice[name].float(), rtol=0.05, atol=2e-4)
     with pytest.raises(TrainingError, match="another recipe"):
         train(base, tmp_path / "twice", replace(SHORT, seed=1))
+    with pytest.raises(TrainingError, match="holds 5 steps already"):
+        train(base, tmp_path / "twice", SHORT)
+
+
+def test_a_changed_recipe_is_recorded(base: Path, tmp_path: Path) -> None:
+    train(base, tmp_path, SHORT, stop_after=1)
+    train(base, tmp_path, replace(SHORT, obey_learning_rate=1e-4), stop_after=2, change_recipe=True)
+    summary = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))
+    assert [each["until_step"] for each in summary["earlier"]] == [1]
+    assert summary["earlier"][0]["recipe"]["obey_learning_rate"] == SHORT.obey_learning_rate
+    assert summary["recipe"]["obey_learning_rate"] == 1e-4
 
 
 def test_what_is_exported_is_the_mean_around_the_last_stage(base: Path, tmp_path: Path) -> None:
