@@ -138,8 +138,8 @@ def test_an_agent_that_computes_everything_again_is_its_rival(embedded: Any) -> 
 
     from programmable_kv import Agent, Skill
     from programmable_kv.bench.agent import OPENING, play, policies, trajectory
-    from programmable_kv.edits.plan import Mode
-    from programmable_kv.prompt.units import TokenState
+    from programmable_kv.edits.modes import Mode
+    from programmable_kv.states import TokenState
 
     one = policies(1)[0]
     composed = Agent(embedded, Skill.compile(embedded, one.prompt, dict(one.values), name="policy", preface=OPENING))

@@ -2,8 +2,8 @@
 
 from programmable_kv.account import Account
 from programmable_kv.agent.agent import Agent, Turn
-from programmable_kv.edits.plan import Mode
-from programmable_kv.edits.splicing import SeamRepair
+from programmable_kv.edits.modes import Mode
+from programmable_kv.edits.seam import SeamRepair
 from programmable_kv.engine import Engine, Rows
 from programmable_kv.errors import ProgrammableKVError
 from programmable_kv.models.load import Model, load_model, wrap_model

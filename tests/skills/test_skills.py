@@ -28,7 +28,8 @@ from programmable_kv.errors import (
     UnknownFieldError,
     UnverifiedError,
 )
-from programmable_kv.prompt.units import Kind, TokenState
+from programmable_kv.prompt.units import Kind
+from programmable_kv.states import TokenState
 from reference import assert_rows_equal, full_forward, largest_difference
 
 REFUNDS = "refund policy: if the tier is gold refund, if silver deny. reply only with the action.\n"
@@ -196,7 +197,7 @@ def test_what_a_preface_said_is_not_known() -> None:
         notebook.splice(spliced, repair=NONE)
         again = notebook.fork()
         account = notebook.edit(status="shipped")
-        assert ("no erratum" in account.note) is not bool(lines)
+        assert ("no erratum" in account.why) is not bool(lines)
         assert sum(part.kind is Kind.ERRATUM for part in notebook.parts) == lines
         again.edit(status="shipped", mode="suffix")
         exact_up_to(again, range(len(again)))
@@ -365,7 +366,7 @@ def test_splicing_in_the_middle_relocates_what_follows_and_calls_it_stale() -> N
     account = notebook.splice(skill, at=at)
     assert notebook.ids == before.ids[:at] + list(skill.unit.ids) + before.ids[at:]
     assert account.tokens_relocated == len(skill) + len(before) - at
-    assert "have not read dates" in account.note
+    assert "have not read dates" in account.why
     exact_up_to(notebook, range(at + 4))
     assert set(notebook.states[at + len(skill) :]) == {TokenState.STALE}
     notebook.edit(status="pending", mode="full")
@@ -723,7 +724,7 @@ def test_the_note_of_a_move_counts_what_was_moved() -> None:
     first, second = notebook.parts[1:3]
     account = notebook.move(first, to=second.span.stop)
     assert account.tokens_relocated == len(first.span) + len(second.span) < len(notebook) - first.span.start
-    assert account.note.startswith(f"{account.tokens_relocated} tokens were relocated")
+    assert account.why.startswith(f"{account.tokens_relocated} tokens were relocated")
 
 
 def test_an_empty_context_says_so() -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from conftest import tiny, with_beginning
 from programmable_kv import Agent, Notebook, SeamRepair, Skill
 from programmable_kv.errors import ContextOverflowError, InvalidValueError, UnknownFieldError
-from programmable_kv.prompt.units import TokenState
 from programmable_kv.skills.store import SkillStore
+from programmable_kv.states import TokenState
 from reference import assert_rows_equal, full_forward, largest_difference
 
 TEXTS = {

@@ -23,10 +23,11 @@ from programmable_kv.agent.agent import Agent
 from programmable_kv.bench.edit import padded_policy
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.demo.demo import CASES, VALUES
-from programmable_kv.edits.plan import DEFAULT_MODE, Mode
+from programmable_kv.edits.modes import DEFAULT_MODE, Mode
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import likeliest, option_ids
-from programmable_kv.prompt.parts import Message, Text, render_chat
+from programmable_kv.prompt.chat import render_chat
+from programmable_kv.prompt.parts import Message, Text
 from programmable_kv.records import Record, Recorder, cluster_bootstrap, digest_of
 from programmable_kv.scenarios.grammar import Scenario, other_value
 from programmable_kv.scenarios.held_out import held_out_scenarios_per_domain

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from programmable_kv.bench.tiny_chat import tiny_chat_model
-from programmable_kv.edits.plan import Mode
+from programmable_kv.edits.modes import Mode
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.records import Record, Recorder, digest_of
@@ -202,10 +202,7 @@ def operations(model: Model) -> list[Operation]:
         notebook.edit(change)
         notebook.rollback(mark)
 
-    def plan(notebook: Any) -> None:
-        notebook.plan.edit(change)
-
-    found = [
+    return [
         *(edit(mode) for mode in Mode),
         Operation("edit_of_five_fields", several_edits),
         Operation("decide", lambda notebook: notebook.decide("Which value?", options)),
@@ -219,15 +216,14 @@ def operations(model: Model) -> list[Operation]:
         Operation("move", lambda notebook: notebook.move("skill"), splice_in_the_middle),
         Operation("replace", lambda notebook: notebook.replace("skill", skill), splice_in_the_middle),
         Operation("recompute", lambda notebook: notebook.recompute(), edit_in_place),
+        Operation("rebase", lambda notebook: notebook.rebase(), several_edits),
+        Operation("plan", lambda notebook: notebook.plan.edit(change)),
         Operation("states", lambda notebook: notebook.states, edit_in_place),
         Operation("parts", lambda notebook: notebook.parts),
         Operation("spans", lambda notebook: notebook.spans("field_00")),
         Operation("mark_and_rollback", mark_and_roll_back),
         Operation("edit_and_rollback", undone_edit),
     ]
-    if hasattr(Notebook, "plan"):
-        found.append(Operation("plan", plan))
-    return found
 
 
 def _texts(model: Model, tokens: int) -> Iterator[str]:

@@ -69,9 +69,8 @@ def edit(
 
     The question is part of the cached context, as in an agent that is asked and then learns that its state changed.
     """
-    from programmable_kv.edits.plan import Mode
+    from programmable_kv.edits.modes import Mode, parse_mode
     from programmable_kv.models.load import load_model
-    from programmable_kv.notebook.editing import parse_mode
     from programmable_kv.notebook.notebook import Notebook
 
     text = read_text(prompt)
@@ -111,7 +110,7 @@ def edit(
                         "agrees_with_full": decision.choice == full,
                         "tokens_computed": decision.account.tokens_computed,
                         "ttft_ms": round(decision.ttft_ms, 3),
-                        "note": decision.account.note,
+                        "note": decision.account.why,
                     }
                 )
             notebook.rollback(mark)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from programmable_kv.edits.plan import Mode
+from programmable_kv.edits.modes import Mode
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.wording import THINK_INSTRUCTION

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from programmable_kv.cache.span import Span
-from programmable_kv.edits.splicing import SeamRepair
+from programmable_kv.edits.seam import SeamRepair
+from programmable_kv.engine import Rows
 from programmable_kv.lab.composing.frame import Frame
 from programmable_kv.lab.composing.tasks import Task
 from programmable_kv.models.load import Model
@@ -104,9 +105,11 @@ class ArmComparison:
         engine, buffer = self._model.engine, self._buffer
         at = buffer.length
         buffer.insert(at, skill.segment, self._layout if arm.rotated else self._unrotated)
-        rows = arm.repair.rows(engine, buffer, skill.unit.ids, Span(at, buffer.length))
-        if rows.slots:
-            engine.compute(buffer, rows, logits=0)
+        slots = arm.repair.slots(engine, buffer, skill.unit.ids, Span(at, buffer.length))
+        if slots:
+            ids = tuple(skill.unit.ids[slot - at] for slot in slots)
+            positions = tuple(buffer.positions[slots].tolist())
+            engine.compute(buffer, Rows(ids, tuple(slots), positions), logits=0)
 
     def _answer(self, task: Task) -> _Answer:
         """The decision after what the buffer holds. Leaves the buffer unchanged."""
