@@ -14,8 +14,11 @@ PACKAGE = ROOT / "src" / "programmable_kv"
 
 ALLOWED = {
     ("cache.buffer_layer", "cache.buffer"): "types only: a layer refers to the buffer that it belongs to",
-    ("notebook.html", "notebook.cached_context"): "until the notebook is composed",
-    ("storage.notebooks", "notebook.notebook"): "until storage deals in a value of its own",
+    ("notebook.asking", "notebook.notebook"): "types only: a question is put to a notebook",
+    ("notebook.html", "notebook.notebook"): "types only: it shows a notebook",
+    ("notebook.plans", "notebook.notebook"): "types only: they are plans of a notebook",
+    ("storage.files", "storage.local"): "inside a function: an address names the kind of storage, which is opened then",
+    ("storage.files", "storage.remote"): "inside a function: as for local files",
 }
 """imports that may be part of a circle, and why. Imports inside functions and for type checkers count like any other"""
 
