@@ -251,6 +251,23 @@ class KVBuffer(Cache):  # type: ignore[misc]
         assert layer.values is not None
         return (layer.keys, layer.values) if rule.rotated == "keys" else (layer.values, layer.keys)
 
+    def exchange(self, start: int, middle: int, stop: int, layout: KVLayout) -> None:
+        """Two adjacent runs of slots, [start, middle) and [middle, stop), change places. Positions stay with the slots.
+
+        Costs a pass over both runs. `layout` is one with which relocation was proved exact.
+
+        Raises:
+            CacheBufferError: these are no two runs of slots in use.
+        """
+        if not 0 <= start <= middle <= stop <= self.length:
+            raise CacheBufferError(
+                f"[{start}, {middle}) and [{middle}, {stop}) are not two adjacent runs of the {self.length} slots in use"
+            )
+        if middle in (start, stop):
+            return
+        order = torch.cat((torch.arange(middle, stop), torch.arange(start, middle)))
+        self._permute(slice(start, stop), order, layout)
+
     def reorder(self, start: int, order: Sequence[int], layout: KVLayout) -> None:
         """Permute a run of slots: slot `start + i` gets what stands in slot `order[i]`. Positions stay with the slots.
 
@@ -259,9 +276,11 @@ class KVBuffer(Cache):  # type: ignore[misc]
         stop = start + len(order)
         if sorted(order) != list(range(start, stop)) or not 0 <= start <= stop <= self.length:
             raise CacheBufferError(f"the order given is not one of the slots [{start}, {stop}) of {self.length}")
-        new = slice(start, stop)
-        self._save(new)
-        self._move(torch.tensor(order, dtype=torch.long), new, self._positions[new].clone(), layout)
+        self._permute(slice(start, stop), torch.tensor(order, dtype=torch.long), layout)
+
+    def _permute(self, run: slice, order: torch.Tensor, layout: KVLayout) -> None:
+        self._save(run)
+        self._move(order, run, self._positions[run].clone(), layout)
 
     def insert(self, at: int, segment: Segment, layout: KVLayout, *, replacing: int = 0) -> None:
         """Splice a segment in before slot `at`, in the place of the `replacing` slots from there on.
