@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from programmable_kv.cache.frequencies import Tables
 from programmable_kv.cache.layout import Rotated
 from programmable_kv.cache.span import Span
 
@@ -26,6 +27,8 @@ class Segment:
     computed_at: torch.Tensor
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
+    tables: Tables | None = None
+    """the frequency tables that the keys were computed with (`FrequencyRule.table`); None if that was not recorded"""
 
     def __post_init__(self) -> None:
         count = len(self.ids)
@@ -58,4 +61,5 @@ class Segment:
             self.computed_at[rows],
             tuple(tensor[:, :, rows] for tensor in self.keys),
             tuple(tensor[:, :, rows] for tensor in self.values),
+            self.tables,
         )
