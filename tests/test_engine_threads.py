@@ -140,6 +140,20 @@ def test_the_lock_is_the_models_and_goes_with_it() -> None:
         copy.deepcopy(model)
 
 
+@pytest.mark.parametrize("job", [influence, prefill_and_suffix, rows_in_the_middle])
+def test_no_forward_runs_beside_another(job: Callable[[Engine, int], torch.Tensor]) -> None:
+    """While another engine's forward holds the model, a job waits; then it finishes."""
+    engine = Engine(tiny_model("llama"))
+    engine.verify()
+    job(engine, 0)
+    with ThreadPoolExecutor(1) as pool:
+        with lock_of(engine.model):
+            waiting = pool.submit(job, engine, 0)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.5)
+        waiting.result(timeout=60)
+
+
 # -- what the last row attends to ------------------------------------------------------------------------------
 
 

@@ -172,13 +172,20 @@ def _frequency_rules(config: Any, kinds: set[str], entries: list[dict[str, Any]]
     rules = []
     configured = _position_limit(config) or 0
     if "longrope" in kinds:
-        stated = [
-            int(e["original_max_position_embeddings"]) for e in entries if e.get("original_max_position_embeddings")
+        two = [entry for entry in entries if not _one_table(entry)]
+        stated = {int(e["original_max_position_embeddings"]) for e in two if e.get("original_max_position_embeddings")}
+        rules += [
+            FrequencyRule("longrope frequencies", within) for within in sorted(stated or ([configured] if two else []))
         ]
-        rules += [FrequencyRule("longrope frequencies", within) for within in sorted(set(stated)) or [configured]]
     if any("dynamic" in kind for kind in kinds):
         rules.append(FrequencyRule("dynamic frequencies", configured, every_length=True))
     return tuple(rules)
+
+
+def _one_table(entry: dict[str, Any]) -> bool:
+    """Whether a LongRoPE's two tables are the same."""
+    short, long = entry.get("short_factor"), entry.get("long_factor")
+    return short is not None and long is not None and list(short) == list(long)
 
 
 def _regime(rules: Sequence[FrequencyRule], layers: Sequence[LayerLayout]) -> Regime | None:
