@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """The price of an operation, counted where it was paid.
+    """What an operation cost, counted where the work was done.
 
     `tokens_computed` went through the transformer. `tokens_relocated` were put in place from where they had been computed:
     their keys were rotated (by nothing, where that is the same place). `tokens_reused` were neither. `bytes_moved` counts cache

@@ -1,4 +1,4 @@
-"""KVBuffer: a preallocated transformers `Cache` that is written in place and taken back at the cost of what was touched.
+"""KVBuffer: a preallocated transformers `Cache` that is edited in place; undoing an edit costs what it touched.
 
 Appending costs what is appended (amortised: storage grows by doubling), truncating is O(1), and a mark with an undo
 log lets an edit be tried and rolled back without cloning the context. Layers with a sliding window keep every
@@ -218,7 +218,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
             self.target = None
 
     def relocate(self, start: int, stop: int, to: int, shift: int, layout: KVLayout) -> None:
-        """Move slots [start, stop), which must be the buffer's tail, to slot `to`, and their positions by `shift`.
+        """Relocate slots [start, stop), which must be the buffer's tail, to slot `to`, and their positions by `shift`.
 
         `layout` is one with which relocation was proved exact. Keys are rotated from where they were computed, values
         are copied. The caller fills (or has truncated) what lies between. Costs a pass over the moved tokens.
@@ -302,7 +302,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self._move(order, run, self._positions[run].clone(), layout)
 
     def insert(self, at: int, segment: Segment, layout: KVLayout, *, replacing: int = 0) -> None:
-        """Splice a segment in before slot `at`, in the place of the `replacing` slots from there on.
+        """Splice a segment in at slot `at`, instead of the `replacing` slots that start there.
 
         What follows moves by the difference in length, in slots and in positions. The segment's keys are rotated once, from
         the canonical; it is kept (not copied) for as long as its tokens stand here. `layout` is one with which relocation was
@@ -318,7 +318,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
         if not isinstance(segment, Segment):
             raise InvalidArgumentError(f"insert takes a Segment, got {type(segment).__name__}")
         if not 0 <= at <= at + replacing <= self.length:
-            raise CacheBufferError(f"cannot insert in the place of slots [{at}, {at + replacing}) of {self.length}")
+            raise CacheBufferError(f"cannot insert instead of slots [{at}, {at + replacing}) of {self.length}")
         if len(segment.keys) != len(self.layers):
             raise CacheBufferError(f"a segment of {len(segment.keys)} layers does not fit {len(self.layers)}")
         self._require_first_tables(self.tables)

@@ -5,7 +5,7 @@ A position axes (one, or three with M-RoPE). A *position* is what the rotary emb
 where a token lies in the buffer.
 
 What is read here is what the model says of itself. What it does not say (how channels are paired, where the rotary window
-starts, whether a layer rotates at all) is found out on the model's own keys, by `selfcheck`.
+starts, whether a layer rotates at all) is measured on the model's own keys, in `verify`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Where relocated keys come from, so that moving them again starts from the key as it was computed.
+"""Where relocated keys come from, so that relocating them again starts from the key that was computed.
 
-(With MLA read "rotary keys": they stand in the place of values, beside a latent that does not turn.)
+(With MLA these are the rotary keys, which are cached as values, beside a latent that does not rotate.)
 
 Relocating a key rounds it once. Relocating the result again would round it twice, and so on: keys that move with every
 edit would drift. Hence each moved slot remembers the position its key was computed at, and where that key still lies
@@ -105,7 +105,7 @@ class Origins:
         """The keys in these slots are a segment's, rotated. The segment is kept; nothing is copied."""
         source = next((i for i, known in enumerate(self._segments) if known is segment), None)
         if source is None:
-            # No slot refers to a place whose segment was let go of, so it can be given to another.
+            # No slot refers to an entry whose segment was released, so the entry can be used again.
             source = next((i for i, known in enumerate(self._segments) if known is None), len(self._segments))
             self._segments[source : source + 1] = [segment]
         self._positions[slots] = segment.computed_at

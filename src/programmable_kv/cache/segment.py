@@ -1,7 +1,6 @@
 """A run of cached tokens as a value: what is cut out of one context, kept, and spliced into another.
 
-A segment's keys (with MLA, what stands in the place of values) are *canonical*: as they were computed, at the positions they
-were computed at. Whoever puts it somewhere rotates a copy, so a segment that has been moved a thousand times is as exact as
+A segment's keys (with MLA, its rotary keys, which are cached as values) are *canonical*: not rotated since they were computed. Whoever puts it somewhere rotates a copy, so a segment that has been moved a thousand times is as exact as
 one that was moved once.
 """
 
