@@ -1,7 +1,8 @@
 """A run of cached tokens as a value: what is cut out of one context, kept, and spliced into another.
 
-A segment's keys (with MLA, its rotary keys, which are cached as values) are *canonical*: not rotated since they were computed. Whoever puts it somewhere rotates a copy, so a segment that has been moved a thousand times is as exact as
-one that was moved once.
+A segment's keys (with MLA, its rotary keys, which are cached as values) are *canonical*: not rotated since they were computed.
+A copy is rotated wherever the segment is put, so a segment that was relocated a thousand times is as exact as one that was
+relocated once.
 """
 
 from __future__ import annotations
