@@ -362,3 +362,15 @@ def test_wrong_types_are_refused() -> None:
         filled(4).insert(0, [3, 4], LAYOUT)  # type: ignore[arg-type]
     with pytest.raises(CacheBufferError, match="positions"):
         KVBuffer(ENGINE.layout).load_tensors({})
+
+
+def test_a_long_buffer_grows_by_steps() -> None:
+    """A context that is larger than a step does not get twice the memory for one more token."""
+    buffer = KVBuffer(ENGINE.layout, capacity=20_000)
+    buffer.ensure_capacity(20_001)
+    assert 20_001 <= buffer.capacity <= 20_000 + 8192
+    buffer.ensure_capacity(50_000)
+    assert buffer.capacity == 50_000
+    small = KVBuffer(ENGINE.layout, capacity=100)
+    small.ensure_capacity(101)
+    assert small.capacity == 200

@@ -27,6 +27,8 @@ from programmable_kv.errors import CacheBufferError, InvalidArgumentError
 __all__ = ["KVBuffer", "Mark"]
 
 _SMALLEST_CAPACITY = 64
+_LARGEST_STEP = 8192
+"""slots"""
 
 
 class KVBuffer(Cache):  # type: ignore[misc]
@@ -133,10 +135,14 @@ class KVBuffer(Cache):  # type: ignore[misc]
     # -- growing and shrinking ---------------------------------------------------------------------------------
 
     def ensure_capacity(self, slots: int) -> None:
-        """Make room for `slots` in all. Doubles, so that appending one by one copies each token O(1) times."""
+        """Make room for `slots` in all.
+
+        The capacity doubles, so that appending one by one copies each token O(1) times; but no step is larger than 8192
+        slots, because a long context twice would not fit many devices. Computing 8192 tokens takes far longer than the copy.
+        """
         if slots <= self.capacity:
             return
-        capacity = max(slots, 2 * self.capacity)
+        capacity = max(slots, self.capacity + min(self.capacity, _LARGEST_STEP))
         used = self._high_water
         for layer in self.layers:
             if layer.is_initialized:
