@@ -16,7 +16,7 @@ import torch
 from programmable_kv.account import Meter
 from programmable_kv.cache.attention import recording
 from programmable_kv.cache.buffer import KVBuffer
-from programmable_kv.cache.layout import KVLayout
+from programmable_kv.cache.layout import KVLayout, Reach
 from programmable_kv.cache.masks import attention_masks
 from programmable_kv.cache.rows import Rows
 from programmable_kv.cache.transformers_api import (
@@ -125,7 +125,9 @@ class Engine:
         with self._lock, buffer.writing(rows.slots, rows.positions) as target:
             appended = isinstance(target.slots, slice) and target.slots.stop == target.visible
             mask: Any = None
-            if not (appended and buffer.dense_until(target.visible)):
+            # Among the last slots, a mask by index is one by position: always if nothing but order counts, else without holes.
+            order_only = all(layer.reach is Reach.FULL for layer in self.layout.layers)
+            if not (appended and (order_only or buffer.dense_until(target.visible))):
                 mask = self._mask(buffer, rows, target.visible, eager=self.model.config._attn_implementation == "eager")
             output = self._forward(buffer, ids, rows, mask, logits).logits[0]
         buffer.meter.count(computed=len(rows))

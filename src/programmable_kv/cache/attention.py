@@ -1,4 +1,4 @@
-"""Attention as a formula: what the last row of a forward attends to, and scores with a soft cap.
+"""Attention in blocks of rows, attention with a soft cap, and what the last row of a forward attends to.
 
 `recording` collects, within its block and its thread, the attention weights of the last row in every layer that runs this
 package's attention (`transformers_api.grouped_sdpa`). Nothing of the model is changed.
@@ -13,6 +13,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+ROWS_IN_BLOCK = 256
+"""Rows that attend at once. Fewer rows skip more of what they cannot see, and cost more calls. Measured on a CPU, 2048 rows
+against 8192 slots, 9 heads: 64 rows 913 ms, 128 812 ms, 256 496 ms, 512 589 ms, all at once 1042 ms."""
 
 _recorder: ContextVar[list[torch.Tensor] | None] = ContextVar("recorder", default=None)
 
@@ -62,11 +67,16 @@ def attention_weights(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is None and tokens > 1:
-        mask = torch.ones(tokens, slots, dtype=torch.bool, device=query.device).tril(slots - tokens)
+        mask = tail_mask(tokens, slots, query.device)
     if mask is not None:
         mask = mask[..., :slots]
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(dim=-1)
+
+
+def tail_mask(rows: int, slots: int, device: torch.device) -> torch.Tensor:
+    """[rows, slots] booleans: the causal mask of rows that are the last of the slots."""
+    return torch.ones(rows, slots, dtype=torch.bool, device=device).tril(slots - rows)
 
 
 def soft_capped(
@@ -83,3 +93,45 @@ def soft_capped(
     groups = heads // key.shape[1]
     folded = weights.view(batch, key.shape[1], groups * tokens, key.shape[2])
     return torch.matmul(folded, value).view(batch, heads, tokens, value.shape[-1]).transpose(1, 2).contiguous()
+
+
+def in_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+) -> torch.Tensor:
+    """Attention of many rows, a block of them at a time over the slots that the block sees; [B, T, groups * H, D].
+
+    `mask` is [1, 1, T, S] booleans. A fused kernel goes through all slots of a masked row, also those beyond the row itself;
+    a block needs those up to its last row only, and within a window not the first ones either. Exact up to rounding.
+    """
+    batch, heads, tokens, width = query.shape
+    kept_heads, slots = key.shape[1], key.shape[2]
+    groups = heads // kept_heads
+    output = query.new_empty(batch, tokens, heads, value.shape[-1])
+    for start in range(0, tokens, ROWS_IN_BLOCK):
+        stop = min(start + ROWS_IN_BLOCK, tokens)
+        rows = stop - start
+        first, end, seen = _seen_by(mask, start, stop, tokens, slots, query.device)
+        block = scaled_dot_product_attention(
+            query[:, :, start:stop].reshape(batch, kept_heads, groups * rows, width),
+            key[:, :, first:end],
+            value[:, :, first:end],
+            attn_mask=seen.expand(groups, rows, end - first).reshape(1, 1, groups * rows, end - first),
+            scale=scaling,
+        )
+        output[:, start:stop] = block.reshape(batch, heads, rows, -1).transpose(1, 2)
+    return output
+
+
+def _seen_by(
+    mask: torch.Tensor | None, start: int, stop: int, tokens: int, slots: int, device: torch.device
+) -> tuple[int, int, torch.Tensor]:
+    """The slots [first, end) that rows [start, stop) see any of, and [rows, end - first] booleans: which row sees which."""
+    if mask is None:
+        end = slots - tokens + stop
+        return 0, end, tail_mask(stop - start, end, device)
+    seen = mask[0, 0, start:stop, :slots]
+    if device.type != "cpu":  # elsewhere, reading how far a mask reaches would wait for the device
+        return 0, slots, seen
+    columns = seen.any(dim=0).nonzero()
+    first, end = int(columns[0]), int(columns[-1]) + 1
+    return first, end, seen[:, first:end]

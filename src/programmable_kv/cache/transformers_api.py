@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, get_layer_types_and_kwargs
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
-from programmable_kv.cache.attention import record, soft_capped
+from programmable_kv.cache.attention import ROWS_IN_BLOCK, in_blocks, record, soft_capped, tail_mask
 
 __all__ = [
     "GROUPED_SDPA",
@@ -171,13 +171,19 @@ def grouped_sdpa(
     record(query, key, attention_mask, scaling, softcap)
     if softcap is not None:  # which sdpa would leave out
         return soft_capped(query, key, value, attention_mask, scaling, softcap), None
-    groups = query.shape[1] // key.shape[1]
-    tokens = query.shape[2]
-    plain = groups == 1 or tokens == 1 or attention_mask is None or attention_mask.shape[1] != 1
-    if plain or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    groups, tokens, slots = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    mask, biased = attention_mask, kwargs.get("position_bias") is not None
+    last_rows = mask is None and 1 < tokens < slots  # see `mask_unless_tail`
+    if last_rows and biased:
+        mask, last_rows = tail_mask(tokens, slots, query.device)[None, None], False
+    shared = mask is not None and mask.shape[1] == 1
+    many = shared and tokens > ROWS_IN_BLOCK and mask.shape[0] == 1 and mask.dtype == torch.bool  # type: ignore[union-attr]
+    if not biased and (last_rows or many):
+        return in_blocks(query, key, value, mask, scaling), None
+    if biased or groups == 1 or tokens == 1 or not shared:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
     batch, _, _, width = query.shape
-    mask = attention_mask[..., : key.shape[2]]  # type: ignore[index]
+    mask = mask[..., :slots]  # type: ignore[index]
     mask = mask.expand(-1, groups, -1, -1).reshape(mask.shape[0], 1, groups * tokens, mask.shape[-1])
     output = nn.functional.scaled_dot_product_attention(
         query.reshape(batch, key.shape[1], groups * tokens, width),
@@ -191,7 +197,40 @@ def grouped_sdpa(
     return output.transpose(1, 2).contiguous(), None
 
 
+def mask_unless_tail(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """transformers' mask for sdpa, or None where `grouped_sdpa` makes it block by block: many rows, the last of all slots.
+
+    For `grouped_sdpa` no mask always means that the rows are the last of the slots. transformers also leaves it out for rows
+    that are the first of a longer static cache; for those the mask is made here.
+    """
+    plain = allow_is_causal_skip and mask_function is causal_mask_function and attention_mask is None
+    last = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
+    if plain and last and q_length > ROWS_IN_BLOCK:
+        return None
+    skip = allow_is_causal_skip and (q_length == 1 or q_length == kv_length)
+    return sdpa_mask(  # type: ignore[no-any-return]
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=skip,
+        **kwargs,
+    )
+
+
 def register_attention() -> None:
     """Make `attn_implementation=GROUPED_SDPA` known to transformers. Safe to call more than once."""
     AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)
-    AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
+    AttentionMaskInterface.register(GROUPED_SDPA, mask_unless_tail)
