@@ -36,11 +36,11 @@ from programmable_kv.errors import (
     InvalidArgumentError,
     NonFiniteLogitsError,
     UnsupportedModelError,
-    UnverifiedError,
 )
 from programmable_kv.model_lock import lock_of
 from programmable_kv.verify.failures import is_out_of_memory, may_pass
-from programmable_kv.verify.relocation import CachedLayer, PositionEncoding, RelocationProof, Verdict, prove_relocation
+from programmable_kv.verify.relocation import CachedLayer, RelocationProof, Verdict, prove_relocation
+from programmable_kv.verify.required import require_relocation, require_rows
 from programmable_kv.verify.rows import RowsProof, prove_rows
 
 __all__ = ["CHUNK", "Engine", "Progress", "Rows", "prefill_alone"]
@@ -373,11 +373,7 @@ class Engine:
         Raises:
             UnverifiedError: rows in the middle of this model's context cannot be computed again.
         """
-        if not self.rows.exact:
-            raise UnverifiedError(
-                f"rows in the middle of a context of this {self.layout.model_type} cannot be computed again: "
-                f"{self.rows.reason}. {instead}"
-            )
+        require_rows(self.rows, self.layout.model_type, instead)
 
     def require_relocation(self, *, below: int | None = None) -> KVLayout:
         """The layout with which relocation was proved exact.
@@ -388,24 +384,7 @@ class Engine:
         Raises:
             UnverifiedError: keys of this model cannot be moved to another position, or have not been proved to.
         """
-        name, proof = self.layout.model_type, self.relocation
-        instead = "Keep the value's token length, or use the erratum, suffix or full mode, which relocate nothing."
-        if proof.encoding is PositionEncoding.LEARNED:
-            raise UnverifiedError(
-                f"{name} keeps positions in the hidden states themselves (learned position embeddings, or positions that it "
-                f"counts by itself), so nothing cached at one position is right at another: {proof.reason}. {instead}"
-            )
-        if not proof.exact:
-            raise UnverifiedError(f"relocation is not exact on this {name}: {proof.reason}. {instead}")
-        limit = self.layout.position_limit
-        reached = min((bound for bound in (below, limit) if bound is not None), default=None)
-        if proof.within is not None and (reached is None or reached > proof.within):
-            raise UnverifiedError(f"relocation on this {name} is exact within a bound only ({proof.reason}). {instead}")
-        if any(layer.rotates_more for layer in proof.layout.layers):
-            raise UnverifiedError(
-                f"{name} keeps more than one tensor a layer that turns, and a KVBuffer turns one of them. {instead}"
-            )
-        return proof.layout
+        return require_relocation(self.relocation, below, self.layout)
 
 
 @torch.no_grad()

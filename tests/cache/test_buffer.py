@@ -360,8 +360,25 @@ def test_wrong_types_are_refused() -> None:
         filled(4).truncate("2")  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match="Segment"):
         filled(4).insert(0, [3, 4], LAYOUT)  # type: ignore[arg-type]
-    with pytest.raises(CacheBufferError, match="positions"):
-        KVBuffer(ENGINE.layout).load_tensors({})
+
+
+@pytest.mark.parametrize("fault", ["nothing", "a layer is missing", "too few rows", "a batch"])
+def test_tensors_that_do_not_fit_are_refused(fault: str) -> None:
+    named = dict(filled(5).tensors())
+    if fault == "nothing":
+        named.clear()
+    elif fault == "a layer is missing":
+        del named["values.1"]
+    elif fault == "too few rows":
+        named["keys.0"] = named["keys.0"][:, :, :4]
+    else:
+        named["values.0"] = named["values.0"].repeat(2, 1, 1, 1)
+    buffer = KVBuffer(ENGINE.layout)
+    with pytest.raises(CacheBufferError, match=r"positions|expected"):
+        buffer.load_tensors(named)
+    assert buffer.length == 0
+    buffer.load_tensors(filled(5).tensors())
+    assert buffer.length == 5
 
 
 def test_a_long_buffer_grows_by_steps() -> None:

@@ -14,6 +14,7 @@ import torch
 
 from programmable_kv.account import BufferMeter, Meter
 from programmable_kv.cache.buffer_layer import BufferLayer, WriteTarget
+from programmable_kv.cache.copies import fill, named_tensors
 from programmable_kv.cache.frequencies import Tables, require_first, require_same, tables_at
 from programmable_kv.cache.history import History, Mark, SavedRows
 from programmable_kv.cache.layout import KVLayout, LayerLayout, Rotated
@@ -417,17 +418,16 @@ class KVBuffer(Cache):  # type: ignore[misc]
             return
         keys = [layer.keys[:, :, needed].clone() for layer in self.layers]
         values = [layer.values[:, :, needed].clone() for layer in self.layers]
-        positions = self._positions[needed].clone()
-        self._history.keep(SavedRows(needed, keys, values, positions, self._origins.save(needed)))
-        self.meter.count(moved=sum(tensor.numel() * tensor.element_size() for tensor in (*keys, *values)))
+        rows = SavedRows(needed, keys, values, self._positions[needed].clone(), self._origins.save(needed))
+        self._history.keep(rows)
+        self.meter.count(moved=rows.nbytes)
 
     def _restore(self, rows: SavedRows) -> None:
         for layer, keys, values in zip(self.layers, rows.keys, rows.values, strict=True):
-            layer.keys[:, :, rows.slots] = keys
-            layer.values[:, :, rows.slots] = values
-            self.meter.count(moved=keys.numel() * keys.element_size() + values.numel() * values.element_size())
+            layer.keys[:, :, rows.slots], layer.values[:, :, rows.slots] = keys, values
         self._positions[rows.slots] = rows.positions
         self._origins.restore(rows.origins)
+        self.meter.count(moved=rows.nbytes)
 
     # -- copies ------------------------------------------------------------------------------------------------
 
@@ -438,23 +438,8 @@ class KVBuffer(Cache):  # type: ignore[misc]
         return other
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that is in use, as named views: `keys.I` and `values.I` [B, H, S, D] for layer I, `positions` [S].
-
-        For a model whose frequencies depend on the length also `frequencies`, the tables that the rows were computed with. If
-        keys were relocated, also `origins` [S] and `origin_keys.I` (with MLA `origin_values.I`), so that a copy drifts no
-        more than this does.
-        """
-        named = {"positions": self.positions}
-        if self.tables:
-            named["frequencies"] = torch.tensor(self.tables)
-        for index in range(len(self.layers) if self.length else 0):
-            named[f"keys.{index}"] = self.keys(index)
-            named[f"values.{index}"] = self.values(index)
-        if self.relocated.numel():
-            named["origins"] = self._origins.computed_at(self._used, self.positions)
-            for index, name in enumerate(self._origins.rotated or ()):
-                named[f"origin_{name}.{index}"] = self._as_computed(index, name, self._used)
-        return named
+        """All that is in use, as named views: see `copies.named_tensors`."""
+        return named_tensors(self)
 
     def load_tensors(self, named: dict[str, torch.Tensor]) -> None:
         """Fill an empty buffer with copies of what `tensors` gave.
@@ -462,32 +447,4 @@ class KVBuffer(Cache):  # type: ignore[misc]
         Raises:
             CacheBufferError: the buffer is not empty, or these are not the tensors of a buffer of this model.
         """
-        if self.length or self._history:
-            raise CacheBufferError("tensors can only be loaded into an empty buffer")
-        if "positions" not in named:
-            raise CacheBufferError(f"these are not a buffer's tensors: no positions among {sorted(named)[:5]}")
-        count = int(named["positions"].numel())
-        if count and self.layout.frequency_rules:
-            if "frequencies" not in named or named["frequencies"].numel() != len(self.layout.frequency_rules):
-                raise CacheBufferError(
-                    "these tensors do not say which frequencies they were computed with, and this model has several "
-                    f"({self.layout.frequency_rules[0].name}). Compute the context anew."
-                )
-            self._tables = tuple(named["frequencies"].tolist())
-        self.ensure_capacity(count)
-        self._positions[:count] = named["positions"]
-        for index, layer in enumerate(self.layers if count else []):
-            keys, values = named[f"keys.{index}"], named[f"values.{index}"]
-            layer.lazy_initialization(keys, values)
-            layer.keys[:, :, :count] = keys
-            layer.values[:, :, :count] = values
-        if "origins" in named:
-            rotated: list[Rotated] = [
-                "keys" if f"origin_keys.{index}" in named else "values" for index in range(len(self.layers))
-            ]
-            canonical = [named[f"origin_{name}.{index}"] for index, name in enumerate(rotated)]
-            self._origins.load(named["origins"], canonical, rotated)
-        if count and not self.layout.frequency_rules:
-            self._tables = ()
-        self._set_length(count)
-        self.meter.count(moved=self.nbytes)
+        fill(self, named)

@@ -32,6 +32,11 @@ class SavedRows:
     positions: torch.Tensor
     origins: SavedOrigins
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
+
 
 class History:
     """A stack of marks, and an undo log. Rows that no mark needs are not kept."""
