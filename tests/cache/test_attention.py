@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
 from conftest import tiny_engine, tiny_model
-from programmable_kv.cache.attention import ROWS_IN_BLOCK, in_blocks, tail_mask
+from programmable_kv.cache.attention import ROWS_IN_BLOCK, in_blocks, last_rows, tail_mask
 from programmable_kv.cache.layout import Reach
 from programmable_kv.cache.masks import visible
 from programmable_kv.cache.transformers_api import GROUPED_SDPA, grouped_sdpa, mask_unless_tail, register_attention
@@ -18,18 +18,19 @@ from reference import assert_rows_equal, full_forward
 CPU = torch.device("cpu")
 
 
-def tensors(tokens: int, slots: int, groups: int) -> list[torch.Tensor]:
+def tensors(tokens: int, slots: int, groups: int, width: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(tokens)
-    shapes = [(1, 2 * groups, tokens, 8), (1, 2, slots, 8), (1, 2, slots, 6)]
+    shapes = [(1, 2 * groups, tokens, 8), (1, 2, slots, 8), (1, 2, slots, width)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
+@pytest.mark.parametrize("width", [6, 8])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("tokens", [2, ROWS_IN_BLOCK, ROWS_IN_BLOCK + 1, 700])
 @pytest.mark.parametrize("kind", ["tail", "window", "scattered", "no mask"])
-def test_blocks_equal_one_call(kind: str, tokens: int, groups: int) -> None:
+def test_blocks_equal_one_call(kind: str, tokens: int, groups: int, width: int) -> None:
     slots = tokens + 90
-    query, key, value = tensors(tokens, slots, groups)
+    query, key, value = tensors(tokens, slots, groups, width)
     positions = torch.arange(slots - tokens, slots)
     if kind == "scattered":
         positions = torch.randperm(slots, generator=torch.Generator().manual_seed(2))[:tokens].sort().values
@@ -40,6 +41,8 @@ def test_blocks_equal_one_call(kind: str, tokens: int, groups: int) -> None:
     ).transpose(1, 2)
     given = None if kind == "no mask" else mask
     torch.testing.assert_close(in_blocks(query, key, value, given, 0.4), expected, rtol=0, atol=1e-12)
+    if kind == "no mask":
+        torch.testing.assert_close(last_rows(query, key, value, 0.4), expected, rtol=0, atol=1e-12)
     if groups > 1 or tokens > ROWS_IN_BLOCK or given is None:  # or else it is transformers' own attention
         found, _ = grouped_sdpa(torch.nn.Module(), query, key, value, given, scaling=0.4)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

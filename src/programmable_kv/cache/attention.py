@@ -95,6 +95,25 @@ def soft_capped(
     return torch.matmul(folded, value).view(batch, heads, tokens, value.shape[-1]).transpose(1, 2).contiguous()
 
 
+def last_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    """Causal attention of rows that are the last of the slots, [B, T, groups * H, D], without a mask of T x S.
+
+    If they are more than half of the slots, rows that nobody reads are put before them, so that the fused causal kernel takes
+    them; or else they attend in blocks. (One thread of a CPU, 9 heads: 2007 rows of 2048 slots 166 ms against 257 ms in
+    blocks, 2048 of 4096 824 against 858, 1024 of 2048 237 against 177.)
+    """
+    batch, heads, tokens, width = query.shape
+    slots = key.shape[2]
+    if 2 * tokens <= slots or value.shape[-1] != width:  # the kernel needs values as wide as keys
+        return in_blocks(query, key, value, None, scaling)
+    padded = query.new_zeros(batch, heads, slots, width)
+    padded[:, :, slots - tokens :] = query
+    output = scaled_dot_product_attention(
+        padded, key, value, is_causal=True, scale=scaling, enable_gqa=heads != key.shape[1]
+    )
+    return output[:, :, slots - tokens :].transpose(1, 2).contiguous()
+
+
 def in_blocks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
 ) -> torch.Tensor:

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
-from programmable_kv.cache.attention import ROWS_IN_BLOCK, in_blocks, record, soft_capped, tail_mask
+from programmable_kv.cache.attention import ROWS_IN_BLOCK, in_blocks, last_rows, record, soft_capped, tail_mask
 
 __all__ = [
     "GROUPED_SDPA",
@@ -173,12 +173,13 @@ def grouped_sdpa(
         return soft_capped(query, key, value, attention_mask, scaling, softcap), None
     groups, tokens, slots = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     mask, biased = attention_mask, kwargs.get("position_bias") is not None
-    last_rows = mask is None and 1 < tokens < slots  # see `mask_unless_tail`
-    if last_rows and biased:
-        mask, last_rows = tail_mask(tokens, slots, query.device)[None, None], False
+    if mask is None and 1 < tokens < slots:  # see `mask_unless_tail`
+        if not biased:
+            return last_rows(query, key, value, scaling), None
+        mask = tail_mask(tokens, slots, query.device)[None, None]
     shared = mask is not None and mask.shape[1] == 1
     many = shared and tokens > ROWS_IN_BLOCK and mask.shape[0] == 1 and mask.dtype == torch.bool  # type: ignore[union-attr]
-    if not biased and (last_rows or many):
+    if many and not biased:
         return in_blocks(query, key, value, mask, scaling), None
     if biased or groups == 1 or tokens == 1 or not shared:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
