@@ -108,6 +108,20 @@ def test_a_long_context_cut_short_keeps_its_frequencies(engine: Engine) -> None:
     is_full_prefill(engine, buffer)
 
 
+def test_a_context_cut_short_does_not_fit_its_length(engine: Engine) -> None:
+    buffer = filled(engine, 100)
+    assert buffer.fits_its_length
+    buffer.truncate(65)
+    assert buffer.fits_its_length
+    buffer.truncate(64)
+    assert not buffer.fits_its_length
+    fresh, _ = full_forward(engine.model, IDS[:64])
+    assert largest_difference(buffer, fresh, range(64)) > 1e-2
+    buffer.truncate(0)
+    assert buffer.fits_its_length
+    assert filled(tiny_engine("llama"), 9).fits_its_length
+
+
 def test_an_emptied_buffer_starts_anew_and_a_rollback_remembers(engine: Engine) -> None:
     buffer = filled(engine, 100)
     mark = buffer.mark()
@@ -184,6 +198,13 @@ def test_keys_of_the_long_table_are_not_relocated(engine: Engine) -> None:
     assert (long.length, short.length) == (40, 30)
     short.insert(30, segment, layout)
     assert short.length == 40
+    with pytest.raises(FrequencyRegimeError, match="relocation"):
+        short.relocate(20, 40, 20, 25, layout)
+    nearly = filled(engine, 60)
+    with pytest.raises(FrequencyRegimeError, match="relocation"):
+        nearly.insert(30, segment, layout)
+    nearly.insert(30, segment, layout, replacing=6)
+    assert nearly.next_position == BOUND
     spliced = engine.new_buffer()
     spliced.insert(0, segment, layout)
     with pytest.raises(FrequencyRegimeError):

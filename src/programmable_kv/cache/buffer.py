@@ -1,6 +1,6 @@
 """KVBuffer: a preallocated transformers `Cache` that is edited in place; undoing an edit costs what it touched.
 
-Appending costs what is appended (amortised: storage grows by doubling), truncating is O(1), and a mark with an undo
+Appending costs what is appended (amortised: storage grows by steps), truncating is O(1), and a mark with an undo
 log lets an edit be tried and rolled back without cloning the context. Layers with a sliding window keep every
 token; the mask enforces the window, so that an edit far behind the window is still possible.
 """
@@ -121,6 +121,15 @@ class KVBuffer(Cache):  # type: ignore[misc]
         """The frequency tables that the rows in use were computed with (`FrequencyRule.table`); None if there are none."""
         return self._tables if self.length else None
 
+    @property
+    def fits_its_length(self) -> bool:
+        """Whether a full forward over these positions would compute with the tables that the rows were computed with.
+
+        False for a long context that was cut short, where the model has other frequencies for the shorter one: its rows agree
+        with each other, but not with a new prefill.
+        """
+        return not self.length or self._tables == tables_at(self.layout.frequency_rules, self.next_position)
+
     def require_tables(self, length: int, *, remaining: int) -> Tables:
         """The tables of a forward that reaches `length` positions, while `remaining` rows stay as they are.
 
@@ -130,8 +139,14 @@ class KVBuffer(Cache):  # type: ignore[misc]
         cached = self._tables if remaining else None
         return require_same(self.layout.frequency_rules, length, cached, self.layout.model_type)
 
-    def _require_first_tables(self, tables: Tables | None) -> None:
-        require_first(self.layout.frequency_rules, tables, self.layout.model_type)
+    def _require_rotation(self, tables: Tables | None, reach: int) -> None:
+        """
+        Raises:
+            FrequencyRegimeError: keys of these tables cannot be rotated, or not in a context that reaches so many positions.
+        """
+        rules = self.layout.frequency_rules
+        for each in (tables, tables_at(rules, reach)):
+            require_first(rules, each, self.layout.model_type)
 
     # -- growing and shrinking ---------------------------------------------------------------------------------
 
@@ -238,7 +253,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
             raise CacheBufferError(f"can only relocate the tail of {self.length} slots, not [{start}, {stop})")
         count = stop - start
         if count:
-            self._require_first_tables(self._tables)
+            self._require_rotation(self.tables, int(self._positions[stop - 1]) + shift + 1)
             self.ensure_capacity(to + count)
             self._save(slice(min(start, to), max(stop, to + count)))
             positions = self._positions[start:stop] + shift
@@ -304,7 +319,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self._permute(slice(start, stop), torch.tensor(order, dtype=torch.long), layout)
 
     def _permute(self, run: slice, order: torch.Tensor, layout: KVLayout) -> None:
-        self._require_first_tables(self._tables)
+        self._require_rotation(self.tables, self.next_position)
         self._save(run)
         self._move(order, run, self._positions[run].clone(), layout)
 
@@ -328,11 +343,11 @@ class KVBuffer(Cache):  # type: ignore[misc]
             raise CacheBufferError(f"cannot insert instead of slots [{at}, {at + replacing}) of {self.length}")
         if len(segment.keys) != len(self.layers):
             raise CacheBufferError(f"a segment of {len(segment.keys)} layers does not fit {len(self.layers)}")
-        self._require_first_tables(self.tables)
+        self._require_rotation(self.tables, self.next_position + len(segment) - replacing)
         made_with = segment.tables
         if made_with is None and len(segment):
             made_with = tables_at(self.layout.frequency_rules, int(segment.computed_at.max()) + 1)
-        self._require_first_tables(made_with)
+        self._require_rotation(made_with, 0)
         count, tail = len(segment), at + replacing
         position = int(self._positions[at - 1]) + 1 if at else 0
         length = self.length + count - replacing

@@ -79,8 +79,8 @@ def require_first(rules: Sequence[FrequencyRule], tables: Tables | None, model_t
     """
     if tables is not None and any(tables):
         raise FrequencyRegimeError(
-            f"these keys were computed with other rotary frequencies than relocation was proved with: "
-            f"{_described(rules, model_type)}. Compute the text anew where it shall stand."
+            "keys cannot be rotated here: relocation was proved for the first frequencies only, and "
+            f"{_described(rules, model_type)}. Compute the text anew at its place."
         )
 
 
