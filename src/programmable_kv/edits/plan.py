@@ -94,7 +94,10 @@ class Plan:
 
     @property
     def tokens_computed(self) -> int:
-        """Tokens that go through the transformer, those that a selection computes to choose by included."""
+        """Tokens that go through the transformer, those that a selection computes to choose by included.
+
+        Where a selection may choose what is computed in any case, it is the most that it can be.
+        """
         chosen = sum(step.selection.count + step.selection.rows_to_choose for step in self.selects)
         return sum(len(one.span) for one in self.compute) + chosen
 
