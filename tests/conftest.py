@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -13,6 +14,24 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from programmable_kv.engine import Engine
+
+
+def pytest_configure() -> None:
+    """Where tests run in parallel, each process has one thread, and so have the processes it starts."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever uses the `embedded` fixture needs the weights; whatever needs the weights is slow."""
+    for item in items:
+        if "embedded" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.weights)
+        if item.get_closest_marker("weights") is not None:
+            item.add_marker(pytest.mark.slow)
+
 
 TINY: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -30,12 +30,18 @@ Reply with the action only.
 ASK = ["--ask", "Somebody asks for a cancellation. What do you do?", "--options", "cancel,deny"]
 
 
-def pkv(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
+def pkv(*arguments: str, cwd: Path | None = None, given: str | None = None) -> subprocess.CompletedProcess[str]:
+    """`pkv` in a process of its own, in a terminal of 80 columns; `given` is its standard input."""
+    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}
     return subprocess.run(
         [sys.executable, "-m", "programmable_kv", *arguments], capture_output=True, text=True, check=False, cwd=cwd,
-        env=environment,
+        env=environment, input=given,
     )  # fmt: skip
+
+
+def is_whole(table: str) -> bool:
+    """Whether a printed table fits 80 columns with no cell cut short."""
+    return all(len(line) <= 80 for line in table.splitlines()) and "…" not in table
 
 
 @pytest.fixture
@@ -45,6 +51,16 @@ def policy(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model on disk, for what does not depend on what a model decides."""
+    folder = tmp_path_factory.mktemp("tiny") / "llama"
+    tiny_model("llama", dtype=torch.float32).save_pretrained(folder)
+    tokenizer("byte-level").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.weights
 def test_edit_prints_one_json_object(policy: str) -> None:
     done = pkv("edit", "--prompt", policy, "--field", "status=shipped", "--set", "status=pending", *ASK, "--json")
     assert done.returncode == 0, done.stderr
@@ -62,15 +78,30 @@ def test_edit_prints_one_json_object(policy: str) -> None:
     assert len(body["model_fingerprint"]) == 32
 
 
-def test_edit_prints_a_table(policy: str) -> None:
+def test_edit_prints_a_table(policy: str, tiny_folder: str) -> None:
     arguments = ["--field", "status=shipped", "--set", "status=pending", "--mode", "erratum", "--raw"]
-    done = pkv("edit", "--prompt", policy, *arguments, *ASK)
+    done = pkv("edit", "--prompt", policy, *arguments, *ASK, "--model", tiny_folder)
     assert done.returncode == 0, done.stderr
+    assert is_whole(done.stdout)
     assert "erratum" in done.stdout
     assert "full" in done.stdout
     assert "suffix" not in done.stdout
 
 
+def test_edit_reads_standard_input_files_and_answers_with_commas(tiny_folder: str, tmp_path: Path) -> None:
+    (tmp_path / "value.txt").write_text("pending\n", encoding="utf-8")
+    done = pkv(
+        "edit", "--prompt", "-", "--field", "status=@@home", "--set", f"status=@{tmp_path / 'value.txt'}", "--ask", "Cancel?",
+        "--options", '"Yes, cancel it",No', "--option", "Ask, then wait", "--mode", "suffix", "--json", "--model", tiny_folder,
+        given=POLICY.replace("\n", "\r\n"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    body = json.loads(done.stdout)
+    assert set(body["modes"][0]["probabilities"]) == {"Yes, cancel it", "No", "Ask, then wait"}
+    assert [row["mode"] for row in body["modes"]] == ["full", "suffix"]
+
+
+@pytest.mark.slow
 def test_edit_shows_which_modes_a_model_refuses(policy: str, tmp_path: Path) -> None:
     """A model whose keys cannot be moved refuses to refresh a value of another length; the others are compared."""
     model = copy.deepcopy(tiny_model("gpt2", dtype=torch.float32, n_positions=1024, n_embd=32, n_layer=2, n_head=4))
@@ -89,39 +120,101 @@ def test_edit_shows_which_modes_a_model_refuses(policy: str, tmp_path: Path) -> 
     assert "refused" in table.stdout
 
 
+BEFORE_A_MODEL_IS_LOADED = [
+    (
+        ["--field", "status=shipped", "--set", "colour=red", *ASK],
+        "there is no field 'colour' to --set; the fields are: status",
+    ),
+    (["--field", "status", "--set", "status=x", *ASK], "takes name=value"),
+    (["--field", "status=a", "--field", "status=b", "--set", "status=x", *ASK], "gives 'status' twice"),
+    (["--field", "nothing=here", "--set", "nothing=x", *ASK], "no placeholder {nothing}"),
+    (["--field", "status=@nowhere.txt", "--set", "status=x", *ASK], "cannot read nowhere.txt"),
+    (["--field", "status=shipped", "--set", "status=x", "--ask", "?", "--options", "one"], "at least two answers"),
+    (["--field", "status=shipped", "--set", "status=x", "--ask", "?"], "at least two answers"),
+    (
+        ["--field", "status=shipped", "--set", "status=x", "--ask", "?", "--options", '"a,b'],
+        "an item with a comma in double",
+    ),
+    (["--field", "status=shipped", "--set", "status=x", *ASK, "--mode", "magic"], "no edit mode 'magic'"),
+]
+WITH_A_MODEL = [
+    (["--field", "status=shipped", "--set", "status=", *ASK], "is empty"),
+    (["--field", "status=shipped", "--set", "status=a<|im_end|>b", *ASK], "marks roles"),
+]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--field", "status=shipped", "--set", "colour=red", *ASK], "no field 'colour'"),
-        (["--field", "status=shipped", "--set", "status=", *ASK], "is empty"),
-        (["--field", "status", "--set", "status=x", *ASK], "takes name=value"),
-        (["--field", "nothing=here", "--set", "nothing=x", *ASK], "no placeholder"),
-        (["--field", "status=shipped", "--set", "status=a<|im_end|>b", *ASK], "marks roles"),
-        (["--field", "status=shipped", "--set", "status=x", "--ask", "?", "--options", "one"], "at least two answers"),
-        (["--field", "status=shipped", "--set", "status=x", *ASK, "--mode", "magic"], "no edit mode 'magic'"),
-        (["--field", "status=shipped", "--set", "status=x", *ASK, "--model", "missing.gguf"], "no GGUF file"),
-    ],
-    ids=lambda item: item if isinstance(item, str) else "",
+    ("arguments", "message"), BEFORE_A_MODEL_IS_LOADED, ids=lambda item: item if isinstance(item, str) else ""
 )
-def test_errors_are_one_message_and_no_traceback(policy: str, arguments: list[str], message: str) -> None:
-    done = pkv("edit", "--prompt", policy, *arguments)
-    assert done.returncode == 1
-    assert message in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+def test_mistakes_are_told_before_a_model_is_loaded(policy: str, arguments: list[str], message: str) -> None:
+    """There is no such model, and that is not what the error says."""
+    assert_told(pkv("edit", "--prompt", policy, *arguments, "--model", "missing.gguf"), message)
+
+
+@pytest.mark.parametrize(("arguments", "message"), WITH_A_MODEL, ids=lambda item: item if isinstance(item, str) else "")
+def test_values_are_judged_by_the_model(policy: str, tiny_folder: str, arguments: list[str], message: str) -> None:
+    assert_told(pkv("edit", "--prompt", policy, *arguments, "--model", tiny_folder), message)
+
+
+def test_a_missing_model(policy: str) -> None:
+    edited = ["--field", "status=shipped", "--set", "status=x", *ASK]
+    assert_told(pkv("edit", "--prompt", policy, *edited, "--model", "missing.gguf"), "no GGUF file")
 
 
 def test_a_missing_prompt_file() -> None:
-    done = pkv("edit", "--prompt", "nowhere.md", "--field", "a=b", "--set", "a=c", *ASK)
-    assert done.returncode == 1
-    assert "cannot read nowhere.md" in done.stderr
+    edited = ["--field", "a=b", "--set", "a=c", *ASK]
+    assert_told(pkv("edit", "--prompt", "nowhere.md", *edited), "cannot read nowhere.md")
 
 
+def test_a_prompt_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "p.md").write_bytes(b"\xff\xfe{a}")
+    edited = ["--field", "a=b", "--set", "a=c", *ASK]
+    assert_told(pkv("edit", "--prompt", str(tmp_path / "p.md"), *edited), "is not UTF-8 text")
+
+
+def assert_told(done: subprocess.CompletedProcess[str], message: str) -> None:
+    """One line on stderr with the message, no traceback, and nothing on stdout."""
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert message in done.stderr
+    assert done.stderr.startswith("error (")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_the_version() -> None:
+    import programmable_kv
+
+    assert pkv("--version").stdout == f"programmable-kv {programmable_kv.__version__}\n"
+
+
+def test_an_interrupt_is_one_line(policy: str) -> None:
+    """Ctrl-C while the command waits for its standard input."""
+    import signal
+
+    command = [sys.executable, "-m", "programmable_kv", "edit", "--prompt", "-", "--field", "a=b", "--set", "a=c", *ASK]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdin is not None
+        # A pipe takes 64 kB: once more than that was written, the command is past its start and reading.
+        running.stdin.write("x" * 1_000_000)
+        running.stdin.flush()
+        running.send_signal(signal.SIGINT)
+        stdout, stderr = running.communicate()
+    assert running.returncode == 130
+    assert stderr.startswith("interrupted")
+    assert len(stderr.splitlines()) == 1
+    assert stdout == ""
+
+
+@pytest.mark.weights
 def test_demo_writes_its_page(tmp_path: Path) -> None:
     done = pkv("demo", "--page", "page.html", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "account_role: verified_admin → suspended_user" in done.stdout
     assert "order_status" in done.stdout
+    assert is_whole(done.stdout.rpartition("\n\n")[0] or done.stdout)
+    assert done.stderr == ""
     assert (tmp_path / "page.html").stat().st_size > 10_000
 
 
@@ -130,6 +223,7 @@ def test_results_lists_the_records() -> None:
     done = pkv("results", cwd=root)
     assert done.returncode == 0, done.stderr
     assert "edit-modes" in done.stdout
+    assert is_whole(done.stdout)
     assert "edit-ttft" in json.loads(pkv("results", "--json", cwd=root).stdout)
 
 
@@ -141,6 +235,7 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     assert "bad.json" in done.stderr.replace("\n", "")
 
 
+@pytest.mark.slow
 def test_zoo_examines_the_types_that_are_named_and_writes_nothing(tmp_path: Path) -> None:
     done = pkv("zoo", "--type", "gpt2", "--type", "llama", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -161,7 +256,8 @@ def test_a_record_does_not_say_where_it_was_written(monkeypatch: pytest.MonkeyPa
     assert command() == "pkv bench edit --repeats 3"
 
 
-def test_a_skill_is_compiled_kept_carried_and_removed(policy: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_skill_is_compiled_kept_carried_and_removed(policy: str, tiny_folder: str, tmp_path: Path) -> None:
     store = ["--store", str(tmp_path / "skills")]
     compiling = [
         "skills",
@@ -173,6 +269,8 @@ def test_a_skill_is_compiled_kept_carried_and_removed(policy: str, tmp_path: Pat
         "status=shipped",
         "--inside",
         "system",
+        "--model",
+        tiny_folder,
         *store,
     ]
     first, again = pkv(*compiling), pkv(*compiling)
@@ -193,12 +291,14 @@ def test_a_skill_is_compiled_kept_carried_and_removed(policy: str, tmp_path: Pat
     assert "intact" in pkv("skills", "verify", "refunds", *store).stdout
 
 
-def test_a_disk_that_is_full_is_told_and_nothing_half_written_stays(policy: str, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_is_told_and_nothing_half_written_stays(
+    policy: str, tiny_folder: str, tmp_path: Path
+) -> None:
     """The limit on a file's size stands for the disk: the write fails in its midst, for real."""
     folder = tmp_path / "skills"
     done = subprocess.run(
         ["bash", "-c", f'ulimit -f 8; exec "{sys.executable}" -m programmable_kv "$@"', "pkv", "skills", "compile", policy,
-         "--field", "status=shipped", "--store", str(folder)],
+         "--field", "status=shipped", "--store", str(folder), "--model", tiny_folder],
         capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1"},
     )  # fmt: skip
     assert done.returncode == 1

@@ -1,32 +1,176 @@
-"""programmable-kv: edit the content of a transformer's KV cache at the price of the tokens touched."""
+"""programmable-kv: edit the content of a transformer's KV cache at the price of the tokens touched.
 
-from programmable_kv.account import Account
-from programmable_kv.agent.agent import Agent, Turn
-from programmable_kv.edits.plan import Mode
-from programmable_kv.edits.splicing import SeamRepair
-from programmable_kv.engine import Engine, Rows
-from programmable_kv.errors import ProgrammableKVError
-from programmable_kv.models.load import Model, load_model, wrap_model
-from programmable_kv.notebook.decision import Decision
-from programmable_kv.notebook.notebook import Notebook
-from programmable_kv.skills.skill import Skill
+Importing this package costs nothing: a public name's module, and with it torch, is imported when the name is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test compares this list with the table below
+    from programmable_kv.account import Account
+    from programmable_kv.agent.agent import Agent, Turn
+    from programmable_kv.cache.rows import Rows
+    from programmable_kv.cache.span import Span
+    from programmable_kv.edits.modes import Mode
+    from programmable_kv.edits.ranking import AttentionInfluence, RandomOrder, Recency
+    from programmable_kv.edits.seam import SeamRepair
+    from programmable_kv.engine import Engine
+    from programmable_kv.errors import (
+        AlreadyPrefilledError,
+        CacheBufferError,
+        ContextOverflowError,
+        CorruptFileError,
+        ExperimentError,
+        FingerprintMismatchError,
+        FrequencyRegimeError,
+        InputError,
+        InvalidArgumentError,
+        InvalidEditError,
+        InvalidOptionsError,
+        InvalidValueError,
+        MissingDataError,
+        MissingExtraError,
+        ModelError,
+        ModelUnavailableError,
+        NonFiniteLogitsError,
+        NotPrefilledError,
+        OutOfStepError,
+        ProgrammableKVError,
+        RecordError,
+        StateError,
+        StorageError,
+        TemplateError,
+        TrainingError,
+        UnknownFieldError,
+        UnknownPartError,
+        UnknownSkillError,
+        UnsupportedModelError,
+        UnverifiedError,
+    )
+    from programmable_kv.models.load import Model, load_model, wrap_model
+    from programmable_kv.notebook.decision import Decision
+    from programmable_kv.notebook.notebook import Notebook
+    from programmable_kv.skills.skill import Skill
+    from programmable_kv.skills.store import SkillStore
+    from programmable_kv.states import TokenState
 
 __version__ = "0.1.0"
+
+_MODULE_OF = {
+    "Account": "account",
+    "Agent": "agent.agent",
+    "AlreadyPrefilledError": "errors",
+    "AttentionInfluence": "edits.ranking",
+    "CacheBufferError": "errors",
+    "ContextOverflowError": "errors",
+    "CorruptFileError": "errors",
+    "Decision": "notebook.decision",
+    "Engine": "engine",
+    "ExperimentError": "errors",
+    "FingerprintMismatchError": "errors",
+    "FrequencyRegimeError": "errors",
+    "InputError": "errors",
+    "InvalidArgumentError": "errors",
+    "InvalidEditError": "errors",
+    "InvalidOptionsError": "errors",
+    "InvalidValueError": "errors",
+    "MissingDataError": "errors",
+    "MissingExtraError": "errors",
+    "Mode": "edits.modes",
+    "Model": "models.load",
+    "ModelError": "errors",
+    "ModelUnavailableError": "errors",
+    "NonFiniteLogitsError": "errors",
+    "NotPrefilledError": "errors",
+    "Notebook": "notebook.notebook",
+    "OutOfStepError": "errors",
+    "ProgrammableKVError": "errors",
+    "RandomOrder": "edits.ranking",
+    "Recency": "edits.ranking",
+    "RecordError": "errors",
+    "Rows": "cache.rows",
+    "SeamRepair": "edits.seam",
+    "Skill": "skills.skill",
+    "SkillStore": "skills.store",
+    "Span": "cache.span",
+    "StateError": "errors",
+    "StorageError": "errors",
+    "TemplateError": "errors",
+    "TokenState": "states",
+    "TrainingError": "errors",
+    "Turn": "agent.agent",
+    "UnknownFieldError": "errors",
+    "UnknownPartError": "errors",
+    "UnknownSkillError": "errors",
+    "UnsupportedModelError": "errors",
+    "UnverifiedError": "errors",
+    "load_model": "models.load",
+    "wrap_model": "models.load",
+}
+"""public name -> the module that defines it"""
 
 __all__ = [
     "Account",
     "Agent",
+    "AlreadyPrefilledError",
+    "AttentionInfluence",
+    "CacheBufferError",
+    "ContextOverflowError",
+    "CorruptFileError",
     "Decision",
     "Engine",
+    "ExperimentError",
+    "FingerprintMismatchError",
+    "FrequencyRegimeError",
+    "InputError",
+    "InvalidArgumentError",
+    "InvalidEditError",
+    "InvalidOptionsError",
+    "InvalidValueError",
+    "MissingDataError",
+    "MissingExtraError",
     "Mode",
     "Model",
+    "ModelError",
+    "ModelUnavailableError",
+    "NonFiniteLogitsError",
+    "NotPrefilledError",
     "Notebook",
+    "OutOfStepError",
     "ProgrammableKVError",
+    "RandomOrder",
+    "Recency",
+    "RecordError",
     "Rows",
     "SeamRepair",
     "Skill",
+    "SkillStore",
+    "Span",
+    "StateError",
+    "StorageError",
+    "TemplateError",
+    "TokenState",
+    "TrainingError",
     "Turn",
+    "UnknownFieldError",
+    "UnknownPartError",
+    "UnknownSkillError",
+    "UnsupportedModelError",
+    "UnverifiedError",
     "__version__",
     "load_model",
     "wrap_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

@@ -1,4 +1,4 @@
-"""What an operation cost."""
+"""What an operation cost, and what it left behind."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+from programmable_kv.states import TokenState
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What an operation cost, counted where the work was done.
+    """The price of an operation, counted where it was paid, and what it left behind.
 
     `tokens_computed` went through the transformer. `tokens_relocated` were put in place from where they had been computed:
     their keys were rotated (by nothing, where that is the same place). `tokens_reused` were neither. `bytes_moved` counts cache
@@ -23,18 +26,37 @@ class Account:
     tokens_reused: int = 0
     bytes_moved: int = 0
     seconds: float = 0.0
-    note: str = ""
-    """what was done beyond what was asked, in words (for example that a tail was relocated)"""
+    operation: str = ""
+    mode_asked: str | None = None
+    """of an edit; None where the default was left to choose"""
+    mode_used: str | None = None
+    why: str = ""
+    """why another mode was used than was asked for, or what was done beyond it"""
+    exactness: TokenState = TokenState.EXACT
+    """the weakest state of any token in the context afterwards"""
+
+    @property
+    def exact(self) -> bool:
+        """Whether a full prefill of the text that stands now would give the same cache."""
+        return self.exactness.exact
+
+    def of(self, **known: Any) -> Account:
+        """With what is known of the operation besides its price."""
+        return replace(self, **known)
 
     def __add__(self, other: Account) -> Account:
-        """Two operations one after the other on the same context; reuse is that of the second."""
+        """Two operations one after the other on the same context; reuse and exactness are those after the second."""
         return Account(
             self.tokens_computed + other.tokens_computed,
             self.tokens_relocated + other.tokens_relocated,
             other.tokens_reused,
             self.bytes_moved + other.bytes_moved,
             self.seconds + other.seconds,
-            "; ".join(note for note in (self.note, other.note) if note),
+            other.operation or self.operation,
+            self.mode_asked or other.mode_asked,
+            self.mode_used or other.mode_used,
+            "; ".join(why for why in (self.why, other.why) if why),
+            other.exactness,
         )
 
 

@@ -1,15 +1,19 @@
-"""`pkv`: the command line."""
+"""`pkv`: the command line.
+
+Help must be instant: this module and `commands/` import typer and nothing heavy. What a command needs is imported when it runs.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from programmable_kv.commands import measure, prompts, records, skills
-from programmable_kv.commands.common import err
+from programmable_kv import __version__
+from programmable_kv.commands import bench, lab, prompts, records, skills, zoo
 from programmable_kv.errors import ProgrammableKVError
+from programmable_kv.extras import extra_missing_in
 
 app = typer.Typer(
     name="pkv",
@@ -17,13 +21,14 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # rich's panels take as long to import as all the rest of the help
 )
 app.command()(prompts.demo)
 app.command()(prompts.edit)
 app.add_typer(skills.app, name="skills")
-app.add_typer(measure.bench_app, name="bench")
-app.add_typer(measure.lab_app, name="lab")
-app.command()(measure.zoo)
+app.add_typer(bench.app, name="bench")
+app.add_typer(lab.app, name="lab")
+app.command()(zoo.zoo)
 app.command()(records.results)
 app.command()(records.figures)
 
@@ -31,23 +36,44 @@ _INTERRUPTED = 130
 """typer's exit status after Ctrl-C"""
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"programmable-kv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and stop")
+    ] = False,
+) -> None:
+    """Edit the content of a cached prompt at the price of the tokens touched."""
+
+
 def _fail(kind: str, message: str) -> NoReturn:
-    err.print(f"[bold red]error[/] ({kind}):", end=" ")
-    err.print(message, markup=False, highlight=False)
+    typer.echo(f"{typer.style('error', fg='red', bold=True)} ({kind}): {message}", err=True)
     sys.exit(1)
 
 
 def main() -> None:
     """Run the command line; an error we know is one line on stderr and exit status 1, not a traceback."""
     try:
-        app()
+        app(prog_name="pkv")
     except ProgrammableKVError as error:
         _fail(type(error).__name__.removesuffix("Error"), str(error))
+    except ModuleNotFoundError as error:
+        told = extra_missing_in(error)
+        if told is None:
+            raise
+        _fail("MissingExtra", told)
     except OSError as error:  # a full disk, a folder that may not be written
         _fail(
-            "OS", f"{error}. What was stored before is as it was: make room or choose another place, and run it again."
+            "OS", f"{error}. What was stored before is unchanged: make room or choose another place, and run it again."
         )
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
-            err.print("interrupted. A record keeps the rows that were measured: the same command goes on from there")
+            typer.echo(
+                "interrupted. A record keeps the rows that were measured: the same command goes on from there", err=True
+            )
         raise

@@ -28,10 +28,11 @@ ProgrammableKVError
 │   ├── FingerprintMismatchError  saved by another model, tokenizer or dtype
 │   ├── CorruptFileError          a file is not what its manifest says
 │   └── UnknownSkillError         the store has no such skill, or several
-└── ExperimentError
-    ├── TrainingError             training cannot start or go on
-    ├── RecordError               a result record is missing or does not fit the schema
-    └── MissingDataError          an experiment's data package is not installed
+├── ExperimentError
+│   ├── TrainingError             training cannot start or go on
+│   ├── RecordError               a result record is missing or does not fit the schema
+│   └── MissingDataError          an experiment's data package is not installed
+└── MissingExtraError             an optional dependency of this package is not installed
 ```
 """
 
@@ -152,3 +153,7 @@ class RecordError(ExperimentError):
 
 class MissingDataError(ExperimentError):
     """An experiment's data comes from a package that is not installed."""
+
+
+class MissingExtraError(ProgrammableKVError):
+    """The operation needs an optional dependency that is not installed; the message names the extra."""

@@ -11,8 +11,8 @@ from conftest import tiny
 from programmable_kv import Agent, Notebook, SeamRepair, Skill
 from programmable_kv.bench.agent import policies, summarise
 from programmable_kv.errors import InvalidEditError, InvalidOptionsError, TemplateError, UnknownFieldError
-from programmable_kv.prompt.units import TokenState
 from programmable_kv.records import Record, digest_of, read_record
+from programmable_kv.states import TokenState
 from reference import assert_rows_equal, full_forward, largest_difference
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -86,9 +86,9 @@ def test_skills_are_composed_learned_and_forgotten() -> None:
     assert agent.state == {"tier": "gold"}
     agent.act("the refund", OPTIONS, tier="silver")
     tool = Skill.compile(model, "the order was returned", name="order", role="tool")
-    assert agent.learn(tool).tokens_computed <= 4
-    assert agent.hear("tool", "the order was cancelled").tokens_computed > 4
-    account = agent.forget("order")
+    assert agent.add_skill(tool).tokens_computed <= 4
+    assert agent.observe("tool", "the order was cancelled").tokens_computed > 4
+    account = agent.remove_skill("order")
     assert account.tokens_computed == 0
     assert "the order was returned" not in agent.notebook.rendered_text
     agent.act("the refund", OPTIONS, tier="gold")
@@ -152,9 +152,9 @@ def test_the_embedded_agent_follows_its_state(embedded: Any) -> None:
 def test_everything_is_in_the_account() -> None:
     agent = started()
     turn = agent.act("the customer asks", OPTIONS)
-    heard = agent.hear("tool", "delivered")
-    learned = agent.learn(Skill.compile(agent.notebook.model, "date policy.\n", name="dates"))
-    forgot = agent.forget("dates")
+    heard = agent.observe("tool", "delivered")
+    learned = agent.add_skill(Skill.compile(agent.notebook.model, "date policy.\n", name="dates"))
+    forgot = agent.remove_skill("dates")
     assert turn.account.tokens_reused > 0
     parts = (agent.composed, turn.account, heard, learned, forgot)
     assert agent.account.tokens_computed == sum(part.tokens_computed for part in parts)

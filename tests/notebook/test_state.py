@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,8 @@ from programmable_kv.errors import (
     NotPrefilledError,
     OutOfStepError,
 )
-from programmable_kv.notebook.html import COLOURS
-from programmable_kv.prompt.units import TokenState, weakest
+from programmable_kv.notebook.html import COLOURS, ERRATUM_STYLE
+from programmable_kv.states import TokenState, weakest
 from reference import assert_rows_equal, full_forward
 
 
@@ -79,34 +78,6 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         Notebook.load(tmp_path / "saved", tiny(rope_theta=5000.0))
     with pytest.raises(FingerprintMismatchError):  # nothing but a number in the configuration differs
         Notebook.load(tmp_path / "saved", tiny(rms_norm_eps=1e-3))
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "manifest", "version", "no manifest", "id"])
-def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
-    folder = build().save(tmp_path / "saved")
-    tensors, manifest = folder / "cache.safetensors", folder / "notebook.json"
-    if damage == "flip":
-        content = bytearray(tensors.read_bytes())
-        content[-5] ^= 1
-        tensors.write_bytes(bytes(content))
-    elif damage == "truncate":
-        tensors.write_bytes(tensors.read_bytes()[:-100])
-    elif damage == "missing":
-        tensors.unlink()
-    elif damage == "manifest":
-        manifest.write_text(manifest.read_text()[:-40])
-    elif damage == "version":
-        content = json.loads(manifest.read_text())
-        content["notebook"]["format"] = 99
-        manifest.write_text(json.dumps(content))
-    elif damage == "id":
-        content = json.loads(manifest.read_text())
-        content["notebook"]["units"][0]["ids"][3] += 1
-        manifest.write_text(json.dumps(content))
-    else:
-        manifest.unlink()
-    with pytest.raises(CorruptFileError):
-        Notebook.load(folder, tiny())
 
 
 def test_saving_over_something_else_is_refused(tmp_path: Path) -> None:
@@ -233,14 +204,15 @@ def test_html_shows_every_token_and_escapes() -> None:
     notebook = Notebook(tiny()).message("system", "a <b>bold</b> note: {note} & reply", note="x")
     assert "not prefilled" in notebook._repr_html_()
     notebook.prefill()
-    notebook.edit(note="<i>y</i>")
+    notebook.edit(note="<i>y</i>", mode="field_erratum")
     page = notebook._repr_html_()
     assert "<i>y" not in page
     assert "&lt;b&gt;bold&lt;/b&gt;" in page.replace("</span>", "").replace(
         '<span style="background:#f3f3f3" title="exact">', ""
     )
-    for state in (TokenState.EXACT, TokenState.STALE, TokenState.ERRATUM, TokenState.REFRESHED):
+    for state in (TokenState.EXACT, TokenState.STALE, TokenState.AFTER_EDIT):
         assert COLOURS[state] in page
+    assert ERRATUM_STYLE in page
 
 
 def test_joining_spans_takes_the_weakest() -> None:

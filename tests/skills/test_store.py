@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,19 @@ from typing import Any
 import pytest
 import torch
 
+from backends import DictBlobs
 from conftest import tiny
 from programmable_kv import Notebook, SeamRepair, Skill
-from programmable_kv.errors import CorruptFileError, FingerprintMismatchError, InvalidValueError, UnknownSkillError
-from programmable_kv.prompt.units import TokenState
+from programmable_kv.errors import (
+    CorruptFileError,
+    FingerprintMismatchError,
+    InvalidArgumentError,
+    InvalidValueError,
+    StorageError,
+    UnknownSkillError,
+)
 from programmable_kv.skills.store import SkillStore
+from programmable_kv.states import TokenState
 
 TEXT = "refund policy: if the tier is {tier} refund, else deny. reply only with the action.\n"
 
@@ -30,15 +37,21 @@ def same(one: Skill, two: Skill) -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.fixture(params=["folder", "memory"])
+@pytest.fixture(params=["folder", "memory", "backend"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> SkillStore:
-    where: Any = tmp_path / "skills" if request.param == "folder" else f"memory://{tmp_path.name}"
-    return SkillStore(where)
+    """The store on a folder, on a filesystem of fsspec, and on a backend of one's own."""
+    places: dict[str, Any] = {
+        "folder": tmp_path / "skills",
+        "memory": f"memory://{tmp_path.name}",
+        "backend": DictBlobs(),
+    }
+    return SkillStore(places[request.param])
 
 
 def test_what_is_put_in_comes_out(store: SkillStore) -> None:
     skill = Skill.compile(tiny(), TEXT, name="refunds", tier="gold")
     entry = store.put(skill)
+    assert len(entry.key) == 32
     for which in ("refunds", entry.key, entry.key[:10]):
         same(store.get(tiny(), which), skill)
     same(store.get(tiny(), "refunds", verify=False), skill)
@@ -87,30 +100,6 @@ def test_other_models_and_unknown_names_are_refused(store: SkillStore) -> None:
         store.entry("refunds")
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest", "ids", "renamed"])
-def test_nothing_corrupt_is_served(tmp_path: Path, damage: str) -> None:
-    store = SkillStore(tmp_path)
-    key = store.put(Skill.compile(tiny(), TEXT, name="refunds", tier="gold")).key
-    tensors, manifest = tmp_path / f"{key}.safetensors", tmp_path / f"{key}.json"
-    body = bytearray(tensors.read_bytes())
-    if damage == "flip":
-        body[-7] ^= 4
-        tensors.write_bytes(bytes(body))
-    elif damage == "cut":
-        tensors.write_bytes(bytes(body[:-9]))
-    elif damage == "gone":
-        tensors.unlink()
-    elif damage == "manifest":
-        manifest.write_text(manifest.read_text()[:-20])
-    elif damage == "ids":
-        manifest.write_text(manifest.read_text().replace('"ids": [', '"ids": [7, '))
-    else:
-        key = "0" * 32
-        manifest.rename(tmp_path / f"{key}.json")
-    with pytest.raises(CorruptFileError):
-        store.get(tiny(), key)
-
-
 def test_export_and_import(tmp_path: Path) -> None:
     one, two = SkillStore(tmp_path / "one"), SkillStore(tmp_path / "two")
     skill = one.compile(tiny(), TEXT, name="refunds", tier="gold")
@@ -125,6 +114,8 @@ def test_export_and_import(tmp_path: Path) -> None:
     assert SkillStore(tmp_path / "three").entries() == []
     one.remove("refunds")
     assert list((tmp_path / "one").iterdir()) == []
+    entry = two.import_file(tmp_path / "refunds.skill")  # again: one is replaced by the other
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted([f"{entry.key}.json", entry.tensors])
 
 
 def test_the_least_recently_used_go(tmp_path: Path) -> None:
@@ -171,62 +162,6 @@ def test_what_was_rounded_is_never_exact(tmp_path: Path) -> None:
         plain.put(small.get(tiny(), "refunds"))
 
 
-_WRITER = """
-import sys
-sys.path.insert(0, {tests!r})
-from conftest import tiny
-from programmable_kv import Skill
-from programmable_kv.skills.store import SkillStore
-store = SkillStore({folder!r})
-skill = Skill.compile(tiny(), "a skill that many write at once, over and over. " * 20, name="shared")
-print("ready", flush=True)
-for _ in range({times}):
-    store.put(skill)
-"""
-
-
-def test_killed_or_racing_writers_lose_nothing(tmp_path: Path) -> None:
-    """Two processes write one key again and again; one is killed in the middle. A reader never sees half an entry."""
-    tests = str(Path(__file__).parent.parent)
-
-    def start(times: int) -> subprocess.Popen[str]:
-        code = _WRITER.format(tests=tests, folder=str(tmp_path), times=times)
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-
-    victim, other = start(100_000), start(60)
-    for process in (victim, other):
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == "ready"
-    store = SkillStore(tmp_path)
-    reads = 0
-    while other.poll() is None:
-        if reads == 5:
-            victim.kill()
-        if any(path.suffix == ".json" and not path.name.startswith(".") for path in tmp_path.iterdir()):
-            assert store.get(tiny(), "shared").name == "shared"
-            reads += 1
-    victim.kill()
-    victim.wait()
-    assert reads > 5
-    assert store.get(tiny(), "shared").name == "shared"
-    assert [entry.name for entry in store.entries()] == ["shared"]
-
-
-def test_a_damaged_manifest_is_in_nobodys_way(tmp_path: Path) -> None:
-    model, store = tiny(), SkillStore(tmp_path, limit=1)
-    store.compile(model, "one thing.", name="one")
-    key = store.entry("one").key
-    (tmp_path / f"{key}.json").write_text("{}", encoding="utf-8")
-    store.compile(model, "another thing.", name="two")
-    assert [entry.name for entry in store.entries()] == ["two"]
-    assert store.damaged() == [key]
-    with pytest.raises(CorruptFileError):
-        store.verify(key)
-    assert store.remove(key) == key
-    assert store.damaged() == []
-    assert not list(tmp_path.glob(f"{key}*"))
-
-
 def test_a_kept_skill_takes_the_name_it_is_asked_for_under(store: SkillStore) -> None:
     model = tiny()
     unnamed = store.compile(model, "one thing.")
@@ -238,3 +173,118 @@ def test_a_kept_skill_takes_the_name_it_is_asked_for_under(store: SkillStore) ->
         replace(unnamed, name="thing", unit=replace(unnamed.unit, name="")),
         replace(named, unit=replace(named.unit, name="")),
     )
+
+
+@pytest.mark.parametrize(
+    "which", ["../outside", "..", ".", "", "/etc/passwd", "a/b", "refunds\n", "REFUNDS", "refund", "0" * 32, "x" * 5000]
+)
+def test_what_names_no_skill_reaches_nothing(tmp_path: Path, which: str) -> None:
+    store = SkillStore(tmp_path / "store")
+    store.compile(tiny(), TEXT, name="refunds", tier="gold")
+    outside = [tmp_path / "outside.json", tmp_path / "outside.safetensors"]
+    for path in outside:
+        path.write_text("of somebody's")
+    for operation in (store.remove, store.entry, store.verify, lambda it: store.get(tiny(), it)):
+        with pytest.raises(UnknownSkillError, match="0 skills"):
+            operation(which)
+    assert all(path.exists() for path in outside)
+    assert len(store.entries()) == 1
+    with pytest.raises(InvalidArgumentError, match="name or key"):
+        store.get(tiny(), 7)  # type: ignore[arg-type]
+
+
+def test_a_name_wins_over_the_beginning_of_a_key(store: SkillStore) -> None:
+    model = tiny()
+    skills = (Skill.compile(model, f"thing {number}.", name=f"s{number}") for number in range(100))
+    entry = next(entry for entry in map(store.put, skills) if entry.key[0].isalpha())
+    beginning = entry.key[:12]
+    assert store.entry(beginning) == entry
+    named = store.put(Skill.compile(model, "named like a key.", name=beginning))
+    assert store.entry(beginning) == named
+    assert store.entry(entry.key) == entry
+    assert store.remove(beginning) == named.key
+    store.put(Skill.compile(model, "other text.", name=entry.name))
+    with pytest.raises(UnknownSkillError, match=r"2 skills called .*: give a key"):
+        store.remove(entry.name)
+
+
+def test_a_catalogues_manifests_do_not_hold_what_stands_before(store: SkillStore) -> None:
+    model = tiny()
+    texts = {f"tool_{number}": f"tool {number} returns the refund policy of the order. " * 3 for number in range(8)}
+    together = store.compile_together(model, texts, preface="the system says. " * 10, between="\n")
+    sizes = [len(entry.sealed()) for entry in sorted(store.entries(), key=lambda entry: entry.preface_tokens)]
+    assert sizes[-1] < 1.2 * sizes[1], "a manifest grows with the skill, not with what it has read"
+    for skill in together:
+        back = store.get(model, skill.name)
+        assert back.preface == skill.preface
+        assert back.preface_ids == skill.preface_ids
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
+    store = SkillStore(tmp_path / "store")
+    store.compile(tiny(), TEXT, name="refunds", tier="gold")
+    out = tmp_path / "out"
+    for file in (out / "missing" / "refunds.skill", tmp_path / "store"):
+        with pytest.raises(StorageError, match="cannot write"):
+            store.export("refunds", file)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
+    out.mkdir()
+    (out / "refunds.skill").write_text("from before")
+    (tmp_path / "store" / store.entry("refunds").tensors).write_bytes(b"damaged")
+    with pytest.raises(CorruptFileError):
+        store.export("refunds", out / "refunds.skill")
+    assert [path.read_text() for path in out.iterdir()] == ["from before"]
+
+
+@pytest.mark.parametrize("kind", ["bomb", "more", "other names", "one", "twice", "no zip", "folder", "gone", "claims"])
+def test_what_is_no_exported_skill_is_refused(tmp_path: Path, kind: str) -> None:
+    store = SkillStore(tmp_path / "store")
+    store.compile(tiny(), TEXT, name="refunds", tier="gold")
+    good, bad = tmp_path / "good.skill", tmp_path / "bad.skill"
+    store.export("refunds", good)
+    members = {name: zipfile.ZipFile(good).read(name) for name in ("skill.safetensors", "skill.json")}
+    error: type[StorageError] = CorruptFileError
+    compression = zipfile.ZIP_STORED
+    if kind == "bomb":
+        members["skill.safetensors"], compression = bytes(50_000_000), zipfile.ZIP_DEFLATED
+    elif kind == "more":
+        members["../../evil"] = b"x"
+    elif kind == "other names":
+        members = {f"../{name}": body for name, body in members.items()}
+    elif kind == "one":
+        del members["skill.json"]
+    if kind == "no zip":
+        bad.write_bytes(b"not a zip archive")
+    elif kind == "folder":
+        bad.mkdir()
+        error = StorageError
+    elif kind == "gone":
+        error = StorageError
+    else:
+        with zipfile.ZipFile(bad, "w", compression) as archive:
+            for name, body in members.items():
+                archive.writestr(name, body)
+            if kind == "twice":
+                with pytest.warns(UserWarning, match="Duplicate"):
+                    archive.writestr("skill.json", members["skill.json"])
+        if kind == "claims":  # the directory at the end says that a member is larger than the file
+            body = bytearray(bad.read_bytes())
+            at = body.rindex(b"PK\x01\x02")
+            body[at + 20 : at + 28] = (2**31).to_bytes(4, "little") * 2
+            bad.write_bytes(bytes(body))
+    other = SkillStore(tmp_path / "other")
+    with pytest.raises(error):
+        other.import_file(bad)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_skill_whose_name_is_not_plain_is_not_kept(store: SkillStore) -> None:
+    skill = replace(Skill.compile(tiny(), "one thing.", name="one"), name="[red]one")
+    with pytest.raises(InvalidValueError, match="letters"):
+        store.put(skill)
+    assert store.entries() == []
+
+
+def test_a_limit_is_a_number_of_bytes(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="bytes"):
+        SkillStore(tmp_path, limit=-1)

@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from programmable_kv.account import Account
-from programmable_kv.edits.plan import DEFAULT_MODE, Mode
-from programmable_kv.edits.splicing import SeamRepair
+from programmable_kv.edits.modes import Mode, parse_mode
+from programmable_kv.edits.seam import SeamRepair
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
-from programmable_kv.notebook.editing import parse_mode
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.skills.skill import Skill
 
@@ -50,7 +49,7 @@ class Agent:
         /,
         *,
         skills: Sequence[Skill] = (),
-        mode: str | Mode = DEFAULT_MODE,
+        mode: str | Mode | None = None,
         repair: SeamRepair | None = None,
         **state: str,
     ) -> None:
@@ -61,7 +60,7 @@ class Agent:
                 are the state.
             values, state: the fields' values; those of fields that are called `skills`, `mode` or `repair` in `values`.
             skills: stand after the policy, in this order, each after an empty line.
-            mode: how changes of state are made (`Mode`).
+            mode: how changes of state are made, as in `Notebook.edit`.
             repair: which tokens of each skill are computed again in their place.
 
         Raises:
@@ -73,7 +72,7 @@ class Agent:
         text = "\n\n".join(
             [*([] if isinstance(policy, Skill) else [policy]), *("{" + skill.name + "}" for skill in pieces)]
         )
-        self.mode = parse_mode(mode)
+        self.mode = None if mode is None else parse_mode(mode)
         self.notebook = Notebook(model)
         self.notebook.message("system", text, **{**(values or {}), **state}, **{skill.name: skill for skill in pieces})
         self.composed = self.notebook.prefill(repair=repair)
@@ -110,15 +109,15 @@ class Agent:
         self.turns.append(turn)
         return turn
 
-    def hear(self, role: str, content: str, /) -> Account:
+    def observe(self, role: str, content: str, /) -> Account:
         """Append what somebody else said: a tool's result, say."""
         return self._noted(self.notebook.add(role, content))
 
-    def learn(self, skill: Skill, /) -> Account:
+    def add_skill(self, skill: Skill, /) -> Account:
         """Splice a skill in at the end of the trajectory, from where the next turns read it."""
         return self._noted(self.notebook.splice(skill))
 
-    def forget(self, name: str, /) -> Account:
+    def remove_skill(self, name: str, /) -> Account:
         """Cut a skill out. What followed it is relocated, and keeps what it concluded while the skill was there."""
         return self._noted(self.notebook.cut(name))
 

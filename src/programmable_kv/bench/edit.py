@@ -19,8 +19,9 @@ from transformers import DynamicCache
 
 from programmable_kv.bench.timing import elapsed_ms, median_ms, synchronise
 from programmable_kv.demo.demo import CASES, VALUES, policy
-from programmable_kv.edits.plan import Mode
+from programmable_kv.edits.modes import Mode
 from programmable_kv.models.load import Model
+from programmable_kv.notebook.asking import asked
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.records import Record, Recorder, digest_of
 
@@ -143,9 +144,7 @@ def _erratum_and_question(notebook: Notebook, field: str, value: str) -> list[in
     trial = notebook.mark()
     before = len(notebook)
     notebook.edit({field: value}, mode=Mode.ERRATUM)
-    header: list[int] = notebook.model.tokenizer.encode(
-        notebook._prompt(None, think=False).text, add_special_tokens=False
-    )
+    header: list[int] = notebook.model.tokenizer.encode(asked(notebook, None, think=False), add_special_tokens=False)
     appended = notebook.ids[before:] + header
     notebook.rollback(trial)
     return appended

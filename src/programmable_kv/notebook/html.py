@@ -1,4 +1,4 @@
-"""A notebook as HTML: every cached token, coloured by what it is worth. Self-contained; no script, no network."""
+"""A notebook as HTML: every cached token, coloured by its state. Self-contained; no script, no network."""
 
 from __future__ import annotations
 
@@ -6,49 +6,51 @@ from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from programmable_kv.prompt.units import TokenState
+from programmable_kv.prompt.units import Kind
+from programmable_kv.states import TokenState
 
 if TYPE_CHECKING:
-    from programmable_kv.notebook.cached_context import CachedContext
+    from programmable_kv.notebook.notebook import Notebook
 
 # Colours of Okabe and Ito (2008), lightened: told apart with the common colour blindnesses too.
 COLOURS = {
     TokenState.EXACT: "#f3f3f3",
-    TokenState.RELOCATED: "#cfe6f5",
     TokenState.REPAIRED: "#d5d0ee",
+    TokenState.RELOCATED: "#cfe6f5",
     TokenState.REFRESHED: "#b9e3d2",
-    TokenState.ERRATUM: "#ffd48a",
     TokenState.AFTER_EDIT: "#ece6a5",
     TokenState.STALE: "#f0c3ae",
 }
 MEANINGS = {
-    TokenState.EXACT: "as a full prefill would have computed it",
-    TokenState.RELOCATED: "moved to another position, not computed again",
-    TokenState.REPAIRED: "the seam of a spliced skill, computed again in its place",
-    TokenState.REFRESHED: "computed again for the new value",
-    TokenState.ERRATUM: "the line that states the new value",
+    TokenState.EXACT: "a full prefill of this text gives the same numbers",
+    TokenState.REPAIRED: "the same, for a skill's first tokens, computed again in their place",
+    TokenState.RELOCATED: "compiled apart from this context and moved here",
+    TokenState.REFRESHED: "computed again by an edit, reading stale tokens too",
     TokenState.AFTER_EDIT: "computed after an edit, reading stale tokens too",
-    TokenState.STALE: "computed under a value that has changed since",
+    TokenState.STALE: "computed on another text, or under a value that has changed since",
 }
+ERRATUM_STYLE = "outline:2px solid #e69f00"
+"""an erratum is a kind of text and not a state: it has a frame"""
 
 
-def tokens_html(notebook: CachedContext) -> str:
+def tokens_html(notebook: Notebook) -> str:
     """The tokens of a prefilled notebook, with a legend of the states that occur."""
     if not len(notebook):
         return "<p><em>Notebook, not prefilled yet</em></p>"
     states = notebook.states
     pieces = []
     slot = 0
-    for unit in notebook._context.units:
+    for unit in notebook._state.context.units:
         written = 0
-        spans = []
-        for start, stop in unit.offsets:
+        texts = []
+        for start, stop in unit.offsets.tolist():
             # A character that several tokens share is shown with the last of them; a special token may show none.
-            spans.append(unit.text[max(written, start) : stop] if stop > written else "")
+            texts.append(unit.text[max(written, start) : stop] if stop > written else "")
             written = max(written, stop)
-        for state, group in groupby(zip(states[slot : slot + len(unit)], spans, strict=True), key=lambda item: item[0]):
+        frame = ";" + ERRATUM_STYLE if unit.kind is Kind.ERRATUM else ""
+        for state, group in groupby(zip(states[slot : slot + len(unit)], texts, strict=True), key=lambda item: item[0]):
             shown = escape("".join(text for _, text in group))
-            pieces.append(f'<span style="background:{COLOURS[state]}" title="{state.value}">{shown}</span>')
+            pieces.append(f'<span style="background:{COLOURS[state]}{frame}" title="{state.value}">{shown}</span>')
         slot += len(unit)
     legend = " ".join(
         f'<span style="background:{COLOURS[state]};padding:0 .4em">{state.value}</span> '
@@ -56,6 +58,10 @@ def tokens_html(notebook: CachedContext) -> str:
         for state in TokenState
         if state in states
     )
+    if any(part.kind is Kind.ERRATUM for part in notebook.parts):
+        legend += (
+            f' <span style="{ERRATUM_STYLE};padding:0 .4em">erratum</span> <small>states a field\'s new value</small>'
+        )
     return (
         '<div class="pkv"><p>' + legend + '</p><pre style="white-space:pre-wrap;line-height:1.5">'
         + "".join(pieces) + "</pre></div>"

@@ -12,38 +12,359 @@ notebook.decide(options=["cancel", "deny"])
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
-import torch
-
-from programmable_kv.cache.buffer import KVBuffer, Mark
+from programmable_kv.account import Account
+from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.span import Span
-from programmable_kv.edits.plan import DEFAULT_MODE, Mode
-from programmable_kv.edits.splicing import SeamRepair
-from programmable_kv.engine import Rows
-from programmable_kv.errors import InvalidEditError, OutOfStepError, TemplateError
+from programmable_kv.edits.apply import Applied, apply
+from programmable_kv.edits.compose import joined_values, plan_append, plan_splice
+from programmable_kv.edits.modes import Mode
+from programmable_kv.edits.plan import Plan
+from programmable_kv.edits.ranking import AttentionInfluence, Ranking
+from programmable_kv.edits.seam import SeamRepair
+from programmable_kv.engine import Progress
+from programmable_kv.errors import AlreadyPrefilledError, NotPrefilledError, OutOfStepError, UnknownFieldError
 from programmable_kv.models.load import Model
-from programmable_kv.notebook.decision import Decision, best_of, option_ids, score
-from programmable_kv.notebook.editing import Editing, parse_mode
+from programmable_kv.notebook import asking
+from programmable_kv.notebook.decision import Decision
+from programmable_kv.notebook.plans import Plans
+from programmable_kv.notebook.state import NotebookMark, Part, State
+from programmable_kv.prompt.chat import Conversation
+from programmable_kv.prompt.context import Context, FieldValue
 from programmable_kv.prompt.parts import Message, Rendered, Text
-from programmable_kv.prompt.units import Kind, Unit, tokenised
-from programmable_kv.prompt.values import check_no_markers
-from programmable_kv.prompt.wording import THINK_INSTRUCTION
-from programmable_kv.skills.skill import Skill
+from programmable_kv.prompt.prompt import Prompt
+from programmable_kv.prompt.units import Kind, tokenised
+from programmable_kv.prompt.values import check_no_markers, check_role, check_template
+from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
+from programmable_kv.skills.skill import Skill, skills_among
+from programmable_kv.states import TokenState
 
-_THOUGHT_ENDS = ", so"
-_THOUGHT_LIMIT = 48
+_SPARE_SLOTS = 128
+"""room for what is appended first, so that the buffer need not grow for it"""
 
 
-class Notebook(Editing):
-    """A cached context that can be edited.
+class Notebook:
+    """Text and fields, computed once, and then edited, asked, continued and composed in the cache.
 
-    Build it from chat messages (`message`) or raw text (`text`, `field`), not both; `prefill` it once; then `edit`,
-    `decide`, `generate`, `add`, in any order. Every operation returns or carries its `Account`. An operation that
-    raises leaves the notebook as it was.
+    Build it from chat messages (`message`) or raw text (`text`, `field`), not both; `prefill` it once; then `edit`, `decide`,
+    `generate`, `add`, `splice`, `cut`, in any order. Every operation returns or carries its `Account`, and `plan` shows what
+    it would do. An operation that raises leaves the notebook unchanged.
     """
+
+    def __init__(
+        self, model: Model, *, erratum_template: str = DEFAULT_TEMPLATE, ranking: Ranking | None = None
+    ) -> None:
+        """
+        Args:
+            erratum_template: one line with `{name}` and `{value}`, by which an edit states a new value.
+            ranking: which later tokens a `selective` edit computes again; by attention when None.
+
+        Raises:
+            InvalidValueError: the template is not one.
+        """
+        check_template(erratum_template)
+        self.model = model
+        self.erratum_template = erratum_template
+        self.ranking = ranking or AttentionInfluence()
+        self.prompt = Prompt(model.tokenizer, erratum_template)
+        self._skills: dict[str, Skill] = {}
+        self._state = State()
+        self._buffer: KVBuffer | None = None
+        self._stream_open = False
+        self._thoughts: list[list[int]] = []
+        self.last_account = Account()
+        """what the latest operation cost"""
+
+    # -- building ----------------------------------------------------------------------------------------------
+
+    def message(self, role: str, content: str, /, **fields: str | Skill) -> Self:
+        """Add a chat message. `{name}` in `content` is a field for every name given here or declared before.
+
+        Where a `Skill` is given instead of a value, the compiled skill is spliced in at its placeholder.
+
+        Raises:
+            UnknownFieldError: a field given here has no placeholder in the content.
+            InvalidValueError: a name or value is not plain data, or the content has special tokens.
+            FingerprintMismatchError: another model compiled the skill.
+            InvalidEditError: the notebook is made of raw text, a field was declared with another value, or a skill twice.
+            AlreadyPrefilledError: the context was computed already.
+        """
+        values, skills = self._given(fields)
+        self.prompt.add_message(role, content, values, {name: skill.values for name, skill in skills.items()})
+        self._skills |= skills
+        return self
+
+    def text(self, content: str, /, **fields: str | Skill) -> Self:
+        """Add raw text, as the model will read it. Placeholders and errors as in `message`."""
+        values, skills = self._given(fields)
+        self.prompt.add_text(content, values, {name: skill.values for name, skill in skills.items()})
+        self._skills |= skills
+        return self
+
+    def field(self, name: str, value: str) -> Self:
+        """Add a field's value as raw text, right after what was added before."""
+        return self.text("{" + name + "}", **{name: value})
+
+    def skill(self, skill: Skill) -> Self:
+        """Add a compiled skill as raw text, right after what was added before."""
+        return self.text("{" + skill.name + "}", **{skill.name: skill})
+
+    def _given(self, fields: Mapping[str, str | Skill]) -> tuple[dict[str, str], dict[str, Skill]]:
+        self._require_not_prefilled()
+        values, skills = skills_among(fields)
+        for skill in skills.values():
+            skill.check_fits(self.model)
+        return values, skills
+
+    def prefill(self, *, repair: SeamRepair | None = None, progress: Progress | None = None) -> Account:
+        """Compute the whole context once; skills in it are spliced.
+
+        Args:
+            repair: which of the skills' tokens are computed again in their place.
+            progress: called with (tokens done, tokens in all) after each chunk of a long text. If it raises, or on Ctrl-C, the
+                notebook is unchanged.
+
+        Raises:
+            NotPrefilledError: there is nothing to prefill.
+            AlreadyPrefilledError: it was prefilled already.
+            UnverifiedError: there is a skill, and this model's keys cannot be moved.
+            ContextOverflowError: the context is longer than the model's positions.
+            TemplateError: the chat template changes what the messages say.
+        """
+        self._require_not_prefilled()
+        if self.prompt.empty:
+            raise NotPrefilledError("the notebook is empty: add .message(...) or .text(...) before .prefill()")
+        engine, tokenizer = self.model.engine, self.model.tokenizer
+        values = self.prompt.fields
+        for skill in self._skills.values():
+            values = joined_values(values, skill)
+        raw = not self.prompt.messages
+        pieces = [
+            self._skills[piece]
+            if isinstance(piece, str)
+            else tokenised(tokenizer, piece, Kind.PREFILL, special=raw and number == 0)
+            for number, piece in enumerate(self.prompt.pieces())
+        ]
+        length = sum(map(len, pieces))
+        if not length:
+            raise NotPrefilledError("the notebook's text is empty: there is nothing to compute")
+        engine.check_length(length)
+        if self._skills:
+            engine.verify()
+        buffer = engine.new_buffer(length + _SPARE_SLOTS)
+        state = State(Context((), {name: FieldValue(value, value) for name, value in values.items()}))
+        total = Account()
+        for piece in pieces:
+            if isinstance(piece, Skill):
+                at = len(state.context)
+                plan = plan_splice(state.context, state.ledger, piece, Span(at, at), repair or SeamRepair())
+            else:
+                plan = plan_append(state.context, piece)
+            applied = apply(plan, engine, buffer, state.ledger, progress=_offset(progress, len(state.context), length))
+            state = State(plan.after, applied.ledger)
+            total = total + applied.account
+        self._buffer = buffer
+        self._state = replace(state, conversation=self.prompt.conversation())
+        return self._booked(total.of(operation="prefill", tokens_reused=0))
+
+    def rendered(self) -> Rendered:
+        """The prompt as written, as the model will read it at prefill, with the characters of every field."""
+        return self.prompt.rendered()
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    @property
+    def cache(self) -> KVBuffer:
+        """The cache itself, a transformers `Cache`: `transformers_model.generate(ids, past_key_values=notebook.cache)`.
+
+        What transformers appends to it by itself, the notebook does not know of: wrap such calls in `mark` and `rollback`.
+        """
+        if self._buffer is None:
+            raise NotPrefilledError("the context has not been computed yet: call .prefill() first")
+        return self._buffer
+
+    @property
+    def plan(self) -> Plans:
+        """What an operation would do: `print(notebook.plan.edit(order_status="shipped"))`."""
+        return Plans(self)
+
+    @property
+    def ids(self) -> list[int]:
+        """The token ids in the cache, one for each slot."""
+        return self._state.context.ids
+
+    @property
+    def rendered_text(self) -> str:
+        """The text whose tokens are cached."""
+        return self._state.context.text
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """Every field's current value."""
+        return self.prompt.fields if self._buffer is None else self._state.context.values
+
+    def spans(self, name: str) -> list[Span]:
+        """The slots of every place of a field.
+
+        Raises:
+            UnknownFieldError: there is no such field.
+        """
+        _ = self.cache
+        if name not in self._state.context.fields:
+            known = ", ".join(self._state.context.fields) or "none"
+            raise UnknownFieldError(f"there is no field {name!r}; the context's fields are: {known}")
+        return list(self._state.context.spans(name))
+
+    @property
+    def states(self) -> list[TokenState]:
+        """What every cached token is worth."""
+        _ = self.cache
+        return self._state.token_states()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The pieces of the context in order."""
+        _ = self.cache
+        return self._state.parts()
+
+    def part(self, name: str) -> Part:
+        """The skill of that name.
+
+        Raises:
+            UnknownPartError: there is none, or more than one: use `parts`.
+        """
+        span = self._state.skill_named(name)
+        return next(part for part in self.parts if part.span == span)
+
+    def __len__(self) -> int:
+        return len(self._state.context)
+
+    # -- operations --------------------------------------------------------------------------------------------
+
+    def edit(
+        self,
+        changes: Mapping[str, str] | None = None,
+        /,
+        *,
+        mode: str | Mode | None = None,
+        k: int = 32,
+        **fields: str,
+    ) -> Account:
+        """Give fields new values: `edit(order_status="pending")`, or a mapping for names that are no keywords or options.
+
+        Args:
+            mode: one of `Mode`; when None `field_erratum`, or `suffix` where that computes no more tokens.
+            k: for `selective`, how many later tokens to recompute besides the field's own.
+
+        Raises:
+            UnknownFieldError, InvalidValueError, InvalidEditError: the edit is not one.
+            ContextOverflowError: the new value or the erratum does not fit.
+            UnverifiedError: the value's token length changes and this model's keys cannot be relocated.
+        """
+        return self._carry_out(self.plan.edit(changes, mode=mode, k=k, **fields))
+
+    def rebase(self, *, limit: int | None = None) -> Account:
+        """Fold errata back: write what they state where the fields stand, drop the lines, and recompute what this touches.
+
+        Args:
+            limit: compute at most so many tokens; fields are taken from the last one backwards as long as they fit.
+
+        Raises:
+            ContextOverflowError: the new text does not fit.
+        """
+        return self._carry_out(self.plan.rebase(limit=limit))
+
+    def splice(self, skill: Skill, /, *, at: int | Part | None = None, repair: SeamRepair | None = None) -> Account:
+        """Put a compiled skill into the live context.
+
+        Args:
+            at: the slot (or the part) before which it goes; the context's end when None.
+            repair: which of its tokens are computed again in their place.
+
+        Raises:
+            UnverifiedError: keys of this model cannot be moved.
+            FingerprintMismatchError: another model compiled it.
+            InvalidValueError: a value here speaks of a field of the skill's, or one of the skill's of a field here.
+            ContextOverflowError: it does not fit.
+            UnknownPartError: there is no such slot or part.
+            InvalidEditError: `at` is no place in the text, or a field of the skill has another value here.
+        """
+        return self._carry_out(self.plan.splice(skill, at=at, repair=repair))
+
+    def cut(self, what: str | Part | Span, /) -> Account:
+        """Take a part (a skill's name, or a piece of the context) out. What follows is relocated.
+
+        Raises:
+            UnverifiedError: keys of this model cannot be moved.
+            UnknownPartError: there is no such part.
+            InvalidEditError: the span's ends are no places in the text.
+        """
+        return self._carry_out(self.plan.cut(what))
+
+    def move(self, what: str | Part | Span, /, *, to: int | Part | None = None) -> Account:
+        """Move a part before the slot (or part) `to`; to the context's end when None.
+
+        Only what lies between is touched; a part that is there already costs nothing.
+
+        Raises:
+            UnverifiedError: keys of this model cannot be moved.
+            UnknownPartError: there is no such part.
+            InvalidEditError: `to` lies inside it or is no place in the text.
+        """
+        return self._carry_out(self.plan.move(what, to=to))
+
+    def replace(self, what: str | Part | Span, skill: Skill, /, *, repair: SeamRepair | None = None) -> Account:
+        """Exchange a part for a skill, in its place. Raises as `cut` and `splice` do."""
+        return self._carry_out(self.plan.replace(what, skill, repair=repair))
+
+    def recompute(self, start: int | Part | None = None) -> Account:
+        """Compute everything from a slot (or part) on again, on what precedes it; from the first inexact token when None.
+
+        From the context's first inexact token on, it makes all of it exact for the text that stands. (A value that is
+        stated by an erratum only stays stated by an erratum: `rebase` writes it.)
+
+        Raises:
+            UnknownPartError: there is no such slot or part.
+        """
+        return self._carry_out(self.plan.recompute(start))
+
+    def add(self, role: str, content: str, /) -> Account:
+        """Append a turn to the live context: what the user said, a tool's result, the assistant's own answer.
+
+        For a raw-text notebook the role is not rendered: the content is appended unchanged.
+
+        Raises:
+            InvalidValueError: the content has special tokens, or the role is no word.
+            TemplateError: the chat template cannot continue this conversation with that role, or drops what it says.
+            ContextOverflowError: it does not fit.
+        """
+        check_role(role)
+        check_no_markers(content, self.model.tokenizer, f"the {role} turn")
+        return self._append_turn(role, content)
+
+    def _append_turn(self, role: str, content: str) -> Account:
+        state = self._ready()
+        text, conversation = content, None
+        if state.conversation is not None:
+            text, conversation = state.conversation.continued([Message(role, Text(content))])
+        unit = tokenised(self.model.tokenizer, Rendered(text), Kind.TURN)
+        return self._carry_out(self.plan.append(unit), conversation)
+
+    def _carry_out(self, plan: Plan, conversation: Conversation | None = None) -> Account:
+        return self._booked(self._applied(plan, conversation).account)
+
+    def _applied(
+        self, plan: Plan, conversation: Conversation | None = None, *, then: Sequence[int] = (), logits: int = 0
+    ) -> Applied:
+        """Carry out a plan that was made for the state now; `then` goes into the buffer only."""
+        state = self._ready()
+        applied = apply(plan, self.model.engine, self.cache, state.ledger, then=then, logits=logits)
+        self._state = State(plan.after, applied.ledger, conversation or state.conversation)
+        return applied
 
     # -- asking ------------------------------------------------------------------------------------------------
 
@@ -53,7 +374,7 @@ class Notebook(Editing):
         options: Sequence[str] = (),
         *,
         edits: Mapping[str, str] | None = None,
-        mode: str | Mode = DEFAULT_MODE,
+        mode: str | Mode | None = None,
         k: int = 32,
         skill: Skill | None = None,
         repair: SeamRepair | None = None,
@@ -79,78 +400,9 @@ class Notebook(Editing):
             TemplateError: the chat template does not take the prompt; or, with `keep`, renders an answer in another way than
                 it asks for one.
         """
-        buffer = self._filled()
-        tokenizer = self.model.tokenizer
-        thought = ""
-        chosen = parse_mode(mode)
-        if edits:
-            self._prepare(chosen)
-        if skill is None and repair is not None:
-            raise InvalidEditError("there is a repair and no skill to repair: give the skill as well")
-        if skill is not None:
-            if edits:
-                raise InvalidEditError("a skill and edits cannot go into one forward: edit first, or splice first")
-            self.model.engine.verify()
-        if keep:
-            for option in options:
-                check_no_markers(option, tokenizer, "an option")
-        with self._transaction() as meter:
-            with meter.measure() as reading:
-                asked = self._prompt(prompt, think=think)
-                turn = tokenised(tokenizer, asked, Kind.TURN)
-                if skill is None:
-                    done = self._ask(list(turn.ids), edits, chosen, k)
-                else:
-                    done = self._ask_with(skill, list(turn.ids), repair)
-                logits = done.logits
-            with meter.measure() as scoring:
-                prompt_end = asked.text or self._context.text
-                if think:
-                    thought, logits = self._think(buffer, logits)
-                    prompt_end = thought
-                strings = option_ids(tokenizer, prompt_end, options, self._answer_end)
-                scores = score(self.model.engine, buffer, logits, strings)
-                choice = best_of(options, scores)
-                buffer.truncate(len(self._context) + (len(turn) if keep else 0))
-                if done.reread is not None:
-                    buffer.rollback(done.reread)
-                if keep:
-                    said = None if prompt is None else _with_instruction(prompt) if think else prompt
-                    self._keep(turn, said, f"{thought} {choice}" if think else choice)
-        log_probabilities = dict(zip(options, scores, strict=True))
-        weights = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=0).tolist()
-        return Decision(
-            choice,
-            dict(zip(options, weights, strict=True)),
-            log_probabilities,
-            self._account(reading.account, done.reused, done.note),
-            scoring.account,
-            thought,
-        )
-
-    def _keep(self, turn: Unit, said: str | None, answer: str) -> None:
-        """Let a prompt, which is computed already, and the answer to it become turns."""
-        more: list[Message] = []
-        if self._messages:
-            more = [Message("user", Text(said))] if said is not None else []
-            more.append(Message("assistant", Text(answer)))
-            whole = self._continuation(more).text
-        else:
-            end = turn.text or self._context.text
-            whole = turn.text + ("" if not end or end[-1].isspace() else " ") + answer
-        if not whole.startswith(turn.text):
-            raise TemplateError(
-                "the chat template renders an answer in another way than it asks for one, so the prompt cannot stay as it "
-                "was computed. Decide without keep, and add both turns."
-            )
-        context = self._context.copy()
-        if len(turn):
-            context.append(turn)
-        unit = tokenised(self.model.tokenizer, Rendered(whole[len(turn.text) :]), Kind.TURN)
-        self.model.engine.append(self._filled(), unit.ids, logits=0)
-        context.append(unit)
-        self._context = context
-        self._messages += more
+        question = asking.Question(prompt, tuple(options) if not isinstance(options, str) else options, think, keep)
+        change = asking.Change(edits, mode, k, skill, repair)
+        return asking.decide(self, question, change)
 
     def generate(
         self,
@@ -169,194 +421,151 @@ class Notebook(Editing):
         Raises:
             OutOfStepError: another stream is open, or the notebook was rolled back under this one.
             InvalidValueError: the prompt has special tokens.
-            InvalidEditError: no tokens are asked for, a temperature is negative, or the context and the prompt are empty.
+            InvalidArgumentError: no tokens are asked for, or a temperature is negative.
+            InvalidEditError: the context and the prompt are empty.
             TemplateError: the chat template does not take the prompt, or (with `keep`) the answer.
-            ContextOverflowError: prompt or answer do not fit; what was yielded before stands, and the context is as it was.
+            ContextOverflowError: prompt or answer do not fit; what was yielded before stands, and the context is unchanged.
         """
-        asked = self._prompt(prompt, think=False)
-        if max_new_tokens < 1:
-            raise InvalidEditError(f"an answer has at least one token, got max_new_tokens={max_new_tokens}")
-        if temperature < 0:
-            raise InvalidEditError(f"a temperature is at least 0, got {temperature}")
-        self._require_in_step()
-        return self._stream(prompt, asked, max_new_tokens, temperature, seed, keep)
+        sampling = asking.Sampling(max_new_tokens, temperature, seed)
+        asked = asking.asked(self, prompt, think=False)
+        return asking.stream(self, prompt, asked, sampling, keep=keep)
 
-    def _stream(
-        self, prompt: str | None, asked: Rendered, max_new_tokens: int, temperature: float, seed: int, keep: bool
-    ) -> Iterator[str]:
-        from tokenizers.decoders import DecodeStream
+    # -- state -------------------------------------------------------------------------------------------------
 
-        buffer = self._require_in_step()
-        ids = list(tokenised(self.model.tokenizer, asked, Kind.TURN).ids)
-        said: list[int] = []
-        stream = DecodeStream(skip_special_tokens=True)
-        answer = ""
-        mark = buffer.mark()
-        length = len(self._context)
+    def mark(self) -> NotebookMark:
+        """Remember this state. Costs nothing until something is overwritten."""
+        return NotebookMark(self.cache.mark(), self._state)
+
+    def rollback(self, mark: NotebookMark) -> Account:
+        """Return to a mark, at the cost of what was overwritten since; it and later marks are used up.
+
+        Raises:
+            CacheBufferError: the mark is used up, or another notebook's.
+        """
         with self.model.engine.meter.measure() as reading:
-            try:
-                logits = self._ask(ids, None, DEFAULT_MODE, 0).logits
-                tokens = (
-                    self.model.engine.stream_sampled(buffer, logits, self._stop_ids, temperature, seed)
-                    if temperature > 0
-                    else self.model.engine.stream_greedy(buffer, logits, self._stop_ids)
-                )
-                for token in tokens:
-                    said.append(token)
-                    piece = stream.step(self.model.tokenizer.backend_tokenizer, token)
-                    if piece:
-                        answer += piece
-                        yield piece
-                    if not buffer.holds(mark):
-                        raise OutOfStepError("the notebook was rolled back while this stream was open: it ends here")
-                    if len(said) >= max_new_tokens:
-                        break
-            finally:
-                if buffer.holds(mark):
-                    buffer.rollback(mark)
-        account = reading.account
-        if keep:
-            # Both turns or neither. The model's own words are not checked for markers: they are what it said.
-            with self._transaction():
-                if prompt is not None:
-                    account = account + self._append_turn("user", prompt)
-                account = account + self._append_turn("assistant", answer)
-        self._account(account, length)
+            self.cache.rollback(mark.buffer)
+        self._state = mark.state
+        return self._booked(self._unchanged(reading.account, "rollback"))
 
-    @property
-    def _stop_ids(self) -> frozenset[int]:
-        configured = self.model.engine.model.generation_config.eos_token_id
-        listed = configured if isinstance(configured, list) else [configured]
-        return frozenset(token for token in [*listed, self.model.tokenizer.eos_token_id] if token is not None)
+    def release(self, mark: NotebookMark) -> None:
+        """Keep what happened since a mark; it and later marks are used up.
 
-    def _prompt(self, prompt: str | None, *, think: bool) -> Rendered:
-        if prompt is not None:
-            check_no_markers(prompt, self.model.tokenizer, "the prompt")
-        if think and prompt is not None:
-            prompt = _with_instruction(prompt)
-        if not self._messages:
-            return Rendered(prompt or "")
-        asked = [Message("user", Text(prompt))] if prompt is not None else []
-        return self._continuation(asked, prompt_for_answer=True)
-
-    @cached_property
-    def _answer_end(self) -> int | None:
-        """The token that closes an assistant's answer in this chat format; the tokenizer's end token for raw text."""
-        tokenizer = self.model.tokenizer
-        if self._messages:
-            try:
-                rendered = self._continuation([Message("user", Text("?")), Message("assistant", Text("Yes"))]).text
-            except TemplateError:
-                return tokenizer.eos_token_id  # type: ignore[no-any-return]
-            after = tokenizer.encode(rendered.rpartition("Yes")[2], add_special_tokens=False)
-            if after:
-                return int(after[0])
-        return tokenizer.eos_token_id  # type: ignore[no-any-return]
-
-    def _ask(self, ids: list[int], edits: Mapping[str, str] | None, mode: Mode, k: int) -> _Answered:
-        """Edit (if asked to) and compute the prompt; the logits of its last token."""
-        buffer = self._filled()
-        reused, note = len(self._context), ""
-        if edits:
-            done = self._edit(edits, mode, k, then=ids, logits=1)
-            reused, note = done.reused, done.note
-            if ids and done.logits is not None:
-                return _Answered(done.logits, reused, note)
-        elif ids:
-            return _Answered(self.model.engine.append(buffer, ids), reused, note)
-        # Nothing new to read from: the context's last token is computed once more, for its logits.
-        if not buffer.length:
-            raise InvalidEditError("the context is empty, so there is nothing to answer: give a prompt, or add a turn")
-        mark = buffer.mark()
-        last = buffer.length - 1
-        row = Rows((self._context.ids[last],), (last,), (int(buffer.positions[last]),))
-        return _Answered(self.model.engine.compute(buffer, row), reused, note, mark)
-
-    def _ask_with(self, skill: Skill, ids: list[int], repair: SeamRepair | None) -> _Answered:
-        """Splice a skill in at the end and compute the prompt, in one forward."""
-        end = len(self._context)
-        done = self._spliced(skill, Span(end, end), repair, ids)
-        if done.logits is not None:
-            return _Answered(done.logits, end, done.note)
-        return replace(self._ask(ids, None, DEFAULT_MODE, 0), reused=end, note=done.note)
-
-    def _think(self, buffer: KVBuffer, logits: torch.Tensor) -> tuple[str, torch.Tensor]:
-        """Greedy tokens up to the words that announce the decision; the thought, and the logits after it.
-
-        A thought that ends otherwise, or not at all, is closed with those words: the decision must follow something.
-        Thoughts of one notebook are much alike, so an earlier one is guessed and checked in one forward: the same greedy
-        tokens, sooner.
+        Raises:
+            OutOfStepError: a stream is open, which has a mark of its own.
         """
-        said: list[int] = []
-        text = ""
-        while len(said) < _THOUGHT_LIMIT and not text.endswith(_THOUGHT_ENDS):
-            token = int(logits[-1].argmax())
-            if token in self._stop_ids:
-                break
-            begun = [*said, token]
-            guess = next((thought for thought in self._thoughts if thought[: len(begun)] == begun), begun)
-            logits, agreed = self._agreed(buffer, guess[len(said) :])
-            said += agreed
-            text = self.model.tokenizer.decode(said, skip_special_tokens=True)
-        if said not in self._thoughts:
-            self._thoughts.append(said)
-        if not text.endswith(_THOUGHT_ENDS):
-            closing = self.model.tokenizer.encode(_THOUGHT_ENDS, add_special_tokens=False)
-            logits = self.model.engine.append(buffer, closing)
-            text += _THOUGHT_ENDS
-        return text, logits
+        self._ready()
+        self.cache.release(mark.buffer)
 
-    def _agreed(self, buffer: KVBuffer, guess: list[int]) -> tuple[torch.Tensor, list[int]]:
-        """Append as many guessed tokens as greedy decoding would have said (the first is given); their last one's logits."""
-        start = buffer.length
-        logits = self.model.engine.append(buffer, guess, logits=len(guess))
-        wanted = logits.argmax(dim=-1).tolist()
-        kept = 1
-        while kept < len(guess) and wanted[kept - 1] == guess[kept]:
-            kept += 1
-        buffer.truncate(start + kept)
-        return logits[kept - 1 : kept], guess[:kept]
+    def fork(self) -> Self:
+        """An independent notebook in the same state. Copies the cache; its `last_account` says what that cost."""
+        state = self._ready()
+        other = type(self)(self.model, erratum_template=self.erratum_template, ranking=self.ranking)
+        other.prompt, other._skills, other._state = self.prompt, self._skills, state
+        with self.model.engine.meter.measure() as reading:
+            other._buffer = self.cache.fork()
+        other._booked(other._unchanged(reading.account, "fork"))
+        return other
 
-    # -- keeping -----------------------------------------------------------------------------------------------
+    def save(self, where: str | Path) -> Path | str:
+        """Write the notebook (text, fields, keys and values) to a folder or any fsspec URL, in one step. Returns the place.
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the notebook (text, fields, keys and values) to a folder, atomically. See `persistence.py`."""
-        from programmable_kv.storage.notebooks import save
+        Raises:
+            NotPrefilledError: there is no cache to save yet.
+            CorruptFileError: something else than a saved notebook lies there.
+            StorageError: it cannot be written; what was saved there before is unchanged.
+        """
+        from programmable_kv.storage.notebooks import SavedNotebook, write
 
-        buffer = self._require_in_step()
+        state, conversation = self._ready(), self._state.conversation
         meter = self.model.engine.meter
         with meter.measure() as reading:
-            path = save(self, Path(folder))
-            meter.bytes_moved += buffer.nbytes
-        self._account(reading.account, len(self._context))
-        return path
+            # A value that was edited away is not written anywhere.
+            written = {name: value.written for name, value in state.context.fields.items()}
+            values = (
+                {name: written.get(name, value) for name, value in conversation.values.items()} if conversation else {}
+            )
+            saved = SavedNotebook(
+                self.erratum_template, conversation.messages if conversation else (), values, state.context, state.ledger,
+                self.cache.tensors(),
+            )  # fmt: skip
+            place = write(saved, where, self.model)
+            meter.count(moved=self.cache.nbytes)
+        self._booked(self._unchanged(reading.account, "save"))
+        return place
 
     @classmethod
-    def load(cls, folder: str | Path, model: Model) -> Notebook:
+    def load(cls, where: str | Path, model: Model) -> Notebook:
         """Read a notebook that `save` wrote with the same model.
 
         Raises:
             FingerprintMismatchError: it was saved from another model, tokenizer or dtype.
-            CorruptFileError: a file is missing, damaged, or of another format version.
+            CorruptFileError: a file is missing, damaged, of another format version, or does not fit the model.
+            StorageError: it cannot be read.
         """
-        from programmable_kv.storage.notebooks import load
+        from programmable_kv.storage.notebooks import read
 
         with model.engine.meter.measure() as reading:
-            notebook = load(Path(folder), model)
-        notebook._account(reading.account, len(notebook))
+            saved = read(where, model)
+            notebook = cls(model, erratum_template=saved.erratum_template)
+            buffer = model.engine.new_buffer(len(saved.context))
+            buffer.load_tensors(dict(saved.tensors))
+            conversation = Conversation(model.tokenizer, saved.messages, saved.values) if saved.messages else None
+            notebook._state, notebook._buffer = State(saved.context, saved.ledger, conversation), buffer
+        notebook._booked(notebook._unchanged(reading.account, "load"))
         return notebook
 
+    def _repr_html_(self) -> str:
+        from programmable_kv.notebook.html import tokens_html
 
-def _with_instruction(prompt: str) -> str:
-    return f"{prompt} {THINK_INSTRUCTION}"
+        return tokens_html(self)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """For several steps that stand or fall together: if the block raises, the notebook is put back."""
+        state, buffer = self._ready(), self.cache
+        mark = buffer.mark()
+        try:
+            yield
+        except BaseException:
+            if buffer.holds(mark):  # or else the caller has rolled back further already
+                buffer.rollback(mark)
+                self._state = state
+            raise
+        if buffer.holds(mark):
+            buffer.release(mark)
+
+    def _booked(self, account: Account) -> Account:
+        self.last_account = account
+        return account
+
+    def _unchanged(self, account: Account, operation: str) -> Account:
+        """The account of an operation that computes nothing of this context."""
+        return account.of(operation=operation, tokens_reused=len(self), exactness=self._state.weakest)
+
+    def _ready(self) -> State:
+        """The state, if an operation can start from it.
+
+        Raises:
+            NotPrefilledError: there is no cache yet.
+            OutOfStepError: a stream is open, or transformers appended to the cache by itself.
+        """
+        buffer = self.cache
+        if self._stream_open:
+            raise OutOfStepError(
+                "a stream from .generate() is still open, and holds tokens of its own in the cache. Finish or close it first."
+            )
+        if buffer.length != len(self._state.context):
+            raise OutOfStepError(
+                f"the cache holds {buffer.length} tokens and this notebook knows of {len(self._state.context)}: transformers "
+                "appended to .cache by itself. Roll back to a mark from before."
+            )
+        return self._state
+
+    def _require_not_prefilled(self) -> None:
+        if self._buffer is not None:
+            raise AlreadyPrefilledError("the context was prefilled already: use .add(role, content) to append to it")
 
 
-@dataclass(frozen=True, slots=True)
-class _Answered:
-    """The logits after a prompt, with the cached tokens left alone and the note of an edit made on the way."""
-
-    logits: torch.Tensor
-    reused: int
-    note: str
-    reread: Mark | None = None
-    """where the last cached token was computed again for its logits: what to return to, so that it stays as it was"""
+def _offset(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Progress on a piece, as progress on the whole."""
+    return None if progress is None else lambda done, _: progress(before + done, total)

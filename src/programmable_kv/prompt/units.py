@@ -1,21 +1,32 @@
-"""The pieces of a cached context: units of text that were tokenised one by one, and the fields in them. No tensors here.
+"""Units: pieces of text that were tokenised one by one, and the fields in them. No tensors here.
 
-A unit's tokens never merge with a neighbour's, so an edit re-tokenises inside one unit only.
+A unit's tokens never merge with a neighbour's, so an edit re-tokenises inside one unit only, and there only around the value.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
+from operator import itemgetter
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidEditError
 from programmable_kv.prompt.parts import Rendered
 
 _MARGIN = 12
-"""tokens re-tokenised on each side of a changed value; the outer half must come out as it was"""
+"""tokens re-tokenised on each side of a changed value"""
+_GUARD = _MARGIN // 2
+"""of these, the outermost that have to stay the same: a merge that reaches further is not seen through the window"""
+
+Offsets = NDArray[np.int32]
+"""[n, 2]: the first character of each token and the one after its last"""
 
 
 class Kind(StrEnum):
@@ -27,30 +38,6 @@ class Kind(StrEnum):
     ERRATUM = "erratum"
 
 
-class TokenState(StrEnum):
-    """What a cached token's keys and values are worth, strongest first; a join of spans takes the weakest."""
-
-    EXACT = "exact"
-    RELOCATED = "relocated"
-    """computed at another position, alone or behind a preface, and rotated to this one; or kept in fewer bits"""
-    REPAIRED = "repaired"
-    """the seam of a spliced skill, computed again in its place"""
-    REFRESHED = "refreshed"
-    ERRATUM = "erratum"
-    AFTER_EDIT = "after edit"
-    """computed on a context that held traces of several values of a field"""
-    STALE = "stale"
-
-    @property
-    def rank(self) -> int:
-        return list(TokenState).index(self)
-
-
-def weakest(states: Sequence[TokenState]) -> TokenState:
-    """The state of a span that joins others."""
-    return max(states, key=lambda state: state.rank, default=TokenState.EXACT)
-
-
 @dataclass(frozen=True, slots=True)
 class Place:
     """One occurrence of a field in a unit: the characters of its value, and the tokens that hold any of them."""
@@ -60,51 +47,42 @@ class Place:
     tokens: Span
 
 
-Readings = Mapping[str, frozenset[str | None]]
-"""for each field, the values under which some tokens were computed; None for a mixture of several"""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Unit:
-    """A run of text that was tokenised on its own. `offsets` are the characters of each token."""
+    """A run of text that was tokenised on its own."""
 
     kind: Kind
     text: str
     ids: tuple[int, ...]
-    offsets: tuple[tuple[int, int], ...]
-    special: bool
+    offsets: Offsets
+    special: bool = False
     """whether the tokenizer added its own special tokens (only for raw text at the start of a context)"""
     places: tuple[Place, ...] = ()
+    """ascending"""
     corrects: tuple[tuple[str, str], ...] = ()
     """for an erratum: the (field, value) it states"""
-    read: Readings = field(default_factory=dict)
-    """what those of its tokens that follow a field have read of it; nothing, if they were computed without it"""
     name: str = ""
     """of the skill"""
-    foreign: bool = False
-    """whether some of its tokens read a preface that is not in the context: what that says of a field is not known"""
-    base: tuple[TokenState, ...] = ()
-    """each token's state as far as the parts before it are concerned; empty where all are exact"""
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def base_states(self) -> tuple[TokenState, ...]:
-        return self.base or (TokenState.EXACT,) * len(self.ids)
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Unit):
+            return NotImplemented
+        return self._key() == other._key() and np.array_equal(self.offsets, other.offsets)
 
-    def marked(self, tokens: Span, state: TokenState, *, weaken: bool = True) -> Unit:
-        """With a state set for some of its tokens; a state that is weaker already stays, unless `weaken` is False."""
-        base = list(self.base_states)
-        for token in tokens.range:
-            base[token] = weakest([base[token], state]) if weaken else state
-        return replace(self, base=tuple(base) if any(s is not TokenState.EXACT for s in base) else ())
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[object, ...]:
+        return self.kind, self.text, self.ids, self.special, self.places, self.corrects, self.name
 
     def split(self, token: int) -> tuple[Unit, Unit]:
         """Two units out of one, the second from `token` on.
 
         Raises:
-            InvalidEditError: the boundary lies inside a field's value, or is none of the text (a character of several tokens).
+            InvalidEditError: the boundary lies inside a field's value, or inside a character of several tokens.
         """
         for place in self.places:
             if place.tokens.start < token < place.tokens.stop:
@@ -112,29 +90,28 @@ class Unit:
                     f"token {token} of this part lies inside the value of {place.name}: a value cannot be split. Choose "
                     "a boundary before or after it."
                 )
-        character = self.offsets[token][0]
-        if self.offsets[token - 1][1] > character:
+        character = int(self.offsets[token, 0])
+        if self.offsets[token - 1, 1] > character:
             raise InvalidEditError(
                 f"tokens {token - 1} and {token} of this part share a character, so the text cannot be split there. Choose "
                 "a boundary one token earlier or later."
             )
         head = replace(
             self, text=self.text[:character], ids=self.ids[:token], offsets=self.offsets[:token],
-            places=tuple(p for p in self.places if p.tokens.stop <= token), base=self.base[:token],
+            places=tuple(p for p in self.places if p.tokens.stop <= token),
         )  # fmt: skip
         tail = replace(
-            self, text=self.text[character:], ids=self.ids[token:],
-            offsets=tuple((a - character, b - character) for a, b in self.offsets[token:]), special=False,
+            self, text=self.text[character:], ids=self.ids[token:], offsets=self.offsets[token:] - character,
+            special=False,
             places=tuple(Place(p.name, p.characters.shifted(-character), p.tokens.shifted(-token))
                          for p in self.places if p.tokens.start >= token),
-            base=self.base[token:],
         )  # fmt: skip
         return head, tail
 
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """Tokens that an edit replaces: `old` in the slots before the edit, `new` in those after it."""
+    """Tokens that an edit replaces: `old` counted before the edit, `new` after it."""
 
     old: Span
     new: Span
@@ -143,11 +120,8 @@ class Replacement:
     def growth(self) -> int:
         return len(self.new) - len(self.old)
 
-    def joined(self, later: Replacement) -> Replacement:
-        """One replacement that covers this one and a later one which touches it."""
-        old = Span(self.old.start, max(self.old.stop, later.old.stop))
-        start = self.new.start
-        return Replacement(old, Span(start, start + len(old) + self.growth + later.growth))
+    def shifted(self, old: int, new: int) -> Replacement:
+        return Replacement(self.old.shifted(old), self.new.shifted(new))
 
 
 def tokenised(
@@ -159,75 +133,145 @@ def tokenised(
     return Unit(kind, rendered.text, ids, offsets, special, places, corrects)
 
 
-def _encode(tokenizer: Any, text: str, special: bool) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+def _encode(tokenizer: Any, text: str, special: bool = False) -> tuple[tuple[int, ...], Offsets]:
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-    return tuple(encoded["input_ids"]), tuple((int(a), int(b)) for a, b in encoded["offset_mapping"])
+    return tuple(encoded["input_ids"]), np.array(encoded["offset_mapping"], dtype=np.int32).reshape(-1, 2)
 
 
-def _covering(offsets: Sequence[tuple[int, int]], characters: Span) -> Span:
+_START, _STOP = itemgetter(0), itemgetter(1)
+
+
+def _covering(offsets: Offsets, characters: Span) -> Span:
     """The tokens that hold any of the characters: a token that also holds a neighbour widens the span."""
-    hit = [i for i, (a, b) in enumerate(offsets) if a < characters.stop and b > characters.start]
-    return Span(hit[0], hit[-1] + 1)
+    first = bisect_right(offsets, characters.start, key=_STOP)
+    last = bisect_left(offsets, characters.stop, key=_START)
+    return Span(first, last)
 
 
-def replace_value(tokenizer: Any, unit: Unit, place: Place, value: str) -> tuple[Unit, Span, Span]:
-    """The unit with a new value in one place; the tokens that changed before (old span) and after (new span).
+def replace_values(tokenizer: Any, unit: Unit, changes: Mapping[str, str]) -> tuple[Unit, list[Replacement]]:
+    """The unit with new values in all places of some fields, and the tokens that changed (counted within the unit).
 
-    Re-tokenises a few tokens around the value and checks that the outermost came out as they were; if a merge reaches
-    further than that, the whole unit is tokenised again. The spans cover the value and whatever merged with it.
+    Places close to each other are re-tokenised in one window, of a few tokens around them. Where a window does not settle it,
+    because merges reach further, the whole unit is tokenised again and everything between its common ends is replaced.
     """
-    text = unit.text[: place.characters.start] + value + unit.text[place.characters.stop :]
-    growth = len(value) - len(place.characters)
-    local = _locally(tokenizer, unit, place, text, growth)
-    ids, offsets = local if local is not None else _encode(tokenizer, text, unit.special)
-
-    head = 0
-    while head < min(len(ids), place.tokens.start) and ids[head] == unit.ids[head]:
-        head += 1
-    tail, tail_limit = 0, min(len(ids) - head, len(unit.ids) - place.tokens.stop)
-    while tail < tail_limit and ids[-1 - tail] == unit.ids[-1 - tail]:
-        tail += 1
-    characters = Span(place.characters.start, place.characters.stop + growth)
-    covering = _covering(offsets, characters)
-    # The changed tokens, and at least every token that holds a character of the new value.
-    new = Span(min(head, covering.start), max(len(ids) - tail, covering.stop))
-    old = Span(new.start, len(unit.ids) - (len(ids) - new.stop))
-
-    places = []
-    for other in unit.places:
-        moved = other.characters
-        if other is place:
-            moved = characters
-        elif other.characters.start >= place.characters.stop:
-            moved = other.characters.shifted(growth)
-        places.append(Place(other.name, moved, _covering(offsets, moved)))
-    base = unit.base and (*unit.base[: old.start], *(TokenState.EXACT,) * len(new), *unit.base[old.stop :])
-    return replace(unit, text=text, ids=ids, offsets=offsets, places=tuple(places), base=base), old, new
+    changed = [place for place in unit.places if place.name in changes]
+    if not changed:
+        return unit, []
+    retokenise = partial(_retokenised, tokenizer, unit, changes)
+    windows = [retokenise(group, local=True) for group in _grouped(changed)]
+    found = [window for window in windows if window is not None]
+    if len(found) < len(windows):
+        whole = retokenise(changed, local=False)
+        assert whole is not None
+        found = [whole]
+    return _assembled(unit, changes, found)
 
 
-def _locally(
-    tokenizer: Any, unit: Unit, place: Place, text: str, growth: int
-) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]] | None:
-    """Ids and offsets of the changed unit from a window around the place, or None if the window does not settle it."""
-    first, last = place.tokens.start - _MARGIN, place.tokens.stop + _MARGIN
-    if first < 1 or last >= len(unit.ids):
-        return None
-    start, stop = unit.offsets[first][0], unit.offsets[last - 1][1]
-    before_ids, _ = _encode(tokenizer, unit.text[start:stop], special=False)
-    if before_ids != unit.ids[first:last]:
-        return None  # this tokenizer's result depends on more than the window
-    window_ids, window_offsets = _encode(tokenizer, text[start : stop + growth], special=False)
-    guard = _MARGIN // 2
-    if (
-        len(window_ids) < 2 * guard
-        or window_ids[:guard] != before_ids[:guard]
-        or window_ids[-guard:] != before_ids[-guard:]
-    ):
-        return None
-    ids = unit.ids[:first] + window_ids + unit.ids[last:]
-    offsets = (
-        *unit.offsets[:first],
-        *((a + start, b + start) for a, b in window_offsets),
-        *((a + growth, b + growth) for a, b in unit.offsets[last:]),
+def _grouped(places: Sequence[Place]) -> list[list[Place]]:
+    """Places in groups whose windows do not overlap."""
+    groups: list[list[Place]] = []
+    for place in places:
+        if groups and place.tokens.start - groups[-1][-1].tokens.stop < 2 * _MARGIN:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """New tokens for the unit's tokens `old`. Offsets count in the unit's text with this change only."""
+
+    old: Span
+    ids: tuple[int, ...]
+    offsets: Offsets
+    growth: int
+    """characters"""
+
+
+def _retokenised(
+    tokenizer: Any, unit: Unit, changes: Mapping[str, str], group: Sequence[Place], *, local: bool
+) -> _Window | None:
+    """The tokens that new values in some neighbouring places change, or None if the window does not settle it."""
+    first = max(0, group[0].tokens.start - _MARGIN) if local else 0
+    last = min(len(unit), group[-1].tokens.stop + _MARGIN) if local else len(unit)
+    start = int(unit.offsets[first, 0]) if first else 0
+    stop = int(unit.offsets[last - 1, 1]) if last < len(unit) else len(unit.text)
+    special = unit.special and first == 0
+    text, values = _written(unit.text, start, stop, group, changes)
+    ids, offsets = _encode(tokenizer, text, special)
+    if local:
+        before, _ = _encode(tokenizer, unit.text[start:stop], special)
+        aligned = _common(before, unit.ids[first:last], from_end=True)
+        # A tokenizer may begin a text in a way of its own (a metaspace): a few first tokens of the window may differ from
+        # the unit's, if they do so before and after the change and stay clear of the value.
+        own, skipped = len(before) - aligned, last - first - aligned
+        clear = skipped + 2 <= group[0].tokens.start - first or own == skipped == 0
+        guard = own + 2 if own else _GUARD if first else 0
+        left = ids[:guard] == before[:guard]
+        right = last == len(unit) or ids[-_GUARD:] == before[-_GUARD:]
+        if not (clear and left and right and own <= _GUARD and len(ids) >= own):
+            return None
+        first, ids, offsets = first + skipped, ids[own:], offsets[own:]
+    offsets = offsets + np.int32(start)
+    old_ids = unit.ids[first:last]
+    covering = _covering(offsets, values)
+    head = min(_common(ids, old_ids), covering.start, group[0].tokens.start - first)
+    tail = min(
+        _common(ids, old_ids, from_end=True),
+        len(ids) - max(head, covering.stop),
+        last - max(first + head, group[-1].tokens.stop),
     )
-    return ids, offsets
+    kept = len(ids) - tail
+    return _Window(Span(first + head, last - tail), ids[head:kept], offsets[head:kept], len(text) - (stop - start))
+
+
+def _written(text: str, start: int, stop: int, group: Sequence[Place], changes: Mapping[str, str]) -> tuple[str, Span]:
+    """The characters [start, stop) with new values, and where the values now stand in the text, from first to last."""
+    pieces, cursor = [], start
+    for place in group:
+        pieces += [text[cursor : place.characters.start], changes[place.name]]
+        cursor = place.characters.stop
+    values_stop = start + sum(map(len, pieces))
+    pieces.append(text[cursor:stop])
+    return "".join(pieces), Span(group[0].characters.start, values_stop)
+
+
+def _common(one: Sequence[int], other: Sequence[int], *, from_end: bool = False) -> int:
+    """How many tokens two sequences begin (or end) with in common."""
+    shortest = min(len(one), len(other))
+    if from_end:
+        one, other = one[len(one) - shortest :][::-1], other[len(other) - shortest :][::-1]
+    if one[:shortest] == other[:shortest]:
+        return shortest
+    return next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+
+
+def _assembled(unit: Unit, changes: Mapping[str, str], windows: Sequence[_Window]) -> tuple[Unit, list[Replacement]]:
+    """The unit with every window's tokens in place."""
+    ids: list[int] = []
+    offsets: list[Offsets] = []
+    replacements = []
+    cursor, grown = 0, 0
+    for window in windows:
+        ids += unit.ids[cursor : window.old.start]
+        offsets.append(unit.offsets[cursor : window.old.start] + np.int32(grown))
+        start = len(ids)
+        ids += window.ids
+        offsets.append(window.offsets + np.int32(grown))
+        replacements.append(Replacement(window.old, Span(start, len(ids))))
+        cursor, grown = window.old.stop, grown + window.growth
+    ids += unit.ids[cursor:]
+    offsets.append(unit.offsets[cursor:] + np.int32(grown))
+    joined: Offsets = np.concatenate(offsets)
+    pieces, places, end = [], [], 0
+    length = 0
+    for place in unit.places:
+        before = unit.text[end : place.characters.start]
+        value = changes.get(place.name, unit.text[place.characters.start : place.characters.stop])
+        characters = Span(length + len(before), length + len(before) + len(value))
+        places.append(Place(place.name, characters, _covering(joined, characters)))
+        pieces += [before, value]
+        length, end = characters.stop, place.characters.stop
+    pieces.append(unit.text[end:])
+    return replace(unit, text="".join(pieces), ids=tuple(ids), offsets=joined, places=tuple(places)), replacements

@@ -9,6 +9,7 @@ reads while it is compiled, and which is not part of it.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,8 @@ from programmable_kv.cache.segment import Segment
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import FingerprintMismatchError, InvalidValueError, UnknownFieldError
 from programmable_kv.models.load import Model
-from programmable_kv.prompt.parts import Message, Text, message_alone, said, unmark
+from programmable_kv.prompt.chat import message_alone, opened
+from programmable_kv.prompt.parts import Message, Text, unmark
 from programmable_kv.prompt.units import Kind, Unit, tokenised
 from programmable_kv.prompt.values import check_name, check_no_markers, check_role, check_value
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
@@ -52,6 +54,21 @@ class Skill:
 
     def __len__(self) -> int:
         return len(self.unit)
+
+    @property
+    def packed(self) -> bytes:
+        """Its token ids, four bytes each, as a ledger keeps them."""
+        return array("I", self.unit.ids).tobytes()
+
+    @property
+    def packed_preface(self) -> bytes:
+        """The token ids of its preface, four bytes each."""
+        return array("I", self.preface_ids).tobytes()
+
+    @property
+    def placed(self) -> Unit:
+        """Its text as a unit of a context, under its name."""
+        return replace(self.unit, name=self.name)
 
     @classmethod
     def compile(
@@ -278,7 +295,7 @@ def _read(tokenizer: Any, preface: Preface, *, inside: bool) -> tuple[str, tuple
         role, content = message
         check_role(role)
         check_no_markers(content, tokenizer, "the skill's preface")
-    text = said(tokenizer, preface, left_open=inside)
+    text = opened(tokenizer, preface, inside=inside)
     return text, tuple(tokenizer.encode(text, add_special_tokens=False))
 
 

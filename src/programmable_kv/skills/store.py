@@ -1,78 +1,68 @@
-"""Compiled skills on disk, or at any fsspec URL: addressed by content, bounded, written atomically, checked when read.
+"""Compiled skills in a folder or at any fsspec URL: addressed by content, bounded, written atomically, checked when read.
 
-An entry is two files: `KEY.safetensors` (keys and values) and `KEY.json` (the manifest, with the tensors' digest). The
-manifest is written last and by renaming, so a process that dies while writing leaves no entry, and never half of one.
-KEY is a digest of all that decides the content: the model's fingerprint, the token ids, the preface, and the format.
-Two processes that write the same key write the same bytes.
+An entry is a sealed manifest and the tensors that it names (`entries.py`). Its key is a digest of all that decides the content:
+the model's fingerprint, the token ids, the preface, and the format. Processes may write, read and evict one entry at once, and
+die at any step: a reader gets a whole entry or none. What is damaged all the same is found by its digests, and compiled again.
+
+The store needs named blobs and nothing else of the place it writes to. Another backend (Redis, say) is one new file: a subclass
+of `storage.files.Blobs`, of which `SkillStore(backend)` takes an instance.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
-import uuid
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import save
 
 from programmable_kv.account import Account
-from programmable_kv.cache.segment import Segment
-from programmable_kv.errors import CorruptFileError, InvalidValueError, UnknownSkillError
-from programmable_kv.models.fetch import home
+from programmable_kv.engine import Engine
+from programmable_kv.errors import CorruptFileError, InvalidArgumentError, InvalidValueError, UnknownSkillError
+from programmable_kv.models.home import home
 from programmable_kv.models.load import Model
+from programmable_kv.prompt.values import check_name
+from programmable_kv.skills.entries import Entries, check_key, new_name
+from programmable_kv.skills.packing import check_packed, packed, shapes_in, unpacked
 from programmable_kv.skills.skill import Draft, Preface, Skill, check_fingerprint, compute_drafts
-from programmable_kv.storage.notebooks import SavedUnit, saved_unit, unit_of
-from programmable_kv.storage.quantised import dequantised, quantised
+from programmable_kv.storage.archive import read_archive, write_archive
+from programmable_kv.storage.files import Blobs, blobs_at, sha256_of
+from programmable_kv.storage.manifests import Entry, SavedUnit, key_of, preface_digest, shortened
+from programmable_kv.storage.tensors import LayerShape, cached_shapes, read_tensors
+
+__all__ = ["DEFAULT_LIMIT", "Entry", "SkillStore"]
 
 DEFAULT_LIMIT = 4 * 2**30
 """bytes"""
-_ABANDONED_SECONDS = 24 * 3600
-
-
-class Entry(BaseModel):
-    """The manifest of a stored skill."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format: Literal[1] = 1
-    key: str
-    name: str
-    model_name: str
-    fingerprint: str
-    precision: Literal["as computed", "int8"]
-    nbytes: int
-    tensors_sha256: str
-    values: dict[str, str]
-    preface: str = ""
-    preface_ids: tuple[int, ...] = ()
-    unit: SavedUnit
+_CARRIED = ("skill.safetensors", "skill.json")
 
 
 class SkillStore:
-    """A folder (or fsspec URL) of compiled skills; when it exceeds `limit` bytes, the least recently used go."""
+    """A place with compiled skills; when it exceeds `limit` bytes, the least recently used go."""
 
-    def __init__(self, where: str | Path | None = None, *, limit: int = DEFAULT_LIMIT, int8: bool = False) -> None:
+    def __init__(
+        self, where: str | Path | Blobs | None = None, *, limit: int = DEFAULT_LIMIT, int8: bool = False
+    ) -> None:
         """
         Args:
-            where: a folder or any URL that fsspec knows; `skills` in the per-user cache folder when None.
+            where: a folder (`~` is expanded), any URL that fsspec knows, or a backend; `skills` in the per-user cache folder
+                when None. It is made when something is written. A place that may only be read serves what it holds.
             limit: bytes of tensors to keep.
             int8: store keys per channel and values per token in 8 bits.
-        """
-        import fsspec
 
+        Raises:
+            InvalidArgumentError: the limit is negative, or `where` is no such place.
+            StorageError: a URL's driver is not installed or cannot connect.
+        """
+        if limit < 0:
+            raise InvalidArgumentError(f"a store's limit is a number of bytes, got {limit}")
         self.limit = limit
         self.int8 = int8
-        self._files, self._root = fsspec.core.url_to_fs(str(where if where is not None else home() / "skills"))
-        self._files.makedirs(self._root, exist_ok=True)
-        self._local = "file" in self._files.protocol
+        self._entries = Entries(blobs_at(where if where is not None else home() / "skills"))
+        self._shapes: WeakKeyDictionary[Engine, tuple[LayerShape, ...]] = WeakKeyDictionary()
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -80,10 +70,12 @@ class SkillStore:
         """Keep a skill; returns its entry. One that is there already is written anew.
 
         Raises:
-            InvalidValueError: it was kept in 8 bits before, and this store keeps skills as they were computed.
+            InvalidValueError: it was kept in 8 bits before, and this store keeps skills as they were computed; or its name is
+                not plain.
+            StorageError: it cannot be written; what the store holds is unchanged.
         """
         entry = self._put(skill, model_name)
-        self._evict(keep={entry.key})
+        self._entries.evict(self.limit, keep={entry.key})
         return entry
 
     def _put(self, skill: Skill, model_name: str) -> Entry:
@@ -92,15 +84,9 @@ class SkillStore:
                 f"skill {skill.name!r} comes from a store of 8 bits, and this one keeps skills as they were computed. "
                 "Compile it again, or keep it in a store with int8=True."
             )
+        check_name(skill.name)
         key = key_of(skill.fingerprint, skill.preface_ids, skill.unit.ids, self.int8)
-        tensors: dict[str, torch.Tensor] = {"computed_at": skill.segment.computed_at}
-        for index, (keys, values) in enumerate(zip(skill.segment.keys, skill.segment.values, strict=True)):
-            if self.int8:
-                tensors |= quantised(f"keys.{index}", keys, over="tokens")
-                tensors |= quantised(f"values.{index}", values, over="channels")
-            else:
-                tensors |= {f"keys.{index}": keys, f"values.{index}": values}
-        body = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        body = save(packed(skill, int8=self.int8))
         entry = Entry(
             key=key,
             name=skill.name,
@@ -108,14 +94,15 @@ class SkillStore:
             fingerprint=skill.fingerprint,
             precision="int8" if self.int8 else "as computed",
             nbytes=len(body),
-            tensors_sha256=hashlib.sha256(body).hexdigest(),
+            tensors=new_name(key),
+            tensors_sha256=sha256_of(body),
             values=dict(skill.values),
-            preface=skill.preface,
-            preface_ids=skill.preface_ids,
-            unit=saved_unit(skill.unit),
+            preface=shortened(skill.preface),
+            preface_tokens=len(skill.preface_ids),
+            preface_sha256=preface_digest(skill.preface_ids),
+            unit=SavedUnit.of(skill.unit),
         )
-        self._write(f"{key}.safetensors", body)
-        self._write_manifest(entry)
+        self._entries.write(entry, body)
         return entry
 
     def compile(
@@ -130,9 +117,12 @@ class SkillStore:
         preface: Preface = "",
         **fields: str,
     ) -> Skill:
-        """The skill from the store if it is there, else compiled and kept. Arguments and errors as `Skill.compile`.
+        """The skill from the store if it is there and intact, else compiled and kept. Arguments and errors as `Skill.compile`.
 
         An entry of the same tokens takes the name that is given here.
+
+        Raises:
+            StorageError: the store cannot be read; or the skill is not there, and cannot be written.
         """
         draft = Draft.of(model, text, {**(values or {}), **fields}, name, role, preface)
         return self._compiled(model, [draft], named=name is not None)[0]
@@ -148,249 +138,184 @@ class SkillStore:
         between: str = "",
         **fields: str,
     ) -> list[Skill]:
-        """The skills from the store if all of them are there, else compiled and kept, all of them, whatever the limit.
+        """The skills from the store if all of them are there and intact, else compiled and kept, whatever the limit.
 
-        Arguments and errors as `Skill.compile_together`. Kept in 8 bits, none of them is exact anywhere.
+        Arguments and errors as `Skill.compile_together` and `compile`. Kept in 8 bits, none of them is exact anywhere.
         """
         drafts = Draft.together(model, texts, {**(values or {}), **fields}, preface, between)
         return self._compiled(model, drafts, named=True)
 
     def _compiled(self, model: Model, drafts: Sequence[Draft], *, named: bool) -> list[Skill]:
         """Drafts, each behind the one before it; `named`: the caller gave their names."""
-        keys = [key_of(model.fingerprint, draft.preface_ids, draft.unit.ids, self.int8) for draft in drafts]
-        if all(self._files.exists(self._path(f"{key}.json")) for key in keys):
-            return [self._kept(model, key, draft, named) for key, draft in zip(keys, drafts, strict=True)]
+        kept = self._all_kept(model, drafts, named)
+        if kept is not None:
+            return kept
         skills = compute_drafts(model, drafts)
-        for skill in skills:
-            self._put(skill, model.name)
-        self._evict(keep=set(keys))
+        entries = [self._put(skill, model.name) for skill in skills]
+        self._entries.evict(self.limit, keep={entry.key for entry in entries})
         if self.int8:  # what 8 bits keep is what everybody gets, the one who compiled it too
-            return [
-                replace(self.get(model, key), account=skill.account) for key, skill in zip(keys, skills, strict=True)
-            ]
+            return [self._rounded(model, skill, entry) for skill, entry in zip(skills, entries, strict=True)]
         return skills
 
-    def _kept(self, model: Model, key: str, draft: Draft, named: bool) -> Skill:
-        """The tokens are those of the entry; name, fields and text are the caller's."""
-        kept = self.get(model, key)
-        if named and kept.name != draft.name:
-            self._write_manifest(self._read_entry(key).model_copy(update={"name": draft.name}))
-        return replace(kept, name=draft.name, unit=draft.unit, values=draft.values, preface=draft.preface)
+    def _all_kept(self, model: Model, drafts: Sequence[Draft], named: bool) -> list[Skill] | None:
+        """The drafts' skills if the store has all of them, whole; None if one is missing, damaged or evicted meanwhile."""
+        keys = [key_of(model.fingerprint, draft.preface_ids, draft.unit.ids, self.int8) for draft in drafts]
+        if not all(self._entries.holds(key) for key in keys):
+            return None
+        skills = []
+        for key, draft in zip(keys, drafts, strict=True):
+            try:
+                kept = self.get(model, key)
+            except (CorruptFileError, UnknownSkillError):
+                return None
+            if kept.unit.ids != draft.unit.ids or kept.preface_ids != draft.preface_ids:
+                return None  # the digest of other tokens: not to be trusted
+            if named and kept.name != draft.name:
+                self._entries.rename(key, draft.name)
+            # The tokens are those of the entry; name, fields and text are the caller's.
+            skills.append(replace(kept, name=draft.name, unit=draft.unit, values=draft.values, preface=draft.preface))
+        return skills
+
+    def _rounded(self, model: Model, skill: Skill, entry: Entry) -> Skill:
+        shapes = self._shapes_of(model)
+        content = unpacked(packed(skill, int8=True), entry, shapes, entry.tensors, model.engine.device)
+        return replace(skill, segment=content.segment, rounded=True)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
     def get(self, model: Model, which: str, *, verify: bool = True) -> Skill:
-        """A stored skill by its key or name. With `verify` the tensors' digest is checked, which reads all of them.
+        """A stored skill by its key or name. Without `verify`, the numbers in its tensors are trusted and not all read.
 
         Raises:
-            UnknownSkillError: there is none, or several of that name for this model.
+            UnknownSkillError: there is none, or several of that name for this model; or it was evicted meanwhile.
             FingerprintMismatchError: another model compiled it.
-            CorruptFileError: a file is damaged.
+            CorruptFileError: a file is damaged, missing, of another format, or does not fit the model.
+            StorageError: the store cannot be read.
         """
         entry = self.entry(which, model.fingerprint)
         check_fingerprint(entry.name, entry.fingerprint, model)
-        segment = self._segment(entry, model, verify)
-        skill = Skill(
-            entry.name, unit_of(entry.unit), entry.values, segment, entry.fingerprint, Account(), entry.preface,
-            entry.preface_ids, entry.precision == "int8",
-        )  # fmt: skip
-        if self._local:
-            Path(self._path(f"{entry.key}.json")).touch()
-        return skill
+        entry, tensors, where = self._tensors(entry, verify=verify)
+        entry.check(model, where)
+        shapes = self._shapes_of(model)
+        check_packed(tensors, entry, shapes, where, limit=model.position_limit, finite=verify)
+        content = unpacked(tensors, entry, shapes, where, model.engine.device)
+        self._entries.touch(entry.key)
+        return Skill(
+            entry.name,
+            entry.unit.unit(),
+            entry.values,
+            content.segment,
+            entry.fingerprint,
+            Account(),
+            content.preface,
+            content.preface_ids,
+            entry.precision == "int8",
+        )
 
     def entries(self) -> list[Entry]:
-        """Every entry whose manifest is intact, most recently used first."""
+        """Every intact entry, most recently used first. (Where the backend does not record uses: most recently written.)"""
         return self.inventory()[0]
 
     def damaged(self) -> list[str]:
-        """The keys of entries whose manifest is not: `remove` takes them."""
+        """The keys of entries that cannot be used: damaged, of another format, or without tensors. `remove` takes them."""
         return self.inventory()[1]
 
     def inventory(self) -> tuple[list[Entry], list[str]]:
-        """`entries` and `damaged`, in one reading."""
-        intact, damaged = [], []
-        for name, _ in sorted(self._manifests(), key=lambda item: -item[1]):
-            key = name.removesuffix(".json")
-            try:
-                intact.append(self._read_entry(key))
-            except CorruptFileError:
-                damaged.append(key)
-        return intact, damaged
+        """`entries` and `damaged`, in one reading. Tensors are looked for and not read: that is `verify`."""
+        return self._entries.inventory()
 
     def entry(self, which: str, fingerprint: str | None = None) -> Entry:
-        """The manifest of a key or a name; of several models' skills of one name, the one with that fingerprint.
+        """The manifest of a key, a name, or the beginning of a key, tried in this order; of several models' skills of one
+        name, the one with that fingerprint.
 
         Raises:
             UnknownSkillError: there is none, or more than one.
             CorruptFileError: its manifest is damaged.
         """
-        if self._files.exists(self._path(f"{which}.json")):
-            return self._read_entry(which)
-        found = [entry for entry in self.entries() if entry.name == which or entry.key.startswith(which)]
-        if len(found) > 1 and fingerprint is not None:
-            found = [entry for entry in found if entry.fingerprint == fingerprint]
-        if len(found) != 1:
-            raise UnknownSkillError(
-                f"there are {len(found)} skills called {which!r} in {self._root}. `pkv skills list` shows them with their keys."
-            )
-        return found[0]
+        return self._entries.entry(which, fingerprint)
 
     def verify(self, which: str) -> Entry:
-        """Read an entry's tensors and compare their digest with the manifest's.
+        """Read an entry's tensors and compare them with the manifest: the digest, and what should be in them.
 
         Raises:
+            UnknownSkillError: there is none, or more than one.
             CorruptFileError: they differ.
         """
-        entry = self.entry(which)
-        self._checked(entry)
-        return entry
+        return self._verified(which)[0]
 
     def remove(self, which: str) -> str:
-        """Forget an entry (a damaged one too, by its key) and return its key.
+        """Forget an entry (a damaged one too) and return its key.
 
         The manifest goes first, so that nobody finds half of it.
 
         Raises:
             UnknownSkillError: there is none, or more than one.
+            StorageError: it cannot be removed.
         """
-        key = which if self._files.exists(self._path(f"{which}.json")) else self.entry(which).key
-        for suffix in ("json", "safetensors"):
-            if self._files.exists(self._path(f"{key}.{suffix}")):
-                self._files.rm_file(self._path(f"{key}.{suffix}"))
+        key = self._entries.find(which)
+        self._entries.remove(key)
         return key
 
     # -- carrying ------------------------------------------------------------------------------------------------
 
-    def export(self, which: str, file: Path) -> Entry:
-        """Write an entry to one file, to be imported elsewhere."""
-        entry = self.verify(which)
-        partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            for suffix in ("safetensors", "json"):
-                archive.writestr(f"skill.{suffix}", self._read(f"{entry.key}.{suffix}"))
-        partial.replace(file)
+    def export(self, which: str, file: str | Path) -> Entry:
+        """Write an entry to one file, to be imported elsewhere: the whole file or nothing.
+
+        Raises:
+            UnknownSkillError, CorruptFileError: as `verify`.
+            StorageError: the file cannot be written.
+        """
+        entry, body = self._verified(which)
+        write_archive(Path(file).expanduser(), dict(zip(_CARRIED, (body, entry.sealed()), strict=True)))
         return entry
 
-    def import_file(self, file: Path) -> Entry:
+    def import_file(self, file: str | Path) -> Entry:
         """Take in what `export` wrote. Nothing is kept unless all of it is intact.
 
         Raises:
             CorruptFileError: it is no exported skill, or is damaged.
+            StorageError: it cannot be read, or the store cannot be written.
         """
-        try:
-            with zipfile.ZipFile(file) as archive:
-                body, manifest = archive.read("skill.safetensors"), archive.read("skill.json")
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
-            raise CorruptFileError(f"{file} is not an exported skill: {error}") from error
-        entry = _parsed(manifest, str(file))
-        if hashlib.sha256(body).hexdigest() != entry.tensors_sha256 or not _true_key(entry):
-            raise CorruptFileError(f"{file} was damaged or changed: export the skill again")
-        self._write(f"{entry.key}.safetensors", body)
-        self._write(f"{entry.key}.json", manifest)
-        self._evict(keep={entry.key})
+        path = Path(file).expanduser()
+        body, manifest = read_archive(path, _CARRIED)
+        entry = Entry.read(manifest, str(path))
+        check_key(entry, str(path))
+        if len(body) != entry.nbytes or sha256_of(body) != entry.tensors_sha256:
+            raise CorruptFileError(f"{path} was damaged or changed: export the skill again")
+        _check_content(entry, body, str(path))
+        entry = entry.model_copy(update={"tensors": new_name(entry.key)})
+        self._entries.write(entry, body)
+        self._entries.evict(self.limit, keep={entry.key})
         return entry
 
-    # -- files ---------------------------------------------------------------------------------------------------
+    # -- parts -----------------------------------------------------------------------------------------------------
 
-    def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
-
-    def _read(self, name: str) -> bytes:
-        try:
-            return self._files.cat_file(self._path(name))  # type: ignore[no-any-return]
-        except FileNotFoundError:
-            raise CorruptFileError(f"{self._path(name)} is missing: remove the entry and compile it again") from None
-
-    def _write(self, name: str, body: bytes) -> None:
-        """The whole file or none of it. (An object store's put is atomic by itself.)"""
-        if not self._local:
-            self._files.pipe_file(self._path(name), body)
-            return
-        partial = Path(self._path(f".{name}.{uuid.uuid4().hex}.partial"))
-        try:
-            partial.write_bytes(body)
-            partial.replace(self._path(name))
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def _write_manifest(self, entry: Entry) -> None:
-        self._write(f"{entry.key}.json", entry.model_dump_json(indent=1).encode())
-
-    def _manifests(self) -> Iterator[tuple[str, float]]:
-        """(file name, time of last use) of every manifest."""
-        for info in self._files.ls(self._root, detail=True, refresh=True):
-            name = str(info["name"]).rpartition("/")[2]
-            if name.endswith(".json") and not name.startswith("."):
-                moment = info.get("mtime") or info.get("created") or 0.0
-                yield name, moment.timestamp() if hasattr(moment, "timestamp") else float(moment)
-
-    def _read_entry(self, key: str) -> Entry:
-        entry = _parsed(self._read(f"{key}.json"), self._path(f"{key}.json"))
-        if entry.key != key or not _true_key(entry):
-            raise CorruptFileError(f"{self._path(key)}.json does not describe the entry it is named after: remove it")
-        return entry
-
-    def _checked(self, entry: Entry) -> bytes:
-        body = self._read(f"{entry.key}.safetensors")
-        if hashlib.sha256(body).hexdigest() != entry.tensors_sha256:
-            raise CorruptFileError(
-                f"the tensors of skill {entry.name!r} ({entry.key}) are not those of its manifest. Remove it and compile it "
-                "again."
-            )
-        return body
-
-    def _segment(self, entry: Entry, model: Model, verify: bool) -> Segment:
-        body = self._checked(entry) if verify or not self._local else None
-        try:
+    def _tensors(self, entry: Entry, *, verify: bool) -> tuple[Entry, dict[str, torch.Tensor], str]:
+        """An entry's tensors, with the entry they belong to and what to call them in a message."""
+        while True:
+            entry, source = self._entries.tensors(entry, verify=verify)
+            where = self._entries.place(entry.tensors)
             # A local file that need not be checked is mapped: what is never touched is never read.
-            tensors = load(body) if body is not None else load_file(self._path(f"{entry.key}.safetensors"))
-        except (SafetensorError, FileNotFoundError) as error:
-            raise CorruptFileError(f"the tensors of skill {entry.name!r} cannot be read: {error}") from error
-        device, dtype = model.engine.device, model.engine.dtype
-        layers = len(model.engine.layout.layers)
+            with suppress(FileNotFoundError):  # replaced or evicted before it was mapped: look again
+                return entry, read_tensors(source, where), where
 
-        def read(name: str) -> torch.Tensor:
-            tensor = dequantised(tensors, name, dtype) if entry.precision == "int8" else tensors[name]
-            return tensor.to(device)
+    def _verified(self, which: str) -> tuple[Entry, bytes]:
+        entry, body = self._entries.tensors(self.entry(which))
+        assert isinstance(body, bytes)
+        _check_content(entry, body, self._entries.place(entry.tensors))
+        return entry, body
 
-        return Segment(
-            entry.unit.ids,
-            tensors["computed_at"],
-            tuple(read(f"keys.{index}") for index in range(layers)),
-            tuple(read(f"values.{index}") for index in range(layers)),
-        )
-
-    def _evict(self, keep: set[str]) -> None:
-        if self._local:  # what a killed process was writing, a day later
-            for path in Path(self._root).glob(".*.partial"):
-                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                    path.unlink(missing_ok=True)
-        entries = self.entries()
-        total = sum(entry.nbytes for entry in entries)
-        for entry in reversed(entries):
-            if total <= self.limit:
-                break
-            if entry.key not in keep:
-                self.remove(entry.key)
-                total -= entry.nbytes
+    def _shapes_of(self, model: Model) -> tuple[LayerShape, ...]:
+        """What this model caches; one token is computed to learn it, once for each model."""
+        if model.engine not in self._shapes:
+            self._shapes[model.engine] = cached_shapes(model.engine)
+        return self._shapes[model.engine]
 
 
-def key_of(fingerprint: str, preface_ids: tuple[int, ...], ids: tuple[int, ...], int8: bool) -> str:
-    """The address of a skill: a digest of all that decides its content."""
-    content: dict[str, object] = {"format": 1, "fingerprint": fingerprint, "ids": ids, "int8": int8}
-    if preface_ids:
-        content["preface"] = preface_ids
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
-
-
-def _true_key(entry: Entry) -> bool:
-    return entry.key == key_of(entry.fingerprint, entry.preface_ids, entry.unit.ids, entry.precision == "int8")
-
-
-def _parsed(manifest: bytes, where: str) -> Entry:
-    try:
-        return Entry.model_validate_json(manifest)
-    except (ValidationError, ValueError) as error:
-        raise CorruptFileError(
-            f"{where} is damaged or of another format: {' '.join(str(error).split())[:160]}"
-        ) from error
+def _check_content(entry: Entry, body: bytes, where: str) -> None:
+    """
+    Raises:
+        CorruptFileError: the tensors are not a skill's, whatever the model.
+    """
+    tensors = read_tensors(body, where)
+    check_packed(tensors, entry, shapes_in(tensors, where), where)

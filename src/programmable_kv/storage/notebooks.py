@@ -1,224 +1,213 @@
-"""A notebook on disk: `notebook.json` (text, fields, digests) and `cache.safetensors` (keys and values).
+"""A notebook on disk or at an fsspec URL: `notebook.json` (text, fields, digests) and `cache-*.safetensors` (keys and values).
 
-A folder is written beside its final name and renamed, so nobody reads half of one. Where an older one is replaced, it is
-moved aside first: a process killed between the two renames leaves it there, as `.NAME-old-*/old`.
+Tensors are written first, under a name of their own for every save, and the manifest that names them last, in one step. So a
+reader gets the old notebook or the new one, never a mixture, also while several processes save at once or one is killed.
+This module knows no `Notebook`: it writes and reads a `SavedNotebook`, from which one is made.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-import tempfile
+import re
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from programmable_kv.cache.span import Span
-from programmable_kv.errors import CorruptFileError, FingerprintMismatchError, NotPrefilledError
-from programmable_kv.ledger.context import Context, FieldState
+from programmable_kv.cache.layout import Rotated
+from programmable_kv.errors import CorruptFileError, FingerprintMismatchError, StorageError
+from programmable_kv.ledger.ledger import Ledger
 from programmable_kv.models.load import Model
-from programmable_kv.notebook.notebook import Notebook
-from programmable_kv.prompt.parts import Message, Text
-from programmable_kv.prompt.units import Kind, Place, TokenState, Unit
+from programmable_kv.prompt.context import Context
+from programmable_kv.prompt.parts import Message
+from programmable_kv.storage.files import Blobs, blobs_at, sha256_of
+from programmable_kv.storage.ledgers import SavedLedger
+from programmable_kv.storage.local import LocalBlobs
+from programmable_kv.storage.manifests import NotebookManifest, SavedContext, messages_of, saved_messages
+from programmable_kv.storage.pairs import clear_unused, write_pair
+from programmable_kv.storage.tensors import TensorCheck, cached_shapes, read_tensors
 
-_MANIFEST, _TENSORS = "notebook.json", "cache.safetensors"
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SavedPlace(_Strict):
-    name: str
-    characters: tuple[int, int]
-    tokens: tuple[int, int]
-
-
-class SavedUnit(_Strict):
-    kind: Kind
-    text: str
-    ids: tuple[int, ...]
-    offsets: tuple[tuple[int, int], ...]
-    special: bool
-    places: tuple[SavedPlace, ...]
-    corrects: tuple[tuple[str, str], ...]
-    read: dict[str, tuple[str | None, ...]]
-    name: str
-    foreign: bool = False
-    base: tuple[TokenState, ...]
+MANIFEST = "notebook.json"
+_TENSORS = re.compile(r"cache(-[0-9a-f]{16})?\.safetensors\Z")
+"""(format 1 had no number in it)"""
+_POSITIONS = ("positions", "origins")
+"""what stays on the CPU, whatever the model's device"""
+_ATTEMPTS = 20
+"""how often a reader starts again because a save replaced what it was reading"""
 
 
-class SavedField(_Strict):
-    current: str
-    written: str
+@dataclass(frozen=True, slots=True)
+class SavedNotebook:
+    """All that a prefilled notebook is made of."""
 
-
-class SavedMessage(_Strict):
-    role: str
-    template: str
-    fields: tuple[str, ...]
-
-
-class Manifest(_Strict):
-    """Everything of a saved notebook but its tensors."""
-
-    format: Literal[1] = 1
-    model_name: str
-    fingerprint: str
-    dtype: str
     erratum_template: str
-    tensors_sha256: str
-    messages: tuple[SavedMessage, ...]
-    units: tuple[SavedUnit, ...]
-    fields: dict[str, SavedField]
-    placeholders: dict[str, str]
+    messages: tuple[Message, ...]
+    values: Mapping[str, str]
     """what stood for every placeholder of the messages when they were rendered, skills included"""
-    refreshed: tuple[int, ...]
+    context: Context
+    ledger: Ledger
+    tensors: Mapping[str, torch.Tensor]
+    """as `KVBuffer.tensors` names them"""
 
 
-def save(notebook: Notebook, folder: Path) -> Path:
-    """Write a prefilled notebook. An existing folder is replaced only if it holds a notebook."""
-    if folder.exists() and not (folder / _MANIFEST).exists():
-        raise CorruptFileError(
-            f"{folder} exists and is not a saved notebook; choose another name, or remove it yourself"
-        )
-    context = notebook._context
-    if notebook._buffer is None:
-        raise NotPrefilledError("there is no cache to save yet: call .prefill() first")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+def write(state: SavedNotebook, where: str | Path | Blobs, model: Model) -> Path | str:
+    """Save a notebook to a folder or a URL; one that is saved there already is replaced. Returns the folder or the URL.
+
+    Raises:
+        CorruptFileError: something else than a saved notebook lies there.
+        StorageError: it cannot be written: no room, no permission. What was saved there before is unchanged.
+    """
+    blobs = blobs_at(where)
+    _require_ours(blobs)
+    made = isinstance(blobs, LocalBlobs) and not blobs.root.exists()
+    name = f"cache-{uuid.uuid4().hex[:16]}.safetensors"
+    tensors = {key: tensor.contiguous() for key, tensor in state.tensors.items()}
+
+    def save() -> bytes:
+        digest = blobs.write_from(name, lambda path: save_file(tensors, path))
+        return NotebookManifest(
+            model_name=model.name,
+            fingerprint=model.fingerprint,
+            dtype=str(model.dtype),
+            erratum_template=state.erratum_template,
+            tensors=name,
+            tensors_sha256=digest,
+            messages=saved_messages(state.messages),
+            placeholders=dict(state.values),
+            context=SavedContext.of(state.context),
+            ledger=SavedLedger.of(state.ledger),
+        ).sealed()
+
     try:
-        tensors = {name: tensor.contiguous() for name, tensor in notebook.cache.tensors().items()}
-        save_file(tensors, partial / _TENSORS)
-        manifest = Manifest(
-            model_name=notebook.model.name,
-            fingerprint=notebook.model.fingerprint,
-            dtype=str(notebook.model.dtype),
-            erratum_template=notebook.erratum_template,
-            tensors_sha256=_sha256(partial / _TENSORS),
-            messages=tuple(
-                SavedMessage(role=m.role, template=m.content.template, fields=m.content.fields)
-                for m in notebook._messages
-            ),
-            units=tuple(saved_unit(unit) for unit in context.units),
-            fields={
-                name: SavedField(current=state.current, written=state.written) for name, state in context.fields.items()
-            },
-            placeholders=notebook.written_values,
-            refreshed=tuple(sorted(context.refreshed)),
-        )
-        body = manifest.model_dump_json()
-        sealed = {"sha256": hashlib.sha256(body.encode()).hexdigest(), "notebook": json.loads(body)}
-        (partial / _MANIFEST).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
-        if folder.exists():
-            # A folder cannot be replaced in one step everywhere: move the old one aside first.
-            aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-")) / "old"
-            folder.rename(aside)
-            try:
-                partial.rename(folder)
-            except OSError:
-                aside.rename(folder)
-                raise
-            finally:
-                shutil.rmtree(aside.parent, ignore_errors=True)
-        else:
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+        write_pair(blobs, name, MANIFEST, save, lambda: _named(blobs))
+    except BaseException:
+        if made and isinstance(blobs, LocalBlobs):
+            with suppress(OSError):
+                blobs.root.rmdir()  # only if it is empty
+        raise
+    clear_unused(blobs, lambda other: bool(_TENSORS.match(other)), lambda: _named(blobs))
+    if isinstance(blobs, LocalBlobs):
+        return blobs.root
+    return where if isinstance(where, str) else blobs.where
 
 
-def load(folder: Path, model: Model) -> Notebook:
-    """Read a notebook; every check comes before any state is made."""
-    try:
-        sealed = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        manifest = Manifest.model_validate(sealed["notebook"])
-        intact = sealed["sha256"] == hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
-    except FileNotFoundError:
-        raise CorruptFileError(f"{folder} holds no {_MANIFEST}: it is not a saved notebook") from None
-    except (ValidationError, ValueError, KeyError, TypeError) as error:
-        raise CorruptFileError(f"{folder / _MANIFEST} is damaged or of another format: {_short(error)}") from error
-    if not intact:
-        raise CorruptFileError(f"{folder / _MANIFEST} was damaged or changed by hand: save the notebook again")
+def read(where: str | Path | Blobs, model: Model) -> SavedNotebook:
+    """Read a notebook that was saved with this model; every check comes before any state is made.
+
+    Raises:
+        FingerprintMismatchError: it was saved from another model, tokenizer or dtype.
+        CorruptFileError: a file is missing, damaged, of another format, or does not fit the model.
+        StorageError: it cannot be read.
+    """
+    blobs = blobs_at(where)
+    for _ in range(_ATTEMPTS):
+        manifest = _manifest(blobs)
+        _check_model(manifest, model, blobs)
+        tensors = _tensors(blobs, manifest, model)
+        if tensors is not None:
+            break
+    else:
+        raise CorruptFileError(f"{blobs.where}: the tensors {manifest.tensors} are missing: save the notebook again")
+    place = f"{MANIFEST} in {blobs.where}"
+    manifest.check(model, place)
+    _check_tensors(
+        tensors, sum(len(unit.ids) for unit in manifest.context.units), model, f"{manifest.tensors} in {blobs.where}"
+    )
+    context = manifest.context.context()
+    return SavedNotebook(
+        manifest.erratum_template,
+        messages_of(manifest.messages),
+        dict(manifest.placeholders),
+        context,
+        manifest.ledger.ledger(context),
+        {name: it if name in _POSITIONS else it.to(model.engine.device) for name, it in tensors.items()},
+    )
+
+
+def _manifest(blobs: Blobs) -> NotebookManifest:
+    body = blobs.read(MANIFEST)
+    if body is None:
+        raise CorruptFileError(f"{blobs.where} holds no {MANIFEST}: it is not a saved notebook")
+    return NotebookManifest.read(body, f"{MANIFEST} in {blobs.where}")
+
+
+def _check_model(manifest: NotebookManifest, model: Model, blobs: Blobs) -> None:
     if manifest.fingerprint != model.fingerprint:
         raise FingerprintMismatchError(
-            f"{folder} was saved from '{manifest.model_name}' ({manifest.fingerprint[:8]}, {manifest.dtype}); this model is "
-            f"'{model.name}' ({model.fingerprint[:8]}, {model.dtype}). Keys and values only fit the weights, tokenizer and "
+            f"{blobs.where} was saved from '{manifest.model_name}' ({manifest.fingerprint[:8]}, {manifest.dtype}); this model "
+            f"is '{model.name}' ({model.fingerprint[:8]}, {model.dtype}). Keys and values only fit the weights, tokenizer and "
             "dtype that made them: load that model, or prefill again."
         )
-    path = folder / _TENSORS
-    if not path.is_file():
-        raise CorruptFileError(f"{path} is missing: save the notebook again")
-    if (found := _sha256(path)) != manifest.tensors_sha256:
-        raise CorruptFileError(
-            f"{path} has sha256 {found[:12]}..., its manifest says {manifest.tensors_sha256[:12]}...: it was damaged or "
-            "exchanged. Save the notebook again."
-        )
+    if not _TENSORS.match(manifest.tensors):
+        raise CorruptFileError(f"{MANIFEST} in {blobs.where} names no tensors of a notebook: {manifest.tensors[:80]!r}")
+
+
+def _tensors(blobs: Blobs, manifest: NotebookManifest, model: Model) -> dict[str, torch.Tensor] | None:
+    """The tensors that a manifest names; None if they are gone, as when another save has replaced both."""
+    name = manifest.tensors
+    where = f"{name} in {blobs.where}"
+    path = blobs.local_path(name)
+    source = blobs.read(name) if path is None else path
+    if source is None:
+        return None
     try:
-        tensors: dict[str, torch.Tensor] = load_file(path, device=str(model.engine.device))
-    except SafetensorError as error:
-        raise CorruptFileError(f"{path} is not a safetensors file: {error}") from error
-    notebook = Notebook(model, erratum_template=manifest.erratum_template)
-    notebook._messages = [Message(m.role, Text(m.template, m.fields)) for m in manifest.messages]
-    notebook._values = dict(manifest.placeholders)
-    context = Context(
-        [unit_of(saved) for saved in manifest.units],
-        {name: FieldState(f.current, f.written) for name, f in manifest.fields.items()},
-        frozenset(manifest.refreshed),
+        with blobs.translated("read", name):
+            found = sha256_of(source)
+        if found != manifest.tensors_sha256:
+            raise CorruptFileError(
+                f"{where} has sha256 {found[:12]}..., its manifest says {manifest.tensors_sha256[:12]}...: it was damaged or "
+                "exchanged. Save the notebook again."
+            )
+        return read_tensors(source, where)
+    except FileNotFoundError:
+        return None
+
+
+def _check_tensors(tensors: Mapping[str, torch.Tensor], count: int, model: Model, where: str) -> None:
+    """
+    Raises:
+        CorruptFileError: they are not those of a cache of `count` tokens of this model.
+    """
+    shapes = cached_shapes(model.engine)
+    limit = model.position_limit
+    check = TensorCheck(tensors, where, count)
+    layers = range(len(shapes) if count else 0)
+    rotated: list[Rotated] = ["keys" if f"origin_keys.{layer}" in tensors else "values" for layer in layers]
+    moved = "origins" in tensors
+    check.names(
+        ["positions", *(f"{name}.{layer}" for name in ("keys", "values") for layer in layers)]
+        + (["origins", *(f"origin_{name}.{layer}" for layer, name in enumerate(rotated))] if moved else [])
     )
-    buffer = model.engine.new_buffer(len(context))
-    for name in ("positions", "origins"):
-        if name in tensors:
-            tensors[name] = tensors[name].cpu()
-    if int(tensors["positions"].numel()) != len(context):
+    check.positions("positions", limit)
+    if moved:
+        check.positions("origins", limit, ascending=False)
+    for layer in layers:
+        check.cached(layer, shapes[layer])
+        if moved:
+            check.cached(layer, shapes[layer], prefix="origin_", names=(rotated[layer],))
+
+
+def _named(blobs: Blobs) -> set[str] | None:
+    """The tensors that the manifest names; None if that cannot be read, so that nobody knows which are in use."""
+    try:
+        body = blobs.read(MANIFEST)
+        return set() if body is None else {NotebookManifest.read(body, MANIFEST).tensors}
+    except StorageError:
+        return None
+
+
+def _require_ours(blobs: Blobs) -> None:
+    """
+    Raises:
+        CorruptFileError: something else lies there than a saved notebook.
+    """
+    if blobs.exists(MANIFEST):
+        return
+    other = blobs.foreign(lambda name: name == MANIFEST or bool(_TENSORS.match(name)))
+    if other is not None:
         raise CorruptFileError(
-            f"{folder}: {len(context)} tokens in the manifest, {tensors['positions'].numel()} in the cache"
+            f"{blobs.where} exists and is not a saved notebook (it holds {other!r}); choose another name, or remove it yourself"
         )
-    buffer.load_tensors(tensors)
-    notebook._context, notebook._buffer = context, buffer
-    return notebook
-
-
-def saved_unit(unit: Unit) -> SavedUnit:
-    places = tuple(
-        SavedPlace(
-            name=p.name, characters=(p.characters.start, p.characters.stop), tokens=(p.tokens.start, p.tokens.stop)
-        )
-        for p in unit.places
-    )
-    return SavedUnit(
-        kind=unit.kind, text=unit.text, ids=unit.ids, offsets=unit.offsets, special=unit.special, places=places,
-        corrects=unit.corrects, read={name: tuple(sorted(values, key=str)) for name, values in unit.read.items()},
-        name=unit.name, foreign=unit.foreign, base=unit.base,
-    )  # fmt: skip
-
-
-def unit_of(saved: SavedUnit) -> Unit:
-    places = tuple(Place(p.name, Span(*p.characters), Span(*p.tokens)) for p in saved.places)
-    return Unit(
-        saved.kind,
-        saved.text,
-        saved.ids,
-        saved.offsets,
-        saved.special,
-        places,
-        saved.corrects,
-        {name: frozenset(values) for name, values in saved.read.items()},
-        saved.name,
-        saved.foreign,
-        saved.base,
-    )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _short(error: Any) -> str:
-    return " ".join(str(error).split())[:160]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from programmable_kv.cache.span import Span
-from programmable_kv.edits.splicing import SeamRepair
+from programmable_kv.edits.seam import SeamRepair
+from programmable_kv.engine import Rows
 from programmable_kv.lab.composing.frame import Frame
 from programmable_kv.lab.composing.tasks import Task
 from programmable_kv.models.load import Model
@@ -49,8 +50,8 @@ class _Answer:
     """[vocabulary] of the answer's first token, float64"""
 
 
-class Stand:
-    """A cache with a frame's prefix in it, behind which pieces are put and taken away again."""
+class ArmComparison:
+    """A cache that holds a frame's prefix. Pieces are put behind it in each arm, and removed again."""
 
     def __init__(self, model: Model, frame: Frame) -> None:
         self._model, self._frame = model, frame
@@ -70,7 +71,7 @@ class Stand:
             return self._compare(tasks, arms)
         finally:
             buffer.truncate(length)
-            buffer.release(mark)  # which lets go of the pieces too
+            buffer.release(mark)  # the pieces are freed with it
 
     def _compare(self, tasks: Sequence[Task], arms: Sequence[Arm]) -> list[dict[str, Any]]:
         engine, buffer, first = self._model.engine, self._buffer, tasks[0]
@@ -104,12 +105,14 @@ class Stand:
         engine, buffer = self._model.engine, self._buffer
         at = buffer.length
         buffer.insert(at, skill.segment, self._layout if arm.rotated else self._unrotated)
-        rows = arm.repair.rows(engine, buffer, skill.unit.ids, Span(at, buffer.length))
-        if rows.slots:
-            engine.compute(buffer, rows, logits=0)
+        slots = arm.repair.slots(engine, buffer, skill.unit.ids, Span(at, buffer.length))
+        if slots:
+            ids = tuple(skill.unit.ids[slot - at] for slot in slots)
+            positions = tuple(buffer.positions[slots].tolist())
+            engine.compute(buffer, Rows(ids, tuple(slots), positions), logits=0)
 
     def _answer(self, task: Task) -> _Answer:
-        """The decision behind what the buffer holds, which is left as it was."""
+        """The decision after what the buffer holds. Leaves the buffer unchanged."""
         engine, buffer, length = self._model.engine, self._buffer, self._buffer.length
         tail = self._frame.after(task.request)
         logits = engine.append(buffer, self._encode(tail))

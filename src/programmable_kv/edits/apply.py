@@ -1,0 +1,223 @@
+"""Carrying out a plan: on the buffer and the ledger together, in one transaction, with one account.
+
+This is the only place that changes a cached context. If anything raises, buffer and ledger are unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from programmable_kv.account import Account
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.cache.layout import KVLayout
+from programmable_kv.cache.span import Span
+from programmable_kv.edits.entries import computed, on_ledger
+from programmable_kv.edits.plan import Compute, Exchange, Insert, Plan, Select, Shift, Step, Truncate
+from programmable_kv.engine import Engine, Progress, Rows
+from programmable_kv.errors import ContextOverflowError
+from programmable_kv.ledger.ledger import Ledger
+from programmable_kv.ledger.run import Origin
+from programmable_kv.ledger.version import TOKEN_BYTES
+from programmable_kv.prompt.context import Context
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """A plan that was carried out."""
+
+    ledger: Ledger
+    account: Account
+    logits: torch.Tensor | None
+    """[n, vocabulary] of the last rows that were asked for; None if no row was computed"""
+
+
+def check(plan: Plan, engine: Engine, extra: int = 0) -> KVLayout | None:
+    """Whether this model can carry out a plan, and `extra` tokens after it; the layout to relocate with, if it relocates.
+
+    Raises:
+        ContextOverflowError: the context would be longer than the model's positions.
+        UnverifiedError: the plan moves tokens or computes them in the middle, and that is not proved exact on this model.
+    """
+    needed = len(plan.after) + extra
+    limit = engine.layout.position_limit
+    if limit is not None and needed > limit:
+        raise ContextOverflowError(
+            f"after this {plan.operation} the context needs {needed} positions, and {engine.layout.model_type} has {limit}. "
+            "Call .rebase() to fold errata back into the text, cut parts that are no longer needed, or write less."
+        )
+    layout = engine.require_relocation(below=max(plan.reach, needed)) if plan.relocates else None
+    if plan.computes_in_the_middle:
+        if any(isinstance(step, Insert) for step in plan.steps):
+            engine.require_rows(instead="Splice with SeamRepair(0), which computes nothing again.")
+        else:
+            engine.require_rows()
+    return layout
+
+
+def apply(
+    plan: Plan,
+    engine: Engine,
+    buffer: KVBuffer,
+    ledger: Ledger,
+    *,
+    then: Sequence[int] = (),
+    logits: int = 0,
+    progress: Progress | None = None,
+) -> Applied:
+    """Carry out a plan, and compute the tokens `then` after it in the same forward.
+
+    `progress` is called with (rows done, rows in all) after each forward of many rows. `then` goes into the buffer and not into the ledger: the caller keeps or takes back these tokens. `logits` asks for those of
+    that many last rows.
+
+    Raises:
+        ContextOverflowError, UnverifiedError: as `check`.
+        NonFiniteLogitsError, FrequencyRegimeError: as `Engine.compute`.
+    """
+    with engine.meter.measure() as reading:
+        layout = check(plan, engine, len(then))
+        mark = buffer.mark()
+        try:
+            ledger, touched, output = _carried_out(plan, engine, buffer, ledger, layout, then, logits, progress)
+        except BaseException:
+            buffer.rollback(mark)
+            raise
+        buffer.release(mark)
+    reused = len(plan.after) - _covered(touched)
+    state = ledger.weakest(plan.after.values, plan.after.first_places)
+    account = reading.account.of(
+        operation=plan.operation,
+        tokens_reused=reused,
+        mode_asked=plan.asked,
+        mode_used=plan.used,
+        why=plan.why,
+        exactness=state,
+    )
+    return Applied(ledger, account, output)
+
+
+def _carried_out(
+    plan: Plan,
+    engine: Engine,
+    buffer: KVBuffer,
+    ledger: Ledger,
+    layout: KVLayout | None,
+    then: Sequence[int],
+    logits: int,
+    progress: Progress | None,
+) -> tuple[Ledger, list[Span], torch.Tensor | None]:
+    chosen: dict[int, Origin] = {}
+    touched: list[Span] = []
+    for step in plan.steps:
+        if isinstance(step, Select):
+            reader = Rows.appended(then, buffer.length, buffer.next_position) if then else _last_row(buffer, ledger)
+            chosen |= dict.fromkeys(step.selection.choose(engine, buffer, reader), step.origin)
+            continue
+        _on_buffer(step, buffer, layout)
+        ledger = on_ledger(step, ledger)
+        chosen = {moved: origin for slot, origin in chosen.items() if (moved := _moved(step, slot)) is not None}
+        touched = _touched(step, touched, len(ledger))
+    for one in plan.compute:  # what is computed in any case need not be chosen
+        chosen = {slot: origin for slot, origin in chosen.items() if slot not in one.span.range}
+    computes = sorted([*plan.compute, *_as_computes(chosen)], key=lambda one: one.span.start)
+    rows = _rows(plan.after, computes, then)
+    output = None
+    if len(rows):
+        output = engine.compute(buffer, rows, logits=min(logits, len(rows)), progress=progress)
+    ledger = computed(ledger, plan.after, computes)
+    return ledger, touched + [one.span for one in computes], output
+
+
+def _on_buffer(step: Step, buffer: KVBuffer, layout: KVLayout | None) -> None:
+    if isinstance(step, Truncate):
+        buffer.truncate(step.length)
+    elif isinstance(step, Shift) and step.start == buffer.length:
+        buffer.truncate(min(step.to, buffer.length))
+    else:
+        assert layout is not None, "a plan that relocates was checked with a layout"
+        if isinstance(step, Shift):
+            buffer.relocate(step.start, buffer.length, step.to, step.to - step.start, layout)
+        elif isinstance(step, Insert):
+            buffer.insert(step.at, step.skill.segment, layout, replacing=step.replacing)
+        elif isinstance(step, Exchange):
+            buffer.exchange(step.start, step.middle, step.stop, layout)
+
+
+def _moved(step: Step, slot: int) -> int | None:
+    """Where a slot is after a step; None if it is gone."""
+    match step:
+        case Truncate(length):
+            return slot if slot < length else None
+        case Shift(start, to):
+            if slot >= start:
+                return slot + to - start
+            return slot if slot < to else None
+        case Insert(at, skill, replacing):
+            if slot >= at + replacing:
+                return slot + len(skill) - replacing
+            return slot if slot < at else None
+        case Exchange(start, middle, stop):
+            if start <= slot < middle:
+                return slot + stop - middle
+            return slot - (middle - start) if middle <= slot < stop else slot
+        case Select():
+            return slot
+
+
+def _touched(step: Step, touched: list[Span], length: int) -> list[Span]:
+    """The slots that were relocated so far, as of after a step."""
+    shifted = []
+    for span in touched:
+        start, stop = _moved(step, span.start), _moved(step, span.stop - 1)
+        if start is not None and stop is not None and start <= stop:
+            shifted.append(Span(start, stop + 1))
+    match step:
+        case Shift(_, to):
+            shifted.append(Span(min(to, length), length))
+        case Insert(at, skill, replacing):
+            shifted.append(Span(at, length if len(skill) != replacing else at + len(skill)))
+        case Exchange(start, _, stop):
+            shifted.append(Span(start, stop))
+        case Truncate() | Select():
+            pass
+    return shifted
+
+
+def _covered(spans: Iterable[Span]) -> int:
+    """How many slots some spans hold together."""
+    covered = end = 0
+    for span in sorted(spans):
+        covered += max(0, span.stop - max(span.start, end))
+        end = max(end, span.stop)
+    return covered
+
+
+def _as_computes(chosen: dict[int, Origin]) -> list[Compute]:
+    """Chosen slots as spans of one origin."""
+    found: list[Compute] = []
+    for slot, origin in sorted(chosen.items()):
+        if found and found[-1].span.stop == slot and found[-1].origin == origin:
+            found[-1] = Compute(Span(found[-1].span.start, slot + 1), origin)
+        else:
+            found.append(Compute(Span(slot, slot + 1), origin))
+    return found
+
+
+def _rows(after: Context, computes: Iterable[Compute], then: Sequence[int]) -> Rows:
+    """Rows for some slots and the tokens after the end. In a notebook's context a slot's position is its number."""
+    ids: list[int] = []
+    slots: list[int] = []
+    for one in computes:
+        ids += after.ids_in(one.span)
+        slots += one.span.range
+    ids += then
+    slots += range(len(after), len(after) + len(then))
+    return Rows(tuple(ids), tuple(slots), tuple(slots))
+
+
+def _last_row(buffer: KVBuffer, ledger: Ledger) -> Rows:
+    last = buffer.length - 1
+    token = int.from_bytes(ledger.runs[-1].tokens[-TOKEN_BYTES:], "little")
+    return Rows((token,), (last,), (last,))

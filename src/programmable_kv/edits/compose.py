@@ -1,0 +1,135 @@
+"""Planning a composition: skills spliced in, parts cut out, moved and exchanged, turns appended.
+
+What follows a change is relocated, so positions stay truthful, and keeps what it concluded before: the ledger says so. Later
+turns are computed on the context that stands then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from programmable_kv.cache.span import Span
+from programmable_kv.edits.entries import exact_at
+from programmable_kv.edits.plan import Compute, Exchange, Insert, Plan, Select, Shift, Step, Truncate
+from programmable_kv.edits.seam import SeamRepair
+from programmable_kv.errors import InvalidEditError
+from programmable_kv.ledger.ledger import Ledger
+from programmable_kv.ledger.run import Origin
+from programmable_kv.prompt.context import Context, FieldValue
+from programmable_kv.prompt.units import Unit
+from programmable_kv.skills.skill import Skill
+
+
+def plan_append(context: Context, unit: Unit, bytes_per_token: int = 0, *, operation: str = "add") -> Plan:
+    """Append a unit and compute it."""
+    after = context.appended(unit)
+    span = Span(len(context), len(after))
+    compute = (Compute(span, Origin.COMPUTED),) if len(span) else ()
+    return Plan(operation, len(context), after, (), compute, bytes_per_token=bytes_per_token)
+
+
+def plan_splice(
+    context: Context,
+    ledger: Ledger,
+    skill: Skill,
+    where: Span,
+    repair: SeamRepair,
+    bytes_per_token: int = 0,
+    *,
+    operation: str = "splice",
+) -> Plan:
+    """Put a skill in the place of the slots `where` (which may be none).
+
+    A field of the context may be without a place yet: at a prompt's prefill its text is appended later.
+
+    Raises:
+        InvalidEditError: an end of `where` is no place in the text, or a field of the skill has another value here, or two.
+        UnknownPartError: there are no such slots.
+    """
+    _check_written(context, skill)
+    at, (split, first) = where.start, context.split_at(where.start)
+    split, last = split.split_at(where.stop)
+    kept = split.with_units((*split.units[:first], *split.units[last:]))
+    if len(where):
+        kept = kept.without_lost_fields()
+    fields = joined_values(kept.values, skill)
+    written = {name: kept.fields.get(name, FieldValue(value, value)) for name, value in fields.items()}
+    after = Context((*kept.units[:first], skill.placed, *kept.units[first:]), written)
+    steps: list[Step] = [Insert(at, skill, len(where))]
+    compute: tuple[Compute, ...] = ()
+    span = Span(at, at + len(skill))
+    if not exact_at(skill, ledger, at) and repair.computes:
+        seam = repair.first(span)
+        compute = (Compute(seam, Origin.REPAIRED),) if len(seam) else ()
+        selection = repair.selection(span, skill.unit.ids)
+        if selection is not None:
+            steps.append(Select(selection, Origin.REPAIRED))
+    following = len(after) - span.stop
+    why = f"{following} later tokens were relocated and have not read {skill.name}" if following else ""
+    return Plan(operation, len(context), after, tuple(steps), compute, why=why, bytes_per_token=bytes_per_token)
+
+
+def plan_cut(context: Context, span: Span, bytes_per_token: int = 0) -> Plan:
+    """Take some slots out.
+
+    Raises:
+        InvalidEditError: the span's ends are no places in the text.
+    """
+    split, first = context.split_at(span.start)
+    split, last = split.split_at(span.stop)
+    after = split.with_units((*split.units[:first], *split.units[last:])).without_lost_fields()
+    step: Step = Shift(span.stop, span.start) if span.stop < len(context) else Truncate(span.start)
+    moved = len(context) - span.stop
+    why = f"{moved} tokens were relocated; {moved} keep what they noted before" if moved else ""
+    return Plan("cut", len(context), after, (step,), why=why, bytes_per_token=bytes_per_token)
+
+
+def plan_move(context: Context, span: Span, to: int, bytes_per_token: int = 0) -> Plan:
+    """Move some slots before slot `to`. Only what lies between is touched.
+
+    Raises:
+        InvalidEditError: `to` lies inside the span, or an end is no place in the text.
+    """
+    if span.start < to < span.stop:
+        raise InvalidEditError(f"cannot move slots [{span.start}, {span.stop}) into themselves, to slot {to}")
+    start, middle, stop = (to, span.start, span.stop) if to <= span.start else (span.start, span.stop, to)
+    if to in (span.start, span.stop):
+        return Plan("move", len(context), context, bytes_per_token=bytes_per_token)
+    split = context
+    for boundary in (start, middle, stop):
+        split, _ = split.split_at(boundary)
+    first, second, end = (split.split_at(boundary)[1] for boundary in (start, middle, stop))
+    units = split.units
+    after = split.with_units((*units[:first], *units[second:end], *units[first:second], *units[end:]))
+    later = len(context) - start
+    why = f"{stop - start} tokens were relocated; {later} keep what they noted before"
+    return Plan("move", len(context), after, (Exchange(start, middle, stop),), why=why, bytes_per_token=bytes_per_token)
+
+
+def joined_values(values: Mapping[str, str], skill: Skill) -> dict[str, str]:
+    """The fields' values with those of a skill.
+
+    Raises:
+        InvalidEditError: a field of the skill has another value already.
+    """
+    for name, value in skill.values.items():
+        if values.get(name, value) != value:
+            raise InvalidEditError(
+                f"skill {skill.name!r} was compiled with {name} = {value!r}, and the context has {values[name]!r}. Compile "
+                "it with that value, or splice it before the edit."
+            )
+    return {**values, **skill.values}
+
+
+def _check_written(context: Context, skill: Skill) -> None:
+    """
+    Raises:
+        InvalidEditError: a field of the skill is written with another value than it has.
+    """
+    for name in skill.values:
+        state = context.fields.get(name)
+        if state is not None and state.written != state.current:
+            raise InvalidEditError(
+                f"{name} is {state.current!r}, and its place still says {state.written!r}, so a skill that holds it cannot "
+                "be spliced in. Edit the field in a mode that writes it (in_place, field_erratum, suffix) first."
+            )

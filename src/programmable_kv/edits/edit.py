@@ -1,0 +1,266 @@
+"""Planning an edit: fields get other values, in one of the modes of `modes.py`. No tensors and no model here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from programmable_kv.cache.span import Span
+from programmable_kv.edits.entries import computed, on_ledger
+from programmable_kv.edits.modes import DEFAULT_MODE, STRATEGIES, Mode, mode_of
+from programmable_kv.edits.plan import Compute, Plan, Select, Shift, Step, Truncate
+from programmable_kv.edits.ranking import Ranking
+from programmable_kv.edits.selection import HighestRanked
+from programmable_kv.errors import InvalidEditError
+from programmable_kv.ledger.ledger import Ledger
+from programmable_kv.ledger.run import Origin
+from programmable_kv.prompt.context import Context
+from programmable_kv.prompt.units import Unit
+
+
+@dataclass(frozen=True, slots=True)
+class EditTools:
+    """What planning an edit needs besides the context: a tokenizer, the wording, and what this model allows."""
+
+    tokenizer: Any
+    write_erratum: Callable[[Context, str, str], Unit]
+    """(context, field, value) -> the unit that states it at the context's end"""
+    can_relocate: Callable[[], bool]
+    ranking: Ranking
+    k: int = 32
+    bytes_per_token: int = 0
+
+
+def plan_edit(
+    context: Context, ledger: Ledger, changes: Mapping[str, str], mode: Mode | None, tools: EditTools
+) -> Plan:
+    """The plan of an edit. Names and values are expected to have been checked.
+
+    Without a mode it is the default one, or `suffix` where that computes no more tokens: it is exact.
+
+    Raises:
+        InvalidEditError: `selective` is to choose no token.
+    """
+    if mode is not None:
+        return _planned(context, ledger, changes, mode, tools)
+    plan = _planned(context, ledger, changes, DEFAULT_MODE, tools)
+    if not plan.tokens_computed:
+        return plan
+    exact = _planned(context, ledger, changes, Mode.SUFFIX, tools)
+    if exact.tokens_computed > plan.tokens_computed:
+        return plan
+    why = f"recomputing all that follows takes {exact.tokens_computed} tokens, {DEFAULT_MODE} {plan.tokens_computed}"
+    return exact.because(f"{why}, and is exact")
+
+
+def _planned(context: Context, ledger: Ledger, changes: Mapping[str, str], mode: Mode, tools: EditTools) -> Plan:
+    strategy = STRATEGIES[mode]
+    if strategy.recomputes:
+        names = {**context.values, **changes} if strategy.from_start else dict(changes)
+        return plan_rewrite(context, ledger, names, mode, tools, from_start=strategy.from_start)
+    draft = _Draft(context, ledger, context.with_values(changes), tools)
+    if strategy.selects:
+        draft.select(changes)
+    if mode is not Mode.STALE:
+        draft.take_back(changes)
+    if strategy.writes:
+        draft.write(changes)
+    stated = draft.state(changes, wanted=strategy.states) if mode is not Mode.STALE else False
+    used = mode
+    if not strategy.selects:
+        used = mode_of(writes=strategy.writes, states=stated) if mode is not Mode.STALE else mode
+    return draft.plan(mode, used)
+
+
+class _Draft:
+    """A plan in the making: the steps so far, and the context and ledger as they would leave them."""
+
+    def __init__(self, context: Context, ledger: Ledger, after: Context, tools: EditTools) -> None:
+        self.before, self.after, self.ledger, self.tools = context, after, ledger, tools
+        self.steps: list[Step] = []
+        self.compute: list[Compute] = []
+        self.reasons: list[str] = []
+
+    def step(self, step: Step) -> None:
+        self.steps.append(step)
+        self.ledger = on_ledger(step, self.ledger)
+
+    def select(self, changes: Mapping[str, str]) -> None:
+        """The k tokens after the fields, and outside of their places, that matter most."""
+        if self.tools.k < 1:
+            raise InvalidEditError(
+                f"selective needs k >= 1, got {self.tools.k}; for the field alone use mode='in_place'"
+            )
+        own = sorted(span for name in changes for span in self.before.spans(name))
+        among: list[Span] = []
+        cursor = min((span.start for span in own), default=len(self.before))
+        end = len(self.before)
+        for span in [*own, Span(end, end)]:
+            if span.start > cursor:
+                among.append(Span(cursor, span.start))
+            cursor = max(cursor, span.stop)
+        self.steps.append(Select(HighestRanked(self.tools.ranking, self.tools.k, tuple(among)), Origin.REFRESHED))
+
+    def take_back(self, changes: Mapping[str, str]) -> None:
+        """Cut the errata that state earlier values of these fields, where the model's keys can be moved."""
+        units = list(self.after.units)
+        taken = 0
+        while units and _corrects_only(units[-1], changes):
+            units.pop()
+            taken += 1
+        if taken:
+            self.after = self.after.with_units(units)
+            self.step(Truncate(len(self.after)))
+        inside = [index for index in self.after.errata if _corrects_only(self.after.units[index], changes)]
+        if inside and self.tools.can_relocate():
+            for index in reversed(inside):
+                start, stop = self.after.starts[index], self.after.starts[index + 1]
+                self.after = self.after.with_units(self.after.units[:index] + self.after.units[index + 1 :])
+                self.step(Shift(stop, start))
+            taken += len(inside)
+        if taken:
+            self.reasons.append(
+                "an earlier erratum was taken back" if taken == 1 else f"{taken} errata were taken back"
+            )
+
+    def write(self, changes: Mapping[str, str]) -> None:
+        """Put the values into the fields' places, move what follows if their lengths change, and compute them."""
+        rewritten = {name: value for name, value in changes.items() if self.after.fields[name].written != value}
+        length = len(self.after)
+        self.after, replacements = self.after.write(self.tools.tokenizer, rewritten)
+        tail = 0
+        for replacement in reversed(replacements):
+            if not replacement.growth:
+                continue
+            target = replacement.old.start + len(replacement.new)
+            if replacement.old.stop == length:
+                self.step(Truncate(replacement.old.start))
+            else:
+                self.step(Shift(replacement.old.stop, target))
+                tail = length - replacement.old.stop
+        if tail:
+            self.reasons.append(f"the value's token length changed: {tail} later tokens were relocated")
+        self._computed(Compute(replacement.new, Origin.REFRESHED) for replacement in replacements)
+
+    def state(self, changes: Mapping[str, str], *, wanted: bool) -> bool:
+        """Append a line for each value that later tokens do not know, if it is wanted or an earlier line is in the way."""
+        stated = False
+        for name, value in changes.items():
+            in_the_way = bool(self.after.corrections(name))
+            if (wanted and not self._known(name, value)) or in_the_way:
+                start = len(self.after)
+                self.after = self.after.appended(self.tools.write_erratum(self.after, name, value))
+                self._computed([Compute(Span(start, len(self.after)), Origin.COMPUTED)])
+                stated = True
+                if not wanted:
+                    self.reasons.append(
+                        f"an earlier erratum about {name} cannot be cut out here, so a new one was needed"
+                    )
+            elif wanted:
+                self.reasons.append(f"no erratum: everything that follows was computed with {name} = {value}")
+        return stated
+
+    def _known(self, name: str, value: str) -> bool:
+        """Whether the field's places and all tokens after them have read this value and no other."""
+        return (
+            self.after.fields[name].written == value
+            and self.ledger.has_read_only(name, value, self.after.first_place(name))
+            and not self.ledger.reads_preface
+        )
+
+    def _computed(self, computes: Iterable[Compute]) -> None:
+        added = list(computes)
+        self.compute += added
+        self.ledger = computed(self.ledger, self.after, added)
+
+    def plan(self, asked: Mode, used: Mode) -> Plan:
+        return Plan(
+            "edit", len(self.before), self.after, tuple(self.steps), _joined(self.compute), asked, used,
+            "; ".join(self.reasons), self.tools.bytes_per_token,
+        )  # fmt: skip
+
+
+def plan_rewrite(
+    context: Context,
+    ledger: Ledger,
+    values: Mapping[str, str],
+    mode: Mode | None,
+    tools: EditTools,
+    *,
+    from_start: bool = False,
+    operation: str = "edit",
+) -> Plan:
+    """Write values, drop the errata about these fields, and compute everything from the first token this makes inexact."""
+    after = context.with_values(values)
+    kept: list[Unit] = []
+    touched = [0] if from_start else []
+    for begins, unit in zip(context.starts, context.units, strict=False):
+        if any(name in values for name, _ in unit.corrects):
+            touched.append(begins)
+        else:
+            kept.append(unit)
+    after = after.with_units(kept)
+    rewritten = {name: value for name, value in values.items() if after.fields[name].written != value}
+    after, replacements = after.write(tools.tokenizer, rewritten)
+    touched += [replacement.new.start for replacement in replacements]
+    # Later tokens may have read another value also where the text says this one already.
+    touched += [ledger.first_inexact(context.first_place(name)) for name in values]
+    start = min([*touched, len(after)])
+    return Plan(
+        operation, len(context), after, _truncation(context, start), _tail(start, len(after)), mode, mode,
+        bytes_per_token=tools.bytes_per_token,
+    )  # fmt: skip
+
+
+def plan_recompute(context: Context, ledger: Ledger, start: int | None, bytes_per_token: int = 0) -> Plan:
+    """Compute everything from a slot on again, on what precedes it; from the first inexact token when None."""
+    start = ledger.first_inexact(0) if start is None else start
+    start = min(start, len(context))
+    return Plan(
+        "recompute", len(context), context, _truncation(context, start), _tail(start, len(context)),
+        bytes_per_token=bytes_per_token,
+    )  # fmt: skip
+
+
+def plan_rebase(context: Context, ledger: Ledger, tools: EditTools, limit: int | None) -> Plan:
+    """Fold errata back: write the values they state into the fields' places, drop the lines, recompute what that touches.
+
+    `limit`: at most this many tokens are computed. Fields are taken from the last one backwards as long as they fit.
+    """
+    told = {name for index in context.errata for name, _ in context.units[index].corrects}
+    told |= {name for name, value in context.fields.items() if value.written != value.current}
+    plan = Plan(
+        "rebase", len(context), context, why="there is no erratum to fold back", bytes_per_token=tools.bytes_per_token
+    )
+    values: dict[str, str] = {}
+    for name in sorted(told & context.fields.keys(), key=lambda name: -context.first_place(name)):
+        values[name] = context.fields[name].current
+        larger = plan_rewrite(context, ledger, values, None, tools, operation="rebase")
+        if limit is not None and larger.tokens_computed > limit:
+            return plan.because(f"folding back {name} as well would take {larger.tokens_computed} tokens, over {limit}")
+        plan = larger
+    return plan
+
+
+def _corrects_only(unit: Unit, changes: Mapping[str, str]) -> bool:
+    return bool(unit.corrects) and all(name in changes for name, _ in unit.corrects)
+
+
+def _joined(computes: Sequence[Compute]) -> tuple[Compute, ...]:
+    """Ascending; what was appended line by line in one go is one span."""
+    found: list[Compute] = []
+    for one in sorted(computes, key=lambda one: one.span.start):
+        if found and found[-1].span.stop == one.span.start and found[-1].origin == one.origin == Origin.COMPUTED:
+            found[-1] = Compute(Span(found[-1].span.start, one.span.stop), one.origin)
+        else:
+            found.append(one)
+    return tuple(found)
+
+
+def _truncation(context: Context, start: int) -> tuple[Step, ...]:
+    return (Truncate(start),) if start < len(context) else ()
+
+
+def _tail(start: int, end: int) -> tuple[Compute, ...]:
+    return (Compute(Span(start, end), Origin.COMPUTED),) if start < end else ()

@@ -1,0 +1,66 @@
+"""What a plan's steps enter into the ledger. Pure: a plan is simulated with these, and `apply` enters the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from programmable_kv.cache.span import Span
+from programmable_kv.edits.plan import Compute, Exchange, Insert, Select, Shift, Step, Truncate
+from programmable_kv.ledger.ledger import Ledger
+from programmable_kv.ledger.run import Origin, Run
+from programmable_kv.ledger.version import TOKEN_BYTES, Content, Version
+from programmable_kv.prompt.context import Context
+from programmable_kv.prompt.units import Unit
+from programmable_kv.skills.skill import Skill
+
+
+def on_ledger(step: Step, ledger: Ledger) -> Ledger:
+    """What a step does to the ledger: the same as to the buffer."""
+    match step:
+        case Truncate(length):
+            return ledger.truncated(length)
+        case Shift(start, to):
+            return ledger.shifted(start, to)
+        case Insert(at, skill, replacing):
+            return ledger.inserted(at, [compiled_run(skill, ledger, at)], replacing=replacing)
+        case Exchange(start, middle, stop):
+            return ledger.exchanged(start, middle, stop)
+        case Select():
+            return ledger
+
+
+def computed(ledger: Ledger, after: Context, computes: Iterable[Compute]) -> Ledger:
+    """The ledger once these slots were computed, in one forward, ascending: each reads those before it."""
+    for one in computes:
+        ledger = ledger.computed(
+            one.span.start, after.packed(one.span), after.statements_in(one.span), origin=one.origin
+        )
+    return ledger
+
+
+def compiled_run(skill: Skill, ledger: Ledger, at: int) -> Run:
+    """A skill that goes into slot `at`, as a run.
+
+    Where just the tokens stand that it read while it was compiled, it is as if it had been computed here.
+    """
+    tokens = skill.packed
+    statements = tuple((place.tokens.start, place.name, skill.values[place.name]) for place in skill.unit.places)
+    if exact_at(skill, ledger, at):
+        content = ledger.seen_before(at).content
+        return Run(tokens, Version(content, True, ledger.written_before(at)), statements)
+    version = Version(Content.of(skill.packed_preface), not skill.rounded, {}, bool(skill.preface))
+    return Run(tokens, version, statements, Origin.COMPILED, Content.of())
+
+
+def exact_at(skill: Skill, ledger: Ledger, at: int) -> bool:
+    """Whether what precedes slot `at` is, token for token, what the skill read while it was compiled."""
+    if skill.rounded or len(skill.packed_preface) != at * TOKEN_BYTES:
+        return False
+    return ledger.seen_before(at).content.same(Content.of(skill.packed_preface))
+
+
+def adopted(context: Context, ledger: Ledger, unit: Unit, tokens: int) -> tuple[Context, Ledger]:
+    """A context with a unit after its end, whose first `tokens` tokens are in the buffer: computed there on this context."""
+    whole = context.appended(unit)
+    span = Span(len(context), len(context) + tokens)
+    return whole, computed(ledger, whole, [Compute(span)]) if tokens else ledger

@@ -1,0 +1,43 @@
+"""Optional dependencies: what is missing is told in one line, with the command that installs it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from programmable_kv.errors import MissingExtraError
+
+EXTRA_OF = {
+    "gguf": "embedded",
+    "peft": "embedded",
+    "accelerate": "embedded",
+    "typer": "cli",
+    "click": "cli",
+    "rich": "cli",
+    "scipy": "lab",
+    "statsmodels": "lab",
+    "matplotlib": "lab",
+}
+"""top-level module -> the extra that installs it"""
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Check that an extra's modules can be imported, without importing them.
+
+    Raises:
+        MissingExtraError: one of them is not installed.
+    """
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise MissingExtraError(missing_message(extra, missing))
+
+
+def missing_message(extra: str, missing: list[str]) -> str:
+    """The sentence for missing modules of an extra."""
+    are = "is" if len(missing) == 1 else "are"
+    return f"{', '.join(missing)} {are} not installed. Run: pip install 'programmable-kv[{extra}]'"
+
+
+def extra_missing_in(error: ModuleNotFoundError) -> str | None:
+    """What to tell about a failed import, if one of the extras would have prevented it."""
+    module = (error.name or "").partition(".")[0]
+    return missing_message(EXTRA_OF[module], [module]) if module in EXTRA_OF else None

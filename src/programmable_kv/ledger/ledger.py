@@ -1,0 +1,272 @@
+"""The ledger of a cached context: its runs in slot order, what each has read, and what it is therefore worth.
+
+A ledger is immutable. Its operations mirror those of the cache buffer (`truncated`, `shifted`, `inserted`, `exchanged`,
+`computed`), and a plan is carried out on both, step by step. Everything else follows: a run is exact if the tokens that stand
+before it are those it was computed behind, and those were exact then. So a value that changes and changes back leaves its
+readers exact, and nothing is marked by hand.
+
+Cost: operations and states take time in the number of runs, and hashing of the tokens after the change.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+from programmable_kv.cache.span import Span
+from programmable_kv.ledger.run import Origin, Run
+from programmable_kv.ledger.version import (
+    NOTHING,
+    TOKEN_BYTES,
+    Content,
+    Seen,
+    Statement,
+    Version,
+    merged,
+    with_statements,
+)
+from programmable_kv.states import TokenState, weakest
+
+Place = tuple[int, str]
+"""(slot, field): from this slot on, tokens can have read the field"""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Consecutive slots of one state."""
+
+    span: Span
+    state: TokenState
+
+
+@dataclass(slots=True)
+class _Standing:
+    """What stands before each run now, filled from the left as far as somebody asked."""
+
+    versions: list[Version] = field(default_factory=lambda: [NOTHING])
+    states: list[TokenState] = field(default_factory=list)
+
+
+class Ledger:
+    """Runs in slot order."""
+
+    __slots__ = ("_ends", "_standing", "runs")
+
+    def __init__(self, runs: Iterable[Run] = ()) -> None:
+        self.runs: tuple[Run, ...] = tuple(run for run in runs if run.tokens)
+        self._ends: list[int] = list(accumulate(len(run) for run in self.runs))
+        self._standing = _Standing()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    # -- the buffer's operations, on the ledger --------------------------------------------------------------------
+
+    def truncated(self, length: int) -> Ledger:
+        """Without the slots from `length` on."""
+        ledger, index = self._cut_at(length)
+        return ledger._with(ledger.runs[:index], index)
+
+    def shifted(self, start: int, to: int) -> Ledger:
+        """The tail from slot `start` goes to slot `to`; what lay between is gone, or a gap opens that has to be computed."""
+        ledger, index = self._cut_at(start)
+        if to < start:
+            ledger, first = ledger._cut_at(to)
+            ledger, index = ledger._cut_at(start)
+            return ledger._with(ledger.runs[:first] + ledger.runs[index:], first)
+        gap = Run(bytes(TOKEN_BYTES * (to - start)), NOTHING, origin=Origin.PENDING)
+        return ledger._with((*ledger.runs[:index], gap, *ledger.runs[index:]), index)
+
+    def inserted(self, at: int, runs: Sequence[Run], *, replacing: int = 0) -> Ledger:
+        """Runs in the place of the `replacing` slots from `at` on."""
+        ledger, first = self._cut_at(at)
+        ledger, last = ledger._cut_at(at + replacing)
+        return ledger._with((*ledger.runs[:first], *runs, *ledger.runs[last:]), first)
+
+    def exchanged(self, start: int, middle: int, stop: int) -> Ledger:
+        """[start, middle) and [middle, stop) change places."""
+        ledger, first = self._cut_at(start)
+        ledger, second = ledger._cut_at(middle)
+        ledger, end = ledger._cut_at(stop)
+        runs = ledger.runs
+        return ledger._with((*runs[:first], *runs[second:end], *runs[first:second], *runs[end:]), first)
+
+    def computed(self, start: int, tokens: bytes, statements: Iterable[Statement] = (), *, origin: Origin) -> Ledger:
+        """`tokens` were computed in the slots from `start` on, on what precedes them now. They may extend the context."""
+        count = len(tokens) // TOKEN_BYTES
+        ledger, first = self._cut_at(start)
+        ledger, last = ledger._cut_at(min(start + count, len(ledger)))
+        run = Run(tokens, ledger.version_at(first), tuple(statements), origin)
+        return ledger._with((*ledger.runs[:first], run, *ledger.runs[last:]), first)
+
+    def _cut_at(self, slot: int) -> tuple[Ledger, int]:
+        """A ledger with a run beginning at `slot`, and that run's index. States and versions do not change by it."""
+        index = bisect_right(self._ends, slot)
+        begins = self._ends[index - 1] if index else 0
+        if begins == slot:
+            return self, index
+        assert index < len(self.runs), f"there is no slot {slot} in a ledger of {len(self)}"
+        return self._with(
+            (*self.runs[:index], *self.runs[index].split(slot - begins), *self.runs[index + 1 :]), index
+        ), index + 1
+
+    def _with(self, runs: Sequence[Run], unchanged: int) -> Ledger:
+        """Other runs; the first `unchanged` of them are this ledger's, so what is known of them is kept."""
+        ledger = Ledger(runs)
+        known = self._standing
+        ledger._standing = _Standing(known.versions[: unchanged + 1], known.states[:unchanged])
+        return ledger
+
+    # -- what each run is worth -----------------------------------------------------------------------------------
+
+    def version_at(self, index: int) -> Version:
+        """What stands before run `index` now; the whole context for the number of runs."""
+        known = self._standing
+        while len(known.versions) <= index:
+            number = len(known.versions) - 1
+            before, run = known.versions[number], self.runs[number]
+            known.states.append(self._state(number, run, before))
+            unknown_preface = run.origin is Origin.COMPILED and run.version.preface and not known.states[-1].exact
+            known.versions.append(
+                Version(
+                    before.content.extended(run.tokens),
+                    before.exact and known.states[-1].exact,
+                    with_statements(merged(before.seen, run.version.seen), run.statements),
+                    before.preface or unknown_preface or (run.origin is not Origin.COMPILED and run.version.preface),
+                )
+            )
+        return known.versions[index]
+
+    def _state(self, index: int, run: Run, before: Version) -> TokenState:
+        """What a run is worth, as far as the tokens before it go (not the values of fields that an erratum corrects)."""
+        if run.version.content.same(before.content):
+            if run.version.exact:
+                return TokenState.REPAIRED if run.origin is Origin.REPAIRED else TokenState.EXACT
+            if run.origin is Origin.COMPILED:
+                return TokenState.RELOCATED
+            return TokenState.AFTER_EDIT if run.origin is Origin.COMPUTED else TokenState.REFRESHED
+        if run.skill is not None and self._follows(index, run.skill):
+            return TokenState.RELOCATED
+        return TokenState.STALE
+
+    def _follows(self, index: int, skill: Content) -> bool:
+        """Whether the tokens right before run `index` are those of the skill that it is a later part of."""
+        if not skill.length:
+            return True
+        wanted, pieces = skill.length * TOKEN_BYTES, []
+        for run in reversed(self.runs[:index]):
+            pieces.append(run.tokens[-wanted:] if wanted < len(run.tokens) else run.tokens)
+            wanted -= len(pieces[-1])
+            if not wanted:
+                return skill.same(Content.of(b"".join(reversed(pieces))))
+        return False
+
+    @property
+    def standing(self) -> Version:
+        """What a token appended now would read."""
+        return self.version_at(len(self.runs))
+
+    def seen_before(self, slot: int) -> Version:
+        """What a token computed now at `slot` would read."""
+        ledger, index = self._cut_at(slot)
+        return ledger.version_at(index)
+
+    def stretches(self, fields: Mapping[str, str], places: Sequence[Place]) -> Iterator[Stretch]:
+        """The states of all slots, in order.
+
+        Args:
+            fields: every field's current value. A token that has read another value only is stale; one that has read both
+                was computed after the edit.
+            places: where each field can first be read, ascending by slot.
+        """
+        self.version_at(len(self.runs))
+        borders = sorted({slot for slot, _ in places})
+        worth: dict[tuple[int, int], TokenState] = {}
+        begins = 0
+        for index, run in enumerate(self.runs):
+            ends = self._ends[index]
+            state = self._standing.states[index]
+            cuts = {begins, *(begins + offset for offset, _, _ in run.statements if offset < len(run))}
+            low, high = bisect_right(borders, begins), bisect_right(borders, ends - 1)
+            cuts.update(borders[low:high])
+            edges = [*sorted(cuts), ends]
+            for start, stop in pairwise(edges):
+                seen = run.version.seen
+                held = [statement for statement in run.statements if statement[0] <= start - begins]
+                if held:
+                    by_values = _by_values(with_statements(seen, held), fields, places, start)
+                else:
+                    key = (id(seen), bisect_right(borders, start))
+                    if key not in worth:
+                        worth[key] = _by_values(seen, fields, places, start)
+                    by_values = worth[key]
+                # A refreshed token reads the old value by way of its neighbours: that is what its state says already.
+                told = state is TokenState.REFRESHED and by_values is TokenState.AFTER_EDIT
+                yield Stretch(Span(start, stop), state if told else weakest((state, by_values)))
+            begins = ends
+
+    def weakest(self, fields: Mapping[str, str], places: Sequence[Place]) -> TokenState:
+        """The state of all tokens taken together. Arguments as `stretches`."""
+        return weakest(stretch.state for stretch in self.stretches(fields, places))
+
+    def first_inexact(self, start: int) -> int:
+        """The first slot from `start` on that is not exact for the text that stands; the end if there is none."""
+        self.version_at(len(self.runs))
+        for index in range(bisect_right(self._ends, start), len(self.runs)):
+            if not self._standing.states[index].exact:
+                return max(start, self._ends[index] - len(self.runs[index]))
+        return len(self)
+
+    def has_read_only(self, name: str, value: str, place: int) -> bool:
+        """Whether every token from slot `place` on has read this value of a field and no other."""
+        allowed = {value}
+        begins = 0
+        for index, run in enumerate(self.runs):
+            ends = self._ends[index]
+            if ends > place:
+                # Of a run that begins before the place, only what it holds itself after the place counts as read of it.
+                if begins >= place and not run.version.seen.get(name, frozenset()) <= allowed:
+                    return False
+                if begins < place and not self._read_by(run, place - begins, name) <= allowed:
+                    return False
+                if any(
+                    field == name and stated != value
+                    for offset, field, stated in run.statements
+                    if begins + offset < ends
+                ):
+                    return False
+            begins = ends
+        return True
+
+    @staticmethod
+    def _read_by(run: Run, offset: int, name: str) -> frozenset[str]:
+        """What the run's token at `offset` has read of a field."""
+        held = frozenset(value for at, field, value in run.statements if field == name and at <= offset)
+        return run.version.seen.get(name, frozenset()) | held
+
+    def written_before(self, slot: int) -> Seen:
+        """The values that stand in the text before `slot`, whatever later tokens have noted of others."""
+        ledger, index = self._cut_at(slot)
+        return with_statements({}, [statement for run in ledger.runs[:index] for statement in run.statements])
+
+    @property
+    def reads_preface(self) -> bool:
+        """Whether something here has read a preface that is not in the context."""
+        return self.standing.preface
+
+
+def _by_values(seen: Seen, fields: Mapping[str, str], places: Sequence[Place], slot: int) -> TokenState:
+    """What a token at `slot` is worth, as far as the values go that it has read."""
+    state = TokenState.EXACT
+    for place, name in places:
+        if place > slot:
+            break
+        values = seen.get(name)
+        if not values or (len(values) == 1 and fields[name] in values):
+            continue
+        if fields[name] not in values:
+            return TokenState.STALE
+        state = TokenState.AFTER_EDIT
+    return state

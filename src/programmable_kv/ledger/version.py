@@ -1,0 +1,99 @@
+"""What stood before some tokens when they were computed: the thing that a run has read.
+
+A version is immutable and shared. It says which tokens stood there (a digest), whether all of them were exact, and every
+value of each field that could have reached a reader: those that were written, those that an erratum stated, and those that
+earlier tokens had read and noted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+TOKEN_BYTES = 4
+_DIGEST_BYTES = 16
+
+Seen = Mapping[str, frozenset[str]]
+"""field -> every value of it that has been read"""
+Statement = tuple[int, str, str]
+"""(token offset in a run, field, value): from that token on, the run's tokens have read that value"""
+
+
+class Content:
+    """A token sequence as a digest that can be extended, so that two are compared without keeping either.
+
+    `tokens` are ids packed in four bytes each. A content that was loaded from disk has a digest and no hash state: it can be
+    compared, and extending it gives a content that equals nothing.
+    """
+
+    __slots__ = ("_hasher", "digest", "length")
+
+    def __init__(self, hasher: hashlib.blake2b | None, digest: bytes | None, length: int) -> None:
+        self._hasher, self.digest, self.length = hasher, digest, length
+
+    @classmethod
+    def of(cls, tokens: bytes = b"") -> Content:
+        hasher = hashlib.blake2b(tokens, digest_size=_DIGEST_BYTES)
+        return cls(hasher, hasher.digest(), len(tokens) // TOKEN_BYTES)
+
+    @classmethod
+    def saved(cls, digest: bytes | None, length: int) -> Content:
+        return cls(None, digest, length)
+
+    def extended(self, tokens: bytes) -> Content:
+        """These tokens and `tokens` after them."""
+        if not tokens:
+            return self
+        length = self.length + len(tokens) // TOKEN_BYTES
+        if self._hasher is None:
+            return Content(None, None, length)
+        hasher = self._hasher.copy()
+        hasher.update(tokens)
+        return Content(hasher, hasher.digest(), length)
+
+    def same(self, other: Content) -> bool:
+        """Whether both are known to be the same tokens."""
+        return self is other or (
+            self.digest is not None and self.digest == other.digest and self.length == other.length
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Version:
+    """What stood before a token when it was computed."""
+
+    content: Content
+    exact: bool = True
+    """whether all of it was exact then"""
+    seen: Seen = field(default_factory=dict)
+    preface: bool = False
+    """whether some of it had read a preface that is not in the context, so that what it knows of a field is unknown"""
+
+    def after(self, tokens: bytes, statements: Iterable[Statement]) -> Version:
+        """What stands before the tokens that were computed right after `tokens`, in the same go."""
+        return Version(self.content.extended(tokens), self.exact, with_statements(self.seen, statements), self.preface)
+
+
+NOTHING = Version(Content.of())
+"""what stands before a context's first token"""
+
+
+def merged(seen: Seen, more: Seen) -> Seen:
+    """Both; the very object `seen` if it holds `more` already, so that runs share one."""
+    if seen is more or not more:
+        return seen
+    new = {name: values for name, values in more.items() if not values <= seen.get(name, frozenset())}
+    if not new:
+        return seen
+    if not seen:
+        return dict(more)
+    return {**seen, **{name: seen.get(name, frozenset()) | values for name, values in new.items()}}
+
+
+def with_statements(seen: Seen, statements: Iterable[Statement]) -> Seen:
+    """`seen` and the values of some statements."""
+    stated: dict[str, frozenset[str]] = {}
+    for _, name, value in statements:
+        stated[name] = stated.get(name, frozenset()) | {value}
+    return merged(seen, stated)

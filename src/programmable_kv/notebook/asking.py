@@ -1,0 +1,371 @@
+"""Asking a notebook: a decision among options, or a streamed answer; with an edit or a splice in the same forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from programmable_kv.account import Account
+from programmable_kv.cache.buffer import KVBuffer, Mark
+from programmable_kv.edits.entries import adopted
+from programmable_kv.edits.modes import Mode
+from programmable_kv.edits.plan import Plan
+from programmable_kv.edits.seam import SeamRepair
+from programmable_kv.engine import Rows
+from programmable_kv.errors import InvalidArgumentError, InvalidEditError, OutOfStepError, TemplateError
+from programmable_kv.notebook.decision import Decision, best_of, option_ids, score
+from programmable_kv.notebook.state import State
+from programmable_kv.prompt.chat import Conversation, answer_end
+from programmable_kv.prompt.parts import Message, Rendered, Text
+from programmable_kv.prompt.units import Kind, Unit, tokenised
+from programmable_kv.prompt.values import check_no_markers
+from programmable_kv.prompt.wording import THINK_INSTRUCTION
+from programmable_kv.skills.skill import Skill
+
+if TYPE_CHECKING:
+    from programmable_kv.notebook.notebook import Notebook
+
+_THOUGHT_ENDS = ", so"
+_THOUGHT_LIMIT = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked. Arguments as `Notebook.decide`."""
+
+    prompt: str | None
+    options: Sequence[str]
+    think: bool
+    keep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """An edit or a splice to make first. Arguments and errors as `Notebook.decide`."""
+
+    edits: Mapping[str, str] | None
+    mode: str | Mode | None
+    k: int
+    skill: Skill | None
+    repair: SeamRepair | None
+
+    def __post_init__(self) -> None:
+        if self.skill is None and self.repair is not None:
+            raise InvalidEditError("there is a repair and no skill to repair: give the skill as well")
+        if self.skill is not None and self.edits:
+            raise InvalidEditError("a skill and edits cannot go into one forward: edit first, or splice first")
+
+    def plan(self, notebook: Notebook) -> Plan | None:
+        """The plan of it; None if nothing changes."""
+        if self.skill is not None:
+            return notebook.plan.splice(self.skill, repair=self.repair)
+        return notebook.plan.edit(self.edits, mode=self.mode, k=self.k) if self.edits else None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an answer's tokens are drawn."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise InvalidArgumentError(f"an answer has at least one token, got max_new_tokens={self.max_new_tokens!r}")
+        if not isinstance(self.temperature, int | float) or not self.temperature >= 0:
+            raise InvalidArgumentError(f"a temperature is a number of at least 0, got {self.temperature!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    """The logits after a question, and what the change before it left behind."""
+
+    logits: torch.Tensor
+    known: dict[str, Any]
+    """for the account"""
+    reread: Mark | None = None
+    """where the last cached token was computed again for its logits: what to return to, so that it stays the same"""
+
+
+def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
+    """As `Notebook.decide`."""
+    buffer, tokenizer = notebook.cache, notebook.model.tokenizer
+    meter = notebook.model.engine.meter
+    if question.keep:
+        for option in question.options:
+            check_no_markers(option, tokenizer, "an option")
+    if change.edits or change.skill is not None:
+        notebook.model.engine.verify()
+    thought = ""
+    with notebook._transaction():
+        with meter.measure() as reading:
+            prompt = asked(notebook, question.prompt, think=question.think)
+            turn = tokenised(tokenizer, Rendered(prompt), Kind.TURN)
+            answered = _ask(notebook, turn.ids, change.plan(notebook))
+            logits = answered.logits
+        with meter.measure() as scoring:
+            prompt_end = prompt or notebook._state.context.ends_with()
+            if question.think:
+                thought, logits = _think(notebook, logits)
+                prompt_end = thought
+            strings = option_ids(tokenizer, prompt_end, question.options, _answer_end(notebook))
+            scores = score(notebook.model.engine, buffer, logits, strings)
+            choice = best_of(question.options, scores)
+            buffer.truncate(len(notebook) + (len(turn) if question.keep else 0))
+            if answered.reread is not None:
+                buffer.rollback(answered.reread)
+            if question.keep:
+                said = question.prompt
+                if said is not None and question.think:
+                    said = _with_instruction(said)
+                _keep(notebook, turn, said, f"{thought} {choice}" if question.think else choice)
+    log_probabilities = dict(zip(question.options, scores, strict=True))
+    weights = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=0).tolist()
+    account = notebook._booked(reading.account.of(operation="decide", **answered.known))
+    return Decision(
+        choice,
+        dict(zip(question.options, weights, strict=True)),
+        log_probabilities,
+        account,
+        scoring.account.of(exactness=account.exactness),
+        thought,
+    )
+
+
+def asked(notebook: Notebook, prompt: str | None, *, think: bool) -> str:
+    """What a prompt, and the opening of an answer to it, add to the rendered context.
+
+    Raises:
+        InvalidValueError: the prompt has special tokens.
+        TemplateError: the chat template does not take it.
+    """
+    if prompt is not None:
+        check_no_markers(prompt, notebook.model.tokenizer, "the prompt")
+        if think:
+            prompt = _with_instruction(prompt)
+    conversation = notebook._ready().conversation
+    if conversation is None:
+        return prompt or ""
+    more = [Message("user", Text(prompt))] if prompt is not None else []
+    return conversation.continued(more, prompt_for_answer=True)[0]
+
+
+def stream(notebook: Notebook, prompt: str | None, asked: str, sampling: Sampling, *, keep: bool) -> Iterator[str]:
+    """As `Notebook.generate`. What each token costs is measured as it is drawn, not what others do in between."""
+    from tokenizers.decoders import DecodeStream
+
+    state, buffer, model = notebook._ready(), notebook.cache, notebook.model
+    turn = tokenised(model.tokenizer, Rendered(asked), Kind.TURN)
+    mark = buffer.mark()
+    notebook._stream_open = True
+    said: list[int] = []
+    answer = ""
+    decoder = DecodeStream(skip_special_tokens=True)
+    total = Account()
+    complete = False
+    try:
+        for token, account in _drawn(notebook, turn, sampling):
+            total = total + account
+            said.append(token)
+            piece = decoder.step(model.tokenizer.backend_tokenizer, token)
+            if piece:
+                answer += piece
+                yield piece
+            if not buffer.holds(mark):
+                raise OutOfStepError("the notebook was rolled back while this stream was open: it ends here")
+        complete = True
+    finally:
+        notebook._stream_open = False
+        if not (complete and keep) and buffer.holds(mark):
+            buffer.rollback(mark)
+    if keep:
+        total = total + _kept(notebook, state, mark, turn, prompt, said, answer)
+    notebook._booked(
+        total.of(operation="generate", tokens_reused=len(state.context), exactness=notebook._state.weakest)
+    )
+
+
+def _drawn(notebook: Notebook, turn: Unit, sampling: Sampling) -> Iterator[tuple[int, Account]]:
+    """An answer's tokens, each with what it took to draw it, in whichever thread. The last one need not be in the cache."""
+    engine, buffer = notebook.model.engine, notebook.cache
+    with buffer.meter.measure() as reading:
+        logits = _logits(notebook, turn.ids).logits
+    first = reading.account
+    if sampling.temperature > 0:
+        tokens = engine.stream_sampled(buffer, logits, _stop_ids(notebook), sampling.temperature, sampling.seed)
+    else:
+        tokens = engine.stream_greedy(buffer, logits, _stop_ids(notebook))
+    for _ in range(sampling.max_new_tokens):
+        with buffer.meter.measure() as reading:
+            token = next(tokens, None)
+        if token is None:
+            return
+        yield token, first + reading.account
+        first = Account()
+
+
+def _kept(
+    notebook: Notebook, state: State, mark: Mark, turn: Unit, prompt: str | None, said: list[int], answer: str
+) -> Account:
+    """Let a streamed answer and its prompt become turns: both or neither. Tokens that are cached already are not computed."""
+    buffer = notebook.cache
+    cached = said[: buffer.length - len(state.context) - len(turn)]
+    with buffer.meter.measure() as reading:
+        try:
+            whole, conversation = _whole(state.conversation, turn, prompt, answer)
+            if whole is None:  # the template renders an answer in another way than it asks for one
+                buffer.truncate(len(state.context))
+                if prompt is not None:
+                    notebook._append_turn("user", prompt)
+                notebook._append_turn("assistant", answer)
+            else:
+                _adopt(notebook, turn, whole, cached, conversation)
+        except BaseException:
+            buffer.rollback(mark)
+            notebook._state = state
+            raise
+        buffer.release(mark)
+    return reading.account
+
+
+def _keep(notebook: Notebook, turn: Unit, prompt: str | None, answer: str) -> None:
+    """Let a prompt, which is computed already, and the answer to it become turns."""
+    whole, conversation = _whole(notebook._state.conversation, turn, prompt, answer)
+    if whole is None:
+        raise TemplateError(
+            "the chat template renders an answer in another way than it asks for one, so the prompt cannot stay in the cache. "
+            "Decide without keep, and add both turns."
+        )
+    _adopt(notebook, turn, whole, [], conversation)
+
+
+def _whole(
+    conversation: Conversation | None, turn: Unit, prompt: str | None, answer: str
+) -> tuple[str | None, Conversation | None]:
+    """What follows a prompt's own text once it is answered, and the conversation then; no text if the prompt changes by it."""
+    if conversation is None:
+        space = "" if not turn.text or turn.text[-1].isspace() else " "
+        return space + answer, None
+    more = [Message("user", Text(prompt))] if prompt is not None else []
+    added, continued = conversation.continued([*more, Message("assistant", Text(answer))])
+    return (added[len(turn.text) :] if added.startswith(turn.text) else None), continued
+
+
+def _adopt(
+    notebook: Notebook, turn: Unit, answer: str, cached: Sequence[int], conversation: Conversation | None
+) -> None:
+    """Enter a prompt that is in the buffer, and an answer of which the tokens `cached` may be; compute the rest of it."""
+    buffer, state = notebook.cache, notebook._state
+    unit = tokenised(notebook.model.tokenizer, Rendered(answer), Kind.TURN)
+    shared = 0
+    while shared < min(len(cached), len(unit)) and cached[shared] == unit.ids[shared]:
+        shared += 1
+    context, ledger = adopted(state.context, state.ledger, turn, len(turn))
+    buffer.truncate(len(context) + shared)
+    whole, ledger = adopted(context, ledger, unit, shared)
+    rest = unit.ids[shared:]
+    if rest:
+        notebook.model.engine.append(buffer, rest, logits=0)
+        _, ledger = adopted(context, ledger, unit, len(unit))
+    notebook._state = State(whole, ledger, conversation)
+
+
+def _ask(notebook: Notebook, ids: Sequence[int], plan: Plan | None) -> _Answered:
+    """Carry out a plan (if there is one) and compute the prompt, in one forward; the logits of its last token."""
+    if plan is None:
+        return _logits(notebook, ids)
+    applied = notebook._applied(plan, then=ids, logits=1)
+    account = applied.account
+    known = {
+        "tokens_reused": account.tokens_reused,
+        "mode_asked": account.mode_asked,
+        "mode_used": account.mode_used,
+        "why": account.why,
+        "exactness": account.exactness,
+    }
+    if ids and applied.logits is not None:
+        return _Answered(applied.logits, known)
+    answered = _logits(notebook, ids)
+    return _Answered(answered.logits, known, answered.reread)
+
+
+def _logits(notebook: Notebook, ids: Sequence[int]) -> _Answered:
+    """Compute a prompt; the logits of its last token, or of the context's last token if there is none."""
+    engine, buffer = notebook.model.engine, notebook.cache
+    known: dict[str, Any] = {"tokens_reused": len(notebook), "exactness": notebook._state.weakest}
+    if ids:
+        return _Answered(engine.append(buffer, ids), known)
+    if not buffer.length:
+        raise InvalidEditError("the context is empty, so there is nothing to answer: give a prompt, or add a turn")
+    mark = buffer.mark()
+    last = buffer.length - 1
+    unit = next(unit for unit in reversed(notebook._state.context.units) if len(unit))
+    row = Rows((unit.ids[-1],), (last,), (int(buffer.positions[last]),))
+    return _Answered(engine.compute(buffer, row), known, mark)
+
+
+def _think(notebook: Notebook, logits: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """Greedy tokens up to the words that announce the decision; the thought, and the logits after it.
+
+    A thought that ends otherwise, or not at all, is closed with those words: the decision must follow something.
+    Thoughts of one notebook are much alike, so an earlier one is guessed and checked in one forward: the same greedy
+    tokens, sooner.
+    """
+    tokenizer, buffer = notebook.model.tokenizer, notebook.cache
+    said: list[int] = []
+    text = ""
+    while len(said) < _THOUGHT_LIMIT and not text.endswith(_THOUGHT_ENDS):
+        token = int(logits[-1].argmax())
+        if token in _stop_ids(notebook):
+            break
+        begun = [*said, token]
+        guess = next((thought for thought in notebook._thoughts if thought[: len(begun)] == begun), begun)
+        logits, agreed = _agreed(notebook, buffer, guess[len(said) :])
+        said += agreed
+        text = tokenizer.decode(said, skip_special_tokens=True)
+    if said not in notebook._thoughts:
+        notebook._thoughts.append(said)
+    if not text.endswith(_THOUGHT_ENDS):
+        closing = tokenizer.encode(_THOUGHT_ENDS, add_special_tokens=False)
+        logits = notebook.model.engine.append(buffer, closing)
+        text += _THOUGHT_ENDS
+    return text, logits
+
+
+def _agreed(notebook: Notebook, buffer: KVBuffer, guess: list[int]) -> tuple[torch.Tensor, list[int]]:
+    """Append as many guessed tokens as greedy decoding would have said (the first is given); their last one's logits."""
+    start = buffer.length
+    logits = notebook.model.engine.append(buffer, guess, logits=len(guess))
+    wanted = logits.argmax(dim=-1).tolist()
+    kept = 1
+    while kept < len(guess) and wanted[kept - 1] == guess[kept]:
+        kept += 1
+    buffer.truncate(start + kept)
+    return logits[kept - 1 : kept], guess[:kept]
+
+
+def _stop_ids(notebook: Notebook) -> frozenset[int]:
+    configured = notebook.model.engine.model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in [*listed, notebook.model.tokenizer.eos_token_id] if token is not None)
+
+
+def _answer_end(notebook: Notebook) -> int | None:
+    """The token that closes an assistant's answer in this chat format; the tokenizer's end token for raw text.
+
+    It does not depend on the conversation, so options are scored alike whatever came before.
+    """
+    tokenizer = notebook.model.tokenizer
+    if notebook._state.conversation is not None:
+        after = tokenizer.encode(answer_end(tokenizer), add_special_tokens=False)
+        if after:
+            return int(after[0])
+    return tokenizer.eos_token_id  # type: ignore[no-any-return]
+
+
+def _with_instruction(prompt: str) -> str:
+    return f"{prompt} {THINK_INSTRUCTION}"

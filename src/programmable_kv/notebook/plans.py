@@ -1,0 +1,181 @@
+"""`notebook.plan`: what an operation would do, without doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from programmable_kv.cache.span import Span
+from programmable_kv.edits.compose import plan_append, plan_cut, plan_move, plan_splice
+from programmable_kv.edits.edit import EditTools, plan_edit, plan_rebase, plan_recompute
+from programmable_kv.edits.modes import STRATEGIES, Mode, parse_mode
+from programmable_kv.edits.plan import Plan
+from programmable_kv.edits.seam import SeamRepair
+from programmable_kv.errors import (
+    InvalidArgumentError,
+    InvalidEditError,
+    TemplateError,
+    UnknownFieldError,
+    UnverifiedError,
+)
+from programmable_kv.notebook.state import Part
+from programmable_kv.prompt.chat import Conversation
+from programmable_kv.prompt.context import Context
+from programmable_kv.prompt.parts import Message, Rendered, Text
+from programmable_kv.prompt.prompt import check_values
+from programmable_kv.prompt.units import Kind, Unit, tokenised
+from programmable_kv.prompt.values import check_value
+from programmable_kv.prompt.wording import statement
+from programmable_kv.skills.skill import Skill
+
+if TYPE_CHECKING:
+    from programmable_kv.notebook.notebook import Notebook
+
+_ERRATUM_ROLES = ("system", "user")
+
+
+class Plans:
+    """Plans of a notebook's operations, with the arguments and errors of the methods of the same name.
+
+    Print one to see its steps, tokens and bytes. The notebook is unchanged.
+    """
+
+    def __init__(self, notebook: Notebook) -> None:
+        self._notebook = notebook
+
+    def edit(
+        self,
+        changes: Mapping[str, str] | None = None,
+        /,
+        *,
+        mode: str | Mode | None = None,
+        k: int = 32,
+        **fields: str,
+    ) -> Plan:
+        """As `Notebook.edit`."""
+        state = self._notebook._ready()
+        chosen = None if mode is None else parse_mode(mode)
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise InvalidArgumentError(f"k is a number of tokens, got {k!r}")
+        given = {**(changes or {}), **fields}
+        self._require_fields(given)
+        if not given:
+            raise InvalidEditError("the edit names no field; give at least one, as field=value")
+        for name, value in given.items():
+            check_value(
+                name, value, self._notebook.model.tokenizer, self._notebook.erratum_template, state.context.fields
+            )
+        if chosen is None or STRATEGIES[chosen].writes:
+            # The model's checks are done once, before any clock runs: they are no part of an edit's price.
+            self._notebook.model.engine.verify()
+        return plan_edit(state.context, state.ledger, given, chosen, self._tools(k))
+
+    def splice(self, skill: Skill, /, *, at: int | Part | None = None, repair: SeamRepair | None = None) -> Plan:
+        """As `Notebook.splice`."""
+        slot = self._notebook._ready().slot(at)
+        return self._splice(skill, Span(slot, slot), repair, "splice")
+
+    def replace(self, what: str | Part | Span, skill: Skill, /, *, repair: SeamRepair | None = None) -> Plan:
+        """As `Notebook.replace`."""
+        return self._splice(skill, self._notebook._ready().span(what), repair, "replace")
+
+    def _splice(self, skill: Skill, where: Span, repair: SeamRepair | None, operation: str) -> Plan:
+        state, model = self._notebook._ready(), self._notebook.model
+        if not isinstance(skill, Skill):
+            raise InvalidArgumentError(
+                f"what is spliced is a Skill, got {type(skill).__name__}: Skill.compile makes one"
+            )
+        skill.check_fits(model)
+        values = state.context.values | dict(skill.values)
+        check_values(model.tokenizer, self._notebook.erratum_template, values)
+        model.engine.verify()
+        return plan_splice(
+            state.context,
+            state.ledger,
+            skill,
+            where,
+            repair or SeamRepair(),
+            self._bytes_per_token,
+            operation=operation,
+        )
+
+    def cut(self, what: str | Part | Span, /) -> Plan:
+        """As `Notebook.cut`."""
+        state = self._notebook._ready()
+        return plan_cut(state.context, state.span(what), self._bytes_per_token)
+
+    def move(self, what: str | Part | Span, /, *, to: int | Part | None = None) -> Plan:
+        """As `Notebook.move`."""
+        state = self._notebook._ready()
+        return plan_move(state.context, state.span(what), state.slot(to), self._bytes_per_token)
+
+    def recompute(self, start: int | Part | None = None) -> Plan:
+        """As `Notebook.recompute`."""
+        state = self._notebook._ready()
+        slot = None if start is None else state.slot(start)
+        return plan_recompute(state.context, state.ledger, slot, self._bytes_per_token)
+
+    def rebase(self, *, limit: int | None = None) -> Plan:
+        """As `Notebook.rebase`."""
+        state = self._notebook._ready()
+        return plan_rebase(state.context, state.ledger, self._tools(), limit)
+
+    def append(self, unit: Unit) -> Plan:
+        """Append a unit that was tokenised already."""
+        return plan_append(self._notebook._ready().context, unit, self._bytes_per_token)
+
+    # -- what planning needs -------------------------------------------------------------------------------------------
+
+    @property
+    def _bytes_per_token(self) -> int:
+        return self._notebook.cache.bytes_per_token
+
+    def _tools(self, k: int = 32) -> EditTools:
+        notebook = self._notebook
+        return EditTools(
+            notebook.model.tokenizer, self._erratum, self._can_relocate, notebook.ranking, k, self._bytes_per_token
+        )
+
+    def _can_relocate(self) -> bool:
+        try:
+            self._notebook.model.engine.require_relocation(below=self._notebook.cache.next_position)
+        except UnverifiedError:
+            return False
+        return True
+
+    def _require_fields(self, names: Mapping[str, str]) -> None:
+        known = self._notebook._ready().context.fields
+        for name in names:
+            if name not in known:
+                raise UnknownFieldError(
+                    f"there is no field {name!r}; the context's fields are: {', '.join(known) or 'none'}"
+                )
+
+    def _erratum(self, context: Context, name: str, value: str) -> Unit:
+        line = statement(self._notebook.erratum_template, name, value)
+        conversation = self._notebook._ready().conversation
+        if conversation is not None:
+            rendered = Rendered(erratum_message(conversation, line))
+        else:
+            rendered = Rendered(line + "\n" if context.ends_with().endswith("\n") else f"\n{line}\n")
+        return tokenised(self._notebook.model.tokenizer, rendered, Kind.ERRATUM, corrects=((name, value),))
+
+
+def erratum_message(conversation: Conversation, line: str) -> str:
+    """The line as a message of its own, in the first role in which the chat template says it here.
+
+    Raises:
+        TemplateError: it does so in none.
+    """
+    refused: list[str] = []
+    for role in _ERRATUM_ROLES:
+        try:
+            added, _ = conversation.continued([Message(role, Text(line))])
+        except TemplateError as error:
+            refused.append(str(error))
+        else:
+            return added
+    raise TemplateError(
+        f"the chat template takes no update at this point, neither as a system nor as a user message ({refused[-1]}). Use "
+        "mode='suffix', which appends nothing; or build the notebook from raw text."
+    )

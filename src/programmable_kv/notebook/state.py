@@ -1,0 +1,137 @@
+"""What a notebook is in: the context as written, the ledger of what is cached of it, and the conversation. Immutable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from programmable_kv.cache.buffer import Mark
+from programmable_kv.cache.span import Span
+from programmable_kv.errors import InvalidArgumentError, UnknownPartError
+from programmable_kv.ledger.ledger import Ledger
+from programmable_kv.prompt.chat import Conversation
+from programmable_kv.prompt.context import Context
+from programmable_kv.prompt.units import Kind
+from programmable_kv.states import TokenState, weakest
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a context: its kind, a skill's name, its slots, its text, and what it is worth."""
+
+    kind: Kind
+    name: str
+    span: Span
+    text: str = field(repr=False)
+    state: TokenState
+    """the weakest of its tokens"""
+    superseded: bool = False
+    """an erratum whose value is no longer the field's"""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Context, ledger and conversation; replaced as one."""
+
+    context: Context = field(default_factory=Context)
+    ledger: Ledger = field(default_factory=Ledger)
+    conversation: Conversation | None = None
+    """the chat messages; None for raw text"""
+
+    @property
+    def weakest(self) -> TokenState:
+        """The state of all cached tokens taken together."""
+        return self.ledger.weakest(self.context.values, self.context.first_places)
+
+    def token_states(self) -> list[TokenState]:
+        """Of every slot."""
+        states: list[TokenState] = []
+        for stretch in self.ledger.stretches(self.context.values, self.context.first_places):
+            states += [stretch.state] * len(stretch.span)
+        return states
+
+    def parts(self) -> tuple[Part, ...]:
+        """The context's pieces in order."""
+        states = self.token_states()
+        context = self.context
+        return tuple(
+            Part(
+                unit.kind, unit.name, Span(start, start + len(unit)), unit.text,
+                weakest(states[start : start + len(unit)]), context.superseded(index),
+            )
+            for index, (start, unit) in enumerate(zip(context.starts, context.units, strict=False))
+        )  # fmt: skip
+
+    # -- places that a caller names ------------------------------------------------------------------------------------
+
+    def slot(self, at: int | Part | None) -> int:
+        """The slot before which something goes: a slot, a part's beginning, or the end for None.
+
+        Raises:
+            UnknownPartError: there is no such slot, or the part no longer stands where it did.
+            InvalidArgumentError: neither slot nor part.
+        """
+        if isinstance(at, Part):
+            return self._current(at).start
+        if at is None:
+            return len(self.context)
+        if isinstance(at, bool) or not isinstance(at, int):
+            raise InvalidArgumentError(f"a place is a slot number, a part of .parts, or None for the end; got {at!r}")
+        if not 0 <= at <= len(self.context):
+            raise UnknownPartError(f"there is no slot {at} in a context of {len(self.context)} tokens")
+        return at
+
+    def span(self, what: str | Part | Span) -> Span:
+        """The slots of a spliced skill (by name), a part, or a span that holds tokens.
+
+        Raises:
+            UnknownPartError: there is no such part, or no token there.
+            InvalidArgumentError: none of these.
+        """
+        if isinstance(what, str):
+            return self.skill_named(what)
+        if isinstance(what, Part):
+            return self._current(what)
+        if not isinstance(what, Span):
+            raise InvalidArgumentError(f"a part is a skill's name, a part of .parts, or a Span; got {what!r}")
+        if what.stop > len(self.context) or not len(what):
+            raise UnknownPartError(
+                f"there are no tokens in slots [{what.start}, {what.stop}) of a context of {len(self.context)}"
+            )
+        return what
+
+    def skill_named(self, name: str) -> Span:
+        """
+        Raises:
+            UnknownPartError: there is no skill of that name, or more than one: use a part of `.parts`.
+        """
+        named = [
+            (start, unit) for start, unit in zip(self.context.starts, self.context.units, strict=False) if unit.name
+        ]
+        found = [Span(start, start + len(unit)) for start, unit in named if unit.name == name]
+        if len(found) != 1:
+            known = ", ".join(unit.name for _, unit in named) or "none"
+            raise UnknownPartError(
+                f"there are {len(found)} skills called {name!r} in this context; its skills are: {known}. Choose from "
+                "`.parts` and pass the part itself."
+            )
+        return found[0]
+
+    def _current(self, part: Part) -> Span:
+        """The part's slots, if it still stands there."""
+        index = self.context.unit_at(part.span.start)
+        unit = self.context.units[index] if index < len(self.context.units) else None
+        stands = unit is not None and (unit.kind, unit.name, unit.text) == (part.kind, part.name, part.text)
+        if not stands or self.context.starts[index] != part.span.start or not len(part.span):
+            raise UnknownPartError(
+                f"the {part.kind} part of slots [{part.span.start}, {part.span.stop}) no longer stands there: the context has "
+                "changed since. Take it from `.parts` again."
+            )
+        return part.span
+
+
+@dataclass(frozen=True, slots=True)
+class NotebookMark:
+    """A state of a notebook that can be returned to."""
+
+    buffer: Mark
+    state: State

@@ -1,0 +1,193 @@
+"""The context as its author wrote it: units of text in order, the fields in them, and every field's value.
+
+Immutable: each operation gives a new context that shares its units. No tensors and no tokenizer state: what the cache holds of
+it is the ledger's business.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from programmable_kv.cache.span import Span
+from programmable_kv.errors import UnknownPartError
+from programmable_kv.prompt.units import Kind, Replacement, Unit, replace_values
+
+
+@dataclass(frozen=True, slots=True)
+class FieldValue:
+    """A field's values: `current` is in force, `written` stands in its places. An erratum tells the difference."""
+
+    current: str
+    written: str
+
+
+@dataclass(frozen=True)
+class Context:
+    """Units in slot order, and every field's value."""
+
+    units: tuple[Unit, ...] = ()
+    fields: Mapping[str, FieldValue] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The first slot of every unit, and the end."""
+        return (0, *accumulate(len(unit) for unit in self.units))
+
+    @property
+    def ids(self) -> list[int]:
+        return [token for unit in self.units for token in unit.ids]
+
+    @property
+    def text(self) -> str:
+        return "".join(unit.text for unit in self.units)
+
+    def ends_with(self) -> str:
+        """The text of the last unit that has any."""
+        return next((unit.text for unit in reversed(self.units) if unit.text), "")
+
+    # -- slots -------------------------------------------------------------------------------------------------------
+
+    def unit_at(self, slot: int) -> int:
+        """The index of the unit that holds a slot; the number of units for the end."""
+        return len(self.units) if slot >= len(self) else bisect_right(self.starts, slot) - 1
+
+    def ids_in(self, span: Span) -> list[int]:
+        """The token ids in some slots."""
+        found: list[int] = []
+        for index in range(self.unit_at(span.start), len(self.units)):
+            begins = self.starts[index]
+            if begins >= span.stop:
+                break
+            found += self.units[index].ids[max(0, span.start - begins) : span.stop - begins]
+        return found
+
+    def packed(self, span: Span) -> bytes:
+        """The token ids in some slots, four bytes each."""
+        return array("I", self.ids_in(span)).tobytes()
+
+    @cached_property
+    def places(self) -> Mapping[str, tuple[Span, ...]]:
+        """field -> the slots of each of its places, ascending."""
+        found: dict[str, list[Span]] = {}
+        for begins, unit in zip(self.starts, self.units, strict=False):
+            for place in unit.places:
+                found.setdefault(place.name, []).append(place.tokens.shifted(begins))
+        return {name: tuple(spans) for name, spans in found.items()}
+
+    def spans(self, name: str) -> tuple[Span, ...]:
+        """The slots of every place of a field."""
+        return self.places.get(name, ())
+
+    def first_place(self, name: str) -> int:
+        """The slot from which tokens can have read a field; the end if it has no place yet."""
+        spans = self.spans(name)
+        return spans[0].start if spans else len(self)
+
+    @cached_property
+    def _statements(self) -> tuple[tuple[int, str, str], ...]:
+        """(slot, field, value) of every place and every erratum, ascending by slot."""
+        found = []
+        for begins, unit in zip(self.starts, self.units, strict=False):
+            found += [(begins, name, value) for name, value in unit.corrects]
+            found += [
+                (begins + place.tokens.start, place.name, self.fields[place.name].written) for place in unit.places
+            ]
+        return tuple(sorted(found, key=lambda statement: statement[0]))
+
+    def statements_in(self, span: Span) -> list[tuple[int, str, str]]:
+        """(offset in the span, field, value) of every place that begins in some slots, and every erratum."""
+        low, high = (
+            bisect_left(self._statements, bound, key=lambda item: item[0]) for bound in (span.start, span.stop)
+        )
+        return [(slot - span.start, name, value) for slot, name, value in self._statements[low:high]]
+
+    @property
+    def values(self) -> dict[str, str]:
+        """Every field's current value."""
+        return {name: value.current for name, value in self.fields.items()}
+
+    @property
+    def first_places(self) -> list[tuple[int, str]]:
+        """(first slot, field) of every field, ascending."""
+        return sorted((spans[0].start, name) for name, spans in self.places.items() if name in self.fields)
+
+    # -- errata ------------------------------------------------------------------------------------------------------
+
+    def corrections(self, name: str) -> list[int]:
+        """Indices of the units that are errata about a field."""
+        return [index for index in self.errata if any(about == name for about, _ in self.units[index].corrects)]
+
+    @cached_property
+    def errata(self) -> tuple[int, ...]:
+        """Indices of the units that are errata."""
+        return tuple(index for index, unit in enumerate(self.units) if unit.kind is Kind.ERRATUM)
+
+    def superseded(self, index: int) -> bool:
+        """Whether a unit is an erratum, and what it states is not, or no longer, what is in force."""
+        unit = self.units[index]
+        return unit.kind is Kind.ERRATUM and any(
+            name in self.fields and self.fields[name].current != value for name, value in unit.corrects
+        )
+
+    # -- other contexts ------------------------------------------------------------------------------------------------
+
+    def with_units(self, units: Sequence[Unit]) -> Context:
+        return Context(tuple(units), self.fields)
+
+    def with_values(self, current: Mapping[str, str], *, written: bool = False) -> Context:
+        """Other current values; `written`: they stand in the fields' places too."""
+        changed = {
+            name: FieldValue(value, value if written else self.fields[name].written) for name, value in current.items()
+        }
+        return Context(self.units, {**self.fields, **changed})
+
+    def appended(self, *units: Unit) -> Context:
+        return Context((*self.units, *(unit for unit in units if len(unit))), self.fields)
+
+    def split_at(self, slot: int) -> tuple[Context, int]:
+        """A context in which a unit begins at `slot`, and that unit's index.
+
+        Raises:
+            UnknownPartError: there is no such slot.
+            InvalidEditError: the text cannot be split there.
+        """
+        if not 0 <= slot <= len(self):
+            raise UnknownPartError(f"there is no slot {slot} in a context of {len(self)} tokens")
+        index = self.unit_at(slot)
+        if self.starts[index] == slot:
+            return self, index
+        halves = self.units[index].split(slot - self.starts[index])
+        return self.with_units((*self.units[:index], *halves, *self.units[index + 1 :])), index + 1
+
+    def without_lost_fields(self) -> Context:
+        """Without the fields that no text holds any more."""
+        held = {place.name for unit in self.units for place in unit.places}
+        return replace(self, fields={name: value for name, value in self.fields.items() if name in held})
+
+    def write(self, tokenizer: Any, changes: Mapping[str, str]) -> tuple[Context, list[Replacement]]:
+        """New values in every place of the changed fields, which is what is written there then.
+
+        Returns the replaced tokens in slot order, with their slots before and after the whole edit.
+        """
+        found: list[Replacement] = []
+        units = list(self.units)
+        grown = 0
+        for index in self._holding(changes):
+            begins = self.starts[index]
+            units[index], replaced = replace_values(tokenizer, self.units[index], changes)
+            found += [one.shifted(begins, begins + grown) for one in replaced]
+            grown += len(units[index]) - len(self.units[index])
+        return self.with_units(units).with_values(changes, written=True), found
+
+    def _holding(self, names: Mapping[str, str]) -> Iterator[int]:
+        """Indices of the units that have a place of any of these fields."""
+        return (i for i, unit in enumerate(self.units) if any(place.name in names for place in unit.places))

@@ -1,0 +1,248 @@
+"""The entries of a skill store as blobs: found, listed, written, replaced, evicted. No model and no tensors here, only bytes.
+
+An entry is two blobs: `KEY.json`, the sealed manifest, and `KEY.GENERATION.safetensors`, the tensors that it names.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Collection, Container
+from contextlib import suppress
+from pathlib import Path
+
+from programmable_kv.errors import CorruptFileError, InvalidArgumentError, StorageError, UnknownSkillError
+from programmable_kv.storage.files import Blobs, sha256_of
+from programmable_kv.storage.manifests import Entry, entry_key
+from programmable_kv.storage.pairs import clear_unused, write_pair
+
+_KEY = re.compile(r"[0-9a-f]{32}\Z")
+_MANIFEST = re.compile(r"([0-9a-f]{32})\.json\Z")
+_TENSORS = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{16}\.safetensors\Z")
+_ATTEMPTS = 20
+"""how often a reader starts again because a writer replaced what it was reading"""
+
+
+def new_name(key: str) -> str:
+    """A name for the tensors of an entry, that no other write has."""
+    return f"{key}.{uuid.uuid4().hex[:16]}.safetensors"
+
+
+def manifest_of(key: str) -> str:
+    return f"{key}.json"
+
+
+def check_key(entry: Entry, where: str) -> None:
+    """
+    Raises:
+        CorruptFileError: the entry's key is not that of its content, or its tensors' name not that of its key.
+    """
+    if entry.key != entry_key(entry) or not entry.tensors.startswith(f"{entry.key}."):
+        raise CorruptFileError(f"{where} does not describe the entry of its key: {Entry.AGAIN}")
+
+
+class Entries:
+    """The entries under one root."""
+
+    def __init__(self, blobs: Blobs) -> None:
+        self.blobs = blobs
+
+    def place(self, name: str) -> str:
+        """A blob's name, for messages."""
+        return f"{name} in {self.blobs.where}"
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def holds(self, key: str) -> bool:
+        return self.blobs.exists(manifest_of(key))
+
+    def read(self, key: str) -> Entry | None:
+        """The manifest of a key; None if there is none.
+
+        Raises:
+            CorruptFileError: it is damaged, or describes something else.
+        """
+        body = self.blobs.read(manifest_of(key))
+        if body is None:
+            return None
+        where = self.place(manifest_of(key))
+        entry = Entry.read(body, where)
+        check_key(entry, where)
+        if entry.key != key:
+            raise CorruptFileError(f"{where} is the manifest of another entry, {entry.key}: {Entry.AGAIN}")
+        return entry
+
+    def inventory(self) -> tuple[list[Entry], list[str]]:
+        """Entries with an intact manifest and tensors, most recently used first; and the keys of all others."""
+        listed = {blob.name: blob for blob in self.blobs.list()}
+        manifests = [(blob, match.group(1)) for blob in listed.values() if (match := _MANIFEST.match(blob.name))]
+        intact, damaged = [], []
+        for _, key in sorted(manifests, key=lambda item: -item[0].used_at):
+            try:
+                entry = self._complete(key, listed)
+            except CorruptFileError:
+                damaged.append(key)
+                continue
+            if entry is not None:  # or else it was evicted since it was listed
+                intact.append(entry)
+        return intact, damaged
+
+    def _complete(self, key: str, listed: Container[str]) -> Entry | None:
+        """The manifest of a key whose tensors are there too; None if there is none.
+
+        Raises:
+            CorruptFileError: it is damaged, or its tensors are missing.
+        """
+        missing = ""
+        for _ in range(_ATTEMPTS):
+            entry = self.read(key)
+            if entry is None or entry.tensors in listed or self.blobs.exists(entry.tensors):
+                return entry
+            if entry.tensors == missing:
+                break
+            missing = entry.tensors  # unless the entry was replaced just now: look again
+        raise CorruptFileError(f"the tensors {self.place(missing)} are missing: {Entry.AGAIN}")
+
+    def find(self, which: str, fingerprint: str | None = None) -> str:
+        """The key that a key, a name or the beginning of a key stands for, looked up in this order.
+
+        Damaged entries are found by their key. Of several models' skills of one name, the one with that fingerprint.
+
+        Raises:
+            UnknownSkillError: there is none, or more than one.
+        """
+        if not isinstance(which, str):
+            raise InvalidArgumentError(f"a stored skill is asked for by its name or key, got {which!r}")
+        if _KEY.match(which) and self.holds(which):
+            return which
+        entries, damaged = self.inventory()
+        named = [entry for entry in entries if entry.name == which]
+        if len(named) > 1 and fingerprint is not None:
+            named = [entry for entry in named if entry.fingerprint == fingerprint] or named
+        found = [entry.key for entry in named]
+        if not found and which:
+            found = [key for key in (*(entry.key for entry in entries), *damaged) if key.startswith(which)]
+        if len(found) != 1:
+            several = f" ({', '.join(found[:4])}{', ...' if len(found) > 4 else ''}): give a key" if found else ""
+            raise UnknownSkillError(
+                f"there are {len(found)} skills called {which!r} in {self.blobs.where}{several}. It was looked up as a key, as "
+                "a name, and as the beginning of a key. `pkv skills list` shows all of them."
+            )
+        return found[0]
+
+    def entry(self, which: str, fingerprint: str | None = None) -> Entry:
+        """The manifest that `find` leads to.
+
+        Raises:
+            UnknownSkillError: there is none, or more than one.
+            CorruptFileError: it is damaged.
+        """
+        entry = self.read(self.find(which, fingerprint))
+        if entry is None:
+            raise UnknownSkillError(f"skill {which!r} was removed from {self.blobs.where} just now: compile it again")
+        return entry
+
+    def tensors(self, entry: Entry, *, verify: bool = True) -> tuple[Entry, bytes | Path]:
+        """The tensors of an entry: bytes whose digest was checked; or, without `verify`, a local file where there is one.
+
+        With the entry that they belong to, which is a newer one if the entry was replaced since.
+
+        Raises:
+            UnknownSkillError: it was removed meanwhile.
+            CorruptFileError: they are missing, or are not those of the manifest.
+        """
+        for _ in range(_ATTEMPTS):
+            path = None if verify else self.blobs.local_path(entry.tensors)
+            if path is not None:
+                return entry, path
+            body = self.blobs.read(entry.tensors)
+            if body is not None:
+                if len(body) != entry.nbytes or sha256_of(body) != entry.tensors_sha256:
+                    raise CorruptFileError(
+                        f"the tensors of skill {entry.name!r} ({self.place(entry.tensors)}) are not those of its manifest: "
+                        f"{Entry.AGAIN}"
+                    )
+                return entry, body
+            newer = self.read(entry.key)
+            if newer is None:
+                raise UnknownSkillError(f"skill {entry.name!r} was removed from {self.blobs.where} just now")
+            if newer.tensors == entry.tensors:
+                break
+            entry = newer
+        raise CorruptFileError(
+            f"the tensors of skill {entry.name!r} ({self.place(entry.tensors)}) are missing: {Entry.AGAIN}"
+        )
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def write(self, entry: Entry, body: bytes) -> None:
+        """Write an entry, in the place of one with the same key.
+
+        Raises:
+            StorageError: it cannot be written; what was there is unchanged.
+        """
+
+        def save() -> bytes:
+            self.blobs.write(entry.tensors, body)
+            return entry.sealed()
+
+        write_pair(self.blobs, entry.tensors, manifest_of(entry.key), save, lambda: self._named_by(entry.key))
+
+    def rename(self, key: str, name: str) -> None:
+        """Give an entry another name. Where the store may only be read, or the entry is gone, nothing happens."""
+        with suppress(StorageError):
+            entry = self.read(key)
+            if entry is None:
+                return
+            self.blobs.write(manifest_of(key), entry.model_copy(update={"name": name}).sealed())
+            if not self.blobs.exists(entry.tensors):  # evicted since it was read, so this would be half an entry
+                self.blobs.remove(manifest_of(key))
+
+    def touch(self, key: str) -> None:
+        """Record a use, where that can be done."""
+        self.blobs.touch(manifest_of(key))
+
+    def remove(self, key: str) -> None:
+        """The manifest goes first, so that nobody finds half of an entry.
+
+        Raises:
+            StorageError: it cannot be removed.
+        """
+        self.blobs.remove(manifest_of(key))
+        for blob in self.blobs.list():
+            if blob.name.startswith(f"{key}."):
+                self.blobs.remove(blob.name)
+
+    def evict(self, limit: int, keep: Collection[str]) -> None:
+        """Remove the least recently used entries until the rest is at most `limit` bytes, but none of the keys to keep.
+
+        Also clears up what killed writers left. What may not be removed stays.
+        """
+        entries, _ = self.inventory()
+        total = sum(entry.nbytes for entry in entries)
+        for entry in reversed(entries):
+            if total <= limit:
+                break
+            if entry.key not in keep:
+                with suppress(StorageError):
+                    self.blobs.remove(manifest_of(entry.key))
+                    self.blobs.remove(entry.tensors)
+                    total -= entry.nbytes
+        clear_unused(self.blobs, lambda name: bool(_TENSORS.match(name)), self._named)
+
+    def _named_by(self, key: str) -> set[str] | None:
+        """The tensors that a key's manifest names."""
+        try:
+            entry = self.read(key)
+        except StorageError:
+            return None
+        return set() if entry is None else {entry.tensors}
+
+    def _named(self) -> set[str]:
+        """The tensors that any manifest names; where one cannot be read (a newer version's, say), all with its key."""
+        names = [blob.name for blob in self.blobs.list()]
+        used: set[str] = set()
+        for match in filter(None, map(_MANIFEST.match, names)):
+            named = self._named_by(match.group(1))
+            used |= {name for name in names if name.startswith(f"{match.group(1)}.")} if named is None else named
+        return used

@@ -1,0 +1,44 @@
+"""What a cached token is worth now: one ordered scale, strongest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+
+
+class TokenState(StrEnum):
+    """How a cached token's keys and values relate to a full prefill of the text that stands now.
+
+    The order is the lattice: joining tokens takes the weakest. The first two are exact, for every token before them is.
+    """
+
+    EXACT = "exact"
+    """a full prefill of this text gives the same numbers"""
+    REPAIRED = "repaired"
+    """the same, for a spliced skill's first tokens that were computed again in their place"""
+    RELOCATED = "relocated"
+    """compiled apart from this context and rotated to its position here; or kept in fewer bits"""
+    REFRESHED = "refreshed"
+    """computed again on the text that stands now, but on a cache that was not exact"""
+    AFTER_EDIT = "after edit"
+    """computed on the text that stands now, but reading tokens of an earlier text or several values of a field"""
+    STALE = "stale"
+    """computed on another text, or under a value that has changed since"""
+
+    @property
+    def rank(self) -> int:
+        """0 is the strongest."""
+        return _RANKS[self]
+
+    @property
+    def exact(self) -> bool:
+        """Whether a full prefill gives the same numbers."""
+        return self.rank <= TokenState.REPAIRED.rank
+
+
+_RANKS = {state: rank for rank, state in enumerate(TokenState)}
+
+
+def weakest(states: Iterable[TokenState]) -> TokenState:
+    """The state of tokens taken together; exact if there are none."""
+    return max(states, key=lambda state: state.rank, default=TokenState.EXACT)

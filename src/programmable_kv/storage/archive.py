@@ -1,0 +1,66 @@
+"""One file that holds a few named byte strings: a zip archive without compression, so that its size bounds what is read."""
+
+from __future__ import annotations
+
+import struct
+import uuid
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from programmable_kv.errors import CorruptFileError, StorageError
+
+
+def write_archive(file: Path, members: Mapping[str, bytes]) -> None:
+    """Write the file, the whole of it or nothing; one that is there is replaced.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
+    try:
+        try:
+            with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+                for name, body in members.items():
+                    archive.writestr(name, body)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"cannot write {file}: {error}. What was there before is unchanged: make room or choose another place."
+        ) from error
+
+
+def read_archive(file: Path, names: tuple[str, ...]) -> tuple[bytes, ...]:
+    """The members of an archive that holds just these.
+
+    Raises:
+        CorruptFileError: it is no such archive, or is damaged. No more is read than the file's size.
+        StorageError: it cannot be read.
+    """
+    try:
+        size = file.stat().st_size
+        with zipfile.ZipFile(file) as archive:
+            members = {info.filename: info for info in archive.infolist()}
+            if sorted(info.filename for info in archive.infolist()) != sorted(names):
+                raise CorruptFileError(f"{file} is not an exported skill: it does not hold just {', '.join(names)}")
+            if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 for info in members.values()):
+                raise CorruptFileError(
+                    f"{file} is compressed or encrypted, which no exported skill is: export it again"
+                )
+            if sum(info.file_size for info in members.values()) > size:
+                raise CorruptFileError(f"{file} claims to hold more than its {size} bytes: export the skill again")
+            return tuple(archive.read(members[name]) for name in names)
+    except (
+        zipfile.BadZipFile,
+        KeyError,
+        ValueError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        struct.error,
+    ) as error:
+        raise CorruptFileError(f"{file} is not an exported skill, or is damaged: {error}") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {file}: {error}") from error

@@ -1,0 +1,266 @@
+"""What a saved notebook and a stored skill say of themselves, and how the bookkeeping is written down.
+
+This is the one module that knows the fields of units and contexts. What is read is checked here as far as it can be without
+tensors: `check_*` raise before any unit is made of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Container
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from programmable_kv.cache.span import Span
+from programmable_kv.errors import CorruptFileError, InvalidValueError
+from programmable_kv.models.load import Model
+from programmable_kv.prompt.context import Context, FieldValue
+from programmable_kv.prompt.parts import Message, Text
+from programmable_kv.prompt.units import Kind, Place, Unit
+from programmable_kv.prompt.values import check_name, check_role, check_template, check_value
+from programmable_kv.storage.ledgers import SavedLedger
+from programmable_kv.storage.sealed import Sealed
+
+_SHOWN_CHARACTERS = 200
+
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Key = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")]
+"""as `check_name` has it"""
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class SavedPlace(_Strict):
+    name: str
+    characters: tuple[int, int]
+    tokens: tuple[int, int]
+
+
+class SavedUnit(_Strict):
+    kind: Kind
+    text: str
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    special: bool
+    places: tuple[SavedPlace, ...]
+    corrects: tuple[tuple[str, str], ...]
+    name: str
+
+    @classmethod
+    def of(cls, unit: Unit) -> SavedUnit:
+        places = tuple(
+            SavedPlace(
+                name=p.name, characters=(p.characters.start, p.characters.stop), tokens=(p.tokens.start, p.tokens.stop)
+            )
+            for p in unit.places
+        )
+        return cls(
+            kind=unit.kind, text=unit.text, ids=unit.ids, offsets=tuple((a, b) for a, b in unit.offsets.tolist()),
+            special=unit.special, places=places, corrects=unit.corrects, name=unit.name,
+        )  # fmt: skip
+
+    def unit(self) -> Unit:
+        places = tuple(Place(p.name, Span(*p.characters), Span(*p.tokens)) for p in self.places)
+        offsets = np.array(self.offsets, dtype=np.int32).reshape(-1, 2)
+        return Unit(self.kind, self.text, self.ids, offsets, self.special, places, self.corrects, self.name)
+
+    def check(self, fields: Container[str], model: Model, where: str) -> None:
+        """
+        Raises:
+            CorruptFileError: tokens, offsets and places do not fit each other, the fields or the model's vocabulary.
+        """
+        count, length = len(self.ids), len(self.text)
+        vocabulary = int(model.engine.model.get_input_embeddings().weight.shape[0])
+        if not all(0 <= token < vocabulary for token in self.ids):
+            raise CorruptFileError(f"{where}: a token id is not one of the model's {vocabulary}")
+        if len(self.offsets) != count or not all(0 <= a <= b <= length for a, b in self.offsets):
+            raise CorruptFileError(f"{where}: the tokens' offsets do not fit {count} tokens of {length} characters")
+        reached = 0
+        for place in self.places:
+            start, stop = place.characters
+            if place.name not in fields or not reached <= start < stop <= length:
+                raise CorruptFileError(f"{where}: the value of {place.name!r} has no place in the text")
+            if place.tokens != _covering(self.offsets, start, stop):
+                raise CorruptFileError(f"{where}: the tokens of {place.name!r} are not those of its characters")
+            reached = stop
+
+
+class SavedField(_Strict):
+    current: str
+    written: str
+
+
+class SavedMessage(_Strict):
+    role: str
+    template: str
+    fields: tuple[str, ...]
+
+
+class SavedContext(_Strict):
+    """A context as written: units in slot order, and fields."""
+
+    units: tuple[SavedUnit, ...]
+    fields: dict[str, SavedField]
+
+    @classmethod
+    def of(cls, context: Context) -> SavedContext:
+        return cls(
+            units=tuple(SavedUnit.of(unit) for unit in context.units),
+            fields={name: SavedField(current=it.current, written=it.written) for name, it in context.fields.items()},
+        )
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return sum(len(unit.ids) for unit in self.units)
+
+    def context(self) -> Context:
+        fields = {name: FieldValue(it.current, it.written) for name, it in self.fields.items()}
+        return Context(tuple(unit.unit() for unit in self.units), fields)
+
+    def check(self, model: Model, where: str) -> None:
+        """
+        Raises:
+            CorruptFileError: the parts do not fit each other or the model.
+        """
+        for name, state in self.fields.items():
+            for value in (state.current, state.written):
+                _check_value(name, value, model, where)
+        missing = set(self.fields)
+        for unit in self.units:
+            unit.check(self.fields, model, where)
+            missing -= {place.name for place in unit.places}
+        if missing:
+            raise CorruptFileError(f"{where}: the field {min(missing)!r} has no place in the text")
+
+
+class NotebookManifest(Sealed):
+    """Everything of a saved notebook but its tensors."""
+
+    FORMAT: ClassVar[int] = 2
+    AGAIN: ClassVar[str] = "save the notebook again"
+
+    format: Literal[2] = 2
+    model_name: str
+    fingerprint: str
+    dtype: str
+    erratum_template: str
+    tensors: str
+    """the name of the blob with them"""
+    tensors_sha256: Digest
+    messages: tuple[SavedMessage, ...]
+    placeholders: dict[str, str]
+    """what stood for every placeholder of the messages when they were rendered, skills included"""
+    context: SavedContext
+    ledger: SavedLedger
+
+    def check(self, model: Model, where: str) -> None:
+        """
+        Raises:
+            CorruptFileError: what it says does not fit itself or the model.
+        """
+        try:
+            check_template(self.erratum_template)
+            for message in self.messages:
+                check_role(message.role)
+        except InvalidValueError as error:
+            raise CorruptFileError(f"{where}: {error}") from error
+        if not all(name in self.placeholders for message in self.messages for name in message.fields):
+            raise CorruptFileError(f"{where}: a message has a placeholder without a value")
+        self.context.check(model, where)
+        self.ledger.check(self.context.length, where)
+
+
+class Entry(Sealed):
+    """The manifest of a stored skill. What the skill read while it was compiled lies with the tensors; here is its digest."""
+
+    FORMAT: ClassVar[int] = 2
+    AGAIN: ClassVar[str] = "remove it, or compile the skill again"
+
+    format: Literal[2] = 2
+    key: Key
+    name: Name
+    model_name: str
+    fingerprint: str
+    precision: Literal["as computed", "int8"]
+    nbytes: Count
+    tensors: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}\.[0-9a-f]{16}\.safetensors$")]
+    """the name of the blob with them; a new one each time the skill is written"""
+    tensors_sha256: Digest
+    values: dict[str, str]
+    preface: str
+    """its first characters, for people"""
+    preface_tokens: Count
+    preface_sha256: Digest
+    """of its token ids"""
+    unit: SavedUnit
+
+    def check(self, model: Model, where: str) -> None:
+        """
+        Raises:
+            CorruptFileError: what it says does not fit itself or the model.
+        """
+        unit = self.unit
+        if unit.kind is not Kind.SKILL or not unit.ids:
+            raise CorruptFileError(f"{where}: it holds no skill ({len(unit.ids)} tokens of a {unit.kind})")
+        for name, value in self.values.items():
+            _check_value(name, value, model, where)
+        unit.check(self.values, model, where)
+        for place in unit.places:
+            if unit.text[slice(*place.characters)] != self.values[place.name]:
+                raise CorruptFileError(f"{where}: the value of {place.name!r} is not what stands in the text")
+
+
+def key_of(fingerprint: str, preface_ids: tuple[int, ...], ids: tuple[int, ...], int8: bool) -> str:
+    """The address of a skill: a digest of all that decides its content."""
+    return _key(fingerprint, preface_digest(preface_ids), ids, int8)
+
+
+def entry_key(entry: Entry) -> str:
+    """The address that an entry's content has."""
+    return _key(entry.fingerprint, entry.preface_sha256, entry.unit.ids, entry.precision == "int8")
+
+
+def _key(fingerprint: str, preface_sha256: str, ids: tuple[int, ...], int8: bool) -> str:
+    content = {"format": Entry.FORMAT, "fingerprint": fingerprint, "preface": preface_sha256, "ids": ids, "int8": int8}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+def preface_digest(ids: tuple[int, ...]) -> str:
+    """Of a preface's token ids."""
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
+
+
+def shortened(preface: str) -> str:
+    """As much of a preface as a manifest shows."""
+    return preface if len(preface) <= _SHOWN_CHARACTERS else preface[: _SHOWN_CHARACTERS - 1] + "…"
+
+
+def saved_messages(messages: tuple[Message, ...]) -> tuple[SavedMessage, ...]:
+    return tuple(SavedMessage(role=m.role, template=m.content.template, fields=m.content.fields) for m in messages)
+
+
+def messages_of(saved: tuple[SavedMessage, ...]) -> tuple[Message, ...]:
+    return tuple(Message(m.role, Text(m.template, m.fields)) for m in saved)
+
+
+def _check_value(name: str, value: str, model: Model, where: str) -> None:
+    """Plain data, as every value was when it was given. (Its wording was checked then, against the fields of that time.)"""
+    try:
+        check_name(name)
+        check_value(name, value, model.tokenizer, "{name}{value}")
+    except InvalidValueError as error:
+        raise CorruptFileError(f"{where}: {error}") from error
+
+
+def _covering(offsets: tuple[tuple[int, int], ...], start: int, stop: int) -> tuple[int, int] | None:
+    """The tokens that hold any of the characters [start, stop)."""
+    hit = [index for index, (a, b) in enumerate(offsets) if a < stop and b > start]
+    return (hit[0], hit[-1] + 1) if hit else None

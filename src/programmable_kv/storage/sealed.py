@@ -1,0 +1,76 @@
+"""Sealed manifests: JSON with a digest of its own bytes, so that not one of them can change unnoticed.
+
+The file is `{"sha256": "<digest>", "manifest": <body>}`, byte for byte. The digest is of the body as it stands in the file, not
+of what a parser makes of it. A seal finds damage; it is no signature, so what is read is checked against the model as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from programmable_kv.errors import CorruptFileError
+
+_START, _MIDDLE, _END = b'{"sha256": "', b'", "manifest": ', b"}\n"
+_HEAD = len(_START) + 64 + len(_MIDDLE)
+
+
+def seal(body: bytes) -> bytes:
+    """A JSON document with its digest."""
+    return _START + hashlib.sha256(body).hexdigest().encode() + _MIDDLE + body + _END
+
+
+def opened(sealed: bytes) -> bytes | None:
+    """The document that `seal` was given; None if a byte has changed since."""
+    body = sealed[_HEAD : -len(_END)]
+    return body if seal(body) == sealed else None
+
+
+class Sealed(BaseModel):
+    """A manifest that is written with its digest and read back only as it was written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    FORMAT: ClassVar[int]
+    """raised when older versions must not read what this one writes, and the other way round"""
+    AGAIN: ClassVar[str]
+    """what to do about a manifest that cannot be used"""
+
+    format: int
+
+    def sealed(self) -> bytes:
+        return seal(self.model_dump_json().encode())
+
+    @classmethod
+    def read(cls, sealed: bytes, where: str) -> Self:
+        """
+        Raises:
+            CorruptFileError: a byte has changed, the format is another one, or it describes something else.
+        """
+        body = opened(sealed)
+        try:
+            if body is not None:
+                return cls.model_validate_json(body)
+            reason = "was damaged or changed by hand"
+        except (ValidationError, ValueError, RecursionError) as error:
+            reason = f"is no manifest of its kind ({' '.join(str(error).split())[:160]})"
+        found = _format(sealed)
+        if found is not None and found != cls.FORMAT:
+            reason = f"is of format {found}, and this version reads and writes format {cls.FORMAT}"
+        raise CorruptFileError(f"{where} {reason}: {cls.AGAIN}")
+
+
+def _format(document: bytes) -> int | None:
+    """The format number of a manifest, sealed or not, of this version or of an older one; None if it has none."""
+    try:
+        content: Any = json.loads(document)
+    except (ValueError, RecursionError):
+        return None
+    for inner in ("manifest", "notebook"):  # format 1 of a notebook said "notebook"; that of a skill had no seal
+        if isinstance(content, dict) and isinstance(content.get(inner), dict):
+            content = content[inner]
+    found = content.get("format") if isinstance(content, dict) else None
+    return found if isinstance(found, int) and not isinstance(found, bool) else None

@@ -1,0 +1,114 @@
+"""Are saved tensors those of a cache of this model? Checked by name, shape, dtype and value before any state is made of them.
+
+Shapes: B batch (always 1), H key-value heads, n tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file
+
+from programmable_kv.cache.layout import Rotated
+from programmable_kv.engine import Engine
+from programmable_kv.errors import CorruptFileError
+
+Tensors = Mapping[str, torch.Tensor]
+BOTH: tuple[Rotated, ...] = ("keys", "values")
+
+
+@dataclass(frozen=True, slots=True)
+class CachedShape:
+    """What one layer caches for a token: [1, heads, 1, width] of a dtype."""
+
+    heads: int
+    width: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, cached: torch.Tensor) -> CachedShape:
+        """Of cached keys or values [1, H, n, D]."""
+        return cls(cached.shape[1], cached.shape[3], cached.dtype)
+
+
+LayerShape = Mapping[Rotated, CachedShape]
+"""of a layer's keys and of its values"""
+
+
+def cached_shapes(engine: Engine) -> tuple[LayerShape, ...]:
+    """What the model caches in every layer, read off one token that is computed for this: a configuration does not say it
+    for every architecture (MLA, heads that differ by layer)."""
+    buffer = engine.new_buffer(1)
+    engine.append(buffer, [0], logits=0)
+    return tuple(
+        {"keys": CachedShape.of(buffer.keys(layer)), "values": CachedShape.of(buffer.values(layer))}
+        for layer in range(len(buffer))
+    )
+
+
+def read_tensors(source: bytes | Path, where: str) -> dict[str, torch.Tensor]:
+    """The named tensors of safetensors bytes, or of a file, which is mapped.
+
+    Raises:
+        CorruptFileError: it is no safetensors file.
+        FileNotFoundError: the file is gone.
+    """
+    try:
+        return dict(load(source) if isinstance(source, bytes) else load_file(source))
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        raise CorruptFileError(f"{where} is not a safetensors file: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class TensorCheck:
+    """Checks of the tensors in one file, of `count` tokens, against what a model caches.
+
+    Every method raises CorruptFileError. `finite`: also look at every number, which reads all of them.
+    """
+
+    tensors: Tensors
+    where: str
+    count: int
+    finite: bool = True
+
+    def names(self, expected: Iterable[str]) -> None:
+        """Exactly these tensors are there."""
+        wanted = set(expected)
+        if different := sorted(wanted ^ self.tensors.keys()):
+            word = "is missing" if different[0] in wanted else "does not belong there"
+            raise CorruptFileError(f"{self.where}: the tensor {different[0]!r} {word} ({len(wanted)} are expected)")
+
+    def shaped(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of just this shape and dtype, with finite numbers."""
+        tensor = self.tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise CorruptFileError(
+                f"{self.where}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, and this model caches {dtype} of "
+                f"shape {shape}"
+            )
+        if self.finite and dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
+            raise CorruptFileError(f"{self.where}: {name} holds NaN or infinity")
+        return tensor
+
+    def cached(self, layer: int, shape: LayerShape, *, prefix: str = "", names: Sequence[Rotated] = BOTH) -> None:
+        """`keys.I` and `values.I` (or one of them) of layer I, [1, H, n, D] each."""
+        for name in names:
+            each = shape[name]
+            self.shaped(f"{prefix}{name}.{layer}", (1, each.heads, self.count, each.width), each.dtype)
+
+    def positions(self, name: str, limit: int | None, *, ascending: bool = True) -> None:
+        """[n] positions: whole, not negative, within the model's, and (where asked) strictly ascending."""
+        found = self.shaped(name, (self.count,), torch.long)
+        if not self.count:
+            return
+        lowest, highest = int(found.min()), int(found.max())
+        if lowest < 0 or (limit is not None and highest >= limit):
+            raise CorruptFileError(f"{self.where}: {name} lie in [{lowest}, {highest}], and the model has {limit}")
+        if ascending and bool((found[1:] <= found[:-1]).any()):
+            raise CorruptFileError(f"{self.where}: {name} do not ascend")
