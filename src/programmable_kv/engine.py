@@ -46,7 +46,8 @@ from programmable_kv.verify.rows import RowsProof, prove_rows
 __all__ = ["CHUNK", "Engine", "Progress", "Rows", "prefill_alone"]
 
 CHUNK = 2048
-"""rows of one forward, at most: a longer prefill can be followed and interrupted between forwards"""
+"""Rows of one forward, at most: a longer prefill can be followed and interrupted between forwards. It costs little: measured in
+CPU time on the embedded model's shape, 3% more than one forward at 4096 tokens and 13% at 8192."""
 
 Progress = Callable[[int, int], None]
 """(rows computed, rows in all), called after each forward; what it raises ends the computation"""
