@@ -6,7 +6,6 @@ from importlib.util import find_spec
 
 from programmable_kv.errors import MissingExtraError
 
-
 EXTRA_OF = {
     "gguf": "embedded",
     "peft": "embedded",
