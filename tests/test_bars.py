@@ -1,4 +1,4 @@
-"""What the records must show, as a table. What falls short of its aim stands in `docs/limits.md`, with its figures."""
+"""What the records must show, as a table. What falls short of its aim is listed in `docs/limits.md`, with its figures."""
 
 from __future__ import annotations
 

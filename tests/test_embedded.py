@@ -11,7 +11,6 @@ from transformers import DynamicCache
 
 from programmable_kv import Mode, Notebook
 from programmable_kv.demo import demo
-from programmable_kv.errors import TrainingError
 from programmable_kv.records import read_record
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -176,52 +175,6 @@ def test_eight_bits_point_the_same_way(embedded: Any, tmp_path: Path) -> None:
         buffer = notebook.cache
         ends.append(embedded.engine.append(buffer, embedded.tokenizer.encode("\nWhat do you do?"))[-1])
     assert float(torch.nn.functional.cosine_similarity(ends[0], ends[1], dim=0)) >= 0.999
-
-
-@pytest.mark.weights
-def test_a_slice_of_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    """Two steps at once, and one step, a stop, and one more, end alike (bfloat16 on one machine)."""
-    from dataclasses import replace
-
-    from safetensors.torch import load_file
-
-    from programmable_kv.models.fetch import base_folder
-    from training.train import TrainingRecipe, train
-
-    recipe = replace(
-        TrainingRecipe(),
-        pair_steps=1,
-        short_steps=0,
-        mixed_steps=0,
-        wide_steps=0,
-        hop_steps=1,
-        full_steps=0,
-        topics_steps=0,
-        full_again_steps=0,
-        hard_steps=0,
-        settle_steps=1,
-        obey_steps=1,
-        looked_up_steps=1,
-        conversations_per_step=1,
-        warmup_steps=1,
-        replay_tokens=32,
-        settle_replay_tokens=32,
-        learning_rate=1e-3,
-    )
-    train(base_folder(), tmp_path / "once", recipe)
-    train(base_folder(), tmp_path / "twice", recipe, stop_after=1)
-    train(base_folder(), tmp_path / "twice", recipe)
-    once, twice = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("once", "twice"))
-    assert any(float(tensor.abs().max()) > 0 for name, tensor in once.items() if "lora_B" in name)
-    for name, tensor in once.items():
-        torch.testing.assert_close(tensor.float(), twice[name].float(), rtol=0.05, atol=2e-4)
-    state = torch.load(tmp_path / "once" / "checkpoint.pt", weights_only=True)
-    before, after = state["before_last"], state["adapter"]
-    assert any(not torch.equal(before[name], after[name]) for name in once)
-    for name, tensor in once.items():
-        torch.testing.assert_close(tensor, ((before[name].float() + after[name].float()) / 2).to(torch.bfloat16))
-    with pytest.raises(TrainingError, match="another recipe"):
-        train(base_folder(), tmp_path / "twice", replace(recipe, seed=1))
 
 
 def test_appending_is_a_full_prefill(embedded: Any) -> None:

@@ -14,7 +14,14 @@ from programmable_kv.cache.layout import KVLayout, LayerLayout, Reach
 from programmable_kv.cache.rotation import Pairing, Rotary
 from programmable_kv.cache.transformers_api import GROUPED_SDPA, register_attention
 from programmable_kv.engine import Engine, Rows
-from programmable_kv.errors import ContextOverflowError, NonFiniteLogitsError, UnsupportedModelError, UnverifiedError
+from programmable_kv.errors import (
+    CacheBufferError,
+    ContextOverflowError,
+    InvalidArgumentError,
+    NonFiniteLogitsError,
+    UnsupportedModelError,
+    UnverifiedError,
+)
 from programmable_kv.verify.relocation import prove_relocation
 from reference import assert_rows_equal, full_forward, largest_difference
 
@@ -322,6 +329,80 @@ def test_nan_logits_are_reported() -> None:
     buffer.layers[0].values[:, :, 3] = float("nan")
     with pytest.raises(NonFiniteLogitsError):
         engine.append(buffer, IDS[10:12])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 13, 40, 41])
+def test_chunks_change_nothing(model_type: str, chunk: int) -> None:
+    engine = tiny_engine(model_type)
+    expected, logits = full_forward(engine.model, IDS)
+    buffer = engine.new_buffer()
+    seen: list[tuple[int, int]] = []
+    last = engine.append(buffer, IDS, logits=3, chunk=chunk, progress=lambda done, total: seen.append((done, total)))
+    assert_rows_equal(buffer, expected, range(40), atol=atol(model_type))
+    torch.testing.assert_close(last, logits[-3:], rtol=0, atol=10 * atol(model_type))
+    assert seen[-1] == (40, 40)
+    assert len(seen) >= 40 // max(chunk, 3)
+    assert engine.meter.tokens_computed == 40
+
+
+def test_chunks_of_rows_in_the_middle_and_at_the_end(model_type: str) -> None:
+    engine = tiny_engine(model_type)
+    changed = list(IDS)
+    changed[4:6] = [77, 78]
+    expected, _ = full_forward(engine.model, changed)
+    buffer = engine.new_buffer()
+    engine.append(buffer, IDS[:30], logits=0)
+    slots = tuple(range(4, 40))
+    engine.compute(buffer, Rows(tuple(changed[4:]), slots, slots), chunk=5)
+    assert_rows_equal(buffer, expected, range(40), atol=atol(model_type))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_prefill_leaves_the_buffer_as_long_as_before(error: type[BaseException]) -> None:
+    engine = tiny_engine("llama")
+    expected, _ = full_forward(engine.model, IDS)
+    buffer = engine.new_buffer()
+    engine.append(buffer, IDS[:10], logits=0)
+    mark = buffer.mark()
+
+    def interrupt(done: int, total: int) -> None:
+        if done >= 12:
+            raise error
+
+    rows = Rows((77, *IDS[10:]), (4, *range(10, 40)), (4, *range(10, 40)))
+    with pytest.raises(error):
+        engine.compute(buffer, rows, chunk=6, progress=interrupt)
+    assert buffer.length == 10
+    assert all(layer.length == 10 for layer in buffer.layers)
+    assert largest_difference(buffer, expected, [4]) > 1e-3, "an overwritten row comes back with a rollback only"
+    buffer.rollback(mark)
+    engine.append(buffer, IDS[10:], logits=0)
+    assert_rows_equal(buffer, expected, range(40), atol=1e-10)
+
+
+def test_wrong_arguments_are_refused_before_anything_is_written() -> None:
+    engine = tiny_engine("llama")
+    buffer = engine.new_buffer()
+    engine.append(buffer, IDS[:5], logits=0)
+    calls: list[Any] = [
+        lambda: engine.append(buffer, [512]),
+        lambda: engine.append(buffer, [-1]),
+        lambda: engine.append(buffer, ["a"]),  # type: ignore[list-item]
+        lambda: engine.append(buffer, [1.5]),  # type: ignore[list-item]
+        lambda: engine.append([], [3]),  # type: ignore[arg-type]
+        lambda: engine.append(buffer, [3], logits=-1),
+        lambda: engine.append(buffer, [3], logits=True),
+        lambda: engine.append(buffer, [3], chunk=0),
+        lambda: engine.compute(buffer, [3]),  # type: ignore[arg-type]
+        lambda: engine.attention_of(buffer, [3]),  # type: ignore[arg-type]
+        lambda: Engine("a model"),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidArgumentError):
+            call()
+    with pytest.raises(CacheBufferError, match="no slots"):
+        engine.append(buffer, [])
+    assert buffer.length == 5
 
 
 def test_layouts_read_from_the_models() -> None:

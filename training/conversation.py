@@ -1,6 +1,6 @@
-"""From a scenario to the token sequences the adapter is trained on.
+"""From a scenario to the examples the adapter is trained on.
 
-One training sequence is a conversation over one policy: several questions, with state updates in between
+One example is a conversation over one policy: several questions, with state updates in between
 that must be obeyed (the last one wins) or must not matter. Several supervised decisions share one policy, so a
 token of prefill teaches more. Only the assistant's words carry loss.
 """
@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass
 from typing import Protocol
 
-from programmable_kv.scenarios.grammar import Gate, Scenario, make_scenario
+from programmable_kv.scenarios.grammar import Gate, Scenario, make_scenario, other_value
 from programmable_kv.scenarios.phrasings import Phrasing, Split, Stage, phrasing_of, question, update
 
 
@@ -41,7 +41,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class TrainingExample:
     """Token ids and, for each, whether the loss counts it."""
 
     ids: list[int]
@@ -134,9 +134,10 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
 
 
 def _rewritten(rng: random.Random, phrasing: Phrasing, scenario: Scenario, count: int) -> list[Piece]:
-    """A conversation whose policy was rendered anew with the values of now: earlier answers were right for earlier ones.
+    """A conversation whose policy shows the current values: earlier answers were right for earlier values.
 
-    So goes an agent that puts its state into the system message. Only answers that the shown values ask for are learned.
+    This is what an agent sees that puts its state into the system message. Only answers that are right for the shown values
+    are learned.
     """
     values = dict(scenario.values)
     turns: list[tuple[str, Gate, str]] = []
@@ -181,8 +182,7 @@ def _updates(
 ) -> list[str]:
     """Update lines before a question (a `single` one: of the field that decides it); `values` follows them."""
     if single:
-        decided = gate.actions[values[gate.field]]
-        values[gate.field] = rng.choice([value for value in sorted(gate.actions) if gate.actions[value] != decided])
+        values[gate.field] = other_value(rng, gate, values[gate.field])
         return [update(rng, phrasing, gate.field, values[gate.field])]
     draw = rng.random()
     # Often another gate's field, or the newest update alone would tell which rules the next question calls for.
@@ -215,7 +215,7 @@ def _updates(
     return lines
 
 
-def encode(pieces: list[Piece], tokenizer: Encoder) -> Sequence:
+def encode(pieces: list[Piece], tokenizer: Encoder) -> TrainingExample:
     """Tokenise piece by piece: an answer's tokens never merge with what precedes it, as in decoding."""
     ids: list[int] = []
     learned: list[bool] = []
@@ -223,4 +223,4 @@ def encode(pieces: list[Piece], tokenizer: Encoder) -> Sequence:
         piece_ids = tokenizer.encode(piece.text, add_special_tokens=False)
         ids += piece_ids
         learned += [piece.learned] * len(piece_ids)
-    return Sequence(ids, learned)
+    return TrainingExample(ids, learned)

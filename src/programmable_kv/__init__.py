@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test compares this list with the table below
     from programmable_kv.account import Account
     from programmable_kv.agent.agent import Agent, Turn
+    from programmable_kv.cache.rows import Rows
     from programmable_kv.cache.span import Span
     from programmable_kv.edits.modes import Mode
     from programmable_kv.edits.ranking import AttentionInfluence, RandomOrder, Recency
     from programmable_kv.edits.seam import SeamRepair
-    from programmable_kv.engine import Engine, Rows
+    from programmable_kv.engine import Engine
     from programmable_kv.errors import (
         AlreadyPrefilledError,
         CacheBufferError,
@@ -89,7 +90,7 @@ _MODULE_OF = {
     "RandomOrder": "edits.ranking",
     "Recency": "edits.ranking",
     "RecordError": "errors",
-    "Rows": "engine",
+    "Rows": "cache.rows",
     "SeamRepair": "edits.seam",
     "Skill": "skills.skill",
     "SkillStore": "skills.store",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,13 +60,19 @@ class Account:
         )
 
 
-class Meter:
-    """Running totals, kept where the work is done; `measure` turns a difference of them into an account."""
+class _Counts:
+    """Running totals; `measure` turns a difference of them into an account."""
 
     def __init__(self) -> None:
         self.tokens_computed = 0
         self.tokens_relocated = 0
         self.bytes_moved = 0
+
+    def count(self, *, computed: int = 0, relocated: int = 0, moved: int = 0) -> None:
+        """Add tokens that were computed or relocated, and bytes that were moved."""
+        self.tokens_computed += computed
+        self.tokens_relocated += relocated
+        self.bytes_moved += moved
 
     @contextmanager
     def measure(self) -> Iterator[Reading]:
@@ -79,6 +86,27 @@ class Meter:
             bytes_moved=self.bytes_moved - before[2],
             seconds=time.perf_counter() - began,
         )
+
+
+class Meter(_Counts, threading.local):
+    """Totals of the calling thread: what other threads do with the same model at the same time is not in them.
+
+    An operation that may go on in another thread (a stream that a server draws from several) is measured with its buffer's
+    own meter instead.
+    """
+
+
+class BufferMeter(_Counts):
+    """Totals of one buffer, whichever thread worked on it; each amount is also added to a shared meter, if there is one."""
+
+    def __init__(self, shared: Meter | None = None) -> None:
+        super().__init__()
+        self.shared = shared
+
+    def count(self, *, computed: int = 0, relocated: int = 0, moved: int = 0) -> None:
+        super().count(computed=computed, relocated=relocated, moved=moved)
+        if self.shared is not None:
+            self.shared.count(computed=computed, relocated=relocated, moved=moved)
 
 
 class Reading:

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from programmable_kv import __version__
-from programmable_kv.commands import measure, prompts, records, skills
+from programmable_kv.commands import bench, lab, prompts, records, skills, zoo
 from programmable_kv.errors import ProgrammableKVError
 from programmable_kv.extras import extra_missing_in
 
@@ -26,9 +26,9 @@ app = typer.Typer(
 app.command()(prompts.demo)
 app.command()(prompts.edit)
 app.add_typer(skills.app, name="skills")
-app.add_typer(measure.bench_app, name="bench")
-app.add_typer(measure.lab_app, name="lab")
-app.command()(measure.zoo)
+app.add_typer(bench.app, name="bench")
+app.add_typer(lab.app, name="lab")
+app.command()(zoo.zoo)
 app.command()(records.results)
 app.command()(records.figures)
 

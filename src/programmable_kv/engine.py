@@ -8,75 +8,73 @@ or a question in the same forward attends to it. Fusing them costs one sweep ove
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from programmable_kv.account import Meter
+from programmable_kv.cache.attention import recording
 from programmable_kv.cache.buffer import KVBuffer
-from programmable_kv.cache.layout import KVLayout
+from programmable_kv.cache.layout import KVLayout, Reach
 from programmable_kv.cache.masks import attention_masks
+from programmable_kv.cache.rows import Rows
 from programmable_kv.cache.transformers_api import (
+    GROUPED_SDPA,
     Cache,
     DynamicCache,
     cache_that_drops_nothing,
     cached_tensors,
+    decoder_of,
     fills_a_cache,
+    register_attention,
+    reset_frequencies,
     takes_positions,
 )
 from programmable_kv.errors import (
     ContextOverflowError,
+    InvalidArgumentError,
     NonFiniteLogitsError,
     UnsupportedModelError,
-    UnverifiedError,
 )
-from programmable_kv.verify.relocation import CachedLayer, PositionEncoding, RelocationProof, Verdict, prove_relocation
+from programmable_kv.model_lock import lock_of
+from programmable_kv.verify.failures import is_out_of_memory, may_pass
+from programmable_kv.verify.relocation import CachedLayer, RelocationProof, Verdict, prove_relocation
+from programmable_kv.verify.required import require_relocation, require_rows
 from programmable_kv.verify.rows import RowsProof, prove_rows
 
+__all__ = ["CHUNK", "Engine", "Progress", "Rows", "prefill_alone"]
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Tokens to compute: ids, the slots they go to and the positions they stand at, all ascending."""
+CHUNK = 2048
+"""rows of one forward, at most: a longer prefill can be followed and interrupted between forwards"""
 
-    ids: tuple[int, ...] = ()
-    slots: tuple[int, ...] = ()
-    positions: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not len(self.ids) == len(self.slots) == len(self.positions):
-            raise ValueError("ids, slots and positions must have one entry for each row")
-        if any(a >= b for a, b in zip(self.slots, self.slots[1:], strict=False)):
-            raise ValueError("slots must ascend")
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @classmethod
-    def appended(cls, ids: Sequence[int], slot: int, position: int) -> Rows:
-        count = len(ids)
-        return cls(tuple(ids), tuple(range(slot, slot + count)), tuple(range(position, position + count)))
-
-    def then(self, other: Rows) -> Rows:
-        """These rows and later ones, in one forward."""
-        return Rows(self.ids + other.ids, self.slots + other.slots, self.positions + other.positions)
+Progress = Callable[[int, int], None]
+"""(rows computed, rows in all), called after each forward; what it raises ends the computation"""
 
 
 class Engine:
-    """Runs a transformers causal language model on a `KVBuffer`, and counts what it computes."""
+    """Runs a transformers causal language model on a `KVBuffer`, and counts what it computes.
+
+    Several engines and threads may share a model, each with buffers of its own: forwards of one model run one at a time.
+    """
 
     def __init__(self, model: Any) -> None:
         """`model`: a transformers causal LM in eval mode, with sdpa, eager or this package's grouped sdpa attention.
 
         Raises:
+            InvalidArgumentError: this is no transformers model.
             UnsupportedModelError: a layer does not cache per-token keys and values.
         """
-        self.model = model
+        if not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
+            raise InvalidArgumentError(
+                f"an engine runs a transformers causal language model, got {type(model).__name__}"
+            )
+        self.model: Any = model
         self.layout = KVLayout.read(model)
         self.layout.require_tokens_only()
         self.meter = Meter()
+        """what the calling thread has had done by this engine"""
+        self._lock = lock_of(model)
         self._proof: RelocationProof | None = None
         self._rows_proof: RowsProof | None = None
 
@@ -93,49 +91,89 @@ class Engine:
 
     # -- computing ---------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def compute(self, buffer: KVBuffer, rows: Rows, *, logits: int = 1) -> torch.Tensor:
-        """Compute rows against the buffer and write them into it.
+    def compute(
+        self, buffer: KVBuffer, rows: Rows, *, logits: int = 1, chunk: int = CHUNK, progress: Progress | None = None
+    ) -> torch.Tensor:
+        """Compute rows against the buffer and write them into it, in forwards of about `chunk` rows.
 
-        Returns the logits of the last `logits` rows, [logits, vocabulary]; 0 skips the vocabulary projection.
+        Returns the logits of the last `logits` rows, [logits, vocabulary]; 0 skips the vocabulary projection. If anything is
+        raised (by `progress` and Ctrl-C too), the buffer has its length of before; rows that were overwritten come back with a
+        rollback to a mark only.
 
         Raises:
+            InvalidArgumentError: an argument has the wrong type, or a token id is not in the vocabulary.
             ContextOverflowError: a position is beyond what the model was made for. Nothing was written.
-            NonFiniteLogitsError: NaN or infinity in the logits (or, without any, in the rows). They were written: roll back.
+            FrequencyRegimeError: the rows would be computed with other frequencies than those that stay. Nothing was written.
+            NonFiniteLogitsError: NaN or infinity in the logits (or, without any, in the rows).
         """
+        ids = self._checked(buffer, rows, logits, chunk)
         self._check_positions(rows)
-        with buffer.writing(rows.slots, rows.positions) as target:
+        before = buffer.length
+        try:
+            for start, stop in rows.forwards(self.layout.frequency_rules, logits, chunk):
+                kept = logits if stop == len(rows) else 0
+                output = self._compute_some(buffer, ids[start:stop], rows.part(start, stop), kept)
+                if progress is not None:
+                    progress(stop, len(rows))
+        except BaseException:
+            buffer.truncate(min(before, buffer.length))
+            raise
+        return output
+
+    @torch.no_grad()
+    def _compute_some(self, buffer: KVBuffer, ids: torch.Tensor, rows: Rows, logits: int) -> torch.Tensor:
+        with self._lock, buffer.writing(rows.slots, rows.positions) as target:
             appended = isinstance(target.slots, slice) and target.slots.stop == target.visible
             mask: Any = None
-            if not (appended and buffer.dense_until(target.visible)):
-                additive = self.dtype if self.model.config._attn_implementation == "eager" else None
-                keys = buffer.positions_until(target.visible).to(self.device)
-                queries = torch.tensor(rows.positions, device=self.device)
-                mask = attention_masks(self.layout, queries, keys, additive=additive)
-            output = self._forward(buffer, rows, mask, logits)
-        self.meter.tokens_computed += len(rows)
+            # Among the last slots, a mask by index is one by position: always if nothing but order counts, else without holes.
+            order_only = all(layer.reach is Reach.FULL for layer in self.layout.layers)
+            if not (appended and (order_only or buffer.dense_until(target.visible))):
+                mask = self._mask(buffer, rows, target.visible, eager=self.model.config._attn_implementation == "eager")
+            output = self._forward(buffer, ids, rows, mask, logits).logits[0]
+        buffer.meter.count(computed=len(rows))
         # What is not finite anywhere is not finite in the last layer's values either: a sum carries it there.
         written = buffer.layers[-1].values[:, :, target.slots]
         if not bool(torch.isfinite(output if logits else written).all()):
             raise NonFiniteLogitsError(
                 "the model computed NaN or infinity, so nothing can be read from these rows. Check the weights and the dtype "
-                "(float16 overflows on many models). A notebook is as it was before the call; a bare buffer has to be rolled "
-                "back."
+                "(float16 overflows on many models). A notebook is unchanged; a bare buffer has to be rolled back."
             )
-        return output
+        return output  # type: ignore[no-any-return]
 
-    def _forward(self, buffer: KVBuffer, rows: Rows, mask: Any, logits: int) -> torch.Tensor:
+    def _mask(self, buffer: KVBuffer, rows: Rows, visible: int, *, eager: bool) -> Any:
+        keys = buffer.positions_until(visible).to(self.device)
+        queries = torch.tensor(rows.positions, device=self.device)
+        return attention_masks(self.layout, queries, keys, additive=self.dtype if eager else None)
+
+    def _forward(self, buffer: KVBuffer, ids: torch.Tensor, rows: Rows, mask: Any, logits: int, **more: Any) -> Any:
+        if any(rule.every_length and rows.positions[-1] + 1 >= rule.within for rule in self.layout.frequency_rules):
+            reset_frequencies(decoder_of(self.model), self.model.get_input_embeddings().weight[:1])
         # An empty index keeps no row; the integer 0 would mean "all rows" to transformers.
         keep: Any = logits if logits else torch.empty(0, dtype=torch.long, device=self.device)
-        output = self.model(
-            input_ids=torch.tensor([rows.ids], device=self.device),
+        return self.model(
+            input_ids=ids[None].to(self.device),
             position_ids=torch.tensor([rows.positions], device=self.device),
             attention_mask=mask,
             past_key_values=buffer,
             use_cache=True,
             logits_to_keep=keep,
+            **more,
         )
-        return output.logits[0]  # type: ignore[no-any-return]
+
+    def _checked(self, buffer: KVBuffer, rows: Rows, logits: int, chunk: int) -> torch.Tensor:
+        """The ids of the rows, [T] on the CPU.
+
+        Raises:
+            InvalidArgumentError: an argument has the wrong type, or a token id is not in the vocabulary.
+        """
+        if not isinstance(buffer, KVBuffer) or not isinstance(rows, Rows):
+            raise InvalidArgumentError(
+                f"compute takes a KVBuffer and Rows, got {type(buffer).__name__} and {type(rows).__name__}"
+            )
+        for name, number, least in (("logits", logits, 0), ("chunk", chunk, 1)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise InvalidArgumentError(f"{name} is a whole number of rows, at least {least}; got {number!r}")
+        return rows.token_ids(self._vocabulary)
 
     def _check_positions(self, rows: Rows) -> None:
         limit = self.layout.position_limit
@@ -157,9 +195,32 @@ class Engine:
                 "model with a longer context."
             )
 
-    def append(self, buffer: KVBuffer, ids: Sequence[int], *, logits: int = 1) -> torch.Tensor:
-        """Compute tokens after the last one in the buffer."""
-        return self.compute(buffer, Rows.appended(ids, buffer.length, buffer.next_position), logits=logits)
+    def require_same_regime(self, buffer: KVBuffer, first_row_position: int, last_row_position: int) -> None:
+        """Ask whether a forward that computes every row from the first to the last position agrees with the rows that stay.
+
+        For a plan: where this raises, compute the whole context anew instead. `compute` asks by itself.
+
+        Raises:
+            FrequencyRegimeError: the model would compute them with other frequencies than the cached rows before or after.
+        """
+        positions = buffer.positions
+        staying = int(((positions < first_row_position) | (positions > last_row_position)).sum())
+        buffer.require_tables(last_row_position + 1, remaining=staying)
+
+    def append(
+        self,
+        buffer: KVBuffer,
+        ids: Sequence[int],
+        *,
+        logits: int = 1,
+        chunk: int = CHUNK,
+        progress: Progress | None = None,
+    ) -> torch.Tensor:
+        """Compute tokens after the last one in the buffer. Arguments and errors as in `compute`."""
+        if not isinstance(buffer, KVBuffer):
+            raise InvalidArgumentError(f"append takes a KVBuffer, got {type(buffer).__name__}")
+        rows = Rows.appended(ids, buffer.length, buffer.next_position)
+        return self.compute(buffer, rows, logits=logits, chunk=chunk, progress=progress)
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -192,88 +253,109 @@ class Engine:
         """How much the last of `rows` attends to every slot it sees, weighted by the size of what it reads there.
 
         Returns [S]: over layers and heads, the mean of (attention weight x norm of the value vector; with MLA, of the latent
-        that values are made from), with the rows computed against the buffer as it is. The buffer is left as it was.
+        that values are made from), with the rows computed against the buffer. The buffer is unchanged.
         Source: Kobayashi et al., Attention is Not Only a Weight (arXiv 2004.10102), section 3.
         """
-        implementation = self.model.config._attn_implementation
+        ids = self._checked(buffer, rows, 1, CHUNK)
+        self._check_positions(rows)
+        layers = self.relocation.layout.layers
         mark = buffer.mark()
         try:
-            self.model.set_attn_implementation("eager")
-            self._check_positions(rows)
-            with buffer.writing(rows.slots, rows.positions) as target:
-                keys = buffer.positions_until(target.visible).to(self.device)
-                queries = torch.tensor(rows.positions, device=self.device)
-                output = self.model(
-                    input_ids=torch.tensor([rows.ids], device=self.device),
-                    position_ids=torch.tensor([rows.positions], device=self.device),
-                    attention_mask=attention_masks(self.layout, queries, keys, additive=self.dtype),
-                    past_key_values=buffer,
-                    use_cache=True,
-                    output_attentions=True,
-                    logits_to_keep=1,
-                )
-            self.meter.tokens_computed += len(rows)
+            with self._lock, buffer.writing(rows.slots, rows.positions) as target:
+                weights = self._last_row_weights(buffer, ids, rows, target.visible)
+            buffer.meter.count(computed=len(rows))
             influence = torch.zeros(target.visible, dtype=torch.float32, device=self.device)
-            for index, attention in enumerate(output.attentions):
-                weights = attention[0, :, -1, :].float()
-                layer, rotated = buffer.layers[index], self.relocation.layout.layers[index].rotated
-                read = layer.values if rotated == "keys" else layer.keys
+            for layer, rule, attention in zip(buffer.layers, layers, weights, strict=True):
+                read = layer.values if rule.rotated == "keys" else layer.keys
                 norms = read[0, :, : target.visible].float().norm(dim=-1)
-                groups = weights.shape[0] // norms.shape[0]
-                influence += (weights * norms.repeat_interleave(groups, dim=0)).mean(dim=0)
-            return influence / len(output.attentions)
+                groups = attention.shape[0] // norms.shape[0]
+                influence += (attention.float() * norms.repeat_interleave(groups, dim=0)).mean(dim=0)
+            return influence / len(weights)
         finally:
-            self.model.set_attn_implementation(implementation)
             buffer.rollback(mark)
+
+    def _last_row_weights(self, buffer: KVBuffer, ids: torch.Tensor, rows: Rows, visible: int) -> list[torch.Tensor]:
+        """The last row's attention in each layer, [heads, S], computed while the caller holds the model's lock.
+
+        With this package's attention the forward is the usual one. With another the implementation is switched for the
+        forward, which is why the lock is held; eager attention returns its weights by itself.
+        """
+        usual = self.model.config._attn_implementation
+        try:
+            if usual in (GROUPED_SDPA, "sdpa"):
+                register_attention()
+                if usual != GROUPED_SDPA:
+                    self.model.set_attn_implementation(GROUPED_SDPA)
+                with recording() as weights:
+                    self._forward(buffer, ids, rows, self._mask(buffer, rows, visible, eager=False), 1)
+                if len(weights) == len(buffer.layers):
+                    return weights
+            if usual != "eager":
+                self.model.set_attn_implementation("eager")
+            mask = self._mask(buffer, rows, visible, eager=True)
+            output = self._forward(buffer, ids, rows, mask, 1, output_attentions=True)
+            return [attention[0, :, -1] for attention in output.attentions]
+        finally:
+            if self.model.config._attn_implementation != usual:
+                self.model.set_attn_implementation(usual)
 
     # -- relocation --------------------------------------------------------------------------------------------
 
     @property
     def relocation(self) -> RelocationProof:
-        """Whether relocation is exact on these weights, found out once by computing it both ways."""
-        if self._proof is None:
-            with self._unmetered():
-                try:
-                    self._proof = prove_relocation(self.layout, self._cached_alone, self._vocabulary, self.dtype)
-                except (ValueError, RuntimeError, IndexError, TypeError, FloatingPointError) as error:
-                    reason = f"the check could not be run ({str(error).splitlines()[0]})"
-                    self._proof = RelocationProof(Verdict.REFUSED, self.layout, float("inf"), reason)
-        return self._proof
+        """Whether relocation is exact on these weights, found out once by computing it both ways.
+
+        If the check cannot be run, relocation is refused; for a reason that may pass, the next call tries again.
+
+        Raises:
+            torch.OutOfMemoryError, MemoryError: there was no memory for the check. Nothing was concluded from that.
+        """
+        with self._lock:
+            if self._proof is not None:
+                return self._proof
+            try:
+                proof = prove_relocation(self.layout, self._cached_alone, self._vocabulary, self.dtype)
+            except (ValueError, RuntimeError, IndexError, TypeError, FloatingPointError) as error:
+                if is_out_of_memory(error):
+                    raise
+                reason = f"the check could not be run ({(str(error) or type(error).__name__).splitlines()[0]})"
+                proof = RelocationProof(Verdict.REFUSED, self.layout, float("inf"), reason)
+                if may_pass(error):
+                    return proof
+            self._proof = proof
+            return proof
 
     @property
     def rows(self) -> RowsProof:
-        """Whether rows in the middle of a context can be computed again on these weights, found out once."""
-        if self._rows_proof is None:
+        """Whether rows in the middle of a context can be computed again on these weights, found out once.
+
+        A check that cannot be run is treated as in `relocation`.
+        """
+        with self._lock:
+            if self._rows_proof is not None:
+                return self._rows_proof
             config = self.model.config.get_text_config(decoder=True).to_dict()
             windows = tuple(v for k, v in config.items() if "window" in k and isinstance(v, int) and v > 1)
-            with self._unmetered():
-                self._rows_proof = prove_rows(
-                    self.layout, windows, self._prefilled_alone, self._recomputed, self._vocabulary, self.dtype
-                )
-        return self._rows_proof
+            proof = prove_rows(
+                self.layout, windows, self._prefilled_alone, self._recomputed, self._vocabulary, self.dtype
+            )
+            if proof.settled:
+                self._rows_proof = proof
+            return proof
 
     def verify(self) -> None:
-        """Do both checks now, if they were not done yet: they take about a second, once."""
+        """Do both checks now, if they were not done yet: they take about a second, once. Safe to call from several threads."""
         _ = (self.rows, self.relocation)
 
     @property
     def _vocabulary(self) -> int:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
-    @contextmanager
-    def _unmetered(self) -> Iterator[None]:
-        """The model's checks are no part of anybody's operation."""
-        meter, self.meter = self.meter, Meter()
-        try:
-            yield
-        finally:
-            self.meter = meter
-
     def _recomputed(self, buffer: KVBuffer, ids: tuple[int, ...], slots: tuple[int, ...]) -> torch.Tensor:
         return self.compute(buffer, Rows(ids, slots, slots))
 
     def _prefilled_alone(self, ids: tuple[int, ...], positions: tuple[int, ...]) -> KVBuffer:
-        buffer = self.new_buffer(len(ids))
+        buffer = KVBuffer(self.layout, capacity=len(ids))  # the model's checks are no part of anybody's operation
         self.compute(buffer, Rows(ids, tuple(range(len(ids))), positions), logits=0)
         return buffer
 
@@ -291,11 +373,7 @@ class Engine:
         Raises:
             UnverifiedError: rows in the middle of this model's context cannot be computed again.
         """
-        if not self.rows.exact:
-            raise UnverifiedError(
-                f"rows in the middle of a context of this {self.layout.model_type} cannot be computed again: "
-                f"{self.rows.reason}. {instead}"
-            )
+        require_rows(self.rows, self.layout.model_type, instead)
 
     def require_relocation(self, *, below: int | None = None) -> KVLayout:
         """The layout with which relocation was proved exact.
@@ -306,24 +384,7 @@ class Engine:
         Raises:
             UnverifiedError: keys of this model cannot be moved to another position, or have not been proved to.
         """
-        name, proof = self.layout.model_type, self.relocation
-        instead = "Keep the value's token length, or use the erratum, suffix or full mode, which relocate nothing."
-        if proof.encoding is PositionEncoding.LEARNED:
-            raise UnverifiedError(
-                f"{name} keeps positions in the hidden states themselves (learned position embeddings, or positions that it "
-                f"counts by itself), so nothing cached at one position is right at another: {proof.reason}. {instead}"
-            )
-        if not proof.exact:
-            raise UnverifiedError(f"relocation is not exact on this {name}: {proof.reason}. {instead}")
-        limit = self.layout.position_limit
-        reached = min((bound for bound in (below, limit) if bound is not None), default=None)
-        if proof.within is not None and (reached is None or reached > proof.within):
-            raise UnverifiedError(f"relocation on this {name} is exact within a bound only ({proof.reason}). {instead}")
-        if any(layer.rotates_more for layer in proof.layout.layers):
-            raise UnverifiedError(
-                f"{name} keeps more than one tensor a layer that turns, and a KVBuffer turns one of them. {instead}"
-            )
-        return proof.layout
+        return require_relocation(self.relocation, below, self.layout)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def formatted(record: Record, path: str, spec: str) -> str:
 
 
 def refreshed(text: str, results: Path | None = None) -> str:
-    """The document with every quoted number written anew."""
+    """The document with every quoted number replaced by its record's."""
     folder = results or results_folder()
 
     def write(match: re.Match[str]) -> str:

@@ -110,6 +110,11 @@ def results_folder() -> Path:
     return Path(os.environ.get("PKV_RESULTS", "results"))
 
 
+def record_slug(name: str) -> str:
+    """A name as a record may spell it: lower-case letters, digits and single `-`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def read_record(path: Path) -> Record:
     """
     Raises:

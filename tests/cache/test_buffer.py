@@ -21,7 +21,7 @@ from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.rotation import rotate
 from programmable_kv.cache.segment import Segment
 from programmable_kv.cache.span import Span
-from programmable_kv.errors import CacheBufferError
+from programmable_kv.errors import CacheBufferError, InvalidArgumentError
 
 LAYERS, HEADS, DIM = 2, 2, 8
 ENGINE = tiny_engine("llama")
@@ -314,3 +314,80 @@ def test_gaps_beams_and_foreign_marks_are_refused() -> None:
     for runs in ((-1, 2, 3), (0, 3, 2), (2, 1, 3), (0, 2, 6)):
         with pytest.raises(CacheBufferError, match="adjacent"):
             buffer.exchange(*runs, LAYOUT)
+
+
+def test_freed_slots_forget_where_their_keys_came_from() -> None:
+    """A splice at the end is cut or rolled back; then two places are lengthened, and freed slots lie between for a moment."""
+    segment = filled(8).segment(Span(0, 8), range(8))
+    for undo in ("cut", "roll back"):
+        buffer = filled(10)
+        mark = buffer.mark()
+        buffer.insert(10, segment, LAYOUT)
+        if undo == "roll back":
+            buffer.rollback(mark)
+        else:
+            buffer.truncate(10)
+            buffer.release(mark)
+        buffer.release(buffer.mark())
+        for stop, shift in ((9, 4), (8, 4)):
+            buffer.relocate(stop, buffer.length, stop + shift, shift, LAYOUT)
+        assert buffer.length == 18
+
+
+def test_segments_that_nothing_uses_leave_no_trace() -> None:
+    buffer = filled(10)
+    for _ in range(20):
+        mark = buffer.mark()
+        buffer.insert(10, filled(3).segment(Span(0, 3), range(3)), LAYOUT)
+        buffer.rollback(mark)
+    assert buffer._origins._segments in ([], [None])
+
+
+def test_a_batch_is_refused() -> None:
+    buffer = filled(4)
+    with pytest.raises(CacheBufferError, match="batch of 2"):
+        buffer.update(torch.zeros(2, HEADS, 1, DIM).double(), torch.zeros(2, HEADS, 1, DIM).double(), 0)
+    assert buffer.length == 4
+    with pytest.raises(CacheBufferError, match="num_beams=1"):
+        ENGINE.model.generate(
+            torch.tensor([[3, 4, 5, 6, 7]]), past_key_values=buffer, num_beams=4, max_new_tokens=3, pad_token_id=0
+        )
+    assert buffer.length == 4
+
+
+def test_wrong_types_are_refused() -> None:
+    with pytest.raises(CacheBufferError, match="truncate"):
+        filled(4).truncate("2")  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match="Segment"):
+        filled(4).insert(0, [3, 4], LAYOUT)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fault", ["nothing", "a layer is missing", "too few rows", "a batch"])
+def test_tensors_that_do_not_fit_are_refused(fault: str) -> None:
+    named = dict(filled(5).tensors())
+    if fault == "nothing":
+        named.clear()
+    elif fault == "a layer is missing":
+        del named["values.1"]
+    elif fault == "too few rows":
+        named["keys.0"] = named["keys.0"][:, :, :4]
+    else:
+        named["values.0"] = named["values.0"].repeat(2, 1, 1, 1)
+    buffer = KVBuffer(ENGINE.layout)
+    with pytest.raises(CacheBufferError, match=r"positions|expected"):
+        buffer.load_tensors(named)
+    assert buffer.length == 0
+    buffer.load_tensors(filled(5).tensors())
+    assert buffer.length == 5
+
+
+def test_a_long_buffer_grows_by_steps() -> None:
+    """A context that is larger than a step does not get twice the memory for one more token."""
+    buffer = KVBuffer(ENGINE.layout, capacity=20_000)
+    buffer.ensure_capacity(20_001)
+    assert 20_001 <= buffer.capacity <= 20_000 + 8192
+    buffer.ensure_capacity(50_000)
+    assert buffer.capacity == 50_000
+    small = KVBuffer(ENGINE.layout, capacity=100)
+    small.ensure_capacity(101)
+    assert small.capacity == 200

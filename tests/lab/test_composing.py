@@ -10,13 +10,16 @@ import pytest
 
 from programmable_kv import SeamRepair
 from programmable_kv.errors import MissingDataError
-from programmable_kv.lab.composing import experiment, suites, tasks, tools
-from programmable_kv.lab.composing.arms import FEW_ARMS, NOT_ROTATED, Arm, Stand
-from programmable_kv.lab.composing.frame import TITLE, Place, frame_at
+from programmable_kv.lab.composing import experiment, tasks, tools
+from programmable_kv.lab.composing.arms import FEW_ARMS, NOT_ROTATED, Arm, ArmComparison
+from programmable_kv.lab.composing.frame import TITLE, InsertionPoint, frame_at
 from programmable_kv.lab.composing.horizon import play
+from programmable_kv.lab.composing.suites.catalogue import Catalogue
+from programmable_kv.lab.composing.suites.composing import Composing
+from programmable_kv.lab.composing.suites.prefaces import Prefaces
 from programmable_kv.skills.skill import Draft
 
-NEAR = Place("system", 64)
+NEAR = InsertionPoint("system", 64)
 
 
 def every_kind(count: int) -> list[tasks.Task]:
@@ -84,7 +87,7 @@ def test_sixteen_tools_and_requests_for_them() -> None:
 
 def test_a_catalogue_in_several_orders() -> None:
     """The same tools and the same answers; what each read while it was compiled does not depend on the order."""
-    groups = suites.Catalogue(tools=12).groups()
+    groups = Catalogue(tools=12).groups()
     asked = {name: group.tasks for group in groups for name in {task.kind for task in group.tasks}}
     orders = ("in_order", "shuffled", "every_second")
     assert list(asked) == [f"{order}_{how}" for order in orders for how in ("alone", "behind_two", "together")]
@@ -108,7 +111,7 @@ def test_a_catalogue_in_several_orders() -> None:
 
 def test_tools_compiled_together_read_what_they_would_in_one_forward(embedded: Any) -> None:
     """The suite compiles each behind a text of all before it: the very tokens that `compile_together` puts there."""
-    together = next(g.tasks[0] for g in suites.Catalogue(1).groups() if g.tasks[0].kind == "in_order_together")
+    together = next(g.tasks[0] for g in Catalogue(1).groups() if g.tasks[0].kind == "in_order_together")
     at_once = Draft.together(embedded, dict(zip(together.options, together.pieces, strict=True)), {}, TITLE, "")
     for draft, piece, preface in zip(at_once, together.pieces, together.prefaces, strict=True):
         one = Draft.of(embedded, piece, {}, None, None, preface)
@@ -131,43 +134,43 @@ def test_a_server_that_lists_nothing_is_told(monkeypatch: pytest.MonkeyPatch) ->
         tools.retail_tools()
 
 
-@pytest.mark.parametrize("place", [NEAR, Place("conversation", 200)], ids=str)
-def test_a_frame_stands_where_it_says(embedded: Any, place: Place) -> None:
-    frame = frame_at(embedded, place)
-    assert place.displacement <= len(frame.before) < place.displacement + 60
+@pytest.mark.parametrize("point", [NEAR, InsertionPoint("conversation", 200)], ids=str)
+def test_a_frame_has_the_text_it_was_asked_for(embedded: Any, point: InsertionPoint) -> None:
+    frame = frame_at(embedded, point)
+    assert point.preceding_tokens <= len(frame.before) < point.preceding_tokens + 60
     assert frame.after("What now?").count("What now?") == 1
     assert frame.after("What now?").endswith("<|im_start|>assistant\n")
 
 
 def test_computing_a_whole_piece_again_is_a_full_prefill(embedded: Any) -> None:
-    """And splicing it as it was compiled is not, nor is leaving its keys unrotated the same as rotating them."""
-    stand = Stand(embedded, frame_at(embedded, NEAR))
+    """Splicing it without recomputing is not, and keys left unrotated differ from rotated ones."""
+    comparison = ArmComparison(embedded, frame_at(embedded, NEAR))
     task = next(tasks.policies(1))
     whole = Arm("whole", SeamRepair(10_000))
-    row = stand.compare([task], [whole, *FEW_ARMS])[0]
+    row = comparison.compare([task], [whole, *FEW_ARMS])[0]
     assert row["whole"]["cosine"] > 1 - 1e-5
     assert row["whole"]["kl"] < 1e-5
     assert row["whole"]["kl"] < row["seam_4"]["kl"]
     assert row["seam_0"]["kl"] != row[NOT_ROTATED.name]["kl"]
-    again = stand.compare([task], [whole, *FEW_ARMS])[0]
+    again = comparison.compare([task], [whole, *FEW_ARMS])[0]
     assert again == row  # what was put behind the prefix was taken away again
 
 
 def test_a_piece_that_depends_on_what_it_never_read_is_worse(embedded: Any) -> None:
-    stand = Stand(embedded, frame_at(embedded, NEAR))
+    comparison = ArmComparison(embedded, frame_at(embedded, NEAR))
     arm = [Arm("seam_4", SeamRepair(4))]
-    whole = [stand.compare([task], arm)[0]["seam_4"]["kl"] for task in tasks.policies(4)]
-    part = [stand.compare([task], arm)[0]["seam_4"]["kl"] for task in tasks.coupled(4)]
+    whole = [comparison.compare([task], arm)[0]["seam_4"]["kl"] for task in tasks.policies(4)]
+    part = [comparison.compare([task], arm)[0]["seam_4"]["kl"] for task in tasks.coupled(4)]
     assert sum(part) > 4 * sum(whole)
 
 
 def test_a_preface_tells_what_a_piece_lacks(embedded: Any) -> None:
-    stand = Stand(embedded, frame_at(embedded, NEAR))
+    comparison = ArmComparison(embedded, frame_at(embedded, NEAR))
     alone, informed = Arm("alone", SeamRepair(0)), Arm("informed", SeamRepair(0), preface=True)
-    rows = [stand.compare([task], [alone, informed])[0] for task in tasks.coupled(4)]
+    rows = [comparison.compare([task], [alone, informed])[0] for task in tasks.coupled(4)]
     assert sum(row["alone"]["kl"] for row in rows) > 4 * sum(row["informed"]["kl"] for row in rows)
     together = next(tasks.two_hops(1, together=True))
-    assert "informed" not in stand.compare([together], [alone, informed])[0]  # it has no preface
+    assert "informed" not in comparison.compare([together], [alone, informed])[0]  # it has no preface
 
 
 def test_the_horizon_compares_an_edited_cache_with_the_text_as_it_is_now(embedded: Any) -> None:
@@ -177,11 +180,12 @@ def test_the_horizon_compares_an_edited_cache_with_the_text_as_it_is_now(embedde
     assert rows[0]["tokens"] < rows[1]["tokens"] < rows[2]["tokens"]
 
 
-def test_a_slice_of_the_suite_resumes(embedded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suites, "PLACES", (NEAR,))
-    monkeypatch.setattr(experiment, "TURNS", 3)
+def test_a_slice_of_the_suite_resumes(embedded: Any, tmp_path: Path) -> None:
+    class NearOnly(Composing):
+        points = (NEAR,)
+
     path = tmp_path / "compose-embedded.json"
-    suite = suites.Composing(policies=1, others=1, tools=0, horizons=1)
+    suite = NearOnly(policies=1, others=1, tools=0, horizons=1)
     stop_after = 1
 
     def interrupted(done: int, _: int) -> None:
@@ -189,8 +193,8 @@ def test_a_slice_of_the_suite_resumes(embedded: Any, tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        experiment.run(embedded, path, suite, report=interrupted)
-    record = experiment.run(embedded, path, suite)
+        experiment.run(embedded, path, suite, turns=3, report=interrupted)
+    record = experiment.run(embedded, path, suite, turns=3)
     assert [row["kind"] for row in record.rows] == ["policy", "updates", "horizon"]
     assert record.figure("policy.system_64.seam_1.cosine.value") > 0.9
     assert record.figure("horizon.first.full_right.n") == 1
@@ -198,7 +202,7 @@ def test_a_slice_of_the_suite_resumes(embedded: Any, tmp_path: Path, monkeypatch
 
 
 def test_every_preface_is_tried(embedded: Any, tmp_path: Path) -> None:
-    record = experiment.run(embedded, tmp_path / "preface-embedded.json", suites.Prefaces(policies=1, others=1))
+    record = experiment.run(embedded, tmp_path / "preface-embedded.json", Prefaces(policies=1, others=1))
     names = ("none", "title", "rules_4", "rules_20", "like")
     assert list(record.summary) == [f"{kind}_{name}" for kind in ("policy", "rule_sets_2") for name in names]
     found = [record.figure(f"policy_{name}.system_512.preface_0.kl.value") for name in names[1:]]

@@ -14,14 +14,14 @@ from programmable_kv.engine import prefill_alone
 from programmable_kv.errors import InvalidOptionsError
 from programmable_kv.lab import zoo, zoo_page
 from programmable_kv.lab.tiny_configs import EXCEPTIONS, tiny_config
-from programmable_kv.lab.zoo import NOT_BUILT, Species, all_species, examine, examine_apart, species_named, summary
+from programmable_kv.lab.zoo import NOT_BUILT, Variant, all_variants, examine, examine_apart, summary, variants_named
 from programmable_kv.records import read_record
 from programmable_kv.verify.relocation import Verdict, rule_of
 
 ROOT = Path(__file__).parent.parent.parent
 EXACT, WITHIN, ATTENTION_ONLY, REFUSED = map(str, Verdict)
 
-# What is asserted is the verdict; what a row stands for is the comment. None of this is known to the code.
+# The verdict is asserted; the comment says what the row represents. The code knows none of this.
 REPRESENTATIVES = {
     "llama": (EXACT, "128 channels, half-split"),
     "glm": (EXACT, "64 channels, interleaved"),  # partial
@@ -53,7 +53,7 @@ REPRESENTATIVES = {
 @pytest.mark.parametrize("name", sorted(REPRESENTATIVES))
 def test_a_representative_gets_its_verdict(name: str) -> None:
     verdict, family = REPRESENTATIVES[name]
-    row = examine(Species(name))
+    row = examine(Variant(name))
     assert row["verdict"] == verdict, row
     assert family in row["family"], row
     assert row["reason"] or verdict == EXACT
@@ -74,9 +74,9 @@ def test_an_image_moves_along_the_axes_that_moved(name: str, sections: str) -> N
         return positions[:, 0, text:]
 
     assert bool((placed(10) - placed(3) == 7).all()), "an image moves along every axis, not only along time"
-    species = Species(name, "text side")
-    assert sections in examine(species)["family"]
-    model = zoo.build(species)
+    variant = Variant(name, "text side")
+    assert sections in examine(variant)["family"]
+    model = zoo.build(variant)
     layout = zoo.prove(model).layout
     ids = list(range(7, 19))
     by = torch.tensor([300, 17, 5])[:, None].expand(3, 12)
@@ -94,7 +94,7 @@ def test_an_image_moves_along_the_axes_that_moved(name: str, sections: str) -> N
 
 def test_every_type_of_transformers_has_a_row() -> None:
     rows = read_record(ROOT / "results" / "zoo.json").rows
-    assert [(row["type"], row["side"]) for row in rows] == [(each.name, each.side) for each in all_species()]
+    assert [(row["type"], row["side"]) for row in rows] == [(each.name, each.side) for each in all_variants()]
 
 
 def test_the_record_leaves_nothing_unexplained() -> None:
@@ -111,20 +111,20 @@ def test_the_page_is_what_the_record_says() -> None:
 
 
 def test_a_type_that_cannot_be_built_costs_its_row_only() -> None:
-    row = examine(Species("no such type"))
+    row = examine(Variant("no such type"))
     assert row["verdict"] == NOT_BUILT
     assert "building it failed: KeyError" in row["reason"]
 
 
 def test_a_type_that_hangs_is_ended() -> None:
-    row = examine_apart(Species("llama"), patience_seconds=0.01)
+    row = examine_apart(Variant("llama"), timeout_seconds=0.01)
     assert row["verdict"] == NOT_BUILT
     assert "did not finish" in row["reason"]
 
 
 def test_an_unknown_name_is_an_error() -> None:
     with pytest.raises(InvalidOptionsError, match="lama"):
-        species_named(["lama"])
+        variants_named(["lama"])
 
 
 def test_every_exception_has_its_reason() -> None:

@@ -1,4 +1,4 @@
-"""The scenario grammar: splits share nothing, answers follow from the text, training data is what it says."""
+"""The scenario grammar: splits share nothing, and answers follow from the text."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import random
 import re
 from dataclasses import fields
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programmable_kv.adapter import phrasings, vocabulary
 
+from programmable_kv.scenarios import phrasings, vocabulary
 from programmable_kv.scenarios.grammar import make_scenario
-from programmable_kv.scenarios.phrasings import Phrasing, Split, Stage
+from programmable_kv.scenarios.phrasings import Phrasing, Split
 from programmable_kv.scenarios.vocabulary import domains, held_out_domains
-from training.conversation import conversation
 
 
 def test_twelve_training_domains_and_held_out_ones() -> None:
@@ -76,21 +74,3 @@ def test_a_scenario_can_be_answered_from_its_text(seed: int, split: Split) -> No
     assert not gated & set(scenario.irrelevant)
     position = min(text.index(scenario.values[gate.field]) for gate in scenario.gates)
     assert position < len(text) / 2 or len(text) < 900, "fields stand near the top"
-
-
-@pytest.mark.parametrize(
-    "stage", ["pair", "short", "mixed", "wide", "hop", "full", "topics", "hard", "settle", "obey", "looked_up"]
-)
-def test_conversations_teach_answers_only(stage: Stage) -> None:
-    for seed in range(60):
-        pieces = conversation(random.Random(seed), stage=stage)
-        learned = [piece.text for piece in pieces if piece.learned]
-        assert learned
-        for text in learned:
-            assert text.endswith(("<|im_end|>", "\n"))
-            assert "[STATE UPDATE]" not in text
-
-
-def test_the_same_seed_gives_the_same_conversation() -> None:
-    assert conversation(random.Random(7)) == conversation(random.Random(7))
-    assert conversation(random.Random(7)) != conversation(random.Random(8))

@@ -1,17 +1,19 @@
 """What `test_store_races.py` runs in a process of its own: one model, and children that are forked from it.
 
-    python races.py SCENARIO FOLDER
+    python races.py FOLDER
 
-Exits with an assertion's traceback if the store breaks a promise; prints how often things happened.
+Prints a line of JSON for each scenario: what happened, or the traceback of the assertion that failed.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +92,7 @@ def check_whole(folder: Path, skill: Skill, *, there: bool | None) -> None:
     assert sorted(path.name for path in folder.iterdir()) == sorted([f"{entry.key}.json", entry.tensors])
 
 
-def killed_writers(folder: Path) -> None:
+def killed_writers(folder: Path) -> str:
     skill = Skill.compile(MODEL, "short.", name="short")
     steps = 0
     for there in (False, True):
@@ -110,11 +112,11 @@ def killed_writers(folder: Path) -> None:
             done = killed_after(nbytes, lambda: SkillStore(folder).put(skill))
             assert done == -signal.SIGXFSZ, done
             check_whole(folder, skill, there=True)
-    print(f"killed at {steps} steps")
     assert steps > 10
+    return f"killed at {steps} steps"
 
 
-def evicting(folder: Path) -> None:
+def evicting(folder: Path) -> str:
     """Three processes that compile six texts into a store with room for two, each of them evicting the others'."""
     texts = [f"text number {number} says so." for number in range(6)]
     limit = 2 * SkillStore(folder / "size").put(Skill.compile(MODEL, texts[0], name="size")).nbytes
@@ -122,14 +124,12 @@ def evicting(folder: Path) -> None:
     until = time.monotonic() + 3
 
     def use(seed: int) -> None:
-        store, turn, hits = SkillStore(shared, limit=limit), seed, 0
+        store, turn = SkillStore(shared, limit=limit), seed
         while time.monotonic() < until:
             turn = (5 * turn + 7) % 9
             text = texts[turn % 6]
             skill = store.compile(MODEL, text, name=f"n{turn % 2}")
             assert skill.text == text
-            hits += skill.account.tokens_computed == 0
-        print(f"hits {hits}", flush=True)
 
     assert [ended(pid) for pid in [child(lambda seed=seed: use(seed)) for seed in range(3)]] == [0, 0, 0]  # type: ignore[misc]
     store = SkillStore(shared, limit=10 * limit)
@@ -141,9 +141,10 @@ def evicting(folder: Path) -> None:
             assert store.verify(skill.name).nbytes
     names = {name for entry in store.entries() for name in (f"{entry.key}.json", entry.tensors)}
     assert {path.name for path in shared.iterdir()} == names
+    return "no key was lost"
 
 
-def two_writers(folder: Path) -> None:
+def two_writers(folder: Path) -> str:
     """One key, two contents (another thread count rounds otherwise): a reader gets one of the two, never both mixed."""
     one = Skill.compile(MODEL, "short.", name="short")
     other = replace(one, segment=replace(one.segment, values=tuple(values + 1 for values in one.segment.values)))
@@ -160,12 +161,12 @@ def two_writers(folder: Path) -> None:
         got = reader.get(MODEL, "short")
         seen[int(bool((got.segment.values[0] != one.segment.values[0]).all()))] += 1
     assert [ended(pid) for pid in writers] == [0, 0]
-    print(f"read {seen}")
     assert min(seen.values()) > 0
     assert len(list(folder.iterdir())) == 2, sorted(folder.iterdir())
+    return f"read {seen}"
 
 
-def stopped_writer(folder: Path) -> None:
+def stopped_writer(folder: Path) -> str:
     """A process that is stopped in the middle of a write holds nobody up, and what it is writing is not cleared away."""
     skill, other = (Skill.compile(MODEL, f"{name}.", name=name) for name in ("short", "other"))
 
@@ -189,10 +190,10 @@ def stopped_writer(folder: Path) -> None:
     os.kill(pid, signal.SIGCONT)
     assert ended(pid) == 0
     assert store.verify("short").name == "short"
-    print("went on")
+    return "it went on"
 
 
-def full_disk(folder: Path) -> None:
+def full_disk(folder: Path) -> str:
     """A limit on a file's size stands for the disk: the write fails for real, in its midst, and is a typed error."""
     skill = Skill.compile(MODEL, "short.", name="short")
 
@@ -203,9 +204,17 @@ def full_disk(folder: Path) -> None:
         assert list(folder.iterdir()) == []
 
     assert ended(child(write)) == 0
-    print("told")
+    return "told"
 
+
+SCENARIOS = (killed_writers, evicting, two_writers, stopped_writer, full_disk)
 
 if __name__ == "__main__":
-    SCENARIOS = {it.__name__: it for it in (killed_writers, evicting, two_writers, stopped_writer, full_disk)}
-    SCENARIOS[sys.argv[1]](Path(sys.argv[2]))
+    for scenario in SCENARIOS:
+        folder = Path(sys.argv[1]) / scenario.__name__
+        folder.mkdir()
+        try:
+            told, error = scenario(folder), ""
+        except Exception:
+            told, error = "", traceback.format_exc()
+        print(json.dumps({"scenario": scenario.__name__, "told": told, "error": error}), flush=True)

@@ -170,3 +170,11 @@ def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path: Path) -> 
         (tmp_path / name).write_bytes(b"half")
     blobs.sweep()
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".a.{'0' * 32}.aside", ".a.partial", "a.partial"]
+
+
+def test_a_password_in_a_url_is_in_no_message(tmp_path: Path) -> None:
+    blobs = blobs_at(f"memory://user:secret@host/{tmp_path.name}")
+    assert "secret" not in blobs.where
+    with pytest.raises(InvalidArgumentError, match="nonsense") as told:
+        blobs_at("nonsense://user:secret@host/x")
+    assert "secret" not in str(told.value)

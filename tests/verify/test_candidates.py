@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from programmable_kv.cache.rotation import Pairing, Rotary, rotate
-from programmable_kv.verify.candidates import Moved, axes_of, best_rule
+from programmable_kv.verify.candidates import PositionPair, axes_of, best_rule
 
 TABLE = Rotary(tuple(1e4 ** (-2 * i / 16) for i in range(8)))
 ALLOWED = 1e-12
 
 
-def moves(truth: Rotary | None, width: int = 32) -> list[Moved]:
+def moves(truth: Rotary | None, width: int = 32) -> list[PositionPair]:
     made = []
     for step in (1, 64, 4096):
         before = torch.randn(1, 2, 1, width, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
         offsets = torch.tensor([step])
-        made.append(Moved(offsets, before, before if truth is None else rotate(before, offsets, truth)))
+        made.append(PositionPair(offsets, before, before if truth is None else rotate(before, offsets, truth)))
     return made
 
 
@@ -61,6 +61,6 @@ def test_the_axis_of_each_frequency_is_found(axes: tuple[int, ...]) -> None:
     truth = replace(TABLE, axes=axes)
     before = torch.randn(1, 2, 1, 32, dtype=torch.float64)
     alone = [torch.eye(3, dtype=torch.long)[axis][:, None] * 4096 for axis in range(3)]
-    moved = [Moved(offsets, before, rotate(before, offsets, truth)) for offsets in alone]
+    moved = [PositionPair(offsets, before, rotate(before, offsets, truth)) for offsets in alone]
     assert axes_of(TABLE, moved, ALLOWED) == truth
     assert axes_of(TABLE, [moved[0], moved[0], moved[2]], ALLOWED) is None, "two axes cannot turn the same channels"

@@ -24,13 +24,13 @@ from programmable_kv.bench.edit import padded_policy
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.demo.demo import CASES, VALUES
 from programmable_kv.edits.modes import DEFAULT_MODE, Mode
-from programmable_kv.lab.adapter import other_value
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import likeliest, option_ids
 from programmable_kv.prompt.chat import render_chat
 from programmable_kv.prompt.parts import Message, Text
 from programmable_kv.records import Record, Recorder, cluster_bootstrap, digest_of
-from programmable_kv.scenarios.grammar import Scenario, make_scenario
+from programmable_kv.scenarios.grammar import Scenario, other_value
+from programmable_kv.scenarios.held_out import held_out_scenarios_per_domain
 from programmable_kv.scenarios.phrasings import PHRASINGS, question
 from programmable_kv.scenarios.vocabulary import held_out_domains
 from programmable_kv.skills.skill import Skill
@@ -45,7 +45,7 @@ TIMED_TURNS = 12
 MODES = (DEFAULT_MODE, Mode.ERRATUM)
 """of the agents that decide; the first one's times are taken"""
 OPENING = [("system", "")]
-"""what a policy is compiled behind, and stands behind: a system message's beginning"""
+"""the preface that a policy is compiled behind and later spliced behind: the beginning of a system message"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +115,8 @@ def run(
 
 
 def policies(instances: int) -> list[Scenario]:
-    """As many scenarios of every domain that training never saw."""
-    return [
-        make_scenario(random.Random(f"{SEED}/{domain.name}/{number}"), "held_out", domain=domain)
-        for domain in held_out_domains()
-        for number in range(instances)
-    ]
+    """The bench's held-out policies: `instances` of every domain that training never saw."""
+    return held_out_scenarios_per_domain(instances, SEED)
 
 
 def trajectory(scenario: Scenario, turns: int, rng: random.Random) -> Iterator[Step]:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import bisect
 import copy
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from programmable_kv.bench.timing import median_ms
+from programmable_kv.bench.timing import elapsed_ms, median_ms, synchronise
 from programmable_kv.demo.demo import CASES, VALUES, policy
 from programmable_kv.edits.modes import Mode
 from programmable_kv.models.load import Model
@@ -28,7 +28,7 @@ from programmable_kv.records import Record, Recorder, digest_of
 LENGTHS = (512, 1024, 2048, 4096, 7936)
 """tokens of context; the last leaves room for the answer below the embedded model's 8192 positions"""
 DECODED = 48
-_FILLER = "- Notes of the weekly meeting are kept in folder {number} of the shared drive.\n"
+FILLER = "- Notes of the weekly meeting are kept in folder {number} of the shared drive.\n"
 
 
 def context(model: Model, length: int) -> Notebook:
@@ -48,7 +48,7 @@ def padded_policy(model: Model, length: int) -> str:
     lines = head.split("\n")
 
     def text(lines: list[str], filler: int) -> str:
-        rules = "\n".join(lines) + "\n" + "".join(_FILLER.format(number=n) for n in range(filler))
+        rules = "\n".join(lines) + "\n" + "".join(FILLER.format(number=n) for n in range(filler))
         return f"{rules}\n{closing}"
 
     def size(lines: list[str], filler: int) -> int:
@@ -70,8 +70,12 @@ def run(
     repeats: int = 7,
     report: Callable[[int, int], None] | None = None,
     command: str = "",
+    settings: Mapping[str, Any] | None = None,
 ) -> Record:
-    """Measure every length and write the record. Times are medians over `repeats` (three for whole prefills)."""
+    """Measure every length and write the record. Times are medians over `repeats` (three for whole prefills).
+
+    `settings`: what else the record states of the run (`shapes.settings_of` for a model with random weights).
+    """
     recorder = Recorder(
         path,
         name="edit-ttft",
@@ -82,7 +86,7 @@ def run(
         model_fingerprint=model.fingerprint,
         data_digest=digest_of([policy(), *VALUES.values()]),
         seeds=[],
-        settings={"lengths": list(lengths), "repeats": repeats, "decoded": DECODED},
+        settings={"lengths": list(lengths), "repeats": repeats, "decoded": DECODED, **(settings or {})},
     )
     for number, length in enumerate(lengths):
         if not recorder.done(length=length):
@@ -104,6 +108,7 @@ def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
         times = []
         for _ in range(whole if mode in (Mode.FULL, Mode.SUFFIX) else repeats):
             mark = notebook.mark()
+            synchronise()
             decision = notebook.decide(None, options, edits={case.field: case.value}, mode=mode)
             notebook.rollback(mark)
             times.append(decision.ttft_ms)
@@ -113,19 +118,18 @@ def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
     appended = _erratum_and_question(notebook, case.field, case.value)
     few = appended + appended[: tokens["field_erratum"] - len(appended)]
     reference = model.engine.model
-    ready = _dynamic(reference, notebook.ids)
+    mark = notebook.mark()
+    decoded_in_place = _decode(reference, notebook.cache, notebook.ids[-1])
+    notebook.rollback(mark)
+    ready = _dynamic(notebook)
     ways["clone"] = median_ms(repeats, lambda: _forward(reference, appended, copy.deepcopy(ready)))
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        _forward(reference, few, ready)
-        times.append(1e3 * (time.perf_counter() - began))
-        ready.crop(-len(few))
-    ways["bare"] = statistics.median(times)
+    # Each on a copy made outside the measurement: a layer with a sliding window cannot be cropped.
+    copies = (copy.deepcopy(ready) for _ in range(repeats))
+    ways["bare"] = statistics.median(elapsed_ms(partial(_forward, reference, few, cache)) for cache in copies)
     tokens["clone"] = len(appended)
     tokens["bare"] = len(few)
     decode = {
-        "buffer_ms_per_token": _decode(reference, notebook.fork().cache, notebook.ids[-1]),
+        "buffer_ms_per_token": decoded_in_place,
         "dynamic_ms_per_token": _decode(reference, ready, notebook.ids[-1]),
     }
     return {
@@ -146,10 +150,12 @@ def _erratum_and_question(notebook: Notebook, field: str, value: str) -> list[in
     return appended
 
 
-@torch.no_grad()
-def _dynamic(model: Any, ids: list[int]) -> DynamicCache:
-    cache = DynamicCache(config=model.config)
-    model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+def _dynamic(notebook: Notebook) -> DynamicCache:
+    """The notebook's context in transformers' own cache, without a second prefill."""
+    cache = DynamicCache(config=notebook.model.engine.model.config)
+    buffer = notebook.cache
+    for index in range(len(buffer)):
+        cache.update(buffer.keys(index).clone(), buffer.values(index).clone(), index)
     return cache
 
 
@@ -163,12 +169,12 @@ def _forward(model: Any, ids: list[int], cache: Any) -> torch.Tensor:
 
 def _decode(model: Any, cache: Any, token: int) -> float:
     """Median milliseconds a token, decoding one by one."""
-    times = []
-    for _ in range(DECODED):
-        began = time.perf_counter()
+
+    def step() -> None:
+        nonlocal token
         token = int(_forward(model, [token], cache)[0, -1].argmax())
-        times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times)
+
+    return median_ms(DECODED, step)
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:

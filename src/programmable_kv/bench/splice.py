@@ -8,7 +8,7 @@ is the floor: the same bytes, copied once. The rival rotates with our own `rotat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,12 @@ def run(
     repeats: int = 7,
     report: Callable[[int, int], None] | None = None,
     command: str = "",
+    settings: Mapping[str, Any] | None = None,
 ) -> Record:
-    """Measure every length and write the record. Times are medians over `repeats`; whole prefills run once above 2048."""
+    """Measure every length and write the record. Times are medians over `repeats`; whole prefills run once above 2048.
+
+    `settings`: what else the record states of the run (`shapes.settings_of` for a model with random weights).
+    """
     recorder = Recorder(
         path,
         name=path.stem,
@@ -53,7 +57,7 @@ def run(
         model_fingerprint=model.fingerprint,
         data_digest=digest_of([PREFIX, SENTENCE, QUESTION]),
         seeds=[],
-        settings={"lengths": list(lengths), "repeats": repeats, "seam": DEFAULT_SEAM},
+        settings={"lengths": list(lengths), "repeats": repeats, "seam": DEFAULT_SEAM, **(settings or {})},
     )
     for number, length in enumerate(lengths):
         if not recorder.done(length=length):

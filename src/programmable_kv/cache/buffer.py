@@ -1,6 +1,6 @@
-"""KVBuffer: a preallocated transformers `Cache` that is written in place and taken back at the cost of what was touched.
+"""KVBuffer: a preallocated transformers `Cache` that is edited in place; undoing an edit costs what it touched.
 
-Appending costs what is appended (amortised: storage grows by doubling), truncating is O(1), and a mark with an undo
+Appending costs what is appended (amortised: storage grows by steps), truncating is O(1), and a mark with an undo
 log lets an edit be tried and rolled back without cloning the context. Layers with a sliding window keep every
 token; the mask enforces the window, so that an edit far behind the window is still possible.
 """
@@ -9,40 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
-from programmable_kv.account import Meter
+from programmable_kv.account import BufferMeter, Meter
 from programmable_kv.cache.buffer_layer import BufferLayer, WriteTarget
+from programmable_kv.cache.copies import fill, named_tensors
+from programmable_kv.cache.frequencies import Tables, require_first, require_same, tables_at
+from programmable_kv.cache.history import History, Mark, SavedRows
 from programmable_kv.cache.layout import KVLayout, LayerLayout, Rotated
-from programmable_kv.cache.origins import Origins, SavedOrigins, Slots
-from programmable_kv.cache.rotation import Move
+from programmable_kv.cache.origins import Origins, Slots
+from programmable_kv.cache.rotation import Rotation
 from programmable_kv.cache.segment import Segment
 from programmable_kv.cache.span import Span
 from programmable_kv.cache.transformers_api import Cache
-from programmable_kv.errors import CacheBufferError
+from programmable_kv.errors import CacheBufferError, InvalidArgumentError
+
+__all__ = ["KVBuffer", "Mark"]
 
 _SMALLEST_CAPACITY = 64
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Mark:
-    """A state of one buffer that can be returned to. Compared by identity: no other buffer's mark passes for it."""
-
-    length: int
-    logged: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Saved:
-    """What some slots held before they were overwritten. Tensors are [B, H, n, D] per layer."""
-
-    slots: Slots
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
-    positions: torch.Tensor
-    origins: SavedOrigins
+_LARGEST_STEP = 8192
+"""slots"""
 
 
 class KVBuffer(Cache):  # type: ignore[misc]
@@ -54,12 +41,13 @@ class KVBuffer(Cache):  # type: ignore[misc]
     def __init__(self, layout: KVLayout, *, capacity: int = _SMALLEST_CAPACITY, meter: Meter | None = None) -> None:
         self.layout = layout
         self.capacity = max(capacity, _SMALLEST_CAPACITY)
-        self.meter = meter or Meter()
+        self.meter = BufferMeter(meter)
+        """what was done to this buffer, in any thread; also counted in the meter that was given"""
         self.target: WriteTarget | None = None
         self._positions = torch.zeros(self.capacity, dtype=torch.long)
         self._origins = Origins(self.capacity)
-        self._undo: list[_Saved] = []
-        self._marks: list[Mark] = []
+        self._history = History()
+        self._tables: Tables | None = None
         super().__init__(layers=[BufferLayer(self) for _ in layout.layers])
 
     # -- reading -----------------------------------------------------------------------------------------------
@@ -126,13 +114,51 @@ class KVBuffer(Cache):  # type: ignore[misc]
         """Layer's values in use, [B, H, S, D]; a view."""
         return self.layers[layer].values[:, :, : self.length]  # type: ignore[no-any-return]
 
+    # -- frequencies -------------------------------------------------------------------------------------------
+
+    @property
+    def tables(self) -> Tables | None:
+        """The frequency tables that the rows in use were computed with (`FrequencyRule.table`); None if there are none."""
+        return self._tables if self.length else None
+
+    @property
+    def fits_its_length(self) -> bool:
+        """Whether a full forward over these positions would compute with the tables that the rows were computed with.
+
+        False for a long context that was cut short, where the model has other frequencies for the shorter one: its rows agree
+        with each other, but not with a new prefill.
+        """
+        return not self.length or self._tables == tables_at(self.layout.frequency_rules, self.next_position)
+
+    def require_tables(self, length: int, *, remaining: int) -> Tables:
+        """The tables of a forward that reaches `length` positions, while `remaining` rows stay as they are.
+
+        Raises:
+            FrequencyRegimeError: those rows were computed with other tables.
+        """
+        cached = self._tables if remaining else None
+        return require_same(self.layout.frequency_rules, length, cached, self.layout.model_type)
+
+    def _require_rotation(self, tables: Tables | None, reach: int) -> None:
+        """
+        Raises:
+            FrequencyRegimeError: keys of these tables cannot be rotated, or not in a context that reaches so many positions.
+        """
+        rules = self.layout.frequency_rules
+        for each in (tables, tables_at(rules, reach)):
+            require_first(rules, each, self.layout.model_type)
+
     # -- growing and shrinking ---------------------------------------------------------------------------------
 
     def ensure_capacity(self, slots: int) -> None:
-        """Make room for `slots` in all. Doubles, so that appending one by one copies each token O(1) times."""
+        """Make room for `slots` in all.
+
+        The capacity doubles, so that appending one by one copies each token O(1) times; but no step is larger than 8192
+        slots, because a long context twice would not fit many devices. Computing 8192 tokens takes far longer than the copy.
+        """
         if slots <= self.capacity:
             return
-        capacity = max(slots, 2 * self.capacity)
+        capacity = max(slots, self.capacity + min(self.capacity, _LARGEST_STEP))
         used = self._high_water
         for layer in self.layers:
             if layer.is_initialized:
@@ -146,27 +172,28 @@ class KVBuffer(Cache):  # type: ignore[misc]
     def _grown(self, tensor: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
         larger = tensor.new_empty((*tensor.shape[:2], capacity, tensor.shape[-1]))
         larger[:, :, :used] = tensor[:, :, :used]
-        self.meter.bytes_moved += tensor[:, :, :used].numel() * tensor.element_size()
+        self.meter.count(moved=tensor[:, :, :used].numel() * tensor.element_size())
         return larger
 
     @property
     def _high_water(self) -> int:
-        """Slots whose content a rollback may still need."""
+        """Slots whose content is in use, or may be after a rollback."""
         lengths: list[int] = [layer.length for layer in self.layers]
-        return max(lengths + [mark.length for mark in self._marks])
+        return max(*lengths, self._history.needed)
 
     def truncate(self, length: int) -> None:
         """Forget every slot from `length` on. O(1); undone by `rollback` to an earlier mark."""
-        if not 0 <= length <= self.length:
-            raise CacheBufferError(f"cannot truncate {self.length} slots to {length}")
-        for layer in self.layers:
-            layer.length = length
+        if not isinstance(length, int) or not 0 <= length <= self.length:
+            raise CacheBufferError(f"cannot truncate {self.length} slots to {length!r}: give a number of slots to keep")
+        self._set_length(length)
 
     def note_append(self, start: int, tokens: int) -> None:
         """Positions of rows that transformers appends by itself (its own `generate`): they follow on."""
         if start == self.layers[0].length:
-            self._save(slice(start, start + tokens))
             first = self.next_position
+            tables = self.require_tables(first + tokens, remaining=self.length)
+            self._save(slice(start, start + tokens))
+            self._tables = tables
             self._positions[start : start + tokens] = torch.arange(first, first + tokens)
             self._origins.forget(slice(start, start + tokens))
 
@@ -179,6 +206,10 @@ class KVBuffer(Cache):  # type: ignore[misc]
         Slots must be in use already, or follow on from the last one in use. Inside the block the forward's queries
         see the slots up to the last one written. If it raises, the lengths are put back; content of overwritten
         slots comes back only with a rollback to a mark.
+
+        Raises:
+            CacheBufferError: there are no slots, or they would leave a gap.
+            FrequencyRegimeError: the forward would compute with other frequencies than the rows that stay.
         """
         if not len(slots):
             raise CacheBufferError("there are no slots to write: a forward needs at least one row")
@@ -187,19 +218,21 @@ class KVBuffer(Cache):  # type: ignore[misc]
         fresh = [slot for slot in slots if slot >= self.length]
         if fresh != list(range(self.length, self.length + len(fresh))):
             raise CacheBufferError(f"slots {fresh[:3]}... would leave a gap after the {self.length} in use")
+        tables = self.require_tables(max(positions) + 1, remaining=self.length - (len(slots) - len(fresh)))
         self.ensure_capacity(last + 1)
         where: Slots = slice(first, last + 1) if contiguous else torch.tensor(slots)
         self._save(where)
-        before = self.length
+        before, tables_before = self.length, self._tables
         old_positions, old_origins = self._positions[where].clone(), self._origins.save(where)
         self._positions[where] = torch.tensor(positions, dtype=torch.long)
         self._origins.forget(where)
+        self._tables = tables
         self.target = WriteTarget(where, first, last + 1)
         try:
             yield self.target
         except BaseException:
-            for layer in self.layers:
-                layer.length = before
+            self._set_length(before)
+            self._tables = tables_before
             self._positions[where] = old_positions
             self._origins.restore(old_origins)
             raise
@@ -207,19 +240,26 @@ class KVBuffer(Cache):  # type: ignore[misc]
             self.target = None
 
     def relocate(self, start: int, stop: int, to: int, shift: int, layout: KVLayout) -> None:
-        """Move slots [start, stop), which must be the buffer's tail, to slot `to`, and their positions by `shift`.
+        """Relocate slots [start, stop), which must be the buffer's tail, to slot `to`, and their positions by `shift`.
 
         `layout` is one with which relocation was proved exact. Keys are rotated from where they were computed, values
         are copied. The caller fills (or has truncated) what lies between. Costs a pass over the moved tokens.
+
+        Raises:
+            CacheBufferError: this is not the tail.
+            FrequencyRegimeError: the keys were computed with other frequencies than those that rotation was proved with.
         """
         if stop != self.length or not 0 <= start <= stop or to < 0:
             raise CacheBufferError(f"can only relocate the tail of {self.length} slots, not [{start}, {stop})")
         count = stop - start
         if count:
+            self._require_rotation(self.tables, int(self._positions[stop - 1]) + shift + 1)
             self.ensure_capacity(to + count)
             self._save(slice(min(start, to), max(stop, to + count)))
             positions = self._positions[start:stop] + shift
             self._move(slice(start, stop), slice(to, to + count), positions, layout)
+            # Slots between that were not in use hold what was freed there, whose segments may be gone.
+            self._origins.forget(slice(stop, max(stop, to)))
             self._set_length(to + count)
         else:
             self._set_length(min(to, stop))
@@ -227,7 +267,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
     def _move(self, old: Slots, new: slice, positions: torch.Tensor, layout: KVLayout) -> None:
         """Put what stands in slots `old` into slots `new`, at `positions` [n]. The two may overlap."""
         computed_at = self._origins.computed_at(old, self._positions[old])
-        move = Move(positions - computed_at)
+        rotation = Rotation(positions - computed_at)
         self._origins.follow(layout)
         pairs = [self._tensors(layer, rule) for layer, rule in zip(self.layers, layout.layers, strict=True)]
         shapes = [rotated for rotated, _ in pairs]
@@ -236,13 +276,13 @@ class KVBuffer(Cache):  # type: ignore[misc]
             canonical = self._origins.canonical(index, old, rotated[:, :, old])
             if not spliced:
                 self._origins.keep(index, new, canonical, shapes)
-            move.put(canonical, rule.rotation, rotated[:, :, new])
+            rotation.put(canonical, rule.rotation, rotated[:, :, new])
             copied = still[:, :, old]
             still[:, :, new] = copied.clone() if isinstance(old, slice) else copied
-            self.meter.bytes_moved += (canonical.numel() + copied.numel()) * canonical.element_size()
+            self.meter.count(moved=(canonical.numel() + copied.numel()) * canonical.element_size())
         self._origins.move(old, new, computed_at)
         self._positions[new] = positions
-        self.meter.tokens_relocated += positions.numel()
+        self.meter.count(relocated=positions.numel())
 
     @staticmethod
     def _tensors(layer: BufferLayer, rule: LayerLayout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,34 +305,36 @@ class KVBuffer(Cache):  # type: ignore[misc]
             )
         if middle in (start, stop):
             return
-        order = torch.cat((torch.arange(middle, stop), torch.arange(start, middle)))
-        self._permute(slice(start, stop), order, layout)
-
-    def reorder(self, start: int, order: Sequence[int], layout: KVLayout) -> None:
-        """Permute a run of slots: slot `start + i` gets what stands in slot `order[i]`. Positions stay with the slots.
-
-        Costs a pass over the run. `layout` is one with which relocation was proved exact.
-        """
-        stop = start + len(order)
-        if sorted(order) != list(range(start, stop)) or not 0 <= start <= stop <= self.length:
-            raise CacheBufferError(f"the order given is not one of the slots [{start}, {stop}) of {self.length}")
-        self._permute(slice(start, stop), torch.tensor(order, dtype=torch.long), layout)
-
-    def _permute(self, run: slice, order: torch.Tensor, layout: KVLayout) -> None:
+        self._require_rotation(self.tables, self.next_position)
+        order, run = torch.cat((torch.arange(middle, stop), torch.arange(start, middle))), slice(start, stop)
         self._save(run)
         self._move(order, run, self._positions[run].clone(), layout)
 
     def insert(self, at: int, segment: Segment, layout: KVLayout, *, replacing: int = 0) -> None:
-        """Splice a segment in before slot `at`, in the place of the `replacing` slots from there on.
+        """Splice a segment in at slot `at`, instead of the `replacing` slots that start there.
 
         What follows moves by the difference in length, in slots and in positions. The segment's keys are rotated once, from
         the canonical; it is kept (not copied) for as long as its tokens stand here. `layout` is one with which relocation was
         proved exact.
+
+        Raises:
+            CacheBufferError: there are no such slots, or the segment does not fit.
+            FrequencyRegimeError: its keys, or those in the buffer, were computed with other frequencies than those that
+                rotation was proved with.
         """
+        if not isinstance(segment, Segment):
+            raise InvalidArgumentError(f"insert takes a Segment, got {type(segment).__name__}")
+        if not isinstance(segment, Segment):
+            raise InvalidArgumentError(f"insert takes a Segment, got {type(segment).__name__}")
         if not 0 <= at <= at + replacing <= self.length:
-            raise CacheBufferError(f"cannot insert in the place of slots [{at}, {at + replacing}) of {self.length}")
+            raise CacheBufferError(f"cannot insert instead of slots [{at}, {at + replacing}) of {self.length}")
         if len(segment.keys) != len(self.layers):
             raise CacheBufferError(f"a segment of {len(segment.keys)} layers does not fit {len(self.layers)}")
+        self._require_rotation(self.tables, self.next_position + len(segment) - replacing)
+        made_with = segment.tables
+        if made_with is None and len(segment):
+            made_with = tables_at(self.layout.frequency_rules, int(segment.computed_at.max()) + 1)
+        self._require_rotation(made_with, 0)
         count, tail = len(segment), at + replacing
         position = int(self._positions[at - 1]) + 1 if at else 0
         length = self.length + count - replacing
@@ -304,18 +346,18 @@ class KVBuffer(Cache):  # type: ignore[misc]
             self._save(slice(at, at + count))
         where = slice(at, at + count)
         positions = position + torch.arange(count)
-        move = Move(positions - segment.computed_at)
+        rotation = Rotation(positions - segment.computed_at)
         self._origins.follow(layout)
         for layer, keys, values, rule in zip(self.layers, segment.keys, segment.values, layout.layers, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(keys, values)
             rotated, still = self._tensors(layer, rule)
-            move.put(keys if rule.rotated == "keys" else values, rule.rotation, rotated[:, :, where])
+            rotation.put(keys if rule.rotated == "keys" else values, rule.rotation, rotated[:, :, where])
             still[:, :, where] = values if rule.rotated == "keys" else keys
         self._positions[where] = positions
         self._origins.from_segment(where, segment)
-        self.meter.bytes_moved += segment.nbytes
-        self.meter.tokens_relocated += count
+        self.meter.count(moved=segment.nbytes, relocated=count)
+        self._tables = made_with if count else self._tables
         self._set_length(length)
 
     def segment(self, span: Span, ids: Sequence[int]) -> Segment:
@@ -328,6 +370,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
             self._origins.computed_at(slots, self._positions[slots]).clone(),
             tuple(self._as_computed(index, "keys", slots) for index in range(len(self.layers))),
             tuple(self._as_computed(index, "values", slots) for index in range(len(self.layers))),
+            self.tables,
         )
 
     def _as_computed(self, index: int, name: Rotated, slots: Slots) -> torch.Tensor:
@@ -345,102 +388,65 @@ class KVBuffer(Cache):  # type: ignore[misc]
 
     def mark(self) -> Mark:
         """Remember this state. Until it is released or rolled back, overwritten rows are kept aside."""
-        mark = Mark(self.length, len(self._undo))
-        self._marks.append(mark)
-        return mark
+        return self._history.mark(self.length, self.tables)
 
     def rollback(self, mark: Mark) -> None:
         """Return to a mark, dropping it and every later one. Costs what was overwritten since."""
-        self._require(mark)
-        while len(self._undo) > mark.logged:
-            self._restore(self._undo.pop())
+        self._history.require(mark)
+        for rows in self._history.since(mark):
+            self._restore(rows)
         self._set_length(mark.length)
+        self._tables = mark.tables
         self._drop(mark)
 
     def release(self, mark: Mark) -> None:
         """Keep what happened since a mark, dropping it and every later one."""
-        self._require(mark)
+        self._history.require(mark)
         self._drop(mark)
-        if not self._marks:
-            self._undo.clear()
-            self._origins.release_unused(self.length)
 
     def holds(self, mark: Mark) -> bool:
         """Whether this mark is active: neither rolled back nor released, and this buffer's own."""
-        return mark in self._marks
-
-    def _require(self, mark: Mark) -> None:
-        if not self.holds(mark):
-            raise CacheBufferError("this mark is not active: it was rolled back, released, or is another buffer's")
+        return self._history.holds(mark)
 
     def _drop(self, mark: Mark) -> None:
-        self._marks = self._marks[: self._marks.index(mark)]
+        self._history.drop(mark)
+        if not self._history:
+            self._origins.release_unused(self.length)
 
     def _save(self, where: Slots) -> None:
         """Keep aside the rows that are about to be overwritten and that some mark still needs."""
-        needed = max((mark.length for mark in self._marks), default=0)
-        if isinstance(where, slice):
-            where = slice(where.start, min(where.stop, needed))
-            if where.start >= where.stop:
-                return
-        else:
-            where = where[where < needed]
-            if where.numel() == 0:
-                return
-        keys = [layer.keys[:, :, where].clone() for layer in self.layers]
-        values = [layer.values[:, :, where].clone() for layer in self.layers]
-        self._undo.append(_Saved(where, keys, values, self._positions[where].clone(), self._origins.save(where)))
-        self.meter.bytes_moved += sum(tensor.numel() * tensor.element_size() for tensor in (*keys, *values))
+        needed = self._history.needed_of(where)
+        if needed is None:
+            return
+        keys = [layer.keys[:, :, needed].clone() for layer in self.layers]
+        values = [layer.values[:, :, needed].clone() for layer in self.layers]
+        rows = SavedRows(needed, keys, values, self._positions[needed].clone(), self._origins.save(needed))
+        self._history.keep(rows)
+        self.meter.count(moved=rows.nbytes)
 
-    def _restore(self, saved: _Saved) -> None:
-        for layer, keys, values in zip(self.layers, saved.keys, saved.values, strict=True):
-            layer.keys[:, :, saved.slots] = keys
-            layer.values[:, :, saved.slots] = values
-            self.meter.bytes_moved += keys.numel() * keys.element_size() + values.numel() * values.element_size()
-        self._positions[saved.slots] = saved.positions
-        self._origins.restore(saved.origins)
+    def _restore(self, rows: SavedRows) -> None:
+        for layer, keys, values in zip(self.layers, rows.keys, rows.values, strict=True):
+            layer.keys[:, :, rows.slots], layer.values[:, :, rows.slots] = keys, values
+        self._positions[rows.slots] = rows.positions
+        self._origins.restore(rows.origins)
+        self.meter.count(moved=rows.nbytes)
 
     # -- copies ------------------------------------------------------------------------------------------------
 
     def fork(self) -> KVBuffer:
         """An independent copy of what is in use (no marks). This one does copy the context."""
-        other = KVBuffer(self.layout, capacity=self.length, meter=self.meter)
+        other = KVBuffer(self.layout, capacity=self.length, meter=self.meter.shared)
         other.load_tensors(self.tensors())
         return other
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that is in use, as named views: `keys.I` and `values.I` [B, H, S, D] for layer I, `positions` [S].
-
-        If keys were relocated, also `origins` [S] and `origin_keys.I` (with MLA `origin_values.I`), so that a copy drifts no
-        more than this does.
-        """
-        named = {"positions": self.positions}
-        for index in range(len(self.layers) if self.length else 0):
-            named[f"keys.{index}"] = self.keys(index)
-            named[f"values.{index}"] = self.values(index)
-        if self.relocated.numel():
-            named["origins"] = self._origins.computed_at(self._used, self.positions)
-            for index, name in enumerate(self._origins.rotated or ()):
-                named[f"origin_{name}.{index}"] = self._as_computed(index, name, self._used)
-        return named
+        """All that is in use, as named views: see `copies.named_tensors`."""
+        return named_tensors(self)
 
     def load_tensors(self, named: dict[str, torch.Tensor]) -> None:
-        """Fill an empty buffer with copies of what `tensors` gave."""
-        if self.length or self._marks:
-            raise CacheBufferError("tensors can only be loaded into an empty buffer")
-        count = int(named["positions"].numel())
-        self.ensure_capacity(count)
-        self._positions[:count] = named["positions"]
-        for index, layer in enumerate(self.layers if count else []):
-            keys, values = named[f"keys.{index}"], named[f"values.{index}"]
-            layer.lazy_initialization(keys, values)
-            layer.keys[:, :, :count] = keys
-            layer.values[:, :, :count] = values
-        if "origins" in named:
-            rotated: list[Rotated] = [
-                "keys" if f"origin_keys.{index}" in named else "values" for index in range(len(self.layers))
-            ]
-            canonical = [named[f"origin_{name}.{index}"] for index, name in enumerate(rotated)]
-            self._origins.load(named["origins"], canonical, rotated)
-        self._set_length(count)
-        self.meter.bytes_moved += self.nbytes
+        """Fill an empty buffer with copies of what `tensors` gave.
+
+        Raises:
+            CacheBufferError: the buffer is not empty, or these are not the tensors of a buffer of this model.
+        """
+        fill(self, named)

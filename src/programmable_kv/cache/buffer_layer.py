@@ -46,7 +46,17 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write T new rows [B, H, T, D] in place; returns views of every visible slot, [B, H, S, D]."""
+        """Write T new rows [B, H, T, D] in place; returns views of every visible slot, [B, H, S, D].
+
+        Raises:
+            CacheBufferError: B is not 1.
+            FrequencyRegimeError: transformers appends across a length at which the model's frequencies change.
+        """
+        if key_states.shape[0] != 1:
+            raise CacheBufferError(
+                f"a KVBuffer holds one sequence, and this forward has a batch of {key_states.shape[0]}. Run the sequences one "
+                "by one, each on a fork; with `generate`, use num_beams=1 and num_return_sequences=1."
+            )
         tokens = key_states.shape[-2]
         target = self._owner.target
         if target is None:
@@ -84,7 +94,9 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length = 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        raise CacheBufferError("KVBuffer holds one sequence: beam search would need several. Use greedy or sampling.")
+        raise CacheBufferError(
+            "a KVBuffer holds one sequence, and beam search needs several. Use num_beams=1 (greedy or sampling)."
+        )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         raise CacheBufferError("KVBuffer holds one sequence and cannot be repeated. Fork the notebook instead.")

@@ -5,15 +5,17 @@ A position axes (one, or three with M-RoPE). A *position* is what the rotary emb
 where a token lies in the buffer.
 
 What is read here is what the model says of itself. What it does not say (how channels are paired, where the rotary window
-starts, whether a layer rotates at all) is found out on the model's own keys, by `selfcheck`.
+starts, whether a layer rotates at all) is measured on the model's own keys, in `verify`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
+from programmable_kv.cache.frequencies import FrequencyRule
 from programmable_kv.cache.rotation import Rotary
 from programmable_kv.cache.transformers_api import (
     cached_layer_types,
@@ -84,6 +86,9 @@ class KVLayout:
     position_limit: int | None
     """positions the model was configured for (None: not stated)"""
     regime: Regime | None = None
+    """the tightest bound within which relocation can be exact"""
+    frequency_rules: tuple[FrequencyRule, ...] = ()
+    """how the frequencies depend on the length that a forward reaches; empty if they do not"""
     axes: int = 1
     """how many position axes the rotary embedding takes"""
     tables: tuple[Rotary, ...] = ()
@@ -130,6 +135,7 @@ class KVLayout:
         tables = frequency_tables(decoder)
         found = {key: tuple(dict.fromkeys(map(Rotary.from_table, each))) for key, each in tables.items()}
         entries = rope_entries(config)
+        rules = _frequency_rules(config, rope_types(decoder), entries)
         layers = []
         for kind, arguments in types:
             reach, window = _reach(config, kind, arguments)
@@ -139,7 +145,8 @@ class KVLayout:
             model_type,
             tuple(layers),
             _position_limit(config),
-            _regime(config, rope_types(decoder), entries, layers),
+            _regime(rules, layers),
+            rules,
             position_axes(decoder),
             tuple(dict.fromkeys(rotary for each in found.values() for rotary in each)) or _closed_form(config, entries),
         )
@@ -160,22 +167,35 @@ def _position_limit(config: Any) -> int | None:
     return next((limit for limit in stated if isinstance(limit, int) and limit > 0), None)
 
 
-def _regime(config: Any, kinds: set[str], entries: list[dict[str, Any]], layers: list[LayerLayout]) -> Regime | None:
+def _frequency_rules(config: Any, kinds: set[str], entries: list[dict[str, Any]]) -> tuple[FrequencyRule, ...]:
+    """The scalings whose frequencies depend on the length."""
+    rules = []
+    configured = _position_limit(config) or 0
+    if "longrope" in kinds:
+        two = [entry for entry in entries if not _one_table(entry)]
+        stated = {int(e["original_max_position_embeddings"]) for e in two if e.get("original_max_position_embeddings")}
+        rules += [
+            FrequencyRule("longrope frequencies", within) for within in sorted(stated or ([configured] if two else []))
+        ]
+    if any("dynamic" in kind for kind in kinds):
+        rules.append(FrequencyRule("dynamic frequencies", configured, every_length=True))
+    return tuple(rules)
+
+
+def _one_table(entry: dict[str, Any]) -> bool:
+    """Whether a LongRoPE's two tables are the same."""
+    short, long = entry.get("short_factor"), entry.get("long_factor")
+    return short is not None and long is not None and list(short) == list(long)
+
+
+def _regime(rules: Sequence[FrequencyRule], layers: Sequence[LayerLayout]) -> Regime | None:
     """The tightest of the bounds: frequencies that change with the length, and chunks that tokens cannot see across."""
     regimes = [
         Regime("chunked attention", layer.window, False)
         for layer in layers
         if layer.reach is Reach.CHUNKED and layer.window
     ]
-    if "longrope" in kinds:
-        # One table up to the length of the first training, another beyond.
-        stated = [
-            int(e["original_max_position_embeddings"]) for e in entries if e.get("original_max_position_embeddings")
-        ]
-        regimes.append(Regime("longrope frequencies", min(stated, default=_position_limit(config) or 0)))
-    if any("dynamic" in kind for kind in kinds):
-        # A new table for every length beyond what the model was configured for.
-        regimes.append(Regime("dynamic frequencies", _position_limit(config) or 0))
+    regimes += [Regime(rule.name, rule.within) for rule in rules]
     return min(regimes, key=lambda regime: regime.within, default=None)
 
 

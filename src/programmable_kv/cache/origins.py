@@ -1,6 +1,6 @@
-"""Where relocated keys come from, so that moving them again starts from the key as it was computed.
+"""Where relocated keys come from, so that relocating them again starts from the key that was computed.
 
-(With MLA read "rotary keys": they stand in the place of values, beside a latent that does not turn.)
+(With MLA these are the rotary keys, which are cached as values, beside a latent that does not rotate.)
 
 Relocating a key rounds it once. Relocating the result again would round it twice, and so on: keys that move with every
 edit would drift. Hence each moved slot remembers the position its key was computed at, and where that key still lies
@@ -103,15 +103,18 @@ class Origins:
 
     def from_segment(self, slots: slice, segment: Segment) -> None:
         """The keys in these slots are a segment's, rotated. The segment is kept; nothing is copied."""
-        source = next((i for i, known in enumerate(self._segments) if known is segment), len(self._segments))
-        if source == len(self._segments):
-            self._segments.append(segment)
+        source = next((i for i, known in enumerate(self._segments) if known is segment), None)
+        if source is None:
+            # No slot refers to an entry whose segment was released, so the entry can be used again.
+            source = next((i for i, known in enumerate(self._segments) if known is None), len(self._segments))
+            self._segments[source : source + 1] = [segment]
         self._positions[slots] = segment.computed_at
         self._sources[slots] = source
         self._rows[slots] = torch.arange(len(segment))
 
     def release_unused(self, length: int) -> None:
-        """Let go of the segments that none of the first `length` slots comes from."""
+        """Let go of the segments that none of the first `length` slots comes from; the slots beyond forget theirs."""
+        self.forget(slice(length, None))
         used = set(self._sources[:length].tolist()) if self._segments else set()
         self._segments = [segment if i in used else None for i, segment in enumerate(self._segments)]
 

@@ -63,12 +63,12 @@ class Rotary:
 def rotate(keys: torch.Tensor, offsets: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Keys [..., T, D] moved by `offsets` positions ([T], or [A, T] if axes move by their own), in a new tensor."""
     result = torch.empty_like(keys)
-    Move(offsets).put(keys, rotary, result)
+    Rotation(offsets).put(keys, rotary, result)
     return result
 
 
-class Move:
-    """Moves tokens by `offsets` positions, in as many layers as are given to it.
+class Rotation:
+    """Rotates tokens by `offsets` positions, in as many layers as are given to it.
 
     The angles are computed once for each rotation, in float64 and reduced there, so large offsets lose nothing. The rotation
     itself runs in float32 or the keys' dtype, whichever is wider, with one rounding at the end.
@@ -82,7 +82,7 @@ class Move:
         self._tables: dict[tuple[Rotary, torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def put(self, keys: torch.Tensor, rotary: Rotary | None, out: torch.Tensor) -> None:
-        """Write a layer's keys [..., T, D] into `out`, moved; as they are where the layer does not rotate.
+        """Write a layer's keys [..., T, D] into `out`, rotated; unchanged if the layer does not rotate.
 
         `out` is like `keys`, and no part of them. Channels outside the rotary window are copied.
         """

@@ -1,8 +1,8 @@
 """A run of cached tokens as a value: what is cut out of one context, kept, and spliced into another.
 
-A segment's keys (with MLA, what stands in the place of values) are *canonical*: as they were computed, at the positions they
-were computed at. Whoever puts it somewhere rotates a copy, so a segment that has been moved a thousand times is as exact as
-one that was moved once.
+A segment's keys (with MLA, its rotary keys, which are cached as values) are *canonical*: not rotated since they were computed.
+A copy is rotated wherever the segment is put, so a segment that was relocated a thousand times is as exact as one that was
+relocated once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from programmable_kv.cache.frequencies import Tables
 from programmable_kv.cache.layout import Rotated
 from programmable_kv.cache.span import Span
 
@@ -26,6 +27,8 @@ class Segment:
     computed_at: torch.Tensor
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
+    tables: Tables | None = None
+    """the frequency tables that the keys were computed with (`FrequencyRule.table`); None if that was not recorded"""
 
     def __post_init__(self) -> None:
         count = len(self.ids)
@@ -58,4 +61,5 @@ class Segment:
             self.computed_at[rows],
             tuple(tensor[:, :, rows] for tensor in self.keys),
             tuple(tensor[:, :, rows] for tensor in self.values),
+            self.tables,
         )

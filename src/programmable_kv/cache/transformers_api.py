@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, get_layer_types_and_kwargs
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+
+from programmable_kv.cache.attention import ROWS_IN_BLOCK, in_blocks, last_rows, record, soft_capped, tail_mask
 
 __all__ = [
     "GROUPED_SDPA",
@@ -29,6 +31,7 @@ __all__ = [
     "grouped_sdpa",
     "position_axes",
     "register_attention",
+    "reset_frequencies",
     "rope_entries",
     "rope_types",
     "takes_positions",
@@ -45,10 +48,16 @@ def cached_layer_types(config: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def frequency_tables(decoder: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """The decoder's rotary frequency buffers by layer type ("" where one table serves all), in radians a position."""
+    """The decoder's rotary frequency buffers by layer type ("" where one table serves all), in radians a position.
+
+    Where the table in use depends on the last forward, it is the one that the model was loaded with, which is kept beside it.
+    """
     found: dict[str, list[torch.Tensor]] = {}
-    for name, tensor in decoder.named_buffers():
-        leaf = name.rpartition(".")[2]
+    buffers = dict(decoder.named_buffers())
+    for name in buffers:
+        module, _, leaf = name.rpartition(".")
+        original = leaf.removesuffix(_FREQUENCY_BUFFER) + "original_" + _FREQUENCY_BUFFER
+        tensor = buffers.get(f"{module}.{original}" if module else original, buffers[name])
         if leaf == _FREQUENCY_BUFFER:
             found.setdefault("", []).append(tensor)
         elif leaf.endswith("_" + _FREQUENCY_BUFFER) and "original" not in leaf:
@@ -76,6 +85,24 @@ def rope_entries(config: Any) -> list[dict[str, Any]]:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [entry for entry in parameters.values() if isinstance(entry, dict)]
     return nested or ([dict(parameters)] if parameters else [])
+
+
+def reset_frequencies(decoder: Any, like: torch.Tensor) -> None:
+    """Make rotary modules with dynamic frequencies forget the table that a longer forward may have left in them.
+
+    They keep it for shorter forwards down to the length they were configured for, so that a result would depend on what was
+    computed before. A forward of one position sets them back. `like` has the model's device and dtype.
+    """
+    first = torch.zeros(1, 1, dtype=torch.long, device=like.device)
+    for module in decoder.modules():
+        kinds = getattr(module, "rope_type", None)
+        if not hasattr(module, "original_max_seq_len"):
+            continue
+        if isinstance(kinds, str) and "dynamic" in kinds:
+            module(like, first)
+        elif isinstance(kinds, dict):
+            for layer_type in (name for name, kind in kinds.items() if "dynamic" in kind):
+                module(like, first, layer_type)
 
 
 def position_axes(decoder: Any) -> int:
@@ -140,13 +167,24 @@ def grouped_sdpa(
 
     Shapes: query [B, groups * H, T, D]; key, value [B, H, S, D]; returns [B, T, groups * H, D].
     """
-    groups = query.shape[1] // key.shape[1]
-    tokens = query.shape[2]
-    plain = groups == 1 or tokens == 1 or attention_mask is None or attention_mask.shape[1] != 1
-    if plain or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    softcap, scaling = kwargs.get("softcap"), kwargs.get("scaling")
+    record(query, key, attention_mask, scaling, softcap)
+    if softcap is not None:  # which sdpa would leave out
+        return soft_capped(query, key, value, attention_mask, scaling, softcap), None
+    groups, tokens, slots = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    mask, biased = attention_mask, kwargs.get("position_bias") is not None
+    if mask is None and 1 < tokens < slots:  # see `mask_unless_tail`
+        if not biased:
+            return last_rows(query, key, value, scaling), None
+        mask = tail_mask(tokens, slots, query.device)[None, None]
+    shared = mask is not None and mask.shape[1] == 1
+    many = shared and tokens > ROWS_IN_BLOCK and mask.shape[0] == 1 and mask.dtype == torch.bool  # type: ignore[union-attr]
+    if many and not biased:
+        return in_blocks(query, key, value, mask, scaling), None
+    if biased or groups == 1 or tokens == 1 or not shared:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
     batch, _, _, width = query.shape
-    mask = attention_mask[..., : key.shape[2]]  # type: ignore[index]
+    mask = mask[..., :slots]  # type: ignore[index]
     mask = mask.expand(-1, groups, -1, -1).reshape(mask.shape[0], 1, groups * tokens, mask.shape[-1])
     output = nn.functional.scaled_dot_product_attention(
         query.reshape(batch, key.shape[1], groups * tokens, width),
@@ -154,13 +192,46 @@ def grouped_sdpa(
         value,
         attn_mask=mask,
         dropout_p=kwargs.get("dropout", 0.0),
-        scale=kwargs.get("scaling"),
+        scale=scaling,
     )
     output = output.reshape(batch, query.shape[1], tokens, value.shape[-1])
     return output.transpose(1, 2).contiguous(), None
 
 
+def mask_unless_tail(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """transformers' mask for sdpa, or None where `grouped_sdpa` makes it block by block: many rows, the last of all slots.
+
+    For `grouped_sdpa` no mask always means that the rows are the last of the slots. transformers also leaves it out for rows
+    that are the first of a longer static cache; for those the mask is made here.
+    """
+    plain = allow_is_causal_skip and mask_function is causal_mask_function and attention_mask is None
+    last = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
+    if plain and last and q_length > ROWS_IN_BLOCK:
+        return None
+    skip = allow_is_causal_skip and (q_length == 1 or q_length == kv_length)
+    return sdpa_mask(  # type: ignore[no-any-return]
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=skip,
+        **kwargs,
+    )
+
+
 def register_attention() -> None:
     """Make `attn_implementation=GROUPED_SDPA` known to transformers. Safe to call more than once."""
     AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)
-    AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
+    AttentionMaskInterface.register(GROUPED_SDPA, mask_unless_tail)

@@ -141,6 +141,7 @@ def skills_list(store: StoreOption = None, as_json: JsonOption = False) -> None:
         print(json.dumps([_shown(entry, unit=False) for entry in entries], indent=1))
         return
     from rich.table import Table
+    from rich.text import Text
 
     table = Table()
     for column in ("name", "key", "model", "tokens", "behind", "bits", "size"):
@@ -149,7 +150,7 @@ def skills_list(store: StoreOption = None, as_json: JsonOption = False) -> None:
         table.add_row(
             entry.name,
             entry.key[:10],
-            f"{entry.model_name} {entry.fingerprint[:8]}".strip(),
+            Text(_printable(f"{entry.model_name} {entry.fingerprint[:8]}".strip())),
             f"{len(entry.unit.ids)}",
             f"{entry.preface_tokens}",
             "8" if entry.precision == "int8" else "all",
@@ -224,6 +225,11 @@ def _tell(entry: Entry, sentence: str, as_json: bool) -> None:
 def _shown(entry: Entry, *, unit: bool = True) -> dict[str, Any]:
     """A manifest as JSON, without what is long and of no use to a reader."""
     return entry.model_dump(mode="json", exclude=_BULKY if unit else {"unit"})
+
+
+def _printable(text: str) -> str:
+    """Without what would steer a terminal: an imported manifest may say anything."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _size(nbytes: int) -> str:

@@ -16,7 +16,7 @@ from programmable_kv.cache.layout import KVLayout
 from programmable_kv.cache.span import Span
 from programmable_kv.edits.entries import computed, on_ledger
 from programmable_kv.edits.plan import Compute, Exchange, Insert, Plan, Select, Shift, Step, Truncate
-from programmable_kv.engine import Engine, Rows
+from programmable_kv.engine import Engine, Progress, Rows
 from programmable_kv.errors import ContextOverflowError
 from programmable_kv.ledger.ledger import Ledger
 from programmable_kv.ledger.run import Origin
@@ -58,11 +58,18 @@ def check(plan: Plan, engine: Engine, extra: int = 0) -> KVLayout | None:
 
 
 def apply(
-    plan: Plan, engine: Engine, buffer: KVBuffer, ledger: Ledger, *, then: Sequence[int] = (), logits: int = 0
+    plan: Plan,
+    engine: Engine,
+    buffer: KVBuffer,
+    ledger: Ledger,
+    *,
+    then: Sequence[int] = (),
+    logits: int = 0,
+    progress: Progress | None = None,
 ) -> Applied:
     """Carry out a plan, and compute the tokens `then` after it in the same forward.
 
-    `then` goes into the buffer and not into the ledger: the caller keeps or takes back these tokens. `logits` asks for those of
+    `progress` is called with (rows done, rows in all) after each forward of many rows. `then` goes into the buffer and not into the ledger: the caller keeps or takes back these tokens. `logits` asks for those of
     that many last rows.
 
     Raises:
@@ -73,7 +80,7 @@ def apply(
         layout = check(plan, engine, len(then))
         mark = buffer.mark()
         try:
-            ledger, touched, output = _carried_out(plan, engine, buffer, ledger, layout, then, logits)
+            ledger, touched, output = _carried_out(plan, engine, buffer, ledger, layout, then, logits, progress)
         except BaseException:
             buffer.rollback(mark)
             raise
@@ -99,6 +106,7 @@ def _carried_out(
     layout: KVLayout | None,
     then: Sequence[int],
     logits: int,
+    progress: Progress | None,
 ) -> tuple[Ledger, list[Span], torch.Tensor | None]:
     chosen: dict[int, Origin] = {}
     touched: list[Span] = []
@@ -115,7 +123,9 @@ def _carried_out(
         chosen = {slot: origin for slot, origin in chosen.items() if slot not in one.span.range}
     computes = sorted([*plan.compute, *_as_computes(chosen)], key=lambda one: one.span.start)
     rows = _rows(plan.after, computes, then)
-    output = engine.compute(buffer, rows, logits=min(logits, len(rows))) if len(rows) else None
+    output = None
+    if len(rows):
+        output = engine.compute(buffer, rows, logits=min(logits, len(rows)), progress=progress)
     ledger = computed(ledger, plan.after, computes)
     return ledger, touched + [one.span for one in computes], output
 

@@ -23,7 +23,8 @@ from programmable_kv.models.load import Model, load_model
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, statement
 from programmable_kv.records import Record, Recorder, digest_of, wilson
-from programmable_kv.scenarios.grammar import Gate, Scenario, make_scenario
+from programmable_kv.scenarios.grammar import Scenario, other_value
+from programmable_kv.scenarios.held_out import held_out_scenarios
 from programmable_kv.scenarios.phrasings import PHRASINGS, question, update
 from programmable_kv.scenarios.plain_text import documents
 from programmable_kv.scenarios.vocabulary import held_out_domains
@@ -42,24 +43,11 @@ PARTS: dict[str, Callable[[dict[str, Any]], bool]] = {
 """kinds of policies that the summary tells apart"""
 
 
-def scenarios(count: int, seed: int = SEED) -> list[Scenario]:
-    """Held-out scenarios, from every held-out domain in turn."""
-    trades = held_out_domains()
-    return [
-        make_scenario(random.Random(f"{seed}/{i}"), "held_out", domain=trades[i % len(trades)]) for i in range(count)
-    ]
-
-
-def other_value(rng: random.Random, gate: Gate, value: str) -> str:
-    """A value under which the gate decides differently."""
-    return rng.choice([v for v in sorted(gate.actions) if gate.actions[v] != gate.actions[value]])
-
-
 def evaluate(
     model: Model, count: int, path: Path, *, report: Callable[[int, int], None] | None = None, command: str = ""
 ) -> Record:
     """Ask `count` held-out scenarios everything in `KINDS`, and write the record with Wilson intervals."""
-    drawn = scenarios(count)
+    drawn = held_out_scenarios(count, SEED)
     recorder = Recorder(
         path,
         name="adapter-held-out",

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from programmable_kv.edits.modes import Mode
-from programmable_kv.lab.adapter import other_value, scenarios
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.wording import THINK_INSTRUCTION
 from programmable_kv.records import Record, Recorder, bootstrap_mean, digest_of, wilson
-from programmable_kv.scenarios.grammar import Gate, Scenario
+from programmable_kv.scenarios.grammar import Gate, Scenario, other_value
+from programmable_kv.scenarios.held_out import held_out_scenarios
 from programmable_kv.scenarios.phrasings import PHRASINGS, question
 
 SEED = 88_000
@@ -32,7 +32,7 @@ def run(
     model: Model, count: int, path: Path, *, report: Callable[[int, int], None] | None = None, command: str = ""
 ) -> Record:
     """Edit one field in each of `count` held-out scenarios, in every mode, and compare with full prefill."""
-    drawn = scenarios(count, seed=SEED)
+    drawn = held_out_scenarios(count, SEED)
     recorder = Recorder(
         path,
         name="edit-modes",

@@ -1,7 +1,7 @@
 """A tiny configuration of any architecture that transformers ships, made by walking its own default configuration.
 
-What makes an architecture what it is stays: head sizes, rotary settings, kinds of layers, attention windows. What only
-makes it large is cut: depth, number of heads, experts, vocabulary, feed-forward widths. One set of rules serves every
+What defines an architecture is kept: head sizes, rotary settings, kinds of layers, attention windows. What only
+makes it large is reduced: depth, number of heads, experts, vocabulary, feed-forward widths. One set of rules serves every
 type; a type that needs more is a row of `EXCEPTIONS` with its reason.
 """
 
@@ -118,7 +118,7 @@ NOTES = {
     "gemma4_unified_assistant": "A draft model: its layers read the cache of the model that it drafts for.",
     "minimax": "Its own cache class keeps the states of its linear layers apart from the layers.",
     "deepseek_v4": "It pools windows of tokens that are aligned to positions.",
-    "recurrent_gemma": "Its recurrence starts anew at position 0, so a token there is unlike one anywhere else.",
+    "recurrent_gemma": "Its recurrence restarts at position 0, so a token there is unlike one anywhere else.",
     "roformer": "It is rotary, but counts its positions by itself.",
 }
 """type -> what explains its row to a reader; the verdict and its reason are measured all the same"""

@@ -1,7 +1,7 @@
 """Every architecture that transformers ships, tiny and random, put through the relocation check: `pkv zoo`.
 
-One row a type. Each is built and checked in a process of its own, so that a crash or a hang costs that type only, and
-nothing about a type is written down beforehand: its verdict is what was measured.
+One row a type. Each is built and checked in a process of its own, so a crash or a hang costs that type only. Nothing about a
+type is assumed: its verdict is what was measured.
 """
 
 from __future__ import annotations
@@ -47,43 +47,43 @@ from programmable_kv.verify.relocation import CachedLayer, PositionEncoding, Rel
 
 VERSION = 1
 NOT_BUILT = "not built"
-_PATIENCE_SECONDS = 90
+_TIMEOUT_SECONDS = 90
 _TEXT_SIDE = "text side"
 
 
 @dataclass(frozen=True, slots=True)
-class Species:
-    """One row of the zoo: a model type, and what of it is built."""
+class Variant:
+    """One row of the zoo: a model type, and which model of that type is built."""
 
     name: str
     side: str = "causal LM"
 
 
-def all_species() -> list[Species]:
+def all_variants() -> list[Variant]:
     """Every causal LM type, the rotary scalings on one type, and the text sides of image-text types with M-RoPE."""
-    causal = [Species(name) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    causal = [Variant(name) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
     texts = [
-        Species(name, _TEXT_SIDE)
+        Variant(name, _TEXT_SIDE)
         for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and has_sections(text_config_class(name))
     ]
-    return causal + [Species(name, f"with {kind} scaling") for name, kind in SCALINGS] + texts
+    return causal + [Variant(name, f"with {kind} scaling") for name, kind in SCALINGS] + texts
 
 
-def build(species: Species, dtype: torch.dtype = torch.float64) -> Any:
+def build(variant: Variant, dtype: torch.dtype = torch.float64) -> Any:
     """The tiny random model, with weights large enough that attention is peaked and no error can hide."""
     torch.manual_seed(0)
     # The plain ways: the fast kernels for attention and experts do not all exist in float64.
     plain = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": dtype}
     kind: Any
-    if species.side == _TEXT_SIDE:
-        config = tiny_text_config(species.name)
+    if variant.side == _TEXT_SIDE:
+        config = tiny_text_config(variant.name)
         kind = _text_model(config)
     else:
-        scaling = species.side.removeprefix("with ").removesuffix(" scaling")
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[species.name]]
+        scaling = variant.side.removeprefix("with ").removesuffix(" scaling")
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[variant.name]]
         # Where the type is a composite, its causal language model may be its decoder's alone.
-        config = tiny_config(species.name, kind.config_class, SCALINGS.get((species.name, scaling)))
+        config = tiny_config(variant.name, kind.config_class, SCALINGS.get((variant.name, scaling)))
         # Encoders of the BERT family attend to later tokens, and cache nothing, unless told that they are decoders.
         config.is_decoder = True
     model: Any = kind._from_config(config, **plain)
@@ -119,13 +119,13 @@ def prove(model: Any) -> RelocationProof:
     return prove_relocation(KVLayout.read(model), prefill, ORDINARY_TOKENS, model.dtype)
 
 
-def examine(species: Species) -> dict[str, Any]:
+def examine(variant: Variant) -> dict[str, Any]:
     """A type's row: what could be measured, or at which stage it failed and how."""
     began = time.perf_counter()
-    row: dict[str, Any] = {"type": species.name, "side": species.side}
+    row: dict[str, Any] = {"type": variant.name, "side": variant.side}
     # Some compute parts in float32 whatever their dtype, and cannot mix the two.
     for dtype in (torch.float64, torch.float32):
-        measured = _measured(species, dtype)
+        measured = _measured(variant, dtype)
         if measured["verdict"] != NOT_BUILT:
             row["dtype"] = str(dtype).removeprefix("torch.")
             return row | measured | {"seconds": round(time.perf_counter() - began, 2)}
@@ -133,10 +133,10 @@ def examine(species: Species) -> dict[str, Any]:
     return row | {"seconds": round(time.perf_counter() - began, 2)}
 
 
-def _measured(species: Species, dtype: torch.dtype) -> dict[str, Any]:
+def _measured(variant: Variant, dtype: torch.dtype) -> dict[str, Any]:
     stage = "building it"
     try:
-        model = build(species, dtype)
+        model = build(variant, dtype)
         stage = "running it"
         proof = prove(model)
     except UnsupportedModelError as error:
@@ -190,23 +190,23 @@ def _shape(rule: Rotary) -> str:
     return text
 
 
-def examine_apart(species: Species, *, patience_seconds: float = _PATIENCE_SECONDS) -> dict[str, Any]:
-    """`examine` in a process of its own, which may crash or be ended without harm."""
+def examine_apart(variant: Variant, *, timeout_seconds: float = _TIMEOUT_SECONDS) -> dict[str, Any]:
+    """`examine` in a process of its own, which may crash or be killed without harm."""
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
         # One server imports the libraries once; each type is a fork of it.
         context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(species, theirs), daemon=True)
+    process = context.Process(target=_report, args=(variant, theirs), daemon=True)
     process.start()
     theirs.close()
-    row: dict[str, Any] = {"type": species.name, "side": species.side, "verdict": NOT_BUILT}
+    row: dict[str, Any] = {"type": variant.name, "side": variant.side, "verdict": NOT_BUILT}
     try:
-        if ours.poll(patience_seconds):
+        if ours.poll(timeout_seconds):
             row = ours.recv()
         else:
-            row["reason"] = f"did not finish within {patience_seconds:.0f} seconds"
+            row["reason"] = f"did not finish within {timeout_seconds:.0f} seconds"
     except EOFError:
         row["reason"] = "its process died"
     finally:
@@ -215,38 +215,38 @@ def examine_apart(species: Species, *, patience_seconds: float = _PATIENCE_SECON
     return row
 
 
-def _report(species: Species, connection: Connection) -> None:
+def _report(variant: Variant, connection: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers_logging.set_verbosity_error()
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        connection.send(examine(species))
+        connection.send(examine(variant))
 
 
-def species_named(names: Sequence[str]) -> list[Species]:
+def variants_named(names: Sequence[str]) -> list[Variant]:
     """The rows of these types, or all.
 
     Raises:
         InvalidOptionsError: a name is no type that the zoo has.
     """
-    species = all_species()
-    unknown = set(names) - {each.name for each in species}
+    variants = all_variants()
+    unknown = set(names) - {each.name for each in variants}
     if unknown:
         raise InvalidOptionsError(
             f"transformers ships no causal language model type {', '.join(sorted(unknown))}, and no image-text type with "
             "M-RoPE of that name."
         )
-    return [each for each in species if not names or each.name in names]
+    return [each for each in variants if not names or each.name in names]
 
 
 def run(
     path: Path,
-    species: Sequence[Species],
+    variants: Sequence[Variant],
     *,
     command: str = "",
     report: Callable[[int, int], None] = lambda *_: None,
 ) -> Record:
-    """Examine types, one row each, into a record at `path`. Resumes what was interrupted."""
+    """Examine the variants, one row each, into a record at `path`. An interrupted run is resumed."""
     recorder = Recorder(
         path,
         name="zoo",
@@ -255,14 +255,14 @@ def run(
         command=command,
         model="tiny random models",
         model_fingerprint="seed 0",
-        data_digest=digest_of(f"{each.name} {each.side}" for each in species),
+        data_digest=digest_of(f"{each.name} {each.side}" for each in variants),
         seeds=[0],
-        settings={"types": len(species), "dtype": "float64"},
+        settings={"types": len(variants), "dtype": "float64"},
     )
-    for number, each in enumerate(species, start=1):
+    for number, each in enumerate(variants, start=1):
         if not recorder.done(type=each.name, side=each.side):
             recorder.add(examine_apart(each))
-        report(number, len(species))
+        report(number, len(variants))
     return recorder.finish(summary(recorder.rows))
 
 

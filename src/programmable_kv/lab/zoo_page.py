@@ -13,14 +13,14 @@ from programmable_kv.verify.relocation import Verdict
 
 _MEANING = {
     Verdict.EXACT: (
-        "Cached tokens can stand at another position. What turns with the position, and how, is in the third column; the last "
-        "is the worst error of the check over its tolerance (1 would be a failure). Where indexer keys or shared layers are "
-        "told of, the rotation is proved, but `KVBuffer` does not hold such a cache yet, and says so."
+        "Cached tokens can be relocated. The third column says what rotates with the position, and how. The last column is the "
+        "worst error of the check over its tolerance (1 would be a failure). Where a row names indexer keys or shared layers, "
+        "the rotation is proved, but `KVBuffer` does not hold such a cache yet and refuses it."
     ),
     Verdict.WITHIN: "As above, as long as every position stays below the bound. Across it, relocation is refused.",
     Verdict.ATTENTION_ONLY: (
-        "The attention layers' cache can be relocated, but other layers keep a running state in place of tokens, and that has "
-        "to be computed anew over the tokens that follow. The library refuses these models as a whole; the rows say "
+        "The attention layers' cache can be relocated, but other layers keep a running state instead of tokens. That state has "
+        "to be recomputed over the tokens that follow. The library refuses these models as a whole; the rows say "
         "what would be possible."
     ),
     Verdict.REFUSED: (
@@ -32,12 +32,12 @@ _MEANING = {
 
 _INTRODUCTION = """# Which architectures
 
-Moving a cached token to another position (an edit that changes a value's length, a splice, a cut) is only right if all that the
-model cached about the token depends on its position in a known way. Whether it does is not looked up in a list of model
-types. On your weights it is proved when it is first needed, in about a second (`engine.relocation`): tokens and chunks
+Moving a cached token to another position (an edit that changes a value's length, a splice, a cut) is right only if
+everything that the model cached about the token depends on its position in a known way. This is not looked up in a list of
+model types. It is proved on your weights when it is first needed, in about a second (`engine.relocation`): tokens and chunks
 prefilled alone at one position and relocated must equal the same tokens prefilled alone at the other, in every layer, keys
 and values; and a chunk left to count positions by itself must move in the same way, so that a model which ignores the
-positions it is given cannot pass by standing still. What fails is refused, with the layer, the error and the reason.
+positions it is given cannot pass by standing still. A model that fails is refused, with the layer, the error and the reason.
 
 This page is the same check on a tiny random model of every causal language model type of transformers {transformers}, of the
 rotary scalings on one type, and of the text side of the image-text types with M-RoPE. It is written by `pkv zoo` from

@@ -190,9 +190,9 @@ def stream(notebook: Notebook, prompt: str | None, asked: str, sampling: Samplin
 
 
 def _drawn(notebook: Notebook, turn: Unit, sampling: Sampling) -> Iterator[tuple[int, Account]]:
-    """An answer's tokens, each with what it took to draw it. The last one need not be in the cache."""
+    """An answer's tokens, each with what it took to draw it, in whichever thread. The last one need not be in the cache."""
     engine, buffer = notebook.model.engine, notebook.cache
-    with engine.meter.measure() as reading:
+    with buffer.meter.measure() as reading:
         logits = _logits(notebook, turn.ids).logits
     first = reading.account
     if sampling.temperature > 0:
@@ -200,7 +200,7 @@ def _drawn(notebook: Notebook, turn: Unit, sampling: Sampling) -> Iterator[tuple
     else:
         tokens = engine.stream_greedy(buffer, logits, _stop_ids(notebook))
     for _ in range(sampling.max_new_tokens):
-        with engine.meter.measure() as reading:
+        with buffer.meter.measure() as reading:
             token = next(tokens, None)
         if token is None:
             return
@@ -214,7 +214,7 @@ def _kept(
     """Let a streamed answer and its prompt become turns: both or neither. Tokens that are cached already are not computed."""
     buffer = notebook.cache
     cached = said[: buffer.length - len(state.context) - len(turn)]
-    with notebook.model.engine.meter.measure() as reading:
+    with buffer.meter.measure() as reading:
         try:
             whole, conversation = _whole(state.conversation, turn, prompt, answer)
             if whole is None:  # the template renders an answer in another way than it asks for one

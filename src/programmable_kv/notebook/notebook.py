@@ -26,6 +26,7 @@ from programmable_kv.edits.modes import Mode
 from programmable_kv.edits.plan import Plan
 from programmable_kv.edits.ranking import AttentionInfluence, Ranking
 from programmable_kv.edits.seam import SeamRepair
+from programmable_kv.engine import Progress
 from programmable_kv.errors import AlreadyPrefilledError, NotPrefilledError, OutOfStepError, UnknownFieldError
 from programmable_kv.models.load import Model
 from programmable_kv.notebook import asking
@@ -119,8 +120,13 @@ class Notebook:
             skill.check_fits(self.model)
         return values, skills
 
-    def prefill(self, *, repair: SeamRepair | None = None) -> Account:
-        """Compute the whole context once; skills in it are spliced, and `repair` says which of their tokens are computed.
+    def prefill(self, *, repair: SeamRepair | None = None, progress: Progress | None = None) -> Account:
+        """Compute the whole context once; skills in it are spliced.
+
+        Args:
+            repair: which of the skills' tokens are computed again in their place.
+            progress: called with (tokens done, tokens in all) after each chunk of a long text. If it raises, or on Ctrl-C, the
+                notebook is unchanged.
 
         Raises:
             NotPrefilledError: there is nothing to prefill.
@@ -158,7 +164,7 @@ class Notebook:
                 plan = plan_splice(state.context, state.ledger, piece, Span(at, at), repair or SeamRepair())
             else:
                 plan = plan_append(state.context, piece)
-            applied = apply(plan, engine, buffer, state.ledger)
+            applied = apply(plan, engine, buffer, state.ledger, progress=_offset(progress, len(state.context), length))
             state = State(plan.after, applied.ledger)
             total = total + applied.account
         self._buffer = buffer
@@ -483,7 +489,7 @@ class Notebook:
                 self.cache.tensors(),
             )  # fmt: skip
             place = write(saved, where, self.model)
-            meter.bytes_moved += self.cache.nbytes
+            meter.count(moved=self.cache.nbytes)
         self._booked(self._unchanged(reading.account, "save"))
         return place
 
@@ -558,3 +564,8 @@ class Notebook:
     def _require_not_prefilled(self) -> None:
         if self._buffer is not None:
             raise AlreadyPrefilledError("the context was prefilled already: use .add(role, content) to append to it")
+
+
+def _offset(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Progress on a piece, as progress on the whole."""
+    return None if progress is None else lambda done, _: progress(before + done, total)

@@ -67,6 +67,17 @@ class Unit:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Unit):
+            return NotImplemented
+        return self._key() == other._key() and np.array_equal(self.offsets, other.offsets)
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[object, ...]:
+        return self.kind, self.text, self.ids, self.special, self.places, self.corrects, self.name
+
     def split(self, token: int) -> tuple[Unit, Unit]:
         """Two units out of one, the second from `token` on.
 

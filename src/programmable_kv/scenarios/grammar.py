@@ -92,6 +92,11 @@ class Scenario:
         return tuple(dict.fromkeys(option for gate in self.gates for option in gate.options))
 
 
+def other_value(rng: random.Random, gate: Gate, value: str) -> str:
+    """A value under which the gate decides differently."""
+    return rng.choice([v for v in sorted(gate.actions) if gate.actions[v] != gate.actions[value]])
+
+
 def _filler_count(rng: random.Random) -> int:
     """Mostly short policies, which teach more per token, and a tail of up to 30 unrelated rules."""
     return rng.randint(12, 30) if rng.random() < 0.12 else min(30, int(rng.expovariate(1 / 4)))

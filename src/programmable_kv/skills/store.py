@@ -24,6 +24,7 @@ from programmable_kv.engine import Engine
 from programmable_kv.errors import CorruptFileError, InvalidArgumentError, InvalidValueError, UnknownSkillError
 from programmable_kv.models.home import home
 from programmable_kv.models.load import Model
+from programmable_kv.prompt.values import check_name
 from programmable_kv.skills.entries import Entries, check_key, new_name
 from programmable_kv.skills.packing import check_packed, packed, shapes_in, unpacked
 from programmable_kv.skills.skill import Draft, Preface, Skill, check_fingerprint, compute_drafts
@@ -69,7 +70,8 @@ class SkillStore:
         """Keep a skill; returns its entry. One that is there already is written anew.
 
         Raises:
-            InvalidValueError: it was kept in 8 bits before, and this store keeps skills as they were computed.
+            InvalidValueError: it was kept in 8 bits before, and this store keeps skills as they were computed; or its name is
+                not plain.
             StorageError: it cannot be written; what the store holds is unchanged.
         """
         entry = self._put(skill, model_name)
@@ -82,6 +84,7 @@ class SkillStore:
                 f"skill {skill.name!r} comes from a store of 8 bits, and this one keeps skills as they were computed. "
                 "Compile it again, or keep it in a store with int8=True."
             )
+        check_name(skill.name)
         key = key_of(skill.fingerprint, skill.preface_ids, skill.unit.ids, self.int8)
         body = save(packed(skill, int8=self.int8))
         entry = Entry(

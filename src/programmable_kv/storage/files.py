@@ -108,7 +108,7 @@ class Blobs(ABC):
             return sha256_of(path)
 
     def exists(self, name: str) -> bool:
-        with self.translated("look for", checked_name(name)):
+        with self.translated("look for", checked_name(name), missing=False):
             return self._exists(name)
 
     def list(self) -> Iterator[Blob]:
@@ -117,13 +117,13 @@ class Blobs(ABC):
         Raises:
             StorageError: the root cannot be read, or is no folder.
         """
-        with self.translated("list", ""):
+        with self.translated("list", "", missing=False):
             found = [blob for blob in self._list() if _NAME.match(blob.name)]
         return iter(found)
 
     def foreign(self, ours: Callable[[str], bool]) -> str | None:
         """The name of something under the root that is neither one of `ours` nor left by a killed writer."""
-        with self.translated("list", ""):
+        with self.translated("list", "", missing=False):
             return next((it.name for it in self._list() if not ours(it.name) and not LEFTOVER.match(it.name)), None)
 
     def touch(self, name: str) -> None:

@@ -104,7 +104,7 @@ class LocalBlobs(Blobs):
         return self._locked(alone=True)
 
     def sweep(self) -> None:
-        with self.translated("list", ""):
+        with self.translated("list", "", missing=False):
             for path in self.root.glob(f".*{_PARTIAL}"):
                 if LEFTOVER.match(path.name):
                     path.unlink(missing_ok=True)

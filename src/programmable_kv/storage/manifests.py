@@ -28,6 +28,8 @@ _SHOWN_CHARACTERS = 200
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Key = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")]
+"""as `check_name` has it"""
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -184,7 +186,7 @@ class Entry(Sealed):
 
     format: Literal[2] = 2
     key: Key
-    name: str
+    name: Name
     model_name: str
     fingerprint: str
     precision: Literal["as computed", "int8"]
@@ -208,7 +210,6 @@ class Entry(Sealed):
         unit = self.unit
         if unit.kind is not Kind.SKILL or not unit.ids:
             raise CorruptFileError(f"{where}: it holds no skill ({len(unit.ids)} tokens of a {unit.kind})")
-        _check_name(self.name, where)
         for name, value in self.values.items():
             _check_value(name, value, model, where)
         unit.check(self.values, model, where)
@@ -248,13 +249,6 @@ def saved_messages(messages: tuple[Message, ...]) -> tuple[SavedMessage, ...]:
 
 def messages_of(saved: tuple[SavedMessage, ...]) -> tuple[Message, ...]:
     return tuple(Message(m.role, Text(m.template, m.fields)) for m in saved)
-
-
-def _check_name(name: str, where: str) -> None:
-    try:
-        check_name(name)
-    except InvalidValueError as error:
-        raise CorruptFileError(f"{where}: {error}") from error
 
 
 def _check_value(name: str, value: str, model: Model, where: str) -> None:

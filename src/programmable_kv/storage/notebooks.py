@@ -53,7 +53,7 @@ class SavedNotebook:
     """as `KVBuffer.tensors` names them"""
 
 
-def write(state: SavedNotebook, where: str | Path, model: Model) -> Path | str:
+def write(state: SavedNotebook, where: str | Path | Blobs, model: Model) -> Path | str:
     """Save a notebook to a folder or a URL; one that is saved there already is replaced. Returns the folder or the URL.
 
     Raises:
@@ -89,10 +89,12 @@ def write(state: SavedNotebook, where: str | Path, model: Model) -> Path | str:
                 blobs.root.rmdir()  # only if it is empty
         raise
     clear_unused(blobs, lambda other: bool(_TENSORS.match(other)), lambda: _named(blobs))
-    return blobs.root if isinstance(blobs, LocalBlobs) else str(where)
+    if isinstance(blobs, LocalBlobs):
+        return blobs.root
+    return where if isinstance(where, str) else blobs.where
 
 
-def read(where: str | Path, model: Model) -> SavedNotebook:
+def read(where: str | Path | Blobs, model: Model) -> SavedNotebook:
     """Read a notebook that was saved with this model; every check comes before any state is made.
 
     Raises:
@@ -204,7 +206,7 @@ def _require_ours(blobs: Blobs) -> None:
     """
     if blobs.exists(MANIFEST):
         return
-    other = blobs.foreign(lambda name: bool(_TENSORS.match(name)))
+    other = blobs.foreign(lambda name: name == MANIFEST or bool(_TENSORS.match(name)))
     if other is not None:
         raise CorruptFileError(
             f"{blobs.where} exists and is not a saved notebook (it holds {other!r}); choose another name, or remove it yourself"

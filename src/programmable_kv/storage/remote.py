@@ -6,11 +6,15 @@ fsspec has no way to record a use that never creates a file, so here the last us
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from programmable_kv.errors import InvalidArgumentError, StorageError
 from programmable_kv.storage.files import Blob, Blobs
+
+_PASSWORD = re.compile(r"://[^/@]*@")
+"""a user and password in a URL: not for messages"""
 
 
 class FsspecBlobs(Blobs):
@@ -22,15 +26,17 @@ class FsspecBlobs(Blobs):
             InvalidArgumentError: fsspec does not know the protocol.
             StorageError: its driver is not installed or cannot connect.
         """
-        super().__init__(url)
+        super().__init__(_PASSWORD.sub("://***@", url))
         try:
             import fsspec
 
             self._files, root = fsspec.core.url_to_fs(url)
         except ValueError as error:
-            raise InvalidArgumentError(f"cannot open {url}: {error}") from error
+            raise InvalidArgumentError(f"cannot open {self.where}: {error}") from error
         except Exception as error:  # drivers raise the errors of their client libraries
-            raise StorageError(f"cannot open {url}: {error}. Install the driver, or check the address.") from error
+            raise StorageError(
+                f"cannot open {self.where}: {error}. Install the driver, or check the address."
+            ) from error
         self._root = str(root).rstrip("/")
         self._made = False
 

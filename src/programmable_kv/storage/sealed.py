@@ -51,19 +51,16 @@ class Sealed(BaseModel):
             CorruptFileError: a byte has changed, the format is another one, or it describes something else.
         """
         body = opened(sealed)
-        found = _format(sealed if body is None else body)
-        if found is not None and found != cls.FORMAT:
-            raise CorruptFileError(
-                f"{where} is of format {found}, and this version reads and writes format {cls.FORMAT}: {cls.AGAIN}"
-            )
-        if body is None:
-            raise CorruptFileError(f"{where} was damaged or changed by hand: {cls.AGAIN}")
         try:
-            return cls.model_validate_json(body)
+            if body is not None:
+                return cls.model_validate_json(body)
+            reason = "was damaged or changed by hand"
         except (ValidationError, ValueError, RecursionError) as error:
-            raise CorruptFileError(
-                f"{where} is no manifest of its kind ({' '.join(str(error).split())[:160]}): {cls.AGAIN}"
-            ) from error
+            reason = f"is no manifest of its kind ({' '.join(str(error).split())[:160]})"
+        found = _format(sealed)
+        if found is not None and found != cls.FORMAT:
+            reason = f"is of format {found}, and this version reads and writes format {cls.FORMAT}"
+        raise CorruptFileError(f"{where} {reason}: {cls.AGAIN}")
 
 
 def _format(document: bytes) -> int | None:
@@ -72,7 +69,7 @@ def _format(document: bytes) -> int | None:
         content: Any = json.loads(document)
     except (ValueError, RecursionError):
         return None
-    for inner in ("manifest", "notebook"):
+    for inner in ("manifest", "notebook"):  # format 1 of a notebook said "notebook"; that of a skill had no seal
         if isinstance(content, dict) and isinstance(content.get(inner), dict):
             content = content[inner]
     found = content.get("format") if isinstance(content, dict) else None

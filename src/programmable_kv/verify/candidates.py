@@ -15,15 +15,15 @@ from programmable_kv.cache.rotation import Pairing, Rotary, rotate
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
-    """One cached tensor of one token, computed at position 0 and at `offsets` ([T] or [A, T]); both [B, H, T, D]."""
+class PositionPair:
+    """One cached tensor of the same tokens at two positions, `offsets` apart ([T] or [A, T]); both tensors [B, H, T, D]."""
 
     offsets: torch.Tensor
     before: torch.Tensor
     after: torch.Tensor
 
     def error(self, rule: Rotary | None) -> torch.Tensor:
-        """What is left of the difference after turning by the rule, relative to each token's norm; [B, H, T, D]."""
+        """The difference that remains after rotating by the rule, relative to each token's norm; [B, H, T, D]."""
         turned = self.before if rule is None else rotate(self.before, self.offsets, rule)
         found, right = turned.cpu().double(), self.after.cpu().double()  # MPS has no float64
         scale = right.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
@@ -32,31 +32,33 @@ class Moved:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class RuleFit:
     """The best rule among candidates (None: a copy), and its largest error relative to the tensor's norm."""
 
     rule: Rotary | None
     error: float
 
 
-def best_rule(expected: Rotary | None, tables: Sequence[Rotary], moved: Sequence[Moved], allowed: float) -> Found:
-    """The first candidate that holds for every move, or else the one that comes closest."""
-    width = moved[0].before.shape[-1]
+def best_rule(
+    expected: Rotary | None, tables: Sequence[Rotary], pairs: Sequence[PositionPair], allowed: float
+) -> RuleFit:
+    """The first candidate that holds for every pair, or else the one that comes closest."""
+    width = pairs[0].before.shape[-1]
     found = []
     for rule in _candidates(expected, tables, width):
-        found.append(Found(rule, _worst(moved, rule)))
+        found.append(RuleFit(rule, _worst(pairs, rule)))
         if found[-1].error <= allowed:
             return found[-1]
-    for rule in _reordered(tables, width, moved):
-        found.append(Found(rule, _worst(moved, rule)))
+    for rule in _reordered(tables, width, pairs):
+        found.append(RuleFit(rule, _worst(pairs, rule)))
         if found[-1].error <= allowed:
             break
     return min(found, key=lambda each: each.error)
 
 
-def _worst(moved: Sequence[Moved], rule: Rotary | None) -> float:
+def _worst(pairs: Sequence[PositionPair], rule: Rotary | None) -> float:
     """The largest error of all; NaN if any is (which no comparison takes for a small one)."""
-    return float(torch.stack([each.error(rule).max() for each in moved]).max())
+    return float(torch.stack([each.error(rule).max() for each in pairs]).max())
 
 
 def _candidates(expected: Rotary | None, tables: Sequence[Rotary], width: int) -> Iterator[Rotary | None]:
@@ -88,28 +90,28 @@ def _placed(tables: Iterable[Rotary], width: int, *, everywhere: bool) -> list[R
     return placed
 
 
-def _reordered(tables: Sequence[Rotary], width: int, moved: Sequence[Moved]) -> Iterator[Rotary]:
+def _reordered(tables: Sequence[Rotary], width: int, pairs: Sequence[PositionPair]) -> Iterator[Rotary]:
     """Tables whose frequencies stand in another order in the head: for each pair, the frequency that suits it best."""
     for rule in _placed(tables, width, everywhere=False):
         each = [replace(rule, frequencies=(f,) * len(rule.frequencies)) for f in dict.fromkeys(rule.frequencies)]
         # [F, D]: how far every channel is off at its worst, were all pairs to turn with frequency f.
         worst = torch.stack(
-            [torch.stack([m.error(one).amax(dim=(0, 1, 2)) for m in moved]).amax(dim=0) for one in each]
+            [torch.stack([m.error(one).amax(dim=(0, 1, 2)) for m in pairs]).amax(dim=0) for one in each]
         )
-        pairs = [_channels(rule, pair) for pair in range(len(rule.frequencies))]
-        best = [int(worst[:, pair].amax(dim=1).argmin()) for pair in pairs]
+        channels = [_channels(rule, pair) for pair in range(len(rule.frequencies))]
+        best = [int(worst[:, pair].amax(dim=1).argmin()) for pair in channels]
         yield replace(rule, frequencies=tuple(each[index].frequencies[0] for index in best))
 
 
-def axes_of(rule: Rotary, moved: Sequence[Moved], allowed: float) -> Rotary | None:
-    """The rule with the axis that turns each frequency, given one move along each axis alone; None if it cannot be told.
+def axes_of(rule: Rotary, pairs: Sequence[PositionPair], allowed: float) -> Rotary | None:
+    """The rule with the axis that turns each frequency, or None if it cannot be told. `pairs` has one move along each axis.
 
     The pair (i, its partner) must turn with exactly one axis and stand still along the others.
     """
     axes: list[int] = []
     for pair in range(len(rule.frequencies)):
         turning = []
-        for axis, each in enumerate(moved):
+        for axis, each in enumerate(pairs):
             along = replace(rule, axes=tuple([axis] * len(rule.frequencies)))
             channels = _channels(rule, pair)
             turned = float(each.error(along)[..., channels].max()) <= allowed

@@ -3,13 +3,13 @@
 Four measurements, none of which needs trained weights:
 
 1. *Probes.* One token, prefilled alone at position 0 and at powers of two. It attends to itself only, so its hidden states
-   are the same wherever it stands, in every layer, and a float32 angle at a power of two has no rounding error. What
-   turns in the cache, and how, is therefore seen to the last bits: a slightly wrong frequency cannot hide.
+   are the same at every position, in every layer, and a float32 angle at a power of two has no rounding error. How the
+   cache rotates is therefore measured to the last bits: a slightly wrong frequency cannot hide.
 2. *Chunks.* A chunk prefilled alone at position 0 and at position d has nothing before it either. The second cache must be
    the first one relocated by d, keys and values, in every layer.
 3. *Counting.* The same chunk, left to find its positions by itself after d other tokens. A model that ignores the positions
-   it is given would pass the first two by standing still; here it moves, and is found out.
-4. *Order.* If nothing in the cache turns: whether the model tells the order of earlier tokens nevertheless (ALiBi) or not.
+   it is given passes the first two, because its chunk never moves; here it moves, and the check fails.
+4. *Order.* If nothing in the cache rotates: whether the model still tells the order of earlier tokens (ALiBi) or not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from programmable_kv.cache.layout import KVLayout, LayerLayout
 from programmable_kv.cache.rotation import Rotary
-from programmable_kv.verify.candidates import Found, Moved, axes_of, best_rule
+from programmable_kv.verify.candidates import PositionPair, RuleFit, axes_of, best_rule
 
 CachedLayer = dict[str, torch.Tensor]
 """what one layer caches, by name"""
@@ -198,14 +198,14 @@ class _Check:
         layers = []
         for index, layer in enumerate(self.layout.layers):
             rules: dict[str, Rotary | None] = {}
-            failed: dict[str, Found] = {}
+            failed: dict[str, RuleFit] = {}
             for name in self.names[index]:
-                moved = [
-                    Moved(torch.tensor([step]), before[n][index][name], after[s][n][index][name])
+                pairs = [
+                    PositionPair(torch.tensor([step]), before[n][index][name], after[s][n][index][name])
                     for s, step in enumerate(steps)
                     for n in range(len(tokens))
                 ]
-                found = self._rule(name, layer, moved)
+                found = self._rule(name, layer, pairs)
                 rules[name] = found.rule
                 if not found.error <= probe_tolerance(self.dtype):
                     failed[name] = found
@@ -218,15 +218,15 @@ class _Check:
         elif self.layout.axes > 1:
             self._probe_axes(tokens[0], before[0], largest)
 
-    def _rule(self, name: str, layer: LayerLayout, moved: list[Moved]) -> Found:
+    def _rule(self, name: str, layer: LayerLayout, pairs: list[PositionPair]) -> RuleFit:
         # Values do not turn, save where MLA keeps its rotary keys in their place.
         expected = None if name == "values" else layer.rotary
         tables = self.layout.tables if layer.rotary is None else (layer.rotary, *self.layout.tables)
-        found = best_rule(expected, tables, moved, probe_tolerance(self.dtype))
+        found = best_rule(expected, tables, pairs, probe_tolerance(self.dtype))
         self.worst = max(self.worst, found.error / probe_tolerance(self.dtype))
         return found
 
-    def _refuse_failed(self, index: int, failed: dict[str, Found]) -> None:
+    def _refuse_failed(self, index: int, failed: dict[str, RuleFit]) -> None:
         if not failed:
             return
         name, found = next(iter(failed.items()))
@@ -253,8 +253,10 @@ class _Check:
             rule = layer.rotary
             if rule is not None:
                 first = before[index]["keys"]
-                rule = axes_of(rule, [Moved(unit[a], first, alone[a][index]["keys"]) for a in range(axes)], allowed)
-                error = float(Moved(mixed, first, together[index]["keys"]).error(rule).max()) if rule else 0.0
+                rule = axes_of(
+                    rule, [PositionPair(unit[a], first, alone[a][index]["keys"]) for a in range(axes)], allowed
+                )
+                error = float(PositionPair(mixed, first, together[index]["keys"]).error(rule).max()) if rule else 0.0
                 self.worst = max(self.worst, error / allowed)
                 if rule is None or not error <= allowed:
                     return
@@ -270,11 +272,13 @@ class _Check:
                 for index, layer in enumerate(self.layout.layers):
                     allowed = self._allowed(layer, displacement)
                     for name in self.names[index]:
-                        moved = Moved(torch.full((_CHUNK,), displacement), here[index][name], there[index][name])
-                        self._compare(index, name, layer, moved, allowed, f"moved by {displacement} positions")
+                        pair = PositionPair(torch.full((_CHUNK,), displacement), here[index][name], there[index][name])
+                        self._compare(index, name, layer, pair, allowed, f"moved by {displacement} positions")
 
-    def _compare(self, index: int, name: str, layer: LayerLayout, moved: Moved, allowed: float, what: str) -> None:
-        error = moved.error(rule_of(layer, name))
+    def _compare(
+        self, index: int, name: str, layer: LayerLayout, pair: PositionPair, allowed: float, what: str
+    ) -> None:
+        error = pair.error(rule_of(layer, name))
         largest = float(error.max())
         self.worst = max(self.worst, largest / allowed)
         if not largest <= allowed:
@@ -299,7 +303,7 @@ class _Check:
         there = self._chunk(regime.within)
         offsets = torch.full((_CHUNK,), regime.within)
         return any(
-            float(Moved(offsets, here[index][name], there[index][name]).error(rule_of(layer, name)).max())
+            float(PositionPair(offsets, here[index][name], there[index][name]).error(rule_of(layer, name)).max())
             > self._allowed(layer, regime.within)
             for index, layer in enumerate(self.layout.layers)
             for name in self.names[index]
@@ -323,12 +327,12 @@ class _Check:
             layer = self.layout.layers[index]
             for name in self.names[index]:
                 there = whole[index][name][..., _COUNTED:, :]
-                moved = Moved(torch.full((_CHUNK,), _COUNTED), here[index][name], there)
+                pair = PositionPair(torch.full((_CHUNK,), _COUNTED), here[index][name], there)
                 allowed = self._allowed(layer, _COUNTED)
-                if not float(moved.error(rule_of(layer, name)).max()) <= allowed:
+                if not float(pair.error(rule_of(layer, name)).max()) <= allowed:
                     self.encoding = PositionEncoding.LEARNED
                 self._compare(
-                    index, name, layer, moved, allowed, f"that stands after {_COUNTED} others by its own count"
+                    index, name, layer, pair, allowed, f"that stands after {_COUNTED} others by its own count"
                 )
 
     def _swap(self, here: list[CachedLayer]) -> None:
@@ -338,7 +342,7 @@ class _Check:
         name = self.names[1][-1]
         swapped = self.prefill([self.ids[1], self.ids[0], *self.ids[2:]], torch.arange(_CHUNK))
         last = [layers[1][name][..., -1:, :] for layers in (here, swapped)]
-        error = float(Moved(torch.tensor([0]), *last).error(None).max())
+        error = float(PositionPair(torch.tensor([0]), *last).error(None).max())
         self.tells_order = error > probe_tolerance(self.dtype)
 
 

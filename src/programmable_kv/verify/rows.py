@@ -1,6 +1,6 @@
 """Proves on a loaded model that rows in the middle of a context can be computed again, or says why they cannot.
 
-Rows recomputed in the middle of an exact cache must come out as they were. If a model built its mask from indices, by itself,
+Rows that are recomputed in the middle of an exact cache must not change. If a model built its mask from indices, by itself,
 or a window were not the one that its configuration names, this would show it.
 """
 
@@ -13,6 +13,7 @@ import torch
 
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.layout import KVLayout
+from programmable_kv.verify.failures import is_out_of_memory, may_pass
 
 Fill = Callable[[tuple[int, ...], tuple[int, ...]], KVBuffer]
 """(token ids, positions) -> a buffer in which they were prefilled alone"""
@@ -21,6 +22,8 @@ Recompute = Callable[[KVBuffer, tuple[int, ...], tuple[int, ...]], torch.Tensor]
 """(buffer, token ids, slots) -> compute those tokens where they stand; the last one's logits [1, vocabulary]"""
 
 _ROWS_CHUNK = 40
+_FEWEST = 8
+"""positions in which the rows below are five different ones"""
 _WIDEST_WINDOW = 512
 """tokens; a window up to this size is looked past, at the price of a forward of as many tokens"""
 
@@ -33,6 +36,8 @@ class RowsProof:
     worst: float
     """largest error over its tolerance"""
     reason: str = ""
+    settled: bool = True
+    """False if the check failed for a reason that may pass, so that nothing is to be concluded from it"""
 
 
 def prove_rows(
@@ -47,21 +52,29 @@ def prove_rows(
 
     Rows computed in another batch differ by rounding: each of L layers adds one of the dtype's, relative to a key's norm, and
     independent ones add up as the square root of L. 32 is the margin.
+
+    Raises:
+        torch.OutOfMemoryError, MemoryError: there was no memory for the check.
     """
     length = max([_ROWS_CHUNK, *(window + 16 for window in windows if window <= _WIDEST_WINDOW)])
-    if layout.position_limit is not None:
-        length = min(length, layout.position_limit)
+    bounds = [bound for bound in (layout.position_limit, *(rule.within for rule in layout.frequency_rules)) if bound]
+    length = min([length, *bounds])
+    if length < _FEWEST:
+        return RowsProof(False, float("inf"), f"{length} positions are too few to check anything")
     ids = tuple((5 + 29 * i) % vocabulary for i in range(length))
     slots = (1, length // 4, length // 2, length // 2 + 1, length - 1)
-    buffer = prefill(ids[:-1], tuple(range(length - 1)))
-    expected = recompute(buffer, ids[-1:], slots[-1:])
-    before = [(buffer.keys(i).clone(), buffer.values(i).clone()) for i in range(len(buffer))]
+    doing = "the check could not be run"
     try:
+        buffer = prefill(ids[:-1], tuple(range(length - 1)))
+        expected = recompute(buffer, ids[-1:], slots[-1:])
+        before = [(buffer.keys(i).clone(), buffer.values(i).clone()) for i in range(len(buffer))]
+        doing = "its attention takes no mask from outside"
         logits = recompute(buffer, tuple(ids[slot] for slot in slots), slots)
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
-        return RowsProof(
-            False, float("inf"), f"its attention takes no mask from outside ({str(error).splitlines()[0]})"
-        )
+        if is_out_of_memory(error):
+            raise
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        return RowsProof(False, float("inf"), f"{doing} ({first})", settled=not may_pass(error))
     allowed = min(0.5, 32 * len(layout.layers) ** 0.5 * torch.finfo(dtype).eps)
     worst, where = 0.0, ""
     # The last layer's attention leaves no trace in the cache: only the logits show it.

@@ -50,8 +50,8 @@ class _Answer:
     """[vocabulary] of the answer's first token, float64"""
 
 
-class Stand:
-    """A cache with a frame's prefix in it, behind which pieces are put and taken away again."""
+class ArmComparison:
+    """A cache that holds a frame's prefix. Pieces are put behind it in each arm, and removed again."""
 
     def __init__(self, model: Model, frame: Frame) -> None:
         self._model, self._frame = model, frame
@@ -71,7 +71,7 @@ class Stand:
             return self._compare(tasks, arms)
         finally:
             buffer.truncate(length)
-            buffer.release(mark)  # which lets go of the pieces too
+            buffer.release(mark)  # the pieces are freed with it
 
     def _compare(self, tasks: Sequence[Task], arms: Sequence[Arm]) -> list[dict[str, Any]]:
         engine, buffer, first = self._model.engine, self._buffer, tasks[0]
@@ -112,7 +112,7 @@ class Stand:
             engine.compute(buffer, Rows(ids, tuple(slots), positions), logits=0)
 
     def _answer(self, task: Task) -> _Answer:
-        """The decision behind what the buffer holds, which is left as it was."""
+        """The decision after what the buffer holds. Leaves the buffer unchanged."""
         engine, buffer, length = self._model.engine, self._buffer, self._buffer.length
         tail = self._frame.after(task.request)
         logits = engine.append(buffer, self._encode(tail))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from programmable_kv.lab.composing import tasks as ask
-from programmable_kv.lab.composing.arms import ALL_ARMS, Stand
-from programmable_kv.lab.composing.frame import Place, frame_at
+from programmable_kv.lab.composing.arms import ALL_ARMS, ArmComparison
+from programmable_kv.lab.composing.frame import InsertionPoint, frame_at
 from programmable_kv.lab.composing.horizon import SEED as HORIZON_SEED
 from programmable_kv.lab.composing.horizon import play
-from programmable_kv.lab.composing.suites import Suite
+from programmable_kv.lab.composing.suites.suite import Group, Suite
 from programmable_kv.models.load import Model
-from programmable_kv.records import Record, Recorder, bootstrap_mean, cluster_bootstrap, digest_of, wilson
+from programmable_kv.records import Record, Recorder, bootstrap_mean, cluster_bootstrap, digest_of, record_slug, wilson
 
 TURNS = 40
+"""of each long conversation"""
 _STAGES = ("first", "middle", "last")
 """thirds of a horizon's turns"""
 
@@ -27,12 +27,13 @@ def run(
     path: Path,
     suite: Suite,
     *,
+    turns: int = TURNS,
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
     """Make a suite's comparisons, each task in each of its arms, and play its long conversations.
 
-    A model without a chat template holds no conversation: it plays none.
+    A model without a chat template cannot hold a conversation, so it plays none.
     """
     groups = suite.groups()
     horizons = suite.horizons if model.has_chat_template else 0
@@ -44,50 +45,51 @@ def run(
         command=command,
         model=Path(model.name).name,
         model_fingerprint=model.fingerprint,
-        data_digest=digest_of(
-            text
-            for group in groups
-            for task in group.tasks
-            for text in (
-                str(group.place),
+        data_digest=digest_of(texts_of(groups)),
+        seeds=[ask.SEED, HORIZON_SEED],
+        settings={
+            **asdict(suite),
+            **({"horizons": horizons} if suite.horizons else {}),
+            "dtype": str(model.dtype),
+            "turns": turns,
+        },
+    )
+    total = len(groups) + horizons
+    comparison: tuple[InsertionPoint, ArmComparison] | None = None
+    for number, group in enumerate(groups):
+        if not all(recorder.done(group=number, task=index) for index in range(len(group.tasks))):
+            if comparison is None or comparison[0] != group.point:
+                comparison = group.point, ArmComparison(model, frame_at(model, group.point))
+            for index, row in enumerate(comparison[1].compare(group.tasks, group.arms)):
+                if not recorder.done(group=number, task=index):
+                    recorder.add({"group": number, "task": index, "place": str(group.point), **row})
+        if report is not None:
+            report(number + 1, total)
+    for number in range(horizons):
+        if not recorder.done(kind="horizon", policy=number):
+            recorder.add({"kind": "horizon", "policy": number, "turns": play(model, number, turns)})
+        if report is not None:
+            report(len(groups) + number + 1, total)
+    return recorder.finish(summarise(recorder.rows))
+
+
+def texts_of(groups: Iterable[Group]) -> Iterator[str]:
+    """Every text that the comparisons depend on, for the record's digest."""
+    for group in groups:
+        for task in group.tasks:
+            yield from (
+                str(group.point),
                 task.shared,
                 *map(str, task.prefaces),
                 *task.pieces,
                 task.request,
                 *task.options,
             )
-        ),
-        seeds=[ask.SEED, HORIZON_SEED],
-        settings={
-            **asdict(suite),
-            **({"horizons": horizons} if suite.horizons else {}),
-            "dtype": str(model.dtype),
-            "turns": TURNS,
-        },
-    )
-    total = len(groups) + horizons
-    stand: tuple[Place, Stand] | None = None
-    for number, group in enumerate(groups):
-        if not all(recorder.done(group=number, task=index) for index in range(len(group.tasks))):
-            if stand is None or stand[0] != group.place:
-                stand = group.place, Stand(model, frame_at(model, group.place))
-            for index, row in enumerate(stand[1].compare(group.tasks, group.arms)):
-                if not recorder.done(group=number, task=index):
-                    recorder.add({"group": number, "task": index, "place": str(group.place), **row})
-        if report is not None:
-            report(number + 1, total)
-    for number in range(horizons):
-        if not recorder.done(kind="horizon", policy=number):
-            recorder.add({"kind": "horizon", "policy": number, "turns": play(model, number, TURNS)})
-        if report is not None:
-            report(len(groups) + number + 1, total)
-    return recorder.finish(summarise(recorder.rows))
 
 
 def record_name(suite: Suite, model: Model) -> str:
-    """The suite's and the model's name as a record may spell them."""
-    plain = Path(model.name).name.lower().removesuffix(".gguf")
-    return f"{suite.stem}-" + re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+    """The name of the record of a suite on a model."""
+    return f"{suite.stem}-{record_slug(Path(model.name).name.lower().removesuffix('.gguf'))}"
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:

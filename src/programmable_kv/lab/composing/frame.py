@@ -1,4 +1,4 @@
-"""The text around spliced pieces: in the system area or in mid-conversation, and how much other text stands before."""
+"""The text around spliced pieces: in the system area or inside the conversation, after a given amount of other text."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _SEED = 55_000
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where pieces go: the area, and how many tokens of other text stand before them (at least)."""
+class InsertionPoint:
+    """Where pieces are spliced in: the area of the prompt, and how many tokens of other text precede them (at least)."""
 
     area: Area
-    displacement: int
+    preceding_tokens: int
 
     def __str__(self) -> str:
-        return f"{self.area}_{self.displacement}"
+        return f"{self.area}_{self.preceding_tokens}"
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What stands before the pieces (`before`), and between them and the request, and after it."""
+    """The tokens before the pieces (`before`), and the text between them and the request, and after it."""
 
     before: list[int]
     _between: str
@@ -42,8 +42,8 @@ class Frame:
         return self._between + request + self._end
 
 
-def frame_at(model: Model, place: Place) -> Frame:
-    """The frame of a place: through the chat template if the model has one, as a plain dialogue else.
+def frame_at(model: Model, point: InsertionPoint) -> Frame:
+    """The text around an insertion point: through the chat template if the model has one, as a plain dialogue else.
 
     Raises:
         TemplateError: the chat template does not render every message once.
@@ -51,11 +51,11 @@ def frame_at(model: Model, place: Place) -> Frame:
     lines = other_lines()
     count = 0
     while True:
-        before, between, end = _cut(_render(model, place.area, "\n".join(lines[i % len(lines)] for i in range(count))))
+        before, between, end = _cut(_render(model, point.area, "\n".join(lines[i % len(lines)] for i in range(count))))
         ids: list[int] = model.tokenizer.encode(before, add_special_tokens=not model.has_chat_template)
-        if len(ids) >= place.displacement:
+        if len(ids) >= point.preceding_tokens:
             return Frame(ids, between, end)
-        count += 1 + (place.displacement - len(ids)) // 25
+        count += 1 + (point.preceding_tokens - len(ids)) // 25
 
 
 def other_lines() -> Sequence[str]:

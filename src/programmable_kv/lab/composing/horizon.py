@@ -12,11 +12,10 @@ import math
 import random
 from typing import Any
 
-from programmable_kv.lab.adapter import other_value
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.notebook import Notebook
-from programmable_kv.scenarios.grammar import make_scenario
+from programmable_kv.scenarios.grammar import make_scenario, other_value
 from programmable_kv.scenarios.phrasings import PHRASINGS, question
 from programmable_kv.scenarios.vocabulary import held_out_domains
 

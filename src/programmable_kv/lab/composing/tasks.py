@@ -1,6 +1,6 @@
-"""What is asked of spliced pieces: questions whose answer stands in them, and whose right answer is known.
+"""What is asked of spliced pieces: questions whose right answer is known and is stated in the pieces.
 
-Held-out policies, facts, several sets of rules at once, two updates of one field, and two kinds that tell the limits of
+Held-out policies, facts, several sets of rules at once, two updates of one field, and two kinds that show the limits of
 splicing: a *coupled* policy, whose facts stand outside it, and a two-hop lookup that is *split* over two pieces. All of it is
 about domains that the embedded model never saw in training; sets and lookups are worded as in training.
 """
@@ -11,10 +11,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from programmable_kv.lab.adapter import other_value
 from programmable_kv.lab.composing.frame import TITLE, other_lines
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, statement
-from programmable_kv.scenarios.grammar import Gate, Scenario, make_scenario
+from programmable_kv.scenarios.grammar import Gate, Scenario, make_scenario, other_value
 from programmable_kv.scenarios.phrasings import PHRASINGS, question
 from programmable_kv.scenarios.vocabulary import Domain, held_out_domains
 from programmable_kv.skills.skill import Preface
@@ -61,7 +60,7 @@ def coupled(count: int) -> Iterator[Task]:
 
 
 def facts(count: int) -> Iterator[Task]:
-    """One fact about a case; a fact about another case stands before it, and one about a third in a preface."""
+    """One fact about a case; a fact about another case precedes it, and one about a third case is in the preface."""
     for number, domain in _domains(count):
         rng = random.Random(f"{SEED}/fact/{number}")
         field = rng.choice(sorted(domain.fields))
@@ -101,7 +100,7 @@ def several(count: int, pieces: int) -> Iterator[Task]:
 
 
 def updates(count: int) -> Iterator[Task]:
-    """A policy in place, and two updates of its field as pieces: which of them is the last is told by position alone.
+    """A policy in place, and two updates of its field as pieces: only their position says which one is the last.
 
     A preface holds the policy.
     """

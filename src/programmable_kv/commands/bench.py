@@ -1,0 +1,128 @@
+"""`pkv bench`: how fast, against what a user would do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from programmable_kv.commands.common import ModelOption, OutOption
+from programmable_kv.commands.measure import DtypeOption, LengthsOption, RepeatsOption, load, measure, parse_lengths
+
+if TYPE_CHECKING:
+    from programmable_kv.records import Record
+
+app = typer.Typer(
+    help="How fast: benches against what a user would do instead.", no_args_is_help=True, rich_markup_mode=None
+)
+
+ShapeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="measure random weights of this architecture (llama-3.1-8b, for example) instead of a model; no download"
+    ),
+]
+DeviceOption = Annotated[str | None, typer.Option(help="a torch device; by default the one that torch prefers")]
+LayersOption = Annotated[int | None, typer.Option(min=1, help="build only so many layers of the --shape")]
+_ALL_LENGTHS = "512,1024,2048,4096,7936"
+
+
+@app.command("edit")
+def bench_edit(
+    model: ModelOption = "embedded",
+    shape: ShapeOption = None,
+    layers: LayersOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    lengths: LengthsOption = _ALL_LENGTHS,
+    repeats: RepeatsOption = 7,
+    out_path: OutOption = None,
+) -> None:
+    """TTFT of every edit mode against full prefill, cloning a cache, and a bare forward."""
+    from programmable_kv.bench.edit import run
+
+    _measure_lengths(run, "edit-ttft", model, shape, layers, device, dtype, lengths, repeats, out_path)
+
+
+@app.command("splice")
+def bench_splice(
+    model: ModelOption = "embedded",
+    shape: ShapeOption = None,
+    layers: LayersOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    lengths: LengthsOption = _ALL_LENGTHS,
+    repeats: RepeatsOption = 7,
+    out_path: OutOption = None,
+) -> None:
+    """TTFT of a spliced skill against full prefill, the concatenating way, and a plain copy."""
+    from programmable_kv.bench.splice import run
+
+    _measure_lengths(run, "splice-ttft", model, shape, layers, device, dtype, lengths, repeats, out_path)
+
+
+@app.command("agent")
+def bench_agent(
+    model: ModelOption = "embedded",
+    instances: Annotated[int, typer.Option(min=0, help="policies of each held-out domain")] = 10,
+    lengths: LengthsOption = "1024,2048,4096",
+    turns: Annotated[int, typer.Option(min=1, help="turns of each timed policy")] = 12,
+    out_path: OutOption = None,
+) -> None:
+    """An agent on a live cache against re-prefilling every turn: the same decisions, and how much sooner."""
+    from programmable_kv.bench.agent import run
+    from programmable_kv.scenarios.vocabulary import held_out_domains
+
+    sizes = parse_lengths(lengths)
+    total = instances * len(held_out_domains()) + len(sizes)
+    measure(
+        run, load(model), out_path, "agent", "Policies", total, instances=instances, lengths=sizes, timed_turns=turns
+    )
+
+
+@app.command("overhead")
+def bench_overhead(
+    lengths: LengthsOption = "4096,16384,65536",
+    units: Annotated[
+        str, typer.Option(help="messages of the context of each length, separated by commas")
+    ] = "100,400,1000",
+    repeats: RepeatsOption = 7,
+    out_path: OutOption = None,
+) -> None:
+    """The time of every public operation beside its forward, on a tiny random model (no download)."""
+    from programmable_kv.bench.overhead import model_for, run
+
+    sizes, counts = parse_lengths(lengths), parse_lengths(units, "--units")
+    if len(sizes) != len(counts):
+        raise typer.BadParameter(f"{len(counts)} numbers for {len(sizes)} lengths", param_hint="--units")
+    measure(
+        run, model_for(sizes), out_path, "overhead", "Lengths", len(sizes), lengths=sizes, units=counts, repeats=repeats
+    )
+
+
+def _measure_lengths(
+    run: Callable[..., Record],
+    name: str,
+    model: str,
+    shape: str | None,
+    layers: int | None,
+    device: str | None,
+    dtype: str,
+    lengths: str,
+    repeats: int,
+    out_path: Path | None,
+) -> None:
+    sizes = parse_lengths(lengths)
+    if shape is None:
+        if layers is not None:
+            raise typer.BadParameter("only a --shape can be built with fewer layers", param_hint="--layers")
+        loaded = load(model, dtype=dtype, device=device)
+    else:
+        from programmable_kv.bench.shapes import load_shape
+        from programmable_kv.records import record_slug
+
+        loaded = load_shape(shape, device=device, dtype=dtype, layers=layers)
+        name = f"{name}-{record_slug(shape)}"
+    measure(run, loaded, out_path, name, "Lengths", len(sizes), lengths=sizes, repeats=repeats)

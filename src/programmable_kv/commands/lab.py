@@ -1,0 +1,107 @@
+"""`pkv lab`: why it works. Experiments on the loaded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from programmable_kv.commands.common import ModelOption, OutOption, command, err, record_path
+from programmable_kv.commands.measure import DtypeOption, load, measure, print_summary
+
+if TYPE_CHECKING:
+    from programmable_kv.lab.composing.suites.suite import Suite
+
+app = typer.Typer(help="Why it works: experiments on the loaded model.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command("edit-modes")
+def lab_edit_modes(
+    model: ModelOption = "embedded",
+    scenarios: Annotated[int, typer.Option(min=1, help="held-out scenarios")] = 260,
+    out_path: OutOption = None,
+) -> None:
+    """Agreement with full prefill and recovery of every edit mode, direct and with a line of thought."""
+    from programmable_kv.lab.edit_modes import run
+
+    measure(run, load(model), out_path, "edit-modes", "Scenarios", scenarios, count=scenarios)
+
+
+@app.command("compose")
+def lab_compose(
+    model: ModelOption = "embedded",
+    policies: Annotated[int, typer.Option(min=1, help="policies, in every place")] = 24,
+    others: Annotated[int, typer.Option(min=1, help="tasks of each other kind")] = 24,
+    tools: Annotated[int, typer.Option(min=0, help="requests for one of sixteen tools")] = 40,
+    horizons: Annotated[int, typer.Option(min=0, help="conversations of forty turns on one edited cache")] = 4,
+    dtype: DtypeOption = "float32",
+    out_path: OutOption = None,
+) -> None:
+    """Agreement of compiled pieces, spliced together, with full prefill: by seam and place, with controls."""
+    from programmable_kv.lab.composing.suites.composing import Composing
+
+    _compare(Composing(policies, others, tools, horizons), model, dtype, out_path)
+
+
+@app.command("preface")
+def lab_preface(
+    model: ModelOption = "embedded",
+    policies: Annotated[int, typer.Option(min=1, help="policies, one skill each")] = 24,
+    others: Annotated[int, typer.Option(min=1, help="pairs of rule sets, two skills each")] = 24,
+    dtype: DtypeOption = "float32",
+    out_path: OutOption = None,
+) -> None:
+    """What should a skill read while it is compiled? Agreement with full prefill behind several prefaces."""
+    from programmable_kv.lab.composing.suites.prefaces import Prefaces
+
+    _compare(Prefaces(policies, others), model, dtype, out_path)
+
+
+@app.command("catalogue")
+def lab_catalogue(
+    model: ModelOption = "embedded",
+    tools: Annotated[int, typer.Option(min=1, help="requests for one of sixteen tools")] = 40,
+    dtype: DtypeOption = "float32",
+    out_path: OutOption = None,
+) -> None:
+    """Tools compiled alone, behind others, and together; all of them, in another order, and half of them."""
+    from programmable_kv.lab.composing.suites.catalogue import Catalogue
+
+    _compare(Catalogue(tools), model, dtype, out_path)
+
+
+@app.command("adapter")
+def lab_adapter(
+    scenarios: Annotated[int, typer.Option(min=1, help="held-out scenarios")] = 800,
+    attach: Annotated[
+        Path | None, typer.Option(help="also put the figures into the training.json of this folder of weights")
+    ] = None,
+    out_path: OutOption = None,
+) -> None:
+    """Does the embedded model follow policies it never saw, and obey updates of them?"""
+    from programmable_kv.lab.adapter import attach_figures, evaluate
+
+    record = measure(evaluate, load("embedded"), out_path, "adapter-held-out", "Scenarios", scenarios, count=scenarios)
+    if attach is not None:
+        attach_figures(attach, record)
+
+
+@app.command("abilities")
+def lab_abilities(out_path: OutOption = None) -> None:
+    """Perplexity on plain text, before and after the adapter."""
+    from programmable_kv.lab.adapter import base_model, write_abilities
+
+    with err.status("Reading plain text with both models ..."):
+        record = write_abilities(
+            record_path(out_path, "adapter-abilities"), base=base_model(), adapted=load("embedded"), command=command()
+        )
+    print_summary(record)
+
+
+def _compare(suite: Suite, model: str, dtype: str, out_path: Path | None) -> None:
+    from programmable_kv.lab.composing.experiment import record_name, run
+
+    loaded = load(model, dtype=dtype)
+    total = len(suite.groups()) + suite.horizons
+    measure(run, loaded, out_path, record_name(suite, loaded), "Comparisons", total, suite=suite)

@@ -1,0 +1,46 @@
+"""What an operation asks of a proof, and what a user is told where the proof does not give it."""
+
+from __future__ import annotations
+
+from programmable_kv.cache.layout import KVLayout
+from programmable_kv.errors import UnverifiedError
+from programmable_kv.verify.relocation import PositionEncoding, RelocationProof
+from programmable_kv.verify.rows import RowsProof
+
+
+def require_rows(proof: RowsProof, model_type: str, instead: str) -> None:
+    """
+    Raises:
+        UnverifiedError: rows in the middle of this model's context cannot be computed again; the message ends in `instead`.
+    """
+    if not proof.exact:
+        raise UnverifiedError(
+            f"rows in the middle of a context of this {model_type} cannot be computed again: {proof.reason}. {instead}"
+        )
+
+
+def require_relocation(proof: RelocationProof, below: int | None, layout: KVLayout) -> KVLayout:
+    """The layout with which relocation was proved exact. `layout` is the one that was read from the model.
+
+    `below`: no position before or after the relocation reaches this one, as far as the caller knows (None: not known).
+
+    Raises:
+        UnverifiedError: keys of this model cannot be moved to another position, or have not been proved to.
+    """
+    name = layout.model_type
+    instead = "Keep the value's token length, or use the erratum, suffix or full mode, which relocate nothing."
+    if proof.encoding is PositionEncoding.LEARNED:
+        raise UnverifiedError(
+            f"{name} keeps positions in the hidden states themselves (learned position embeddings, or positions that it "
+            f"counts by itself), so nothing cached at one position is right at another: {proof.reason}. {instead}"
+        )
+    if not proof.exact:
+        raise UnverifiedError(f"relocation is not exact on this {name}: {proof.reason}. {instead}")
+    reached = min((bound for bound in (below, layout.position_limit) if bound is not None), default=None)
+    if proof.within is not None and (reached is None or reached > proof.within):
+        raise UnverifiedError(f"relocation on this {name} is exact within a bound only ({proof.reason}). {instead}")
+    if any(layer.rotates_more for layer in proof.layout.layers):
+        raise UnverifiedError(
+            f"{name} keeps more than one tensor a layer that rotates, and a KVBuffer rotates one of them. {instead}"
+        )
+    return proof.layout

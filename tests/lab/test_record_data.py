@@ -1,0 +1,55 @@
+"""The committed records were computed from the data that the code draws today: their rows can be compared with new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from programmable_kv.bench.agent import policies
+from programmable_kv.demo.demo import VALUES, policy
+from programmable_kv.lab import adapter, edit_modes
+from programmable_kv.lab.composing.experiment import texts_of
+from programmable_kv.lab.composing.suites.catalogue import Catalogue
+from programmable_kv.lab.composing.suites.composing import Composing
+from programmable_kv.lab.composing.suites.prefaces import Prefaces
+from programmable_kv.records import digest_of, read_record
+from programmable_kv.scenarios.held_out import held_out_scenarios
+
+RESULTS = Path(__file__).parent.parent.parent / "results"
+
+
+def scenario_texts(count: int, seed: int) -> Iterable[str]:
+    return (scenario.text() for scenario in held_out_scenarios(count, seed))
+
+
+def suite_texts(kind: type[Any], settings: dict[str, Any]) -> Iterable[str]:
+    return texts_of(kind(**{each.name: settings[each.name] for each in fields(kind)}).groups())
+
+
+DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
+    "adapter-held-out": lambda settings: scenario_texts(settings["scenarios"], adapter.SEED),
+    "edit-modes": lambda settings: scenario_texts(settings["scenarios"], edit_modes.SEED),
+    "agent": lambda settings: (scenario.text() for scenario in policies(settings["instances"])),
+    "edit-ttft": lambda _: [policy(), *VALUES.values()],
+    "compose-embedded": lambda settings: suite_texts(Composing, settings),
+    "preface-embedded": lambda settings: suite_texts(Prefaces, settings),
+    "catalogue-embedded": lambda settings: suite_texts(Catalogue, settings),
+}
+
+
+@pytest.mark.parametrize("name", sorted(DRAWN))
+def test_the_data_of_a_record_is_drawn_again(name: str) -> None:
+    record = read_record(RESULTS / f"{name}.json")
+    assert digest_of(DRAWN[name](record.settings)) == record.data_digest, (
+        f"{name} was computed from other texts: raise the experiment's version and make the record again"
+    )
+
+
+def test_a_longer_draw_begins_with_a_shorter_one() -> None:
+    longer = list(scenario_texts(5, 1))
+    assert longer[:3] == list(scenario_texts(3, 1))
+    assert longer != list(scenario_texts(5, 2))

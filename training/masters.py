@@ -1,0 +1,44 @@
+"""Float32 masters of the weights that training changes, and their optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Masters:
+    """Float32 masters of bfloat16 weights: a bfloat16 weight would swallow most of its own small updates.
+
+    Computing in bfloat16 throughout makes a step twice as fast as a float32 adapter on a bfloat16 base.
+    """
+
+    def __init__(self, weights: list[nn.Parameter]) -> None:
+        self._weights = weights
+        self.restart()
+
+    def restart(self) -> None:
+        """A fresh optimizer on the bfloat16 weights: an exported adapter holds nothing more."""
+        self.tensors = [nn.Parameter(weight.detach().float()) for weight in self._weights]
+        self.optimizer = torch.optim.AdamW(self.tensors, weight_decay=0.0, betas=(0.9, 0.98))
+
+    def load(self, tensors: list[torch.Tensor], optimizer: dict[str, Any]) -> None:
+        for master, tensor in zip(self.tensors, tensors, strict=True):
+            master.data.copy_(tensor)
+        self.optimizer.load_state_dict(optimizer)
+        self._publish()
+
+    def step(self, rate: float, max_gradient_norm: float) -> None:
+        for master, weight in zip(self.tensors, self._weights, strict=True):
+            assert weight.grad is not None
+            master.grad, weight.grad = weight.grad.float(), None
+        nn.utils.clip_grad_norm_(self.tensors, max_gradient_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self._publish()
+
+    def _publish(self) -> None:
+        for master, weight in zip(self.tensors, self._weights, strict=True):
+            weight.data.copy_(master.data)
