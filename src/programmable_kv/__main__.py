@@ -17,6 +17,8 @@ def main() -> None:
             raise
         print(f"error: {told}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     run()
 
 

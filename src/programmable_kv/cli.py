@@ -34,6 +34,8 @@ app.command()(records.figures)
 
 _INTERRUPTED = 130
 """typer's exit status after Ctrl-C"""
+_RECORDING = (["bench"], ["lab"], ["zoo"])
+"""commands that keep what they have measured when they are interrupted"""
 
 
 def _print_version(wanted: bool) -> None:
@@ -73,7 +75,8 @@ def main() -> None:
         )
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
-            typer.echo(
-                "interrupted. A record keeps the rows that were measured: the same command goes on from there", err=True
+            kept = (
+                ". The same command continues from the rows that were measured" if sys.argv[1:2] in _RECORDING else ""
             )
+            typer.echo(f"interrupted{kept}", err=True)
         raise

@@ -248,7 +248,7 @@ class Programs(RuleBasedStateMachine):
 Programs.TestCase.settings = settings(
     max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
-TestPrograms = Programs.TestCase
+TestPrograms = pytest.mark.slow(Programs.TestCase)
 """100 programs of up to 40 steps: more than 2,000 operations in each run."""
 
 

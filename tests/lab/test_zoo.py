@@ -50,6 +50,7 @@ REPRESENTATIVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(REPRESENTATIVES))
 def test_a_representative_gets_its_verdict(name: str) -> None:
     verdict, family = REPRESENTATIVES[name]
@@ -116,6 +117,7 @@ def test_a_type_that_cannot_be_built_costs_its_row_only() -> None:
     assert "building it failed: KeyError" in row["reason"]
 
 
+@pytest.mark.slow
 def test_a_type_that_hangs_is_ended() -> None:
     row = examine_apart(Variant("llama"), timeout_seconds=0.01)
     assert row["verdict"] == NOT_BUILT

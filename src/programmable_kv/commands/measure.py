@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from programmable_kv.commands.common import command, out, progress, record_path
+from programmable_kv.commands.common import load as load_for_command
+from programmable_kv.extras import require_extra
 
 if TYPE_CHECKING:
     from programmable_kv.models.load import Model
@@ -24,10 +26,13 @@ DtypeOption = Annotated[str, typer.Option(help="a torch dtype's name, or 'auto' 
 
 
 def load(model: str, *, dtype: str = "float32", device: str | None = None) -> Model:
-    """The model that a command measures (see `load_model`)."""
-    from programmable_kv.models.load import load_model
+    """The model that a command measures (see `load_model`).
 
-    return load_model(model, dtype=dtype, device=device)
+    Raises:
+        MissingExtraError: the summary's intervals need `[lab]`: told before hours of measuring, not after.
+    """
+    require_extra("lab", "scipy", "statsmodels")
+    return load_for_command(model, dtype=dtype, device=device)
 
 
 def measure(
