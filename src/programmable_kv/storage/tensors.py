@@ -117,7 +117,7 @@ class TensorCheck:
 def _finite(tensor: torch.Tensor) -> bool:
     """Whether every number is finite.
 
-    NaN and infinity carry over to the smallest and largest number, which one pass finds; `isfinite(...).all()` makes a tensor of
-    booleans first and took 17 to 50 times as long on 2.6 million numbers.
+    NaN and infinity carry over to the smallest and largest number, which one pass finds; `isfinite(...).all()` makes a tensor
+    of booleans first and took 17 to 50 times as long on 2.6 million numbers.
     """
     return tensor.numel() == 0 or all(bool(torch.isfinite(it)) for it in torch.aminmax(tensor))
