@@ -236,7 +236,9 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
     assert [path.read_text() for path in out.iterdir()] == ["from before"]
 
 
-@pytest.mark.parametrize("kind", ["bomb", "more", "other names", "one", "twice", "no zip", "folder", "gone", "claims"])
+@pytest.mark.parametrize(
+    "kind", ["bomb", "compressed", "more", "other names", "one", "twice", "no zip", "folder", "gone", "claims"]
+)
 def test_what_is_no_exported_skill_is_refused(tmp_path: Path, kind: str) -> None:
     store = SkillStore(tmp_path / "store")
     store.compile(tiny(), TEXT, name="refunds", tier="gold")
@@ -247,6 +249,8 @@ def test_what_is_no_exported_skill_is_refused(tmp_path: Path, kind: str) -> None
     compression = zipfile.ZIP_STORED
     if kind == "bomb":
         members["skill.safetensors"], compression = bytes(50_000_000), zipfile.ZIP_DEFLATED
+    elif kind == "compressed":
+        compression = zipfile.ZIP_DEFLATED
     elif kind == "more":
         members["../../evil"] = b"x"
     elif kind == "other names":

@@ -154,6 +154,18 @@ def test_an_entry_that_is_resealed_as_it_was_is_served(tmp_path: Path) -> None:
     assert store.compile(model, TEXT, tier="gold").account.tokens_computed == 0
 
 
+@pytest.mark.parametrize("changed", [{"fingerprint": "0" * 64}, {"tensors": f"{'1' * 32}.{'0' * 16}.safetensors"}])
+def test_a_key_is_that_of_the_content(tmp_path: Path, changed: dict[str, str]) -> None:
+    """A manifest that is sealed and passes another entry's content, or tensors, for its own."""
+    model, store = tiny(), SkillStore(tmp_path)
+    entry = store.put(Skill.compile(model, TEXT, name="refunds", tier="gold"))
+    (tmp_path / f"{'1' * 32}.{'0' * 16}.safetensors").write_bytes((tmp_path / entry.tensors).read_bytes())
+    (tmp_path / f"{entry.key}.json").write_bytes(entry.model_copy(update=changed).sealed())
+    with pytest.raises(CorruptFileError, match="does not describe the entry of its key"):
+        store.verify(entry.key)
+    assert store.compile(model, TEXT, tier="gold").account.tokens_computed > 0
+
+
 INT8: dict[str, Change] = {
     "scales are missing": lambda _, named: named.pop("keys.0.scale"),
     "scales of another direction": tensor("keys.0.scale", lambda it: it.transpose(2, 3)),
