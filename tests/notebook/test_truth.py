@@ -42,6 +42,12 @@ def errors_by_state(notebook: Notebook) -> dict[TokenState, float]:
     return worst
 
 
+def _only(condition: str) -> str:
+    """ChatML for messages that meet a condition; the others are rendered as nothing."""
+    body = "{% for m in messages %}"
+    return CHATML.replace(body, body + "{% if " + condition + " %}").replace("{% endfor %}", "{% endif %}{% endfor %}")
+
+
 def with_template(template: str) -> Any:
     model = tiny()
     tokenizer = copy.copy(model.tokenizer)
@@ -143,15 +149,19 @@ def test_two_hundred_edits_keep_the_context_short() -> None:
     assert notebook.fields == {name: notebook.rendered_text.split(f"{name}: ")[1][0] for name in names}
 
 
-def test_a_rebase_with_a_limit_folds_back_the_cheapest() -> None:
-    notebook = build()
+def test_a_rebase_with_a_limit_folds_back_what_fits() -> None:
+    notebook = Notebook(tiny()).text("status: {status}. " + "the policy says what to do. " * 20, status="new")
+    notebook.text("tier: {tier}. so reply.", tier="gold").prefill()
     notebook.edit(status="pending", tier="silver", mode="erratum")
-    notebook.add("user", "and now?")
     whole = notebook.plan.rebase().tokens_computed
-    account = notebook.rebase(limit=whole - 1)
-    assert 0 < account.tokens_computed < whole
+    account = notebook.rebase(limit=whole // 2)
+    assert 0 < account.tokens_computed <= whole // 2
+    assert "over" in account.why
     assert "tier: silver" in notebook.rendered_text
+    assert "status: new" in notebook.rendered_text
     assert "status is now: pending" in notebook.rendered_text
+    assert notebook.rebase(limit=3).tokens_computed == 0
+    assert notebook.rebase().exact
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------
@@ -234,15 +244,14 @@ def test_a_template_that_rewrites_values_is_refused() -> None:
 
 def test_what_a_template_drops_is_said_in_another_role_or_refused() -> None:
     """Some templates render nothing for a system message in mid-conversation, and do not raise."""
-    drops = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' or loop.first %}")
+    drops = _only("loop.first or m['role'] != 'system'")
     notebook = Notebook(with_template(drops))
     notebook.message("system", "the tier is {tier}. reply only.", tier="gold").message("user", "hello").prefill()
     notebook.edit(tier="silver", mode="field_erratum")
     assert "<|im_start|>user\n[STATE UPDATE] tier is now: silver." in notebook.rendered_text
     with pytest.raises(TemplateError, match="drops or rewrites the system message"):
         notebook.add("system", "be polite")
-    only_first = CHATML.replace("{% for m in messages %}", "{% for m in messages if loop.index < 3 %}")
-    mute = Notebook(with_template(only_first))
+    mute = Notebook(with_template(_only("loop.index < 3")))
     mute.message("system", "the tier is {tier}. reply only.", tier="gold").message("user", "hello").prefill()
     with pytest.raises(TemplateError, match="suffix"):
         mute.edit(tier="silver", mode="field_erratum")
@@ -287,7 +296,7 @@ def test_a_context_does_not_grow_across_a_change_of_frequencies() -> None:
     }  # fmt: skip
     notebook = build(tiny(rope_parameters=frozen(parameters)))
     ids, states = notebook.ids, notebook.states
-    long = "the customer asks to cancel the order " * 4
+    long = "the customer asks to cancel the order " * 12
     with pytest.raises(FrequencyRegimeError):
         notebook.add("user", long)
     assert (notebook.ids, notebook.states, notebook.cache.length) == (ids, states, len(ids))
@@ -307,21 +316,20 @@ def test_a_context_does_not_grow_across_a_change_of_frequencies() -> None:
 
 
 def test_an_interrupted_prefill_can_be_begun_again() -> None:
-    notebook = Notebook(tiny()).message("system", "the order status is pending. " * 300)
-    seen: list[tuple[int, int]] = []
+    model = tiny(max_position_embeddings=8192)
+    notebook = Notebook(model).message("system", "a b c " * 1500)
+    reports: list[tuple[int, int]] = []
 
     def interrupt(done: int, total: int) -> None:
-        seen.append((done, total))
+        reports.append((done, total))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Notebook(tiny(max_position_embeddings=8192)).message("system", "a b c " * 2500).prefill(progress=interrupt)
-    assert seen[0][0] < seen[0][1]
-    del notebook
-    again = Notebook(tiny(max_position_embeddings=8192)).message("system", "a b c " * 1500)
-    reports: list[tuple[int, int]] = []
-    again.prefill(progress=lambda done, total: reports.append((done, total)))
-    assert reports[-1] == (len(again), len(again))
+        notebook.prefill(progress=interrupt)
+    assert reports[0][0] < reports[0][1]
+    reports.clear()
+    notebook.prefill(progress=lambda done, total: reports.append((done, total)))
+    assert reports[-1] == (len(notebook), len(notebook))
     assert len(reports) > 1
 
 

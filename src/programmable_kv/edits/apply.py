@@ -17,7 +17,7 @@ from programmable_kv.cache.span import Span
 from programmable_kv.edits.entries import computed, on_ledger
 from programmable_kv.edits.plan import Compute, Exchange, Insert, Plan, Select, Shift, Step, Truncate
 from programmable_kv.engine import Engine, Progress, Rows
-from programmable_kv.errors import ContextOverflowError
+from programmable_kv.errors import ContextOverflowError, FrequencyRegimeError
 from programmable_kv.ledger.ledger import Ledger
 from programmable_kv.ledger.run import Origin
 from programmable_kv.ledger.version import TOKEN_BYTES
@@ -81,6 +81,7 @@ def apply(
         mark = buffer.mark()
         try:
             ledger, touched, output = _carried_out(plan, engine, buffer, ledger, layout, then, logits, progress)
+            _require_fitting_frequencies(plan, engine, buffer)
         except BaseException:
             buffer.rollback(mark)
             raise
@@ -96,6 +97,19 @@ def apply(
         exactness=state,
     )
     return Applied(ledger, account, output)
+
+
+def _require_fitting_frequencies(plan: Plan, engine: Engine, buffer: KVBuffer) -> None:
+    """
+    Raises:
+        FrequencyRegimeError: the context became so short that a prefill of it would use other frequencies.
+    """
+    if not buffer.fits_its_length:
+        raise FrequencyRegimeError(
+            f"after this {plan.operation} the context has {buffer.length} positions, for which {engine.layout.model_type} uses "
+            "other rotary frequencies than for the longer one that is cached. Edit with mode='full', which computes all of it, "
+            "or prefill a new notebook."
+        )
 
 
 def _carried_out(

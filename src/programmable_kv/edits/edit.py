@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from programmable_kv.cache.span import Span
@@ -226,20 +226,23 @@ def plan_recompute(context: Context, ledger: Ledger, start: int | None, bytes_pe
 def plan_rebase(context: Context, ledger: Ledger, tools: EditTools, limit: int | None) -> Plan:
     """Fold errata back: write the values they state into the fields' places, drop the lines, recompute what that touches.
 
-    `limit`: at most this many tokens are computed. Fields are taken from the last one backwards as long as they fit.
+    `limit`: at most this many tokens are computed: as many fields, from the last one backwards, as this allows.
     """
     told = {name for index in context.errata for name, _ in context.units[index].corrects}
     told |= {name for name, value in context.fields.items() if value.written != value.current}
+    told &= context.fields.keys()
     plan = Plan(
         "rebase", len(context), context, why="there is no erratum to fold back", bytes_per_token=tools.bytes_per_token
     )
     values: dict[str, str] = {}
-    for name in sorted(told & context.fields.keys(), key=lambda name: -context.first_place(name)):
+    folded: set[str] = set()
+    for name in sorted(told, key=lambda name: -context.first_place(name)):
         values[name] = context.fields[name].current
         larger = plan_rewrite(context, ledger, values, None, tools, operation="rebase")
-        if limit is not None and larger.tokens_computed > limit:
-            return plan.because(f"folding back {name} as well would take {larger.tokens_computed} tokens, over {limit}")
-        plan = larger
+        if limit is None or larger.tokens_computed <= limit:
+            plan, folded = larger, set(values)
+    if left := told - folded:
+        plan = replace(plan, why=f"folding back {', '.join(sorted(left))} as well would take over {limit} tokens")
     return plan
 
 

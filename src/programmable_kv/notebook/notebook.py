@@ -271,7 +271,7 @@ class Notebook:
         """Fold errata back: write what they state where the fields stand, drop the lines, and recompute what this touches.
 
         Args:
-            limit: compute at most so many tokens; fields are taken from the last one backwards as long as they fit.
+            limit: compute at most so many tokens: as many fields, from the last one backwards, as this allows.
 
         Raises:
             ContextOverflowError: the new text does not fit.

@@ -28,17 +28,18 @@ def render_chat(
     marked = _apply(tokenizer, [(m.role, m.content.marked(values)) for m in messages], prompt_for_answer)
     plain = _filled(tokenizer, messages, values, prompt_for_answer)
     rendered = unmark(marked)
-    if rendered.text != plain or len(rendered.places) != sum(m.content.places for m in messages):
+    if rendered.text != plain or len(rendered.places) != sum(len(m.content.placeholders) for m in messages):
         raise TemplateError(
             "the chat template changes a message in a way that depends on its content, so field spans cannot be exact. "
             "Put no field at the very start or end of a message, or use raw text parts."
         )
     # A template that upper-cases changes a value with or without marks: what stands there must be the value itself.
-    for name, span in rendered.places:
-        if plain[span.start : span.stop] != values[name]:
+    written = [(name, values[name]) for m in messages for name in m.content.placeholders]
+    for (name, value), (_, span) in zip(written, rendered.places, strict=True):
+        if plain[span.start : span.stop] != value:
             raise TemplateError(
-                f"the chat template writes {plain[span.start : span.stop]!r} where the value of {name} is {values[name]!r}, so "
-                "an edit could not write what the template would. Use raw text parts."
+                f"the chat template writes {plain[span.start : span.stop]!r} where the value of {name} is {value!r}, so an edit "
+                "could not write what the template would. Use raw text parts."
             )
     return rendered
 

@@ -37,13 +37,16 @@ class Text:
     def _replaced(self, render: Callable[[str], str]) -> str:
         if not self.fields:
             return self.template
-        pattern = re.compile("|".join(re.escape("{" + name + "}") for name in self.fields))
-        return pattern.sub(lambda match: render(match.group()[1:-1]), self.template)
+        return self._pattern.sub(lambda match: render(match.group()[1:-1]), self.template)
 
     @property
-    def places(self) -> int:
-        """How many placeholders of fields it has."""
-        return sum(self.template.count("{" + name + "}") for name in self.fields)
+    def placeholders(self) -> list[str]:
+        """The field of every placeholder, in order."""
+        return [match.group()[1:-1] for match in self._pattern.finditer(self.template)] if self.fields else []
+
+    @property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(re.escape("{" + name + "}") for name in self.fields))
 
     def check(self) -> None:
         """
