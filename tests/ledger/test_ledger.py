@@ -88,7 +88,9 @@ def test_a_ledger_says_what_the_reference_says(data: st.DataObject) -> None:
     fields = {"f": "a"}
     for _ in range(data.draw(st.integers(1, 9))):
         length = len(reference.tokens)
-        what = data.draw(st.sampled_from(["append", "compute", "replace", "cut", "exchange", "value"] if length else ["append"]))
+        what = data.draw(
+            st.sampled_from(["append", "compute", "replace", "cut", "exchange", "value"] if length else ["append"])
+        )
         start = data.draw(st.integers(0, length - 1)) if length else 0
         origin = data.draw(st.sampled_from([Origin.COMPUTED, Origin.REPAIRED, Origin.REFRESHED]))
         if what == "append":

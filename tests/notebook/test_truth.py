@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_edits import build
 
 from conftest import ALTERNATING, CHATML, frozen, tiny
-from programmable_kv import Mode, Notebook, SeamRepair, Skill
+from programmable_kv import Mode, Notebook, SeamRepair, Skill, SkillStore
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import (
     FrequencyRegimeError,
@@ -24,11 +25,20 @@ from programmable_kv.errors import (
     UnknownPartError,
     UnverifiedError,
 )
+from programmable_kv.models.fingerprint import fingerprint
 from programmable_kv.prompt.chat import answer_end
 from programmable_kv.prompt.units import Kind
 from programmable_kv.states import TokenState
 from reference import assert_rows_equal, full_forward
-from test_edits import build
+
+
+def longrope(bound: int) -> Any:
+    """A model with one table of frequencies up to that length, and another beyond."""
+    parameters = {
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": bound,
+        "short_factor": (1.0, 1.0, 1.5, 2.0), "long_factor": (2.0, 4.0, 4.0, 8.0),
+    }  # fmt: skip
+    return tiny(rope_parameters=frozen(parameters))
 
 
 def errors_by_state(notebook: Notebook) -> dict[TokenState, float]:
@@ -211,7 +221,9 @@ def test_a_kept_answer_is_not_computed_again(raw: bool) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     cut=st.integers(1, 30),
-    values=st.lists(st.sampled_from(["gold", "x", "cancelled by the customer", "2026", "shi pped"]), min_size=1, max_size=3),
+    values=st.lists(
+        st.sampled_from(["gold", "x", "cancelled by the customer", "2026", "shi pped"]), min_size=1, max_size=3
+    ),
     kind=st.sampled_from(["byte-level", "metaspace"]),
 )
 def test_values_are_replaced_in_a_part_that_was_split_anywhere(cut: int, values: list[str], kind: str) -> None:
@@ -263,7 +275,8 @@ def test_what_a_template_drops_is_said_in_another_role_or_refused() -> None:
 def test_the_end_of_an_answer_does_not_depend_on_the_conversation() -> None:
     """A template that must alternate refuses a probe after the user's message; options of which one begins another need it."""
     strict = ALTERNATING.replace(
-        "{{'<turn>'", "{% if loop.index0 % 2 != (m['role'] == 'assistant') | int %}{{ raise_exception('must alternate') }}{% endif %}{{'<turn>'"
+        "{{'<turn>'",
+        "{% if loop.index0 % 2 != (m['role'] == 'assistant') | int %}{{ raise_exception('must alternate') }}{% endif %}{{'<turn>'",
     )
     model = with_template(strict)
     assert answer_end(model.tokenizer).startswith("</turn>")
@@ -290,11 +303,7 @@ def test_the_end_of_an_answer_does_not_depend_on_the_conversation() -> None:
 
 def test_a_context_does_not_grow_across_a_change_of_frequencies() -> None:
     """LongRoPE has one table up to a length and another beyond: what is appended there would not fit what is cached."""
-    parameters = {
-        "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 96,
-        "short_factor": (1.0, 1.0, 1.5, 2.0), "long_factor": (2.0, 4.0, 4.0, 8.0),
-    }  # fmt: skip
-    notebook = build(tiny(rope_parameters=frozen(parameters)))
+    notebook = build(longrope(96))
     ids, states = notebook.ids, notebook.states
     long = "the customer asks to cancel the order " * 12
     with pytest.raises(FrequencyRegimeError):
@@ -360,3 +369,26 @@ def test_a_plan_for_another_mode_says_so() -> None:
     assert "no erratum" in account.why
     assert account.exact
     assert SeamRepair().computes
+
+
+def test_frequencies_are_saved_with_what_they_made(tmp_path: Any) -> None:
+    """Also an early skill of several compiled in one forward that reaches beyond the bound."""
+    model = longrope(32)
+    texts = {"first": "the order status is pending. ", "second": "the customer asks to cancel the order. " * 4}
+    store = SkillStore(tmp_path / "store")
+    early = store.compile_together(model, texts)[0]
+    assert store.get(model, "first").segment.tables == early.segment.tables == (1,)
+    notebook = Notebook(model).text(texts["first"] + texts["second"])
+    notebook.prefill()
+    notebook.save(tmp_path / "saved")
+    assert Notebook.load(tmp_path / "saved", model).cache.tables == notebook.cache.tables == (1,)
+    with pytest.raises(FrequencyRegimeError, match="so short"):
+        notebook.cut(Span(4, len(notebook)))
+    assert set(notebook.states) == {TokenState.EXACT}
+
+
+def test_a_fingerprint_does_not_follow_the_last_forward() -> None:
+    model = longrope(32)
+    before = fingerprint(model.engine.model, model.tokenizer)
+    Notebook(model).text("the order status is pending. " * 12).prefill()
+    assert fingerprint(model.engine.model, model.tokenizer) == before

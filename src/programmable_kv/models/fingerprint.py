@@ -13,6 +13,7 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -56,7 +57,7 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
         UnsupportedModelError: a weight is kept in a form that cannot be read, so two models could not be told apart.
     """
     digest = hashlib.sha256()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers(), *_packed_weights(model)]:
+    for name, tensor in [*model.named_parameters(), *_buffers(model), *_packed_weights(model)]:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _WITHOUT_EFFECT}
@@ -67,6 +68,17 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
     if attention not in _SAME_NUMBERS:
         digest.update(f"attention={attention}".encode())
     return digest.hexdigest()[:32]
+
+
+def _buffers(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Named buffers; of rotary frequencies those that the model was made with.
+
+    Models whose frequencies depend on the length overwrite the table in use with every forward, and keep the first one beside.
+    """
+    for name, tensor in model.named_buffers():
+        path, _, leaf = name.rpartition(".")
+        first = leaf.replace("inv_freq", "original_inv_freq") if "original" not in leaf else leaf
+        yield name, getattr(model.get_submodule(path), first, tensor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,14 @@ from programmable_kv.storage.manifests import Entry, preface_digest, shortened
 from programmable_kv.storage.quantised import dequantised, quantised
 from programmable_kv.storage.tensors import BOTH, CachedShape, LayerShape, TensorCheck
 
-_NAMES = ("computed_at", "preface", "preface_ids")
+_NAMES = ("computed_at", "frequencies", "preface", "preface_ids")
 
 
 def packed(skill: Skill, *, int8: bool) -> dict[str, torch.Tensor]:
     """The tensors to store, on the CPU."""
     tensors = {
         "computed_at": skill.segment.computed_at,
+        "frequencies": torch.tensor(skill.segment.tables or (), dtype=torch.long),
         "preface": torch.tensor(list(skill.preface.encode()), dtype=torch.uint8),
         "preface_ids": torch.tensor(skill.preface_ids, dtype=torch.int32),
     }
@@ -72,6 +73,7 @@ def check_packed(
     stored = [f"{name}.{layer}" for name in BOTH for layer in range(len(shapes))]
     check.names([*_NAMES, *stored, *(f"{name}.scale" for name in stored if int8)])
     check.positions("computed_at", limit)
+    check.frequencies(None)
     for layer, shape in enumerate(shapes):
         if int8:
             _check_levels(check, layer, shape)
@@ -102,6 +104,7 @@ def unpacked(
         tensors["computed_at"],
         tuple(each(f"keys.{layer}", shape["keys"]) for layer, shape in enumerate(shapes)),
         tuple(each(f"values.{layer}", shape["values"]) for layer, shape in enumerate(shapes)),
+        tuple(tensors["frequencies"].tolist()) or None,
     )
     return Unpacked(segment, *_preface(tensors, entry, where))
 

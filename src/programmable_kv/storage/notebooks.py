@@ -33,7 +33,7 @@ from programmable_kv.storage.tensors import TensorCheck, cached_shapes, read_ten
 MANIFEST = "notebook.json"
 _TENSORS = re.compile(r"cache(-[0-9a-f]{16})?\.safetensors\Z")
 """(format 1 had no number in it)"""
-_POSITIONS = ("positions", "origins")
+_POSITIONS = ("positions", "origins", "frequencies")
 """what stays on the CPU, whatever the model's device"""
 _ATTEMPTS = 20
 """how often a reader starts again because a save replaced what it was reading"""
@@ -177,11 +177,18 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], count: int, model: Model
     layers = range(len(shapes) if count else 0)
     rotated: list[Rotated] = ["keys" if f"origin_keys.{layer}" in tensors else "values" for layer in layers]
     moved = "origins" in tensors
+    rules = len(model.engine.layout.frequency_rules) if count else 0
     check.names(
-        ["positions", *(f"{name}.{layer}" for name in ("keys", "values") for layer in layers)]
+        [
+            "positions",
+            *(["frequencies"] if rules else []),
+            *(f"{name}.{layer}" for name in ("keys", "values") for layer in layers),
+        ]
         + (["origins", *(f"origin_{name}.{layer}" for layer, name in enumerate(rotated))] if moved else [])
     )
     check.positions("positions", limit)
+    if rules:
+        check.frequencies(rules)
     if moved:
         check.positions("origins", limit, ascending=False)
     for layer in layers:

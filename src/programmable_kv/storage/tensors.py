@@ -113,6 +113,14 @@ class TensorCheck:
         if ascending and bool((found[1:] <= found[:-1]).any()):
             raise CorruptFileError(f"{self.where}: {name} do not ascend")
 
+    def frequencies(self, rules: int | None) -> None:
+        """The numbers of the frequency tables: one for each rule that the model has, where that is known."""
+        found = self.shaped("frequencies", (self.tensors["frequencies"].numel(),), torch.long)
+        if (rules is not None and found.numel() != rules) or bool((found < 0).any()):
+            raise CorruptFileError(
+                f"{self.where}: frequencies are {found.tolist()[:4]}, and the model has {rules} rules for them"
+            )
+
 
 def _finite(tensor: torch.Tensor) -> bool:
     """Whether every number is finite.
