@@ -274,10 +274,10 @@ def test_what_a_template_drops_is_said_in_another_role_or_refused() -> None:
 
 def test_the_end_of_an_answer_does_not_depend_on_the_conversation() -> None:
     """A template that must alternate refuses a probe after the user's message; options of which one begins another need it."""
-    strict = ALTERNATING.replace(
-        "{{'<turn>'",
-        "{% if loop.index0 % 2 != (m['role'] == 'assistant') | int %}{{ raise_exception('must alternate') }}{% endif %}{{'<turn>'",
+    odd = (
+        "{% if loop.index0 % 2 != (m['role'] == 'assistant') | int %}{{ raise_exception('must alternate') }}{% endif %}"
     )
+    strict = ALTERNATING.replace("{{'<turn>'", odd + "{{'<turn>'")
     model = with_template(strict)
     assert answer_end(model.tokenizer).startswith("</turn>")
     scores = []
@@ -382,7 +382,7 @@ def test_frequencies_are_saved_with_what_they_made(tmp_path: Any) -> None:
     notebook.prefill()
     notebook.save(tmp_path / "saved")
     assert Notebook.load(tmp_path / "saved", model).cache.tables == notebook.cache.tables == (1,)
-    with pytest.raises(FrequencyRegimeError, match="so short"):
+    with pytest.raises(FrequencyRegimeError, match="has 4 positions"):
         notebook.cut(Span(4, len(notebook)))
     assert set(notebook.states) == {TokenState.EXACT}
 

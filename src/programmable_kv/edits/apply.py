@@ -69,8 +69,8 @@ def apply(
 ) -> Applied:
     """Carry out a plan, and compute the tokens `then` after it in the same forward.
 
-    `progress` is called with (rows done, rows in all) after each forward of many rows. `then` goes into the buffer and not into the ledger: the caller keeps or takes back these tokens. `logits` asks for those of
-    that many last rows.
+    `then` goes into the buffer and not into the ledger: the caller keeps or takes back these tokens. `logits` asks for those of
+    that many last rows. `progress` is called with (rows done, rows in all) after each forward of many rows.
 
     Raises:
         ContextOverflowError, UnverifiedError: as `check`.

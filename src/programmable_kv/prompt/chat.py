@@ -38,8 +38,8 @@ def render_chat(
     for (name, value), (_, span) in zip(written, rendered.places, strict=True):
         if plain[span.start : span.stop] != value:
             raise TemplateError(
-                f"the chat template writes {plain[span.start : span.stop]!r} where the value of {name} is {value!r}, so an edit "
-                "could not write what the template would. Use raw text parts."
+                f"the chat template writes {plain[span.start : span.stop]!r} where the value of {name} is {value!r}, so an "
+                "edit could not write what the template would. Use raw text parts."
             )
     return rendered
 
