@@ -237,7 +237,8 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["bomb", "compressed", "more", "other names", "one", "twice", "no zip", "folder", "gone", "claims"]
+    "kind",
+    ["exchanged", "bomb", "compressed", "more", "other names", "one", "twice", "no zip", "folder", "gone", "claims"],
 )
 def test_what_is_no_exported_skill_is_refused(tmp_path: Path, kind: str) -> None:
     store = SkillStore(tmp_path / "store")
@@ -247,7 +248,10 @@ def test_what_is_no_exported_skill_is_refused(tmp_path: Path, kind: str) -> None
     members = {name: zipfile.ZipFile(good).read(name) for name in ("skill.safetensors", "skill.json")}
     error: type[StorageError] = CorruptFileError
     compression = zipfile.ZIP_STORED
-    if kind == "bomb":
+    if kind == "exchanged":
+        body = members["skill.safetensors"]
+        members["skill.safetensors"] = body[:-1] + bytes([body[-1] ^ 1])
+    elif kind == "bomb":
         members["skill.safetensors"], compression = bytes(50_000_000), zipfile.ZIP_DEFLATED
     elif kind == "compressed":
         compression = zipfile.ZIP_DEFLATED
@@ -272,10 +276,10 @@ def test_what_is_no_exported_skill_is_refused(tmp_path: Path, kind: str) -> None
                 with pytest.warns(UserWarning, match="Duplicate"):
                     archive.writestr("skill.json", members["skill.json"])
         if kind == "claims":  # the directory at the end says that a member is larger than the file
-            body = bytearray(bad.read_bytes())
-            at = body.rindex(b"PK\x01\x02")
-            body[at + 20 : at + 28] = (2**31).to_bytes(4, "little") * 2
-            bad.write_bytes(bytes(body))
+            claim = bytearray(bad.read_bytes())
+            at = claim.rindex(b"PK\x01\x02")
+            claim[at + 20 : at + 28] = (2**31).to_bytes(4, "little") * 2
+            bad.write_bytes(bytes(claim))
     other = SkillStore(tmp_path / "other")
     with pytest.raises(error):
         other.import_file(bad)

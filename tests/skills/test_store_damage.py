@@ -167,6 +167,33 @@ def test_an_entry_that_is_evicted_before_its_use_is_recorded_stays_evicted(tmp_p
     assert store.get(model, "refunds").name == "refunds"
 
 
+@pytest.mark.parametrize("moment", ["found", "read"])
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_entry_that_is_evicted_while_it_is_read_is_gone(tmp_path: Path, moment: str, verify: bool) -> None:
+    """After its key was found, or after its manifest was read: another process evicts it then."""
+    model, other = tiny(), SkillStore(tmp_path)
+
+    class Evicted(LocalBlobs):
+        def _exists(self, name: str) -> bool:
+            there = super()._exists(name)
+            if moment == "found":
+                other.remove(key)
+            return there
+
+        def _read(self, name: str) -> bytes:
+            body = super()._read(name)
+            if moment == "read":
+                other.remove(key)
+            return body
+
+    key = other.put(Skill.compile(model, TEXT, name="refunds", tier="gold")).key
+    store = SkillStore(Evicted(tmp_path))
+    with pytest.raises(UnknownSkillError, match=r"removed .* just now"):
+        store.get(model, key, verify=verify)
+    other.compile(model, TEXT, tier="gold")
+    assert store.compile(model, TEXT, tier="gold").account.tokens_computed > 0
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_an_entry_that_is_replaced_while_it_is_read(tmp_path: Path, verify: bool) -> None:
     """The manifest was read, then another process wrote the entry anew: the reader gets the new one."""

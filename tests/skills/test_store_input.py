@@ -200,6 +200,16 @@ def test_an_import_is_checked_as_far_as_it_can_be_without_a_model(tmp_path: Path
         two.get(model, key)
 
 
+def test_a_skill_without_layers_is_none_of_any_model(tmp_path: Path) -> None:
+    store = SkillStore(tmp_path)
+    entry = store.put(Skill.compile(tiny(), TEXT, name="refunds", tier="gold"))
+    key = resealed(
+        tmp_path, entry, lambda _, named: [named.pop(f"{n}.{layer}") for n in ("keys", "values") for layer in (0, 1)]
+    )
+    with pytest.raises(CorruptFileError, match="no keys and values"):
+        store.verify(key)
+
+
 @pytest.mark.parametrize("model_type", ["minicpm3", "gemma3_text"])
 def test_other_shapes_of_caches_fit(tmp_path: Path, model_type: str) -> None:
     """MLA, where keys and values differ in heads and width; layers of two kinds."""
