@@ -51,6 +51,7 @@ class Agent:
         skills: Sequence[Skill] = (),
         mode: str | Mode | None = None,
         repair: SeamRepair | None = None,
+        fold_system: bool = True,
         **state: str,
     ) -> None:
         """Compose the context. What was compiled before is spliced, only the rest is computed.
@@ -58,22 +59,26 @@ class Agent:
         Args:
             policy: the system message, with a `{field}` placeholder for every name in the state; or a skill, whose own fields
                 are the state.
-            values, state: the fields' values; those of fields that are called `skills`, `mode` or `repair` in `values`.
+            values, state: the fields' values; those of fields that are called `skills`, `mode`, `repair` or `fold_system` in
+                `values`.
             skills: stand after the policy, in this order, each after an empty line.
             mode: how changes of state are made, as in `Notebook.edit`.
             repair: which tokens of each skill are computed again in their place.
+            fold_system: where the chat template has no place for a system message, the policy begins the first user turn.
+                `composed.why` says so.
 
         Raises:
             UnknownFieldError, InvalidValueError, InvalidEditError, FingerprintMismatchError, ContextOverflowError: as
                 `Notebook.message` and `Notebook.prefill`.
             UnverifiedError: there is a skill, and this model's keys cannot be moved.
+            TemplateError: the chat template has no place for the policy.
         """
         pieces = [*([policy] if isinstance(policy, Skill) else []), *skills]
         text = "\n\n".join(
             [*([] if isinstance(policy, Skill) else [policy]), *("{" + skill.name + "}" for skill in pieces)]
         )
         self.mode = None if mode is None else parse_mode(mode)
-        self.notebook = Notebook(model)
+        self.notebook = Notebook(model, fold_system=fold_system)
         self.notebook.message("system", text, **{**(values or {}), **state}, **{skill.name: skill for skill in pieces})
         self.composed = self.notebook.prefill(repair=repair)
         self.turns: list[Turn] = []
