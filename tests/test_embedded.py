@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from programmable_kv import Mode, Notebook
 from programmable_kv.demo import demo
+from programmable_kv.notebook.html import ERRATUM_STYLE
 from programmable_kv.records import read_record
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -59,8 +60,9 @@ def test_the_demo_page_is_self_contained(demo_results: Any) -> None:
     assert "http" not in page
     assert "<script" not in page
     assert page.count("<details>") == len(demo.CASES) * len(demo.MODES)
-    for state in ("stale", "erratum", "refreshed", "exact"):
+    for state in ("stale", "after edit", "refreshed", "exact"):
         assert f'title="{state}"' in page
+    assert ERRATUM_STYLE in page
 
 
 def test_the_demos_policy_is_about_nine_hundred_tokens(embedded: Any) -> None:
