@@ -242,7 +242,10 @@ def _keep(notebook: Notebook, turn: Unit, prompt: str | None, answer: str) -> st
 def _whole(
     conversation: Conversation | None, turn: Unit, prompt: str | None, answer: str, *, space: bool
 ) -> tuple[str, Conversation | None, str]:
-    """What follows a prompt's own text once it is answered, the conversation then, and how the text differs from a fresh one."""
+    """What follows a prompt's own text once it is answered, the conversation then, and how it differs from a fresh text.
+
+    `space`: put one before an answer that stays as computed.
+    """
     if conversation is None:
         between = "" if not turn.text or turn.text[-1].isspace() else " "
         return between + answer, None, ""

@@ -220,8 +220,10 @@ class Notebook:
             state = State(plan.after, applied.ledger)
             total = total + applied.account
         self._buffer = buffer
-        self._state = replace(state, conversation=self.prompt.conversation())
-        return self._booked(total.of(operation="prefill", tokens_reused=0))
+        conversation = self.prompt.conversation()
+        self._state = replace(state, conversation=conversation)
+        why = conversation.placed if conversation is not None else ""
+        return self._booked(total.of(operation="prefill", tokens_reused=0, why=why))
 
     def rendered(self) -> Rendered:
         """The prompt as written, as the model will read it at prefill, with the characters of every field."""

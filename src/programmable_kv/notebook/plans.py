@@ -187,14 +187,14 @@ def erratum_message(conversation: Conversation, line: str) -> tuple[str, str]:
     if conversation.opens_turn:
         return f"{line}\n\n", "the context ends where the first user turn begins, so the erratum stands in that turn"
     refused: list[str] = []
-    for role in _ERRATUM_ROLES:
+    for role in _ERRATUM_ROLES if conversation.template.takes_system else _ERRATUM_ROLES[1:]:
         try:
             continuation = conversation.continued([Message(role, Text(line))])
         except TemplateError as error:
             refused.append(str(error))
         else:
             note = "the chat template says no system message at this point, so the erratum is a user message"
-            return continuation.added, note if refused else ""
+            return continuation.added, note if role == "user" else ""
     try:
         text = conversation.inserted(Message("user", Text(line)))
     except TemplateError:

@@ -16,7 +16,7 @@ from programmable_kv.prompt.template import HEAD_ROLES, ChatTemplate, neutral
 
 _EARLIER = "\ue00a"
 """what earlier messages say, where only their presence matters"""
-_FOLD_HINT = "Notebook(model, fold_system=True) puts what the system says at the beginning of the first user turn."
+_FOLD_HINT = "Notebook(model, fold_system=True) puts what it says at the beginning of the first user turn."
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def render_chat(
         else frame(template, messages, values)
     )
     given = [*messages, Message("user", Text(_EARLIER))] if around.opens_turn else list(messages)
-    rendered = unmark(template.marked(given, values, asks=prompt_for_answer))
+    rendered = _named(unmark(template.marked(given, values, asks=prompt_for_answer)), values)
     plain = template.filled(given, values, asks=prompt_for_answer)
     _check_fields(template, messages, values, rendered, plain)
     _check_tools(template, plain)
@@ -77,6 +77,15 @@ def render_chat(
     if around.ender and plain.endswith(around.ender):
         end -= len(around.ender)
     return Rendered(plain[:end], tuple((name, span) for name, span in rendered.places if span.stop <= end))
+
+
+def _named(rendered: Rendered, values: Mapping[str, str]) -> Rendered:
+    """With the fields' names as the author wrote them: a template that changes case changes them as well."""
+    known = {name.casefold(): name for name in values}
+    places = tuple(
+        (name if name in values else known.get(name.casefold(), name), span) for name, span in rendered.places
+    )
+    return Rendered(rendered.text, places)
 
 
 def _check_fields(
@@ -174,7 +183,9 @@ def _explained(
     try:
         if folding.folds:
             folding.skeleton(turns, values)
-            return TemplateError(f"{error} {_FOLD_HINT}")
+            return TemplateError(
+                f"the chat template has no place for a system message ({error}). {_FOLD_HINT}"
+            )
     except TemplateError:
         pass
     return error

@@ -51,6 +51,15 @@ class Conversation:
         heads = all(message.role in HEAD_ROLES for message in self.messages)
         return heads and frame(self.template, self.messages, self.values).opens_turn
 
+    @property
+    def placed(self) -> str:
+        """Where the system message went, if it has no place of its own; empty otherwise."""
+        if not any(message.role in HEAD_ROLES for message in self.messages):
+            return ""
+        if self.opens_turn or self.template.folds:
+            return "the chat template has no system message of its own here: what it says begins the first user turn"
+        return ""
+
     def continued(self, more: Sequence[Message], *, prompt_for_answer: bool = False) -> Continuation:
         """What `more` messages (and the opening of an answer) add.
 
@@ -75,7 +84,7 @@ class Conversation:
             steps.append(step.added)
             reasons += [step.why] if step.why and step.why not in reasons else []
         if not more:
-            steps.append(self._behind(self.messages, (), asks=True, template=self.template))
+            steps.append(self._apart((), asks=True))
             reasons.append(
                 f"the chat template renders these messages differently when it asks for an answer, {_DIFFERS}"
             )
@@ -189,7 +198,8 @@ class Conversation:
         except TemplateError:
             raise refused from None
         turns = [message for message in self.messages if message.role not in HEAD_ROLES]
-        for history in (turns, *([neutral(role) for role in roles] for roles in _ELSEWHERE)):
+        elsewhere = [[neutral(role) for role in roles] for roles in _ELSEWHERE] if more else []
+        for history in (turns, *elsewhere):
             try:
                 return self._behind_either(history, more, asks)
             except TemplateError:

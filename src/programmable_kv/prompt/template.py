@@ -40,13 +40,17 @@ class ChatTemplate:
     @cached_property
     def folds(self) -> bool:
         """Whether leading system messages are put into the first user turn."""
-        if not self.fold_system:
-            return False
+        return self.fold_system and not self.takes_system
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the template itself renders a system message before the first user turn."""
+        messages = [neutral("system"), neutral("user")]
         try:
-            replace(self, fold_system=False).skeleton([neutral("system"), neutral("user")], {})
+            replace(self, fold_system=False).skeleton(messages, dict.fromkeys(self.fields, ""))
         except TemplateError:
-            return True
-        return False
+            return False
+        return True
 
     @cached_property
     def without_tools(self) -> ChatTemplate:
