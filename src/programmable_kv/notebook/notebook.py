@@ -32,7 +32,7 @@ from programmable_kv.models.load import Model
 from programmable_kv.notebook import asking
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.plans import Plans
-from programmable_kv.notebook.requests import checked_options, checked_tools, message_of, write_request
+from programmable_kv.notebook.requests import checked_options, checked_tools, declared, message_of
 from programmable_kv.notebook.state import NotebookMark, Part, State
 from programmable_kv.prompt.context import Context, FieldValue
 from programmable_kv.prompt.conversation import Conversation
@@ -130,7 +130,17 @@ class Notebook:
             FingerprintMismatchError: another model compiled a skill.
         """
         notebook = cls(model, tools=tools, template_kwargs=template_kwargs, **options)
-        write_request(notebook, [message_of(each, model.tokenizer) for each in messages], fields or {})
+        prompt, given = notebook.prompt, fields or {}
+        asked = [message_of(each, model.tokenizer) for each in messages]
+        texts = tuple(name for name, value in given.items() if not isinstance(value, Skill))
+        prompt.template = replace(prompt.template, fields=texts)
+        elsewhere = prompt.template.placeholders
+        here = declared(asked, elsewhere, given)
+        for name in sorted(elsewhere):
+            prompt._declare("{" + name + "}", {name: str(given[name])}, {})
+        for message, own in zip(asked, here, strict=True):
+            notebook.message(message.role, message.content.template, **own)
+            prompt.messages = (*prompt.messages[:-1], replace(prompt.messages[-1], extra=message.extra))
         return notebook
 
     def message(self, role: str, content: str, /, **fields: str | Skill) -> Self:

@@ -33,6 +33,12 @@ if TYPE_CHECKING:
     from programmable_kv.notebook.notebook import Notebook
 
 _ERRATUM_ROLES = ("system", "user")
+IN_FIRST_TURN = "the context ends where the first user turn begins, so the erratum stands in that turn"
+AS_USER = "the chat template says no system message at this point, so the erratum is a user message"
+INSERTED = (
+    "the chat template takes neither a system nor a second user message at this point, so the erratum is added in the form "
+    "that it has for a user message"
+)
 
 
 class Plans:
@@ -185,7 +191,7 @@ def erratum_message(conversation: Conversation, line: str) -> tuple[str, str]:
         TemplateError: none of these says it once and in its place.
     """
     if conversation.opens_turn:
-        return f"{line}\n\n", "the context ends where the first user turn begins, so the erratum stands in that turn"
+        return f"{line}\n\n", IN_FIRST_TURN
     refused: list[str] = []
     for role in _ERRATUM_ROLES if conversation.template.takes_system else _ERRATUM_ROLES[1:]:
         try:
@@ -193,8 +199,7 @@ def erratum_message(conversation: Conversation, line: str) -> tuple[str, str]:
         except TemplateError as error:
             refused.append(str(error))
         else:
-            note = "the chat template says no system message at this point, so the erratum is a user message"
-            return continuation.added, note if role == "user" else ""
+            return continuation.added, AS_USER if role == "user" else ""
     try:
         text = conversation.inserted(Message("user", Text(line)))
     except TemplateError:
@@ -202,10 +207,7 @@ def erratum_message(conversation: Conversation, line: str) -> tuple[str, str]:
             f"the chat template takes no update at this point, neither as a system nor as a user message ({refused[-1]}). Use "
             "mode='suffix', which appends nothing; or build the notebook from raw text."
         ) from None
-    return text, (
-        "the chat template takes neither a system nor a second user message at this point, so the erratum is added in the form "
-        "that it has for a user message"
-    )
+    return text, INSERTED
 
 
 def _explained(plan: Plan, notes: Mapping[str, str]) -> Plan:

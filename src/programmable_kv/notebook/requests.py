@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 from programmable_kv.errors import InvalidValueError, UnknownFieldError
 from programmable_kv.prompt.parts import Message, Text
 from programmable_kv.prompt.values import check_no_markers, check_role
-
-if TYPE_CHECKING:
-    from programmable_kv.notebook.notebook import Notebook
-    from programmable_kv.skills.skill import Skill
+from programmable_kv.skills.skill import Skill
 
 _PASSED = ("name", "tool_call_id", "reasoning_content")
 """what a message may have besides role, content and tool calls, for the template to use"""
@@ -45,32 +41,25 @@ def message_of(given: Mapping[str, Any], tokenizer: Any) -> Message:
     return Message(role, Text(content), extra)
 
 
-def write_request(notebook: Notebook, messages: Sequence[Message], fields: Mapping[str, str | Skill]) -> None:
-    """Put checked messages and the fields in them, in tools and in the template's variables into an empty notebook.
+def declared(
+    messages: Sequence[Message], elsewhere: Collection[str], fields: Mapping[str, str | Skill]
+) -> list[dict[str, str | Skill]]:
+    """For each message the fields that it is the first to hold. Those in `elsewhere` (tools, variables) are in none.
 
     Raises:
         UnknownFieldError: a field has no placeholder anywhere.
-        InvalidValueError, FingerprintMismatchError: as `Notebook.message`.
     """
-    prompt = notebook.prompt
-    left = dict(fields)
-    prompt.template = replace(
-        prompt.template, fields=tuple(name for name, value in fields.items() if isinstance(value, str))
-    )
-    for name in sorted(prompt.template.placeholders):
-        value = left.pop(name)
-        assert isinstance(value, str), "a skill has no place in tools or variables"
-        prompt._declare("{" + name + "}", {name: value}, {})
+    left = {name: value for name, value in fields.items() if name not in elsewhere}
+    found = []
     for message in messages:
         content = message.content.template
-        here = {name: left.pop(name) for name in list(left) if "{" + name + "}" in content}
-        notebook.message(message.role, content, **here)
-        prompt.messages = (*prompt.messages[:-1], replace(prompt.messages[-1], extra=message.extra))
+        found.append({name: left.pop(name) for name in list(left) if "{" + name + "}" in content})
     if left:
         raise UnknownFieldError(
             f"no message, tool or template variable has the placeholder {{{next(iter(left))}}}. Write it where the value "
             "belongs, or do not declare the field."
         )
+    return found
 
 
 def content_of(content: Any, role: str) -> str:

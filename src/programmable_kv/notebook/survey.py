@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from programmable_kv.errors import TemplateError
-from programmable_kv.notebook.plans import erratum_message
+from programmable_kv.notebook.plans import AS_USER, INSERTED, erratum_message
 from programmable_kv.prompt.chat import render_chat
 from programmable_kv.prompt.conversation import Conversation
 from programmable_kv.prompt.parts import Message, Text
@@ -126,7 +126,7 @@ def _erratum(conversation: Conversation) -> str:
         _, why = erratum_message(conversation, _LINE)
     except TemplateError:
         return _REFUSED
-    return "system message" if not why else "user message" if "is a user" in why else "user message, inserted"
+    return {"": "system message", AS_USER: "user message", INSERTED: "user message, inserted"}[why]
 
 
 def _agent(template: ChatTemplate) -> str:

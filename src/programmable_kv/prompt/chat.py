@@ -183,9 +183,7 @@ def _explained(
     try:
         if folding.folds:
             folding.skeleton(turns, values)
-            return TemplateError(
-                f"the chat template has no place for a system message ({error}). {_FOLD_HINT}"
-            )
+            return TemplateError(f"the chat template has no place for a system message ({error}). {_FOLD_HINT}")
     except TemplateError:
         pass
     return error
