@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from conftest import tiny
-from programmable_kv import Agent, Notebook
+from programmable_kv import Agent, Notebook, Skill
 from programmable_kv.errors import TemplateError
 from programmable_kv.notebook.survey import TemplateRow, survey
 from reference import assert_rows_equal, full_forward
@@ -278,3 +278,30 @@ def test_a_message_that_a_prompt_s_template_drops_is_refused() -> None:
     folded = Notebook(with_template(silent), fold_system=True).message("system", "Be kind.").message("user", "Hey.")
     folded.prefill()
     assert folded.rendered_text == "Be kind.\n\nHey."
+
+
+def test_a_text_with_the_characters_of_a_mark_is_cut_where_it_ends() -> None:
+    notebook = Notebook(of("llama2")).message("system", "a \ue008 b \ue0090\ue00a {status}.", status="new")
+    notebook.prefill()
+    assert notebook.rendered_text == "<s>[INST] <<SYS>>\na \ue008 b \ue0090\ue00a new.\n<</SYS>>\n\n"
+    notebook.add("user", "\ue0091\ue00a?")
+    assert notebook.rendered_text.endswith("new.\n<</SYS>>\n\n\ue0091\ue00a? [/INST]")
+
+
+def test_what_a_preface_says_before_its_last_message_is_said_too() -> None:
+    silent = "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    with pytest.raises(TemplateError, match="drops or rewrites the system message"):
+        Skill.compile(with_template(silent), "rule", preface=[("system", "Be kind."), ("user", "Hey.")])
+    with pytest.raises(TemplateError, match=r"drops or rewrites|no place"):
+        Skill.compile(with_template(silent), "rule", role="user", preface=[("system", "Be kind."), ("user", "Hey.")])
+
+
+def test_a_message_is_compiled_alone_without_what_ends_a_text() -> None:
+    for family in ("phi3", "ending", "chatml", "llama2"):
+        model = of(family)
+        text = Skill.compile(model, "it was lost", name="note", role="user").text
+        assert model.tokenizer.eos_token not in text or family == "chatml"
+        assert "Be" not in text
+        assert text.count("it was lost") == 1
+        if family == "llama2":
+            assert text == "<s>[INST] it was lost [/INST]"

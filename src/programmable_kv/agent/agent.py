@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from programmable_kv.account import Account
 from programmable_kv.edits.modes import Mode, parse_mode
@@ -114,9 +115,20 @@ class Agent:
         self.turns.append(turn)
         return turn
 
-    def observe(self, role: str, content: str, /) -> Account:
-        """Append what somebody else said: a tool's result, say."""
-        return self._noted(self.notebook.add(role, content))
+    def observe(
+        self,
+        role: str,
+        content: str | None = None,
+        /,
+        *,
+        tool_calls: Sequence[Mapping[str, Any]] | None = None,
+        tool_call_id: str | None = None,
+        name: str | None = None,
+    ) -> Account:
+        """Append what somebody else said: a tool's result, say. Arguments and errors as `Notebook.add`."""
+        return self._noted(
+            self.notebook.add(role, content, tool_calls=tool_calls, tool_call_id=tool_call_id, name=name)
+        )
 
     def add_skill(self, skill: Skill, /) -> Account:
         """Splice a skill in at the end of the trajectory, from where the next turns read it."""

@@ -475,8 +475,7 @@ class Notebook:
             InvalidEditError: an edit and a splice at once, or a repair without a skill.
             UnknownFieldError, UnverifiedError, FingerprintMismatchError, ContextOverflowError: as `edit` and `splice`.
             InvalidValueError: the prompt has special tokens, or an option that is to be kept has.
-            TemplateError: the chat template does not take the prompt; or, with `keep`, renders an answer in another way than
-                it asks for one.
+            TemplateError: the chat template does not take the prompt or, with `keep`, the answer.
         """
         question = asking.Question(prompt, tuple(options) if not isinstance(options, str) else options, think, keep)
         change = asking.Change(edits, mode, k, skill, repair)

@@ -14,7 +14,7 @@ from programmable_kv.errors import InvalidValueError, TemplateError
 from programmable_kv.prompt.parts import Message, Rendered, Text, unmark
 from programmable_kv.prompt.template import HEAD_ROLES, ChatTemplate, neutral
 
-_EARLIER = "\ue00a"
+_EARLIER = "\ue008"
 """what earlier messages say, where only their presence matters"""
 _FOLD_HINT = "Notebook(model, fold_system=True) puts what it says at the beginning of the first user turn."
 
@@ -49,7 +49,7 @@ def frame(template: ChatTemplate, messages: Sequence[Message], values: Mapping[s
         pieces = template.skeleton(messages, values)
     except TemplateError as error:
         raise _explained(template, messages, values, error) from error
-    return Frame(pieces, ender=_ender(template, messages, values, pieces))
+    return Frame(pieces, ender=ender(template, messages, values))
 
 
 def render_chat(
@@ -73,7 +73,7 @@ def render_chat(
     plain = template.filled(given, values, asks=prompt_for_answer)
     _check_fields(template, messages, values, rendered, plain)
     _check_tools(template, plain)
-    end = plain.index(_EARLIER) if around.opens_turn else len(plain)
+    end = plain.rindex(_EARLIER) if around.opens_turn else len(plain)
     if around.ender and plain.endswith(around.ender):
         end -= len(around.ender)
     return Rendered(plain[:end], tuple((name, span) for name, span in rendered.places if span.stop <= end))
@@ -145,16 +145,24 @@ def _head(template: ChatTemplate, messages: Sequence[Message], values: Mapping[s
         raise _explained(template, messages, values, refused or error) from error
     count = len(followed) - 1
     if pieces is not None and pieces[:-1] == followed[: count - 1]:
-        return Frame(pieces, ender=_ender(template, messages, values, pieces))
+        return Frame(pieces, ender=ender(template, messages, values))
     return Frame(followed[:count], opens_turn=True)
 
 
-def _ender(
-    template: ChatTemplate, messages: Sequence[Message], values: Mapping[str, str], pieces: tuple[str, ...]
-) -> str:
-    """The end of the last piece that the template takes back when an answer is asked for, or another message follows."""
+def ender(template: ChatTemplate, messages: Sequence[Message], values: Mapping[str, str]) -> str:
+    """The end of the text that the template takes back when an answer is asked for, or another message follows.
+
+    It is found out once for each pair of last roles.
+
+    Raises:
+        TemplateError: as `frame`.
+    """
     last = messages[-1]
     following = "assistant" if last.role == "user" else "tool" if last.extra.get("tool_calls") else "user"
+    roles = (*(message.role for message in messages[-2:]), following)
+    if roles in template.enders:
+        return template.enders[roles]
+    pieces = template.skeleton(messages, values)
     kept = pieces[-1]
     for more, asks in (([], True), ([neutral(following)], False)):
         try:
@@ -163,7 +171,8 @@ def _ender(
             continue
         if other[: len(pieces) - 1] == pieces[:-1]:  # or else it renders earlier messages differently
             kept = _common(kept, other[len(pieces) - 1])
-    return pieces[-1][len(kept) :]
+    template.enders[roles] = pieces[-1][len(kept) :]
+    return template.enders[roles]
 
 
 def _common(one: str, other: str) -> str:
@@ -178,7 +187,7 @@ def _explained(
     """With what helps, if it is the system message that the template has no place for."""
     if not messages or messages[0].role not in HEAD_ROLES or template.fold_system:
         return error
-    folding = replace(template, fold_system=True)
+    folding = replace(template, fold_system=True, enders={})
     turns = messages if any(message.role == "user" for message in messages) else [*messages, neutral("user")]
     try:
         if folding.folds:
@@ -201,7 +210,9 @@ def message_alone(tokenizer: Any, message: Message, values: Mapping[str, str]) -
     for roles in (("system",), ("system", "user"), ("user", "assistant"), ("system", "user", "assistant"), ("user",)):
         beginning = [Message(role, Text(_EARLIER)) for role in roles]
         try:
-            before = template.filled(beginning, values)
+            if frame(template, beginning, values).opens_turn:
+                continue
+            before = render_chat(template, beginning, values).text
             after = render_chat(template, [*beginning, message], values)
         except TemplateError as error:
             refused = error
@@ -224,11 +235,11 @@ def opened(tokenizer: Any, messages: Sequence[tuple[str, str]], *, inside: bool)
 
     Raises:
         InvalidValueError: the last message has a private-use character that marks its end here.
-        TemplateError: the template refuses these roles, or does not say what the last message says just once.
+        TemplateError: the template refuses these roles, or does not say what each message says once and in its place.
     """
     template = ChatTemplate(tokenizer)
     if not inside:
-        return template.filled([Message(role, Text(content)) for role, content in messages], {})
+        return render_chat(template, [Message(role, Text(content)) for role, content in messages], {}).text
     *earlier, (role, content) = messages
     if _EARLIER in content:
         raise InvalidValueError(f"the text contains the private-use character U+{ord(_EARLIER):04X}; remove it")
@@ -239,6 +250,7 @@ def opened(tokenizer: Any, messages: Sequence[tuple[str, str]], *, inside: bool)
             f"the chat template drops or repeats the {role} message, so no text has its place in it. Write the preface as "
             "raw text."
         )
+    template.skeleton([Message(role, Text(content)) for role, content in messages], {})  # what the earlier ones say
     return before
 
 

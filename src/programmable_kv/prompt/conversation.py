@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from programmable_kv.errors import TemplateError
-from programmable_kv.prompt.chat import frame, render_chat
+from programmable_kv.prompt.chat import ender, frame, render_chat
 from programmable_kv.prompt.parts import Message, Text
 from programmable_kv.prompt.template import HEAD_ROLES, ChatTemplate, mark, marked_json, neutral, sayings, says
 
@@ -158,7 +158,7 @@ class Conversation:
             if not more:
                 return fresh[len(known) :]
             pieces = self.template.skeleton(messages, self.values, since=len(self.messages), asks=asks)
-            ender = "" if asks else frame(self.template, messages, self.values).ender
+            end = "" if asks else ender(self.template, messages, self.values)
         except TemplateError:
             return None
         if not pieces[0].startswith(known):
@@ -166,7 +166,7 @@ class Conversation:
         added = fresh[len(known) :]
         if not says(added, (pieces[0][len(known) :], *pieces[1:]), _said(more, self.values)):
             return None
-        return added.removesuffix(ender)
+        return added.removesuffix(end)
 
     def _step(self, more: Sequence[Message], *, asks: bool) -> Continuation:
         """One message, appended or on its own.
@@ -242,8 +242,8 @@ class Conversation:
                 f"the chat template renders a {roles} message only together with those before it, so a cached conversation "
                 "cannot be continued with it. Use another role, or raw text parts."
             )
-        ender = "" if asks else frame(template, (*history, *more), self.values).ender
-        return rest[len(tail) :].removesuffix(ender)
+        end = "" if asks else ender(template, (*history, *more), self.values)
+        return rest[len(tail) :].removesuffix(end)
 
 
 def _said(messages: Sequence[Message], values: Mapping[str, str]) -> list[str]:

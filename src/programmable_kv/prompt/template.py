@@ -17,7 +17,7 @@ from programmable_kv.prompt.parts import Message, Text
 
 HEAD_ROLES = ("system", "developer")
 """who speaks before the first turn"""
-_MARK = "\ue008{}\ue009"
+_MARK = "\ue009{}\ue00a"
 """stands for the n-th thing that messages say: no template trims it, and none knows it"""
 
 
@@ -36,6 +36,8 @@ class ChatTemplate:
     fields: tuple[str, ...] = ()
     fold_system: bool = False
     """put a system message into the first user turn if the template has no place for one"""
+    enders: dict[tuple[str, ...], str] = field(default_factory=dict, compare=False, repr=False)
+    """what was found out already (`chat.ender`): the roles of the last messages -> what is written only if nothing follows"""
 
     @cached_property
     def folds(self) -> bool:
@@ -47,7 +49,7 @@ class ChatTemplate:
         """Whether the template itself renders a system message before the first user turn."""
         messages = [neutral("system"), neutral("user")]
         try:
-            replace(self, fold_system=False).skeleton(messages, dict.fromkeys(self.fields, ""))
+            replace(self, fold_system=False, enders={}).skeleton(messages, dict.fromkeys(self.fields, ""))
         except TemplateError:
             return False
         return True
@@ -55,7 +57,7 @@ class ChatTemplate:
     @cached_property
     def without_tools(self) -> ChatTemplate:
         """The same template without tools."""
-        return replace(self, tools=()) if self.tools else self
+        return replace(self, tools=(), enders={}) if self.tools else self
 
     @property
     def placeholders(self) -> set[str]:
