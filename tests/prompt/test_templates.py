@@ -251,6 +251,20 @@ def test_a_thought_that_was_generated_stays_as_computed() -> None:
     assert "stay as computed" in later.why
 
 
+def test_a_decision_is_taken_behind_a_closed_thought() -> None:
+    """DeepSeek-R1 opens a thought when it asks for an answer: what options follow must be the answer."""
+    notebook = build("deepseek_r1")
+    asked = notebook.rendered_text + "<｜Assistant｜><think>\n\n</think>\n\n"
+    decision = notebook.decide(None, OPTIONS, keep=True)
+    assert "was closed" in decision.account.why
+    assert notebook.rendered_text == f"{asked}{decision.choice}<｜end▁of▁sentence｜>"
+    raw = Notebook(notebook.model).text(asked)
+    raw.prefill()
+    assert raw.decide(None, OPTIONS).log_probabilities == pytest.approx(decision.log_probabilities, abs=1e-9)
+    "".join(notebook.generate("Why?", max_new_tokens=3, keep=True))
+    assert notebook.rendered_text.count("</think>") == 1, "a generated answer goes on in the thought"
+
+
 @pytest.mark.parametrize(
     ("body", "does"),
     [

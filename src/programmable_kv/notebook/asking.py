@@ -18,7 +18,7 @@ from programmable_kv.engine import Rows
 from programmable_kv.errors import InvalidArgumentError, InvalidEditError, OutOfStepError
 from programmable_kv.notebook.decision import Decision, best_of, option_ids, score
 from programmable_kv.notebook.state import State
-from programmable_kv.prompt.chat import answer_end
+from programmable_kv.prompt.chat import answer_end, thought_closed
 from programmable_kv.prompt.conversation import Conversation
 from programmable_kv.prompt.parts import Message, Rendered, Text
 from programmable_kv.prompt.units import Kind, Unit, tokenised
@@ -105,6 +105,11 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
     with notebook._transaction():
         with meter.measure() as reading:
             prompt = asked(notebook, question.prompt, think=question.think)
+            closed = thought_closed(prompt) if notebook._state.conversation is not None else prompt
+            thoughts = (
+                "" if closed == prompt else "the thought that the chat template opens was closed before the decision"
+            )
+            prompt = closed
             turn = tokenised(tokenizer, Rendered(prompt), Kind.TURN)
             answered = _ask(notebook, turn.ids, change.plan(notebook))
             logits = answered.logits
@@ -127,7 +132,7 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
                 kept = _keep(notebook, turn, said, f"{thought} {choice}" if question.think else choice)
     log_probabilities = dict(zip(question.options, scores, strict=True))
     weights = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=0).tolist()
-    why = "; ".join(filter(None, (answered.known.pop("why", ""), kept)))
+    why = "; ".join(filter(None, (answered.known.pop("why", ""), thoughts, kept)))
     account = notebook._booked(reading.account.of(operation="decide", why=why, **answered.known))
     return Decision(
         choice,

@@ -462,7 +462,8 @@ class Notebook:
         """Which option the model would answer. The prompt and the answer are taken back; an edit or a splice stays.
 
         Args:
-            prompt: asked as a user message (or raw text); None asks for the answer to what the context ends with.
+            prompt: asked as a user message (or raw text); None asks for the answer to what the context ends with. A thought
+                that the chat template opens for the answer is closed first: options are answers, not thoughts.
             options: at least two strings, compared as wholes.
             edits, mode, k: an edit to make first, in the same forward as the prompt: the cheapest way to do both.
             skill, repair: a skill to splice in at the context's end first, its seam in the same forward as the prompt.

@@ -74,7 +74,7 @@ class Conversation:
             )
         added = self._appended(known, more, prompt_for_answer)
         if added is not None:
-            return Continuation(added, self._with(more, known + added))
+            return Continuation(added, self._with(more, f"{known}{added}"))
         steps: list[str] = []
         reasons: list[str] = []
         conversation = self
@@ -129,7 +129,8 @@ class Conversation:
         closing = added.rpartition(plain.content.template)[2]
         between = " " if space and asked and not asked[-1].isspace() else ""
         rest = between + answer + closing
-        conversation = self._with([*prompt, said], self._known() + asked + rest)
+        known = self._known()
+        conversation = self._with([*prompt, said], None if known is None else known + asked + rest)
         why = (
             f"the chat template writes an answer in another way than it asks for one; it stays as computed, {_DIFFERS}"
         )
@@ -137,8 +138,14 @@ class Conversation:
 
     # -- how ---------------------------------------------------------------------------------------------------------
 
-    def _known(self) -> str:
-        return self.text if self.text is not None else render_chat(self.template, self.messages, self.values).text
+    def _known(self) -> str | None:
+        """The cached text; None where that cannot be told: it was computed turn by turn, saved, and is rendered so no more."""
+        if self.text is not None:
+            return self.text
+        try:
+            return render_chat(self.template, self.messages, self.values).text
+        except TemplateError:
+            return None
 
     def _with(self, more: Sequence[Message], text: str | None) -> Conversation:
         return Conversation(self.template, (*self.messages, *more), self.values, text)
@@ -148,8 +155,10 @@ class Conversation:
         """Without tools, which are cached: some templates write them again at every turn."""
         return self.template.without_tools
 
-    def _appended(self, known: str, more: Sequence[Message], asks: bool) -> str | None:
+    def _appended(self, known: str | None, more: Sequence[Message], asks: bool) -> str | None:
         """What the template writes behind the cached text, if it only appends; None otherwise."""
+        if known is None:
+            return None
         messages = (*self.messages, *more)
         try:
             fresh = self.template.filled(messages, self.values, asks=asks)
@@ -177,9 +186,9 @@ class Conversation:
         known = self._known()
         added = self._appended(known, more, asks)
         if added is not None:
-            return Continuation(added, self._with(more, known + added))
+            return Continuation(added, self._with(more, f"{known}{added}"))
         added = self._apart(more, asks)
-        text = None if asks else known + added
+        text = None if asks or known is None else known + added
         why = f"the chat template renders earlier turns differently once another follows; they stay as computed, {_DIFFERS}"
         return Continuation(added, self._with(more, text), why)
 
