@@ -179,6 +179,16 @@ def test_eight_bits_point_the_same_way(embedded: Any, tmp_path: Path) -> None:
     assert float(torch.nn.functional.cosine_similarity(ends[0], ends[1], dim=0)) >= 0.999
 
 
+def test_a_slice_of_the_endurance_bench(embedded: Any, tmp_path: Path) -> None:
+    """Every field was edited, one of them twice: five errata at most, and the decisions are a full prefill's."""
+    record = endurance.run(embedded, tmp_path / "endurance.json", edits=7)
+    assert record.summary["most_errata"] <= 5
+    assert record.summary["agreement"]["n"] == 3
+    assert record.summary["agreement"]["value"] == record.summary["right"]["value"] == 1
+    assert record.summary["exact_after_rebase"] is True
+    assert record.rows[-1]["edits"] == 7
+
+
 def test_appending_is_a_full_prefill(embedded: Any) -> None:
     """What the evaluations rely on: a turn appended to an exact cache is the prefill of the whole text."""
     stepwise = Notebook(embedded).message("system", "status: {s} of it", s="new")
