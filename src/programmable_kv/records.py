@@ -79,7 +79,7 @@ class Record(_Strict):
     model: str
     model_fingerprint: str
     data_digest: str
-    """sha256 over whatever the rows were computed from, so that two runs on the same data can be told"""
+    """sha256 over whatever the rows were computed from, so that two runs on the same data can be recognised"""
     seeds: list[int]
     machine: Machine
     settings: dict[str, Any]
