@@ -1,4 +1,4 @@
-"""Rows: tokens to compute, each with the slot it goes to and the position it stands at; and in which forwards."""
+"""Rows: tokens to compute, each with its slot and its position; and in which forwards."""
 
 from __future__ import annotations
 
