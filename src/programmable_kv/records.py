@@ -214,7 +214,7 @@ class Recorder:
             update={"summary": summary, "complete": True, "notes": [*self.record.notes, *notes]},
         )
         self._write(self._partial)
-        # Validated as anybody will read it, before it takes the name of a finished record.
+        # Validated as a reader will read it, before it takes the name of a finished record.
         record = read_record(self._partial)
         self._partial.replace(self.path)
         return record

@@ -59,7 +59,7 @@ class Agent:
             policy: the system message, with a `{field}` placeholder for every name in the state; or a skill, whose own fields
                 are the state.
             values, state: the fields' values; those of fields that are called `skills`, `mode` or `repair` in `values`.
-            skills: stand after the policy, in this order, each after an empty line.
+            skills: follow the policy, in this order, each after an empty line.
             mode: how changes of state are made, as in `Notebook.edit`.
             repair: which tokens of each skill are computed again in their place.
 

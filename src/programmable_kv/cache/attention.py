@@ -40,7 +40,7 @@ def record(
     scaling: float | None,
     softcap: float | None,
 ) -> None:
-    """Note what the last row attends to, if somebody collects it."""
+    """Record what the last row attends to, inside a `recording` block."""
     recorder = _recorder.get()
     if recorder is not None:
         last = None if mask is None else mask[..., -1:, :]

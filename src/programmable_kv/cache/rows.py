@@ -13,7 +13,7 @@ from programmable_kv.errors import InvalidArgumentError
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Tokens to compute: ids, the slots they go to and the positions they stand at, all ascending.
+    """Tokens to compute: ids, their slots and their positions, all ascending.
 
     Raises:
         InvalidArgumentError: there is not one entry of each for each row, or slots do not ascend.

@@ -117,7 +117,7 @@ class Skill:
         """Compile several texts in one forward, each behind those before it: its preface is all of them.
 
         Spliced in this order, behind the same preface and with the same text between them, all of them are exact. In another
-        order, or some of them only, each is a skill that has read those that stood before it, the values in them included.
+        order, or some of them only, each is a skill that has read those before it in `texts`, the values in them included.
 
         Args:
             texts: name -> text, in order; `{field}` placeholders as in `compile`. What changes often is best in the last.

@@ -1,6 +1,6 @@
 """A pair: tensors, and the manifest that names them. How one is written, replaced and cleared up.
 
-Tensors get a new name each time, and the manifest is replaced last, in one step. So whoever reads a manifest finds the tensors
+Tensors get a new name each time, and the manifest is replaced last, in one step. So a reader of a manifest finds the tensors
 it was written with, or none (if they were replaced since), never those of another write.
 """
 
