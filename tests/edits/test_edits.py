@@ -302,7 +302,7 @@ def test_an_erratum_inside_the_conversation_is_cut_out() -> None:
         notebook.add("user", "and now?")
         turn = notebook.parts[-1]
         notebook.edit(status="shipped", mode=mode)
-        assert "pending" not in notebook.rendered_text, f"{mode}: B is left in charge"
+        assert "is now: pending" not in notebook.rendered_text, f"{mode}: B is left in charge"
         assert notebook.rendered_text.count("STATE UPDATE") == (0 if mode is Mode.IN_PLACE else 1)
         (moved,) = [part for part in notebook.parts if part.text == turn.text]
         assert moved.state is TokenState.STALE

@@ -21,6 +21,7 @@ from programmable_kv.cache.span import Span
 from programmable_kv.errors import (
     ContextOverflowError,
     FingerprintMismatchError,
+    FrequencyRegimeError,
     InvalidEditError,
     InvalidValueError,
     NotPrefilledError,
@@ -563,9 +564,12 @@ class TestErrors:
         second = Skill.compile(notebook.model, REFUNDS * 2, name="refunds")
         assert len(notebook) + len(second) > 128
         self.check(UnverifiedError, "below 128", lambda n: n.splice(second, at=0), notebook)
-        notebook.add("user", REFUNDS * 2)
-        self.check(UnverifiedError, "below 128", lambda n: n.cut("dates"), notebook)
-        self.check(UnverifiedError, "below 128", lambda n: n.edit(status="pending again"), notebook)
+        self.check(FrequencyRegimeError, "beyond 128", lambda n: n.add("user", REFUNDS * 2), notebook)
+        beyond = Notebook(notebook.model).message("system", "status: {status}. " + REFUNDS * 5, status="new")
+        beyond.prefill()
+        assert len(beyond) > 128
+        self.check(UnverifiedError, "below 128", lambda n: n.cut(Span(3, 5)), beyond)
+        self.check(UnverifiedError, "below 128", lambda n: n.edit(status="pending again", mode="in_place"), beyond)
 
     @pytest.mark.parametrize("rule", ["deviation", "deviation:x%", "influence:", "best"])
     def test_unknown_repairs(self, rule: str) -> None:
