@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from programmable_kv import Mode, Notebook
+from programmable_kv.bench import endurance
 from programmable_kv.demo import demo
 from programmable_kv.notebook.html import ERRATUM_STYLE
 from programmable_kv.records import read_record
