@@ -107,7 +107,7 @@ def test_no_erratum_where_everything_was_computed_with_the_value() -> None:
 
 
 @pytest.mark.parametrize("relocate", [True, False])
-def test_superseded_errata_are_cut_or_outspoken(relocate: bool) -> None:
+def test_superseded_errata_are_cut_or_overridden(relocate: bool) -> None:
     """One at the end is dropped. One with turns after it is cut out where keys can be moved, and else a new one is appended."""
     now = enacted(plan_edit(*context(), {"status": "shipped"}, Mode.ERRATUM, tools()), context()[1])
     last = plan_edit(*now, {"status": "returned"}, Mode.ERRATUM, tools(relocate=relocate))

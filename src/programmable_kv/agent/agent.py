@@ -59,7 +59,7 @@ class Agent:
             policy: the system message, with a `{field}` placeholder for every name in the state; or a skill, whose own fields
                 are the state.
             values, state: the fields' values; those of fields that are called `skills`, `mode` or `repair` in `values`.
-            skills: stand after the policy, in this order, each after an empty line.
+            skills: follow the policy, in this order, each after an empty line.
             mode: how changes of state are made, as in `Notebook.edit`.
             repair: which tokens of each skill are computed again in their place.
 
@@ -100,7 +100,7 @@ class Agent:
 
         Raises:
             UnknownFieldError, InvalidValueError, InvalidOptionsError, TemplateError, ContextOverflowError: as
-                `Notebook.decide`; the agent is as it was.
+                `Notebook.decide`; the agent is unchanged.
         """
         given = {**(changes or {}), **fields}
         changed = {name: value for name, value in given.items() if self.state.get(name) != value}
@@ -110,7 +110,7 @@ class Agent:
         return turn
 
     def observe(self, role: str, content: str, /) -> Account:
-        """Append what somebody else said: a tool's result, say."""
+        """Append what somebody else wrote: a tool's result, for example."""
         return self._noted(self.notebook.add(role, content))
 
     def add_skill(self, skill: Skill, /) -> Account:
@@ -127,5 +127,5 @@ class Agent:
 
     @property
     def account(self) -> Account:
-        """Everything that the agent did so far, the composition included. Reuse is no sum: that of the last turn stands."""
+        """The price of everything so far, the composition included. `tokens_reused` is that of the last turn, not a sum."""
         return sum([*self._between, *(turn.account for turn in self.turns)], self.composed)

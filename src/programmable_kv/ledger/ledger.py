@@ -1,7 +1,7 @@
-"""The ledger of a cached context: its runs in slot order, what each has read, and what it is therefore worth.
+"""The ledger of a cached context: its runs in slot order, what each has read, and the state that follows.
 
 A ledger is immutable. Its operations mirror those of the cache buffer (`truncated`, `shifted`, `inserted`, `exchanged`,
-`computed`), and a plan is carried out on both, step by step. Everything else follows: a run is exact if the tokens that stand
+`computed`), and a plan is carried out on both, step by step. Everything else follows: a run is exact if the tokens
 before it are those it was computed behind, and those were exact then. So a value that changes and changes back leaves its
 readers exact, and nothing is marked by hand.
 
@@ -43,7 +43,7 @@ class Stretch:
 
 @dataclass(slots=True)
 class _Standing:
-    """What stands before each run now, filled from the left as far as somebody asked."""
+    """What is before each run now, filled from the left as far as it was asked for."""
 
     versions: list[Version] = field(default_factory=lambda: [NOTHING])
     states: list[TokenState] = field(default_factory=list)
@@ -119,10 +119,10 @@ class Ledger:
         ledger._standing = _Standing(known.versions[: unchanged + 1], known.states[:unchanged])
         return ledger
 
-    # -- what each run is worth -----------------------------------------------------------------------------------
+    # -- the state of each run -----------------------------------------------------------------------------------
 
     def version_at(self, index: int) -> Version:
-        """What stands before run `index` now; the whole context for the number of runs."""
+        """What is before run `index` now; the whole context for the number of runs."""
         known = self._standing
         while len(known.versions) <= index:
             number = len(known.versions) - 1
@@ -140,7 +140,7 @@ class Ledger:
         return known.versions[index]
 
     def _state(self, index: int, run: Run, before: Version) -> TokenState:
-        """What a run is worth, as far as the tokens before it go (not the values of fields that an erratum corrects)."""
+        """The state of a run by the tokens before it (not by the values of fields, which an erratum corrects)."""
         if run.version.content.same(before.content):
             if run.version.exact:
                 return TokenState.REPAIRED if run.origin is Origin.REPAIRED else TokenState.EXACT
@@ -212,7 +212,7 @@ class Ledger:
         return weakest(stretch.state for stretch in self.stretches(fields, places))
 
     def first_inexact(self, start: int) -> int:
-        """The first slot from `start` on that is not exact for the text that stands; the end if there is none."""
+        """The first slot from `start` on that is not exact for the current text; the end if there is none."""
         self.version_at(len(self.runs))
         for index in range(bisect_right(self._ends, start), len(self.runs)):
             if not self._standing.states[index].exact:
@@ -247,7 +247,7 @@ class Ledger:
         return run.version.seen.get(name, frozenset()) | held
 
     def written_before(self, slot: int) -> Seen:
-        """The values that stand in the text before `slot`, whatever later tokens have noted of others."""
+        """The values that are written in the text before `slot`, whatever later tokens have noted of others."""
         ledger, index = self._cut_at(slot)
         return with_statements({}, [statement for run in ledger.runs[:index] for statement in run.statements])
 
@@ -258,7 +258,7 @@ class Ledger:
 
 
 def _by_values(seen: Seen, fields: Mapping[str, str], places: Sequence[Place], slot: int) -> TokenState:
-    """What a token at `slot` is worth, as far as the values go that it has read."""
+    """The state of a token at `slot` by the values that it has read."""
     state = TokenState.EXACT
     for place, name in places:
         if place > slot:

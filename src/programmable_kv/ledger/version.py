@@ -1,6 +1,6 @@
-"""What stood before some tokens when they were computed: the thing that a run has read.
+"""What was before some tokens when they were computed: what a run has read.
 
-A version is immutable and shared. It says which tokens stood there (a digest), whether all of them were exact, and every
+A version is immutable and shared. It records which tokens were there (a digest), whether all of them were exact, and every
 value of each field that could have reached a reader: those that were written, those that an erratum stated, and those that
 earlier tokens had read and noted.
 """
@@ -61,7 +61,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Version:
-    """What stood before a token when it was computed."""
+    """What was before a token when it was computed."""
 
     content: Content
     exact: bool = True
@@ -71,12 +71,12 @@ class Version:
     """whether some of it had read a preface that is not in the context, so that what it knows of a field is unknown"""
 
     def after(self, tokens: bytes, statements: Iterable[Statement]) -> Version:
-        """What stands before the tokens that were computed right after `tokens`, in the same go."""
+        """What is before the tokens that were computed right after `tokens`, in the same forward."""
         return Version(self.content.extended(tokens), self.exact, with_statements(self.seen, statements), self.preface)
 
 
 NOTHING = Version(Content.of())
-"""what stands before a context's first token"""
+"""what is before a context's first token"""
 
 
 def merged(seen: Seen, more: Seen) -> Seen:

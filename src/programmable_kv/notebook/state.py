@@ -16,7 +16,7 @@ from programmable_kv.states import TokenState, weakest
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a context: its kind, a skill's name, its slots, its text, and what it is worth."""
+    """A piece of a context: its kind, a skill's name, its slots, its text, and its state."""
 
     kind: Kind
     name: str
