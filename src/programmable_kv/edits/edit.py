@@ -134,8 +134,9 @@ class _Draft:
             if not replacement.growth:
                 continue
             target = replacement.old.start + len(replacement.new)
-            if replacement.old.stop == length:
+            if replacement.old.stop == length:  # nothing stands behind it, or what did was dropped to be computed
                 self.step(Truncate(replacement.old.start))
+                length = replacement.old.start
             else:
                 self.step(Shift(replacement.old.stop, target))
                 tail = length - replacement.old.stop

@@ -27,19 +27,26 @@ class Content:
     compared, and extending it gives a content that equals nothing.
     """
 
-    __slots__ = ("_hasher", "digest", "length")
+    __slots__ = ("_digest", "_hasher", "length")
 
     def __init__(self, hasher: hashlib.blake2b | None, digest: bytes | None, length: int) -> None:
-        self._hasher, self.digest, self.length = hasher, digest, length
+        self._hasher, self._digest, self.length = hasher, digest, length
 
     @classmethod
     def of(cls, tokens: bytes = b"") -> Content:
         hasher = hashlib.blake2b(tokens, digest_size=_DIGEST_BYTES)
-        return cls(hasher, hasher.digest(), len(tokens) // TOKEN_BYTES)
+        return cls(hasher, None, len(tokens) // TOKEN_BYTES)
 
     @classmethod
     def saved(cls, digest: bytes | None, length: int) -> Content:
         return cls(None, digest, length)
+
+    @property
+    def digest(self) -> bytes | None:
+        """16 bytes, made when it is first asked for; None where the tokens are not known."""
+        if self._digest is None and self._hasher is not None:
+            self._digest = self._hasher.digest()
+        return self._digest
 
     def extended(self, tokens: bytes) -> Content:
         """These tokens and `tokens` after them."""
@@ -50,12 +57,12 @@ class Content:
             return Content(None, None, length)
         hasher = self._hasher.copy()
         hasher.update(tokens)
-        return Content(hasher, hasher.digest(), length)
+        return Content(hasher, None, length)
 
     def same(self, other: Content) -> bool:
         """Whether both are known to be the same tokens."""
         return self is other or (
-            self.digest is not None and self.digest == other.digest and self.length == other.length
+            self.length == other.length and self.digest is not None and self.digest == other.digest
         )
 
 

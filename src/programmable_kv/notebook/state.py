@@ -56,7 +56,7 @@ class State:
         return tuple(
             Part(
                 unit.kind, unit.name, Span(start, start + len(unit)), unit.text,
-                weakest(states[start : start + len(unit)]), context.superseded(index),
+                weakest(set(states[start : start + len(unit)])), context.superseded(index),
             )
             for index, (start, unit) in enumerate(zip(context.starts, context.units, strict=False))
         )  # fmt: skip
