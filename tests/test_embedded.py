@@ -186,7 +186,7 @@ def test_a_slice_of_the_endurance_bench(embedded: Any, tmp_path: Path) -> None:
     assert record.summary["most_errata"] <= 5
     assert record.summary["agreement"].n == 3
     assert record.summary["agreement"].value == record.summary["right"].value == 1
-    assert record.summary["exact_after_rebase"] is True
+    assert record.summary["exact_after_rebase"]
     assert record.rows[-1]["edits"] == 7
 
 
