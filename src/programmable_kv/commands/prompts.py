@@ -14,7 +14,6 @@ import typer
 from programmable_kv.commands.common import (
     ModelOption,
     decoded,
-    err,
     listed,
     load,
     out,
