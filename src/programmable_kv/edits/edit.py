@@ -51,7 +51,7 @@ def plan_edit(
     if exact.tokens_computed > plan.tokens_computed:
         return plan
     why = f"recomputing all that follows takes {exact.tokens_computed} tokens, {DEFAULT_MODE} {plan.tokens_computed}"
-    return exact.because(f"{why}, and is exact")
+    return exact.because(f"{why}, and leaves no token that has read another value")
 
 
 def _planned(context: Context, ledger: Ledger, changes: Mapping[str, str], mode: Mode, tools: EditTools) -> Plan:
