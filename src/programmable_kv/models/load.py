@@ -105,6 +105,27 @@ def load_model(
     return Model(str(name), tokenizer, engine, known)
 
 
+def load_tokenizer(name: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Any:
+    """The tokenizer of a model alone, found as `load_model` finds it.
+
+    Raises:
+        ModelUnavailableError: it could not be had.
+    """
+    from transformers import AutoTokenizer
+
+    source = find_source(name, revision=revision)
+    given = {"revision": revision, "token": token, "gguf_file": source.gguf_file}
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(
+                source.place, **{key: value for key, value in given.items() if value is not None}
+            )
+    except Exception as error:  # as in `_pretrained`
+        raise ModelUnavailableError(
+            f"could not load the tokenizer of '{name}': {_first_line(error)} Check the name, the files and the network."
+        ) from error
+
+
 def wrap_model(model: Any, tokenizer: Any, *, name: str = "custom") -> Model:
     """A `Model` from a transformers model and its fast tokenizer that are loaded already.
 

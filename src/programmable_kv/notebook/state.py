@@ -8,8 +8,8 @@ from programmable_kv.cache.buffer import Mark
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidArgumentError, UnknownPartError
 from programmable_kv.ledger.ledger import Ledger
-from programmable_kv.prompt.chat import Conversation
 from programmable_kv.prompt.context import Context
+from programmable_kv.prompt.conversation import Conversation
 from programmable_kv.prompt.units import Kind
 from programmable_kv.states import TokenState, weakest
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidEditError
-from programmable_kv.prompt.chat import Conversation, render_chat
+from programmable_kv.prompt.chat import render_chat
+from programmable_kv.prompt.conversation import Conversation
 from programmable_kv.prompt.parts import Message, Rendered, Text, unmark
+from programmable_kv.prompt.template import ChatTemplate
 from programmable_kv.prompt.values import check_name, check_no_markers, check_role, check_value
 
 SKILL_MARK = "\ue003"
@@ -18,8 +20,9 @@ SKILL_MARK = "\ue003"
 class Prompt:
     """What the author has written so far. Chat messages and raw text do not mix."""
 
-    def __init__(self, tokenizer: Any, erratum_template: str) -> None:
+    def __init__(self, tokenizer: Any, erratum_template: str, template: ChatTemplate | None = None) -> None:
         self.tokenizer = tokenizer
+        self.template = template or ChatTemplate(tokenizer)
         self.erratum_template = erratum_template
         self.messages: tuple[Message, ...] = ()
         self.texts: tuple[Text, ...] = ()
@@ -93,7 +96,7 @@ class Prompt:
             TemplateError: the chat template refuses the messages, or changes what they say.
         """
         if self.messages:
-            return render_chat(self.tokenizer, self.messages, self.values)
+            return render_chat(self.template, self.messages, self.values)
         return unmark("".join(text.marked(self.values) for text in self.texts))
 
     def pieces(self) -> list[Rendered | str]:
@@ -118,7 +121,7 @@ class Prompt:
 
     def conversation(self) -> Conversation | None:
         """The messages as a conversation that can go on; None for raw text."""
-        return Conversation(self.tokenizer, self.messages, dict(self.values)) if self.messages else None
+        return Conversation(self.template, self.messages, dict(self.values)) if self.messages else None
 
 
 def check_values(tokenizer: Any, erratum_template: str, values: Mapping[str, str], among: Collection[str] = ()) -> None:
