@@ -76,7 +76,7 @@ def test_the_next_turn_reads_the_last_one() -> None:
     assert largest_difference(agent.notebook.cache, changed, range(start, len(ids))) > 1e-3
 
 
-def test_skills_are_composed_learned_and_forgotten() -> None:
+def test_skills_are_composed_added_and_removed() -> None:
     model = tiny()
     policy = Skill.compile(model, REFUNDS, name="refunds", tier="gold")
     dates = Skill.compile(model, "date policy: orders delivered before 2026 are returned.\n", name="dates")
@@ -95,7 +95,7 @@ def test_skills_are_composed_learned_and_forgotten() -> None:
     assert agent.state == {"tier": "gold"}
 
 
-def test_an_error_leaves_the_agent_as_it_was() -> None:
+def test_an_error_leaves_the_agent_unchanged() -> None:
     agent = started()
     agent.act("the refund", OPTIONS)
     before = (agent.notebook.ids, agent.notebook.states, agent.state, len(agent.turns))

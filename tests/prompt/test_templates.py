@@ -319,3 +319,20 @@ def test_a_message_is_compiled_alone_without_what_ends_a_text() -> None:
         assert text.count("it was lost") == 1
         if family == "llama2":
             assert text == "<s>[INST] it was lost [/INST]"
+
+
+def test_an_open_first_turn_is_the_user_s() -> None:
+    """Mistral v3 renders a tool's result anywhere, but inside of a user's turn it would be part of that."""
+    notebook = build("mistral_v3", user=False)
+    for role in ("tool", "assistant", "system"):
+        with pytest.raises(TemplateError, match="first user turn"):
+            notebook.add(role, "It was found there.")
+
+
+def test_the_account_says_when_a_prompt_is_rewritten() -> None:
+    notebook = Notebook(of("qwen3")).message("user", "Hey.").message("assistant", "<think>hm</think>Yes.")
+    notebook.message("user", "Sure?")
+    assert "rewrites what some messages say" in notebook.prefill().why
+    assert "<think>" not in notebook.rendered_text
+    shouting = Notebook(of(SHOUTING)).message("user", "Hey.")
+    assert shouting.prefill().why == ""

@@ -62,7 +62,7 @@ class Agent:
                 are the state.
             values, state: the fields' values; those of fields that are called `skills`, `mode`, `repair` or `fold_system` in
                 `values`.
-            skills: stand after the policy, in this order, each after an empty line.
+            skills: follow the policy, in this order, each after an empty line.
             mode: how changes of state are made, as in `Notebook.edit`.
             repair: which tokens of each skill are computed again in their place.
             fold_system: where the chat template has no place for a system message, the policy begins the first user turn.
@@ -106,7 +106,7 @@ class Agent:
 
         Raises:
             UnknownFieldError, InvalidValueError, InvalidOptionsError, TemplateError, ContextOverflowError: as
-                `Notebook.decide`; the agent is as it was.
+                `Notebook.decide`; the agent is unchanged.
         """
         given = {**(changes or {}), **fields}
         changed = {name: value for name, value in given.items() if self.state.get(name) != value}
@@ -125,7 +125,7 @@ class Agent:
         tool_call_id: str | None = None,
         name: str | None = None,
     ) -> Account:
-        """Append what somebody else said: a tool's result, say. Arguments and errors as `Notebook.add`."""
+        """Append what somebody else wrote: a tool's result, for example. Arguments and errors as `Notebook.add`."""
         return self._noted(
             self.notebook.add(role, content, tool_calls=tool_calls, tool_call_id=tool_call_id, name=name)
         )
@@ -144,5 +144,5 @@ class Agent:
 
     @property
     def account(self) -> Account:
-        """Everything that the agent did so far, the composition included. Reuse is no sum: that of the last turn stands."""
+        """The price of everything so far, the composition included. `tokens_reused` is that of the last turn, not a sum."""
         return sum([*self._between, *(turn.account for turn in self.turns)], self.composed)

@@ -361,7 +361,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self._set_length(length)
 
     def segment(self, span: Span, ids: Sequence[int]) -> Segment:
-        """A copy of some slots' keys (as they were computed) and values, with the token ids that they are of."""
+        """A copy of some slots' canonical keys and their values, with the token ids."""
         if span.stop > self.length or len(ids) != len(span):
             raise CacheBufferError(f"cannot take {len(ids)} tokens from slots [{span.start}, {span.stop})")
         slots = slice(span.start, span.stop)

@@ -149,7 +149,7 @@ def _pretrained(name: str, source: Source, shared: dict[str, Any], arguments: di
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(source.place, **shared, **arguments)
             tokenizer = AutoTokenizer.from_pretrained(source.place, **shared)
-    # Damaged files and foreign code raise whatever their readers raise; to the caller each of them says the same.
+    # Damaged files and a model's own code raise errors of any type; the caller gets one type for them.
     except Exception as error:
         hint = "Check the name, the files and the network."
         if "trust_remote_code" in str(error):

@@ -232,7 +232,7 @@ class Notebook:
         self._buffer = buffer
         conversation = self.prompt.conversation()
         self._state = replace(state, conversation=conversation)
-        why = conversation.placed if conversation is not None else ""
+        why = conversation.remarks if conversation is not None else ""
         return self._booked(total.of(operation="prefill", tokens_reused=0, why=why))
 
     def rendered(self) -> Rendered:
@@ -245,7 +245,7 @@ class Notebook:
     def cache(self) -> KVBuffer:
         """The cache itself, a transformers `Cache`: `transformers_model.generate(ids, past_key_values=notebook.cache)`.
 
-        What transformers appends to it by itself, the notebook does not know of: wrap such calls in `mark` and `rollback`.
+        The notebook does not know what transformers appends to it by itself: wrap such calls in `mark` and `rollback`.
         """
         if self._buffer is None:
             raise NotPrefilledError("the context has not been computed yet: call .prefill() first")
@@ -285,7 +285,7 @@ class Notebook:
 
     @property
     def states(self) -> list[TokenState]:
-        """What every cached token is worth."""
+        """The state of every cached token."""
         _ = self.cache
         return self._state.token_states()
 
@@ -332,10 +332,10 @@ class Notebook:
         return self._carry_out(self.plan.edit(changes, mode=mode, k=k, **fields))
 
     def rebase(self, *, limit: int | None = None) -> Account:
-        """Fold errata back: write what they state where the fields stand, drop the lines, and recompute what this touches.
+        """Fold errata back: write their values into the fields' places, drop the lines, and recompute from there.
 
         Args:
-            limit: compute at most so many tokens: as many fields, from the last one backwards, as this allows.
+            limit: compute at most so many tokens; as many fields are folded, from the last one backwards, as this allows.
 
         Raises:
             ContextOverflowError: the new text does not fit.
@@ -388,8 +388,8 @@ class Notebook:
     def recompute(self, start: int | Part | None = None) -> Account:
         """Compute everything from a slot (or part) on again, on what precedes it; from the first inexact token when None.
 
-        From the context's first inexact token on, it makes all of it exact for the text that stands. (A value that is
-        stated by an erratum only stays stated by an erratum: `rebase` writes it.)
+        From the context's first inexact token on, this makes all of it exact for the current text. (A value that only an
+        erratum states is still stated by the erratum: `rebase` writes it into its place.)
 
         Raises:
             UnknownPartError: there is no such slot or part.
@@ -502,7 +502,7 @@ class Notebook:
             InvalidArgumentError: no tokens are asked for, or a temperature is negative.
             InvalidEditError: the context and the prompt are empty.
             TemplateError: the chat template does not take the prompt, or (with `keep`) the answer.
-            ContextOverflowError: prompt or answer do not fit; what was yielded before stands, and the context is unchanged.
+            ContextOverflowError: prompt or answer do not fit; some text may have been yielded, and the context is unchanged.
         """
         sampling = asking.Sampling(max_new_tokens, temperature, seed)
         asked = asking.asked(self, prompt, think=False)
@@ -600,7 +600,7 @@ class Notebook:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """For several steps that stand or fall together: if the block raises, the notebook is put back."""
+        """Several steps, all or none: if the block raises, the notebook is put back."""
         state, buffer = self._ready(), self.cache
         mark = buffer.mark()
         try:

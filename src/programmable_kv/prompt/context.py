@@ -21,7 +21,7 @@ from programmable_kv.prompt.units import Kind, Replacement, Unit, replace_values
 
 @dataclass(frozen=True, slots=True)
 class FieldValue:
-    """A field's values: `current` is in force, `written` stands in its places. An erratum tells the difference."""
+    """A field's values: `current` is valid now, `written` is in the text. An erratum states the difference."""
 
     current: str
     written: str
@@ -144,7 +144,7 @@ class Context:
         return Context(tuple(units), self.fields)
 
     def with_values(self, current: Mapping[str, str], *, written: bool = False) -> Context:
-        """Other current values; `written`: they stand in the fields' places too."""
+        """Other current values; `written`: they are in the fields' places too."""
         changed = {
             name: FieldValue(value, value if written else self.fields[name].written) for name, value in current.items()
         }

@@ -52,13 +52,22 @@ class Conversation:
         return heads and frame(self.template, self.messages, self.values).opens_turn
 
     @property
-    def placed(self) -> str:
-        """Where the system message went, if it has no place of its own; empty otherwise."""
-        if not any(message.role in HEAD_ROLES for message in self.messages):
-            return ""
-        if self.opens_turn or self.template.folds:
-            return "the chat template has no system message of its own here: what it says begins the first user turn"
-        return ""
+    def remarks(self) -> str:
+        """What the template makes of these messages that their author may not expect; empty if nothing."""
+        found: list[str] = []
+        heads = any(message.role in HEAD_ROLES for message in self.messages)
+        if heads and (self.opens_turn or self.template.folds):
+            found.append(
+                "the chat template has no system message of its own here: what it says begins the first user turn"
+            )
+        if not self.opens_turn:
+            text = self.template.filled(self.messages, self.values)
+            pieces = self.template.skeleton(self.messages, self.values)
+            if not says(text, pieces, _said(self.messages, self.values)):
+                found.append(
+                    "the chat template rewrites what some messages say (it leaves out thoughts, or changes case)"
+                )
+        return "; ".join(found)
 
     def continued(self, more: Sequence[Message], *, prompt_for_answer: bool = False) -> Continuation:
         """What `more` messages (and the opening of an answer) add.
@@ -67,7 +76,7 @@ class Conversation:
             TemplateError: the template refuses a message, or drops, repeats, moves or rewrites what it says.
         """
         known = self._known()
-        if not more and self.opens_turn:
+        if (not more or more[0].role != "user") and self.opens_turn:
             raise TemplateError(
                 "the chat template has a place for the system message in the first user turn only, and there is no such turn "
                 "yet. Ask with a prompt, or add a user message first."

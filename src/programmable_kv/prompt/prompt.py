@@ -70,10 +70,15 @@ class Prompt:
             check_name(name)
             if name in self.values or content.count("{" + name + "}") > 1:
                 raise InvalidEditError(f"{name} was declared before: a skill has one place, and a name of its own")
-        for name, value in fields.items():
-            check_name(name)
-            if self.values.get(name, value) != value:
-                raise InvalidEditError(f"field {name} was declared before as {self.values[name]!r}, now as {value!r}")
+        standing = self.fields
+        for given in (fields, *skills.values()):  # a value in a skill's own text is as fixed as one given here
+            for name, value in given.items():
+                check_name(name)
+                if standing.setdefault(name, value) != value:
+                    raise InvalidEditError(
+                        f"field {name} was declared before as {standing[name]!r}, now as {value!r}: a field has one value. "
+                        "Compile the skill with that value, or call one of the two fields something else."
+                    )
         inside = {name: value for values in skills.values() for name, value in values.items()}
         check_values(self.tokenizer, self.erratum_template, {**self.fields, **inside, **fields})
         known = {**self.values, **fields, **dict.fromkeys(skills, SKILL_MARK)}

@@ -49,7 +49,7 @@ class SavedNotebook:
     template: ChatTemplate
     """of the messages, with all that is passed to it"""
     values: Mapping[str, str]
-    """what stood for every placeholder of the messages when they were rendered, skills included"""
+    """what every placeholder of the messages was rendered as, skills included"""
     context: Context
     ledger: Ledger
     tensors: Mapping[str, torch.Tensor]
@@ -203,7 +203,7 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], count: int, model: Model
 
 
 def _named(blobs: Blobs) -> set[str] | None:
-    """The tensors that the manifest names; None if that cannot be read, so that nobody knows which are in use."""
+    """The tensors that the manifest names; None if that cannot be read: then it is not known which are in use."""
     try:
         body = blobs.read(MANIFEST)
         return set() if body is None else {NotebookManifest.read(body, MANIFEST).tensors}
