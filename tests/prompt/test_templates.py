@@ -336,3 +336,14 @@ def test_the_account_says_when_a_prompt_is_rewritten() -> None:
     assert "<think>" not in notebook.rendered_text
     shouting = Notebook(of(SHOUTING)).message("user", "Hey.")
     assert shouting.prefill().why == ""
+
+
+@pytest.mark.parametrize("family", ["gemma", "llama2", "mistral_v3", "deepseek_r1"])
+def test_an_agent_s_policy_may_be_a_skill_wherever_it_stands(family: str) -> None:
+    policy = Skill.compile(of(family), "Its status is {status} today.", name="policy", status="pending")
+    agent = Agent(of(family), policy, mode="field_erratum")
+    assert agent.composed.tokens_relocated == len(policy)
+    for status in ("shipped", "lost"):
+        agent.act(f"Is it {status}?", OPTIONS, status=status)
+    assert_said(agent.notebook.rendered_text, "today.", "Is it shipped?", "Is it lost?")
+    assert agent.notebook.part("policy").text == "Its status is lost today."
