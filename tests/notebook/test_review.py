@@ -80,23 +80,17 @@ def test_a_reason_does_not_call_an_inexact_context_exact() -> None:
     assert "exact" not in account.why
 
 
-@pytest.mark.xfail(
-    strict=True, reason="only the cache's length is compared with the notebook's, not whether others wrote to it"
-)
 def test_what_others_put_in_the_place_of_cached_tokens_is_not_called_exact() -> None:
-    """`cache.crop` and a forward of as many other tokens: a false 'exact', six off."""
+    """`cache.crop` and a forward of as many other tokens: the length is right, and the tokens are others."""
     notebook = Notebook(tiny()).text("the order status is pending and the account role is guest.")
     notebook.prefill()
     notebook.cache.crop(-3)
     with torch.no_grad():
         notebook.model.engine.model(input_ids=torch.tensor([[7, 8, 9]]), past_key_values=notebook.cache, use_cache=True)
-    with pytest.raises(OutOfStepError):
+    with pytest.raises(OutOfStepError, match="from slot"):
         notebook.add("user", "so?")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a conversation keeps the messages that were cut out of the context, and saves them"
-)
 def test_a_turn_that_was_cut_is_not_saved(tmp_path: Path) -> None:
     notebook = Notebook(tiny()).message("system", "status: {status}.", status="shipped")
     notebook.prefill()
@@ -106,9 +100,8 @@ def test_a_turn_that_was_cut_is_not_saved(tmp_path: Path) -> None:
     assert "swordfish" not in (tmp_path / "saved" / "notebook.json").read_text()
 
 
-@pytest.mark.xfail(strict=True, reason="a loaded notebook has no prompt, and says that it is empty")
 def test_a_loaded_notebook_does_not_render_an_empty_prompt(tmp_path: Path) -> None:
     notebook = Notebook(tiny()).text("status: {status}.", status="shipped")
     notebook.prefill()
     notebook.save(tmp_path / "saved")
-    assert Notebook.load(tmp_path / "saved", notebook.model).rendered().text
+    assert Notebook.load(tmp_path / "saved", notebook.model).rendered() == notebook.rendered()

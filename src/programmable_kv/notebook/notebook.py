@@ -236,8 +236,11 @@ class Notebook:
         return self._booked(total.of(operation="prefill", tokens_reused=0, why=why))
 
     def rendered(self) -> Rendered:
-        """The prompt as written, as the model will read it at prefill, with the characters of every field."""
-        return self.prompt.rendered()
+        """The prompt as written, as the model will read it at prefill, with the characters of every field.
+
+        A notebook that was loaded has no prompt: of it, the text that is cached.
+        """
+        return self._state.context.rendered if self.prompt.empty else self.prompt.rendered()
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -557,13 +560,14 @@ class Notebook:
         state, conversation = self._ready(), self._state.conversation
         meter = self.model.engine.meter
         with meter.measure() as reading:
-            # A value that was edited away is not written anywhere.
+            # A value that was edited away, or a turn that was cut, is not written anywhere.
             written = {name: value.written for name, value in state.context.fields.items()}
             values = (
                 {name: written.get(name, value) for name, value in conversation.values.items()} if conversation else {}
             )
+            messages = conversation.still_in(state.context.text, values) if conversation else ()
             saved = SavedNotebook(
-                self.erratum_template, conversation.messages if conversation else (), self.prompt.template, values,
+                self.erratum_template, messages, self.prompt.template, values,
                 state.context, state.ledger, self.cache.tensors(),
             )  # fmt: skip
             place = write(saved, where, self.model)
@@ -638,6 +642,12 @@ class Notebook:
                 f"the cache holds {buffer.length} tokens and this notebook knows of {len(self._state.context)}: transformers "
                 "appended to .cache by itself. Roll back to a mark from before."
             )
+        if buffer.foreign_from is not None and buffer.foreign_from < buffer.length:
+            raise OutOfStepError(
+                f"transformers wrote to .cache by itself from slot {buffer.foreign_from} on, in the place of tokens that this "
+                "notebook knows of. Roll back to a mark from before."
+            )
+        buffer.foreign_from = None  # what it wrote after the end is gone again
         return self._state
 
     def _require_not_prefilled(self) -> None:

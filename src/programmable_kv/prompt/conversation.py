@@ -6,6 +6,7 @@ the new message is rendered: behind messages that say nothing in particular, cut
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,7 @@ from programmable_kv.prompt.template import HEAD_ROLES, ChatTemplate, mark, mark
 
 _ELSEWHERE = (("user", "assistant"), ("system", "user", "assistant"))
 """conversations behind which most templates take any message"""
+_PRIVATE_USE = re.compile("[\ue000-\uf8ff]")
 _DIFFERS = "so the text differs from a fresh rendering of the conversation"
 
 
@@ -68,6 +70,16 @@ class Conversation:
                     "the chat template rewrites what some messages say (it leaves out thoughts, or changes case)"
                 )
         return "; ".join(found)
+
+    def still_in(self, text: str, values: Mapping[str, str]) -> tuple[Message, ...]:
+        """The messages; those whose content was cut out of `text` say nothing in particular instead.
+
+        `values` are written in the placeholders now; a value that is no text (a skill's mark) is looked past.
+        """
+        return tuple(
+            message if _is_in(message.content.filled(values), text) else neutral(message.role)
+            for message in self.messages
+        )
 
     def continued(self, more: Sequence[Message], *, prompt_for_answer: bool = False) -> Continuation:
         """What `more` messages (and the opening of an answer) add.
@@ -266,3 +278,8 @@ class Conversation:
 
 def _said(messages: Sequence[Message], values: Mapping[str, str]) -> list[str]:
     return [saying for message in messages for saying in sayings(message, values)]
+
+
+def _is_in(content: str, text: str) -> bool:
+    """Whether a message's content is in a text, apart from private-use characters (marks of skills)."""
+    return all(piece.strip() in text for piece in _PRIVATE_USE.split(content))
