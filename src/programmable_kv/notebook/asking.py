@@ -166,7 +166,6 @@ def stream(notebook: Notebook, prompt: str | None, asked: str, sampling: Samplin
     answer = ""
     decoder = DecodeStream(skip_special_tokens=True)
     total = Account()
-    complete = False
     try:
         for token, account in _drawn(notebook, turn, sampling):
             total = total + account
@@ -177,13 +176,15 @@ def stream(notebook: Notebook, prompt: str | None, asked: str, sampling: Samplin
                 yield piece
             if not buffer.holds(mark):
                 raise OutOfStepError("the notebook was rolled back while this stream was open: it ends here")
-        complete = True
+        if keep:
+            notebook._stream_open = False
+            total = total + _kept(notebook, state, turn, prompt, said, answer)
+            buffer.release(mark)
     finally:
         notebook._stream_open = False
-        if not (complete and keep) and buffer.holds(mark):
+        if buffer.holds(mark):  # not to be kept, or not kept whole
             buffer.rollback(mark)
-    if keep:
-        total = total + _kept(notebook, state, mark, turn, prompt, said, answer)
+            notebook._state = state
     notebook._booked(
         total.of(operation="generate", tokens_reused=len(state.context), exactness=notebook._state.weakest)
     )
@@ -208,27 +209,22 @@ def _drawn(notebook: Notebook, turn: Unit, sampling: Sampling) -> Iterator[tuple
         first = Account()
 
 
-def _kept(
-    notebook: Notebook, state: State, mark: Mark, turn: Unit, prompt: str | None, said: list[int], answer: str
-) -> Account:
-    """Let a streamed answer and its prompt become turns: both or neither. Tokens that are cached already are not computed."""
+def _kept(notebook: Notebook, state: State, turn: Unit, prompt: str | None, said: list[int], answer: str) -> Account:
+    """Let a streamed answer and its prompt become turns. Tokens that are cached already are not computed.
+
+    If it raises, the caller has to return to the state of before.
+    """
     buffer = notebook.cache
     cached = said[: buffer.length - len(state.context) - len(turn)]
     with buffer.meter.measure() as reading:
-        try:
-            whole, conversation = _whole(state.conversation, turn, prompt, answer)
-            if whole is None:  # the template renders an answer in another way than it asks for one
-                buffer.truncate(len(state.context))
-                if prompt is not None:
-                    notebook._append_turn("user", prompt)
-                notebook._append_turn("assistant", answer)
-            else:
-                _adopt(notebook, turn, whole, cached, conversation)
-        except BaseException:
-            buffer.rollback(mark)
-            notebook._state = state
-            raise
-        buffer.release(mark)
+        whole, conversation = _whole(state.conversation, turn, prompt, answer)
+        if whole is None:  # the template renders an answer in another way than it asks for one
+            buffer.truncate(len(state.context))
+            if prompt is not None:
+                notebook._append_turn("user", prompt)
+            notebook._append_turn("assistant", answer)
+        else:
+            _adopt(notebook, turn, whole, cached, conversation)
     return reading.account
 
 
