@@ -14,6 +14,7 @@ from programmable_kv.cache.buffer import KVBuffer, Mark
 from programmable_kv.errors import InvalidEditError, OutOfStepError
 from programmable_kv.ledger.ledger import Ledger
 from programmable_kv.notebook import asking
+from programmable_kv.states import weakest
 from reference import assert_rows_equal, full_forward
 
 

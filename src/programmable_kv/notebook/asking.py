@@ -125,7 +125,8 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
                 _keep(notebook, turn, said, f"{thought} {choice}" if question.think else choice)
     log_probabilities = dict(zip(question.options, scores, strict=True))
     weights = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=0).tolist()
-    account = notebook._booked(reading.account.of(operation="decide", **answered.known))
+    known = {**answered.known, **({"exactness": notebook._state.weakest} if question.keep else {})}
+    account = notebook._booked(reading.account.of(operation="decide", **known))
     return Decision(
         choice,
         dict(zip(question.options, weights, strict=True)),
