@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from conftest import tiny
-from programmable_kv import Notebook, SeamRepair, Skill
+from programmable_kv import Account, Notebook, SeamRepair, Skill
+from programmable_kv.cache.buffer import KVBuffer, Mark
 from programmable_kv.errors import InvalidEditError, OutOfStepError
 from programmable_kv.ledger.ledger import Ledger
+from programmable_kv.notebook import asking
+from reference import assert_rows_equal, full_forward
 
 
 @pytest.mark.parametrize("first", ["skill", "field"])
@@ -67,6 +71,49 @@ def test_an_interrupt_while_the_account_is_made_undoes_the_edit(monkeypatch: pyt
             notebook.edit(status="pending", mode="in_place")
     assert notebook.fields == {"status": "shipped"}
     assert all(torch.equal(notebook.cache.values(layer), before) for layer, before in enumerate(values))
+
+
+def test_an_interrupt_between_the_cache_and_the_state_undoes_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan's mark was released before the notebook knew of the plan: an interrupt there left the two apart for good."""
+    notebook = Notebook(tiny()).message("system", "status: {status}. policy", status="shipped")
+    notebook.prefill()
+    ids, length = notebook.ids, notebook.cache.length
+    release = KVBuffer.release
+
+    def released_and_interrupted(buffer: KVBuffer, mark: Mark) -> None:
+        release(buffer, mark)
+        raise KeyboardInterrupt
+
+    for operation in (
+        lambda: notebook.edit(status="pending", mode="in_place"),
+        lambda: notebook.add("user", "so?"),
+        lambda: notebook.decide("so?", ["yes", "no"], edits={"status": "pending"}, keep=True),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(KVBuffer, "release", released_and_interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                operation()
+        assert (notebook.ids, notebook.cache.length) == (ids, length)
+        expected, _ = full_forward(notebook.model.engine.model, notebook.ids)
+        assert_rows_equal(notebook.cache, expected, range(length), atol=1e-9)
+
+
+def test_an_interrupt_while_an_answer_is_kept_takes_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = Notebook(tiny()).message("system", "status: {status}. policy", status="shipped")
+    notebook.prefill()
+    ids = notebook.ids
+    kept = asking._kept
+
+    def kept_and_interrupted(*given: Any) -> Account:
+        kept(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(asking, "_kept", kept_and_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(notebook.generate("so?", max_new_tokens=3, keep=True))
+    assert (notebook.ids, notebook.cache.length) == (ids, len(ids))
+    notebook.add("user", "so?")
 
 
 def test_a_reason_does_not_call_an_inexact_context_exact() -> None:

@@ -442,9 +442,10 @@ class Notebook:
         self, plan: Plan, conversation: Conversation | None = None, *, then: Sequence[int] = (), logits: int = 0
     ) -> Applied:
         """Carry out a plan that was made for the state now; `then` goes into the buffer only."""
-        state = self._ready()
-        applied = apply(plan, self.model.engine, self.cache, state.ledger, then=then, logits=logits)
-        self._state = State(plan.after, applied.ledger, conversation or state.conversation)
+        with self._transaction():  # an interrupt between the cache's change and the state's undoes both
+            state = self._state
+            applied = apply(plan, self.model.engine, self.cache, state.ledger, then=then, logits=logits)
+            self._state = State(plan.after, applied.ledger, conversation or state.conversation)
         return applied
 
     # -- asking ------------------------------------------------------------------------------------------------
