@@ -232,3 +232,16 @@ def test_tools_and_variables_are_plain_data() -> None:
         Notebook(model, template_kwargs={"a": ["<|im_start|>"]})
     with pytest.raises(UnknownFieldError, match=r"placeholder \{tier\}"):
         Notebook.from_messages(model, MESSAGES[:1], fields={"status": "pending", "tier": "gold"})
+
+
+def test_a_tool_call_that_was_cut_is_not_saved(tmp_path: Path) -> None:
+    notebook = request("qwen25")
+    notebook.prefill()
+    call = {"function": {"name": "find_order", "arguments": {"password": "swordfish"}}}
+    notebook.add("assistant", tool_calls=[call])
+    notebook.cut(notebook.parts[-1])
+    notebook.save(tmp_path)
+    assert "swordfish" not in (tmp_path / "notebook.json").read_text()
+    again = Notebook.load(tmp_path, notebook.model)
+    again.add("user", "So?")
+    assert again.rendered_text.endswith("<|im_start|>user\nSo?<|im_end|>\n")

@@ -72,12 +72,12 @@ class Conversation:
         return "; ".join(found)
 
     def still_in(self, text: str, values: Mapping[str, str]) -> tuple[Message, ...]:
-        """The messages; those whose content was cut out of `text` say nothing in particular instead.
+        """The messages; those of which something was cut out of `text` say nothing in particular instead.
 
         `values` are written in the placeholders now; a value that is no text (a skill's mark) is looked past.
         """
         return tuple(
-            message if _is_in(message.content.filled(values), text) else neutral(message.role)
+            message if all(_is_in(saying, text) for saying in sayings(message, values)) else neutral(message.role)
             for message in self.messages
         )
 
@@ -281,5 +281,5 @@ def _said(messages: Sequence[Message], values: Mapping[str, str]) -> list[str]:
 
 
 def _is_in(content: str, text: str) -> bool:
-    """Whether a message's content is in a text, apart from private-use characters (marks of skills)."""
+    """Whether something that a message says is in a text, apart from private-use characters (marks of skills)."""
     return all(piece.strip() in text for piece in _PRIVATE_USE.split(content))
