@@ -14,6 +14,7 @@ from programmable_kv.cache.buffer import KVBuffer, Mark
 from programmable_kv.errors import InvalidEditError, OutOfStepError
 from programmable_kv.ledger.ledger import Ledger
 from programmable_kv.notebook import asking
+from programmable_kv.states import weakest
 from reference import assert_rows_equal, full_forward
 
 
@@ -152,3 +153,22 @@ def test_a_loaded_notebook_does_not_render_an_empty_prompt(tmp_path: Path) -> No
     notebook.prefill()
     notebook.save(tmp_path / "saved")
     assert Notebook.load(tmp_path / "saved", notebook.model).rendered() == notebook.rendered()
+
+
+def test_a_decision_that_is_kept_counts_in_its_own_account() -> None:
+    """The account said 'relocated', and the turns that were kept are 'after edit': better than the truth."""
+    notebook = Notebook(tiny()).text("so,")
+    notebook.skill(Skill.compile(notebook.model, "refund policy: if gold refund.", name="refunds"))
+    notebook.prefill(repair=SeamRepair(0))
+    decision = notebook.decide("so?", ["yes", "no"], keep=True)
+    assert decision.account.exactness is notebook.last_account.exactness is weakest(notebook.states)
+
+
+def test_a_mode_that_was_not_asked_for_is_not_in_the_account() -> None:
+    """The account promises None 'where the default was left to choose', and gave the mode that was chosen."""
+    notebook = Notebook(tiny()).message("system", "status: {status}. policy", status="shipped")
+    notebook.prefill()
+    account = notebook.edit(status="pending")
+    assert (account.mode_asked, account.mode_used) == (None, "suffix")
+    assert "mode suffix" in str(notebook.plan.edit(status="shipped"))
+    assert notebook.edit(status="shipped", mode="suffix").mode_asked == "suffix"

@@ -44,14 +44,14 @@ def plan_edit(
     """
     if mode is not None:
         return _planned(context, ledger, changes, mode, tools)
-    plan = _planned(context, ledger, changes, DEFAULT_MODE, tools)
+    plan = replace(_planned(context, ledger, changes, DEFAULT_MODE, tools), asked=None)
     if not plan.tokens_computed:
         return plan
-    exact = _planned(context, ledger, changes, Mode.SUFFIX, tools)
-    if exact.tokens_computed > plan.tokens_computed:
+    suffix = replace(_planned(context, ledger, changes, Mode.SUFFIX, tools), asked=None)
+    if suffix.tokens_computed > plan.tokens_computed:
         return plan
-    why = f"recomputing all that follows takes {exact.tokens_computed} tokens, {DEFAULT_MODE} {plan.tokens_computed}"
-    return exact.because(f"{why}, and leaves no token that has read another value")
+    why = f"recomputing all that follows takes {suffix.tokens_computed} tokens, {DEFAULT_MODE} {plan.tokens_computed}"
+    return suffix.because(f"{why}, and leaves no token that has read another value")
 
 
 def _planned(context: Context, ledger: Ledger, changes: Mapping[str, str], mode: Mode, tools: EditTools) -> Plan:
