@@ -19,9 +19,10 @@ from programmable_kv.errors import InvalidArgumentError, InvalidEditError, OutOf
 from programmable_kv.notebook.decision import Decision, best_of, option_ids, score
 from programmable_kv.notebook.state import State
 from programmable_kv.prompt.chat import Conversation, answer_end
-from programmable_kv.prompt.parts import Message, Rendered, Text
+from programmable_kv.prompt.fields import Value
+from programmable_kv.prompt.parts import Message, Rendered, Text, after_prefix
+from programmable_kv.prompt.tokens import as_text
 from programmable_kv.prompt.units import Kind, Unit, tokenised
-from programmable_kv.prompt.values import check_no_markers
 from programmable_kv.prompt.wording import THINK_INSTRUCTION
 from programmable_kv.skills.skill import Skill
 
@@ -46,7 +47,7 @@ class Question:
 class Change:
     """An edit or a splice to make first. Arguments and errors as `Notebook.decide`."""
 
-    edits: Mapping[str, str] | None
+    edits: Mapping[str, Value] | None
     mode: str | Mode | None
     k: int
     skill: Skill | None
@@ -97,7 +98,7 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
     meter = notebook.model.engine.meter
     if question.keep:
         for option in question.options:
-            check_no_markers(option, tokenizer, "an option")
+            as_text(option, tokenizer, "an option")
     if change.edits or change.skill is not None:
         notebook.model.engine.verify()
     thought = ""
@@ -140,13 +141,11 @@ def asked(notebook: Notebook, prompt: str | None, *, think: bool) -> str:
     """What a prompt, and the opening of an answer to it, add to the rendered context.
 
     Raises:
-        InvalidValueError: the prompt has special tokens.
+        InvalidValueError: the prompt has a special token that cannot be plain text.
         TemplateError: the chat template does not take it.
     """
     if prompt is not None:
-        check_no_markers(prompt, notebook.model.tokenizer, "the prompt")
-        if think:
-            prompt = _with_instruction(prompt)
+        prompt = as_text(_with_instruction(prompt) if think else prompt, notebook.model.tokenizer, "the prompt")
     conversation = notebook._ready().conversation
     if conversation is None:
         return prompt or ""
@@ -216,7 +215,7 @@ def _kept(
     cached = said[: buffer.length - len(state.context) - len(turn)]
     with buffer.meter.measure() as reading:
         try:
-            whole, conversation = _whole(state.conversation, turn, prompt, answer)
+            whole, conversation = _whole(notebook, turn, prompt, answer)
             if whole is None:  # the template renders an answer in another way than it asks for one
                 buffer.truncate(len(state.context))
                 if prompt is not None:
@@ -234,7 +233,7 @@ def _kept(
 
 def _keep(notebook: Notebook, turn: Unit, prompt: str | None, answer: str) -> None:
     """Let a prompt, which is computed already, and the answer to it become turns."""
-    whole, conversation = _whole(notebook._state.conversation, turn, prompt, answer)
+    whole, conversation = _whole(notebook, turn, prompt, answer)
     if whole is None:
         raise TemplateError(
             "the chat template renders an answer in another way than it asks for one, so the prompt cannot stay in the cache. "
@@ -243,16 +242,16 @@ def _keep(notebook: Notebook, turn: Unit, prompt: str | None, answer: str) -> No
     _adopt(notebook, turn, whole, [], conversation)
 
 
-def _whole(
-    conversation: Conversation | None, turn: Unit, prompt: str | None, answer: str
-) -> tuple[str | None, Conversation | None]:
+def _whole(notebook: Notebook, turn: Unit, prompt: str | None, answer: str) -> tuple[str | None, Conversation | None]:
     """What follows a prompt's own text once it is answered, and the conversation then; no text if the prompt changes by it."""
+    tokenizer, conversation = notebook.model.tokenizer, notebook._state.conversation
+    answer = as_text(answer, tokenizer, "the answer")
     if conversation is None:
         space = "" if not turn.text or turn.text[-1].isspace() else " "
         return space + answer, None
-    more = [Message("user", Text(prompt))] if prompt is not None else []
+    more = [Message("user", Text(as_text(prompt, tokenizer, "the prompt")))] if prompt is not None else []
     added, continued = conversation.continued([*more, Message("assistant", Text(answer))])
-    return (added[len(turn.text) :] if added.startswith(turn.text) else None), continued
+    return after_prefix(added, turn.text), continued
 
 
 def _adopt(

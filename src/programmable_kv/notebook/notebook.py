@@ -35,12 +35,14 @@ from programmable_kv.notebook.plans import Plans
 from programmable_kv.notebook.state import NotebookMark, Part, State
 from programmable_kv.prompt.chat import Conversation
 from programmable_kv.prompt.context import Context, FieldValue
+from programmable_kv.prompt.fields import TEXT, Value, edited, trusted_by
 from programmable_kv.prompt.parts import Message, Rendered, Text
 from programmable_kv.prompt.prompt import Prompt
+from programmable_kv.prompt.tokens import as_text
 from programmable_kv.prompt.units import Kind, tokenised
-from programmable_kv.prompt.values import check_no_markers, check_role, check_template
+from programmable_kv.prompt.values import check_role, check_template
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
-from programmable_kv.skills.skill import Skill, skills_among
+from programmable_kv.skills.skill import Skill, skills_among, types_in
 from programmable_kv.states import TokenState
 
 _SPARE_SLOTS = 128
@@ -81,31 +83,35 @@ class Notebook:
 
     # -- building ----------------------------------------------------------------------------------------------
 
-    def message(self, role: str, content: str, /, **fields: str | Skill) -> Self:
+    def message(self, role: str, content: str, /, **fields: Value | Skill) -> Self:
         """Add a chat message. `{name}` in `content` is a field for every name given here or declared before.
 
-        Where a `Skill` is given instead of a value, the compiled skill is spliced in at its placeholder.
+        A value is a string, number, boolean, date, time or None, which gives the field its type; or a `Field`, which says more
+        about it. Where a `Skill` is given instead, the compiled skill is spliced in at its placeholder.
 
         Raises:
             UnknownFieldError: a field given here has no placeholder in the content.
-            InvalidValueError: a name or value is not plain data, or the content has special tokens.
+            InvalidValueError: a name or value is not plain data, or the content has a special token that this tokenizer cannot
+                write as plain text.
             FingerprintMismatchError: another model compiled the skill.
             InvalidEditError: the notebook is made of raw text, a field was declared with another value, or a skill twice.
             AlreadyPrefilledError: the context was computed already.
         """
         values, skills = self._given(fields)
-        self.prompt.add_message(role, content, values, {name: skill.values for name, skill in skills.items()})
+        inside = {name: skill.values for name, skill in skills.items()}
+        self.prompt.add_message(role, content, values, inside, types_in(skills.values()))
         self._skills |= skills
         return self
 
-    def text(self, content: str, /, **fields: str | Skill) -> Self:
+    def text(self, content: str, /, **fields: Value | Skill) -> Self:
         """Add raw text, as the model will read it. Placeholders and errors as in `message`."""
         values, skills = self._given(fields)
-        self.prompt.add_text(content, values, {name: skill.values for name, skill in skills.items()})
+        inside = {name: skill.values for name, skill in skills.items()}
+        self.prompt.add_text(content, values, inside, types_in(skills.values()))
         self._skills |= skills
         return self
 
-    def field(self, name: str, value: str) -> Self:
+    def field(self, name: str, value: Value) -> Self:
         """Add a field's value as raw text, right after what was added before."""
         return self.text("{" + name + "}", **{name: value})
 
@@ -113,7 +119,7 @@ class Notebook:
         """Add a compiled skill as raw text, right after what was added before."""
         return self.text("{" + skill.name + "}", **{skill.name: skill})
 
-    def _given(self, fields: Mapping[str, str | Skill]) -> tuple[dict[str, str], dict[str, Skill]]:
+    def _given(self, fields: Mapping[str, Value | Skill]) -> tuple[dict[str, Value], dict[str, Skill]]:
         self._require_not_prefilled()
         values, skills = skills_among(fields)
         for skill in skills.values():
@@ -156,7 +162,8 @@ class Notebook:
         if self._skills:
             engine.verify()
         buffer = engine.new_buffer(length + _SPARE_SLOTS)
-        state = State(Context((), {name: FieldValue(value, value) for name, value in values.items()}))
+        types = self.prompt.types
+        state = State(Context((), {name: FieldValue(it, it, types.get(name, TEXT)) for name, it in values.items()}))
         total = Account()
         for piece in pieces:
             if isinstance(piece, Skill):
@@ -169,7 +176,10 @@ class Notebook:
             total = total + applied.account
         self._buffer = buffer
         self._state = replace(state, conversation=self.prompt.conversation())
-        return self._booked(total.of(operation="prefill", tokens_reused=0))
+        why = trusted_by(types)
+        return self._booked(
+            total.of(operation="prefill", tokens_reused=0, why="; ".join(filter(None, (why, total.why))))
+        )
 
     def rendered(self) -> Rendered:
         """The prompt as written, as the model will read it at prefill, with the characters of every field."""
@@ -204,8 +214,20 @@ class Notebook:
 
     @property
     def fields(self) -> dict[str, str]:
-        """Every field's current value."""
-        return self.prompt.fields if self._buffer is None else self._state.context.values
+        """Every field's current value, as text."""
+        if self._buffer is not None:
+            return self._state.context.shown
+        return {name: self.prompt.types.get(name, TEXT).shown(text) for name, text in self.prompt.fields.items()}
+
+    def changed(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """Those of some new values that differ from the fields' current ones; those of unknown fields, too.
+
+        Raises:
+            InvalidValueError: a value is not of its field's type.
+        """
+        texts, _ = edited(values, self._state.context.types)
+        current = self._state.context.values
+        return {name: value for name, value in values.items() if current.get(name) != texts[name]}
 
     def spans(self, name: str) -> list[Span]:
         """The slots of every place of a field.
@@ -247,14 +269,16 @@ class Notebook:
 
     def edit(
         self,
-        changes: Mapping[str, str] | None = None,
+        changes: Mapping[str, Value] | None = None,
         /,
         *,
         mode: str | Mode | None = None,
         k: int = 32,
-        **fields: str,
+        **fields: Value,
     ) -> Account:
         """Give fields new values: `edit(order_status="pending")`, or a mapping for names that are no keywords or options.
+
+        A field keeps its type: a value that is not of it is refused.
 
         Args:
             mode: one of `Mode`; when None `field_erratum`, or `suffix` where that computes no more tokens.
@@ -338,16 +362,16 @@ class Notebook:
         For a raw-text notebook the role is not rendered: the content is appended unchanged.
 
         Raises:
-            InvalidValueError: the content has special tokens, or the role is no word.
+            InvalidValueError: the content has a special token that cannot be plain text, or the role is no word.
             TemplateError: the chat template cannot continue this conversation with that role, or drops what it says.
             ContextOverflowError: it does not fit.
         """
         check_role(role)
-        check_no_markers(content, self.model.tokenizer, f"the {role} turn")
         return self._append_turn(role, content)
 
     def _append_turn(self, role: str, content: str) -> Account:
         state = self._ready()
+        content = as_text(content, self.model.tokenizer, f"the {role} turn")
         text, conversation = content, None
         if state.conversation is not None:
             text, conversation = state.conversation.continued([Message(role, Text(content))])
@@ -373,7 +397,7 @@ class Notebook:
         prompt: str | None = None,
         options: Sequence[str] = (),
         *,
-        edits: Mapping[str, str] | None = None,
+        edits: Mapping[str, Value] | None = None,
         mode: str | Mode | None = None,
         k: int = 32,
         skill: Skill | None = None,
@@ -396,7 +420,7 @@ class Notebook:
             InvalidOptionsError: the options cannot be compared.
             InvalidEditError: an edit and a splice at once, or a repair without a skill.
             UnknownFieldError, UnverifiedError, FingerprintMismatchError, ContextOverflowError: as `edit` and `splice`.
-            InvalidValueError: the prompt has special tokens, or an option that is to be kept has.
+            InvalidValueError: the prompt, or an option that is to be kept, has a special token that cannot be plain text.
             TemplateError: the chat template does not take the prompt; or, with `keep`, renders an answer in another way than
                 it asks for one.
         """
@@ -420,7 +444,7 @@ class Notebook:
 
         Raises:
             OutOfStepError: another stream is open, or the notebook was rolled back under this one.
-            InvalidValueError: the prompt has special tokens.
+            InvalidValueError: the prompt has a special token that cannot be plain text.
             InvalidArgumentError: no tokens are asked for, or a temperature is negative.
             InvalidEditError: the context and the prompt are empty.
             TemplateError: the chat template does not take the prompt, or (with `keep`) the answer.

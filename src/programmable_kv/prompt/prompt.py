@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidEditError
+from programmable_kv.prompt.characters import without_byte_order_mark
 from programmable_kv.prompt.chat import Conversation, render_chat
-from programmable_kv.prompt.parts import Message, Rendered, Text, unmark
-from programmable_kv.prompt.values import check_name, check_no_markers, check_role, check_value
+from programmable_kv.prompt.fields import TEXT, FieldType, Value, declare, in_json_string
+from programmable_kv.prompt.guard import check_text
+from programmable_kv.prompt.parts import Message, Rendered, Text, unmark, unshielded
+from programmable_kv.prompt.tokens import as_text
+from programmable_kv.prompt.values import check_name, check_role
 
 SKILL_MARK = "\ue003"
 """stands for a skill in a text until its tokens are spliced in"""
@@ -24,7 +28,9 @@ class Prompt:
         self.messages: tuple[Message, ...] = ()
         self.texts: tuple[Text, ...] = ()
         self.values: dict[str, str] = {}
-        """of every placeholder; a skill's is its mark"""
+        """the text of every placeholder; a skill's is its mark"""
+        self.types: dict[str, FieldType] = {}
+        """of every field, those in skills included"""
         self.skills: dict[str, Mapping[str, str]] = {}
         """skill -> the values of the fields in it"""
 
@@ -34,50 +40,78 @@ class Prompt:
 
     @property
     def fields(self) -> dict[str, str]:
-        """Every field's value, those in skills included."""
+        """The text of every field's value, those in skills included."""
         own = {name: value for name, value in self.values.items() if name not in self.skills}
         return own | {name: value for values in self.skills.values() for name, value in values.items()}
 
     def add_message(
-        self, role: str, content: str, fields: Mapping[str, str], skills: Mapping[str, Mapping[str, str]]
+        self,
+        role: str,
+        content: str,
+        fields: Mapping[str, Value],
+        skills: Mapping[str, Mapping[str, str]],
+        types: Mapping[str, FieldType] | None = None,
     ) -> None:
-        """Add a chat message. `skills`: the name of each skill in it, and the values of the fields in that skill.
+        """Add a chat message.
+
+        Args:
+            skills: the name of each skill in it, and the texts of the fields in that skill.
+            types: of those fields.
 
         Raises:
             UnknownFieldError: a field or skill given here has no placeholder in the content.
-            InvalidValueError: a name or value is not plain data, or the content has special tokens.
+            InvalidValueError: a name or value is not plain data, or the content has a special token that cannot be text.
             InvalidEditError: the prompt is raw text, a field was declared with another value, or a skill twice.
         """
         if self.texts:
             raise InvalidEditError("this notebook is made of raw text; chat messages cannot be mixed in. Use .text().")
         check_role(role)
-        check_no_markers(content, self.tokenizer, f"the {role} message")
-        self.messages = (*self.messages, Message(role, self._declare(content, fields, skills)))
+        content = as_text(content, self.tokenizer, f"the {role} message")
+        self.messages = (*self.messages, Message(role, self._declare(content, fields, skills, types or {})))
 
-    def add_text(self, content: str, fields: Mapping[str, str], skills: Mapping[str, Mapping[str, str]]) -> None:
-        """Add raw text. Arguments and errors as `add_message`."""
+    def add_text(
+        self,
+        content: str,
+        fields: Mapping[str, Value],
+        skills: Mapping[str, Mapping[str, str]],
+        types: Mapping[str, FieldType] | None = None,
+    ) -> None:
+        """Add raw text, special tokens included. Arguments and errors as `add_message`."""
         if self.messages:
             raise InvalidEditError(
                 "this notebook is made of chat messages; raw text cannot be mixed in. Use .message()."
             )
-        self.texts = (*self.texts, self._declare(content, fields, skills))
+        self.texts = (*self.texts, self._declare(without_byte_order_mark(content), fields, skills, types or {}))
 
-    def _declare(self, content: str, fields: Mapping[str, str], skills: Mapping[str, Mapping[str, str]]) -> Text:
+    def _declare(
+        self,
+        content: str,
+        given: Mapping[str, Value],
+        skills: Mapping[str, Mapping[str, str]],
+        in_skills: Mapping[str, FieldType],
+    ) -> Text:
         for name in skills:
             check_name(name)
             if name in self.values or content.count("{" + name + "}") > 1:
                 raise InvalidEditError(f"{name} was declared before: a skill has one place, and a name of its own")
-        for name, value in fields.items():
+        for name in given:
             check_name(name)
+        places = places_in_json(content, {**self.types, **given})
+        fields, types = declare(given, places, self.types)
+        for name in places.keys() & self.values.keys() - fields.keys():
+            types[name] = self.types[name].standing(name, self.values[name], places[name])
+        for name, value in fields.items():
             if self.values.get(name, value) != value:
                 raise InvalidEditError(f"field {name} was declared before as {self.values[name]!r}, now as {value!r}")
         inside = {name: value for values in skills.values() for name, value in values.items()}
-        check_values(self.tokenizer, self.erratum_template, {**self.fields, **inside, **fields})
+        known_types = {**self.types, **in_skills, **types}
+        check_values(self.tokenizer, self.erratum_template, {**self.fields, **inside, **fields}, known_types)
         known = {**self.values, **fields, **dict.fromkeys(skills, SKILL_MARK)}
         declared = fields.keys() | skills.keys()
         text = Text(content, tuple(name for name in known if name in declared or "{" + name + "}" in content))
         text.check()
         self.values = known
+        self.types = known_types
         self.skills.update(skills)
         return text
 
@@ -88,7 +122,7 @@ class Prompt:
             TemplateError: the chat template refuses the messages, or changes what they say.
         """
         if self.messages:
-            return render_chat(self.tokenizer, self.messages, self.values)
+            return unshielded(render_chat(self.tokenizer, self.messages, self.values))
         return unmark("".join(text.marked(self.values) for text in self.texts))
 
     def pieces(self) -> list[Rendered | str]:
@@ -105,7 +139,8 @@ class Prompt:
         for name, span in [*((name, span) for name, span in rendered.places if name in self.skills), ("", end)]:
             inside = tuple((field, s.shifted(-start)) for field, s in fields if start <= s.start < span.start)
             if span.start > start or (not pieces and not self.messages):
-                pieces.append(Rendered(rendered.text[start : span.start], inside))
+                plain = tuple(s.shifted(-start) for s in rendered.plain if start <= s.start < span.start)
+                pieces.append(Rendered(rendered.text[start : span.start], inside, plain))
             if name:
                 pieces.append(name)
             start = span.stop
@@ -116,12 +151,27 @@ class Prompt:
         return Conversation(self.tokenizer, self.messages, dict(self.values)) if self.messages else None
 
 
-def check_values(tokenizer: Any, erratum_template: str, values: Mapping[str, str], among: Collection[str] = ()) -> None:
-    """Check that values are data, given these fields, those named in `among`, and the wording of an erratum.
+def check_values(
+    tokenizer: Any, erratum_template: str, values: Mapping[str, str], types: Mapping[str, FieldType]
+) -> None:
+    """Check that values, given as they stand in the text, are data, among all of these fields.
 
     Raises:
         InvalidValueError: one of them could be read as something else.
     """
-    names = {*values, *among}
     for name, value in values.items():
-        check_value(name, value, tokenizer, erratum_template, names)
+        check_text(name, value, types.get(name, TEXT), tokenizer, erratum_template, values)
+
+
+def places_in_json(content: str, names: Iterable[str]) -> dict[str, bool | None]:
+    """Whether each field's placeholders stand inside of JSON strings; None if some do and some do not.
+
+    Fields without a placeholder in the content are left out.
+    """
+    found: dict[str, bool | None] = {}
+    for name in names:
+        pieces = content.split("{" + name + "}")
+        quoted = {in_json_string("".join(pieces[:at]), "".join(pieces[at:])) for at in range(1, len(pieces))}
+        if quoted:
+            found[name] = None if len(quoted) > 1 else quoted.pop()
+    return found
