@@ -140,7 +140,9 @@ class FieldType:
         """A value, given as it stands in the text, as a reader of JSON would take it."""
         if not self.in_json and self.kind is not FieldKind.JSON:
             return text
-        return _ESCAPE.sub(lambda match: _ESCAPES.get(match.group(1), match.group(1)), text)
+        for _ in range(2 if self.in_json and self.kind is FieldKind.JSON else 1):  # a document inside of a string
+            text = _ESCAPE.sub(lambda match: _ESCAPES.get(match.group(1), match.group(1)), text)
+        return text
 
     def _check_text(self, name: str, said: str, value: Value) -> None:
         match self.kind:
@@ -181,7 +183,7 @@ class FieldType:
 
     def _as_json(self, name: str, value: Value) -> str:
         try:
-            document = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+            document = json.dumps(value, ensure_ascii=False, allow_nan=False, default=lambda part: rendered(name, part))
         except (TypeError, ValueError) as error:
             raise InvalidValueError(f"the value of {name} cannot be written as JSON: {error}") from error
         if self.mixed:
@@ -405,7 +407,3 @@ def _is_time(kind: FieldKind, text: str) -> bool:
     except ValueError:
         return False
     return text.isascii()
-
-
-def _plain(value: Value) -> str:
-    return rendered("a part of it", value)
