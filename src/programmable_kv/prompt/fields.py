@@ -141,7 +141,7 @@ class FieldType:
         if not self.in_json and self.kind is not FieldKind.JSON:
             return text
         for _ in range(2 if self.in_json and self.kind is FieldKind.JSON else 1):  # a document inside of a string
-            text = _ESCAPE.sub(lambda match: _ESCAPES.get(match.group(1), match.group(1)), text)
+            text = _ESCAPE.sub(lambda match: _unescaped(match.group(1)), text)
         return text
 
     def _check_text(self, name: str, said: str, value: Value) -> None:
@@ -366,13 +366,17 @@ def _check_needs_no_escape(name: str, text: str) -> None:
         )
 
 
+def _unescaped(code: str) -> str:
+    return chr(int(code[1:], 16)) if len(code) > 1 else _ESCAPES.get(code, code)
+
+
 def escaped(text: str) -> str:
     """Text as it stands inside of a JSON string."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-_ESCAPE = re.compile(r"\\(.)")
-_ESCAPES = {"n": "\n", "t": "\t", "r": "\r\n"}
+_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)")
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _IN_JSON = re.compile(r'[:,\[{]\s*"(?:[^"\\\n]|\\.)*\Z')
 _STRING_ENDS = re.compile(r'(?:[^"\\\n]|\\.)*"\s*[,:}\]\n]|(?:[^"\\\n]|\\.)*"\s*\Z')

@@ -102,7 +102,7 @@ def check_text(name: str, text: str, kind: FieldType, tokenizer: Any, template: 
     """
     if kind.guarded:
         readable = kind.readable(text)
-        check_value(name, readable, tokenizer, template, names, lines=kind.kind is not FieldKind.TEXT or kind.in_json)
+        check_value(name, readable, tokenizer, template, names, lines=kind.kind is not FieldKind.TEXT)
     for character in text:
         if "\ue000" <= character <= "\ue00f":
             raise InvalidValueError(f"the value of {name} contains the private-use character U+{ord(character):04X}")

@@ -247,7 +247,7 @@ def _plain_in(unit: Unit, start: int, stop: int, changes: Mapping[str, str]) -> 
     grown = -start
     held = [(place.characters, changes.get(place.name)) for place in unit.places] + [(s, None) for s in unit.plain]
     for span, value in sorted(held, key=lambda item: item[0]):
-        if span.stop < start or span.start >= stop:
+        if span.stop < start or span.start > stop:
             continue
         length = len(span) if value is None else len(value)
         found.append(Span(max(0, span.start + grown), max(0, span.start + grown + length)))
