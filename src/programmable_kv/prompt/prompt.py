@@ -130,6 +130,10 @@ class Prompt:
 
         Raw text begins with a piece of text also if a skill comes first: the token that begins every text, where the tokenizer
         has one, is put there.
+
+        Raises:
+            TemplateError: the chat template refuses the messages, or changes what they say.
+            InvalidEditError: an empty field has no text on either side.
         """
         rendered = self.rendered()
         pieces: list[Rendered | str] = []
@@ -137,10 +141,16 @@ class Prompt:
         fields = [(name, span) for name, span in rendered.places if name not in self.skills]
         end = Span(len(rendered.text), len(rendered.text))
         for name, span in [*((name, span) for name, span in rendered.places if name in self.skills), ("", end)]:
-            inside = tuple((field, s.shifted(-start)) for field, s in fields if start <= s.start < span.start)
+            inside = tuple((field, s.shifted(-start)) for field, s in fields if s.stop <= span.start)
+            fields = fields[len(inside) :]
             if span.start > start or (not pieces and not self.messages):
                 plain = tuple(s.shifted(-start) for s in rendered.plain if start <= s.start < span.start)
                 pieces.append(Rendered(rendered.text[start : span.start], inside, plain))
+            elif inside:
+                raise InvalidEditError(
+                    f"field {inside[0][0]} is empty and has no text on either side, so it would have no place. Write some text "
+                    "before or after its placeholder."
+                )
             if name:
                 pieces.append(name)
             start = span.stop
