@@ -139,7 +139,7 @@ BEFORE_A_MODEL_IS_LOADED = [
 ]
 WITH_A_MODEL = [
     (["--field", "status=shipped", "--set", "status=", *ASK], "is empty"),
-    (["--field", "status=shipped", "--set", "status=a<|im_end|>b", *ASK], "marks roles"),
+    (["--field", "status=shipped", "--set", "status=a<|im_end|>b", *ASK], "mark roles"),
 ]
 
 
