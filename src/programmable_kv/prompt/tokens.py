@@ -90,6 +90,9 @@ def as_text(text: str, tokenizer: Any, what: str) -> str:
 
 def special_tokens_in(text: str, tokenizer: Any) -> list[Span]:
     """The characters of every special token that the tokenizer would find in a text, ascending."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    if not any(entry.normalized or entry.content in text for entry in added):
+        return []  # searching is cheaper than tokenising; one that is looked for in normalised text may look different here
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if not encoded["input_ids"]:
         return []
