@@ -110,7 +110,7 @@ class Agent:
                 `Notebook.decide`; the agent is unchanged.
         """
         given = {**(changes or {}), **fields}
-        changed = self.notebook.changed(given)
+        changed = self.notebook._changed(given)
         decision = self.notebook.decide(request, options, edits=changed, mode=self.mode, think=think, keep=True)
         turn = Turn(request, changed, decision)
         self.turns.append(turn)

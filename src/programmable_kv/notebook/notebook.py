@@ -278,7 +278,7 @@ class Notebook:
             return self._state.context.shown
         return {name: self.prompt.types.get(name, TEXT).shown(text) for name, text in self.prompt.fields.items()}
 
-    def changed(self, values: Mapping[str, Value]) -> dict[str, Value]:
+    def _changed(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """Those of some new values that differ from the fields' current ones; those of unknown fields, too.
 
         Raises:

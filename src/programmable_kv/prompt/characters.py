@@ -45,6 +45,8 @@ _LOOKALIKES = str.maketrans(
         **dict(zip("ıɑɡʟ", "iagl", strict=True)),
         **dict.fromkeys("꞉∶ː׃", ":"),
         **dict.fromkeys("→⇒➔➜⟶⟹➝", ">"),
+        **dict.fromkeys("←⇐⟵⟸", "<-"),
+        **dict.fromkeys("≔≡≝≕", "="),
     }
 )
 

@@ -13,17 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from decimal import Decimal
-from enum import Enum, StrEnum
+from enum import StrEnum
 from typing import Any
 
 from programmable_kv.errors import InvalidArgumentError, InvalidValueError
 from programmable_kv.prompt.characters import without_byte_order_mark
+from programmable_kv.prompt.written import NOTHING, NUMBER, escaped, rendered, unescaped
 
 Value = Any
 """str, int, float, Decimal, bool, None, date, datetime, time; for JSON whatever JSON can hold; or a `Field`"""
-
-NOTHING = "none"
-"""how None stands in the text"""
 
 
 class FieldKind(StrEnum):
@@ -149,7 +147,7 @@ class FieldType:
         if not self.in_json and self.kind is not FieldKind.JSON:
             return text
         for _ in range(2 if self.in_json and self.kind is FieldKind.JSON else 1):  # a document inside of a string
-            text = _ESCAPE.sub(lambda match: _unescaped(match.group(1)), text)
+            text = unescaped(text)
         return text
 
     def _check_text(self, name: str, said: str, value: Value) -> None:
@@ -164,7 +162,7 @@ class FieldType:
             case FieldKind.BOOLEAN:
                 fits = said in ("true", "false", NOTHING)
             case FieldKind.NUMBER:
-                fits = said == NOTHING or _NUMBER.fullmatch(said) is not None
+                fits = said == NOTHING or NUMBER.fullmatch(said) is not None
             case FieldKind.DATE | FieldKind.DATETIME | FieldKind.TIME:
                 fits = said == NOTHING or _is_time(self.kind, said)
         if self.kind is not FieldKind.ENUM and not fits:
@@ -339,60 +337,12 @@ def bare(value: Value) -> Value:
     return value.value if isinstance(value, Field) else value
 
 
-def rendered(name: str, value: Value) -> str:
-    """How a value is written: numbers as Python writes them, `true` and `false`, `none`, dates in ISO 8601.
-
-    Raises:
-        InvalidValueError: no field can hold it.
-    """
-    if isinstance(value, str):
-        return value.value if isinstance(value, Enum) else value
-    if value is None:
-        return NOTHING
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, datetime):
-        precise = "minutes" if not value.second and not value.microsecond else "seconds"
-        return value.isoformat(" ", precise)
-    if isinstance(value, date):
-        return value.isoformat()
-    if isinstance(value, time):
-        return value.isoformat("minutes" if not value.second and not value.microsecond else "seconds")
-    if isinstance(value, int | float | Decimal):
-        return str(value)
-    raise InvalidValueError(
-        f"the value of {name} must be a string, number, boolean, date, time or None, got {type(value).__name__}. Convert it "
-        "first, or declare Field.json(value)."
-    )
-
-
 def _check_needs_no_escape(name: str, text: str) -> None:
     if escaped(text) != text:
         raise InvalidValueError(
             f"{name} stands inside of a JSON string and outside of one (or in a tool, which a template may write as JSON), and "
             f"{text!r} has to be escaped in JSON only. Use two fields, or a value without quotes, backslashes and line breaks."
         )
-
-
-def _unescaped(code: str) -> str:
-    return chr(int(code[1:], 16)) if len(code) > 1 else _ESCAPES.get(code, code)
-
-
-def escaped(text: str) -> str:
-    """Text as it stands inside of a JSON string."""
-    return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)")
-_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-_IN_JSON = re.compile(r'[:,\[{]\s*"(?:[^"\\\n]|\\.)*\Z')
-_STRING_ENDS = re.compile(r'(?:[^"\\\n]|\\.)*"\s*[,:}\]\n]|(?:[^"\\\n]|\\.)*"\s*\Z')
-
-
-def in_json_string(before: str, after: str) -> bool:
-    """Whether something between these texts stands inside of a JSON string: `{"status": "` and `"}`."""
-    return _IN_JSON.search(before[-2000:]) is not None and _STRING_ENDS.match(after[:2000]) is not None
 
 
 def _kinds_of(value: Value) -> tuple[FieldKind, ...]:

@@ -41,7 +41,7 @@ _ROLE_LINE = re.compile(
 """a role word that begins a clause, and a colon. `operating system: x` and `https://user:password@host` do not"""
 _ROLE_TAG = re.compile(r"(?:^|\n)\W*[\[(<{*_]+\s*(?:system|assistant|developer)\s*[\])>}*_]+")
 
-_SIGN = r"(?::=?|==?>?|-+>|~>|>|:)"
+_SIGN = r"(?::=?|==?>?|-+>|~>|>|<-+|:|—)"
 _VERB = (
     r"(?:is|are|was|were|be|being|been|becomes?|became|changes?|changed|sets?|has|had|now|equals?|stands|stays|remains|goes|went|"
     r"moves?|moved|turns?|turned|will|shall|must|should|can|may|reads?|means|gets?|got|updated|reset|switched|raised|lowered|"
@@ -193,6 +193,8 @@ def _tells(called: str) -> re.Pattern[str]:
         rf"{it}\s*{_SIGN}"
         rf"|{it}\s+(?:(?:value|field|status|level|itself|also|just|here|then)\s+)?{_VERB}\b"
         rf"|{_CHANGE}\s+(?:[\w']+\s+){{0,3}}?{it}\s+(?:to|as|into)\s+\S"
+        rf"|{it}['’]s\s+now\b"
+        rf"|{_CHANGE}\s+(?:[\w']+\s+){{0,3}}?to\s+(?:the\s+)?{it}\s+\w"
         rf"|(?:^|[.;!?,:]\s+){it}\s+to\s+\w+\W*$"
         rf"|{_GIVE}\s+(?:[\w']+\s+){{0,3}}?{it}\s+\w"
         rf"|(?:^|[.;!?,:]\s+|\n\W*){it}\s+[-–—]+\s*\w"

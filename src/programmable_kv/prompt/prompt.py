@@ -11,12 +11,13 @@ from programmable_kv.errors import InvalidEditError
 from programmable_kv.prompt.characters import without_byte_order_mark
 from programmable_kv.prompt.chat import render_chat
 from programmable_kv.prompt.conversation import Conversation
-from programmable_kv.prompt.fields import TEXT, FieldType, Value, declare, in_json_string
+from programmable_kv.prompt.fields import TEXT, FieldType, Value, declare
 from programmable_kv.prompt.guard import check_text
 from programmable_kv.prompt.parts import Message, Rendered, Text, unmark, unshielded
 from programmable_kv.prompt.template import ChatTemplate
 from programmable_kv.prompt.tokens import as_text
 from programmable_kv.prompt.values import check_name, check_role
+from programmable_kv.prompt.written import in_json_string
 
 SKILL_MARK = "\ue003"
 """stands for a skill in a text until its tokens are spliced in"""

@@ -93,6 +93,9 @@ def special_tokens_in(text: str, tokenizer: Any) -> list[Span]:
 
     White space around a token, which some take with them, is left out: a chat template may trim it.
     """
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    if not any(entry.normalized or entry.content in text for entry in added):
+        return []  # searching is cheaper than tokenising; one that is looked for in normalised text may look different here
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if not encoded["input_ids"]:
         return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from difflib import unified_diff
 
-from programmable_kv.prompt.fields import escaped, in_json_string
+from programmable_kv.prompt.written import escaped, in_json_string
 
 DEFAULT_TEMPLATE = "[STATE UPDATE] {name} is now: {value}."
 """the erratum: one late, salient line that overrides a field's earlier value and what was concluded from it. A stock
