@@ -26,7 +26,8 @@ The rows below are of templates written for the tests, in the shapes of the fami
 - **multi-turn**: *as rendered afresh*: a conversation that is continued turn by turn has the text of a fresh rendering.
   *Turns stay as computed*: it has not, because the template changes earlier turns (it strips their thoughts, or moves the
   system message into the last user turn). Only the new turn is rendered, and the account's `why` says so. *Opens a thought*: an
-  answer is asked for behind `<think>`, and an answer that is kept stays behind it.
+  answer is asked for behind `<think>`. `generate` goes on there; `decide` closes the thought first: options are answers.
+  (Qwen3 leaves the opening to the model: pass `template_kwargs={{"enable_thinking": False}}` before decisions.)
 - **erratum**: how an edit after a user turn states the new value: as a system message; as a user message; or *inserted* in the
   form of a user message, where the template takes no second one in a row. The plan's `why` says which.
 - **agent**: whether `Agent` works. A template that writes in upper case takes values in upper case only: another value would

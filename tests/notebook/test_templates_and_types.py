@@ -86,6 +86,20 @@ def test_an_answer_that_stays_as_computed_goes_on_behind_a_special_token(tmp_pat
     assert again.ids == notebook.ids
 
 
+def test_a_loaded_notebook_knows_what_is_plain_text(tmp_path: Path) -> None:
+    notebook = Notebook(of("llama2")).message("system", f"{{status}}: {README}", status="new").message("user", README)
+    notebook.prefill()
+    notebook.save(tmp_path)
+    again = Notebook.load(tmp_path, notebook.model)
+    assert again.rendered() == notebook.rendered()
+    assert [again.rendered_text[slice(s.start, s.stop)] for s in again.rendered().plain] == [
+        "<|im_end|>",
+        "</turn>",
+    ] * 2
+    assert again._state.conversation is not None
+    assert all("OK" != message.content.template for message in again._state.conversation.messages), "nothing was cut"
+
+
 @pytest.mark.parametrize("user", [False, True], ids=["opens the turn", "after a user turn"])
 @pytest.mark.parametrize("family", ["llama2", "gemma", "qwen3", "mistral_v1"])
 def test_the_erratum_of_a_block_is_said_whole(family: str, user: bool) -> None:

@@ -251,6 +251,20 @@ def test_a_thought_that_was_generated_stays_as_computed() -> None:
     assert "stay as computed" in later.why
 
 
+def test_a_decision_is_taken_behind_a_closed_thought() -> None:
+    """DeepSeek-R1 opens a thought when it asks for an answer: what options follow must be the answer."""
+    notebook = build("deepseek_r1")
+    asked = notebook.rendered_text + "<｜Assistant｜><think>\n\n</think>\n\n"
+    decision = notebook.decide(None, OPTIONS, keep=True)
+    assert "was closed" in decision.account.why
+    assert notebook.rendered_text == f"{asked}{decision.choice}<｜end▁of▁sentence｜>"
+    raw = Notebook(notebook.model).text(asked)
+    raw.prefill()
+    assert raw.decide(None, OPTIONS).log_probabilities == pytest.approx(decision.log_probabilities, abs=1e-9)
+    "".join(notebook.generate("Why?", max_new_tokens=3, keep=True))
+    assert notebook.rendered_text.count("</think>") == 1, "a generated answer goes on in the thought"
+
+
 @pytest.mark.parametrize(
     ("body", "does"),
     [
@@ -305,3 +319,31 @@ def test_a_message_is_compiled_alone_without_what_ends_a_text() -> None:
         assert text.count("it was lost") == 1
         if family == "llama2":
             assert text == "<s>[INST] it was lost [/INST]"
+
+
+def test_an_open_first_turn_is_the_user_s() -> None:
+    """Mistral v3 renders a tool's result anywhere, but inside of a user's turn it would be part of that."""
+    notebook = build("mistral_v3", user=False)
+    for role in ("tool", "assistant", "system"):
+        with pytest.raises(TemplateError, match="first user turn"):
+            notebook.add(role, "It was found there.")
+
+
+def test_the_account_says_when_a_prompt_is_rewritten() -> None:
+    notebook = Notebook(of("qwen3")).message("user", "Hey.").message("assistant", "<think>hm</think>Yes.")
+    notebook.message("user", "Sure?")
+    assert "rewrites what some messages say" in notebook.prefill().why
+    assert "<think>" not in notebook.rendered_text
+    shouting = Notebook(of(SHOUTING)).message("user", "Hey.")
+    assert shouting.prefill().why == ""
+
+
+@pytest.mark.parametrize("family", ["gemma", "llama2", "mistral_v3", "deepseek_r1"])
+def test_an_agent_s_policy_may_be_a_skill_wherever_it_stands(family: str) -> None:
+    policy = Skill.compile(of(family), "Its status is {status} today.", name="policy", status="pending")
+    agent = Agent(of(family), policy, mode="field_erratum")
+    assert agent.composed.tokens_relocated == len(policy)
+    for status in ("shipped", "lost"):
+        agent.act(f"Is it {status}?", OPTIONS, status=status)
+    assert_said(agent.notebook.rendered_text, "today.", "Is it shipped?", "Is it lost?")
+    assert agent.notebook.part("policy").text == "Its status is lost today."

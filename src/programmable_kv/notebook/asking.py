@@ -18,7 +18,7 @@ from programmable_kv.engine import Rows
 from programmable_kv.errors import InvalidArgumentError, InvalidEditError, OutOfStepError
 from programmable_kv.notebook.decision import Decision, best_of, option_ids, score
 from programmable_kv.notebook.state import State
-from programmable_kv.prompt.chat import answer_end
+from programmable_kv.prompt.chat import answer_end, thought_closed
 from programmable_kv.prompt.conversation import Conversation
 from programmable_kv.prompt.fields import Value
 from programmable_kv.prompt.parts import Message, Rendered, Text
@@ -106,6 +106,11 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
     with notebook._transaction():
         with meter.measure() as reading:
             text = asked(notebook, question.prompt, think=question.think)
+            closed = thought_closed(text) if notebook._state.conversation is not None else text
+            thoughts = (
+                "" if closed == text else "the thought that the chat template opens was closed before the decision"
+            )
+            text = closed
             turn = tokenised(tokenizer, Rendered(text), Kind.TURN)
             answered = _ask(notebook, turn.ids, change.plan(notebook))
             logits = answered.logits
@@ -128,8 +133,9 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
                 kept = _keep(notebook, turn, text, said, f"{thought} {choice}" if question.think else choice)
     log_probabilities = dict(zip(question.options, scores, strict=True))
     weights = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=0).tolist()
-    why = "; ".join(filter(None, (answered.known.pop("why", ""), kept)))
-    account = notebook._booked(reading.account.of(operation="decide", why=why, **answered.known))
+    known = {**answered.known, **({"exactness": notebook._state.weakest} if question.keep else {})}
+    why = "; ".join(filter(None, (known.pop("why", ""), thoughts, kept)))
+    account = notebook._booked(reading.account.of(operation="decide", why=why, **known))
     return Decision(
         choice,
         dict(zip(question.options, weights, strict=True)),
@@ -168,7 +174,6 @@ def stream(notebook: Notebook, prompt: str | None, asked: str, sampling: Samplin
     answer = ""
     decoder = DecodeStream(skip_special_tokens=True)
     total = Account()
-    complete = False
     try:
         for token, account in _drawn(notebook, turn, sampling):
             total = total + account
@@ -179,13 +184,15 @@ def stream(notebook: Notebook, prompt: str | None, asked: str, sampling: Samplin
                 yield piece
             if not buffer.holds(mark):
                 raise OutOfStepError("the notebook was rolled back while this stream was open: it ends here")
-        complete = True
+        if keep:
+            notebook._stream_open = False
+            total = total + _kept(notebook, state, turn, asked, prompt, said, answer)
+            buffer.release(mark)
     finally:
         notebook._stream_open = False
-        if not (complete and keep) and buffer.holds(mark):
+        if buffer.holds(mark):  # not to be kept, or not kept whole
             buffer.rollback(mark)
-    if keep:
-        total = total + _kept(notebook, state, mark, turn, asked, prompt, said, answer)
+            notebook._state = state
     notebook._booked(
         total.of(operation="generate", tokens_reused=len(state.context), exactness=notebook._state.weakest)
     )
@@ -211,30 +218,18 @@ def _drawn(notebook: Notebook, turn: Unit, sampling: Sampling) -> Iterator[tuple
 
 
 def _kept(
-    notebook: Notebook,
-    state: State,
-    mark: Mark,
-    turn: Unit,
-    asked: str,
-    prompt: str | None,
-    said: list[int],
-    answer: str,
+    notebook: Notebook, state: State, turn: Unit, asked: str, prompt: str | None, said: list[int], answer: str
 ) -> Account:
-    """Let a streamed answer and its prompt become turns: both or neither. Tokens that are cached already are not computed.
+    """Let a streamed answer and its prompt become turns. Tokens that are cached already are not computed.
 
-    Returns what computing the rest cost, and (in `why`) how the text differs from a fresh rendering.
+    Returns what computing the rest cost, and (in `why`) how the text differs from a fresh rendering. If it raises, the caller
+    has to return to the state of before.
     """
     buffer = notebook.cache
     cached = said[: buffer.length - len(state.context) - len(turn)]
     with buffer.meter.measure() as reading:
-        try:
-            whole, conversation, why = _whole(notebook, asked, prompt, answer, space=False)
-            _adopt(notebook, turn, whole, cached, conversation)
-        except BaseException:
-            buffer.rollback(mark)
-            notebook._state = state
-            raise
-        buffer.release(mark)
+        whole, conversation, why = _whole(notebook, asked, prompt, answer, space=False)
+        _adopt(notebook, turn, whole, cached, conversation)
     return reading.account.of(why=why)
 
 

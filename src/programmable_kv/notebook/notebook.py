@@ -237,12 +237,15 @@ class Notebook:
         self._buffer = buffer
         conversation = self.prompt.conversation()
         self._state = replace(state, conversation=conversation)
-        reasons = (conversation.placed if conversation is not None else "", trusted_by(types), total.why)
+        reasons = (conversation.remarks if conversation is not None else "", trusted_by(types), total.why)
         return self._booked(total.of(operation="prefill", tokens_reused=0, why="; ".join(filter(None, reasons))))
 
     def rendered(self) -> Rendered:
-        """The prompt as written, as the model will read it at prefill, with the characters of every field."""
-        return self.prompt.rendered()
+        """The prompt as written, as the model will read it at prefill, with the characters of every field.
+
+        A notebook that was loaded has no prompt: of it, the text that is cached.
+        """
+        return self._state.context.rendered if self.prompt.empty else self.prompt.rendered()
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -459,9 +462,10 @@ class Notebook:
         self, plan: Plan, conversation: Conversation | None = None, *, then: Sequence[int] = (), logits: int = 0
     ) -> Applied:
         """Carry out a plan that was made for the state now; `then` goes into the buffer only."""
-        state = self._ready()
-        applied = apply(plan, self.model.engine, self.cache, state.ledger, then=then, logits=logits)
-        self._state = State(plan.after, applied.ledger, conversation or state.conversation)
+        with self._transaction():  # an interrupt between the cache's change and the state's undoes both
+            state = self._state
+            applied = apply(plan, self.model.engine, self.cache, state.ledger, then=then, logits=logits)
+            self._state = State(plan.after, applied.ledger, conversation or state.conversation)
         return applied
 
     # -- asking ------------------------------------------------------------------------------------------------
@@ -482,7 +486,8 @@ class Notebook:
         """Which option the model would answer. The prompt and the answer are taken back; an edit or a splice stays.
 
         Args:
-            prompt: asked as a user message (or raw text); None asks for the answer to what the context ends with.
+            prompt: asked as a user message (or raw text); None asks for the answer to what the context ends with. A thought
+                that the chat template opens for the answer is closed first: options are answers, not thoughts.
             options: at least two strings, compared as wholes.
             edits, mode, k: an edit to make first, in the same forward as the prompt: the cheapest way to do both.
             skill, repair: a skill to splice in at the context's end first, its seam in the same forward as the prompt.
@@ -576,13 +581,14 @@ class Notebook:
         state, conversation = self._ready(), self._state.conversation
         meter = self.model.engine.meter
         with meter.measure() as reading:
-            # A value that was edited away is not written anywhere.
+            # A value that was edited away, or a turn that was cut, is not written anywhere.
             written = {name: value.written for name, value in state.context.fields.items()}
             values = (
                 {name: written.get(name, value) for name, value in conversation.values.items()} if conversation else {}
             )
+            messages = conversation.still_in(state.context.text, values) if conversation else ()
             saved = SavedNotebook(
-                self.erratum_template, conversation.messages if conversation else (), self.prompt.template, values,
+                self.erratum_template, messages, self.prompt.template, values,
                 state.context, state.ledger, self.cache.tensors(),
             )  # fmt: skip
             place = write(saved, where, self.model)
@@ -657,6 +663,12 @@ class Notebook:
                 f"the cache holds {buffer.length} tokens and this notebook knows of {len(self._state.context)}: transformers "
                 "appended to .cache by itself. Roll back to a mark from before."
             )
+        if buffer.foreign_from is not None and buffer.foreign_from < buffer.length:
+            raise OutOfStepError(
+                f"transformers wrote to .cache by itself from slot {buffer.foreign_from} on, in the place of tokens that this "
+                "notebook knows of. Roll back to a mark from before."
+            )
+        buffer.foreign_from = None  # what it wrote after the end is gone again
         return self._state
 
     def _require_not_prefilled(self) -> None:

@@ -16,6 +16,7 @@ from programmable_kv.prompt.template import HEAD_ROLES, ChatTemplate, neutral
 
 _EARLIER = "\ue008"
 """what earlier messages say, where only their presence matters"""
+_THOUGHT = "<think>"
 _FOLD_HINT = "Notebook(model, fold_system=True) puts what it says at the beginning of the first user turn."
 
 
@@ -252,6 +253,16 @@ def opened(tokenizer: Any, messages: Sequence[tuple[str, str]], *, inside: bool)
         )
     template.skeleton([Message(role, Text(content)) for role, content in messages], {})  # what the earlier ones say
     return before
+
+
+def thought_closed(asked: str) -> str:
+    """A text that asks for an answer, with the thought closed that the template opens at its end, if it opens one.
+
+    Behind `<think>` a model does not say its answer, so options could not be compared there.
+    """
+    if not asked.rstrip("\n").endswith(_THOUGHT):
+        return asked
+    return asked.rstrip("\n") + "\n\n</think>\n\n"
 
 
 def answer_end(tokenizer: Any) -> str:

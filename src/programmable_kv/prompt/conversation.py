@@ -6,6 +6,7 @@ the new message is rendered: behind messages that say nothing in particular, cut
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,7 @@ from programmable_kv.prompt.template import HEAD_ROLES, ChatTemplate, mark, mark
 
 _ELSEWHERE = (("user", "assistant"), ("system", "user", "assistant"))
 """conversations behind which most templates take any message"""
+_PRIVATE_USE = re.compile("[\ue000-\uf8ff]")
 _DIFFERS = "so the text differs from a fresh rendering of the conversation"
 
 
@@ -52,13 +54,32 @@ class Conversation:
         return heads and frame(self.template, self.messages, self.values).opens_turn
 
     @property
-    def placed(self) -> str:
-        """Where the system message went, if it has no place of its own; empty otherwise."""
-        if not any(message.role in HEAD_ROLES for message in self.messages):
-            return ""
-        if self.opens_turn or self.template.folds:
-            return "the chat template has no system message of its own here: what it says begins the first user turn"
-        return ""
+    def remarks(self) -> str:
+        """What the template makes of these messages that their author may not expect; empty if nothing."""
+        found: list[str] = []
+        heads = any(message.role in HEAD_ROLES for message in self.messages)
+        if heads and (self.opens_turn or self.template.folds):
+            found.append(
+                "the chat template has no system message of its own here: what it says begins the first user turn"
+            )
+        if not self.opens_turn:
+            text = self.template.filled(self.messages, self.values)
+            pieces = self.template.skeleton(self.messages, self.values)
+            if not says(text, pieces, _said(self.messages, self.values)):
+                found.append(
+                    "the chat template rewrites what some messages say (it leaves out thoughts, or changes case)"
+                )
+        return "; ".join(found)
+
+    def still_in(self, text: str, values: Mapping[str, str]) -> tuple[Message, ...]:
+        """The messages; those whose content was cut out of `text` say nothing in particular instead.
+
+        `values` are written in the placeholders now; a value that is no text (a skill's mark) is looked past.
+        """
+        return tuple(
+            message if _is_in(message.content.filled(values), text) else neutral(message.role)
+            for message in self.messages
+        )
 
     def continued(self, more: Sequence[Message], *, prompt_for_answer: bool = False) -> Continuation:
         """What `more` messages (and the opening of an answer) add.
@@ -67,14 +88,14 @@ class Conversation:
             TemplateError: the template refuses a message, or drops, repeats, moves or rewrites what it says.
         """
         known = self._known()
-        if not more and self.opens_turn:
+        if (not more or more[0].role != "user") and self.opens_turn:
             raise TemplateError(
                 "the chat template has a place for the system message in the first user turn only, and there is no such turn "
                 "yet. Ask with a prompt, or add a user message first."
             )
         added = self._appended(known, more, prompt_for_answer)
         if added is not None:
-            return Continuation(added, self._with(more, known + added))
+            return Continuation(added, self._with(more, f"{known}{added}"))
         steps: list[str] = []
         reasons: list[str] = []
         conversation = self
@@ -129,7 +150,8 @@ class Conversation:
         closing = added.rpartition(plain.content.template)[2]
         between = " " if space and asked and not asked[-1].isspace() else ""
         rest = between + answer + closing
-        conversation = self._with([*prompt, said], self._known() + asked + rest)
+        known = self._known()
+        conversation = self._with([*prompt, said], None if known is None else known + asked + rest)
         why = (
             f"the chat template writes an answer in another way than it asks for one; it stays as computed, {_DIFFERS}"
         )
@@ -137,8 +159,14 @@ class Conversation:
 
     # -- how ---------------------------------------------------------------------------------------------------------
 
-    def _known(self) -> str:
-        return self.text if self.text is not None else render_chat(self.template, self.messages, self.values).text
+    def _known(self) -> str | None:
+        """The cached text; None where that cannot be told: it was computed turn by turn, saved, and is rendered so no more."""
+        if self.text is not None:
+            return self.text
+        try:
+            return render_chat(self.template, self.messages, self.values).text
+        except TemplateError:
+            return None
 
     def _with(self, more: Sequence[Message], text: str | None) -> Conversation:
         return Conversation(self.template, (*self.messages, *more), self.values, text)
@@ -148,8 +176,10 @@ class Conversation:
         """Without tools, which are cached: some templates write them again at every turn."""
         return self.template.without_tools
 
-    def _appended(self, known: str, more: Sequence[Message], asks: bool) -> str | None:
+    def _appended(self, known: str | None, more: Sequence[Message], asks: bool) -> str | None:
         """What the template writes behind the cached text, if it only appends; None otherwise."""
+        if known is None:
+            return None
         messages = (*self.messages, *more)
         try:
             fresh = self.template.filled(messages, self.values, asks=asks)
@@ -177,9 +207,9 @@ class Conversation:
         known = self._known()
         added = self._appended(known, more, asks)
         if added is not None:
-            return Continuation(added, self._with(more, known + added))
+            return Continuation(added, self._with(more, f"{known}{added}"))
         added = self._apart(more, asks)
-        text = None if asks else known + added
+        text = None if asks or known is None else known + added
         why = f"the chat template renders earlier turns differently once another follows; they stay as computed, {_DIFFERS}"
         return Continuation(added, self._with(more, text), why)
 
@@ -248,3 +278,8 @@ class Conversation:
 
 def _said(messages: Sequence[Message], values: Mapping[str, str]) -> list[str]:
     return [saying for message in messages for saying in sayings(message, values)]
+
+
+def _is_in(content: str, text: str) -> bool:
+    """Whether a message's content is in a text, apart from private-use characters (marks of skills)."""
+    return all(piece.strip() in text for piece in _PRIVATE_USE.split(content))
