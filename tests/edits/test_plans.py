@@ -26,7 +26,7 @@ from programmable_kv.states import TokenState
 TOKENIZER = tokenizer("byte-level")
 
 
-def erratum(context: Context, name: str, value: str) -> Any:
+def erratum(context: Context, name: str, value: str, known: str | None = None) -> Any:
     return tokenised(TOKENIZER, Rendered(f"\n{name} is now {value}.\n"), Kind.ERRATUM, corrects=((name, value),))
 
 

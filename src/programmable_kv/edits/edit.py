@@ -18,14 +18,17 @@ from programmable_kv.ledger.run import Origin
 from programmable_kv.prompt.context import Context
 from programmable_kv.prompt.units import Unit
 
+_SHOWN_CHARACTERS = 80
+"""of a value in a reason"""
+
 
 @dataclass(frozen=True, slots=True)
 class EditTools:
     """What planning an edit needs besides the context: a tokenizer, the wording, and what this model allows."""
 
     tokenizer: Any
-    write_erratum: Callable[[Context, str, str], Unit]
-    """(context, field, value) -> the unit that states it at the context's end"""
+    write_erratum: Callable[[Context, str, str, str | None], Unit]
+    """(context, field, value, the value that all readers know, if there is one) -> the unit that states it at the end"""
     can_relocate: Callable[[], bool]
     ranking: Ranking
     k: int = 32
@@ -78,6 +81,8 @@ class _Draft:
 
     def __init__(self, context: Context, ledger: Ledger, after: Context, tools: EditTools) -> None:
         self.before, self.after, self.ledger, self.tools = context, after, ledger, tools
+        self.read = ledger
+        """before the edit"""
         self.steps: list[Step] = []
         self.compute: list[Compute] = []
         self.reasons: list[str] = []
@@ -151,7 +156,9 @@ class _Draft:
             in_the_way = bool(self.after.corrections(name))
             if (wanted and not self._known(name, value)) or in_the_way:
                 start = len(self.after)
-                self.after = self.after.appended(self.tools.write_erratum(self.after, name, value))
+                self.after = self.after.appended(
+                    self.tools.write_erratum(self.after, name, value, self._read_by_all(name))
+                )
                 self._computed([Compute(Span(start, len(self.after)), Origin.COMPUTED)])
                 stated = True
                 if not wanted:
@@ -159,7 +166,7 @@ class _Draft:
                         f"an earlier erratum about {name} cannot be cut out here, so a new one was needed"
                     )
             elif wanted:
-                self.reasons.append(f"no erratum: everything that follows was computed with {name} = {value}")
+                self.reasons.append(f"no erratum: everything that follows was computed with {name} = {_short(value)}")
         return stated
 
     def _known(self, name: str, value: str) -> bool:
@@ -170,8 +177,15 @@ class _Draft:
             and not self.ledger.reads_preface
         )
 
+    def _read_by_all(self, name: str) -> str | None:
+        """The value of which all that follows the field's places has read before this edit, and no other; None without one."""
+        written = self.before.fields[name].written
+        place = self.before.first_place(name)
+        only = not self.read.reads_preface and self.read.has_read_only(name, written, place)
+        return written if only and place < len(self.before) else None
+
     def _computed(self, computes: Iterable[Compute]) -> None:
-        added = list(computes)
+        added = [one for one in computes if len(one.span)]  # a value may have become empty
         self.compute += added
         self.ledger = computed(self.ledger, self.after, added)
 
@@ -245,6 +259,11 @@ def plan_rebase(context: Context, ledger: Ledger, tools: EditTools, limit: int |
     if left := told - folded:
         plan = replace(plan, why=f"folding back {', '.join(sorted(left))} as well would take over {limit} tokens")
     return plan
+
+
+def _short(value: str) -> str:
+    line = " ".join(value.split())
+    return line if len(line) <= _SHOWN_CHARACTERS else line[: _SHOWN_CHARACTERS - 1] + "…"
 
 
 def _corrects_only(unit: Unit, changes: Mapping[str, str]) -> bool:
