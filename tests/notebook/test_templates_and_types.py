@@ -97,7 +97,7 @@ def test_a_loaded_notebook_knows_what_is_plain_text(tmp_path: Path) -> None:
         "</turn>",
     ] * 2
     assert again._state.conversation is not None
-    assert all("OK" != message.content.template for message in again._state.conversation.messages), "nothing was cut"
+    assert all(message.content.template != "OK" for message in again._state.conversation.messages), "nothing was cut"
 
 
 @pytest.mark.parametrize("user", [False, True], ids=["opens the turn", "after a user turn"])
