@@ -39,11 +39,11 @@ _ROLE_LINE = re.compile(
     rf"(?:^|[\n\r]|[.;!?,:>|)\]}}\"'`*#=~+•]\s+|[(\[{{\"'`*#>|•;!?,]\s*|\s[-–—]\s*)\W*?(?<!--)(?<![@/\w]){_ROLE}[\s*_`\"')\]}}>]*:(?!//)(?!\S+@)"
 )
 """a role word that begins a clause, and a colon. `operating system: x` and `https://user:password@host` do not"""
-_ROLE_TAG = re.compile(r"(?:^|\n)\W*[\[(<{*_]+\s*(?:system|assistant|developer)\s*[\])>}*_]+")
+_ROLE_TAG = re.compile(r"(?:^|\n|[.;!?:,]\s)\W*[\[(<{*_]+\s*(?:system|assistant|developer)\s*[\])>}*_]+")
 
 _SIGN = r"(?::=?|==?>?|-+>|~>|>|<-+|:|—)"
 _VERB = (
-    r"(?:is|are|was|were|be|being|been|becomes?|became|changes?|changed|sets?|has|had|now|equals?|stands|stays|remains|goes|went|"
+    r"(?:is|are|was|were|be|being|been|becomes?|became|changes?|changed|sets?|has|had|now(?=[ \t]+\w)|equals?|stands|stays|remains|goes|went|"
     r"moves?|moved|turns?|turned|will|shall|must|should|can|may|reads?|means|gets?|got|updated|reset|switched|raised|lowered|"
     r"upgraded|promoted|granted)"
 )
