@@ -43,7 +43,8 @@ _ROLE_TAG = re.compile(r"(?:^|\n|[.;!?:,]\s)\W*[\[(<{*_]+\s*(?:system|assistant|
 
 _SIGN = r"(?::=?|==?>?|-+>|~>|>|<-+|:|—)"
 _VERB = (
-    r"(?:is|are|was|were|be|being|been|becomes?|became|changes?|changed|sets?|has|had|now(?=[ \t]+\w)|equals?|stands|stays|remains|goes|went|"
+    r"(?:is|are|was|were|be|being|been|becomes?|became|changes?|changed|sets?|has|had|now(?=[ \t]+\w)|equals?|stands|stays|"
+    r"remains|goes|went|"
     r"moves?|moved|turns?|turned|will|shall|must|should|can|may|reads?|means|gets?|got|updated|reset|switched|raised|lowered|"
     r"upgraded|promoted|granted)"
 )
