@@ -10,7 +10,9 @@ import torch
 from transformers import DynamicCache
 
 from programmable_kv import Mode, Notebook
+from programmable_kv.bench import endurance
 from programmable_kv.demo import demo
+from programmable_kv.notebook.html import ERRATUM_STYLE
 from programmable_kv.records import read_record
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -59,8 +61,9 @@ def test_the_demo_page_is_self_contained(demo_results: Any) -> None:
     assert "http" not in page
     assert "<script" not in page
     assert page.count("<details>") == len(demo.CASES) * len(demo.MODES)
-    for state in ("stale", "erratum", "refreshed", "exact"):
+    for state in ("stale", "after edit", "refreshed", "exact"):
         assert f'title="{state}"' in page
+    assert ERRATUM_STYLE in page
 
 
 def test_the_demos_policy_is_about_nine_hundred_tokens(embedded: Any) -> None:
@@ -175,6 +178,16 @@ def test_eight_bits_point_the_same_way(embedded: Any, tmp_path: Path) -> None:
         buffer = notebook.cache
         ends.append(embedded.engine.append(buffer, embedded.tokenizer.encode("\nWhat do you do?"))[-1])
     assert float(torch.nn.functional.cosine_similarity(ends[0], ends[1], dim=0)) >= 0.999
+
+
+def test_a_slice_of_the_endurance_bench(embedded: Any, tmp_path: Path) -> None:
+    """Every field was edited, one of them twice: five errata at most, and the decisions are a full prefill's."""
+    record = endurance.run(embedded, tmp_path / "endurance.json", edits=7)
+    assert record.summary["most_errata"] <= 5
+    assert record.summary["agreement"].n == 3
+    assert record.summary["agreement"].value == record.summary["right"].value == 1
+    assert record.summary["exact_after_rebase"]
+    assert record.rows[-1]["edits"] == 7
 
 
 def test_appending_is_a_full_prefill(embedded: Any) -> None:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "programmable_kv"
 
 ALLOWED = {
+    ("cache.copies", "cache.buffer"): "types only: it reads and fills a buffer",
     ("cache.buffer_layer", "cache.buffer"): "types only: a layer refers to the buffer that it belongs to",
     ("notebook.asking", "notebook.notebook"): "types only: a question is put to a notebook",
     ("notebook.html", "notebook.notebook"): "types only: it shows a notebook",

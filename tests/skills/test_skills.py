@@ -21,6 +21,7 @@ from programmable_kv.cache.span import Span
 from programmable_kv.errors import (
     ContextOverflowError,
     FingerprintMismatchError,
+    FrequencyRegimeError,
     InvalidEditError,
     InvalidValueError,
     NotPrefilledError,
@@ -140,7 +141,7 @@ def test_a_preface_that_a_template_has_no_place_for_is_refused() -> None:
     with pytest.raises(TemplateError, match="drops or repeats the system message"):
         Skill.compile(replace(tiny(), tokenizer=chat), REFUNDS, preface=[("system", "")])
     with pytest.raises(InvalidValueError, match="preface contains"):
-        Skill.compile(tiny(), REFUNDS, preface=[("system", "\ue00a")])
+        Skill.compile(tiny(), REFUNDS, preface=[("system", "\ue00c")])
 
 
 @pytest.mark.parametrize("preface", ["see <|im_end|> there", [("system", "see <|im_end|> there")]])
@@ -272,7 +273,7 @@ def test_a_skill_with_a_preface_is_not_exact_at_the_start() -> None:
 
 def test_a_preface_is_text_and_counts() -> None:
     with pytest.raises(InvalidValueError, match="preface contains"):
-        Skill.compile(tiny(), REFUNDS, preface="\ue00a")
+        Skill.compile(tiny(), REFUNDS, preface="\ue00c")
     with pytest.raises(ContextOverflowError):
         Skill.compile(tiny(), REFUNDS, preface=DATES * 60)
     assert Skill.compile(tiny(), "{preface}", {"preface": "gold"}).values == {"preface": "gold"}
@@ -517,7 +518,7 @@ def test_saved_and_loaded_with_skills(tmp_path: Any) -> None:
 
 
 class TestErrors:
-    """Refused, with the notebook as it was."""
+    """Refused, with the notebook unchanged."""
 
     def check(self, error: type[Exception], match: str, operation: Any, notebook: Notebook | None = None) -> None:
         notebook = notebook or build()
@@ -574,9 +575,12 @@ class TestErrors:
         second = Skill.compile(notebook.model, REFUNDS * 2, name="refunds")
         assert len(notebook) + len(second) > 128
         self.check(UnverifiedError, "below 128", lambda n: n.splice(second, at=0), notebook)
-        notebook.add("user", REFUNDS * 2)
-        self.check(UnverifiedError, "below 128", lambda n: n.cut("dates"), notebook)
-        self.check(UnverifiedError, "below 128", lambda n: n.edit(status="pending again"), notebook)
+        self.check(FrequencyRegimeError, "beyond 128", lambda n: n.add("user", REFUNDS * 2), notebook)
+        beyond = Notebook(notebook.model).message("system", "status: {status}. " + REFUNDS * 5, status="new")
+        beyond.prefill()
+        assert len(beyond) > 128
+        self.check(UnverifiedError, "below 128", lambda n: n.cut(Span(3, 5)), beyond)
+        self.check(UnverifiedError, "below 128", lambda n: n.edit(status="pending again", mode="in_place"), beyond)
 
     @pytest.mark.parametrize("rule", ["deviation", "deviation:x%", "influence:", "best"])
     def test_unknown_repairs(self, rule: str) -> None:
@@ -587,7 +591,7 @@ class TestErrors:
         with pytest.raises(InvalidValueError, match="empty"):
             Skill.compile(tiny(), "")
         with pytest.raises(InvalidValueError, match="private-use"):
-            Skill.compile(tiny(), "obey \ue00a")
+            Skill.compile(tiny(), "obey \ue00c")
         with pytest.raises(UnknownFieldError):
             Skill.compile(tiny(), "no field", status="x")
 
@@ -646,7 +650,7 @@ def test_any_composition_keeps_its_books_and_can_be_made_exact(data: st.DataObje
 
 
 def test_a_field_after_a_skill_is_a_field() -> None:
-    """It comes into the books with a piece that is computed after the splice."""
+    """Its place is in a piece that is computed after the splice."""
     model = tiny()
     refunds = Skill.compile(model, REFUNDS, name="refunds")
     notebook = Notebook(model).message(

@@ -82,6 +82,18 @@ def bench_agent(
     )
 
 
+@app.command("endurance")
+def bench_endurance(
+    model: ModelOption = "embedded",
+    edits: Annotated[int, typer.Option(min=1, help="edits of five fields in turn")] = 200,
+    out_path: OutOption = None,
+) -> None:
+    """Hundreds of edits on one cache: tokens, times and memory, and the decisions beside a full prefill's."""
+    from programmable_kv.bench.endurance import run
+
+    measure(run, load(model), out_path, "endurance", "Edits", edits, edits=edits)
+
+
 @app.command("overhead")
 def bench_overhead(
     lengths: LengthsOption = "4096,16384,65536",

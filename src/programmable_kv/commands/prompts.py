@@ -14,7 +14,6 @@ import typer
 from programmable_kv.commands.common import (
     ModelOption,
     decoded,
-    err,
     listed,
     load,
     out,
@@ -200,8 +199,8 @@ def _cached(model: Model, text: str, fields: dict[str, str | Field], ask: str, *
         notebook.text(text, **fields).text(f"\n{ask}\n")
     else:
         notebook.message("system", text.strip(), **fields).message("user", ask)
-    with err.status("Prefilling ..."):
-        notebook.prefill()
+    with progress("Prefilling", 1) as report:
+        notebook.prefill(progress=report)
     return notebook
 
 

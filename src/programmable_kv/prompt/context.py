@@ -17,6 +17,7 @@ from typing import Any
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import UnknownPartError
 from programmable_kv.prompt.fields import TEXT, FieldType
+from programmable_kv.prompt.parts import Rendered
 from programmable_kv.prompt.units import Kind, Replacement, Unit, replace_values
 
 
@@ -54,6 +55,17 @@ class Context:
     @property
     def text(self) -> str:
         return "".join(unit.text for unit in self.units)
+
+    @property
+    def rendered(self) -> Rendered:
+        """The text, and the characters of every field."""
+        starts = accumulate((len(unit.text) for unit in self.units), initial=0)
+        places = [
+            (place.name, place.characters.shifted(start))
+            for start, unit in zip(starts, self.units, strict=False)
+            for place in unit.places
+        ]
+        return Rendered(self.text, tuple(places))
 
     def ends_with(self) -> str:
         """The text of the last unit that has any."""

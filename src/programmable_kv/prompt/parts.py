@@ -10,12 +10,13 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidValueError, TemplateError, UnknownFieldError
 
 _OPEN, _NAMED, _CLOSE = "\ue000", "\ue001", "\ue002"
-_PLAIN, _PLAIN_ENDS = "\ue00a", "\ue00b"
+_PLAIN, _PLAIN_ENDS = "\ue00c", "\ue00d"
 """around characters that are plain text, though the tokenizer would read a special token there"""
 _MARKED = re.compile(f"{_OPEN}(.*?){_NAMED}(.*?){_CLOSE}", re.DOTALL)
 
@@ -69,6 +70,12 @@ class Message:
 
     role: str
     content: Text
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """what else a client's message has, as JSON: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`"""
+
+    def as_json(self, write: Callable[[Text], str]) -> dict[str, Any]:
+        """As chat templates take it, the content written by `write`."""
+        return {"role": self.role, "content": write(self.content), **self.extra}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +119,7 @@ def shielded(text: str, spans: Sequence[Span], what: str) -> str:
         InvalidValueError: the text has these private-use characters itself.
     """
     if _PLAIN in text or _PLAIN_ENDS in text:
-        raise InvalidValueError(f"{what} contains the private-use characters U+E00A or U+E00B; remove them")
+        raise InvalidValueError(f"{what} contains the private-use characters U+E00C or U+E00D; remove them")
     pieces, cursor = [], 0
     for span in spans:
         pieces += [text[cursor : span.start], _PLAIN, text[span.start : span.stop], _PLAIN_ENDS]
@@ -138,20 +145,6 @@ def unshielded(rendered: Rendered) -> Rendered:
     found = [_without(Span(start, stop), marks) for start, stop in zip(opened, closed, strict=True)]
     plain = sorted([*(_without(span, marks) for span in rendered.plain), *found])
     return Rendered(rendered.text.replace(_PLAIN, "").replace(_PLAIN_ENDS, ""), places, tuple(plain))
-
-
-def after_prefix(text: str, prefix: str) -> str | None:
-    """What follows `prefix`, which has no marks of `shielded`, in a text that may have some; None if it begins otherwise."""
-    at = 0
-    for character in prefix:
-        while text[at : at + 1] in (_PLAIN, _PLAIN_ENDS):
-            at += 1
-        if text[at : at + 1] != character:
-            return None
-        at += 1
-    while text[at : at + 1] == _PLAIN_ENDS:
-        at += 1
-    return text[at:]
 
 
 def _without(span: Span, marks: Sequence[int]) -> Span:
