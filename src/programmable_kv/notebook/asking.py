@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 _THOUGHT_ENDS = ", so"
 _THOUGHT_LIMIT = 48
+"""tokens"""
+_THOUGHTS_KEPT = 7
+"""earlier thoughts that a new one may begin like"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +337,7 @@ def _think(notebook: Notebook, logits: torch.Tensor) -> tuple[str, torch.Tensor]
         said += agreed
         text = tokenizer.decode(said, skip_special_tokens=True)
     if said not in notebook._thoughts:
-        notebook._thoughts.append(said)
+        notebook._thoughts = [*notebook._thoughts[-_THOUGHTS_KEPT:], said]
     if not text.endswith(_THOUGHT_ENDS):
         closing = tokenizer.encode(_THOUGHT_ENDS, add_special_tokens=False)
         logits = notebook.model.engine.append(buffer, closing)
