@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from programmable_kv.account import Account
+from programmable_kv.arguments import require, require_count
 from programmable_kv.cache.buffer import KVBuffer, Mark
 from programmable_kv.edits.entries import adopted
 from programmable_kv.edits.modes import Mode
@@ -46,6 +47,9 @@ class Question:
     think: bool
     keep: bool
 
+    def __post_init__(self) -> None:
+        require(self.options, (list, tuple, str), "options are a list of strings")
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -79,9 +83,10 @@ class Sampling:
     seed: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise InvalidArgumentError(f"an answer has at least one token, got max_new_tokens={self.max_new_tokens!r}")
-        if not isinstance(self.temperature, int | float) or not self.temperature >= 0:
+        require_count(self.max_new_tokens, "max_new_tokens", least=1)
+        require_count(self.seed, "a seed")
+        number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
+        if not number or not self.temperature >= 0:
             raise InvalidArgumentError(f"a temperature is a number of at least 0, got {self.temperature!r}")
 
 
@@ -156,6 +161,7 @@ def asked(notebook: Notebook, prompt: str | None, *, think: bool) -> str:
         InvalidValueError: the prompt has a special token that cannot be plain text.
         TemplateError: the chat template does not take it.
     """
+    require(prompt, (str, type(None)), "a prompt is text, or None")
     if prompt is not None:
         prompt = as_text(_with_instruction(prompt) if think else prompt, notebook.model.tokenizer, "the prompt")
     conversation = notebook._ready().conversation

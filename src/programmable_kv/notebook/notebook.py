@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from programmable_kv.account import Account
+from programmable_kv.arguments import require
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.span import Span
 from programmable_kv.edits.apply import Applied, apply
@@ -79,8 +80,10 @@ class Notebook:
             template_kwargs: other variables of the chat template, such as `enable_thinking` or `date_string`.
 
         Raises:
+            InvalidArgumentError: that is no model.
             InvalidValueError: the erratum template is not one; tools or variables are no plain data.
         """
+        require(model, Model, "a notebook runs on a Model, as load_model and wrap_model make it")
         check_template(erratum_template)
         self.model = model
         self.erratum_template = erratum_template
@@ -502,7 +505,7 @@ class Notebook:
             InvalidValueError: the prompt, or an option that is to be kept, has a special token that cannot be plain text.
             TemplateError: the chat template does not take the prompt or, with `keep`, the answer.
         """
-        question = asking.Question(prompt, tuple(options) if not isinstance(options, str) else options, think, keep)
+        question = asking.Question(prompt, options, think, keep)
         change = asking.Change(edits, mode, k, skill, repair)
         return asking.decide(self, question, change)
 
@@ -544,6 +547,7 @@ class Notebook:
         Raises:
             CacheBufferError: the mark is used up, or another notebook's.
         """
+        require(mark, NotebookMark, "a mark is what `mark` returned")
         with self.model.engine.meter.measure() as reading:
             self.cache.rollback(mark.buffer)
         self._state = mark.state
@@ -555,6 +559,7 @@ class Notebook:
         Raises:
             OutOfStepError: a stream is open, which has a mark of its own.
         """
+        require(mark, NotebookMark, "a mark is what `mark` returned")
         self._ready()
         self.cache.release(mark.buffer)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from programmable_kv.arguments import require, require_count
 from programmable_kv.cache.span import Span
 from programmable_kv.edits.compose import plan_append, plan_cut, plan_move, plan_splice
 from programmable_kv.edits.edit import EditTools, plan_edit, plan_rebase, plan_recompute
@@ -62,6 +63,7 @@ class Plans:
         **fields: Value,
     ) -> Plan:
         """As `Notebook.edit`."""
+        require(changes, (Mapping, type(None)), "changes are a mapping, field -> value")
         state = self._notebook._ready()
         chosen = None if mode is None else parse_mode(mode)
         if isinstance(k, bool) or not isinstance(k, int):
@@ -98,6 +100,7 @@ class Plans:
 
     def _splice(self, skill: Skill, where: Span, repair: SeamRepair | None, operation: str) -> Plan:
         state, model = self._notebook._ready(), self._notebook.model
+        require(repair, (SeamRepair, type(None)), "a repair is a SeamRepair, or None")
         if not isinstance(skill, Skill):
             raise InvalidArgumentError(
                 f"what is spliced is a Skill, got {type(skill).__name__}: Skill.compile makes one"
@@ -136,6 +139,8 @@ class Plans:
 
     def rebase(self, *, limit: int | None = None) -> Plan:
         """As `Notebook.rebase`."""
+        if limit is not None:
+            require_count(limit, "a limit of tokens")
         state = self._notebook._ready()
         return plan_rebase(state.context, state.ledger, self._tools(), limit)
 

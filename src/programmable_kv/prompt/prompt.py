@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from programmable_kv.arguments import require
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidEditError
 from programmable_kv.prompt.characters import without_byte_order_mark
@@ -68,6 +69,7 @@ class Prompt:
             InvalidValueError: a name or value is not plain data, or the content has a special token that cannot be text.
             InvalidEditError: the prompt is raw text, a field was declared with another value, or a skill twice.
         """
+        require(content, str, "a message has text as its content")
         if self.texts:
             raise InvalidEditError("this notebook is made of raw text; chat messages cannot be mixed in. Use .text().")
         check_role(role)
@@ -82,6 +84,7 @@ class Prompt:
         types: Mapping[str, FieldType] | None = None,
     ) -> None:
         """Add raw text, special tokens included. Arguments and errors as `add_message`."""
+        require(content, str, "raw text has text as its content")
         if self.messages:
             raise InvalidEditError(
                 "this notebook is made of chat messages; raw text cannot be mixed in. Use .message()."

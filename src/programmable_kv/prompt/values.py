@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from programmable_kv.arguments import require
 from programmable_kv.errors import InvalidValueError
 from programmable_kv.prompt.characters import folded
 
@@ -50,6 +51,7 @@ def check_template(template: str) -> None:
     Raises:
         InvalidValueError: an erratum template must name both the field and its value.
     """
+    require(template, str, "an erratum template is text")
     if "{name}" not in template or "{value}" not in template:
         raise InvalidValueError(
             "an erratum template needs both {name} and {value}, for example '{name} is now {value}.'"
