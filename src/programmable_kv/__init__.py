@@ -52,6 +52,7 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from programmable_kv.models.load import Model, load_model, wrap_model
     from programmable_kv.notebook.decision import Decision
     from programmable_kv.notebook.notebook import Notebook
+    from programmable_kv.prompt.readers import Reader
     from programmable_kv.skills.skill import Skill
     from programmable_kv.skills.store import SkillStore
     from programmable_kv.states import TokenState
@@ -88,6 +89,7 @@ _MODULE_OF = {
     "OutOfStepError": "errors",
     "ProgrammableKVError": "errors",
     "RandomOrder": "edits.ranking",
+    "Reader": "prompt.readers",
     "Recency": "edits.ranking",
     "RecordError": "errors",
     "Rows": "cache.rows",
@@ -141,6 +143,7 @@ __all__ = [
     "OutOfStepError",
     "ProgrammableKVError",
     "RandomOrder",
+    "Reader",
     "Recency",
     "RecordError",
     "Rows",

@@ -23,6 +23,7 @@ from programmable_kv.prompt.chat import Conversation
 from programmable_kv.prompt.context import Context
 from programmable_kv.prompt.parts import Message, Rendered, Text
 from programmable_kv.prompt.prompt import check_values
+from programmable_kv.prompt.readers import Turns, parse_turns
 from programmable_kv.prompt.units import Kind, Unit, tokenised
 from programmable_kv.prompt.values import check_value
 from programmable_kv.prompt.wording import statement
@@ -50,11 +51,13 @@ class Plans:
         *,
         mode: str | Mode | None = None,
         k: int = 32,
+        turns: str = "open",
         **fields: str,
     ) -> Plan:
         """As `Notebook.edit`."""
         state = self._notebook._ready()
         chosen = None if mode is None else parse_mode(mode)
+        wanted = parse_turns(turns)
         if isinstance(k, bool) or not isinstance(k, int):
             raise InvalidArgumentError(f"k is a number of tokens, got {k!r}")
         given = {**(changes or {}), **fields}
@@ -68,7 +71,7 @@ class Plans:
         if chosen is None or STRATEGIES[chosen].writes:
             # The model's checks are done once, before any clock runs: they are no part of an edit's price.
             self._notebook.model.engine.verify()
-        return plan_edit(state.context, state.ledger, given, chosen, self._tools(k))
+        return plan_edit(state.context, state.ledger, given, chosen, self._tools(k, wanted))
 
     def splice(self, skill: Skill, /, *, at: int | Part | None = None, repair: SeamRepair | None = None) -> Plan:
         """As `Notebook.splice`."""
@@ -130,11 +133,12 @@ class Plans:
     def _bytes_per_token(self) -> int:
         return self._notebook.cache.bytes_per_token
 
-    def _tools(self, k: int = 32) -> EditTools:
+    def _tools(self, k: int = 32, turns: Turns = Turns.OPEN) -> EditTools:
         notebook = self._notebook
         return EditTools(
-            notebook.model.tokenizer, self._erratum, self._can_relocate, notebook.ranking, k, self._bytes_per_token
-        )
+            notebook.model.tokenizer, self._erratum, self._can_relocate, notebook.ranking, k, self._bytes_per_token,
+            lambda context, name: notebook._readers_in(context, name, turns),
+        )  # fmt: skip
 
     def _can_relocate(self) -> bool:
         try:

@@ -15,10 +15,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from programmable_kv.cache.span import Span
-from programmable_kv.errors import CorruptFileError, InvalidValueError
+from programmable_kv.errors import CorruptFileError, InvalidArgumentError, InvalidValueError
 from programmable_kv.models.load import Model
 from programmable_kv.prompt.context import Context, FieldValue
 from programmable_kv.prompt.parts import Message, Text
+from programmable_kv.prompt.readers import check_words
 from programmable_kv.prompt.units import Kind, Place, Unit
 from programmable_kv.prompt.values import check_name, check_role, check_template, check_value
 from programmable_kv.storage.ledgers import SavedLedger
@@ -160,6 +161,8 @@ class NotebookManifest(Sealed):
     """what stood for every placeholder of the messages when they were rendered, skills included"""
     context: SavedContext
     ledger: SavedLedger
+    mentions: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """field -> what else a line says when it speaks of it"""
 
     def check(self, model: Model, where: str) -> None:
         """
@@ -175,7 +178,15 @@ class NotebookManifest(Sealed):
         if not all(name in self.placeholders for message in self.messages for name in message.fields):
             raise CorruptFileError(f"{where}: a message has a placeholder without a value")
         self.context.check(model, where)
+        self._check_mentions(where)
         self.ledger.check(self.context.length, where)
+
+    def _check_mentions(self, where: str) -> None:
+        for name, words in self.mentions.items():
+            try:
+                check_words(words)
+            except InvalidArgumentError as error:
+                raise CorruptFileError(f"{where}: the words declared for {name!r}: {error}") from error
 
 
 class Entry(Sealed):
