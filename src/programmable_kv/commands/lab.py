@@ -31,7 +31,7 @@ def lab_edit_modes(
 @app.command("readers")
 def lab_readers(
     model: ModelOption = "embedded",
-    count: Annotated[int, typer.Option(min=1, help="held-out policies of each of six kinds")] = 20,
+    count: Annotated[int, typer.Option(min=1, help="held-out policies of each of six kinds")] = 40,
     out_path: OutOption = None,
 ) -> None:
     """Agreement with full prefill where a field and its readers are computed again, beside as many other tokens."""
