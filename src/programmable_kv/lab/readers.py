@@ -26,9 +26,8 @@ from programmable_kv.scenarios.vocabulary import held_out_domains
 SEED = 91_000
 LAYOUTS = ("asked before", "asked after")
 """whether the request is part of the cached context, or comes with the decision, after the edit"""
-MODES = (Mode.READERS, Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.IN_PLACE, Mode.SUFFIX, Mode.FULL)
-"""the last one is what all are compared with"""
-ARMS = (*map(str, MODES[:-1]), *same_budget.ARMS)
+MODES = (Mode.READERS, Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.IN_PLACE, Mode.SUFFIX)
+ARMS = (*map(str, MODES), *same_budget.ARMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,28 +126,37 @@ def _row(model: Model, case: Case) -> dict[str, Any]:
     for layout in LAYOUTS:
         notebook = notebook_of(model, case, asked=layout == "asked before")
         prompt = None if layout == "asked before" else case.asked
-        row[layout] = {
-            "before": notebook.decide(prompt, case.scenario.options).choice,
-            "tokens": len(notebook),
-            **dict(_arms(notebook, prompt, case)),
-        }
+        if prompt is None:
+            # Both layouts are the same text when the decision falls: one full prefill stands for both.
+            row["before"] = notebook.decide(None, case.scenario.options).choice
+            row["full"] = _edited(notebook, None, case, Mode.FULL)
+        row[layout] = dict(_arms(notebook, prompt, case))
     return row
 
 
 def _arms(notebook: Notebook, prompt: str | None, case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
-    edit = {case.gate.field: case.new}
-
-    def ask(mode: Mode, k: int = 1) -> Decision:
-        return notebook.decide(prompt, case.scenario.options, edits=edit, mode=mode, k=k)
-
     for mode in MODES:
-        mark = notebook.mark()
-        decision = ask(mode)
-        notebook.rollback(mark)
-        yield str(mode), _measured(decision)
+        yield str(mode), _edited(notebook, prompt, case, mode)
+
+    def ask(mode: Mode, k: int) -> Decision:
+        return _decision(notebook, prompt, case, mode, k)
+
     rng = random.Random(f"{SEED}/lines/{case.kind.name}/{case.number}")
-    for arm, decision in same_budget.decisions(notebook, edit, rng, ask):
+    for arm, decision in same_budget.decisions(notebook, {case.gate.field: case.new}, rng, ask):
         yield arm, _measured(decision)
+
+
+def _edited(notebook: Notebook, prompt: str | None, case: Case, mode: Mode) -> dict[str, Any]:
+    """The decision after the edit; the notebook is put back."""
+    mark = notebook.mark()
+    decision = _decision(notebook, prompt, case, mode)
+    notebook.rollback(mark)
+    return _measured(decision)
+
+
+def _decision(notebook: Notebook, prompt: str | None, case: Case, mode: Mode, k: int = 1) -> Decision:
+    edit = {case.gate.field: case.new}
+    return notebook.decide(prompt, case.scenario.options, edits=edit, mode=mode, k=k)
 
 
 def _measured(decision: Decision) -> dict[str, Any]:
@@ -176,15 +184,17 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _agreement(rows: list[dict[str, Any]], layout: str) -> dict[str, Any]:
-    full = str(Mode.FULL)
-    right = [r[layout] for r in rows if r[layout]["before"] == r["old"] and r[layout][full]["choice"] == r["new"]]
+    right = [row for row in rows if row["before"] == row["old"] and row["full"]["choice"] == row["new"]]
     part: dict[str, Any] = {"drawn": len(rows), "counted": len(right)}
-    part["mean_tokens"] = round(sum(row["tokens"] for row in right) / max(1, len(right)), 1)
+    part["full"] = {"mean_tokens_computed": _mean([row["full"]["tokens_computed"] for row in right])}
     for arm in ARMS:
-        agreed = sum(row[arm]["choice"] == row[full]["choice"] for row in right)
-        computed = sum(row[arm]["tokens_computed"] for row in right) / max(1, len(right))
+        agreed = sum(row[layout][arm]["choice"] == row["full"]["choice"] for row in right)
         part[arm] = {
             "agreement": wilson(agreed, len(right)).model_dump(),
-            "mean_tokens_computed": round(computed, 1),
+            "mean_tokens_computed": _mean([row[layout][arm]["tokens_computed"] for row in right]),
         }
     return part
+
+
+def _mean(values: list[int]) -> float:
+    return round(sum(values) / max(1, len(values)), 1)
