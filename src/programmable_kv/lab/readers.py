@@ -1,4 +1,4 @@
-"""Does it suffice to compute a field and its readers again? By kind of policy, beside errata and as many other tokens.
+"""Is it enough to compute a field and its readers again? By kind of policy, beside errata and as many other tokens.
 
 Held-out policies of one set of rules, of two hops (the value is looked up in a group, which the rules are about) and of two
 sets; with and without thirty unrelated rules in between; the request in the cached context, or after the edit. The readers are
