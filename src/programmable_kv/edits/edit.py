@@ -168,16 +168,15 @@ class _Draft:
         if left := self._unread(spans, changes):
             self.reasons.append(f"{left} later tokens keep what they noted before")
 
-    def _unread(self, spans: Iterable[Span], names: Iterable[str]) -> int:
+    def _unread(self, spans: Sequence[Span], names: Iterable[str]) -> int:
         """How many tokens after the fields were computed on another text, and are not among these slots."""
         first = min(self.after.first_place(name) for name in names)
-        computed_again = {slot for span in spans for slot in span.range}
         stale = [
             stretch.span
             for stretch in self.ledger.stretches(self.after.values, self.after.first_places)
             if stretch.state is TokenState.STALE
         ]
-        return sum(slot >= first and slot not in computed_again for span in stale for slot in span.range)
+        return sum(len(span) for span in stale) - _common(stale, joined([Span(0, first), *spans]))
 
     def state(self, changes: Mapping[str, str], *, wanted: bool) -> bool:
         """Append a line for each value that later tokens do not know, if it is wanted or an earlier line is in the way."""
@@ -280,6 +279,11 @@ def plan_rebase(context: Context, ledger: Ledger, tools: EditTools, limit: int |
     if left := told - folded:
         plan = replace(plan, why=f"folding back {', '.join(sorted(left))} as well would take over {limit} tokens")
     return plan
+
+
+def _common(some: Iterable[Span], others: Sequence[Span]) -> int:
+    """How many slots are in both; neither holds one twice."""
+    return sum(max(0, min(a.stop, b.stop) - max(a.start, b.start)) for a in some for b in others)
 
 
 def _told(name: str, readers: Sequence[Reader]) -> str:
