@@ -90,7 +90,7 @@ def _items(body: str, *, named: bool) -> str:
     marked = []
     for entry in entries:
         names, colon, text = entry.partition(": ")
-        # Names only, so that a sentence with a colon in it is not taken for a name.
+        # Names only, so that a sentence with a colon in it does not count as a name.
         plain = re.fullmatch(r"[\w*]+(, [\w*]+)*", names) is not None
         quoted = ", ".join(f"`{each}`" for each in names.split(", "))
         marked.append(f"- {quoted}: {text}" if colon and plain else f"- {entry}")

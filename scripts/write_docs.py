@@ -1,7 +1,7 @@
 """Write the documents that are generated from the code: `python -m scripts.write_docs`, in the repository's root.
 
-It writes `docs/cli.md`, `docs/reference.md`, and the generated parts of `docs/structure.md`. A test fails when one of them
-differs from the code.
+It writes `docs/cli.md`, `docs/reference.md`, `docs/templates.md`, and the generated parts of `docs/structure.md`. A test fails
+when one of them differs from the code.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from scripts.cli_page import cli_page
 from scripts.reference_page import reference_page
 from scripts.structure_page import structure_page
+from scripts.templates_page import templates_page
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,6 +23,7 @@ def generated() -> dict[Path, str]:
     return {
         docs / "cli.md": cli_page(),
         docs / "reference.md": reference_page(),
+        docs / "templates.md": templates_page(ROOT / "tests" / "templates"),
         structure: structure_page(structure.read_text(encoding="utf-8"), ROOT),
     }
 

@@ -127,7 +127,7 @@ _SAMPLE = (
 
 @cache
 def tokenizer(kind: str) -> Any:
-    """Real tokenizers, trained on the spot: byte-level BPE (GPT-2 kin), and metaspace BPE (Llama-2 and Gemma kin)."""
+    """Real tokenizers, trained on the spot: byte-level BPE (as GPT-2's), and metaspace BPE (as Llama 2's and Gemma's)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from programmable_kv import Mode, Notebook
+from programmable_kv.bench import endurance
 from programmable_kv.demo import demo
 from programmable_kv.notebook.html import ERRATUM_STYLE
 from programmable_kv.records import read_record
@@ -183,9 +184,9 @@ def test_a_slice_of_the_endurance_bench(embedded: Any, tmp_path: Path) -> None:
     """Every field was edited, one of them twice: five errata at most, and the decisions are a full prefill's."""
     record = endurance.run(embedded, tmp_path / "endurance.json", edits=7)
     assert record.summary["most_errata"] <= 5
-    assert record.summary["agreement"]["n"] == 3
-    assert record.summary["agreement"]["value"] == record.summary["right"]["value"] == 1
-    assert record.summary["exact_after_rebase"] is True
+    assert record.summary["agreement"].n == 3
+    assert record.summary["agreement"].value == record.summary["right"].value == 1
+    assert record.summary["exact_after_rebase"]
     assert record.rows[-1]["edits"] == 7
 
 

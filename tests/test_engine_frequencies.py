@@ -182,15 +182,15 @@ def test_keys_of_the_long_table_are_not_relocated(engine: Engine) -> None:
     layout = engine.require_relocation(below=BOUND)
     short, long = filled(engine, 30), filled(engine, 100)
     segment = short.segment(Span(0, 10), IDS[:10])
-    foreign = long.segment(Span(0, 10), IDS[:10])
+    of_other_tables = long.segment(Span(0, 10), IDS[:10])
     long.truncate(40)
     operations = [
         lambda: long.relocate(20, 40, 21, 1, layout),
         lambda: long.exchange(3, 5, 9, layout),
         lambda: long.insert(40, segment, layout),
-        lambda: short.insert(30, foreign, layout),
-        lambda: short.insert(30, foreign.part(Span(2, 5)), layout),
-        lambda: engine.new_buffer().insert(0, foreign, layout),
+        lambda: short.insert(30, of_other_tables, layout),
+        lambda: short.insert(30, of_other_tables.part(Span(2, 5)), layout),
+        lambda: engine.new_buffer().insert(0, of_other_tables, layout),
     ]
     for operation in operations:
         with pytest.raises(FrequencyRegimeError, match="relocation"):

@@ -28,7 +28,7 @@ class Account:
     seconds: float = 0.0
     operation: str = ""
     mode_asked: str | None = None
-    """of an edit; None where the default was left to choose"""
+    """of an edit; where none was given, the one that the default chose"""
     mode_used: str | None = None
     why: str = ""
     """why another mode was used than was asked for, or what was done beyond it"""
@@ -37,11 +37,11 @@ class Account:
 
     @property
     def exact(self) -> bool:
-        """Whether a full prefill of the text that stands now would give the same cache."""
+        """Whether a full prefill of the current text would give the same cache."""
         return self.exactness.exact
 
     def of(self, **known: Any) -> Account:
-        """With what is known of the operation besides its price."""
+        """A copy with what else is known of the operation."""
         return replace(self, **known)
 
     def __add__(self, other: Account) -> Account:

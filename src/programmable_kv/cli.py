@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from programmable_kv import __version__
-from programmable_kv.commands import bench, lab, prompts, records, skills, zoo
+from programmable_kv.commands import bench, lab, prompts, records, skills, templates, zoo
 from programmable_kv.errors import ProgrammableKVError
 from programmable_kv.extras import extra_missing_in
 
@@ -29,6 +29,7 @@ app.add_typer(skills.app, name="skills")
 app.add_typer(bench.app, name="bench")
 app.add_typer(lab.app, name="lab")
 app.command()(zoo.zoo)
+app.command()(templates.template)
 app.command()(records.results)
 app.command()(records.figures)
 

@@ -356,7 +356,7 @@ class Engine:
         return self.compute(buffer, Rows(ids, slots, slots))
 
     def _prefilled_alone(self, ids: tuple[int, ...], positions: tuple[int, ...]) -> KVBuffer:
-        buffer = KVBuffer(self.layout, capacity=len(ids))  # the model's checks are no part of anybody's operation
+        buffer = KVBuffer(self.layout, capacity=len(ids))  # the model's checks are in no operation's account
         self.compute(buffer, Rows(ids, tuple(range(len(ids))), positions), logits=0)
         return buffer
 

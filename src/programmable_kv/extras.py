@@ -1,4 +1,4 @@
-"""Optional dependencies: what is missing is told in one line, with the command that installs it."""
+"""Optional dependencies: what is missing is named in one line, with the command that installs it."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ def missing_message(extra: str, missing: list[str]) -> str:
 
 
 def extra_missing_in(error: ModuleNotFoundError) -> str | None:
-    """What to tell about a failed import, if one of the extras would have prevented it."""
+    """The message for a failed import, if one of the extras would have prevented it."""
     module = (error.name or "").partition(".")[0]
     return missing_message(EXTRA_OF[module], [module]) if module in EXTRA_OF else None

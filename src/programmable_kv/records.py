@@ -79,7 +79,7 @@ class Record(_Strict):
     model: str
     model_fingerprint: str
     data_digest: str
-    """sha256 over whatever the rows were computed from, so that two runs on the same data can be told"""
+    """sha256 over whatever the rows were computed from, so that two runs on the same data can be recognised"""
     seeds: list[int]
     machine: Machine
     settings: dict[str, Any]
@@ -214,7 +214,7 @@ class Recorder:
             update={"summary": summary, "complete": True, "notes": [*self.record.notes, *notes]},
         )
         self._write(self._partial)
-        # Validated as anybody will read it, before it takes the name of a finished record.
+        # Validated as a reader will read it, before it takes the name of a finished record.
         record = read_record(self._partial)
         self._partial.replace(self.path)
         return record

@@ -1,4 +1,4 @@
-"""What a cached token is worth now: one ordered scale, strongest first."""
+"""How far a cached token can be trusted now: one ordered scale, strongest first."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from enum import StrEnum
 
 
 class TokenState(StrEnum):
-    """How a cached token's keys and values relate to a full prefill of the text that stands now.
+    """How a cached token's keys and values relate to a full prefill of the current text.
 
-    The order is the lattice: joining tokens takes the weakest. The first two are exact, for every token before them is.
+    The order is the lattice: joining tokens takes the weakest. The first two are exact, which implies that every token before
+    them is.
     """
 
     EXACT = "exact"
@@ -19,9 +20,9 @@ class TokenState(StrEnum):
     RELOCATED = "relocated"
     """compiled apart from this context and rotated to its position here; or kept in fewer bits"""
     REFRESHED = "refreshed"
-    """computed again on the text that stands now, but on a cache that was not exact"""
+    """computed again on the current text, but on a cache that was not exact"""
     AFTER_EDIT = "after edit"
-    """computed on the text that stands now, but reading tokens of an earlier text or several values of a field"""
+    """computed on the current text, but reading tokens of an earlier text or several values of a field"""
     STALE = "stale"
     """computed on another text, or under a value that has changed since"""
 

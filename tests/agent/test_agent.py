@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny
 from programmable_kv import Agent, Notebook, SeamRepair, Skill
 from programmable_kv.bench.agent import policies, summarise
-from programmable_kv.errors import InvalidEditError, InvalidOptionsError, TemplateError, UnknownFieldError
+from programmable_kv.errors import InvalidEditError, InvalidOptionsError, UnknownFieldError
 from programmable_kv.records import Record, digest_of, read_record
 from programmable_kv.states import TokenState
 from reference import assert_rows_equal, full_forward, largest_difference
@@ -76,7 +76,7 @@ def test_the_next_turn_reads_the_last_one() -> None:
     assert largest_difference(agent.notebook.cache, changed, range(start, len(ids))) > 1e-3
 
 
-def test_skills_are_composed_learned_and_forgotten() -> None:
+def test_skills_are_composed_added_and_removed() -> None:
     model = tiny()
     policy = Skill.compile(model, REFUNDS, name="refunds", tier="gold")
     dates = Skill.compile(model, "date policy: orders delivered before 2026 are returned.\n", name="dates")
@@ -95,7 +95,7 @@ def test_skills_are_composed_learned_and_forgotten() -> None:
     assert agent.state == {"tier": "gold"}
 
 
-def test_an_error_leaves_the_agent_as_it_was() -> None:
+def test_an_error_leaves_the_agent_unchanged() -> None:
     agent = started()
     agent.act("the refund", OPTIONS)
     before = (agent.notebook.ids, agent.notebook.states, agent.state, len(agent.turns))
@@ -108,7 +108,7 @@ def test_an_error_leaves_the_agent_as_it_was() -> None:
     assert_rows_equal(agent.notebook.cache, expected, range(len(agent.notebook)), atol=1e-9)
 
 
-def test_an_answer_that_is_rendered_otherwise_than_it_is_asked_for_is_not_kept() -> None:
+def test_an_answer_that_is_rendered_otherwise_than_it_is_asked_for_stays_as_computed() -> None:
     """Templates of reasoning models open a thought when they ask for an answer, and leave it out of an answer given."""
     import copy
 
@@ -120,11 +120,16 @@ def test_an_answer_that_is_rendered_otherwise_than_it_is_asked_for_is_not_kept()
         "{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\nhm: ' }}"
     )
     agent = Agent(wrap_model(model.engine.model, other, name="thinking"), POLICY, status="pending")
-    before = agent.notebook.ids
-    with pytest.raises(TemplateError, match="without keep"):
-        agent.act("the refund", OPTIONS, status="shipped")
-    assert agent.notebook.ids == before
-    assert agent.state == {"status": "pending"}
+    before = agent.notebook.rendered_text
+    turn = agent.act("the refund", OPTIONS)
+    assert "stays as computed" in turn.decision.account.why
+    assert agent.notebook.rendered_text == (
+        f"{before}<|im_start|>user\nthe refund<|im_end|>\n<|im_start|>assistant\nhm: {turn.decision.choice}<|im_end|>\n"
+    )
+    agent.act("the refund", OPTIONS, status="shipped")
+    agent.notebook.recompute()
+    expected, _ = full_forward(agent.notebook.model.engine.model, agent.notebook.ids)
+    assert_rows_equal(agent.notebook.cache, expected, range(len(agent.notebook)), atol=1e-9)
 
 
 def test_raw_text_keeps_its_turns_too() -> None:

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent.parent / "src" / "programmable_kv"
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "scipy", "matplotlib")
 
 
-@pytest.mark.parametrize("name", ["bench", "lab", "zoo", "measure"])
+@pytest.mark.parametrize("name", ["bench", "lab", "zoo", "measure", "templates"])
 def test_a_command_module_imports_nothing_heavy(name: str) -> None:
     """The package's `__init__` is replaced by an empty module, so that only the command's own imports count."""
     code = (

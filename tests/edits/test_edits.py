@@ -235,8 +235,8 @@ def test_a_field_in_two_places() -> None:
 
 
 @pytest.mark.parametrize("mode", [Mode.SELECTIVE, Mode.IN_PLACE])
-def test_there_by_rows_that_stay_and_back_again_is_outspoken(mode: Mode) -> None:
-    """Rows that were computed under B stay in the cache: going back to A must neither call them exact nor say nothing."""
+def test_going_back_after_rows_that_stay_is_stated(mode: Mode) -> None:
+    """Rows that were computed under B stay in the cache: going back to A must not call them exact, and must state A."""
     notebook = build()
     notebook.edit(status="pending", mode=mode, k=4)
     if mode is Mode.IN_PLACE:
@@ -416,7 +416,7 @@ def _steps(draw: st.DrawFn) -> list[tuple[str, ...]]:
 @given(_steps())
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_program_ends_right_after_a_full_edit(steps: list[tuple[str, ...]]) -> None:
-    """Whatever was done, the books agree with the cache throughout, and a full edit gives a full prefill's cache."""
+    """Whatever was done, the ledger agrees with the cache throughout, and a full edit gives a full prefill's cache."""
     notebook = build()
     marks: list[tuple[Any, list[int]]] = []
     for step in steps:
@@ -454,7 +454,7 @@ def test_any_program_ends_right_after_a_full_edit(steps: list[tuple[str, ...]]) 
 
 
 class TestErrors:
-    """Typed errors that say what to do; after any of them the notebook is as it was."""
+    """Typed errors that say what to do; after any of them the notebook is unchanged."""
 
     def check(self, notebook: Notebook, error: type[Exception], match: str, operation: Any) -> None:
         ids, fields = notebook.ids, notebook.fields

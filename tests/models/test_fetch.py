@@ -28,7 +28,7 @@ REAL_ROUTES = routes()
 
 
 def ignore(*_: Any) -> None:
-    """A progress report that nobody reads."""
+    """A progress report that is ignored."""
 
 
 def make_wheel(folder: Path, content: bytes = b"GGUF other weights") -> Path:

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from conftest import CHATML, tokenizer
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidArgumentError
-from programmable_kv.prompt.chat import Conversation, render_chat
+from programmable_kv.prompt.chat import render_chat
 from programmable_kv.prompt.context import Context, FieldValue
+from programmable_kv.prompt.conversation import Conversation
 from programmable_kv.prompt.parts import Message, Rendered, Text, unmark
 from programmable_kv.prompt.readers import Reader, Turns, Why, check_words, joined, parse_turns, readers_of
+from programmable_kv.prompt.template import ChatTemplate
 from programmable_kv.prompt.turns import TurnSlots, turn_slots
 from programmable_kv.prompt.units import Kind, tokenised
 
@@ -41,9 +43,9 @@ def found(made: Context, *words: str, turns: Turns = Turns.KEEP) -> list[tuple[s
 
 def chat(*messages: tuple[str, str]) -> tuple[Context, Conversation]:
     said = tuple(Message(role, Text(text, ("status",) * ("{status}" in text))) for role, text in messages)
-    rendered = render_chat(TOKENIZER, said, {"status": "shipped"})
+    rendered = render_chat(ChatTemplate(TOKENIZER), said, {"status": "shipped"})
     unit = tokenised(TOKENIZER, rendered, Kind.PREFILL)
-    return Context((unit,), FIELDS), Conversation(TOKENIZER, said, {"status": "shipped"})
+    return Context((unit,), FIELDS), Conversation(ChatTemplate(TOKENIZER), said, {"status": "shipped"})
 
 
 def open_text(made: Context, conversation: Conversation | None) -> str:
@@ -135,7 +137,8 @@ def test_errata_and_skills_in_between_do_not_hide_the_question() -> None:
     made, conversation = chat(("system", "status {status}."), ("user", "hi"))
     erratum = tokenised(TOKENIZER, Rendered("tier is now: x.\n"), Kind.ERRATUM, corrects=(("tier", "x"),))
     skill = replace(tokenised(TOKENIZER, Rendered("dates.\n"), Kind.SKILL), name="dates")
-    added, conversation = conversation.continued([Message("assistant", Text("ok")), Message("user", Text("and now?"))])
+    more = conversation.continued([Message("assistant", Text("ok")), Message("user", Text("and now?"))])
+    added, conversation = more.added, more.conversation
     answer, question = added.split("\n<|im_start|>user")
     units = [tokenised(TOKENIZER, Rendered(text), Kind.TURN) for text in (answer + "\n", "<|im_start|>user" + question)]
     made = made.appended(units[0], erratum, units[1], erratum, skill)
@@ -146,7 +149,8 @@ def test_errata_and_skills_in_between_do_not_hide_the_question() -> None:
 def test_where_text_and_conversation_differ_units_are_what_is_left() -> None:
     """A turn that was cut, or a template that renders earlier messages anew once another follows."""
     made, conversation = chat(("system", "status {status}."), ("user", "hi"))
-    added, conversation = conversation.continued([Message("assistant", Text("ok")), Message("user", Text("and now?"))])
+    more = conversation.continued([Message("assistant", Text("ok")), Message("user", Text("and now?"))])
+    added, conversation = more.added, more.conversation
     other = made.appended(tokenised(TOKENIZER, Rendered("quite another text"), Kind.TURN))
     assert open_text(other, conversation) == "quite another text"
     long = made.appended(tokenised(TOKENIZER, Rendered(f"{added} and more"), Kind.TURN))
@@ -154,7 +158,7 @@ def test_where_text_and_conversation_differ_units_are_what_is_left() -> None:
     short = made.appended(tokenised(TOKENIZER, Rendered("now?<|im_end|>\n"), Kind.TURN))
     assert open_text(short, conversation) == "now?<|im_end|>\n"
     tokenizer_ = _with_template(CHATML.replace("m['content']", "(m['content'] if loop.last else 'gone')"))
-    anew = replace(conversation, tokenizer=tokenizer_)
+    anew = replace(conversation, template=ChatTemplate(tokenizer_))
     assert open_text(made, anew) == "<|im_start|>user\nhi<|im_end|>\n".removeprefix("<|im_start|>user\n")
 
 

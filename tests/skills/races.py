@@ -80,7 +80,7 @@ def killed_after(nbytes: int, run: Callable[[], object]) -> int:
 
 
 def check_whole(folder: Path, skill: Skill, *, there: bool | None) -> None:
-    """The entry can be read or is not there; nobody sees half of it; and the next write clears up."""
+    """The entry can be read or is not there; no reader sees half of it; and the next write clears up."""
     store = SkillStore(folder)
     assert store.damaged() == []
     held = [entry.name for entry in store.entries()]
@@ -167,7 +167,7 @@ def two_writers(folder: Path) -> str:
 
 
 def stopped_writer(folder: Path) -> str:
-    """A process that is stopped in the middle of a write holds nobody up, and what it is writing is not cleared away."""
+    """A process that is stopped in the middle of a write blocks no other, and what it is writing is not cleared away."""
     skill, other = (Skill.compile(MODEL, f"{name}.", name=name) for name in ("short", "other"))
 
     def stop_before_the_manifest() -> None:

@@ -507,7 +507,7 @@ def test_saved_and_loaded_with_skills(tmp_path: Any) -> None:
 
 
 class TestErrors:
-    """Refused, with the notebook as it was."""
+    """Refused, with the notebook unchanged."""
 
     def check(self, error: type[Exception], match: str, operation: Any, notebook: Notebook | None = None) -> None:
         notebook = notebook or build()
@@ -639,7 +639,7 @@ def test_any_composition_keeps_its_books_and_can_be_made_exact(data: st.DataObje
 
 
 def test_a_field_after_a_skill_is_a_field() -> None:
-    """It comes into the books with a piece that is computed after the splice."""
+    """Its place is in a piece that is computed after the splice."""
     model = tiny()
     refunds = Skill.compile(model, REFUNDS, name="refunds")
     notebook = Notebook(model).message(

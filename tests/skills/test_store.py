@@ -1,4 +1,4 @@
-"""The store: what is put in comes out, nothing corrupt is served, processes may die or race, and the limit holds."""
+"""The store: what is put in can be read again, nothing corrupt is served, processes may die or race, and the limit holds."""
 
 from __future__ import annotations
 

@@ -201,8 +201,8 @@ def test_a_store_that_is_too_small_keeps_all_of_them(tmp_path: Path) -> None:
 
 
 def test_a_value_that_was_cut_out_is_remembered_by_its_readers() -> None:
-    """A field leaves with the policy that holds it, and comes back with another value; what was computed under the first is
-    not taken for computed under the second, whatever was spliced in between."""
+    """A field leaves with the policy that holds it, and comes back with another value; what was computed under the first does
+    not count as computed under the second, whatever was spliced in between."""
     model = tiny()
     policy, refunds, _ = together(model)
     notebook = Notebook(model).message("system", "{policy}\n\n{refunds}", policy=policy, refunds=refunds)

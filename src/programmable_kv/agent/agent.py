@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from programmable_kv.account import Account
 from programmable_kv.edits.modes import Mode, parse_mode
@@ -51,6 +52,7 @@ class Agent:
         skills: Sequence[Skill] = (),
         mode: str | Mode | None = None,
         repair: SeamRepair | None = None,
+        fold_system: bool = True,
         **state: str,
     ) -> None:
         """Compose the context. What was compiled before is spliced, only the rest is computed.
@@ -58,22 +60,26 @@ class Agent:
         Args:
             policy: the system message, with a `{field}` placeholder for every name in the state; or a skill, whose own fields
                 are the state.
-            values, state: the fields' values; those of fields that are called `skills`, `mode` or `repair` in `values`.
-            skills: stand after the policy, in this order, each after an empty line.
+            values, state: the fields' values; those of fields that are called `skills`, `mode`, `repair` or `fold_system` in
+                `values`.
+            skills: follow the policy, in this order, each after an empty line.
             mode: how changes of state are made, as in `Notebook.edit`.
             repair: which tokens of each skill are computed again in their place.
+            fold_system: where the chat template has no place for a system message, the policy begins the first user turn.
+                `composed.why` says so.
 
         Raises:
             UnknownFieldError, InvalidValueError, InvalidEditError, FingerprintMismatchError, ContextOverflowError: as
                 `Notebook.message` and `Notebook.prefill`.
             UnverifiedError: there is a skill, and this model's keys cannot be moved.
+            TemplateError: the chat template has no place for the policy.
         """
         pieces = [*([policy] if isinstance(policy, Skill) else []), *skills]
         text = "\n\n".join(
             [*([] if isinstance(policy, Skill) else [policy]), *("{" + skill.name + "}" for skill in pieces)]
         )
         self.mode = None if mode is None else parse_mode(mode)
-        self.notebook = Notebook(model)
+        self.notebook = Notebook(model, fold_system=fold_system)
         self.notebook.message("system", text, **{**(values or {}), **state}, **{skill.name: skill for skill in pieces})
         self.composed = self.notebook.prefill(repair=repair)
         self.turns: list[Turn] = []
@@ -100,7 +106,7 @@ class Agent:
 
         Raises:
             UnknownFieldError, InvalidValueError, InvalidOptionsError, TemplateError, ContextOverflowError: as
-                `Notebook.decide`; the agent is as it was.
+                `Notebook.decide`; the agent is unchanged.
         """
         given = {**(changes or {}), **fields}
         changed = {name: value for name, value in given.items() if self.state.get(name) != value}
@@ -109,9 +115,20 @@ class Agent:
         self.turns.append(turn)
         return turn
 
-    def observe(self, role: str, content: str, /) -> Account:
-        """Append what somebody else said: a tool's result, say."""
-        return self._noted(self.notebook.add(role, content))
+    def observe(
+        self,
+        role: str,
+        content: str | None = None,
+        /,
+        *,
+        tool_calls: Sequence[Mapping[str, Any]] | None = None,
+        tool_call_id: str | None = None,
+        name: str | None = None,
+    ) -> Account:
+        """Append what somebody else wrote: a tool's result, for example. Arguments and errors as `Notebook.add`."""
+        return self._noted(
+            self.notebook.add(role, content, tool_calls=tool_calls, tool_call_id=tool_call_id, name=name)
+        )
 
     def add_skill(self, skill: Skill, /) -> Account:
         """Splice a skill in at the end of the trajectory, from where the next turns read it."""
@@ -127,5 +144,5 @@ class Agent:
 
     @property
     def account(self) -> Account:
-        """Everything that the agent did so far, the composition included. Reuse is no sum: that of the last turn stands."""
+        """The price of everything so far, the composition included. `tokens_reused` is that of the last turn, not a sum."""
         return sum([*self._between, *(turn.account for turn in self.turns)], self.composed)

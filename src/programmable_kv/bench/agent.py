@@ -28,6 +28,7 @@ from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import likeliest, option_ids
 from programmable_kv.prompt.chat import render_chat
 from programmable_kv.prompt.parts import Message, Text
+from programmable_kv.prompt.template import ChatTemplate
 from programmable_kv.records import Record, Recorder, cluster_bootstrap, digest_of
 from programmable_kv.scenarios.grammar import Scenario, other_value
 from programmable_kv.scenarios.held_out import held_out_scenarios_per_domain
@@ -201,7 +202,7 @@ class Rival:
         self.state |= step.changes
         self.messages.append(Message("user", Text(step.request)))
         with engine.meter.measure() as reading:
-            text = render_chat(tokenizer, self.messages, self.state, prompt_for_answer=True).text
+            text = render_chat(ChatTemplate(tokenizer), self.messages, self.state, prompt_for_answer=True).text
             ids = tokenizer.encode(text, add_special_tokens=False)
             if self.cached is None:
                 buffer, kept = engine.new_buffer(len(ids) + 64), 0

@@ -114,7 +114,7 @@ def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
 
 
 def _joined(prefix: KVBuffer, skill: Segment, layout: KVLayout) -> DynamicCache:
-    """The rival: keys rotated from where they stand to 0 and from there to their place, every layer concatenated."""
+    """The rival: keys rotated from their position to 0 and from there to their place, every layer concatenated."""
     cache = DynamicCache()
     offset = torch.full((len(skill),), prefix.length)
     none = torch.zeros(len(skill), dtype=torch.long)

@@ -48,6 +48,8 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self._origins = Origins(self.capacity)
         self._history = History()
         self._tables: Tables | None = None
+        self.foreign_from: int | None = None
+        """the first slot that transformers wrote by itself; whoever owns the buffer sets it to None once that is dealt with"""
         super().__init__(layers=[BufferLayer(self) for _ in layout.layers])
 
     # -- reading -----------------------------------------------------------------------------------------------
@@ -190,6 +192,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
     def note_append(self, start: int, tokens: int) -> None:
         """Positions of rows that transformers appends by itself (its own `generate`): they follow on."""
         if start == self.layers[0].length:
+            self.foreign_from = start if self.foreign_from is None else min(start, self.foreign_from)
             first = self.next_position
             tables = self.require_tables(first + tokens, remaining=self.length)
             self._save(slice(start, start + tokens))
@@ -361,7 +364,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self._set_length(length)
 
     def segment(self, span: Span, ids: Sequence[int]) -> Segment:
-        """A copy of some slots' keys (as they were computed) and values, with the token ids that they are of."""
+        """A copy of some slots' canonical keys and their values, with the token ids."""
         if span.stop > self.length or len(ids) != len(span):
             raise CacheBufferError(f"cannot take {len(ids)} tokens from slots [{span.start}, {span.stop})")
         slots = slice(span.start, span.stop)
@@ -388,7 +391,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
 
     def mark(self) -> Mark:
         """Remember this state. Until it is released or rolled back, overwritten rows are kept aside."""
-        return self._history.mark(self.length, self.tables)
+        return self._history.mark(self.length, self.tables, self.foreign_from)
 
     def rollback(self, mark: Mark) -> None:
         """Return to a mark, dropping it and every later one. Costs what was overwritten since."""
@@ -396,7 +399,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
         for rows in self._history.since(mark):
             self._restore(rows)
         self._set_length(mark.length)
-        self._tables = mark.tables
+        self._tables, self.foreign_from = mark.tables, mark.foreign_from
         self._drop(mark)
 
     def release(self, mark: Mark) -> None:

@@ -20,6 +20,8 @@ class Mark:
     logged: int
     tables: Tables | None
     """the frequency tables that the rows were computed with; None if there were no rows"""
+    foreign_from: int | None = None
+    """the first slot that transformers wrote by itself; None if it wrote none"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,8 @@ class History:
         """The content of slots below this one may still be asked for."""
         return max((mark.length for mark in self._marks), default=0)
 
-    def mark(self, length: int, tables: Tables | None) -> Mark:
-        mark = Mark(length, len(self._log), tables)
+    def mark(self, length: int, tables: Tables | None, foreign_from: int | None = None) -> Mark:
+        mark = Mark(length, len(self._log), tables, foreign_from)
         self._marks.append(mark)
         return mark
 

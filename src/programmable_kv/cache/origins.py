@@ -75,7 +75,7 @@ class Origins:
         self._sources[slots] = _NONE
 
     def canonical(self, layer: int, slots: Slots, standing: torch.Tensor) -> torch.Tensor:
-        """A layer's keys in some slots as they were computed: a copy of `standing` [B, H, n, D], those in the buffer."""
+        """A layer's canonical keys in some slots: a copy of `standing` [B, H, n, D], those in the buffer."""
         keys = standing.clone()
         sources, rows = self._sources[slots], self._rows[slots]
         own = self.moved(slots) & (sources == _NONE)

@@ -1,4 +1,4 @@
-"""Rows: tokens to compute, each with the slot it goes to and the position it stands at; and in which forwards."""
+"""Rows: tokens to compute, each with its slot and its position; and in which forwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from programmable_kv.errors import InvalidArgumentError
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Tokens to compute: ids, the slots they go to and the positions they stand at, all ascending.
+    """Tokens to compute: ids, their slots and their positions, all ascending.
 
     Raises:
         InvalidArgumentError: there is not one entry of each for each row, or slots do not ascend.

@@ -29,7 +29,7 @@ def load(model: str, *, dtype: str = "float32", device: str | None = None) -> Mo
     """The model that a command measures (see `load_model`).
 
     Raises:
-        MissingExtraError: the summary's intervals need `[lab]`: told before hours of measuring, not after.
+        MissingExtraError: the summary's intervals need `[lab]`: checked before hours of measuring, not after.
     """
     require_extra("lab", "scipy", "statsmodels")
     return load_for_command(model, dtype=dtype, device=device)

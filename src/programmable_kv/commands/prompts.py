@@ -14,7 +14,6 @@ import typer
 from programmable_kv.commands.common import (
     ModelOption,
     decoded,
-    err,
     listed,
     load,
     out,
@@ -190,8 +189,8 @@ def _cached(model: Model, text: str, fields: dict[str, str], ask: str, *, raw: b
         notebook.text(text, **fields).text(f"\n{ask}\n")
     else:
         notebook.message("system", text.strip(), **fields).message("user", ask)
-    with err.status("Prefilling ..."):
-        notebook.prefill()
+    with progress("Prefilling", 1) as report:
+        notebook.prefill(progress=report)
     return notebook
 
 

@@ -82,12 +82,13 @@ def apply(
         try:
             ledger, touched, output = _carried_out(plan, engine, buffer, ledger, layout, then, logits, progress)
             _require_fitting_frequencies(plan, engine, buffer)
+            # Before the mark is released: an interrupt while this is worked out undoes the plan as well.
+            reused = len(plan.after) - _covered(touched)
+            state = ledger.weakest(plan.after.values, plan.after.first_places)
         except BaseException:
             buffer.rollback(mark)
             raise
         buffer.release(mark)
-    reused = len(plan.after) - _covered(touched)
-    state = ledger.weakest(plan.after.values, plan.after.first_places)
     account = reading.account.of(
         operation=plan.operation,
         tokens_reused=reused,

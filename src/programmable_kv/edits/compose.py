@@ -1,7 +1,7 @@
 """Planning a composition: skills spliced in, parts cut out, moved and exchanged, turns appended.
 
 What follows a change is relocated, so positions stay truthful, and keeps what it concluded before: the ledger says so. Later
-turns are computed on the context that stands then.
+turns are computed on the context as it is then.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def plan_edit(
     if exact.tokens_computed > plan.tokens_computed:
         return plan
     why = f"recomputing all that follows takes {exact.tokens_computed} tokens, {DEFAULT_MODE} {plan.tokens_computed}"
-    return exact.because(f"{why}, and is exact")
+    return exact.because(f"{why}, and leaves no token that has read another value")
 
 
 def _planned(context: Context, ledger: Ledger, changes: Mapping[str, str], mode: Mode, tools: EditTools) -> Plan:
@@ -149,8 +149,9 @@ class _Draft:
             if not replacement.growth:
                 continue
             target = replacement.old.start + len(replacement.new)
-            if replacement.old.stop == length:
+            if replacement.old.stop == length:  # nothing stands behind it, or what did was dropped to be computed
                 self.step(Truncate(replacement.old.start))
+                length = replacement.old.start
             else:
                 self.step(Shift(replacement.old.stop, target))
                 tail = length - replacement.old.stop

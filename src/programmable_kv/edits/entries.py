@@ -41,7 +41,7 @@ def computed(ledger: Ledger, after: Context, computes: Iterable[Compute]) -> Led
 def compiled_run(skill: Skill, ledger: Ledger, at: int) -> Run:
     """A skill that goes into slot `at`, as a run.
 
-    Where just the tokens stand that it read while it was compiled, it is as if it had been computed here.
+    Right behind exactly the tokens that it read while it was compiled, it counts as computed here.
     """
     tokens = skill.packed
     statements = tuple((place.tokens.start, place.name, skill.values[place.name]) for place in skill.unit.places)

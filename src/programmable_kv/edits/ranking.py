@@ -1,6 +1,6 @@
 """Which later tokens carry the notes that matter: strategies for the `selective` mode.
 
-A ranking sees the cache as it was before the edit and says, for every slot, how much refreshing it should help.
+A ranking sees the cache before the edit and gives, for every slot, how much refreshing it should help.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What every cached token has read, and what it is worth since. No tensors, no tokenizer, no model."""
+"""What every cached token has read, and its state since. No tensors, no tokenizer, no model."""

@@ -1,7 +1,7 @@
-"""The ledger of a cached context: its runs in slot order, what each has read, and what it is therefore worth.
+"""The ledger of a cached context: its runs in slot order, what each has read, and the state that follows.
 
 A ledger is immutable. Its operations mirror those of the cache buffer (`truncated`, `shifted`, `inserted`, `exchanged`,
-`computed`), and a plan is carried out on both, step by step. Everything else follows: a run is exact if the tokens that stand
+`computed`), and a plan is carried out on both, step by step. Everything else follows: a run is exact if the tokens
 before it are those it was computed behind, and those were exact then. So a value that changes and changes back leaves its
 readers exact, and nothing is marked by hand.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 
 from programmable_kv.cache.span import Span
 from programmable_kv.ledger.run import Origin, Run
@@ -43,7 +43,7 @@ class Stretch:
 
 @dataclass(slots=True)
 class _Standing:
-    """What stands before each run now, filled from the left as far as somebody asked."""
+    """What is before each run now, filled from the left as far as it was asked for."""
 
     versions: list[Version] = field(default_factory=lambda: [NOTHING])
     states: list[TokenState] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Ledger:
 
     def __init__(self, runs: Iterable[Run] = ()) -> None:
         self.runs: tuple[Run, ...] = tuple(run for run in runs if run.tokens)
-        self._ends: list[int] = list(accumulate(len(run) for run in self.runs))
+        self._ends: list[int] = list(accumulate(map(len, self.runs)))
         self._standing = _Standing()
 
     def __len__(self) -> int:
@@ -112,18 +112,22 @@ class Ledger:
             (*self.runs[:index], *self.runs[index].split(slot - begins), *self.runs[index + 1 :]), index
         ), index + 1
 
-    def _with(self, runs: Sequence[Run], unchanged: int) -> Ledger:
+    def _with(self, runs: tuple[Run, ...], unchanged: int) -> Ledger:
         """Other runs; the first `unchanged` of them are this ledger's, so what is known of them is kept."""
-        ledger = Ledger(runs)
+        ledger = Ledger()
+        ledger.runs = runs if all(run.tokens for run in runs[unchanged:]) else tuple(run for run in runs if run.tokens)
+        ends, begins = self._ends[:unchanged], self._ends[unchanged - 1] if unchanged else 0
+        ledger._ends = [*ends, *islice(accumulate(map(len, ledger.runs[unchanged:]), initial=begins), 1, None)]
         known = self._standing
         ledger._standing = _Standing(known.versions[: unchanged + 1], known.states[:unchanged])
         return ledger
 
-    # -- what each run is worth -----------------------------------------------------------------------------------
+    # -- the state of each run -----------------------------------------------------------------------------------
 
     def version_at(self, index: int) -> Version:
-        """What stands before run `index` now; the whole context for the number of runs."""
+        """What is before run `index` now; the whole context for the number of runs."""
         known = self._standing
+        held: Seen | None = None  # what was merged last: it is among what later tokens have read, so it is not compared
         while len(known.versions) <= index:
             number = len(known.versions) - 1
             before, run = known.versions[number], self.runs[number]
@@ -133,14 +137,18 @@ class Ledger:
                 Version(
                     before.content.extended(run.tokens),
                     before.exact and known.states[-1].exact,
-                    with_statements(merged(before.seen, run.version.seen), run.statements),
+                    with_statements(
+                        before.seen if run.version.seen is held else merged(before.seen, run.version.seen),
+                        run.statements,
+                    ),
                     before.preface or unknown_preface or (run.origin is not Origin.COMPILED and run.version.preface),
                 )
             )
+            held = run.version.seen
         return known.versions[index]
 
     def _state(self, index: int, run: Run, before: Version) -> TokenState:
-        """What a run is worth, as far as the tokens before it go (not the values of fields that an erratum corrects)."""
+        """The state of a run by the tokens before it (not by the values of fields, which an erratum corrects)."""
         if run.version.content.same(before.content):
             if run.version.exact:
                 return TokenState.REPAIRED if run.origin is Origin.REPAIRED else TokenState.EXACT
@@ -181,19 +189,35 @@ class Ledger:
                 was computed after the edit.
             places: where each field can first be read, ascending by slot.
         """
+        begins = 0
+        for stop, state in self._borders(fields, places):
+            yield Stretch(Span(begins, stop), state)
+            begins = stop
+
+    def weakest(self, fields: Mapping[str, str], places: Sequence[Place]) -> TokenState:
+        """The state of all tokens taken together. Arguments as `stretches`."""
+        found: set[TokenState] = set()
+        for _, state in self._borders(fields, places):
+            found.add(state)
+            if state is TokenState.STALE:  # nothing is weaker
+                break
+        return weakest(found)
+
+    def _borders(self, fields: Mapping[str, str], places: Sequence[Place]) -> Iterator[tuple[int, TokenState]]:
+        """(stop, state) of consecutive slots of one state. Arguments as `stretches`."""
         self.version_at(len(self.runs))
         borders = sorted({slot for slot, _ in places})
         worth: dict[tuple[int, int], TokenState] = {}
         begins = 0
-        for index, run in enumerate(self.runs):
-            ends = self._ends[index]
-            state = self._standing.states[index]
-            cuts = {begins, *(begins + offset for offset, _, _ in run.statements if offset < len(run))}
+        for state, run, ends in zip(self._standing.states, self.runs, self._ends, strict=True):
+            seen = run.version.seen
             low, high = bisect_right(borders, begins), bisect_right(borders, ends - 1)
-            cuts.update(borders[low:high])
-            edges = [*sorted(cuts), ends]
+            edges = [begins, ends]
+            if run.statements or low != high:
+                edges = sorted(
+                    {begins, ends, *(begins + offset for offset, _, _ in run.statements), *borders[low:high]}
+                )
             for start, stop in pairwise(edges):
-                seen = run.version.seen
                 held = [statement for statement in run.statements if statement[0] <= start - begins]
                 if held:
                     by_values = _by_values(with_statements(seen, held), fields, places, start)
@@ -204,15 +228,11 @@ class Ledger:
                     by_values = worth[key]
                 # A refreshed token reads the old value by way of its neighbours: that is what its state says already.
                 told = state is TokenState.REFRESHED and by_values is TokenState.AFTER_EDIT
-                yield Stretch(Span(start, stop), state if told else weakest((state, by_values)))
+                yield stop, state if told or by_values.rank < state.rank else by_values
             begins = ends
 
-    def weakest(self, fields: Mapping[str, str], places: Sequence[Place]) -> TokenState:
-        """The state of all tokens taken together. Arguments as `stretches`."""
-        return weakest(stretch.state for stretch in self.stretches(fields, places))
-
     def first_inexact(self, start: int) -> int:
-        """The first slot from `start` on that is not exact for the text that stands; the end if there is none."""
+        """The first slot from `start` on that is not exact for the current text; the end if there is none."""
         self.version_at(len(self.runs))
         for index in range(bisect_right(self._ends, start), len(self.runs)):
             if not self._standing.states[index].exact:
@@ -247,7 +267,7 @@ class Ledger:
         return run.version.seen.get(name, frozenset()) | held
 
     def written_before(self, slot: int) -> Seen:
-        """The values that stand in the text before `slot`, whatever later tokens have noted of others."""
+        """The values that are written in the text before `slot`, whatever later tokens have noted of others."""
         ledger, index = self._cut_at(slot)
         return with_statements({}, [statement for run in ledger.runs[:index] for statement in run.statements])
 
@@ -258,7 +278,7 @@ class Ledger:
 
 
 def _by_values(seen: Seen, fields: Mapping[str, str], places: Sequence[Place], slot: int) -> TokenState:
-    """What a token at `slot` is worth, as far as the values go that it has read."""
+    """The state of a token at `slot` by the values that it has read."""
     state = TokenState.EXACT
     for place, name in places:
         if place > slot:

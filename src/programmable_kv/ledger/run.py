@@ -9,7 +9,7 @@ from programmable_kv.ledger.version import TOKEN_BYTES, Content, Statement, Vers
 
 
 class Origin(StrEnum):
-    """How a run's keys and values came to stand here."""
+    """How a run's keys and values got here."""
 
     COMPUTED = "computed"
     """appended, or computed again with everything after it"""
@@ -29,7 +29,7 @@ class Run:
 
     tokens: bytes
     version: Version
-    """what stood before its first token when it was computed"""
+    """what was before its first token when it was computed"""
     statements: tuple[Statement, ...] = ()
     """ascending by offset"""
     origin: Origin = Origin.COMPUTED

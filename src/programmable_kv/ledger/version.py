@@ -1,6 +1,6 @@
-"""What stood before some tokens when they were computed: the thing that a run has read.
+"""What was before some tokens when they were computed: what a run has read.
 
-A version is immutable and shared. It says which tokens stood there (a digest), whether all of them were exact, and every
+A version is immutable and shared. It records which tokens were there (a digest), whether all of them were exact, and every
 value of each field that could have reached a reader: those that were written, those that an erratum stated, and those that
 earlier tokens had read and noted.
 """
@@ -27,19 +27,26 @@ class Content:
     compared, and extending it gives a content that equals nothing.
     """
 
-    __slots__ = ("_hasher", "digest", "length")
+    __slots__ = ("_digest", "_hasher", "length")
 
     def __init__(self, hasher: hashlib.blake2b | None, digest: bytes | None, length: int) -> None:
-        self._hasher, self.digest, self.length = hasher, digest, length
+        self._hasher, self._digest, self.length = hasher, digest, length
 
     @classmethod
     def of(cls, tokens: bytes = b"") -> Content:
         hasher = hashlib.blake2b(tokens, digest_size=_DIGEST_BYTES)
-        return cls(hasher, hasher.digest(), len(tokens) // TOKEN_BYTES)
+        return cls(hasher, None, len(tokens) // TOKEN_BYTES)
 
     @classmethod
     def saved(cls, digest: bytes | None, length: int) -> Content:
         return cls(None, digest, length)
+
+    @property
+    def digest(self) -> bytes | None:
+        """16 bytes, made when it is first asked for; None where the tokens are not known."""
+        if self._digest is None and self._hasher is not None:
+            self._digest = self._hasher.digest()
+        return self._digest
 
     def extended(self, tokens: bytes) -> Content:
         """These tokens and `tokens` after them."""
@@ -50,18 +57,18 @@ class Content:
             return Content(None, None, length)
         hasher = self._hasher.copy()
         hasher.update(tokens)
-        return Content(hasher, hasher.digest(), length)
+        return Content(hasher, None, length)
 
     def same(self, other: Content) -> bool:
         """Whether both are known to be the same tokens."""
         return self is other or (
-            self.digest is not None and self.digest == other.digest and self.length == other.length
+            self.length == other.length and self.digest is not None and self.digest == other.digest
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Version:
-    """What stood before a token when it was computed."""
+    """What was before a token when it was computed."""
 
     content: Content
     exact: bool = True
@@ -71,12 +78,12 @@ class Version:
     """whether some of it had read a preface that is not in the context, so that what it knows of a field is unknown"""
 
     def after(self, tokens: bytes, statements: Iterable[Statement]) -> Version:
-        """What stands before the tokens that were computed right after `tokens`, in the same go."""
+        """What is before the tokens that were computed right after `tokens`, in the same forward."""
         return Version(self.content.extended(tokens), self.exact, with_statements(self.seen, statements), self.preface)
 
 
 NOTHING = Version(Content.of())
-"""what stands before a context's first token"""
+"""what is before a context's first token"""
 
 
 def merged(seen: Seen, more: Seen) -> Seen:

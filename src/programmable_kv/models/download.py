@@ -81,7 +81,7 @@ def download(requirement: str, folder: Path, report: Callable[[int], None], *, i
         instead: what to do when no route works; ends the error's message.
 
     Raises:
-        ModelUnavailableError: no route works; with what each of them said.
+        ModelUnavailableError: no route works; with the last line of each of them.
         OSError: the disk is full.
     """
     failures: list[str] = []
@@ -146,4 +146,4 @@ def _nbytes(folder: Path) -> int:
 def _last_line(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip() and "WARNING" not in line]
     errors = [line for line in lines if line.lower().startswith("error")]
-    return (errors or lines or ["it said nothing"])[-1]
+    return (errors or lines or ["no output"])[-1]

@@ -134,7 +134,7 @@ def _progress() -> Iterator[Callable[[str, int | None], None]]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed set-up left behind, a day later: nobody is still working on it then."""
+    """Remove what a killed set-up left behind, a day later: no set-up takes that long."""
     for path in folder.glob(f"{_PARTIAL}*"):
         if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
             shutil.rmtree(path, ignore_errors=True)

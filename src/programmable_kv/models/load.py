@@ -105,6 +105,27 @@ def load_model(
     return Model(str(name), tokenizer, engine, known)
 
 
+def load_tokenizer(name: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Any:
+    """The tokenizer of a model alone, found as `load_model` finds it.
+
+    Raises:
+        ModelUnavailableError: it could not be had.
+    """
+    from transformers import AutoTokenizer
+
+    source = find_source(name, revision=revision)
+    given = {"revision": revision, "token": token, "gguf_file": source.gguf_file}
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(
+                source.place, **{key: value for key, value in given.items() if value is not None}
+            )
+    except Exception as error:  # as in `_pretrained`
+        raise ModelUnavailableError(
+            f"could not load the tokenizer of '{name}': {_first_line(error)} Check the name, the files and the network."
+        ) from error
+
+
 def wrap_model(model: Any, tokenizer: Any, *, name: str = "custom") -> Model:
     """A `Model` from a transformers model and its fast tokenizer that are loaded already.
 
@@ -128,7 +149,7 @@ def _pretrained(name: str, source: Source, shared: dict[str, Any], arguments: di
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(source.place, **shared, **arguments)
             tokenizer = AutoTokenizer.from_pretrained(source.place, **shared)
-    # Damaged files and foreign code raise whatever their readers raise; to the caller each of them says the same.
+    # Damaged files and a model's own code raise errors of any type; the caller gets one type for them.
     except Exception as error:
         hint = "Check the name, the files and the network."
         if "trust_remote_code" in str(error):

@@ -15,10 +15,11 @@ from programmable_kv.edits.modes import Mode
 from programmable_kv.edits.plan import Plan
 from programmable_kv.edits.seam import SeamRepair
 from programmable_kv.engine import Rows
-from programmable_kv.errors import InvalidArgumentError, InvalidEditError, OutOfStepError, TemplateError
+from programmable_kv.errors import InvalidArgumentError, InvalidEditError, OutOfStepError
 from programmable_kv.notebook.decision import Decision, best_of, option_ids, score
 from programmable_kv.notebook.state import State
-from programmable_kv.prompt.chat import Conversation, answer_end
+from programmable_kv.prompt.chat import answer_end, thought_closed
+from programmable_kv.prompt.conversation import Conversation
 from programmable_kv.prompt.parts import Message, Rendered, Text
 from programmable_kv.prompt.units import Kind, Unit, tokenised
 from programmable_kv.prompt.values import check_no_markers
@@ -105,6 +106,11 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
     with notebook._transaction():
         with meter.measure() as reading:
             prompt = asked(notebook, question.prompt, think=question.think)
+            closed = thought_closed(prompt) if notebook._state.conversation is not None else prompt
+            thoughts = (
+                "" if closed == prompt else "the thought that the chat template opens was closed before the decision"
+            )
+            prompt = closed
             turn = tokenised(tokenizer, Rendered(prompt), Kind.TURN)
             answered = _ask(notebook, turn.ids, change.plan(notebook))
             logits = answered.logits
@@ -119,14 +125,17 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
             buffer.truncate(len(notebook) + (len(turn) if question.keep else 0))
             if answered.reread is not None:
                 buffer.rollback(answered.reread)
+            kept = ""
             if question.keep:
                 said = question.prompt
                 if said is not None and question.think:
                     said = _with_instruction(said)
-                _keep(notebook, turn, said, f"{thought} {choice}" if question.think else choice)
+                kept = _keep(notebook, turn, said, f"{thought} {choice}" if question.think else choice)
     log_probabilities = dict(zip(question.options, scores, strict=True))
     weights = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=0).tolist()
-    account = notebook._booked(reading.account.of(operation="decide", **answered.known))
+    known = {**answered.known, **({"exactness": notebook._state.weakest} if question.keep else {})}
+    why = "; ".join(filter(None, (known.pop("why", ""), thoughts, kept)))
+    account = notebook._booked(reading.account.of(operation="decide", why=why, **known))
     return Decision(
         choice,
         dict(zip(question.options, weights, strict=True)),
@@ -152,7 +161,7 @@ def asked(notebook: Notebook, prompt: str | None, *, think: bool) -> str:
     if conversation is None:
         return prompt or ""
     more = [Message("user", Text(prompt))] if prompt is not None else []
-    return conversation.continued(more, prompt_for_answer=True)[0]
+    return conversation.continued(more, prompt_for_answer=True).added
 
 
 def stream(notebook: Notebook, prompt: str | None, asked: str, sampling: Sampling, *, keep: bool) -> Iterator[str]:
@@ -167,7 +176,6 @@ def stream(notebook: Notebook, prompt: str | None, asked: str, sampling: Samplin
     answer = ""
     decoder = DecodeStream(skip_special_tokens=True)
     total = Account()
-    complete = False
     try:
         for token, account in _drawn(notebook, turn, sampling):
             total = total + account
@@ -178,13 +186,15 @@ def stream(notebook: Notebook, prompt: str | None, asked: str, sampling: Samplin
                 yield piece
             if not buffer.holds(mark):
                 raise OutOfStepError("the notebook was rolled back while this stream was open: it ends here")
-        complete = True
+        if keep:
+            notebook._stream_open = False
+            total = total + _kept(notebook, state, turn, prompt, said, answer)
+            buffer.release(mark)
     finally:
         notebook._stream_open = False
-        if not (complete and keep) and buffer.holds(mark):
+        if buffer.holds(mark):  # not to be kept, or not kept whole
             buffer.rollback(mark)
-    if keep:
-        total = total + _kept(notebook, state, mark, turn, prompt, said, answer)
+            notebook._state = state
     notebook._booked(
         total.of(operation="generate", tokens_reused=len(state.context), exactness=notebook._state.weakest)
     )
@@ -209,51 +219,40 @@ def _drawn(notebook: Notebook, turn: Unit, sampling: Sampling) -> Iterator[tuple
         first = Account()
 
 
-def _kept(
-    notebook: Notebook, state: State, mark: Mark, turn: Unit, prompt: str | None, said: list[int], answer: str
-) -> Account:
-    """Let a streamed answer and its prompt become turns: both or neither. Tokens that are cached already are not computed."""
+def _kept(notebook: Notebook, state: State, turn: Unit, prompt: str | None, said: list[int], answer: str) -> Account:
+    """Let a streamed answer and its prompt become turns. Tokens that are cached already are not computed.
+
+    Returns what computing the rest cost, and (in `why`) how the text differs from a fresh rendering. If it raises, the caller
+    has to return to the state of before.
+    """
     buffer = notebook.cache
     cached = said[: buffer.length - len(state.context) - len(turn)]
     with buffer.meter.measure() as reading:
-        try:
-            whole, conversation = _whole(state.conversation, turn, prompt, answer)
-            if whole is None:  # the template renders an answer in another way than it asks for one
-                buffer.truncate(len(state.context))
-                if prompt is not None:
-                    notebook._append_turn("user", prompt)
-                notebook._append_turn("assistant", answer)
-            else:
-                _adopt(notebook, turn, whole, cached, conversation)
-        except BaseException:
-            buffer.rollback(mark)
-            notebook._state = state
-            raise
-        buffer.release(mark)
-    return reading.account
+        whole, conversation, why = _whole(state.conversation, turn, prompt, answer, space=False)
+        _adopt(notebook, turn, whole, cached, conversation)
+    return reading.account.of(why=why)
 
 
-def _keep(notebook: Notebook, turn: Unit, prompt: str | None, answer: str) -> None:
-    """Let a prompt, which is computed already, and the answer to it become turns."""
-    whole, conversation = _whole(notebook._state.conversation, turn, prompt, answer)
-    if whole is None:
-        raise TemplateError(
-            "the chat template renders an answer in another way than it asks for one, so the prompt cannot stay in the cache. "
-            "Decide without keep, and add both turns."
-        )
+def _keep(notebook: Notebook, turn: Unit, prompt: str | None, answer: str) -> str:
+    """Let a prompt, which is computed already, and the answer to it become turns; how the text differs from a fresh one."""
+    whole, conversation, why = _whole(notebook._state.conversation, turn, prompt, answer, space=True)
     _adopt(notebook, turn, whole, [], conversation)
+    return why
 
 
 def _whole(
-    conversation: Conversation | None, turn: Unit, prompt: str | None, answer: str
-) -> tuple[str | None, Conversation | None]:
-    """What follows a prompt's own text once it is answered, and the conversation then; no text if the prompt changes by it."""
+    conversation: Conversation | None, turn: Unit, prompt: str | None, answer: str, *, space: bool
+) -> tuple[str, Conversation | None, str]:
+    """What follows a prompt's own text once it is answered, the conversation then, and how it differs from a fresh text.
+
+    `space`: put one before an answer that stays as computed.
+    """
     if conversation is None:
-        space = "" if not turn.text or turn.text[-1].isspace() else " "
-        return space + answer, None
+        between = "" if not turn.text or turn.text[-1].isspace() else " "
+        return between + answer, None, ""
     more = [Message("user", Text(prompt))] if prompt is not None else []
-    added, continued = conversation.continued([*more, Message("assistant", Text(answer))])
-    return (added[len(turn.text) :] if added.startswith(turn.text) else None), continued
+    answered = conversation.answered(turn.text, more, answer, space=space)
+    return answered.added, answered.conversation, answered.why
 
 
 def _adopt(

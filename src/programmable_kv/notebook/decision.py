@@ -45,7 +45,7 @@ class Decision:
 def option_ids(tokenizer: Any, prompt_end: str, options: Sequence[str], end_id: int | None) -> list[list[int]]:
     """The tokens of each option in the form that the prompt's end calls for.
 
-    After white space (a chat template's header) an option stands as it is; after a word or colon it takes a space. Its
+    After white space (a chat template's header) an option is unchanged; after a word or colon it takes a space. Its
     tokens are those that the prompt's last characters and the option give together, so that a tokenizer's word
     marker is right. Where one option's tokens begin another's, all options are closed with the end-of-turn token:
     without it the shorter one could never lose.
@@ -111,7 +111,7 @@ def likeliest(engine: Engine, buffer: KVBuffer, first_logits: torch.Tensor, opti
 def score(
     engine: Engine, buffer: KVBuffer, first_logits: torch.Tensor, options: Sequence[Sequence[int]]
 ) -> list[float]:
-    """Log-probability of each option's tokens after the buffer. The buffer is left as it was.
+    """Log-probability of each option's tokens after the buffer. The buffer is unchanged.
 
     `first_logits`: [1, vocabulary], of the row that the first token follows. Options with a shared beginning share its
     computation: it is computed once and truncated back to.

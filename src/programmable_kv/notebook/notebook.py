@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from programmable_kv.account import Account
 from programmable_kv.cache.buffer import KVBuffer
@@ -32,15 +32,17 @@ from programmable_kv.models.load import Model
 from programmable_kv.notebook import asking
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.plans import Plans
+from programmable_kv.notebook.requests import checked_options, checked_tools, declared, message_of
 from programmable_kv.notebook.state import NotebookMark, Part, State
-from programmable_kv.prompt.chat import Conversation
 from programmable_kv.prompt.context import Context, FieldValue
+from programmable_kv.prompt.conversation import Conversation
 from programmable_kv.prompt.parts import Message, Rendered, Text
 from programmable_kv.prompt.prompt import Prompt
 from programmable_kv.prompt.readers import Reader, Turns, check_words, parse_turns, readers_of
+from programmable_kv.prompt.template import ChatTemplate
 from programmable_kv.prompt.turns import turn_slots
 from programmable_kv.prompt.units import Kind, tokenised
-from programmable_kv.prompt.values import check_no_markers, check_role, check_template
+from programmable_kv.prompt.values import check_template
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
 from programmable_kv.skills.skill import Skill, skills_among
 from programmable_kv.states import TokenState
@@ -58,21 +60,41 @@ class Notebook:
     """
 
     def __init__(
-        self, model: Model, *, erratum_template: str = DEFAULT_TEMPLATE, ranking: Ranking | None = None
+        self,
+        model: Model,
+        *,
+        erratum_template: str = DEFAULT_TEMPLATE,
+        ranking: Ranking | None = None,
+        fold_system: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
             erratum_template: one line with `{name}` and `{value}`, by which an edit states a new value.
             ranking: which later tokens a `selective` edit computes again; by attention when None.
+            fold_system: put a leading system message at the beginning of the first user turn if the chat template has no place
+                for one (Gemma, Mistral). Other templates are not affected.
+            tools: for the chat template, as OpenAI's API takes them.
+            template_kwargs: other variables of the chat template, such as `enable_thinking` or `date_string`.
 
         Raises:
-            InvalidValueError: the template is not one.
+            InvalidValueError: the erratum template is not one; tools or variables are no plain data.
         """
         check_template(erratum_template)
         self.model = model
         self.erratum_template = erratum_template
         self.ranking = ranking or AttentionInfluence()
-        self.prompt = Prompt(model.tokenizer, erratum_template)
+        self.prompt = Prompt(
+            model.tokenizer,
+            erratum_template,
+            ChatTemplate(
+                model.tokenizer,
+                checked_tools(tools, model.tokenizer),
+                checked_options(template_kwargs, model.tokenizer),
+                fold_system=fold_system,
+            ),
+        )
         self._skills: dict[str, Skill] = {}
         self._mentions: dict[str, tuple[str, ...]] = {}
         """field -> what else a line says when it speaks of it"""
@@ -84,6 +106,46 @@ class Notebook:
         """what the latest operation cost"""
 
     # -- building ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_messages(
+        cls,
+        model: Model,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        fields: Mapping[str, str | Skill] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Self:
+        """A notebook from a request in the shape that chat clients send (OpenAI's). It is not prefilled yet.
+
+        `content` may be None or a list of text parts; `tool_calls`, `tool_call_id`, `name` and `reasoning_content` go to the
+        chat template.
+
+        Args:
+            fields: `{name}` is a field in every content, in the tools' texts, and in strings of `template_kwargs`: with
+                `template_kwargs={"date_string": "{today}"}` the date that a template writes is the field `today`.
+            tools, template_kwargs, options: as in `Notebook`.
+
+        Raises:
+            UnknownFieldError: a field has no placeholder anywhere.
+            InvalidValueError: a message, a tool, a name or a value is not plain data.
+            FingerprintMismatchError: another model compiled a skill.
+        """
+        notebook = cls(model, tools=tools, template_kwargs=template_kwargs, **options)
+        prompt, given = notebook.prompt, fields or {}
+        asked = [message_of(each, model.tokenizer) for each in messages]
+        texts = tuple(name for name, value in given.items() if not isinstance(value, Skill))
+        prompt.template = replace(prompt.template, fields=texts)
+        elsewhere = prompt.template.placeholders
+        here = declared(asked, elsewhere, given)
+        for name in sorted(elsewhere):
+            prompt._declare("{" + name + "}", {name: str(given[name])}, {})
+        for message, own in zip(asked, here, strict=True):
+            notebook.message(message.role, message.content.template, **own)
+            prompt.messages = (*prompt.messages[:-1], replace(prompt.messages[-1], extra=message.extra))
+        return notebook
 
     def message(self, role: str, content: str, /, **fields: str | Skill) -> Self:
         """Add a chat message. `{name}` in `content` is a field for every name given here or declared before.
@@ -190,12 +252,17 @@ class Notebook:
             state = State(plan.after, applied.ledger)
             total = total + applied.account
         self._buffer = buffer
-        self._state = replace(state, conversation=self.prompt.conversation())
-        return self._booked(total.of(operation="prefill", tokens_reused=0))
+        conversation = self.prompt.conversation()
+        self._state = replace(state, conversation=conversation)
+        why = conversation.remarks if conversation is not None else ""
+        return self._booked(total.of(operation="prefill", tokens_reused=0, why=why))
 
     def rendered(self) -> Rendered:
-        """The prompt as written, as the model will read it at prefill, with the characters of every field."""
-        return self.prompt.rendered()
+        """The prompt as written, as the model will read it at prefill, with the characters of every field.
+
+        A notebook that was loaded has no prompt: of it, the text that is cached.
+        """
+        return self._state.context.rendered if self.prompt.empty else self.prompt.rendered()
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -203,7 +270,7 @@ class Notebook:
     def cache(self) -> KVBuffer:
         """The cache itself, a transformers `Cache`: `transformers_model.generate(ids, past_key_values=notebook.cache)`.
 
-        What transformers appends to it by itself, the notebook does not know of: wrap such calls in `mark` and `rollback`.
+        The notebook does not know what transformers appends to it by itself: wrap such calls in `mark` and `rollback`.
         """
         if self._buffer is None:
             raise NotPrefilledError("the context has not been computed yet: call .prefill() first")
@@ -243,7 +310,7 @@ class Notebook:
 
     @property
     def states(self) -> list[TokenState]:
-        """What every cached token is worth."""
+        """The state of every cached token."""
         _ = self.cache
         return self._state.token_states()
 
@@ -310,10 +377,10 @@ class Notebook:
         return self._carry_out(self.plan.edit(changes, mode=mode, k=k, turns=turns, **fields))
 
     def rebase(self, *, limit: int | None = None) -> Account:
-        """Fold errata back: write what they state where the fields stand, drop the lines, and recompute what this touches.
+        """Fold errata back: write their values into the fields' places, drop the lines, and recompute from there.
 
         Args:
-            limit: compute at most so many tokens: as many fields, from the last one backwards, as this allows.
+            limit: compute at most so many tokens; as many fields are folded, from the last one backwards, as this allows.
 
         Raises:
             ContextOverflowError: the new text does not fit.
@@ -366,35 +433,49 @@ class Notebook:
     def recompute(self, start: int | Part | None = None) -> Account:
         """Compute everything from a slot (or part) on again, on what precedes it; from the first inexact token when None.
 
-        From the context's first inexact token on, it makes all of it exact for the text that stands. (A value that is
-        stated by an erratum only stays stated by an erratum: `rebase` writes it.)
+        From the context's first inexact token on, this makes all of it exact for the current text. (A value that only an
+        erratum states is still stated by the erratum: `rebase` writes it into its place.)
 
         Raises:
             UnknownPartError: there is no such slot or part.
         """
         return self._carry_out(self.plan.recompute(start))
 
-    def add(self, role: str, content: str, /) -> Account:
+    def add(
+        self,
+        role: str,
+        content: str | Sequence[Any] | None = None,
+        /,
+        *,
+        tool_calls: Sequence[Mapping[str, Any]] | None = None,
+        tool_call_id: str | None = None,
+        name: str | None = None,
+    ) -> Account:
         """Append a turn to the live context: what the user said, a tool's result, the assistant's own answer.
 
         For a raw-text notebook the role is not rendered: the content is appended unchanged.
+
+        Args:
+            content: text, text parts, or None for an assistant that only calls tools.
+            tool_calls, tool_call_id, name: as chat clients send them, for the chat template.
 
         Raises:
             InvalidValueError: the content has special tokens, or the role is no word.
             TemplateError: the chat template cannot continue this conversation with that role, or drops what it says.
             ContextOverflowError: it does not fit.
         """
-        check_role(role)
-        check_no_markers(content, self.model.tokenizer, f"the {role} turn")
-        return self._append_turn(role, content)
+        known = {"tool_calls": tool_calls, "tool_call_id": tool_call_id, "name": name}
+        message = message_of({"role": role, "content": content, **known}, self.model.tokenizer)
+        return self._append_turn(role, message.content.template, message.extra)
 
-    def _append_turn(self, role: str, content: str) -> Account:
+    def _append_turn(self, role: str, content: str, extra: Mapping[str, Any] | None = None) -> Account:
         state = self._ready()
-        text, conversation = content, None
+        text, conversation, why = content, None, ""
         if state.conversation is not None:
-            text, conversation = state.conversation.continued([Message(role, Text(content))])
+            continuation = state.conversation.continued([Message(role, Text(content), extra or {})])
+            text, conversation, why = continuation.added, continuation.conversation, continuation.why
         unit = tokenised(self.model.tokenizer, Rendered(text), Kind.TURN)
-        return self._carry_out(self.plan.append(unit), conversation)
+        return self._carry_out(self.plan.append(unit).because(why), conversation)
 
     def _carry_out(self, plan: Plan, conversation: Conversation | None = None) -> Account:
         return self._booked(self._applied(plan, conversation).account)
@@ -403,9 +484,10 @@ class Notebook:
         self, plan: Plan, conversation: Conversation | None = None, *, then: Sequence[int] = (), logits: int = 0
     ) -> Applied:
         """Carry out a plan that was made for the state now; `then` goes into the buffer only."""
-        state = self._ready()
-        applied = apply(plan, self.model.engine, self.cache, state.ledger, then=then, logits=logits)
-        self._state = State(plan.after, applied.ledger, conversation or state.conversation)
+        with self._transaction():  # an interrupt between the cache's change and the state's undoes both
+            state = self._state
+            applied = apply(plan, self.model.engine, self.cache, state.ledger, then=then, logits=logits)
+            self._state = State(plan.after, applied.ledger, conversation or state.conversation)
         return applied
 
     # -- asking ------------------------------------------------------------------------------------------------
@@ -427,7 +509,8 @@ class Notebook:
         """Which option the model would answer. The prompt and the answer are taken back; an edit or a splice stays.
 
         Args:
-            prompt: asked as a user message (or raw text); None asks for the answer to what the context ends with.
+            prompt: asked as a user message (or raw text); None asks for the answer to what the context ends with. A thought
+                that the chat template opens for the answer is closed first: options are answers, not thoughts.
             options: at least two strings, compared as wholes.
             edits, mode, k, turns: an edit to make first, in the same forward as the prompt: the cheapest way to do both.
             skill, repair: a skill to splice in at the context's end first, its seam in the same forward as the prompt.
@@ -440,8 +523,7 @@ class Notebook:
             InvalidEditError: an edit and a splice at once, or a repair without a skill.
             UnknownFieldError, UnverifiedError, FingerprintMismatchError, ContextOverflowError: as `edit` and `splice`.
             InvalidValueError: the prompt has special tokens, or an option that is to be kept has.
-            TemplateError: the chat template does not take the prompt; or, with `keep`, renders an answer in another way than
-                it asks for one.
+            TemplateError: the chat template does not take the prompt or, with `keep`, the answer.
         """
         question = asking.Question(prompt, tuple(options) if not isinstance(options, str) else options, think, keep)
         change = asking.Change(edits, mode, k, skill, repair, turns)
@@ -467,7 +549,7 @@ class Notebook:
             InvalidArgumentError: no tokens are asked for, or a temperature is negative.
             InvalidEditError: the context and the prompt are empty.
             TemplateError: the chat template does not take the prompt, or (with `keep`) the answer.
-            ContextOverflowError: prompt or answer do not fit; what was yielded before stands, and the context is unchanged.
+            ContextOverflowError: prompt or answer do not fit; some text may have been yielded, and the context is unchanged.
         """
         sampling = asking.Sampling(max_new_tokens, temperature, seed)
         asked = asking.asked(self, prompt, think=False)
@@ -523,14 +605,15 @@ class Notebook:
         state, conversation = self._ready(), self._state.conversation
         meter = self.model.engine.meter
         with meter.measure() as reading:
-            # A value that was edited away is not written anywhere.
+            # A value that was edited away, or a turn that was cut, is not written anywhere.
             written = {name: value.written for name, value in state.context.fields.items()}
             values = (
                 {name: written.get(name, value) for name, value in conversation.values.items()} if conversation else {}
             )
+            messages = conversation.still_in(state.context.text, values) if conversation else ()
             saved = SavedNotebook(
-                self.erratum_template, conversation.messages if conversation else (), values, state.context, state.ledger,
-                self.cache.tensors(), self._mentions,
+                self.erratum_template, messages, self.prompt.template, values,
+                state.context, state.ledger, self.cache.tensors(), self._mentions,
             )  # fmt: skip
             place = write(saved, where, self.model)
             meter.count(moved=self.cache.nbytes)
@@ -551,9 +634,10 @@ class Notebook:
         with model.engine.meter.measure() as reading:
             saved = read(where, model)
             notebook = cls(model, erratum_template=saved.erratum_template)
+            notebook.prompt.template = saved.template
             buffer = model.engine.new_buffer(len(saved.context))
             buffer.load_tensors(dict(saved.tensors))
-            conversation = Conversation(model.tokenizer, saved.messages, saved.values) if saved.messages else None
+            conversation = Conversation(saved.template, saved.messages, saved.values) if saved.messages else None
             notebook._state, notebook._buffer = State(saved.context, saved.ledger, conversation), buffer
             notebook._mentions = dict(saved.mentions)
         notebook._booked(notebook._unchanged(reading.account, "load"))
@@ -566,7 +650,7 @@ class Notebook:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """For several steps that stand or fall together: if the block raises, the notebook is put back."""
+        """Several steps, all or none: if the block raises, the notebook is put back."""
         state, buffer = self._ready(), self.cache
         mark = buffer.mark()
         try:
@@ -604,6 +688,12 @@ class Notebook:
                 f"the cache holds {buffer.length} tokens and this notebook knows of {len(self._state.context)}: transformers "
                 "appended to .cache by itself. Roll back to a mark from before."
             )
+        if buffer.foreign_from is not None and buffer.foreign_from < buffer.length:
+            raise OutOfStepError(
+                f"transformers wrote to .cache by itself from slot {buffer.foreign_from} on, in the place of tokens that this "
+                "notebook knows of. Roll back to a mark from before."
+            )
+        buffer.foreign_from = None  # what it wrote after the end is gone again
         return self._state
 
     def _require_not_prefilled(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from programmable_kv.cache.span import Span
@@ -19,8 +20,8 @@ from programmable_kv.errors import (
     UnverifiedError,
 )
 from programmable_kv.notebook.state import Part
-from programmable_kv.prompt.chat import Conversation
 from programmable_kv.prompt.context import Context
+from programmable_kv.prompt.conversation import Conversation
 from programmable_kv.prompt.parts import Message, Rendered, Text
 from programmable_kv.prompt.prompt import check_values
 from programmable_kv.prompt.readers import Turns, parse_turns
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
     from programmable_kv.notebook.notebook import Notebook
 
 _ERRATUM_ROLES = ("system", "user")
+IN_FIRST_TURN = "the context ends where the first user turn begins, so the erratum stands in that turn"
+AS_USER = "the chat template says no system message at this point, so the erratum is a user message"
+INSERTED = (
+    "the chat template takes neither a system nor a second user message at this point, so the erratum is added in the form "
+    "that it has for a user message"
+)
 
 
 class Plans:
@@ -71,7 +78,9 @@ class Plans:
         if chosen is None or STRATEGIES[chosen].writes:
             # The model's checks are done once, before any clock runs: they are no part of an edit's price.
             self._notebook.model.engine.verify()
-        return plan_edit(state.context, state.ledger, given, chosen, self._tools(k, wanted))
+        notes: dict[str, str] = {}
+        plan = plan_edit(state.context, state.ledger, given, chosen, self._tools(k, notes, wanted))
+        return _explained(plan, notes)
 
     def splice(self, skill: Skill, /, *, at: int | Part | None = None, repair: SeamRepair | None = None) -> Plan:
         """As `Notebook.splice`."""
@@ -133,10 +142,18 @@ class Plans:
     def _bytes_per_token(self) -> int:
         return self._notebook.cache.bytes_per_token
 
-    def _tools(self, k: int = 32, turns: Turns = Turns.OPEN) -> EditTools:
+    def _tools(self, k: int = 32, notes: dict[str, str] | None = None, turns: Turns = Turns.OPEN) -> EditTools:
+        """`notes`: takes, by the text of an erratum, how the template made it be placed."""
         notebook = self._notebook
+
+        def write(context: Context, name: str, value: str) -> Unit:
+            unit, why = self._erratum(context, name, value)
+            if notes is not None and why:
+                notes[unit.text] = why
+            return unit
+
         return EditTools(
-            notebook.model.tokenizer, self._erratum, self._can_relocate, notebook.ranking, k, self._bytes_per_token,
+            notebook.model.tokenizer, write, self._can_relocate, notebook.ranking, k, self._bytes_per_token,
             lambda context, name: notebook._readers_in(context, name, turns),
         )  # fmt: skip
 
@@ -155,31 +172,50 @@ class Plans:
                     f"there is no field {name!r}; the context's fields are: {', '.join(known) or 'none'}"
                 )
 
-    def _erratum(self, context: Context, name: str, value: str) -> Unit:
+    def _erratum(self, context: Context, name: str, value: str) -> tuple[Unit, str]:
+        """The unit that states a value at the context's end, and how the chat template made it be placed."""
         line = statement(self._notebook.erratum_template, name, value)
         conversation = self._notebook._ready().conversation
+        why = ""
         if conversation is not None:
-            rendered = Rendered(erratum_message(conversation, line))
+            text, why = erratum_message(conversation, line)
         else:
-            rendered = Rendered(line + "\n" if context.ends_with().endswith("\n") else f"\n{line}\n")
-        return tokenised(self._notebook.model.tokenizer, rendered, Kind.ERRATUM, corrects=((name, value),))
+            text = line + "\n" if context.ends_with().endswith("\n") else f"\n{line}\n"
+        unit = tokenised(self._notebook.model.tokenizer, Rendered(text), Kind.ERRATUM, corrects=((name, value),))
+        return unit, why
 
 
-def erratum_message(conversation: Conversation, line: str) -> str:
-    """The line as a message of its own, in the first role in which the chat template says it here.
+def erratum_message(conversation: Conversation, line: str) -> tuple[str, str]:
+    """The line as the chat template can say it here, and why it is not a system message of its own.
+
+    In this order: at the beginning of the first user turn, where the context ends there; as a system or a user message; in the
+    form that the template has for a user message after an answer, where it takes none at this point.
 
     Raises:
-        TemplateError: it does so in none.
+        TemplateError: none of these says it once and in its place.
     """
+    if conversation.opens_turn:
+        return f"{line}\n\n", IN_FIRST_TURN
     refused: list[str] = []
-    for role in _ERRATUM_ROLES:
+    for role in _ERRATUM_ROLES if conversation.template.takes_system else _ERRATUM_ROLES[1:]:
         try:
-            added, _ = conversation.continued([Message(role, Text(line))])
+            continuation = conversation.continued([Message(role, Text(line))])
         except TemplateError as error:
             refused.append(str(error))
         else:
-            return added
-    raise TemplateError(
-        f"the chat template takes no update at this point, neither as a system nor as a user message ({refused[-1]}). Use "
-        "mode='suffix', which appends nothing; or build the notebook from raw text."
-    )
+            return continuation.added, AS_USER if role == "user" else ""
+    try:
+        text = conversation.inserted(Message("user", Text(line)))
+    except TemplateError:
+        raise TemplateError(
+            f"the chat template takes no update at this point, neither as a system nor as a user message ({refused[-1]}). Use "
+            "mode='suffix', which appends nothing; or build the notebook from raw text."
+        ) from None
+    return text, INSERTED
+
+
+def _explained(plan: Plan, notes: Mapping[str, str]) -> Plan:
+    """With how its errata were placed, if it has any that were placed otherwise than as a system message."""
+    placed = [notes[unit.text] for unit in plan.after.units if unit.kind is Kind.ERRATUM and unit.text in notes]
+    why = "; ".join(dict.fromkeys([*filter(None, [plan.why]), *placed]))
+    return replace(plan, why=why)

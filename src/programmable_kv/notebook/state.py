@@ -8,15 +8,15 @@ from programmable_kv.cache.buffer import Mark
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidArgumentError, UnknownPartError
 from programmable_kv.ledger.ledger import Ledger
-from programmable_kv.prompt.chat import Conversation
 from programmable_kv.prompt.context import Context
+from programmable_kv.prompt.conversation import Conversation
 from programmable_kv.prompt.units import Kind
 from programmable_kv.states import TokenState, weakest
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a context: its kind, a skill's name, its slots, its text, and what it is worth."""
+    """A piece of a context: its kind, a skill's name, its slots, its text, and its state."""
 
     kind: Kind
     name: str
@@ -56,7 +56,7 @@ class State:
         return tuple(
             Part(
                 unit.kind, unit.name, Span(start, start + len(unit)), unit.text,
-                weakest(states[start : start + len(unit)]), context.superseded(index),
+                weakest(set(states[start : start + len(unit)])), context.superseded(index),
             )
             for index, (start, unit) in enumerate(zip(context.starts, context.units, strict=False))
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Chat messages through a tokenizer's own template, and how a cached conversation goes on.
+"""Chat messages through a tokenizer's own template: what is prefilled, and what an unfinished conversation begins with.
 
 A template is a program: it may drop a message, rewrite it, or render earlier ones differently once another follows. What it
 makes of a message is therefore compared with the message, and refused where it differs.
@@ -7,86 +7,196 @@ makes of a message is therefore compared with the message, and refused where it 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from programmable_kv.errors import InvalidValueError, TemplateError
 from programmable_kv.prompt.parts import Message, Rendered, Text, unmark
+from programmable_kv.prompt.template import HEAD_ROLES, ChatTemplate, neutral
 
 _EARLIER = "\ue008"
 """what earlier messages say, where only their presence matters"""
+_THOUGHT = "<think>"
+_FOLD_HINT = "Notebook(model, fold_system=True) puts what it says at the beginning of the first user turn."
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a template puts around messages that something follows."""
+
+    pieces: tuple[str, ...]
+    """its own text around each thing that the messages say"""
+    opens_turn: bool = False
+    """the text ends inside of the first user turn, where that turn's content begins: the template has no other place for
+    a system message"""
+    ender: str = ""
+    """what it writes at the end of the text only if nothing follows (an end-of-text token); it is not cached"""
+
+    @property
+    def tail(self) -> str:
+        """The cached text after the last thing said."""
+        return self.pieces[-1].removesuffix(self.ender)
+
+
+def frame(template: ChatTemplate, messages: Sequence[Message], values: Mapping[str, str]) -> Frame:
+    """The frame of messages, as it is when others follow.
+
+    Raises:
+        TemplateError: the template refuses them, or drops, repeats or moves what one of them says.
+    """
+    if all(message.role in HEAD_ROLES for message in messages):
+        return _head(template, messages, values)
+    try:
+        pieces = template.skeleton(messages, values)
+    except TemplateError as error:
+        raise _explained(template, messages, values, error) from error
+    return Frame(pieces, ender=ender(template, messages, values))
 
 
 def render_chat(
-    tokenizer: Any, messages: Sequence[Message], values: Mapping[str, str], *, prompt_for_answer: bool = False
+    template: ChatTemplate, messages: Sequence[Message], values: Mapping[str, str], *, prompt_for_answer: bool = False
 ) -> Rendered:
     """Messages as the model reads them, and where the fields' values stand.
+
+    Without the opening of an answer it is the text that every continuation begins with: what the template writes only at the
+    very end of a conversation is left out.
 
     Raises:
         TemplateError: the template refuses these roles, or changes what the messages say.
     """
-    marked = _apply(tokenizer, [(m.role, m.content.marked(values)) for m in messages], prompt_for_answer)
-    plain = _filled(tokenizer, messages, values, prompt_for_answer)
-    rendered = unmark(marked)
-    if rendered.text != plain or len(rendered.places) != sum(len(m.content.placeholders) for m in messages):
+    around = (
+        Frame(template.skeleton(messages, values, asks=True))
+        if prompt_for_answer
+        else frame(template, messages, values)
+    )
+    given = [*messages, Message("user", Text(_EARLIER))] if around.opens_turn else list(messages)
+    rendered = _named(unmark(template.marked(given, values, asks=prompt_for_answer)), values)
+    plain = template.filled(given, values, asks=prompt_for_answer)
+    _check_fields(template, messages, values, rendered, plain)
+    _check_tools(template, plain)
+    end = plain.rindex(_EARLIER) if around.opens_turn else len(plain)
+    if around.ender and plain.endswith(around.ender):
+        end -= len(around.ender)
+    return Rendered(plain[:end], tuple((name, span) for name, span in rendered.places if span.stop <= end))
+
+
+def _named(rendered: Rendered, values: Mapping[str, str]) -> Rendered:
+    """With the fields' names as the author wrote them: a template that changes case changes them as well."""
+    known = {name.casefold(): name for name in values}
+    places = tuple(
+        (name if name in values else known.get(name.casefold(), name), span) for name, span in rendered.places
+    )
+    return Rendered(rendered.text, places)
+
+
+def _check_fields(
+    template: ChatTemplate, messages: Sequence[Message], values: Mapping[str, str], rendered: Rendered, plain: str
+) -> None:
+    """Every placeholder has its place in what is rendered, and its value stands there."""
+    injected = template.placeholders
+    wanted = [name for message in messages for name in message.content.placeholders]
+    found = [name for name, _ in rendered.places]
+    for name in sorted(injected):
+        if found.count(name) <= wanted.count(name):
+            raise TemplateError(
+                f"the chat template does not write the option or tool that holds the field {name}: there is nothing to edit. "
+                "Look up in the template which variable it reads (date_string in Llama 3.1's), or write the field in a message."
+            )
+    own = [name for name in wanted if name not in injected]
+    spans = [span for name, span in rendered.places if name not in injected]
+    if rendered.text != plain or len(spans) != len(own):
         raise TemplateError(
             "the chat template changes a message in a way that depends on its content, so field spans cannot be exact. "
             "Put no field at the very start or end of a message, or use raw text parts."
         )
     # A template that upper-cases changes a value with or without marks: what stands there must be the value itself.
-    written = [(name, values[name]) for m in messages for name in m.content.placeholders]
-    for (name, value), (_, span) in zip(written, rendered.places, strict=True):
-        if plain[span.start : span.stop] != value:
+    elsewhere = [(name, span) for name, span in rendered.places if name in injected]
+    for name, span in [*zip(own, spans, strict=True), *elsewhere]:
+        written = plain[span.start : span.stop]
+        if written != values[name]:
             raise TemplateError(
-                f"the chat template writes {plain[span.start : span.stop]!r} where the value of {name} is {value!r}, so an "
-                "edit could not write what the template would. Use raw text parts."
+                f"the chat template writes {written!r} where the value of {name} is {values[name]!r}, so an edit could not "
+                "write what the template would. Use raw text parts."
             )
-    return rendered
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages that are cached, and the text that the template makes of them.
+def _check_tools(template: ChatTemplate, plain: str) -> None:
+    for tool in template.tools:
+        name = str(tool.get("function", tool).get("name", ""))
+        if name not in plain:
+            raise TemplateError(
+                f"the chat template does not write the tools it is given: {name!r} is not in what it renders. Describe them in "
+                "the system message, and leave `tools` out."
+            )
 
-    `values` fill the placeholders. They need not be those in force: they only have to be the same each time, so that what
-    another message adds can be read off.
+
+def _head(template: ChatTemplate, messages: Sequence[Message], values: Mapping[str, str]) -> Frame:
+    """The frame of system messages before the first turn: closed where the template renders them so, or else open."""
+    refused: TemplateError | None = None
+    pieces: tuple[str, ...] | None = None
+    try:
+        pieces = template.skeleton(messages, values)
+    except TemplateError as error:
+        refused = error
+    try:
+        followed = template.skeleton([*messages, neutral("user")], values)
+    except TemplateError as error:
+        if pieces is not None:
+            return Frame(pieces)
+        raise _explained(template, messages, values, refused or error) from error
+    count = len(followed) - 1
+    if pieces is not None and pieces[:-1] == followed[: count - 1]:
+        return Frame(pieces, ender=ender(template, messages, values))
+    return Frame(followed[:count], opens_turn=True)
+
+
+def ender(template: ChatTemplate, messages: Sequence[Message], values: Mapping[str, str]) -> str:
+    """The end of the text that the template takes back when an answer is asked for, or another message follows.
+
+    It is found out once for each pair of last roles.
+
+    Raises:
+        TemplateError: as `frame`.
     """
+    last = messages[-1]
+    following = "assistant" if last.role == "user" else "tool" if last.extra.get("tool_calls") else "user"
+    roles = (*(message.role for message in messages[-2:]), following)
+    if roles in template.enders:
+        return template.enders[roles]
+    pieces = template.skeleton(messages, values)
+    kept = pieces[-1]
+    for more, asks in (([], True), ([neutral(following)], False)):
+        try:
+            other = template.skeleton([*messages, *more], values, asks=asks)
+        except TemplateError:
+            continue
+        if other[: len(pieces) - 1] == pieces[:-1]:  # or else it renders earlier messages differently
+            kept = _common(kept, other[len(pieces) - 1])
+    template.enders[roles] = pieces[-1][len(kept) :]
+    return template.enders[roles]
 
-    tokenizer: Any = field(repr=False)
-    messages: tuple[Message, ...]
-    values: Mapping[str, str]
-    text: str | None = field(default=None, repr=False)
-    """rendered; None until it is needed"""
 
-    def continued(self, more: Sequence[Message], *, prompt_for_answer: bool = False) -> tuple[str, Conversation]:
-        """What `more` messages (and the opening of an answer) add to the rendered text, and the conversation with them.
+def _common(one: str, other: str) -> str:
+    """The longest common beginning."""
+    pairs = zip(one, other, strict=False)
+    return one[: next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))]
 
-        Renders the whole conversation once.
 
-        Raises:
-            TemplateError: the template refuses a message, drops or changes what it says, or renders earlier ones differently.
-        """
-        before = self.text if self.text is not None else _filled(self.tokenizer, self.messages, self.values, False)
-        messages = (*self.messages, *more)
-        after = _filled(self.tokenizer, messages, self.values, prompt_for_answer)
-        if not after.startswith(before):
-            raise TemplateError(
-                "the chat template renders earlier messages differently once another follows, so a cached conversation cannot "
-                "be continued as it stands. Use raw text parts, or a template that only appends."
-            )
-        added = after[len(before) :]
-        cursor = 0
-        for message in more:
-            content = message.content.filled(self.values).strip()
-            found = added.find(content, cursor)
-            if found < 0:
-                raise TemplateError(
-                    f"the chat template drops or rewrites the {message.role} message at this point: {content[:60]!r} is not in "
-                    "what it renders. Use another role, or raw text parts."
-                )
-            cursor = found + len(content)
-        text = None if prompt_for_answer else after
-        return added, Conversation(self.tokenizer, messages, self.values, text)
+def _explained(
+    template: ChatTemplate, messages: Sequence[Message], values: Mapping[str, str], error: TemplateError
+) -> TemplateError:
+    """With what helps, if it is the system message that the template has no place for."""
+    if not messages or messages[0].role not in HEAD_ROLES or template.fold_system:
+        return error
+    folding = replace(template, fold_system=True, enders={})
+    turns = messages if any(message.role == "user" for message in messages) else [*messages, neutral("user")]
+    try:
+        if folding.folds:
+            folding.skeleton(turns, values)
+            return TemplateError(f"the chat template has no place for a system message ({error}). {_FOLD_HINT}")
+    except TemplateError:
+        pass
+    return error
 
 
 def message_alone(tokenizer: Any, message: Message, values: Mapping[str, str]) -> Rendered:
@@ -96,12 +206,15 @@ def message_alone(tokenizer: Any, message: Message, values: Mapping[str, str]) -
         TemplateError: the template takes no message of that role after any of the beginnings tried, or gives the earlier
             ones another form because of it.
     """
+    template = ChatTemplate(tokenizer)
     refused: TemplateError | None = None
     for roles in (("system",), ("system", "user"), ("user", "assistant"), ("system", "user", "assistant"), ("user",)):
         beginning = [Message(role, Text(_EARLIER)) for role in roles]
         try:
-            before = render_chat(tokenizer, beginning, values).text
-            after = render_chat(tokenizer, [*beginning, message], values)
+            if frame(template, beginning, values).opens_turn:
+                continue
+            before = render_chat(template, beginning, values).text
+            after = render_chat(template, [*beginning, message], values)
         except TemplateError as error:
             refused = error
             continue
@@ -123,42 +236,38 @@ def opened(tokenizer: Any, messages: Sequence[tuple[str, str]], *, inside: bool)
 
     Raises:
         InvalidValueError: the last message has a private-use character that marks its end here.
-        TemplateError: the template refuses these roles, or does not say what the last message says just once.
+        TemplateError: the template refuses these roles, or does not say what each message says once and in its place.
     """
+    template = ChatTemplate(tokenizer)
     if not inside:
-        return _apply(tokenizer, messages, False)
+        return render_chat(template, [Message(role, Text(content)) for role, content in messages], {}).text
     *earlier, (role, content) = messages
     if _EARLIER in content:
         raise InvalidValueError(f"the text contains the private-use character U+{ord(_EARLIER):04X}; remove it")
-    before, mark, after = _apply(tokenizer, [*earlier, (role, content + _EARLIER)], False).partition(_EARLIER)
+    ended = [Message(role, Text(content)) for role, content in [*earlier, (role, content + _EARLIER)]]
+    before, mark, after = template.filled(ended, {}).partition(_EARLIER)
     if not mark or _EARLIER in after:
         raise TemplateError(
             f"the chat template drops or repeats the {role} message, so no text has its place in it. Write the preface as "
             "raw text."
         )
+    template.skeleton([Message(role, Text(content)) for role, content in messages], {})  # what the earlier ones say
     return before
+
+
+def thought_closed(asked: str) -> str:
+    """A text that asks for an answer, with the thought closed that the template opens at its end, if it opens one.
+
+    Behind `<think>` a model does not say its answer, so options could not be compared there.
+    """
+    if not asked.rstrip("\n").endswith(_THOUGHT):
+        return asked
+    return asked.rstrip("\n") + "\n\n</think>\n\n"
 
 
 def answer_end(tokenizer: Any) -> str:
     """What a template writes after an assistant's answer; empty where it refuses to say."""
-    answer = "Yes"
     try:
-        rendered = _apply(tokenizer, [("user", "?"), ("assistant", answer)], False)
+        return ChatTemplate(tokenizer).skeleton([neutral("user"), neutral("assistant")], {})[-1]
     except TemplateError:
         return ""
-    return rendered.rpartition(answer)[2] if answer in rendered else ""
-
-
-def _filled(tokenizer: Any, messages: Sequence[Message], values: Mapping[str, str], prompt_for_answer: bool) -> str:
-    return _apply(tokenizer, [(m.role, m.content.filled(values)) for m in messages], prompt_for_answer)
-
-
-def _apply(tokenizer: Any, messages: Sequence[tuple[str, str]], prompt_for_answer: bool) -> str:
-    from jinja2 import TemplateError as JinjaError
-
-    conversation = [{"role": role, "content": content} for role, content in messages]
-    try:
-        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=prompt_for_answer))
-    except (JinjaError, ValueError) as error:
-        roles = ", ".join(role for role, _ in messages[-4:])
-        raise TemplateError(f"the chat template refuses this conversation (... {roles}): {error}") from error

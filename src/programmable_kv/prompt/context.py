@@ -16,12 +16,13 @@ from typing import Any
 
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import UnknownPartError
+from programmable_kv.prompt.parts import Rendered
 from programmable_kv.prompt.units import Kind, Replacement, Unit, replace_values
 
 
 @dataclass(frozen=True, slots=True)
 class FieldValue:
-    """A field's values: `current` is in force, `written` stands in its places. An erratum tells the difference."""
+    """A field's values: `current` is valid now, `written` is in the text. An erratum states the difference."""
 
     current: str
     written: str
@@ -49,6 +50,17 @@ class Context:
     @property
     def text(self) -> str:
         return "".join(unit.text for unit in self.units)
+
+    @property
+    def rendered(self) -> Rendered:
+        """The text, and the characters of every field."""
+        starts = accumulate((len(unit.text) for unit in self.units), initial=0)
+        places = [
+            (place.name, place.characters.shifted(start))
+            for start, unit in zip(starts, self.units, strict=False)
+            for place in unit.places
+        ]
+        return Rendered(self.text, tuple(places))
 
     def ends_with(self) -> str:
         """The text of the last unit that has any."""
@@ -144,7 +156,7 @@ class Context:
         return Context(tuple(units), self.fields)
 
     def with_values(self, current: Mapping[str, str], *, written: bool = False) -> Context:
-        """Other current values; `written`: they stand in the fields' places too."""
+        """Other current values; `written`: they are in the fields' places too."""
         changed = {
             name: FieldValue(value, value if written else self.fields[name].written) for name, value in current.items()
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidValueError, TemplateError, UnknownFieldError
@@ -66,6 +67,12 @@ class Message:
 
     role: str
     content: Text
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """what else a client's message has, as JSON: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`"""
+
+    def as_json(self, write: Callable[[Text], str]) -> dict[str, Any]:
+        """As chat templates take it, the content written by `write`."""
+        return {"role": self.role, "content": write(self.content), **self.extra}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,10 @@ from typing import Any
 
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidEditError
-from programmable_kv.prompt.chat import Conversation, render_chat
+from programmable_kv.prompt.chat import render_chat
+from programmable_kv.prompt.conversation import Conversation
 from programmable_kv.prompt.parts import Message, Rendered, Text, unmark
+from programmable_kv.prompt.template import ChatTemplate
 from programmable_kv.prompt.values import check_name, check_no_markers, check_role, check_value
 
 SKILL_MARK = "\ue003"
@@ -18,8 +20,9 @@ SKILL_MARK = "\ue003"
 class Prompt:
     """What the author has written so far. Chat messages and raw text do not mix."""
 
-    def __init__(self, tokenizer: Any, erratum_template: str) -> None:
+    def __init__(self, tokenizer: Any, erratum_template: str, template: ChatTemplate | None = None) -> None:
         self.tokenizer = tokenizer
+        self.template = template or ChatTemplate(tokenizer)
         self.erratum_template = erratum_template
         self.messages: tuple[Message, ...] = ()
         self.texts: tuple[Text, ...] = ()
@@ -67,10 +70,15 @@ class Prompt:
             check_name(name)
             if name in self.values or content.count("{" + name + "}") > 1:
                 raise InvalidEditError(f"{name} was declared before: a skill has one place, and a name of its own")
-        for name, value in fields.items():
-            check_name(name)
-            if self.values.get(name, value) != value:
-                raise InvalidEditError(f"field {name} was declared before as {self.values[name]!r}, now as {value!r}")
+        standing = self.fields
+        for given in (fields, *skills.values()):  # a value in a skill's own text is as fixed as one given here
+            for name, value in given.items():
+                check_name(name)
+                if standing.setdefault(name, value) != value:
+                    raise InvalidEditError(
+                        f"field {name} was declared before as {standing[name]!r}, now as {value!r}: a field has one value. "
+                        "Compile the skill with that value, or call one of the two fields something else."
+                    )
         inside = {name: value for values in skills.values() for name, value in values.items()}
         check_values(self.tokenizer, self.erratum_template, {**self.fields, **inside, **fields})
         known = {**self.values, **fields, **dict.fromkeys(skills, SKILL_MARK)}
@@ -88,7 +96,7 @@ class Prompt:
             TemplateError: the chat template refuses the messages, or changes what they say.
         """
         if self.messages:
-            return render_chat(self.tokenizer, self.messages, self.values)
+            return render_chat(self.template, self.messages, self.values)
         return unmark("".join(text.marked(self.values) for text in self.texts))
 
     def pieces(self) -> list[Rendered | str]:
@@ -113,7 +121,7 @@ class Prompt:
 
     def conversation(self) -> Conversation | None:
         """The messages as a conversation that can go on; None for raw text."""
-        return Conversation(self.tokenizer, self.messages, dict(self.values)) if self.messages else None
+        return Conversation(self.template, self.messages, dict(self.values)) if self.messages else None
 
 
 def check_values(tokenizer: Any, erratum_template: str, values: Mapping[str, str], among: Collection[str] = ()) -> None:

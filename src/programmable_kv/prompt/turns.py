@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import TemplateError
-from programmable_kv.prompt.chat import Conversation
 from programmable_kv.prompt.context import Context
+from programmable_kv.prompt.conversation import Conversation
 from programmable_kv.prompt.prompt import SKILL_MARK
+from programmable_kv.prompt.template import HEAD_ROLES
 from programmable_kv.prompt.units import Kind
 
-_INSTRUCTING = frozenset({"system", "developer"})
 _ANSWERING = frozenset({"assistant", "model"})
 
 
@@ -34,23 +34,22 @@ def turn_slots(context: Context, conversation: Conversation | None, name: str) -
     if conversation is None:
         return _by_units(context)
     messages = conversation.messages
-    instructions = next((i for i, m in enumerate(messages) if m.role not in _INSTRUCTING), len(messages))
+    instructions = next((i for i, m in enumerate(messages) if m.role not in HEAD_ROLES), len(messages))
     holders = [i for i, message in enumerate(messages) if name in message.content.placeholders]
     answers = [i for i, message in enumerate(messages) if message.role in _ANSWERING]
     first = max([instructions, *(i + 1 for i in holders)])
     after = max([first, *(i + 1 for i in answers)])
     if first == len(messages):
-        asks = bool(messages) and messages[-1].role not in _INSTRUCTING | _ANSWERING
+        asks = bool(messages) and messages[-1].role not in {*HEAD_ROLES, *_ANSWERING}
         line = _last_line(context) if asks else len(context)
         return TurnSlots(line, line)
     written = {name: value.written for name, value in context.fields.items()}
     rendered = replace(conversation, values={**conversation.values, **written}, text=None)
-    slots = [_slot_of(context, rendered, index) for index in (first, after)]
+    begin, asked = (_slot_of(context, rendered, index) for index in (first, after))
     # A part that was cut or moved, or a template that renders earlier messages anew: units are what is left to go by.
     units = _by_units(context)
-    return TurnSlots(
-        *(known if known is not None else other for known, other in zip(slots, (units.first, units.open), strict=True))
-    )
+    asked = units.open if asked is None else asked
+    return TurnSlots(min(units.first if begin is None else begin, asked), asked)
 
 
 def _slot_of(context: Context, conversation: Conversation, index: int) -> int | None:
@@ -60,7 +59,8 @@ def _slot_of(context: Context, conversation: Conversation, index: int) -> int | 
     if index == 0:
         return 0
     try:
-        left, _ = replace(conversation, messages=conversation.messages[:index]).continued(conversation.messages[index:])
+        before = replace(conversation, messages=conversation.messages[:index])
+        left = before.continued(conversation.messages[index:]).added
     except TemplateError:
         return None
     for start, unit in zip(reversed(context.starts[:-1]), reversed(context.units), strict=True):

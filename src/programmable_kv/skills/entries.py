@@ -203,7 +203,7 @@ class Entries:
         self.blobs.touch(manifest_of(key))
 
     def remove(self, key: str) -> None:
-        """The manifest goes first, so that nobody finds half of an entry.
+        """The manifest is removed first, so that no reader finds half of an entry.
 
         Raises:
             StorageError: it cannot be removed.

@@ -1,8 +1,8 @@
 """A skill: a text compiled once, alone, whose cache is spliced wherever it is needed.
 
 A policy, a tool's description, a document, a tool's result. Compiled alone it has seen nothing but itself, so its
-keys and values are right at any position, for any context, up to what its tokens would have read from whatever stands
-before them. That remainder is what seam repair is for, and a *preface*: text like what it will stand behind, which it
+keys and values are right at any position, in any context, except for what its tokens would have read from the text before
+them. Seam repair reduces that difference, and so does a *preface*: text like the one that will precede the skill, which it
 reads while it is compiled, and which is not part of it.
 """
 
@@ -26,7 +26,7 @@ from programmable_kv.prompt.values import check_name, check_no_markers, check_ro
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
 
 Preface = str | Sequence[tuple[str, str]]
-"""raw text, or a conversation of (role, content) whose last message is left open: the skill stands inside of it"""
+"""raw text, or a conversation of (role, content) whose last message is left open: the skill is inside of it"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +90,9 @@ class Skill:
             values, fields: the fields' values; those of fields that are called `name`, `role` or `preface` in `values`.
             name: what it is called in a context; a digest of its text and preface when None.
             role: render it as a chat message of this role, to be spliced between turns (a tool's result, say).
-            preface: what it reads while it is computed, and that is then let go of: text of the kind that it will stand behind.
-                What it concludes from that stays in its keys and values. Behind just these tokens it is exact. With a `role`,
-                the preface's last message is closed.
+            preface: text that it reads while it is computed and that is then discarded: text of the kind that will precede it.
+                What it concludes from the preface stays in its keys and values. Right behind exactly these tokens it is exact.
+                With a `role`, the preface's last message is closed.
 
         Raises:
             InvalidValueError: the text is empty, it or the preface has special tokens, or a name or value is not plain data.
@@ -117,14 +117,14 @@ class Skill:
         """Compile several texts in one forward, each behind those before it: its preface is all of them.
 
         Spliced in this order, behind the same preface and with the same text between them, all of them are exact. In another
-        order, or some of them only, each is a skill that has read those that stood before it, the values in them included.
+        order, or some of them only, each is a skill that has read those before it in `texts`, the values in them included.
 
         Args:
             texts: name -> text, in order; `{field}` placeholders as in `compile`. What changes often is best in the last.
             values, fields: the fields' values, each for every text that has its placeholder.
             preface: what the first one reads, and so all of them; as in `compile`.
-            between: text that stands between two of them, and belongs to neither ("\\n\\n" in an `Agent`). A placeholder in
-                it, or in the preface, stands for itself.
+            between: text between two of them, which belongs to neither ("\\n\\n" in an `Agent`). A placeholder in
+                it, or in the preface, is plain text.
 
         Raises:
             InvalidValueError, UnknownFieldError, ContextOverflowError, TemplateError: as `compile`; or there is no text.
@@ -281,7 +281,7 @@ def _check_no_option(text: str, fields: Mapping[str, str], options: Mapping[str,
 
 
 def _read(tokenizer: Any, preface: Preface, *, inside: bool) -> tuple[str, tuple[int, ...]]:
-    """A preface as the model reads it, and its tokens; `inside`: the skill stands inside of its last message."""
+    """A preface as the model reads it, and its tokens; `inside`: the skill is inside of its last message."""
     if not preface:
         return "", _beginning(tokenizer)
     if isinstance(preface, str):

@@ -41,7 +41,7 @@ _CARRIED = ("skill.safetensors", "skill.json")
 
 
 class SkillStore:
-    """A place with compiled skills; when it exceeds `limit` bytes, the least recently used go."""
+    """A place with compiled skills; when it exceeds `limit` bytes, the least recently used are removed."""
 
     def __init__(
         self, where: str | Path | Blobs | None = None, *, limit: int = DEFAULT_LIMIT, int8: bool = False
@@ -70,8 +70,7 @@ class SkillStore:
         """Keep a skill; returns its entry. One that is there already is written anew.
 
         Raises:
-            InvalidValueError: it was kept in 8 bits before, and this store keeps skills as they were computed; or its name is
-                not plain.
+            InvalidValueError: it was kept in 8 bits before, and this store keeps full precision; or its name is not plain.
             StorageError: it cannot be written; what the store holds is unchanged.
         """
         entry = self._put(skill, model_name)
@@ -81,7 +80,7 @@ class SkillStore:
     def _put(self, skill: Skill, model_name: str) -> Entry:
         if skill.rounded and not self.int8:
             raise InvalidValueError(
-                f"skill {skill.name!r} comes from a store of 8 bits, and this one keeps skills as they were computed. "
+                f"skill {skill.name!r} comes from a store of 8 bits, and this one keeps full precision. "
                 "Compile it again, or keep it in a store with int8=True."
             )
         check_name(skill.name)
@@ -246,7 +245,7 @@ class SkillStore:
     def remove(self, which: str) -> str:
         """Forget an entry (a damaged one too) and return its key.
 
-        The manifest goes first, so that nobody finds half of it.
+        The manifest is removed first, so that no reader finds half of it.
 
         Raises:
             UnknownSkillError: there is none, or more than one.

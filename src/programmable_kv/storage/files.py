@@ -149,7 +149,7 @@ class Blobs(ABC):
         return nullcontext()
 
     def alone(self) -> AbstractContextManager[bool]:
-        """A block that is told whether it is certain that nobody else is inside of a `writing` block. Never waits."""
+        """A block that gets True if certainly no other process is inside of a `writing` block. Never waits."""
         return nullcontext(False)
 
     def sweep(self) -> None:  # noqa: B027 (most backends have nothing to sweep)

@@ -1,7 +1,7 @@
 """A ledger in a manifest: runs, and the versions that they read, each written once.
 
-A version's content is a digest. Where it is that of the tokens which stand there now, the content is made anew from these, so
-that such a run can be split after loading; elsewhere (in stale runs) a later part of it is taken for stale.
+A version's content is a digest. Where it is the digest of the tokens that are there now, the content is rebuilt from these, so
+that such a run can be split after loading; elsewhere (in stale runs) a later part of it counts as stale.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class SavedLedger(_Strict):
             raise CorruptFileError(f"{where}: the ledger has {found} tokens, and the context {tokens}")
         for run in self.runs:
             if run.version >= len(self.versions) or run.origin is Origin.PENDING:
-                raise CorruptFileError(f"{where}: it is not said what a run of {run.length} tokens has read")
+                raise CorruptFileError(f"{where}: what a run of {run.length} tokens has read is missing")
             offsets = [offset for offset, _, _ in run.statements]
             if offsets != sorted(offsets) or not all(0 <= offset < run.length for offset in offsets):
                 raise CorruptFileError(f"{where}: a run of {run.length} tokens holds a value outside of it")

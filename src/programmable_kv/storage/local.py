@@ -1,7 +1,8 @@
 """Blobs in a local folder.
 
 A blob is written aside, flushed to the disk and renamed, so a process that is killed (or a machine that loses power) leaves the
-old blob or the new one. A lock on the folder tells whoever clears up whether anybody is writing; readers take none.
+old blob or the new one. A lock on the folder shows whether a process is writing, so that only leftovers are
+removed; readers take none.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class LocalBlobs(Blobs):
         """A file to write aside; at the block's end it takes its name."""
         self.root.mkdir(parents=True, exist_ok=True)
         partial = self.root / f".{name}.{uuid.uuid4().hex}{_PARTIAL}"
-        with self._locked(alone=False):  # or somebody who clears up would take it for abandoned
+        with self._locked(alone=False):  # else a process that clears up would count it as abandoned
             try:
                 yield partial
                 with partial.open("rb+") as file:
@@ -82,7 +83,7 @@ class LocalBlobs(Blobs):
         self._discard(self.root / name)
 
     def _discard(self, path: Path) -> None:
-        """Remove a file. A folder that stands in its place and holds something is moved aside: it may be somebody's."""
+        """Remove a file. A folder in its place that holds something is moved aside, not removed."""
         if not path.is_dir() or path.is_symlink():
             path.unlink(missing_ok=True)
             return
@@ -124,7 +125,7 @@ class LocalBlobs(Blobs):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
                 held = True
-            except OSError:  # somebody is writing, or the file system has no locks
+            except OSError:  # a process is writing, or the file system has no locks
                 held = False
             yield held
         finally:

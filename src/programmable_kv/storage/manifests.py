@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Container
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -20,6 +20,7 @@ from programmable_kv.models.load import Model
 from programmable_kv.prompt.context import Context, FieldValue
 from programmable_kv.prompt.parts import Message, Text
 from programmable_kv.prompt.readers import check_words
+from programmable_kv.prompt.template import ChatTemplate
 from programmable_kv.prompt.units import Kind, Place, Unit
 from programmable_kv.prompt.values import check_name, check_role, check_template, check_value
 from programmable_kv.storage.ledgers import SavedLedger
@@ -102,6 +103,26 @@ class SavedMessage(_Strict):
     role: str
     template: str
     fields: tuple[str, ...]
+    extra: dict[str, Any] = {}
+
+
+class SavedTemplate(_Strict):
+    """What is passed to the chat template besides messages. Notebooks of earlier versions passed nothing."""
+
+    tools: tuple[dict[str, Any], ...] = ()
+    options: dict[str, Any] = {}
+    fields: tuple[str, ...] = ()
+    fold_system: bool = False
+
+    @classmethod
+    def of(cls, template: ChatTemplate) -> SavedTemplate:
+        return cls(
+            tools=tuple(dict(tool) for tool in template.tools), options=dict(template.options), fields=template.fields,
+            fold_system=template.fold_system,
+        )  # fmt: skip
+
+    def template(self, tokenizer: Any) -> ChatTemplate:
+        return ChatTemplate(tokenizer, self.tools, self.options, self.fields, self.fold_system)
 
 
 class SavedContext(_Strict):
@@ -157,6 +178,7 @@ class NotebookManifest(Sealed):
     """the name of the blob with them"""
     tensors_sha256: Digest
     messages: tuple[SavedMessage, ...]
+    template: SavedTemplate = SavedTemplate()
     placeholders: dict[str, str]
     """what stood for every placeholder of the messages when they were rendered, skills included"""
     context: SavedContext
@@ -175,7 +197,8 @@ class NotebookManifest(Sealed):
                 check_role(message.role)
         except InvalidValueError as error:
             raise CorruptFileError(f"{where}: {error}") from error
-        if not all(name in self.placeholders for message in self.messages for name in message.fields):
+        named = {name for message in self.messages for name in message.fields} | set(self.template.fields)
+        if not named <= self.placeholders.keys():
             raise CorruptFileError(f"{where}: a message has a placeholder without a value")
         self.context.check(model, where)
         self._check_mentions(where)
@@ -255,11 +278,14 @@ def shortened(preface: str) -> str:
 
 
 def saved_messages(messages: tuple[Message, ...]) -> tuple[SavedMessage, ...]:
-    return tuple(SavedMessage(role=m.role, template=m.content.template, fields=m.content.fields) for m in messages)
+    return tuple(
+        SavedMessage(role=m.role, template=m.content.template, fields=m.content.fields, extra=dict(m.extra))
+        for m in messages
+    )
 
 
 def messages_of(saved: tuple[SavedMessage, ...]) -> tuple[Message, ...]:
-    return tuple(Message(m.role, Text(m.template, m.fields)) for m in saved)
+    return tuple(Message(m.role, Text(m.template, m.fields), m.extra) for m in saved)
 
 
 def _check_value(name: str, value: str, model: Model, where: str) -> None:

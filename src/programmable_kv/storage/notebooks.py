@@ -23,10 +23,11 @@ from programmable_kv.ledger.ledger import Ledger
 from programmable_kv.models.load import Model
 from programmable_kv.prompt.context import Context
 from programmable_kv.prompt.parts import Message
+from programmable_kv.prompt.template import ChatTemplate
 from programmable_kv.storage.files import Blobs, blobs_at, sha256_of
 from programmable_kv.storage.ledgers import SavedLedger
 from programmable_kv.storage.local import LocalBlobs
-from programmable_kv.storage.manifests import NotebookManifest, SavedContext, messages_of, saved_messages
+from programmable_kv.storage.manifests import NotebookManifest, SavedContext, SavedTemplate, messages_of, saved_messages
 from programmable_kv.storage.pairs import clear_unused, write_pair
 from programmable_kv.storage.tensors import TensorCheck, cached_shapes, read_tensors
 
@@ -45,8 +46,10 @@ class SavedNotebook:
 
     erratum_template: str
     messages: tuple[Message, ...]
+    template: ChatTemplate
+    """of the messages, with all that is passed to it"""
     values: Mapping[str, str]
-    """what stood for every placeholder of the messages when they were rendered, skills included"""
+    """what every placeholder of the messages was rendered as, skills included"""
     context: Context
     ledger: Ledger
     tensors: Mapping[str, torch.Tensor]
@@ -78,6 +81,7 @@ def write(state: SavedNotebook, where: str | Path | Blobs, model: Model) -> Path
             tensors=name,
             tensors_sha256=digest,
             messages=saved_messages(state.messages),
+            template=SavedTemplate.of(state.template),
             placeholders=dict(state.values),
             context=SavedContext.of(state.context),
             ledger=SavedLedger.of(state.ledger),
@@ -123,6 +127,7 @@ def read(where: str | Path | Blobs, model: Model) -> SavedNotebook:
     return SavedNotebook(
         manifest.erratum_template,
         messages_of(manifest.messages),
+        manifest.template.template(model.tokenizer),
         dict(manifest.placeholders),
         context,
         manifest.ledger.ledger(context),
@@ -202,7 +207,7 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], count: int, model: Model
 
 
 def _named(blobs: Blobs) -> set[str] | None:
-    """The tensors that the manifest names; None if that cannot be read, so that nobody knows which are in use."""
+    """The tensors that the manifest names; None if that cannot be read: then it is not known which are in use."""
     try:
         body = blobs.read(MANIFEST)
         return set() if body is None else {NotebookManifest.read(body, MANIFEST).tensors}

@@ -1,6 +1,6 @@
 """A pair: tensors, and the manifest that names them. How one is written, replaced and cleared up.
 
-Tensors get a new name each time, and the manifest is replaced last, in one step. So whoever reads a manifest finds the tensors
+Tensors get a new name each time, and the manifest is replaced last, in one step. So a reader of a manifest finds the tensors
 it was written with, or none (if they were replaced since), never those of another write.
 """
 
@@ -49,7 +49,7 @@ def write_pair(blobs: Blobs, tensors: str, manifest: str, save: Callable[[], byt
 def clear_unused(blobs: Blobs, is_tensors: Callable[[str], bool], named: Named) -> None:
     """Remove tensors that are not in use, left by killed writers or by two who replaced the same pair.
 
-    All of them where it is certain that nobody is writing, else the old ones. What cannot be removed is left for the next time.
+    All of them if certainly no process is writing, else the old ones. What cannot be removed is left for the next time.
     """
     with suppress(StorageError), blobs.alone() as alone:
         if alone:

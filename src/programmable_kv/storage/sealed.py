@@ -1,6 +1,6 @@
 """Sealed manifests: JSON with a digest of its own bytes, so that not one of them can change unnoticed.
 
-The file is `{"sha256": "<digest>", "manifest": <body>}`, byte for byte. The digest is of the body as it stands in the file, not
+The file is `{"sha256": "<digest>", "manifest": <body>}`, byte for byte. The digest is of the body's bytes in the file, not
 of what a parser makes of it. A seal finds damage; it is no signature, so what is read is checked against the model as well.
 """
 
@@ -30,7 +30,7 @@ def opened(sealed: bytes) -> bytes | None:
 
 
 class Sealed(BaseModel):
-    """A manifest that is written with its digest and read back only as it was written."""
+    """A manifest that is written with its digest and read back only if it is unchanged."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 

@@ -309,7 +309,7 @@ class _Check:
             for name in self.names[index]
         )
 
-    # -- positions that nobody gave ----------------------------------------------------------------------------
+    # -- positions that the model counts ----------------------------------------------------------------------------
 
     def _let_count(self, here: list[CachedLayer]) -> None:
         """Let the model count positions itself, after other tokens, and see that its chunk moves as it did for us.

@@ -1,4 +1,4 @@
-"""What an operation asks of a proof, and what a user is told where the proof does not give it."""
+"""What an operation requires of a proof, and the error where the proof does not give it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,69 @@
+"""`docs/templates.md`: what chat templates do with the messages of a notebook, from the templates in `tests/templates/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from programmable_kv.notebook.survey import page, survey_of_text
+
+_TEXT = """# Chat templates
+
+A chat template is a program: it may drop a message, move it, rewrite it, or render earlier messages differently once another
+follows. The library renders small conversations to find out what a template does. What a turn, an erratum or a policy says is
+then in the context once and in its place, or the call is refused with a `TemplateError` that says what the template does.
+
+The rows below are of templates written for the tests, in the shapes of the families that they are named after
+(`tests/templates/`). A model's own template may be of another version: `pkv template MODEL` prints its row.
+
+{table}
+
+- **system**: where a system message stands. *First user turn*: the template itself puts it there. *When asked*: it has no place
+  for one, and `Notebook(model, fold_system=True)` puts what it says at the beginning of the first user turn (`Agent` does so
+  by itself). A notebook may be prefilled with the system message alone; it then ends where the first user turn begins.
+- **mid-conversation**: a system message after a user turn.
+- **tool**: a tool's result after an answer. *Apart from earlier turns*: the template would render those differently now; they
+  stay as they were computed.
+- **multi-turn**: *as rendered afresh*: a conversation that is continued turn by turn has the text of a fresh rendering.
+  *Turns stay as computed*: it has not, because the template changes earlier turns (it strips their thoughts, or moves the
+  system message into the last user turn). Only the new turn is rendered, and the account's `why` says so. *Opens a thought*: an
+  answer is asked for behind `<think>`. `generate` goes on there; `decide` closes the thought first: options are answers.
+  (Qwen3 leaves the opening to the model: pass `template_kwargs={{"enable_thinking": False}}` before decisions.)
+- **erratum**: how an edit after a user turn states the new value: as a system message; as a user message; or *inserted* in the
+  form of a user message, where the template takes no second one in a row. The plan's `why` says which.
+- **agent**: whether `Agent` works. A template that writes in upper case takes values in upper case only: another value would
+  not stand as it was given, so it is refused.
+
+What a template writes only at the very end of a conversation (an end-of-text token) is not cached: it would stand in the middle
+once another turn follows.
+
+## Requests in the shape that clients send
+
+```python
+notebook = Notebook.from_messages(
+    model,
+    [
+        {{"role": "system", "content": "order_status: {{order_status}}"}},
+        {{"role": "user", "content": [{{"type": "text", "text": "Where is it?"}}]}},
+        {{
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{{"id": "1", "type": "function", "function": {{"name": "find", "arguments": '{{"order": 7}}'}}}}],
+        }},
+        {{"role": "tool", "tool_call_id": "1", "content": "In Oslo."}},
+    ],
+    tools=[{{"type": "function", "function": {{"name": "find", "description": "Find an order.", "parameters": {{}}}}}}],
+    fields={{"order_status": "pending", "today": "25 November 2026"}},
+    template_kwargs={{"date_string": "{{today}}"}},  # a template's own date as a field: the next day is an edit
+)
+notebook.prefill()
+notebook.edit(today="26 November 2026")
+```
+
+Tools that a template does not write, a tool call that it drops, and a field in a variable that it does not read are refused.
+"""
+
+
+def templates_page(folder: Path) -> str:
+    """The page, from every `.jinja` file in a folder."""
+    rows = {path.stem: survey_of_text(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.jinja"))}
+    return _TEXT.format(table="\n".join(page(rows)))

@@ -1,0 +1,160 @@
+"""Messages and tools in the shape that chat clients send (OpenAI's), checked and turned into what a notebook takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from programmable_kv.errors import InvalidValueError, UnknownFieldError
+from programmable_kv.prompt.parts import Message, Text
+from programmable_kv.prompt.values import check_no_markers, check_role
+from programmable_kv.skills.skill import Skill
+
+_PASSED = ("name", "tool_call_id", "reasoning_content")
+"""what a message may have besides role, content and tool calls, for the template to use"""
+
+
+def message_of(given: Mapping[str, Any], tokenizer: Any) -> Message:
+    """A client's message: `content` text, None or a list of text parts; `tool_calls` with arguments as JSON or its text.
+
+    Raises:
+        InvalidValueError: it is no such message, has content that is no text, or special tokens.
+    """
+    if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
+        raise InvalidValueError(f"a message is a mapping with 'role' and 'content', got {given!r:.200}")
+    role = given["role"]
+    check_role(role)
+    unknown = [key for key, value in given.items() if key not in ("role", "content", "tool_calls", *_PASSED) and value]
+    if unknown:
+        raise InvalidValueError(
+            f"the {role} message has {unknown[0]!r}, which no chat template is given here. A message has role, content, "
+            f"tool_calls, {', '.join(_PASSED)}: leave the rest out."
+        )
+    extra: dict[str, Any] = {key: given[key] for key in _PASSED if given.get(key)}
+    if given.get("tool_calls"):
+        extra["tool_calls"] = [_call(call, role) for call in given["tool_calls"]]
+    for text in _strings(extra):
+        check_no_markers(text, tokenizer, f"the {role} message")
+    content = content_of(given.get("content"), role)
+    check_no_markers(content, tokenizer, f"the {role} message")
+    return Message(role, Text(content), extra)
+
+
+def declared(
+    messages: Sequence[Message], elsewhere: Collection[str], fields: Mapping[str, str | Skill]
+) -> list[dict[str, str | Skill]]:
+    """For each message the fields that it is the first to hold. Those in `elsewhere` (tools, variables) are in none.
+
+    Raises:
+        UnknownFieldError: a field has no placeholder anywhere.
+    """
+    left = {name: value for name, value in fields.items() if name not in elsewhere}
+    found = []
+    for message in messages:
+        content = message.content.template
+        found.append({name: left.pop(name) for name in list(left) if "{" + name + "}" in content})
+    if left:
+        raise UnknownFieldError(
+            f"no message, tool or template variable has the placeholder {{{next(iter(left))}}}. Write it where the value "
+            "belongs, or do not declare the field."
+        )
+    return found
+
+
+def content_of(content: Any, role: str) -> str:
+    """The text of a message's content.
+
+    Raises:
+        InvalidValueError: it is neither text, None, nor a list of text parts.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list | tuple):
+        raise InvalidValueError(
+            f"the content of the {role} message is text, None or a list of parts; got {type(content).__name__}"
+        )
+    texts: list[str] = []
+    for part in content:
+        text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if not isinstance(text, str) or kind not in ("text", "input_text", "output_text"):
+            raise InvalidValueError(
+                f"the {role} message has a part of type {kind!r}: only text is cached here. Leave it out, or describe it."
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def checked_tools(tools: Sequence[Mapping[str, Any]] | None, tokenizer: Any) -> tuple[Mapping[str, Any], ...]:
+    """Tools as OpenAI's API takes them.
+
+    Raises:
+        InvalidValueError: one has no name, or special tokens.
+    """
+    found = tuple(tools or ())
+    for tool in found:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise InvalidValueError(
+                "a tool is {'type': 'function', 'function': {'name': ..., 'description': ..., 'parameters': ...}}; got "
+                f"{tool!r:.200}"
+            )
+        for text in _strings(tool):
+            check_no_markers(text, tokenizer, f"the tool {function['name']}")
+    return found
+
+
+def checked_options(options: Mapping[str, Any] | None, tokenizer: Any) -> dict[str, Any]:
+    """Other variables of the chat template: JSON, as they are saved with a notebook.
+
+    Raises:
+        InvalidValueError: they are no JSON, have special tokens, or are arguments of the rendering itself.
+    """
+    found = dict(options or {})
+    reserved = {"messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template"}
+    if taken := reserved & found.keys():
+        raise InvalidValueError(f"template_kwargs are variables of the chat template, and {min(taken)} is none")
+    try:
+        json.dumps(found)
+    except (TypeError, ValueError) as error:
+        raise InvalidValueError(f"template_kwargs are plain JSON values: {error}") from error
+    for text in _strings(found):
+        check_no_markers(text, tokenizer, "an option of the chat template")
+    return found
+
+
+def _call(call: Any, role: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise InvalidValueError(
+            f"a tool call of the {role} message is {{'id': ..., 'function': {{'name': ..., 'arguments': ...}}}}; got "
+            f"{call!r:.200}"
+        )
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise InvalidValueError(
+                f"the arguments of the call of {function['name']} are no JSON ({error}): {arguments[:80]!r}"
+            ) from error
+    if not isinstance(arguments, Mapping):
+        raise InvalidValueError(
+            f"the arguments of the call of {function['name']} are a JSON object; got {arguments!r:.80}"
+        )
+    kept = {key: call[key] for key in ("id",) if call.get(key)}
+    return {**kept, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in JSON, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)

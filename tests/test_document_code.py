@@ -1,0 +1,64 @@
+"""The Python of the documents runs, top to bottom, on a tiny random model: names and arguments that are gone fail here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import tiny
+
+ROOT = Path(__file__).parent.parent
+FILES = {
+    "policy.md": "order_status: {order_status}\n- If order_status is pending, cancel.\n- If order_status is shipped, deny.\n",
+    "refunds.md": "tier: {tier}\nIf tier is gold, refund.\n",
+    "returns.md": "Orders are returned within 30 days.\n",
+}
+"""what the documents' code opens"""
+
+
+def python_of(page: str) -> list[str]:
+    """A page's blocks of Python, with every model that is loaded replaced by one that is given."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return [re.sub(r"\bload_model\([^)]*\)", "given_model", block) for block in blocks]
+
+
+def run(page: str) -> dict[str, Any]:
+    """Run a page's blocks in one namespace."""
+    namespace: dict[str, Any] = {"given_model": tiny(max_position_embeddings=8192)}
+    for block in python_of(page):
+        exec(compile(block, page, "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_readme_s_code_runs() -> None:
+    assert run("README.md")["notebook"].fields == {"order_status": "shipped"}
+
+
+def test_the_tutorial_s_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    notebook = run("docs/tutorial.md")["notebook"]
+    assert notebook.last_account.operation == "load"
+    assert notebook.last_account.exact, "the errata were folded back before it was saved"
+    assert "tokens computed" in capsys.readouterr().out, "plans are printed"
+
+
+def test_the_agent_page_s_code_runs() -> None:
+    agent = run("docs/agent.md")["agent"]
+    assert [dict(turn.changes) for turn in agent.turns] == [{}, {"order_status": "shipped"}]
+    assert agent.notebook.parts[-1].text.count("14:02") == 1
+
+
+def test_the_skills_page_s_code_runs() -> None:
+    namespace = run("docs/skills.md")
+    assert namespace["agent"].notebook.last_account.exact, "compiled together, in their order"
+    assert namespace["agent"].composed.tokens_computed < 60
