@@ -189,6 +189,22 @@ def test_turns_are_kept_opened_or_all_computed() -> None:
         notebook.readers("status", turns="some")
 
 
+def test_the_question_of_a_system_message_that_opens_the_users_turn() -> None:
+    """Folded into the first user turn, as some templates need it: the question begins behind it."""
+    policy = "status: {status}\nbe brief\nif status is x, deny."
+    model = tiny(kind="metaspace")
+    notebook = Notebook(model, fold_system=True).message("system", policy, status="shipped").message("user", "cancel?")
+    notebook.prefill()
+    assert [reader.text for reader in notebook.readers("status")] == [
+        "\n", "if status is x, deny.\n", "cancel?</turn>\n",
+    ]  # fmt: skip
+    notebook.add("assistant", "ok")
+    notebook.add("user", "and now?")
+    assert notebook.readers("status")[-1].text == "<turn>user\nand now?</turn>\n"
+    notebook.decide("so?", ["a", "b"], keep=True)
+    assert notebook.readers("status")[-1].text == "if status is x, deny.\n", "all is answered"
+
+
 def test_lines_of_a_spliced_skill_are_readers_too() -> None:
     model = tiny()
     notebook = prefilled(model)
