@@ -42,3 +42,13 @@ def largest_difference(buffer: KVBuffer, expected: Layers, slots: Sequence[int])
         for index, pair in enumerate(expected)
         for ours, theirs in zip((buffer.keys(index), buffer.values(index)), pair, strict=True)
     )
+
+
+@torch.no_grad()
+def row_forward(model: Any, buffer: KVBuffer, slot: int, token: int) -> Layers:
+    """Keys and values, in every layer, of one token that transformers alone computes on the buffer's rows before `slot`."""
+    cache = DynamicCache()
+    for layer in range(len(buffer)):
+        cache.update(buffer.keys(layer)[:, :, :slot], buffer.values(layer)[:, :, :slot], layer)
+    model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+    return [(layer.keys[:, :, -1:], layer.values[:, :, -1:]) for layer in cache.layers]

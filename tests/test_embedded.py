@@ -78,7 +78,7 @@ def test_a_slice_of_the_held_out_experiment(embedded: Any, tmp_path: Path) -> No
     committed = read_record(RESULTS / "edit-modes.json")
     for row, before in zip(record.rows, committed.rows, strict=False):
         for layout in ("asked before", "asked after", "think"):
-            for mode in Mode:
+            for mode in before[layout].keys() - {"before"}:  # a later mode has no committed row yet
                 ours, theirs = row[layout][mode], before[layout][mode]
                 close = abs(theirs["gap"]) < 0.05  # a tie may fall either way on another machine
                 assert ours["choice"] == theirs["choice"] or close, (layout, mode)

@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from programmable_kv.notebook.decision import Decision
     from programmable_kv.notebook.notebook import Notebook
     from programmable_kv.prompt.fields import Field
+    from programmable_kv.prompt.readers import Reader
     from programmable_kv.skills.skill import Skill
     from programmable_kv.skills.store import SkillStore
     from programmable_kv.states import TokenState
@@ -90,6 +91,7 @@ _MODULE_OF = {
     "OutOfStepError": "errors",
     "ProgrammableKVError": "errors",
     "RandomOrder": "edits.ranking",
+    "Reader": "prompt.readers",
     "Recency": "edits.ranking",
     "RecordError": "errors",
     "Rows": "cache.rows",
@@ -144,6 +146,7 @@ __all__ = [
     "OutOfStepError",
     "ProgrammableKVError",
     "RandomOrder",
+    "Reader",
     "Recency",
     "RecordError",
     "Rows",

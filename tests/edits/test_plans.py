@@ -57,7 +57,7 @@ def turn(context: Context, ledger: Ledger, text: str = "and now? ") -> tuple[Con
 @pytest.mark.parametrize("mode", list(Mode))
 @pytest.mark.parametrize("value", ["shipped", "cancelled by the customer", "x"])
 def test_every_mode_computes_what_it_says(mode: Mode, value: str) -> None:
-    before, ledger = context()
+    before, ledger = context(".\nthen the policy says what to do.\n")
     plan = plan_edit(before, ledger, {"status": value}, mode, tools())
     place = plan.after.spans("status")[0]
     slots = {slot for one in plan.compute for slot in one.span.range}

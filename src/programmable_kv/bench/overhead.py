@@ -221,6 +221,7 @@ def operations(model: Model) -> list[Operation]:
         Operation("states", lambda notebook: notebook.states, edit_in_place),
         Operation("parts", lambda notebook: notebook.parts),
         Operation("spans", lambda notebook: notebook.spans("field_00")),
+        Operation("readers", lambda notebook: notebook.readers("field_00")),
         Operation("mark_and_rollback", mark_and_roll_back),
         Operation("edit_and_rollback", undone_edit),
     ]

@@ -28,6 +28,18 @@ def lab_edit_modes(
     measure(run, load(model), out_path, "edit-modes", "Scenarios", scenarios, count=scenarios)
 
 
+@app.command("readers")
+def lab_readers(
+    model: ModelOption = "embedded",
+    count: Annotated[int, typer.Option(min=1, help="held-out policies of each of six kinds")] = 40,
+    out_path: OutOption = None,
+) -> None:
+    """Agreement with full prefill where a field and its readers are computed again, beside as many other tokens."""
+    from programmable_kv.lab.readers import KINDS, run
+
+    measure(run, load(model), out_path, "readers", "Policies", count * len(KINDS), count=count)
+
+
 @app.command("compose")
 def lab_compose(
     model: ModelOption = "embedded",

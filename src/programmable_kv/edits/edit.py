@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,15 @@ from programmable_kv.errors import InvalidEditError
 from programmable_kv.ledger.ledger import Ledger
 from programmable_kv.ledger.run import Origin
 from programmable_kv.prompt.context import Context
+from programmable_kv.prompt.readers import Reader, Turns, Why, joined, readers_of
+from programmable_kv.prompt.turns import turn_slots
 from programmable_kv.prompt.units import Unit
+from programmable_kv.states import TokenState
+
+
+def _by_name(context: Context, name: str) -> Sequence[Reader]:
+    return readers_of(context, name, (), Turns.OPEN, turn_slots(context, None, name))
+
 
 _SHOWN_CHARACTERS = 80
 """of a value in a reason"""
@@ -33,6 +42,8 @@ class EditTools:
     ranking: Ranking
     k: int = 32
     bytes_per_token: int = 0
+    readers: Callable[[Context, str], Sequence[Reader]] = _by_name
+    """(context, field) -> what reads it"""
 
 
 def plan_edit(
@@ -68,10 +79,10 @@ def _planned(context: Context, ledger: Ledger, changes: Mapping[str, str], mode:
     if mode is not Mode.STALE:
         draft.take_back(changes)
     if strategy.writes:
-        draft.write(changes)
+        draft.write(changes, rereads=strategy.rereads)
     stated = draft.state(changes, wanted=strategy.states) if mode is not Mode.STALE else False
     used = mode
-    if not strategy.selects:
+    if not strategy.selects and not draft.rereads:
         used = mode_of(writes=strategy.writes, states=stated) if mode is not Mode.STALE else mode
     return draft.plan(mode, used)
 
@@ -86,6 +97,8 @@ class _Draft:
         self.steps: list[Step] = []
         self.compute: list[Compute] = []
         self.reasons: list[str] = []
+        self.rereads = False
+        """whether readers are computed again"""
 
     def step(self, step: Step) -> None:
         self.steps.append(step)
@@ -129,8 +142,11 @@ class _Draft:
                 "an earlier erratum was taken back" if taken == 1 else f"{taken} errata were taken back"
             )
 
-    def write(self, changes: Mapping[str, str]) -> None:
-        """Put the values into the fields' places, move what follows if their lengths change, and compute them."""
+    def write(self, changes: Mapping[str, str], *, rereads: bool) -> None:
+        """Put the values into the fields' places, move what follows if their lengths change, and compute them.
+
+        `rereads`: compute the fields' readers as well.
+        """
         rewritten = {name: value for name, value in changes.items() if self.after.fields[name].written != value}
         length = len(self.after)
         self.after, replacements = self.after.write(self.tools.tokenizer, rewritten)
@@ -147,7 +163,27 @@ class _Draft:
                 tail = length - replacement.old.stop
         if tail:
             self.reasons.append(f"the value's token length changed: {tail} later tokens were relocated")
-        self._computed(Compute(replacement.new, Origin.REFRESHED) for replacement in replacements)
+        spans = [replacement.new for replacement in replacements]
+        if not rereads:
+            self._computed(Compute(span, Origin.REFRESHED) for span in spans)
+            return
+        readers = {name: self.tools.readers(self.after, name) for name in changes}
+        self.rereads = any(readers.values())
+        spans = joined([*spans, *(reader.span for found in readers.values() for reader in found)])
+        self._computed(Compute(span, Origin.REFRESHED) for span in spans)
+        self.reasons += [_told(name, found) for name, found in readers.items()]
+        if left := self._unread(spans, changes):
+            self.reasons.append(f"{left} later tokens keep what they noted before")
+
+    def _unread(self, spans: Sequence[Span], names: Iterable[str]) -> int:
+        """How many tokens after the fields were computed on another text, and are not among these slots."""
+        first = min(self.after.first_place(name) for name in names)
+        stale = [
+            stretch.span
+            for stretch in self.ledger.stretches(self.after.values, self.after.first_places)
+            if stretch.state is TokenState.STALE
+        ]
+        return sum(len(span) for span in stale) - _common(stale, joined([Span(0, first), *spans]))
 
     def state(self, changes: Mapping[str, str], *, wanted: bool) -> bool:
         """Append a line for each value that later tokens do not know, if it is wanted or an earlier line is in the way."""
@@ -264,6 +300,21 @@ def plan_rebase(context: Context, ledger: Ledger, tools: EditTools, limit: int |
 def _short(value: str) -> str:
     line = " ".join(value.split())
     return line if len(line) <= _SHOWN_CHARACTERS else line[: _SHOWN_CHARACTERS - 1] + "…"
+
+
+def _common(some: Iterable[Span], others: Sequence[Span]) -> int:
+    """How many slots are in both; neither holds one twice."""
+    return sum(max(0, min(a.stop, b.stop) - max(a.start, b.start)) for a in some for b in others)
+
+
+def _told(name: str, readers: Sequence[Reader]) -> str:
+    """Which text is computed again with a field, in a few words."""
+    counts = Counter(reader.reason for reader in readers if reader.why in (Why.HOLDS, Why.MENTIONS))
+    told = [f"{count} line{'s' * (count > 1)} ({reason})" for reason, count in counts.items()]
+    told += [reader.reason for reader in readers if reader.reason not in counts]
+    reasons = [] if any(reader.why is Why.MENTIONS for reader in readers) else [f"no later line mentions {name}"]
+    reasons.append(f"computed again with {name}: {', '.join(told)}" if told else "only its own tokens are computed")
+    return "; ".join(reasons)
 
 
 def _corrects_only(unit: Unit, changes: Mapping[str, str]) -> bool:

@@ -21,6 +21,8 @@ class Mode(StrEnum):
     """both: the default"""
     SELECTIVE = "selective"
     """the field's tokens and the k later ones that matter most"""
+    READERS = "readers"
+    """the field's tokens, and the lines and the open question that read it"""
     SUFFIX = "suffix"
     """everything from the field on"""
     FULL = "full"
@@ -41,6 +43,8 @@ class Strategy:
     """append a line that states the new value, where later tokens have read another"""
     selects: bool = False
     """compute the k later tokens again that a ranking puts first"""
+    rereads: bool = False
+    """compute the field's readers again"""
     recomputes: bool = False
     """compute everything again from the first token that the edit makes inexact"""
     from_start: bool = False
@@ -53,6 +57,7 @@ STRATEGIES: dict[Mode, Strategy] = {
     Mode.ERRATUM: Strategy(states=True),
     Mode.FIELD_ERRATUM: Strategy(writes=True, states=True),
     Mode.SELECTIVE: Strategy(writes=True, selects=True),
+    Mode.READERS: Strategy(writes=True, rereads=True),
     Mode.SUFFIX: Strategy(writes=True, recomputes=True),
     Mode.FULL: Strategy(writes=True, recomputes=True, from_start=True),
 }

@@ -2,6 +2,8 @@
 
 The discovery this package rests on shows here: refreshing the changed field's own keys and values (`in_place`) leaves
 the decision where it was, because the model decides from what it noted on later tokens at prefill.
+
+For `readers` the words are declared that a policy looks the field up in. Two more arms compute as many other tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from programmable_kv.edits.modes import Mode
+from programmable_kv.lab import same_budget
 from programmable_kv.models.load import Model
+from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.wording import THINK_INSTRUCTION
 from programmable_kv.records import Record, Recorder, bootstrap_mean, digest_of, wilson
@@ -66,12 +70,12 @@ def _one(model: Model, scenario: Scenario, index: int) -> dict[str, Any]:
         prompt = None if layout == "asked before" else asked
         row[layout] = {
             "before": notebook.decide(prompt, scenario.options).choice,
-            **_modes(notebook, prompt, scenario, gate, old, new, think=False),
+            **_modes(notebook, prompt, scenario, gate, old, new, index, think=False),
         }
     notebook = _prefilled(model, scenario, f"{asked} {THINK_INSTRUCTION}")
     row["think"] = {
         "before": notebook.decide(None, scenario.options, think=True).choice,
-        **_modes(notebook, None, scenario, gate, old, new, think=True),
+        **_modes(notebook, None, scenario, gate, old, new, index, think=True),
     }
     return row
 
@@ -79,6 +83,9 @@ def _one(model: Model, scenario: Scenario, index: int) -> dict[str, Any]:
 def _prefilled(model: Model, scenario: Scenario, asked: str | None) -> Notebook:
     notebook = Notebook(model)
     notebook.message("system", scenario.prompt, **scenario.values)
+    for gate in scenario.gates:
+        if gate.kind is not None:
+            notebook.mentions(gate.field, gate.kind)
     if asked is not None:
         notebook.message("user", asked)
     notebook.prefill()
@@ -86,21 +93,35 @@ def _prefilled(model: Model, scenario: Scenario, asked: str | None) -> Notebook:
 
 
 def _modes(
-    notebook: Notebook, prompt: str | None, scenario: Scenario, gate: Gate, old: str, new: str, *, think: bool
+    notebook: Notebook,
+    prompt: str | None,
+    scenario: Scenario,
+    gate: Gate,
+    old: str,
+    new: str,
+    index: int,
+    *,
+    think: bool,
 ) -> dict[str, dict[str, Any]]:
+    edit = {gate.field: new}
+
+    def ask(mode: Mode, k: int = SELECTED) -> Decision:
+        return notebook.decide(prompt, scenario.options, edits=edit, mode=mode, k=k, think=think)
+
     found = {}
     for mode in Mode:
         mark = notebook.mark()
-        decision = notebook.decide(
-            prompt, scenario.options, edits={gate.field: new}, mode=mode, k=SELECTED, think=think
-        )
+        found[str(mode)] = ask(mode)
         notebook.rollback(mark)
-        found[str(mode)] = {
+    found |= same_budget.decisions(notebook, edit, random.Random(f"{SEED}/lines/{index}"), ask)
+    return {
+        arm: {
             "choice": decision.choice,
             "gap": round(decision.gap(gate.actions[new], gate.actions[old]), 5),
             "tokens_computed": decision.account.tokens_computed,
         }
-    return found
+        for arm, decision in found.items()
+    }
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -118,7 +139,7 @@ def _by_layout(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for layout in (*LAYOUTS, "think"):
         right = [r for r in rows if r[layout]["before"] == r["old"] and r[layout]["full"]["choice"] == r["new"]]
         part: dict[str, Any] = {"counted": len(right)}
-        for mode in Mode:
+        for mode in (*Mode, *same_budget.ARMS):
             agreed = sum(r[layout][mode]["choice"] == r[layout]["full"]["choice"] for r in right)
             entry: dict[str, Any] = {"agreement": wilson(agreed, len(right)).model_dump()}
             recoveries = [

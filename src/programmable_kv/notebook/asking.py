@@ -60,6 +60,7 @@ class Change:
     k: int
     skill: Skill | None
     repair: SeamRepair | None
+    turns: str = "open"
 
     def __post_init__(self) -> None:
         if self.skill is None and self.repair is not None:
@@ -71,7 +72,7 @@ class Change:
         """The plan of it; None if nothing changes."""
         if self.skill is not None:
             return notebook.plan.splice(self.skill, repair=self.repair)
-        return notebook.plan.edit(self.edits, mode=self.mode, k=self.k) if self.edits else None
+        return notebook.plan.edit(self.edits, mode=self.mode, k=self.k, turns=self.turns) if self.edits else None
 
 
 @dataclass(frozen=True, slots=True)

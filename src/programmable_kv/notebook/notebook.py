@@ -40,8 +40,10 @@ from programmable_kv.prompt.conversation import Conversation
 from programmable_kv.prompt.fields import TEXT, Value, edited, trusted_by
 from programmable_kv.prompt.parts import Message, Rendered, Text
 from programmable_kv.prompt.prompt import Prompt
+from programmable_kv.prompt.readers import Reader, Turns, check_words, parse_turns, readers_of
 from programmable_kv.prompt.template import ChatTemplate
 from programmable_kv.prompt.tokens import as_text
+from programmable_kv.prompt.turns import turn_slots
 from programmable_kv.prompt.units import Kind, tokenised
 from programmable_kv.prompt.values import check_template
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
@@ -99,6 +101,8 @@ class Notebook:
             ),
         )
         self._skills: dict[str, Skill] = {}
+        self._mentions: dict[str, tuple[str, ...]] = {}
+        """field -> what else a line says when it speaks of it"""
         self._state = State()
         self._buffer: KVBuffer | None = None
         self._stream_open = False
@@ -181,6 +185,24 @@ class Notebook:
     def skill(self, skill: Skill) -> Self:
         """Add a compiled skill as raw text, right after what was added before."""
         return self.text("{" + skill.name + "}", **{skill.name: skill})
+
+    def mentions(self, name: str, /, *words: str) -> Self:
+        """Declare what a line says when it speaks of a field without its name; `edit(..., mode="readers")` reads it.
+
+        Another name for it, its values, or the group that its value is looked up in: the line that looks it up mentions the
+        field, and so defines the group; the lines that mention the group read the field too. To mark one line, give words of
+        that line. May be called before and after prefill; saved with the notebook.
+
+        Raises:
+            UnknownFieldError: there is no such field.
+            InvalidArgumentError: no words, or a word without a letter or digit.
+        """
+        if name not in self.fields:
+            known = ", ".join(self.fields) or "none"
+            raise UnknownFieldError(f"there is no field {name!r}; the context's fields are: {known}")
+        check_words(words)
+        self._mentions = {**self._mentions, name: tuple(dict.fromkeys((*self._mentions.get(name, ()), *words)))}
+        return self
 
     def _given(self, fields: Mapping[str, Value | Skill]) -> tuple[dict[str, Value], dict[str, Skill]]:
         self._require_not_prefilled()
@@ -330,6 +352,23 @@ class Notebook:
     def __len__(self) -> int:
         return len(self._state.context)
 
+    def readers(self, name: str, *, turns: str = "open") -> tuple[Reader, ...]:
+        """What `edit(..., mode="readers")` computes again besides the field itself: each piece of text, and why.
+
+        Args:
+            turns: as `edit`.
+
+        Raises:
+            UnknownFieldError: there is no such field.
+            InvalidArgumentError: `turns` is no such thing.
+        """
+        self.spans(name)
+        return self._readers_in(self._state.context, name, parse_turns(turns))
+
+    def _readers_in(self, context: Context, name: str, turns: Turns) -> tuple[Reader, ...]:
+        slots = turn_slots(context, self._state.conversation, name)
+        return readers_of(context, name, self._mentions.get(name, ()), turns, slots)
+
     # -- operations --------------------------------------------------------------------------------------------
 
     def edit(
@@ -339,6 +378,7 @@ class Notebook:
         *,
         mode: str | Mode | None = None,
         k: int = 32,
+        turns: str = "open",
         **fields: Value,
     ) -> Account:
         """Give fields new values: `edit(order_status="pending")`, or a mapping for names that are no keywords or options.
@@ -348,13 +388,15 @@ class Notebook:
         Args:
             mode: one of `Mode`; when None `field_erratum`, or `suffix` where that computes no more tokens.
             k: for `selective`, how many later tokens to recompute besides the field's own.
+            turns: for `readers`, which turns are computed again: `open` (those since the last answer), `keep` (none), `all`.
 
         Raises:
+            InvalidArgumentError: `k` or `turns` is no such thing.
             UnknownFieldError, InvalidValueError, InvalidEditError: the edit is not one.
             ContextOverflowError: the new value or the erratum does not fit.
             UnverifiedError: the value's token length changes and this model's keys cannot be relocated.
         """
-        return self._carry_out(self.plan.edit(changes, mode=mode, k=k, **fields))
+        return self._carry_out(self.plan.edit(changes, mode=mode, k=k, turns=turns, **fields))
 
     def rebase(self, *, limit: int | None = None) -> Account:
         """Fold errata back: write their values into the fields' places, drop the lines, and recompute from there.
@@ -481,6 +523,7 @@ class Notebook:
         edits: Mapping[str, Value] | None = None,
         mode: str | Mode | None = None,
         k: int = 32,
+        turns: str = "open",
         skill: Skill | None = None,
         repair: SeamRepair | None = None,
         think: bool = False,
@@ -492,7 +535,7 @@ class Notebook:
             prompt: asked as a user message (or raw text); None asks for the answer to what the context ends with. A thought
                 that the chat template opens for the answer is closed first: options are answers, not thoughts.
             options: at least two strings, compared as wholes.
-            edits, mode, k: an edit to make first, in the same forward as the prompt: the cheapest way to do both.
+            edits, mode, k, turns: an edit to make first, in the same forward as the prompt: the cheapest way to do both.
             skill, repair: a skill to splice in at the context's end first, its seam in the same forward as the prompt.
             think: let the model restate the field in one line before it decides. With a prompt, an instruction to do so is
                 added to it; without one, the context is expected to end with such a request.
@@ -506,7 +549,7 @@ class Notebook:
             TemplateError: the chat template does not take the prompt or, with `keep`, the answer.
         """
         question = asking.Question(prompt, options, think, keep)
-        change = asking.Change(edits, mode, k, skill, repair)
+        change = asking.Change(edits, mode, k, skill, repair, turns)
         return asking.decide(self, question, change)
 
     def generate(
@@ -568,6 +611,7 @@ class Notebook:
         state = self._ready()
         other = type(self)(self.model, erratum_template=self.erratum_template, ranking=self.ranking)
         other.prompt, other._skills, other._state = self.prompt, self._skills, state
+        other._mentions = self._mentions
         with self.model.engine.meter.measure() as reading:
             other._buffer = self.cache.fork()
         other._booked(other._unchanged(reading.account, "fork"))
@@ -594,7 +638,7 @@ class Notebook:
             messages = conversation.still_in(state.context.text, values) if conversation else ()
             saved = SavedNotebook(
                 self.erratum_template, messages, self.prompt.template, values,
-                state.context, state.ledger, self.cache.tensors(),
+                state.context, state.ledger, self.cache.tensors(), self._mentions,
             )  # fmt: skip
             place = write(saved, where, self.model)
             meter.count(moved=self.cache.nbytes)
@@ -620,6 +664,7 @@ class Notebook:
             buffer.load_tensors(dict(saved.tensors))
             conversation = Conversation(saved.template, saved.messages, saved.values) if saved.messages else None
             notebook._state, notebook._buffer = State(saved.context, saved.ledger, conversation), buffer
+            notebook._mentions = dict(saved.mentions)
         notebook._booked(notebook._unchanged(reading.account, "load"))
         return notebook
 

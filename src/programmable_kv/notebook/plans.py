@@ -27,6 +27,7 @@ from programmable_kv.prompt.fields import FieldKind, Value, edited, trusted_by
 from programmable_kv.prompt.guard import check_text
 from programmable_kv.prompt.parts import Message, Rendered, Text
 from programmable_kv.prompt.prompt import check_values
+from programmable_kv.prompt.readers import Turns, parse_turns
 from programmable_kv.prompt.tokens import as_text
 from programmable_kv.prompt.units import Kind, Unit, tokenised
 from programmable_kv.prompt.wording import block_statement, statement
@@ -60,12 +61,14 @@ class Plans:
         *,
         mode: str | Mode | None = None,
         k: int = 32,
+        turns: str = "open",
         **fields: Value,
     ) -> Plan:
         """As `Notebook.edit`."""
         require(changes, (Mapping, type(None)), "changes are a mapping, field -> value")
         state = self._notebook._ready()
         chosen = None if mode is None else parse_mode(mode)
+        wanted = parse_turns(turns)
         if isinstance(k, bool) or not isinstance(k, int):
             raise InvalidArgumentError(f"k is a number of tokens, got {k!r}")
         given = {**(changes or {}), **fields}
@@ -86,7 +89,7 @@ class Plans:
             # The model's checks are done once, before any clock runs: they are no part of an edit's price.
             self._notebook.model.engine.verify()
         notes: dict[str, str] = {}
-        plan = plan_edit(state.context, state.ledger, texts, chosen, self._tools(k, notes))
+        plan = plan_edit(state.context, state.ledger, texts, chosen, self._tools(k, notes, wanted))
         return _explained(plan, notes).because(trusted_by(types))
 
     def splice(self, skill: Skill, /, *, at: int | Part | None = None, repair: SeamRepair | None = None) -> Plan:
@@ -154,7 +157,7 @@ class Plans:
     def _bytes_per_token(self) -> int:
         return self._notebook.cache.bytes_per_token
 
-    def _tools(self, k: int = 32, notes: dict[str, str] | None = None) -> EditTools:
+    def _tools(self, k: int = 32, notes: dict[str, str] | None = None, turns: Turns = Turns.OPEN) -> EditTools:
         """`notes`: takes, by the text of an erratum, how the template made it be placed."""
         notebook = self._notebook
 
@@ -165,8 +168,9 @@ class Plans:
             return unit
 
         return EditTools(
-            notebook.model.tokenizer, write, self._can_relocate, notebook.ranking, k, self._bytes_per_token
-        )
+            notebook.model.tokenizer, write, self._can_relocate, notebook.ranking, k, self._bytes_per_token,
+            lambda context, name: notebook._readers_in(context, name, turns),
+        )  # fmt: skip
 
     def _can_relocate(self) -> bool:
         try:

@@ -77,6 +77,16 @@ class Unit:
     def _key(self) -> tuple[object, ...]:
         return self.kind, self.text, self.ids, self.special, self.places, self.corrects, self.name, self.plain
 
+    def covering(self, characters: Span) -> Span:
+        """The tokens that hold any of some characters."""
+        return _covering(self.offsets, characters)
+
+    def text_of(self, tokens: Span) -> str:
+        """The characters that some tokens hold."""
+        return (
+            self.text[int(self.offsets[tokens.start, 0]) : int(self.offsets[tokens.stop - 1, 1])] if len(tokens) else ""
+        )
+
     def split(self, token: int) -> tuple[Unit, Unit]:
         """Two units out of one, the second from `token` on.
 

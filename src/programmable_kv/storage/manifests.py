@@ -22,6 +22,7 @@ from programmable_kv.prompt.context import Context, FieldValue
 from programmable_kv.prompt.fields import FieldKind, FieldType
 from programmable_kv.prompt.guard import check_text
 from programmable_kv.prompt.parts import Message, Text
+from programmable_kv.prompt.readers import check_words
 from programmable_kv.prompt.template import ChatTemplate
 from programmable_kv.prompt.units import Kind, Place, Unit
 from programmable_kv.prompt.values import check_name, check_role, check_template
@@ -226,6 +227,8 @@ class NotebookManifest(Sealed):
     """what stood for every placeholder of the messages when they were rendered, skills included"""
     context: SavedContext
     ledger: SavedLedger
+    mentions: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """field -> what else a line says when it speaks of it"""
 
     def check(self, model: Model, where: str) -> None:
         """
@@ -242,7 +245,15 @@ class NotebookManifest(Sealed):
         if not named <= self.placeholders.keys():
             raise CorruptFileError(f"{where}: a message has a placeholder without a value")
         self.context.check(model, where)
+        self._check_mentions(where)
         self.ledger.check(self.context.length, where)
+
+    def _check_mentions(self, where: str) -> None:
+        for name, words in self.mentions.items():
+            try:
+                check_words(words)
+            except InvalidArgumentError as error:
+                raise CorruptFileError(f"{where}: the words declared for {name!r}: {error}") from error
 
 
 class Entry(Sealed):

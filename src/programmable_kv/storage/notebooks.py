@@ -11,7 +11,7 @@ import re
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -54,6 +54,8 @@ class SavedNotebook:
     ledger: Ledger
     tensors: Mapping[str, torch.Tensor]
     """as `KVBuffer.tensors` names them"""
+    mentions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """field -> what else a line says when it speaks of it"""
 
 
 def write(state: SavedNotebook, where: str | Path | Blobs, model: Model) -> Path | str:
@@ -83,6 +85,7 @@ def write(state: SavedNotebook, where: str | Path | Blobs, model: Model) -> Path
             placeholders=dict(state.values),
             context=SavedContext.of(state.context),
             ledger=SavedLedger.of(state.ledger),
+            mentions=dict(state.mentions),
         ).sealed()
 
     try:
@@ -129,6 +132,7 @@ def read(where: str | Path | Blobs, model: Model) -> SavedNotebook:
         context,
         manifest.ledger.ledger(context),
         {name: it if name in _POSITIONS else it.to(model.engine.device) for name, it in tensors.items()},
+        dict(manifest.mentions),
     )
 
 

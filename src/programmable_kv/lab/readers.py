@@ -1,0 +1,200 @@
+"""Is it enough to compute a field and its readers again? By kind of policy, beside errata and as many other tokens.
+
+Held-out policies of one set of rules, of two hops (the value is looked up in a group, which the rules are about) and of two
+sets; with and without thirty unrelated rules in between; the request in the cached context, or after the edit. The readers are
+the lines that mention the field, or the group that it is looked up in, and the request.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from programmable_kv.edits.modes import Mode
+from programmable_kv.lab import same_budget
+from programmable_kv.models.load import Model
+from programmable_kv.notebook.decision import Decision
+from programmable_kv.notebook.notebook import Notebook
+from programmable_kv.records import Record, Recorder, digest_of, wilson
+from programmable_kv.scenarios.grammar import Gate, Scenario, make_scenario, other_value
+from programmable_kv.scenarios.phrasings import PHRASINGS, question
+from programmable_kv.scenarios.vocabulary import held_out_domains
+
+SEED = 91_000
+LAYOUTS = ("asked before", "asked after")
+"""whether the request is part of the cached context, or comes with the decision, after the edit"""
+MODES = (Mode.READERS, Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.IN_PLACE, Mode.SUFFIX)
+ARMS = (*map(str, MODES), *same_budget.ARMS)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of policy."""
+
+    name: str
+    gates: int
+    two_hop: bool | None
+    fillers: int
+
+
+KINDS = tuple(
+    Kind(name + suffix, gates, two_hop, fillers)
+    for fillers, suffix in ((0, ""), (30, "_among_30_rules"))
+    for name, gates, two_hop in (("one_set", 1, False), ("two_hops", 1, True), ("two_sets", 2, None))
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A policy, the one field that changes in it, and what is asked."""
+
+    number: int
+    kind: Kind
+    scenario: Scenario
+    gate: Gate
+    new: str
+    asked: str
+
+    @property
+    def old(self) -> str:
+        return self.scenario.values[self.gate.field]
+
+    def text(self) -> str:
+        return f"{self.scenario.text()}\n{self.gate.field} -> {self.new}\n{self.asked}"
+
+
+def cases(count: int) -> Iterator[Case]:
+    """`count` cases of each kind, in turn, from each held-out domain in turn. A longer draw begins with a shorter one."""
+    domains = held_out_domains()
+    for number in range(count):
+        for kind in KINDS:
+            rng = random.Random(f"{SEED}/{kind.name}/{number}")
+            scenario = make_scenario(
+                rng, "held_out", gates=kind.gates, two_hop=kind.two_hop, fillers=kind.fillers,
+                domain=domains[number % len(domains)],
+            )  # fmt: skip
+            gate = rng.choice(scenario.gates)
+            new = other_value(rng, gate, scenario.values[gate.field])
+            asked = question(rng, PHRASINGS["held_out"], gate.topic, think=False)
+            yield Case(number, kind, scenario, gate, new, asked)
+
+
+def run(
+    model: Model, count: int, path: Path, *, report: Callable[[int, int], None] | None = None, command: str = ""
+) -> Record:
+    """Change one field in each of `count` policies of each kind, in every arm, and compare with full prefill."""
+    drawn = list(cases(count))
+    recorder = Recorder(
+        path,
+        name="readers",
+        version=1,
+        title="Agreement with full prefill where a field and its readers are computed again",
+        command=command,
+        model=model.name,
+        model_fingerprint=model.fingerprint,
+        data_digest=digest_of(case.text() for case in drawn),
+        seeds=[SEED],
+        settings={"count": count},
+    )
+    for done, case in enumerate(drawn):
+        if not recorder.done(number=case.number, kind=case.kind.name):
+            recorder.add(_row(model, case))
+        if report is not None:
+            report(done + 1, len(drawn))
+    return recorder.finish(summarise(recorder.rows))
+
+
+def notebook_of(model: Model, case: Case, *, asked: bool) -> Notebook:
+    """The policy prefilled, with the request or without, and the group declared that the field is looked up in."""
+    notebook = Notebook(model).message("system", case.scenario.prompt, **case.scenario.values)
+    if case.gate.kind is not None:
+        notebook.mentions(case.gate.field, case.gate.kind)
+    if asked:
+        notebook.message("user", case.asked)
+    notebook.prefill()
+    return notebook
+
+
+def _row(model: Model, case: Case) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "number": case.number, "kind": case.kind.name, "domain": case.scenario.domain, "field": case.gate.field,
+        "old": case.gate.actions[case.old], "new": case.gate.actions[case.new],
+    }  # fmt: skip
+    for layout in LAYOUTS:
+        notebook = notebook_of(model, case, asked=layout == "asked before")
+        prompt = None if layout == "asked before" else case.asked
+        if prompt is None:
+            # Both layouts are the same text when the decision falls: one full prefill stands for both.
+            row["before"] = notebook.decide(None, case.scenario.options).choice
+            row["full"] = _edited(notebook, None, case, Mode.FULL)
+        row[layout] = dict(_arms(notebook, prompt, case))
+    return row
+
+
+def _arms(notebook: Notebook, prompt: str | None, case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
+    for mode in MODES:
+        yield str(mode), _edited(notebook, prompt, case, mode)
+
+    def ask(mode: Mode, k: int) -> Decision:
+        return _decision(notebook, prompt, case, mode, k)
+
+    rng = random.Random(f"{SEED}/lines/{case.kind.name}/{case.number}")
+    for arm, decision in same_budget.decisions(notebook, {case.gate.field: case.new}, rng, ask):
+        yield arm, _measured(decision)
+
+
+def _edited(notebook: Notebook, prompt: str | None, case: Case, mode: Mode) -> dict[str, Any]:
+    """The decision after the edit; the notebook is put back."""
+    mark = notebook.mark()
+    decision = _decision(notebook, prompt, case, mode)
+    notebook.rollback(mark)
+    return _measured(decision)
+
+
+def _decision(notebook: Notebook, prompt: str | None, case: Case, mode: Mode, k: int = 1) -> Decision:
+    edit = {case.gate.field: case.new}
+    return notebook.decide(prompt, case.scenario.options, edits=edit, mode=mode, k=k)
+
+
+def _measured(decision: Decision) -> dict[str, Any]:
+    return {"choice": decision.choice, "tokens_computed": decision.account.tokens_computed}
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Agreement (Wilson) by layout: in all, by kind, and with and without unrelated rules.
+
+    Only cases that full prefill gets right under the old and the new value count: elsewhere there is no decision to preserve.
+    """
+    few = {kind.name for kind in KINDS if not kind.fillers}
+    groups: dict[str, Callable[[dict[str, Any]], bool]] = {
+        "all": lambda row: True,
+        "alone": lambda row: row["kind"] in few,
+        "among_30_rules": lambda row: row["kind"] not in few,
+        **{kind.name: lambda row, name=kind.name: row["kind"] == name for kind in KINDS},  # type: ignore[misc]
+    }
+    return {
+        group: {
+            layout.replace(" ", "_"): _agreement([row for row in rows if belongs(row)], layout) for layout in LAYOUTS
+        }
+        for group, belongs in groups.items()
+    }
+
+
+def _agreement(rows: list[dict[str, Any]], layout: str) -> dict[str, Any]:
+    right = [row for row in rows if row["before"] == row["old"] and row["full"]["choice"] == row["new"]]
+    part: dict[str, Any] = {"drawn": len(rows), "counted": len(right)}
+    part["full"] = {"mean_tokens_computed": _mean([row["full"]["tokens_computed"] for row in right])}
+    for arm in ARMS:
+        agreed = sum(row[layout][arm]["choice"] == row["full"]["choice"] for row in right)
+        part[arm] = {
+            "agreement": wilson(agreed, len(right)).model_dump(),
+            "mean_tokens_computed": _mean([row[layout][arm]["tokens_computed"] for row in right]),
+        }
+    return part
+
+
+def _mean(values: list[int]) -> float:
+    return round(sum(values) / max(1, len(values)), 1)

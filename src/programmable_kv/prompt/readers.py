@@ -1,0 +1,163 @@
+"""Readers: the later text that has drawn something from a field, found by what it mentions. No tensors here.
+
+In a causal cache every token after a field may have read it. The lines that mention it are the ones that say what follows from
+it; on them, and on the question that is still open, stand the notes that decide. `mode="readers"` computes just these again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from programmable_kv.cache.span import Span
+from programmable_kv.errors import InvalidArgumentError
+from programmable_kv.prompt.context import Context
+from programmable_kv.prompt.turns import TurnSlots
+from programmable_kv.prompt.units import Kind, Unit
+
+_SEPARATORS = re.compile(r"[\s_]+")
+
+
+class Turns(StrEnum):
+    """Which turns of a conversation count as readers of a field."""
+
+    KEEP = "keep"
+    """none: all that was said stays history"""
+    OPEN = "open"
+    """those since the last answer: the question that is still to be answered"""
+    ALL = "all"
+    """every one"""
+
+
+class Why(StrEnum):
+    """Why a piece of text counts as a reader of a field."""
+
+    HOLDS = "holds the field"
+    MENTIONS = "mentions"
+    OPEN = "the open question"
+    TURNS = "the turns"
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A piece of the context that reads a field: a line, or the turns from one on."""
+
+    span: Span
+    """its slots, without those up to the end of the field's first place"""
+    text: str
+    why: Why
+    word: str = ""
+    """what it mentions"""
+
+    @property
+    def reason(self) -> str:
+        """Why it counts as a reader, for people."""
+        return f"{self.why} {self.word!r}" if self.word else str(self.why)
+
+
+def parse_turns(turns: str | Turns) -> Turns:
+    """
+    Raises:
+        InvalidArgumentError: there is no such choice; the message lists them.
+    """
+    try:
+        return Turns(turns)
+    except ValueError:
+        raise InvalidArgumentError(f"turns is one of {', '.join(Turns)}; got {turns!r}") from None
+
+
+def check_words(words: Sequence[str]) -> None:
+    """
+    Raises:
+        InvalidArgumentError: there is none, or one of them is not a text that could stand in a line.
+    """
+    if not words:
+        raise InvalidArgumentError("no words were given: write what a line says when it speaks of the field")
+    for word in words:
+        if not isinstance(word, str) or not any(character.isalnum() for character in word):
+            raise InvalidArgumentError(f"what a line mentions is a text with letters or digits; got {word!r}")
+
+
+def readers_of(context: Context, name: str, words: Sequence[str], turns: Turns, slots: TurnSlots) -> tuple[Reader, ...]:
+    """The readers of a field, in slot order.
+
+    They are: the lines of prefilled text and of skills that hold the field, or that mention its name or one of `words`
+    (whole words; upper and lower case, and spaces and `_`, are the same), and the turns that are asked for. Turns that were
+    added later are not searched: they are history, kept or computed again as a whole.
+
+    Args:
+        words: what else a line says when it speaks of the field: another name, a value, the group that the value is looked
+            up in, or words of one particular line.
+        slots: where this context's turns begin.
+    """
+    if not context.spans(name):
+        return ()
+    begins = context.spans(name)[0].stop  # no token before it, and none of the place itself, has read the whole value
+    ends = {Turns.KEEP: len(context), Turns.OPEN: slots.open, Turns.ALL: slots.first}[turns]
+    found: list[Reader] = []
+    for start, unit in zip(context.starts, context.units, strict=False):
+        if unit.kind in (Kind.PREFILL, Kind.SKILL):
+            found += _lines(unit, start, name, words, Span(min(begins, ends), ends))
+    rest = Span(max(begins, min(ends, len(context))), len(context))
+    if len(rest):
+        found.append(Reader(rest, _text_in(context, rest), Why.OPEN if turns is Turns.OPEN else Why.TURNS))
+    return tuple(found)
+
+
+def joined(spans: Sequence[Span]) -> list[Span]:
+    """The slots that some spans hold together, as ascending spans that do not touch."""
+    found: list[Span] = []
+    for span in sorted(span for span in spans if len(span)):
+        if found and span.start <= found[-1].stop:
+            found[-1] = Span(found[-1].start, max(found[-1].stop, span.stop))
+        else:
+            found.append(span)
+    return found
+
+
+def _lines(unit: Unit, start: int, name: str, words: Sequence[str], within: Span) -> Iterator[Reader]:
+    """The lines of a unit that read a field, clipped to some slots. A line that does so twice is given once."""
+    reasons: dict[Span, tuple[Why, str]] = {}
+    for place in unit.places:
+        if place.name == name:
+            reasons.setdefault(_line_of(unit.text, place.characters), (Why.HOLDS, ""))
+    for word in (name, *words):
+        for match in _pattern(word).finditer(unit.text):
+            reasons.setdefault(_line_of(unit.text, Span(*match.span())), (Why.MENTIONS, word))
+    for characters, (why, word) in sorted(reasons.items()):
+        tokens = unit.covering(characters).shifted(start)
+        clipped = Span(
+            min(max(tokens.start, within.start), within.stop), max(within.start, min(tokens.stop, within.stop))
+        )
+        if len(clipped):
+            yield Reader(clipped, unit.text_of(clipped.shifted(-start)), why, word)
+
+
+def _line_of(text: str, characters: Span) -> Span:
+    """The line, or lines, with these characters, and the line break after them: notes are often left there."""
+    start = text.rfind("\n", 0, characters.start) + 1
+    stop = text.find("\n", characters.stop)
+    return Span(start, len(text) if stop < 0 else stop + 1)
+
+
+def _pattern(word: str) -> re.Pattern[str]:
+    """Finds a phrase as whole words; where it begins or ends in a script without upper and lower case, inside words too."""
+    pieces = [piece for piece in _SEPARATORS.split(word) if piece]
+    body = r"[\s_]+".join(map(re.escape, pieces))
+    before = r"(?<!\w)" if _bounded(pieces[0][0]) else ""
+    after = r"(?!\w)" if _bounded(pieces[-1][-1]) else ""
+    return re.compile(f"{before}{body}{after}", re.IGNORECASE)
+
+
+def _bounded(character: str) -> bool:
+    return character.isdigit() or character.lower() != character.upper()
+
+
+def _text_in(context: Context, span: Span) -> str:
+    pieces = []
+    for start, unit in zip(context.starts, context.units, strict=False):
+        own = Span(min(max(span.start - start, 0), len(unit)), min(max(span.stop - start, 0), len(unit)))
+        pieces.append(unit.text_of(own))
+    return "".join(pieces)
