@@ -7,6 +7,8 @@ token; a relocated key is the canonical key rotated once, in float64, from the p
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +18,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from conftest import tiny_engine
+from conftest import tiny, tiny_engine
+from programmable_kv import Notebook
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.rotation import rotate
 from programmable_kv.cache.segment import Segment
@@ -391,3 +394,33 @@ def test_a_long_buffer_grows_by_steps() -> None:
     small = KVBuffer(ENGINE.layout, capacity=100)
     small.ensure_capacity(101)
     assert small.capacity == 200
+
+
+def test_a_buffer_is_freed_without_the_garbage_collector() -> None:
+    """It holds most of the memory, and few objects: a collector that counts objects would keep many of them."""
+    buffer = filled(4)
+    copied = copy.deepcopy(buffer)
+    assert torch.equal(copied.keys(0), buffer.keys(0))
+    layer, gone = buffer.layers[0], weakref.ref(buffer)
+    gc.disable()
+    try:
+        del buffer
+        assert gone() is None
+    finally:
+        gc.enable()
+    with pytest.raises(CacheBufferError, match="is gone"):
+        layer.get_seq_length()
+    assert copied.layers[0].get_seq_length() == 4
+
+
+def test_a_notebook_is_freed_without_the_garbage_collector() -> None:
+    notebook = Notebook(tiny()).message("system", "status: {status}.", status="new")
+    notebook.prefill()
+    notebook.decide("so?", ["yes", "no"], edits={"status": "old"}, keep=True)
+    gone = weakref.ref(notebook.cache)
+    gc.disable()
+    try:
+        del notebook
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -438,6 +438,9 @@ class KVBuffer(Cache):  # type: ignore[misc]
 
     # -- copies ------------------------------------------------------------------------------------------------
 
+    def __deepcopy__(self, memo: dict[int, object]) -> KVBuffer:
+        return self.fork()
+
     def fork(self) -> KVBuffer:
         """An independent copy of what is in use (no marks). This one does copy the context."""
         other = KVBuffer(self.layout, capacity=self.length, meter=self.meter.shared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,17 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, owner: KVBuffer) -> None:
         super().__init__()
-        self._owner = owner
+        # A buffer refers to its layers. Weak the other way, so that its memory is free as soon as nobody holds the buffer:
+        # the garbage collector counts objects, not their bytes, and would wait for long.
+        self._weak_owner = weakref.ref(owner)
         self.length = 0
+
+    @property
+    def _owner(self) -> KVBuffer:
+        owner = self._weak_owner()
+        if owner is None:
+            raise CacheBufferError("the KVBuffer of this layer is gone: hold the buffer itself, not its layers")
+        return owner
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
