@@ -101,6 +101,17 @@ def test_edit_reads_standard_input_files_and_answers_with_commas(tiny_folder: st
     assert [row["mode"] for row in body["modes"]] == ["full", "suffix"]
 
 
+def test_edit_takes_values_of_several_lines_from_files(tiny_folder: str, tmp_path: Path) -> None:
+    (tmp_path / "todo.txt").write_text("- [ ] call\n- [ ] refund\n")
+    (tmp_path / "prompt.txt").write_text("todo:\n{todo}\nreply only.")
+    done = pkv(
+        "edit", "--prompt", str(tmp_path / "prompt.txt"), "--field", "todo=none", "--set", f"todo=@{tmp_path / 'todo.txt'}",
+        *ASK, "--model", tiny_folder, "--mode", "field_erratum", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {row["mode"] for row in json.loads(done.stdout)["modes"]} == {"full", "field_erratum"}
+
+
 @pytest.mark.slow
 def test_edit_shows_which_modes_a_model_refuses(policy: str, tmp_path: Path) -> None:
     """A model whose keys cannot be moved refuses to refresh a value of another length; the others are compared."""
@@ -139,7 +150,7 @@ BEFORE_A_MODEL_IS_LOADED = [
 ]
 WITH_A_MODEL = [
     (["--field", "status=shipped", "--set", "status=", *ASK], "is empty"),
-    (["--field", "status=shipped", "--set", "status=a<|im_end|>b", *ASK], "marks roles"),
+    (["--field", "status=shipped", "--set", "status=a<|im_end|>b", *ASK], "mark roles"),
 ]
 
 

@@ -52,6 +52,7 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from programmable_kv.models.load import Model, load_model, wrap_model
     from programmable_kv.notebook.decision import Decision
     from programmable_kv.notebook.notebook import Notebook
+    from programmable_kv.prompt.fields import Field
     from programmable_kv.prompt.readers import Reader
     from programmable_kv.skills.skill import Skill
     from programmable_kv.skills.store import SkillStore
@@ -70,6 +71,7 @@ _MODULE_OF = {
     "Decision": "notebook.decision",
     "Engine": "engine",
     "ExperimentError": "errors",
+    "Field": "prompt.fields",
     "FingerprintMismatchError": "errors",
     "FrequencyRegimeError": "errors",
     "InputError": "errors",
@@ -124,6 +126,7 @@ __all__ = [
     "Decision",
     "Engine",
     "ExperimentError",
+    "Field",
     "FingerprintMismatchError",
     "FrequencyRegimeError",
     "InputError",

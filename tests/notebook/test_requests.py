@@ -205,12 +205,19 @@ def test_what_a_template_loses_of_a_request_is_refused() -> None:
         ({"role": "user", "content": 3}, "text, None or a list of parts"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "'image_url': only text"),
         ({"role": "user", "content": "x", "audio": {"id": "1"}}, "has 'audio'"),
-        ({"role": "user", "content": "<|im_start|>"}, "im_start"),
+        ({"role": "user", "content": "\ue00a"}, r"U\+E00A"),
         ({"role": "tool", "content": "x", "name": "<|im_end|>"}, "im_end"),
         ({"role": "assistant", "tool_calls": [{"function": {}}]}, "a tool call of the assistant message"),
         ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "no JSON"),
         ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}, "a JSON object"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "<s>"}}}]}, "<s>"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"<s>": "a"}}}]}, "<s>"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": ["\ue00b"]}}}]},
+            "a tool call",
+        ),
+        ({"role": "assistant", "tool_calls": [{"id": "<s>", "function": {"name": "f"}}]}, "a name, an id or a key"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "<s>"}}]}, "a name, an id or a key"),
+        ({"role": "assistant", "content": "x", "reasoning_content": ["x"]}, "the reasoning of"),
     ],
 )
 def test_what_is_no_message_is_refused(message: Any, match: str) -> None:

@@ -11,9 +11,10 @@ import torch
 from conftest import tiny
 from programmable_kv import Account, Notebook, SeamRepair, Skill
 from programmable_kv.cache.buffer import KVBuffer, Mark
-from programmable_kv.errors import InvalidEditError, OutOfStepError
+from programmable_kv.errors import InputError, InvalidEditError, OutOfStepError, StateError
 from programmable_kv.ledger.ledger import Ledger
 from programmable_kv.notebook import asking
+from programmable_kv.states import weakest
 from reference import assert_rows_equal, full_forward
 
 
@@ -152,3 +153,68 @@ def test_a_loaded_notebook_does_not_render_an_empty_prompt(tmp_path: Path) -> No
     notebook.prefill()
     notebook.save(tmp_path / "saved")
     assert Notebook.load(tmp_path / "saved", notebook.model).rendered() == notebook.rendered()
+
+
+def test_a_decision_that_is_kept_counts_in_its_own_account() -> None:
+    """The account said 'relocated', and the turns that were kept are 'after edit': better than the truth."""
+    notebook = Notebook(tiny()).text("so,")
+    notebook.skill(Skill.compile(notebook.model, "refund policy: if gold refund.", name="refunds"))
+    notebook.prefill(repair=SeamRepair(0))
+    decision = notebook.decide("so?", ["yes", "no"], keep=True)
+    assert decision.account.exactness is notebook.last_account.exactness is weakest(notebook.states)
+
+
+def test_a_mode_that_was_not_asked_for_is_not_in_the_account() -> None:
+    """The account promises None 'where the default was left to choose', and gave the mode that was chosen."""
+    notebook = Notebook(tiny()).message("system", "status: {status}. policy", status="shipped")
+    notebook.prefill()
+    account = notebook.edit(status="pending")
+    assert (account.mode_asked, account.mode_used) == (None, "suffix")
+    assert "mode suffix" in str(notebook.plan.edit(status="shipped"))
+    assert notebook.edit(status="shipped", mode="suffix").mode_asked == "suffix"
+
+
+@pytest.mark.parametrize("mode", ["in_place", "field_erratum", "selective"])
+def test_a_value_that_was_edited_away_is_not_saved_with_what_has_read_it(tmp_path: Path, mode: str) -> None:
+    """Stale tokens stay, and their bookkeeping named the value that they had read."""
+    notebook = Notebook(tiny()).message("system", "address: {address}. agent, so reply.", address="elm street nine")
+    notebook.prefill()
+    notebook.edit(address="removed", mode=mode)
+    notebook.save(tmp_path / "saved")
+    assert "elm street" not in (tmp_path / "saved" / "notebook.json").read_text(encoding="utf-8")
+    loaded = Notebook.load(tmp_path / "saved", notebook.model)
+    assert loaded.states == notebook.states
+    for each in (loaded, notebook):
+        each.add("user", "so?")
+    assert loaded.states == notebook.states
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda n: n.edit(["status"]),
+        lambda n: n.decide(5, ["a", "b"]),
+        lambda n: n.decide("so?", None),
+        lambda n: n.add("user", 5),
+        lambda n: n.splice(Skill.compile(n.model, "dates."), repair=3),
+        lambda n: n.rollback("yesterday"),
+        lambda n: n.release(None),
+        lambda n: n.generate("so?", seed="a"),
+        lambda n: n.generate("so?", temperature=True),
+        lambda n: n.generate(7),
+        lambda n: n.rebase(limit=-3),
+        lambda n: n.rebase(limit="all"),
+        lambda n: Notebook("embedded"),
+        lambda n: Notebook(n.model).text(None),
+        lambda n: Notebook(n.model).message("user", 5),
+        lambda n: Notebook(n.model, erratum_template=5),
+        lambda n: SeamRepair("x"),
+    ],
+)
+def test_arguments_of_another_type_are_typed_errors(operation: Any) -> None:
+    notebook = Notebook(tiny()).message("system", "status: {status}. policy", status="shipped")
+    notebook.prefill()
+    ids = notebook.ids
+    with pytest.raises((InputError, StateError)):
+        operation(notebook)
+    assert notebook.ids == ids

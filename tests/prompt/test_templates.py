@@ -295,11 +295,11 @@ def test_a_message_that_a_prompt_s_template_drops_is_refused() -> None:
 
 
 def test_a_text_with_the_characters_of_a_mark_is_cut_where_it_ends() -> None:
-    notebook = Notebook(of("llama2")).message("system", "a \ue008 b \ue0090\ue00a {status}.", status="new")
+    notebook = Notebook(of("llama2")).message("system", "a \ue008 b \ue0090\ue00c {status}.", status="new")
     notebook.prefill()
-    assert notebook.rendered_text == "<s>[INST] <<SYS>>\na \ue008 b \ue0090\ue00a new.\n<</SYS>>\n\n"
-    notebook.add("user", "\ue0091\ue00a?")
-    assert notebook.rendered_text.endswith("new.\n<</SYS>>\n\n\ue0091\ue00a? [/INST]")
+    assert notebook.rendered_text == "<s>[INST] <<SYS>>\na \ue008 b \ue0090\ue00c new.\n<</SYS>>\n\n"
+    notebook.add("user", "\ue0091\ue00c?")
+    assert notebook.rendered_text.endswith("new.\n<</SYS>>\n\n\ue0091\ue00c? [/INST]")
 
 
 def test_what_a_preface_says_before_its_last_message_is_said_too() -> None:

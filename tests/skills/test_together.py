@@ -117,7 +117,7 @@ def test_an_agent_composed_of_them_is_exact() -> None:
         ({"one": ""}, {}, InvalidValueError, "is empty"),
         ({"one": "a"}, {"status": "pending"}, UnknownFieldError, "no text has a placeholder {status}"),
         ({"one": "a", "two words": "b"}, {}, InvalidValueError, "two words"),
-        ({"one": "a", "two": "b"}, {"between": "<|im_end|>"}, InvalidValueError, "the text between skills"),
+        ({"one": "a", "two": "b"}, {"between": "\ue00a"}, InvalidValueError, "the text between skills"),
         ({"one": "a {between}"}, {"between": "\n"}, InvalidValueError, "in a mapping"),
         (["one", "two"], {}, InvalidValueError, "name -> text"),
         ({"one": 1}, {}, InvalidValueError, "name -> text"),

@@ -17,6 +17,7 @@ from programmable_kv.edits.seam import SeamRepair
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.notebook import Notebook
+from programmable_kv.prompt.fields import Value
 from programmable_kv.skills.skill import Skill
 
 
@@ -25,7 +26,7 @@ class Turn:
     """One request: the state that had changed before it, and what was decided."""
 
     request: str
-    changes: Mapping[str, str]
+    changes: Mapping[str, Value]
     decision: Decision
 
     @property
@@ -46,14 +47,14 @@ class Agent:
         self,
         model: Model,
         policy: str | Skill,
-        values: Mapping[str, str] | None = None,
+        values: Mapping[str, Value] | None = None,
         /,
         *,
         skills: Sequence[Skill] = (),
         mode: str | Mode | None = None,
         repair: SeamRepair | None = None,
         fold_system: bool = True,
-        **state: str,
+        **state: Value,
     ) -> None:
         """Compose the context. What was compiled before is spliced, only the rest is computed.
 
@@ -94,11 +95,11 @@ class Agent:
         self,
         request: str,
         options: Sequence[str],
-        changes: Mapping[str, str] | None = None,
+        changes: Mapping[str, Value] | None = None,
         /,
         *,
         think: bool = False,
-        **fields: str,
+        **fields: Value,
     ) -> Turn:
         """Take over changes of state and decide on a request, in one forward. Request and answer stay in the context.
 
@@ -109,7 +110,7 @@ class Agent:
                 `Notebook.decide`; the agent is unchanged.
         """
         given = {**(changes or {}), **fields}
-        changed = {name: value for name, value in given.items() if self.state.get(name) != value}
+        changed = self.notebook._changed(given)
         decision = self.notebook.decide(request, options, edits=changed, mode=self.mode, think=think, keep=True)
         turn = Turn(request, changed, decision)
         self.turns.append(turn)

@@ -7,6 +7,7 @@ token; the mask enforces the window, so that an edit far behind the window is st
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -218,10 +219,11 @@ class KVBuffer(Cache):  # type: ignore[misc]
             raise CacheBufferError("there are no slots to write: a forward needs at least one row")
         first, last = slots[0], slots[-1]
         contiguous = last - first + 1 == len(slots)
-        fresh = [slot for slot in slots if slot >= self.length]
-        if fresh != list(range(self.length, self.length + len(fresh))):
-            raise CacheBufferError(f"slots {fresh[:3]}... would leave a gap after the {self.length} in use")
-        tables = self.require_tables(max(positions) + 1, remaining=self.length - (len(slots) - len(fresh)))
+        used = self.length
+        fresh = slots[bisect_left(slots, used) :]  # ascending: the last ones
+        if fresh and (fresh[0] != used or fresh[-1] - used + 1 != len(fresh)):
+            raise CacheBufferError(f"slots {list(fresh[:3])}... would leave a gap after the {used} in use")
+        tables = self.require_tables(max(positions) + 1, remaining=used - (len(slots) - len(fresh)))
         self.ensure_capacity(last + 1)
         where: Slots = slice(first, last + 1) if contiguous else torch.tensor(slots)
         self._save(where)

@@ -115,7 +115,7 @@ class Origins:
     def release_unused(self, length: int) -> None:
         """Let go of the segments that none of the first `length` slots comes from; the slots beyond forget theirs."""
         self.forget(slice(length, None))
-        used = set(self._sources[:length].tolist()) if self._segments else set()
+        used = set(torch.unique(self._sources[:length]).tolist()) if self._segments else set()
         self._segments = [segment if i in used else None for i, segment in enumerate(self._segments)]
 
     def save(self, slots: Slots) -> SavedOrigins:

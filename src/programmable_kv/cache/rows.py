@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import lt
 
 import torch
 
@@ -29,7 +30,7 @@ class Rows:
                 f"ids, slots and positions must have one entry for each row, got {len(self.ids)}, {len(self.slots)} and "
                 f"{len(self.positions)}"
             )
-        if any(a >= b for a, b in zip(self.slots, self.slots[1:], strict=False)):
+        if self.slots and not all(map(lt, self.slots, self.slots[1:])):
             raise InvalidArgumentError(f"slots must ascend, got {self.slots[:8]}...")
 
     def __len__(self) -> int:

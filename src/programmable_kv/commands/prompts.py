@@ -31,7 +31,7 @@ from programmable_kv.errors import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from programmable_kv import Decision, Mode, Model, Notebook
+    from programmable_kv import Decision, Field, Mode, Model, Notebook
 
 
 def demo(
@@ -95,7 +95,7 @@ def edit(
 
     loaded = load(model)
     raw = raw or not loaded.has_chat_template
-    notebook = _cached(loaded, text, fields, ask, raw=raw)
+    notebook = _cached(loaded, text, _declared(fields, changes), ask, raw=raw)
     end = "Answer:" if raw else None  # after what an edit appends
     before = notebook.decide(end, choices)
     trials: list[_Trial] = []
@@ -180,7 +180,17 @@ def _modes(names: Iterable[str] | None) -> list[Mode]:
     return [Mode.FULL, *(mode for mode in Mode if mode in wanted and mode is not Mode.FULL)]
 
 
-def _cached(model: Model, text: str, fields: dict[str, str], ask: str, *, raw: bool) -> Notebook:
+def _declared(fields: dict[str, str], changes: dict[str, str]) -> dict[str, str | Field]:
+    """The fields' values; a field that has several lines, before or after the edit, is a block."""
+    from programmable_kv import Field
+
+    return {
+        name: Field.block(value) if "\n" in value or "\n" in changes.get(name, "") else value
+        for name, value in fields.items()
+    }
+
+
+def _cached(model: Model, text: str, fields: dict[str, str | Field], ask: str, *, raw: bool) -> Notebook:
     """The prompt and the question, prefilled."""
     from programmable_kv import Notebook
 

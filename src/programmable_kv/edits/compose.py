@@ -7,6 +7,7 @@ turns are computed on the context as it is then.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from programmable_kv.cache.span import Span
 from programmable_kv.edits.entries import exact_at
@@ -16,6 +17,7 @@ from programmable_kv.errors import InvalidEditError
 from programmable_kv.ledger.ledger import Ledger
 from programmable_kv.ledger.run import Origin
 from programmable_kv.prompt.context import Context, FieldValue
+from programmable_kv.prompt.fields import TEXT
 from programmable_kv.prompt.units import Unit
 from programmable_kv.skills.skill import Skill
 
@@ -53,7 +55,13 @@ def plan_splice(
     if len(where):
         kept = kept.without_lost_fields()
     fields = joined_values(kept.values, skill)
-    written = {name: kept.fields.get(name, FieldValue(value, value)) for name, value in fields.items()}
+    written = {
+        name: kept.fields.get(name, FieldValue(value, value, skill.types.get(name, TEXT)))
+        for name, value in fields.items()
+    }
+    for name in kept.fields.keys() & skill.values.keys():
+        kind = written[name].type.joined(name, fields[name], skill.types.get(name, TEXT))
+        written[name] = replace(written[name], type=kind)
     after = Context((*kept.units[:first], skill.placed, *kept.units[first:]), written)
     steps: list[Step] = [Insert(at, skill, len(where))]
     compute: tuple[Compute, ...] = ()

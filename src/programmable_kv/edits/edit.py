@@ -27,13 +27,17 @@ def _by_name(context: Context, name: str) -> Sequence[Reader]:
     return readers_of(context, name, (), Turns.OPEN, turn_slots(context, None, name))
 
 
+_SHOWN_CHARACTERS = 80
+"""of a value in a reason"""
+
+
 @dataclass(frozen=True, slots=True)
 class EditTools:
     """What planning an edit needs besides the context: a tokenizer, the wording, and what this model allows."""
 
     tokenizer: Any
-    write_erratum: Callable[[Context, str, str], Unit]
-    """(context, field, value) -> the unit that states it at the context's end"""
+    write_erratum: Callable[[Context, str, str, str | None], Unit]
+    """(context, field, value, the value that all readers know, if there is one) -> the unit that states it at the end"""
     can_relocate: Callable[[], bool]
     ranking: Ranking
     k: int = 32
@@ -54,14 +58,14 @@ def plan_edit(
     """
     if mode is not None:
         return _planned(context, ledger, changes, mode, tools)
-    plan = _planned(context, ledger, changes, DEFAULT_MODE, tools)
+    plan = replace(_planned(context, ledger, changes, DEFAULT_MODE, tools), asked=None)
     if not plan.tokens_computed:
         return plan
-    exact = _planned(context, ledger, changes, Mode.SUFFIX, tools)
-    if exact.tokens_computed > plan.tokens_computed:
+    suffix = replace(_planned(context, ledger, changes, Mode.SUFFIX, tools), asked=None)
+    if suffix.tokens_computed > plan.tokens_computed:
         return plan
-    why = f"recomputing all that follows takes {exact.tokens_computed} tokens, {DEFAULT_MODE} {plan.tokens_computed}"
-    return exact.because(f"{why}, and leaves no token that has read another value")
+    why = f"recomputing all that follows takes {suffix.tokens_computed} tokens, {DEFAULT_MODE} {plan.tokens_computed}"
+    return suffix.because(f"{why}, and leaves no token that has read another value")
 
 
 def _planned(context: Context, ledger: Ledger, changes: Mapping[str, str], mode: Mode, tools: EditTools) -> Plan:
@@ -88,6 +92,8 @@ class _Draft:
 
     def __init__(self, context: Context, ledger: Ledger, after: Context, tools: EditTools) -> None:
         self.before, self.after, self.ledger, self.tools = context, after, ledger, tools
+        self.read = ledger
+        """before the edit"""
         self.steps: list[Step] = []
         self.compute: list[Compute] = []
         self.reasons: list[str] = []
@@ -186,7 +192,9 @@ class _Draft:
             in_the_way = bool(self.after.corrections(name))
             if (wanted and not self._known(name, value)) or in_the_way:
                 start = len(self.after)
-                self.after = self.after.appended(self.tools.write_erratum(self.after, name, value))
+                self.after = self.after.appended(
+                    self.tools.write_erratum(self.after, name, value, self._read_by_all(name))
+                )
                 self._computed([Compute(Span(start, len(self.after)), Origin.COMPUTED)])
                 stated = True
                 if not wanted:
@@ -194,7 +202,7 @@ class _Draft:
                         f"an earlier erratum about {name} cannot be cut out here, so a new one was needed"
                     )
             elif wanted:
-                self.reasons.append(f"no erratum: everything that follows was computed with {name} = {value}")
+                self.reasons.append(f"no erratum: everything that follows was computed with {name} = {_short(value)}")
         return stated
 
     def _known(self, name: str, value: str) -> bool:
@@ -205,8 +213,15 @@ class _Draft:
             and not self.ledger.reads_preface
         )
 
+    def _read_by_all(self, name: str) -> str | None:
+        """The value of which all that follows the field's places has read before this edit, and no other; None without one."""
+        written = self.before.fields[name].written
+        place = self.before.first_place(name)
+        only = not self.read.reads_preface and self.read.has_read_only(name, written, place)
+        return written if only and place < len(self.before) else None
+
     def _computed(self, computes: Iterable[Compute]) -> None:
-        added = list(computes)
+        added = [one for one in computes if len(one.span)]  # a value may have become empty
         self.compute += added
         self.ledger = computed(self.ledger, self.after, added)
 
@@ -280,6 +295,11 @@ def plan_rebase(context: Context, ledger: Ledger, tools: EditTools, limit: int |
     if left := told - folded:
         plan = replace(plan, why=f"folding back {', '.join(sorted(left))} as well would take over {limit} tokens")
     return plan
+
+
+def _short(value: str) -> str:
+    line = " ".join(value.split())
+    return line if len(line) <= _SHOWN_CHARACTERS else line[: _SHOWN_CHARACTERS - 1] + "…"
 
 
 def _common(some: Iterable[Span], others: Sequence[Span]) -> int:

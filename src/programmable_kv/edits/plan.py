@@ -82,6 +82,7 @@ class Plan:
     compute: tuple[Compute, ...] = ()
     """ascending, without overlap"""
     asked: Mode | None = None
+    """of an edit; None where the default was left to choose"""
     used: Mode | None = None
     why: str = ""
     """why another mode is used than was asked for, or what is done beyond it"""
@@ -158,9 +159,9 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"{self.operation}: {self.before} -> {len(self.after)} tokens"]
-        if self.asked is not None:
-            used = "" if self.used == self.asked else f", carried out as {self.used}"
-            lines[0] += f", mode {self.asked}{used}"
+        if self.used is not None:
+            instead = f", {self.asked} was asked for" if self.asked not in (None, self.used) else ""
+            lines[0] += f", mode {self.used}{instead}"
         lines += [f"  {_described(step)}" for step in self.steps]
         lines += [f"  compute slots [{one.span.start}, {one.span.stop}) ({one.origin})" for one in self.compute]
         lines.append(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from programmable_kv.arguments import require
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.span import Span
 from programmable_kv.edits.selection import MostAttended, MostDeviating, Selection
@@ -32,6 +33,7 @@ class SeamRepair:
     rule: str | None = None
 
     def __post_init__(self) -> None:
+        require(self.seam, int, "a seam is a number of tokens")
         if self.seam < 0:
             raise InvalidEditError(f"a seam has at least 0 tokens, got {self.seam}")
         if self.rule is not None and not _SPELLED.fullmatch(self.rule):

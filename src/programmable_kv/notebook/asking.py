@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from programmable_kv.account import Account
+from programmable_kv.arguments import require, require_count
 from programmable_kv.cache.buffer import KVBuffer, Mark
 from programmable_kv.edits.entries import adopted
 from programmable_kv.edits.modes import Mode
@@ -20,9 +21,10 @@ from programmable_kv.notebook.decision import Decision, best_of, option_ids, sco
 from programmable_kv.notebook.state import State
 from programmable_kv.prompt.chat import answer_end, thought_closed
 from programmable_kv.prompt.conversation import Conversation
+from programmable_kv.prompt.fields import Value
 from programmable_kv.prompt.parts import Message, Rendered, Text
+from programmable_kv.prompt.tokens import as_text
 from programmable_kv.prompt.units import Kind, Unit, tokenised
-from programmable_kv.prompt.values import check_no_markers
 from programmable_kv.prompt.wording import THINK_INSTRUCTION
 from programmable_kv.skills.skill import Skill
 
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 
 _THOUGHT_ENDS = ", so"
 _THOUGHT_LIMIT = 48
+"""tokens"""
+_THOUGHTS_KEPT = 7
+"""earlier thoughts that a new one may begin like"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +47,15 @@ class Question:
     think: bool
     keep: bool
 
+    def __post_init__(self) -> None:
+        require(self.options, (list, tuple, str), "options are a list of strings")
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
     """An edit or a splice to make first. Arguments and errors as `Notebook.decide`."""
 
-    edits: Mapping[str, str] | None
+    edits: Mapping[str, Value] | None
     mode: str | Mode | None
     k: int
     skill: Skill | None
@@ -76,9 +84,10 @@ class Sampling:
     seed: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise InvalidArgumentError(f"an answer has at least one token, got max_new_tokens={self.max_new_tokens!r}")
-        if not isinstance(self.temperature, int | float) or not self.temperature >= 0:
+        require_count(self.max_new_tokens, "max_new_tokens", least=1)
+        require_count(self.seed, "a seed")
+        number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
+        if not number or not self.temperature >= 0:
             raise InvalidArgumentError(f"a temperature is a number of at least 0, got {self.temperature!r}")
 
 
@@ -99,23 +108,23 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
     meter = notebook.model.engine.meter
     if question.keep:
         for option in question.options:
-            check_no_markers(option, tokenizer, "an option")
+            as_text(option, tokenizer, "an option")
     if change.edits or change.skill is not None:
         notebook.model.engine.verify()
     thought = ""
     with notebook._transaction():
         with meter.measure() as reading:
-            prompt = asked(notebook, question.prompt, think=question.think)
-            closed = thought_closed(prompt) if notebook._state.conversation is not None else prompt
+            text = asked(notebook, question.prompt, think=question.think)
+            closed = thought_closed(text) if notebook._state.conversation is not None else text
             thoughts = (
-                "" if closed == prompt else "the thought that the chat template opens was closed before the decision"
+                "" if closed == text else "the thought that the chat template opens was closed before the decision"
             )
-            prompt = closed
-            turn = tokenised(tokenizer, Rendered(prompt), Kind.TURN)
+            text = closed
+            turn = tokenised(tokenizer, Rendered(text), Kind.TURN)
             answered = _ask(notebook, turn.ids, change.plan(notebook))
             logits = answered.logits
         with meter.measure() as scoring:
-            prompt_end = prompt or notebook._state.context.ends_with()
+            prompt_end = turn.text or notebook._state.context.ends_with()
             if question.think:
                 thought, logits = _think(notebook, logits)
                 prompt_end = thought
@@ -130,7 +139,7 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
                 said = question.prompt
                 if said is not None and question.think:
                     said = _with_instruction(said)
-                kept = _keep(notebook, turn, said, f"{thought} {choice}" if question.think else choice)
+                kept = _keep(notebook, turn, text, said, f"{thought} {choice}" if question.think else choice)
     log_probabilities = dict(zip(question.options, scores, strict=True))
     weights = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=0).tolist()
     known = {**answered.known, **({"exactness": notebook._state.weakest} if question.keep else {})}
@@ -150,13 +159,12 @@ def asked(notebook: Notebook, prompt: str | None, *, think: bool) -> str:
     """What a prompt, and the opening of an answer to it, add to the rendered context.
 
     Raises:
-        InvalidValueError: the prompt has special tokens.
+        InvalidValueError: the prompt has a special token that cannot be plain text.
         TemplateError: the chat template does not take it.
     """
+    require(prompt, (str, type(None)), "a prompt is text, or None")
     if prompt is not None:
-        check_no_markers(prompt, notebook.model.tokenizer, "the prompt")
-        if think:
-            prompt = _with_instruction(prompt)
+        prompt = as_text(_with_instruction(prompt) if think else prompt, notebook.model.tokenizer, "the prompt")
     conversation = notebook._ready().conversation
     if conversation is None:
         return prompt or ""
@@ -188,7 +196,7 @@ def stream(notebook: Notebook, prompt: str | None, asked: str, sampling: Samplin
                 raise OutOfStepError("the notebook was rolled back while this stream was open: it ends here")
         if keep:
             notebook._stream_open = False
-            total = total + _kept(notebook, state, turn, prompt, said, answer)
+            total = total + _kept(notebook, state, turn, asked, prompt, said, answer)
             buffer.release(mark)
     finally:
         notebook._stream_open = False
@@ -219,7 +227,9 @@ def _drawn(notebook: Notebook, turn: Unit, sampling: Sampling) -> Iterator[tuple
         first = Account()
 
 
-def _kept(notebook: Notebook, state: State, turn: Unit, prompt: str | None, said: list[int], answer: str) -> Account:
+def _kept(
+    notebook: Notebook, state: State, turn: Unit, asked: str, prompt: str | None, said: list[int], answer: str
+) -> Account:
     """Let a streamed answer and its prompt become turns. Tokens that are cached already are not computed.
 
     Returns what computing the rest cost, and (in `why`) how the text differs from a fresh rendering. If it raises, the caller
@@ -228,30 +238,36 @@ def _kept(notebook: Notebook, state: State, turn: Unit, prompt: str | None, said
     buffer = notebook.cache
     cached = said[: buffer.length - len(state.context) - len(turn)]
     with buffer.meter.measure() as reading:
-        whole, conversation, why = _whole(state.conversation, turn, prompt, answer, space=False)
+        whole, conversation, why = _whole(notebook, asked, prompt, answer, space=False)
         _adopt(notebook, turn, whole, cached, conversation)
     return reading.account.of(why=why)
 
 
-def _keep(notebook: Notebook, turn: Unit, prompt: str | None, answer: str) -> str:
+def _keep(notebook: Notebook, turn: Unit, asked: str, prompt: str | None, answer: str) -> str:
     """Let a prompt, which is computed already, and the answer to it become turns; how the text differs from a fresh one."""
-    whole, conversation, why = _whole(notebook._state.conversation, turn, prompt, answer, space=True)
+    whole, conversation, why = _whole(notebook, asked, prompt, answer, space=True)
     _adopt(notebook, turn, whole, [], conversation)
     return why
 
 
 def _whole(
-    conversation: Conversation | None, turn: Unit, prompt: str | None, answer: str, *, space: bool
+    notebook: Notebook, asked: str, prompt: str | None, answer: str, *, space: bool
 ) -> tuple[str, Conversation | None, str]:
     """What follows a prompt's own text once it is answered, the conversation then, and how it differs from a fresh text.
 
-    `space`: put one before an answer that stays as computed.
+    All texts have the marks of `as_text`, but for the prompt and the answer as they are given.
+
+    Args:
+        asked: the prompt's own text, with the opening of an answer.
+        space: put one before an answer that stays as computed.
     """
+    tokenizer, conversation = notebook.model.tokenizer, notebook._state.conversation
+    answer = as_text(answer, tokenizer, "the answer")
     if conversation is None:
-        between = "" if not turn.text or turn.text[-1].isspace() else " "
+        between = "" if not asked or asked[-1].isspace() else " "
         return between + answer, None, ""
-    more = [Message("user", Text(prompt))] if prompt is not None else []
-    answered = conversation.answered(turn.text, more, answer, space=space)
+    more = [Message("user", Text(as_text(prompt, tokenizer, "the prompt")))] if prompt is not None else []
+    answered = conversation.answered(asked, more, answer, space=space)
     return answered.added, answered.conversation, answered.why
 
 
@@ -328,7 +344,7 @@ def _think(notebook: Notebook, logits: torch.Tensor) -> tuple[str, torch.Tensor]
         said += agreed
         text = tokenizer.decode(said, skip_special_tokens=True)
     if said not in notebook._thoughts:
-        notebook._thoughts.append(said)
+        notebook._thoughts = [*notebook._thoughts[-_THOUGHTS_KEPT:], said]
     if not text.endswith(_THOUGHT_ENDS):
         closing = tokenizer.encode(_THOUGHT_ENDS, add_special_tokens=False)
         logits = notebook.model.engine.append(buffer, closing)

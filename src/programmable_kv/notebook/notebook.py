@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from programmable_kv.account import Account
+from programmable_kv.arguments import require
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.span import Span
 from programmable_kv.edits.apply import Applied, apply
@@ -36,15 +37,17 @@ from programmable_kv.notebook.requests import checked_options, checked_tools, de
 from programmable_kv.notebook.state import NotebookMark, Part, State
 from programmable_kv.prompt.context import Context, FieldValue
 from programmable_kv.prompt.conversation import Conversation
+from programmable_kv.prompt.fields import TEXT, Value, edited, trusted_by
 from programmable_kv.prompt.parts import Message, Rendered, Text
 from programmable_kv.prompt.prompt import Prompt
 from programmable_kv.prompt.readers import Reader, Turns, check_words, parse_turns, readers_of
 from programmable_kv.prompt.template import ChatTemplate
+from programmable_kv.prompt.tokens import as_text
 from programmable_kv.prompt.turns import turn_slots
 from programmable_kv.prompt.units import Kind, tokenised
 from programmable_kv.prompt.values import check_template
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
-from programmable_kv.skills.skill import Skill, skills_among
+from programmable_kv.skills.skill import Skill, skills_among, types_in
 from programmable_kv.states import TokenState
 
 _SPARE_SLOTS = 128
@@ -79,8 +82,10 @@ class Notebook:
             template_kwargs: other variables of the chat template, such as `enable_thinking` or `date_string`.
 
         Raises:
+            InvalidArgumentError: that is no model.
             InvalidValueError: the erratum template is not one; tools or variables are no plain data.
         """
+        require(model, Model, "a notebook runs on a Model, as load_model and wrap_model make it")
         check_template(erratum_template)
         self.model = model
         self.erratum_template = erratum_template
@@ -113,7 +118,7 @@ class Notebook:
         model: Model,
         messages: Sequence[Mapping[str, Any]],
         *,
-        fields: Mapping[str, str | Skill] | None = None,
+        fields: Mapping[str, Value | Skill] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
@@ -124,54 +129,56 @@ class Notebook:
         chat template.
 
         Args:
-            fields: `{name}` is a field in every content, in the tools' texts, and in strings of `template_kwargs`: with
-                `template_kwargs={"date_string": "{today}"}` the date that a template writes is the field `today`.
+            fields: values or skills, as in `message`. `{name}` is a field in every content, in the tools' texts, and in strings
+                of `template_kwargs`: with `template_kwargs={"date_string": "{today}"}` the date that a template writes is the
+                field `today`.
             tools, template_kwargs, options: as in `Notebook`.
 
         Raises:
             UnknownFieldError: a field has no placeholder anywhere.
-            InvalidValueError: a message, a tool, a name or a value is not plain data.
+            InvalidValueError: a tool, a name or a value is not plain data; or a message is none, or has a special token that
+                this tokenizer cannot write as plain text.
             FingerprintMismatchError: another model compiled a skill.
         """
         notebook = cls(model, tools=tools, template_kwargs=template_kwargs, **options)
         prompt, given = notebook.prompt, fields or {}
         asked = [message_of(each, model.tokenizer) for each in messages]
-        texts = tuple(name for name, value in given.items() if not isinstance(value, Skill))
-        prompt.template = replace(prompt.template, fields=texts)
-        elsewhere = prompt.template.placeholders
+        elsewhere = prompt.add_to_template(skills_among(given)[0])
         here = declared(asked, elsewhere, given)
-        for name in sorted(elsewhere):
-            prompt._declare("{" + name + "}", {name: str(given[name])}, {})
         for message, own in zip(asked, here, strict=True):
             notebook.message(message.role, message.content.template, **own)
             prompt.messages = (*prompt.messages[:-1], replace(prompt.messages[-1], extra=message.extra))
         return notebook
 
-    def message(self, role: str, content: str, /, **fields: str | Skill) -> Self:
+    def message(self, role: str, content: str, /, **fields: Value | Skill) -> Self:
         """Add a chat message. `{name}` in `content` is a field for every name given here or declared before.
 
-        Where a `Skill` is given instead of a value, the compiled skill is spliced in at its placeholder.
+        A value is a string, number, boolean, date, time or None, which gives the field its type; or a `Field`, which says more
+        about it. Where a `Skill` is given instead, the compiled skill is spliced in at its placeholder.
 
         Raises:
             UnknownFieldError: a field given here has no placeholder in the content.
-            InvalidValueError: a name or value is not plain data, or the content has special tokens.
+            InvalidValueError: a name or value is not plain data, or the content has a special token that this tokenizer cannot
+                write as plain text.
             FingerprintMismatchError: another model compiled the skill.
             InvalidEditError: the notebook is made of raw text, a field was declared with another value, or a skill twice.
             AlreadyPrefilledError: the context was computed already.
         """
         values, skills = self._given(fields)
-        self.prompt.add_message(role, content, values, {name: skill.values for name, skill in skills.items()})
+        inside = {name: skill.values for name, skill in skills.items()}
+        self.prompt.add_message(role, content, values, inside, types_in(skills.values()))
         self._skills |= skills
         return self
 
-    def text(self, content: str, /, **fields: str | Skill) -> Self:
+    def text(self, content: str, /, **fields: Value | Skill) -> Self:
         """Add raw text, as the model will read it. Placeholders and errors as in `message`."""
         values, skills = self._given(fields)
-        self.prompt.add_text(content, values, {name: skill.values for name, skill in skills.items()})
+        inside = {name: skill.values for name, skill in skills.items()}
+        self.prompt.add_text(content, values, inside, types_in(skills.values()))
         self._skills |= skills
         return self
 
-    def field(self, name: str, value: str) -> Self:
+    def field(self, name: str, value: Value) -> Self:
         """Add a field's value as raw text, right after what was added before."""
         return self.text("{" + name + "}", **{name: value})
 
@@ -197,7 +204,7 @@ class Notebook:
         self._mentions = {**self._mentions, name: tuple(dict.fromkeys((*self._mentions.get(name, ()), *words)))}
         return self
 
-    def _given(self, fields: Mapping[str, str | Skill]) -> tuple[dict[str, str], dict[str, Skill]]:
+    def _given(self, fields: Mapping[str, Value | Skill]) -> tuple[dict[str, Value], dict[str, Skill]]:
         self._require_not_prefilled()
         values, skills = skills_among(fields)
         for skill in skills.values():
@@ -240,7 +247,8 @@ class Notebook:
         if self._skills:
             engine.verify()
         buffer = engine.new_buffer(length + _SPARE_SLOTS)
-        state = State(Context((), {name: FieldValue(value, value) for name, value in values.items()}))
+        types = self.prompt.types
+        state = State(Context((), {name: FieldValue(it, it, types.get(name, TEXT)) for name, it in values.items()}))
         total = Account()
         for piece in pieces:
             if isinstance(piece, Skill):
@@ -254,8 +262,8 @@ class Notebook:
         self._buffer = buffer
         conversation = self.prompt.conversation()
         self._state = replace(state, conversation=conversation)
-        why = conversation.remarks if conversation is not None else ""
-        return self._booked(total.of(operation="prefill", tokens_reused=0, why=why))
+        reasons = (conversation.remarks if conversation is not None else "", trusted_by(types), total.why)
+        return self._booked(total.of(operation="prefill", tokens_reused=0, why="; ".join(filter(None, reasons))))
 
     def rendered(self) -> Rendered:
         """The prompt as written, as the model will read it at prefill, with the characters of every field.
@@ -293,8 +301,20 @@ class Notebook:
 
     @property
     def fields(self) -> dict[str, str]:
-        """Every field's current value."""
-        return self.prompt.fields if self._buffer is None else self._state.context.values
+        """Every field's current value, as text."""
+        if self._buffer is not None:
+            return self._state.context.shown
+        return {name: self.prompt.types.get(name, TEXT).shown(text) for name, text in self.prompt.fields.items()}
+
+    def _changed(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """Those of some new values that differ from the fields' current ones; those of unknown fields, too.
+
+        Raises:
+            InvalidValueError: a value is not of its field's type.
+        """
+        texts, _ = edited(values, self._state.context.types)
+        current = self._state.context.values
+        return {name: value for name, value in values.items() if current.get(name) != texts[name]}
 
     def spans(self, name: str) -> list[Span]:
         """The slots of every place of a field.
@@ -353,15 +373,17 @@ class Notebook:
 
     def edit(
         self,
-        changes: Mapping[str, str] | None = None,
+        changes: Mapping[str, Value] | None = None,
         /,
         *,
         mode: str | Mode | None = None,
         k: int = 32,
         turns: str = "open",
-        **fields: str,
+        **fields: Value,
     ) -> Account:
         """Give fields new values: `edit(order_status="pending")`, or a mapping for names that are no keywords or options.
+
+        A field keeps its type: a value that is not of it is refused.
 
         Args:
             mode: one of `Mode`; when None `field_erratum`, or `suffix` where that computes no more tokens.
@@ -460,7 +482,7 @@ class Notebook:
             tool_calls, tool_call_id, name: as chat clients send them, for the chat template.
 
         Raises:
-            InvalidValueError: the content has special tokens, or the role is no word.
+            InvalidValueError: the content has a special token that cannot be plain text, or the role is no word.
             TemplateError: the chat template cannot continue this conversation with that role, or drops what it says.
             ContextOverflowError: it does not fit.
         """
@@ -470,6 +492,7 @@ class Notebook:
 
     def _append_turn(self, role: str, content: str, extra: Mapping[str, Any] | None = None) -> Account:
         state = self._ready()
+        content = as_text(content, self.model.tokenizer, f"the {role} turn")
         text, conversation, why = content, None, ""
         if state.conversation is not None:
             continuation = state.conversation.continued([Message(role, Text(content), extra or {})])
@@ -497,7 +520,7 @@ class Notebook:
         prompt: str | None = None,
         options: Sequence[str] = (),
         *,
-        edits: Mapping[str, str] | None = None,
+        edits: Mapping[str, Value] | None = None,
         mode: str | Mode | None = None,
         k: int = 32,
         turns: str = "open",
@@ -522,10 +545,10 @@ class Notebook:
             InvalidOptionsError: the options cannot be compared.
             InvalidEditError: an edit and a splice at once, or a repair without a skill.
             UnknownFieldError, UnverifiedError, FingerprintMismatchError, ContextOverflowError: as `edit` and `splice`.
-            InvalidValueError: the prompt has special tokens, or an option that is to be kept has.
+            InvalidValueError: the prompt, or an option that is to be kept, has a special token that cannot be plain text.
             TemplateError: the chat template does not take the prompt or, with `keep`, the answer.
         """
-        question = asking.Question(prompt, tuple(options) if not isinstance(options, str) else options, think, keep)
+        question = asking.Question(prompt, options, think, keep)
         change = asking.Change(edits, mode, k, skill, repair, turns)
         return asking.decide(self, question, change)
 
@@ -545,7 +568,7 @@ class Notebook:
 
         Raises:
             OutOfStepError: another stream is open, or the notebook was rolled back under this one.
-            InvalidValueError: the prompt has special tokens.
+            InvalidValueError: the prompt has a special token that cannot be plain text.
             InvalidArgumentError: no tokens are asked for, or a temperature is negative.
             InvalidEditError: the context and the prompt are empty.
             TemplateError: the chat template does not take the prompt, or (with `keep`) the answer.
@@ -567,6 +590,7 @@ class Notebook:
         Raises:
             CacheBufferError: the mark is used up, or another notebook's.
         """
+        require(mark, NotebookMark, "a mark is what `mark` returned")
         with self.model.engine.meter.measure() as reading:
             self.cache.rollback(mark.buffer)
         self._state = mark.state
@@ -578,6 +602,7 @@ class Notebook:
         Raises:
             OutOfStepError: a stream is open, which has a mark of its own.
         """
+        require(mark, NotebookMark, "a mark is what `mark` returned")
         self._ready()
         self.cache.release(mark.buffer)
 

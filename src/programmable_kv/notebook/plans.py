@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from programmable_kv.arguments import require, require_count
 from programmable_kv.cache.span import Span
 from programmable_kv.edits.compose import plan_append, plan_cut, plan_move, plan_splice
 from programmable_kv.edits.edit import EditTools, plan_edit, plan_rebase, plan_recompute
@@ -22,12 +23,14 @@ from programmable_kv.errors import (
 from programmable_kv.notebook.state import Part
 from programmable_kv.prompt.context import Context
 from programmable_kv.prompt.conversation import Conversation
+from programmable_kv.prompt.fields import FieldKind, Value, edited, trusted_by
+from programmable_kv.prompt.guard import check_text
 from programmable_kv.prompt.parts import Message, Rendered, Text
 from programmable_kv.prompt.prompt import check_values
 from programmable_kv.prompt.readers import Turns, parse_turns
+from programmable_kv.prompt.tokens import as_text
 from programmable_kv.prompt.units import Kind, Unit, tokenised
-from programmable_kv.prompt.values import check_value
-from programmable_kv.prompt.wording import statement
+from programmable_kv.prompt.wording import block_statement, statement
 from programmable_kv.skills.skill import Skill
 
 if TYPE_CHECKING:
@@ -53,15 +56,16 @@ class Plans:
 
     def edit(
         self,
-        changes: Mapping[str, str] | None = None,
+        changes: Mapping[str, Value] | None = None,
         /,
         *,
         mode: str | Mode | None = None,
         k: int = 32,
         turns: str = "open",
-        **fields: str,
+        **fields: Value,
     ) -> Plan:
         """As `Notebook.edit`."""
+        require(changes, (Mapping, type(None)), "changes are a mapping, field -> value")
         state = self._notebook._ready()
         chosen = None if mode is None else parse_mode(mode)
         wanted = parse_turns(turns)
@@ -71,16 +75,22 @@ class Plans:
         self._require_fields(given)
         if not given:
             raise InvalidEditError("the edit names no field; give at least one, as field=value")
-        for name, value in given.items():
-            check_value(
-                name, value, self._notebook.model.tokenizer, self._notebook.erratum_template, state.context.fields
+        texts, types = edited(given, state.context.types)
+        for name, text in texts.items():
+            check_text(
+                name,
+                text,
+                types[name],
+                self._notebook.model.tokenizer,
+                self._notebook.erratum_template,
+                state.context.fields,
             )
         if chosen is None or STRATEGIES[chosen].writes:
             # The model's checks are done once, before any clock runs: they are no part of an edit's price.
             self._notebook.model.engine.verify()
         notes: dict[str, str] = {}
-        plan = plan_edit(state.context, state.ledger, given, chosen, self._tools(k, notes, wanted))
-        return _explained(plan, notes)
+        plan = plan_edit(state.context, state.ledger, texts, chosen, self._tools(k, notes, wanted))
+        return _explained(plan, notes).because(trusted_by(types))
 
     def splice(self, skill: Skill, /, *, at: int | Part | None = None, repair: SeamRepair | None = None) -> Plan:
         """As `Notebook.splice`."""
@@ -93,13 +103,16 @@ class Plans:
 
     def _splice(self, skill: Skill, where: Span, repair: SeamRepair | None, operation: str) -> Plan:
         state, model = self._notebook._ready(), self._notebook.model
+        require(repair, (SeamRepair, type(None)), "a repair is a SeamRepair, or None")
         if not isinstance(skill, Skill):
             raise InvalidArgumentError(
                 f"what is spliced is a Skill, got {type(skill).__name__}: Skill.compile makes one"
             )
         skill.check_fits(model)
         values = state.context.values | dict(skill.values)
-        check_values(model.tokenizer, self._notebook.erratum_template, values)
+        check_values(
+            model.tokenizer, self._notebook.erratum_template, values, {**dict(skill.types), **state.context.types}
+        )
         model.engine.verify()
         return plan_splice(
             state.context,
@@ -129,6 +142,8 @@ class Plans:
 
     def rebase(self, *, limit: int | None = None) -> Plan:
         """As `Notebook.rebase`."""
+        if limit is not None:
+            require_count(limit, "a limit of tokens")
         state = self._notebook._ready()
         return plan_rebase(state.context, state.ledger, self._tools(), limit)
 
@@ -146,8 +161,8 @@ class Plans:
         """`notes`: takes, by the text of an erratum, how the template made it be placed."""
         notebook = self._notebook
 
-        def write(context: Context, name: str, value: str) -> Unit:
-            unit, why = self._erratum(context, name, value)
+        def write(context: Context, name: str, value: str, known: str | None) -> Unit:
+            unit, why = self._erratum(context, name, value, known)
             if notes is not None and why:
                 notes[unit.text] = why
             return unit
@@ -164,7 +179,7 @@ class Plans:
             return False
         return True
 
-    def _require_fields(self, names: Mapping[str, str]) -> None:
+    def _require_fields(self, names: Mapping[str, Value]) -> None:
         known = self._notebook._ready().context.fields
         for name in names:
             if name not in known:
@@ -172,9 +187,18 @@ class Plans:
                     f"there is no field {name!r}; the context's fields are: {', '.join(known) or 'none'}"
                 )
 
-    def _erratum(self, context: Context, name: str, value: str) -> tuple[Unit, str]:
-        """The unit that states a value at the context's end, and how the chat template made it be placed."""
-        line = statement(self._notebook.erratum_template, name, value)
+    def _erratum(self, context: Context, name: str, value: str, known: str | None) -> tuple[Unit, str]:
+        """The unit that states a value at the context's end, and how the chat template made it be placed.
+
+        `known`: the value that all readers know, if there is one.
+        """
+        kind, template = context.fields[name].type, self._notebook.erratum_template
+        told = kind.told(value)
+        if kind.kind is FieldKind.BLOCK:
+            line = block_statement(template, name, told, None if known is None else kind.told(known))
+        else:
+            line = statement(template, name, told)
+        line = as_text(line, self._notebook.model.tokenizer, f"the erratum about {name}")
         conversation = self._notebook._ready().conversation
         why = ""
         if conversation is not None:

@@ -7,7 +7,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from programmable_kv.errors import InvalidValueError, UnknownFieldError
+from programmable_kv.prompt.fields import Value
 from programmable_kv.prompt.parts import Message, Text
+from programmable_kv.prompt.template import leaves
+from programmable_kv.prompt.tokens import as_text
 from programmable_kv.prompt.values import check_no_markers, check_role
 from programmable_kv.skills.skill import Skill
 
@@ -18,8 +21,12 @@ _PASSED = ("name", "tool_call_id", "reasoning_content")
 def message_of(given: Mapping[str, Any], tokenizer: Any) -> Message:
     """A client's message: `content` text, None or a list of text parts; `tool_calls` with arguments as JSON or its text.
 
+    Special tokens in the arguments of calls and in `reasoning_content` are marked as plain text (`as_text`). The content is
+    handed on as given: who adds it to a prompt or a conversation marks it.
+
     Raises:
-        InvalidValueError: it is no such message, has content that is no text, or special tokens.
+        InvalidValueError: it is no such message, has content that is no text, special tokens in a name, an id or a key, or one
+            elsewhere that this tokenizer cannot write as plain text.
     """
     if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
         raise InvalidValueError(f"a message is a mapping with 'role' and 'content', got {given!r:.200}")
@@ -34,16 +41,12 @@ def message_of(given: Mapping[str, Any], tokenizer: Any) -> Message:
     extra: dict[str, Any] = {key: given[key] for key in _PASSED if given.get(key)}
     if given.get("tool_calls"):
         extra["tool_calls"] = [_call(call, role) for call in given["tool_calls"]]
-    for text in _strings(extra):
-        check_no_markers(text, tokenizer, f"the {role} message")
-    content = content_of(given.get("content"), role)
-    check_no_markers(content, tokenizer, f"the {role} message")
-    return Message(role, Text(content), extra)
+    return Message(role, Text(content_of(given.get("content"), role)), _as_text(extra, tokenizer, role))
 
 
 def declared(
-    messages: Sequence[Message], elsewhere: Collection[str], fields: Mapping[str, str | Skill]
-) -> list[dict[str, str | Skill]]:
+    messages: Sequence[Message], elsewhere: Collection[str], fields: Mapping[str, Value | Skill]
+) -> list[dict[str, Value | Skill]]:
     """For each message the fields that it is the first to hold. Those in `elsewhere` (tools, variables) are in none.
 
     Raises:
@@ -145,6 +148,39 @@ def _call(call: Any, role: str) -> dict[str, Any]:
         )
     kept = {key: call[key] for key in ("id",) if call.get(key)}
     return {**kept, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+
+
+def _as_text(extra: Mapping[str, Any], tokenizer: Any, role: str) -> dict[str, Any]:
+    """What a message has besides its content, with special tokens marked as plain text where a model may well write them."""
+    found = dict(extra)
+    calls = found.pop("tool_calls", [])
+    reasoning = found.pop("reasoning_content", "")
+    arguments = [call["function"]["arguments"] for call in calls]
+    names = [{**call, "function": call["function"]["name"]} for call in calls]
+    keys = [key for each in arguments for key in _keys(each)]
+    for text in _strings([found, names, keys]):
+        check_no_markers(text, tokenizer, f"a name, an id or a key in the {role} message")
+    if reasoning:
+        found["reasoning_content"] = as_text(reasoning, tokenizer, f"the reasoning of the {role} message")
+    if calls:
+        what = f"a tool call of the {role} message"
+        marked = [leaves(each, lambda text: as_text(text, tokenizer, what)) for each in arguments]
+        found["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": each}}
+            for call, each in zip(calls, marked, strict=True)
+        ]
+    return found
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """Every key in JSON."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _keys(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _keys(item)
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -16,16 +16,18 @@ from typing import Any
 
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import UnknownPartError
+from programmable_kv.prompt.fields import TEXT, FieldType
 from programmable_kv.prompt.parts import Rendered
 from programmable_kv.prompt.units import Kind, Replacement, Unit, replace_values
 
 
 @dataclass(frozen=True, slots=True)
 class FieldValue:
-    """A field's values: `current` is valid now, `written` is in the text. An erratum states the difference."""
+    """A field's values and its type: `current` is valid now, `written` is in the text. An erratum states the difference."""
 
     current: str
     written: str
+    type: FieldType = TEXT
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,14 @@ class Context:
 
     @property
     def rendered(self) -> Rendered:
-        """The text, and the characters of every field."""
+        """The text, the characters of every field, and those that are plain text though they spell a special token."""
         starts = accumulate((len(unit.text) for unit in self.units), initial=0)
-        places = [
-            (place.name, place.characters.shifted(start))
-            for start, unit in zip(starts, self.units, strict=False)
-            for place in unit.places
-        ]
-        return Rendered(self.text, tuple(places))
+        places: list[tuple[str, Span]] = []
+        plain: list[Span] = []
+        for start, unit in zip(starts, self.units, strict=False):
+            places += [(place.name, place.characters.shifted(start)) for place in unit.places]
+            plain += [span.shifted(start) for span in unit.plain]
+        return Rendered(self.text, tuple(places), tuple(plain))
 
     def ends_with(self) -> str:
         """The text of the last unit that has any."""
@@ -124,8 +126,18 @@ class Context:
 
     @property
     def values(self) -> dict[str, str]:
-        """Every field's current value."""
+        """Every field's current value, as it stands in the text."""
         return {name: value.current for name, value in self.fields.items()}
+
+    @property
+    def types(self) -> dict[str, FieldType]:
+        """Every field's type."""
+        return {name: value.type for name, value in self.fields.items()}
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """Every field's current value, as it was meant: not escaped for the place where it stands."""
+        return {name: value.type.shown(value.current) for name, value in self.fields.items()}
 
     @property
     def first_places(self) -> list[tuple[int, str]]:
@@ -157,9 +169,10 @@ class Context:
 
     def with_values(self, current: Mapping[str, str], *, written: bool = False) -> Context:
         """Other current values; `written`: they are in the fields' places too."""
-        changed = {
-            name: FieldValue(value, value if written else self.fields[name].written) for name, value in current.items()
-        }
+        changed = {}
+        for name, value in current.items():
+            was = self.fields[name]
+            changed[name] = FieldValue(value, value if written else was.written, was.type)
         return Context(self.units, {**self.fields, **changed})
 
     def appended(self, *units: Unit) -> Context:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from programmable_kv.errors import TemplateError
 from programmable_kv.prompt.chat import ender, frame, render_chat
-from programmable_kv.prompt.parts import Message, Text
+from programmable_kv.prompt.parts import Message, Text, unmarked
 from programmable_kv.prompt.template import HEAD_ROLES, ChatTemplate, mark, marked_json, neutral, sayings, says
 
 _ELSEWHERE = (("user", "assistant"), ("system", "user", "assistant"))
@@ -26,7 +26,7 @@ class Continuation:
     """What more messages add to a cached conversation."""
 
     added: str
-    """text, behind the cached text"""
+    """text, behind the cached text; plain text in it is marked (`parts.shielded`) as it is in the messages"""
     conversation: Conversation
     """with these messages"""
     why: str = ""
@@ -45,7 +45,7 @@ class Conversation:
     messages: tuple[Message, ...]
     values: Mapping[str, str]
     text: str | None = field(default=None, repr=False)
-    """as cached, without errata; None until it is needed"""
+    """as cached, without errata, and with the marks of plain text (`parts.shielded`); None until it is needed"""
 
     @property
     def opens_turn(self) -> bool:
@@ -262,7 +262,7 @@ class Conversation:
         rest = whole.partition(mark(count - 1))[2]
         roles = " and ".join(message.role for message in more) or "next"
         if not says(rest, pieces, _said(more, self.values)):
-            said = " ".join(_said(more, self.values)).strip()
+            said = unmarked(" ".join(_said(more, self.values))).strip()
             raise TemplateError(
                 f"the chat template drops or rewrites the {roles} message at this point: {said[:60]!r} is not in what it "
                 "renders. Use another role, or raw text parts."

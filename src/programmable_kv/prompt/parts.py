@@ -7,7 +7,8 @@ survive the chat template, and those marks are read off and removed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidValueError, TemplateError, UnknownFieldError
 
 _OPEN, _NAMED, _CLOSE = "\ue000", "\ue001", "\ue002"
+_PLAIN, _PLAIN_ENDS = "\ue00a", "\ue00b"
+"""around characters that are plain text, though the tokenizer would read a special token there"""
 _MARKED = re.compile(f"{_OPEN}(.*?){_NAMED}(.*?){_CLOSE}", re.DOTALL)
 
 
@@ -77,10 +80,15 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Text as the model reads it, and where each field's value stands in it (character spans, ascending)."""
+    """Text as the model reads it, and where each field's value stands in it (character spans, ascending).
+
+    `text` may still have the marks of `shielded`; `unshielded` reads them off.
+    """
 
     text: str
     places: tuple[tuple[str, Span], ...] = field(default=())
+    plain: tuple[Span, ...] = field(default=())
+    """characters in which no special token is meant, ascending"""
 
 
 def unmark(marked: str) -> Rendered:
@@ -100,3 +108,50 @@ def unmark(marked: str) -> Rendered:
     if any(mark in text for mark in (_OPEN, _NAMED, _CLOSE)):
         raise TemplateError("the rendered text has stray field marks: the chat template cut a field's value apart")
     return Rendered(text, tuple(places))
+
+
+def shielded(text: str, spans: Sequence[Span], what: str) -> str:
+    """The text with marks around some characters (ascending) in which no special token is meant.
+
+    The marks survive a chat template, and are read off by `unshielded` before anything is tokenised.
+
+    Raises:
+        InvalidValueError: the text has these private-use characters itself.
+    """
+    if _PLAIN in text or _PLAIN_ENDS in text:
+        raise InvalidValueError(f"{what} contains the private-use characters U+E00A or U+E00B; remove them")
+    pieces, cursor = [], 0
+    for span in spans:
+        pieces += [text[cursor : span.start], _PLAIN, text[span.start : span.stop], _PLAIN_ENDS]
+        cursor = span.stop
+    return "".join([*pieces, text[cursor:]])
+
+
+def unshielded(rendered: Rendered) -> Rendered:
+    """Without the marks of `shielded`, and with the characters that stood between them.
+
+    Raises:
+        TemplateError: a chat template cut marked text apart.
+    """
+    if _PLAIN not in rendered.text and _PLAIN_ENDS not in rendered.text:
+        return rendered
+    marks = [at for at, character in enumerate(rendered.text) if character in (_PLAIN, _PLAIN_ENDS)]
+    if [rendered.text[at] for at in marks] != [_PLAIN, _PLAIN_ENDS] * (len(marks) // 2) or len(marks) % 2:
+        raise TemplateError(
+            "the chat template cut a special token in a message apart: remove that token from the message"
+        )
+    places = tuple((name, _without(span, marks)) for name, span in rendered.places)
+    opened, closed = marks[::2], marks[1::2]
+    found = [_without(Span(start, stop), marks) for start, stop in zip(opened, closed, strict=True)]
+    plain = sorted([*(_without(span, marks) for span in rendered.plain), *found])
+    return Rendered(unmarked(rendered.text), places, tuple(plain))
+
+
+def unmarked(text: str) -> str:
+    """Without the marks of `shielded`, to show it."""
+    return text.replace(_PLAIN, "").replace(_PLAIN_ENDS, "")
+
+
+def _without(span: Span, marks: Sequence[int]) -> Span:
+    """A span once the marked characters are gone."""
+    return Span(span.start - bisect_left(marks, span.start), span.stop - bisect_left(marks, span.stop))

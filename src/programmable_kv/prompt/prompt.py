@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
+from programmable_kv.arguments import require
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidEditError
+from programmable_kv.prompt.characters import without_byte_order_mark
 from programmable_kv.prompt.chat import render_chat
 from programmable_kv.prompt.conversation import Conversation
-from programmable_kv.prompt.parts import Message, Rendered, Text, unmark
+from programmable_kv.prompt.fields import TEXT, FieldType, Value, declare
+from programmable_kv.prompt.guard import check_text
+from programmable_kv.prompt.parts import Message, Rendered, Text, unmark, unshielded
 from programmable_kv.prompt.template import ChatTemplate
-from programmable_kv.prompt.values import check_name, check_no_markers, check_role, check_value
+from programmable_kv.prompt.tokens import as_text
+from programmable_kv.prompt.values import check_name, check_role
+from programmable_kv.prompt.written import in_json_string
 
 SKILL_MARK = "\ue003"
 """stands for a skill in a text until its tokens are spliced in"""
@@ -27,7 +34,9 @@ class Prompt:
         self.messages: tuple[Message, ...] = ()
         self.texts: tuple[Text, ...] = ()
         self.values: dict[str, str] = {}
-        """of every placeholder; a skill's is its mark"""
+        """the text of every placeholder; a skill's is its mark"""
+        self.types: dict[str, FieldType] = {}
+        """of every field, those in skills included"""
         self.skills: dict[str, Mapping[str, str]] = {}
         """skill -> the values of the fields in it"""
 
@@ -37,42 +46,91 @@ class Prompt:
 
     @property
     def fields(self) -> dict[str, str]:
-        """Every field's value, those in skills included."""
+        """The text of every field's value, those in skills included."""
         own = {name: value for name, value in self.values.items() if name not in self.skills}
         return own | {name: value for values in self.skills.values() for name, value in values.items()}
 
     def add_message(
-        self, role: str, content: str, fields: Mapping[str, str], skills: Mapping[str, Mapping[str, str]]
+        self,
+        role: str,
+        content: str,
+        fields: Mapping[str, Value],
+        skills: Mapping[str, Mapping[str, str]],
+        types: Mapping[str, FieldType] | None = None,
     ) -> None:
-        """Add a chat message. `skills`: the name of each skill in it, and the values of the fields in that skill.
+        """Add a chat message.
+
+        Args:
+            skills: the name of each skill in it, and the texts of the fields in that skill.
+            types: of those fields.
 
         Raises:
             UnknownFieldError: a field or skill given here has no placeholder in the content.
-            InvalidValueError: a name or value is not plain data, or the content has special tokens.
+            InvalidValueError: a name or value is not plain data, or the content has a special token that cannot be text.
             InvalidEditError: the prompt is raw text, a field was declared with another value, or a skill twice.
         """
+        require(content, str, "a message has text as its content")
         if self.texts:
             raise InvalidEditError("this notebook is made of raw text; chat messages cannot be mixed in. Use .text().")
         check_role(role)
-        check_no_markers(content, self.tokenizer, f"the {role} message")
-        self.messages = (*self.messages, Message(role, self._declare(content, fields, skills)))
+        content = as_text(content, self.tokenizer, f"the {role} message")
+        self.messages = (*self.messages, Message(role, self._declare(content, fields, skills, types or {})))
 
-    def add_text(self, content: str, fields: Mapping[str, str], skills: Mapping[str, Mapping[str, str]]) -> None:
-        """Add raw text. Arguments and errors as `add_message`."""
+    def add_text(
+        self,
+        content: str,
+        fields: Mapping[str, Value],
+        skills: Mapping[str, Mapping[str, str]],
+        types: Mapping[str, FieldType] | None = None,
+    ) -> None:
+        """Add raw text, special tokens included. Arguments and errors as `add_message`."""
+        require(content, str, "raw text has text as its content")
         if self.messages:
             raise InvalidEditError(
                 "this notebook is made of chat messages; raw text cannot be mixed in. Use .message()."
             )
-        self.texts = (*self.texts, self._declare(content, fields, skills))
+        self.texts = (*self.texts, self._declare(without_byte_order_mark(content), fields, skills, types or {}))
 
-    def _declare(self, content: str, fields: Mapping[str, str], skills: Mapping[str, Mapping[str, str]]) -> Text:
+    def add_to_template(self, fields: Mapping[str, Value]) -> frozenset[str]:
+        """Let `{name}` be a field in tools and template variables, for every name here. Returns those that stand there.
+
+        Most templates write tools as JSON: the value of a field in a tool must be one that needs no escape.
+
+        Raises:
+            InvalidValueError: a name or value is not plain data.
+            InvalidEditError: a field was declared with another value.
+        """
+        template = replace(self.template, fields=tuple(fields), enders={})
+        in_tools = replace(template, options={}).placeholders
+        for name in sorted(template.placeholders):
+            places = {name: None if name in in_tools else False}
+            self._declare("{" + name + "}", {name: fields[name]}, {}, {}, places)
+        self.template = template
+        return frozenset(template.placeholders)
+
+    def _declare(
+        self,
+        content: str,
+        given: Mapping[str, Value],
+        skills: Mapping[str, Mapping[str, str]],
+        in_skills: Mapping[str, FieldType],
+        places: Mapping[str, bool | None] | None = None,
+    ) -> Text:
+        """`places`: whether each field stands inside of JSON strings; as the content shows it when None."""
         for name in skills:
             check_name(name)
             if name in self.values or content.count("{" + name + "}") > 1:
                 raise InvalidEditError(f"{name} was declared before: a skill has one place, and a name of its own")
+        for name in given:
+            check_name(name)
+        if places is None:
+            places = places_in_json(content, {**self.types, **given})
+        fields, types = declare(given, places, self.types)
+        for name in places.keys() & self.values.keys() - fields.keys():
+            types[name] = self.types[name].standing(name, self.values[name], places[name])
         standing = self.fields
-        for given in (fields, *skills.values()):  # a value in a skill's own text is as fixed as one given here
-            for name, value in given.items():
+        for stated in (fields, *skills.values()):  # a value in a skill's own text is as fixed as one given here
+            for name, value in stated.items():
                 check_name(name)
                 if standing.setdefault(name, value) != value:
                     raise InvalidEditError(
@@ -80,12 +138,16 @@ class Prompt:
                         "Compile the skill with that value, or call one of the two fields something else."
                     )
         inside = {name: value for values in skills.values() for name, value in values.items()}
-        check_values(self.tokenizer, self.erratum_template, {**self.fields, **inside, **fields})
+        known_types = {**self.types, **types}
+        for name, kind in in_skills.items():
+            known_types[name] = known_types[name].joined(name, standing[name], kind) if name in known_types else kind
+        check_values(self.tokenizer, self.erratum_template, {**self.fields, **inside, **fields}, known_types)
         known = {**self.values, **fields, **dict.fromkeys(skills, SKILL_MARK)}
         declared = fields.keys() | skills.keys()
         text = Text(content, tuple(name for name in known if name in declared or "{" + name + "}" in content))
         text.check()
         self.values = known
+        self.types = known_types
         self.skills.update(skills)
         return text
 
@@ -96,7 +158,7 @@ class Prompt:
             TemplateError: the chat template refuses the messages, or changes what they say.
         """
         if self.messages:
-            return render_chat(self.template, self.messages, self.values)
+            return unshielded(render_chat(self.template, self.messages, self.values))
         return unmark("".join(text.marked(self.values) for text in self.texts))
 
     def pieces(self) -> list[Rendered | str]:
@@ -104,6 +166,10 @@ class Prompt:
 
         Raw text begins with a piece of text also if a skill comes first: the token that begins every text, where the tokenizer
         has one, is put there.
+
+        Raises:
+            TemplateError: the chat template refuses the messages, or changes what they say.
+            InvalidEditError: an empty field has no text on either side.
         """
         rendered = self.rendered()
         pieces: list[Rendered | str] = []
@@ -111,9 +177,16 @@ class Prompt:
         fields = [(name, span) for name, span in rendered.places if name not in self.skills]
         end = Span(len(rendered.text), len(rendered.text))
         for name, span in [*((name, span) for name, span in rendered.places if name in self.skills), ("", end)]:
-            inside = tuple((field, s.shifted(-start)) for field, s in fields if start <= s.start < span.start)
+            inside = tuple((field, s.shifted(-start)) for field, s in fields if s.stop <= span.start)
+            fields = fields[len(inside) :]
             if span.start > start or (not pieces and not self.messages):
-                pieces.append(Rendered(rendered.text[start : span.start], inside))
+                plain = tuple(s.shifted(-start) for s in rendered.plain if start <= s.start < span.start)
+                pieces.append(Rendered(rendered.text[start : span.start], inside, plain))
+            elif inside:
+                raise InvalidEditError(
+                    f"field {inside[0][0]} is empty and has no text on either side, so it would have no place. Write some text "
+                    "before or after its placeholder."
+                )
             if name:
                 pieces.append(name)
             start = span.stop
@@ -124,12 +197,27 @@ class Prompt:
         return Conversation(self.template, self.messages, dict(self.values)) if self.messages else None
 
 
-def check_values(tokenizer: Any, erratum_template: str, values: Mapping[str, str], among: Collection[str] = ()) -> None:
-    """Check that values are data, given these fields, those named in `among`, and the wording of an erratum.
+def check_values(
+    tokenizer: Any, erratum_template: str, values: Mapping[str, str], types: Mapping[str, FieldType]
+) -> None:
+    """Check that values, given as they stand in the text, are data, among all of these fields.
 
     Raises:
         InvalidValueError: one of them could be read as something else.
     """
-    names = {*values, *among}
     for name, value in values.items():
-        check_value(name, value, tokenizer, erratum_template, names)
+        check_text(name, value, types.get(name, TEXT), tokenizer, erratum_template, values)
+
+
+def places_in_json(content: str, names: Iterable[str]) -> dict[str, bool | None]:
+    """Whether each field's placeholders stand inside of JSON strings; None if some do and some do not.
+
+    Fields without a placeholder in the content are left out.
+    """
+    found: dict[str, bool | None] = {}
+    for name in names:
+        pieces = content.split("{" + name + "}")
+        quoted = {in_json_string("".join(pieces[:at]), "".join(pieces[at:])) for at in range(1, len(pieces))}
+        if quoted:
+            found[name] = None if len(quoted) > 1 else quoted.pop()
+    return found

@@ -13,12 +13,12 @@ from functools import cached_property
 from typing import Any
 
 from programmable_kv.errors import TemplateError
-from programmable_kv.prompt.parts import Message, Text
+from programmable_kv.prompt.parts import Message, Text, unmarked
 
 HEAD_ROLES = ("system", "developer")
 """who speaks before the first turn"""
-_MARK = "\ue009{}\ue00a"
-"""stands for the n-th thing that messages say: no template trims it, and none knows it"""
+_MARK = "\ue009{}\ue00c"
+"""stands for the n-th thing that messages say: no template trims it, and none knows it. `parts.py` has other marks"""
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,9 @@ class ChatTemplate:
                 before, found, text = text.partition(mark)
                 if not found or mark in text:
                     does = "repeats" if found else "drops or rewrites" if mark not in "".join(pieces) else "moves"
+                    shown = unmarked(saying).strip()[:60]
                     raise TemplateError(
-                        f"the chat template {does} the {message.role} message at this point: {saying.strip()[:60]!r} would "
+                        f"the chat template {does} the {message.role} message at this point: {shown!r} would "
                         "not stand once and in its place in what it renders. Use another role, or raw text parts."
                     )
                 pieces.append(before)
@@ -159,7 +160,10 @@ def sayings(message: Message, values: Mapping[str, str]) -> list[str]:
 
 
 def says(rendered: str, pieces: Sequence[str], said: Sequence[str]) -> bool:
-    """Whether a text is what `said` things give between a skeleton's pieces: as given, trimmed, escaped or in another case."""
+    """Whether a text is what `said` things give between a skeleton's pieces: as given, trimmed, escaped or in another case.
+
+    Plain text that is marked (`parts.shielded`) is marked in both.
+    """
     if not rendered.startswith(pieces[0]):
         return False
     cursor = len(pieces[0])
@@ -219,7 +223,7 @@ def _replaced(message: Message, values: Mapping[str, str], write: Callable[[str]
                 "function": {
                     **call["function"],
                     "name": write(call["function"]["name"]),
-                    "arguments": _leaves(call["function"].get("arguments", {}), write),
+                    "arguments": leaves(call["function"].get("arguments", {}), write),
                 },
             }
             for call in found["tool_calls"]
@@ -227,21 +231,21 @@ def _replaced(message: Message, values: Mapping[str, str], write: Callable[[str]
     return found
 
 
-def _leaves(value: Any, write: Callable[[str], str]) -> Any:
+def leaves(value: Any, write: Callable[[str], str]) -> Any:
     """JSON with every string that is no key and not blank written anew."""
     if isinstance(value, str):
         return write(value) if value.strip() else value
     if isinstance(value, Mapping):
-        return {key: _leaves(item, write) for key, item in value.items()}
+        return {key: leaves(item, write) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_leaves(item, write) for item in value]
+        return [leaves(item, write) for item in value]
     return value
 
 
 def _written(value: Any, fields: tuple[str, ...], write: Callable[[Text], str]) -> Any:
     if not fields:
         return value
-    return _leaves(value, lambda text: write(Text(text, tuple(name for name in fields if "{" + name + "}" in text))))
+    return leaves(value, lambda text: write(Text(text, tuple(name for name in fields if "{" + name + "}" in text))))
 
 
 def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:

@@ -14,19 +14,16 @@ from operator import itemgetter
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidEditError
-from programmable_kv.prompt.parts import Rendered
+from programmable_kv.prompt.parts import Rendered, unshielded
+from programmable_kv.prompt.tokens import Offsets, encode
 
 _MARGIN = 12
 """tokens re-tokenised on each side of a changed value"""
 _GUARD = _MARGIN // 2
 """of these, the outermost that have to stay the same: a merge that reaches further is not seen through the window"""
-
-Offsets = NDArray[np.int32]
-"""[n, 2]: the first character of each token and the one after its last"""
 
 
 class Kind(StrEnum):
@@ -63,6 +60,8 @@ class Unit:
     """for an erratum: the (field, value) it states"""
     name: str = ""
     """of the skill"""
+    plain: tuple[Span, ...] = ()
+    """characters that are plain text though they spell a special token, ascending; those of values are not listed"""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -76,7 +75,7 @@ class Unit:
         return hash(self._key())
 
     def _key(self) -> tuple[object, ...]:
-        return self.kind, self.text, self.ids, self.special, self.places, self.corrects, self.name
+        return self.kind, self.text, self.ids, self.special, self.places, self.corrects, self.name, self.plain
 
     def covering(self, characters: Span) -> Span:
         """The tokens that hold any of some characters."""
@@ -109,12 +108,14 @@ class Unit:
         head = replace(
             self, text=self.text[:character], ids=self.ids[:token], offsets=self.offsets[:token],
             places=tuple(p for p in self.places if p.tokens.stop <= token),
+            plain=tuple(span for span in self.plain if span.start < character),
         )  # fmt: skip
         tail = replace(
             self, text=self.text[character:], ids=self.ids[token:], offsets=self.offsets[token:] - character,
             special=False,
             places=tuple(Place(p.name, p.characters.shifted(-character), p.tokens.shifted(-token))
-                         for p in self.places if p.tokens.start >= token),
+                         for p in self.places if p.tokens.start >= token and p.tokens.stop > token),
+            plain=tuple(span.shifted(-character) for span in self.plain if span.start >= character),
         )  # fmt: skip
         return head, tail
 
@@ -138,24 +139,24 @@ def tokenised(
     tokenizer: Any, rendered: Rendered, kind: Kind, *, special: bool = False, corrects: tuple[tuple[str, str], ...] = ()
 ) -> Unit:
     """Tokenise a text on its own, with the token span of every field in it."""
-    ids, offsets = _encode(tokenizer, rendered.text, special)
+    rendered = unshielded(rendered)
+    values = [span for _, span in rendered.places]
+    ids, offsets = encode(tokenizer, rendered.text, [*rendered.plain, *values], special=special)
     places = tuple(Place(name, span, _covering(offsets, span)) for name, span in rendered.places)
-    return Unit(kind, rendered.text, ids, offsets, special, places, corrects)
-
-
-def _encode(tokenizer: Any, text: str, special: bool = False) -> tuple[tuple[int, ...], Offsets]:
-    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-    return tuple(encoded["input_ids"]), np.array(encoded["offset_mapping"], dtype=np.int32).reshape(-1, 2)
+    return Unit(kind, rendered.text, ids, offsets, special, places, corrects, plain=rendered.plain)
 
 
 _START, _STOP = itemgetter(0), itemgetter(1)
 
 
 def _covering(offsets: Offsets, characters: Span) -> Span:
-    """The tokens that hold any of the characters: a token that also holds a neighbour widens the span."""
+    """The tokens that hold any of the characters: a token that also holds a neighbour widens the span.
+
+    Of no characters (an empty value) it is where they would be: between two tokens, or the token around that place.
+    """
     first = bisect_right(offsets, characters.start, key=_STOP)
     last = bisect_left(offsets, characters.stop, key=_START)
-    return Span(first, last)
+    return Span(first, max(first, last))
 
 
 def replace_values(tokenizer: Any, unit: Unit, changes: Mapping[str, str]) -> tuple[Unit, list[Replacement]]:
@@ -209,9 +210,9 @@ def _retokenised(
     stop = int(unit.offsets[last - 1, 1]) if last < len(unit) else len(unit.text)
     special = unit.special and first == 0
     text, values = _written(unit.text, start, stop, group, changes)
-    ids, offsets = _encode(tokenizer, text, special)
+    ids, offsets = encode(tokenizer, text, _plain_in(unit, start, stop, changes), special=special)
     if local:
-        before, _ = _encode(tokenizer, unit.text[start:stop], special)
+        before, _ = encode(tokenizer, unit.text[start:stop], _plain_in(unit, start, stop, {}), special=special)
         aligned = _common(before, unit.ids[first:last], from_end=True)
         # A tokenizer may begin a text in a way of its own (a metaspace): a few first tokens of the window may differ from
         # the unit's, if they do so before and after the change and stay clear of the value.
@@ -245,6 +246,23 @@ def _written(text: str, start: int, stop: int, group: Sequence[Place], changes: 
     values_stop = start + sum(map(len, pieces))
     pieces.append(text[cursor:stop])
     return "".join(pieces), Span(group[0].characters.start, values_stop)
+
+
+def _plain_in(unit: Unit, start: int, stop: int, changes: Mapping[str, str]) -> list[Span]:
+    """The characters of a window of the unit, once some values are written, in which no special token is meant.
+
+    They are counted from the window's beginning: all values in it, and what the unit has as plain text.
+    """
+    found: list[Span] = []
+    grown = -start
+    held = [(place.characters, changes.get(place.name)) for place in unit.places] + [(s, None) for s in unit.plain]
+    for span, value in sorted(held, key=lambda item: item[0]):
+        if span.stop < start or span.start > stop:
+            continue
+        length = len(span) if value is None else len(value)
+        found.append(Span(max(0, span.start + grown), max(0, span.start + grown + length)))
+        grown += length - len(span)
+    return found
 
 
 def _common(one: Sequence[int], other: Sequence[int], *, from_end: bool = False) -> int:
@@ -284,4 +302,14 @@ def _assembled(unit: Unit, changes: Mapping[str, str], windows: Sequence[_Window
         pieces += [before, value]
         length, end = characters.stop, place.characters.stop
     pieces.append(unit.text[end:])
-    return replace(unit, text="".join(pieces), ids=tuple(ids), offsets=joined, places=tuple(places)), replacements
+    changed = replace(
+        unit, text="".join(pieces), ids=tuple(ids), offsets=joined, places=tuple(places),
+        plain=tuple(_after(span, unit.places, places) for span in unit.plain),
+    )  # fmt: skip
+    return changed, replacements
+
+
+def _after(span: Span, old: Sequence[Place], new: Sequence[Place]) -> Span:
+    """Where characters outside of any value are, once values before them have changed."""
+    before = [(was, now) for was, now in zip(old, new, strict=True) if was.characters.stop <= span.start]
+    return span.shifted(before[-1][1].characters.stop - before[-1][0].characters.stop) if before else span

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,9 +20,12 @@ from programmable_kv.cache.span import Span
 from programmable_kv.errors import FingerprintMismatchError, InvalidValueError, UnknownFieldError
 from programmable_kv.models.load import Model
 from programmable_kv.prompt.chat import message_alone, opened
-from programmable_kv.prompt.parts import Message, Text, unmark
+from programmable_kv.prompt.fields import FieldType, Value, declare
+from programmable_kv.prompt.parts import Message, Rendered, Text, unmark
+from programmable_kv.prompt.prompt import check_values, places_in_json
+from programmable_kv.prompt.tokens import as_text
 from programmable_kv.prompt.units import Kind, Unit, tokenised
-from programmable_kv.prompt.values import check_name, check_no_markers, check_role, check_value
+from programmable_kv.prompt.values import check_name, check_role
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
 
 Preface = str | Sequence[tuple[str, str]]
@@ -47,6 +50,8 @@ class Skill:
     """its tokens; without a preface the one that begins every text, where the tokenizer has one"""
     rounded: bool = False
     """kept in fewer bits than it was computed in: close, and never exact"""
+    types: Mapping[str, FieldType] = field(default_factory=dict)
+    """of the fields in it"""
 
     @property
     def text(self) -> str:
@@ -75,13 +80,13 @@ class Skill:
         cls,
         model: Model,
         text: str,
-        values: Mapping[str, str] | None = None,
+        values: Mapping[str, Value] | None = None,
         /,
         *,
         name: str | None = None,
         role: str | None = None,
         preface: Preface = "",
-        **fields: str,
+        **fields: Value,
     ) -> Skill:
         """Compute a text alone (behind the token that begins every text, where the tokenizer has one), or behind a preface.
 
@@ -95,7 +100,8 @@ class Skill:
                 With a `role`, the preface's last message is closed.
 
         Raises:
-            InvalidValueError: the text is empty, it or the preface has special tokens, or a name or value is not plain data.
+            InvalidValueError: the text is empty, it or the preface has a special token that cannot be plain text, or a name or
+                value is not plain data.
             UnknownFieldError: a field has no placeholder in the text.
             ContextOverflowError: it is longer than the model's positions, the preface included.
             TemplateError: the chat template does not take a message of that role, or the preface.
@@ -107,12 +113,12 @@ class Skill:
         cls,
         model: Model,
         texts: Mapping[str, str],
-        values: Mapping[str, str] | None = None,
+        values: Mapping[str, Value] | None = None,
         /,
         *,
         preface: Preface = "",
         between: str = "",
-        **fields: str,
+        **fields: Value,
     ) -> list[Skill]:
         """Compile several texts in one forward, each behind those before it: its preface is all of them.
 
@@ -148,21 +154,22 @@ class Draft:
     values: Mapping[str, str]
     preface: str
     preface_ids: tuple[int, ...]
+    types: Mapping[str, FieldType] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, model: Model, text: str, fields: Mapping[str, str], name: str | None, role: str | None, preface: Preface
+        cls, model: Model, text: str, fields: Mapping[str, Value], name: str | None, role: str | None, preface: Preface
     ) -> Draft:
         """Arguments and errors as `Skill.compile`."""
         _check_no_option(text, fields, {"name": name, "role": role, "preface": preface or None})
         if role is not None:
             check_role(role)
-        _check_fields(model, fields)
-        return cls._behind(model, text, fields, name, role, _read(model.tokenizer, preface, inside=role is None))
+        values, types = _checked_fields(model, text, fields)
+        return cls._behind(model, text, values, types, name, role, _read(model.tokenizer, preface, inside=role is None))
 
     @classmethod
     def together(
-        cls, model: Model, texts: Mapping[str, str], fields: Mapping[str, str], preface: Preface, between: str
+        cls, model: Model, texts: Mapping[str, str], fields: Mapping[str, Value], preface: Preface, between: str
     ) -> list[Draft]:
         """Each behind those before it. Arguments and errors as `Skill.compile_together`."""
         if (
@@ -173,8 +180,8 @@ class Draft:
             raise InvalidValueError(
                 "there is no text to compile: give at least one in a mapping, name -> text; `between` is a text too"
             )
-        check_no_markers(between, model.tokenizer, "the text between skills")
-        _check_fields(model, fields)
+        gap = _unit(model.tokenizer, as_text(between, model.tokenizer, "the text between skills"))
+        values, types = _checked_fields(model, "\n".join(texts.values()), fields)
         for field_name in fields:
             if field_name in texts:
                 raise InvalidValueError(
@@ -184,15 +191,14 @@ class Draft:
                 raise UnknownFieldError(
                     f"no text has a placeholder {{{field_name}}}. Write it where the value belongs, or do not give the value."
                 )
-        gap = tuple(model.tokenizer.encode(between, add_special_tokens=False))
         read = _read(model.tokenizer, preface, inside=True)
         drafts: list[Draft] = []
         for name, text in texts.items():
             _check_no_option(text, fields, {"preface": preface or None, "between": between or None})
-            own = {of: value for of, value in fields.items() if "{" + of + "}" in text}
-            draft = cls._behind(model, text, own, name, None, read)
+            own = {of: value for of, value in values.items() if "{" + of + "}" in text}
+            draft = cls._behind(model, text, own, types, name, None, read)
             drafts.append(draft)
-            read = (draft.preface + draft.unit.text + between, (*draft.preface_ids, *draft.unit.ids, *gap))
+            read = (draft.preface + draft.unit.text + gap.text, (*draft.preface_ids, *draft.unit.ids, *gap.ids))
         return drafts
 
     @classmethod
@@ -201,15 +207,15 @@ class Draft:
         model: Model,
         text: str,
         fields: Mapping[str, str],
+        types: Mapping[str, FieldType],
         name: str | None,
         role: str | None,
         read: tuple[str, tuple[int, ...]],
     ) -> Draft:
-        """`fields` were checked. `read`: the preface as the model reads it, and its tokens."""
+        """`fields`, as they stand in the text, were checked. `read`: the preface as the model reads it, and its tokens."""
         if not text:
             raise InvalidValueError("the skill's text is empty")
-        check_no_markers(text, model.tokenizer, "the skill's text")
-        part = Text(text, tuple(fields))
+        part = Text(as_text(text, model.tokenizer, "the skill's text"), tuple(fields))
         part.check()
         rendered = (
             unmark(part.marked(fields)) if role is None else message_alone(model.tokenizer, Message(role, part), fields)
@@ -218,7 +224,7 @@ class Draft:
         if name is None:
             name = "skill_" + hashlib.sha256(f"{read[0]}{unit.text}".encode()).hexdigest()[:12]
         check_name(name)
-        return cls(name, unit, dict(fields), *read)
+        return cls(name, unit, dict(fields), *read, {of: types[of] for of in fields})
 
     @property
     def end(self) -> int:
@@ -251,20 +257,26 @@ def compute_drafts(model: Model, drafts: Sequence[Draft]) -> list[Skill]:
                 account,
                 draft.preface,
                 draft.preface_ids,
+                types=draft.types,
             )
         )
         paid = draft.end
     return skills
 
 
-def _check_fields(model: Model, fields: Mapping[str, str]) -> None:
-    """
+def _checked_fields(
+    model: Model, text: str, fields: Mapping[str, Value]
+) -> tuple[dict[str, str], dict[str, FieldType]]:
+    """The texts of values, and their types.
+
     Raises:
         InvalidValueError: a name or a value is not plain data.
     """
-    for name, value in fields.items():
+    for name in fields:
         check_name(name)
-        check_value(name, value, model.tokenizer, DEFAULT_TEMPLATE, fields)
+    values, types = declare(fields, places_in_json(text, fields))
+    check_values(model.tokenizer, DEFAULT_TEMPLATE, values, types)
+    return values, types
 
 
 def _check_no_option(text: str, fields: Mapping[str, str], options: Mapping[str, object]) -> None:
@@ -285,8 +297,9 @@ def _read(tokenizer: Any, preface: Preface, *, inside: bool) -> tuple[str, tuple
     if not preface:
         return "", _beginning(tokenizer)
     if isinstance(preface, str):
-        check_no_markers(preface, tokenizer, "the skill's preface")
-        return preface, tuple(tokenizer.encode(preface))
+        unit = _unit(tokenizer, as_text(preface, tokenizer, "the skill's preface"), special=True)
+        return unit.text, unit.ids
+    messages: list[tuple[str, str]] = []
     for message in preface:
         if not isinstance(message, tuple | list) or len(message) != 2 or not all(isinstance(it, str) for it in message):
             raise InvalidValueError(
@@ -294,9 +307,13 @@ def _read(tokenizer: Any, preface: Preface, *, inside: bool) -> tuple[str, tuple
             )
         role, content = message
         check_role(role)
-        check_no_markers(content, tokenizer, "the skill's preface")
-    text = opened(tokenizer, preface, inside=inside)
-    return text, tuple(tokenizer.encode(text, add_special_tokens=False))
+        messages.append((role, as_text(content, tokenizer, "the skill's preface")))
+    unit = _unit(tokenizer, opened(tokenizer, messages, inside=inside))
+    return unit.text, unit.ids
+
+
+def _unit(tokenizer: Any, text: str, *, special: bool = False) -> Unit:
+    return tokenised(tokenizer, Rendered(text), Kind.SKILL, special=special)
 
 
 def _beginning(tokenizer: Any) -> tuple[int, ...]:
@@ -322,7 +339,12 @@ def check_fingerprint(name: str, fingerprint: str, model: Model) -> None:
         )
 
 
-def skills_among(fields: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Skill]]:
+def skills_among(fields: Mapping[str, Any]) -> tuple[dict[str, Value], dict[str, Skill]]:
     """The plain values and the skills among a message's keyword arguments."""
     skills = {name: value for name, value in fields.items() if isinstance(value, Skill)}
     return {name: value for name, value in fields.items() if name not in skills}, skills
+
+
+def types_in(skills: Iterable[Skill]) -> dict[str, FieldType]:
+    """The types of the fields in some skills."""
+    return {name: kind for skill in skills for name, kind in skill.types.items()}

@@ -24,13 +24,14 @@ from programmable_kv.engine import Engine
 from programmable_kv.errors import CorruptFileError, InvalidArgumentError, InvalidValueError, UnknownSkillError
 from programmable_kv.models.home import home
 from programmable_kv.models.load import Model
+from programmable_kv.prompt.fields import TEXT, Value
 from programmable_kv.prompt.values import check_name
 from programmable_kv.skills.entries import Entries, check_key, new_name
 from programmable_kv.skills.packing import check_packed, packed, shapes_in, unpacked
 from programmable_kv.skills.skill import Draft, Preface, Skill, check_fingerprint, compute_drafts
 from programmable_kv.storage.archive import read_archive, write_archive
 from programmable_kv.storage.files import Blobs, blobs_at, sha256_of
-from programmable_kv.storage.manifests import Entry, SavedUnit, key_of, preface_digest, shortened
+from programmable_kv.storage.manifests import Entry, SavedType, SavedUnit, key_of, preface_digest, shortened
 from programmable_kv.storage.tensors import LayerShape, cached_shapes, read_tensors
 
 __all__ = ["DEFAULT_LIMIT", "Entry", "SkillStore"]
@@ -96,6 +97,7 @@ class SkillStore:
             tensors=new_name(key),
             tensors_sha256=sha256_of(body),
             values=dict(skill.values),
+            types={name: SavedType.of(kind) for name, kind in skill.types.items() if kind != TEXT},
             preface=shortened(skill.preface),
             preface_tokens=len(skill.preface_ids),
             preface_sha256=preface_digest(skill.preface_ids),
@@ -108,13 +110,13 @@ class SkillStore:
         self,
         model: Model,
         text: str,
-        values: Mapping[str, str] | None = None,
+        values: Mapping[str, Value] | None = None,
         /,
         *,
         name: str | None = None,
         role: str | None = None,
         preface: Preface = "",
-        **fields: str,
+        **fields: Value,
     ) -> Skill:
         """The skill from the store if it is there and intact, else compiled and kept. Arguments and errors as `Skill.compile`.
 
@@ -130,12 +132,12 @@ class SkillStore:
         self,
         model: Model,
         texts: Mapping[str, str],
-        values: Mapping[str, str] | None = None,
+        values: Mapping[str, Value] | None = None,
         /,
         *,
         preface: Preface = "",
         between: str = "",
-        **fields: str,
+        **fields: Value,
     ) -> list[Skill]:
         """The skills from the store if all of them are there and intact, else compiled and kept, whatever the limit.
 
@@ -172,7 +174,16 @@ class SkillStore:
             if named and kept.name != draft.name:
                 self._entries.rename(key, draft.name)
             # The tokens are those of the entry; name, fields and text are the caller's.
-            skills.append(replace(kept, name=draft.name, unit=draft.unit, values=draft.values, preface=draft.preface))
+            skills.append(
+                replace(
+                    kept,
+                    name=draft.name,
+                    unit=draft.unit,
+                    values=draft.values,
+                    preface=draft.preface,
+                    types=draft.types,
+                )
+            )
         return skills
 
     def _rounded(self, model: Model, skill: Skill, entry: Entry) -> Skill:
@@ -209,6 +220,7 @@ class SkillStore:
             content.preface,
             content.preface_ids,
             entry.precision == "int8",
+            {name: kind.type(where) for name, kind in entry.types.items()},
         )
 
     def entries(self) -> list[Entry]:

@@ -6,6 +6,7 @@ that such a run can be split after loading; elsewhere (in stale runs) a later pa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -19,6 +20,10 @@ from programmable_kv.prompt.context import Context
 
 Count = Annotated[int, Field(ge=0)]
 ContentDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+
+
+ANOTHER = "\ue00f"
+"""stands for a value that was edited away: it is not written anywhere, and no value equals it"""
 
 
 class _Strict(BaseModel):
@@ -44,8 +49,12 @@ class SavedVersion(_Strict):
     preface: bool
 
     @classmethod
-    def of(cls, version: Version) -> SavedVersion:
-        seen = {name: tuple(sorted(values)) for name, values in version.seen.items()}
+    def of(cls, version: Version, written: Mapping[str, frozenset[str]]) -> SavedVersion:
+        """`written`: the values of each field that the saved text holds. Of others only that there were some is saved."""
+        seen = {
+            name: tuple(sorted(value if value in written.get(name, ()) else ANOTHER for value in values))
+            for name, values in version.seen.items()
+        }
         return cls(content=SavedContent.of(version.content), exact=version.exact, seen=seen, preface=version.preface)
 
 
@@ -66,13 +75,14 @@ class SavedLedger(_Strict):
 
     @classmethod
     def of(cls, ledger: Ledger) -> SavedLedger:
+        written = ledger.written_before(len(ledger))
         numbers: dict[int, int] = {}
         versions: list[SavedVersion] = []
         runs = []
         for run in ledger.runs:
             if id(run.version) not in numbers:
                 numbers[id(run.version)] = len(versions)
-                versions.append(SavedVersion.of(run.version))
+                versions.append(SavedVersion.of(run.version, written))
             skill = None if run.skill is None else SavedContent.of(run.skill)
             number = numbers[id(run.version)]
             runs.append(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Container
+from dataclasses import asdict
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -18,11 +19,13 @@ from programmable_kv.cache.span import Span
 from programmable_kv.errors import CorruptFileError, InvalidArgumentError, InvalidValueError
 from programmable_kv.models.load import Model
 from programmable_kv.prompt.context import Context, FieldValue
+from programmable_kv.prompt.fields import FieldKind, FieldType
+from programmable_kv.prompt.guard import check_text
 from programmable_kv.prompt.parts import Message, Text
 from programmable_kv.prompt.readers import check_words
 from programmable_kv.prompt.template import ChatTemplate
 from programmable_kv.prompt.units import Kind, Place, Unit
-from programmable_kv.prompt.values import check_name, check_role, check_template, check_value
+from programmable_kv.prompt.values import check_name, check_role, check_template
 from programmable_kv.storage.ledgers import SavedLedger
 from programmable_kv.storage.sealed import Sealed
 
@@ -54,6 +57,7 @@ class SavedUnit(_Strict):
     places: tuple[SavedPlace, ...]
     corrects: tuple[tuple[str, str], ...]
     name: str
+    plain: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, unit: Unit) -> SavedUnit:
@@ -66,12 +70,14 @@ class SavedUnit(_Strict):
         return cls(
             kind=unit.kind, text=unit.text, ids=unit.ids, offsets=tuple((a, b) for a, b in unit.offsets.tolist()),
             special=unit.special, places=places, corrects=unit.corrects, name=unit.name,
+            plain=tuple((span.start, span.stop) for span in unit.plain),
         )  # fmt: skip
 
     def unit(self) -> Unit:
         places = tuple(Place(p.name, Span(*p.characters), Span(*p.tokens)) for p in self.places)
         offsets = np.array(self.offsets, dtype=np.int32).reshape(-1, 2)
-        return Unit(self.kind, self.text, self.ids, offsets, self.special, places, self.corrects, self.name)
+        plain = tuple(Span(*span) for span in self.plain)
+        return Unit(self.kind, self.text, self.ids, offsets, self.special, places, self.corrects, self.name, plain)
 
     def check(self, fields: Container[str], model: Model, where: str) -> None:
         """
@@ -87,16 +93,54 @@ class SavedUnit(_Strict):
         reached = 0
         for place in self.places:
             start, stop = place.characters
-            if place.name not in fields or not reached <= start < stop <= length:
+            if place.name not in fields or not reached <= start <= stop <= length:
                 raise CorruptFileError(f"{where}: the value of {place.name!r} has no place in the text")
             if place.tokens != _covering(self.offsets, start, stop):
                 raise CorruptFileError(f"{where}: the tokens of {place.name!r} are not those of its characters")
             reached = stop
+        if not all(0 <= start < stop <= length for start, stop in self.plain):
+            raise CorruptFileError(f"{where}: plain text is marked outside of the text")
+
+
+class SavedType(_Strict):
+    """A field's type. What is left out is as `FieldType` has it."""
+
+    kind: FieldKind = FieldKind.TEXT
+    among: tuple[str, ...] = ()
+    at_least: float | None = None
+    at_most: float | None = None
+    charset: str = ""
+    max_length: int | None = None
+    trusted: bool = False
+    in_json: bool = False
+    mixed: bool = False
+
+    @classmethod
+    def of(cls, kind: FieldType) -> SavedType:
+        return cls(**asdict(kind))
+
+    def type(self, where: str) -> FieldType:
+        """
+        Raises:
+            CorruptFileError: its options do not fit its kind.
+        """
+        try:
+            return FieldType(**dict(self))
+        except InvalidArgumentError as error:
+            raise CorruptFileError(f"{where}: {error}") from error
 
 
 class SavedField(_Strict):
     current: str
     written: str
+    type: SavedType = SavedType()
+
+    @classmethod
+    def of(cls, value: FieldValue) -> SavedField:
+        return cls(current=value.current, written=value.written, type=SavedType.of(value.type))
+
+    def value(self) -> FieldValue:
+        return FieldValue(self.current, self.written, self.type.type("a field"))
 
 
 class SavedMessage(_Strict):
@@ -135,7 +179,7 @@ class SavedContext(_Strict):
     def of(cls, context: Context) -> SavedContext:
         return cls(
             units=tuple(SavedUnit.of(unit) for unit in context.units),
-            fields={name: SavedField(current=it.current, written=it.written) for name, it in context.fields.items()},
+            fields={name: SavedField.of(it) for name, it in context.fields.items()},
         )
 
     @property
@@ -144,7 +188,7 @@ class SavedContext(_Strict):
         return sum(len(unit.ids) for unit in self.units)
 
     def context(self) -> Context:
-        fields = {name: FieldValue(it.current, it.written) for name, it in self.fields.items()}
+        fields = {name: it.value() for name, it in self.fields.items()}
         return Context(tuple(unit.unit() for unit in self.units), fields)
 
     def check(self, model: Model, where: str) -> None:
@@ -154,7 +198,7 @@ class SavedContext(_Strict):
         """
         for name, state in self.fields.items():
             for value in (state.current, state.written):
-                _check_value(name, value, model, where)
+                _check_value(name, value, state.type, model, where)
         missing = set(self.fields)
         for unit in self.units:
             unit.check(self.fields, model, where)
@@ -229,6 +273,8 @@ class Entry(Sealed):
     """the name of the blob with them; a new one each time the skill is written"""
     tensors_sha256: Digest
     values: dict[str, str]
+    types: dict[str, SavedType] = Field(default_factory=dict)
+    """of those fields that are not just one line of text"""
     preface: str
     """its first characters, for people"""
     preface_tokens: Count
@@ -245,7 +291,7 @@ class Entry(Sealed):
         if unit.kind is not Kind.SKILL or not unit.ids:
             raise CorruptFileError(f"{where}: it holds no skill ({len(unit.ids)} tokens of a {unit.kind})")
         for name, value in self.values.items():
-            _check_value(name, value, model, where)
+            _check_value(name, value, self.types.get(name, SavedType()), model, where)
         unit.check(self.values, model, where)
         for place in unit.places:
             if unit.text[slice(*place.characters)] != self.values[place.name]:
@@ -288,16 +334,19 @@ def messages_of(saved: tuple[SavedMessage, ...]) -> tuple[Message, ...]:
     return tuple(Message(m.role, Text(m.template, m.fields), m.extra) for m in saved)
 
 
-def _check_value(name: str, value: str, model: Model, where: str) -> None:
+def _check_value(name: str, value: str, kind: SavedType, model: Model, where: str) -> None:
     """Plain data, as every value was when it was given. (Its wording was checked then, against the fields of that time.)"""
     try:
         check_name(name)
-        check_value(name, value, model.tokenizer, "{name}{value}")
+        check_text(name, value, kind.type(where), model.tokenizer, "{name}{value}")
     except InvalidValueError as error:
         raise CorruptFileError(f"{where}: {error}") from error
 
 
 def _covering(offsets: tuple[tuple[int, int], ...], start: int, stop: int) -> tuple[int, int] | None:
-    """The tokens that hold any of the characters [start, stop)."""
+    """The tokens that hold any of the characters [start, stop); of none, where they would be."""
     hit = [index for index, (a, b) in enumerate(offsets) if a < stop and b > start]
-    return (hit[0], hit[-1] + 1) if hit else None
+    if hit or start < stop:
+        return (hit[0], hit[-1] + 1) if hit else None
+    between = sum(b <= start for _, b in offsets)
+    return between, between

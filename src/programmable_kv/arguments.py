@@ -1,0 +1,33 @@
+"""Arguments of the wrong type end in an error that says what was expected, before anything is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from programmable_kv.errors import InvalidArgumentError
+
+
+def require(value: object, kinds: type | tuple[type, ...], what: str) -> None:
+    """
+    Args:
+        what: the argument and what it should be, as "a prompt is text, or None".
+
+    Raises:
+        InvalidArgumentError: the value is of none of these types.
+    """
+    if not isinstance(value, kinds):
+        raise InvalidArgumentError(f"{what}; got {type(value).__name__}: {_shown(value)}")
+
+
+def require_count(value: Any, what: str, *, least: int = 0) -> None:
+    """
+    Raises:
+        InvalidArgumentError: the value is no whole number, or less than `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidArgumentError(f"{what} is a whole number, at least {least}; got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,207 @@
+"""The guard of values: a value from outside is data, and must not be able to speak as a role, or as an update of a field.
+
+What decides is what a model can be told by a value, not which words it has. Values are refused, never rewritten: a silently
+changed value is a wrong value. `tests/prompt/` has both lists, refused and taken, as tables.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from programmable_kv.cache.span import Span
+from programmable_kv.errors import InvalidValueError
+from programmable_kv.prompt.characters import first_hidden, folded, spelled_together, words_of
+from programmable_kv.prompt.fields import FieldKind, FieldType
+from programmable_kv.prompt.tokens import encode
+
+_HARMLESS = re.compile(
+    r"endof(text|file|prompt)|fim[ _-]?\w+|file[ _-]?\w+|repo[ _-]?\w+|(image|video|audio|vision|box|quad|object)\w*|"
+    r"pad\w*|mask|unk|cls|sep|extra\w*|placeholder\w*|dummy\w*"
+)
+"""inside `<|...|>`: special tokens that say nothing about who speaks. They are taken as plain text"""
+_MARKED = re.compile(r"<\|\s*([^<>|]{1,40}?)\s*\|>|\[\|\s*[^\[\]|]{1,40}\|\]")
+_MARKERS = re.compile(
+    r"\[/?(inst|tool_?calls?|tool_?results?|available_?tools|system_?prompt|tool_?content|args|call_id|gmask|think)\]"
+    r"|<</?sys>>"
+    r"|<(start|end)_of_turn>|</?turn>|</?s>|</?[be]os>|<[se]op>|<eo[ahst]>"
+    r"|</?(thinking|think|thought|reasoning)>"
+    r"|</?(tool|function|api|mcp)_?-?(calls?|responses?|results?|outputs?|use)>|</?functioncall>|</?(tools|function=[^>]*)>"
+    r"|</?(system|assistant|developer|system_?prompt|system-reminder|human|bot)>"
+    r"|<_(system|user|bot|end)>|<reserved_\d+>|<unused\d+>|\[unused_token_\d+\]"
+    r"|###\s*(system|instructions?|response|input|human|user|assistant|question|answer|output)\b\s*:?"
+)
+"""markers of any chat format, folded. A tokenizer's own that are in its chat template are added to them"""
+_SQUEEZED = re.compile(r"\s*([<>\[\]|/_])\s*")
+_ROLE = r"(?:system|assistant|developer|user|tool|human|ai)"
+_ROLE_LINE = re.compile(
+    rf"(?:^|[\n\r]|[.;!?,:>|)\]}}\"'`*#=~+•]\s+|[(\[{{\"'`*#>|•;!?,]\s*|\s[-–—]\s*)\W*?(?<!--)(?<![@/\w]){_ROLE}[\s*_`\"')\]}}>]*:(?!//)(?!\S+@)"
+)
+"""a role word that begins a clause, and a colon. `operating system: x` and `https://user:password@host` do not"""
+_ROLE_TAG = re.compile(r"(?:^|\n|[.;!?:,]\s)\W*[\[(<{*_]+\s*(?:system|assistant|developer)\s*[\])>}*_]+")
+
+_SIGN = r"(?::=?|==?>?|-+>|~>|>|<-+|:|—)"
+_VERB = (
+    r"(?:is|are|was|were|be|being|been|becomes?|became|changes?|changed|sets?|has|had|now(?=[ \t]+\w)|equals?|stands|stays|"
+    r"remains|goes|went|"
+    r"moves?|moved|turns?|turned|will|shall|must|should|can|may|reads?|means|gets?|got|updated|reset|switched|raised|lowered|"
+    r"upgraded|promoted|granted)"
+)
+_GIVE = r"(?:set|make|treat|consider|assume|grant|assign|give)"
+_CHANGE = (
+    r"(?:set|sets|changed?|changes|updated?|switch(?:ed)?|raised?|lowered?|moved?|promoted?|upgraded?|reset|made|"
+    r"override|overwrite)"
+)
+
+
+def check_value(
+    name: str, text: str, tokenizer: Any, template: str, names: Iterable[str] = (), *, lines: bool = False
+) -> None:
+    """Refuse a value, as it stands in the text, that could be read as anything but a value.
+
+    Args:
+        template: the wording of an erratum.
+        names: those of the context's fields.
+        lines: it may have several lines, be empty, and begin or end with white space.
+
+    Raises:
+        InvalidValueError: it is empty, spans lines, has characters that hide something, a role marker of this or another chat
+            format, the words of the erratum template, or says something about another field.
+    """
+    if not isinstance(text, str):
+        raise InvalidValueError(f"the value of {name} must be a string, got {type(text).__name__}. Convert it first.")
+    if not lines and not text.strip():
+        raise InvalidValueError(
+            f"the value of {name} is empty. Write what it should say, for example 'none', or declare "
+            'Field(value, kind="block"), which may be empty.'
+        )
+    if not lines and text != text.strip():
+        raise InvalidValueError(f"the value of {name} starts or ends with white space: {text!r}. Strip it first.")
+    hidden = first_hidden(text, lines=lines)
+    if hidden is not None:
+        _refuse_character(name, hidden)
+    plain = folded(text)
+    _check_markers(name, plain, tokenizer)
+    for form in {plain, spelled_together(plain)}:
+        if _ROLE_LINE.search(form) or _ROLE_TAG.search(form):
+            raise InvalidValueError(
+                f"the value of {name} contains a role marker ('system:' or similar): {_shown(text)}"
+            )
+    _check_no_erratum(name, text, template)
+    for other in names:
+        if other != name:
+            _check_other(name, text, plain, other)
+
+
+def check_text(name: str, text: str, kind: FieldType, tokenizer: Any, template: str, names: Iterable[str] = ()) -> None:
+    """Check a value of a type, as it stands in the text. Arguments as `check_value`.
+
+    Raises:
+        InvalidValueError: the guard refuses it; or it has a special token that this tokenizer cannot write as plain text; or
+            characters that this package marks places with.
+    """
+    if kind.guarded:
+        readable = kind.readable(text)
+        check_value(name, readable, tokenizer, template, names, lines=kind.kind is not FieldKind.TEXT)
+    for character in text:
+        if "\ue000" <= character <= "\ue00f":
+            raise InvalidValueError(f"the value of {name} contains the private-use character U+{ord(character):04X}")
+    encode(tokenizer, text, [Span(0, len(text))])
+
+
+def _refuse_character(name: str, character: str) -> None:
+    if character in "\n\r":
+        raise InvalidValueError(
+            f"the value of {name} contains a line break (U+{ord(character):04X}), and this field is one line. Declare it as "
+            'Field(value, kind="block") if it may have several.'
+        )
+    what = "a control character" if ord(character) < 0xA0 else "an invisible character"
+    raise InvalidValueError(f"the value of {name} contains {what} (U+{ord(character):04X}). Remove it.")
+
+
+def _check_markers(name: str, plain: str, tokenizer: Any) -> None:
+    squeezed = _SQUEEZED.sub(r"\1", plain)
+    for form in (plain, squeezed):
+        for match in _MARKED.finditer(form):
+            if match.group(1) is None or not _HARMLESS.fullmatch(match.group(1)):
+                _refuse_marker(name, match.group())
+        match_ = next((m for m in _MARKERS.finditer(form) if form is plain or len(m.group()) > 4), None)
+        if match_ is not None:
+            _refuse_marker(name, match_.group())
+    if not any(bracket in plain for bracket in "<[{|"):
+        return
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values():
+        own = folded(token.content)
+        if len(own.strip()) > 2 and own in plain and token.content in template:
+            _refuse_marker(name, token.content)
+
+
+def _refuse_marker(name: str, marker: str) -> None:
+    raise InvalidValueError(
+        f"the value of {name} contains {marker!r}, by which chat formats mark roles, turns or tools. Remove it."
+    )
+
+
+def _check_no_erratum(name: str, text: str, template: str) -> None:
+    """What makes an erratum recognisable is what stands before the field's name: `[STATE UPDATE]`.
+
+    Words between name and value (`is now`) tell nothing without a field's name, and that is looked for on its own.
+    """
+    head, _, rest = template.partition("{name}")
+    if "{value}" in head:
+        head, rest = rest, head
+    mark, linking = words_of(head), words_of(rest.partition("{value}")[0])
+    said = words_of(text)
+    letters, squeezed = mark.replace(" ", ""), said.replace(" ", "")
+    if len(letters) < 5:
+        return
+    told = f" {mark} " in f" {said} " or (len(letters) >= 10 and letters in squeezed)
+    if linking:
+        told = told and (" " in mark or f" {linking} " in f" {said} ")
+    elif " " not in mark:
+        told = folded(head).replace(" ", "") in folded(text).replace(" ", "")  # one word: with the signs around it
+    if told:
+        raise InvalidValueError(
+            f"the value of {name} contains words of the erratum template ('{head.strip()}'), so it could pass for an update "
+            "of another field. Rephrase it."
+        )
+
+
+def _check_other(name: str, text: str, plain: str, other: str) -> None:
+    """A value must not say what another field is. To mention it is fine."""
+    parts = words_of(other).split()
+    if not parts or not all(part in plain for part in parts):
+        spelled = spelled_together(plain)
+        if not parts or not all(part in spelled for part in parts):
+            return
+    called = r"[\W_]*".join(map(re.escape, parts))
+    own = r"[\W_]*".join(map(re.escape, words_of(name).split()))
+    for form in {plain, spelled_together(plain)}:
+        form = re.sub(rf"(?<![^\W_]){own}(?![^\W_])", "\ue00f", form) if called in own and own != called else form
+        if _tells(called).search(form):
+            raise InvalidValueError(
+                f"the value of {name} speaks of the field {other}, so it could pass for an update of it: {_shown(text)}. "
+                "Rephrase it, or give that field a name that values do not mention; Field(value, trusted=True) takes it."
+            )
+
+
+def _tells(called: str) -> re.Pattern[str]:
+    """What says something about a field of that name, in folded text."""
+    it = rf"(?<![^\W_]){called}(?![^\W_])[\"'`*)\]]*"
+    return re.compile(
+        rf"{it}\s*{_SIGN}"
+        rf"|{it}\s+(?:(?:value|field|status|level|itself|also|just|here|then)\s+)?{_VERB}\b"
+        rf"|{_CHANGE}\s+(?:[\w']+\s+){{0,3}}?{it}\s+(?:to|as|into)\s+\S"
+        rf"|{it}['’]s\s+now\b"
+        rf"|{_CHANGE}\s+(?:[\w']+\s+){{0,3}}?to\s+(?:the\s+)?{it}\s+\w"
+        rf"|(?:^|[.;!?,:]\s+){it}\s+to\s+\w+\W*$"
+        rf"|{_GIVE}\s+(?:[\w']+\s+){{0,3}}?{it}\s+\w"
+        rf"|(?:^|[.;!?,:]\s+|\n\W*){it}\s+[-–—]+\s*\w"
+        rf"|\w+\s+is\s+(?:now\s+)?the\s+(?:new\s+|right\s+|real\s+|true\s+|current\s+)?{it}"
+    )
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 120 else text[:119] + "…")

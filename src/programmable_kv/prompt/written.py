@@ -1,0 +1,68 @@
+"""How values are written: in text, and inside of JSON strings."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import date, datetime, time
+from decimal import Decimal
+from enum import Enum
+from typing import Any
+
+from programmable_kv.errors import InvalidValueError
+
+NOTHING = "none"
+"""how None stands in the text"""
+
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+"""a number as text"""
+_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)")
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
+_IN_JSON = re.compile(r'[:,\[{]\s*"(?:[^"\\\n]|\\.)*\Z')
+_STRING_ENDS = re.compile(r'(?:[^"\\\n]|\\.)*"\s*[,:}\]\n]|(?:[^"\\\n]|\\.)*"\s*\Z')
+
+
+def rendered(name: str, value: Any) -> str:
+    """How a value is written: numbers as Python writes them, `true` and `false`, `none`, dates in ISO 8601.
+
+    Raises:
+        InvalidValueError: no field can hold it.
+    """
+    if isinstance(value, str):
+        return value.value if isinstance(value, Enum) else value
+    if value is None:
+        return NOTHING
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, datetime):
+        precise = "minutes" if not value.second and not value.microsecond else "seconds"
+        return value.isoformat(" ", precise)
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, time):
+        return value.isoformat("minutes" if not value.second and not value.microsecond else "seconds")
+    if isinstance(value, int | float | Decimal):
+        return str(value)
+    raise InvalidValueError(
+        f"the value of {name} must be a string, number, boolean, date, time or None, got {type(value).__name__}. Convert it "
+        "first, or declare Field.json(value)."
+    )
+
+
+def escaped(text: str) -> str:
+    """Text as it stands inside of a JSON string."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def unescaped(text: str) -> str:
+    """What a reader of JSON takes text inside of a string for. Other text stays."""
+    return _ESCAPE.sub(lambda match: _unescaped(match.group(1)), text)
+
+
+def _unescaped(code: str) -> str:
+    return chr(int(code[1:], 16)) if len(code) > 1 else _ESCAPES.get(code, code)
+
+
+def in_json_string(before: str, after: str) -> bool:
+    """Whether something between these texts stands inside of a JSON string: `{"status": "` and `"}`."""
+    return _IN_JSON.search(before[-2000:]) is not None and _STRING_ENDS.match(after[:2000]) is not None
