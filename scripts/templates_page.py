@@ -61,9 +61,10 @@ notebook.edit(today="26 November 2026")
 
 Tools that a template does not write, a tool call that it drops, and a field in a variable that it does not read are refused.
 
-Values have types as anywhere ([prompts](prompts.md)): `"today": date(2026, 11, 25)` takes dates only. Most templates write
-tools as JSON, so a field in a tool takes values without quotes, backslashes and line breaks. Special tokens in contents, results, the
-arguments of calls and `reasoning_content` are plain text. In names, ids, keys, tools and variables they are refused.
+Values have types as anywhere ([prompts](prompts.md)): `"today": date(2026, 11, 25)` takes dates only. Most templates
+write tools as JSON, so a field in a tool takes values without quotes, backslashes and line breaks. Special tokens in
+contents, results, the arguments of calls and `reasoning_content` are plain text. In names, ids, keys, tools and
+variables they are refused.
 """
 
 
