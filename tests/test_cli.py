@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from conftest import tiny_model, tokenizer
+from programmable_kv import Mode
 
 POLICY = """You are the support agent of an online shop.
 
@@ -66,7 +67,7 @@ def test_edit_prints_one_json_object(policy: str) -> None:
     assert done.returncode == 0, done.stderr
     body = json.loads(done.stdout)
     modes = {row["mode"]: row for row in body["modes"]}
-    assert set(modes) == {"stale", "in_place", "erratum", "field_erratum", "selective", "suffix", "full"}
+    assert set(modes) == set(Mode)
     for row in modes.values():
         assert {"mode", "decision", "probabilities", "agrees_with_full", "tokens_computed", "ttft_ms"} <= set(row)
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4)

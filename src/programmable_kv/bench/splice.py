@@ -87,7 +87,7 @@ def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
     def spliced() -> torch.Tensor:
         put()
         seam = Rows.appended(ids[:DEFAULT_SEAM], start, start)
-        return engine.compute(buffer, seam.then(Rows.appended(question, buffer.length, buffer.length)))
+        return engine.compute(buffer, seam.followed_by(Rows.appended(question, buffer.length, buffer.length)))
 
     def full() -> torch.Tensor:
         return engine.append(engine.new_buffer(len(prefix) + length + len(question)), prefix + ids + question)

@@ -41,7 +41,7 @@ class Rows:
         count = len(ids)
         return cls(tuple(ids), tuple(range(slot, slot + count)), tuple(range(position, position + count)))
 
-    def then(self, other: Rows) -> Rows:
+    def followed_by(self, other: Rows) -> Rows:
         """These rows and later ones, in one forward."""
         return Rows(self.ids + other.ids, self.slots + other.slots, self.positions + other.positions)
 

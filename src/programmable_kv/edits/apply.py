@@ -63,24 +63,24 @@ def apply(
     buffer: KVBuffer,
     ledger: Ledger,
     *,
-    then: Sequence[int] = (),
+    followed_by: Sequence[int] = (),
     logits: int = 0,
     progress: Progress | None = None,
 ) -> Applied:
-    """Carry out a plan, and compute the tokens `then` after it in the same forward.
+    """Carry out a plan, and compute the tokens `followed_by` after it in the same forward.
 
-    `then` goes into the buffer and not into the ledger: the caller keeps or takes back these tokens. `logits` asks for those of
-    that many last rows. `progress` is called with (rows done, rows in all) after each forward of many rows.
+    `followed_by` goes into the buffer and not into the ledger: the caller keeps or takes back these tokens. `logits` asks for
+    those of that many last rows. `progress` is called with (rows done, rows in all) after each forward of many rows.
 
     Raises:
         ContextOverflowError, UnverifiedError: as `check`.
         NonFiniteLogitsError, FrequencyRegimeError: as `Engine.compute`.
     """
     with engine.meter.measure() as reading:
-        layout = check(plan, engine, len(then))
+        layout = check(plan, engine, len(followed_by))
         mark = buffer.mark()
         try:
-            ledger, touched, output = _carried_out(plan, engine, buffer, ledger, layout, then, logits, progress)
+            ledger, touched, output = _carried_out(plan, engine, buffer, ledger, layout, followed_by, logits, progress)
             _require_fitting_frequencies(plan, engine, buffer)
             # Before the mark is released: an interrupt while this is worked out undoes the plan as well.
             reused = len(plan.after) - _covered(touched)
@@ -119,7 +119,7 @@ def _carried_out(
     buffer: KVBuffer,
     ledger: Ledger,
     layout: KVLayout | None,
-    then: Sequence[int],
+    followed_by: Sequence[int],
     logits: int,
     progress: Progress | None,
 ) -> tuple[Ledger, list[Span], torch.Tensor | None]:
@@ -127,7 +127,11 @@ def _carried_out(
     touched: list[Span] = []
     for step in plan.steps:
         if isinstance(step, Select):
-            reader = Rows.appended(then, buffer.length, buffer.next_position) if then else _last_row(buffer, ledger)
+            reader = (
+                Rows.appended(followed_by, buffer.length, buffer.next_position)
+                if followed_by
+                else _last_row(buffer, ledger)
+            )
             chosen |= dict.fromkeys(step.selection.choose(engine, buffer, reader), step.origin)
             continue
         _on_buffer(step, buffer, layout)
@@ -137,7 +141,7 @@ def _carried_out(
     for one in plan.compute:  # what is computed in any case need not be chosen
         chosen = {slot: origin for slot, origin in chosen.items() if slot not in one.span.range}
     computes = sorted([*plan.compute, *_as_computes(chosen)], key=lambda one: one.span.start)
-    rows = _rows(plan.after, computes, then)
+    rows = _rows(plan.after, computes, followed_by)
     output = None
     if len(rows):
         output = engine.compute(buffer, rows, logits=min(logits, len(rows)), progress=progress)
@@ -220,15 +224,15 @@ def _as_computes(chosen: dict[int, Origin]) -> list[Compute]:
     return found
 
 
-def _rows(after: Context, computes: Iterable[Compute], then: Sequence[int]) -> Rows:
+def _rows(after: Context, computes: Iterable[Compute], followed_by: Sequence[int]) -> Rows:
     """Rows for some slots and the tokens after the end. In a notebook's context a slot's position is its number."""
     ids: list[int] = []
     slots: list[int] = []
     for one in computes:
         ids += after.ids_in(one.span)
         slots += one.span.range
-    ids += then
-    slots += range(len(after), len(after) + len(then))
+    ids += followed_by
+    slots += range(len(after), len(after) + len(followed_by))
     return Rows(tuple(ids), tuple(slots), tuple(slots))
 
 

@@ -29,7 +29,7 @@ from programmable_kv.ledger.version import (
 )
 from programmable_kv.states import TokenState, weakest
 
-Place = tuple[int, str]
+FirstPlace = tuple[int, str]
 """(slot, field): from this slot on, tokens can have read the field"""
 
 
@@ -181,7 +181,7 @@ class Ledger:
         ledger, index = self._cut_at(slot)
         return ledger.version_at(index)
 
-    def stretches(self, fields: Mapping[str, str], places: Sequence[Place]) -> Iterator[Stretch]:
+    def stretches(self, fields: Mapping[str, str], places: Sequence[FirstPlace]) -> Iterator[Stretch]:
         """The states of all slots, in order.
 
         Args:
@@ -194,7 +194,7 @@ class Ledger:
             yield Stretch(Span(begins, stop), state)
             begins = stop
 
-    def weakest(self, fields: Mapping[str, str], places: Sequence[Place]) -> TokenState:
+    def weakest(self, fields: Mapping[str, str], places: Sequence[FirstPlace]) -> TokenState:
         """The state of all tokens taken together. Arguments as `stretches`."""
         found: set[TokenState] = set()
         for _, state in self._borders(fields, places):
@@ -203,7 +203,7 @@ class Ledger:
                 break
         return weakest(found)
 
-    def _borders(self, fields: Mapping[str, str], places: Sequence[Place]) -> Iterator[tuple[int, TokenState]]:
+    def _borders(self, fields: Mapping[str, str], places: Sequence[FirstPlace]) -> Iterator[tuple[int, TokenState]]:
         """(stop, state) of consecutive slots of one state. Arguments as `stretches`."""
         self.version_at(len(self.runs))
         borders = sorted({slot for slot, _ in places})
@@ -277,7 +277,7 @@ class Ledger:
         return self.standing.preface
 
 
-def _by_values(seen: Seen, fields: Mapping[str, str], places: Sequence[Place], slot: int) -> TokenState:
+def _by_values(seen: Seen, fields: Mapping[str, str], places: Sequence[FirstPlace], slot: int) -> TokenState:
     """The state of a token at `slot` by the values that it has read."""
     state = TokenState.EXACT
     for place, name in places:

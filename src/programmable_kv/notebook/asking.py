@@ -136,15 +136,15 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
                 buffer.rollback(answered.reread)
             kept = ""
             if question.keep:
-                said = question.prompt
-                if said is not None and question.think:
-                    said = _with_instruction(said)
-                kept = _keep(notebook, turn, text, said, f"{thought} {choice}" if question.think else choice)
+                request = question.prompt
+                if request is not None and question.think:
+                    request = _with_instruction(request)
+                kept = _keep(notebook, turn, text, request, f"{thought} {choice}" if question.think else choice)
     log_probabilities = dict(zip(question.options, scores, strict=True))
     weights = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=0).tolist()
     known = {**answered.known, **({"exactness": notebook._state.weakest} if question.keep else {})}
     why = "; ".join(filter(None, (known.pop("why", ""), thoughts, kept)))
-    account = notebook._booked(reading.account.of(operation="decide", why=why, **known))
+    account = notebook._recorded(reading.account.of(operation="decide", why=why, **known))
     return Decision(
         choice,
         dict(zip(question.options, weights, strict=True)),
@@ -180,14 +180,14 @@ def stream(notebook: Notebook, prompt: str | None, asked: str, sampling: Samplin
     turn = tokenised(model.tokenizer, Rendered(asked), Kind.TURN)
     mark = buffer.mark()
     notebook._stream_open = True
-    said: list[int] = []
+    drawn: list[int] = []
     answer = ""
     decoder = DecodeStream(skip_special_tokens=True)
     total = Account()
     try:
         for token, account in _drawn(notebook, turn, sampling):
             total = total + account
-            said.append(token)
+            drawn.append(token)
             piece = decoder.step(model.tokenizer.backend_tokenizer, token)
             if piece:
                 answer += piece
@@ -196,14 +196,14 @@ def stream(notebook: Notebook, prompt: str | None, asked: str, sampling: Samplin
                 raise OutOfStepError("the notebook was rolled back while this stream was open: it ends here")
         if keep:
             notebook._stream_open = False
-            total = total + _kept(notebook, state, turn, asked, prompt, said, answer)
+            total = total + _kept(notebook, state, turn, asked, prompt, drawn, answer)
             buffer.release(mark)
     finally:
         notebook._stream_open = False
         if buffer.holds(mark):  # not to be kept, or not kept whole
             buffer.rollback(mark)
             notebook._state = state
-    notebook._booked(
+    notebook._recorded(
         total.of(operation="generate", tokens_reused=len(state.context), exactness=notebook._state.weakest)
     )
 
@@ -228,7 +228,7 @@ def _drawn(notebook: Notebook, turn: Unit, sampling: Sampling) -> Iterator[tuple
 
 
 def _kept(
-    notebook: Notebook, state: State, turn: Unit, asked: str, prompt: str | None, said: list[int], answer: str
+    notebook: Notebook, state: State, turn: Unit, asked: str, prompt: str | None, drawn: list[int], answer: str
 ) -> Account:
     """Let a streamed answer and its prompt become turns. Tokens that are cached already are not computed.
 
@@ -236,7 +236,7 @@ def _kept(
     has to return to the state of before.
     """
     buffer = notebook.cache
-    cached = said[: buffer.length - len(state.context) - len(turn)]
+    cached = drawn[: buffer.length - len(state.context) - len(turn)]
     with buffer.meter.measure() as reading:
         whole, conversation, why = _whole(notebook, asked, prompt, answer, space=False)
         _adopt(notebook, turn, whole, cached, conversation)
@@ -294,7 +294,7 @@ def _ask(notebook: Notebook, ids: Sequence[int], plan: Plan | None) -> _Answered
     """Carry out a plan (if there is one) and compute the prompt, in one forward; the logits of its last token."""
     if plan is None:
         return _logits(notebook, ids)
-    applied = notebook._applied(plan, then=ids, logits=1)
+    applied = notebook._applied(plan, followed_by=ids, logits=1)
     account = applied.account
     known = {
         "tokens_reused": account.tokens_reused,
@@ -332,19 +332,19 @@ def _think(notebook: Notebook, logits: torch.Tensor) -> tuple[str, torch.Tensor]
     tokens, sooner.
     """
     tokenizer, buffer = notebook.model.tokenizer, notebook.cache
-    said: list[int] = []
+    drawn: list[int] = []
     text = ""
-    while len(said) < _THOUGHT_LIMIT and not text.endswith(_THOUGHT_ENDS):
+    while len(drawn) < _THOUGHT_LIMIT and not text.endswith(_THOUGHT_ENDS):
         token = int(logits[-1].argmax())
         if token in _stop_ids(notebook):
             break
-        begun = [*said, token]
+        begun = [*drawn, token]
         guess = next((thought for thought in notebook._thoughts if thought[: len(begun)] == begun), begun)
-        logits, agreed = _agreed(notebook, buffer, guess[len(said) :])
-        said += agreed
-        text = tokenizer.decode(said, skip_special_tokens=True)
-    if said not in notebook._thoughts:
-        notebook._thoughts = [*notebook._thoughts[-_THOUGHTS_KEPT:], said]
+        logits, agreed = _agreed(notebook, buffer, guess[len(drawn) :])
+        drawn += agreed
+        text = tokenizer.decode(drawn, skip_special_tokens=True)
+    if drawn not in notebook._thoughts:
+        notebook._thoughts = [*notebook._thoughts[-_THOUGHTS_KEPT:], drawn]
     if not text.endswith(_THOUGHT_ENDS):
         closing = tokenizer.encode(_THOUGHT_ENDS, add_special_tokens=False)
         logits = notebook.model.engine.append(buffer, closing)

@@ -263,7 +263,7 @@ class Notebook:
         conversation = self.prompt.conversation()
         self._state = replace(state, conversation=conversation)
         reasons = (conversation.remarks if conversation is not None else "", trusted_by(types), total.why)
-        return self._booked(total.of(operation="prefill", tokens_reused=0, why="; ".join(filter(None, reasons))))
+        return self._recorded(total.of(operation="prefill", tokens_reused=0, why="; ".join(filter(None, reasons))))
 
     def rendered(self) -> Rendered:
         """The prompt as written, as the model will read it at prefill, with the characters of every field.
@@ -501,15 +501,15 @@ class Notebook:
         return self._carry_out(self.plan.append(unit).because(why), conversation)
 
     def _carry_out(self, plan: Plan, conversation: Conversation | None = None) -> Account:
-        return self._booked(self._applied(plan, conversation).account)
+        return self._recorded(self._applied(plan, conversation).account)
 
     def _applied(
-        self, plan: Plan, conversation: Conversation | None = None, *, then: Sequence[int] = (), logits: int = 0
+        self, plan: Plan, conversation: Conversation | None = None, *, followed_by: Sequence[int] = (), logits: int = 0
     ) -> Applied:
-        """Carry out a plan that was made for the state now; `then` goes into the buffer only."""
+        """Carry out a plan that was made for the state now; `followed_by` goes into the buffer only."""
         with self._transaction():  # an interrupt between the cache's change and the state's undoes both
             state = self._state
-            applied = apply(plan, self.model.engine, self.cache, state.ledger, then=then, logits=logits)
+            applied = apply(plan, self.model.engine, self.cache, state.ledger, followed_by=followed_by, logits=logits)
             self._state = State(plan.after, applied.ledger, conversation or state.conversation)
         return applied
 
@@ -594,7 +594,7 @@ class Notebook:
         with self.model.engine.meter.measure() as reading:
             self.cache.rollback(mark.buffer)
         self._state = mark.state
-        return self._booked(self._unchanged(reading.account, "rollback"))
+        return self._recorded(self._unchanged(reading.account, "rollback"))
 
     def release(self, mark: NotebookMark) -> None:
         """Keep what happened since a mark; it and later marks are used up.
@@ -614,7 +614,7 @@ class Notebook:
         other._mentions = self._mentions
         with self.model.engine.meter.measure() as reading:
             other._buffer = self.cache.fork()
-        other._booked(other._unchanged(reading.account, "fork"))
+        other._recorded(other._unchanged(reading.account, "fork"))
         return other
 
     def save(self, where: str | Path) -> Path | str:
@@ -642,7 +642,7 @@ class Notebook:
             )  # fmt: skip
             place = write(saved, where, self.model)
             meter.count(moved=self.cache.nbytes)
-        self._booked(self._unchanged(reading.account, "save"))
+        self._recorded(self._unchanged(reading.account, "save"))
         return place
 
     @classmethod
@@ -665,7 +665,7 @@ class Notebook:
             conversation = Conversation(saved.template, saved.messages, saved.values) if saved.messages else None
             notebook._state, notebook._buffer = State(saved.context, saved.ledger, conversation), buffer
             notebook._mentions = dict(saved.mentions)
-        notebook._booked(notebook._unchanged(reading.account, "load"))
+        notebook._recorded(notebook._unchanged(reading.account, "load"))
         return notebook
 
     def _repr_html_(self) -> str:
@@ -688,7 +688,7 @@ class Notebook:
         if buffer.holds(mark):
             buffer.release(mark)
 
-    def _booked(self, account: Account) -> Account:
+    def _recorded(self, account: Account) -> Account:
         self.last_account = account
         return account
 
