@@ -107,7 +107,7 @@ def test_sequential_and_fused_rows_agree(model_type: str) -> None:
     for buffer in (together, apart):
         engine.append(buffer, IDS[:30], logits=0)
     field, appended = Rows((77, 78), (4, 5), (4, 5)), Rows.appended(IDS[30:], 30, 30)
-    fused = engine.compute(together, field.then(appended))
+    fused = engine.compute(together, field.followed_by(appended))
     engine.compute(apart, field, logits=0)
     stepwise = engine.compute(apart, appended)
     torch.testing.assert_close(fused, stepwise, rtol=0, atol=10 * atol(model_type))
