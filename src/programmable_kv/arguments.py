@@ -1,10 +1,11 @@
-"""Arguments of the wrong type end in an error that says what was expected, before anything is done."""
+"""Arguments of the wrong type, or that name no field, end in an error that says what was expected, before anything is done."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from programmable_kv.errors import InvalidArgumentError
+from programmable_kv.errors import InvalidArgumentError, UnknownFieldError
 
 
 def require(value: object, kinds: type | tuple[type, ...], what: str) -> None:
@@ -26,6 +27,18 @@ def require_count(value: Any, what: str, *, least: int = 0) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InvalidArgumentError(f"{what} is a whole number, at least {least}; got {_shown(value)}")
+
+
+def require_fields(names: Iterable[str], known: Collection[str]) -> None:
+    """
+    Raises:
+        UnknownFieldError: a field is named that is not among the `known` ones; the message lists them.
+    """
+    for name in names:
+        if name not in known:
+            raise UnknownFieldError(
+                f"there is no field {name!r}; the context's fields are: {', '.join(known) or 'none'}"
+            )
 
 
 def _shown(value: object) -> str:

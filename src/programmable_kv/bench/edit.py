@@ -78,7 +78,7 @@ def run(
     """
     recorder = Recorder(
         path,
-        name="edit-ttft",
+        name=path.stem,
         version=1,
         title="Time to first token of an edit, by mode and context length",
         command=command,

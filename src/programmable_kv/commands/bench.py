@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -127,14 +127,16 @@ def _measure_lengths(
     out_path: Path | None,
 ) -> None:
     sizes = parse_lengths(lengths)
+    more: dict[str, Any] = {}
     if shape is None:
         if layers is not None:
             raise typer.BadParameter("only a --shape can be built with fewer layers", param_hint="--layers")
         loaded = load(model, dtype=dtype, device=device)
     else:
-        from programmable_kv.bench.shapes import load_shape
+        from programmable_kv.bench.shapes import load_shape, settings_of
         from programmable_kv.records import record_slug
 
         loaded = load_shape(shape, device=device, dtype=dtype, layers=layers)
         name = f"{name}-{record_slug(shape)}"
-    measure(run, loaded, out_path, name, "Lengths", len(sizes), lengths=sizes, repeats=repeats)
+        more["settings"] = settings_of(loaded)
+    measure(run, loaded, out_path, name, "Lengths", len(sizes), lengths=sizes, repeats=repeats, **more)

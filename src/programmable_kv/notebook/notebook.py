@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from programmable_kv.account import Account
-from programmable_kv.arguments import require
+from programmable_kv.arguments import require, require_fields
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.span import Span
 from programmable_kv.edits.apply import Applied, apply
@@ -28,7 +28,7 @@ from programmable_kv.edits.plan import Plan
 from programmable_kv.edits.ranking import AttentionInfluence, Ranking
 from programmable_kv.edits.seam import SeamRepair
 from programmable_kv.engine import Progress
-from programmable_kv.errors import AlreadyPrefilledError, NotPrefilledError, OutOfStepError, UnknownFieldError
+from programmable_kv.errors import AlreadyPrefilledError, NotPrefilledError, OutOfStepError
 from programmable_kv.models.load import Model
 from programmable_kv.notebook import asking
 from programmable_kv.notebook.decision import Decision
@@ -197,9 +197,7 @@ class Notebook:
             UnknownFieldError: there is no such field.
             InvalidArgumentError: no words, or a word without a letter or digit.
         """
-        if name not in self.fields:
-            known = ", ".join(self.fields) or "none"
-            raise UnknownFieldError(f"there is no field {name!r}; the context's fields are: {known}")
+        require_fields([name], self.fields)
         check_words(words)
         self._mentions = {**self._mentions, name: tuple(dict.fromkeys((*self._mentions.get(name, ()), *words)))}
         return self
@@ -323,9 +321,7 @@ class Notebook:
             UnknownFieldError: there is no such field.
         """
         _ = self.cache
-        if name not in self._state.context.fields:
-            known = ", ".join(self._state.context.fields) or "none"
-            raise UnknownFieldError(f"there is no field {name!r}; the context's fields are: {known}")
+        require_fields([name], self._state.context.fields)
         return list(self._state.context.spans(name))
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from programmable_kv.arguments import require, require_count
+from programmable_kv.arguments import require, require_count, require_fields
 from programmable_kv.cache.span import Span
 from programmable_kv.edits.compose import plan_append, plan_cut, plan_move, plan_splice
 from programmable_kv.edits.edit import EditTools, plan_edit, plan_rebase, plan_recompute
@@ -17,7 +17,6 @@ from programmable_kv.errors import (
     InvalidArgumentError,
     InvalidEditError,
     TemplateError,
-    UnknownFieldError,
     UnverifiedError,
 )
 from programmable_kv.notebook.state import Part
@@ -72,7 +71,7 @@ class Plans:
         if isinstance(k, bool) or not isinstance(k, int):
             raise InvalidArgumentError(f"k is a number of tokens, got {k!r}")
         given = {**(changes or {}), **fields}
-        self._require_fields(given)
+        require_fields(given, state.context.fields)
         if not given:
             raise InvalidEditError("the edit names no field; give at least one, as field=value")
         texts, types = edited(given, state.context.types)
@@ -178,14 +177,6 @@ class Plans:
         except UnverifiedError:
             return False
         return True
-
-    def _require_fields(self, names: Mapping[str, Value]) -> None:
-        known = self._notebook._ready().context.fields
-        for name in names:
-            if name not in known:
-                raise UnknownFieldError(
-                    f"there is no field {name!r}; the context's fields are: {', '.join(known) or 'none'}"
-                )
 
     def _erratum(self, context: Context, name: str, value: str, known: str | None) -> tuple[Unit, str]:
         """The unit that states a value at the context's end, and how the chat template made it be placed.

@@ -87,11 +87,6 @@ class FieldType:
         """Whether the guard reads its values."""
         return self.kind in _FREE and not self.trusted
 
-    @property
-    def has_lines(self) -> bool:
-        """Whether a value may have several lines where it stands."""
-        return self.kind is FieldKind.BLOCK and not self.in_json
-
     def text(self, name: str, value: Value) -> str:
         """A value as it stands in the text.
 

@@ -113,11 +113,6 @@ def _trimmed(text: str, start: int, stop: int) -> Span:
     return Span(start + len(piece) - len(piece.lstrip()), stop - len(piece) + len(piece.rstrip()))
 
 
-def plain_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """A text's ids, without any special token."""
-    return encode(tokenizer, text, special_tokens_in(text, tokenizer))[0]
-
-
 def _added(tokenizer: Any, *, special_only: bool = False) -> dict[int, str]:
     """The tokens that are looked for before any other. Those that stand for white space are words like others."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
