@@ -186,6 +186,25 @@ def test_a_reader_never_mixes_two_saves(tmp_path: Path) -> None:
     assert_same(Notebook.load(backend, tiny()), two)  # type: ignore[arg-type]
 
 
+def test_a_file_that_is_replaced_between_its_header_and_its_mapping_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors opens a file for its header, and torch opens it again to map it: another save may come between."""
+    one, two = build("shipped"), build("cancelled by the customer")
+    one.save(tmp_path / "saved")
+    map_file, mapped = torch.UntypedStorage.from_file, []
+
+    def from_file(*arguments: Any, **options: Any) -> Any:
+        mapped.append(arguments)
+        if len(mapped) == 1:
+            two.save(tmp_path / "saved")
+        return map_file(*arguments, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", from_file)
+    assert_same(Notebook.load(tmp_path / "saved", tiny()), two)
+    assert len(mapped) == 2
+
+
 def child(run: Callable[[], object]) -> int:
     pid = os.fork()
     if pid:

@@ -62,6 +62,10 @@ def read_tensors(source: bytes | Path, where: str) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        # The file is opened twice, for its header and for the mapping. Between the two another process may remove it, which
+        # torch tells by a RuntimeError.
+        if isinstance(source, Path) and not source.exists():
+            raise FileNotFoundError(f"{where} was removed while it was read") from error
         raise CorruptFileError(f"{where} is not a safetensors file: {error}") from error
 
 
