@@ -19,8 +19,6 @@ from programmable_kv.storage.pairs import clear_unused, write_pair
 _KEY = re.compile(r"[0-9a-f]{32}\Z")
 _MANIFEST = re.compile(r"([0-9a-f]{32})\.json\Z")
 _TENSORS = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{16}\.safetensors\Z")
-_ATTEMPTS = 20
-"""how often a reader starts again because a writer replaced what it was reading"""
 
 
 def new_name(key: str) -> str:
@@ -94,7 +92,7 @@ class Entries:
             CorruptFileError: it is damaged, or its tensors are missing.
         """
         missing = ""
-        for _ in range(_ATTEMPTS):
+        while True:
             entry = self.read(key)
             if entry is None or entry.tensors in listed or self.blobs.exists(entry.tensors):
                 return entry
@@ -151,7 +149,7 @@ class Entries:
             UnknownSkillError: it was removed meanwhile.
             CorruptFileError: they are missing, or are not those of the manifest.
         """
-        for _ in range(_ATTEMPTS):
+        while True:
             path = None if verify else self.blobs.local_path(entry.tensors)
             if path is not None:
                 return entry, path

@@ -36,8 +36,6 @@ _TENSORS = re.compile(r"cache(-[0-9a-f]{16})?\.safetensors\Z")
 """(format 1 had no number in it)"""
 _POSITIONS = ("positions", "origins", "frequencies")
 """what stays on the CPU, whatever the model's device"""
-_ATTEMPTS = 20
-"""how often a reader starts again because a save replaced what it was reading"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +108,18 @@ def read(where: str | Path | Blobs, model: Model) -> SavedNotebook:
         StorageError: it cannot be read.
     """
     blobs = blobs_at(where)
-    for _ in range(_ATTEMPTS):
+    missing: str | None = None
+    while True:
         manifest = _manifest(blobs)
         _check_model(manifest, model, blobs)
         tensors = _tensors(blobs, manifest, model)
         if tensors is not None:
             break
-    else:
-        raise CorruptFileError(f"{blobs.where}: the tensors {manifest.tensors} are missing: save the notebook again")
+        # A save replaces the manifest first and removes the old tensors then. So if they are missing and the manifest still
+        # names them, no save has come between: they are lost.
+        if manifest.tensors == missing:
+            raise CorruptFileError(f"{blobs.where}: the tensors {missing} are missing: save the notebook again")
+        missing = manifest.tensors
     place = f"{MANIFEST} in {blobs.where}"
     manifest.check(model, place)
     _check_tensors(
