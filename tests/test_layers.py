@@ -17,6 +17,8 @@ ALLOWED = {
     ("cache.buffer_layer", "cache.buffer"): "types only: a layer refers to the buffer that it belongs to",
     ("notebook.asking", "notebook.notebook"): "types only: a question is put to a notebook",
     ("notebook.html", "notebook.notebook"): "types only: it shows a notebook",
+    ("notebook.keeping", "notebook.notebook"): "types only: turns are kept in a notebook",
+    ("notebook.streaming", "notebook.notebook"): "types only: a stream is drawn from a notebook",
     ("notebook.plans", "notebook.notebook"): "types only: they are plans of a notebook",
     ("storage.files", "storage.local"): "inside a function: an address names the kind of storage, which is opened then",
     ("storage.files", "storage.remote"): "inside a function: as for local files",

@@ -30,10 +30,11 @@ from programmable_kv.edits.seam import SeamRepair
 from programmable_kv.engine import Progress
 from programmable_kv.errors import AlreadyPrefilledError, NotPrefilledError, OutOfStepError
 from programmable_kv.models.load import Model
-from programmable_kv.notebook import asking
+from programmable_kv.notebook import asking, streaming
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.plans import Plans
 from programmable_kv.notebook.requests import checked_options, checked_tools, declared, message_of
+from programmable_kv.notebook.sampling import Sampling
 from programmable_kv.notebook.state import NotebookMark, Part, State
 from programmable_kv.prompt.context import Context, FieldValue
 from programmable_kv.prompt.conversation import Conversation
@@ -555,24 +556,43 @@ class Notebook:
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         seed: int = 0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        logit_bias: Mapping[int | str, float] | None = None,
+        stop: Sequence[str] = (),
+        max_seconds: float | None = None,
         keep: bool = False,
     ) -> Iterator[str]:
         """Stream an answer as pieces of text; greedy at temperature 0.
 
         With `keep` the prompt and the answer become turns of the context; otherwise they are taken back when the
-        stream ends or is closed. Until then every other operation is refused. `last_account` has the price afterwards.
+        stream ends or is closed. Until then every other operation is refused. `last_account` has the price afterwards, and
+        in `why` what ended the answer if the model did not.
+
+        Args:
+            temperature, top_k, top_p, min_p: as in transformers; the last three have an effect only above temperature 0.
+            repetition_penalty: as in transformers: on every token of the context, the prompt and the answer so far.
+            logit_bias: what to add to the logits of tokens: of one, by its id; or of a text, which is raised or lowered at its
+                last token where the tokens before it have just been said.
+            stop: strings that end the answer; it ends before the first of them. Text that may be the beginning of one is held
+                back until it is known.
+            max_seconds: end the answer with the first token that is drawn after this time.
 
         Raises:
-            OutOfStepError: another stream is open, or the notebook was rolled back under this one.
+            OutOfStepError: another stream is open, or the notebook was rolled back under this one, or changed before it began.
             InvalidValueError: the prompt has a special token that cannot be plain text.
-            InvalidArgumentError: no tokens are asked for, or a temperature is negative.
+            InvalidArgumentError: a parameter is of the wrong type or out of its range.
             InvalidEditError: the context and the prompt are empty.
             TemplateError: the chat template does not take the prompt, or (with `keep`) the answer.
             ContextOverflowError: prompt or answer do not fit; some text may have been yielded, and the context is unchanged.
         """
-        sampling = asking.Sampling(max_new_tokens, temperature, seed)
-        asked = asking.asked(self, prompt, think=False)
-        return asking.stream(self, prompt, asked, sampling, keep=keep)
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, logit_bias=logit_bias, stop=stop, max_seconds=max_seconds,
+        )  # fmt: skip
+        return streaming.stream(self, prompt, sampling, keep=keep)
 
     # -- state -------------------------------------------------------------------------------------------------
 
