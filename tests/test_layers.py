@@ -18,6 +18,7 @@ ALLOWED = {
     ("notebook.asking", "notebook.notebook"): "types only: a question is put to a notebook",
     ("notebook.html", "notebook.notebook"): "types only: it shows a notebook",
     ("notebook.keeping", "notebook.notebook"): "types only: turns are kept in a notebook",
+    ("notebook.saving", "notebook.notebook"): "types only: it saves a notebook",
     ("notebook.streaming", "notebook.notebook"): "types only: a stream is drawn from a notebook",
     ("notebook.plans", "notebook.notebook"): "types only: they are plans of a notebook",
     ("storage.files", "storage.local"): "inside a function: an address names the kind of storage, which is opened then",

@@ -30,7 +30,7 @@ from programmable_kv.edits.seam import SeamRepair
 from programmable_kv.engine import Progress
 from programmable_kv.errors import AlreadyPrefilledError, NotPrefilledError, OutOfStepError
 from programmable_kv.models.load import Model
-from programmable_kv.notebook import asking, streaming
+from programmable_kv.notebook import asking, saving, streaming
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.plans import Plans
 from programmable_kv.notebook.requests import checked_options, checked_tools, declared, message_of
@@ -633,36 +633,25 @@ class Notebook:
         other._recorded(other._unchanged(reading.account, "fork"))
         return other
 
-    def save(self, where: str | Path) -> Path | str:
-        """Write the notebook (text, fields, keys and values) to a folder or any fsspec URL, in one step. Returns the place.
+    def save(self, where: str | Path | Blobs) -> Path | str:
+        """Write the notebook (text, fields, keys and values) to a folder, any fsspec URL, or `Blobs` of your own, in one step.
+
+        Returns the place.
 
         Raises:
             NotPrefilledError: there is no cache to save yet.
             CorruptFileError: something else than a saved notebook lies there.
             StorageError: it cannot be written; what was saved there before is unchanged.
         """
-        from programmable_kv.storage.notebooks import SavedNotebook, write
-
-        state, conversation = self._ready(), self._state.conversation
         meter = self.model.engine.meter
         with meter.measure() as reading:
-            # A value that was edited away, or a turn that was cut, is not written anywhere.
-            written = {name: value.written for name, value in state.context.fields.items()}
-            values = (
-                {name: written.get(name, value) for name, value in conversation.values.items()} if conversation else {}
-            )
-            messages = conversation.still_in(state.context.text, values) if conversation else ()
-            saved = SavedNotebook(
-                self.erratum_template, messages, self.prompt.template, values,
-                state.context, state.ledger, self.cache.tensors(), self._mentions,
-            )  # fmt: skip
-            place = write(saved, where, self.model)
+            place = saving.save(self, where)
             meter.count(moved=self.cache.nbytes)
         self._recorded(self._unchanged(reading.account, "save"))
         return place
 
     @classmethod
-    def load(cls, where: str | Path, model: Model) -> Notebook:
+    def load(cls, where: str | Path | Blobs, model: Model) -> Notebook:
         """Read a notebook that `save` wrote with the same model.
 
         Raises:
@@ -670,19 +659,20 @@ class Notebook:
             CorruptFileError: a file is missing, damaged, of another format version, or does not fit the model.
             StorageError: it cannot be read.
         """
-        from programmable_kv.storage.notebooks import read
-
         with model.engine.meter.measure() as reading:
-            saved = read(where, model)
-            notebook = cls(model, erratum_template=saved.erratum_template)
-            notebook.prompt.template = saved.template
-            buffer = model.engine.new_buffer(len(saved.context))
-            buffer.load_tensors(dict(saved.tensors))
-            conversation = Conversation(saved.template, saved.messages, saved.values) if saved.messages else None
-            notebook._state, notebook._buffer = State(saved.context, saved.ledger, conversation), buffer
-            notebook._mentions = dict(saved.mentions)
+            notebook = saving.load(cls, where, model)
         notebook._recorded(notebook._unchanged(reading.account, "load"))
         return notebook
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """For `pickle` and `copy`: all that `save` writes, without the model.
+
+        The process that reads it must have loaded the same model, and still hold it.
+
+        Raises:
+            NotPrefilledError: there is no cache yet.
+        """
+        return saving.pickled(self)
 
     def _repr_html_(self) -> str:
         from programmable_kv.notebook.html import tokens_html
