@@ -50,6 +50,7 @@ from programmable_kv.prompt.values import check_template
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
 from programmable_kv.skills.skill import Skill, skills_among, types_in
 from programmable_kv.states import TokenState
+from programmable_kv.storage.files import Blobs
 
 _SPARE_SLOTS = 128
 """room for what is appended first, so that the buffer need not grow for it"""
