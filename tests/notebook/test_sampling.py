@@ -133,8 +133,8 @@ class TestStops:
                 assert not held or any(string.startswith(held) for string in strings)
         shown += stops.rest()
         whole = "".join(pieces)
-        found = [whole.index(string) for string in strings if string in whole]
-        assert shown == (whole[: min(found)] if found else whole)
+        ends = [(whole.index(string) + len(string), whole.index(string)) for string in strings if string in whole]
+        assert shown == (whole[: min(ends)[1]] if ends else whole)
 
     def test_a_time_limit_ends_an_answer_after_a_token(self) -> None:
         notebook = build()

@@ -577,8 +577,8 @@ class Notebook:
             repetition_penalty: as in transformers: on every token of the context, the prompt and the answer so far.
             logit_bias: what to add to the logits of tokens: of one, by its id; or of a text, which is raised or lowered at its
                 last token where the tokens before it have just been said.
-            stop: strings that end the answer; it ends before the first of them. Text that may be the beginning of one is held
-                back until it is known.
+            stop: strings that end the answer; it ends before the first one to be complete. Text that may be the beginning of
+                one is held back until it is known.
             max_seconds: end the answer with the first token that is drawn after this time.
 
         Raises:

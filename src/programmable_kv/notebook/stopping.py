@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Ends a streamed text before the first of some strings. Text that may be the beginning of one is held back."""
+    """Ends a streamed text before the first of some strings to be complete.
+
+    Text that may be the beginning of one is held back.
+    """
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = tuple(strings)
@@ -22,7 +25,8 @@ class StopStrings:
         text = self._held + piece
         places = [(place, string) for string in self._strings if (place := text.find(string)) >= 0]
         if places:
-            place, self.found = min(places, key=lambda it: (it[0], -len(it[1])))
+            # The one that is complete first, so that it does not matter how the text was cut into pieces.
+            place, self.found = min(places, key=lambda it: (it[0] + len(it[1]), it[0]))
             self._held = ""
             return text[:place]
         kept = max((self._begun(text, string) for string in self._strings), default=0)
