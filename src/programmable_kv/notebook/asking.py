@@ -95,7 +95,8 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
     thought = ""
     with notebook._transaction():
         with meter.measure() as reading:
-            text = asked(notebook, question.prompt, think=question.think)
+            request = asked(notebook, question.prompt, think=question.think)
+            text = request.text
             closed = thought_closed(text) if notebook._state.conversation is not None else text
             thoughts = (
                 "" if closed == text else "the thought that the chat template opens was closed before the decision"
@@ -117,14 +118,15 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
                 buffer.rollback(answered.reread)
             kept = ""
             if question.keep:
-                request = question.prompt
-                if request is not None and question.think:
-                    request = _with_instruction(request)
-                kept = keep_choice(notebook, turn, text, request, f"{thought} {choice}" if question.think else choice)
+                prompt = question.prompt
+                if prompt is not None and question.think:
+                    prompt = _with_instruction(prompt)
+                kept = keep_choice(notebook, turn, text, prompt, f"{thought} {choice}" if question.think else choice)
     log_probabilities = dict(zip(question.options, scores, strict=True))
     weights = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=0).tolist()
     known = {**answered.known, **({"exactness": notebook._state.weakest} if question.keep else {})}
-    why = "; ".join(filter(None, (known.pop("why", ""), thoughts, kept)))
+    reasons = (known.pop("why", ""), thoughts, request.why, kept)
+    why = "; ".join(dict.fromkeys(filter(None, reasons)))
     account = notebook._recorded(reading.account.of(operation="decide", why=why, **known))
     return Decision(
         choice,
@@ -136,9 +138,17 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
     )
 
 
-def asked(notebook: Notebook, prompt: str | None, *, think: bool) -> str:
-    """What a prompt, and the opening of an answer to it, add to the rendered context.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a prompt, and the opening of an answer to it, add to the rendered context."""
 
+    text: str
+    why: str = ""
+    """how the text differs from a fresh rendering, if it does"""
+
+
+def asked(notebook: Notebook, prompt: str | None, *, think: bool) -> Asked:
+    """
     Raises:
         InvalidValueError: the prompt has a special token that cannot be plain text.
         TemplateError: the chat template does not take it.
@@ -148,9 +158,10 @@ def asked(notebook: Notebook, prompt: str | None, *, think: bool) -> str:
         prompt = as_text(_with_instruction(prompt) if think else prompt, notebook.model.tokenizer, "the prompt")
     conversation = notebook._ready().conversation
     if conversation is None:
-        return prompt or ""
+        return Asked(prompt or "")
     more = [Message("user", Text(prompt))] if prompt is not None else []
-    return conversation.continued(more, prompt_for_answer=True).added
+    continued = conversation.continued(more, prompt_for_answer=True)
+    return Asked(continued.added, continued.why)
 
 
 def _ask(notebook: Notebook, ids: Sequence[int], plan: Plan | None) -> _Answered:

@@ -81,7 +81,8 @@ class Notebook:
             fold_system: put a leading system message at the beginning of the first user turn if the chat template has no place
                 for one (Gemma, Mistral). Other templates are not affected.
             tools: for the chat template, as OpenAI's API takes them.
-            template_kwargs: other variables of the chat template, such as `enable_thinking` or `date_string`.
+            template_kwargs: other variables of the chat template, such as `enable_thinking` or `date_string`. A text as
+                `strftime_now` is what the template's own clock answers.
 
         Raises:
             InvalidArgumentError: that is no model.

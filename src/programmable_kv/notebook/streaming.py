@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from programmable_kv.account import Account
 from programmable_kv.errors import OutOfStepError
-from programmable_kv.notebook.asking import asked, logits_after, stop_ids
+from programmable_kv.notebook.asking import Asked, asked, logits_after, stop_ids
 from programmable_kv.notebook.keeping import keep_drawn
 from programmable_kv.notebook.sampling import Sampler, Sampling
 from programmable_kv.notebook.state import State
@@ -33,17 +33,17 @@ class _Answer:
 
 def stream(notebook: Notebook, prompt: str | None, sampling: Sampling, *, keep: bool) -> Iterator[str]:
     """As `Notebook.generate`. Everything that can be refused is refused here, before the stream begins."""
-    text = asked(notebook, prompt, think=False)
-    turn = tokenised(notebook.model.tokenizer, Rendered(text), Kind.TURN)
+    request = asked(notebook, prompt, think=False)
+    turn = tokenised(notebook.model.tokenizer, Rendered(request.text), Kind.TURN)
     sampler = Sampler(sampling, (*notebook.ids, *turn.ids), notebook.model.tokenizer, notebook.model.engine.vocabulary)
-    return _streamed(notebook, notebook._ready(), prompt, text, turn, sampling, sampler, keep=keep)
+    return _streamed(notebook, notebook._ready(), prompt, request, turn, sampling, sampler, keep=keep)
 
 
 def _streamed(
     notebook: Notebook,
     state: State,
     prompt: str | None,
-    text: str,
+    request: Asked,
     turn: Unit,
     sampling: Sampling,
     sampler: Sampler,
@@ -68,7 +68,7 @@ def _streamed(
         if keep:
             notebook._stream_open = False
             with buffer.meter.measure() as reading:
-                kept = keep_drawn(notebook, turn, text, prompt, answer.drawn, answer.text)
+                kept = keep_drawn(notebook, turn, request.text, prompt, answer.drawn, answer.text)
             answer.cost = answer.cost + reading.account
             buffer.release(mark)
     finally:
@@ -76,7 +76,7 @@ def _streamed(
         if buffer.holds(mark):  # not to be kept, or not kept whole
             buffer.rollback(mark)
             notebook._state = state
-    why = "; ".join(filter(None, (answer.ended, kept)))
+    why = "; ".join(dict.fromkeys(filter(None, (answer.ended, request.why, kept))))
     notebook._recorded(
         answer.cost.of(
             operation="generate", tokens_reused=len(state.context), exactness=notebook._state.weakest, why=why

@@ -100,7 +100,8 @@ def _check_fields(
         if found.count(name) <= wanted.count(name):
             raise TemplateError(
                 f"the chat template does not write the option or tool that holds the field {name}: there is nothing to edit. "
-                "Look up in the template which variable it reads (date_string in Llama 3.1's), or write the field in a message."
+                "Look up in the template which variable it reads (date_string in Llama 3.1's, strftime_now in gpt-oss's), or "
+                "write the field in a message."
             )
     own = [name for name in wanted if name not in injected]
     spans = [span for name, span in rendered.places if name not in injected]

@@ -32,7 +32,7 @@ class ChatTemplate:
     tools: tuple[Mapping[str, Any], ...] = ()
     """as OpenAI's API takes them"""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """other variables of the template, as JSON: `enable_thinking`, `date_string`"""
+    """other variables of the template, as JSON: `enable_thinking`, `date_string`. A text as `strftime_now` is its date"""
     fields: tuple[str, ...] = ()
     fold_system: bool = False
     """put a system message into the first user turn if the template has no place for one"""
@@ -131,6 +131,9 @@ class ChatTemplate:
     def _called(self, messages: list[dict[str, Any]], tools: Any, options: Mapping[str, Any], asks: bool) -> str:
         from jinja2 import TemplateError as JinjaError
 
+        today = options.get("strftime_now")
+        if isinstance(today, str):  # what the function that a template asks for the date is to answer, in every format
+            options = {**options, "strftime_now": lambda _format: today}
         try:
             return str(
                 self.tokenizer.apply_chat_template(
