@@ -49,7 +49,7 @@ def frame(template: ChatTemplate, messages: Sequence[Message], values: Mapping[s
     try:
         pieces = template.skeleton(messages, values)
     except TemplateError as error:
-        raise _explained(template, messages, values, error) from error
+        raise _explained(template, messages, values, error) from None
     return Frame(pieces, ender=ender(template, messages, values))
 
 
@@ -144,7 +144,7 @@ def _head(template: ChatTemplate, messages: Sequence[Message], values: Mapping[s
     except TemplateError as error:
         if pieces is not None:
             return Frame(pieces)
-        raise _explained(template, messages, values, refused or error) from error
+        raise _explained(template, messages, values, refused or error) from None
     count = len(followed) - 1
     if pieces is not None and pieces[:-1] == followed[: count - 1]:
         return Frame(pieces, ender=ender(template, messages, values))

@@ -20,6 +20,9 @@ HEAD_ROLES = ("system", "developer")
 _MARK = "\ue009{}\ue00c"
 """stands for the n-th thing that messages say: no template trims it, and none knows it. `parts.py` has other marks"""
 
+_CLOCK = "{% macro strftime_now(format) %}{{ date_of_today }}{% endmacro %}\n"
+"""put before a template that asks the clock for the date: a text answers, whatever the format. The line break is not rendered"""
+
 
 @dataclass(frozen=True)
 class ChatTemplate:
@@ -131,9 +134,9 @@ class ChatTemplate:
     def _called(self, messages: list[dict[str, Any]], tools: Any, options: Mapping[str, Any], asks: bool) -> str:
         from jinja2 import TemplateError as JinjaError
 
-        today = options.get("strftime_now")
-        if isinstance(today, str):  # what the function that a template asks for the date is to answer, in every format
-            options = {**options, "strftime_now": lambda _format: today}
+        if isinstance(options.get("strftime_now"), str):
+            options = {**options, "chat_template": _CLOCK + self.tokenizer.get_chat_template(tools=tools)}
+            options["date_of_today"] = options.pop("strftime_now")
         try:
             return str(
                 self.tokenizer.apply_chat_template(
