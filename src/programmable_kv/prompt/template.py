@@ -21,7 +21,7 @@ _MARK = "\ue009{}\ue00c"
 """stands for the n-th thing that messages say: no template trims it, and none knows it. `parts.py` has other marks"""
 
 _CLOCK = "{% macro strftime_now(format) %}{{ date_of_today }}{% endmacro %}\n"
-"""put before a template that asks the clock for the date: a text answers, whatever the format. The line break is not rendered"""
+"""put before a template that asks the clock: a text answers, whatever the format. The line break is not rendered"""
 
 
 @dataclass(frozen=True)
