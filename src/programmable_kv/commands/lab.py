@@ -40,6 +40,18 @@ def lab_readers(
     measure(run, load(model), out_path, "readers", "Policies", count * len(KINDS), count=count)
 
 
+@app.command("blocks")
+def lab_blocks(
+    model: ModelOption = "embedded",
+    count: Annotated[int, typer.Option(min=1, help="held-out blocks of each of four kinds of change")] = 60,
+    out_path: OutOption = None,
+) -> None:
+    """Agreement with full prefill after one line of a block (a memory, a todo list) has changed, by edit mode."""
+    from programmable_kv.lab.blocks import KINDS, run
+
+    measure(run, load(model), out_path, "blocks", "Blocks", count * len(KINDS), count=count)
+
+
 @app.command("compose")
 def lab_compose(
     model: ModelOption = "embedded",
