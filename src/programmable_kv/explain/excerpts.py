@@ -1,0 +1,46 @@
+"""What a report prints of two differing pieces: the line at fault and a little around it. What is opaque is never printed."""
+
+from __future__ import annotations
+
+from programmable_kv.explain.case import Case
+from programmable_kv.explain.pieces import Kind, Piece, Request
+
+_AROUND = 90
+_MOST = 320
+
+
+def excerpts(case: Case) -> tuple[str, str]:
+    """The two texts around the first difference; where the tools differ, the names of the tools."""
+    if Kind.TOOL in case.kinds:
+        names = tuple(_tool_names(request) for request in (case.earlier, case.later))
+        if names[0] != names[1]:
+            return names[0], names[1]
+    return _around(case.before, case.change.offset), _around(case.after, case.change.offset)
+
+
+def _around(piece: Piece | None, offset: int) -> str:
+    if piece is None:
+        return ""
+    if piece.secret:
+        return f"({piece.kind}, {piece.nbytes:,} bytes, not shown)"
+    if piece.kind is Kind.BLOCK:
+        return ""
+    text = piece.text
+    start = max(0, text.rfind("\n", 0, offset) + 1, offset - _AROUND)
+    stop = min(len(text), offset + _MOST - (offset - start))
+    end = text.find("\n", min(len(text), offset + _AROUND))
+    stop = stop if end < 0 else min(stop, end)
+    shown = text[start:stop]
+    return f"{'…' if start else ''}{shown}{'…' if stop < len(text) else ''}"
+
+
+def _tool_names(request: Request) -> str:
+    import json
+
+    names = []
+    for piece in request.pieces:
+        if piece.kind is Kind.TOOL:
+            tool = json.loads(piece.text)
+            inner = tool.get("function") if isinstance(tool.get("function"), dict) else tool
+            names.append(str(inner.get("name") or inner.get("type") or "?"))
+    return ", ".join(names)

@@ -1,0 +1,51 @@
+"""Traces that hold the hashes of a prompt's blocks instead of its text (kv-cache-tester's form): where a prefix breaks, not why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from programmable_kv.errors import InvalidRequestError
+from programmable_kv.explain.pieces import Kind, Piece, Request
+
+
+def is_trace(given: Mapping[str, Any]) -> bool:
+    """Whether a file is such a trace."""
+    return isinstance(given.get("requests"), list) and isinstance(given.get("block_size"), int)
+
+
+def requests_of_trace(trace: Mapping[str, Any], name: str, first: int) -> Iterator[Request]:
+    """The requests of a trace, each block of tokens as one piece.
+
+    Raises:
+        InvalidRequestError: a request lacks its hashes or its count of tokens.
+    """
+    size = trace["block_size"]
+    if size < 1:
+        raise InvalidRequestError(f"{name}: block_size is {size}; expected at least 1")
+    tools = int(trace.get("tool_tokens") or 0)
+    head = tools + int(trace.get("system_tokens") or 0)
+    known: dict[tuple[int, str], Piece] = {}
+    # Hashes of 'local' scope are numbers that mean something within their own file only.
+    scope = name if trace.get("hash_id_scope") == "local" else ""
+    for index, given in enumerate(trace["requests"]):
+        hashes, tokens = given.get("hash_ids"), given.get("in")
+        if not isinstance(hashes, list) or not isinstance(tokens, int):
+            raise InvalidRequestError(f"{name}: requests[{index}] has no 'hash_ids' or no 'in' (its tokens)")
+        pieces = []
+        for block, identity in enumerate(hashes):
+            text = f"{scope}:{identity}"
+            place = "tool list" if block * size < tools else "system prompt" if block * size < head else "conversation"
+            pieces.append(known.setdefault((block, text), Piece(Kind.BLOCK, text, place)))
+        time = given.get("t")
+        yield Request(
+            first + index,
+            f"{name}[{index}]",
+            "hashed blocks",
+            str(given.get("model", "")),
+            tuple(pieces),
+            session=str(trace.get("id", name)) if scope else "",
+            time=float(time) if isinstance(time, int | float) else None,
+            block_tokens=size,
+            body={"tokens": tokens},
+        )
