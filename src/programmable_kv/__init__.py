@@ -50,6 +50,8 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
         UnsupportedModelError,
         UnverifiedError,
     )
+    from programmable_kv.explain.explain import explain_miss
+    from programmable_kv.explain.report import MissCause, MissReport, RequestFinding
     from programmable_kv.models.load import Model, load_model, wrap_model
     from programmable_kv.notebook.decision import Decision
     from programmable_kv.notebook.notebook import Notebook
@@ -81,6 +83,8 @@ _MODULE_OF = {
     "InvalidOptionsError": "errors",
     "InvalidRequestError": "errors",
     "InvalidValueError": "errors",
+    "MissCause": "explain.report",
+    "MissReport": "explain.report",
     "MissingDataError": "errors",
     "MissingExtraError": "errors",
     "Mode": "edits.modes",
@@ -96,6 +100,7 @@ _MODULE_OF = {
     "Reader": "prompt.readers",
     "Recency": "edits.ranking",
     "RecordError": "errors",
+    "RequestFinding": "explain.report",
     "Rows": "cache.rows",
     "SeamRepair": "edits.seam",
     "Skill": "skills.skill",
@@ -112,6 +117,7 @@ _MODULE_OF = {
     "UnknownSkillError": "errors",
     "UnsupportedModelError": "errors",
     "UnverifiedError": "errors",
+    "explain_miss": "explain.explain",
     "load_model": "models.load",
     "wrap_model": "models.load",
 }
@@ -137,6 +143,8 @@ __all__ = [
     "InvalidOptionsError",
     "InvalidRequestError",
     "InvalidValueError",
+    "MissCause",
+    "MissReport",
     "MissingDataError",
     "MissingExtraError",
     "Mode",
@@ -152,6 +160,7 @@ __all__ = [
     "Reader",
     "Recency",
     "RecordError",
+    "RequestFinding",
     "Rows",
     "SeamRepair",
     "Skill",
@@ -169,6 +178,7 @@ __all__ = [
     "UnsupportedModelError",
     "UnverifiedError",
     "__version__",
+    "explain_miss",
     "load_model",
     "wrap_model",
 ]

@@ -10,7 +10,7 @@ from functools import cached_property
 from programmable_kv.explain.difference import Change, Difference, common_length
 from programmable_kv.explain.history import same_conversation
 from programmable_kv.explain.pieces import Kind, Piece, Request
-from programmable_kv.explain.volatile import Value, label_before, line_bounds, volatile_at
+from programmable_kv.explain.volatile import Value, labels_before, line_bounds, volatile_at
 
 _DIGITS = re.compile(r"\d+(?:[.,]\d+)*")
 _EXCERPT = 120
@@ -79,9 +79,9 @@ class Case:
         return self.texts[0][start:stop], self.texts[1][start:stop_after]
 
     @cached_property
-    def label(self) -> str:
-        """The tag or heading above the change."""
-        return label_before(self.texts[1] or self.texts[0], self.change.offset)
+    def labels(self) -> tuple[str, ...]:
+        """The tags that are open where the texts part, or the heading above."""
+        return labels_before(self.texts[1] or self.texts[0], self.change.offset)
 
     @cached_property
     def other_conversation(self) -> bool:

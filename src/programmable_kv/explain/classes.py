@@ -37,6 +37,8 @@ class CauseClass:
     recognise: Callable[[Case], bool]
     lost: bool = True
     """False where a prefix cache loses nothing by it"""
+    key: str = ""
+    """the key of the request that is at fault, where it is none of its pieces"""
 
 
 def classify(case: Case) -> CauseClass:
@@ -127,7 +129,7 @@ def _value(name: str) -> Callable[[Case], bool]:
         text = case.texts[1]
         line = case.lines[1]
         if name == "clock":
-            return bool(CLOCK_CUES.search(line) or CLOCK_CUES.search(case.label))
+            return bool(CLOCK_CUES.search(line) or CLOCK_CUES.search(_label(case)))
         around = text[max(0, value.start - 40) : value.stop_after + 40]
         if name == "counter":
             return bool(COUNTER_CUES.search(around)) and case.kinds != {Kind.RESULT}
@@ -142,21 +144,25 @@ def _git(case: Case) -> bool:
 
 
 def _files(case: Case) -> bool:
-    named = re.search(r"(?i)files?\b|tree|director(?:y|ies)", case.label)
+    named = re.search(r"(?i)files?\b|tree|director(?:y|ies)", _label(case))
     return case.same_kind and case.shown and any(_PATH.match(line) or (named and line) for line in case.lines)
 
 
 def _environment(case: Case) -> bool:
-    return case.same_kind and _announced(case) and any(_ENVIRONMENT.search(text) for text in (*case.lines, case.label))
+    return case.same_kind and _announced(case) and any(_ENVIRONMENT.search(text) for text in (*case.lines, _label(case)))
 
 
 def _state(case: Case) -> bool:
-    return case.same_kind and _announced(case) and bool(_STATE.search(case.label) or _STATE.search(_key(case.lines[1])))
+    return case.same_kind and _announced(case) and bool(_STATE.search(_label(case)) or _STATE.search(_key(case.lines[1])))
 
 
 def _announced(case: Case) -> bool:
     """In the head anything may be a client's block; in a conversation a block stands in a tag."""
-    return case.shown and (case.in_head or (bool(case.label) and f"<{case.label}" in case.texts[1]))
+    return case.shown and (case.in_head or any(f"<{label}" in case.texts[1] for label in case.labels))
+
+
+def _label(case: Case) -> str:
+    return " ".join(case.labels)
 
 
 def _key(line: str) -> str:
@@ -210,12 +216,12 @@ CLASSES = (
     CauseClass(
         "model changed", "Another model was asked. Caches are kept for each model.",
         "Keep a conversation on one model; give side tasks to the other model in a conversation of their own.",
-        lambda case: case.earlier.model != case.later.model,
+        lambda case: case.earlier.model != case.later.model, key="model",
     ),
     CauseClass(
         "cache salt changed", "`cache_salt` parts the caches of requests that are otherwise equal.",
         "Use one salt for each tenant, not one for each request.",
-        lambda case: case.earlier.salt != case.later.salt,
+        lambda case: case.earlier.salt != case.later.salt, key="cache_salt",
     ),
     CauseClass(
         "appended", "The request begins with all of an earlier one.", "", lambda case: case.difference.only_appended, lost=False,

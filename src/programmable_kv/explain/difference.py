@@ -55,14 +55,14 @@ class Difference:
     def only_appended(self) -> bool:
         """Whether the later request begins with all of the earlier one: no cache loses anything."""
         if self.before is None:
-            return True
+            return self.after is not None
         last = self.index == len(self.earlier.pieces) - 1
         return last and self.after is not None and self.offset == len(self.before.text)
 
     @property
     def only_shorter(self) -> bool:
         """Whether the earlier request begins with all of the later one: a retry, or a branch from an earlier turn."""
-        return self.after is None and self.before is not None
+        return self.after is None
 
     @property
     def change(self) -> Change:

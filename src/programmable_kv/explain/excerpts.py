@@ -9,8 +9,10 @@ _AROUND = 90
 _MOST = 320
 
 
-def excerpts(case: Case) -> tuple[str, str]:
-    """The two texts around the first difference; where the tools differ, the names of the tools."""
+def excerpts(case: Case, key: str = "") -> tuple[str, str]:
+    """The two texts around the first difference; where the tools differ, the names of the tools; the models, if they are it."""
+    if key:
+        return (case.earlier.model, case.later.model) if key == "model" else ("", "")
     if Kind.TOOL in case.kinds:
         names = tuple(_tool_names(request) for request in (case.earlier, case.later))
         if names[0] != names[1]:

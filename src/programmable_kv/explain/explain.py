@@ -32,7 +32,7 @@ TEMPLATE = CauseClass(
     "`chat_template_kwargs`.",
     lambda _: False,
 )
-_BY_NAME = {row.name: row for row in (*CLASSES, TEMPLATE)}
+WHOLE_REQUEST = "the whole request"
 
 
 def explain_miss(
@@ -49,8 +49,8 @@ def explain_miss(
     Nothing is sent anywhere, and no model is loaded. Requests are Chat Completions, Responses, Messages or Completions bodies.
 
     Args:
-        logs: files (a request as JSON, a log with one on each line, a trace of hashed blocks), or requests as mappings. In
-            their order.
+        logs: files (a request as JSON, a log with one on each line, a trace of hashed blocks; "-" is standard input),
+            or requests as mappings. In their order.
         model: count in the tokens of this model: "embedded", a Hub id, a folder or a GGUF file. Only its tokenizer is loaded.
         block_size: tokens in a block of the engine's cache (16 in vLLM); a block that differs anywhere is computed again.
         prices: a JSON file with prices, instead of the table that ships.
@@ -137,9 +137,9 @@ def _finding(request: Request, history: History, meter: Meter, table: PriceTable
     lost = amounts.lost if amounts is not None else None
     missed = row.lost and (lost is None or lost > 0)
     shown = case is not None and row.lost and row is not TEMPLATE
-    before, after = excerpts(case) if case is not None and shown else ("", "")
+    before, after = excerpts(case, row.key) if case is not None and shown else ("", "")
+    place, path = _place(case, row) if shown else ("", "")
     price = _price(request, meter, table)
-    piece = None if case is None else case.after or case.before
     return RequestFinding(
         request.number,
         request.source,
@@ -148,20 +148,28 @@ def _finding(request: Request, history: History, meter: Meter, table: PriceTable
         row.name,
         missed,
         None if found is None else found.earlier.number,
-        piece.place if piece is not None and shown else "",
-        piece.path if piece is not None and shown else "",
+        place,
+        path,
         None if found is None or request.block_tokens else found.equal_bytes,
         _token(found, meter) if found is not None else None,
         amounts.total if amounts is not None else None,
         amounts.hit if amounts is not None else None,
         lost,
         _money(lost, request, price, table) if missed else None,
-        case.template if case is not None and shown and case.shown else "",
+        case.template if case is not None and shown and case.shown and not row.key else "",
         before,
         after,
         _behind(found) if found is not None and shown else (),
         _seconds(found),
     ), row
+
+
+def _place(case: Case | None, row: CauseClass) -> tuple[str, str]:
+    """Where two requests first differ, in words and as a path."""
+    if row.key:
+        return WHOLE_REQUEST, row.key
+    piece = None if case is None else case.after or case.before
+    return ("", "") if piece is None else (piece.place, piece.path)
 
 
 def _compared(history: History, request: Request, nearest: Difference | None) -> Difference | None:
@@ -208,7 +216,7 @@ def _ranked(findings: Iterable[RequestFinding], rows: Mapping[int, CauseClass], 
         worst = max(group, key=lambda finding: finding.lost or 0)
         causes.append(
             MissCause(
-                name, row.what, row.fix, place or "the whole request", worst.line, tuple(finding.number for finding in group),
+                name, row.what, row.fix, place or WHOLE_REQUEST, worst.line, tuple(finding.number for finding in group),
                 lost, lost / total if total else 0.0, sum(paid) if paid else None, worst.number,
             )
         )  # fmt: skip

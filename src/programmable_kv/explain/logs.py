@@ -7,6 +7,7 @@ response, the usage and the time: what gateways and batch files write.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -45,14 +46,14 @@ class LogReader:
     _answers: dict[str, list[Any]] = field(default_factory=dict, repr=False)
     """the id of a response -> the items that a server puts before the input of a request that refers to it"""
 
-    def read(self, path: Path, data: bytes | None = None) -> None:
-        """Read a file; `data` are its bytes where they have been read.
+    def read(self, path: Path) -> None:
+        """Read a file; `-` is standard input.
 
         Raises:
             InvalidRequestError: it cannot be read, or a line of it is no request, unless bad lines are skipped.
         """
         try:
-            text = (path.read_bytes() if data is None else data).decode("utf-8-sig")
+            text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")
         except OSError as error:
             raise InvalidRequestError(f"cannot read {path}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:

@@ -116,7 +116,9 @@ class Meter:
         if self.counter is not None and self.basis is Basis.TOKENIZER:
             if nearest is not None and self.counter.only_appended(nearest.earlier, counterpart.later):
                 return 0  # the two differ in a way that the chat template does not show
-        start = max(counterpart.index, nearest.index if nearest is not None else 0)
+        start = nearest.index if nearest is not None else 0
+        if counterpart.earlier.cache == counterpart.later.cache:
+            start = max(start, counterpart.index)
         again = sum(self._count(piece) for piece in _held_by_both(counterpart, start))
         if self.basis is Basis.TOKENIZER and nearest is not None and self.counter is not None:
             again += self.counter.shared(nearest.earlier, counterpart.later) - hit  # the block that was not filled
@@ -136,7 +138,7 @@ class Meter:
 def _held_by_both(difference: Difference, start: int) -> list[Piece]:
     """The later request's pieces from `start` on that the earlier one has too behind the difference, and what the first
     differing pieces share at their ends."""
-    left = Counter(_said(piece) for piece in difference.earlier.pieces[difference.index :])
+    left = Counter(_said(piece) for piece in difference.earlier.pieces[min(start, difference.index) :])
     found = []
     for piece in difference.later.pieces[start:]:
         if left[_said(piece)] > 0:

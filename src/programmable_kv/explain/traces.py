@@ -35,8 +35,8 @@ def requests_of_trace(trace: Mapping[str, Any], name: str, first: int) -> Iterat
         pieces = []
         for block, identity in enumerate(hashes):
             text = f"{scope}:{identity}"
-            place = "tool list" if block * size < tools else "system prompt" if block * size < head else "conversation"
-            pieces.append(known.setdefault((block, text), Piece(Kind.BLOCK, text, place)))
+            piece = Piece(Kind.BLOCK, text, _place(block * size, (block + 1) * size, tools, head))
+            pieces.append(known.setdefault((block, text), piece))
         time = given.get("t")
         yield Request(
             first + index,
@@ -49,3 +49,9 @@ def requests_of_trace(trace: Mapping[str, Any], name: str, first: int) -> Iterat
             block_tokens=size,
             body={"tokens": tokens},
         )
+
+
+def _place(start: int, stop: int, tools: int, head: int) -> str:
+    """The part that a block of tokens lies in, or the two that it lies in."""
+    parts = (("tool list", 0, tools), ("system prompt", tools, head), ("conversation", head, stop + head))
+    return " or ".join(name for name, begin, end in parts if start < end and begin < stop)

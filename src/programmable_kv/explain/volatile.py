@@ -63,22 +63,25 @@ def line_bounds(before: str, after: str, offset: int) -> tuple[int, int, int]:
     return start, _line_end(before, offset), _line_end(after, offset)
 
 
-def label_before(text: str, offset: int) -> str:
-    """The tag, heading or key under which a place stands: the nearest one above it that is still open. May be empty."""
+def labels_before(text: str, offset: int) -> tuple[str, ...]:
+    """What a place stands under: the tags that are open there, the outermost first; the heading above it where none is."""
     head = text[:offset]
     tags = [m for m in re.finditer(r"<(/?)([A-Za-z][\w.-]{0,60})(?:\s[^<>]{0,200})?>", head)]
     closed: list[str] = []
+    opened: list[str] = []
     for match in reversed(tags):
         if match[1]:
             closed.append(match[2])
         elif match[2] in closed:
             closed.remove(match[2])
         else:
-            return match[2]
+            opened.append(match[2])
+    if opened:
+        return tuple(opened[::-1])
     heading = None
     for heading in re.finditer(r"^(?:#{1,6} +(.{1,80})|([\w][\w ]{1,40}):[ \t]*)$", head, re.MULTILINE):
         pass
-    return (heading[1] or heading[2]).strip() if heading else ""
+    return ((heading[1] or heading[2]).strip(),) if heading else ()
 
 
 def _line_end(text: str, offset: int) -> int:
