@@ -11,8 +11,14 @@ from typing import Any
 
 Body = dict[str, Any]
 
-RULES = "You are a coding agent.\n" + "".join(f"- Rule {n}: keep the change small and say what was not tested.\n" for n in range(30))
-ASKED, ANSWERED, ASKED_NEXT = "Fix the failing test.", "It is fixed: the bound was off by one.", "Now add a changelog line."
+RULES = "You are a coding agent.\n" + "".join(
+    f"- Rule {n}: keep the change small and say what was not tested.\n" for n in range(30)
+)
+ASKED, ANSWERED, ASKED_NEXT = (
+    "Fix the failing test.",
+    "It is fixed: the bound was off by one.",
+    "Now add a changelog line.",
+)
 LONG = "def test_bound():\n    assert bound(3) == 3\n" * 40
 
 
@@ -31,7 +37,7 @@ class Shape:
     """a class that must be found behind the first difference"""
 
 
-def chat(system: str, *turns: str, tools: list[Body] | None = None, **other: Any) -> Body:
+def chat(system: str, *turns: Any, tools: list[Body] | None = None, **other: Any) -> Body:
     """A Chat Completions body: a system message, then turns of user and assistant."""
     roles = ("user", "assistant")
     messages = [{"role": roles[index % 2], "content": turn} for index, turn in enumerate(turns)]
@@ -75,6 +81,11 @@ def twice(system: str, changed: str) -> tuple[Body, ...]:
     return chat(system + RULES, ASKED), chat(changed + RULES, ASKED, ANSWERED, ASKED_NEXT)
 
 
+def block(text: str) -> Body:
+    """A block of text."""
+    return {"type": "text", "text": text}
+
+
 def marked(text: str) -> list[Body]:
     """Content that asks to be cached."""
     return [{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}]
@@ -84,9 +95,14 @@ def _billing(checksum: str) -> str:
     return f"x-anthropic-billing-header: cc_version=2.1.9; cc_entrypoint=cli; cch={checksum};"
 
 
+def _left(tokens: int) -> str:
+    return f"<total_tokens>{tokens} tokens left</total_tokens>"
+
+
 def _status(*changed: str) -> str:
     lines = "\n".join(changed) or "(clean)"
-    return f"gitStatus: This is the git status at the start.\nCurrent branch: main\n\nStatus:\n{lines}\n\nRecent commits:\nabc1234 Add a bound\n"
+    head = "gitStatus: This is the git status at the start.\nCurrent branch: main\n\nStatus:"
+    return f"{head}\n{lines}\n\nRecent commits:\nabc1234 Add a bound\n"
 
 
 def _environment(day: str) -> str:
@@ -121,25 +137,25 @@ SHAPES = (
     Shape(
         "tokens left", 3, "ollama/ollama#18431",
         (
-            claude([RULES], f"{ASKED}\n<total_tokens>183204 tokens left</total_tokens>"),
-            claude([RULES], f"{ASKED}\n<total_tokens>181977 tokens left</total_tokens>", ANSWERED, ASKED_NEXT),
+            claude([RULES], f"{ASKED}\n{_left(183204)}"),
+            claude([RULES], f"{ASKED}\n{_left(181977)}", ANSWERED, ASKED_NEXT),
         ),
         "counter", "message 1 (user)",
     ),
     Shape(
         "tokens left, moved to the newest message", 3, "ollama/ollama#18431",
         (
-            claude([RULES], f"{ASKED}\n<total_tokens>183204 tokens left</total_tokens>", [_CALL], [_RESULT]),
-            claude([RULES], ASKED, [_CALL], [_RESULT], ANSWERED, f"{ASKED_NEXT}\n<total_tokens>181977 tokens left</total_tokens>"),
+            claude([RULES], f"{ASKED}\n{_left(183204)}", [_CALL], [_RESULT]),
+            claude([RULES], ASKED, [_CALL], [_RESULT], ANSWERED, f"{ASKED_NEXT}\n{_left(181977)}"),
         ),
         "moved reminder", "message 1 (user)",
     ),
     Shape(
         "the date has changed", 4, "anthropics/claude-code#77059",
         (
-            claude([RULES], [{"type": "text", "text": "The date has changed. Today's date is now 2026-06-09."}, *marked(ASKED)]),
+            claude([RULES], [block("The date has changed. Today's date is now 2026-06-09."), *marked(ASKED)]),
             claude(
-                [RULES], [{"type": "text", "text": "The date has changed. Today's date is now 2026-06-10."}, *marked(ASKED)],
+                [RULES], [block("The date has changed. Today's date is now 2026-06-10."), *marked(ASKED)],
                 ANSWERED, marked(ASKED_NEXT),
             ),
         ),
@@ -149,7 +165,7 @@ SHAPES = (
         "environment context", 5, "openai/codex PR#12947",
         (
             codex(said("user", _environment("2026-06-09")), said("user", ASKED)),
-            codex(said("user", _environment("2026-06-10")), said("user", ASKED), said("assistant", ANSWERED), said("user", ASKED_NEXT)),
+            codex(said("user", _environment("2026-06-10")), said("user", ASKED), said("assistant", ANSWERED)),
         ),
         "clock", "message 1 (user)",
     ),
@@ -161,9 +177,9 @@ SHAPES = (
     Shape(
         "moving reminder", 7, "opencode#23595",
         (
-            claude([RULES], [{"type": "text", "text": ASKED}, {"type": "text", "text": _REMINDER}], [_CALL], [_RESULT]),
-            claude([RULES], [{"type": "text", "text": ASKED}], [_CALL], [_RESULT], ANSWERED,
-                   [{"type": "text", "text": ASKED_NEXT}, {"type": "text", "text": _REMINDER}]),
+            claude([RULES], [block(ASKED), block(_REMINDER)], [_CALL], [_RESULT]),
+            claude([RULES], [block(ASKED)], [_CALL], [_RESULT], ANSWERED,
+                   [block(ASKED_NEXT), block(_REMINDER)]),
         ),
         "moved reminder", "message 2 (assistant, tool call)",
     ),
@@ -209,7 +225,7 @@ SHAPES = (
     ),
     Shape(
         "section of the session", 13, "picoclaw PR#3321",
-        twice("## Current Session\nChannel: telegram\nChat: 7f3a9c21\n", "## Current Session\nChannel: telegram\nChat: 0be14d77\n"),
+        twice("## Current Session\nChat: 7f3a9c21\n", "## Current Session\nChat: 0be14d77\n"),
         "id", "system prompt",
     ),
     Shape(
@@ -218,7 +234,7 @@ SHAPES = (
     ),
     Shape(
         "memory context", 14, "open-webui#30239",
-        twice("<memory_context>\n- likes short answers\n</memory_context>\n", "<memory_context>\n- has two cats\n</memory_context>\n"),
+        twice("<memory_context>\n- likes tea\n</memory_context>\n", "<memory_context>\n- has cats\n</memory_context>\n"),
         "state block", "system prompt",
     ),
     Shape(
@@ -264,7 +280,7 @@ SHAPES = (
     Shape(
         "rolling cache_control", 17, "sgl-project/sglang#36877",
         (
-            {**chat(RULES, ASKED), "messages": [{"role": "system", "content": RULES}, {"role": "user", "content": marked(ASKED)}]},
+            chat(RULES, marked(ASKED)),
             chat(RULES, ASKED, ANSWERED, ASKED_NEXT),
         ),
         "rolling cache_control", "message 1 (user)",
@@ -272,8 +288,8 @@ SHAPES = (
     Shape(
         "list and string", 0, "mlx-vlm#2001",
         (
-            {**chat(RULES), "messages": [{"role": "user", "content": [{"type": "text", "text": ASKED + LONG}]}]},
-            {**chat(RULES), "messages": [{"role": "user", "content": ASKED + LONG}, {"role": "assistant", "content": ANSWERED}]},
+            chat(RULES, [block(ASKED + LONG)]),
+            chat(RULES, ASKED + LONG, ANSWERED, ASKED_NEXT),
         ),
         "serialisation flip", "message 1 (user)",
     ),
@@ -341,8 +357,8 @@ QUIET = (
                               chat(RULES, "Call uuid4() at 10:30, 5 tokens left", ANSWERED, ASKED_NEXT)), "appended"),
     ("the same again", (chat(RULES, ASKED), chat(RULES, ASKED)), "repeated"),
     ("a branch from an earlier turn", (chat(RULES, ASKED, ANSWERED, ASKED_NEXT), chat(RULES, ASKED)), "repeated"),
-    ("another conversation", (chat(RULES, ASKED, ANSWERED, ASKED_NEXT), chat(RULES, "What is in the README?")), "new conversation"),
-    ("another agent", (chat(RULES, ASKED), chat("You name conversations in three words.", "Name this one.")), "new conversation"),
+    ("another conversation", (chat(RULES, ASKED, ANSWERED), chat(RULES, "What is in the README?")), "new conversation"),
+    ("another agent", (chat(RULES, ASKED), chat("You name conversations.", "Name this one.")), "new conversation"),
     ("a longer last message", (claude([RULES], ASKED), claude([RULES], f"{ASKED} And the other one.")), "appended"),
     ("markers that roll", (claude([RULES], marked(ASKED)), claude([RULES], ASKED, ANSWERED, marked(ASKED_NEXT))), "appended"),
     ("a stored conversation", (codex(said("user", ASKED), previous_response_id="resp_1"),

@@ -80,7 +80,9 @@ def test_what_a_user_edits_is_no_volatile_text(earlier: str, later: str) -> None
 
 
 def test_one_line_that_changes_each_turn_is_one_cause() -> None:
-    days = [chat(f"{RULES}\nTime: 2026-06-09T15:0{n}:00\n{RULES}", *(["Go on.", "Yes."] * n), "Go on.") for n in range(6)]
+    days = [
+        chat(f"{RULES}\nTime: 2026-06-09T15:0{n}:00\n{RULES}", *(["Go on.", "Yes."] * n), "Go on.") for n in range(6)
+    ]
     report = explain_miss(*days)
     [cause] = report.causes
     assert cause.requests == (2, 3, 4, 5, 6)
@@ -94,7 +96,9 @@ def test_interleaved_conversations_are_told_apart() -> None:
     log = []
     for n in range(4):
         for who in ("first", "second", "third"):
-            log.append(chat(RULES, *[turn for k in range(n) for turn in (f"{who} {k}", f"answer {k} to {who}")], f"{who} {n}"))
+            log.append(
+                chat(RULES, *[turn for k in range(n) for turn in (f"{who} {k}", f"answer {k} to {who}")], f"{who} {n}")
+            )
     report = explain_miss(*log)
     assert report.lost == 0
     assert [finding.compared_with for finding in report.findings[3:]] == list(range(1, 10))

@@ -20,13 +20,18 @@ _WIDTH_OF_NAMES = 9
 def explain_miss(
     logs: Annotated[
         list[Path],
-        typer.Argument(help="a log with one request on each line, or two files with a request each; '-' is standard input"),
+        typer.Argument(
+            help="a log with one request on each line, or two files with a request each; '-' is standard input"
+        ),
     ],
     model: Annotated[
-        str | None, typer.Option("--model", help="count in this model's tokens: 'embedded', a Hub id, a folder, a .gguf file")
+        str | None,
+        typer.Option("--model", help="count in this model's tokens: 'embedded', a Hub id, a folder, a .gguf file"),
     ] = None,
     block_size: Annotated[int, typer.Option(help="tokens in a block of the engine's cache, with --model")] = 16,
-    prices: Annotated[Path | None, typer.Option(help="a JSON file with prices, instead of the table that ships")] = None,
+    prices: Annotated[
+        Path | None, typer.Option(help="a JSON file with prices, instead of the table that ships")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="write the report as a page")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
     no_text: Annotated[bool, typer.Option("--no-text", help="print nothing that stood in a prompt")] = False,
@@ -89,7 +94,13 @@ def _show_ranking(report: MissReport) -> None:
     for rank, cause in enumerate(report.causes, start=1):
         price = [] if not money else ["" if cause.money is None else _amount(cause.money)]
         table.add_row(
-            str(rank), cause.name, cause.place, f"{len(cause.requests):,}", f"{cause.lost:,}", f"{cause.share:.1%}", *price
+            str(rank),
+            cause.name,
+            cause.place,
+            f"{len(cause.requests):,}",
+            f"{cause.lost:,}",
+            f"{cause.share:.1%}",
+            *price,
         )
     out.print(table)
 

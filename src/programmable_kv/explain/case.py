@@ -99,6 +99,8 @@ class Case:
     @cached_property
     def template(self) -> str:
         """The line at fault with the changing value left out: equal for every request in which the same line changes."""
+        if Kind.TOOL in self.kinds and self.value is None:
+            return ""
         line = self.lines[1] or self.lines[0]
         if self.value is None:
             return _shortened(_DIGITS.sub("#", line).strip())

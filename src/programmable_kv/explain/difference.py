@@ -116,7 +116,11 @@ def common_length(one: str, other: str) -> int:
 
 
 def _shared(before: Piece | None, after: Piece | None) -> int:
-    if before is None or after is None or (before.kind, before.role, before.form) != (after.kind, after.role, after.form):
+    if (
+        before is None
+        or after is None
+        or (before.kind, before.role, before.form) != (after.kind, after.role, after.form)
+    ):
         return 0
     return common_length(before.text, after.text)
 

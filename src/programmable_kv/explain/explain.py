@@ -11,7 +11,7 @@ from typing import Any
 from programmable_kv.arguments import require_count
 from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.explain.case import Case
-from programmable_kv.explain.classes import CLASSES, CauseClass, classify, classify_behind
+from programmable_kv.explain.classes import CauseClass, classify, classify_behind
 from programmable_kv.explain.difference import Difference, changes_behind, common_bytes
 from programmable_kv.explain.excerpts import excerpts
 from programmable_kv.explain.history import History
@@ -132,8 +132,8 @@ def _finding(request: Request, history: History, meter: Meter, table: PriceTable
     row = FIRST if case is None else classify(case)
     amounts = meter.amounts(request, nearest, found, missed=row.lost)
     if found is not None and amounts is not None and not row.lost:
-        row, lost = _unexplained(row, found, meter, table)
-        amounts = replace(amounts, lost=min(lost, amounts.total - amounts.hit))
+        row, unread = _unexplained(row, found, meter, table)
+        amounts = replace(amounts, lost=min(unread, amounts.total - amounts.hit))
     lost = amounts.lost if amounts is not None else None
     missed = row.lost and (lost is None or lost > 0)
     shown = case is not None and row.lost and row is not TEMPLATE
@@ -224,6 +224,7 @@ def _ranked(findings: Iterable[RequestFinding], rows: Mapping[int, CauseClass], 
 
 
 _WHOLE = (
+    "client header",
     "rewritten message", "system prompt changed", "tool result changed", "history trimmed", "history compacted",
     "message inserted", "moved reminder", "stripped thinking", "serialisation flip", "rolling cache_control",
     "model changed", "cache salt changed",

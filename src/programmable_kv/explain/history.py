@@ -1,4 +1,4 @@
-"""The requests so far, as a prefix cache remembers them: the longest prefix that any of them shares, found by a tree of pieces."""
+"""The requests so far, as a prefix cache remembers them: a tree of pieces finds the longest prefix that is shared."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class History:
         self._last = request
 
     def nearest(self, request: Request) -> Difference | None:
-        """The earlier request that shares the longest prefix in the same cache: what a prefix cache finds. The latest of equals."""
+        """The request that shares the longest prefix in the same cache: what a prefix cache finds. The latest of equals."""
         node = self._roots.get(request.cache)
         if node is None:
             return None
@@ -76,11 +76,12 @@ class History:
         candidates = _distinct(found)
         if not candidates:
             return None
+        own = same.number if same is not None else None
         # A session's own last request is what it continues, if anything of it is left; then the same cache, then the latest.
         best = max(
             candidates,
             key=lambda one: (
-                one is same and common_bytes(one, request) > 0,
+                one.number == own and common_bytes(one, request) > 0,
                 common_bytes(one, request),
                 one.cache == request.cache,
                 first_difference(one, request).equal_bytes,

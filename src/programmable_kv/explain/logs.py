@@ -121,7 +121,9 @@ class LogReader:
             self.add(entry, source)
         except InvalidRequestError as error:
             if not self.skip_bad_lines:
-                raise InvalidRequestError(f"{error}. `--skip-bad-lines` leaves such lines out and counts them.") from error
+                raise InvalidRequestError(
+                    f"{error}. `--skip-bad-lines` leaves such lines out and counts them."
+                ) from error
             self.skipped.append(str(error))
 
     def _joined(self, body: Mapping[str, Any]) -> Mapping[str, Any]:

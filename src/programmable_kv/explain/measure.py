@@ -113,9 +113,9 @@ class Meter:
         if self.at_most:
             earlier = self.total(counterpart.earlier)
             return 0 if earlier is None else min(earlier, total) - hit
-        if self.counter is not None and self.basis is Basis.TOKENIZER:
-            if nearest is not None and self.counter.only_appended(nearest.earlier, counterpart.later):
-                return 0  # the two differ in a way that the chat template does not show
+        in_tokens = self.counter is not None and self.basis is Basis.TOKENIZER and nearest is not None
+        if in_tokens and self.counter.only_appended(nearest.earlier, counterpart.later):  # type: ignore[union-attr]
+            return 0  # the two differ in a way that the chat template does not show
         start = nearest.index if nearest is not None else 0
         if counterpart.earlier.cache == counterpart.later.cache:
             start = max(start, counterpart.index)

@@ -10,21 +10,25 @@ from programmable_kv.explain.prices import PriceTable
 from programmable_kv.explain.report import RequestFinding
 
 
-def notes_of(requests: Sequence[Request], findings: Sequence[RequestFinding], meter: Meter, table: PriceTable) -> tuple[str, ...]:
+def notes_of(
+    requests: Sequence[Request], findings: Sequence[RequestFinding], meter: Meter, table: PriceTable
+) -> tuple[str, ...]:
     """The notes of a report."""
     found = [_of_basis(requests, meter)]
     if meter.at_most:
         found.append(
-            "A loss is at most what is shown: where text is known by its count alone, what is new in both requests cannot be told "
-            "from what was sent again."
+            "A loss is at most what is shown: a count of tokens does not tell text that is new from text that was sent again."
         )
     if any(request.block_tokens for request in requests):
         found.append("The trace holds hashes of blocks and no text: where a prefix breaks is known, why is not.")
     if any(finding.cause == "stored conversation" for finding in findings):
         found.append(
-            "Requests with a `previous_response_id` whose response is not in the log cannot be compared: the server holds their "
-            "beginning."
+            "Requests with a `previous_response_id` whose response is not in the log cannot be compared: their beginning is on "
+            "the server."
         )
+    with_tools = next((request for request in requests if request.pieces and request.pieces[0].kind is Kind.TOOL), None)
+    if meter.counter is not None and with_tools is not None and not meter.counter.writes_tools(with_tools):
+        found.append(f"The chat template of {meter.counter.name} does not write the tools, so they are not counted.")
     if meter.counter is not None and any(piece.kind is Kind.MEDIA for request in requests for piece in request.pieces):
         found.append("Images and files are compared, but their tokens are not counted.")
     if any(finding.cause == "serialisation flip" for finding in findings) and meter.basis is Basis.BYTES:
@@ -72,7 +76,13 @@ def _of_money(
             unpriced.add(name or "a model without a name")
         else:
             priced.add(f"{row.model} ({row.source}, {row.date})")
-    found = [f"Prices: {'; '.join(sorted(priced))}. Look whether they still hold; `--prices` takes your own."] if priced else []
+    found = (
+        [f"Prices: {'; '.join(sorted(priced))}. Look whether they still hold; `--prices` takes your own."]
+        if priced
+        else []
+    )
     if unpriced:
-        found.append(f"No price is known for {', '.join(sorted(unpriced))}, so no money is shown for it; `--prices` takes your own.")
+        found.append(
+            f"No price is known for {', '.join(sorted(unpriced))}, so no money is shown for it; `--prices` takes your own."
+        )
     return found

@@ -64,7 +64,11 @@ def page(report: MissReport) -> str:
 def _whole(report: MissReport) -> str:
     new = max(0, report.total - report.hit - report.lost)
     most = "at most " if report.at_most else ""
-    amounts = (("hit", "from the cache", report.hit), ("lost", f"{most}computed again", report.lost), ("new", "new", new))
+    amounts = (
+        ("hit", "from the cache", report.hit),
+        ("lost", f"{most}computed again", report.lost),
+        ("new", "new", new),
+    )
     legend = "".join(
         f'<span><i class="{kind}"></i>{words}: {amount:,} {report.unit}</span>' for kind, words, amount in amounts
     )
@@ -97,7 +101,9 @@ def _row(finding: RequestFinding, scale: int, report: MissReport) -> str:
     what = escape(finding.cause)
     if finding.missed and rank is not None and rank <= _MOST_CAUSES:
         what = f'<a class="missed" href="#cause-{rank}">{what}</a>'
-    told = "not counted" if finding.total is None else f"{total:,} {report.unit}: {hit:,} from the cache, {lost:,} again"
+    told = (
+        "not counted" if finding.total is None else f"{total:,} {report.unit}: {hit:,} from the cache, {lost:,} again"
+    )
     title = escape(f"{finding.source}, {finding.model or 'no model'}: {told}", quote=True)
     bar = _segments(hit, lost, max(0, total - hit - lost), scale)
     return f'<span>{finding.number}</span><div class="bar" title="{title}">{bar}</div><span>{what}</span>'

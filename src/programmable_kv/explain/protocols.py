@@ -1,4 +1,4 @@
-"""Request bodies of Chat Completions, Responses, Messages and Completions as pieces, in the order in which a model reads them."""
+"""Bodies of Chat Completions, Responses, Messages and Completions as pieces, in the order in which a model reads them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def pieces_of(body: Mapping[str, Any], protocol: str) -> tuple[Piece, ...]:
     Raises:
         InvalidRequestError: a part of it has not the form that the protocol gives it.
     """
-    return tuple([*_tools(body), *_PARSERS[protocol](body)])
+    return (*_tools(body), *_PARSERS[protocol](body))
 
 
 def as_json(value: Any) -> str:

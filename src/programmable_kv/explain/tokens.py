@@ -1,4 +1,4 @@
-"""Requests in the tokens of one model: rendered with its chat template as an engine renders them. The tokenizer alone is loaded."""
+"""Requests in the tokens of one model, rendered with its chat template as engines do. The tokenizer alone is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from programmable_kv.errors import TemplateError
 from programmable_kv.explain.pieces import Request
 from programmable_kv.explain.protocols import CHAT, COMPLETIONS, MESSAGES
 
-_EXCERPT_TOKENS = 12
 _TEXT_TYPES = ("text", "input_text", "output_text")
 
 
@@ -74,9 +73,10 @@ class TokenCounter:
         """The tokens of a piece of text alone."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def excerpt(self, request: Request, start: int) -> str:
-        """The text of a few tokens from number `start` on."""
-        return str(self.tokenizer.decode(self.ids(request)[start : start + _EXCERPT_TOKENS].tolist()))
+    def writes_tools(self, request: Request) -> bool:
+        """Whether the chat template writes the tools of a request; true where it has none."""
+        tools = _tools(request.body)
+        return tools is None or str(tools[0]["function"].get("name", "")) in self._rendered(request, asks=True)
 
     def _rendered(self, request: Request, asks: bool) -> str:
         from jinja2 import TemplateError as JinjaError
@@ -138,7 +138,9 @@ def _of_blocks(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
     thoughts = "".join(str(block.get("thinking", "")) for block in blocks if block.get("type") == "thinking")
     calls = [
-        _call(block.get("id"), block.get("name"), block.get("input")) for block in blocks if block.get("type") == "tool_use"
+        _call(block.get("id"), block.get("name"), block.get("input"))
+        for block in blocks
+        if block.get("type") == "tool_use"
     ]
     text = _text(blocks)
     if results and not text:

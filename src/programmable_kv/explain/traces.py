@@ -1,4 +1,4 @@
-"""Traces that hold the hashes of a prompt's blocks instead of its text (kv-cache-tester's form): where a prefix breaks, not why."""
+"""Traces of hashed blocks instead of text (kv-cache-tester's form): they show where a prefix breaks, not why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Misses that the texts do not explain: the request begins with all of an earlier one, and the upstream counted few cached tokens."""
+"""Misses that the texts do not explain: the request only appends to an earlier one, and the upstream read little of it."""
 
 from __future__ import annotations
 

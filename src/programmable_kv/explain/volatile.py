@@ -24,8 +24,12 @@ _WORD = re.compile(r"[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*")
 _NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:[.,_']\d+)*(?!\w)")
 _HEX = re.compile(r"[0-9a-f]{5,}|[0-9A-F]{5,}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _MIXED = re.compile(r"(?=.*[A-Za-z])(?=.*\d)[A-Za-z0-9_-]{8,}")
+_TAG = re.compile(r"<(/?)([A-Za-z][\w.-]{0,60})(?:\s[^<>]{0,200})?>")
+_HEADING = re.compile(r"^(?:#{1,6} +(.{1,80})|(\w[\w ]{1,40}):[ \t]*)$", re.MULTILINE)
 
-CLOCK_CUES = re.compile(r"(?i)\b(?:today|now|current|currently|date|time|clock|timestamp|timezone)\b|current_|<(?:date|time)")
+CLOCK_CUES = re.compile(
+    r"(?i)\b(?:today|now|current|currently|date|time|clock|timestamp|timezone)\b|current_|<(?:date|time)"
+)
 COUNTER_CUES = re.compile(r"(?i)tokens?|left|remaining|turn|step|count|budget|usage|used|total|%|messages?")
 
 
@@ -66,7 +70,7 @@ def line_bounds(before: str, after: str, offset: int) -> tuple[int, int, int]:
 def labels_before(text: str, offset: int) -> tuple[str, ...]:
     """What a place stands under: the tags that are open there, the outermost first; the heading above it where none is."""
     head = text[:offset]
-    tags = [m for m in re.finditer(r"<(/?)([A-Za-z][\w.-]{0,60})(?:\s[^<>]{0,200})?>", head)]
+    tags = list(_TAG.finditer(head))
     closed: list[str] = []
     opened: list[str] = []
     for match in reversed(tags):
@@ -78,10 +82,8 @@ def labels_before(text: str, offset: int) -> tuple[str, ...]:
             opened.append(match[2])
     if opened:
         return tuple(opened[::-1])
-    heading = None
-    for heading in re.finditer(r"^(?:#{1,6} +(.{1,80})|([\w][\w ]{1,40}):[ \t]*)$", head, re.MULTILINE):
-        pass
-    return ((heading[1] or heading[2]).strip(),) if heading else ()
+    headings = _HEADING.findall(head)
+    return ((headings[-1][0] or headings[-1][1]).strip(),) if headings else ()
 
 
 def _line_end(text: str, offset: int) -> int:
@@ -106,7 +108,7 @@ def _clock(text: str, at: int) -> tuple[int, int] | None:
 
 
 def _are_ids(one: str, other: str) -> bool:
-    """Two words that nobody writes: both hexadecimal and of one length, or both mixed of letters and digits; not both numbers."""
+    """Two words that nobody writes: both hexadecimal and of one length, or both of letters and digits; not both numbers."""
     if one.isdigit() and other.isdigit():
         return False
     if len(one) == len(other) and _HEX.fullmatch(one) and _HEX.fullmatch(other):
