@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from difflib import SequenceMatcher
 from html import escape
 
@@ -22,8 +23,9 @@ p { margin: .4rem 0; } .soft, small { color: var(--soft); }
 .legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .4rem; vertical-align: -1px; }
 .hit { background: var(--hit); } .lost { background: var(--lost); } .new { background: var(--new); }
 .whole { display: flex; height: 1.5rem; border-radius: 4px; overflow: hidden; margin: .75rem 0; }
-.log { display: grid; grid-template-columns: max-content 1fr max-content; gap: 3px .75rem; align-items: center; font-size: .82rem;
-  max-height: 34rem; overflow-y: auto; border: 1px solid var(--line); border-radius: 8px; padding: .75rem; background: var(--card); }
+.log { display: grid; grid-template-columns: max-content 1fr max-content; gap: 3px .75rem; align-items: center;
+  font-size: .82rem; max-height: 34rem; overflow-y: auto; border: 1px solid var(--line); border-radius: 8px; padding: .75rem;
+  background: var(--card); }
 .log .bar { display: flex; height: .8rem; border-radius: 2px; overflow: hidden; }
 .log a { color: inherit; text-decoration: none; } .log .missed { color: var(--lost); font-weight: 600; }
 article { border: 1px solid var(--line); border-radius: 8px; padding: 1rem 1.25rem; margin: 0 0 1rem; background: var(--card); }
@@ -36,6 +38,7 @@ del { text-decoration: none; background: var(--was); border-radius: 2px; } ins {
 .fix { border-left: 3px solid var(--hit); padding-left: .75rem; margin-top: .75rem; }
 li { margin: .2rem 0; }
 """
+_WORD = re.compile(r"\w+|\W")
 _MOST_ROWS = 400
 _MOST_CAUSES = 50
 
@@ -106,7 +109,7 @@ def _row(finding: RequestFinding, scale: int, report: MissReport) -> str:
     )
     title = escape(f"{finding.source}, {finding.model or 'no model'}: {told}", quote=True)
     bar = _segments(hit, lost, max(0, total - hit - lost), scale)
-    return f'<span>{finding.number}</span><div class="bar" title="{title}">{bar}</div><span>{what}</span>'
+    return f'<span>{finding.number}</span><div class="bar" role="img" aria-label="{title}" title="{title}">{bar}</div><span>{what}</span>'
 
 
 def _cause(rank: int, cause: MissCause, worst: RequestFinding, report: MissReport) -> str:
@@ -135,8 +138,9 @@ def _diff(before: str, after: str) -> str:
         mark = "ins" if after else "del"
         return f"<pre><{mark}>{escape(after or before)}</{mark}></pre>"
     was, now = [], []
-    for tag, a, a2, b, b2 in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
-        one, other = escape(before[a:a2]), escape(after[b:b2])
+    words, words_after = _WORD.findall(before), _WORD.findall(after)
+    for tag, a, a2, b, b2 in SequenceMatcher(None, words, words_after, autojunk=False).get_opcodes():
+        one, other = escape("".join(words[a:a2])), escape("".join(words_after[b:b2]))
         was.append(one if tag == "equal" or not one else f"<del>{one}</del>")
         now.append(other if tag == "equal" or not other else f"<ins>{other}</ins>")
     return f"<pre>{''.join(was)}\n{''.join(now)}</pre>"
