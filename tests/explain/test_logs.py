@@ -40,7 +40,9 @@ def read(entry: dict[str, Any]) -> Request:
         ({"request": {**BODY, "prompt_cache_key": "k1"}}, None, None, "k1"),
     ],
 )
-def test_a_line_of_any_gateway_is_read(entry: dict[str, Any], usage: int | None, time: float | None, session: str) -> None:
+def test_a_line_of_any_gateway_is_read(
+    entry: dict[str, Any], usage: int | None, time: float | None, session: str
+) -> None:
     found = read(entry)
     assert [piece.text for piece in found.pieces] == [RULES, ASKED]
     assert found.model == "some-model"
@@ -105,7 +107,7 @@ def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
 
 
 def test_a_stored_response_is_put_in_where_the_log_has_it() -> None:
-    """`previous_response_id` stands for what the server keeps: with the answer in the log, the whole conversation is compared."""
+    """`previous_response_id` stands for what the server keeps; with the answer in the log, all of it is compared."""
     answer = {"id": "resp_1", "output": [said("assistant", ANSWERED)]}
     first = {"request": codex(said("user", ASKED)), "response": answer}
     second = {"request": codex(said("user", ASKED_NEXT), previous_response_id="resp_1")}

@@ -13,7 +13,14 @@ from explain.corpus import ASKED, RULES, chat
 from programmable_kv import InvalidRequestError, explain_miss
 from programmable_kv.explain.prices import read_prices
 
-OWN: dict[str, Any] = {"model": "some-model", "input": 4.0, "read": 1.0, "write": 5.0, "source": "ours", "date": "2026-11-01"}
+OWN: dict[str, Any] = {
+    "model": "some-model",
+    "input": 4.0,
+    "read": 1.0,
+    "write": 5.0,
+    "source": "ours",
+    "date": "2026-11-01",
+}
 
 
 def table(tmp_path: Path, *rows: dict[str, Any], **other: Any) -> Path:
@@ -61,7 +68,9 @@ def test_what_was_lost_is_what_was_paid_beyond_reading(tmp_path: Path) -> None:
     row = prices.price_of("some-model", 1)
     assert row is not None
     assert prices.lost(row, 1_000_000, 0) == pytest.approx(4 - 1)
-    assert prices.lost(row, 1_000_000, 1_000_000) == pytest.approx(5 - 1), "tokens that were written again cost the write"
+    assert prices.lost(row, 1_000_000, 1_000_000) == pytest.approx(5 - 1), (
+        "tokens that were written again cost the write"
+    )
     assert prices.lost(row, 1_000_000, 400_000) == pytest.approx(0.4 * 5 + 0.6 * 4 - 1)
 
 

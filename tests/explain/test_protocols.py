@@ -42,7 +42,9 @@ MESSAGES_BODY: dict[str, Any] = {
         },
         {
             "role": "user",
-            "content": [{"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "text of the file"}]}],
+            "content": [
+                {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "text of the file"}]}
+            ],
         },
     ],
 }
@@ -52,7 +54,11 @@ RESPONSES_BODY: dict[str, Any] = {
     "instructions": "Be brief.",
     "input": [
         {"role": "user", "content": [{"type": "input_text", "text": "Read it."}]},
-        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "I must read."}], "encrypted_content": "c2VjcmV0"},
+        {
+            "type": "reasoning",
+            "summary": [{"type": "summary_text", "text": "I must read."}],
+            "encrypted_content": "c2VjcmV0",
+        },
         {"type": "function_call", "call_id": "c1", "name": "read", "arguments": '{"a": 1}'},
         {"type": "function_call_output", "call_id": "c1", "output": "text of the file"},
     ],
@@ -73,7 +79,9 @@ def test_three_protocols_say_the_same(body: dict[str, Any], protocol: str, opaqu
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("body", "protocol"), [(CHAT_BODY, CHAT), (MESSAGES_BODY, MESSAGES), (RESPONSES_BODY, RESPONSES)])
+@pytest.mark.parametrize(
+    ("body", "protocol"), [(CHAT_BODY, CHAT), (MESSAGES_BODY, MESSAGES), (RESPONSES_BODY, RESPONSES)]
+)
 def test_a_path_leads_back_into_the_request(body: dict[str, Any], protocol: str) -> None:
     for piece in pieces_of(body, protocol):
         value: Any = body
@@ -134,7 +142,10 @@ def test_markers_and_images() -> None:
         ({"input_tokens": 100, "input_tokens_details": {"cached_tokens": 64}}, (100, 64, 0, True)),
         ({"input_tokens": 6, "cache_read_input_tokens": 64, "cache_creation_input_tokens": 30}, (100, 64, 30, True)),
         ({"input_tokens": 6, "cache_read_input_tokens": None, "cache_creation_input_tokens": 30}, (36, 0, 30, True)),
-        ({"prompt_tokens": 100, "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 90}}, (100, 4, 90, True)),
+        (
+            {"prompt_tokens": 100, "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 90}},
+            (100, 4, 90, True),
+        ),
         ({"prompt_tokens": 100, "cache_read_input_tokens": 9, "cache_creation_input_tokens": 5}, (100, 9, 5, True)),
         ({"prompt_tokens": 100, "prompt_cache_hit_tokens": 64}, (100, 64, 0, True)),
         ({"prompt_tokens": 100, "prompt_tokens_details": None}, (100, 0, 0, False)),

@@ -126,10 +126,12 @@ def _show_cause(rank: int, cause: MissCause, worst: RequestFinding, report: Miss
 
 
 def _where(finding: RequestFinding) -> str:
+    if not finding.place:
+        return "the whole request"
     at = [f"byte {finding.byte:,}"] if finding.byte is not None else []
     at += [f"token {finding.token:,}"] if finding.token is not None else []
     path = f", {finding.path}" if finding.path and finding.path != finding.place else ""
-    return f"{finding.place or 'the whole request'}{path}{', at ' + ', '.join(at) if at else ''}"
+    return f"{finding.place}{path}{', at ' + ', '.join(at) if at else ''}"
 
 
 def _requests(cause: MissCause, worst: RequestFinding) -> str:

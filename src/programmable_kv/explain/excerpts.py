@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from programmable_kv.explain.case import Case
 from programmable_kv.explain.pieces import Kind, Piece, Request
 
@@ -17,10 +19,14 @@ def excerpts(case: Case, key: str = "") -> tuple[str, str]:
         names = tuple(_tool_names(request) for request in (case.earlier, case.later))
         if names[0] != names[1]:
             return names[0], names[1]
-    return _around(case.before, case.change.offset), _around(case.after, case.change.offset)
+    lines = [_around(piece, case.change.offset, 0) for piece in (case.before, case.after)]
+    if lines[0] == lines[1] or not all(line.strip("…") for line in lines):  # a line more or less: show what follows it
+        lines = [_around(piece, case.change.offset, _AROUND) for piece in (case.before, case.after)]
+    return lines[0], lines[1]
 
 
-def _around(piece: Piece | None, offset: int) -> str:
+def _around(piece: Piece | None, offset: int, least: int) -> str:
+    """A piece's text from the beginning of the line at `offset` to the end of a line, at least so many characters on."""
     if piece is None:
         return ""
     if piece.secret:
@@ -30,15 +36,13 @@ def _around(piece: Piece | None, offset: int) -> str:
     text = piece.text
     start = max(0, text.rfind("\n", 0, offset) + 1, offset - _AROUND)
     stop = min(len(text), offset + _MOST - (offset - start))
-    end = text.find("\n", min(len(text), offset + _AROUND))
+    end = text.find("\n", min(len(text), offset + least))
     stop = stop if end < 0 else min(stop, end)
     shown = text[start:stop]
     return f"{'…' if start else ''}{shown}{'…' if stop < len(text) else ''}"
 
 
 def _tool_names(request: Request) -> str:
-    import json
-
     names = []
     for piece in request.pieces:
         if piece.kind is Kind.TOOL:

@@ -131,12 +131,12 @@ def _finding(request: Request, history: History, meter: Meter, table: PriceTable
     case = None if found is None else Case(found, found.change)
     row = FIRST if case is None else classify(case)
     amounts = meter.amounts(request, nearest, found, missed=row.lost)
+    shown = case is not None and row.lost
     if found is not None and amounts is not None and not row.lost:
         row, unread = _unexplained(row, found, meter, table)
         amounts = replace(amounts, lost=min(unread, amounts.total - amounts.hit))
     lost = amounts.lost if amounts is not None else None
     missed = row.lost and (lost is None or lost > 0)
-    shown = case is not None and row.lost and row is not TEMPLATE
     before, after = excerpts(case, row.key) if case is not None and shown else ("", "")
     place, path = _place(case, row) if shown else ("", "")
     price = _price(request, meter, table)

@@ -109,7 +109,8 @@ def _row(finding: RequestFinding, scale: int, report: MissReport) -> str:
     )
     title = escape(f"{finding.source}, {finding.model or 'no model'}: {told}", quote=True)
     bar = _segments(hit, lost, max(0, total - hit - lost), scale)
-    return f'<span>{finding.number}</span><div class="bar" role="img" aria-label="{title}" title="{title}">{bar}</div><span>{what}</span>'
+    drawn = f'<div class="bar" role="img" aria-label="{title}" title="{title}">{bar}</div>'
+    return f"<span>{finding.number}</span>{drawn}<span>{what}</span>"
 
 
 def _cause(rank: int, cause: MissCause, worst: RequestFinding, report: MissReport) -> str:
@@ -117,8 +118,8 @@ def _cause(rank: int, cause: MissCause, worst: RequestFinding, report: MissRepor
     if cause.money is not None:
         cost += f" &middot; {escape(report.currency)} {cause.money:,.4f}"
     count = "1 request" if len(cause.requests) == 1 else f"{len(cause.requests):,} requests"
-    at = [f"byte {worst.byte:,}"] if worst.byte is not None else []
-    at += [f"token {worst.token:,}"] if worst.token is not None else []
+    at = [f"byte {worst.byte:,}"] if worst.byte is not None and worst.path else []
+    at += [f"token {worst.token:,}"] if worst.token is not None and worst.path else []
     path = f"<code>{escape(worst.path)}</code>" if worst.path else escape(cause.place)
     where = f"{path}{', at ' + ', '.join(at) if at else ''}: {escape(worst.source)} after request {worst.compared_with}"
     behind = f'<p class="soft">Behind it differ also: {escape("; ".join(worst.behind))}.</p>' if worst.behind else ""

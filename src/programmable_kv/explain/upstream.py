@@ -96,3 +96,7 @@ _ROWS: tuple[tuple[CauseClass, Callable[[Unread], bool]], ...] = (
         lambda _: True,
     ),
 )  # fmt: skip
+
+
+CLASSES = tuple(row for row, _ in _ROWS)
+"""every class, in the order in which they are tried"""
