@@ -29,7 +29,7 @@ def log(tmp_path: Path) -> Path:
     """Four requests of one conversation, with a clock at the top."""
     path = tmp_path / "log.jsonl"
     bodies = [
-        chat(f"Today: 2026-06-09 15:0{n}\n{SECRET}\n{RULES}", *[ASKED, ANSWERED] * n, ASKED_NEXT) for n in range(4)
+        chat(f"Today: 2026-06-09 15:0{n} {SECRET}\n{RULES}", *[ASKED, ANSWERED] * n, ASKED_NEXT) for n in range(4)
     ]
     path.write_text("\n".join(json.dumps(body) for body in bodies))
     return path
@@ -98,10 +98,16 @@ def test_a_log_comes_from_standard_input(log: Path) -> None:
 
 def test_control_characters_of_a_log_do_not_reach_the_terminal(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    bodies = [chat(f"\x1b[2J\x1b]0;title\x07 [red]x[/red] 15:0{n}\n{RULES}", ASKED) for n in range(2)]
+    usage = {"prompt_tokens": 9000, "prompt_tokens_details": {"cached_tokens": 0}}
+    system = "\x1b[2J\x1b]0;title\x07 \ud800 [red]x[/red] 15:0{}\n" + RULES
+    bodies = [{**chat(system.format(n), ASKED), "model": "\x1b[2Jm", "usage": usage} for n in range(2)]
     path.write_text("\n".join(json.dumps(body) for body in bodies))
     shown = run(str(path))
+    assert "No price is known for �[2Jm" in shown
     assert "\x1b" not in shown
+    page = tmp_path / "page.html"
+    assert json.loads(run(str(path), "--json", "--html", str(page)))["findings"][1]["cause"] == "clock"
+    assert "[red]x[/red]" in page.read_text(encoding="utf-8")
     assert "[red]x[/red]" in shown, "what looks like markup is text"
 
 

@@ -325,6 +325,11 @@ SHAPES = (
         "rewritten message", "message 1 (user)",
     ),
     Shape(
+        "instructions behind what varies", 0, "a batch job",
+        (chat("Sort it.", f"Ticket: my parcel is late.\n{RULES}"), chat("Sort it.", f"Ticket: refund me!\n{RULES}")),
+        "varying part first", "message 1 (user)",
+    ),
+    Shape(
         "oldest messages dropped", 0, "a sliding window",
         (chat(RULES, ASKED, ANSWERED, ASKED_NEXT, "Added."), chat(RULES, ASKED_NEXT, "Added.", "Thanks.")),
         "history trimmed", "message 1 (user)",

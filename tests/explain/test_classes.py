@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from explain.corpus import ASKED, QUIET, RULES, SHAPES, Shape, chat
 from programmable_kv import explain_miss
 from programmable_kv.explain.classes import CLASSES
+from programmable_kv.explain.difference import common_length
+from programmable_kv.explain.volatile import volatile_at
 
 WITHOUT_SHAPE = {
     "unknown (hashes only)": "test_traces.py",
@@ -104,9 +107,58 @@ def test_interleaved_conversations_are_told_apart() -> None:
     assert [finding.compared_with for finding in report.findings[3:]] == list(range(1, 10))
 
 
+def test_a_subagent_of_the_same_session_is_no_turn_of_it() -> None:
+    """Claude Code sends one session id for its main agent and its sub-agents."""
+    tools = [{"type": "function", "function": {"name": "read", "description": "x" * 500}}]
+    main = [chat(RULES, *[ASKED, "Yes."] * n, ASKED, tools=tools) for n in range(2)]
+    between = chat("You search files. Answer with paths only.", "Where is bound?", tools=tools)
+    log = [
+        {"request": {"body": body, "headers": {"x-claude-code-session-id": "s"}}}
+        for body in (main[0], between, main[1])
+    ]
+    report = explain_miss(*log)
+    assert [finding.cause for finding in report.findings] == ["first request", "new conversation", "appended"]
+    assert report.findings[2].compared_with == 1
+
+
 def test_a_subagent_between_two_turns_does_not_hide_what_they_share() -> None:
     clock = [f"Now: 2026-06-09 15:0{n}\n{RULES}" for n in range(2)]
     between = chat("You search files. Answer with paths only.", "Where is bound?")
     report = explain_miss(chat(clock[0], ASKED), between, chat(clock[1], ASKED, "Yes.", "Go on."))
     assert [finding.cause for finding in report.findings] == ["first request", "new conversation", "clock"]
     assert report.findings[2].compared_with == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "name"),
+    [
+        ("2026-06-09T12:00:00.123456+00:00", "2026-06-10T12:00:07+00:00", "clock"),
+        ("Thu Nov 26 2026", "Fri Nov 27 2026", "clock"),
+        ("11/26/2026 9:05 PM", "11/27/2026 9:05 PM", "clock"),
+        ("26.11.2026, 21:05", "27.11.2026, 21:05", "clock"),
+        ("epoch 1780000000", "epoch 1780000100", "clock"),
+        ("3f2b8c1e-9a44-4c1b-8f21-0c2de1a5b7f0", "81d7c0aa-1b7e-4d55-9c00-aa12cd34ef56", "id"),
+        ("req_01AbCdEf23", "req_77zYxWvU99", "id"),
+        ("cch=1a2b3", "cch=9f8e7", "id"),
+        ("1,234 left", "987 left", "counter"),
+        ("turn 9", "turn 10", "counter"),
+        ("decade", "facade", None),
+        ("I like cats", "I like dogs", None),
+        ("May I go", "Can I go", None),
+        ("version", "version 2", None),
+        ("1", "1:", None),
+    ],
+)
+def test_a_volatile_value_is_told_by_its_form(one: str, other: str, name: str | None) -> None:
+    found = volatile_at(one, other, common_length(one, other))
+    assert (found and found.name) == name
+
+
+def test_hostile_texts_take_no_long_time() -> None:
+    """One long line, full of what the patterns look for."""
+    for filler in ("12:30 Mon Jun 9, ", "a/b.c/", "<think>", "<a ", "# x\n", "1 1 1 1 "):
+        text = filler * (200_000 // len(filler))
+        started = time.perf_counter()
+        explain_miss(chat(f"{text}x{text}", ASKED), chat(f"{text}y{text}", ASKED))
+        explain_miss(chat(RULES, f"{text}x{text}", ASKED), chat(RULES, f"{text}y{text}", ASKED))
+        assert time.perf_counter() - started < 5, filler

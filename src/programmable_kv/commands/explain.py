@@ -57,10 +57,10 @@ def explain_miss(
     if html is not None:
         from programmable_kv.explain.page import page
 
-        html.write_text(page(report), encoding="utf-8")
+        html.write_text(page(report), encoding="utf-8", errors="replace")
         err.print(f"wrote {html}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
-        print(json.dumps(report.as_json(), indent=1, ensure_ascii=False))
+        typer.echo(json.dumps(report.as_json(), indent=1, ensure_ascii=False).encode("utf-8", "replace"))
         return
     _show(report, top)
 
@@ -78,7 +78,7 @@ def _show(report: MissReport, top: int) -> None:
         out.print(f"\n{len(report.causes) - top} more causes: --top {len(report.causes)} shows them.", highlight=False)
     out.print()
     for note in (*report.notes, *_skipped(report)):
-        out.print(note, markup=False, highlight=False, style="dim")
+        out.print(_printable(note), markup=False, highlight=False, style="dim")
 
 
 def _show_ranking(report: MissReport) -> None:

@@ -198,6 +198,12 @@ CLASSES = (
         lambda case: Kind.SYSTEM in case.kinds,
     ),
     CauseClass(
+        "varying part first",
+        "Conversations begin with the same long text behind a part that varies.",
+        "Put what is always the same first, into the system prompt if it fits there, and what varies last.",
+        recognise.varying_first,
+    ),
+    CauseClass(
         "rewritten message",
         "A message that was sent already has other text.",
         "Send it again as it was; correct it with a new message.",

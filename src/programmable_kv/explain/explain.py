@@ -225,7 +225,8 @@ def _ranked(findings: Iterable[RequestFinding], rows: Mapping[int, CauseClass], 
 
 _WHOLE = (
     "client header",
-    "rewritten message", "system prompt changed", "tool result changed", "history trimmed", "history compacted",
+    "rewritten message",
+    "varying part first", "system prompt changed", "tool result changed", "history trimmed", "history compacted",
     "message inserted", "moved reminder", "stripped thinking", "serialisation flip", "rolling cache_control",
     "model changed", "cache salt changed",
 )  # fmt: skip

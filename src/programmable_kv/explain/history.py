@@ -65,7 +65,7 @@ class History:
         return first_difference(best, request)
 
     def counterpart(self, request: Request, nearest: Difference | None) -> Difference | None:
-        """The earlier request that this one continues: of the same session, or with the most text in common.
+        """The earlier request that this one continues: the one with the most text in common, of the same session.
 
         Where a clock stands at the top, a prefix says little about what was continued: what both hold, anywhere, does.
         """
@@ -77,12 +77,12 @@ class History:
         if not candidates:
             return None
         own = same.number if same is not None else None
-        # A session's own last request is what it continues, if anything of it is left; then the same cache, then the latest.
+        # A session's name alone does not do: sub-agents send it too.
         best = max(
             candidates,
             key=lambda one: (
-                one.number == own and common_bytes(one, request) > 0,
                 common_bytes(one, request),
+                one.number == own,
                 one.cache == request.cache,
                 first_difference(one, request).equal_bytes,
                 one.number,

@@ -6,11 +6,13 @@ response, the usage and the time: what gateways and batch files write.
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -53,14 +55,13 @@ class LogReader:
             InvalidRequestError: it cannot be read, or a line of it is no request, unless bad lines are skipped.
         """
         try:
-            text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")
+            data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         except OSError as error:
             raise InvalidRequestError(f"cannot read {path}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise InvalidRequestError(f"{path} is not UTF-8 text: {error}. Convert it first.") from error
-        if not text.strip():
+        data = data.removeprefix(codecs.BOM_UTF8)
+        if not data.strip():
             raise InvalidRequestError(f"{path} is empty: expected a request as JSON, or one on each line")
-        whole = _parsed(text)
+        whole = None if _is_log(data) else _parsed(data)
         if isinstance(whole, Mapping) and is_trace(whole):
             self.requests += requests_of_trace(whole, path.name, len(self.requests) + 1)
             return
@@ -69,7 +70,7 @@ class LogReader:
         elif isinstance(whole, Mapping):
             entries = [(path.name, whole)]
         else:
-            lines = enumerate(text.split("\n"), start=1)
+            lines = enumerate(BytesIO(data), start=1)
             entries = ((f"{path.name}:{number}", _Line(line)) for number, line in lines if line.strip())
         for source, entry in entries:
             self._take(entry, source)
@@ -91,7 +92,7 @@ class LogReader:
             body = self._joined(body)
         try:
             pieces = pieces_of(body, protocol)
-        except InvalidRequestError as error:
+        except (InvalidRequestError, RecursionError) as error:
             raise InvalidRequestError(f"{source}: {error}") from error
         answer = _answer(entry)
         self.requests.append(
@@ -136,17 +137,25 @@ class LogReader:
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    text: str
+    data: bytes
 
     def parsed(self, source: str) -> Any:
         try:
-            return json.loads(self.text)
+            return json.loads(self.data)
+        except UnicodeDecodeError as error:
+            raise InvalidRequestError(f"{source} is not UTF-8 text: {error}. Convert it first.") from error
         except (ValueError, RecursionError) as error:
             raise InvalidRequestError(f"{source} is not JSON: {error}") from error
 
 
-def _parsed(text: str) -> Any:
-    """A file that is one JSON value; None where it is not, as a log of several lines."""
+def _is_log(data: bytes) -> bool:
+    """Whether the first line is an object of its own, and others follow."""
+    first, _, rest = data.lstrip().partition(b"\n")
+    return isinstance(_parsed(first), Mapping) and bool(rest[:1000].strip())
+
+
+def _parsed(text: str | bytes) -> Any:
+    """JSON; None where it is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from programmable_kv.explain.case import Case, alike, without_numbers
+from programmable_kv.explain.history import same_conversation
 from programmable_kv.explain.pieces import Kind, Piece
 from programmable_kv.explain.volatile import CLOCK_CUES, COUNTER_CUES
 
-_THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+_LONGEST_PATH = 300
 _BILLING = "x-anthropic-billing-header"
 _GIT = re.compile(
     r"^\s?(?:[MADRCU?!]{1,2}|[MADRCU] [MADRCU]?) \S|^[0-9a-f]{7,12} \S|^\(clean\)$|^(?:Current|Main) branch",
@@ -71,7 +72,7 @@ def _canonical(text: str) -> Any:
         if body.lstrip().startswith(("{", "[")):
             try:
                 return head + json.dumps(json.loads(body), sort_keys=True)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
     return text
 
@@ -83,7 +84,18 @@ def thinking_changed(case: Case) -> bool:
     if case.same_kind and case.kinds <= thoughts:
         return case.kinds == {Kind.OPAQUE} or not case.following_after
     one, other = case.texts
-    return case.same_kind and one != other and _THOUGHT.sub("", one) == _THOUGHT.sub("", other)
+    return case.same_kind and one != other and without_thoughts(one) == without_thoughts(other)
+
+
+def without_thoughts(text: str) -> str:
+    """A text without what stands between `<think>` and `</think>`, and without the blank behind it."""
+    kept = ""
+    while True:
+        before, opened, rest = text.partition("<think>")
+        _, closed, behind = rest.partition("</think>")
+        if not opened or not closed:
+            return kept + text
+        kept, text = kept + before, behind.lstrip()
 
 
 def billing_header(case: Case) -> bool:
@@ -118,7 +130,11 @@ def git_status(case: Case) -> bool:
 
 def file_list(case: Case) -> bool:
     named = re.search(r"(?i)files?\b|tree|director(?:y|ies)", _label(case))
-    return case.same_kind and case.shown and any(_PATH.match(line) or (named and line) for line in case.lines)
+    return (
+        case.same_kind
+        and case.shown
+        and any(_PATH.match(line[:_LONGEST_PATH]) or (named and line) for line in case.lines)
+    )
 
 
 def environment(case: Case) -> bool:
@@ -185,6 +201,12 @@ def compacted(case: Case) -> bool:
 
 def tool_result(case: Case) -> bool:
     return case.kinds == {Kind.RESULT}
+
+
+def varying_first(case: Case) -> bool:
+    """A first message that is like that of another conversation: one template, filled twice."""
+    named = bool(case.earlier.session) and case.earlier.session == case.later.session
+    return case.kinds == {Kind.TEXT} and not named and not same_conversation(case.earlier, case.later)
 
 
 def new_conversation(case: Case) -> bool:

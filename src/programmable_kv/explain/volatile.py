@@ -26,6 +26,8 @@ _HEX = re.compile(r"[0-9a-f]{5,}|[0-9A-F]{5,}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-
 _MIXED = re.compile(r"(?=.*[A-Za-z])(?=.*\d)[A-Za-z0-9_-]{8,}")
 _TAG = re.compile(r"<(/?)([A-Za-z][\w.-]{0,60})(?:\s[^<>]{0,200})?>")
 _HEADING = re.compile(r"^(?:#{1,6} +(.{1,80})|(\w[\w ]{1,40}):[ \t]*)$", re.MULTILINE)
+_AROUND = 200
+"""characters of a line that are searched on both sides of a difference"""
 
 CLOCK_CUES = re.compile(
     r"(?i)\b(?:today|now|current|currently|date|time|clock|timestamp|timezone)\b|current_|<(?:date|time)"
@@ -50,11 +52,18 @@ def volatile_at(before: str, after: str, offset: int) -> Value | None:
         offset: equal characters at the beginning of both texts.
     """
     start, stop, stop_after = line_bounds(before, after, offset)
+    start, stop, stop_after = (
+        max(start, offset - _AROUND),
+        min(stop, offset + _AROUND),
+        min(stop_after, offset + _AROUND),
+    )
     one, other, at = before[start:stop], after[start:stop_after], offset - start
     for name, find in _FINDERS:
         found, found_after = find(one, at), find(other, at)
         if found is None or found_after is None or found[0] != found_after[0]:
             continue
+        if one[slice(*found)] == other[slice(*found_after)]:
+            continue  # the texts part behind it
         if name == "id" and not _are_ids(one[slice(*found)], other[slice(*found_after)]):
             continue
         return Value(name, start + found[0], start + found[1], start + found_after[1])
