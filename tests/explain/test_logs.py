@@ -16,6 +16,15 @@ from programmable_kv.explain.pieces import Request
 BODY = chat(RULES, ASKED)
 USAGE = {"prompt_tokens": 100, "prompt_tokens_details": {"cached_tokens": 64}}
 
+STREAM = """event: message_start
+data: {"type": "message_start", "message": {"usage": {"input_tokens": 3, "cache_read_input_tokens": 60,
+data: {"type": "message_start", "message": {"usage": {"input_tokens": 3, "cache_read_input_tokens": 60}}}
+data: {"type": "message_delta", "usage": {"output_tokens": 9}}
+"""
+OPENAI_STREAM = (
+    f"data: {json.dumps({'choices': [], 'usage': None})}\n\ndata: {json.dumps({'usage': USAGE})}\n\ndata: [DONE]\n"
+)
+
 
 def read(entry: dict[str, Any]) -> Request:
     reader = LogReader()
@@ -35,6 +44,8 @@ def read(entry: dict[str, Any]) -> Request:
         ({"request": json.dumps(BODY), "response": json.dumps({"usage": USAGE})}, 64, None, ""),
         ({"proxy_server_request": {"body": BODY}, "response": {"body": {"usage": USAGE}}}, 64, None, ""),
         ({**BODY, "response": {"usage": USAGE}, "startTime": "1970-01-01 00:00:30"}, 64, 30.0, ""),
+        ({"request": {"body": BODY, "timestamp": 7}, "response": {"body_raw": STREAM}}, 60, 7.0, ""),
+        ({"request": BODY, "response": OPENAI_STREAM}, 64, None, ""),
         ({"request": BODY, "time": 1_780_000_000_000}, None, 1_780_000_000.0, ""),
         ({"request": {**BODY, "metadata": {"user_id": "u1"}}}, None, None, "u1"),
         ({"request": {**BODY, "prompt_cache_key": "k1"}}, None, None, "k1"),

@@ -31,6 +31,7 @@ def test_the_break_of_a_real_trace_is_found() -> None:
     assert broken.lost == min(requests[2]["in"], requests[3]["in"]) - 64 * same
     assert broken.place == "system prompt"
     assert broken.byte is None
+    assert (broken.line, broken.before, broken.after, broken.behind) == ("", "", "", ()), "a hash is no text"
     assert report.total == sum(request["in"] for request in requests)
     assert report.at_most
     assert any("why is not" in note for note in report.notes)
@@ -51,6 +52,8 @@ def test_local_hashes_mean_nothing_in_another_file(tmp_path: Path) -> None:
     one, two = written(tmp_path, "a.json"), written(tmp_path, "b.json")
     report = explain_miss(one, two)
     assert report.findings[5].hit == 0
+    other = explain_miss(one, written(tmp_path, "c.json", requests=[{"model": "m", "in": 99, "hash_ids": [1]}]))
+    assert other.findings[5].cause == "new conversation", "another model's trace continues nothing"
     assert report.findings[5].cause == "new conversation"
     one, two = (written(tmp_path, name, hash_id_scope="global") for name in ("a.json", "b.json"))
     assert explain_miss(one, two).findings[5].cause == "repeated"

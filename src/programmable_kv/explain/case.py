@@ -84,9 +84,14 @@ class Case:
         return labels_before(self.texts[1] or self.texts[0], self.change.offset)
 
     @cached_property
+    def same_conversation(self) -> bool:
+        """Whether the two requests have a message in common."""
+        return same_conversation(self.earlier, self.later)
+
+    @cached_property
     def other_conversation(self) -> bool:
         """The two requests have no message in common, and what differs is other text rather than the same text changed."""
-        return not same_conversation(self.earlier, self.later) and not (self.same_kind and alike(*self.texts))
+        return not self.same_conversation and not (self.same_kind and alike(*self.texts))
 
     @property
     def following_before(self) -> tuple[Piece, ...]:
@@ -99,7 +104,7 @@ class Case:
     @cached_property
     def template(self) -> str:
         """The line at fault with the changing value left out: equal for every request in which the same line changes."""
-        if Kind.TOOL in self.kinds and self.value is None:
+        if Kind.BLOCK in self.kinds or (Kind.TOOL in self.kinds and self.value is None):
             return ""
         line = self.lines[1] or self.lines[0]
         if self.value is None:

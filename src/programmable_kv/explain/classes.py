@@ -50,14 +50,14 @@ CLASSES = (
         "model changed",
         "Another model was asked. Caches are kept for each model.",
         "Keep a conversation on one model; give side tasks to the other model in a conversation of their own.",
-        lambda case: case.earlier.model != case.later.model,
+        lambda case: case.earlier.model != case.later.model and case.same_conversation,
         key="model",
     ),
     CauseClass(
         "cache salt changed",
         "`cache_salt` parts the caches of requests that are otherwise equal.",
         "Use one salt for each tenant, not one for each request.",
-        lambda case: case.earlier.salt != case.later.salt,
+        lambda case: case.earlier.salt != case.later.salt and case.same_conversation,
         key="cache_salt",
     ),
     CauseClass(

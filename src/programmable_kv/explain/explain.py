@@ -150,8 +150,8 @@ def _finding(request: Request, history: History, meter: Meter, table: PriceTable
         None if found is None else found.earlier.number,
         place,
         path,
-        None if found is None or request.block_tokens else found.equal_bytes,
-        _token(found, meter) if found is not None else None,
+        None if found is None or row.key or request.block_tokens else found.equal_bytes,
+        _token(found, meter) if found is not None and not row.key else None,
         amounts.total if amounts is not None else None,
         amounts.hit if amounts is not None else None,
         lost,
@@ -235,7 +235,7 @@ _WHOLE = (
 
 def _behind(found: Difference) -> tuple[str, ...]:
     texts = []
-    for change in changes_behind(found):
+    for change in changes_behind(found) if not found.later.block_tokens else ():
         place = change.after.place if change.after is not None else ""
         texts.append(f"{classify_behind(Case(found, change)).name} in {place}")
     return tuple(dict.fromkeys(texts))

@@ -21,10 +21,12 @@ from programmable_kv.errors import InvalidRequestError
 from programmable_kv.explain.pieces import Piece, Request, Usage
 from programmable_kv.explain.protocols import OPTIONS, RESPONSES, STORED, pieces_of, protocol_of
 from programmable_kv.explain.traces import is_trace, requests_of_trace
-from programmable_kv.explain.usage import usage_of
+from programmable_kv.explain.usage import usage_of, usage_of_stream
 
 _HOLDERS = ("request", "body", "request_body", "proxy_server_request", "payload", "kwargs", "json")
 _ANSWERS = ("response", "response_body", "body", "result", "message")
+_STREAMS = ("body_raw", "body", "text", "content")
+"""where a response holds a streamed answer as text"""
 _TIMES = ("timestamp", "time", "ts", "created_at", "startTime", "start_time", "started_at", "date")
 _ROUTES = ("url", "path", "route", "endpoint", "uri")
 _SESSIONS = ("x-claude-code-session-id", "session_id", "session-id", "conversation_id", "x-session-id")
@@ -203,6 +205,12 @@ def _usage(entry: Mapping[str, Any], answer: Mapping[str, Any]) -> Usage | None:
         found = usage_of(given)
         if found is not None:
             return found
+    response = entry.get("response")
+    held = _object(response)
+    for text in (response, *(held.get(key) for key in _STREAMS)):
+        found = usage_of_stream(text) if isinstance(text, str) else None
+        if found is not None:
+            return found
     return None
 
 
@@ -217,8 +225,8 @@ def _session(entry: Mapping[str, Any], body: Mapping[str, Any]) -> str:
 
 
 def _time(entry: Mapping[str, Any]) -> float | None:
-    for key in _TIMES:
-        value = entry.get(key)
+    request = _object(entry.get("request"))
+    for value in (holder.get(key) for holder in (entry, request) for key in _TIMES):
         if isinstance(value, int | float) and not isinstance(value, bool):
             return value / 1000 if value > _MILLISECONDS else float(value)
         if isinstance(value, str):

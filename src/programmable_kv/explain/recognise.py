@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from programmable_kv.explain.case import Case, alike, without_numbers
-from programmable_kv.explain.history import same_conversation
 from programmable_kv.explain.pieces import Kind, Piece
 from programmable_kv.explain.volatile import CLOCK_CUES, COUNTER_CUES
 
@@ -206,7 +205,7 @@ def tool_result(case: Case) -> bool:
 def varying_first(case: Case) -> bool:
     """A first message that is like that of another conversation: one template, filled twice."""
     named = bool(case.earlier.session) and case.earlier.session == case.later.session
-    return case.kinds == {Kind.TEXT} and not named and not same_conversation(case.earlier, case.later)
+    return case.kinds == {Kind.TEXT} and not named and not case.same_conversation
 
 
 def new_conversation(case: Case) -> bool:

@@ -5,6 +5,7 @@ OpenAI counts cached tokens inside of the input tokens, Anthropic beside them: h
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,21 @@ def usage_of(given: Any) -> Usage | None:
         written = _count(inside, "cache_write_tokens") or _count(given, "cache_creation_input_tokens")
         return Usage(tokens, min(int(cached or 0), tokens), min(written, tokens), cached is not None)
     return None
+
+
+def usage_of_stream(text: str) -> Usage | None:
+    """The usage in a streamed answer that was logged as text: of all its events the one that counts most input."""
+    found = []
+    for line in text.splitlines():
+        if not line.startswith("data:") or '"usage"' not in line:
+            continue
+        try:
+            event = json.loads(line.removeprefix("data:"))
+        except (ValueError, RecursionError):
+            continue
+        held = [event, event.get("message"), event.get("response")] if isinstance(event, dict) else []
+        found += [usage_of(each.get("usage")) for each in held if isinstance(each, dict)]
+    return max((usage for usage in found if usage is not None), key=lambda usage: usage.tokens, default=None)
 
 
 def _cached_keys(inside: Mapping[str, Any], given: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]]:
