@@ -76,6 +76,11 @@ def tool(name: str) -> Body:
     return {"type": "function", "function": {"name": name, "description": f"The tool {name}.", "parameters": schema}}
 
 
+def dated(day: str) -> Body:
+    """A tool whose description changes every day."""
+    return {"type": "function", "function": {"name": "calendar", "description": f"Today is {day}.", "parameters": {}}}
+
+
 def twice(system: str, changed: str) -> tuple[Body, ...]:
     """A conversation whose system prompt changes between its two turns."""
     return chat(system + RULES, ASKED), chat(changed + RULES, ASKED, ANSWERED, ASKED_NEXT)
@@ -315,6 +320,14 @@ SHAPES = (
         "a tool is added", 0, "MCP servers that connect late",
         (chat(RULES, ASKED, tools=_TOOLS[:3]), chat(RULES, ASKED, ANSWERED, ASKED_NEXT, tools=_TOOLS)),
         "tools changed", "tool list",
+    ),
+    Shape(
+        "a date in a tool's description", 0, "a tool that says what day it is",
+        (
+            chat(RULES, ASKED, tools=[*_TOOLS[:1], dated("2026-06-09"), *_TOOLS[1:]]),
+            chat(RULES, ASKED, ANSWERED, ASKED_NEXT, tools=[*_TOOLS[:1], dated("2026-06-10"), *_TOOLS[1:]]),
+        ),
+        "clock", "tool list",
     ),
     Shape(
         "edited message", 0, "a user who edits",

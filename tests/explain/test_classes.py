@@ -121,6 +121,36 @@ def test_a_subagent_of_the_same_session_is_no_turn_of_it() -> None:
     assert report.findings[2].compared_with == 1
 
 
+def test_behind_a_clock_the_conversation_that_is_continued_is_found_by_what_it_says() -> None:
+    log = []
+    for n in range(3):
+        for who in ("first", "second"):
+            turns = [turn for k in range(n) for turn in (f"{who} {k}", f"answer {k} to {who}")]
+            log.append(chat(f"Now: 15:{len(log):02}\n{RULES}", *turns, f"{who} {n}"))
+    report = explain_miss(*log)
+    assert [finding.compared_with for finding in report.findings[2:]] == [1, 2, 3, 4]
+    assert {finding.cause for finding in report.findings[2:]} == {"clock"}
+
+
+def test_a_session_that_was_compacted_is_compared_with_itself() -> None:
+    """Nothing but the system prompt is left, which every session has: the client's name for the session decides."""
+    log = [
+        {"session_id": name, "request": chat(RULES, *turns)}
+        for name, turns in (("s", ["One."]), ("t", ["Two."]), ("s", ["Summary of what was said.", "Yes.", "Go on."]))
+    ]
+    found = explain_miss(*log).findings[2]
+    assert found.compared_with == 1
+    assert found.cause == "rewritten message"
+
+
+def test_of_two_models_in_one_conversation_the_same_one_is_compared() -> None:
+    system = "Now: 15:0{}\n" + RULES
+    one, other = ({**chat(system.format(0), ASKED), "model": name} for name in ("m", "n"))
+    later = {**chat(system.format(1), ASKED, "Yes.", "Go on."), "model": "m"}
+    found = explain_miss(one, other, later).findings[2]
+    assert (found.cause, found.compared_with) == ("clock", 1)
+
+
 def test_a_subagent_between_two_turns_does_not_hide_what_they_share() -> None:
     clock = [f"Now: 2026-06-09 15:0{n}\n{RULES}" for n in range(2)]
     between = chat("You search files. Answer with paths only.", "Where is bound?")

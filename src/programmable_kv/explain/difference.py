@@ -78,7 +78,7 @@ def first_difference(earlier: Request, later: Request) -> Difference:
             break
         index += 1
     before, after = _at(earlier.pieces, index), _at(later.pieces, index)
-    return Difference(earlier, later, index, _shared(before, after))
+    return Difference(earlier, later, index, shared_characters(before, after))
 
 
 def changes_behind(first: Difference, most: int = 5) -> list[Change]:
@@ -95,7 +95,7 @@ def changes_behind(first: Difference, most: int = 5) -> list[Change]:
             continue
         for before, after in zip(one[start:stop], other[start_later:stop_later], strict=False):
             if before.kind is after.kind and not (before is one[0] or after is other[0]):
-                found.append(Change(before, after, _shared(before, after)))
+                found.append(Change(before, after, shared_characters(before, after)))
     return found[:most]
 
 
@@ -115,7 +115,8 @@ def common_length(one: str, other: str) -> int:
     return low
 
 
-def _shared(before: Piece | None, after: Piece | None) -> int:
+def shared_characters(before: Piece | None, after: Piece | None) -> int:
+    """Equal characters at the beginning of two pieces; 0 where they are not of one kind."""
     if (
         before is None
         or after is None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from programmable_kv.explain.difference import Difference, common_bytes, common_length, first_difference
-from programmable_kv.explain.pieces import HEAD, Request
+from programmable_kv.explain.difference import Difference, common_bytes, first_difference, shared_characters
+from programmable_kv.explain.pieces import HEAD, Piece, Request
 
 _CHILDREN = 64
 """how many of the latest continuations of one prefix are compared character by character"""
@@ -28,7 +28,6 @@ class History:
     _sessions: dict[str, Request] = field(default_factory=dict)
     _said: dict[bytes, Request] = field(default_factory=dict)
     """a message's key -> the latest request with it"""
-    _last: Request | None = None
 
     def add(self, request: Request) -> None:
         """Remember a request as sent."""
@@ -44,7 +43,6 @@ class History:
         for piece in request.pieces:
             if piece.kind not in HEAD:
                 self._said[piece.key] = request
-        self._last = request
 
     def nearest(self, request: Request) -> Difference | None:
         """The request that shares the longest prefix in the same cache: what a prefix cache finds. The latest of equals."""
@@ -59,9 +57,9 @@ class History:
             node, index = child, index + 1
         best = node.latest
         if index < len(request.pieces) and node.children:
-            text = request.pieces[index].text
+            piece = request.pieces[index]
             latest = list(node.children.values())[-_CHILDREN:]
-            best = max(latest, key=lambda child: _part(child.latest, index, text)).latest
+            best = max(latest, key=lambda child: _part(child.latest, index, piece)).latest
         return first_difference(best, request)
 
     def counterpart(self, request: Request, nearest: Difference | None) -> Difference | None:
@@ -70,7 +68,7 @@ class History:
         Where a clock stands at the top, a prefix says little about what was continued: what both hold, anywhere, does.
         """
         same = self._sessions.get(request.session) if request.session else None
-        found = [nearest.earlier if nearest is not None else None, self._last, same]
+        found = [nearest.earlier if nearest is not None else None, same]
         messages = [piece for piece in request.pieces if piece.kind not in HEAD]
         found += [self._said.get(piece.key) for piece in (*messages[:3], *messages[-6:])]
         candidates = _distinct(found)
@@ -97,9 +95,8 @@ def same_conversation(one: Request, other: Request) -> bool:
     return any(piece.key in said for piece in other.pieces if piece.kind not in HEAD)
 
 
-def _part(request: Request, index: int, text: str) -> tuple[int, int]:
-    shared = common_length(request.pieces[index].text, text) if index < len(request.pieces) else 0
-    return shared, request.number
+def _part(request: Request, index: int, piece: Piece) -> tuple[int, int]:
+    return shared_characters(request.pieces[index], piece), request.number
 
 
 def _distinct(requests: Iterable[Request | None]) -> list[Request]:
