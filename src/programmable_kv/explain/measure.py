@@ -113,15 +113,15 @@ class Meter:
         if self.at_most:
             earlier = self.total(counterpart.earlier)
             return 0 if earlier is None else min(earlier, total) - hit
-        in_tokens = self.counter is not None and self.basis is Basis.TOKENIZER and nearest is not None
-        if in_tokens and self.counter.only_appended(nearest.earlier, counterpart.later):  # type: ignore[union-attr]
+        counter = self.counter if self.basis is Basis.TOKENIZER else None
+        if counter is not None and nearest is not None and counter.only_appended(nearest.earlier, counterpart.later):
             return 0  # the two differ in a way that the chat template does not show
         start = nearest.index if nearest is not None else 0
         if counterpart.earlier.cache == counterpart.later.cache:
             start = max(start, counterpart.index)
         again = sum(self._count(piece) for piece in _held_by_both(counterpart, start))
-        if self.basis is Basis.TOKENIZER and nearest is not None and self.counter is not None:
-            again += self.counter.shared(nearest.earlier, counterpart.later) - hit  # the block that was not filled
+        if counter is not None and nearest is not None:
+            again += counter.shared(nearest.earlier, counterpart.later) - hit  # the block that was not filled
         return again
 
     def _count(self, piece: Piece) -> int:
