@@ -1,13 +1,14 @@
 """Write the documents that are generated from the code: `python -m scripts.write_docs`, in the repository's root.
 
-It writes `docs/cli.md`, `docs/reference.md`, `docs/templates.md`, and the generated parts of `docs/structure.md`. A test fails
-when one of them differs from the code.
+It writes `docs/cli.md`, `docs/reference.md`, `docs/templates.md`, and the generated parts of `docs/structure.md` and
+`docs/explain-miss.md`. A test fails when one of them differs from the code.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from scripts.causes_page import causes_page
 from scripts.cli_page import cli_page
 from scripts.reference_page import reference_page
 from scripts.structure_page import structure_page
@@ -19,11 +20,12 @@ ROOT = Path(__file__).parent.parent
 def generated() -> dict[Path, str]:
     """Each generated document and what it must hold."""
     docs = ROOT / "docs"
-    structure = docs / "structure.md"
+    structure, causes = docs / "structure.md", docs / "explain-miss.md"
     return {
         docs / "cli.md": cli_page(),
         docs / "reference.md": reference_page(),
         docs / "templates.md": templates_page(ROOT / "tests" / "templates"),
+        causes: causes_page(causes.read_text(encoding="utf-8")),
         structure: structure_page(structure.read_text(encoding="utf-8"), ROOT),
     }
 

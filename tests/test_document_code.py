@@ -7,14 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from conftest import tiny
+from programmable_kv.cli import app
 
 ROOT = Path(__file__).parent.parent
+
+
+def documented_log() -> str:
+    """The log that `docs/explain-miss.md` explains."""
+    page = (ROOT / "docs" / "explain-miss.md").read_text(encoding="utf-8")
+    return page.partition("```json\n")[2].partition("```")[0]
+
+
 FILES = {
     "policy.md": "order_status: {order_status}\n- If order_status is pending, cancel.\n- If order_status is shipped, deny.\n",
     "refunds.md": "tier: {tier}\nIf tier is gold, refund.\n",
     "returns.md": "Orders are returned within 30 days.\n",
+    "log.jsonl": documented_log(),
 }
 """what the documents' code opens"""
 
@@ -62,3 +73,14 @@ def test_the_skills_page_s_code_runs() -> None:
     namespace = run("docs/skills.md")
     assert namespace["agent"].notebook.last_account.exact, "compiled together, in their order"
     assert namespace["agent"].composed.tokens_computed < 60
+
+
+def test_the_explain_miss_page_s_code_runs_and_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    report = run("docs/explain-miss.md")["report"]
+    assert [cause.name for cause in report.causes] == ["clock"]
+    assert "Time: …" in capsys.readouterr().out
+    shown = (
+        (ROOT / "docs" / "explain-miss.md").read_text(encoding="utf-8").partition("```text\n")[2].partition("```")[0]
+    )
+    done = CliRunner().invoke(app, ["explain-miss", "log.jsonl"], env={"COLUMNS": "80"}, catch_exceptions=False)
+    assert [line.rstrip() for line in done.stdout.splitlines()] == shown.splitlines()

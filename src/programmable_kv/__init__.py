@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
         InvalidArgumentError,
         InvalidEditError,
         InvalidOptionsError,
+        InvalidRequestError,
         InvalidValueError,
         MissingDataError,
         MissingExtraError,
@@ -50,6 +51,8 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
         UnsupportedModelError,
         UnverifiedError,
     )
+    from programmable_kv.explain.explain import explain_miss
+    from programmable_kv.explain.report import MissCause, MissReport, RequestFinding
     from programmable_kv.model_queue import ModelQueue
     from programmable_kv.models.load import Model, load_model, wrap_model
     from programmable_kv.notebook.decision import Decision
@@ -80,7 +83,10 @@ _MODULE_OF = {
     "InvalidArgumentError": "errors",
     "InvalidEditError": "errors",
     "InvalidOptionsError": "errors",
+    "InvalidRequestError": "errors",
     "InvalidValueError": "errors",
+    "MissCause": "explain.report",
+    "MissReport": "explain.report",
     "MissingDataError": "errors",
     "MissingExtraError": "errors",
     "Mode": "edits.modes",
@@ -98,6 +104,7 @@ _MODULE_OF = {
     "Reader": "prompt.readers",
     "Recency": "edits.ranking",
     "RecordError": "errors",
+    "RequestFinding": "explain.report",
     "Rows": "cache.rows",
     "SeamRepair": "edits.seam",
     "Skill": "skills.skill",
@@ -114,6 +121,7 @@ _MODULE_OF = {
     "UnknownSkillError": "errors",
     "UnsupportedModelError": "errors",
     "UnverifiedError": "errors",
+    "explain_miss": "explain.explain",
     "load_model": "models.load",
     "wrap_model": "models.load",
 }
@@ -137,7 +145,10 @@ __all__ = [
     "InvalidArgumentError",
     "InvalidEditError",
     "InvalidOptionsError",
+    "InvalidRequestError",
     "InvalidValueError",
+    "MissCause",
+    "MissReport",
     "MissingDataError",
     "MissingExtraError",
     "Mode",
@@ -155,6 +166,7 @@ __all__ = [
     "Reader",
     "Recency",
     "RecordError",
+    "RequestFinding",
     "Rows",
     "SeamRepair",
     "Skill",
@@ -172,6 +184,7 @@ __all__ = [
     "UnsupportedModelError",
     "UnverifiedError",
     "__version__",
+    "explain_miss",
     "load_model",
     "wrap_model",
 ]

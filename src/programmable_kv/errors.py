@@ -15,6 +15,7 @@ ProgrammableKVError
 │   ├── InvalidValueError         a field's name, a value or a text is not plain data
 │   ├── InvalidEditError          an edit or a composition that cannot be made here
 │   ├── InvalidOptionsError       the options of a decision cannot be compared
+│   ├── InvalidRequestError       a request, a log or a price table that cannot be read
 │   ├── UnknownFieldError         no field of that name
 │   ├── UnknownPartError          no part, slot or skill of that name in the context
 │   └── TemplateError             the chat template does not take this conversation
@@ -86,6 +87,10 @@ class InvalidEditError(InputError):
 
 class InvalidOptionsError(InputError):
     """The options of a decision are empty, equal, or tokenise to nothing."""
+
+
+class InvalidRequestError(InputError):
+    """A client's request, a line of a log, or a price table cannot be read."""
 
 
 class UnknownFieldError(InputError):

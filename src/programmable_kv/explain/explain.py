@@ -1,0 +1,268 @@
+"""`explain_miss`: a log of requests, compared one by one with those before them, as a report."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from programmable_kv.arguments import require_count
+from programmable_kv.errors import InvalidArgumentError
+from programmable_kv.explain.case import Case
+from programmable_kv.explain.classes import CauseClass, classify, classify_behind
+from programmable_kv.explain.difference import Difference, changes_behind, common_bytes
+from programmable_kv.explain.excerpts import excerpts
+from programmable_kv.explain.history import History
+from programmable_kv.explain.logs import LogReader
+from programmable_kv.explain.measure import Basis, Meter, basis_of
+from programmable_kv.explain.notes import notes_of
+from programmable_kv.explain.pieces import Request
+from programmable_kv.explain.prices import Price, PriceTable, read_prices
+from programmable_kv.explain.report import MissCause, MissReport, RequestFinding
+from programmable_kv.explain.tokens import TokenCounter
+from programmable_kv.explain.upstream import Unread, classify_unread, was_unread
+
+FIRST = CauseClass("first request", "Nothing stands before it.", "", lambda _: False, lost=False)
+TEMPLATE = CauseClass(
+    "chat template",
+    "The client only appended messages; the chat template renders the earlier ones differently now.",
+    "Look for the template's switch (`preserve_thinking`, `clear_thinking`), or fix a date it writes by itself with "
+    "`chat_template_kwargs`.",
+    lambda _: False,
+)
+WHOLE_REQUEST = "the whole request"
+
+
+def explain_miss(
+    *logs: str | Path | Mapping[str, Any],
+    model: str | Path | None = None,
+    block_size: int = 16,
+    prices: str | Path | None = None,
+    skip_bad_lines: bool = False,
+    show_text: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> MissReport:
+    """Explain why a prefix cache missed: where each request first differs from what was sent before, why, and what that cost.
+
+    Nothing is sent anywhere, and no model is loaded. Requests are Chat Completions, Responses, Messages or Completions bodies.
+
+    Args:
+        logs: files (a request as JSON, a log with one on each line, a trace of hashed blocks; "-" is standard input),
+            or requests as mappings. In their order.
+        model: count in the tokens of this model: "embedded", a Hub id, a folder or a GGUF file. Only its tokenizer is loaded.
+        block_size: tokens in a block of the engine's cache (16 in vLLM); a block that differs anywhere is computed again.
+        prices: a JSON file with prices, instead of the table that ships.
+        skip_bad_lines: leave out lines that cannot be read, and report them, instead of raising.
+        show_text: keep excerpts of prompts in the report.
+        progress: called with the number of requests examined and their total.
+
+    Raises:
+        InvalidRequestError: a file cannot be read, or a line of it is no request.
+        InvalidArgumentError: there is nothing to read, or the block size is less than 1.
+        ModelUnavailableError: the model's tokenizer could not be had.
+        TemplateError: the model's chat template refuses a request.
+    """
+    require_count(block_size, "block_size", least=1)
+    if not logs:
+        raise InvalidArgumentError("explain_miss takes at least one log or request")
+    table = read_prices(None if prices is None else Path(prices))
+    reader = LogReader(skip_bad_lines)
+    for number, log in enumerate(logs, start=1):
+        if isinstance(log, Mapping):
+            reader.add(log, f"request {number}")
+        elif isinstance(log, str | Path):
+            reader.read(Path(log))
+        else:
+            raise InvalidArgumentError(f"a log is a path or a request as a mapping, got {type(log).__name__}")
+    counter = None if model is None else TokenCounter.of(model)
+    report = explain_requests(reader.requests, table, counter=counter, block_size=block_size, progress=progress)
+    report = replace(report, skipped=tuple(reader.skipped))
+    return report if show_text else without_text(report)
+
+
+def explain_requests(
+    requests: Sequence[Request],
+    table: PriceTable,
+    *,
+    counter: TokenCounter | None = None,
+    block_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> MissReport:
+    """The report on requests that were read already. Each is compared with those before it."""
+    meter = Meter(basis_of(requests, counter), counter, block_size)
+    history = History()
+    causes: dict[int, CauseClass] = {}
+    findings = []
+    for done, request in enumerate(requests, start=1):
+        finding, causes[request.number] = _finding(request, history, meter, table)
+        findings.append(finding)
+        history.add(request)
+        if progress is not None:
+            progress(done, len(requests))
+    counted = [finding for finding in findings if finding.total is not None]
+    total = sum(finding.total or 0 for finding in counted)
+    paid = [finding.money for finding in findings if finding.money is not None]
+    return MissReport(
+        meter.basis.unit,
+        meter.basis.value,
+        meter.at_most,
+        total,
+        sum(finding.hit or 0 for finding in counted),
+        sum(finding.lost or 0 for finding in counted),
+        sum(paid) if paid else None,
+        table.currency,
+        tuple(findings),
+        _ranked(findings, causes, total),
+        notes_of(requests, findings, meter, table),
+    )
+
+
+def without_text(report: MissReport) -> MissReport:
+    """The report without anything that was in a prompt."""
+    hidden = [replace(finding, line="", before="", after="") for finding in report.findings]
+    return replace(report, findings=tuple(hidden), causes=tuple(replace(cause, line="") for cause in report.causes))
+
+
+def _finding(request: Request, history: History, meter: Meter, table: PriceTable) -> tuple[RequestFinding, CauseClass]:
+    nearest = history.nearest(request)
+    found = _compared(history, request, nearest)
+    case = None if found is None else Case(found, found.change)
+    row = FIRST if case is None else classify(case)
+    amounts = meter.amounts(request, nearest, found, missed=row.lost)
+    shown = case is not None and row.lost
+    if found is not None and amounts is not None and not row.lost:
+        row, unread = _unexplained(row, found, meter, table)
+        amounts = replace(amounts, lost=min(unread, amounts.total - amounts.hit))
+    lost = amounts.lost if amounts is not None else None
+    missed = row.lost and (lost is None or lost > 0)
+    before, after = excerpts(case, row.key) if case is not None and shown else ("", "")
+    place, path = _place(case, row) if shown else ("", "")
+    price = _price(request, meter, table)
+    return RequestFinding(
+        request.number,
+        request.source,
+        request.model,
+        request.protocol,
+        row.name,
+        missed,
+        None if found is None else found.earlier.number,
+        place,
+        path,
+        None if found is None or row.key or request.block_tokens else found.equal_bytes,
+        _token(found, meter) if found is not None and not row.key else None,
+        amounts.total if amounts is not None else None,
+        amounts.hit if amounts is not None else None,
+        lost,
+        _money(lost, request, price, table) if missed else None,
+        case.template if case is not None and shown and case.shown and not row.key else "",
+        before,
+        after,
+        _behind(found) if found is not None and shown else (),
+        _seconds(found),
+    ), row
+
+
+def _place(case: Case | None, row: CauseClass) -> tuple[str, str]:
+    """Where two requests first differ, in words and as a path."""
+    if row.key:
+        return WHOLE_REQUEST, row.key
+    piece = None if case is None else case.after or case.before
+    return ("", "") if piece is None else (piece.place, piece.path)
+
+
+def _compared(history: History, request: Request, nearest: Difference | None) -> Difference | None:
+    """What a request is explained by: the request it continues, unless a prefix cache finds as much elsewhere anyway."""
+    if nearest is not None and nearest.after is None:
+        return nearest
+    counterpart = history.counterpart(request, nearest)
+    if counterpart is None or nearest is None:
+        return counterpart
+    covered = nearest.only_appended and common_bytes(counterpart.earlier, request) <= nearest.equal_bytes
+    return nearest if covered else counterpart
+
+
+def _unexplained(row: CauseClass, found: Difference, meter: Meter, table: PriceTable) -> tuple[CauseClass, int]:
+    """The class and the loss of a request whose text only grew: the template or the upstream may lose the prefix still."""
+    lost = meter.template_loss(found)
+    if lost:
+        return TEMPLATE, lost
+    request, usage = found.later, found.later.usage
+    grew = found.only_appended or found.only_shorter
+    if meter.basis is not Basis.UPSTREAM or usage is None or not grew:
+        return row, 0
+    earlier = meter.total(found.earlier)
+    prefix = min(earlier or 0, usage.tokens)
+    if not was_unread(usage.cached, prefix):
+        return row, 0
+    unread = classify_unread(Unread(found.earlier, request, prefix, table.price_of(request.model, usage.tokens)))
+    return unread, prefix - usage.cached if unread.lost else 0
+
+
+def _ranked(findings: Iterable[RequestFinding], rows: Mapping[int, CauseClass], total: int) -> tuple[MissCause, ...]:
+    """Misses of one class, in one part, by one line, are one cause. The dearest comes first."""
+    groups: dict[tuple[str, str, str], list[RequestFinding]] = defaultdict(list)
+    for finding in findings:
+        if finding.missed:
+            place = "messages" if finding.place.startswith("message ") else finding.place
+            line = finding.line if place in ("system prompt", "messages") else ""
+            groups[finding.cause, place, line if finding.cause not in _WHOLE else ""].append(finding)
+    causes = []
+    for (name, place, _), group in groups.items():
+        row = rows[group[0].number]
+        lost = sum(finding.lost or 0 for finding in group)
+        paid = [finding.money for finding in group if finding.money is not None]
+        worst = max(group, key=lambda finding: finding.lost or 0)
+        causes.append(
+            MissCause(
+                name, row.what, row.fix, place or WHOLE_REQUEST, worst.line, tuple(finding.number for finding in group),
+                lost, lost / total if total else 0.0, sum(paid) if paid else None, worst.number,
+            )
+        )  # fmt: skip
+    return tuple(sorted(causes, key=lambda cause: (-cause.lost, cause.worst)))
+
+
+_WHOLE = (
+    "client header",
+    "rewritten message",
+    "varying part first", "system prompt changed", "tool result changed", "history trimmed", "history compacted",
+    "message inserted", "moved reminder", "stripped thinking", "serialisation flip", "rolling cache_control",
+    "model changed", "cache salt changed",
+)  # fmt: skip
+"""classes in which the text at fault differs each time: one cause for each part of the prompt"""
+
+
+def _behind(found: Difference) -> tuple[str, ...]:
+    texts = []
+    for change in changes_behind(found) if not found.later.block_tokens else ():
+        place = change.after.place if change.after is not None else ""
+        texts.append(f"{classify_behind(Case(found, change)).name} in {place}")
+    return tuple(dict.fromkeys(texts))
+
+
+def _token(found: Difference, meter: Meter) -> int | None:
+    if found.later.block_tokens:
+        return found.index * found.later.block_tokens
+    return meter.counter.shared(found.earlier, found.later) if meter.counter is not None else None
+
+
+def _seconds(found: Difference | None) -> float | None:
+    if found is None or found.later.time is None or found.earlier.time is None:
+        return None
+    return found.later.time - found.earlier.time
+
+
+def _price(request: Request, meter: Meter, table: PriceTable) -> Price | None:
+    """The price of a request's tokens. A named model's tokens have that model's price, and bytes have none."""
+    tokens = meter.total(request)
+    if tokens is None or meter.basis is Basis.BYTES:
+        return None
+    named = meter.counter.name if meter.basis is Basis.TOKENIZER and meter.counter is not None else request.model
+    return table.price_of(named, tokens)
+
+
+def _money(lost: int | None, request: Request, price: Price | None, table: PriceTable) -> float | None:
+    if lost is None or price is None:
+        return None
+    return table.lost(price, lost, request.usage.written if request.usage is not None else 0)

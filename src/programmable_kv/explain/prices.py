@@ -1,0 +1,129 @@
+"""What input tokens cost, as data: a table with a date and a source in each row, which the user can replace."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import date
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from programmable_kv.errors import InvalidRequestError
+
+_DATED_NAME = re.compile(r"-(?:20\d{6}|20\d{2}-\d{2}-\d{2}|latest|preview)$")
+_FORM = (
+    'A price table is {"currency": "USD", "per_tokens": 1000000, "rows": [{"model": "...", "input": 2, "read": 0.1, '
+    '"source": "...", "date": "2026-10-07"}]}'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """One model's prices, in the table's currency for `per_tokens` tokens."""
+
+    model: str
+    """what the model's name begins with"""
+    input: float
+    read: float
+    source: str
+    date: str
+    """the day of the source"""
+    write: float | None = None
+    write_1h: float | None = None
+    above_tokens: int = 0
+    """the row holds for requests with more tokens than that"""
+    below_tokens: int | None = None
+    """the row holds for requests with at most as many tokens"""
+    minimum_tokens: int = 0
+    """shorter prefixes are not cached"""
+    keeps_minutes: float | None = None
+    """how long a prefix is kept where the request does not ask for more"""
+
+
+@dataclass(frozen=True, slots=True)
+class PriceTable:
+    """Prices of several models."""
+
+    currency: str
+    per_tokens: int
+    rows: tuple[Price, ...]
+    name: str
+    """where the table is from"""
+
+    def price_of(self, model: str, tokens: int) -> Price | None:
+        """The row for a request of so many tokens; None where the table has none. The longest name that fits is used."""
+        wanted = _plain(model)
+        fitting = [
+            row
+            for row in self.rows
+            if (wanted == _plain(row.model) or wanted.startswith(_plain(row.model) + "-"))
+            and tokens > row.above_tokens
+            and (row.below_tokens is None or tokens <= row.below_tokens)
+        ]
+        return max(fitting, key=lambda row: len(row.model), default=None)
+
+    def lost(self, price: Price, tokens: int, written: int) -> float:
+        """What it cost to compute tokens again instead of reading them, of which some were written to the cache again.
+
+        Args:
+            written: tokens that the upstream counted as written in this request; 0 where it does not say.
+        """
+        again = min(tokens, written) if price.write is not None else 0
+        paid = again * (price.write or 0) + (tokens - again) * price.input
+        return (paid - tokens * price.read) / self.per_tokens
+
+
+def read_prices(path: Path | None = None) -> PriceTable:
+    """The table in a file; the one that ships where no file is given.
+
+    Raises:
+        InvalidRequestError: the file cannot be read, or a row lacks a price, a source or a date.
+    """
+    name = "the table that ships" if path is None else path.name
+    try:
+        source = files("programmable_kv.explain").joinpath("prices.json") if path is None else path
+        given = json.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidRequestError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InvalidRequestError(f"{path} is not JSON: {error}. {_FORM}") from error
+    if not isinstance(given, Mapping) or not isinstance(given.get("rows"), list):
+        raise InvalidRequestError(f"{name} has no list of rows. {_FORM}")
+    per_tokens = given.get("per_tokens", 1_000_000)
+    if not isinstance(per_tokens, int) or per_tokens < 1:
+        raise InvalidRequestError(f"{name}: per_tokens is {per_tokens!r}; expected a whole number, at least 1")
+    rows = tuple(_row(row, f"{name}, row {number}") for number, row in enumerate(given["rows"], start=1))
+    return PriceTable(str(given.get("currency", "USD")), per_tokens, rows, name)
+
+
+def _row(given: Any, where: str) -> Price:
+    known = {each.name for each in fields(Price)}
+    if not isinstance(given, Mapping) or not set(given) <= known:
+        extra = sorted(set(given) - known) if isinstance(given, Mapping) else [type(given).__name__]
+        raise InvalidRequestError(f"{where} has {', '.join(map(repr, extra))}; a row has {', '.join(sorted(known))}")
+    for key in ("model", "source", "date"):
+        if not isinstance(given.get(key), str) or not given[key]:
+            raise InvalidRequestError(f"{where} has no {key}. {_FORM}")
+    for key in known - {"model", "source", "date"}:
+        value = given.get(key)
+        wanted = key in ("input", "read")
+        if (value is None and wanted) or (value is not None and not _is_amount(value)):
+            raise InvalidRequestError(f"{where}: {key} is {value!r}; expected a number, 0 or more")
+    try:
+        date.fromisoformat(given["date"])
+    except ValueError as error:
+        raise InvalidRequestError(f"{where}: date is {given['date']!r}; expected a day such as 2026-10-07") from error
+    return Price(**given)
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
+
+def _plain(model: str) -> str:
+    """A model's name without its provider and date, in one spelling."""
+    name = model.lower().rpartition("/")[2].replace(".", "-").replace("_", "-")
+    return _DATED_NAME.sub("", name)

@@ -1,0 +1,102 @@
+"""Misses that the texts do not explain: the request only appends to an earlier one, and the upstream read little of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from programmable_kv.explain.classes import CauseClass
+from programmable_kv.explain.pieces import Request
+from programmable_kv.explain.prices import Price
+from programmable_kv.explain.protocols import MESSAGES
+
+_FEW = 0.5
+"""a prefix counts as lost where less than this part of it was read; breakpoints and blocks leave a little unread anyway"""
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A prefix that was sent again unchanged and was not read from the cache."""
+
+    earlier: Request
+    later: Request
+    prefix_tokens: int
+    price: Price | None
+
+    @property
+    def seconds(self) -> float | None:
+        """The time between the two."""
+        if self.earlier.time is None or self.later.time is None:
+            return None
+        return self.later.time - self.earlier.time
+
+
+def was_unread(cached: int, prefix_tokens: int) -> bool:
+    """Whether the upstream read too little of a prefix for rounding to explain it."""
+    return cached < _FEW * prefix_tokens
+
+
+def classify_unread(unread: Unread) -> CauseClass:
+    """The first row of the table that fits."""
+    return next(row for row, recognise in _ROWS if recognise(unread))
+
+
+def _too_short(unread: Unread) -> bool:
+    return unread.price is not None and unread.prefix_tokens < unread.price.minimum_tokens
+
+
+def _unasked(unread: Unread) -> bool:
+    if unread.earlier.protocol != MESSAGES or unread.earlier.usage is None:
+        return False
+    marked = any(piece.marked for piece in unread.earlier.pieces) or "cache_control" in unread.earlier.body
+    return not marked and unread.earlier.usage.written + unread.earlier.usage.cached == 0
+
+
+def _expired(unread: Unread) -> bool:
+    minutes = unread.price.keeps_minutes if unread.price is not None else None
+    return minutes is not None and unread.seconds is not None and unread.seconds > 60 * minutes
+
+
+def _other_settings(unread: Unread) -> bool:
+    return dict(unread.earlier.options) != dict(unread.later.options)
+
+
+def _row(name: str, what: str, fix: str, *, lost: bool = True) -> CauseClass:
+    return CauseClass(name, what, fix, lambda _: False, lost)
+
+
+_ROWS: tuple[tuple[CauseClass, Callable[[Unread], bool]], ...] = (
+    (_row("below the minimum", "The prefix is shorter than the upstream caches.", "", lost=False), _too_short),
+    (
+        _row(
+            "no cache_control", "No block of the earlier request asked to be cached.",
+            "Put `cache_control` on the last block of the system prompt and on the newest message.",
+        ),
+        _unasked,
+    ),
+    (
+        _row(
+            "expired", "More time passed than the upstream keeps a prefix.",
+            "Ask for a longer life where that is offered, or send a small request in time.",
+        ),
+        _expired,
+    ),
+    (
+        _row(
+            "settings changed", "Tool choice, thinking or another setting that is part of the prompt differs.",
+            "Keep these settings the same through a conversation.",
+        ),
+        _other_settings,
+    ),
+    (
+        _row(
+            "likely the server", "The text is the same, and the upstream did not find it.",
+            "Send a conversation to one replica (session affinity); look for evictions and restarts.",
+        ),
+        lambda _: True,
+    ),
+)  # fmt: skip
+
+
+CLASSES = tuple(row for row, _ in _ROWS)
+"""every class, in the order in which they are tried"""
