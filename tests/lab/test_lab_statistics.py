@@ -23,7 +23,7 @@ def test_paired_counts_are_of_the_same_items() -> None:
     counts = PairedCounts.of([True, True, False, False], [True, False, True, False])
     assert counts == PairedCounts(1, 1, 1, 1)
     assert (counts.n, counts.difference) == (4, 0.0)
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match="zip"):
         PairedCounts.of([True], [True, False])
 
 
@@ -72,7 +72,8 @@ def test_tost_of_independent_samples_and_of_differences() -> None:
     found = tost_differences([0.01, -0.02, 0.015, 0.0, -0.01], 0.1)
     values = np.array([0.01, -0.02, 0.015, 0.0, -0.01])
     t = (values.mean() - 0.1) / (values.std(ddof=1) / 5**0.5)
-    assert found.p_upper < norm.cdf(-2) and t < 0
+    assert t < 0
+    assert found.p_upper < norm.cdf(-2)
     assert found.p == max(found.p_lower, found.p_upper) < 0.001
     with pytest.raises(ValueError, match="without spread"):
         tost_differences([0.0, 0.0], 0.1)
