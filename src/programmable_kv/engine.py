@@ -22,6 +22,7 @@ from programmable_kv.cache.layout import KVLayout, Reach
 from programmable_kv.cache.masks import attention_masks
 from programmable_kv.cache.rows import Rows
 from programmable_kv.cache.transformers_api import (
+    GROUPED_ANY,
     GROUPED_SDPA,
     Cache,
     DynamicCache,
@@ -66,6 +67,8 @@ class Graph:
     values: list[torch.Tensor]
     last: list[LastRow]
     """the last row's attention in each layer"""
+    read: list[torch.Tensor]
+    """the values that it reads, those of the appended rows included, [1, H, S + T, D] in each layer"""
 
 
 class Engine:
@@ -351,12 +354,12 @@ class Engine:
         with self._tried(buffer, rows) as (ids, visible), torch.enable_grad():
             for index, pair in enumerate(zip(keys, values, strict=True)):
                 cache.update(*pair, index)
-            with self._attention_as(GROUPED_SDPA), recording() as last:
+            with self._attention_as(GROUPED_ANY), recording() as last:
                 mask = self._mask(buffer, rows, visible, eager=False)
                 logits = self._forward(cache, ids, rows, mask, len(rows)).logits[0]
             if len(last) != len(buffer):
                 raise InvalidArgumentError(f"{self.layout.model_type} does not run this package's attention")
-            yield Graph(logits, keys, values, last)
+            yield Graph(logits, keys, values, last, [layer.values.detach() for layer in cache.layers])
 
     # -- relocation --------------------------------------------------------------------------------------------
 

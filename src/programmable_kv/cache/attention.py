@@ -27,10 +27,15 @@ class LastRow:
 
     query: torch.Tensor
     """[groups * H, D]"""
-    weights: torch.Tensor
-    """[groups * H, S] in float32 or wider"""
+    scores: torch.Tensor
+    """[groups * H, S] in float32 or wider: capped, and minus infinity where a slot is not seen"""
     scaling: float
     softcap: float | None
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """[groups * H, S]"""
+        return self.scores.softmax(dim=-1)
 
 
 _recorder: ContextVar[list[LastRow] | None] = ContextVar("recorder", default=None)
@@ -58,9 +63,9 @@ def record(
     recorder = _recorder.get()
     if recorder is not None:
         last = None if mask is None else mask[..., -1:, :]
-        weights = attention_weights(query[:, :, -1:], key, last, scaling, softcap)[0, :, 0]
+        scores = attention_scores(query[:, :, -1:], key, last, scaling, softcap)[0, :, 0]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        recorder.append(LastRow(query[0, :, -1].detach(), weights.detach(), scale, softcap))
+        recorder.append(LastRow(query[0, :, -1].detach(), scores.detach(), scale, softcap))
 
 
 def attention_weights(
@@ -70,7 +75,18 @@ def attention_weights(
     scaling: float | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """softmax(cap(q k^T scale) + mask) in float32 or wider, [B, groups * H, T, S].
+    """softmax(cap(q k^T scale) + mask) in float32 or wider, [B, groups * H, T, S]."""
+    return attention_scores(query, key, mask, scaling, softcap).softmax(dim=-1)
+
+
+def attention_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """cap(q k^T scale) + mask in float32 or wider, [B, groups * H, T, S].
 
     Source of the cap: Gemma 2 (arXiv 2408.00118), section 2.
     """
@@ -87,7 +103,7 @@ def attention_weights(
     if mask is not None:
         mask = mask[..., :slots]
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(dim=-1)
+    return scores
 
 
 def tail_mask(rows: int, slots: int, device: torch.device) -> torch.Tensor:
