@@ -73,7 +73,11 @@ def _orthonormal(basis: torch.Tensor) -> torch.Tensor:
     """
     if basis.ndim != 2:
         raise InvalidArgumentError(f"a basis is [d, k], got shape {list(basis.shape)}")
-    off = (basis.T @ basis - torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)).abs().max()
+    off = (
+        (basis.detach().T @ basis.detach() - torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device))
+        .abs()
+        .max()
+    )
     if not float(off) <= _ORTHONORMAL:
         raise InvalidArgumentError(f"the columns of a basis must be orthonormal; these are off by {float(off):.1e}")
     return basis
