@@ -112,7 +112,7 @@ def test_alignment_finds_the_subspace_that_was_used() -> None:
     found = align(engine, site, fitted, 1, steps=50, rate=0.1)
     overlap = float((found.basis.T @ hidden).pow(2))
     assert overlap > 0.5, (
-        f"the learned subspace has cos^2 {overlap:.2f} with the hidden one, chance 0.06 (losses {found.losses[::10]})"
+        f"the learned subspace has cos^2 {overlap:.2f} with the hidden one, chance 0.06 ({found.losses[::10]})"
     )
     nulls = [expected_loss(engine, site, held_out, random_basis(hidden, seed)) for seed in range(5)]
     assert expected_loss(engine, site, held_out, found.basis) < 0.35 * min(nulls)
