@@ -1,13 +1,14 @@
 """Write the documents that are generated from the code: `python -m scripts.write_docs`, in the repository's root.
 
-It writes `docs/cli.md`, `docs/reference.md`, `docs/templates.md`, and the generated parts of `docs/structure.md`. A test fails
-when one of them differs from the code.
+It writes `docs/claims.md`, `docs/cli.md`, `docs/reference.md`, `docs/templates.md`, and the generated parts of
+`docs/structure.md`. A test fails when one of them differs from the code or the records.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from scripts.claims_page import claims_page
 from scripts.cli_page import cli_page
 from scripts.reference_page import reference_page
 from scripts.structure_page import structure_page
@@ -21,6 +22,7 @@ def generated() -> dict[Path, str]:
     docs = ROOT / "docs"
     structure = docs / "structure.md"
     return {
+        docs / "claims.md": claims_page(ROOT / "results"),
         docs / "cli.md": cli_page(),
         docs / "reference.md": reference_page(),
         docs / "templates.md": templates_page(ROOT / "tests" / "templates"),
