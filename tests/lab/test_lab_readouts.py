@@ -14,7 +14,7 @@ from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.overwrite import Overwrite
 from programmable_kv.cache.transformers_api import GROUPED_SDPA, register_attention
 from programmable_kv.engine import Engine, Rows
-from programmable_kv.errors import InvalidArgumentError, UnsupportedModelError
+from programmable_kv.errors import InvalidArgumentError, NonFiniteLogitsError, UnsupportedModelError
 from programmable_kv.lab.tools.attribution import attribute
 from programmable_kv.lab.tools.changes import of_heads, replaced
 from programmable_kv.lab.tools.knockout import Knockout, knocked_out
@@ -140,6 +140,17 @@ def test_the_lens_reads_each_layer_with_the_models_own_head(model_type: str) -> 
         assert float((found[layer] - usual).abs().max()) > 1e-3
     assert all(torch.equal(a, b) for a, b in zip(contents(buffer), before, strict=True))
     assert hooks_of(engine.model) == 0
+
+
+def test_the_lens_of_a_broken_model_is_refused() -> None:
+    engine = tiny_engine("llama")
+    buffer = prefilled(engine)
+    broken = replaced(torch.full((1, 32), float("nan")))
+    end = Site(Place.RESIDUAL, 2)
+    with pytest.raises(NonFiniteLogitsError), changed(engine, buffer, end, broken, [N - 1]):
+        logit_lens(engine, buffer, LAST)
+    assert hooks_of(engine.model) == 0
+    assert buffer.length == N - 1
 
 
 def test_attention_by_row_is_the_whole_matrix(model_type: str) -> None:

@@ -32,26 +32,25 @@ def logit_lens(engine: Engine, buffer: KVBuffer, rows: Rows, *, logits: int = 1)
         streams.append((args[0] if args else kwargs["hidden_states"]).detach())
 
     def all_streams(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        batch = torch.cat([*streams, args[0]])
+        # The model's own stream first: whoever runs the forward reads the first entry of a batch.
+        batch = torch.cat([args[0], *streams])
         streams.clear()
         return (batch, *args[1:]), kwargs
 
     hooks = [*((layer, keep) for layer in modules.layers), (modules.final_norm, all_streams)]
-    with hooked(buffer, hooks, Reached(())), _last_of_batch(engine.model, buffer, found):
+    with hooked(buffer, hooks, Reached(())), _logits_kept(engine.model, buffer, found):
         engine.compute(buffer, rows, logits=logits)
-    return found[-1]
+    own, *earlier = found[-1]
+    return torch.stack([*earlier, own])
 
 
 @contextmanager
-def _last_of_batch(model: nn.Module, buffer: KVBuffer, found: list[torch.Tensor]) -> Iterator[None]:
-    """Keep the logits of the whole batch; the caller of the model sees those of the last entry, its own."""
+def _logits_kept(model: nn.Module, buffer: KVBuffer, found: list[torch.Tensor]) -> Iterator[None]:
+    """Keep the logits of the whole batch, [L + 1, T, vocabulary]."""
 
-    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        if buffer.target is None:
-            return None
-        found.append(output.logits)
-        output.logits = output.logits[-1:]
-        return output
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        if buffer.target is not None:
+            found.append(output.logits)
 
     handle = model.register_forward_hook(after)
     try:
