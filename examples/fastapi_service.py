@@ -3,14 +3,12 @@
 Install and run it: pip install 'programmable-kv[examples]' && python examples/fastapi_service.py
 """
 
-from threading import Lock
-
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from programmable_kv import Model, Notebook, ProgrammableKVError, load_model
+from programmable_kv import Model, ModelQueue, Notebook, ProgrammableKVError, load_model
 
 POLICY = """You are the support agent of an online shop.
 order_status: {order_status}
@@ -25,26 +23,24 @@ class Question(BaseModel):
 
 
 def create_app(model: Model) -> FastAPI:
-    """The service; one notebook, used by one request at a time."""
+    """The service; one notebook. Requests wait in the model's queue, and the event loop stays free."""
     notebook = Notebook(model).message("system", POLICY, order_status="pending")
     notebook.prefill()
-    lock = Lock()
+    queue = ModelQueue.of(model)
     app = FastAPI(title="programmable-kv")
 
     @app.put("/fields")
-    def edit(fields: dict[str, str]) -> dict[str, float]:
-        with lock:
-            account = notebook.edit(fields)
+    async def edit(fields: dict[str, str]) -> dict[str, float]:
+        account = await queue.run(notebook.edit, fields)
         return {"tokens_computed": account.tokens_computed, "seconds": account.seconds}
 
     @app.get("/fields")
-    def fields() -> dict[str, str]:
+    async def fields() -> dict[str, str]:
         return notebook.fields
 
     @app.post("/decide")
-    def decide(question: Question) -> dict[str, object]:
-        with lock:
-            decision = notebook.decide(question.request, question.options)
+    async def decide(question: Question) -> dict[str, object]:
+        decision = await queue.run(notebook.decide, question.request, question.options)
         return {"choice": decision.choice, "probabilities": decision.probabilities}
 
     @app.exception_handler(ProgrammableKVError)

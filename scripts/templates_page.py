@@ -59,6 +59,8 @@ notebook.prefill()
 notebook.edit(today="26 November 2026")
 ```
 
+A template that asks the clock itself (gpt-oss, SmolLM3) takes the date as `template_kwargs={{"strftime_now": "{{today}}"}}`.
+
 Tools that a template does not write, a tool call that it drops, and a field in a variable that it does not read are refused.
 
 Values have types as anywhere ([prompts](prompts.md)): `"today": date(2026, 11, 25)` takes dates only. Most templates

@@ -144,7 +144,7 @@ def test_generate_through_the_buffer_equals_transformers_own(model_type: str, at
     assert model.generate(prompt, past_key_values=warm, **arguments).tolist() == expected.tolist()
     own = engine.new_buffer()
     logits = engine.append(own, IDS)
-    stream = engine.stream_greedy(own, logits, frozenset())
+    stream = engine.stream(own, logits, frozenset())
     assert [next(stream) for _ in range(24)] == expected[0, 40:].tolist()
 
 

@@ -159,7 +159,7 @@ def test_a_plan_can_ask_first(engine: Engine) -> None:
 
 def test_a_stream_ends_at_the_bound(engine: Engine) -> None:
     buffer = engine.new_buffer()
-    stream = engine.stream_greedy(buffer, engine.append(buffer, IDS[:60]), frozenset())
+    stream = engine.stream(buffer, engine.append(buffer, IDS[:60]), frozenset())
     for _ in range(5):
         next(stream)
     with pytest.raises(FrequencyRegimeError):

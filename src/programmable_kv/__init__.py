@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
         NotPrefilledError,
         OutOfStepError,
         ProgrammableKVError,
+        QueueFullError,
         RecordError,
         StateError,
         StorageError,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
         UnsupportedModelError,
         UnverifiedError,
     )
+    from programmable_kv.model_queue import ModelQueue
     from programmable_kv.models.load import Model, load_model, wrap_model
     from programmable_kv.notebook.decision import Decision
     from programmable_kv.notebook.notebook import Notebook
@@ -84,12 +86,14 @@ _MODULE_OF = {
     "Mode": "edits.modes",
     "Model": "models.load",
     "ModelError": "errors",
+    "ModelQueue": "model_queue",
     "ModelUnavailableError": "errors",
     "NonFiniteLogitsError": "errors",
     "NotPrefilledError": "errors",
     "Notebook": "notebook.notebook",
     "OutOfStepError": "errors",
     "ProgrammableKVError": "errors",
+    "QueueFullError": "errors",
     "RandomOrder": "edits.ranking",
     "Reader": "prompt.readers",
     "Recency": "edits.ranking",
@@ -139,12 +143,14 @@ __all__ = [
     "Mode",
     "Model",
     "ModelError",
+    "ModelQueue",
     "ModelUnavailableError",
     "NonFiniteLogitsError",
     "NotPrefilledError",
     "Notebook",
     "OutOfStepError",
     "ProgrammableKVError",
+    "QueueFullError",
     "RandomOrder",
     "Reader",
     "Recency",

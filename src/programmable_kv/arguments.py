@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -27,6 +28,26 @@ def require_count(value: Any, what: str, *, least: int = 0) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InvalidArgumentError(f"{what} is a whole number, at least {least}; got {_shown(value)}")
+
+
+def require_number(
+    value: Any, what: str, *, least: float | None = None, above: float | None = None, most: float | None = None
+) -> None:
+    """
+    Raises:
+        InvalidArgumentError: the value is no finite number, or out of these bounds.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    within = (
+        number
+        and (least is None or value >= least)
+        and (above is None or value > above)
+        and (most is None or value <= most)
+    )
+    if not within:
+        bounds = [("at least", least), ("above", above), ("at most", most)]
+        expected = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        raise InvalidArgumentError(f"{what} is a finite number{expected and ' '}{expected}; got {_shown(value)}")
 
 
 def require_fields(names: Iterable[str], known: Collection[str]) -> None:

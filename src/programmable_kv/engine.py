@@ -46,7 +46,7 @@ from programmable_kv.verify.relocation import CachedLayer, RelocationProof, Verd
 from programmable_kv.verify.required import require_relocation, require_rows
 from programmable_kv.verify.rows import RowsProof, prove_rows
 
-__all__ = ["CHUNK", "Engine", "Graph", "Progress", "Rows", "prefill_alone"]
+__all__ = ["CHUNK", "Engine", "Graph", "Progress", "Rows", "greedy", "prefill_alone"]
 
 CHUNK = 2048
 """Rows of one forward, at most: a longer prefill can be followed and interrupted between forwards. It costs little: measured in
@@ -69,6 +69,11 @@ class Graph:
     """the last row's attention in each layer"""
     read: list[torch.Tensor]
     """the values that it reads, those of the appended rows included, [1, H, S + T, D] in each layer"""
+
+
+def greedy(logits: torch.Tensor) -> int:
+    """The likeliest token, from logits [V]."""
+    return int(logits.argmax())
 
 
 class Engine:
@@ -192,7 +197,7 @@ class Engine:
         for name, number, least in (("logits", logits, 0), ("chunk", chunk, 1)):
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise InvalidArgumentError(f"{name} is a whole number of rows, at least {least}; got {number!r}")
-        return rows.token_ids(self._vocabulary)
+        return rows.token_ids(self.vocabulary)
 
     def _check_positions(self, rows: Rows) -> None:
         limit = self.layout.position_limit
@@ -243,27 +248,22 @@ class Engine:
 
     # -- reading -----------------------------------------------------------------------------------------------
 
-    def stream_greedy(self, buffer: KVBuffer, first_logits: torch.Tensor, stop_ids: frozenset[int]) -> Iterator[int]:
-        """Greedy tokens from the logits of the last row on, each appended before the next is drawn.
+    def stream(
+        self,
+        buffer: KVBuffer,
+        first_logits: torch.Tensor,
+        stop_ids: frozenset[int],
+        choose: Callable[[torch.Tensor], int] = greedy,
+    ) -> Iterator[int]:
+        """Tokens from the logits of the last row on, each appended before the next is chosen.
 
         A stop token is neither yielded nor appended. The caller ends the stream by not drawing further.
+
+        Args:
+            choose: the next token, from logits [V]; the likeliest one by default.
         """
         logits = first_logits
-        while (token := int(logits[-1].argmax())) not in stop_ids:
-            yield token
-            logits = self.append(buffer, [token])
-
-    def stream_sampled(
-        self, buffer: KVBuffer, first_logits: torch.Tensor, stop_ids: frozenset[int], temperature: float, seed: int
-    ) -> Iterator[int]:
-        """As `stream_greedy`, but sampled at a temperature from a seeded generator (on the CPU, for reproducibility)."""
-        generator = torch.Generator().manual_seed(seed)
-        logits = first_logits
-        while True:
-            weights = torch.softmax(logits[-1].float().cpu() / temperature, dim=-1)
-            token = int(torch.multinomial(weights, 1, generator=generator))
-            if token in stop_ids:
-                return
+        while (token := choose(logits[-1])) not in stop_ids:
             yield token
             logits = self.append(buffer, [token])
 
@@ -376,7 +376,7 @@ class Engine:
             if self._proof is not None:
                 return self._proof
             try:
-                proof = prove_relocation(self.layout, self._cached_alone, self._vocabulary, self.dtype)
+                proof = prove_relocation(self.layout, self._cached_alone, self.vocabulary, self.dtype)
             except (ValueError, RuntimeError, IndexError, TypeError, FloatingPointError) as error:
                 if is_out_of_memory(error):
                     raise
@@ -399,7 +399,7 @@ class Engine:
             config = self.model.config.get_text_config(decoder=True).to_dict()
             windows = tuple(v for k, v in config.items() if "window" in k and isinstance(v, int) and v > 1)
             proof = prove_rows(
-                self.layout, windows, self._prefilled_alone, self._recomputed, self._vocabulary, self.dtype
+                self.layout, windows, self._prefilled_alone, self._recomputed, self.vocabulary, self.dtype
             )
             if proof.settled:
                 self._rows_proof = proof
@@ -410,7 +410,8 @@ class Engine:
         _ = (self.rows, self.relocation)
 
     @property
-    def _vocabulary(self) -> int:
+    def vocabulary(self) -> int:
+        """How many tokens the model has an embedding for."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     def _recomputed(self, buffer: KVBuffer, ids: tuple[int, ...], slots: tuple[int, ...]) -> torch.Tensor:

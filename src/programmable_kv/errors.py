@@ -22,6 +22,7 @@ ProgrammableKVError
 │   ├── NotPrefilledError         the context has not been computed yet
 │   ├── AlreadyPrefilledError     the context has been computed already
 │   ├── OutOfStepError            the cache holds tokens that the notebook does not know of
+│   ├── QueueFullError            too many operations wait for this model
 │   ├── ContextOverflowError      more positions are needed than the model has
 │   └── CacheBufferError          slots, positions or marks that do not fit the buffer
 ├── StorageError
@@ -113,6 +114,10 @@ class AlreadyPrefilledError(StateError):
 
 class OutOfStepError(StateError):
     """A stream is open, or the cache holds tokens that the notebook does not know of."""
+
+
+class QueueFullError(StateError):
+    """Too many operations wait for a model: try again later."""
 
 
 class ContextOverflowError(StateError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,24 @@ def test_a_date_that_the_template_writes_is_a_field() -> None:
     assert_exact(notebook)
     with pytest.raises(TemplateError, match="does not write the option"):
         Notebook.from_messages(of("chatml"), messages, **options).prefill()
+
+
+def test_a_date_that_the_template_asks_the_clock_for_is_a_field() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which day is it?"}]
+    plain = Notebook.from_messages(of("today"), messages)
+    plain.prefill()
+    assert f"Current date: {date.today().isoformat()}\n" in plain.rendered_text
+    options: dict[str, Any] = {"fields": {"day": "2026-11-25"}, "template_kwargs": {"strftime_now": "{day}"}}
+    notebook = Notebook.from_messages(of("today"), messages, **options)
+    notebook.prefill()
+    assert "Current date: 2026-11-25\n" in notebook.rendered_text
+    notebook.edit(day="2026-11-26", mode="suffix")
+    assert "Current date: 2026-11-26\n" in notebook.rendered_text
+    notebook.add("assistant", "Thursday.")
+    assert_exact(notebook)
+    assert Notebook.from_messages(of("today"), messages, template_kwargs={"strftime_now": "the 1st"}).prefill()
+    with pytest.raises(TemplateError, match="does not write the option"):
+        Notebook.from_messages(of("llama31"), messages, **options).prefill()
 
 
 def test_thinking_is_switched_off_by_the_template_s_own_variable() -> None:

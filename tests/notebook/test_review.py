@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from conftest import tiny
-from programmable_kv import Account, Notebook, SeamRepair, Skill
+from programmable_kv import Notebook, SeamRepair, Skill
 from programmable_kv.cache.buffer import KVBuffer, Mark
 from programmable_kv.errors import InputError, InvalidEditError, OutOfStepError, StateError
 from programmable_kv.ledger.ledger import Ledger
-from programmable_kv.notebook import asking
+from programmable_kv.notebook import streaming
 from programmable_kv.states import weakest
 from reference import assert_rows_equal, full_forward
 
@@ -103,14 +103,14 @@ def test_an_interrupt_while_an_answer_is_kept_takes_it_back(monkeypatch: pytest.
     notebook = Notebook(tiny()).message("system", "status: {status}. policy", status="shipped")
     notebook.prefill()
     ids = notebook.ids
-    kept = asking._kept
+    kept = streaming.keep_drawn
 
-    def kept_and_interrupted(*given: Any) -> Account:
+    def kept_and_interrupted(*given: Any) -> str:
         kept(*given)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(asking, "_kept", kept_and_interrupted)
+        patched.setattr(streaming, "keep_drawn", kept_and_interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(notebook.generate("so?", max_new_tokens=3, keep=True))
     assert (notebook.ids, notebook.cache.length) == (ids, len(ids))

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from backends import DictBlobs
 from conftest import tiny
 from programmable_kv import Notebook, SeamRepair, Skill
 from programmable_kv.errors import (
@@ -24,6 +23,7 @@ from programmable_kv.errors import (
 )
 from programmable_kv.skills.store import SkillStore
 from programmable_kv.states import TokenState
+from programmable_kv.storage.memory import MemoryBlobs
 
 TEXT = "refund policy: if the tier is {tier} refund, else deny. reply only with the action.\n"
 
@@ -43,7 +43,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> SkillStore:
     places: dict[str, Any] = {
         "folder": tmp_path / "skills",
         "memory": f"memory://{tmp_path.name}",
-        "backend": DictBlobs(),
+        "backend": MemoryBlobs(),
     }
     return SkillStore(places[request.param])
 

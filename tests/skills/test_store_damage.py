@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from test_store import TEXT, same
 
-from backends import DictBlobs, ReadOnlyBlobs
+from backends import ReadOnlyBlobs
 from conftest import tiny
 from programmable_kv import Skill
 from programmable_kv.errors import (
@@ -24,6 +24,7 @@ from programmable_kv.errors import (
 from programmable_kv.skills.store import Entry, SkillStore
 from programmable_kv.storage.files import Blob
 from programmable_kv.storage.local import LocalBlobs
+from programmable_kv.storage.memory import MemoryBlobs
 from programmable_kv.storage.sealed import seal
 
 DAMAGES = ("flip", "cut", "empty", "gone", "folder", "manifest", "emptied", "ids", "renamed", "replaced")
@@ -217,16 +218,15 @@ def test_an_entry_that_is_replaced_while_it_is_read(tmp_path: Path, verify: bool
 
 
 def test_a_store_that_may_only_be_read_serves(tmp_path: Path) -> None:
-    model, backend = tiny(), ReadOnlyBlobs()
-    full = DictBlobs()
+    model, full = tiny(), MemoryBlobs()
     skill = SkillStore(full).compile(model, TEXT, name="refunds", tier="gold")
-    backend.held, backend.used = full.held, full.used
-    before = dict(full.held)
+    backend = ReadOnlyBlobs(full.contents)
+    before = dict(full.contents)
     store = SkillStore(backend)
     same(store.get(model, "refunds"), skill)
     hit = store.compile(model, TEXT, name="other", tier="gold")
     assert (hit.name, hit.account.tokens_computed) == ("other", 0)
-    assert backend.held == before
+    assert backend.contents == before
     with pytest.raises(StorageError, match="Permission denied"):
         store.compile(model, "something else.")
     with pytest.raises(StorageError, match="Permission denied"):

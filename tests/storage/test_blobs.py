@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from backends import DictBlobs
 from programmable_kv.errors import CorruptFileError, InvalidArgumentError, StorageError
 from programmable_kv.storage.files import Blobs, blobs_at
 from programmable_kv.storage.local import LocalBlobs
+from programmable_kv.storage.memory import MemoryBlobs
 
 
 @pytest.fixture(params=["folder", "memory", "backend"])
 def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
     if request.param == "backend":
-        return DictBlobs()
+        return MemoryBlobs()
     return blobs_at(tmp_path / "root" if request.param == "folder" else f"memory://{tmp_path.name}/root")
 
 
@@ -147,7 +147,7 @@ def test_a_file_in_the_roots_place_is_told(tmp_path: Path) -> None:
 
 
 def test_a_backends_own_errors_become_ours() -> None:
-    class Broken(DictBlobs):
+    class Broken(MemoryBlobs):
         def _read(self, name: str) -> bytes:
             raise LookupError("the server said no")
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from backends import DictBlobs, ReadOnlyBlobs
+from backends import ReadOnlyBlobs
 from conftest import tiny
 from programmable_kv import Notebook, Skill
 from programmable_kv.errors import CorruptFileError, FingerprintMismatchError, StorageError
 from programmable_kv.storage.files import blobs_at
+from programmable_kv.storage.memory import MemoryBlobs
 from programmable_kv.storage.notebooks import MANIFEST
 from programmable_kv.storage.sealed import opened, seal
 
@@ -87,18 +88,17 @@ def test_other_shapes_of_caches_fit(tmp_path: Path, model_type: str) -> None:
 
 
 def test_a_backend_of_ones_own(tmp_path: Path) -> None:
-    backend, notebook = DictBlobs(), build()
-    notebook.save(backend)  # type: ignore[arg-type]
+    backend, notebook = MemoryBlobs(), build()
+    notebook.save(backend)
     notebook.edit(status="pending")
-    notebook.save(backend)  # type: ignore[arg-type]
-    assert len(backend.held) == 2
-    assert_same(Notebook.load(backend, tiny()), notebook)  # type: ignore[arg-type]
-    read_only = ReadOnlyBlobs()
-    read_only.held, read_only.used = dict(backend.held), backend.used
-    assert_same(Notebook.load(read_only, tiny()), notebook)  # type: ignore[arg-type]
+    notebook.save(backend)
+    assert len(backend.contents) == 2
+    assert_same(Notebook.load(backend, tiny()), notebook)
+    read_only = ReadOnlyBlobs(backend.contents)
+    assert_same(Notebook.load(read_only, tiny()), notebook)
     with pytest.raises(StorageError, match="Permission denied"):
-        notebook.save(read_only)  # type: ignore[arg-type]
-    assert read_only.held == backend.held
+        notebook.save(read_only)
+    assert read_only.contents == backend.contents
 
 
 def test_no_flipped_bit_is_loaded(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_reader_never_mixes_two_saves(tmp_path: Path) -> None:
     """Both files are replaced after the manifest was read: the newer save is loaded, whole."""
     one, two = build("shipped"), build("cancelled by the customer")
 
-    class Slow(DictBlobs):
+    class Slow(MemoryBlobs):
         then: Callable[[], object] | None = None
 
         def _read(self, name: str) -> bytes:
@@ -181,9 +181,9 @@ def test_a_reader_never_mixes_two_saves(tmp_path: Path) -> None:
             return body
 
     backend = Slow()
-    one.save(backend)  # type: ignore[arg-type]
-    backend.then = lambda: two.save(backend)  # type: ignore[arg-type]
-    assert_same(Notebook.load(backend, tiny()), two)  # type: ignore[arg-type]
+    one.save(backend)
+    backend.then = lambda: two.save(backend)
+    assert_same(Notebook.load(backend, tiny()), two)
 
 
 def test_a_file_that_is_replaced_between_its_header_and_its_mapping_is_read_again(

@@ -144,7 +144,9 @@ def _erratum_and_question(notebook: Notebook, field: str, value: str) -> list[in
     trial = notebook.mark()
     before = len(notebook)
     notebook.edit({field: value}, mode=Mode.ERRATUM)
-    header: list[int] = notebook.model.tokenizer.encode(asked(notebook, None, think=False), add_special_tokens=False)
+    header: list[int] = notebook.model.tokenizer.encode(
+        asked(notebook, None, think=False).text, add_special_tokens=False
+    )
     appended = notebook.ids[before:] + header
     notebook.rollback(trial)
     return appended

@@ -17,6 +17,7 @@ from programmable_kv.cache.transformers_api import GROUPED_SDPA, register_attent
 from programmable_kv.engine import Engine
 from programmable_kv.errors import InvalidArgumentError, ModelUnavailableError
 from programmable_kv.models.fingerprint import FileIdentity, fingerprint
+from programmable_kv.models.loaded import remember
 from programmable_kv.models.quiet import quiet_transformers
 from programmable_kv.models.source import EMBEDDED, Source, find_source
 
@@ -25,7 +26,7 @@ _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 """values of `device` that spread a model over several devices"""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Model:
     """A loaded model with its tokenizer, the engine that runs it, and a fingerprint of all that its cache depends on."""
 
@@ -33,6 +34,9 @@ class Model:
     tokenizer: Any
     engine: Engine
     fingerprint: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        remember(self)
 
     @property
     def dtype(self) -> torch.dtype:

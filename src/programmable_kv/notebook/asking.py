@@ -1,30 +1,27 @@
-"""Asking a notebook: a decision among options, or a streamed answer; with an edit or a splice in the same forward."""
+"""Asking a notebook for a decision among options, with an edit or a splice in the same forward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from programmable_kv.account import Account
-from programmable_kv.arguments import require, require_count
+from programmable_kv.arguments import require
 from programmable_kv.cache.buffer import KVBuffer, Mark
-from programmable_kv.edits.entries import adopted
 from programmable_kv.edits.modes import Mode
 from programmable_kv.edits.plan import Plan
 from programmable_kv.edits.seam import SeamRepair
 from programmable_kv.engine import Rows
-from programmable_kv.errors import InvalidArgumentError, InvalidEditError, OutOfStepError
+from programmable_kv.errors import InvalidEditError
 from programmable_kv.notebook.decision import Decision, best_of, option_ids, score
-from programmable_kv.notebook.state import State
+from programmable_kv.notebook.keeping import keep_choice
 from programmable_kv.prompt.chat import answer_end, thought_closed
-from programmable_kv.prompt.conversation import Conversation
 from programmable_kv.prompt.fields import Value
 from programmable_kv.prompt.parts import Message, Rendered, Text
 from programmable_kv.prompt.tokens import as_text
-from programmable_kv.prompt.units import Kind, Unit, tokenised
+from programmable_kv.prompt.units import Kind, tokenised
 from programmable_kv.prompt.wording import THINK_INSTRUCTION
 from programmable_kv.skills.skill import Skill
 
@@ -76,22 +73,6 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """How an answer's tokens are drawn."""
-
-    max_new_tokens: int
-    temperature: float
-    seed: int
-
-    def __post_init__(self) -> None:
-        require_count(self.max_new_tokens, "max_new_tokens", least=1)
-        require_count(self.seed, "a seed")
-        number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
-        if not number or not self.temperature >= 0:
-            raise InvalidArgumentError(f"a temperature is a number of at least 0, got {self.temperature!r}")
-
-
-@dataclass(frozen=True, slots=True)
 class _Answered:
     """The logits after a question, and what the change before it left behind."""
 
@@ -114,7 +95,8 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
     thought = ""
     with notebook._transaction():
         with meter.measure() as reading:
-            text = asked(notebook, question.prompt, think=question.think)
+            request = asked(notebook, question.prompt, think=question.think)
+            text = request.text
             closed = thought_closed(text) if notebook._state.conversation is not None else text
             thoughts = (
                 "" if closed == text else "the thought that the chat template opens was closed before the decision"
@@ -136,14 +118,15 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
                 buffer.rollback(answered.reread)
             kept = ""
             if question.keep:
-                request = question.prompt
-                if request is not None and question.think:
-                    request = _with_instruction(request)
-                kept = _keep(notebook, turn, text, request, f"{thought} {choice}" if question.think else choice)
+                prompt = question.prompt
+                if prompt is not None and question.think:
+                    prompt = _with_instruction(prompt)
+                kept = keep_choice(notebook, turn, text, prompt, f"{thought} {choice}" if question.think else choice)
     log_probabilities = dict(zip(question.options, scores, strict=True))
     weights = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=0).tolist()
     known = {**answered.known, **({"exactness": notebook._state.weakest} if question.keep else {})}
-    why = "; ".join(filter(None, (known.pop("why", ""), thoughts, kept)))
+    reasons = (known.pop("why", ""), thoughts, request.why, kept)
+    why = "; ".join(dict.fromkeys(filter(None, reasons)))
     account = notebook._recorded(reading.account.of(operation="decide", why=why, **known))
     return Decision(
         choice,
@@ -155,9 +138,17 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
     )
 
 
-def asked(notebook: Notebook, prompt: str | None, *, think: bool) -> str:
-    """What a prompt, and the opening of an answer to it, add to the rendered context.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a prompt, and the opening of an answer to it, add to the rendered context."""
 
+    text: str
+    why: str = ""
+    """how the text differs from a fresh rendering, if it does"""
+
+
+def asked(notebook: Notebook, prompt: str | None, *, think: bool) -> Asked:
+    """
     Raises:
         InvalidValueError: the prompt has a special token that cannot be plain text.
         TemplateError: the chat template does not take it.
@@ -167,133 +158,16 @@ def asked(notebook: Notebook, prompt: str | None, *, think: bool) -> str:
         prompt = as_text(_with_instruction(prompt) if think else prompt, notebook.model.tokenizer, "the prompt")
     conversation = notebook._ready().conversation
     if conversation is None:
-        return prompt or ""
+        return Asked(prompt or "")
     more = [Message("user", Text(prompt))] if prompt is not None else []
-    return conversation.continued(more, prompt_for_answer=True).added
-
-
-def stream(notebook: Notebook, prompt: str | None, asked: str, sampling: Sampling, *, keep: bool) -> Iterator[str]:
-    """As `Notebook.generate`. What each token costs is measured as it is drawn, not what others do in between."""
-    from tokenizers.decoders import DecodeStream
-
-    state, buffer, model = notebook._ready(), notebook.cache, notebook.model
-    turn = tokenised(model.tokenizer, Rendered(asked), Kind.TURN)
-    mark = buffer.mark()
-    notebook._stream_open = True
-    drawn: list[int] = []
-    answer = ""
-    decoder = DecodeStream(skip_special_tokens=True)
-    total = Account()
-    try:
-        for token, account in _drawn(notebook, turn, sampling):
-            total = total + account
-            drawn.append(token)
-            piece = decoder.step(model.tokenizer.backend_tokenizer, token)
-            if piece:
-                answer += piece
-                yield piece
-            if not buffer.holds(mark):
-                raise OutOfStepError("the notebook was rolled back while this stream was open: it ends here")
-        if keep:
-            notebook._stream_open = False
-            total = total + _kept(notebook, state, turn, asked, prompt, drawn, answer)
-            buffer.release(mark)
-    finally:
-        notebook._stream_open = False
-        if buffer.holds(mark):  # not to be kept, or not kept whole
-            buffer.rollback(mark)
-            notebook._state = state
-    notebook._recorded(
-        total.of(operation="generate", tokens_reused=len(state.context), exactness=notebook._state.weakest)
-    )
-
-
-def _drawn(notebook: Notebook, turn: Unit, sampling: Sampling) -> Iterator[tuple[int, Account]]:
-    """An answer's tokens, each with what it took to draw it, in whichever thread. The last one need not be in the cache."""
-    engine, buffer = notebook.model.engine, notebook.cache
-    with buffer.meter.measure() as reading:
-        logits = _logits(notebook, turn.ids).logits
-    first = reading.account
-    if sampling.temperature > 0:
-        tokens = engine.stream_sampled(buffer, logits, _stop_ids(notebook), sampling.temperature, sampling.seed)
-    else:
-        tokens = engine.stream_greedy(buffer, logits, _stop_ids(notebook))
-    for _ in range(sampling.max_new_tokens):
-        with buffer.meter.measure() as reading:
-            token = next(tokens, None)
-        if token is None:
-            return
-        yield token, first + reading.account
-        first = Account()
-
-
-def _kept(
-    notebook: Notebook, state: State, turn: Unit, asked: str, prompt: str | None, drawn: list[int], answer: str
-) -> Account:
-    """Let a streamed answer and its prompt become turns. Tokens that are cached already are not computed.
-
-    Returns what computing the rest cost, and (in `why`) how the text differs from a fresh rendering. If it raises, the caller
-    has to return to the state of before.
-    """
-    buffer = notebook.cache
-    cached = drawn[: buffer.length - len(state.context) - len(turn)]
-    with buffer.meter.measure() as reading:
-        whole, conversation, why = _whole(notebook, asked, prompt, answer, space=False)
-        _adopt(notebook, turn, whole, cached, conversation)
-    return reading.account.of(why=why)
-
-
-def _keep(notebook: Notebook, turn: Unit, asked: str, prompt: str | None, answer: str) -> str:
-    """Let a prompt, which is computed already, and the answer to it become turns; how the text differs from a fresh one."""
-    whole, conversation, why = _whole(notebook, asked, prompt, answer, space=True)
-    _adopt(notebook, turn, whole, [], conversation)
-    return why
-
-
-def _whole(
-    notebook: Notebook, asked: str, prompt: str | None, answer: str, *, space: bool
-) -> tuple[str, Conversation | None, str]:
-    """What follows a prompt's own text once it is answered, the conversation then, and how it differs from a fresh text.
-
-    All texts have the marks of `as_text`, but for the prompt and the answer as they are given.
-
-    Args:
-        asked: the prompt's own text, with the opening of an answer.
-        space: put one before an answer that stays as computed.
-    """
-    tokenizer, conversation = notebook.model.tokenizer, notebook._state.conversation
-    answer = as_text(answer, tokenizer, "the answer")
-    if conversation is None:
-        between = "" if not asked or asked[-1].isspace() else " "
-        return between + answer, None, ""
-    more = [Message("user", Text(as_text(prompt, tokenizer, "the prompt")))] if prompt is not None else []
-    answered = conversation.answered(asked, more, answer, space=space)
-    return answered.added, answered.conversation, answered.why
-
-
-def _adopt(
-    notebook: Notebook, turn: Unit, answer: str, cached: Sequence[int], conversation: Conversation | None
-) -> None:
-    """Enter a prompt that is in the buffer, and an answer of which the tokens `cached` may be; compute the rest of it."""
-    buffer, state = notebook.cache, notebook._state
-    unit = tokenised(notebook.model.tokenizer, Rendered(answer), Kind.TURN)
-    shared = 0
-    while shared < min(len(cached), len(unit)) and cached[shared] == unit.ids[shared]:
-        shared += 1
-    context, ledger = adopted(state.context, state.ledger, turn, len(turn))
-    buffer.truncate(len(context) + shared)
-    whole, ledger = adopted(context, ledger, unit, shared)
-    rest = unit.ids[shared:]
-    if rest:
-        notebook.model.engine.append(buffer, rest, logits=0)
-        _, ledger = adopted(context, ledger, unit, len(unit))
-    notebook._state = State(whole, ledger, conversation)
+    continued = conversation.continued(more, prompt_for_answer=True)
+    return Asked(continued.added, continued.why)
 
 
 def _ask(notebook: Notebook, ids: Sequence[int], plan: Plan | None) -> _Answered:
     """Carry out a plan (if there is one) and compute the prompt, in one forward; the logits of its last token."""
     if plan is None:
-        return _logits(notebook, ids)
+        return logits_after(notebook, ids)
     applied = notebook._applied(plan, followed_by=ids, logits=1)
     account = applied.account
     known = {
@@ -305,11 +179,11 @@ def _ask(notebook: Notebook, ids: Sequence[int], plan: Plan | None) -> _Answered
     }
     if ids and applied.logits is not None:
         return _Answered(applied.logits, known)
-    answered = _logits(notebook, ids)
+    answered = logits_after(notebook, ids)
     return _Answered(answered.logits, known, answered.reread)
 
 
-def _logits(notebook: Notebook, ids: Sequence[int]) -> _Answered:
+def logits_after(notebook: Notebook, ids: Sequence[int]) -> _Answered:
     """Compute a prompt; the logits of its last token, or of the context's last token if there is none."""
     engine, buffer = notebook.model.engine, notebook.cache
     known: dict[str, Any] = {"tokens_reused": len(notebook), "exactness": notebook._state.weakest}
@@ -336,7 +210,7 @@ def _think(notebook: Notebook, logits: torch.Tensor) -> tuple[str, torch.Tensor]
     text = ""
     while len(drawn) < _THOUGHT_LIMIT and not text.endswith(_THOUGHT_ENDS):
         token = int(logits[-1].argmax())
-        if token in _stop_ids(notebook):
+        if token in stop_ids(notebook):
             break
         begun = [*drawn, token]
         guess = next((thought for thought in notebook._thoughts if thought[: len(begun)] == begun), begun)
@@ -364,7 +238,7 @@ def _agreed(notebook: Notebook, buffer: KVBuffer, guess: list[int]) -> tuple[tor
     return logits[kept - 1 : kept], guess[:kept]
 
 
-def _stop_ids(notebook: Notebook) -> frozenset[int]:
+def stop_ids(notebook: Notebook) -> frozenset[int]:
     configured = notebook.model.engine.model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
     return frozenset(token for token in [*listed, notebook.model.tokenizer.eos_token_id] if token is not None)

@@ -30,10 +30,11 @@ from programmable_kv.edits.seam import SeamRepair
 from programmable_kv.engine import Progress
 from programmable_kv.errors import AlreadyPrefilledError, NotPrefilledError, OutOfStepError
 from programmable_kv.models.load import Model
-from programmable_kv.notebook import asking
+from programmable_kv.notebook import asking, saving, streaming
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.plans import Plans
 from programmable_kv.notebook.requests import checked_options, checked_tools, declared, message_of
+from programmable_kv.notebook.sampling import Sampling
 from programmable_kv.notebook.state import NotebookMark, Part, State
 from programmable_kv.prompt.context import Context, FieldValue
 from programmable_kv.prompt.conversation import Conversation
@@ -49,6 +50,7 @@ from programmable_kv.prompt.values import check_template
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
 from programmable_kv.skills.skill import Skill, skills_among, types_in
 from programmable_kv.states import TokenState
+from programmable_kv.storage.files import Blobs
 
 _SPARE_SLOTS = 128
 """room for what is appended first, so that the buffer need not grow for it"""
@@ -79,7 +81,8 @@ class Notebook:
             fold_system: put a leading system message at the beginning of the first user turn if the chat template has no place
                 for one (Gemma, Mistral). Other templates are not affected.
             tools: for the chat template, as OpenAI's API takes them.
-            template_kwargs: other variables of the chat template, such as `enable_thinking` or `date_string`.
+            template_kwargs: other variables of the chat template, such as `enable_thinking` or `date_string`. A text as
+                `strftime_now` is what the template's own clock answers.
 
         Raises:
             InvalidArgumentError: that is no model.
@@ -555,24 +558,43 @@ class Notebook:
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         seed: int = 0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        logit_bias: Mapping[int | str, float] | None = None,
+        stop: Sequence[str] = (),
+        max_seconds: float | None = None,
         keep: bool = False,
     ) -> Iterator[str]:
         """Stream an answer as pieces of text; greedy at temperature 0.
 
         With `keep` the prompt and the answer become turns of the context; otherwise they are taken back when the
-        stream ends or is closed. Until then every other operation is refused. `last_account` has the price afterwards.
+        stream ends or is closed. Until then every other operation is refused. `last_account` has the price afterwards, and
+        in `why` what ended the answer if the model did not.
+
+        Args:
+            temperature, top_k, top_p, min_p: as in transformers; the last three have an effect only above temperature 0.
+            repetition_penalty: as in transformers: on every token of the context, the prompt and the answer so far.
+            logit_bias: what to add to the logits of tokens: of one, by its id; or of a text, which is raised or lowered at its
+                last token where the tokens before it have just been said.
+            stop: strings that end the answer; it ends before the first one to be complete. Text that may be the beginning of
+                one is held back until it is known.
+            max_seconds: end the answer with the first token that is drawn after this time.
 
         Raises:
-            OutOfStepError: another stream is open, or the notebook was rolled back under this one.
+            OutOfStepError: another stream is open, or the notebook was rolled back under this one, or changed before it began.
             InvalidValueError: the prompt has a special token that cannot be plain text.
-            InvalidArgumentError: no tokens are asked for, or a temperature is negative.
+            InvalidArgumentError: a parameter is of the wrong type or out of its range.
             InvalidEditError: the context and the prompt are empty.
             TemplateError: the chat template does not take the prompt, or (with `keep`) the answer.
             ContextOverflowError: prompt or answer do not fit; some text may have been yielded, and the context is unchanged.
         """
-        sampling = asking.Sampling(max_new_tokens, temperature, seed)
-        asked = asking.asked(self, prompt, think=False)
-        return asking.stream(self, prompt, asked, sampling, keep=keep)
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, logit_bias=logit_bias, stop=stop, max_seconds=max_seconds,
+        )  # fmt: skip
+        return streaming.stream(self, prompt, sampling, keep=keep)
 
     # -- state -------------------------------------------------------------------------------------------------
 
@@ -613,36 +635,25 @@ class Notebook:
         other._recorded(other._unchanged(reading.account, "fork"))
         return other
 
-    def save(self, where: str | Path) -> Path | str:
-        """Write the notebook (text, fields, keys and values) to a folder or any fsspec URL, in one step. Returns the place.
+    def save(self, where: str | Path | Blobs) -> Path | str:
+        """Write the notebook (text, fields, keys and values) to a folder, any fsspec URL, or `Blobs` of your own, in one step.
+
+        Returns the place.
 
         Raises:
             NotPrefilledError: there is no cache to save yet.
             CorruptFileError: something else than a saved notebook lies there.
             StorageError: it cannot be written; what was saved there before is unchanged.
         """
-        from programmable_kv.storage.notebooks import SavedNotebook, write
-
-        state, conversation = self._ready(), self._state.conversation
         meter = self.model.engine.meter
         with meter.measure() as reading:
-            # A value that was edited away, or a turn that was cut, is not written anywhere.
-            written = {name: value.written for name, value in state.context.fields.items()}
-            values = (
-                {name: written.get(name, value) for name, value in conversation.values.items()} if conversation else {}
-            )
-            messages = conversation.still_in(state.context.text, values) if conversation else ()
-            saved = SavedNotebook(
-                self.erratum_template, messages, self.prompt.template, values,
-                state.context, state.ledger, self.cache.tensors(), self._mentions,
-            )  # fmt: skip
-            place = write(saved, where, self.model)
+            place = saving.save(self, where)
             meter.count(moved=self.cache.nbytes)
         self._recorded(self._unchanged(reading.account, "save"))
         return place
 
     @classmethod
-    def load(cls, where: str | Path, model: Model) -> Notebook:
+    def load(cls, where: str | Path | Blobs, model: Model) -> Notebook:
         """Read a notebook that `save` wrote with the same model.
 
         Raises:
@@ -650,19 +661,20 @@ class Notebook:
             CorruptFileError: a file is missing, damaged, of another format version, or does not fit the model.
             StorageError: it cannot be read.
         """
-        from programmable_kv.storage.notebooks import read
-
         with model.engine.meter.measure() as reading:
-            saved = read(where, model)
-            notebook = cls(model, erratum_template=saved.erratum_template)
-            notebook.prompt.template = saved.template
-            buffer = model.engine.new_buffer(len(saved.context))
-            buffer.load_tensors(dict(saved.tensors))
-            conversation = Conversation(saved.template, saved.messages, saved.values) if saved.messages else None
-            notebook._state, notebook._buffer = State(saved.context, saved.ledger, conversation), buffer
-            notebook._mentions = dict(saved.mentions)
+            notebook = saving.load(cls, where, model)
         notebook._recorded(notebook._unchanged(reading.account, "load"))
         return notebook
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """For `pickle` and `copy`: all that `save` writes, without the model.
+
+        The process that reads it must have loaded the same model, and still hold it.
+
+        Raises:
+            NotPrefilledError: there is no cache yet.
+        """
+        return saving.pickled(self)
 
     def _repr_html_(self) -> str:
         from programmable_kv.notebook.html import tokens_html

@@ -49,7 +49,7 @@ def frame(template: ChatTemplate, messages: Sequence[Message], values: Mapping[s
     try:
         pieces = template.skeleton(messages, values)
     except TemplateError as error:
-        raise _explained(template, messages, values, error) from error
+        raise _explained(template, messages, values, error) from None
     return Frame(pieces, ender=ender(template, messages, values))
 
 
@@ -100,7 +100,8 @@ def _check_fields(
         if found.count(name) <= wanted.count(name):
             raise TemplateError(
                 f"the chat template does not write the option or tool that holds the field {name}: there is nothing to edit. "
-                "Look up in the template which variable it reads (date_string in Llama 3.1's), or write the field in a message."
+                "Look up in the template which variable it reads (date_string in Llama 3.1's, strftime_now in gpt-oss's), or "
+                "write the field in a message."
             )
     own = [name for name in wanted if name not in injected]
     spans = [span for name, span in rendered.places if name not in injected]
@@ -143,7 +144,7 @@ def _head(template: ChatTemplate, messages: Sequence[Message], values: Mapping[s
     except TemplateError as error:
         if pieces is not None:
             return Frame(pieces)
-        raise _explained(template, messages, values, refused or error) from error
+        raise _explained(template, messages, values, refused or error) from None
     count = len(followed) - 1
     if pieces is not None and pieces[:-1] == followed[: count - 1]:
         return Frame(pieces, ender=ender(template, messages, values))

@@ -20,6 +20,9 @@ HEAD_ROLES = ("system", "developer")
 _MARK = "\ue009{}\ue00c"
 """stands for the n-th thing that messages say: no template trims it, and none knows it. `parts.py` has other marks"""
 
+_CLOCK = "{% macro strftime_now(format) %}{{ date_of_today }}{% endmacro %}\n"
+"""put before a template that asks the clock: a text answers, whatever the format. The line break is not rendered"""
+
 
 @dataclass(frozen=True)
 class ChatTemplate:
@@ -32,7 +35,7 @@ class ChatTemplate:
     tools: tuple[Mapping[str, Any], ...] = ()
     """as OpenAI's API takes them"""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """other variables of the template, as JSON: `enable_thinking`, `date_string`"""
+    """other variables of the template, as JSON: `enable_thinking`, `date_string`. A text as `strftime_now` is its date"""
     fields: tuple[str, ...] = ()
     fold_system: bool = False
     """put a system message into the first user turn if the template has no place for one"""
@@ -131,6 +134,9 @@ class ChatTemplate:
     def _called(self, messages: list[dict[str, Any]], tools: Any, options: Mapping[str, Any], asks: bool) -> str:
         from jinja2 import TemplateError as JinjaError
 
+        if isinstance(options.get("strftime_now"), str):
+            options = {**options, "chat_template": _CLOCK + self.tokenizer.get_chat_template(tools=tools)}
+            options["date_of_today"] = options.pop("strftime_now")
         try:
             return str(
                 self.tokenizer.apply_chat_template(
