@@ -1,7 +1,7 @@
 """Write the documents that are generated from the code: `python -m scripts.write_docs`, in the repository's root.
 
-It writes `docs/cli.md`, `docs/reference.md`, `docs/templates.md`, and the generated parts of `docs/structure.md` and
-`docs/explain-miss.md`. A test fails when one of them differs from the code.
+It writes `docs/claims.md`, `docs/cli.md`, `docs/reference.md`, `docs/templates.md`, and the generated parts of
+`docs/structure.md` and `docs/explain-miss.md`. A test fails when one of them differs from the code or the records.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from scripts.causes_page import causes_page
+from scripts.claims_page import claims_page
 from scripts.cli_page import cli_page
 from scripts.reference_page import reference_page
 from scripts.structure_page import structure_page
@@ -22,6 +23,7 @@ def generated() -> dict[Path, str]:
     docs = ROOT / "docs"
     structure, causes = docs / "structure.md", docs / "explain-miss.md"
     return {
+        docs / "claims.md": claims_page(ROOT / "results"),
         docs / "cli.md": cli_page(),
         docs / "reference.md": reference_page(),
         docs / "templates.md": templates_page(ROOT / "tests" / "templates"),

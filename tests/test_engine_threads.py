@@ -206,6 +206,6 @@ def test_soft_capped_scores_equal_transformers_formula(tokens: int, masked: bool
         mask = causal[None, None] if masked else None
         found, _ = grouped_sdpa(module, query, key, value, mask, scaling=0.3, softcap=5.0)
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(recorded[0], weights[0, :, -1])
+    torch.testing.assert_close(recorded[0].weights, weights[0, :, -1])
     uncapped, _ = grouped_sdpa(module, query, key, value, mask, scaling=0.3)
     assert float((uncapped - expected).abs().max()) > 1e-2, "the cap matters here"

@@ -1,4 +1,4 @@
-"""The generated documents say what the code says today: command line, API reference, and structure."""
+"""The generated documents say what the code says today: claims, command line, API reference, and structure."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "programmable_kv"
 
 
-@pytest.mark.parametrize("name", ["cli.md", "explain-miss.md", "reference.md", "structure.md", "templates.md"])
+@pytest.mark.parametrize(
+    "name", ["claims.md", "cli.md", "explain-miss.md", "reference.md", "structure.md", "templates.md"]
+)
 def test_a_generated_document_is_up_to_date(name: str) -> None:
     written = generated()
-    assert len(written) == 5, "a document without a test"
+    assert len(written) == 6, "a document without a test"
     path = ROOT / "docs" / name
     assert path.read_text(encoding="utf-8") == written[path], (
         f"docs/{name} differs from the code: run `python -m scripts.write_docs` in the repository's root"

@@ -9,17 +9,20 @@ or a question in the same forward attends to it. Fusing them costs one sweep ove
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from programmable_kv.account import Meter
-from programmable_kv.cache.attention import recording
+from programmable_kv.cache.attention import LastRow, recording
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.layout import KVLayout, Reach
 from programmable_kv.cache.masks import attention_masks
 from programmable_kv.cache.rows import Rows
 from programmable_kv.cache.transformers_api import (
+    GROUPED_ANY,
     GROUPED_SDPA,
     Cache,
     DynamicCache,
@@ -43,7 +46,7 @@ from programmable_kv.verify.relocation import CachedLayer, RelocationProof, Verd
 from programmable_kv.verify.required import require_relocation, require_rows
 from programmable_kv.verify.rows import RowsProof, prove_rows
 
-__all__ = ["CHUNK", "Engine", "Progress", "Rows", "greedy", "prefill_alone"]
+__all__ = ["CHUNK", "Engine", "Graph", "Progress", "Rows", "greedy", "prefill_alone"]
 
 CHUNK = 2048
 """Rows of one forward, at most: a longer prefill can be followed and interrupted between forwards. It costs little: measured in
@@ -51,6 +54,21 @@ CPU time on the embedded model's shape, 3% more than one forward at 4096 tokens 
 
 Progress = Callable[[int, int], None]
 """(rows computed, rows in all), called after each forward; what it raises ends the computation"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Graph:
+    """A forward that gradients can be taken of."""
+
+    logits: torch.Tensor
+    """[T, vocabulary]"""
+    keys: list[torch.Tensor]
+    """the cached keys of each layer, [1, H, S, D]: leaves of the graph"""
+    values: list[torch.Tensor]
+    last: list[LastRow]
+    """the last row's attention in each layer"""
+    read: list[torch.Tensor]
+    """the values that it reads, those of the appended rows included, [1, H, S + T, D] in each layer"""
 
 
 def greedy(logits: torch.Tensor) -> int:
@@ -151,7 +169,7 @@ class Engine:
         queries = torch.tensor(rows.positions, device=self.device)
         return attention_masks(self.layout, queries, keys, additive=self.dtype if eager else None)
 
-    def _forward(self, buffer: KVBuffer, ids: torch.Tensor, rows: Rows, mask: Any, logits: int, **more: Any) -> Any:
+    def _forward(self, buffer: Cache, ids: torch.Tensor, rows: Rows, mask: Any, logits: int, **more: Any) -> Any:
         if any(rule.every_length and rows.positions[-1] + 1 >= rule.within for rule in self.layout.frequency_rules):
             reset_frequencies(decoder_of(self.model), self.model.get_input_embeddings().weight[:1])
         # An empty index keeps no row; the integer 0 would mean "all rows" to transformers.
@@ -249,7 +267,6 @@ class Engine:
             yield token
             logits = self.append(buffer, [token])
 
-    @torch.no_grad()
     def attention_of(self, buffer: KVBuffer, rows: Rows) -> torch.Tensor:
         """How much the last of `rows` attends to every slot it sees, weighted by the size of what it reads there.
 
@@ -257,23 +274,49 @@ class Engine:
         that values are made from), with the rows computed against the buffer. The buffer is unchanged.
         Source: Kobayashi et al., Attention is Not Only a Weight (arXiv 2004.10102), section 3.
         """
-        ids = self._checked(buffer, rows, 1, CHUNK)
-        self._check_positions(rows)
         layers = self.relocation.layout.layers
-        mark = buffer.mark()
-        try:
-            with self._lock, buffer.writing(rows.slots, rows.positions) as target:
-                weights = self._last_row_weights(buffer, ids, rows, target.visible)
-            buffer.meter.count(computed=len(rows))
-            influence = torch.zeros(target.visible, dtype=torch.float32, device=self.device)
+        with self._tried(buffer, rows) as (ids, visible):
+            weights = self._last_row_weights(buffer, ids, rows, visible)
+            influence = torch.zeros(visible, dtype=torch.float32, device=self.device)
             for layer, rule, attention in zip(buffer.layers, layers, weights, strict=True):
                 read = layer.values if rule.rotated == "keys" else layer.keys
-                norms = read[0, :, : target.visible].float().norm(dim=-1)
+                norms = read[0, :, :visible].float().norm(dim=-1)
                 groups = attention.shape[0] // norms.shape[0]
                 influence += (attention.float() * norms.repeat_interleave(groups, dim=0)).mean(dim=0)
             return influence / len(weights)
+
+    def attention_weights(self, buffer: KVBuffer, rows: Rows) -> list[torch.Tensor]:
+        """The attention weights of the last of `rows`, [heads, S] in each layer, over the slots that it sees.
+
+        The rows are computed against the buffer, which is unchanged. Only one row's weights are ever held.
+        """
+        with self._tried(buffer, rows) as (ids, visible):
+            return self._last_row_weights(buffer, ids, rows, visible)
+
+    @contextmanager
+    def _tried(self, buffer: KVBuffer, rows: Rows) -> Iterator[tuple[torch.Tensor, int]]:
+        """Inside the block a forward may write these rows: their ids [T], and how many slots they see. Then undone."""
+        ids = self._checked(buffer, rows, 1, CHUNK)
+        self._check_positions(rows)
+        mark = buffer.mark()
+        try:
+            with torch.no_grad(), self._lock, buffer.writing(rows.slots, rows.positions) as target:
+                yield ids, target.visible
+            buffer.meter.count(computed=len(rows))
         finally:
             buffer.rollback(mark)
+
+    @contextmanager
+    def _attention_as(self, implementation: str) -> Iterator[None]:
+        """The model attends in another way inside the block. The caller holds the lock."""
+        usual = self.model.config._attn_implementation
+        try:
+            if implementation != usual:
+                self.model.set_attn_implementation(implementation)
+            yield
+        finally:
+            if self.model.config._attn_implementation != usual:
+                self.model.set_attn_implementation(usual)
 
     def _last_row_weights(self, buffer: KVBuffer, ids: torch.Tensor, rows: Rows, visible: int) -> list[torch.Tensor]:
         """The last row's attention in each layer, [heads, S], computed while the caller holds the model's lock.
@@ -281,24 +324,42 @@ class Engine:
         With this package's attention the forward is the usual one. With another the implementation is switched for the
         forward, which is why the lock is held; eager attention returns its weights by itself.
         """
-        usual = self.model.config._attn_implementation
-        try:
-            if usual in (GROUPED_SDPA, "sdpa"):
-                register_attention()
-                if usual != GROUPED_SDPA:
-                    self.model.set_attn_implementation(GROUPED_SDPA)
-                with recording() as weights:
-                    self._forward(buffer, ids, rows, self._mask(buffer, rows, visible, eager=False), 1)
-                if len(weights) == len(buffer.layers):
-                    return weights
-            if usual != "eager":
-                self.model.set_attn_implementation("eager")
+        if self.model.config._attn_implementation in (GROUPED_SDPA, "sdpa"):
+            register_attention()
+            with self._attention_as(GROUPED_SDPA), recording() as found:
+                self._forward(buffer, ids, rows, self._mask(buffer, rows, visible, eager=False), 1)
+            if len(found) == len(buffer.layers):
+                return [each.weights for each in found]
+        with self._attention_as("eager"):
             mask = self._mask(buffer, rows, visible, eager=True)
             output = self._forward(buffer, ids, rows, mask, 1, output_attentions=True)
             return [attention[0, :, -1] for attention in output.attentions]
-        finally:
-            if self.model.config._attn_implementation != usual:
-                self.model.set_attn_implementation(usual)
+
+    @contextmanager
+    def graph(self, buffer: KVBuffer, rows: Rows) -> Iterator[Graph]:
+        """The logits of appended rows as a function of the cached keys and values, for gradients within the block.
+
+        Runs this package's attention, and a cache of its own that holds copies. The buffer is unchanged.
+
+        Raises:
+            InvalidArgumentError: the rows are not appended, or the model does not run this package's attention.
+        """
+        past = buffer.length
+        if rows.slots != tuple(range(past, past + len(rows))):
+            raise InvalidArgumentError(f"gradients are of rows appended after the {past} slots in use")
+        keys = [buffer.keys(index).detach().clone().requires_grad_() for index in range(len(buffer))]
+        values = [buffer.values(index).detach().clone().requires_grad_() for index in range(len(buffer))]
+        cache = DynamicCache()
+        register_attention()
+        with self._tried(buffer, rows) as (ids, visible), torch.enable_grad():
+            for index, pair in enumerate(zip(keys, values, strict=True)):
+                cache.update(*pair, index)
+            with self._attention_as(GROUPED_ANY), recording() as last:
+                mask = self._mask(buffer, rows, visible, eager=False)
+                logits = self._forward(cache, ids, rows, mask, len(rows)).logits[0]
+            if len(last) != len(buffer):
+                raise InvalidArgumentError(f"{self.layout.model_type} does not run this package's attention")
+            yield Graph(logits, keys, values, last, [layer.values.detach() for layer in cache.layers])
 
     # -- relocation --------------------------------------------------------------------------------------------
 

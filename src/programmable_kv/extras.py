@@ -15,6 +15,7 @@ EXTRA_OF = {
     "rich": "cli",
     "scipy": "lab",
     "statsmodels": "lab",
+    "sklearn": "lab",
     "matplotlib": "lab",
 }
 """top-level module -> the extra that installs it"""

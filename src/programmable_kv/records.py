@@ -61,7 +61,7 @@ class Interval(_Strict):
     low: float
     high: float
     n: int
-    method: Literal["wilson", "cluster bootstrap", "bootstrap", "none"]
+    method: Literal["wilson", "clopper-pearson", "cluster bootstrap", "bootstrap", "none"]
 
 
 class Record(_Strict):

@@ -1,6 +1,6 @@
 """Attention in blocks of rows, attention with a soft cap, and what the last row of a forward attends to.
 
-`recording` collects, within its block and its thread, the attention weights of the last row in every layer that runs this
+`recording` collects, within its block and its thread, what the last row attends to in every layer that runs this
 package's attention (`transformers_api.grouped_sdpa`). Nothing of the model is changed.
 
 Shapes: query [B, groups * H, T, D], key and value [B, H, S, D], mask [B, 1, T, S] or None (then causal, the last rows of S).
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -19,16 +20,34 @@ ROWS_IN_BLOCK = 256
 """Rows that attend at once. Fewer rows skip more of what they cannot see, and cost more calls. Measured on a CPU, 2048 rows
 against 8192 slots, 9 heads: 64 rows 913 ms, 128 812 ms, 256 496 ms, 512 589 ms, all at once 1042 ms."""
 
-_recorder: ContextVar[list[torch.Tensor] | None] = ContextVar("recorder", default=None)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LastRow:
+    """The attention of a forward's last row in one layer."""
+
+    query: torch.Tensor
+    """[groups * H, D]"""
+    scores: torch.Tensor
+    """[groups * H, S] in float32 or wider: capped, and minus infinity where a slot is not seen"""
+    scaling: float
+    softcap: float | None
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """[groups * H, S]"""
+        return self.scores.softmax(dim=-1)
+
+
+_recorder: ContextVar[list[LastRow] | None] = ContextVar("recorder", default=None)
 
 
 @contextmanager
-def recording() -> Iterator[list[torch.Tensor]]:
-    """Collect the last row's attention weights, [groups * H, S] in float32 or wider, one for each layer in order."""
-    weights: list[torch.Tensor] = []
-    token = _recorder.set(weights)
+def recording() -> Iterator[list[LastRow]]:
+    """Collect the last row's attention, one entry for each layer in order."""
+    rows: list[LastRow] = []
+    token = _recorder.set(rows)
     try:
-        yield weights
+        yield rows
     finally:
         _recorder.reset(token)
 
@@ -44,7 +63,9 @@ def record(
     recorder = _recorder.get()
     if recorder is not None:
         last = None if mask is None else mask[..., -1:, :]
-        recorder.append(attention_weights(query[:, :, -1:], key, last, scaling, softcap)[0, :, 0])
+        scores = attention_scores(query[:, :, -1:], key, last, scaling, softcap)[0, :, 0]
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        recorder.append(LastRow(query[0, :, -1].detach(), scores.detach(), scale, softcap))
 
 
 def attention_weights(
@@ -54,7 +75,18 @@ def attention_weights(
     scaling: float | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """softmax(cap(q k^T scale) + mask) in float32 or wider, [B, groups * H, T, S].
+    """softmax(cap(q k^T scale) + mask) in float32 or wider, [B, groups * H, T, S]."""
+    return attention_scores(query, key, mask, scaling, softcap).softmax(dim=-1)
+
+
+def attention_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """cap(q k^T scale) + mask in float32 or wider, [B, groups * H, T, S].
 
     Source of the cap: Gemma 2 (arXiv 2408.00118), section 2.
     """
@@ -71,7 +103,7 @@ def attention_weights(
     if mask is not None:
         mask = mask[..., :slots]
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(dim=-1)
+    return scores
 
 
 def tail_mask(rows: int, slots: int, device: torch.device) -> torch.Tensor:

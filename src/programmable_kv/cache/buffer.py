@@ -20,6 +20,7 @@ from programmable_kv.cache.frequencies import Tables, require_first, require_sam
 from programmable_kv.cache.history import History, Mark, SavedRows
 from programmable_kv.cache.layout import KVLayout, LayerLayout, Rotated
 from programmable_kv.cache.origins import Origins, Slots
+from programmable_kv.cache.overwrite import Overwrite
 from programmable_kv.cache.rotation import Rotation
 from programmable_kv.cache.segment import Segment
 from programmable_kv.cache.span import Span
@@ -243,6 +244,26 @@ class KVBuffer(Cache):  # type: ignore[misc]
             raise
         finally:
             self.target = None
+
+    def overwrite(self, slots: Sequence[int], layers: Sequence[Overwrite]) -> None:
+        """Put other keys and values into slots in use, in some layers and heads. Positions stay; a rollback undoes it.
+
+        Raises:
+            CacheBufferError: a slot is not in use or named twice, or the tensors do not fit. Nothing was written.
+        """
+        if not slots or len(set(slots)) != len(slots) or min(slots) < 0 or max(slots) >= self.length:
+            raise CacheBufferError(
+                f"slots to overwrite must be among the {self.length} in use, each once: {slots[:8]}..."
+            )
+        for each in layers:
+            if not 0 <= each.layer < len(self.layers):
+                raise CacheBufferError(f"there is no layer {each.layer} among {len(self.layers)}")
+            each.check(len(self.layers), self.layers[each.layer], len(slots))
+        where = torch.tensor(slots)
+        self._save(where)
+        self._origins.forget(where)
+        for each in layers:
+            each.put(self.layers[each.layer], where)
 
     def relocate(self, start: int, stop: int, to: int, shift: int, layout: KVLayout) -> None:
         """Relocate slots [start, stop), which must be the buffer's tail, to slot `to`, and their positions by `shift`.

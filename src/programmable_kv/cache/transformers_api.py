@@ -18,6 +18,7 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from programmable_kv.cache.attention import ROWS_IN_BLOCK, in_blocks, last_rows, record, soft_capped, tail_mask
 
 __all__ = [
+    "GROUPED_ANY",
     "GROUPED_SDPA",
     "Cache",
     "CacheLayerMixin",
@@ -38,6 +39,8 @@ __all__ = [
 ]
 
 GROUPED_SDPA = "pkv_grouped_sdpa"
+GROUPED_ANY = "pkv_grouped"
+"""the same attention, for models that transformers lets run no attention with `sdpa` in its name (soft-capped scores)"""
 _FREQUENCY_BUFFER = "inv_freq"
 
 
@@ -233,5 +236,6 @@ def mask_unless_tail(
 
 def register_attention() -> None:
     """Make `attn_implementation=GROUPED_SDPA` known to transformers. Safe to call more than once."""
-    AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)
-    AttentionMaskInterface.register(GROUPED_SDPA, mask_unless_tail)
+    for name in (GROUPED_SDPA, GROUPED_ANY):
+        AttentionInterface.register(name, grouped_sdpa)
+        AttentionMaskInterface.register(name, mask_unless_tail)

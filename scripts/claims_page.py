@@ -1,0 +1,83 @@
+"""`docs/claims.md`: every published claim with its status, from `lab/claims/claims.toml` and the records in `results/`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+
+from programmable_kv.lab.claims.claim import Claim, Evidence, Status, read_claims
+from programmable_kv.quotes import CITED, refreshed
+from programmable_kv.records import Record, all_records
+
+_TEXT = f"""# Published claims, and what is known here
+
+The idea that this package rests on was published in *Models Take Notes at Prefill* (arXiv 2606.17107), with its code and
+records. This page lists what was claimed there, and what our own records say of it. Most has not been measured here yet.
+
+- **{Status.REPRODUCED}**: it holds here, by our own measure. **{Status.BOUNDED}**: it holds within limits that are stated.
+  **{Status.REFUTED}**: measured as it should be, it does not hold here.
+- **{Status.NOT_TESTED}**: no record of ours settles it.
+- **{Status.NOT_TESTABLE}**: none can, on the machines that this project is for.
+
+A status that rests on records is a set of conditions on them, in brackets: a test fails when a record says otherwise. A
+condition is on the end of the interval at which it is hardest to meet. A status is of the models named, which are small.
+
+{{table}}
+
+{{sections}}
+"""
+
+
+def claims_page(results: Path) -> str:
+    """The page, from the records of a folder. Every figure of ours in it is a record's."""
+    claims, records = read_claims(), {record.name: record for record in all_records(results)}
+    groups = {name: list(each) for name, each in groupby(claims, key=lambda claim: claim.group)}
+    sections = [
+        f"## {name}\n\n" + "\n\n".join(_section(claim, records) for claim in each) for name, each in groups.items()
+    ]
+    page = _TEXT.format(table=_table(claims), sections="\n\n".join(sections))
+    return refreshed(page, results)
+
+
+def _table(claims: list[Claim]) -> str:
+    counts = ", ".join(f"{sum(claim.status is status for claim in claims)} {status}" for status in Status)
+    rows = [f"| [{claim.id}](#{claim.id.lower()}) | {claim.title} | {claim.status} |" for claim in claims]
+    return "\n".join(
+        [f"{len(claims)} claims: {counts}.", "", "| claim | what | status |", "| --- | --- | --- |", *rows]
+    )
+
+
+def _section(claim: Claim, records: Mapping[str, Record]) -> str:
+    lines = [
+        f"### {claim.id}",
+        "",
+        f"{claim.title}: **{claim.status}**.",
+        "",
+        f"- Published: {claim.published} ({claim.source}). {CITED}",
+        f"- What would settle it: {claim.settles}",
+        *(_measured(list(each), records[name]) for (name, _), each in groupby(claim.evidence, key=_figure)),
+    ]
+    if claim.note:
+        lines.append(f"- {claim.note} {CITED}" if any(c.isdigit() for c in claim.note) else f"- {claim.note}")
+    return "\n".join(lines)
+
+
+def _figure(evidence: Evidence) -> tuple[str, str]:
+    return evidence.record, evidence.figure
+
+
+def _measured(conditions: list[Evidence], record: Record) -> str:
+    """One figure with the conditions on it."""
+    evidence = conditions[0]
+
+    def quote(path: str, spec: str) -> str:
+        return f"<!--{evidence.record}:{path}:{spec}-->?<!--/-->"
+
+    if evidence.is_interval(record):
+        value, low, high = (quote(f"{evidence.figure}.{end}", ".3f") for end in ("value", "low", "high"))
+        shown = f"{value} [{low}, {high}], {quote(f'{evidence.figure}.n', '.0f')} items"
+    else:
+        shown = quote(evidence.figure, ".3g")
+    holds = ", ".join(f"`{each.condition}`" for each in conditions)
+    return f"- Here: {evidence.of}: {shown} ({holds}). `{record.model}`, `{record.command}`."

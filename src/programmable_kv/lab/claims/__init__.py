@@ -1,0 +1,1 @@
+"""What was published, and what our records say of it."""

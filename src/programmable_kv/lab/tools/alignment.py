@@ -1,0 +1,95 @@
+"""Distributed alignment search: the subspace along which other activations change a decision as a hypothesis says they should.
+
+Source: Geiger et al., Finding Alignments Between Interpretable Causal Variables (arXiv 2303.02536), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.engine import Engine, Rows
+from programmable_kv.errors import InvalidArgumentError
+from programmable_kv.lab.tools.changes import interchanged
+from programmable_kv.lab.tools.sites import Site, changed
+
+Loss = Callable[[torch.Tensor], torch.Tensor]
+"""logits of the last row [vocabulary] -> how far they are from what the hypothesis predicts"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Exchange:
+    """One interchange: rows appended to a context, other activations for the last of them, and what should follow."""
+
+    buffer: KVBuffer
+    rows: Rows
+    values: torch.Tensor
+    """[1, d] of the site, from the other context"""
+    loss: Loss
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Alignment:
+    """A learned subspace."""
+
+    basis: torch.Tensor
+    """[d, k], orthonormal columns"""
+    losses: tuple[float, ...]
+    """mean loss at each step"""
+
+
+def align(
+    engine: Engine,
+    site: Site,
+    exchanges: Sequence[Exchange],
+    dimensions: int,
+    *,
+    steps: int = 100,
+    rate: float = 0.05,
+    seed: int = 0,
+) -> Alignment:
+    """Learn a subspace by gradient descent over orthonormal bases (Adam on a QR parametrisation, seeded).
+
+    Fit on some domains, score with `expected_loss` on others, beside random subspaces (`nulls.random_basis`).
+    Buffers and model are unchanged.
+
+    Raises:
+        InvalidArgumentError: no exchanges, or more dimensions than the activation has.
+    """
+    if not exchanges or not 0 < dimensions <= exchanges[0].values.shape[-1]:
+        raise InvalidArgumentError(f"cannot fit {dimensions} dimensions to {len(exchanges)} exchanges")
+    first = exchanges[0].values
+    generator = torch.Generator().manual_seed(seed)
+    compute = torch.promote_types(first.dtype, torch.float32)
+    start = torch.randn(first.shape[-1], dimensions, generator=generator, dtype=torch.float64)
+    free = torch.nn.Parameter(torch.linalg.qr(start).Q.to(first.device, compute))
+    optimiser = torch.optim.Adam([free], lr=rate)
+    losses = []
+    for _ in range(steps):
+        total = 0.0
+        gradient = torch.zeros_like(free)
+        for each in exchanges:
+            basis = torch.linalg.qr(free).Q
+            with changed(engine, each.buffer, site, interchanged(each.values, basis), each.rows.slots[-1:]):
+                with engine.graph(each.buffer, each.rows) as graph:
+                    loss = each.loss(graph.logits[-1])
+                    # Of the basis alone: the model's parameters get no gradients.
+                    gradient += torch.autograd.grad(loss, free)[0] / len(exchanges)
+                total += float(loss.detach()) / len(exchanges)
+        free.grad = gradient
+        optimiser.step()
+        losses.append(total)
+    with torch.no_grad():
+        return Alignment(torch.linalg.qr(free).Q.detach(), tuple(losses))
+
+
+def expected_loss(engine: Engine, site: Site, exchanges: Sequence[Exchange], basis: torch.Tensor) -> float:
+    """The mean loss of exchanges along a given subspace. Nothing is changed."""
+    total = 0.0
+    for each in exchanges:
+        with changed(engine, each.buffer, site, interchanged(each.values, basis), each.rows.slots[-1:]):
+            total += float(each.loss(engine.compute(each.buffer, each.rows)[-1])) / len(exchanges)
+    return total

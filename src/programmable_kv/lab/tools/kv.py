@@ -1,0 +1,164 @@
+"""Interventions on the cache itself: keys and values patched from another context, swapped, injected or ablated.
+
+By layer, KV head and slot. Nothing is cloned but the rows that are touched; at the end of the block they are put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.cache.layout import KVLayout
+from programmable_kv.cache.overwrite import Overwrite
+from programmable_kv.cache.rotation import Rotation
+from programmable_kv.errors import InvalidArgumentError
+from programmable_kv.lab.tools.hooks import taken_back
+
+
+@dataclass(frozen=True, slots=True)
+class Which:
+    """Which of a cache's tensors: layers and KV heads (None: all), keys, values or both."""
+
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    keys: bool = True
+    values: bool = True
+
+    def of(self, buffer: KVBuffer) -> tuple[int, ...]:
+        """The layers, by number."""
+        return tuple(range(len(buffer))) if self.layers is None else self.layers
+
+
+EVERYTHING = Which()
+
+
+@contextmanager
+def injected(buffer: KVBuffer, slots: Sequence[int], rows: Sequence[Overwrite]) -> Iterator[None]:
+    """Other keys and values stand in these slots inside the block. What is computed inside is taken back too.
+
+    Raises:
+        CacheBufferError: a slot is not in use, or the tensors do not fit.
+    """
+    with taken_back(buffer):
+        buffer.overwrite(slots, rows)
+        yield
+
+
+@contextmanager
+def patched(
+    buffer: KVBuffer,
+    source: KVBuffer,
+    slots: Sequence[int],
+    which: Which = EVERYTHING,
+    *,
+    from_slots: Sequence[int] | None = None,
+    layout: KVLayout | None = None,
+) -> Iterator[None]:
+    """Inside the block these slots hold what another buffer of the same model holds (in the same slots, or `from_slots`).
+
+    Where positions differ, keys are rotated; `layout` is then one with which relocation was proved exact
+    (`engine.require_relocation()`).
+
+    Raises:
+        InvalidArgumentError: positions differ and there is no layout.
+    """
+    rows = rows_from(source, slots if from_slots is None else from_slots, which)
+    rows = _moved(rows, source, slots if from_slots is None else from_slots, buffer, slots, layout)
+    with injected(buffer, slots, rows):
+        yield
+
+
+@contextmanager
+def swapped(
+    buffer: KVBuffer,
+    first: Sequence[int],
+    second: Sequence[int],
+    which: Which = EVERYTHING,
+    *,
+    layout: KVLayout | None = None,
+) -> Iterator[None]:
+    """Two equally long sets of slots exchange keys and values inside the block. Keys are rotated as in `patched`.
+
+    Raises:
+        InvalidArgumentError: keys are exchanged and there is no layout.
+    """
+    both, other = [*first, *second], [*second, *first]
+    with patched(buffer, buffer, both, which, from_slots=other, layout=layout):
+        yield
+
+
+@contextmanager
+def mean_ablated(
+    buffer: KVBuffer, sources: Sequence[KVBuffer], slots: Sequence[int], which: Which = EVERYTHING
+) -> Iterator[None]:
+    """Inside the block these slots hold the mean of what they hold in several buffers, at the same positions.
+
+    Raises:
+        InvalidArgumentError: no buffer, or one in which a slot stands at another position.
+    """
+    if not sources:
+        raise InvalidArgumentError("a mean ablation needs buffers to take the mean of")
+    each = [_moved(rows_from(source, slots, which), source, slots, buffer, slots, None) for source in sources]
+    rows = [
+        Overwrite(same[0].layer, _mean([row.keys for row in same]), _mean([row.values for row in same]), which.heads)
+        for same in zip(*each, strict=True)
+    ]
+    with injected(buffer, slots, rows):
+        yield
+
+
+def rows_from(source: KVBuffer, slots: Sequence[int], which: Which = EVERYTHING) -> list[Overwrite]:
+    """Copies of a buffer's keys and values in some slots, by layer."""
+    where = torch.tensor(list(slots))
+    if not where.numel() or int(where.min()) < 0 or int(where.max()) >= source.length:
+        raise InvalidArgumentError(f"slots {list(slots)[:8]}... are not among the {source.length} in use of the source")
+    rows = []
+    for layer in which.of(source):
+        keys = source.keys(layer)[:, :, where] if which.keys else None
+        values = source.values(layer)[:, :, where] if which.values else None
+        if which.heads is not None:
+            keys, values = (None if t is None else t[:, list(which.heads)] for t in (keys, values))
+        rows.append(Overwrite(layer, keys, values, which.heads))
+    return rows
+
+
+def _mean(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    held = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(held).mean(dim=0) if held else None
+
+
+def _moved(
+    rows: list[Overwrite],
+    source: KVBuffer,
+    from_slots: Sequence[int],
+    buffer: KVBuffer,
+    slots: Sequence[int],
+    layout: KVLayout | None,
+) -> list[Overwrite]:
+    """The rows as they would stand at the positions of the slots that they are put into."""
+    if len(from_slots) != len(slots):
+        raise InvalidArgumentError(f"{len(from_slots)} slots cannot be put into {len(slots)}")
+    if not slots or max(slots) >= buffer.length:
+        raise InvalidArgumentError(f"slots {list(slots)[:8]}... are not among the {buffer.length} in use")
+    offsets = buffer.positions[list(slots)] - source.positions[list(from_slots)]
+    if not bool(offsets.any()):
+        return rows
+    if layout is None:
+        raise InvalidArgumentError(
+            "these rows would stand at other positions than they were computed at: pass layout=engine.require_relocation()"
+        )
+    rotation = Rotation(offsets)
+    result = []
+    for row in rows:
+        rule = layout.layers[row.layer]
+        pair = {"keys": row.keys, "values": row.values}
+        turned = pair[rule.rotated]
+        if turned is not None:
+            rotation.put(turned, rule.rotation, standing := torch.empty_like(turned))
+            pair[rule.rotated] = standing
+        result.append(Overwrite(row.layer, pair["keys"], pair["values"], row.heads))
+    return result

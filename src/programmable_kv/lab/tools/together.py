@@ -1,0 +1,168 @@
+"""Many interventions on what the last row reads, in one forward: a copy of the row for each of them.
+
+The rows of the other context are put beside those of this one. Each copy of the last row sees, by its mask, either the one or
+the other of a slot, or neither, layer by layer and head by head. So a patch costs one row, not one forward, and nothing is
+overwritten. Exact: equal to patching the cache and computing the row alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.cache.masks import visible
+from programmable_kv.engine import Engine, Rows
+from programmable_kv.errors import InvalidArgumentError, UnsupportedModelError
+from programmable_kv.lab.tools.hooks import Reached, taken_back
+from programmable_kv.lab.tools.kv import rows_from
+from programmable_kv.lab.tools.masks import masked
+from programmable_kv.verify.relocation import PositionEncoding
+
+_PROBES = 256
+"""rows of one forward: their masks are [heads, rows, slots] at most"""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one copy of the last row reads differently, in `layers` and `heads` (KV heads; None: all).
+
+    `patched` slots are read from the other context; `blocked` slots are not read at all.
+    """
+
+    patched: tuple[int, ...] = ()
+    blocked: tuple[int, ...] = ()
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+
+
+def each_slot(slots: Sequence[int]) -> list[Probe]:
+    """One patch for each slot, in all layers and heads."""
+    return [Probe((slot,)) for slot in slots]
+
+
+def each_place(engine: Engine, buffer: KVBuffer, slots: Sequence[int]) -> list[Probe]:
+    """One patch for each layer, KV head and slot, in this order."""
+    _require(engine, buffer)
+    heads = buffer.keys(0).shape[1]
+    return [
+        Probe((slot,), layers=(layer,), heads=(head,))
+        for layer in range(len(buffer))
+        for head in range(heads)
+        for slot in slots
+    ]
+
+
+def probed(
+    engine: Engine, buffer: KVBuffer, token: int, probes: Sequence[Probe], source: KVBuffer | None = None
+) -> torch.Tensor:
+    """The logits of `token`, appended to the buffer, under each probe: [probes, vocabulary]. The buffer is unchanged.
+
+    `source` holds the other context, its slots at the same positions; needed where a probe patches.
+
+    Raises:
+        InvalidArgumentError: a slot, layer or head does not exist, or the slots of the two contexts stand at other positions.
+        UnsupportedModelError: attention depends on positions by more than the keys and the mask (ALiBi), or keys have no heads.
+    """
+    _require(engine, buffer)
+    patched = tuple(sorted({slot for probe in probes for slot in probe.patched}))
+    _check(buffer, probes, patched, source)
+    found = []
+    for start in range(0, len(probes), _PROBES):
+        some = probes[start : start + _PROBES]
+        with taken_back(buffer):
+            table = _Table(engine, buffer, some, patched)
+            if source is not None and patched:
+                _append(buffer, source, patched)
+            with _seeing(engine, buffer, table):
+                # One position for all copies: none of them sees another.
+                rows = Rows((token,) * len(some), table.slots, (table.position,) * len(some))
+                found.append(engine.compute(buffer, rows, logits=len(some), chunk=len(some)))
+    return torch.cat(found) if found else torch.empty(0)
+
+
+class _Table:
+    """Which slots each copy of the row sees. Slots: [own context][patched rows of the other one][copies of the row]."""
+
+    def __init__(self, engine: Engine, buffer: KVBuffer, probes: Sequence[Probe], patched: tuple[int, ...]) -> None:
+        self.probes, self.position, past = probes, buffer.next_position, buffer.length
+        self.slots = tuple(range(past + len(patched), past + len(patched) + len(probes)))
+        self.positions = torch.cat((buffer.positions, buffer.positions[list(patched)]))
+        self._past, self._place = past, {slot: past + index for index, slot in enumerate(patched)}
+        self._heads, self._groups = buffer.keys(0).shape[1], _query_heads(engine) // buffer.keys(0).shape[1]
+        self._by_head = any(probe.heads is not None for probe in probes)
+        self._layout = buffer.layout
+
+    def seen(self, layer: int) -> torch.Tensor:
+        """[1 or query heads, T, S] booleans."""
+        rule, count = self._layout.layers[layer], len(self.probes)
+        reads = visible(torch.tensor([self.position]), self.positions, rule.reach, rule.window)[0]
+        own = torch.zeros(count, self._past, dtype=torch.bool) | reads[: self._past]
+        other = torch.zeros(count, len(self._place), dtype=torch.bool)
+        context = torch.cat((own, other, torch.eye(count, dtype=torch.bool)), dim=1)
+        seen = context.expand(self._heads if self._by_head else 1, -1, -1).clone()
+        for row, probe in enumerate(self.probes):
+            if probe.layers is not None and layer not in probe.layers:
+                continue
+            for head in range(len(seen)) if probe.heads is None else probe.heads:
+                seen[head, row, list(probe.blocked + probe.patched)] = False
+                beside = [self._place[slot] for slot in probe.patched]
+                seen[head, row, beside] = reads[beside]
+        return seen.repeat_interleave(self._groups, dim=0) if self._by_head else seen
+
+
+@contextmanager
+def _seeing(engine: Engine, buffer: KVBuffer, table: _Table) -> Iterator[None]:
+    reached = Reached(table.slots)
+
+    def allowed(layer: int, slots: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        reached.met.update(slots.tolist())
+        return table.seen(layer).to(engine.device)
+
+    with masked(engine, buffer, allowed, range(len(buffer)), reached):
+        yield
+
+
+def _append(buffer: KVBuffer, source: KVBuffer, slots: tuple[int, ...]) -> None:
+    """Put the source's rows after the buffer's. Only masks made here know at which positions they really stand."""
+    first, position = buffer.length, buffer.next_position
+    where = range(first, first + len(slots))
+    with buffer.writing(where, range(position, position + len(slots))):
+        for layer, row in zip(buffer.layers, rows_from(source, slots), strict=True):
+            layer.update(row.keys, row.values)
+
+
+def _require(engine: Engine, buffer: KVBuffer) -> None:
+    """
+    Raises:
+        UnsupportedModelError: see `probed`.
+    """
+    proof = engine.relocation
+    rotated = {layer.rotated for layer in proof.layout.layers}
+    if not proof.exact or proof.encoding is not PositionEncoding.ROTARY or rotated != {"keys"}:
+        raise UnsupportedModelError(
+            f"many probes in one forward need rotary keys by head, which {engine.layout.model_type} does not cache: "
+            "patch the cache and compute the row, one by one"
+        )
+    if not buffer.length:
+        raise InvalidArgumentError("an empty buffer has nothing to patch or block")
+
+
+def _check(buffer: KVBuffer, probes: Sequence[Probe], patched: tuple[int, ...], source: KVBuffer | None) -> None:
+    heads = set(range(buffer.keys(0).shape[1]))
+    for probe in probes:
+        outside = set(probe.patched + probe.blocked) - set(range(buffer.length))
+        unknown = set(probe.layers or ()) - set(range(len(buffer))) or set(probe.heads or ()) - heads
+        if outside or unknown:
+            raise InvalidArgumentError(f"{probe} names a slot, layer or KV head that this buffer does not have")
+    if patched and (source is None or max(patched) >= source.length):
+        raise InvalidArgumentError("a probe patches slots, and there is no source that holds them")
+    if source is not None and not torch.equal(source.positions[list(patched)], buffer.positions[list(patched)]):
+        raise InvalidArgumentError("slots to patch stand at other positions in the source")
+
+
+def _query_heads(engine: Engine) -> int:
+    return int(engine.model.config.get_text_config(decoder=True).num_attention_heads)
