@@ -10,7 +10,7 @@ import torch
 from test_plans import context, enacted, erratum
 
 from conftest import tiny, tokenizer
-from programmable_kv import Mode, Notebook, Skill
+from programmable_kv import Field, Mode, Notebook, Skill
 from programmable_kv.cache.span import Span
 from programmable_kv.edits.compose import plan_append
 from programmable_kv.edits.edit import EditTools, plan_edit
@@ -297,3 +297,33 @@ def test_damaged_words_are_refused(tmp_path: Path) -> None:
     path.write_bytes(seal(body.replace(b',"mentions":{"status":["refund kind"]}', b"")))
     older = Notebook.load(tmp_path / "saved", notebook.model)
     assert len(older.readers("status")) == len(notebook.readers("status")) - 2, "notebooks saved before have no words"
+
+
+class TestBlocks:
+    """Of a block, the lines that speak of its changed lines are readers; nothing has to be declared."""
+
+    POLICY = "todo:\n{todo}\nif pay Ann is done, ship.\nif call Bo is done, wait.\nbe polite.\n"
+
+    def plan(self, new: str, old: str = "- [ ] pay Ann\n- [ ] call Bo") -> tuple[str, str]:
+        notebook = Notebook(tiny()).text(self.POLICY, todo=Field.block(old))
+        notebook.prefill()
+        plan = notebook.plan.edit({"todo": new}, mode="readers")
+        ids = [token for one in plan.compute for token in plan.after.ids_in(one.span)]
+        return notebook.model.tokenizer.decode(ids), plan.why
+
+    def test_only_the_changed_line_s_readers_are_computed(self) -> None:
+        again, why = self.plan("- [x] pay Ann\n- [ ] call Bo")
+        assert "ship" in again
+        assert "wait" not in again
+        assert "mentions 'pay Ann'" in why
+
+    def test_a_line_that_is_gone_has_readers_too(self) -> None:
+        again, _ = self.plan("- [ ] pay Ann")
+        assert "wait" in again
+        assert "ship" not in again
+
+    def test_a_text_of_one_line_has_no_such_readers(self) -> None:
+        notebook = Notebook(tiny()).text(self.POLICY, todo="pay Ann: open")
+        notebook.prefill()
+        why = notebook.plan.edit({"todo": "pay Ann: done"}, mode="readers").why
+        assert "no later line mentions todo" in why

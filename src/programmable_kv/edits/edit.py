@@ -17,14 +17,16 @@ from programmable_kv.errors import InvalidEditError
 from programmable_kv.ledger.ledger import Ledger
 from programmable_kv.ledger.run import Origin
 from programmable_kv.prompt.context import Context
+from programmable_kv.prompt.fields import FieldKind
+from programmable_kv.prompt.lines import changed_subjects
 from programmable_kv.prompt.readers import Reader, Turns, Why, joined, readers_of
 from programmable_kv.prompt.turns import turn_slots
 from programmable_kv.prompt.units import Unit
 from programmable_kv.states import TokenState
 
 
-def _by_name(context: Context, name: str) -> Sequence[Reader]:
-    return readers_of(context, name, (), Turns.OPEN, turn_slots(context, None, name))
+def _by_name(context: Context, name: str, words: Sequence[str]) -> Sequence[Reader]:
+    return readers_of(context, name, words, Turns.OPEN, turn_slots(context, None, name))
 
 
 _SHOWN_CHARACTERS = 80
@@ -42,8 +44,8 @@ class EditTools:
     ranking: Ranking
     k: int = 32
     bytes_per_token: int = 0
-    readers: Callable[[Context, str], Sequence[Reader]] = _by_name
-    """(context, field) -> what reads it"""
+    readers: Callable[[Context, str, Sequence[str]], Sequence[Reader]] = _by_name
+    """(context, field, what else its readers mention) -> what reads it"""
 
 
 def plan_edit(
@@ -167,13 +169,22 @@ class _Draft:
         if not rereads:
             self._computed(Compute(span, Origin.REFRESHED) for span in spans)
             return
-        readers = {name: self.tools.readers(self.after, name) for name in changes}
+        readers = {
+            name: self.tools.readers(self.after, name, self._subjects(name, value)) for name, value in changes.items()
+        }
         self.rereads = any(readers.values())
         spans = joined([*spans, *(reader.span for found in readers.values() for reader in found)])
         self._computed(Compute(span, Origin.REFRESHED) for span in spans)
         self.reasons += [_told(name, found) for name, found in readers.items()]
         if left := self._unread(spans, changes):
             self.reasons.append(f"{left} later tokens keep what they noted before")
+
+    def _subjects(self, name: str, value: str) -> tuple[str, ...]:
+        """Of a block, what its changed lines are about: the lines that decide speak of that, not of the block."""
+        field = self.before.fields[name]
+        if field.type.kind is not FieldKind.BLOCK:
+            return ()
+        return tuple(dict.fromkeys(it for old in (field.written, field.current) for it in changed_subjects(old, value)))
 
     def _unread(self, spans: Sequence[Span], names: Iterable[str]) -> int:
         """How many tokens after the fields were computed on another text, and are not among these slots."""

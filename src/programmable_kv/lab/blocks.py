@@ -1,8 +1,7 @@
 """Does an edited block of lines decide as a full prefill would? By kind of change and by edit mode.
 
 A block is a field of several lines, as agents keep them: what is remembered of a user, a todo list, a table of states. One
-line of it changes: a fact is replaced, an item is done, a box is checked, a line is added. For `readers` the subject of the
-changed line is declared.
+line of it changes: a fact is replaced, an item is done, a box is checked, a line is added.
 """
 
 from __future__ import annotations
@@ -169,9 +168,8 @@ def run(
 
 
 def notebook_of(model: Model, case: Case, *, asked: bool) -> Notebook:
-    """The policy prefilled, with the request or without, and the changed line's subject declared."""
+    """The policy prefilled, with the request or without."""
     notebook = Notebook(model).message("system", case.prompt, **{NAME: Field.block(case.old)})
-    notebook.mentions(NAME, case.subject)
     if asked:
         notebook.message("user", case.asked)
     notebook.prefill()

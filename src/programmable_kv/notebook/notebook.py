@@ -194,7 +194,9 @@ class Notebook:
 
         Another name for it, its values, or the group that its value is looked up in: the line that looks it up mentions the
         field, and so defines the group; the lines that mention the group read the field too. To mark one line, give words of
-        that line. May be called before and after prefill; saved with the notebook.
+        that line. May be called before and after prefill; saved with the notebook. Of a block (`Field.block`) nothing need be
+        declared for its lines: what a changed line is about counts by itself (`order` in "- order: shipped", `call Ann` in
+        "- [x] call Ann").
 
         Raises:
             UnknownFieldError: there is no such field.
@@ -364,9 +366,10 @@ class Notebook:
         self.spans(name)
         return self._readers_in(self._state.context, name, parse_turns(turns))
 
-    def _readers_in(self, context: Context, name: str, turns: Turns) -> tuple[Reader, ...]:
+    def _readers_in(self, context: Context, name: str, turns: Turns, words: Sequence[str] = ()) -> tuple[Reader, ...]:
+        """The readers of a field; `words` are what they may mention besides its name and what was declared."""
         slots = turn_slots(context, self._state.conversation, name)
-        return readers_of(context, name, self._mentions.get(name, ()), turns, slots)
+        return readers_of(context, name, (*self._mentions.get(name, ()), *words), turns, slots)
 
     # -- operations --------------------------------------------------------------------------------------------
 

@@ -38,13 +38,15 @@ def test_one_line_changes_and_the_rules_name_what_it_is_about(kind: str) -> None
         assert all(f"choose {action}." in case.prompt for action in case.options)
 
 
-def test_the_rules_are_readers_of_the_block(model: Any) -> None:
+def test_the_rules_about_the_changed_line_are_computed_again_and_no_other(model: Any) -> None:
     for case in blocks.cases(1):
         notebook = blocks.notebook_of(model, case, asked=True)
-        read = "".join(reader.text for reader in notebook.readers(blocks.NAME))
-        assert all(action in read for action in case.options)
-        assert case.asked in read
-        assert "Answer with one action" not in "".join(it.text for it in notebook.readers(blocks.NAME)[:-1])
+        plan = notebook.plan.edit({blocks.NAME: case.new}, mode="readers")
+        again = notebook.model.tokenizer.decode([id for one in plan.compute for id in plan.after.ids_in(one.span)])
+        assert all(f"choose {action}." in again for action in case.options)
+        assert case.asked in again
+        assert "Answer with one action" not in again
+        assert f"mentions '{case.subject}'" in plan.why
 
 
 def test_a_record_is_complete_and_resumes(model: Any, tmp_path: Path) -> None:
