@@ -26,8 +26,13 @@ from programmable_kv.scenarios.vocabulary import held_out_domains
 SEED = 91_000
 LAYOUTS = ("asked before", "asked after")
 """whether the request is part of the cached context, or comes with the decision, after the edit"""
-MODES = (Mode.READERS, Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.IN_PLACE, Mode.SUFFIX)
-ARMS = (*map(str, MODES), *same_budget.ARMS)
+MODES = {
+    "asked before": (Mode.READERS, Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.IN_PLACE, Mode.SUFFIX),
+    "asked after": (Mode.READERS, Mode.ERRATUM, Mode.FIELD_ERRATUM),
+}
+BUDGETED = {"asked before": same_budget.ARMS, "asked after": (same_budget.RANDOM_LINES,)}
+ARMS = {layout: (*map(str, MODES[layout]), *BUDGETED[layout]) for layout in LAYOUTS}
+"""by layout; where the request comes after the edit, what decides nothing is left out: `pkv lab edit-modes` has it"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,7 @@ def run(
     recorder = Recorder(
         path,
         name="readers",
-        version=1,
+        version=2,
         title="Agreement with full prefill where a field and its readers are computed again",
         command=command,
         model=model.name,
@@ -130,19 +135,19 @@ def _row(model: Model, case: Case) -> dict[str, Any]:
             # Both layouts are the same text when the decision falls: one full prefill stands for both.
             row["before"] = notebook.decide(None, case.scenario.options).choice
             row["full"] = _edited(notebook, None, case, Mode.FULL)
-        row[layout] = dict(_arms(notebook, prompt, case))
+        row[layout] = dict(_arms(notebook, layout, prompt, case))
     return row
 
 
-def _arms(notebook: Notebook, prompt: str | None, case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
-    for mode in MODES:
+def _arms(notebook: Notebook, layout: str, prompt: str | None, case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
+    for mode in MODES[layout]:
         yield str(mode), _edited(notebook, prompt, case, mode)
 
     def ask(mode: Mode, k: int) -> Decision:
         return _decision(notebook, prompt, case, mode, k)
 
     rng = random.Random(f"{SEED}/lines/{case.kind.name}/{case.number}")
-    for arm, decision in same_budget.decisions(notebook, {case.gate.field: case.new}, rng, ask):
+    for arm, decision in same_budget.decisions(notebook, {case.gate.field: case.new}, rng, ask, BUDGETED[layout]):
         yield arm, _measured(decision)
 
 
@@ -187,7 +192,7 @@ def _agreement(rows: list[dict[str, Any]], layout: str) -> dict[str, Any]:
     right = [row for row in rows if row["before"] == row["old"] and row["full"]["choice"] == row["new"]]
     part: dict[str, Any] = {"drawn": len(rows), "counted": len(right)}
     part["full"] = {"mean_tokens_computed": _mean([row["full"]["tokens_computed"] for row in right])}
-    for arm in ARMS:
+    for arm in ARMS[layout]:
         agreed = sum(row[layout][arm]["choice"] == row["full"]["choice"] for row in right)
         part[arm] = {
             "agreement": wilson(agreed, len(right)).model_dump(),
