@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.span import Span
 from programmable_kv.edits.modes import Mode
-from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.fields import Value
+
+if TYPE_CHECKING:
+    from programmable_kv.notebook.notebook import Notebook
 
 
 def movement(notebook: Notebook, name: str, value: Value) -> torch.Tensor:

@@ -35,12 +35,13 @@ from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.plans import Plans
 from programmable_kv.notebook.requests import checked_options, checked_tools, declared, message_of
 from programmable_kv.notebook.state import NotebookMark, Part, State
+from programmable_kv.notebook.suggesting import SHARE, Suggestions, suggest
 from programmable_kv.prompt.context import Context, FieldValue
 from programmable_kv.prompt.conversation import Conversation
 from programmable_kv.prompt.fields import TEXT, Value, edited, trusted_by
 from programmable_kv.prompt.parts import Message, Rendered, Text
 from programmable_kv.prompt.prompt import Prompt
-from programmable_kv.prompt.readers import Reader, Turns, check_words, parse_turns, readers_of
+from programmable_kv.prompt.readers import Reader, Turns, check_words, declared_words, parse_turns, readers_of
 from programmable_kv.prompt.template import ChatTemplate
 from programmable_kv.prompt.tokens import as_text
 from programmable_kv.prompt.turns import turn_slots
@@ -193,11 +194,15 @@ class Notebook:
         field, and so defines the group; the lines that mention the group read the field too. To mark one line, give words of
         that line. May be called before and after prefill; saved with the notebook.
 
+        `name` may also be a word that was declared before: what is declared for a word counts for every field that declares the
+        word, directly or through others. A chain of groups is said link by link, `mentions("tier", "band")` and
+        `mentions("band", "desk")`, and the lines that mention `desk` read `tier`.
+
         Raises:
-            UnknownFieldError: there is no such field.
+            UnknownFieldError: there is no such field and no such word.
             InvalidArgumentError: no words, or a word without a letter or digit.
         """
-        require_fields([name], self.fields)
+        require_fields([name], {*self.fields, *(word for words in self._mentions.values() for word in words)})
         check_words(words)
         self._mentions = {**self._mentions, name: tuple(dict.fromkeys((*self._mentions.get(name, ()), *words)))}
         return self
@@ -361,9 +366,40 @@ class Notebook:
         self.spans(name)
         return self._readers_in(self._state.context, name, parse_turns(turns))
 
+    def suggest_readers(
+        self,
+        name: str,
+        value: Value,
+        /,
+        *,
+        prompt: str | None = None,
+        options: Sequence[str] = (),
+        share: float = SHARE,
+        turns: str = "open",
+    ) -> Suggestions:
+        """Which lines the model really uses a field on: those whose keys and values move when it takes another value.
+
+        `print` it: a line that reads the field and has no declared word is listed as missed, and `.words` is what to pass to
+        `mentions`. The notebook is unchanged. It costs a copy of the cache and one computation of all that follows the field,
+        and more where that is stale. With `options`, the decision is made before and after the edit, by full prefill and by
+        readers, and once more for each missed line: what that line closes of the distance to full prefill.
+
+        Args:
+            value: another value of the field; other values may be read on other lines.
+            prompt, options: a decision that depends on the field, as for `decide`.
+            share: how far a line moves to be suggested, as a share of the line that moves farthest.
+            turns: as `edit`; turns that are computed again in any case are not listed.
+
+        Raises:
+            InvalidArgumentError: `share` or `turns` is no such thing.
+            UnknownFieldError, InvalidValueError, ContextOverflowError, UnverifiedError: as `edit` in mode `readers`.
+            InvalidOptionsError: the options cannot be compared.
+        """
+        return suggest(self, name, value, prompt, options, share, turns)
+
     def _readers_in(self, context: Context, name: str, turns: Turns) -> tuple[Reader, ...]:
         slots = turn_slots(context, self._state.conversation, name)
-        return readers_of(context, name, self._mentions.get(name, ()), turns, slots)
+        return readers_of(context, name, declared_words(self._mentions, name), turns, slots)
 
     # -- operations --------------------------------------------------------------------------------------------
 
