@@ -8,7 +8,7 @@ the lines that mention the field, or the group that it is looked up in, and the 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ MODES = {
 BUDGETED = {"asked before": same_budget.ARMS, "asked after": (same_budget.RANDOM_LINES,)}
 ARMS = {layout: (*map(str, MODES[layout]), *BUDGETED[layout]) for layout in LAYOUTS}
 """by layout; where the request comes after the edit, what decides nothing is left out: `pkv lab edit-modes` has it"""
+THOROUGH = 12
+"""how many cases of each kind take every arm, in both layouts; the others take `LATER`, asked before"""
+LATER = (Mode.READERS, Mode.ERRATUM, Mode.FIELD_ERRATUM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ def run(
         model_fingerprint=model.fingerprint,
         data_digest=digest_of(case.text() for case in drawn),
         seeds=[SEED],
-        settings={"count": count},
+        settings={"count": count, "thorough": THOROUGH},
     )
     for done, case in enumerate(drawn):
         if not recorder.done(number=case.number, kind=case.kind.name):
@@ -128,26 +131,31 @@ def _row(model: Model, case: Case) -> dict[str, Any]:
         "number": case.number, "kind": case.kind.name, "domain": case.scenario.domain, "field": case.gate.field,
         "old": case.gate.actions[case.old], "new": case.gate.actions[case.new],
     }  # fmt: skip
-    for layout in LAYOUTS:
+    thorough = case.number < THOROUGH
+    for layout in LAYOUTS if thorough else LAYOUTS[:1]:
         notebook = notebook_of(model, case, asked=layout == "asked before")
         prompt = None if layout == "asked before" else case.asked
         if prompt is None:
             # Both layouts are the same text when the decision falls: one full prefill stands for both.
             row["before"] = notebook.decide(None, case.scenario.options).choice
             row["full"] = _edited(notebook, None, case, Mode.FULL)
-        row[layout] = dict(_arms(notebook, layout, prompt, case))
+        modes = MODES[layout] if thorough else LATER
+        budgeted = BUDGETED[layout] if thorough else (same_budget.RANDOM_LINES,)
+        row[layout] = dict(_arms(notebook, prompt, case, modes, budgeted))
     return row
 
 
-def _arms(notebook: Notebook, layout: str, prompt: str | None, case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
-    for mode in MODES[layout]:
+def _arms(
+    notebook: Notebook, prompt: str | None, case: Case, modes: Sequence[Mode], budgeted: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for mode in modes:
         yield str(mode), _edited(notebook, prompt, case, mode)
 
     def ask(mode: Mode, k: int) -> Decision:
         return _decision(notebook, prompt, case, mode, k)
 
     rng = random.Random(f"{SEED}/lines/{case.kind.name}/{case.number}")
-    for arm, decision in same_budget.decisions(notebook, {case.gate.field: case.new}, rng, ask, BUDGETED[layout]):
+    for arm, decision in same_budget.decisions(notebook, {case.gate.field: case.new}, rng, ask, budgeted):
         yield arm, _measured(decision)
 
 
@@ -172,6 +180,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Agreement (Wilson) by layout: in all, by kind, and with and without unrelated rules.
 
     Only cases that full prefill gets right under the old and the new value count: elsewhere there is no decision to preserve.
+    An arm's agreement has its own number of cases: not all take every arm.
     """
     few = {kind.name for kind in KINDS if not kind.fillers}
     groups: dict[str, Callable[[dict[str, Any]], bool]] = {
@@ -193,10 +202,11 @@ def _agreement(rows: list[dict[str, Any]], layout: str) -> dict[str, Any]:
     part: dict[str, Any] = {"drawn": len(rows), "counted": len(right)}
     part["full"] = {"mean_tokens_computed": _mean([row["full"]["tokens_computed"] for row in right])}
     for arm in ARMS[layout]:
-        agreed = sum(row[layout][arm]["choice"] == row["full"]["choice"] for row in right)
+        ran = [row for row in right if arm in row.get(layout, {})]
+        agreed = sum(row[layout][arm]["choice"] == row["full"]["choice"] for row in ran)
         part[arm] = {
-            "agreement": wilson(agreed, len(right)).model_dump(),
-            "mean_tokens_computed": _mean([row[layout][arm]["tokens_computed"] for row in right]),
+            "agreement": wilson(agreed, len(ran)).model_dump(),
+            "mean_tokens_computed": _mean([row[layout][arm]["tokens_computed"] for row in ran]),
         }
     return part
 
