@@ -7,12 +7,13 @@ author would declare, and with the lines that `suggest_readers` finds missing (d
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from programmable_kv.edits.modes import Mode
 from programmable_kv.models.load import Model
+from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.notebook.suggesting import SHARE
 from programmable_kv.records import Record, Recorder, digest_of, wilson
@@ -58,26 +59,48 @@ def run(
 
 
 def _row(model: Model, case: Mentioned) -> dict[str, Any]:
+    notebook = notebook_of(model, case)
+    return outcome(notebook, case) | arms(notebook, case)
+
+
+def notebook_of(model: Model, case: Mentioned) -> Notebook:
+    """The policy and the request, prefilled, with nothing declared."""
     notebook = Notebook(model).message("system", case.prompt, **case.values).message("user", case.asked)
     notebook.prefill()
-    row: dict[str, Any] = {
+    return notebook
+
+
+def outcome(notebook: Notebook, case: Mentioned) -> dict[str, Any]:
+    """What is right under both values, and what full prefill decides."""
+    return {
         "way": case.way.name, "field": case.field, "old": case.actions[case.old], "new": case.actions[case.new],
-        "before": notebook.decide(None, case.options).choice, "full": _edited(notebook, case, Mode.FULL),
+        "before": notebook.decide(None, case.options).choice, "full": edited(notebook, case, Mode.FULL),
     }  # fmt: skip
+
+
+def solved(row: dict[str, Any]) -> bool:
+    """Whether full prefill is right under both values."""
+    return bool(row["before"] == row["old"] and row["full"]["choice"] == row["new"])
+
+
+def arms(notebook: Notebook, case: Mentioned) -> dict[str, Any]:
+    """What `suggest_readers` finds, and the decision of each arm."""
     suggestions = notebook.suggest_readers(case.field, case.new)
-    row["suggesting"] = {
-        "tokens_computed": suggestions.account.tokens_computed,
-        "lines": [
-            {"share": round(line.share, 4), "decides": _decides(line.text, case), "known": bool(line.known)}
-            for line in suggestions.lines
-        ],
+    row: dict[str, Any] = {
+        "suggesting": {
+            "tokens_computed": suggestions.account.tokens_computed,
+            "lines": [
+                {"share": round(line.share, 4), "decides": _decides(line.text, case), "known": bool(line.known)}
+                for line in suggestions.lines
+            ],
+        }
     }
-    words = {BY_NAME: (), DECLARED: case.declared, SUGGESTED: suggestions.words}
+    words: dict[str, tuple[str, ...]] = {BY_NAME: (), DECLARED: case.declared, SUGGESTED: suggestions.words}
     for arm in ARMS:
         if arm in words:
-            row[arm] = _edited(_declaring(notebook, case.field, words[arm]), case, Mode.READERS)
+            row[arm] = edited(declaring(notebook, case.field, words[arm]), case, Mode.READERS)
         else:
-            row[arm] = _edited(notebook, case, Mode(arm))
+            row[arm] = edited(notebook, case, Mode(arm))
     return row
 
 
@@ -85,31 +108,36 @@ def _decides(line: str, case: Mentioned) -> bool:
     return any(action in line for action in case.options)
 
 
-def _declaring(notebook: Notebook, name: str, words: tuple[str, ...]) -> Notebook:
+def declaring(notebook: Notebook, name: str, words: tuple[str, ...]) -> Notebook:
     """A copy on which these words are declared."""
     other = notebook.fork()
     return other.mentions(name, *words) if words else other
 
 
-def _edited(notebook: Notebook, case: Mentioned, mode: Mode) -> dict[str, Any]:
+def edited(notebook: Notebook, case: Mentioned, mode: Mode) -> dict[str, Any]:
     """The decision after the edit; the notebook is put back."""
     mark = notebook.mark()
     decision = notebook.decide(None, case.options, edits={case.field: case.new}, mode=mode)
     notebook.rollback(mark)
+    return measured(decision)
+
+
+def measured(decision: Decision) -> dict[str, Any]:
     return {"choice": decision.choice, "tokens_computed": decision.account.tokens_computed}
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Agreement (Wilson) by way, where full prefill is right about both values; and what the suggestions found there."""
     ways = {way.name: [row for row in rows if row["way"] == way.name] for way in WAYS}
-    return {name: _part(found) for name, found in {"all": rows, **ways}.items()}
+    return {name: part_of(found, ARMS) for name, found in {"all": rows, **ways}.items()}
 
 
-def _part(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    right = [row for row in rows if row["before"] == row["old"] and row["full"]["choice"] == row["new"]]
+def part_of(rows: list[dict[str, Any]], arms: Sequence[str]) -> dict[str, Any]:
+    """The summary of some rows: those that full prefill solves count."""
+    right = [row for row in rows if solved(row)]
     part: dict[str, Any] = {"drawn": len(rows), "counted": len(right), "suggesting": _found(right)}
     part["full"] = {"mean_tokens_computed": _mean([row["full"]["tokens_computed"] for row in right])}
-    for arm in ARMS:
+    for arm in arms:
         agreed = sum(row[arm]["choice"] == row["full"]["choice"] for row in right)
         part[arm] = {
             "agreement": wilson(agreed, len(right)).model_dump(),

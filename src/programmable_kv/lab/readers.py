@@ -74,11 +74,11 @@ class Case:
         return f"{self.scenario.text()}\n{self.gate.field} -> {self.new}\n{self.asked}"
 
 
-def cases(count: int) -> Iterator[Case]:
+def cases(count: int, kinds: Sequence[Kind] = KINDS) -> Iterator[Case]:
     """`count` cases of each kind, in turn, from each held-out domain in turn. A longer draw begins with a shorter one."""
     domains = held_out_domains()
     for number in range(count):
-        for kind in KINDS:
+        for kind in kinds:
             rng = random.Random(f"{SEED}/{kind.name}/{number}")
             scenario = make_scenario(
                 rng, "held_out", gates=kind.gates, two_hop=kind.two_hop, fillers=kind.fillers,
@@ -138,7 +138,7 @@ def _row(model: Model, case: Case) -> dict[str, Any]:
         if prompt is None:
             # Both layouts are the same text when the decision falls: one full prefill stands for both.
             row["before"] = notebook.decide(None, case.scenario.options).choice
-            row["full"] = _edited(notebook, None, case, Mode.FULL)
+            row["full"] = edited(notebook, None, case, Mode.FULL)
         modes = MODES[layout] if thorough else LATER
         budgeted = BUDGETED[layout] if thorough else (same_budget.RANDOM_LINES,)
         row[layout] = dict(_arms(notebook, prompt, case, modes, budgeted))
@@ -149,30 +149,30 @@ def _arms(
     notebook: Notebook, prompt: str | None, case: Case, modes: Sequence[Mode], budgeted: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     for mode in modes:
-        yield str(mode), _edited(notebook, prompt, case, mode)
+        yield str(mode), edited(notebook, prompt, case, mode)
 
     def ask(mode: Mode, k: int) -> Decision:
-        return _decision(notebook, prompt, case, mode, k)
+        return decision_of(notebook, prompt, case, mode, k)
 
     rng = random.Random(f"{SEED}/lines/{case.kind.name}/{case.number}")
     for arm, decision in same_budget.decisions(notebook, {case.gate.field: case.new}, rng, ask, budgeted):
-        yield arm, _measured(decision)
+        yield arm, measured(decision)
 
 
-def _edited(notebook: Notebook, prompt: str | None, case: Case, mode: Mode) -> dict[str, Any]:
+def edited(notebook: Notebook, prompt: str | None, case: Case, mode: Mode) -> dict[str, Any]:
     """The decision after the edit; the notebook is put back."""
     mark = notebook.mark()
-    decision = _decision(notebook, prompt, case, mode)
+    decision = decision_of(notebook, prompt, case, mode)
     notebook.rollback(mark)
-    return _measured(decision)
+    return measured(decision)
 
 
-def _decision(notebook: Notebook, prompt: str | None, case: Case, mode: Mode, k: int = 1) -> Decision:
+def decision_of(notebook: Notebook, prompt: str | None, case: Case, mode: Mode, k: int = 1) -> Decision:
     edit = {case.gate.field: case.new}
     return notebook.decide(prompt, case.scenario.options, edits=edit, mode=mode, k=k)
 
 
-def _measured(decision: Decision) -> dict[str, Any]:
+def measured(decision: Decision) -> dict[str, Any]:
     return {"choice": decision.choice, "tokens_computed": decision.account.tokens_computed}
 
 
