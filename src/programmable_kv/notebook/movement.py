@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
 from programmable_kv.cache.buffer import KVBuffer
-from programmable_kv.cache.span import Span
 from programmable_kv.edits.modes import Mode
+from programmable_kv.edits.plan import Plan, Shift, Truncate
 from programmable_kv.prompt.fields import Value
 
 if TYPE_CHECKING:
@@ -27,33 +28,34 @@ def movement(notebook: Notebook, name: str, value: Value) -> torch.Tensor:
         UnverifiedError: the value's token length changes and this model's keys cannot be relocated.
         UnknownFieldError, InvalidValueError, InvalidEditError, ContextOverflowError: as `edit`.
     """
-    before = _between(notebook, name)
+    plan = notebook.plan.edit({name: value}, mode=Mode.IN_PLACE)
     moved = torch.zeros(len(notebook), dtype=torch.float64)
+    first = min((span.stop for span in notebook.spans(name)), default=len(notebook))
+    pairs = [(old, new) for old, new in _kept(plan) if old >= first]
+    if not pairs:
+        return moved
+    slots = torch.tensor([new for _, new in pairs])
     mark = notebook.mark()
     try:
         notebook.edit({name: value}, mode=Mode.IN_PLACE)
-        after = _between(notebook, name)
-        # Beside a place a token may have become part of another: the stretches end alike, so they are matched from there.
-        pairs = [
-            (old, new)
-            for was, now in zip(before, after, strict=True)
-            for old, new in zip(reversed(was.range), reversed(now.range), strict=False)
-        ]
-        if pairs:
-            slots = torch.tensor([new for _, new in pairs])
-            stale = _rows(notebook.cache, slots)
-            notebook.recompute(after[0].start)
-            moved[[old for old, _ in pairs]] = _distance(stale, _rows(notebook.cache, slots))
+        stale = _rows(notebook.cache, slots)
+        notebook.recompute(min(new for _, new in pairs))
+        moved[[old for old, _ in pairs]] = _distance(stale, _rows(notebook.cache, slots))
     finally:
         notebook.rollback(mark)
     return moved
 
 
-def _between(notebook: Notebook, name: str) -> list[Span]:
-    """The slots behind each of a field's places, up to the next one or the end."""
-    places = notebook.spans(name)
-    ends = [*(place.start for place in places[1:]), len(notebook)]
-    return [Span(place.stop, max(place.stop, end)) for place, end in zip(places, ends, strict=True)]
+def _kept(plan: Plan) -> Iterator[tuple[int, int]]:
+    """(slot before, slot after) of every token that a plan keeps, in order."""
+    slots: list[int | None] = list(range(plan.before))
+    for step in plan.steps:
+        if isinstance(step, Truncate):
+            del slots[step.length :]
+        elif isinstance(step, Shift):
+            slots[min(step.start, step.to) : step.start] = [None] * (step.to - step.start)
+    computed = {slot for compute in plan.compute for slot in compute.span.range}
+    return ((old, new) for new, old in enumerate(slots) if old is not None and new not in computed)
 
 
 def _rows(buffer: KVBuffer, slots: torch.Tensor) -> list[torch.Tensor]:

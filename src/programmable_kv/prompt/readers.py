@@ -131,8 +131,9 @@ def later_lines(context: Context, name: str, turns: Turns, slots: TurnSlots) -> 
             characters = Span(first, first + len(line))
             first += len(line)
             tokens = _clipped(unit.covering(characters).shifted(start), Span(min(begins, ends), ends))
-            if len(tokens) and any(character.isalnum() for character in line):
-                yield tokens, unit.text_of(tokens.shifted(-start))
+            text = unit.text_of(tokens.shifted(-start)) if len(tokens) else ""
+            if any(character.isalnum() for character in text):
+                yield tokens, text
 
 
 def joined(spans: Sequence[Span]) -> list[Span]:
