@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -208,7 +209,7 @@ def test_it_says_why() -> None:
     assert str(Suggestions("a", (), 0.1, None, prefilled().last_account)) == "no line after a moves"
 
 
-def test_words_declared_for_words_count_for_every_field_behind_them() -> None:
+def test_words_declared_for_words_count_for_every_field_behind_them(tmp_path: Path) -> None:
     policy = (
         "tier: {tier}\nplan: {plan}\ntier gold is in band one.\nplan gold is in band two.\nband one has desk a.\n"
         "desk a: deny.\nbe brief\nthen ask\n"
@@ -229,6 +230,8 @@ def test_words_declared_for_words_count_for_every_field_behind_them() -> None:
     assert read("tier") == every, "a circle ends"
     assert read("plan") == every
     assert notebook.fork().readers("plan") == notebook.readers("plan")
+    notebook.save(tmp_path / "saved")
+    assert Notebook.load(tmp_path / "saved", notebook.model).readers("plan") == notebook.readers("plan")
 
 
 def test_a_rule_that_does_not_name_the_field_is_found(embedded: Any) -> None:
