@@ -12,7 +12,7 @@ from conftest import tiny
 from programmable_kv import Decision, Mode, Notebook
 from programmable_kv.edits.ranking import AttentionInfluence
 from programmable_kv.lab import readers, same_budget
-from programmable_kv.lab.edit_modes import LAYOUTS
+from programmable_kv.lab.edit_modes import BUDGETED, LAYOUTS
 from programmable_kv.lab.edit_modes import run as run_edit_modes
 from programmable_kv.states import TokenState
 
@@ -109,9 +109,9 @@ def test_the_record_of_all_modes_holds_the_same_arms(model: Any, tmp_path: Path)
     record = run_edit_modes(model, 1, tmp_path / "edit-modes.json")
     (row,) = record.rows
     for layout in (*LAYOUTS, "think"):
-        assert {*map(str, Mode), *same_budget.ARMS} < set(row[layout])
+        assert {*map(str, Mode), *BUDGETED} < set(row[layout])
     part: Any = record.summary["asked_before"]
-    assert set(same_budget.ARMS) < set(part)
+    assert set(BUDGETED) < set(part)
 
 
 def test_agreement_counts_where_full_prefill_is_right_on_both_sides() -> None:
