@@ -20,6 +20,8 @@ ALLOWED = {
     ("notebook.keeping", "notebook.notebook"): "types only: turns are kept in a notebook",
     ("notebook.saving", "notebook.notebook"): "types only: it saves a notebook",
     ("notebook.streaming", "notebook.notebook"): "types only: a stream is drawn from a notebook",
+    ("notebook.suggesting", "notebook.notebook"): "types only: it tries a notebook's lines",
+    ("notebook.movement", "notebook.notebook"): "types only: it compares two states of a notebook",
     ("notebook.plans", "notebook.notebook"): "types only: they are plans of a notebook",
     ("storage.files", "storage.local"): "inside a function: an address names the kind of storage, which is opened then",
     ("storage.files", "storage.remote"): "inside a function: as for local files",

@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from programmable_kv.models.load import Model, load_model, wrap_model
     from programmable_kv.notebook.decision import Decision
     from programmable_kv.notebook.notebook import Notebook
+    from programmable_kv.notebook.suggesting import SuggestedReader, Suggestions
     from programmable_kv.prompt.fields import Field
     from programmable_kv.prompt.readers import Reader
     from programmable_kv.skills.skill import Skill
@@ -112,6 +113,8 @@ _MODULE_OF = {
     "Span": "cache.span",
     "StateError": "errors",
     "StorageError": "errors",
+    "SuggestedReader": "notebook.suggesting",
+    "Suggestions": "notebook.suggesting",
     "TemplateError": "errors",
     "TokenState": "states",
     "TrainingError": "errors",
@@ -174,6 +177,8 @@ __all__ = [
     "Span",
     "StateError",
     "StorageError",
+    "SuggestedReader",
+    "Suggestions",
     "TemplateError",
     "TokenState",
     "TrainingError",

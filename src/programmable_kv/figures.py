@@ -36,6 +36,22 @@ _COMPETING = {
     "coupled": "facts stand\noutside",
     "two_hops_split": "a lookup\nsplit in two",
 }
+_READERS = {
+    "by_name": ("readers by name", _GREY),
+    "declared": ("declared", _BLUE),
+    "suggested": ("suggested", _GREEN),
+    "field_erratum": ("field + erratum", _ORANGE),
+}
+_SPOKEN_OF = {
+    "by_name": "by name",
+    "often": "by name,\noften",
+    "every_other": "one rule\nby name",
+    "under_a_heading": "under a\nheading",
+    "by_value": "by value\nonly",
+    "by_pronoun": "by a\npronoun",
+    "in_german": "in\nGerman",
+    "through_a_group": "through\na group",
+}
 
 
 def draw_all(folder: Path) -> list[Path]:
@@ -108,6 +124,19 @@ def _composing(axes: Any, record: Record) -> None:
     axes.legend(frameon=False, loc="upper left", ncols=2, fontsize=9)
 
 
+def _mentions(axes: Any, record: Record) -> None:
+    """Agreement with full prefill of readers by name, declared and suggested, by the way in which rules speak of the field."""
+    summary: Any = record.summary
+    for number, (arm, (label, colour)) in enumerate(_READERS.items()):
+        shares = [summary[way][arm]["agreement"] for way in _SPOKEN_OF]
+        _bars(axes, shares, number, len(_READERS), label, colour)
+    axes.set_xticks(range(len(_SPOKEN_OF)), list(_SPOKEN_OF.values()), fontsize=9)
+    axes.set_ylabel("decides as a full prefill")
+    axes.set_ylim(0, 1.25)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.legend(frameon=False, loc="upper left", ncols=4, fontsize=9)
+
+
 def _ttft(axes: Any, record: Record) -> None:
     """Time to first token against context length, both logarithmic."""
     rows = sorted(record.rows, key=lambda row: row["length"])
@@ -129,4 +158,5 @@ _FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "edit-modes": ("edit-modes", _modes),
     "edit-ttft": ("edit-ttft", _ttft),
     "composing": ("compose-embedded", _composing),
+    "mentions": ("mentions", _mentions),
 }

@@ -12,7 +12,7 @@ from conftest import tiny
 from programmable_kv import Decision, Mode, Notebook
 from programmable_kv.edits.ranking import AttentionInfluence
 from programmable_kv.lab import readers, same_budget
-from programmable_kv.lab.edit_modes import LAYOUTS
+from programmable_kv.lab.edit_modes import BUDGETED, LAYOUTS
 from programmable_kv.lab.edit_modes import run as run_edit_modes
 from programmable_kv.states import TokenState
 
@@ -63,7 +63,7 @@ def test_the_null_computes_the_question_and_other_lines(model: Any) -> None:
     assert list(arms) == list(same_budget.ARMS)
     assert (notebook.ids, notebook.states) == before
     assert isinstance(notebook.ranking, AttentionInfluence)
-    mode, states = seen[1]
+    mode, states = seen[list(arms).index(same_budget.RANDOM_LINES)]
     growth = len(states) - len(before[1])
     refreshed = {slot for slot, state in enumerate(states) if state is TokenState.REFRESHED}
     assert mode is Mode.SELECTIVE
@@ -85,7 +85,7 @@ def test_where_there_is_no_other_text_the_null_is_the_field_alone(model: Any) ->
         return notebook.decide("cancel?", OPTIONS, edits={"status": "tier"}, mode=mode, k=k)
 
     list(same_budget.decisions(notebook, {"status": "tier"}, random.Random(0), ask))
-    assert modes == [Mode.SELECTIVE, Mode.IN_PLACE]
+    assert modes == [Mode.SELECTIVE, Mode.SELECTIVE, Mode.IN_PLACE]
 
 
 def test_a_record_of_it(model: Any, tmp_path: Path) -> None:
@@ -94,11 +94,13 @@ def test_a_record_of_it(model: Any, tmp_path: Path) -> None:
     assert [row["kind"] for row in record.rows] == [kind.name for kind in readers.KINDS]
     for row in record.rows:
         for layout in readers.LAYOUTS:
-            assert set(row[layout]) == set(readers.ARMS)
-            assert row[layout]["suffix"]["choice"] == row["full"]["choice"], "suffix is exact"
-            assert row[layout]["in_place"]["tokens_computed"] < row[layout]["readers"]["tokens_computed"]
+            assert set(row[layout]) == set(readers.ARMS[layout])
             budget = row[layout][same_budget.RANDOM_LINES]["tokens_computed"]
             assert budget <= row[layout]["readers"]["tokens_computed"] + 4
+        asked = row["asked before"]
+        assert asked["suffix"]["choice"] == row["full"]["choice"], "suffix is exact"
+        assert asked["in_place"]["tokens_computed"] < asked["readers"]["tokens_computed"]
+        assert asked[same_budget.DEVIATION]["tokens_computed"] <= asked["readers"]["tokens_computed"]
     again = readers.summarise(record.rows)
     assert again["all"]["asked_before"]["counted"] == record.figure("all.asked_before.counted")
 
@@ -107,14 +109,14 @@ def test_the_record_of_all_modes_holds_the_same_arms(model: Any, tmp_path: Path)
     record = run_edit_modes(model, 1, tmp_path / "edit-modes.json")
     (row,) = record.rows
     for layout in (*LAYOUTS, "think"):
-        assert {*map(str, Mode), *same_budget.ARMS} < set(row[layout])
+        assert {*map(str, Mode), *BUDGETED} < set(row[layout])
     part: Any = record.summary["asked_before"]
-    assert set(same_budget.ARMS) < set(part)
+    assert set(BUDGETED) < set(part)
 
 
 def test_agreement_counts_where_full_prefill_is_right_on_both_sides() -> None:
     def row(before: str, full: str, chosen: str) -> dict[str, Any]:
-        arms = {arm: {"choice": chosen, "tokens_computed": 10} for arm in readers.ARMS}
+        arms = {arm: {"choice": chosen, "tokens_computed": 10} for arm in readers.ARMS["asked before"]}
         return {
             "kind": "one_set", "old": "a", "new": "b", "before": before, "full": {"choice": full, "tokens_computed": 50},
             "asked before": arms, "asked after": arms,

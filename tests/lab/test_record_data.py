@@ -11,7 +11,7 @@ import pytest
 
 from programmable_kv.bench.agent import policies
 from programmable_kv.demo.demo import VALUES, policy
-from programmable_kv.lab import adapter, edit_modes, readers
+from programmable_kv.lab import adapter, edit_modes, long_readers, mentions, readers, stock_readers
 from programmable_kv.lab.composing.experiment import texts_of
 from programmable_kv.lab.composing.suites.catalogue import Catalogue
 from programmable_kv.lab.composing.suites.composing import Composing
@@ -34,6 +34,11 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "adapter-held-out": lambda settings: scenario_texts(settings["scenarios"], adapter.SEED),
     "edit-modes": lambda settings: scenario_texts(settings["scenarios"], edit_modes.SEED),
     "readers": lambda settings: (case.text() for case in readers.cases(settings["count"])),
+    "mentions": lambda settings: (case.text() for _, case in mentions.cases(settings["count"])),
+    "stock-readers-qwen2-5-coder-0-5b-instruct-q4-k-m": lambda settings: (
+        case.text() for _, case in stock_readers.cases(settings["count"])
+    ),
+    "long-readers": lambda settings: (case.text() for case in readers.cases(settings["count"], long_readers.KINDS)),
     "agent": lambda settings: (scenario.text() for scenario in policies(settings["instances"])),
     "edit-ttft": lambda _: [policy(), *VALUES.values()],
     "compose-embedded": lambda settings: suite_texts(Composing, settings),

@@ -17,7 +17,17 @@ from programmable_kv.prompt.chat import render_chat
 from programmable_kv.prompt.context import Context, FieldValue
 from programmable_kv.prompt.conversation import Conversation
 from programmable_kv.prompt.parts import Message, Rendered, Text, unmark
-from programmable_kv.prompt.readers import Reader, Turns, Why, check_words, joined, parse_turns, readers_of
+from programmable_kv.prompt.readers import (
+    Reader,
+    Turns,
+    Why,
+    check_words,
+    declared_words,
+    joined,
+    later_lines,
+    parse_turns,
+    readers_of,
+)
 from programmable_kv.prompt.template import ChatTemplate
 from programmable_kv.prompt.turns import TurnSlots, turn_slots
 from programmable_kv.prompt.units import Kind, tokenised
@@ -212,3 +222,23 @@ def test_the_readers_are_the_tokens_of_the_lines_that_mention_it(pieces: list[st
             expected |= {i for i, (a, b) in enumerate(unit.offsets) if b > characters.start and a < characters.stop}
         start += len(line)
     assert {slot for r in readers for slot in r.span.range} == {slot for slot in expected if slot >= place.stop}
+
+
+def test_words_of_words_are_declared_too() -> None:
+    mentions = {"tier": ("band", "plan"), "band": ("desk",), "desk": ("band", "tier", "door"), "other": ("x",)}
+    assert declared_words(mentions, "tier") == ("band", "plan", "desk", "door"), "a circle ends, the name is no word"
+    assert declared_words(mentions, "band") == ("desk", "tier", "door", "plan")
+    assert declared_words(mentions, "colour") == ()
+
+
+@pytest.mark.parametrize("turns", list(Turns))
+def test_the_lines_that_words_could_mark(turns: Turns) -> None:
+    """Each of them, declared by its own text, is a reader at the same slots; no other text is one."""
+    made = context("about status\nthe status {status} now.\nbe brief\n\n--\n  in A: deny\nlast", "cancel?\n", "ok\n")
+    slots = turn_slots(made, None, "status")
+    lines = dict(later_lines(made, "status", turns, slots))
+    assert list(lines.values()) == [" now.\n", "be brief\n", "  in A: deny\n", "last"]
+    words = [text.strip() for text in lines.values()]
+    marked = {reader.span: reader.text for reader in readers_of(made, "status", words, turns, slots) if reader.word}
+    assert marked.items() | {(span, text) for span, text in lines.items() if text == " now.\n"} == lines.items()
+    assert list(later_lines(Context((), FIELDS), "status", turns, TurnSlots(0, 0))) == []

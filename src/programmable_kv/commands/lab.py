@@ -52,6 +52,46 @@ def lab_blocks(
     measure(run, load(model), out_path, "blocks", "Blocks", count * len(KINDS), count=count)
 
 
+@app.command("long-readers")
+def lab_long_readers(
+    model: ModelOption = "embedded",
+    count: Annotated[int, typer.Option(min=1, help="held-out policies of each of three kinds")] = 12,
+    out_path: OutOption = None,
+) -> None:
+    """The same in contexts of about 4,000 tokens, most of them unrelated rules."""
+    from programmable_kv.lab.long_readers import KINDS, run
+
+    measure(run, load(model), out_path, "long-readers", "Policies", count * len(KINDS), count=count)
+
+
+@app.command("mentions")
+def lab_mentions(
+    model: ModelOption = "embedded",
+    count: Annotated[int, typer.Option(min=1, help="policies of each way to speak of a field")] = 20,
+    out_path: OutOption = None,
+) -> None:
+    """Readers found by name, declared, and suggested, by the way in which the rules speak of the field."""
+    from programmable_kv.lab.mentions import run
+    from programmable_kv.scenarios.mentioned import WAYS
+
+    measure(run, load(model), out_path, "mentions", "Policies", count * len(WAYS), count=count)
+
+
+@app.command("stock-readers")
+def lab_stock_readers(
+    model: Annotated[str, typer.Option("--model", help="a Hub id, a folder, or a .gguf file of a chat model")],
+    count: Annotated[int, typer.Option(min=1, help="policies of each of two ways")] = 40,
+    dtype: DtypeOption = "float32",
+    out_path: OutOption = None,
+) -> None:
+    """Readers and other edits on a model that was not trained for them, where it solves the policy."""
+    from programmable_kv.lab.stock_readers import record_name, run
+    from programmable_kv.scenarios.everyday import EVERYDAY
+
+    loaded = load(model, dtype=dtype)
+    measure(run, loaded, out_path, record_name(loaded), "Policies", count * len(EVERYDAY), count=count)
+
+
 @app.command("compose")
 def lab_compose(
     model: ModelOption = "embedded",

@@ -28,6 +28,7 @@ SEED = 88_000
 SELECTED = 32
 SMALLEST_GAP = 0.5
 """nats between the full prefills' gaps below which a recovery would divide by noise; such scenarios give none"""
+BUDGETED = (same_budget.ATTENTION, same_budget.RANDOM_LINES)
 LAYOUTS = ("asked before", "asked after")
 """whether the question is part of the cached context, or comes with the decision, after the edit"""
 
@@ -113,7 +114,7 @@ def _modes(
         mark = notebook.mark()
         found[str(mode)] = ask(mode)
         notebook.rollback(mark)
-    found |= same_budget.decisions(notebook, edit, random.Random(f"{SEED}/lines/{index}"), ask)
+    found |= same_budget.decisions(notebook, edit, random.Random(f"{SEED}/lines/{index}"), ask, BUDGETED)
     return {
         arm: {
             "choice": decision.choice,
@@ -139,7 +140,7 @@ def _by_layout(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for layout in (*LAYOUTS, "think"):
         right = [r for r in rows if r[layout]["before"] == r["old"] and r[layout]["full"]["choice"] == r["new"]]
         part: dict[str, Any] = {"counted": len(right)}
-        for mode in (*Mode, *same_budget.ARMS):
+        for mode in (*Mode, *BUDGETED):
             agreed = sum(r[layout][mode]["choice"] == r[layout]["full"]["choice"] for r in right)
             entry: dict[str, Any] = {"agreement": wilson(agreed, len(right)).model_dump()}
             recoveries = [

@@ -8,7 +8,7 @@ the lines that mention the field, or the group that it is looked up in, and the 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,16 @@ from programmable_kv.scenarios.vocabulary import held_out_domains
 SEED = 91_000
 LAYOUTS = ("asked before", "asked after")
 """whether the request is part of the cached context, or comes with the decision, after the edit"""
-MODES = (Mode.READERS, Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.IN_PLACE, Mode.SUFFIX)
-ARMS = (*map(str, MODES), *same_budget.ARMS)
+MODES = {
+    "asked before": (Mode.READERS, Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.IN_PLACE, Mode.SUFFIX),
+    "asked after": (Mode.READERS, Mode.ERRATUM, Mode.FIELD_ERRATUM),
+}
+BUDGETED = {"asked before": same_budget.ARMS, "asked after": (same_budget.RANDOM_LINES,)}
+ARMS = {layout: (*map(str, MODES[layout]), *BUDGETED[layout]) for layout in LAYOUTS}
+"""by layout; where the request comes after the edit, what decides nothing is left out: `pkv lab edit-modes` has it"""
+THOROUGH = 12
+"""how many cases of each kind take every arm, in both layouts; the others take `LATER`, asked before"""
+LATER = (Mode.READERS, Mode.ERRATUM, Mode.FIELD_ERRATUM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +74,11 @@ class Case:
         return f"{self.scenario.text()}\n{self.gate.field} -> {self.new}\n{self.asked}"
 
 
-def cases(count: int) -> Iterator[Case]:
+def cases(count: int, kinds: Sequence[Kind] = KINDS) -> Iterator[Case]:
     """`count` cases of each kind, in turn, from each held-out domain in turn. A longer draw begins with a shorter one."""
     domains = held_out_domains()
     for number in range(count):
-        for kind in KINDS:
+        for kind in kinds:
             rng = random.Random(f"{SEED}/{kind.name}/{number}")
             scenario = make_scenario(
                 rng, "held_out", gates=kind.gates, two_hop=kind.two_hop, fillers=kind.fillers,
@@ -90,14 +98,14 @@ def run(
     recorder = Recorder(
         path,
         name="readers",
-        version=1,
+        version=2,
         title="Agreement with full prefill where a field and its readers are computed again",
         command=command,
         model=model.name,
         model_fingerprint=model.fingerprint,
         data_digest=digest_of(case.text() for case in drawn),
         seeds=[SEED],
-        settings={"count": count},
+        settings={"count": count, "thorough": THOROUGH},
     )
     for done, case in enumerate(drawn):
         if not recorder.done(number=case.number, kind=case.kind.name):
@@ -123,43 +131,48 @@ def _row(model: Model, case: Case) -> dict[str, Any]:
         "number": case.number, "kind": case.kind.name, "domain": case.scenario.domain, "field": case.gate.field,
         "old": case.gate.actions[case.old], "new": case.gate.actions[case.new],
     }  # fmt: skip
-    for layout in LAYOUTS:
+    thorough = case.number < THOROUGH
+    for layout in LAYOUTS if thorough else LAYOUTS[:1]:
         notebook = notebook_of(model, case, asked=layout == "asked before")
         prompt = None if layout == "asked before" else case.asked
         if prompt is None:
             # Both layouts are the same text when the decision falls: one full prefill stands for both.
             row["before"] = notebook.decide(None, case.scenario.options).choice
-            row["full"] = _edited(notebook, None, case, Mode.FULL)
-        row[layout] = dict(_arms(notebook, prompt, case))
+            row["full"] = edited(notebook, None, case, Mode.FULL)
+        modes = MODES[layout] if thorough else LATER
+        budgeted = BUDGETED[layout] if thorough else (same_budget.RANDOM_LINES,)
+        row[layout] = dict(_arms(notebook, prompt, case, modes, budgeted))
     return row
 
 
-def _arms(notebook: Notebook, prompt: str | None, case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
-    for mode in MODES:
-        yield str(mode), _edited(notebook, prompt, case, mode)
+def _arms(
+    notebook: Notebook, prompt: str | None, case: Case, modes: Sequence[Mode], budgeted: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for mode in modes:
+        yield str(mode), edited(notebook, prompt, case, mode)
 
     def ask(mode: Mode, k: int) -> Decision:
-        return _decision(notebook, prompt, case, mode, k)
+        return decision_of(notebook, prompt, case, mode, k)
 
     rng = random.Random(f"{SEED}/lines/{case.kind.name}/{case.number}")
-    for arm, decision in same_budget.decisions(notebook, {case.gate.field: case.new}, rng, ask):
-        yield arm, _measured(decision)
+    for arm, decision in same_budget.decisions(notebook, {case.gate.field: case.new}, rng, ask, budgeted):
+        yield arm, measured(decision)
 
 
-def _edited(notebook: Notebook, prompt: str | None, case: Case, mode: Mode) -> dict[str, Any]:
+def edited(notebook: Notebook, prompt: str | None, case: Case, mode: Mode) -> dict[str, Any]:
     """The decision after the edit; the notebook is put back."""
     mark = notebook.mark()
-    decision = _decision(notebook, prompt, case, mode)
+    decision = decision_of(notebook, prompt, case, mode)
     notebook.rollback(mark)
-    return _measured(decision)
+    return measured(decision)
 
 
-def _decision(notebook: Notebook, prompt: str | None, case: Case, mode: Mode, k: int = 1) -> Decision:
+def decision_of(notebook: Notebook, prompt: str | None, case: Case, mode: Mode, k: int = 1) -> Decision:
     edit = {case.gate.field: case.new}
     return notebook.decide(prompt, case.scenario.options, edits=edit, mode=mode, k=k)
 
 
-def _measured(decision: Decision) -> dict[str, Any]:
+def measured(decision: Decision) -> dict[str, Any]:
     return {"choice": decision.choice, "tokens_computed": decision.account.tokens_computed}
 
 
@@ -167,6 +180,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Agreement (Wilson) by layout: in all, by kind, and with and without unrelated rules.
 
     Only cases that full prefill gets right under the old and the new value count: elsewhere there is no decision to preserve.
+    An arm's agreement has its own number of cases: not all take every arm.
     """
     few = {kind.name for kind in KINDS if not kind.fillers}
     groups: dict[str, Callable[[dict[str, Any]], bool]] = {
@@ -187,11 +201,12 @@ def _agreement(rows: list[dict[str, Any]], layout: str) -> dict[str, Any]:
     right = [row for row in rows if row["before"] == row["old"] and row["full"]["choice"] == row["new"]]
     part: dict[str, Any] = {"drawn": len(rows), "counted": len(right)}
     part["full"] = {"mean_tokens_computed": _mean([row["full"]["tokens_computed"] for row in right])}
-    for arm in ARMS:
-        agreed = sum(row[layout][arm]["choice"] == row["full"]["choice"] for row in right)
+    for arm in ARMS[layout]:
+        ran = [row for row in right if arm in row.get(layout, {})]
+        agreed = sum(row[layout][arm]["choice"] == row["full"]["choice"] for row in ran)
         part[arm] = {
-            "agreement": wilson(agreed, len(right)).model_dump(),
-            "mean_tokens_computed": _mean([row[layout][arm]["tokens_computed"] for row in right]),
+            "agreement": wilson(agreed, len(ran)).model_dump(),
+            "mean_tokens_computed": _mean([row[layout][arm]["tokens_computed"] for row in ran]),
         }
     return part
 

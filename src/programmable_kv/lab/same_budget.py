@@ -16,6 +16,7 @@ from programmable_kv.edits.modes import Mode
 from programmable_kv.edits.ranking import AttentionInfluence, Ranking
 from programmable_kv.engine import Rows
 from programmable_kv.notebook.decision import Decision
+from programmable_kv.notebook.movement import movement
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.readers import Why
 
@@ -23,22 +24,30 @@ ATTENTION = "attention_same_budget"
 """`selective` by attention, with as many tokens as `readers` computes"""
 RANDOM_LINES = "random_lines_same_budget"
 """the null: the field, the open question, and lines that are no readers, as many tokens in all as `readers` computes"""
-ARMS = (ATTENTION, RANDOM_LINES)
+DEVIATION = "deviation_same_budget"
+"""CacheBlend's rule: as many tokens as `readers` computes, those whose keys and values differ most from a full prefill's.
+Source: Yao et al. (arXiv 2405.16444), section 4; it looks at the first layers, this at all. Finding them is not counted"""
+ARMS = (ATTENTION, DEVIATION, RANDOM_LINES)
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """A ranking that puts some slots first."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Given:
+    """A ranking whose scores, [S], are known already; slots after them come last."""
 
-    slots: frozenset[int]
+    known: torch.Tensor
     rows_to_rank: ClassVar[int] = 0
 
     def scores(self, engine: object, buffer: KVBuffer, reader: Rows) -> torch.Tensor:
-        return torch.tensor([float(slot in self.slots) for slot in range(buffer.length)])
+        later = self.known.new_full((buffer.length - len(self.known),), -1.0)
+        return torch.cat([self.known, later])
 
 
 def decisions(
-    notebook: Notebook, edit: Mapping[str, str], rng: random.Random, ask: Callable[[Mode, int], Decision]
+    notebook: Notebook,
+    edit: Mapping[str, str],
+    rng: random.Random,
+    ask: Callable[[Mode, int], Decision],
+    arms: Sequence[str] = ARMS,
 ) -> Iterator[tuple[str, Decision]]:
     """Each arm with its decision; the notebook is put back after each.
 
@@ -46,7 +55,7 @@ def decisions(
         edit: the one field that changes.
         ask: (mode, k) -> the decision after the edit in that mode.
     """
-    (name,) = edit
+    ((name, value),) = edit.items()
     readers = notebook.readers(name)
     places = _slots(notebook.spans(name))
     read = _slots([reader.span for reader in readers]) - places
@@ -54,12 +63,15 @@ def decisions(
     lines = _other_lines(notebook, notebook.spans(name)[0].stop, read | places)
     rng.shuffle(lines)
     others = [slot for line in lines for slot in line][: len(read) - len(asked)]
-    null = Chosen(frozenset(asked.union(others)))
-    rankings: dict[str, tuple[Ranking, int]] = {
-        ATTENTION: (AttentionInfluence(), len(read)),
-        RANDOM_LINES: (null, len(null.slots)),
+    null = torch.zeros(len(notebook))
+    null[[*asked, *others]] = 1.0
+    rankings: dict[str, Callable[[], tuple[Ranking, int]]] = {
+        ATTENTION: lambda: (AttentionInfluence(), len(read)),
+        DEVIATION: lambda: (Given(movement(notebook, name, value)), len(read)),
+        RANDOM_LINES: lambda: (Given(null), len(asked) + len(others)),
     }
-    for arm, (ranking, k) in rankings.items():
+    for arm in arms:
+        ranking, k = rankings[arm]()
         with _ranked_by(notebook, ranking):
             mark = notebook.mark()
             # Where a policy has no other text, the null has nothing to compute besides the field.

@@ -36,12 +36,13 @@ from programmable_kv.notebook.plans import Plans
 from programmable_kv.notebook.requests import checked_options, checked_tools, declared, message_of
 from programmable_kv.notebook.sampling import Sampling
 from programmable_kv.notebook.state import NotebookMark, Part, State
+from programmable_kv.notebook.suggesting import SHARE, Suggestions, suggest
 from programmable_kv.prompt.context import Context, FieldValue
 from programmable_kv.prompt.conversation import Conversation
 from programmable_kv.prompt.fields import TEXT, Value, edited, trusted_by
 from programmable_kv.prompt.parts import Message, Rendered, Text
 from programmable_kv.prompt.prompt import Prompt
-from programmable_kv.prompt.readers import Reader, Turns, check_words, parse_turns, readers_of
+from programmable_kv.prompt.readers import Reader, Turns, check_words, declared_words, parse_turns, readers_of
 from programmable_kv.prompt.template import ChatTemplate
 from programmable_kv.prompt.tokens import as_text
 from programmable_kv.prompt.turns import turn_slots
@@ -198,11 +199,16 @@ class Notebook:
         declared for its lines: what a changed line is about counts by itself (`order` in "- order: shipped", `call Ann` in
         "- [x] call Ann").
 
+        `name` may also be a word that was declared before: what is declared for a word counts for every field that declares the
+        word, directly or through others. A chain of groups is said link by link, `mentions("tier", "band")` and
+        `mentions("band", "desk")`, and the lines that mention `desk` read `tier`.
+
         Raises:
-            UnknownFieldError: there is no such field.
+            UnknownFieldError: there is no such field and no such word.
             InvalidArgumentError: no words, or a word without a letter or digit.
         """
-        require_fields([name], self.fields)
+        if not any(name in words for words in self._mentions.values()):
+            require_fields([name], self.fields)
         check_words(words)
         self._mentions = {**self._mentions, name: tuple(dict.fromkeys((*self._mentions.get(name, ()), *words)))}
         return self
@@ -366,10 +372,42 @@ class Notebook:
         self.spans(name)
         return self._readers_in(self._state.context, name, parse_turns(turns))
 
+    def suggest_readers(
+        self,
+        name: str,
+        value: Value,
+        /,
+        *,
+        prompt: str | None = None,
+        options: Sequence[str] = (),
+        share: float = SHARE,
+        turns: str = "open",
+    ) -> Suggestions:
+        """Which lines the model really uses a field on: those whose keys and values move when it takes another value.
+
+        `print` it: a line that reads the field and has no declared word is listed as missed, and `.words` is what to pass to
+        `mentions`. The notebook is unchanged. It costs a copy of the cache and one computation of all that follows the field,
+        and more where that is stale. With `options`, the decision is made before and after the edit, by full prefill and by
+        readers, and once more for each missed line: what that line closes of the distance to full prefill.
+
+        Args:
+            value: another value of the field; other values may be read on other lines.
+            prompt, options: a decision that depends on the field, as for `decide`.
+            share: how far a line moves to be suggested, as a share of the line that moves farthest.
+            turns: as `edit`; turns that are computed again in any case are not listed.
+
+        Raises:
+            InvalidArgumentError: `share` or `turns` is no such thing.
+            UnknownFieldError, InvalidValueError, ContextOverflowError, UnverifiedError: as `edit` in mode `readers`.
+            InvalidOptionsError: the options cannot be compared.
+        """
+        return suggest(self, name, value, prompt, options, share, turns)
+
     def _readers_in(self, context: Context, name: str, turns: Turns, words: Sequence[str] = ()) -> tuple[Reader, ...]:
         """The readers of a field; `words` are what they may mention besides its name and what was declared."""
         slots = turn_slots(context, self._state.conversation, name)
-        return readers_of(context, name, (*self._mentions.get(name, ()), *words), turns, slots)
+        known = [word for each in (name, *words) for word in declared_words(self._mentions, each)]
+        return readers_of(context, name, (*known, *words), turns, slots)
 
     # -- operations --------------------------------------------------------------------------------------------
 

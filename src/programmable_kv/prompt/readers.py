@@ -7,7 +7,7 @@ it; on them, and on the question that is still open, stand the notes that decide
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -80,6 +80,18 @@ def check_words(words: Sequence[str]) -> None:
             raise InvalidArgumentError(f"what a line mentions is a text with letters or digits; got {word!r}")
 
 
+def declared_words(mentions: Mapping[str, Sequence[str]], name: str) -> tuple[str, ...]:
+    """What was declared for a field, and for each of those words, and so on: readers of readers."""
+    found: dict[str, None] = {}
+    waiting = list(mentions.get(name, ()))
+    while waiting:
+        word = waiting.pop(0)
+        if word not in found and word != name:
+            found[word] = None
+            waiting += mentions.get(word, ())
+    return tuple(found)
+
+
 def readers_of(context: Context, name: str, words: Sequence[str], turns: Turns, slots: TurnSlots) -> tuple[Reader, ...]:
     """The readers of a field, in slot order.
 
@@ -95,7 +107,7 @@ def readers_of(context: Context, name: str, words: Sequence[str], turns: Turns, 
     if not context.spans(name):
         return ()
     begins = context.spans(name)[0].stop  # no token before it, and none of the place itself, has read the whole value
-    ends = {Turns.KEEP: len(context), Turns.OPEN: slots.open, Turns.ALL: slots.first}[turns]
+    ends = _ends(context, turns, slots)
     found: list[Reader] = []
     for start, unit in zip(context.starts, context.units, strict=False):
         if unit.kind in (Kind.PREFILL, Kind.SKILL):
@@ -104,6 +116,24 @@ def readers_of(context: Context, name: str, words: Sequence[str], turns: Turns, 
     if len(rest):
         found.append(Reader(rest, _text_in(context, rest), Why.OPEN if turns is Turns.OPEN else Why.TURNS))
     return tuple(found)
+
+
+def later_lines(context: Context, name: str, turns: Turns, slots: TurnSlots) -> Iterator[tuple[Span, str]]:
+    """The lines that `readers_of` searches and words could mark, with their text; clipped as it clips them."""
+    if not context.spans(name):
+        return
+    begins, ends = context.spans(name)[0].stop, _ends(context, turns, slots)
+    for start, unit in zip(context.starts, context.units, strict=False):
+        if unit.kind not in (Kind.PREFILL, Kind.SKILL):
+            continue
+        first = 0
+        for line in re.findall(r"[^\n]*\n|[^\n]+", unit.text):
+            characters = Span(first, first + len(line))
+            first += len(line)
+            tokens = _clipped(unit.covering(characters).shifted(start), Span(min(begins, ends), ends))
+            text = unit.text_of(tokens.shifted(-start)) if len(tokens) else ""
+            if any(character.isalnum() for character in text):
+                yield tokens, text
 
 
 def joined(spans: Sequence[Span]) -> list[Span]:
@@ -127,12 +157,18 @@ def _lines(unit: Unit, start: int, name: str, words: Sequence[str], within: Span
         for match in _pattern(word).finditer(unit.text):
             reasons.setdefault(_line_of(unit.text, Span(*match.span())), (Why.MENTIONS, word))
     for characters, (why, word) in sorted(reasons.items()):
-        tokens = unit.covering(characters).shifted(start)
-        clipped = Span(
-            min(max(tokens.start, within.start), within.stop), max(within.start, min(tokens.stop, within.stop))
-        )
+        clipped = _clipped(unit.covering(characters).shifted(start), within)
         if len(clipped):
             yield Reader(clipped, unit.text_of(clipped.shifted(-start)), why, word)
+
+
+def _ends(context: Context, turns: Turns, slots: TurnSlots) -> int:
+    """The slot before which lines are searched: where the turns begin that are taken whole."""
+    return {Turns.KEEP: len(context), Turns.OPEN: slots.open, Turns.ALL: slots.first}[turns]
+
+
+def _clipped(span: Span, within: Span) -> Span:
+    return Span(min(max(span.start, within.start), within.stop), max(within.start, min(span.stop, within.stop)))
 
 
 def _line_of(text: str, characters: Span) -> Span:

@@ -1,0 +1,73 @@
+"""How far the keys and values of later tokens move when a field takes another value: where its value has been noted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.edits.modes import Mode
+from programmable_kv.edits.plan import Plan, Shift, Truncate
+from programmable_kv.prompt.fields import Value
+
+if TYPE_CHECKING:
+    from programmable_kv.notebook.notebook import Notebook
+
+
+def movement(notebook: Notebook, name: str, value: Value) -> torch.Tensor:
+    """[S] for each slot of the context, how far its keys and values move, relative to their size; 0 up to the field.
+
+    The squared distance over the squared size, averaged over layers, keys and values. Every token after the field moves a
+    little, because it reads what does: only the order says something. The field's own places count as unmoved, and tokens
+    that were computed on another text than the present one count as moved by that, too. The notebook is unchanged afterwards.
+    It costs one recomputation of what follows the field's first place.
+
+    Raises:
+        UnverifiedError: the value's token length changes and this model's keys cannot be relocated.
+        UnknownFieldError, InvalidValueError, InvalidEditError, ContextOverflowError: as `edit`.
+    """
+    plan = notebook.plan.edit({name: value}, mode=Mode.IN_PLACE)
+    moved = torch.zeros(len(notebook), dtype=torch.float64)
+    first = min((span.stop for span in notebook.spans(name)), default=len(notebook))
+    pairs = [(old, new) for old, new in _kept(plan) if old >= first]
+    if not pairs:
+        return moved
+    slots = torch.tensor([new for _, new in pairs])
+    mark = notebook.mark()
+    try:
+        notebook.edit({name: value}, mode=Mode.IN_PLACE)
+        stale = _rows(notebook.cache, slots)
+        notebook.recompute(min(new for _, new in pairs))
+        moved[[old for old, _ in pairs]] = _distance(stale, _rows(notebook.cache, slots))
+    finally:
+        notebook.rollback(mark)
+    return moved
+
+
+def _kept(plan: Plan) -> Iterator[tuple[int, int]]:
+    """(slot before, slot after) of every token that a plan keeps, in order."""
+    slots: list[int | None] = list(range(plan.before))
+    for step in plan.steps:
+        if isinstance(step, Truncate):
+            del slots[step.length :]
+        elif isinstance(step, Shift):
+            slots[min(step.start, step.to) : step.start] = [None] * (step.to - step.start)
+    computed = {slot for compute in plan.compute for slot in compute.span.range}
+    return ((old, new) for new, old in enumerate(slots) if old is not None and new not in computed)
+
+
+def _rows(buffer: KVBuffer, slots: torch.Tensor) -> list[torch.Tensor]:
+    """Keys and values of some slots, [B, H, n, D] each, copied."""
+    slots = slots.to(buffer.keys(0).device)
+    return [cached(layer)[:, :, slots] for layer in range(len(buffer)) for cached in (buffer.keys, buffer.values)]
+
+
+def _distance(stale: list[torch.Tensor], true: list[torch.Tensor]) -> torch.Tensor:
+    """[n] the relative squared distance of each slot, averaged over the tensors."""
+    shares = []
+    for before, after in zip(stale, true, strict=True):
+        off, size = (tensor.cpu().double().pow(2).sum(dim=(0, 1, 3)) for tensor in (after - before, after))
+        shares.append(off / size.clamp(min=torch.finfo(torch.float64).tiny))
+    return torch.stack(shares).mean(dim=0)

@@ -1,0 +1,181 @@
+"""Which lines a model really uses a field on, found by what moves in the cache, and by the decision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from programmable_kv.account import Account
+from programmable_kv.edits.modes import Mode
+from programmable_kv.errors import InvalidArgumentError
+from programmable_kv.notebook.decision import Decision
+from programmable_kv.notebook.movement import movement
+from programmable_kv.prompt.fields import Value
+from programmable_kv.prompt.readers import later_lines, parse_turns
+from programmable_kv.prompt.turns import turn_slots
+
+if TYPE_CHECKING:
+    from programmable_kv.notebook.notebook import Notebook
+
+SHARE = 0.1
+"""of the most moved line's movement, from which on a line is suggested; `docs/which-edit.md` has what it finds"""
+SMALLEST_GAP = 0.5
+"""nats between the readers' and the full prefill's gap, below which nothing is left for a line to close"""
+
+
+@dataclass(frozen=True, slots=True)
+class SuggestedReader:
+    """A line behind the field, and how much of the field's value it has noted."""
+
+    text: str
+    moved: float
+    """how far its keys and values move when the value changes: the sum over its tokens of `movement`"""
+    share: float
+    """of the most moved line's movement"""
+    known: str = ""
+    """why it is a reader already; empty if it is none"""
+    closes: float | None = None
+    """what share of the distance to full prefill's decision is gone once this line, too, is computed again: 1 all, 0 none.
+    None where that was not tried"""
+
+    @property
+    def words(self) -> str:
+        """What to pass to `Notebook.mentions` to make this line a reader."""
+        return " ".join(self.text.split())
+
+    @property
+    def reason(self) -> str:
+        """Why it is listed, for people."""
+        reason = f"moves {self.share:.0%} as far as the most moved line"
+        if self.known:
+            return f"{reason}; a reader already: {self.known}"
+        return reason if self.closes is None else f"{reason}; alone it closes {self.closes:.0%} of the distance"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """The decision in which the lines were tried. Choices: with the old value, and with the new one in several ways."""
+
+    before: str
+    full: str
+    """by a full prefill"""
+    readers: str
+    """where the readers that are known already are computed again"""
+    suggested: str
+    """where the suggested lines are, too"""
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestions:
+    """The later lines of a context, the most moved first, and what to declare."""
+
+    name: str
+    lines: tuple[SuggestedReader, ...]
+    threshold: float
+    trial: Trial | None
+    account: Account
+
+    @property
+    def missing(self) -> tuple[SuggestedReader, ...]:
+        """Lines that read the field, by how far they move, and are no readers yet."""
+        return tuple(line for line in self.lines if line.share >= self.threshold and not line.known)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What to declare: `notebook.mentions(name, *suggestions.words)`, if there are any."""
+        return tuple(dict.fromkeys(line.words for line in self.missing))
+
+    def __str__(self) -> str:
+        listed = [line for line in self.lines if line.share >= self.threshold]
+        rows = [f"{'reads ' if line.known else 'MISSED'}  {line.words}  ({line.reason})" for line in listed]
+        if (trial := self.trial) is not None:
+            rows.append(
+                f"with the old value: {trial.before}; full prefill of the new one: {trial.full}; readers: {trial.readers}; "
+                f"with the suggested lines: {trial.suggested}"
+            )
+        return "\n".join(rows) or f"no line after {self.name} moves"
+
+
+def suggest(
+    notebook: Notebook, name: str, value: Value, prompt: str | None, options: Sequence[str], share: float, turns: str
+) -> Suggestions:
+    """As `Notebook.suggest_readers`."""
+    wanted = parse_turns(turns)
+    if not 0 < share <= 1:
+        raise InvalidArgumentError(f"a share is above 0 and at most 1; got {share!r}")
+    notebook.spans(name)
+    meter = notebook.model.engine.meter
+    notebook.model.engine.verify()
+    with meter.measure() as reading:
+        trying = notebook.fork()
+        trying.rebase()
+        trying.recompute()
+        lines = _ranked(trying, name, value, turns)
+        trial = None
+        if options:
+            lines, trial = _tried(_Asked(trying, name, value, prompt, options, str(wanted)), lines, share)
+    account = notebook._unchanged(reading.account, "suggest_readers")
+    notebook._recorded(account)
+    return Suggestions(name, tuple(lines), share, trial, account)
+
+
+def _ranked(notebook: Notebook, name: str, value: Value, turns: str) -> list[SuggestedReader]:
+    state = notebook._ready()
+    moved = movement(notebook, name, value)
+    reasons = {reader.span: reader.reason for reader in notebook.readers(name, turns=turns)}
+    slots = turn_slots(state.context, state.conversation, name)
+    found = [
+        (float(moved[span.start : span.stop].sum()), text, reasons.get(span, ""))
+        for span, text in later_lines(state.context, name, parse_turns(turns), slots)
+    ]
+    most = max((moved for moved, _, _ in found), default=0.0)
+    ordered = sorted(found, key=lambda line: -line[0])
+    return [SuggestedReader(text, moved, moved / most if most else 0.0, known) for moved, text, known in ordered]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One decision after one edit, on a notebook that may be changed."""
+
+    notebook: Notebook
+    name: str
+    value: Value
+    prompt: str | None
+    options: Sequence[str]
+    turns: str
+
+    def decision(self, mode: Mode | None, words: Sequence[str] = ()) -> Decision:
+        """After the edit in a mode, or without it; with more words declared. The notebook is put back."""
+        notebook, declared = self.notebook, self.notebook._mentions
+        mark = notebook.mark()
+        try:
+            if words:
+                notebook.mentions(self.name, *words)
+            edits = None if mode is None else {self.name: self.value}
+            return notebook.decide(self.prompt, self.options, edits=edits, mode=mode, turns=self.turns)
+        finally:
+            notebook._mentions = declared
+            notebook.rollback(mark)
+
+
+def _tried(asked: _Asked, lines: list[SuggestedReader], share: float) -> tuple[list[SuggestedReader], Trial]:
+    """Lines with what each closes alone, and the decision with all of them."""
+    before, full, readers = (asked.decision(mode) for mode in (None, Mode.SUFFIX, Mode.READERS))
+    missing = [line for line in lines if line.share >= share and not line.known]
+    if not missing:
+        return lines, Trial(before.choice, full.choice, readers.choice, readers.choice)
+    suggested = asked.decision(Mode.READERS, [line.words for line in missing])
+    trial = Trial(before.choice, full.choice, readers.choice, suggested.choice)
+    if before.choice == full.choice:
+        return lines, trial  # the value does not decide this
+    now = readers.gap(full.choice, before.choice)
+    distance = full.gap(full.choice, before.choice) - now
+    if abs(distance) < SMALLEST_GAP:
+        return lines, trial
+    return [_closing(asked, line, trial, now, distance) if line in missing else line for line in lines], trial
+
+
+def _closing(asked: _Asked, line: SuggestedReader, trial: Trial, now: float, distance: float) -> SuggestedReader:
+    alone = asked.decision(Mode.READERS, [line.words]).gap(trial.full, trial.before)
+    return SuggestedReader(line.text, line.moved, line.share, line.known, (alone - now) / distance)
