@@ -268,8 +268,6 @@ def test_words_are_declared_before_and_after_prefill() -> None:
         notebook.mentions("colour", "red")
     with pytest.raises(UnknownFieldError, match="status, tier"):
         notebook.readers("colour")
-    with pytest.raises(InvalidArgumentError, match="no words"):
-        notebook.mentions("status")
     with pytest.raises(InvalidArgumentError, match="letters or digits"):
         notebook.mentions("status", "--")
 
@@ -327,3 +325,42 @@ class TestBlocks:
         notebook.prefill()
         why = notebook.plan.edit({"todo": "pay Ann: done"}, mode="readers").why
         assert "no later line mentions todo" in why
+
+
+class TestDefault:
+    """Without a mode, an edit computes readers again where they were declared, and states the value elsewhere."""
+
+    def used(self, notebook: Notebook, **changes: str) -> str | None:
+        return notebook.plan.edit(changes).used
+
+    def test_declared_fields_are_edited_by_their_readers(self) -> None:
+        text = "a: {a}\nb: {b}\n" + "be polite and brief.\n" * 20 + "if a is x, go.\n" + "then wait a while.\n" * 20
+        notebook = Notebook(tiny()).text(text, a="x", b="y")
+        notebook.prefill()
+        assert self.used(notebook, a="z") == "field_erratum"
+        assert notebook.mentions("a") is notebook
+        plan = notebook.plan.edit(a="z")
+        assert (plan.used, plan.asked) == ("readers", None)
+        assert "mentions 'a'" in plan.why
+        assert self.used(notebook, b="z") == "field_erratum"
+        assert self.used(notebook, a="z", b="z") == "field_erratum", "one of them is not declared"
+        notebook.mentions("b", "go")
+        assert self.used(notebook, a="z", b="z") == "readers"
+        assert notebook.plan.edit(a="z", mode="erratum").used == "erratum"
+        assert notebook.edit(a="z").mode_used == "readers"
+        assert "STATE UPDATE" not in notebook.rendered_text
+
+    def test_it_is_never_dearer_than_exactness(self) -> None:
+        notebook = Notebook(tiny()).text("a: {a}\nif a is x, go.\n", a="x").mentions("a")
+        notebook.prefill()
+        account = notebook.edit(a="z")
+        assert account.mode_used == "suffix"
+        assert account.exact
+        assert "readers" in account.why
+
+    def test_a_declaration_without_words_is_saved_and_forked(self, tmp_path: Path) -> None:
+        notebook = Notebook(tiny()).text("a: {a}\n" + "be polite.\n" * 20 + "if a is x, go.\n" + "wait.\n" * 20, a="x")
+        notebook.mentions("a").prefill()
+        notebook.save(tmp_path / "saved")
+        for other in (notebook.fork(), Notebook.load(tmp_path / "saved", tiny())):
+            assert self.used(other, a="z") == "readers"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from programmable_kv.cache.span import Span
 from programmable_kv.edits.entries import computed, on_ledger
-from programmable_kv.edits.modes import DEFAULT_MODE, STRATEGIES, Mode, mode_of
+from programmable_kv.edits.modes import DECLARED_MODE, DEFAULT_MODE, STRATEGIES, Mode, mode_of
 from programmable_kv.edits.plan import Compute, Plan, Select, Shift, Step, Truncate
 from programmable_kv.edits.ranking import Ranking
 from programmable_kv.edits.selection import HighestRanked
@@ -46,6 +46,8 @@ class EditTools:
     bytes_per_token: int = 0
     readers: Callable[[Context, str, Sequence[str]], Sequence[Reader]] = _by_name
     """(context, field, what else its readers mention) -> what reads it"""
+    declared: Collection[str] = ()
+    """the fields of which all readers are known"""
 
 
 def plan_edit(
@@ -53,20 +55,22 @@ def plan_edit(
 ) -> Plan:
     """The plan of an edit. Names and values are expected to have been checked.
 
-    Without a mode it is the default one, or `suffix` where that computes no more tokens: it is exact.
+    Without a mode it is `readers` where all readers of these fields are declared, and else `field_erratum`; or `suffix` where
+    that computes no more tokens: it is exact.
 
     Raises:
         InvalidEditError: `selective` is to choose no token.
     """
     if mode is not None:
         return _planned(context, ledger, changes, mode, tools)
-    plan = replace(_planned(context, ledger, changes, DEFAULT_MODE, tools), asked=None)
+    default = DECLARED_MODE if changes and all(name in tools.declared for name in changes) else DEFAULT_MODE
+    plan = replace(_planned(context, ledger, changes, default, tools), asked=None)
     if not plan.tokens_computed:
         return plan
     suffix = replace(_planned(context, ledger, changes, Mode.SUFFIX, tools), asked=None)
     if suffix.tokens_computed > plan.tokens_computed:
         return plan
-    why = f"recomputing all that follows takes {suffix.tokens_computed} tokens, {DEFAULT_MODE} {plan.tokens_computed}"
+    why = f"recomputing all that follows takes {suffix.tokens_computed} tokens, {default} {plan.tokens_computed}"
     return suffix.because(f"{why}, and leaves no token that has read another value")
 
 

@@ -31,6 +31,9 @@ class Mode(StrEnum):
 
 DEFAULT_MODE = Mode.FIELD_ERRATUM
 """what an edit without a mode does, unless recomputing the suffix costs no more"""
+DECLARED_MODE = Mode.READERS
+"""what it does if the readers of every edited field were declared. Then it decides as a full prefill, more often than with an
+erratum (results/readers.json); undeclared, it fails where a rule does not name the field (results/mentions.json)"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,21 +191,25 @@ class Notebook:
         return self.text("{" + skill.name + "}", **{skill.name: skill})
 
     def mentions(self, name: str, /, *words: str) -> Self:
-        """Declare what a line says when it speaks of a field without its name; `edit(..., mode="readers")` reads it.
+        """Declare by what words the text speaks of a field. From then on an edit of it computes its readers again.
 
-        Another name for it, its values, or the group that its value is looked up in: the line that looks it up mentions the
-        field, and so defines the group; the lines that mention the group read the field too. To mark one line, give words of
-        that line. May be called before and after prefill; saved with the notebook. Of a block (`Field.block`) nothing need be
-        declared for its lines: what a changed line is about counts by itself (`order` in "- order: shipped", `call Ann` in
-        "- [x] call Ann").
+        Readers are the lines that mention the field, and the open question; `readers` lists them. A line mentions it by its
+        name, or by one of `words`: another name, its values, or the group that its value is looked up in. (The line that looks
+        it up mentions the field, and so defines the group; the lines that mention the group read the field too.) To mark one
+        line, give words of that line. Without `words` its name is all that the text calls it by. Of a block (`Field.block`)
+        nothing need be declared for its lines: what a changed line is about counts by itself (`order` in "- order: shipped",
+        `call Ann` in "- [x] call Ann").
 
         `name` may also be a word that was declared before: what is declared for a word counts for every field that declares the
         word, directly or through others. A chain of groups is said link by link, `mentions("tier", "band")` and
         `mentions("band", "desk")`, and the lines that mention `desk` read `tier`.
 
+        May be called before and after prefill; saved with the notebook. `suggest_readers` finds what is missing: a line that
+        reads the field and is not declared keeps what it noted.
+
         Raises:
             UnknownFieldError: there is no such field and no such word.
-            InvalidArgumentError: no words, or a word without a letter or digit.
+            InvalidArgumentError: a word without a letter or digit.
         """
         if not any(name in words for words in self._mentions.values()):
             require_fields([name], self.fields)
@@ -426,7 +430,8 @@ class Notebook:
         A field keeps its type: a value that is not of it is refused.
 
         Args:
-            mode: one of `Mode`; when None `field_erratum`, or `suffix` where that computes no more tokens.
+            mode: one of `Mode`. When None, `readers` if `mentions` was called for every one of these fields, and else
+                `field_erratum`; or `suffix` where that computes no more tokens.
             k: for `selective`, how many later tokens to recompute besides the field's own.
             turns: for `readers`, which turns are computed again: `open` (those since the last answer), `keep` (none), `all`.
 

@@ -71,10 +71,8 @@ def parse_turns(turns: str | Turns) -> Turns:
 def check_words(words: Sequence[str]) -> None:
     """
     Raises:
-        InvalidArgumentError: there is none, or one of them is not a text that could stand in a line.
+        InvalidArgumentError: one of them is not a text that could stand in a line.
     """
-    if not words:
-        raise InvalidArgumentError("no words were given: write what a line says when it speaks of the field")
     for word in words:
         if not isinstance(word, str) or not any(character.isalnum() for character in word):
             raise InvalidArgumentError(f"what a line mentions is a text with letters or digits; got {word!r}")
