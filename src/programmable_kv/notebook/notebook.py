@@ -202,7 +202,8 @@ class Notebook:
             UnknownFieldError: there is no such field and no such word.
             InvalidArgumentError: no words, or a word without a letter or digit.
         """
-        require_fields([name], {*self.fields, *(word for words in self._mentions.values() for word in words)})
+        if not any(name in declared for declared in self._mentions.values()):
+            require_fields([name], self.fields)
         check_words(words)
         self._mentions = {**self._mentions, name: tuple(dict.fromkeys((*self._mentions.get(name, ()), *words)))}
         return self
