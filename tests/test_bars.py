@@ -26,6 +26,8 @@ BARS = [
     ("readers", "all.asked_before.readers.agreement.value", AT_LEAST, 0.98),
     ("readers", "all.asked_before.readers.agreement.n", AT_LEAST, 200),
     ("readers", "all.asked_before.random_lines_same_budget.agreement.value", AT_MOST, 0.03),
+    ("long-readers", "all.readers.agreement.value", AT_LEAST, 0.98),
+    ("long-readers", "all.readers.share_of_tokens", AT_MOST, 0.03),
     ("mentions", "all.declared.agreement.value", AT_LEAST, 0.98),
     ("mentions", "all.suggested.agreement.value", AT_LEAST, 0.97),
     ("mentions", "by_value.by_name.agreement.value", AT_MOST, 0.1),

@@ -12,7 +12,7 @@ from programmable_kv import Mode, Notebook
 from programmable_kv.bench.overhead import ForwardTime, conversation, few_times, model_for, operations, run
 
 NOT_ON_A_LIVE_CONTEXT = {"from_messages", "message", "text", "field", "skill", "prefill", "rendered", "mentions"}
-COPIES_OR_FILES = {"fork", "save", "load", "release"}
+COPIES_OR_FILES = {"suggest_readers", "fork", "save", "load", "release"}
 """their cost is the cache's bytes"""
 
 

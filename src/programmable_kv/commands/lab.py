@@ -55,7 +55,7 @@ def lab_blocks(
 @app.command("long-readers")
 def lab_long_readers(
     model: ModelOption = "embedded",
-    count: Annotated[int, typer.Option(min=1, help="held-out policies of each of three kinds")] = 12,
+    count: Annotated[int, typer.Option(min=1, help="held-out policies of each of three kinds")] = 18,
     out_path: OutOption = None,
 ) -> None:
     """The same in contexts of about 4,000 tokens, most of them unrelated rules."""

@@ -211,7 +211,7 @@ class Notebook:
             UnknownFieldError: there is no such field and no such word.
             InvalidArgumentError: a word without a letter or digit.
         """
-        if not any(name in words for words in self._mentions.values()):
+        if not any(name in declared for declared in self._mentions.values()):
             require_fields([name], self.fields)
         check_words(words)
         self._mentions = {**self._mentions, name: tuple(dict.fromkeys((*self._mentions.get(name, ()), *words)))}
