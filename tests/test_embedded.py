@@ -161,6 +161,27 @@ def test_an_agent_that_computes_everything_again_is_its_rival(embedded: Any) -> 
     assert not all(modes["stale"]["agrees"] for modes in turns)
 
 
+def test_an_agent_whose_readers_are_declared_decides_as_its_rival(embedded: Any, tmp_path: Path) -> None:
+    """It states nothing, so its context does not grow by its edits."""
+    from random import Random
+
+    from programmable_kv.bench.agent import play, policies, trajectory
+    from programmable_kv.edits.modes import Mode
+
+    turns = [
+        turn
+        for number, scenario in enumerate(policies(1)[:3])
+        for turn in play(
+            embedded, scenario.prompt, dict(scenario.values), list(trajectory(scenario, 4, Random(number))),
+            [Mode.READERS, Mode.STALE], mentions={it.field: [it.kind] if it.kind else [] for it in scenario.gates},
+        )
+    ]  # fmt: skip
+    after_a_change = [turn for turn in turns if turn["changed"] and turn["right"]]
+    assert len(after_a_change) >= 3
+    assert all(turn["modes"]["readers"]["agrees"] for turn in after_a_change)
+    assert not all(turn["modes"]["stale"]["agrees"] for turn in after_a_change)
+
+
 def test_eight_bits_point_the_same_way(embedded: Any, tmp_path: Path) -> None:
     """A skill kept in 8 bits: at most 0.55 of the bytes of 16-bit tensors, and logits of cosine 0.999 and more."""
     from programmable_kv import Skill

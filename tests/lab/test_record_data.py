@@ -11,7 +11,7 @@ import pytest
 
 from programmable_kv.bench.agent import policies
 from programmable_kv.demo.demo import VALUES, policy
-from programmable_kv.lab import adapter, edit_modes, long_readers, mentions, readers, stock_readers
+from programmable_kv.lab import adapter, blocks, edit_modes, long_readers, mentions, readers, stock_readers
 from programmable_kv.lab.composing.experiment import texts_of
 from programmable_kv.lab.composing.suites.catalogue import Catalogue
 from programmable_kv.lab.composing.suites.composing import Composing
@@ -39,6 +39,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
         case.text() for _, case in stock_readers.cases(settings["count"])
     ),
     "long-readers": lambda settings: (case.text() for case in readers.cases(settings["count"], long_readers.KINDS)),
+    "blocks": lambda settings: (case.text() for case in blocks.cases(settings["count"])),
     "agent": lambda settings: (scenario.text() for scenario in policies(settings["instances"])),
     "edit-ttft": lambda _: [policy(), *VALUES.values()],
     "compose-embedded": lambda settings: suite_texts(Composing, settings),

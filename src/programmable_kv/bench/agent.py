@@ -44,7 +44,8 @@ INSTANCES = 10
 TURNS = 6
 TIMED_TURNS = 12
 MODES = (DEFAULT_MODE, Mode.ERRATUM)
-"""of the agents that decide; the first one's times are taken"""
+"""of the agents that decide, unless others are asked for; the first one's times are taken. For an agent in mode `readers` it is
+declared by what words its policy looks a field up"""
 OPENING = [("system", "")]
 """the preface that a policy is compiled behind and later spliced behind: the beginning of a system message"""
 
@@ -67,6 +68,7 @@ def run(
     lengths: Sequence[int] = LENGTHS,
     turns: int = TURNS,
     timed_turns: int = TIMED_TURNS,
+    modes: Sequence[Mode] = MODES,
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
@@ -88,6 +90,7 @@ def run(
             "turns": turns,
             "timed_turns": timed_turns,
             "lengths": list(lengths),
+            "modes": [str(mode) for mode in modes],
         },
     )
     model.engine.verify()
@@ -100,7 +103,14 @@ def run(
                     "kind": "decisions",
                     "policy": number,
                     "domain": scenario.domain,
-                    "turns": play(model, scenario.prompt, dict(scenario.values), steps, MODES),
+                    "turns": play(
+                        model,
+                        scenario.prompt,
+                        dict(scenario.values),
+                        steps,
+                        modes,
+                        mentions={gate.field: [gate.kind] if gate.kind else [] for gate in scenario.gates},
+                    ),
                 }
             )
         if report is not None:
@@ -108,7 +118,7 @@ def run(
     for number, length in enumerate(lengths):
         if not recorder.done(kind="time", length=length):
             policy, steps = padded_policy(model, length), list(_timed_steps(timed_turns))
-            row = play(model, policy, dict(VALUES), steps, MODES[:1], prefix_cache=True)
+            row = play(model, policy, dict(VALUES), steps, modes[:1], prefix_cache=True)
             recorder.add({"kind": "time", "length": length, "turns": row})
         if report is not None:
             report(len(drawn) + number + 1, work)
@@ -148,15 +158,18 @@ def _timed_steps(turns: int) -> Iterator[Step]:
 
 def play(
     model: Model, policy: str, state: dict[str, str], steps: list[Step], modes: Sequence[Mode], *,
-    prefix_cache: bool = False,
+    mentions: Mapping[str, Sequence[str]] | None = None, prefix_cache: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Every turn of the rival and of an agent in each mode: who was right, who agreed with the rival; and of the first
     agent and the rivals, tokens and milliseconds to the first answer token.
 
-    With `prefix_cache` the rival that has one plays as well.
+    With `prefix_cache` the rival that has one plays as well. `mentions`: field -> by what words the policy speaks of it.
     """
     skill = Skill.compile(model, policy, state, name="policy", preface=OPENING)
     agents = {mode: Agent(model, skill, mode=mode) for mode in modes}
+    for name, words in (mentions or {}).items():
+        if Mode.READERS in agents:
+            agents[Mode.READERS].notebook.mentions(name, *words)
     composing = agents[modes[0]].composed
     rival = Rival(model, policy, state)
     cached = Rival(model, policy, state, prefix_cache=True) if prefix_cache else None
@@ -267,7 +280,8 @@ def _decisions(rows: list[dict[str, Any]]) -> dict[str, Any]:
     changed = [[turn for turn in turns if turn["changed"]] for turns in right]
     if plays:
         part["rival_right"] = _rate([[turn["right"] for turn in turns] for turns in plays])
-    for mode in MODES:
+    modes = list(plays[0][0]["modes"]) if plays else []
+    for mode in modes:
         counts = (
             ("agreement", "agrees", right),
             ("agreement_after_a_change", "agrees", changed),
