@@ -8,13 +8,13 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from serve.http_peers import RawUpstream, Received, Running, answer, raw_upstream, running
 
 from programmable_kv.errors import InvalidValueError
 from programmable_kv.serve import access
 from programmable_kv.serve.access import Access, new_key, read_keys
 from programmable_kv.serve.refusal import RefusedError
 from programmable_kv.serve.settings import GatewaySettings
+from serve.http_peers import RawUpstream, Received, Running, answer, raw_upstream, running
 
 
 async def script(_: Received) -> AsyncIterator[bytes]:
@@ -51,7 +51,8 @@ def open_gateway(upstream: RawUpstream) -> Iterator[Running]:
 
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/pkv/report"])
 @pytest.mark.parametrize(
-    "headers", [{}, {"authorization": "Bearer pkv-wrong"}, {"x-api-key": ""}, {"authorization": "Basic x"}, {"x-pkv-key": "x"}]
+    "headers",
+    [{}, {"authorization": "Bearer pkv-wrong"}, {"x-api-key": ""}, {"authorization": "Basic x"}, {"x-pkv-key": "x"}],
 )
 def test_without_a_known_key_there_is_nothing(
     guarded: Running, upstream: RawUpstream, path: str, headers: dict[str, str]
@@ -76,7 +77,11 @@ def test_health_needs_no_key(guarded: Running) -> None:
     ],
 )
 def test_a_known_key_is_exchanged_for_the_upstreams(
-    guarded: Running, upstream: RawUpstream, keys: tuple[str, str, Path], headers: dict[str, str], expected: tuple[bytes, bytes]
+    guarded: Running,
+    upstream: RawUpstream,
+    keys: tuple[str, str, Path],
+    headers: dict[str, str],
+    expected: tuple[bytes, bytes],
 ) -> None:
     sent = {name: value.format(key=keys[1]) for name, value in headers.items()}
     assert httpx2.post(f"{guarded.url}/v1/messages", headers=sent, content=b"{}").status_code == 200
@@ -100,7 +105,12 @@ def test_with_a_key_of_its_own_header_the_clients_credentials_go_through(
 
 @pytest.mark.parametrize(
     "headers",
-    [{"origin": "https://evil.example"}, {"host": "evil.example"}, {"host": "127.0.0.1.evil.example"}, {"origin": "null"}],
+    [
+        {"origin": "https://evil.example"},
+        {"host": "evil.example"},
+        {"host": "127.0.0.1.evil.example"},
+        {"origin": "null"},
+    ],
 )
 def test_an_open_gateway_refuses_web_pages(open_gateway: Running, headers: dict[str, str]) -> None:
     for path in ("/v1/models", "/pkv/report"):

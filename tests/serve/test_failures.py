@@ -15,12 +15,12 @@ import anthropic
 import httpx2
 import openai
 import pytest
-from serve.http_peers import EVENTS_HEAD, LAST, Received, answer, chunk, raw_upstream, running, wait_until
 
 from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.serve.admission import Admission
 from programmable_kv.serve.refusal import RefusedError
 from programmable_kv.serve.settings import GatewaySettings, Limits
+from serve.http_peers import EVENTS_HEAD, LAST, Received, answer, chunk, raw_upstream, running, wait_until
 
 DELTA = b'data: {"id":"c","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"he"}}]}\n\n'
 MESSAGE = (
@@ -92,7 +92,9 @@ def test_the_death_of_an_upstream_ends_a_chat_stream_with_an_error_that_openai_r
 def test_the_death_of_an_upstream_ends_a_messages_stream_with_an_error_that_anthropic_raises() -> None:
     with raw_upstream(dies_between_events) as upstream, running(GatewaySettings(upstream.url, port=0)) as gateway:
         client = anthropic.Anthropic(base_url=gateway.url, api_key="k", max_retries=0)
-        stream = client.messages.create(model="m", max_tokens=9, messages=[{"role": "user", "content": "hi"}], stream=True)
+        stream = client.messages.create(
+            model="m", max_tokens=9, messages=[{"role": "user", "content": "hi"}], stream=True
+        )
         parts = iter(stream)
         assert next(parts).type == "message_start"
         with pytest.raises(anthropic.APIStatusError, match="middle of its answer"):
@@ -208,7 +210,10 @@ def test_too_many_requests_are_refused_and_the_others_are_served() -> None:
 
 def test_waiting_ends_with_a_typed_error() -> None:
     limits = Limits(max_running=1, wait_s=0.2)
-    with raw_upstream(streams_for_long) as upstream, running(GatewaySettings(upstream.url, port=0, limits=limits)) as gateway:
+    with (
+        raw_upstream(streams_for_long) as upstream,
+        running(GatewaySettings(upstream.url, port=0, limits=limits)) as gateway,
+    ):
         with httpx2.stream("POST", f"{gateway.url}/v1/chat/completions", json=CHAT):
             got = httpx2.post(f"{gateway.url}/v1/messages", json=CHAT)
         assert (got.status_code, got.json()["error"]["type"]) == (503, "overloaded_error")
@@ -258,7 +263,10 @@ def test_a_gateway_that_stops_lets_answers_end() -> None:
 
 def test_a_gateway_that_stops_does_not_wait_for_ever() -> None:
     limits = Limits(shutdown_s=1.0)
-    with raw_upstream(streams_for_long) as upstream, running(GatewaySettings(upstream.url, port=0, limits=limits)) as gateway:
+    with (
+        raw_upstream(streams_for_long) as upstream,
+        running(GatewaySettings(upstream.url, port=0, limits=limits)) as gateway,
+    ):
         with httpx2.stream("POST", f"{gateway.url}/v1/chat/completions", json=CHAT) as got:
             next(got.iter_raw())
             gateway.server.should_exit = True

@@ -12,10 +12,10 @@ import httpx2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serve.http_peers import EVENTS_HEAD, LAST, RawUpstream, Received, Running, answer, chunk, raw_upstream, running
 
 from programmable_kv.serve.headers import downwards, upwards
 from programmable_kv.serve.settings import GatewaySettings
+from serve.http_peers import EVENTS_HEAD, LAST, RawUpstream, Received, Running, answer, chunk, raw_upstream, running
 
 BYTES = bytes(range(256))
 
@@ -23,7 +23,9 @@ BYTES = bytes(range(256))
 async def script(request: Received) -> AsyncIterator[bytes]:
     path = request.target.partition(b"?")[0]
     if path == b"/v1/error":
-        yield answer(b'{"error" :  {"message":"no such model"}}', "404 Not Found", more="x-request-id: r1\r\nRetry-After: 7\r\n")
+        yield answer(
+            b'{"error" :  {"message":"no such model"}}', "404 Not Found", more="x-request-id: r1\r\nRetry-After: 7\r\n"
+        )
     elif path == b"/v1/empty":
         yield b"HTTP/1.1 204 No Content\r\n\r\n"
     elif path == b"/v1/moved":
@@ -76,7 +78,11 @@ def bodies(draw: st.DrawFn) -> bytes:
         separators=(f"{space},{space}", f"{space}:{space}"),
         indent=draw(st.sampled_from([None, 1, "\t"])),
     )
-    twice = draw(st.sampled_from(["", '{"model":"a","model":"b","messages":[]}', '{"messages":[{"role":"user","content":"\\u0061"}]}']))
+    twice = draw(
+        st.sampled_from(
+            ["", '{"model":"a","model":"b","messages":[]}', '{"messages":[{"role":"user","content":"\\u0061"}]}']
+        )
+    )
     return (space + (twice or text) + space).encode("utf-8", "surrogatepass")
 
 
@@ -84,7 +90,14 @@ def bodies(draw: st.DrawFn) -> bytes:
 @given(
     body=bodies(),
     path=st.sampled_from(
-        ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/audio/%C3%A9%2Fx", "/v1/a//b;c=1"]
+        [
+            "/v1/chat/completions",
+            "/v1/completions",
+            "/v1/responses",
+            "/v1/messages",
+            "/v1/audio/%C3%A9%2Fx",
+            "/v1/a//b;c=1",
+        ]
     ),
     query=st.sampled_from(["", "?beta=true", "?a=%7B&b=1+2&a=%20", "?x"]),
 )
@@ -191,7 +204,9 @@ def test_headers_of_one_connection_stay_there() -> None:
     assert downwards(((b"Keep-Alive", b"5"), (b"X-Pkv-Did", b"forged"), (b"Date", b"now"))) == ((b"date", b"now"),)
 
 
-@pytest.mark.parametrize(("given", "path"), [("", b"/v1/models"), ("/v1", b"/v1/models"), ("/base/v1/", b"/base/v1/models")])
+@pytest.mark.parametrize(
+    ("given", "path"), [("", b"/v1/models"), ("/v1", b"/v1/models"), ("/base/v1/", b"/base/v1/models")]
+)
 def test_an_upstream_address_may_have_a_path(upstream: RawUpstream, given: str, path: bytes) -> None:
     with running(GatewaySettings(upstream.url + given, port=0)) as gateway:
         httpx2.get(f"{gateway.url}/v1/models")
