@@ -1,4 +1,4 @@
-"""What the gateway does where the upstream or the client fails, and where there is too much. Each guard is broken on purpose."""
+"""What the gateway does where the upstream or the client fails, and where there is too much: each guard is broken."""
 
 from __future__ import annotations
 
@@ -251,14 +251,17 @@ def test_a_gateway_that_stops_lets_answers_end() -> None:
             await asyncio.sleep(0.01)
         yield chunk(b"data: [DONE]\n\n") + LAST
 
-    with raw_upstream(waits) as upstream, running(GatewaySettings(upstream.url, port=0)) as gateway:
-        with httpx2.stream("POST", f"{gateway.url}/v1/chat/completions", json=CHAT) as got:
-            parts = got.iter_raw()
-            next(parts)
-            gateway.server.should_exit = True
-            wait_until(lambda: refuses_connections(gateway.port))
-            go.set()
-            assert b"".join(parts) == b"data: [DONE]\n\n"
+    with (
+        raw_upstream(waits) as upstream,
+        running(GatewaySettings(upstream.url, port=0)) as gateway,
+        httpx2.stream("POST", f"{gateway.url}/v1/chat/completions", json=CHAT) as got,
+    ):
+        parts = got.iter_raw()
+        next(parts)
+        gateway.server.should_exit = True
+        wait_until(lambda: refuses_connections(gateway.port))
+        go.set()
+        assert b"".join(parts) == b"data: [DONE]\n\n"
 
 
 def test_a_gateway_that_stops_does_not_wait_for_ever() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -17,6 +19,7 @@ import pytest
 from explain.corpus import QUIET, RULES, SHAPES, Shape, chat
 from programmable_kv import explain_miss
 from programmable_kv.explain.classes import CLASSES
+from programmable_kv.serve import refusal
 from programmable_kv.serve.access import ApiKey, new_key
 from programmable_kv.serve.capture import Capture
 from programmable_kv.serve.exchange import Exchange
@@ -24,7 +27,7 @@ from programmable_kv.serve.observation import Observation
 from programmable_kv.serve.observer import Observer
 from programmable_kv.serve.remedies import REMEDIES
 from programmable_kv.serve.routes import route_of
-from programmable_kv.serve.settings import GatewayMode, GatewaySettings, Limits
+from programmable_kv.serve.settings import GatewayMode, GatewaySettings
 from serve.http_peers import EVENTS_HEAD, LAST, Received, Running, answer, chunk, raw_upstream, running, wait_until
 from serve.test_failures import metric
 
@@ -393,7 +396,7 @@ def test_each_tenant_sees_its_own_report() -> None:
     keys = tuple(ApiKey(name, line.partition(":")[2]) for name, (_, line) in made.items())
     with (
         raw_upstream(server) as upstream,
-        running(GatewaySettings(upstream.url, port=0, keys=keys, limits=Limits())) as gateway,
+        running(GatewaySettings(upstream.url, port=0, keys=keys)) as gateway,
     ):
 
         def report(name: str) -> Any:
@@ -404,3 +407,24 @@ def test_each_tenant_sees_its_own_report() -> None:
         wait_until(lambda: bool(report("one")["routes"]))
         assert report("two")["routes"] == {}
         assert report("two")["sessions"] == []
+
+
+def test_the_page_shows_a_report_as_it_is(gateway: Running) -> None:
+    """The report in `docs/serving.md` is what these three requests give."""
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    shown = json.loads(page.partition("```json\n")[2].partition("```")[0])
+    for minute in (1, 2, 3):
+        ask_chat(gateway, f"It is 2026-11-26 10:0{minute}:00.\n{RULES}")
+    wait_until(lambda: httpx2.get(f"{gateway.url}/pkv/report").json()["observer"]["observed"] == 3)
+    report = httpx2.get(f"{gateway.url}/pkv/report").json()
+    assert {key: report[key] for key in shown} == shown
+
+
+def test_the_page_lists_every_code_of_the_gateway() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    sources = Path(refusal.__file__).parent.glob("*.py")
+    codes = {
+        code for path in sources for code in re.findall(r'Refusal\(\s*\d+,\s*"(\w+)"', path.read_text(encoding="utf-8"))
+    }
+    assert len(codes) > 8
+    assert [code for code in codes if f"`{code}`" not in page] == []

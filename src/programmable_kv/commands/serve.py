@@ -16,7 +16,7 @@ _MIB = 2**20
 
 
 def serve(
-    upstream: Annotated[str, typer.Option(help="the model server's address, such as http://127.0.0.1:8000")],
+    upstream: Annotated[str, typer.Option(help="the model server's address, such as http://localhost:8000")],
     host: Annotated[
         str, typer.Option(help="the address to listen at; other than this machine's only with API keys")
     ] = ("127.0.0.1"),
