@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 from programmable_kv.cli import app
 from programmable_kv.errors import InvalidArgumentError, InvalidValueError
-from programmable_kv.serve.settings import GatewayMode, GatewaySettings
+from programmable_kv.serve.settings import GatewayMode, LocalSettings
 from serve.http_peers import Received, answer, raw_upstream, wait_until
 
 
@@ -27,9 +28,10 @@ async def script(_: Received) -> AsyncIterator[bytes]:
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[GatewaySettings]:
-    found: list[GatewaySettings] = []
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    found: list[Any] = []
     monkeypatch.setattr("programmable_kv.serve.run.run_gateway", found.append)
+    monkeypatch.setattr("programmable_kv.serve.run.run_local", lambda _, settings: found.append(settings))
     return found
 
 
@@ -37,9 +39,7 @@ def invoke(*words: str) -> Any:
     return CliRunner().invoke(app, ["serve", *words], catch_exceptions=False)
 
 
-def test_options_become_settings(
-    served: list[GatewaySettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options_become_settings(served: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = CliRunner().invoke(app, ["serve-key", "me"])
     keys = tmp_path / "keys"
     keys.write_text(made.stdout)
@@ -58,7 +58,7 @@ def test_options_become_settings(
     assert (limits.max_running, limits.max_waiting, limits.read_s) == (3, 4, 5.0)
 
 
-def test_by_default_it_observes_on_this_machine_only(served: list[GatewaySettings]) -> None:
+def test_by_default_it_observes_on_this_machine_only(served: list[Any]) -> None:
     invoke("--upstream", "http://127.0.0.1:8000")
     assert (served[0].host, served[0].mode, served[0].keys) == ("127.0.0.1", GatewayMode.OBSERVE, ())
 
@@ -72,10 +72,25 @@ def test_by_default_it_observes_on_this_machine_only(served: list[GatewaySetting
         (["--api-keys-file", "/nowhere/keys"], "cannot read"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(served: list[GatewaySettings], words: list[str], message: str) -> None:
+def test_what_cannot_be_meant_is_refused(served: list[Any], words: list[str], message: str) -> None:
     with pytest.raises((InvalidArgumentError, InvalidValueError), match=message):
         invoke("--upstream", "http://127.0.0.1:8000", *words)
     assert served == []
+
+
+def test_without_an_upstream_it_serves_a_model(served: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    def load(name: str) -> SimpleNamespace:
+        loaded.append(name)
+        return SimpleNamespace(name="loaded")
+
+    monkeypatch.setattr("programmable_kv.commands.serve.load", load)
+    invoke("--model", "some/model", "--max-notebooks", "3")
+    assert (loaded, served) == (["some/model"], [LocalSettings(max_notebooks=3)])
+    with pytest.raises(InvalidArgumentError, match="--api-keys-file"):
+        invoke("--host", "0.0.0.0")
+    assert len(loaded) == 1, "what is refused is refused before a model is loaded"
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ from typing import Any
 
 import uvicorn
 
+from programmable_kv.serve.app import gateway_app
 from programmable_kv.serve.run import server_of
-from programmable_kv.serve.settings import GatewaySettings
+from programmable_kv.serve.settings import GatewaySettings, LocalSettings
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,9 @@ class Running:
 
 
 @contextmanager
-def running(settings: GatewaySettings) -> Iterator[Running]:
-    """A gateway as `pkv serve` runs it, on a free port."""
-    server = server_of(settings)
+def running(settings: GatewaySettings | LocalSettings, app: Any = None) -> Iterator[Running]:
+    """A gateway, or another application, as `pkv serve` runs it, on a free port."""
+    server = server_of(settings, app if isinstance(settings, LocalSettings) else gateway_app(settings))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_until(lambda: server.started)

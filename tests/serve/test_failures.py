@@ -271,7 +271,8 @@ def test_a_gateway_that_stops_does_not_wait_for_ever() -> None:
         running(GatewaySettings(upstream.url, port=0, limits=limits)) as gateway,
     ):
         with httpx2.stream("POST", f"{gateway.url}/v1/chat/completions", json=CHAT) as got:
-            next(got.iter_raw())
+            parts = got.iter_raw()  # kept: a stream that is dropped is closed
+            next(parts)
             gateway.server.should_exit = True
             gateway.thread.join(8)
             assert not gateway.thread.is_alive()

@@ -422,7 +422,7 @@ def test_the_page_shows_a_report_as_it_is(gateway: Running) -> None:
 
 def test_the_page_lists_every_code_of_the_gateway() -> None:
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-    sources = Path(refusal.__file__).parent.glob("*.py")
+    sources = Path(refusal.__file__).parent.rglob("*.py")
     codes = {
         code for path in sources for code in re.findall(r'Refusal\(\s*\d+,\s*"(\w+)"', path.read_text(encoding="utf-8"))
     }

@@ -1,20 +1,26 @@
-"""Runs a gateway until it is told to stop. Requests that run may end first."""
+"""Runs a gateway, or a server of a model, until it is told to stop. Requests that run may end first."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import uvicorn
+from starlette.applications import Starlette
 
 from programmable_kv.serve.app import gateway_app
-from programmable_kv.serve.settings import GatewaySettings
+from programmable_kv.serve.settings import GatewaySettings, LocalSettings
+
+if TYPE_CHECKING:
+    from programmable_kv.models.load import Model
 
 _HEADERS_BYTES = 64 * 2**10
 _BACKLOG = 2048
 
 
-def server_of(settings: GatewaySettings) -> uvicorn.Server:
-    """The server of a gateway, not yet running. It adds no headers of its own, and logs no paths, queries or bodies."""
+def server_of(settings: GatewaySettings | LocalSettings, app: Starlette) -> uvicorn.Server:
+    """A server of an application, not yet running. It adds no headers of its own, and logs no paths, queries or bodies."""
     config = uvicorn.Config(
-        gateway_app(settings),
+        app,
         host=settings.host.strip("[]"),
         port=settings.port,
         http="h11",  # hands headers and paths on as they came
@@ -34,4 +40,11 @@ def server_of(settings: GatewaySettings) -> uvicorn.Server:
 
 def run_gateway(settings: GatewaySettings) -> None:
     """Serve until SIGINT or SIGTERM."""
-    server_of(settings).run()
+    server_of(settings, gateway_app(settings)).run()
+
+
+def run_local(model: Model, settings: LocalSettings) -> None:
+    """Serve a model until SIGINT or SIGTERM."""
+    from programmable_kv.serve.local.server import local_app
+
+    server_of(settings, local_app(model, settings)).run()

@@ -84,12 +84,7 @@ class GatewaySettings:
             raise InvalidArgumentError(
                 "the upstream's address holds no user, password, query or fragment: pass a key with --upstream-key-env"
             )
-        if not 0 <= self.port <= 65535:
-            raise InvalidArgumentError(f"a port is a number from 0 to 65535, got {self.port}")
-        if not self.keys and not is_loopback(self.host.strip("[]")):
-            raise InvalidArgumentError(
-                f"without API keys the gateway listens on this machine only, not on {self.host!r}: give --api-keys-file"
-            )
+        _check_listening(self.host, self.port, self.keys)
 
     @property
     def upstream_host(self) -> bytes:
@@ -100,3 +95,31 @@ class GatewaySettings:
     def base_path(self) -> str:
         """What stands before `/v1` in the upstream's paths. An address that ends in `/v1` means the same as one without."""
         return urlsplit(self.upstream).path.rstrip("/").removesuffix("/v1")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSettings:
+    """One server of a model that runs in this process.
+
+    Raises:
+        InvalidArgumentError: it would be open to other machines, or a number is out of range.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8787
+    limits: Limits = Limits()
+    keys: tuple[ApiKey, ...] = ()
+    max_notebooks: int = 64
+
+    def __post_init__(self) -> None:
+        require_count(self.max_notebooks, "max_notebooks", least=1)
+        _check_listening(self.host, self.port, self.keys)
+
+
+def _check_listening(host: str, port: int, keys: tuple[ApiKey, ...]) -> None:
+    if not 0 <= port <= 65535:
+        raise InvalidArgumentError(f"a port is a number from 0 to 65535, got {port}")
+    if not keys and not is_loopback(host.strip("[]")):
+        raise InvalidArgumentError(
+            f"without API keys the server listens on this machine only, not on {host!r}: give --api-keys-file"
+        )
