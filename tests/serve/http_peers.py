@@ -67,7 +67,7 @@ class RawUpstream:
         work = asyncio.ensure_future(self._answer(request, writer))
         gone = asyncio.ensure_future(reader.read(1))
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
+        if not work.done() or work.exception() is not None:  # writing fails where nobody is there
             self.left.set()
         work.cancel()
         gone.cancel()

@@ -162,6 +162,21 @@ def test_a_client_that_leaves_ends_the_upstreams_request(script: object) -> None
         assert metric(gateway.url, "pkv_running") == 0
 
 
+def test_a_client_that_takes_nothing_gives_its_place_back() -> None:
+    async def floods(_: Received) -> AsyncIterator[bytes]:
+        yield EVENTS_HEAD
+        while True:
+            yield chunk(DELTA * 1000)
+
+    limits = Limits(stall_s=0.3)
+    with raw_upstream(floods) as upstream, running(GatewaySettings(upstream.url, port=0, limits=limits)) as gateway:
+        with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{}")
+            wait_until(lambda: metric(gateway.url, 'pkv_client_gone_total{route="/v1/chat/completions"}') == 1)
+            assert upstream.left.wait(5)
+        assert metric(gateway.url, "pkv_running") == 0
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_over_the_limit_is_refused(chunked: bool) -> None:
     limits = Limits(max_body_bytes=1000)

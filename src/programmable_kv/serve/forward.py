@@ -14,11 +14,11 @@ from programmable_kv.serve.admission import Admission
 from programmable_kv.serve.capture import Capture
 from programmable_kv.serve.exchange import Exchange
 from programmable_kv.serve.headers import Headers, downwards, upwards, value_of
-from programmable_kv.serve.incoming import ClientGoneError, check_length, read_body, while_connected
+from programmable_kv.serve.incoming import check_length, read_body, while_connected
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.observer import Observer
 from programmable_kv.serve.refusal import Refusal, RefusedError
-from programmable_kv.serve.reply import Reply
+from programmable_kv.serve.reply import ClientGoneError, Reply
 from programmable_kv.serve.routes import Route, route_of
 from programmable_kv.serve.settings import GatewaySettings
 from programmable_kv.serve.stopwatch import Stopwatch
@@ -66,7 +66,7 @@ class Forwarder:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        job = _Job(scope, tuple(scope["headers"]), route_of(scope["path"]), Reply(send))
+        job = _Job(scope, tuple(scope["headers"]), route_of(scope["path"]), Reply(send, self._limits.stall_s))
         label = job.route.label
         try:
             await self._answer(job, receive)

@@ -10,11 +10,7 @@ from starlette.types import Receive
 
 from programmable_kv.serve.headers import Headers, value_of
 from programmable_kv.serve.refusal import Refusal, RefusedError
-from programmable_kv.serve.reply import Reply
-
-
-class ClientGoneError(Exception):
-    """The client closed its connection before its answer was complete."""
+from programmable_kv.serve.reply import ClientGoneError, Reply
 
 
 def check_length(headers: Headers, max_bytes: int) -> None:

@@ -38,6 +38,8 @@ class Limits:
     connect_s: float = 10.0
     read_s: float = 600.0
     """the upstream may be silent for this long, before its answer and within it"""
+    stall_s: float = 60.0
+    """a client may take no byte of its answer for this long"""
     shutdown_s: float = 30.0
     """how long running requests may take to end when the gateway stops"""
     observed_bytes: int = 256 * _MIB
@@ -49,7 +51,7 @@ class Limits:
         for name in ("max_body_bytes", "max_running", "observed_bytes", "queued_bytes"):
             require_count(getattr(self, name), name, least=1)
         require_count(self.max_waiting, "max_waiting")
-        for name in ("wait_s", "body_s", "connect_s", "read_s", "shutdown_s"):
+        for name in ("wait_s", "body_s", "connect_s", "read_s", "stall_s", "shutdown_s"):
             if not getattr(self, name) > 0:
                 raise InvalidArgumentError(f"{name} is a number of seconds above 0, got {getattr(self, name)!r}")
 

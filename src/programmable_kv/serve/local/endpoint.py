@@ -18,10 +18,10 @@ from programmable_kv.errors import (
     QueueFullError,
 )
 from programmable_kv.serve.access import Access
-from programmable_kv.serve.incoming import ClientGoneError, check_length, read_body, while_connected
+from programmable_kv.serve.incoming import check_length, read_body, while_connected
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.refusal import Refusal, RefusedError
-from programmable_kv.serve.reply import Reply
+from programmable_kv.serve.reply import ClientGoneError, Reply
 from programmable_kv.serve.routes import Dialect
 from programmable_kv.serve.settings import Limits
 from programmable_kv.serve.stopwatch import Stopwatch
