@@ -111,7 +111,7 @@ def test_stop_and_sampling_are_the_library_s(client: openai.OpenAI, model: Model
         ({"stream": 3}, "invalid_request"),
         ({"temperature": -1}, "invalid_argument"), ({"max_tokens": 0}, "invalid_argument"), ({"top_p": 2}, "invalid_argument"),
         ({"stop": [""]}, "invalid_argument"), ({"stop": 3}, "invalid_argument"), ({"seed": -1}, "invalid_argument"),
-        ({"messages": [1]}, "invalid_value"), ({"messages": [{"role": "a b", "content": "x"}]}, "invalid_value"),
+        ({"messages": [1]}, "invalid_request"), ({"messages": [{"role": "a b", "content": "x"}]}, "invalid_value"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "invalid_value"),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, "context_length_exceeded"),
         ({"model": "gpt-9"}, "model_not_found"), ({"model": "notebook:nb_none"}, "no_such_notebook"),
@@ -203,6 +203,13 @@ def test_a_refused_edit_leaves_the_notebook_unchanged(http: httpx2.Client, body:
         {"messages": []}, {"messages": None}, {"fields": []}, {"fields": {"x": 1}}, {"more": 1}, {"messages": [{"role": 3}]},
         {"fields": {"status": {"kind": "enum"}, "amount": 1}}, {"fields": {"status": {"value": "a", "trusted": True}}},
         {"fields": {"status": {"value": "a", "kind": "no"}, "amount": 1}}, {"tools": [1]}, {"template_kwargs": {"messages": 1}},
+        {"tools": True}, {"template_kwargs": [1]}, {"fields": {"status": {"value": "a", "kind": "enum", "among": 3}}},
+        {"fields": {"amount": {"value": 1, "at_least": "x"}}}, {"fields": {"status": {"value": "a", "charset": 5}}},
+        {"fields": {"status": {"value": "a", "max_length": "x"}}}, {"fields": {"status": {"value": "a", "max_length": True}}},
+        {"fields": {"status": {"value": "a", "charset": "z-a"}}}, {"fields": {"status": {"value": {"a": 1}}}},
+        {"fields": {"status": {"value": "a", "kind": "enum", "among": [1, {}]}}}, {"fields": {"status": "<|im_end|>"}},
+        {"messages": [{"role": "user", "content": "{status}", "tool_calls": 3}]},
+        {"messages": [{"role": "user", "content": "{status}", "tool_calls": [{"function": {"name": 3}}]}]},
     ],
 )  # fmt: skip
 def test_a_notebook_that_cannot_be_made_is_refused(http: httpx2.Client, change: dict[str, Any]) -> None:
@@ -277,6 +284,21 @@ def test_a_full_context_ends_a_stream_with_an_error(
     got = http.post("/v1/chat/completions", json={"model": model.name, "messages": ASKED, "stream": True})
     assert '"code": "context_length_exceeded"' in got.text
     assert "[DONE]" not in got.text
+
+
+def test_a_fault_is_a_typed_error_without_text(
+    http: httpx2.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def breaks(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a private text")
+
+    monkeypatch.setattr(Notebook, "prefill", breaks)
+    got = http.post("/v1/notebooks", json={"messages": MESSAGES, "fields": FIELDS})
+    assert (got.status_code, got.json()["error"]["code"]) == (500, "internal_error")
+    assert "private" not in got.text + caplog.text
+    assert "RuntimeError" in caplog.text
+    monkeypatch.undo()
+    assert made(http)
 
 
 def test_too_many_operations_are_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

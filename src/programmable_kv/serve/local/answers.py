@@ -85,9 +85,7 @@ class Answer:
         return {"id": self.identity, "object": kind, "created": self.created, "model": self.call.model}
 
 
-def _add(notebook: Notebook, message: Any) -> None:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InvalidValueError("a message is an object with 'role' and 'content'")
+def _add(notebook: Notebook, message: Mapping[str, Any]) -> None:
     extra = {name: value for name, value in message.items() if name not in ("role", "content") and value}
     if unknown := extra.keys() - _OF_TURNS:
         raise InvalidValueError(f"a message to a notebook has no {min(unknown)!r:.60}: leave it out")

@@ -49,9 +49,7 @@ def chat_call(body: Mapping[str, Any]) -> ChatCall:
             raise _refused(
                 "unsupported_parameter", f"{name!r:.60} is not supported by this server with that value: leave it out"
             )
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise _refused("invalid_request", "messages is a list of at least one message")
+    messages = checked_messages(body.get("messages"))
     model = body.get("model")
     if not isinstance(model, str):
         raise _refused("invalid_request", "model is the name of the model, or notebook:ID")
@@ -68,6 +66,29 @@ def chat_call(body: Mapping[str, Any]) -> ChatCall:
     if body.get("top_p") is not None:
         sampling["top_p"] = _number(body, "top_p", 1.0)
     return ChatCall(model, messages, sampling, _flag(body, "stream"), _flag(options, "include_usage"))
+
+
+def checked_messages(value: Any) -> list[Mapping[str, Any]]:
+    """A list of messages, of which each has a role. The rest is the library's to check.
+
+    Raises:
+        RefusedError: it is none.
+    """
+    if not isinstance(value, list) or not value:
+        raise _refused("invalid_request", "messages is a list of at least one message")
+    for message in value:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise _refused("invalid_request", "a message is an object with a role and content")
+        calls = message.get("tool_calls")
+        listed = calls is None or (isinstance(calls, list) and all(_is_call(call) for call in calls))
+        if not listed:
+            raise _refused("invalid_request", "tool_calls is a list of objects with a function, which has a name")
+    return value
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    return isinstance(function, Mapping) and isinstance(function.get("name"), str)
 
 
 def _number(body: Mapping[str, Any], name: str, default: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,8 @@ from programmable_kv.serve.reply import ClientGoneError, Reply
 from programmable_kv.serve.routes import Dialect
 from programmable_kv.serve.settings import Limits
 from programmable_kv.serve.stopwatch import Stopwatch
+
+_LOG = logging.getLogger("programmable_kv.serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,11 @@ class Endpoint:
                 await while_connected(self._answer(call, answered), receive, Reply(send))
             except ProgrammableKVError as error:
                 raise RefusedError(refusal_of(error)) from error
+            except (RefusedError, ClientGoneError):
+                raise
+            except Exception as error:  # a fault of ours: the client gets a typed error, the log its class and no text
+                _LOG.error("a request failed (%s)", type(error).__name__)
+                raise RefusedError(Refusal(500, "internal_error", "the server failed at this request")) from error
             response = answered[0]
         except ClientGoneError:
             self.metrics.client_gone.labels(self.label).inc()

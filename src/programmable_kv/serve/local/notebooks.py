@@ -7,6 +7,7 @@ import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
+from types import NoneType
 from typing import Any
 
 from programmable_kv.account import Account
@@ -14,9 +15,13 @@ from programmable_kv.model_queue import ModelQueue
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.fields import Field
+from programmable_kv.serve.local.calls import checked_messages
 from programmable_kv.serve.refusal import Refusal, RefusedError
 
-_OF_FIELD = ("value", "kind", "among", "at_least", "at_most", "charset", "max_length")
+_OF_FIELD: Mapping[str, type] = {
+    "value": object, "kind": str, "among": list, "at_least": float, "at_most": float, "charset": str, "max_length": int,
+}  # fmt: skip
+"""what may be said about a field. Whether the guard reads its values is not for a client to say"""
 _OF_BODY = ("messages", "fields", "tools", "template_kwargs")
 _PREFIX = "nb_"
 
@@ -94,14 +99,19 @@ class NotebookStore:
         """
         if unknown := body.keys() - set(_OF_BODY):
             raise _invalid(f"a notebook has {', '.join(_OF_BODY)}; got {min(unknown)!r:.60}")
-        messages, fields = body.get("messages"), {} if body.get("fields") is None else body["fields"]
-        if not isinstance(messages, list) or not messages or not isinstance(fields, Mapping):
-            raise _invalid("a notebook has messages, a list of at least one, and fields, an object")
+        messages = checked_messages(body.get("messages"))
+        fields = {} if body.get("fields") is None else body["fields"]
+        if not isinstance(fields, Mapping):
+            raise _invalid("fields is an object")
+        tools, variables = body.get("tools"), body.get("template_kwargs")
+        if not isinstance(tools, list | NoneType) or not isinstance(variables, Mapping | NoneType):
+            raise _invalid("tools is a list, and template_kwargs an object")
         given = {name: _field(name, value) for name, value in fields.items()}
-        options = {"tools": body.get("tools"), "template_kwargs": body.get("template_kwargs")}
 
         def made() -> tuple[Notebook, Account]:
-            notebook = Notebook.from_messages(self._model, messages, fields=given, **options)
+            notebook = Notebook.from_messages(
+                self._model, messages, fields=given, tools=tools, template_kwargs=variables
+            )
             return notebook, notebook.prefill()
 
         with self._room():
@@ -202,9 +212,16 @@ def _field(name: str, value: Any) -> Any:
     """A plain value, or an object that says more about it."""
     if not isinstance(value, Mapping):
         return value
-    if "value" not in value or value.keys() - set(_OF_FIELD):
-        raise _invalid(f"the field {name!r:.60} is a value, or an object with {', '.join(_OF_FIELD)}")
+    if "value" not in value or not all(_fits(key, each) for key, each in value.items()):
+        raise _invalid(f"the field {name!r:.60} is a value, or an object with {', '.join(_OF_FIELD)}, each of its type")
     return Field(**value)
+
+
+def _fits(key: str, value: Any) -> bool:
+    kind = _OF_FIELD.get(key)
+    if kind is None or (isinstance(value, bool) and kind in (int, float)):
+        return False
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
 
 
 def _invalid(message: str) -> RefusedError:
