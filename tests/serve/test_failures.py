@@ -43,6 +43,10 @@ async def dies_within_a_body(_: Received) -> AsyncIterator[bytes]:
     yield answer(b'{"id": 1}')[:-4]
 
 
+async def dies_within_events_of_a_known_length(_: Received) -> AsyncIterator[bytes]:
+    yield answer(DELTA + DELTA, kind="text/event-stream")[: -len(DELTA)]
+
+
 async def dies_before_the_answer(_: Received) -> AsyncIterator[bytes]:
     return
     yield b""
@@ -108,7 +112,7 @@ def test_the_death_of_an_upstream_ends_a_responses_stream_with_an_error_event() 
     assert last.startswith('event: error\ndata: {"type": "error", "code": "upstream_died"')
 
 
-@pytest.mark.parametrize("script", [dies_within_an_event, dies_within_a_body])
+@pytest.mark.parametrize("script", [dies_within_an_event, dies_within_a_body, dies_within_events_of_a_known_length])
 def test_an_answer_that_cannot_be_ended_is_cut_visibly(script: object) -> None:
     with raw_upstream(script) as upstream, running(GatewaySettings(upstream.url, port=0)) as gateway:  # type: ignore[arg-type]
         with pytest.raises(httpx2.RemoteProtocolError):
