@@ -110,7 +110,7 @@ def test_every_extra_is_declared_with_the_modules_it_installs() -> None:
     declared = project["optional-dependencies"]
     for module, extra in EXTRA_OF.items():
         if module != "click":  # typer's own
-            package = {"sklearn": "scikit-learn"}.get(module, module)
+            package = {"sklearn": "scikit-learn", "prometheus_client": "prometheus-client"}.get(module, module)
             assert any(requirement.startswith(package) for requirement in declared[extra]), (module, extra)
     core = [requirement.partition(">")[0] for requirement in project["dependencies"]]
     assert not set(core) & set(EXTRA_OF)

@@ -17,6 +17,10 @@ EXTRA_OF = {
     "statsmodels": "lab",
     "sklearn": "lab",
     "matplotlib": "lab",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "httpx2": "serve",
+    "prometheus_client": "serve",
 }
 """top-level module -> the extra that installs it"""
 

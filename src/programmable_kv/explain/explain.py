@@ -96,7 +96,7 @@ def explain_requests(
     causes: dict[int, CauseClass] = {}
     findings = []
     for done, request in enumerate(requests, start=1):
-        finding, causes[request.number] = _finding(request, history, meter, table)
+        finding, causes[request.number] = finding_of(request, history, meter, table)
         findings.append(finding)
         history.add(request)
         if progress is not None:
@@ -125,7 +125,10 @@ def without_text(report: MissReport) -> MissReport:
     return replace(report, findings=tuple(hidden), causes=tuple(replace(cause, line="") for cause in report.causes))
 
 
-def _finding(request: Request, history: History, meter: Meter, table: PriceTable) -> tuple[RequestFinding, CauseClass]:
+def finding_of(
+    request: Request, history: History, meter: Meter, table: PriceTable
+) -> tuple[RequestFinding, CauseClass]:
+    """What became of one request after those in the history, which is not changed."""
     nearest = history.nearest(request)
     found = _compared(history, request, nearest)
     case = None if found is None else Case(found, found.change)

@@ -1,0 +1,99 @@
+"""`pkv serve` and `pkv serve-key`: the gateway in front of a model server, and the server of a model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from programmable_kv.commands.common import err, load
+from programmable_kv.errors import InvalidArgumentError
+
+_MIB = 2**20
+
+
+def serve(
+    upstream: Annotated[
+        str | None, typer.Option(help="the model server to stand in front of, such as http://localhost:8000")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="without --upstream: 'embedded', a Hub id, a folder, or a .gguf file")
+    ] = "embedded",
+    host: Annotated[
+        str, typer.Option(help="the address to listen at; other than this machine's only with API keys")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(help="the port to listen at")] = 8787,
+    mode: Annotated[str, typer.Option(help="'observe' reports on the prefix cache; 'pass' only forwards")] = "observe",
+    api_keys_file: Annotated[
+        Path | None, typer.Option(help="who may use the gateway: lines that `pkv serve-key` prints")
+    ] = None,
+    upstream_key_env: Annotated[
+        str | None, typer.Option(help="the environment variable with the key to send to the upstream")
+    ] = None,
+    max_body_mib: Annotated[int, typer.Option(help="the largest request body, in MiB")] = 32,
+    max_running: Annotated[int, typer.Option(help="requests that are with the upstream at one time")] = 256,
+    max_waiting: Annotated[int, typer.Option(help="requests that wait for a place; more get 429")] = 256,
+    read_timeout: Annotated[float, typer.Option(help="seconds for which the upstream may be silent")] = 600.0,
+    observe_mib: Annotated[int, typer.Option(help="memory for earlier requests to compare with, in MiB")] = 256,
+    max_notebooks: Annotated[int, typer.Option(help="without --upstream: notebooks that are kept")] = 64,
+    verbose: Annotated[bool, typer.Option("--verbose", help="log a line for each request; never its text")] = False,
+) -> None:
+    """A gateway in front of a model server (--upstream), or a server of a model with notebooks, edited in the cache.
+
+    The gateway forwards Chat Completions, Completions, Responses, Messages and everything else under /v1 byte for byte,
+    and says at /pkv/report what the prefix cache missed. Metrics for Prometheus are at /metrics.
+    """
+    from programmable_kv.extras import require_extra
+
+    require_extra("serve", "starlette", "uvicorn", "httpx2", "prometheus_client")
+    from programmable_kv.serve.access import read_keys
+    from programmable_kv.serve.run import run_gateway, run_local
+    from programmable_kv.serve.settings import GatewayMode, GatewaySettings, Limits, LocalSettings
+
+    if mode not in tuple(GatewayMode):
+        raise InvalidArgumentError(f"--mode is one of {', '.join(GatewayMode)}, got {mode!r}")
+    limits = Limits(
+        max_body_bytes=max_body_mib * _MIB,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        read_s=read_timeout,
+        observed_bytes=observe_mib * _MIB,
+    )
+    keys = read_keys(api_keys_file) if api_keys_file is not None else ()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    if verbose:
+        logging.getLogger("programmable_kv.serve").setLevel(logging.INFO)
+    here = f"http://{host}:{port}"
+    if upstream is None:
+        settings = LocalSettings(host, port, limits, keys, max_notebooks)
+        loaded = load(model)
+        _say(f"{here}/v1 serves {loaded.name}; notebooks at {here}/v1/notebooks")
+        run_local(loaded, settings)
+        return
+    secret = _secret(upstream_key_env) if upstream_key_env is not None else ""
+    gateway = GatewaySettings(upstream, host, port, GatewayMode(mode), limits, keys, secret)
+    _say(f"{here}/v1 forwards to {upstream}; report at {here}/pkv/report")
+    run_gateway(gateway)
+
+
+def serve_key(name: Annotated[str, typer.Argument(help="the tenant's name")]) -> None:
+    """Make an API key for `pkv serve`. Standard output gets the line for the file of keys, standard error the key."""
+    from programmable_kv.serve.access import new_key
+
+    key, line = new_key(name)
+    err.print(f"the key, shown this once: {key}", markup=False, highlight=False, soft_wrap=True)
+    typer.echo(line)
+
+
+def _say(text: str) -> None:
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _secret(variable: str) -> str:
+    value = os.environ.get(variable, "").strip()
+    if not value or not value.isascii() or not value.isprintable():
+        raise InvalidArgumentError(f"the environment variable {variable} holds no key: set it, and start again")
+    return value

@@ -1,0 +1,173 @@
+"""Who may use a gateway: API keys, of which only hashes are kept; without keys, programs on this machine."""
+
+from __future__ import annotations
+
+import hmac
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from ipaddress import ip_address
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from programmable_kv.errors import InvalidValueError
+from programmable_kv.serve.headers import Headers, value_of
+from programmable_kv.serve.refusal import Refusal, RefusedError
+
+_OWN_HEADER = b"x-pkv-key"
+_ANYBODY = "local"
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_MARK = "sha256:"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A tenant's name and the SHA-256 of its key. Keys are random and long, so that one round of a fast hash is enough."""
+
+    name: str
+    digest: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """Who asks, and the headers without the gateway's own key."""
+
+    tenant: str
+    headers: Headers = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Decides who may use a gateway."""
+
+    keys: tuple[ApiKey, ...] = ()
+    upstream_key: str = field(default="", repr=False)
+
+    def admit(self, headers: Headers) -> Admitted:
+        """Let a request in.
+
+        The key is looked for in `x-pkv-key`; then the client's credentials for the upstream go through. Otherwise it is looked
+        for where clients put theirs (`Authorization: Bearer`, `x-api-key`), and is taken out there.
+
+        Raises:
+            RefusedError: no key, another key, or a request that a web page on this machine made.
+        """
+        if not self.keys:
+            _refuse_web_pages(headers)
+            return Admitted(_ANYBODY, self._with_upstream_key(headers) if self.upstream_key else headers)
+        own = value_of(headers, _OWN_HEADER)
+        if own is not None:
+            tenant = self._tenant(own)
+            return Admitted(tenant, self._with_upstream_key(headers) if self.upstream_key else headers)
+        tenant = self._tenant(*_credentials(headers))
+        return Admitted(tenant, self._with_upstream_key(headers))
+
+    def _tenant(self, *given: bytes) -> str:
+        """The tenant of the first key that is known. Every key is compared with every tenant's, whatever was found before."""
+        found = ""
+        for key in given:
+            digest = sha256(key).hexdigest()
+            for known in self.keys:
+                if hmac.compare_digest(digest, known.digest):
+                    found = found or known.name
+        if not found:
+            raise RefusedError(
+                Refusal(401, "invalid_api_key", "an API key of this gateway is needed, and none that it knows was sent")
+            )
+        return found
+
+    def _with_upstream_key(self, headers: Headers) -> Headers:
+        """The headers with the upstream's key in the place of the client's credentials, or without any."""
+        anthropic = value_of(headers, b"x-api-key") is not None or value_of(headers, b"anthropic-version") is not None
+        kept = tuple((name, value) for name, value in headers if name.lower() not in (b"authorization", b"x-api-key"))
+        if not self.upstream_key:
+            return kept
+        key = self.upstream_key.encode()
+        return (*kept, (b"x-api-key", key) if anthropic else (b"authorization", b"Bearer " + key))
+
+
+def read_keys(path: Path) -> tuple[ApiKey, ...]:
+    """The keys of a file: on each line a name and `sha256:` with the key's hash; `#` begins a comment.
+
+    Raises:
+        InvalidValueError: it cannot be read, holds no key, or a line of it is none. The message never shows the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidValueError(f"cannot read the API keys in {path}: {error}") from error
+    keys: dict[str, ApiKey] = {}
+    for number, line in enumerate(lines, start=1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        name, mark = (words[0], words[1]) if len(words) == 2 else ("", "")
+        if not (_NAME.fullmatch(name) and mark.startswith(_MARK) and _DIGEST.fullmatch(mark.removeprefix(_MARK))):
+            raise InvalidValueError(
+                f"line {number} of {path} is no API key: expected a name and `sha256:` with 64 hexadecimal digits, as "
+                "`pkv serve-key NAME` prints them"
+            )
+        if name in keys:
+            raise InvalidValueError(
+                f"line {number} of {path} names a tenant a second time: give each line its own name"
+            )
+        keys[name] = ApiKey(name, mark.removeprefix(_MARK))
+    if not keys:
+        raise InvalidValueError(f"{path} holds no API key: `pkv serve-key NAME` makes one")
+    return tuple(keys.values())
+
+
+def new_key(name: str) -> tuple[str, str]:
+    """A new random key, and the line for the file of keys.
+
+    Raises:
+        InvalidValueError: the name is not plain.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidValueError(f"a tenant's name has up to 64 letters, digits, '.', '_' and '-', got {name!r}")
+    key = f"pkv-{secrets.token_urlsafe(32)}"
+    return key, f"{name} {_MARK}{sha256(key.encode()).hexdigest()}"
+
+
+def _credentials(headers: Headers) -> Iterable[bytes]:
+    bearer = value_of(headers, b"authorization") or b""
+    if bearer[:7].lower() == b"bearer ":
+        yield bearer[7:].strip()
+    key = value_of(headers, b"x-api-key")
+    if key is not None:
+        yield key.strip()
+
+
+def _refuse_web_pages(headers: Headers) -> None:
+    """Refuse what a browser sends for a page from elsewhere: another origin, or a name that was made to point here."""
+    origin = value_of(headers, b"origin")
+    names = [_host_of(b"//" + (value_of(headers, b"host") or b"localhost"))]
+    names += [_host_of(origin)] if origin is not None else []
+    if not all(is_loopback(name) for name in names):
+        raise RefusedError(
+            Refusal(
+                403,
+                "not_local",
+                "a gateway without API keys answers requests to 127.0.0.1 or localhost that no other web page made",
+            )
+        )
+
+
+def _host_of(url: bytes) -> str:
+    try:
+        return urlsplit(url.decode("ascii")).hostname or ""
+    except ValueError:  # also what is not ASCII
+        return ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, as seen from itself."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

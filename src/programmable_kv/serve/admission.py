@@ -1,0 +1,62 @@
+"""How many requests are with the upstream at one time; how many may wait; the rest are refused."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from programmable_kv.serve.refusal import Refusal, RefusedError
+
+
+class Admission:
+    """Bounded concurrency for one event loop. First come, first served."""
+
+    def __init__(self, *, max_running: int, max_waiting: int, wait_s: float) -> None:
+        self.running = 0
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        self._wait_s = wait_s
+        self._queue: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._queue)
+
+    async def enter(self) -> None:
+        """Take a place, to be given back with `leave`.
+
+        Raises:
+            RefusedError: too many wait already, or this one waited for too long.
+        """
+        if self.running < self._max_running:
+            self.running += 1
+            return
+        if len(self._queue) >= self._max_waiting:
+            raise RefusedError(
+                Refusal(429, "gateway_full", "too many requests run and wait at this gateway: try again", 1)
+            )
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append(turn)
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await turn  # the place is handed over: `running` is not lowered in between
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():
+                self.leave()  # it was given a place in the same moment
+            elif turn in self._queue:
+                self._queue.remove(turn)
+            if isinstance(error, TimeoutError):
+                raise RefusedError(
+                    Refusal(503, "gateway_busy", "no place with the upstream became free in time: try again", 1)
+                ) from error
+            raise
+
+    def leave(self) -> None:
+        """Give a place back: to the one that waits longest, if any does."""
+        while self._queue:
+            turn = self._queue.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self.running -= 1

@@ -1,0 +1,91 @@
+"""The gateway as an ASGI application: its routes, and what it holds while it runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from programmable_kv.serve.access import Access
+from programmable_kv.serve.admission import Admission
+from programmable_kv.serve.forward import Forwarder
+from programmable_kv.serve.metrics import Metrics
+from programmable_kv.serve.observer import Observer
+from programmable_kv.serve.refusal import RefusedError
+from programmable_kv.serve.routes import Dialect
+from programmable_kv.serve.settings import GatewayMode, GatewaySettings
+from programmable_kv.serve.upstream import HttpUpstream, Upstream
+
+_JSON = "application/json"
+_PROMETHEUS = "text/plain; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
+
+
+def gateway_app(settings: GatewaySettings, upstream: Upstream | None = None) -> Starlette:
+    """A gateway.
+
+    Args:
+        upstream: where requests go instead of the address in the settings. The application closes it when it ends.
+    """
+    limits = settings.limits
+    access = Access(settings.keys, settings.upstream_key)
+    metrics = Metrics()
+    observer = None
+    if settings.mode is GatewayMode.OBSERVE:
+        observer = Observer(max_bytes=limits.observed_bytes, max_queued_bytes=limits.queued_bytes, tell=metrics.tell)
+        metrics.watch_observer(lambda: observer.state)
+    admission = Admission(max_running=limits.max_running, max_waiting=limits.max_waiting, wait_s=limits.wait_s)
+    metrics.watch("running", "requests that are with the upstream", lambda: float(admission.running))
+    metrics.watch("waiting", "requests that wait for a place", lambda: float(admission.waiting))
+    client = upstream or HttpUpstream(
+        settings.upstream,
+        connections=limits.max_running,
+        connect_s=limits.connect_s,
+        read_s=limits.read_s,
+    )
+    forwarder = Forwarder(settings, client, access, admission, metrics, observer)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await client.close()
+            if observer is not None:
+                observer.close()
+
+    def told(answer: Callable[[str], Response]) -> Callable[[Request], Response]:
+        """A page for whoever may use the gateway."""
+
+        def respond(request: Request) -> Response:
+            try:
+                tenant = access.admit(tuple(request.scope["headers"])).tenant
+            except RefusedError as error:
+                refusal = error.refusal
+                headers = {name.decode(): value.decode() for name, value in refusal.headers(Dialect.OPENAI)}
+                return Response(refusal.body(Dialect.OPENAI), refusal.status, headers)
+            return answer(tenant)
+
+        return respond
+
+    def report(tenant: str) -> Response:
+        found = observer.report(tenant).as_json() if observer is not None else {"mode": settings.mode.value}
+        return Response(json.dumps(found, indent=1, ensure_ascii=False), media_type=_JSON)
+
+    return Starlette(
+        routes=[
+            Route("/v1/{rest:path}", forwarder),
+            Route("/healthz", _healthy),
+            Route("/metrics", told(lambda _: Response(metrics.text(), media_type=_PROMETHEUS))),
+            Route("/pkv/report", told(report)),
+        ],
+        lifespan=lifespan,
+    )
+
+
+def _healthy(_: Request) -> Response:
+    return Response(b'{"status":"ok"}', media_type=_JSON)

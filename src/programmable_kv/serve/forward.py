@@ -1,0 +1,170 @@
+"""Requests under `/v1` go to the upstream byte for byte, and the answers come back the same way while they arrive."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from urllib.parse import quote
+
+from starlette.types import Receive, Scope, Send
+
+from programmable_kv.serve.access import Access, Admitted
+from programmable_kv.serve.admission import Admission
+from programmable_kv.serve.capture import Capture
+from programmable_kv.serve.exchange import Exchange
+from programmable_kv.serve.headers import Headers, downwards, upwards, value_of
+from programmable_kv.serve.incoming import check_length, read_body, while_connected
+from programmable_kv.serve.metrics import Metrics
+from programmable_kv.serve.observer import Observer
+from programmable_kv.serve.refusal import Refusal, RefusedError
+from programmable_kv.serve.reply import ClientGoneError, Reply
+from programmable_kv.serve.routes import Route, route_of
+from programmable_kv.serve.settings import GatewaySettings
+from programmable_kv.serve.stopwatch import Stopwatch
+from programmable_kv.serve.upstream import Upstream, UpstreamAnswer, UpstreamRequest
+
+_LOG = logging.getLogger("programmable_kv.serve")
+_UPSTREAM_FAULTS = (502, 504)
+"""statuses of refusals that are the upstream's fault"""
+_SUCCESS = range(200, 300)
+
+
+@dataclass(slots=True)
+class _Job:
+    """One request while it is worked on."""
+
+    scope: Scope
+    headers: Headers
+    route: Route
+    reply: Reply
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    time: float = field(default_factory=time.time)
+
+
+class Forwarder:
+    """An ASGI application for everything under `/v1`."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        upstream: Upstream,
+        access: Access,
+        admission: Admission,
+        metrics: Metrics,
+        observer: Observer | None,
+    ) -> None:
+        self._limits = settings.limits
+        self._mode = settings.mode
+        self._base = settings.base_path.encode()
+        self._host = settings.upstream_host
+        self._upstream = upstream
+        self._access = access
+        self._admission = admission
+        self._metrics = metrics
+        self._observer = observer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        job = _Job(scope, tuple(scope["headers"]), route_of(scope["path"]), Reply(send, self._limits.stall_s))
+        label = job.route.label
+        try:
+            await self._answer(job, receive)
+        except ClientGoneError:
+            self._metrics.client_gone.labels(label).inc()
+        except RefusedError as error:
+            await self._refuse(job, error.refusal)
+        finally:
+            seconds = job.watch.total
+            self._metrics.seconds.labels(label).observe(seconds)
+            self._metrics.requests.labels(label, str(job.reply.status or "none")).inc()
+            _LOG.info("%s %s %s %.1f ms", scope["method"], label, job.reply.status, 1000 * seconds)
+
+    async def _answer(self, job: _Job, receive: Receive) -> None:
+        admitted = self._access.admit(job.headers)
+        _check_path(job.scope["path"])
+        check_length(job.headers, self._limits.max_body_bytes)
+        with job.watch.waiting("place"):
+            await self._admission.enter()
+        try:
+            with job.watch.waiting("body"):
+                body = await read_body(receive, self._limits.max_body_bytes, self._limits.body_s)
+            await while_connected(self._exchange(job, admitted, body), receive, job.reply)
+        finally:
+            self._admission.leave()
+
+    async def _exchange(self, job: _Job, admitted: Admitted, body: bytes) -> None:
+        headers = upwards(admitted.headers, self._host, body)
+        request = UpstreamRequest(job.scope["method"], self._target(job.scope), headers, body)
+        with job.watch.waiting("upstream"):
+            answer = await self._upstream.send(request)
+        try:
+            await self._pass_on(job, answer, admitted.tenant, body)
+        finally:
+            await answer.close()
+
+    async def _pass_on(self, job: _Job, answer: UpstreamAnswer, tenant: str, body: bytes) -> None:
+        capture = Capture()
+        observed = self._observer is not None and job.route.observed and answer.status in _SUCCESS
+        try:
+            await job.reply.start(answer.status, (*downwards(answer.headers), *self._told(job)))
+            async for chunk in answer.chunks():
+                if observed:
+                    capture.add(chunk)
+                await job.reply.pass_on(chunk)
+            await job.reply.end()
+        finally:  # also where the client or the upstream went away: the prompt was read
+            if observed:
+                encoding = (value_of(answer.headers, b"content-encoding") or b"").decode("latin-1").strip().lower()
+                self._observe(Exchange(tenant, job.route, job.headers, body, job.time, capture, encoding))
+
+    def _observe(self, exchange: Exchange) -> None:
+        """Hand an exchange to the observer. Whatever happens there, the answer is complete."""
+        assert self._observer is not None
+        try:
+            self._observer.submit(exchange)
+        except Exception as error:
+            _LOG.warning("a request could not be observed (%s)", type(error).__name__)
+
+    def _told(self, job: _Job) -> Headers:
+        """The gateway's own headers."""
+        label, watch = job.route.label, job.watch
+        self._metrics.own_seconds.labels(label).observe(watch.own)
+        self._metrics.headers_seconds.labels(label).observe(watch.waited("upstream"))
+        return (
+            (b"x-pkv-mode", self._mode.value.encode()),
+            (b"x-pkv-did", b"forwarded"),
+            (b"x-pkv-own-ms", f"{1000 * watch.own:.2f}".encode()),
+            (b"x-pkv-waited-ms", f"{1000 * watch.waited('place'):.2f}".encode()),
+        )
+
+    def _target(self, scope: Scope) -> bytes:
+        """Path and query as they came, behind the upstream's own path."""
+        path = scope.get("raw_path") or quote(scope["path"]).encode()
+        query = scope.get("query_string", b"")
+        return self._base + path + (b"?" + query if query else b"")
+
+    async def _refuse(self, job: _Job, refusal: Refusal) -> None:
+        """Say why there is no answer, or no more of it."""
+        label, dialect = job.route.label, job.route.dialect
+        if refusal.status in _UPSTREAM_FAULTS:
+            self._metrics.upstream_failures.labels(label, refusal.code).inc()
+        else:
+            self._metrics.refused.labels(label, refusal.code).inc()
+        _LOG.warning("%s %s: %s", job.scope["method"], label, refusal.message)
+        if job.reply.status is None:
+            await job.reply.start(refusal.status, refusal.headers(dialect))
+            await job.reply.end(refusal.body(dialect))
+        elif job.reply.takes_event:
+            await job.reply.end(refusal.event(job.route))
+        # Otherwise the answer stays without its end: the server closes the connection, and the client sees that it was cut.
+
+
+def _check_path(path: str) -> None:
+    """Refuse paths that may lead out of `/v1` at the upstream.
+
+    Raises:
+        RefusedError: a step of the path is `.` or `..`.
+    """
+    if any(step in (".", "..") for step in path.split("/")):
+        raise RefusedError(Refusal(400, "invalid_path", "a path has no steps '.' or '..'"))

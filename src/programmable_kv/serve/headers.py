@@ -1,0 +1,47 @@
+"""Which headers go through. All do but those that belong to one connection, and those that the gateway answers for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+Headers = tuple[tuple[bytes, bytes], ...]
+
+_HOP_BY_HOP = frozenset(
+    (
+        b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
+        b"trailer", b"transfer-encoding", b"upgrade",
+    )
+)  # fmt: skip
+OWN = b"x-pkv-"
+"""what the gateway's own headers begin with: they are for the gateway, or from it"""
+
+
+def upwards(headers: Iterable[tuple[bytes, bytes]], host: bytes, body: bytes) -> Headers:
+    """A client's headers as the upstream gets them: in their order, with the upstream's host and the length of the body."""
+    kept = _without_hops(headers, (b"host", b"expect"))
+    chunked = any(name.lower() == b"transfer-encoding" for name, _ in headers)
+    length = ((b"content-length", str(len(body)).encode()),) if chunked else ()
+    return ((b"host", host), *kept, *length)
+
+
+def downwards(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """An upstream's headers as the client gets them."""
+    return tuple((name.lower(), value) for name, value in _without_hops(headers, ()))
+
+
+def value_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
+    """The first value of a header; None where it was not sent."""
+    return next((value for key, value in headers if key.lower() == name), None)
+
+
+def _without_hops(headers: Iterable[tuple[bytes, bytes]], also: tuple[bytes, ...]) -> Headers:
+    headers = tuple(headers)
+    named = {
+        name.strip().lower() for key, value in headers if key.lower() == b"connection" for name in value.split(b",")
+    }
+    dropped = _HOP_BY_HOP | named | set(also)
+    return tuple((key, value) for key, value in headers if _kept(key.lower(), dropped))
+
+
+def _kept(name: bytes, dropped: frozenset[bytes] | set[bytes]) -> bool:
+    return name not in dropped and not name.startswith(OWN)

@@ -1,0 +1,110 @@
+"""What every route of the local server does: let in, read JSON, answer, and turn errors into typed ones."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from programmable_kv.errors import (
+    ContextOverflowError,
+    InputError,
+    ProgrammableKVError,
+    QueueFullError,
+)
+from programmable_kv.serve.access import Access
+from programmable_kv.serve.incoming import check_length, read_body, while_connected
+from programmable_kv.serve.metrics import Metrics
+from programmable_kv.serve.refusal import Refusal, RefusedError
+from programmable_kv.serve.reply import ClientGoneError, Reply
+from programmable_kv.serve.routes import Dialect
+from programmable_kv.serve.settings import Limits
+from programmable_kv.serve.stopwatch import Stopwatch
+
+_LOG = logging.getLogger("programmable_kv.serve")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request to the local server."""
+
+    tenant: str
+    request: Request
+    body: Mapping[str, Any] = field(repr=False)
+
+
+Handler = Callable[[Call], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An ASGI application for one route."""
+
+    label: str
+    handle: Handler
+    access: Access
+    limits: Limits
+    metrics: Metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        watch = Stopwatch()
+        answered: list[Response] = []
+        try:
+            call = await self._call(scope, receive)
+            try:
+                await while_connected(self._answer(call, answered), receive, Reply(send))
+            except ProgrammableKVError as error:
+                raise RefusedError(refusal_of(error)) from error
+            except (RefusedError, ClientGoneError):
+                raise
+            except Exception as error:  # a fault of ours: the client gets a typed error, the log its class and no text
+                _LOG.error("a request failed (%s)", type(error).__name__)
+                raise RefusedError(Refusal(500, "internal_error", "the server failed at this request")) from error
+            response = answered[0]
+        except ClientGoneError:
+            self.metrics.client_gone.labels(self.label).inc()
+            return
+        except RefusedError as error:
+            refusal = error.refusal
+            self.metrics.refused.labels(self.label, refusal.code).inc()
+            headers = {name.decode(): value.decode() for name, value in refusal.headers(Dialect.OPENAI)}
+            response = Response(refusal.body(Dialect.OPENAI), refusal.status, headers)
+        await response(scope, receive, send)
+        self.metrics.requests.labels(self.label, str(response.status_code)).inc()
+        self.metrics.seconds.labels(self.label).observe(watch.total)
+
+    async def _call(self, scope: Scope, receive: Receive) -> Call:
+        headers = tuple(scope["headers"])
+        tenant = self.access.admit(headers).tenant
+        check_length(headers, self.limits.max_body_bytes)
+        data = await read_body(receive, self.limits.max_body_bytes, self.limits.body_s)
+        body: Any = {}
+        if data:
+            try:
+                body = json.loads(data)
+            except (ValueError, RecursionError) as error:
+                raise RefusedError(Refusal(400, "invalid_json", "the body is not JSON")) from error
+        if not isinstance(body, Mapping):
+            raise RefusedError(Refusal(400, "invalid_request", "the body is a JSON object"))
+        return Call(tenant, Request(scope), body)
+
+    async def _answer(self, call: Call, answered: list[Response]) -> None:
+        answered.append(await self.handle(call))
+
+
+def refusal_of(error: ProgrammableKVError) -> Refusal:
+    """An error of the library as an answer. Its message says what was found, what was expected, and what to do."""
+    if isinstance(error, QueueFullError):
+        return Refusal(429, "model_busy", str(error), 1)
+    if isinstance(error, ContextOverflowError):
+        return Refusal(400, "context_length_exceeded", str(error))
+    code = type(error).__name__.removesuffix("Error")
+    snake = "".join(f"_{char.lower()}" if char.isupper() else char for char in code).lstrip("_")
+    return Refusal(400 if isinstance(error, InputError) else 422, snake, str(error))

@@ -1,0 +1,228 @@
+"""Notebooks as a resource: made from messages with placeholders, their fields edited by version, forked and deleted."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass, field
+from types import NoneType
+from typing import Any
+
+from programmable_kv.account import Account
+from programmable_kv.model_queue import ModelQueue
+from programmable_kv.models.load import Model
+from programmable_kv.notebook.notebook import Notebook
+from programmable_kv.prompt.fields import Field
+from programmable_kv.serve.local.calls import checked_messages
+from programmable_kv.serve.refusal import Refusal, RefusedError
+
+_OF_FIELD: Mapping[str, type] = {
+    "value": object, "kind": str, "among": list, "at_least": float, "at_most": float, "charset": str, "max_length": int,
+}  # fmt: skip
+"""what may be said about a field. Whether the guard reads its values is not for a client to say"""
+_OF_BODY = ("messages", "fields", "tools", "template_kwargs")
+_PREFIX = "nb_"
+
+
+@dataclass(slots=True)
+class Entry:
+    """One notebook of one tenant."""
+
+    tenant: str
+    notebook: Notebook
+    identity: str = field(default_factory=lambda: _PREFIX + secrets.token_hex(12))
+    version: int = 1
+    """one more with every edit that changes a value"""
+    in_use: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """an answer that is drawn keeps edits waiting, and the other way round"""
+
+    @property
+    def etag(self) -> str:
+        return f'"{self.version}"'
+
+    def as_json(self, account: Account | None = None) -> dict[str, Any]:
+        """As data; with what the latest operation cost where that is known."""
+        found: dict[str, Any] = {
+            "id": self.identity,
+            "object": "notebook",
+            "model": f"notebook:{self.identity}",
+            "version": self.version,
+            "fields": dict(self.notebook.fields),
+            "tokens": len(self.notebook),
+        }
+        return (
+            found if account is None else {**found, "account": {**asdict(account), "exactness": str(account.exactness)}}
+        )
+
+
+class NotebookStore:
+    """The notebooks of all tenants, in memory. All work on a model goes through its queue."""
+
+    def __init__(self, model: Model, queue: ModelQueue, *, most: int, wait_s: float) -> None:
+        """
+        Args:
+            most: how many notebooks are kept; to make more, delete some.
+            wait_s: how long an operation waits for a notebook that is in use.
+        """
+        self._model = model
+        self._queue = queue
+        self._most = most
+        self._wait_s = wait_s
+        self._entries: dict[str, Entry] = {}
+        self._making = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def of_tenant(self, tenant: str) -> list[Entry]:
+        """A tenant's notebooks, in the order in which they were made."""
+        return [entry for entry in self._entries.values() if entry.tenant == tenant]
+
+    def get(self, tenant: str, identity: str) -> Entry:
+        """
+        Raises:
+            RefusedError: the tenant has no such notebook.
+        """
+        entry = self._entries.get(identity)
+        if entry is None or entry.tenant != tenant:
+            raise RefusedError(Refusal(404, "no_such_notebook", "there is no notebook with that id"))
+        return entry
+
+    async def create(self, tenant: str, body: Mapping[str, Any]) -> tuple[Entry, Account]:
+        """Make a notebook and prefill it.
+
+        Raises:
+            RefusedError: the body is none, or there are as many as there may be.
+            ProgrammableKVError: the messages, fields or tools are refused.
+        """
+        if unknown := body.keys() - set(_OF_BODY):
+            raise _invalid(f"a notebook has {', '.join(_OF_BODY)}; got {min(unknown)!r:.60}")
+        messages = checked_messages(body.get("messages"))
+        fields = {} if body.get("fields") is None else body["fields"]
+        if not isinstance(fields, Mapping):
+            raise _invalid("fields is an object")
+        tools, variables = body.get("tools"), body.get("template_kwargs")
+        if not isinstance(tools, list | NoneType) or not isinstance(variables, Mapping | NoneType):
+            raise _invalid("tools is a list, and template_kwargs an object")
+        given = {name: _field(name, value) for name, value in fields.items()}
+
+        def made() -> tuple[Notebook, Account]:
+            notebook = Notebook.from_messages(
+                self._model, messages, fields=given, tools=tools, template_kwargs=variables
+            )
+            return notebook, notebook.prefill()
+
+        with self._room():
+            notebook, account = await self._queue.run(made)
+            return self._kept(Entry(tenant, notebook)), account
+
+    async def fork(self, entry: Entry) -> tuple[Entry, Account]:
+        """An independent copy.
+
+        Raises:
+            RefusedError: there are as many as there may be, or the notebook is in use for too long.
+        """
+        with self._room():
+            async with self.use(entry):
+                notebook = await self._queue.run(entry.notebook.fork)
+                version = entry.version
+            return self._kept(Entry(entry.tenant, notebook, version=version)), notebook.last_account
+
+    async def edit(self, entry: Entry, fields: Mapping[str, Any], if_match: str | None, mode: str | None) -> Account:
+        """Give fields new values. The same values again change nothing, and leave the version as it is.
+
+        Raises:
+            RefusedError: the notebook has another version than was expected, or is in use for too long.
+            ProgrammableKVError: a field or a value is refused.
+        """
+        # Shielded: an edit that has begun runs to its end, and the version with it, whether or not the client stays.
+        return await asyncio.shield(asyncio.ensure_future(self._edited(entry, fields, if_match, mode)))
+
+    async def delete(self, entry: Entry, if_match: str | None) -> None:
+        """Forget a notebook and its cache.
+
+        Raises:
+            RefusedError: as in `edit`.
+        """
+        async with self.use(entry):
+            _check_version(entry, if_match)
+            self._entries.pop(entry.identity, None)
+
+    @asynccontextmanager
+    async def use(self, entry: Entry) -> AsyncIterator[None]:
+        """A notebook for the length of the block.
+
+        Raises:
+            RefusedError: it is in use for too long, or was deleted meanwhile.
+        """
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await entry.in_use.acquire()
+        except TimeoutError as error:
+            raise RefusedError(Refusal(503, "notebook_busy", "the notebook is in use: try again", 1)) from error
+        try:
+            self.get(entry.tenant, entry.identity)
+            yield
+        finally:
+            entry.in_use.release()
+
+    async def _edited(self, entry: Entry, fields: Mapping[str, Any], if_match: str | None, mode: str | None) -> Account:
+        async with self.use(entry):
+            _check_version(entry, if_match)
+            before = dict(entry.notebook.fields)
+            account = await self._queue.run(entry.notebook.edit, dict(fields), mode=mode)
+            if dict(entry.notebook.fields) != before:
+                entry.version += 1
+            return account
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Room for one more notebook, kept free while it is made."""
+        if len(self._entries) + self._making >= self._most:
+            raise RefusedError(
+                Refusal(
+                    429, "notebooks_full", f"{self._most} notebooks are kept at most: delete one that is not needed"
+                )
+            )
+        self._making += 1
+        try:
+            yield
+        finally:
+            self._making -= 1
+
+    def _kept(self, entry: Entry) -> Entry:
+        self._entries[entry.identity] = entry
+        return entry
+
+
+def _check_version(entry: Entry, if_match: str | None) -> None:
+    if if_match is None or if_match.strip() == "*":
+        return
+    if entry.etag not in [each.strip() for each in if_match.split(",")]:
+        raise RefusedError(
+            Refusal(
+                412, "version_changed", f"the notebook is at version {entry.version} now: read it, and decide again"
+            )
+        )
+
+
+def _field(name: str, value: Any) -> Any:
+    """A plain value, or an object that says more about it."""
+    if not isinstance(value, Mapping):
+        return value
+    if "value" not in value or not all(_fits(key, each) for key, each in value.items()):
+        raise _invalid(f"the field {name!r:.60} is a value, or an object with {', '.join(_OF_FIELD)}, each of its type")
+    return Field(**value)
+
+
+def _fits(key: str, value: Any) -> bool:
+    kind = _OF_FIELD.get(key)
+    if kind is None or (isinstance(value, bool) and kind in (int, float)):
+        return False
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+
+
+def _invalid(message: str) -> RefusedError:
+    return RefusedError(Refusal(400, "invalid_request", message))

@@ -1,0 +1,210 @@
+"""The local server as an ASGI application: one model, Chat Completions, and notebooks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, cast
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from programmable_kv.errors import ProgrammableKVError
+from programmable_kv.model_queue import ModelQueue
+from programmable_kv.models.load import Model
+from programmable_kv.notebook.notebook import Notebook
+from programmable_kv.serve.access import Access
+from programmable_kv.serve.local.answers import Answer
+from programmable_kv.serve.local.calls import chat_call
+from programmable_kv.serve.local.endpoint import Call, Endpoint, Handler, refusal_of
+from programmable_kv.serve.local.notebooks import Entry, NotebookStore
+from programmable_kv.serve.metrics import Metrics
+from programmable_kv.serve.refusal import Refusal, RefusedError
+from programmable_kv.serve.routes import OTHER
+from programmable_kv.serve.settings import LocalSettings
+
+_LOG = logging.getLogger("programmable_kv.serve")
+_NOTEBOOK = "notebook:"
+_PROMETHEUS = "text/plain; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
+
+
+class LocalServer:
+    """The handlers of one model's routes."""
+
+    def __init__(self, model: Model, settings: LocalSettings) -> None:
+        self._model = model
+        self._queue = ModelQueue(max_waiting=settings.limits.max_waiting)
+        self._wait_s = settings.limits.wait_s
+        self.notebooks = NotebookStore(model, self._queue, most=settings.max_notebooks, wait_s=settings.limits.wait_s)
+
+    @property
+    def waiting(self) -> int:
+        """Operations that wait for the model."""
+        return self._queue.waiting
+
+    def close(self) -> None:
+        """Let the model's operations end, and take no more."""
+        self._queue.close()
+
+    async def models(self, _: Call) -> Response:
+        """`GET /v1/models`."""
+        model = {"id": self._model.name, "object": "model", "created": 0, "owned_by": "programmable-kv"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def chat(self, call: Call) -> Response:
+        """`POST /v1/chat/completions`: what can be refused is refused before an answer begins."""
+        answer = Answer(chat_call(call.body))
+        pieces = self._pieces(call.tenant, answer)
+        first = await anext(pieces, None)
+        if not answer.call.stream:
+            async with aclosing(pieces):
+                text = (first or "") + "".join([piece async for piece in pieces])
+            return JSONResponse(answer.whole(text))
+        return _Stream(answer, first, pieces)
+
+    async def create(self, call: Call) -> Response:
+        """`POST /v1/notebooks`."""
+        entry, account = await self.notebooks.create(call.tenant, call.body)
+        return _told(entry, entry.as_json(account), 201)
+
+    async def listed(self, call: Call) -> Response:
+        """`GET /v1/notebooks`."""
+        found = [entry.as_json() for entry in self.notebooks.of_tenant(call.tenant)]
+        return JSONResponse({"object": "list", "data": found})
+
+    async def read(self, call: Call) -> Response:
+        """`GET /v1/notebooks/{id}`."""
+        entry = self._entry(call)
+        return _told(entry, entry.as_json())
+
+    async def edit(self, call: Call) -> Response:
+        """`PATCH /v1/notebooks/{id}/fields`."""
+        entry = self._entry(call)
+        headers, query = call.request.headers, call.request.query_params
+        account = await self.notebooks.edit(entry, call.body, headers.get("if-match"), query.get("mode"))
+        return _told(entry, entry.as_json(account))
+
+    async def fork(self, call: Call) -> Response:
+        """`POST /v1/notebooks/{id}/fork`."""
+        entry, account = await self.notebooks.fork(self._entry(call))
+        return _told(entry, entry.as_json(account), 201)
+
+    async def delete(self, call: Call) -> Response:
+        """`DELETE /v1/notebooks/{id}`."""
+        await self.notebooks.delete(self._entry(call), call.request.headers.get("if-match"))
+        return Response(status_code=204)
+
+    def _entry(self, call: Call) -> Entry:
+        return self.notebooks.get(call.tenant, call.request.path_params["id"])
+
+    async def _pieces(self, tenant: str, answer: Answer) -> AsyncGenerator[str, None]:
+        """Pieces of an answer. Whoever leaves early closes it, and the notebook is unchanged."""
+        asked = answer.call.model
+        if asked.startswith(_NOTEBOOK):
+            entry = self.notebooks.get(tenant, asked.removeprefix(_NOTEBOOK))
+            async with (
+                self.notebooks.use(entry),
+                aclosing(self._drawn(answer.of_notebook, entry.notebook)) as pieces,
+            ):
+                async for piece in pieces:
+                    yield piece
+        elif asked == self._model.name:
+            async with aclosing(self._drawn(answer.of_model, self._model)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        else:
+            raise RefusedError(
+                Refusal(404, "model_not_found", f"this server has the model {self._model.name!r}, and notebook:ID")
+            )
+
+    def _drawn(self, pieces: Callable[[Any], Iterator[str]], of: Notebook | Model) -> AsyncGenerator[str, None]:
+        return cast("AsyncGenerator[str, None]", self._queue.stream(pieces, of))
+
+
+class _Stream(StreamingResponse):
+    """An answer as events. However it ends, and if it never began, the notebook is given back."""
+
+    def __init__(self, answer: Answer, first: str | None, pieces: AsyncGenerator[str, None]) -> None:
+        super().__init__(_events(answer, first, pieces), media_type="text/event-stream")
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._pieces.aclose()
+
+
+def local_app(model: Model, settings: LocalSettings) -> Starlette:
+    """A server of one model."""
+    access, metrics = Access(settings.keys), Metrics()
+    server = LocalServer(model, settings)
+    metrics.watch("waiting", "operations that wait for the model", lambda: float(server.waiting))
+    metrics.watch("notebooks", "notebooks that are kept", lambda: float(len(server.notebooks)))
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(server.close)
+
+    def route(method: str, path: str, handle: Handler) -> Route:
+        return Route(path, Endpoint(path, handle, access, settings.limits, metrics), methods=[method])
+
+    async def measured(_: Call) -> Response:
+        return Response(metrics.text(), media_type=_PROMETHEUS)
+
+    async def nothing(_: Call) -> Response:
+        raise RefusedError(Refusal(404, "no_such_route", "this server has no such route, or not with this method"))
+
+    return Starlette(
+        routes=[
+            route("GET", "/v1/models", server.models),
+            route("POST", "/v1/chat/completions", server.chat),
+            route("POST", "/v1/notebooks", server.create),
+            route("GET", "/v1/notebooks", server.listed),
+            route("GET", "/v1/notebooks/{id}", server.read),
+            route("DELETE", "/v1/notebooks/{id}", server.delete),
+            route("PATCH", "/v1/notebooks/{id}/fields", server.edit),
+            route("POST", "/v1/notebooks/{id}/fork", server.fork),
+            route("GET", "/metrics", measured),
+            Route("/healthz", _healthy),
+            Route("/v1/{rest:path}", Endpoint(OTHER.label, nothing, access, settings.limits, metrics)),
+        ],
+        lifespan=lifespan,
+    )
+
+
+async def _events(answer: Answer, first: str | None, pieces: AsyncIterator[str]) -> AsyncIterator[bytes]:
+    yield _event(answer.chunk({"role": "assistant", "content": first or ""}))
+    try:
+        async for piece in pieces:
+            yield _event(answer.chunk({"content": piece}))
+    except ProgrammableKVError as error:  # the context is full
+        refusal = refusal_of(error)
+        _LOG.warning("an answer ended early (%s)", refusal.code)
+        yield refusal.event(OTHER)
+        return
+    yield _event(answer.chunk({}, answer.finish_reason))
+    if answer.call.include_usage:
+        yield _event(answer.last())
+    yield b"data: [DONE]\n\n"
+
+
+def _event(data: Mapping[str, Any]) -> bytes:
+    return b"data: " + json.dumps(data, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
+
+
+def _told(entry: Entry, data: Mapping[str, Any], status: int = 200) -> Response:
+    return JSONResponse(data, status, {"etag": entry.etag})
+
+
+def _healthy(_: Request) -> Response:
+    return JSONResponse({"status": "ok"})

@@ -1,0 +1,71 @@
+"""Prometheus metrics of one gateway. No label holds anything that a client can choose freely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from programmable_kv.serve.observation import Observation, Outcome
+from programmable_kv.serve.remedies import Remedy
+from programmable_kv.serve.report import ObserverState
+
+_OWN = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
+_LONG = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0, 600.0)
+
+
+class Metrics:
+    """What is counted, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = self._counter("requests", "answered requests", "route", "status")
+        self.refused = self._counter("refused", "requests that the gateway itself answered", "route", "code")
+        self.upstream_failures = self._counter("upstream_failures", "failures of the upstream", "route", "code")
+        self.client_gone = self._counter("client_gone", "clients that left before their answer was complete", "route")
+        self.own_seconds = self._histogram("own_seconds", "the gateway's own time before an answer begins", _OWN)
+        self.headers_seconds = self._histogram("upstream_headers_seconds", "until the upstream's headers", _LONG)
+        self.seconds = self._histogram("request_seconds", "until an answer was complete", _LONG)
+        self.observed = self._counter("observed", "observed requests", "route", "outcome", "cause")
+        self.input_tokens = self._counter("input_tokens", "input, as the upstream counted it", "route")
+        self.cached_tokens = self._counter("cached_tokens", "input read from its cache, as it counted", "route")
+        self.lost_tokens = self._counter("lost_tokens_at_most", "input computed again", "route", "cause")
+        self.remediable_tokens = self._counter(
+            "remediable_tokens_at_most", "input computed again that a rewriting gateway could have kept", "route"
+        )
+
+    def watch(self, name: str, what: str, read: Callable[[], float]) -> None:
+        """A gauge that is read when somebody looks."""
+        Gauge(f"pkv_{name}", what, registry=self.registry).set_function(read)
+
+    def watch_observer(self, state: Callable[[], ObserverState]) -> None:
+        """Gauges of the observer."""
+        for name in ("queued_bytes", "sessions", "session_bytes", "evicted", "dropped", "failed", "unreadable"):
+            self.watch(f"observer_{name}", f"the observer's {name}", _reader(state, name))
+
+    def tell(self, observation: Observation) -> None:
+        """Count an observation."""
+        route = observation.route
+        self.observed.labels(route, observation.outcome, observation.cause).inc()
+        usage = observation.usage
+        if usage is not None and usage.cached_known:
+            self.input_tokens.labels(route).inc(usage.tokens)
+            self.cached_tokens.labels(route).inc(usage.cached)
+        if observation.outcome is Outcome.MISS and observation.lost_tokens:
+            self.lost_tokens.labels(route, observation.cause).inc(observation.lost_tokens)
+            if observation.remedy is not Remedy.NONE:
+                self.remediable_tokens.labels(route).inc(observation.lost_tokens)
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, what: str, *labels: str) -> Counter:
+        return Counter(f"pkv_{name}", what, labels, registry=self.registry)
+
+    def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"pkv_{name}", what, ("route",), buckets=buckets, registry=self.registry)
+
+
+def _reader(state: Callable[[], ObserverState], name: str) -> Callable[[], float]:
+    return lambda: float(getattr(state(), name))

@@ -1,0 +1,60 @@
+"""The answer on its way to the client: what was sent of it, and whether an event may follow."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from starlette.types import Message, Send
+
+from programmable_kv.serve.headers import Headers, value_of
+
+_EVENTS = b"text/event-stream"
+_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before its answer was complete, or took no byte of it for too long."""
+
+
+@dataclass(slots=True)
+class Reply:
+    """One answer. Sending raises ClientGoneError where the client takes nothing for too long."""
+
+    send: Send
+    stall_s: float | None = None
+    status: int | None = None
+    """None until it has begun"""
+    ended: bool = False
+    _takes_events: bool = False
+    _last: bytes = b"\n\n"
+
+    async def start(self, status: int, headers: Headers) -> None:
+        """Send status and headers."""
+        plain = value_of(headers, b"content-encoding") in (None, b"identity")
+        kind = (value_of(headers, b"content-type") or b"").strip().lower()
+        self._takes_events = plain and kind.startswith(_EVENTS) and value_of(headers, b"content-length") is None
+        self.status = status
+        await self._send({"type": "http.response.start", "status": status, "headers": list(headers)})
+
+    async def pass_on(self, chunk: bytes) -> None:
+        """Send a part of the body."""
+        self._last = (self._last + chunk[-4:])[-4:]
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def end(self, chunk: bytes = b"") -> None:
+        """Send the last part of the body."""
+        self.ended = True
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": False})
+
+    @property
+    def takes_event(self) -> bool:
+        """Whether an event may follow: the answer is a stream of events, and the last one is complete."""
+        return self._takes_events and self._last.endswith(_ENDS)
+
+    async def _send(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self.stall_s):
+                await self.send(message)
+        except TimeoutError as error:
+            raise ClientGoneError from error

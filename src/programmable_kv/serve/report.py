@@ -1,0 +1,58 @@
+"""What `/pkv/report` says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+_NOTES = (
+    "Tokens are the upstream's own usage numbers. A stream has them only where the client asks for them "
+    "(stream_options.include_usage), and cached tokens only where the server tells them.",
+    "Lost tokens are at most that many: text that is new in both requests cannot be told from text that is not.",
+    "Nothing was rewritten. `would` says what would have kept the prefix: `erratum` (the earlier text again, and one appended "
+    "line), `resend` (the earlier form or order again), `none`.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ObserverState:
+    """What the observer did and holds."""
+
+    observed: int = 0
+    unreadable: int = 0
+    """requests whose body is compressed, no JSON, or no prompt"""
+    dropped: int = 0
+    """left out because too much waited"""
+    failed: int = 0
+    """a fault of the observer"""
+    queued: int = 0
+    queued_bytes: int = 0
+    sessions: int = 0
+    session_bytes: int = 0
+    evicted: int = 0
+    """conversations forgotten to make room"""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayReport:
+    """One tenant's view. It holds no text of a prompt."""
+
+    since: float
+    """seconds since the epoch"""
+    routes: Mapping[str, Mapping[str, Any]]
+    sessions: tuple[Mapping[str, Any], ...] = field(repr=False)
+    """the latest conversations first"""
+    observer: ObserverState
+
+    def as_json(self) -> dict[str, Any]:
+        """As data."""
+        return {
+            "mode": "observe",
+            "since": datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds"),
+            "routes": self.routes,
+            "sessions": list(self.sessions),
+            "observer": asdict(self.observer),
+            "notes": list(_NOTES),
+        }

@@ -1,0 +1,127 @@
+"""What a gateway is told when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from urllib.parse import urlsplit
+
+from programmable_kv.arguments import require_count
+from programmable_kv.errors import InvalidArgumentError
+from programmable_kv.serve.access import ApiKey, is_loopback
+
+_MIB = 2**20
+
+
+class GatewayMode(StrEnum):
+    """What is done with a request beside forwarding it."""
+
+    OBSERVE = "observe"
+    """compare it with earlier ones, and report"""
+    PASS = "pass"
+    """nothing"""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one gateway takes on."""
+
+    max_body_bytes: int = 32 * _MIB
+    max_running: int = 256
+    """requests that are with the upstream at one time"""
+    max_waiting: int = 256
+    """requests that wait for one of those to end; more are refused with 429"""
+    wait_s: float = 30.0
+    """a request that waited this long is refused with 503"""
+    body_s: float = 60.0
+    """a client has this long to send its body"""
+    connect_s: float = 10.0
+    read_s: float = 600.0
+    """the upstream may be silent for this long, before its answer and within it"""
+    stall_s: float = 60.0
+    """a client may take no byte of its answer for this long"""
+    shutdown_s: float = 30.0
+    """how long running requests may take to end when the gateway stops"""
+    observed_bytes: int = 256 * _MIB
+    """text of earlier requests that is kept to compare with"""
+    queued_bytes: int = 64 * _MIB
+    """requests and answers that wait to be compared; more are left out and counted"""
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "max_running", "observed_bytes", "queued_bytes"):
+            require_count(getattr(self, name), name, least=1)
+        require_count(self.max_waiting, "max_waiting")
+        for name in ("wait_s", "body_s", "connect_s", "read_s", "stall_s", "shutdown_s"):
+            if not getattr(self, name) > 0:
+                raise InvalidArgumentError(f"{name} is a number of seconds above 0, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """One gateway.
+
+    Raises:
+        InvalidArgumentError: the upstream is no http or https URL, or the gateway would be open to other machines.
+    """
+
+    upstream: str
+    host: str = "127.0.0.1"
+    port: int = 8787
+    mode: GatewayMode = GatewayMode.OBSERVE
+    limits: Limits = Limits()
+    keys: tuple[ApiKey, ...] = ()
+    """who may use it; anybody on this machine where there are none"""
+    upstream_key: str = field(default="", repr=False)
+    """sent to the upstream in the place of the client's credentials"""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.upstream)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InvalidArgumentError(
+                f"the upstream is an address such as http://127.0.0.1:8000, got {self.upstream!r}"
+            )
+        if not self.upstream.isascii():
+            raise InvalidArgumentError(f"the upstream's address is in ASCII, got {self.upstream!r}")
+        if parts.query or parts.fragment or parts.username or parts.password:
+            raise InvalidArgumentError(
+                "the upstream's address holds no user, password, query or fragment: pass a key with --upstream-key-env"
+            )
+        _check_listening(self.host, self.port, self.keys)
+
+    @property
+    def upstream_host(self) -> bytes:
+        """The upstream's name and port, as its requests' Host header gives them."""
+        return urlsplit(self.upstream).netloc.encode("ascii")
+
+    @property
+    def base_path(self) -> str:
+        """What stands before `/v1` in the upstream's paths. An address that ends in `/v1` means the same as one without."""
+        return urlsplit(self.upstream).path.rstrip("/").removesuffix("/v1")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSettings:
+    """One server of a model that runs in this process.
+
+    Raises:
+        InvalidArgumentError: it would be open to other machines, or a number is out of range.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8787
+    limits: Limits = Limits()
+    keys: tuple[ApiKey, ...] = ()
+    max_notebooks: int = 64
+
+    def __post_init__(self) -> None:
+        require_count(self.max_notebooks, "max_notebooks", least=1)
+        _check_listening(self.host, self.port, self.keys)
+
+
+def _check_listening(host: str, port: int, keys: tuple[ApiKey, ...]) -> None:
+    if not 0 <= port <= 65535:
+        raise InvalidArgumentError(f"a port is a number from 0 to 65535, got {port}")
+    if not keys and not is_loopback(host.strip("[]")):
+        raise InvalidArgumentError(
+            f"without API keys the server listens on this machine only, not on {host!r}: give --api-keys-file"
+        )

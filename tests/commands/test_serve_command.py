@@ -1,0 +1,121 @@
+"""`pkv serve` and `pkv serve-key`: options become settings, and a real process serves and stops."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+import pytest
+from typer.testing import CliRunner
+
+from programmable_kv.cli import app
+from programmable_kv.errors import InvalidArgumentError, InvalidValueError
+from programmable_kv.serve.settings import GatewayMode, LocalSettings
+from serve.http_peers import Received, answer, raw_upstream, wait_until
+
+
+async def script(_: Received) -> AsyncIterator[bytes]:
+    yield answer(b"{}")
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    found: list[Any] = []
+    monkeypatch.setattr("programmable_kv.serve.run.run_gateway", found.append)
+    monkeypatch.setattr("programmable_kv.serve.run.run_local", lambda _, settings: found.append(settings))
+    return found
+
+
+def invoke(*words: str) -> Any:
+    return CliRunner().invoke(app, ["serve", *words], catch_exceptions=False)
+
+
+def test_options_become_settings(served: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = CliRunner().invoke(app, ["serve-key", "me"])
+    keys = tmp_path / "keys"
+    keys.write_text(made.stdout)
+    key = made.stderr.split()[-1]
+    monkeypatch.setenv("THE_KEY", "sk-1")
+    invoke(
+        "--upstream", "http://10.0.0.1:8000/v1", "--host", "0.0.0.0", "--port", "9000", "--mode", "pass", "--api-keys-file",
+        str(keys), "--upstream-key-env", "THE_KEY", "--max-body-mib", "2", "--max-running", "3", "--max-waiting", "4",
+        "--read-timeout", "5", "--observe-mib", "6",
+    )  # fmt: skip
+    [found] = served
+    assert (found.host, found.port, found.mode, found.upstream_key) == ("0.0.0.0", 9000, GatewayMode.PASS, "sk-1")
+    assert [(each.name, each.digest) for each in found.keys] == [("me", sha256(key.encode()).hexdigest())]
+    limits = found.limits
+    assert (limits.max_body_bytes, limits.observed_bytes) == (2 * 2**20, 6 * 2**20)
+    assert (limits.max_running, limits.max_waiting, limits.read_s) == (3, 4, 5.0)
+
+
+def test_by_default_it_observes_on_this_machine_only(served: list[Any]) -> None:
+    invoke("--upstream", "http://127.0.0.1:8000")
+    assert (served[0].host, served[0].mode, served[0].keys) == ("127.0.0.1", GatewayMode.OBSERVE, ())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mode", "erratum"], "--mode is one of observe, pass"),
+        (["--host", "0.0.0.0"], "--api-keys-file"),
+        (["--upstream-key-env", "NOT_SET_ANYWHERE"], "NOT_SET_ANYWHERE holds no key"),
+        (["--api-keys-file", "/nowhere/keys"], "cannot read"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(served: list[Any], words: list[str], message: str) -> None:
+    with pytest.raises((InvalidArgumentError, InvalidValueError), match=message):
+        invoke("--upstream", "http://127.0.0.1:8000", *words)
+    assert served == []
+
+
+def test_without_an_upstream_it_serves_a_model(served: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    def load(name: str) -> SimpleNamespace:
+        loaded.append(name)
+        return SimpleNamespace(name="loaded")
+
+    monkeypatch.setattr("programmable_kv.commands.serve.load", load)
+    invoke("--model", "some/model", "--max-notebooks", "3")
+    assert (loaded, served) == (["some/model"], [LocalSettings(max_notebooks=3)])
+    with pytest.raises(InvalidArgumentError, match="--api-keys-file"):
+        invoke("--host", "0.0.0.0")
+    assert len(loaded) == 1, "what is refused is refused before a model is loaded"
+
+
+@pytest.mark.slow
+def test_the_command_serves_and_stops_when_told() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with raw_upstream(script) as upstream:
+        line = [sys.executable, "-m", "programmable_kv", "serve", "--upstream", upstream.url, "--port", str(port)]
+        process = subprocess.Popen(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+        try:
+            wait_until(lambda: answers(port), 60)
+            got = httpx2.post(f"http://127.0.0.1:{port}/v1/chat/completions", json={"messages": []})
+            assert (got.status_code, got.json()) == (200, {})
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert b"/pkv/report" in errors
+    assert b"Traceback" not in errors
+    assert process.returncode in (0, -signal.SIGTERM), "uvicorn hands the signal on once everything has ended"
+
+
+def answers(port: int) -> bool:
+    try:
+        return httpx2.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+    except httpx2.TransportError:
+        return False
