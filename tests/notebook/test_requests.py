@@ -271,3 +271,13 @@ def test_a_tool_call_that_was_cut_is_not_saved(tmp_path: Path) -> None:
     again = Notebook.load(tmp_path, notebook.model)
     again.add("user", "So?")
     assert again.rendered_text.endswith("<|im_start|>user\nSo?<|im_end|>\n")
+
+
+@pytest.mark.parametrize("wrong", [3, True, "find", {"name": "find"}, {"find"}])
+def test_tools_and_tool_calls_are_lists(wrong: Any) -> None:
+    notebook = Notebook.from_messages(of("qwen25"), [{"role": "user", "content": "Hello."}])
+    notebook.prefill()
+    with pytest.raises(InvalidValueError, match="list of mappings"):
+        notebook.add("assistant", None, tool_calls=wrong)
+    with pytest.raises(InvalidValueError, match="list of mappings"):
+        Notebook(of("qwen25"), tools=wrong)

@@ -39,9 +39,15 @@ def message_of(given: Mapping[str, Any], tokenizer: Any) -> Message:
             f"tool_calls, {', '.join(_PASSED)}: leave the rest out."
         )
     extra: dict[str, Any] = {key: given[key] for key in _PASSED if given.get(key)}
-    if given.get("tool_calls"):
-        extra["tool_calls"] = [_call(call, role) for call in given["tool_calls"]]
+    if calls := given.get("tool_calls"):
+        _require_list(calls, f"the tool calls of the {role} message")
+        extra["tool_calls"] = [_call(call, role) for call in calls]
     return Message(role, Text(content_of(given.get("content"), role)), _as_text(extra, tokenizer, role))
+
+
+def _require_list(value: object, what: str) -> None:
+    if not isinstance(value, list | tuple):
+        raise InvalidValueError(f"{what} are a list of mappings; got {type(value).__name__}: {value!r:.60}")
 
 
 def declared(
@@ -93,8 +99,10 @@ def checked_tools(tools: Sequence[Mapping[str, Any]] | None, tokenizer: Any) -> 
     """Tools as OpenAI's API takes them.
 
     Raises:
-        InvalidValueError: one has no name, or special tokens.
+        InvalidValueError: they are no list, or one has no name, or special tokens.
     """
+    if tools is not None:
+        _require_list(tools, "tools")
     found = tuple(tools or ())
     for tool in found:
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
