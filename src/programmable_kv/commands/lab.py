@@ -44,12 +44,13 @@ def lab_readers(
 def lab_blocks(
     model: ModelOption = "embedded",
     count: Annotated[int, typer.Option(min=1, help="held-out blocks of each of four kinds of change")] = 60,
+    everyday: Annotated[bool, typer.Option(help="worded for models that were not trained on the grammar")] = False,
     out_path: OutOption = None,
 ) -> None:
     """Agreement with full prefill after one line of a block (a memory, a todo list) has changed, by edit mode."""
     from programmable_kv.lab.blocks import KINDS, run
 
-    measure(run, load(model), out_path, "blocks", "Blocks", count * len(KINDS), count=count)
+    measure(run, load(model), out_path, "blocks", "Blocks", count * len(KINDS), count=count, everyday=everyday)
 
 
 @app.command("long-readers")

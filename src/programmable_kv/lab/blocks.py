@@ -1,7 +1,8 @@
 """Does an edited block of lines decide as a full prefill would? By kind of change and by edit mode.
 
 A block is a field of several lines, as agents keep them: what is remembered of a user, a todo list, a table of states. One
-line of it changes: a fact is replaced, an item is done, a box is checked, a line is added.
+line of it changes: a fact is replaced, an item is done, a box is checked, a line is added. The `everyday` cases are worded for
+models that were not trained on the grammar.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from programmable_kv.models.load import Model
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.fields import Field
 from programmable_kv.records import Record, Recorder, digest_of, wilson
+from programmable_kv.scenarios.everyday import ACTIONS, FIELDS
 from programmable_kv.scenarios.phrasings import PHRASINGS, question
 from programmable_kv.scenarios.vocabulary import Domain, held_out_domains
 
@@ -119,34 +121,53 @@ def _stated(facts: list[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(f"- {name}: {value}" for name, value in facts)
 
 
-def cases(count: int) -> Iterator[Case]:
+def cases(count: int, *, everyday: bool = False) -> Iterator[Case]:
     """`count` cases of each kind, in turn, from each held-out domain in turn. A longer draw begins with a shorter one."""
-    domains = held_out_domains()
+    domains = (_EVERYDAY,) if everyday else held_out_domains()
     for number in range(count):
         for kind, draw in KINDS.items():
             rng = random.Random(f"{SEED}/{kind}/{number}")
             domain = domains[number % len(domains)]
             change = draw(rng, domain)
-            right_before, right_after = rng.sample(list(domain.actions), 2)
-            rules = [f"If {change.before}, choose {right_before}.", f"If {change.after}, choose {right_after}."]
+            actions = (right_before, right_after) = rng.sample(list(domain.actions), 2)
+            rules = [
+                (_EVERYDAY_RULE if everyday else _RULE).format(holds=holds, action=action)
+                for holds, action in zip((change.before, change.after), actions, strict=True)
+            ]
             rng.shuffle(rules)
-            prompt = (
-                f"You serve as the {domain.role}.\n\n# Notes\n{{{NAME}}}\n\n# Policy\n"
-                + "".join(f"- {rule}\n" for rule in rules)
-                + "\nAnswer with one action and nothing else."
+            prompt = (_EVERYDAY_PROMPT if everyday else _PROMPT).format(
+                role=domain.role, block="{" + NAME + "}", rules="\n".join(f"- {rule}" for rule in rules)
             )
-            asked = question(rng, PHRASINGS["held_out"], rng.choice(list(domain.topics)), think=False)
+            if everyday:
+                asked = f"What is the action for the current state of {change.subject}?"
+            else:
+                asked = question(rng, PHRASINGS["held_out"], rng.choice(list(domain.topics)), think=False)
             yield Case(
                 kind, number, prompt, "\n".join(change.old), "\n".join(change.new), change.subject,
                 right_before, right_after, asked,
             )  # fmt: skip
 
 
+_RULE = "If {holds}, choose {action}."
+_PROMPT = (
+    "You serve as the {role}.\n\n# Notes\n{block}\n\n# Policy\n{rules}\n\nAnswer with one action and nothing else."
+)
+_EVERYDAY = Domain("everyday", "support agent", FIELDS, ACTIONS, ())
+_EVERYDAY_RULE = "If {holds}, the action is {action}."
+_EVERYDAY_PROMPT = "You are a {role}.\n\nNotes:\n{block}\n\nRules:\n{rules}\n\nAnswer with the action only."
+
+
 def run(
-    model: Model, count: int, path: Path, *, report: Callable[[int, int], None] | None = None, command: str = ""
+    model: Model,
+    count: int,
+    path: Path,
+    *,
+    everyday: bool = False,
+    report: Callable[[int, int], None] | None = None,
+    command: str = "",
 ) -> Record:
     """Change one line in each of `count` blocks of each kind, in every mode, and compare with full prefill."""
-    drawn = list(cases(count))
+    drawn = list(cases(count, everyday=everyday))
     recorder = Recorder(
         path,
         name="blocks",
@@ -157,7 +178,7 @@ def run(
         model_fingerprint=model.fingerprint,
         data_digest=digest_of(case.text() for case in drawn),
         seeds=[SEED],
-        settings={"count": count},
+        settings={"count": count} | ({"everyday": True} if everyday else {}),
     )
     for done, case in enumerate(drawn):
         if not recorder.done(kind=case.kind, number=case.number):
