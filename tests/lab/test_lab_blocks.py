@@ -23,9 +23,10 @@ def test_a_longer_draw_begins_with_a_shorter_one() -> None:
     assert [case.kind for case in one] == list(blocks.KINDS)
 
 
+@pytest.mark.parametrize("everyday", [False, True])
 @pytest.mark.parametrize("kind", blocks.KINDS)
-def test_one_line_changes_and_the_rules_name_what_it_is_about(kind: str) -> None:
-    for case in blocks.cases(8):
+def test_one_line_changes_and_the_rules_name_what_it_is_about(kind: str, everyday: bool) -> None:
+    for case in blocks.cases(8, everyday=everyday):
         if case.kind != kind:
             continue
         old, new = case.old.split("\n"), case.new.split("\n")
@@ -35,7 +36,8 @@ def test_one_line_changes_and_the_rules_name_what_it_is_about(kind: str) -> None
         assert len(new) - len(old) == (1 if kind == "line_added" else 0)
         assert sum(case.subject in line for line in case.prompt.split("\n")) == 2
         assert case.right_before != case.right_after
-        assert all(f"choose {action}." in case.prompt for action in case.options)
+        assert all(f" {action}." in case.prompt for action in case.options)
+        assert everyday == (case.subject in case.asked)
 
 
 def test_the_rules_about_the_changed_line_are_computed_again_and_no_other(model: Any) -> None:

@@ -40,6 +40,10 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     ),
     "long-readers": lambda settings: (case.text() for case in readers.cases(settings["count"], long_readers.KINDS)),
     "blocks": lambda settings: (case.text() for case in blocks.cases(settings["count"])),
+    "blocks-qwen2-5-coder-1-5b-instruct-q4-k-m": lambda settings: (
+        case.text() for case in blocks.cases(settings["count"], everyday=settings["everyday"])
+    ),
+    "agent-readers": lambda settings: (scenario.text() for scenario in policies(settings["instances"])),
     "agent": lambda settings: (scenario.text() for scenario in policies(settings["instances"])),
     "edit-ttft": lambda _: [policy(), *VALUES.values()],
     "compose-embedded": lambda settings: suite_texts(Composing, settings),
