@@ -69,6 +69,8 @@ BARS = [
     ("catalogue-embedded", "every_second_behind_two.system_512.preface_4.agreement.value", AT_LEAST, 0.97),
     ("compose-embedded", "horizon.last.agreement.value", AT_LEAST, 0.97),
     ("zoo", "causal.exact", AT_LEAST, 105),
+    ("agent-readers", "readers.agreement.value", AT_LEAST, 0.97),
+    ("agent-readers", "decisions", AT_LEAST, 500),
     ("agent", "at_4096.rival_over_agent_ttft", AT_LEAST, 15),
 ]
 SHORT = [

@@ -83,3 +83,9 @@ def test_every_room_has_a_folder_of_tests() -> None:
     assert not missing, f"no tests in {', '.join(f'tests/{room}/' for room in sorted(missing))}"
     strangers = tested - rooms - {"training", "examples"}  # folders of the repository beside the package
     assert not strangers, f"tests/{', '.join(sorted(strangers))} mirrors nothing in the package"
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by name alone: the second one would not be run."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert sorted(names) == sorted(set(names))

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx2
 import uvicorn
 
 from programmable_kv.serve.app import gateway_app
@@ -162,3 +163,11 @@ def wait_until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:
     while not true():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.005)
+
+
+def metric(url: str, line: str) -> float:
+    """The value of one line of the metrics; 0 where it is not there."""
+    for each in httpx2.get(f"{url}/metrics").text.splitlines():
+        if each.startswith(f"{line} "):
+            return float(each.rpartition(" ")[2])
+    return 0.0

@@ -28,8 +28,18 @@ from programmable_kv.serve.observer import Observer
 from programmable_kv.serve.remedies import REMEDIES
 from programmable_kv.serve.routes import route_of
 from programmable_kv.serve.settings import GatewayMode, GatewaySettings
-from serve.http_peers import EVENTS_HEAD, LAST, Received, Running, answer, chunk, raw_upstream, running, wait_until
-from serve.test_failures import metric
+from serve.http_peers import (
+    EVENTS_HEAD,
+    LAST,
+    Received,
+    Running,
+    answer,
+    chunk,
+    metric,
+    raw_upstream,
+    running,
+    wait_until,
+)
 
 SECRET = "a-private-sentence"
 

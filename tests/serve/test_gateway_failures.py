@@ -20,7 +20,7 @@ from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.serve.admission import Admission
 from programmable_kv.serve.refusal import RefusedError
 from programmable_kv.serve.settings import GatewaySettings, Limits
-from serve.http_peers import EVENTS_HEAD, LAST, Received, answer, chunk, raw_upstream, running, wait_until
+from serve.http_peers import EVENTS_HEAD, LAST, Received, answer, chunk, metric, raw_upstream, running, wait_until
 
 DELTA = b'data: {"id":"c","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"he"}}]}\n\n'
 MESSAGE = (
@@ -71,14 +71,6 @@ async def streams_for_long(_: Received) -> AsyncIterator[bytes]:
 
 async def answers(_: Received) -> AsyncIterator[bytes]:
     yield answer(b"{}")
-
-
-def metric(url: str, line: str) -> float:
-    """The value of one line of the metrics; 0 where it is not there."""
-    for each in httpx2.get(f"{url}/metrics").text.splitlines():
-        if each.startswith(f"{line} "):
-            return float(each.rpartition(" ")[2])
-    return 0.0
 
 
 def test_the_death_of_an_upstream_ends_a_chat_stream_with_an_error_that_openai_raises() -> None:
