@@ -13,14 +13,17 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from programmable_kv.errors import RecordError
+
+Case = TypeVar("Case")
+"""what an experiment measures once: a policy, a scenario"""
 
 _NAME = r"^[a-z0-9][a-z0-9-]*$"
 
@@ -202,6 +205,26 @@ class Recorder:
     def done(self, **key: Any) -> bool:
         """Whether a row with these entries is there already."""
         return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
+
+    def collect(
+        self,
+        cases: Sequence[Case],
+        key: Callable[[Case], dict[str, Any]],
+        measure: Callable[[Case], dict[str, Any]],
+        report: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Add the row of each case that has none yet.
+
+        Args:
+            key: what a case's row is known by.
+            measure: makes the whole row, the key included.
+            report: called with the number of cases that are done, and of all.
+        """
+        for number, case in enumerate(cases, start=1):
+            if not self.done(**key(case)):
+                self.add(measure(case))
+            if report is not None:
+                report(number, len(cases))
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a row and write it to disk."""

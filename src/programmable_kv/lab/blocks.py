@@ -180,11 +180,12 @@ def run(
         seeds=[SEED],
         settings={"count": count} | ({"everyday": True} if everyday else {}),
     )
-    for done, case in enumerate(drawn):
-        if not recorder.done(kind=case.kind, number=case.number):
-            recorder.add({"kind": case.kind, "number": case.number, **_measured(model, case)})
-        if report is not None:
-            report(done + 1, len(drawn))
+    recorder.collect(
+        drawn,
+        lambda it: {"kind": it.kind, "number": it.number},
+        lambda it: {"kind": it.kind, "number": it.number, **_measured(model, it)},
+        report,
+    )
     return recorder.finish(summarise(recorder.rows))
 
 

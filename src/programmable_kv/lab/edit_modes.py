@@ -50,11 +50,12 @@ def run(
         seeds=[SEED],
         settings={"scenarios": count, "selected": SELECTED, "smallest_gap": SMALLEST_GAP},
     )
-    for index, scenario in enumerate(drawn):
-        if not recorder.done(scenario=index):
-            recorder.add({"scenario": index, "domain": scenario.domain, **_one(model, scenario, index)})
-        if report is not None:
-            report(index + 1, count)
+    recorder.collect(
+        list(enumerate(drawn)),
+        lambda it: {"scenario": it[0]},
+        lambda it: {"scenario": it[0], "domain": it[1].domain, **_one(model, it[1], it[0])},
+        report,
+    )
     return recorder.finish(summarise(recorder.rows))
 
 

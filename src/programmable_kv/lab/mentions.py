@@ -50,11 +50,12 @@ def run(
         seeds=[SEED],
         settings={"count": count, "share": SHARE},
     )
-    for done, (number, case) in enumerate(drawn):
-        if not recorder.done(number=number, way=case.way.name):
-            recorder.add({"number": number, **_row(model, case)})
-        if report is not None:
-            report(done + 1, len(drawn))
+    recorder.collect(
+        drawn,
+        lambda it: {"number": it[0], "way": it[1].way.name},
+        lambda it: {"number": it[0], **_row(model, it[1])},
+        report,
+    )
     return recorder.finish(summarise(recorder.rows))
 
 

@@ -107,11 +107,7 @@ def run(
         seeds=[SEED],
         settings={"count": count, "thorough": THOROUGH},
     )
-    for done, case in enumerate(drawn):
-        if not recorder.done(number=case.number, kind=case.kind.name):
-            recorder.add(_row(model, case))
-        if report is not None:
-            report(done + 1, len(drawn))
+    recorder.collect(drawn, lambda it: {"number": it.number, "kind": it.kind.name}, lambda it: _row(model, it), report)
     return recorder.finish(summarise(recorder.rows))
 
 

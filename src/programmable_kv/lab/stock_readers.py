@@ -52,11 +52,12 @@ def run(
         seeds=[SEED],
         settings={"count": count, "share": SHARE, "dtype": str(model.engine.dtype)},
     )
-    for done, (number, case) in enumerate(drawn):
-        if not recorder.done(number=number, way=case.way.name):
-            recorder.add({"number": number, **_row(model, case, number)})
-        if report is not None:
-            report(done + 1, len(drawn))
+    recorder.collect(
+        drawn,
+        lambda it: {"number": it[0], "way": it[1].way.name},
+        lambda it: {"number": it[0], **_row(model, it[1], it[0])},
+        report,
+    )
     return recorder.finish(summarise(recorder.rows))
 
 
