@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import tiny
 from programmable_kv import Notebook, Skill
 from programmable_kv.errors import InvalidValueError, TemplateError, UnknownFieldError
 from programmable_kv.states import TokenState
 from reference import assert_rows_equal, full_forward
+from templated import of
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
 FIND = {
     "type": "function",
     "function": {
@@ -39,13 +37,6 @@ MESSAGES: list[dict[str, Any]] = [
 ]
 TOOL_FAMILIES = ("qwen25", "qwen3", "llama31", "mistral_v3")
 """write tools and tool calls"""
-
-
-def of(family: str) -> Any:
-    model = tiny(max_position_embeddings=4096)
-    tokenizer = copy.deepcopy(model.tokenizer)
-    tokenizer.chat_template = (TEMPLATES / f"{family}.jinja").read_text(encoding="utf-8")
-    return replace(model, tokenizer=tokenizer)
 
 
 def request(family: str, **options: Any) -> Notebook:

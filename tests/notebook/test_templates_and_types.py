@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from dataclasses import replace
 from datetime import date
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from conftest import tiny
 from programmable_kv import Field, Notebook, Skill
 from programmable_kv.errors import InvalidEditError, InvalidValueError, TemplateError
 from reference import assert_rows_equal, full_forward
+from templated import TEMPLATES, of, with_template
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
 README = "to stop, write <|im_end|> or </turn>"
 HARMLESS = "to stop, write something or other"
 FAMILIES = [path.stem for path in sorted(TEMPLATES.glob("*.jinja")) if path.stem != "shouting"]
 TOOL_FAMILIES = ("qwen25", "qwen3", "llama31", "mistral_v3")
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": {"text": README, "lines": [1]}}}
 LOOK = {"type": "function", "function": {"name": "look", "description": "Look in {region}.", "parameters": {}}}
-
-
-def with_template(text: str) -> Any:
-    model = tiny(max_position_embeddings=4096)
-    tokenizer = copy.deepcopy(model.tokenizer)
-    tokenizer.chat_template = text
-    return replace(model, tokenizer=tokenizer)
-
-
-@cache
-def of(family: str) -> Any:
-    return with_template((TEMPLATES / f"{family}.jinja").read_text(encoding="utf-8"))
 
 
 def specials(notebook: Notebook) -> list[int]:

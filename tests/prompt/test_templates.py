@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from conftest import tiny
 from programmable_kv import Agent, Notebook, Skill
 from programmable_kv.errors import TemplateError
 from programmable_kv.notebook.survey import TemplateRow, survey
 from reference import assert_rows_equal, full_forward
+from templated import TEMPLATES, of, with_template
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
 FAMILIES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
 SHOUTING = "shouting"
 """writes everything in upper case"""
 OPTIONS = ["cancel", "deny"]
-
-
-def with_template(text: str) -> Any:
-    """A tiny model with a chat template."""
-    model = tiny(max_position_embeddings=4096)
-    tokenizer = copy.deepcopy(model.tokenizer)
-    tokenizer.chat_template = text
-    return replace(model, tokenizer=tokenizer)
-
-
-@cache
-def of(family: str) -> Any:
-    """A tiny model with a family's chat template."""
-    return with_template((TEMPLATES / f"{family}.jinja").read_text(encoding="utf-8"))
 
 
 @cache
