@@ -24,7 +24,7 @@ import torch
 from programmable_kv.cache.masks import PartReads
 from programmable_kv.cache.span import Span
 from programmable_kv.prompt.context import Context
-from programmable_kv.prompt.readers import declared_words, phrase
+from programmable_kv.prompt.readers import declared_words, mention_pattern
 from programmable_kv.prompt.units import Kind, Unit
 
 _VALUE = "\ufffd"
@@ -96,7 +96,7 @@ class _Searcher:
     def __init__(self, context: Context, words: Words) -> None:
         self._context = context
         self._patterns = {
-            name: [phrase(word) for word in (name, *declared_words(words, name))] for name in context.fields
+            name: [mention_pattern(word) for word in (name, *declared_words(words, name))] for name in context.fields
         }
         self._ends = {name: spans[0].stop for name, spans in context.places.items()}
 
