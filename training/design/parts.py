@@ -90,14 +90,6 @@ class Writer:
         self.position = max(self.position, start + len(ids))
         return range(first, len(self._rows))
 
-    def write_again(self, index: int, old: int) -> int:
-        """A second copy of the token at index `old`, at its position and of its part."""
-        assert index == len(self._rows)
-        token, position, part, learned = self._rows[old]
-        self._rows.append((token, position, part, learned))
-        self._dead.append(NEVER)
-        return index
-
     def kill(self, indices: Iterable[int]) -> None:
         """No token that is written from now on reads these."""
         for index in indices:
