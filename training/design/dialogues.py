@@ -52,7 +52,9 @@ class Dialogue:
     def possible(self, field: str) -> tuple[str, ...]:
         """Every value that the field may take."""
         gated = [value for gate in self.scenario.gates if gate.field == field for value in gate.actions]
-        return tuple({self.scenario.values[field]: 0} | dict.fromkeys((*self.scenario.irrelevant.get(field, ()), *gated)))
+        return tuple(
+            {self.scenario.values[field]: 0} | dict.fromkeys((*self.scenario.irrelevant.get(field, ()), *gated))
+        )
 
 
 def training_dialogue(rng: random.Random) -> Dialogue:
@@ -83,7 +85,7 @@ def _dialogue(
         gate = rng.choice(scenario.gates)
         last_of_held_out = split == "held_out" and turn == turns - 1
         edits: list[tuple[str, str]] = []
-        if last_of_held_out or (turn or rng.random() < 0.2) and rng.random() < edited:
+        if last_of_held_out or ((turn or rng.random() < 0.2) and rng.random() < edited):
             edits = _edits(rng, scenario, gate, values, before, plainly=last_of_held_out)
         before = dict(values)
         values |= edits
@@ -91,7 +93,8 @@ def _dialogue(
         asked = question(rng, phrasing, gate.topic, think=think)
         answer = gate.thought(values[gate.field]) if think else gate.actions[values[gate.field]]
         said = tuple(
-            statement(DEFAULT_TEMPLATE, *edit) if split == "held_out" else update(rng, phrasing, *edit) for edit in edits
+            statement(DEFAULT_TEMPLATE, *edit) if split == "held_out" else update(rng, phrasing, *edit)
+            for edit in edits
         )
         exchanges.append(Exchange(tuple(edits), said, asked, answer, gate))
     return Dialogue(scenario, tuple(exchanges), rng.choice((0, 0, 1, 2)), rng.random() < 0.5)
@@ -182,9 +185,7 @@ def _system(writer: Writer, dialogue: Dialogue, encoding: Encoding) -> tuple[dic
     return fields, readers
 
 
-def _edit(
-    writer: Writer, fields: dict[str, _Copy], readers: list[_Copy], new: Mapping[str, tuple[int, ...]]
-) -> None:
+def _edit(writer: Writer, fields: dict[str, _Copy], readers: list[_Copy], new: Mapping[str, tuple[int, ...]]) -> None:
     """The fields, their readers, and later readers of what is written again: old copies die, new ones stand in their place."""
     stale: list[_Copy] = []
     for reader in readers:

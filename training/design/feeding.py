@@ -37,9 +37,7 @@ class StepMaker:
 
     def __call__(self, step: int) -> StepData:
         drawn = [draw(self.recipe, self.encoding, step, index) for index in range(self.recipe.sequences_per_step)]
-        return StepData(
-            step, tuple(batches(drawn, self.tokens_per_pass)), windows(self.recipe, self.encoding, step)
-        )
+        return StepData(step, tuple(batches(drawn, self.tokens_per_pass)), windows(self.recipe, self.encoding, step))
 
 
 class _Numbered(Generic[Made]):

@@ -52,5 +52,3 @@ def plain(rng: random.Random, encoding: Encoding, *, held_out: bool = False) -> 
     for piece in pieces:
         writer.add(encoding.ids(piece.text), TURNS, learned=piece.learned)
     return writer.finish("conversations")
-
-

@@ -53,6 +53,9 @@ class Encoding:
         self._tokenizer = tokenizer
         self._remembered = lru_cache(maxsize=20_000)(self._with_offsets)
 
+    def __reduce__(self) -> tuple[type[Encoding], tuple[Any]]:
+        return Encoding, (self._tokenizer,)  # for worker processes that are not forked
+
     def ids(self, text: str) -> tuple[int, ...]:
         return self.with_offsets(text)[0]
 

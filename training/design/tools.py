@@ -19,7 +19,8 @@ _QUESTIONS = (
     "The name of the function that does it?", "Choose the function for this request, by name.",
 )  # fmt: skip
 _FRAMES = (
-    "A user writes: {wish}\n{question}", "{wish}\n{question}", "Request: {wish} {question}", "Message from a guest: {wish}\n{question}",
+    "A user writes: {wish}\n{question}", "{wish}\n{question}", "Request: {wish} {question}",
+    "Message from a guest: {wish}\n{question}",
     "Somebody on the phone: {wish}\n{question}", "\"{wish}\"\n{question}", "{question}\nThe request: {wish}",
 )  # fmt: skip
 _HELD_OUT_FRAME = "A customer says: {wish}\nWhich one tool does what this customer wants? Reply with its name only."
@@ -131,7 +132,9 @@ def training_tools(rng: random.Random) -> Blocks:
     style = rng.choices(("json", "function", "line", "heading"), (6, 2, 2, 1))[0]
     before = opening(rng, "train", rng.randint(0, 16) if rng.random() < 0.5 else 0)
     if rng.random() < 0.3:
-        before = rng.choice(("You have these tools:\n", "Tools:\n", "# Functions\n", "You help customers. Your tools:\n\n"))
+        before = rng.choice(
+            ("You have these tools:\n", "Tools:\n", "# Functions\n", "You help customers. Your tools:\n\n")
+        )
     return Blocks(before, tuple(written(rng, tool, style) for tool in tools), tuple(asked))
 
 
