@@ -58,9 +58,9 @@ def feed(make: Callable[[int], Made], numbers: Sequence[int], workers: int) -> I
     from torch.utils.data import DataLoader
 
     dataset: Any = _Numbered(make, max(numbers, default=0) + 1)
-    ahead = {"prefetch_factor": 4} if workers else {}
     yield from DataLoader(
-        dataset, batch_size=None, sampler=numbers, num_workers=workers, collate_fn=_unchanged, **ahead
+        dataset, batch_size=None, sampler=numbers, num_workers=workers, collate_fn=_unchanged,
+        prefetch_factor=4 if workers else None,
     )  # fmt: skip
 
 

@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from programmable_kv.errors import TrainingError
 from programmable_kv.scenarios.plain_text import documents
 from programmable_kv.scenarios.vocabulary import english
 from training.design import model as adapters
-from training.design.batches import divergence, predicted
+from training.design.batches import divergence, moved, predicted
 from training.design.feeding import StepData, StepMaker, feed
 from training.design.parts import Encoding
 from training.design.progress import resume, save
@@ -129,7 +130,7 @@ class _Run:
         for batch in data.batches:
             said = predicted(self._model, batch)
             (said.loss.sum() / learned).backward()  # type: ignore[no-untyped-call]
-            rows = torch.tensor([self._families[family] for family in batch.families], device=said.row.device)
+            rows = moved(np.asarray([self._families[family] for family in batch.families]), said.row.device)
             counted = torch.stack((said.loss.detach(), torch.ones_like(said.loss)), dim=1)
             self._losses.index_add_(0, rows[said.row], counted)
         if data.replayed is not None:

@@ -109,8 +109,11 @@ class Writer:
             reads[part, sorted(read)] = True
         reads[TURNS] = True
         ids, positions, part_of, learned = zip(*self._rows, strict=True)
-        as_column = lambda values: np.asarray(values, dtype=np.int32)  # noqa: E731
         return TokenSequence(
-            family, as_column(ids), as_column(positions), as_column(part_of), as_column(self._dead),
+            family, _column(ids), _column(positions), _column(part_of), _column(self._dead),
             np.asarray(learned, dtype=bool), reads,
         )  # fmt: skip
+
+
+def _column(values: Sequence[int]) -> NDArray[np.int32]:
+    return np.asarray(values, dtype=np.int32)

@@ -34,7 +34,7 @@ def held_out_windows(encoding: Encoding, count: int, tokens: int) -> NDArray[np.
 
 
 def _filled(rng: random.Random, texts: Sequence[str], encoding: Encoding, count: int, tokens: int) -> NDArray[np.int32]:
-    rows = []
+    rows: list[list[int]] = []
     while len(rows) < count:
         ids: list[int] = []
         while len(ids) < tokens:

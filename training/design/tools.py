@@ -34,7 +34,7 @@ _BEFORE = (
     "Hello!", "You live abroad.",
 )  # fmt: skip
 _AFTER = (
-    "If that does not work, you do nothing.", "Thank you.", "You prefer to have it today.", "The number is {number}.",
+    "If that does not work, you leave it as it is.", "Thank you.", "You prefer to have it today.", "The number is {number}.",
     "You do not want to pay for it.", "Please confirm by mail.", "You only want this one thing.", "I can wait.",
 )  # fmt: skip
 _NAMES = ("Ana Ruiz", "Jon Berg", "Mei Tan", "Ola Nilsen", "Ravi Shah", "Eva Klein", "Tom Okoro", "Lia Costa")
