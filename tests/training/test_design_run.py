@@ -154,6 +154,24 @@ def test_a_failed_score_costs_no_weights(
     assert any("scores after: failed, RuntimeError: no memory" in line for line in said)
 
 
+def test_a_failed_step_costs_no_weights(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replayed: list[int] = []
+
+    def divergence(*_: object) -> torch.Tensor:
+        replayed.append(1)
+        if len(replayed) == 3:
+            raise RuntimeError("no memory")
+        return torch.zeros((), requires_grad=True)
+
+    monkeypatch.setattr(loop, "divergence", divergence)
+    with pytest.raises(RuntimeError, match="no memory"):
+        run(settings(folders, tmp_path), replace(SHORT, steps=6), unsaid)
+    assert weights(tmp_path)
+    assert summary(tmp_path)["step"] == 4  # two of the steps had plain text to replay, and the third such failed
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     masters = Masters([weight])

@@ -93,7 +93,12 @@ class _Run:
             raise TrainingError(f"{out} holds {progress.step} steps already; there is nothing left to train")
         if not progress.step:
             progress.before = self._scored("before")
-        self._train()
+        try:
+            self._train()
+        except Exception as error:  # what was learned so far is worth keeping
+            self._say(f"step {progress.step}: failed, {type(error).__name__}: {error}")
+            self._export({})
+            raise
         self._publish_mean()
         self._export({})
         after = self._scored("after")
