@@ -72,7 +72,7 @@ def run(
     asked = drawn(count)
     recorder = Recorder(
         path,
-        name="by-design",
+        name=record_name(model),
         version=1,
         title="Right answers under visibility by design",
         command=command,
@@ -84,6 +84,11 @@ def run(
     )
     recorder.collect(asked, _key, lambda one: _row(model, one), report)
     return recorder.finish(summarise(recorder.rows))
+
+
+def record_name(model: Model) -> str:
+    """The record's name: of each model its own."""
+    return f"by-design-{Path(model.name).stem.lower().replace('.', '-').replace('_', '-')}"
 
 
 def _key(one: Case | Piecewise) -> dict[str, Any]:
@@ -129,9 +134,7 @@ def policy_decision(model: Model, case: Case, arm: str) -> Decision:
     if arm == "causal":
         return notebook.decide(case.asked, options)
     notebook.decide(case.asked, options, keep=True)
-    return notebook.decide(
-        case.asked, options, edits={field: case.new}, mode=None if arm == "design" else Mode(arm)
-    )
+    return notebook.decide(case.asked, options, edits={field: case.new}, mode=None if arm == "design" else Mode(arm))
 
 
 def piece_decision(model: Model, one: Piecewise, arm: str) -> Decision:
@@ -153,7 +156,7 @@ def piece_decision(model: Model, one: Piecewise, arm: str) -> Decision:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How often each arm is right (Wilson), by kind and over all kinds of policies; how often another order changes an answer."""
+    """How often each arm is right (Wilson), by kind and over all policies; how often another order changes an answer."""
     kinds = list(dict.fromkeys(str(row["kind"]) for row in rows))
     of_policies = {kind.name for kind in KINDS}
     found: dict[str, Any] = {kind: _right([row for row in rows if row["kind"] == kind]) for kind in kinds}
