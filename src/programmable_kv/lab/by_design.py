@@ -25,11 +25,11 @@ from programmable_kv.lab.readers import KINDS, Case, cases
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.notebook import Notebook
-from programmable_kv.records import Record, Recorder, digest_of, wilson
+from programmable_kv.records import Record, Recorder, digest_of, record_slug, wilson
 from programmable_kv.skills.skill import Skill
 
 SEED = 97_000
-POLICY_ARMS = ("design", "readers", "erratum", "field_erratum", "in_place", "causal")
+POLICY_ARMS = ("design", "readers", "field_erratum", "causal")
 """`causal` prefills the new text, without a history; the others edit below an answer under the old value"""
 PIECE_ARMS = ("design", "reordered", "one_text", "spliced")
 """`reordered`: by design, the pieces in the opposite order. `one_text`: causal, the pieces part of the text"""
@@ -88,7 +88,7 @@ def run(
 
 def record_name(model: Model) -> str:
     """The record's name: of each model its own."""
-    return f"by-design-{Path(model.name).stem.lower().replace('.', '-').replace('_', '-')}"
+    return f"by-design-{record_slug(Path(model.name).name.lower().removesuffix('.gguf'))}"
 
 
 def _key(one: Case | Piecewise) -> dict[str, Any]:
