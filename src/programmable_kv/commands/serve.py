@@ -26,7 +26,16 @@ def serve(
         str, typer.Option(help="the address to listen at; other than this machine's only with API keys")
     ] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(help="the port to listen at")] = 8787,
-    mode: Annotated[str, typer.Option(help="'observe' reports on the prefix cache; 'pass' only forwards")] = "observe",
+    mode: Annotated[
+        str,
+        typer.Option(help="'observe' reports on the prefix cache; 'pass' only forwards; 'erratum', 'hoist', 'strict'"),
+    ] = "observe",
+    volatile: Annotated[
+        Path | None, typer.Option(help="which pieces of prompts may change, and modes of routes: a JSON file")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="the file in which the state is kept; in the user's data folder by default")
+    ] = None,
     api_keys_file: Annotated[
         Path | None, typer.Option(help="who may use the gateway: lines that `pkv serve-key` prints")
     ] = None,
@@ -44,14 +53,17 @@ def serve(
     """A gateway in front of a model server (--upstream), or a server of a model with notebooks, edited in the cache.
 
     The gateway forwards Chat Completions, Completions, Responses, Messages and everything else under /v1 byte for byte,
-    and says at /pkv/report what the prefix cache missed. Metrics for Prometheus are at /metrics.
+    and says at /pkv/report what the prefix cache missed. Metrics for Prometheus are at /metrics. With --mode erratum it sends
+    again what it sent before where only declared or often seen values changed, and tells the new ones in an appended line.
     """
     from programmable_kv.extras import require_extra
 
     require_extra("serve", "starlette", "uvicorn", "httpx2", "prometheus_client")
     from programmable_kv.serve.access import read_keys
+    from programmable_kv.serve.modes import GatewayMode
+    from programmable_kv.serve.rewriting.rules import Rules, read_rules
     from programmable_kv.serve.run import run_gateway, run_local
-    from programmable_kv.serve.settings import GatewayMode, GatewaySettings, Limits, LocalSettings
+    from programmable_kv.serve.settings import GatewaySettings, Limits, LocalSettings, default_state
 
     if mode not in tuple(GatewayMode):
         raise InvalidArgumentError(f"--mode is one of {', '.join(GatewayMode)}, got {mode!r}")
@@ -74,7 +86,9 @@ def serve(
         run_local(loaded, settings)
         return
     secret = _secret(upstream_key_env) if upstream_key_env is not None else ""
-    gateway = GatewaySettings(upstream, host, port, GatewayMode(mode), limits, keys, secret)
+    rules = read_rules(volatile) if volatile is not None else Rules()
+    kept = state or default_state(f"gateway-{port}")
+    gateway = GatewaySettings(upstream, host, port, GatewayMode(mode), limits, keys, secret, rules, kept)
     _say(f"{here}/v1 forwards to {upstream}; report at {here}/pkv/report")
     run_gateway(gateway)
 
