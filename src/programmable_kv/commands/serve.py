@@ -80,7 +80,7 @@ def serve(
         logging.getLogger("programmable_kv.serve").setLevel(logging.INFO)
     here = f"http://{host}:{port}"
     if upstream is None:
-        settings = LocalSettings(host, port, limits, keys, max_notebooks)
+        settings = LocalSettings(host, port, limits, keys, max_notebooks, state or default_state(f"local-{port}"))
         loaded = load(model)
         _say(f"{here}/v1 serves {loaded.name}; notebooks at {here}/v1/notebooks")
         run_local(loaded, settings)

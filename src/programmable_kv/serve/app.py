@@ -36,6 +36,7 @@ def gateway_app(settings: GatewaySettings, upstream: Upstream | None = None) -> 
         upstream: where requests go instead of the address in the settings. The application closes it when it ends.
     """
     limits = settings.limits
+    state = State(settings.state, durable=False) if settings.rewrites else None  # first: it may be refused
     access = Access(settings.keys, settings.upstream_key)
     metrics = Metrics()
     observer = None
@@ -51,7 +52,6 @@ def gateway_app(settings: GatewaySettings, upstream: Upstream | None = None) -> 
         connect_s=limits.connect_s,
         read_s=limits.read_s,
     )
-    state = State(settings.state, durable=False) if settings.rewrites else None
     rewriter = None
     if state is not None:
         store = ConversationStore(state, most=limits.conversations)

@@ -122,6 +122,8 @@ class LocalSettings:
     limits: Limits = Limits()
     keys: tuple[ApiKey, ...] = ()
     max_notebooks: int = 64
+    state: Path | None = None
+    """the file in which notebooks are kept; None keeps them in memory"""
 
     def __post_init__(self) -> None:
         require_count(self.max_notebooks, "max_notebooks", least=1)

@@ -23,11 +23,13 @@ from programmable_kv.serve.access import Access
 from programmable_kv.serve.local.answers import Answer
 from programmable_kv.serve.local.calls import chat_call
 from programmable_kv.serve.local.endpoint import Call, Endpoint, Handler, refusal_of
+from programmable_kv.serve.local.kept import NotebookShelf
 from programmable_kv.serve.local.notebooks import Entry, NotebookStore
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.routes import OTHER
 from programmable_kv.serve.settings import LocalSettings
+from programmable_kv.serve.state import State
 
 _LOG = logging.getLogger("programmable_kv.serve")
 _NOTEBOOK = "notebook:"
@@ -38,10 +40,13 @@ class LocalServer:
     """The handlers of one model's routes."""
 
     def __init__(self, model: Model, settings: LocalSettings) -> None:
+        self._state = State(settings.state, durable=True)
         self._model = model
         self._queue = ModelQueue(max_waiting=settings.limits.max_waiting)
         self._wait_s = settings.limits.wait_s
-        self.notebooks = NotebookStore(model, self._queue, most=settings.max_notebooks, wait_s=settings.limits.wait_s)
+        shelf = NotebookShelf(self._state)
+        wait_s = settings.limits.wait_s
+        self.notebooks = NotebookStore(model, self._queue, shelf, most=settings.max_notebooks, wait_s=wait_s)
 
     @property
     def waiting(self) -> int:
@@ -51,6 +56,7 @@ class LocalServer:
     def close(self) -> None:
         """Let the model's operations end, and take no more."""
         self._queue.close()
+        self._state.close()
 
     async def models(self, _: Call) -> Response:
         """`GET /v1/models`."""
@@ -109,8 +115,8 @@ class LocalServer:
         if asked.startswith(_NOTEBOOK):
             entry = self.notebooks.get(tenant, asked.removeprefix(_NOTEBOOK))
             async with (
-                self.notebooks.use(entry),
-                aclosing(self._drawn(answer.of_notebook, entry.notebook)) as pieces,
+                self.notebooks.use(entry) as notebook,
+                aclosing(self._drawn(answer.of_notebook, notebook)) as pieces,
             ):
                 async for piece in pieces:
                     yield piece

@@ -16,7 +16,7 @@ from programmable_kv.serve.rewriting.conversation import (
     kept_bytes,
     sent,
 )
-from programmable_kv.serve.rewriting.prompt import MESSAGES, Prompt, holds_thinking, open_calls
+from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, Prompt, holds_thinking, open_calls
 from programmable_kv.serve.rewriting.rules import Rules
 from programmable_kv.serve.rewriting.wording import line_of, new_token, placeholder
 
@@ -26,6 +26,11 @@ _BUDGET = 0.25
 """and the part of the body that they may take"""
 
 
+FORMS = {
+    CHAT: (Form.SYSTEM, Form.USER, Form.INLINE),
+    MESSAGES: (Form.SYSTEM, Form.INLINE),  # two user turns in a row are one there: a block does the same
+}
+"""in which forms a line may stand, the best first"""
 SELDOM = "a value changed that was not seen to change repeatedly"
 
 
@@ -68,8 +73,8 @@ class Plan:
     """of tools and system prompt"""
     turns_bytes: int = 0
     """of the conversation that was sent before"""
-    templates: tuple[str, ...] = field(default=(), repr=False)
-    """lines that changed in a value that is not declared"""
+    replaced: Conversation | None = field(default=None, repr=False)
+    """the conversation that ends here, and goes on as `after`"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +165,7 @@ def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: 
     if old.plain:
         if not found.changes:
             return Plan(Action.FORWARDED, "", None, old, new)
-        return _afresh(prompt, known, Action.RESET, "nothing was announced", old, found.templates)
+        return _afresh(prompt, known, Action.RESET, "nothing was announced", old)
     if not told:
         return _planned(Action.REPLAYED, prompt, old, new, None)
     if not _has_place(prompt):
@@ -177,28 +182,21 @@ def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: 
     return made
 
 
-def _afresh(
-    prompt: Prompt,
-    known: Known,
-    action: Action,
-    why: str,
-    replaced: Conversation | None,
-    templates: tuple[str, ...] = (),
-) -> Plan:
+def _afresh(prompt: Prompt, known: Known, action: Action, why: str, replaced: Conversation | None) -> Plan:
     """The request as it came. Where something in it may change, its system prompt says that lines may follow."""
     token = new_token() if _may_change(prompt, known) else ""
     made = begun(prompt, known.rules, known.keys, token=token, named=known.named, replaced=replaced)
-    if not token:
-        return Plan(action, why, None, None, made, templates=templates)
-    if known.hoist and _has_place(prompt):
+    note = None
+    begins = action is Action.FORWARDED
+    if token and known.hoist and _has_place(prompt):
         hoisted = _hoisted(made, prompt, known)
         if hoisted is not None:
-            note = hoisted.notes[0]
-            body = sent(hoisted, prompt)
-            kind = Action.HOISTED if action is Action.FORWARDED else action
-            return Plan(kind, why, body, None, hoisted, note, added_bytes=_added(hoisted), templates=templates)
-    kind = Action.ANNOUNCED if action is Action.FORWARDED else action
-    return Plan(kind, why, sent(made, prompt), None, made, added_bytes=_added(made), templates=templates)
+            made, note = hoisted, hoisted.notes[0]
+            action = Action.HOISTED if begins else action
+    if token and begins and note is None:
+        action = Action.ANNOUNCED
+    body = sent(made, prompt) if token else None
+    return Plan(action, why, body, None, made, note, added_bytes=_added(made), replaced=replaced)
 
 
 def _may_change(prompt: Prompt, known: Known) -> bool:
@@ -271,8 +269,6 @@ def _form(prompt: Prompt, known: Known, told: Sequence[Change], notes: Sequence[
     for form in known.forms:
         if form is Form.SYSTEM and not all(change.trusted for change in told):
             continue
-        if form is Form.USER and prompt.route == MESSAGES:
-            continue  # two user turns in a row are one there: a block does the same
         if form is Form.INLINE and (behind or not user):
             continue
         return form

@@ -14,7 +14,7 @@ from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.body import read
 from programmable_kv.serve.rewriting.conversation import Conversation, Form, keys_of
 from programmable_kv.serve.rewriting.judge import Gain, Judge
-from programmable_kv.serve.rewriting.plan import Action, Known, Match, Plan, choose, match, plan
+from programmable_kv.serve.rewriting.plan import FORMS, Action, Known, Match, Plan, choose, match, plan
 from programmable_kv.serve.rewriting.prompt import ROUTES, Prompt, prompt_of
 from programmable_kv.serve.rewriting.rules import Rules
 from programmable_kv.serve.rewriting.store import ConversationStore
@@ -114,7 +114,7 @@ class Rewriter:
         salt = str(body.data.get("cache_salt") or "")
         keys = keys_of(prompt, self._rules, tenant, route, prompt.model, session, salt)
         owner = self._owner(tenant, route)
-        forms = [form for form in Form if self._verdict(route, prompt.model, form) not in _REFUSED]
+        forms = [form for form in FORMS[route] if self._verdict(route, prompt.model, form) not in _REFUSED]
         learned = self._store.learned(owner)
         work.known = Known(self._rules, keys, bool(own), learned, mode is GatewayMode.HOIST, forms)
         self._plan(work, owner)
@@ -152,7 +152,7 @@ class Rewriter:
         if note is not None and not self._verdict(work.route, work.model, note.form):
             self._decided(work.route, work.model, note.form, _TAKEN)
         if work.plan.after is None and work.plan.before is not None:
-            self._store.forget(work.plan.before)
+            self._store.end(work.plan.before)
         self.judge.acted(work.tenant, work.route, work.model, work.plan)
 
     def settle(self, work: Rewriting, usage: Usage | None) -> Gain | None:

@@ -17,6 +17,9 @@ _OFTEN = 2
 """changes of one line after which it counts as one that changes repeatedly"""
 _FORGET_EVERY = 256
 """new conversations between two clean-ups"""
+_SET_KEY = "UPDATE conversations SET key = ? WHERE identity = ?"
+_ENDED = ""
+"""the key of conversations that were replaced after a reset"""
 _BEGINNINGS_S = 30 * 86400.0
 
 
@@ -67,6 +70,8 @@ class ConversationStore:
             return True
         now = time.time()
         with self._state.write() as run:
+            if plan.replaced is not None:
+                run.execute(_SET_KEY, (_ENDED, plan.replaced.identity))
             if before is None:
                 run.execute(
                     "INSERT INTO conversations VALUES (?, ?, ?, ?, ?)",
@@ -110,6 +115,8 @@ class ConversationStore:
                 run.execute(
                     "DELETE FROM errata WHERE conversation = ? AND number = ?", (after.identity, len(after.notes) - 1)
                 )
+            if plan.replaced is not None:
+                run.execute(_SET_KEY, (plan.replaced.key, plan.replaced.identity))
             if before is None:
                 run.execute("DELETE FROM conversations WHERE identity = ?", (after.identity,))
                 if after.origin == after.identity:
@@ -121,11 +128,10 @@ class ConversationStore:
                 )
         return True
 
-    def forget(self, conversation: Conversation) -> None:
-        """Forget one: no request goes on with it."""
+    def end(self, conversation: Conversation) -> None:
+        """No request goes on with it any more."""
         with self._state.write() as run:
-            run.execute("DELETE FROM conversations WHERE identity = ?", (conversation.identity,))
-            run.execute("DELETE FROM errata WHERE conversation = ?", (conversation.identity,))
+            run.execute(_SET_KEY, (_ENDED, conversation.identity))
 
     def learned(self, owner: str) -> frozenset[str]:
         """Lines that changed repeatedly."""
