@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from programmable_kv.cli import app
 from programmable_kv.errors import InvalidArgumentError, InvalidValueError
-from programmable_kv.serve.settings import GatewayMode, LocalSettings
+from programmable_kv.serve.modes import GatewayMode
+from programmable_kv.serve.settings import LocalSettings, default_state
 from serve.http_peers import Received, answer, raw_upstream, wait_until
 
 
@@ -108,7 +109,8 @@ def test_without_an_upstream_it_serves_a_model(served: list[Any], monkeypatch: p
 
     monkeypatch.setattr("programmable_kv.commands.serve.load", load)
     invoke("--model", "some/model", "--max-notebooks", "3")
-    assert (loaded, served) == (["some/model"], [LocalSettings(max_notebooks=3)])
+    kept = default_state("local-8787")
+    assert (loaded, served) == (["some/model"], [LocalSettings(max_notebooks=3, state=kept)])
     with pytest.raises(InvalidArgumentError, match="--api-keys-file"):
         invoke("--host", "0.0.0.0")
     assert len(loaded) == 1, "what is refused is refused before a model is loaded"

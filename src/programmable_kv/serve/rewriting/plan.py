@@ -136,15 +136,20 @@ def choose(matches: Sequence[Match], alone: bool) -> tuple[Match | None, str]:
     if not fitting:
         refused = [each.refused for each in matches]
         return None, refused[0] if refused else ""
-    least = min(len(each.changes) for each in fitting)
-    nearest = [each for each in fitting if len(each.changes) == least]
-    best = next((each for each in nearest if each.conversation.token), nearest[0])
+    certain = [each for each in fitting if _is_certain(each, alone)]
+    if not certain:
+        return None, "it may be another conversation"
+    least = min(len(each.changes) for each in certain)
+    nearest = [each for each in certain if len(each.changes) == least]
     if least and len({each.conversation.origin for each in nearest}) > 1:
         return None, "it may go on with several conversations"
-    told = [change for change in best.changes if not change.harmless]
-    if told and not best.conversation.named and not (alone and best.conversation.spoke):
-        return None, "it may be another conversation"
-    return best, ""
+    return next((each for each in nearest if each.conversation.token), nearest[0]), ""
+
+
+def _is_certain(found: Match, alone: bool) -> bool:
+    """Whether no other conversation's values would be told by mistake."""
+    named, spoke = found.conversation.named, found.conversation.spoke
+    return named or (alone and spoke) or all(change.harmless for change in found.changes)
 
 
 def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: Conversation | None = None) -> Plan:
