@@ -48,6 +48,13 @@ def serve(
     read_timeout: Annotated[float, typer.Option(help="seconds for which the upstream may be silent")] = 600.0,
     observe_mib: Annotated[int, typer.Option(help="memory for earlier requests to compare with, in MiB")] = 256,
     max_notebooks: Annotated[int, typer.Option(help="without --upstream: notebooks that are kept")] = 64,
+    per_minute: Annotated[
+        float | None,
+        typer.Option(help="requests of each API key in a minute; `per-minute=` beside a key goes before"),
+    ] = None,
+    cache_salt: Annotated[
+        bool, typer.Option("--cache-salt", help="the upstream is vLLM: part the tenants' caches with a `cache_salt`")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="log a line for each request; never its text")] = False,
 ) -> None:
     """A gateway in front of a model server (--upstream), or a server of a model with notebooks, edited in the cache.
@@ -73,6 +80,7 @@ def serve(
         max_waiting=max_waiting,
         read_s=read_timeout,
         observed_bytes=observe_mib * _MIB,
+        per_minute=per_minute,
     )
     keys = read_keys(api_keys_file) if api_keys_file is not None else ()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
@@ -88,7 +96,7 @@ def serve(
     secret = _secret(upstream_key_env) if upstream_key_env is not None else ""
     rules = read_rules(volatile) if volatile is not None else Rules()
     kept = state or default_state(f"gateway-{port}")
-    gateway = GatewaySettings(upstream, host, port, GatewayMode(mode), limits, keys, secret, rules, kept)
+    gateway = GatewaySettings(upstream, host, port, GatewayMode(mode), limits, keys, secret, rules, kept, cache_salt)
     _say(f"{here}/v1 forwards to {upstream}; report at {here}/pkv/report")
     run_gateway(gateway)
 

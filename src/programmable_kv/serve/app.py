@@ -21,6 +21,7 @@ from programmable_kv.serve.refusal import RefusedError
 from programmable_kv.serve.rewriting.rewriter import Rewriter
 from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.routes import Dialect
+from programmable_kv.serve.salt import TenantSalt, secret_of
 from programmable_kv.serve.settings import GatewaySettings
 from programmable_kv.serve.state import State
 from programmable_kv.serve.upstream import HttpUpstream, Upstream
@@ -36,7 +37,9 @@ def gateway_app(settings: GatewaySettings, upstream: Upstream | None = None) -> 
         upstream: where requests go instead of the address in the settings. The application closes it when it ends.
     """
     limits = settings.limits
-    state = State(settings.state, durable=False) if settings.rewrites else None  # first: it may be refused
+    state = (
+        State(settings.state, durable=False) if settings.rewrites or settings.salts else None
+    )  # first: it may be refused
     access = Access(settings.keys, settings.upstream_key)
     metrics = Metrics()
     observer = None
@@ -53,11 +56,12 @@ def gateway_app(settings: GatewaySettings, upstream: Upstream | None = None) -> 
         read_s=limits.read_s,
     )
     rewriter = None
-    if state is not None:
+    salt = TenantSalt(secret_of(state)) if state is not None and settings.salts else None
+    if state is not None and settings.rewrites:
         store = ConversationStore(state, most=limits.conversations)
         rewriter = Rewriter(store, settings.rules, settings.mode, settings.upstream, metrics.tell_gain)
         metrics.watch("conversations", "conversations that are kept", lambda: float(len(store)))
-    forwarder = Forwarder(settings, client, access, admission, metrics, observer, rewriter)
+    forwarder = Forwarder(settings, client, access, admission, metrics, observer, rewriter, salt)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from urllib.parse import quote
 from starlette.types import Receive, Scope, Send
 
 from programmable_kv.explain.pieces import Usage
-from programmable_kv.serve.access import Access, Admitted
+from programmable_kv.serve.access import Access, Admitted, rates_of
 from programmable_kv.serve.admission import Admission
 from programmable_kv.serve.capture import Capture
 from programmable_kv.serve.exchange import Exchange
@@ -20,10 +21,12 @@ from programmable_kv.serve.incoming import check_length, read_body, while_connec
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.observer import Observer
+from programmable_kv.serve.rates import Rates
 from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.reply import ClientGoneError, Reply
 from programmable_kv.serve.rewriting.rewriter import Rewriter, Rewriting
 from programmable_kv.serve.routes import Route, route_of
+from programmable_kv.serve.salt import TenantSalt
 from programmable_kv.serve.settings import GatewaySettings
 from programmable_kv.serve.stopwatch import Stopwatch
 from programmable_kv.serve.upstream import Upstream, UpstreamAnswer, UpstreamRequest
@@ -31,6 +34,7 @@ from programmable_kv.serve.upstream import Upstream, UpstreamAnswer, UpstreamReq
 _LOG = logging.getLogger("programmable_kv.serve")
 _UPSTREAM_FAULTS = (502, 504)
 """statuses of refusals that are the upstream's fault"""
+_LONG_BODY = 64 * 2**10
 _SUCCESS = range(200, 300)
 
 
@@ -60,6 +64,7 @@ class Forwarder:
         metrics: Metrics,
         observer: Observer | None,
         rewriter: Rewriter | None,
+        salt: TenantSalt | None,
     ) -> None:
         self._limits = settings.limits
         self._mode = settings.mode
@@ -72,6 +77,8 @@ class Forwarder:
         self._metrics = metrics
         self._observer = observer
         self._rewriter = rewriter
+        self._salt = salt
+        self._rates = Rates(settings.limits.per_minute, rates_of(settings.keys))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -91,6 +98,7 @@ class Forwarder:
 
     async def _answer(self, job: _Job, receive: Receive) -> None:
         admitted = self._access.admit(job.headers)
+        self._rates.take(admitted.tenant)
         _check_path(job.scope["path"])
         check_length(job.headers, self._limits.max_body_bytes)
         with job.watch.waiting("place"):
@@ -104,7 +112,11 @@ class Forwarder:
 
     async def _exchange(self, job: _Job, admitted: Admitted, body: bytes) -> None:
         if self._rewriter is not None and job.route.observed and job.scope["method"] == "POST":
-            job.work = self._rewriter.begin(admitted.tenant, job.route.label, job.headers, body)
+            wanted = (admitted.tenant, job.route.label, job.headers, body)
+            if len(body) > _LONG_BODY:  # others are not kept waiting for a long one
+                job.work = await asyncio.to_thread(self._rewriter.begin, *wanted)
+            else:
+                job.work = self._rewriter.begin(*wanted)
         answer = await self._send(job, admitted, body)
         try:
             await self._pass_on(job, answer, admitted.tenant, body if job.work is None else job.work.body)
@@ -117,6 +129,9 @@ class Forwarder:
         while True:
             data = body if work is None else work.body
             rewritten = work is not None and work.rewritten
+            if self._salt is not None and job.route.observed and job.scope["method"] == "POST":
+                packed = value_of(job.headers, b"content-encoding") not in (None, b"identity")
+                data, rewritten = self._salt.salted(data, admitted.tenant, packed=packed), True
             headers = upwards(admitted.headers, self._host, data, rewritten=rewritten)
             request = UpstreamRequest(job.scope["method"], self._target(job.scope), headers, data)
             with job.watch.waiting("upstream"):

@@ -40,6 +40,8 @@ class Limits:
     queued_bytes: int = 64 * _MIB
     """requests and answers that wait to be compared; more are left out and counted"""
 
+    per_minute: float | None = None
+    """requests of a tenant in a minute, where its key says nothing else; None is no limit"""
     conversations: int = 100_000
     """conversations whose requests may be rewritten; those that were silent longest are forgotten first"""
 
@@ -47,6 +49,8 @@ class Limits:
         for name in ("max_body_bytes", "max_running", "observed_bytes", "queued_bytes", "conversations"):
             require_count(getattr(self, name), name, least=1)
         require_count(self.max_waiting, "max_waiting")
+        if self.per_minute is not None and not self.per_minute > 0:
+            raise InvalidArgumentError(f"per_minute is a number of requests above 0, got {self.per_minute!r}")
         for name in ("wait_s", "body_s", "connect_s", "read_s", "stall_s", "shutdown_s"):
             if not getattr(self, name) > 0:
                 raise InvalidArgumentError(f"{name} is a number of seconds above 0, got {getattr(self, name)!r}")
@@ -73,6 +77,8 @@ class GatewaySettings:
     """which pieces of prompts may change, and modes of single routes"""
     state: Path | None = None
     """the file in which conversations are kept; None keeps them in memory"""
+    salts: bool = False
+    """whether each tenant's prompts get a `cache_salt` of its own, as vLLM takes it"""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.upstream)

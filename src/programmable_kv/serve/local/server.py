@@ -19,13 +19,14 @@ from programmable_kv.errors import ProgrammableKVError
 from programmable_kv.model_queue import ModelQueue
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.notebook import Notebook
-from programmable_kv.serve.access import Access
+from programmable_kv.serve.access import Access, rates_of
 from programmable_kv.serve.local.answers import Answer
 from programmable_kv.serve.local.calls import chat_call
 from programmable_kv.serve.local.endpoint import Call, Endpoint, Handler, refusal_of
 from programmable_kv.serve.local.kept import NotebookShelf
 from programmable_kv.serve.local.notebooks import Entry, NotebookStore
 from programmable_kv.serve.metrics import Metrics
+from programmable_kv.serve.rates import Rates
 from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.routes import OTHER
 from programmable_kv.serve.settings import LocalSettings
@@ -150,6 +151,7 @@ class _Stream(StreamingResponse):
 def local_app(model: Model, settings: LocalSettings) -> Starlette:
     """A server of one model."""
     access, metrics = Access(settings.keys), Metrics()
+    rates = Rates(settings.limits.per_minute, rates_of(settings.keys))
     server = LocalServer(model, settings)
     metrics.watch("waiting", "operations that wait for the model", lambda: float(server.waiting))
     metrics.watch("notebooks", "notebooks that are kept", lambda: float(len(server.notebooks)))
@@ -162,7 +164,7 @@ def local_app(model: Model, settings: LocalSettings) -> Starlette:
             await asyncio.to_thread(server.close)
 
     def route(method: str, path: str, handle: Handler) -> Route:
-        return Route(path, Endpoint(path, handle, access, settings.limits, metrics), methods=[method])
+        return Route(path, Endpoint(path, handle, access, settings.limits, metrics, rates), methods=[method])
 
     async def measured(_: Call) -> Response:
         return Response(metrics.text(), media_type=_PROMETHEUS)
@@ -182,7 +184,7 @@ def local_app(model: Model, settings: LocalSettings) -> Starlette:
             route("POST", "/v1/notebooks/{id}/fork", server.fork),
             route("GET", "/metrics", measured),
             Route("/healthz", _healthy),
-            Route("/v1/{rest:path}", Endpoint(OTHER.label, nothing, access, settings.limits, metrics)),
+            Route("/v1/{rest:path}", Endpoint(OTHER.label, nothing, access, settings.limits, metrics, rates)),
         ],
         lifespan=lifespan,
     )

@@ -157,24 +157,26 @@ def _equal_bytes(texts: Mapping[str, str], others: Mapping[str, str]) -> int:
 def _sent_units(
     conversation: Conversation, prompt: Prompt
 ) -> Iterable[tuple[int, Unit, Mapping[str, str], tuple[str, ...], tuple[Any, ...]]]:
-    """Each unit with its place, the texts it is sent with, those put behind them, and the messages put behind it."""
-    head = len(prompt.head)
-    role = prompt.head[-1].role if head else "system"
-    for place, unit in enumerate(prompt.units):
-        if place < head:
-            more = (announcement(conversation.token),) if conversation.token and place == head - 1 else ()
-            yield place, unit, conversation.head[place].base, more, ()
-            continue
-        turn = place - head
+    """Each unit that may be sent in another form, with its place, the texts it is sent with, those put behind them, and the
+    messages put behind it."""
+    head = prompt.head
+    role = head[-1].role if head else "system"
+    for place, unit in enumerate(head):
+        more = (announcement(conversation.token),) if conversation.token and place == len(head) - 1 else ()
+        yield place, unit, conversation.head[place].base, more, ()
+    notes: dict[int, list[Note]] = {}
+    for note in conversation.notes:
+        notes.setdefault(note.after - 1, []).append(note)
+    for turn in sorted({*conversation.inside, *notes}):
         kept = conversation.inside.get(turn)
-        notes = [note for note in conversation.notes if note.after == turn + 1]
-        inline = tuple(note.line for note in notes if note.form is Form.INLINE)
+        inline = tuple(note.line for note in notes.get(turn, ()) if note.form is Form.INLINE)
         behind = tuple(
             {"role": role if note.form is Form.SYSTEM else "user", "content": note.line}
-            for note in notes
+            for note in notes.get(turn, ())
             if note.form is not Form.INLINE
         )
-        yield place, unit, kept.base if kept is not None else {}, inline, behind
+        place = len(head) + turn
+        yield place, prompt.units[place], kept.base if kept is not None else {}, inline, behind
 
 
 def _with_turns(conversation: Conversation, prompt: Prompt, rules: Rules, known: int = 0) -> Conversation:

@@ -62,7 +62,7 @@ class Rewriting:
 
 
 class Rewriter:
-    """The modes that rewrite. Planning and remembering are for the event loop's thread, judging for any."""
+    """The modes that rewrite. For several threads."""
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class Rewriter:
             work.replaced = matches[0].conversation
         work.match, work.why = found, why
         work.plan = plan(prompt, found, known, why, work.replaced)
-        if not self._store.commit(work.plan):  # cannot be while one thread plans; then nothing is rewritten
+        if not self._store.commit(work.plan):
             work.plan = Plan(Action.FORWARDED, "another request went on with the conversation")
 
     def _owner(self, tenant: str, route: str) -> str:

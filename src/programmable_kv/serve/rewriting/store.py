@@ -135,7 +135,7 @@ class ConversationStore:
 
     def learned(self, owner: str) -> frozenset[str]:
         """Lines that changed repeatedly."""
-        return frozenset(each for each, seen in self._templates.get(owner, {}).items() if seen >= _OFTEN)
+        return frozenset(each for each, seen in list(self._templates.get(owner, {}).items()) if seen >= _OFTEN)
 
     def learn(self, owner: str, templates: Sequence[str], *, most: int = 200) -> None:
         """Count a change of each line."""
