@@ -31,7 +31,7 @@ class TenantSalt:
         self._secret = secret
 
     def of(self, tenant: str, own: str = "") -> str:
-        """The salt of a tenant, and of the client's own salt within it. Lengths stand before the parts, so that no pairs meet."""
+        """The salt of a tenant, and of the client's own salt within it. Lengths before the parts keep pairs apart."""
         parts = [part.encode("utf-8", "surrogatepass") for part in (tenant, own)]
         message = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
         return hmac.digest(self._secret, message, sha256).hex()
