@@ -119,6 +119,8 @@ class Observer:
 
     def _observe(self, exchange: Exchange) -> Observation | None:
         request = self._request(exchange)
+        if exchange.settle is not None:
+            exchange.settle(request.usage if request is not None else None)
         if request is None:
             self._count(unreadable=self._state.unreadable + 1)
             return None
