@@ -56,6 +56,7 @@ class Agent:
         repair: SeamRepair | None = None,
         fold_system: bool = True,
         visibility: str | Visibility = Visibility.CAUSAL,
+        mentions: Mapping[str, Sequence[str]] | None = None,
         **state: Value,
     ) -> None:
         """Compose the context. What was compiled before is spliced, only the rest is computed.
@@ -63,14 +64,15 @@ class Agent:
         Args:
             policy: the system message, with a `{field}` placeholder for every name in the state; or a skill, whose own fields
                 are the state.
-            values, state: the fields' values; those of fields that are called `skills`, `mode`, `repair`, `fold_system` or
-                `visibility` in `values`.
+            values, state: the fields' values; those of fields that are called like one of the options here in `values`.
             skills: follow the policy, in this order, each after an empty line.
             mode: how changes of state are made, as in `Notebook.edit`.
             repair: which tokens of each skill are computed again in their place.
             fold_system: where the chat template has no place for a system message, the policy begins the first user turn.
                 `composed.why` says so.
             visibility: as in `Notebook`. By `design` changes of state are exact, and leave earlier turns as history.
+            mentions: field -> by what words the policy speaks of it, as in `Notebook.mentions`. By design it is best said here,
+                before anything is computed.
 
         Raises:
             UnknownFieldError, InvalidValueError, InvalidEditError, FingerprintMismatchError, ContextOverflowError: as
@@ -85,6 +87,8 @@ class Agent:
         self.mode = None if mode is None else parse_mode(mode)
         self.notebook = Notebook(model, fold_system=fold_system, visibility=visibility)
         self.notebook.message("system", text, **{**(values or {}), **state}, **{skill.name: skill for skill in pieces})
+        for name, words in (mentions or {}).items():
+            self.notebook.mentions(name, *words)
         self.composed = self.notebook.prefill(repair=repair)
         self.turns: list[Turn] = []
         self._between: list[Account] = []

@@ -107,7 +107,8 @@ def _row(model: Model, one: Case | Piecewise) -> dict[str, Any]:
         arms = {arm: decided(policy_decision(model, one, arm), right) for arm in POLICY_ARMS}
         return {**_key(one), "domain": one.scenario.domain, **arms}
     right = sorted(one.task.right)
-    arms = {arm: decided(piece_decision(model, one, arm), right) for arm in PIECE_ARMS}
+    skills = [Skill.compile(model, piece, name=f"piece_{i}") for i, piece in enumerate(one.task.pieces)]
+    arms = {arm: decided(piece_decision(model, one, skills, arm), right) for arm in PIECE_ARMS}
     return {**_key(one), "domain": one.task.domain, **arms}
 
 
@@ -137,20 +138,19 @@ def policy_decision(model: Model, case: Case, arm: str) -> Decision:
     return notebook.decide(case.asked, options, edits={field: case.new}, mode=None if arm == "design" else Mode(arm))
 
 
-def piece_decision(model: Model, one: Piecewise, arm: str) -> Decision:
-    """The decision on pieces, in one arm."""
+def piece_decision(model: Model, one: Piecewise, skills: Sequence[Skill], arm: str) -> Decision:
+    """The decision on pieces, each of which was compiled alone, in one arm."""
     task = one.task
     lines = list(other_lines())
     random.Random(f"{SEED}/{one.kind}/{one.number}").shuffle(lines)
     before = TITLE + "".join(f"{line}\n" for line in lines[:UNRELATED_LINES]) + "\n" + task.shared
-    pieces = task.pieces[::-1] if arm == "reordered" else task.pieces
     if arm == "one_text":
-        notebook = Notebook(model).message("system", before + "".join(pieces))
+        notebook = Notebook(model).message("system", before + "".join(task.pieces))
     else:
-        skills = {f"piece_{i}": Skill.compile(model, piece, name=f"piece_{i}") for i, piece in enumerate(pieces)}
+        ordered = {skill.name: skill for skill in (skills[::-1] if arm == "reordered" else skills)}
         way = Visibility.CAUSAL if arm == "spliced" else Visibility.DESIGN
         notebook = Notebook(model, visibility=way)
-        notebook.message("system", before + "".join("{" + name + "}" for name in skills), **skills)
+        notebook.message("system", before + "".join("{" + name + "}" for name in ordered), **ordered)
     notebook.prefill(repair=SeamRepair() if arm == "spliced" else None)
     return notebook.decide(task.request, task.options)
 

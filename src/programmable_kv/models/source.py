@@ -13,7 +13,10 @@ EMBEDDED = "embedded"
 EMBEDDED_DESIGN = "embedded-design"
 _GGUF_MAGIC = b"GGUF"
 _REACHED_WITHIN_SECONDS = 3.0
-_FORMS = "Give 'embedded', 'embedded-design', a Hub id such as 'owner/name', a folder with config.json and weights, or the path of a .gguf file."
+_FORMS = (
+    "Give 'embedded', 'embedded-design', a Hub id such as 'owner/name', a folder with config.json and weights, or the path of "
+    "a .gguf file."
+)
 
 
 @dataclass(frozen=True, slots=True)
