@@ -1,0 +1,102 @@
+"""What an experiment is, and carrying one out into a record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from programmable_kv.lab.experiments.cases import RANKING_SEED, SEED, Case, cases
+from programmable_kv.lab.experiments.control import RANDOM_WEIGHTS
+from programmable_kv.lab.experiments.pair import Pair, pair_of
+from programmable_kv.models.load import Model
+from programmable_kv.records import Record, Recorder, digest_of
+
+Row = dict[str, Any]
+Report = Callable[[int, int], None]
+
+RANKING = 48
+"""cases on which roles are ranked, in an experiment that ranks any: three of each held-out domain"""
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """One question, asked of pairs of contexts."""
+
+    name: str
+    version: int
+    title: str
+    measure: Callable[[Pair, Sequence[Row]], Row]
+    """a pair's row. The rows given are those of `rank`, of other domains than the pair's"""
+    summarise: Callable[[Sequence[Row]], dict[str, Any]]
+    """from the rows of `measure`, those of skipped cases left out"""
+    rank: Callable[[Pair], Row] | None = None
+    """what is found out on other policies first; positions are never chosen on the policy on which they are scored"""
+    scenarios: int = 320
+    """cases that are drawn by default; about two thirds have two values that are equally many tokens long"""
+
+    def cases(self, count: int) -> list[tuple[str, Case]]:
+        """Every case with what it is for, `ranking` or `scoring`."""
+        ranked = cases(min(RANKING, count), RANKING_SEED) if self.rank is not None else []
+        return [("ranking", case) for case in ranked] + [("scoring", case) for case in cases(count, SEED)]
+
+
+def record_name(experiment: Experiment, model: Model) -> str:
+    """The embedded model's record has the experiment's name, any other's the model's too."""
+    from programmable_kv.records import record_slug
+
+    return experiment.name if model.name == "embedded" else f"{experiment.name}-{record_slug(model.name)}"
+
+
+def run(
+    experiment: Experiment, model: Model, count: int, path: Path, *, report: Report | None = None, command: str = ""
+) -> Record:
+    """Measure `count` cases and summarise what was found."""
+    drawn = experiment.cases(count)
+    recorder = Recorder(
+        path,
+        name=record_name(experiment, model),
+        version=experiment.version,
+        title=experiment.title,
+        command=command,
+        model=model.name,
+        model_fingerprint=model.fingerprint,
+        data_digest=digest_of(case.text() for _, case in drawn),
+        seeds=[SEED] + [RANKING_SEED] * (experiment.rank is not None),
+        settings={"scenarios": count},
+    )
+    model.engine.verify()
+
+    def row(it: tuple[str, Case]) -> Row:
+        part, case = it
+        known: Row = {"part": part, "number": case.number, "domain": case.domain}
+        pair = pair_of(model, case)
+        if isinstance(pair, str):
+            return known | {"skipped": pair}
+        if part == "ranking":
+            assert experiment.rank is not None
+            return known | experiment.rank(pair)
+        others = [r for r in recorder.rows if r["part"] == "ranking" and _other_half(r["domain"], case.domain)]
+        known |= {"old_gap": round(pair.scale.old, 4), "new_gap": round(pair.scale.new, 4), "valid": pair.scale.valid}
+        return known | experiment.measure(pair, [r for r in others if "skipped" not in r])
+
+    recorder.collect(drawn, lambda it: {"part": it[0], "number": it[1].number}, row, report)
+    scored = [row for row in recorder.rows if row["part"] == "scoring"]
+    kept = [row for row in scored if "skipped" not in row]
+    summary = {"drawn": len(scored), "aligned": len(kept), "right_both_ways": sum(row["valid"] for row in kept)}
+    # With random weights no decision is right, and what is measured is how little anything does.
+    counted = kept if model.name == RANDOM_WEIGHTS else [row for row in kept if row["valid"]]
+    summary |= {"counted": len(counted), "domains": len({row["domain"] for row in counted})}
+    return recorder.finish(summary | experiment.summarise(counted))
+
+
+def _other_half(ranked: str, scored: str) -> bool:
+    """Whether two domains are of different halves, so that no domain is scored by a ranking made on it."""
+    return _halves()[ranked] != _halves()[scored]
+
+
+def _halves() -> dict[str, int]:
+    from programmable_kv.scenarios.vocabulary import held_out_domains
+
+    return {domain.name: number % 2 for number, domain in enumerate(held_out_domains())}
