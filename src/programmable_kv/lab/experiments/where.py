@@ -46,6 +46,7 @@ def sets(text: Written) -> dict[str, tuple[int, ...]]:
         "tail": text.of(*TAIL),
     }
     found |= {f"rule_{part}": [s for s in of_rules if text.parts[s] is part] for part in Part if part is not Part.NONE}
+    found["first_of_actions"] = [s for s in found["rule_action"] if text.parts[s - 1] is not Part.ACTION]
     return {name: tuple(slots) for name, slots in found.items() if slots}
 
 
@@ -95,14 +96,18 @@ def _excess(name: str, row: Row) -> float | None:
     found, null = (row[part].get(name) for part in ("patched", "random"))
     if found is None or null is None or not row["valid"]:
         return None
-    return float(found - null) / (row["new_gap"] - row["old_gap"])
+    return (float(found) - float(null)) / _span(row)
 
 
 def _lost(name: str, row: Row) -> float | None:
     """The share of the decision's span that is lost where the set is stale in the new context."""
     if name not in row["noised"] or not row["valid"]:
         return None
-    return float(row["new_gap"] - row["noised"][name]) / (row["new_gap"] - row["old_gap"])
+    return float(row["new_gap"] - row["noised"][name]) / _span(row)
+
+
+def _span(row: Row) -> float:
+    return float(row["new_gap"]) - float(row["old_gap"])
 
 
 WHERE = Experiment(

@@ -154,7 +154,7 @@ def _kinds(text: str, case: Case, change: tuple[str, str], policy: str) -> tuple
     in_rules = False
     for line in policy.splitlines(keepends=True):
         bare = line.strip("-* \n")
-        value = _ruled(bare, case) if in_rules else None
+        value = ruled(bare, case)
         if value is None:
             kind = _kind(bare, case, in_rules=in_rules)
         else:
@@ -166,7 +166,7 @@ def _kinds(text: str, case: Case, change: tuple[str, str], policy: str) -> tuple
     return kinds, parts
 
 
-def _ruled(line: str, case: Case) -> str | None:
+def ruled(line: str, case: Case) -> str | None:
     """The value whose rule a line is; None if it is no rule of the field."""
     gate = case.gate
     held = [value for value, action in gate.actions.items() if all(it in line for it in (gate.field, value, action))]
