@@ -28,10 +28,10 @@ BANDS = ("all", "early", "middle", "late")
 
 
 def bands(layers: int) -> dict[str, tuple[int, ...]]:
-    """All layers, and each third of them."""
+    """All layers, and each third of them that has any."""
     cuts = [round(layers * part / 3) for part in range(4)]
     thirds = {name: tuple(range(cuts[i], cuts[i + 1])) for i, name in enumerate(BANDS[1:])}
-    return {BANDS[0]: tuple(range(layers)), **thirds}
+    return {BANDS[0]: tuple(range(layers)), **{name: which for name, which in thirds.items() if which}}
 
 
 def sets(text: Written) -> dict[str, tuple[int, ...]]:
