@@ -15,7 +15,7 @@ from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.lab.experiments import blast_radius, dissociation, knock_out, locality, where
 from programmable_kv.lab.experiments.cases import cases
 from programmable_kv.lab.experiments.control import randomised
-from programmable_kv.lab.experiments.experiment import Experiment, record_name, run
+from programmable_kv.lab.experiments.experiment import Experiment, of_other_domains, record_name, run
 from programmable_kv.lab.experiments.pair import Pair, pair_of
 from programmable_kv.lab.experiments.registry import EXPERIMENTS, experiment
 from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, share
@@ -69,6 +69,16 @@ def test_positions_are_ranked_by_roles_and_the_later_of_equals_first(pair: Pair)
     first = [slot for slot in later if pair.text.role(slot) == role]
     assert order[: len(first)] == first[::-1]
     assert sorted(order) == list(later)
+
+
+def test_no_domain_is_scored_by_a_ranking_made_on_it() -> None:
+    ranking = EXPERIMENTS["locality"].cases(48)
+    rows = [{"part": part, "domain": case.domain} for part, case in ranking]
+    for domain in {case.domain for _, case in ranking}:
+        others = of_other_domains(rows, domain)
+        assert len(others) == 24
+        assert domain not in {row["domain"] for row in others}
+    assert of_other_domains([{**rows[0], "skipped": "why"}], rows[1]["domain"]) == []
 
 
 def test_sets_of_tokens_are_what_they_say(pair: Pair) -> None:

@@ -11,7 +11,8 @@ from programmable_kv.lab.experiments.cases import RANKING_SEED, SEED, Case, case
 from programmable_kv.lab.experiments.control import RANDOM_WEIGHTS
 from programmable_kv.lab.experiments.pair import Pair, pair_of
 from programmable_kv.models.load import Model
-from programmable_kv.records import Record, Recorder, digest_of
+from programmable_kv.records import Record, Recorder, digest_of, record_slug
+from programmable_kv.scenarios.vocabulary import held_out_domains
 
 Row = dict[str, Any]
 Report = Callable[[int, int], None]
@@ -44,8 +45,6 @@ class Experiment:
 
 def record_name(experiment: Experiment, model: Model) -> str:
     """The embedded model's record has the experiment's name, any other's the model's too."""
-    from programmable_kv.records import record_slug
-
     return experiment.name if model.name == "embedded" else f"{experiment.name}-{record_slug(model.name)}"
 
 
@@ -77,9 +76,8 @@ def run(
         if part == "ranking":
             assert experiment.rank is not None
             return known | experiment.rank(pair)
-        others = [r for r in recorder.rows if r["part"] == "ranking" and _other_half(r["domain"], case.domain)]
         known |= {"old_gap": round(pair.scale.old, 4), "new_gap": round(pair.scale.new, 4), "valid": pair.scale.valid}
-        return known | experiment.measure(pair, [r for r in others if "skipped" not in r])
+        return known | experiment.measure(pair, of_other_domains(recorder.rows, case.domain))
 
     recorder.collect(drawn, lambda it: {"part": it[0], "number": it[1].number}, row, report)
     scored = [row for row in recorder.rows if row["part"] == "scoring"]
@@ -91,12 +89,8 @@ def run(
     return recorder.finish(summary | experiment.summarise(counted))
 
 
-def _other_half(ranked: str, scored: str) -> bool:
-    """Whether two domains are of different halves, so that no domain is scored by a ranking made on it."""
-    return _halves()[ranked] != _halves()[scored]
-
-
-def _halves() -> dict[str, int]:
-    from programmable_kv.scenarios.vocabulary import held_out_domains
-
-    return {domain.name: number % 2 for number, domain in enumerate(held_out_domains())}
+def of_other_domains(rows: Sequence[Row], domain: str) -> list[Row]:
+    """The rows that rank positions for a domain: those of the other half of the domains, so that it is not among them."""
+    half = {each.name: number % 2 for number, each in enumerate(held_out_domains())}
+    ranking = [row for row in rows if row["part"] == "ranking" and "skipped" not in row]
+    return [row for row in ranking if half[row["domain"]] != half[domain]]
