@@ -38,7 +38,7 @@ def distances(first: KVBuffer, second: KVBuffer) -> dict[str, torch.Tensor]:
     for name, read in (("keys", KVBuffer.keys), ("values", KVBuffer.values)):
         rows = []
         for layer in range(len(first)):
-            here, there = (read(buffer, layer).double() for buffer in (first, second))
+            here, there = (read(buffer, layer).cpu().double() for buffer in (first, second))
             off, size = ((t * t).sum(dim=(0, 1, 3)) for t in (there - here, here))
             rows.append((off / size.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
         found[name] = torch.stack(rows)

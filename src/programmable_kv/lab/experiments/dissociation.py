@@ -90,7 +90,7 @@ def measure(pair: Pair, _: Sequence[Row]) -> Row:
 def _outcome(pair: Pair, logits: torch.Tensor) -> dict[str, float | str]:
     """The gap, the choice among all actions, and the probability that the two actions have between them."""
     tokens = [pair.first_tokens[action] for action in pair.actions]
-    mass = float(torch.softmax(logits.double(), dim=-1)[tokens].sum())
+    mass = float(torch.softmax(logits.cpu().double(), dim=-1)[tokens].sum())
     return {"gap": round(float(pair.gap_in(logits)), 4), "choice": pair.decides(logits), "mass": round(mass, 4)}
 
 
