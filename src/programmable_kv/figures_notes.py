@@ -10,7 +10,7 @@ from programmable_kv.records import Record
 
 _COUNTS = (1, 2, 4, 8, 16, 32)
 _RANKED = {
-    "same": ("chosen on the same policy (an upper bound)", GREY, "--"),
+    "same": ("chosen on the same policy, as published", GREY, "--"),
     "held_out": ("chosen by their roles on other policies", BLUE, "-"),
     "moved": ("those that move farthest", ORANGE, "-"),
     "random": ("random, of the same places", GREEN, "-"),
@@ -77,7 +77,7 @@ def _locality(axes: Any, record: Record) -> None:
     axes.set_xlabel("later tokens patched")
     axes.set_ylabel("recovery of the new decision")
     axes.legend(frameon=False, fontsize=8, loc="upper left")
-    axes.set_ylim(-0.25, 1.55)
+    axes.set_ylim(-0.1, 1.5)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
 
 

@@ -1,8 +1,8 @@
 """Which keys and values carry a changed field to the decision: its own, a few later ones, the last ones, which layers'?
 
 Positions are ranked by what they are (`Written.role`) on policies of other domains, and scored here; beside them those that
-move farthest (which needs the new prefill), and those that do best on the very policy (an upper bound). Copied keys and values
-("patched") say where the decision is read from; tokens really computed again ("recomputed") say what an edit achieves.
+move farthest (which needs the new prefill), and those that do best on the very policy (as was published). Copied keys and
+values ("patched") say where the decision is read from; tokens really computed again ("recomputed") say what an edit achieves.
 """
 
 from __future__ import annotations
