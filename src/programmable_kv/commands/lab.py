@@ -29,6 +29,7 @@ def lab_run(
         int | None,
         typer.Option(min=1, help="held-out policies to draw [default: the experiment's]", show_default=False),
     ] = None,
+    everyday: Annotated[bool, typer.Option(help="worded for models that were not trained on the grammar")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, for other programs")] = False,
     out_path: OutOption = None,
 ) -> None:
@@ -51,10 +52,10 @@ def lab_run(
 
         loaded = randomised(loaded)
     count = chosen.scenarios if scenarios is None else scenarios
-    total = len(chosen.cases(count))
+    total = len(chosen.cases(count, everyday=everyday))
     path = record_path(out_path, record_name(chosen, loaded))
     with progress("Policies", total) as report:
-        record = run(chosen, loaded, count, path, report=report, command=command())
+        record = run(chosen, loaded, count, path, everyday=everyday, report=report, command=command())
     if as_json:
         print_summary(record)
     else:

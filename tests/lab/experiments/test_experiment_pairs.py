@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import tiny
-from programmable_kv.lab.experiments.cases import RANKING_SEED, SEED, cases
+from programmable_kv.lab.experiments.cases import RANKING_SEED, SEED, cases, domain_names
 from programmable_kv.lab.experiments.control import RANDOM_WEIGHTS, randomised
 from programmable_kv.lab.experiments.nulls import matched
 from programmable_kv.lab.experiments.pair import Pair, aligned, pair_of
@@ -20,9 +20,9 @@ from programmable_kv.lab.tools.together import Probe
 CLOSE = {"rel": 1e-9, "abs": 1e-9}
 
 
-def pairs(model: Any, seed: int = SEED) -> Iterator[Pair]:
+def pairs(model: Any, seed: int = SEED, *, everyday: bool = False) -> Iterator[Pair]:
     """The pairs that the tiny tokenizer, under which most values differ in length, allows."""
-    found = (pair_of(model, case) for case in cases(64, seed))
+    found = (pair_of(model, case) for case in cases(64, seed, everyday=everyday))
     return (pair for pair in found if isinstance(pair, Pair))
 
 
@@ -44,7 +44,10 @@ def test_a_longer_draw_begins_with_a_shorter_one() -> None:
     assert cases(20)[:5] == cases(5)
     assert cases(5) != cases(5, RANKING_SEED)
     assert len({case.domain for case in cases(16)}) == 16
-    for case in cases(8):
+    everyday = cases(20, everyday=True)
+    assert everyday[:5] == cases(5, everyday=True)
+    assert {case.domain for case in (*everyday, *cases(16))} <= set(domain_names())
+    for case in (*cases(8), *everyday):
         assert all(case.gate.actions[old] != case.gate.actions[new] for old, new in case.changes)
 
 
@@ -78,7 +81,7 @@ def test_the_two_texts_differ_in_the_field_alone(pair: Pair) -> None:
 
 
 def test_every_slot_has_its_kind(model: Any) -> None:
-    for pair in (next(pairs(model)), next(pairs(model, RANKING_SEED))):
+    for pair in (next(pairs(model)), next(pairs(model, RANKING_SEED)), next(pairs(model, everyday=True))):
         text, case = pair.text, pair.case
 
         def said(*kinds: Text, text: Any = text) -> str:

@@ -15,7 +15,7 @@ from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.lab.experiments import blast_radius, dissociation, knock_out, locality, where
 from programmable_kv.lab.experiments.cases import cases
 from programmable_kv.lab.experiments.control import randomised
-from programmable_kv.lab.experiments.experiment import Experiment, of_other_domains, record_name, run
+from programmable_kv.lab.experiments.experiment import WRONG, Experiment, of_other_domains, record_name, run
 from programmable_kv.lab.experiments.pair import Pair, pair_of
 from programmable_kv.lab.experiments.registry import EXPERIMENTS, experiment
 from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, share
@@ -148,6 +148,17 @@ def test_a_record_of_it(name: str, model: Any, tmp_path: Path) -> None:
         "no two values are equally many tokens long",
         "two actions begin with one token",
     }
+
+
+def test_a_case_that_the_model_decides_wrongly_is_not_measured(model: Any, tmp_path: Path) -> None:
+    chosen = EXPERIMENTS["where-notes-are"]
+    record = run(chosen, model, 24, tmp_path / "it.json", everyday=True)
+    assert record.settings == {"scenarios": 24, "everyday": True}
+    assert record.figure("drawn") == 24
+    wrong = [row for row in record.rows if row.get("skipped") == WRONG]
+    assert wrong
+    assert record.figure("aligned") == len(wrong) + record.figure("counted")
+    assert record.figure("right_both_ways") == record.figure("counted")
 
 
 def test_an_unknown_experiment_is_named() -> None:

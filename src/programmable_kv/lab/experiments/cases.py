@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import permutations
 
+from programmable_kv.scenarios.everyday import FIELDS, RULES
+from programmable_kv.scenarios.everyday import everyday as everyday_policy
 from programmable_kv.scenarios.grammar import Gate, Scenario, make_scenario
 from programmable_kv.scenarios.phrasings import PHRASINGS, question
 from programmable_kv.scenarios.vocabulary import held_out_domains
@@ -44,8 +46,21 @@ class Case:
         return f"{self.scenario.text()}\n{self.gate.field}: {self.changes}\n{self.asked}"
 
 
-def cases(count: int, seed: int = SEED) -> list[Case]:
-    """`count` cases, from each held-out domain in turn. A longer draw begins with a shorter one."""
+def cases(count: int, seed: int = SEED, *, everyday: bool = False) -> list[Case]:
+    """`count` cases, from each held-out domain in turn. A longer draw begins with a shorter one.
+
+    `everyday`: short policies in everyday words, which models that were not trained on the grammar solve; their domains are
+    their fields.
+    """
+    return _everyday(count, seed) if everyday else _held_out(count, seed)
+
+
+def domain_names() -> list[str]:
+    """Every domain that a case may have, in an order that stays."""
+    return [domain.name for domain in held_out_domains()] + sorted(FIELDS)
+
+
+def _held_out(count: int, seed: int) -> list[Case]:
     domains = held_out_domains()
     drawn = []
     for number in range(count):
@@ -58,4 +73,17 @@ def cases(count: int, seed: int = SEED) -> list[Case]:
         rng.shuffle(changes)
         asked = question(rng, PHRASINGS["held_out"], gate.topic, think=False)
         drawn.append(Case(number, scenario, gate, tuple(changes), asked))
+    return drawn
+
+
+def _everyday(count: int, seed: int) -> list[Case]:
+    drawn = []
+    for number in range(count):
+        rng = random.Random(f"{seed}/everyday/{number}")
+        policy = everyday_policy(rng, RULES)
+        gate = Gate(policy.field, policy.field, policy.actions)
+        scenario = Scenario(policy.field, policy.prompt, policy.values, (gate,), {})
+        changes = list(permutations(sorted(gate.actions), 2))
+        rng.shuffle(changes)
+        drawn.append(Case(number, scenario, gate, tuple(changes), policy.asked))
     return drawn

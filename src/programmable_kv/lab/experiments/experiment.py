@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from programmable_kv.lab.experiments.cases import RANKING_SEED, SEED, Case, cases
+from programmable_kv.lab.experiments.cases import RANKING_SEED, SEED, Case, cases, domain_names
 from programmable_kv.lab.experiments.control import RANDOM_WEIGHTS
 from programmable_kv.lab.experiments.pair import Pair, pair_of
 from programmable_kv.models.load import Model
 from programmable_kv.records import Record, Recorder, digest_of, record_slug
-from programmable_kv.scenarios.vocabulary import held_out_domains
 
 Row = dict[str, Any]
 Report = Callable[[int, int], None]
 
+WRONG = "a full prefill decides wrongly"
+"""why a case is not measured: there is no decision to carry"""
 RANKING = 48
 """cases on which roles are ranked, in an experiment that ranks any: three of each held-out domain"""
 
@@ -37,33 +38,41 @@ class Experiment:
     scenarios: int = 320
     """cases that are drawn by default; about two thirds have two values that are equally many tokens long"""
 
-    def cases(self, count: int) -> list[tuple[str, Case]]:
+    def cases(self, count: int, *, everyday: bool = False) -> list[tuple[str, Case]]:
         """Every case with what it is for, `ranking` or `scoring`."""
-        ranked = cases(min(RANKING, count), RANKING_SEED) if self.rank is not None else []
-        return [("ranking", case) for case in ranked] + [("scoring", case) for case in cases(count, SEED)]
+        ranked = cases(min(RANKING, count), RANKING_SEED, everyday=everyday) if self.rank is not None else []
+        scored = cases(count, SEED, everyday=everyday)
+        return [("ranking", case) for case in ranked] + [("scoring", case) for case in scored]
 
 
 def record_name(experiment: Experiment, model: Model) -> str:
     """The embedded model's record has the experiment's name, any other's the model's too."""
-    return experiment.name if model.name == "embedded" else f"{experiment.name}-{record_slug(model.name)}"
+    if model.name == "embedded":
+        return experiment.name
+    return f"{experiment.name}-{record_slug(Path(model.name).name.lower().removesuffix('.gguf'))}"
 
 
 def run(
-    experiment: Experiment, model: Model, count: int, path: Path, *, report: Report | None = None, command: str = ""
-) -> Record:
-    """Measure `count` cases and summarise what was found."""
-    drawn = experiment.cases(count)
+    experiment: Experiment, model: Model, count: int, path: Path, *, everyday: bool = False,
+    report: Report | None = None, command: str = "",
+) -> Record:  # fmt: skip
+    """Measure `count` cases and summarise what was found.
+
+    A case counts where both full prefills decide as the policy says. With random weights none does, and all are measured: what
+    is of interest there is how little anything does.
+    """
+    drawn = experiment.cases(count, everyday=everyday)
     recorder = Recorder(
         path,
         name=record_name(experiment, model),
         version=experiment.version,
         title=experiment.title,
         command=command,
-        model=model.name,
+        model=Path(model.name).name,
         model_fingerprint=model.fingerprint,
         data_digest=digest_of(case.text() for _, case in drawn),
         seeds=[SEED] + [RANKING_SEED] * (experiment.rank is not None),
-        settings={"scenarios": count},
+        settings={"scenarios": count} | ({"everyday": True} if everyday else {}),
     )
     model.engine.verify()
 
@@ -73,6 +82,8 @@ def run(
         pair = pair_of(model, case)
         if isinstance(pair, str):
             return known | {"skipped": pair}
+        if not pair.scale.valid and model.name != RANDOM_WEIGHTS:
+            return known | {"skipped": WRONG}
         if part == "ranking":
             assert experiment.rank is not None
             return known | experiment.rank(pair)
@@ -81,16 +92,19 @@ def run(
 
     recorder.collect(drawn, lambda it: {"part": it[0], "number": it[1].number}, row, report)
     scored = [row for row in recorder.rows if row["part"] == "scoring"]
-    kept = [row for row in scored if "skipped" not in row]
-    summary = {"drawn": len(scored), "aligned": len(kept), "right_both_ways": sum(row["valid"] for row in kept)}
-    # With random weights no decision is right, and what is measured is how little anything does.
-    counted = kept if model.name == RANDOM_WEIGHTS else [row for row in kept if row["valid"]]
-    summary |= {"counted": len(counted), "domains": len({row["domain"] for row in counted})}
+    counted = [row for row in scored if "skipped" not in row]
+    summary = {
+        "drawn": len(scored),
+        "aligned": len([row for row in scored if row.get("skipped", WRONG) == WRONG]),
+        "right_both_ways": sum(row["valid"] for row in counted),
+        "counted": len(counted),
+        "domains": len({row["domain"] for row in counted}),
+    }
     return recorder.finish(summary | experiment.summarise(counted))
 
 
 def of_other_domains(rows: Sequence[Row], domain: str) -> list[Row]:
     """The rows that rank positions for a domain: those of the other half of the domains, so that it is not among them."""
-    half = {each.name: number % 2 for number, each in enumerate(held_out_domains())}
+    half = {name: number % 2 for number, name in enumerate(domain_names())}
     ranking = [row for row in rows if row["part"] == "ranking" and "skipped" not in row]
     return [row for row in ranking if half[row["domain"]] != half[domain]]

@@ -13,6 +13,7 @@ from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.chat import thought_closed
 from programmable_kv.prompt.parts import Rendered
 from programmable_kv.prompt.units import Kind, tokenised
+from programmable_kv.scenarios.everyday import OTHERS
 from programmable_kv.scenarios.phrasings import FILLERS
 
 
@@ -186,5 +187,5 @@ def _parts(line: str, case: Case, value: str) -> list[Part]:
 
 def _kind(line: str, case: Case, *, in_rules: bool) -> Text:
     if in_rules:
-        return Text.FILLER if line in FILLERS["held_out"] else Text.REST
+        return Text.FILLER if line in (*FILLERS["held_out"], *OTHERS) else Text.REST
     return Text.STATE if any(name in line for name in (*case.scenario.values, "case_id")) else Text.REST
