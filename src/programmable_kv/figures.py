@@ -6,25 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from programmable_kv.drawing import BLUE, GREEN, GREY, ORANGE, RED, SKY, bars
+from programmable_kv.figures_notes import FIGURES
 from programmable_kv.records import Record, read_record, results_folder
 
-# Okabe and Ito's palette (2008), which the common colour blindnesses tell apart.
-_BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#777777"
 _MODE_ORDER = ("stale", "in_place", "selective", "erratum", "field_erratum", "suffix", "full")
 _WAYS = {
-    "full": ("full prefill", _GREY),
-    "suffix": ("suffix", _RED),
-    "clone": ("clone a cache, append", _ORANGE),
-    "selective": ("selective (k = 32)", _GREEN),
-    "field_erratum": ("field + erratum (default)", _BLUE),
-    "bare": ("bare forward of as many tokens", "#56b4e9"),
+    "full": ("full prefill", GREY),
+    "suffix": ("suffix", RED),
+    "clone": ("clone a cache, append", ORANGE),
+    "selective": ("selective (k = 32)", GREEN),
+    "field_erratum": ("field + erratum (default)", BLUE),
+    "bare": ("bare forward of as many tokens", SKY),
 }
 
 _COMPILED = (
-    ("seam_4", "compiled alone, seam of 4", _GREY),
-    ("influence_16", "alone, 16 tokens again by influence", _ORANGE),
-    ("preface_0", "compiled behind a preface", _BLUE),
-    ("preface_influence_16", "both", _GREEN),
+    ("seam_4", "compiled alone, seam of 4", GREY),
+    ("influence_16", "alone, 16 tokens again by influence", ORANGE),
+    ("preface_0", "compiled behind a preface", BLUE),
+    ("preface_influence_16", "both", GREEN),
 )
 _COMPETING = {
     "rule_sets_1": "one set\nof rules",
@@ -37,10 +37,10 @@ _COMPETING = {
     "two_hops_split": "a lookup\nsplit in two",
 }
 _READERS = {
-    "by_name": ("readers by name", _GREY),
-    "declared": ("declared", _BLUE),
-    "suggested": ("suggested", _GREEN),
-    "field_erratum": ("field + erratum", _ORANGE),
+    "by_name": ("readers by name", GREY),
+    "declared": ("declared", BLUE),
+    "suggested": ("suggested", GREEN),
+    "field_erratum": ("field + erratum", ORANGE),
 }
 _SPOKEN_OF = {
     "by_name": "by name",
@@ -84,11 +84,11 @@ def _save(draw: Callable[[Any, Record], None], record: Record, path: Path) -> No
 
 def _modes(axes: Any, record: Record) -> None:
     """Agreement with full prefill, by mode; direct and with a thought."""
-    series = (("asked_before", "answers at once", _BLUE), ("think", "restates the field first", _ORANGE))
+    series = (("asked_before", "answers at once", BLUE), ("think", "restates the field first", ORANGE))
     for number, (key, label, colour) in enumerate(series):
         part: Any = record.summary[key]
         shares = [part[mode]["agreement"] for mode in _MODE_ORDER]
-        _bars(axes, shares, number, len(series), label, colour)
+        bars(axes, shares, number, len(series), label, colour)
     axes.set_xticks(
         range(len(_MODE_ORDER)), [mode.replace("_", "\n+ " if mode == "field_erratum" else " ") for mode in _MODE_ORDER]
     )
@@ -97,26 +97,12 @@ def _modes(axes: Any, record: Record) -> None:
     axes.legend(frameon=False, loc="upper left")
 
 
-def _bars(axes: Any, shares: list[Any], number: int, of: int, label: str, colour: str) -> None:
-    """One series of proportions with their intervals, the `number`th of `of` that stand side by side."""
-    width = 0.72 / of
-    places = [index + (number - (of - 1) / 2) * width for index in range(len(shares))]
-    # A proportion of 0 or 1 meets its own bound, up to rounding.
-    below = [max(0.0, share["value"] - share["low"]) for share in shares]
-    above = [max(0.0, share["high"] - share["value"]) for share in shares]
-    axes.bar(places, [share["value"] for share in shares], width=0.94 * width, color=colour, label=label)
-    axes.errorbar(
-        places, [share["value"] for share in shares], yerr=(below, above), fmt="none", ecolor="#222222", elinewidth=1,
-        capsize=2,
-    )  # fmt: skip
-
-
 def _composing(axes: Any, record: Record) -> None:
     """Agreement with full prefill of skills compiled alone, repaired, and behind a preface, by what is asked of them."""
     summary: Any = record.summary
     for number, (arm, label, colour) in enumerate(_COMPILED):
         shares = [summary[kind]["system_512"][arm]["agreement"] for kind in _COMPETING]
-        _bars(axes, shares, number, len(_COMPILED), label, colour)
+        bars(axes, shares, number, len(_COMPILED), label, colour)
     axes.set_xticks(range(len(_COMPETING)), list(_COMPETING.values()), fontsize=9)
     axes.set_ylabel("decides as a full prefill")
     axes.set_ylim(0, 1.25)
@@ -129,7 +115,7 @@ def _mentions(axes: Any, record: Record) -> None:
     summary: Any = record.summary
     for number, (arm, (label, colour)) in enumerate(_READERS.items()):
         shares = [summary[way][arm]["agreement"] for way in _SPOKEN_OF]
-        _bars(axes, shares, number, len(_READERS), label, colour)
+        bars(axes, shares, number, len(_READERS), label, colour)
     axes.set_xticks(range(len(_SPOKEN_OF)), list(_SPOKEN_OF.values()), fontsize=9)
     axes.set_ylabel("decides as a full prefill")
     axes.set_ylim(0, 1.25)
@@ -159,4 +145,5 @@ _FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "edit-ttft": ("edit-ttft", _ttft),
     "composing": ("compose-embedded", _composing),
     "mentions": ("mentions", _mentions),
+    **FIGURES,
 }

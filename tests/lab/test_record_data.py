@@ -16,6 +16,7 @@ from programmable_kv.lab.composing.experiment import texts_of
 from programmable_kv.lab.composing.suites.catalogue import Catalogue
 from programmable_kv.lab.composing.suites.composing import Composing
 from programmable_kv.lab.composing.suites.prefaces import Prefaces
+from programmable_kv.lab.experiments.registry import EXPERIMENTS
 from programmable_kv.records import digest_of, read_record
 from programmable_kv.scenarios.held_out import held_out_scenarios
 
@@ -50,6 +51,13 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "preface-embedded": lambda settings: suite_texts(Prefaces, settings),
     "catalogue-embedded": lambda settings: suite_texts(Catalogue, settings),
 }
+
+
+for name in EXPERIMENTS:
+    if (RESULTS / f"{name}.json").exists():
+        DRAWN[name] = lambda settings, name=name: (  # type: ignore[misc]
+            case.text() for _, case in EXPERIMENTS[name].cases(settings["scenarios"])
+        )
 
 
 @pytest.mark.parametrize("name", sorted(DRAWN))

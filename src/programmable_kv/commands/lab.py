@@ -2,18 +2,65 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from programmable_kv.commands.common import ModelOption, OutOption, command, err, record_path
-from programmable_kv.commands.measure import DtypeOption, load, measure, print_summary
+from programmable_kv.commands.common import ModelOption, OutOption, command, err, out, progress, record_path
+from programmable_kv.commands.measure import DtypeOption, load, measure, print_figures, print_summary
 
 if TYPE_CHECKING:
     from programmable_kv.lab.composing.suites.suite import Suite
 
 app = typer.Typer(help="Why it works: experiments on the loaded model.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command("run")
+def lab_run(
+    name: Annotated[str | None, typer.Argument(help="an experiment; --list names them", show_default=False)] = None,
+    listed: Annotated[bool, typer.Option("--list", help="list the experiments and what each asks")] = False,
+    model: ModelOption = "embedded",
+    random_weights: Annotated[
+        bool, typer.Option(help="the control: the same architecture, each weight matrix's numbers shuffled")
+    ] = False,
+    scenarios: Annotated[
+        int | None,
+        typer.Option(min=1, help="held-out policies to draw [default: the experiment's]", show_default=False),
+    ] = None,
+    everyday: Annotated[bool, typer.Option(help="worded for models that were not trained on the grammar")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, for other programs")] = False,
+    out_path: OutOption = None,
+) -> None:
+    """What the keys and values of a prefilled context hold: one experiment, one record."""
+    from programmable_kv.lab.experiments.experiment import record_name, run
+    from programmable_kv.lab.experiments.registry import EXPERIMENTS, experiment
+
+    if listed or name is None:
+        titles = {each.name: each.title for each in EXPERIMENTS.values()}
+        if as_json:
+            out.print_json(json.dumps(titles))
+        else:
+            for each, title in titles.items():
+                out.print(f"{each:18}{title}", highlight=False)
+        return
+    chosen = experiment(name)
+    loaded = load(model)
+    if random_weights:
+        from programmable_kv.lab.experiments.control import randomised
+
+        loaded = randomised(loaded)
+    count = chosen.scenarios if scenarios is None else scenarios
+    total = len(chosen.cases(count, everyday=everyday))
+    path = record_path(out_path, record_name(chosen, loaded))
+    with progress("Policies", total) as report:
+        record = run(chosen, loaded, count, path, everyday=everyday, report=report, command=command())
+    if as_json:
+        print_summary(record)
+    else:
+        print_figures(record)
+        out.print(f"Record: {path}")
 
 
 @app.command("edit-modes")

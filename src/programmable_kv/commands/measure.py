@@ -6,7 +6,7 @@ An interrupted run keeps its rows; the same command continues from there.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,6 +55,30 @@ def measure(
 def print_summary(record: Record) -> None:
     """Print a record's summary as JSON."""
     out.print_json(json.dumps(record.model_dump(mode="json")["summary"]))
+
+
+def print_figures(record: Record) -> None:
+    """Print a record's figures as a table, each with its interval."""
+    from rich.table import Table
+
+    table = Table("figure", "value", "95% interval", "n", box=None, pad_edge=False)
+    for path, figure in _figures(record.model_dump(mode="json")["summary"]):
+        if isinstance(figure, dict):
+            table.add_row(
+                path, f"{figure['value']:.4g}", f"{figure['low']:.4g} to {figure['high']:.4g}", str(figure["n"])
+            )
+        else:
+            table.add_row(path, f"{figure:.4g}" if isinstance(figure, float) else str(figure), "", "")
+    out.print(table)
+
+
+def _figures(summary: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in summary.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and not {"value", "low", "high", "n"} <= set(value):
+            yield from _figures(value, f"{path}.")
+        else:
+            yield path, value
 
 
 def parse_lengths(lengths: str, option: str = "--lengths") -> list[int]:

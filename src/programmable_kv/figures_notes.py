@@ -1,0 +1,139 @@
+"""The figures of `docs/mechanism.md`: what the keys and values of a prefilled context hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from programmable_kv.drawing import BLUE, GREEN, GREY, ORANGE, RED, SKY, bars
+from programmable_kv.records import Record
+
+_COUNTS = (1, 2, 4, 8, 16, 32)
+_RANKED = {
+    "same": ("chosen on the same policy, as published", GREY, "--"),
+    "held_out": ("chosen by their roles on other policies", BLUE, "-"),
+    "moved": ("those that move farthest", ORANGE, "-"),
+    "random": ("random, of the same places", GREEN, "-"),
+}
+_SETS = {
+    "first_of_actions": "first tokens\nof actions",
+    "rule_action": "actions of\nboth rules",
+    "rule_name": "names in\nboth rules",
+    "rule_value": "values in\nboth rules",
+    "other_rules": "other\nrules",
+    "delimiters": "all\ndelimiters",
+    "question": "question",
+    "template": "template",
+}
+_MOVED = {
+    "state": "other\nfields",
+    "old_rule": "rule of the\nold value",
+    "new_rule": "rule of the\nnew value",
+    "other_rule": "other\nrules",
+    "filler": "other\nlines",
+    "rest": "headings",
+    "question": "question",
+    "template": "template",
+}
+_BLOCKED = {
+    "field": "field",
+    "actions": "actions of\nthe rules",
+    "random_as_actions": "as many\nrandom",
+    "rules": "rules",
+    "random_as_rules": "as many\nrandom",
+    "delimiters": "delimiters",
+    "filler": "other\nlines",
+    "sinks": "first four\ntokens",
+}
+_DONORS = {
+    "field": ("field changed", BLUE),
+    "rules": ("rules exchanged, field held", ORANGE),
+    "both": ("both: same conclusion", GREY),
+}
+_TAKEN = {
+    "field": "field",
+    "values": "values in\nthe rules",
+    "first_of_actions": "first tokens\nof actions",
+    "actions": "actions",
+    "tail": "question,\ntemplate",
+    "later": "all later\ntokens",
+}
+
+
+def _locality(axes: Any, record: Record) -> None:
+    """Recovery by the number of patched tokens, by how they were chosen."""
+    patched: Any = record.summary["patched"]
+    for arm, (label, colour, style) in _RANKED.items():
+        found = [patched[f"{arm}_{k}"]["recovery"] for k in _COUNTS]
+        axes.fill_between(
+            _COUNTS, [each["low"] for each in found], [each["high"] for each in found], color=colour, alpha=0.15, lw=0
+        )
+        axes.plot(
+            _COUNTS, [each["value"] for each in found], style, marker="o", markersize=4, color=colour, label=label
+        )
+    axes.axhline(patched["field"]["recovery"]["value"], color=RED, lw=1, label="the field alone")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(_COUNTS, [str(k) for k in _COUNTS])
+    axes.set_xlabel("later tokens patched")
+    axes.set_ylabel("recovery of the new decision")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.set_ylim(-0.1, 1.5)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+
+
+def _where(axes: Any, record: Record) -> None:
+    """Recovery of sets of tokens patched alone, beside as many random tokens of the same places."""
+    found: Any = record.summary["sets"]
+    series = (("patched", "these tokens patched", BLUE), ("random", "as many random tokens of the same places", GREY))
+    for number, (arm, label, colour) in enumerate(series):
+        bars(axes, [found[name][arm]["recovery"] for name in _SETS], number, len(series), label, colour)
+    _finish(axes, _SETS, "recovery of the new decision")
+
+
+def _blast_radius(axes: Any, record: Record) -> None:
+    """How far keys and values move, by kind of text; behind them the movement by bfloat16 alone."""
+    for number, (name, colour) in enumerate((("keys", SKY), ("values", BLUE))):
+        part: Any = record.summary[name]
+        bars(axes, [part["kinds"][kind] for kind in _MOVED], number, 2, name, colour)
+        band = part["null"]["bfloat16"]
+        axes.axhspan(
+            band["low"], band["high"], color=colour, alpha=0.3, lw=0, label=f"{name}: bfloat16 alone, nothing changed"
+        )
+    _finish(axes, _MOVED, "relative distance", top=None)
+
+
+def _knock_out(axes: Any, record: Record) -> None:
+    """Decisions that change when attention to a set is blocked, beside the attention that the set gets."""
+    blocked: Any = record.summary["blocked"]
+    attention: Any = record.summary["attention"]
+    bars(axes, [blocked[name]["all"]["changed"] for name in _BLOCKED], 0, 2, "decisions that change", BLUE)
+    bars(axes, [attention[name]["all"] for name in _BLOCKED], 1, 2, "attention of the deciding row", ORANGE)
+    _finish(axes, _BLOCKED, "share")
+
+
+def _dissociation(axes: Any, record: Record) -> None:
+    """Decisions for the new action after some tokens were taken from contexts with another field, other rules, or both."""
+    for number, (donor, (label, colour)) in enumerate(_DONORS.items()):
+        part: Any = record.summary[donor]
+        bars(axes, [part[name]["flipped"] for name in _TAKEN], number, len(_DONORS), label, colour)
+    _finish(axes, _TAKEN, "decisions that flip")
+
+
+def _finish(axes: Any, names: Mapping[str, str], measure: str, *, top: float | None = 1.3) -> None:
+    axes.set_xticks(range(len(names)), list(names.values()), fontsize=8)
+    axes.set_ylabel(measure)
+    axes.axhline(0, color="#222222", lw=0.6)
+    if top is not None:
+        axes.set_ylim(min(axes.get_ylim()[0], -0.02), top)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
+
+
+FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
+    "locality": ("locality", _locality),
+    "where-notes-are": ("where-notes-are", _where),
+    "blast-radius": ("blast-radius", _blast_radius),
+    "knock-out": ("knock-out", _knock_out),
+    "dissociation": ("dissociation", _dissociation),
+}
+"""each figure's record, and what draws it"""

@@ -1,0 +1,89 @@
+"""What the experiments are made on: policies of one set of rules, one field that changes, and a question about it.
+
+Policies are held out: their domains, fields, values, actions and wordings occur in no training data.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import permutations
+
+from programmable_kv.scenarios.everyday import FIELDS, RULES
+from programmable_kv.scenarios.everyday import everyday as everyday_policy
+from programmable_kv.scenarios.grammar import Gate, Scenario, make_scenario
+from programmable_kv.scenarios.phrasings import PHRASINGS, question
+from programmable_kv.scenarios.vocabulary import held_out_domains
+
+SEED = 94_000
+RANKING_SEED = 95_000
+"""of the policies on which positions are ranked; they are scored on others, of other domains"""
+FILLERS = 8
+"""rules about other things"""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A policy and a question. Its field goes from one value to another that is as many tokens long."""
+
+    number: int
+    scenario: Scenario
+    gate: Gate
+    changes: tuple[tuple[str, str], ...]
+    """(old value, new value), each with an action of its own; the first that a model's tokens allow is made"""
+    asked: str
+
+    @property
+    def domain(self) -> str:
+        return self.scenario.domain
+
+    def values(self, value: str) -> Mapping[str, str]:
+        """Every field's value, the gated one's being `value`."""
+        return {**self.scenario.values, self.gate.field: value}
+
+    def text(self) -> str:
+        return f"{self.scenario.text()}\n{self.gate.field}: {self.changes}\n{self.asked}"
+
+
+def cases(count: int, seed: int = SEED, *, everyday: bool = False) -> list[Case]:
+    """`count` cases, from each held-out domain in turn. A longer draw begins with a shorter one.
+
+    `everyday`: short policies in everyday words, which models that were not trained on the grammar solve; their domains are
+    their fields.
+    """
+    return _everyday(count, seed) if everyday else _held_out(count, seed)
+
+
+def domain_names() -> list[str]:
+    """Every domain that a case may have, in an order that stays."""
+    return [domain.name for domain in held_out_domains()] + sorted(FIELDS)
+
+
+def _held_out(count: int, seed: int) -> list[Case]:
+    domains = held_out_domains()
+    drawn = []
+    for number in range(count):
+        rng = random.Random(f"{seed}/{number}")
+        scenario = make_scenario(
+            rng, "held_out", gates=1, two_hop=False, fillers=FILLERS, domain=domains[number % len(domains)]
+        )
+        (gate,) = scenario.gates
+        changes = list(permutations(sorted(gate.actions), 2))
+        rng.shuffle(changes)
+        asked = question(rng, PHRASINGS["held_out"], gate.topic, think=False)
+        drawn.append(Case(number, scenario, gate, tuple(changes), asked))
+    return drawn
+
+
+def _everyday(count: int, seed: int) -> list[Case]:
+    drawn = []
+    for number in range(count):
+        rng = random.Random(f"{seed}/everyday/{number}")
+        policy = everyday_policy(rng, RULES)
+        gate = Gate(policy.field, policy.field, policy.actions)
+        scenario = Scenario(policy.field, policy.prompt, policy.values, (gate,), {})
+        changes = list(permutations(sorted(gate.actions), 2))
+        rng.shuffle(changes)
+        drawn.append(Case(number, scenario, gate, tuple(changes), policy.asked))
+    return drawn

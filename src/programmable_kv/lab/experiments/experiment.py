@@ -1,0 +1,110 @@
+"""What an experiment is, and carrying one out into a record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from programmable_kv.lab.experiments.cases import RANKING_SEED, SEED, Case, cases, domain_names
+from programmable_kv.lab.experiments.control import RANDOM_WEIGHTS
+from programmable_kv.lab.experiments.pair import Pair, pair_of
+from programmable_kv.models.load import Model
+from programmable_kv.records import Record, Recorder, digest_of, record_slug
+
+Row = dict[str, Any]
+Report = Callable[[int, int], None]
+
+WRONG = "a full prefill decides wrongly"
+"""why a case is not measured: there is no decision to carry"""
+RANKING = 48
+"""cases on which roles are ranked, in an experiment that ranks any: three of each held-out domain"""
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """One question, asked of pairs of contexts."""
+
+    name: str
+    version: int
+    title: str
+    measure: Callable[[Pair, Sequence[Row]], Row]
+    """a pair's row. The rows given are those of `rank`, of other domains than the pair's"""
+    summarise: Callable[[Sequence[Row]], dict[str, Any]]
+    """from the rows of `measure`, those of skipped cases left out"""
+    rank: Callable[[Pair], Row] | None = None
+    """what is found out on other policies first; positions are never chosen on the policy on which they are scored"""
+    scenarios: int = 320
+    """cases that are drawn by default; about two thirds have two values that are equally many tokens long"""
+
+    def cases(self, count: int, *, everyday: bool = False) -> list[tuple[str, Case]]:
+        """Every case with what it is for, `ranking` or `scoring`."""
+        ranked = cases(min(RANKING, count), RANKING_SEED, everyday=everyday) if self.rank is not None else []
+        scored = cases(count, SEED, everyday=everyday)
+        return [("ranking", case) for case in ranked] + [("scoring", case) for case in scored]
+
+
+def record_name(experiment: Experiment, model: Model) -> str:
+    """The embedded model's record has the experiment's name, any other's the model's too."""
+    if model.name == "embedded":
+        return experiment.name
+    return f"{experiment.name}-{record_slug(Path(model.name).name.lower().removesuffix('.gguf'))}"
+
+
+def run(
+    experiment: Experiment, model: Model, count: int, path: Path, *, everyday: bool = False,
+    report: Report | None = None, command: str = "",
+) -> Record:  # fmt: skip
+    """Measure `count` cases and summarise what was found.
+
+    A case counts where both full prefills decide as the policy says. With random weights none does, and all are measured: what
+    is of interest there is how little anything does.
+    """
+    drawn = experiment.cases(count, everyday=everyday)
+    recorder = Recorder(
+        path,
+        name=record_name(experiment, model),
+        version=experiment.version,
+        title=experiment.title,
+        command=command,
+        model=Path(model.name).name,
+        model_fingerprint=model.fingerprint,
+        data_digest=digest_of(case.text() for _, case in drawn),
+        seeds=[SEED] + [RANKING_SEED] * (experiment.rank is not None),
+        settings={"scenarios": count} | ({"everyday": True} if everyday else {}),
+    )
+    model.engine.verify()
+
+    def row(it: tuple[str, Case]) -> Row:
+        part, case = it
+        known: Row = {"part": part, "number": case.number, "domain": case.domain}
+        pair = pair_of(model, case)
+        if isinstance(pair, str):
+            return known | {"skipped": pair}
+        if not pair.scale.valid and model.name != RANDOM_WEIGHTS:
+            return known | {"skipped": WRONG}
+        if part == "ranking":
+            assert experiment.rank is not None
+            return known | experiment.rank(pair)
+        known |= {"old_gap": round(pair.scale.old, 4), "new_gap": round(pair.scale.new, 4), "valid": pair.scale.valid}
+        return known | experiment.measure(pair, of_other_domains(recorder.rows, case.domain))
+
+    recorder.collect(drawn, lambda it: {"part": it[0], "number": it[1].number}, row, report)
+    scored = [row for row in recorder.rows if row["part"] == "scoring"]
+    counted = [row for row in scored if "skipped" not in row]
+    summary = {
+        "drawn": len(scored),
+        "aligned": len([row for row in scored if row.get("skipped", WRONG) == WRONG]),
+        "right_both_ways": sum(row["valid"] for row in counted),
+        "counted": len(counted),
+        "domains": len({row["domain"] for row in counted}),
+    }
+    return recorder.finish(summary | experiment.summarise(counted))
+
+
+def of_other_domains(rows: Sequence[Row], domain: str) -> list[Row]:
+    """The rows that rank positions for a domain: those of the other half of the domains, so that it is not among them."""
+    half = {name: number % 2 for number, name in enumerate(domain_names())}
+    ranking = [row for row in rows if row["part"] == "ranking" and "skipped" not in row]
+    return [row for row in ranking if half[row["domain"]] != half[domain]]

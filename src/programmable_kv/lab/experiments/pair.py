@@ -1,0 +1,130 @@
+"""Two prefilled contexts that differ in one field's value and nowhere else, and what a change in one of them does.
+
+All slots of the two stand at the same positions, so keys and values of the one can stand in the other as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.engine import Engine, Rows
+from programmable_kv.lab.experiments.cases import Case
+from programmable_kv.lab.experiments.written import Written, written
+from programmable_kv.lab.tools.hooks import taken_back
+from programmable_kv.lab.tools.readouts import Scale, gap
+from programmable_kv.lab.tools.together import Probe, probed
+from programmable_kv.models.load import Model
+from programmable_kv.notebook.decision import option_ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """A cached context with the old value, the same with the new one, both without the last row, and how they decide."""
+
+    case: Case
+    change: tuple[str, str]
+    """the old and the new value"""
+    model: Model
+    old_text: Written
+    new_text: Written
+    old: KVBuffer
+    fresh: KVBuffer
+    """the context with the new value"""
+    first_tokens: Mapping[str, int]
+    """of each action, the token by which it is told from the others"""
+    scale: Scale
+
+    @property
+    def engine(self) -> Engine:
+        return self.model.engine
+
+    @property
+    def text(self) -> Written:
+        """What both contexts share: every slot's kind, and all tokens but the field's."""
+        return self.old_text
+
+    @property
+    def actions(self) -> tuple[str, str]:
+        """What the old and the new value call for."""
+        old, new = self.change
+        return self.case.gate.actions[old], self.case.gate.actions[new]
+
+    @property
+    def token(self) -> int:
+        """The token whose row decides."""
+        return self.text.ids[-1]
+
+    def gap_in(self, logits: torch.Tensor) -> torch.Tensor:
+        """How much likelier the new value's action is than the old one's, in nats, from logits [..., V]."""
+        old, new = self.actions
+        return gap(logits, self.first_tokens[new], self.first_tokens[old])
+
+    def probe(self, probes: Sequence[Probe], *, noising: bool = False) -> torch.Tensor:
+        """The logits of the last row under each probe, [probes, V]: the new context's rows stand in the old one.
+
+        With `noising`, the old context's rows stand in the new one.
+        """
+        here, there = (self.fresh, self.old) if noising else (self.old, self.fresh)
+        return probed(self.engine, here, self.token, probes, there)
+
+    def gaps(self, probes: Sequence[Probe], *, noising: bool = False) -> list[float]:
+        """The gap under each probe."""
+        return [float(each) for each in self.gap_in(self.probe(probes, noising=noising))] if probes else []
+
+    def recomputed(self, slots: Sequence[int]) -> float:
+        """The gap after an edit of the old context: these slots computed again with the new value, all others left stale.
+
+        One forward, as an edit makes it: a recomputed row reads those recomputed before it. The contexts are unchanged.
+        """
+        with taken_back(self.old):
+            chosen = (*sorted(slots), self.text.last)
+            rows = Rows(tuple(self.new_text.ids[slot] for slot in chosen), chosen, chosen)
+            return float(self.gap_in(self.engine.compute(self.old, rows)[-1]))
+
+    def decides(self, logits: torch.Tensor) -> str:
+        """The action that logits [V] choose."""
+        return max(self.first_tokens, key=lambda action: float(logits[self.first_tokens[action]]))
+
+
+def pair_of(model: Model, case: Case) -> Pair | str:
+    """The two contexts prefilled; or why this model's tokens allow none that differ in the field's tokens alone."""
+    for change in case.changes:
+        before, after = (written(model, case, change, case.values(value)) for value in change)
+        if aligned(before, after):
+            break
+    else:
+        return "no two values are equally many tokens long"
+    tokens = first_tokens(model, case, before)
+    if tokens is None:
+        return "two actions begin with one token"
+    old, fresh = (prefilled(model.engine, text) for text in (before, after))
+    pair = Pair(case, change, model, before, after, old, fresh, tokens, Scale(0.0, 0.0))
+    return replace(pair, scale=Scale(*pair.gaps([Probe()]), *pair.gaps([Probe()], noising=True)))
+
+
+def aligned(first: Written, second: Written) -> bool:
+    """Whether two texts have the same tokens outside the field."""
+    if first.field != second.field or len(first.ids) != len(second.ids):
+        return False
+    inside = set(first.field.range)
+    return all(slot in inside or a == b for slot, (a, b) in enumerate(zip(first.ids, second.ids, strict=True)))
+
+
+def prefilled(engine: Engine, text: Written) -> KVBuffer:
+    """A buffer with all of a text but its last token."""
+    # Room for the rows that probes put beside the context.
+    buffer = engine.new_buffer(2 * len(text.ids) + 256)
+    engine.append(buffer, text.ids[:-1], logits=0)
+    return buffer
+
+
+def first_tokens(model: Model, case: Case, text: Written) -> Mapping[str, int] | None:
+    """Each action's first token; None where two actions share it."""
+    options = case.gate.options
+    strings = option_ids(model.tokenizer, text.ends, options, None)
+    firsts = {option: ids[0] for option, ids in zip(options, strings, strict=True)}
+    return firsts if len(set(firsts.values())) == len(firsts) else None

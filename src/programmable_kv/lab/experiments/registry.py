@@ -1,0 +1,23 @@
+"""The experiments, by name."""
+
+from __future__ import annotations
+
+from programmable_kv.errors import InvalidArgumentError
+from programmable_kv.lab.experiments.blast_radius import BLAST_RADIUS
+from programmable_kv.lab.experiments.dissociation import DISSOCIATION
+from programmable_kv.lab.experiments.experiment import Experiment
+from programmable_kv.lab.experiments.knock_out import KNOCK_OUT
+from programmable_kv.lab.experiments.locality import LOCALITY
+from programmable_kv.lab.experiments.where import WHERE
+
+EXPERIMENTS = {each.name: each for each in (BLAST_RADIUS, LOCALITY, WHERE, KNOCK_OUT, DISSOCIATION)}
+
+
+def experiment(name: str) -> Experiment:
+    """
+    Raises:
+        InvalidArgumentError: there is no such experiment.
+    """
+    if name not in EXPERIMENTS:
+        raise InvalidArgumentError(f"there is no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+    return EXPERIMENTS[name]

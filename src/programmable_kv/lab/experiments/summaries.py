@@ -1,0 +1,86 @@
+"""How rows become figures: means with intervals that resample whole domains, shares, and differences of two arms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from programmable_kv.records import Interval, cluster_bootstrap, wilson
+
+Row = dict[str, Any]
+Value = Callable[[Row], float | None]
+
+RESAMPLES = 4000
+
+
+def mean_by_domain(rows: Sequence[Row], value: Value) -> dict[str, Any]:
+    """The mean of a value over the rows that have it, with an interval from resampling domains."""
+    clusters: dict[str, list[float]] = {}
+    for row in rows:
+        found = value(row)
+        if found is not None:
+            clusters.setdefault(row["domain"], []).append(found)
+    values = [each for cluster in clusters.values() for each in cluster]
+    if not values:
+        return Interval(value=0.0, low=0.0, high=0.0, n=0, method="none").model_dump()
+    if len(clusters) < 2:
+        mean = fmean(values)
+        return Interval(value=mean, low=mean, high=mean, n=len(values), method="none").model_dump()
+    return cluster_bootstrap(list(clusters.values()), resamples=RESAMPLES).model_dump()
+
+
+def share(rows: Sequence[Row], holds: Callable[[Row], bool | None]) -> dict[str, Any]:
+    """The share of rows, among those that say anything, for which something holds (Wilson)."""
+    found = [each for each in map(holds, rows) if each is not None]
+    return wilson(sum(found), len(found)).model_dump() if found else wilson_of_none()
+
+
+def wilson_of_none() -> dict[str, Any]:
+    return Interval(value=0.0, low=0.0, high=1.0, n=0, method="none").model_dump()
+
+
+def arm(rows: Sequence[Row], gap: Value) -> dict[str, Any]:
+    """What an intervention that ends at a gap did: recovery (0: the stale decision, 1: the fresh one), and decisions flipped.
+
+    The gap is of the new value's action over the old one's; the rows' `old_gap` and `new_gap` are the two full prefills'.
+    """
+
+    def recovered(row: Row) -> float | None:
+        found, span = gap(row), row["new_gap"] - row["old_gap"]
+        return None if found is None or not row["valid"] else (found - row["old_gap"]) / span
+
+    def flipped(row: Row) -> bool | None:
+        found = gap(row)
+        return None if found is None else found > 0
+
+    return {"recovery": mean_by_domain(rows, recovered), "flipped": share(rows, flipped), "moved": moved(rows, gap)}
+
+
+def moved(rows: Sequence[Row], gap: Value) -> dict[str, Any]:
+    """By how many nats the gap moved from the stale context's, on average."""
+
+    def nats(row: Row) -> float | None:
+        found = gap(row)
+        return None if found is None else abs(found - row["old_gap"])
+
+    return mean_by_domain(rows, nats)
+
+
+def at(path: str) -> Value:
+    """The number at a dotted path of a row; None where the row has none."""
+
+    def value(row: Row) -> float | None:
+        found: Any = row
+        for key in path.split("."):
+            if not isinstance(found, Mapping) or key not in found:
+                return None
+            found = found[key]
+        return None if found is None else float(found)
+
+    return value
+
+
+def rounded(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Numbers as a row keeps them."""
+    return {key: None if value is None else round(value, 4) for key, value in values.items()}
