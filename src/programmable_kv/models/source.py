@@ -11,6 +11,7 @@ from programmable_kv.extras import require_extra
 
 EMBEDDED = "embedded"
 EMBEDDED_DESIGN = "embedded-design"
+"""see `fetch.ADAPTERS`"""
 _GGUF_MAGIC = b"GGUF"
 _REACHED_WITHIN_SECONDS = 3.0
 _FORMS = (
