@@ -166,6 +166,7 @@ class Rewriter:
         """What was done for one tenant, and what was found out about the upstream."""
         return {
             "routes": self.judge.as_json(tenant),
+            "gained_money_estimate": self.judge.money(tenant),
             "upstream": [
                 {"of": subject, "about": about, "verdict": verdict}
                 for subject, about, verdict in self._store.verdicts()
