@@ -157,6 +157,16 @@ def test_where_every_line_is_refused_requests_go_through_as_they_came() -> None:
         assert {row["verdict"] for row in rewriting(gateway)["upstream"]} == {"refused"}
 
 
+def test_where_the_announcement_is_refused_it_is_soon_given_up() -> None:
+    upstream = CachingUpstream(refuses=lambda body: "[state" in json.dumps(body))
+    with raw_upstream(upstream) as server, running(settings(server.url)) as gateway:
+        for name in range(6):
+            talk(gateway, ask_openai, 1, f"conversation {name}")
+        assert upstream.refused == 3
+        assert len(upstream.bodies) == 6
+        assert {row["verdict"] for row in rewriting(gateway)["upstream"]} == {"the announcement is refused"}
+
+
 def test_a_clients_own_error_is_passed_on_and_proves_nothing() -> None:
     upstream = CachingUpstream(refuses=lambda body: body["model"] == "wrong")
     with raw_upstream(upstream) as server, running(settings(server.url)) as gateway:

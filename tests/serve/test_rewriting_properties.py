@@ -200,6 +200,22 @@ def test_lines_are_never_changed_in_the_file(tmp_path: Path) -> None:
     assert len(peer.state.rows("SELECT * FROM errata")) == 1
 
 
+def test_what_was_silent_for_a_week_is_forgotten(tmp_path: Path) -> None:
+    peer = Peer(path=tmp_path / "state")
+    for name in ("old", "new"):
+        peer.send(chat(f"Now: 10:01\n{RULES}", name))
+        peer.send(chat(f"Now: 10:02\n{RULES}", name, "Yes.", "so"))
+    old = peer.works[1].plan.after
+    assert old is not None
+    with peer.state.write() as run:
+        run.execute("UPDATE conversations SET used = used - 700000 WHERE identity = ?", (old.identity,))
+    peer.state.close()
+    again = Peer(path=tmp_path / "state")
+    assert len(again.store) == 1
+    assert len(again.state.rows("SELECT * FROM errata")) == 1
+    assert "old" not in str(again.state.rows("SELECT document FROM conversations"))
+
+
 def test_a_restart_goes_on_where_it_was(tmp_path: Path) -> None:
     said = ["hi"]
     sent: list[Any] = []
