@@ -49,6 +49,11 @@ def ask_anthropic(gateway: Running, system: str, said: list[Any]) -> str | None:
     return client.messages.create(model="m", max_tokens=5, system=system, messages=said).content[0].text  # type: ignore[union-attr]
 
 
+def ask_responses(gateway: Running, system: str, said: list[Any]) -> str | None:
+    client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="k", max_retries=0)
+    return client.responses.create(model="m", instructions=system, input=said).output_text
+
+
 Ask = Callable[[Running, str, list[Any]], str | None]
 
 
@@ -69,7 +74,7 @@ def settled(gateway: Running, requests: int) -> None:
     wait_until(lambda: httpx2.get(f"{gateway.url}/pkv/report").json()["observer"]["observed"] == requests)
 
 
-@pytest.mark.parametrize("ask", [ask_openai, ask_stream, ask_anthropic])
+@pytest.mark.parametrize("ask", [ask_openai, ask_stream, ask_anthropic, ask_responses])
 def test_a_moving_clock_no_longer_breaks_the_prefix(ask: Ask) -> None:
     cached = {}
     for mode in (GatewayMode.OBSERVE, GatewayMode.ERRATUM):

@@ -183,8 +183,7 @@ class Rewriter:
                 {"of": subject, "about": about, "verdict": verdict}
                 for subject, about, verdict in self._store.verdicts()
             ],
-            "learned": len(self._store.learned(self._owner(tenant, ROUTES[0])))
-            + len(self._store.learned(self._owner(tenant, ROUTES[1]))),
+            "learned": sum(len(self._store.learned(self._owner(tenant, route))) for route in ROUTES),
         }
 
     def _plan(self, work: Rewriting, owner: str) -> None:
