@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.serve.app import gateway_app
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.rules import rules_of
+from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.settings import GatewaySettings
 from serve.caching_upstream import CachingUpstream
 from serve.http_peers import Running, metric, raw_upstream, running, wait_until
@@ -219,6 +221,26 @@ def test_a_route_on_which_it_does_not_pay_is_switched_off(tmp_path: Path) -> Non
         with running(settings(server.url, state=tmp_path / "state")) as gateway:
             talk(gateway, ask_openai, 2, "after a restart")
             assert not has_line(upstream.bodies[-1])
+
+
+@pytest.mark.parametrize("fault", ["candidates", "commit", "decide", "learned"])
+def test_a_fault_of_the_store_harms_no_request(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, say: requests go through as they came."""
+
+    def breaks(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    upstream = CachingUpstream(refuses=has_late("system"))
+    with raw_upstream(upstream) as server, running(settings(server.url)) as gateway:
+        talk(gateway, ask_openai, 1)
+        monkeypatch.setattr(ConversationStore, fault, breaks)
+        talk(gateway, ask_openai, 3, "another")
+        said = [{"role": "user", "content": "hi"}]
+        got = httpx2.post(f"{gateway.url}{CHAT}", json={"model": "m", "messages": said})
+        assert got.status_code == 200
+        if fault != "decide":
+            assert got.headers["x-pkv-action"] == "forwarded; why=a fault of the gateway's own"
+            assert upstream.bodies[-1]["messages"] == said
 
 
 def test_a_client_that_freezes_its_prompt_is_left_alone() -> None:
