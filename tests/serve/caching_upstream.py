@@ -40,6 +40,9 @@ class CachingUpstream:
         self.bodies.append(body)
         total, cached = self._read(self._rendered(body))
         chat = b"chat" in request.target
+        if b"responses" in request.target:
+            yield answer(json.dumps(_response(total, cached)).encode())
+            return
         if body.get("stream") and chat:
             yield EVENTS_HEAD
             for event in _chunks(total, cached):
@@ -49,8 +52,8 @@ class CachingUpstream:
             yield answer(json.dumps(_completion(total, cached) if chat else _message(total, cached)).encode())
 
     def _rendered(self, body: Any) -> str:
-        messages = list(body["messages"])
-        system = body.get("system") or ""
+        messages = list(body.get("messages") or body["input"])
+        system = body.get("system") or body.get("instructions") or ""
         if self.folds:
             inside = [m for m in messages[1:] if m["role"] == "system"]
             messages = [*messages[:1], *inside, *(m for m in messages[1:] if m["role"] != "system")]
@@ -77,6 +80,17 @@ def _completion(total: int, cached: int) -> dict[str, Any]:
         "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Yes."}}],
         "usage": {"prompt_tokens": total, "completion_tokens": 1, "total_tokens": total + 1,
                   "prompt_tokens_details": {"cached_tokens": cached}},
+    }  # fmt: skip
+
+
+def _response(total: int, cached: int) -> dict[str, Any]:
+    said = {"type": "output_text", "text": "Yes.", "annotations": []}
+    return {
+        "id": "r", "object": "response", "created_at": 1, "model": "m", "status": "completed", "parallel_tool_calls": True,
+        "tool_choice": "auto", "tools": [],
+        "output": [{"id": "o", "type": "message", "role": "assistant", "status": "completed", "content": [said]}],
+        "usage": {"input_tokens": total, "input_tokens_details": {"cached_tokens": cached}, "output_tokens": 1,
+                  "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": total + 1},
     }  # fmt: skip
 
 

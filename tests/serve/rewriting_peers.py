@@ -10,7 +10,7 @@ from typing import Any
 
 from programmable_kv.explain.pieces import Usage
 from programmable_kv.serve.modes import GatewayMode
-from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES
+from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES
 from programmable_kv.serve.rewriting.rewriter import Rewriter, Rewriting
 from programmable_kv.serve.rewriting.rules import Rules, rules_of
 from programmable_kv.serve.rewriting.store import ConversationStore
@@ -80,6 +80,11 @@ def claude(system: Any, *turns: Any, **other: Any) -> dict[str, Any]:
     return {"model": "m", "max_tokens": 9, "system": system, **other, "messages": body["messages"][1:]}
 
 
+def codex(system: Any, *turns: Any, **other: Any) -> dict[str, Any]:
+    """A Responses body; a turn that is no message goes in as an item."""
+    return {"model": "m", "instructions": system, "input": chat("", *turns)["messages"][1:], **other}
+
+
 def at(minute: str, rest: str = RULES) -> str:
     """A system prompt with a clock at the top."""
     return f"Now: 10:0{minute}\n{rest}"
@@ -88,10 +93,10 @@ def at(minute: str, rest: str = RULES) -> str:
 def prefix(body: Any) -> list[Any]:
     """What a prefix cache reads, in order, without markers."""
     found = copy.deepcopy(body)
-    system = found.get("system")
+    system = found.get("system") or found.get("instructions")
     blocks = [{"type": "text", "text": system}] if isinstance(system, str) else list(system or [])
     items: list[Any] = [json.dumps(found.get("tools")), *blocks]
-    for message in found["messages"]:
+    for message in found.get("messages") or found["input"]:
         content = message.pop("content", None)
         items.append(json.dumps(message))
         items += content if isinstance(content, list) else [content]
@@ -107,4 +112,17 @@ def extends(later: Any, earlier: Any) -> bool:
     return other[: len(one)] == one
 
 
-__all__ = ["CHAT", "CLOCK", "MESSAGES", "RULES", "Peer", "at", "chat", "claude", "extends", "prefix"]
+__all__ = [
+    "CHAT",
+    "CLOCK",
+    "MESSAGES",
+    "RESPONSES",
+    "RULES",
+    "Peer",
+    "at",
+    "chat",
+    "claude",
+    "codex",
+    "extends",
+    "prefix",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.serve.app import gateway_app
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.rules import rules_of
+from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.settings import GatewaySettings
 from serve.caching_upstream import CachingUpstream
 from serve.http_peers import Running, metric, raw_upstream, running, wait_until
@@ -49,6 +51,11 @@ def ask_anthropic(gateway: Running, system: str, said: list[Any]) -> str | None:
     return client.messages.create(model="m", max_tokens=5, system=system, messages=said).content[0].text  # type: ignore[union-attr]
 
 
+def ask_responses(gateway: Running, system: str, said: list[Any]) -> str | None:
+    client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="k", max_retries=0)
+    return client.responses.create(model="m", instructions=system, input=said).output_text
+
+
 Ask = Callable[[Running, str, list[Any]], str | None]
 
 
@@ -69,7 +76,7 @@ def settled(gateway: Running, requests: int) -> None:
     wait_until(lambda: httpx2.get(f"{gateway.url}/pkv/report").json()["observer"]["observed"] == requests)
 
 
-@pytest.mark.parametrize("ask", [ask_openai, ask_stream, ask_anthropic])
+@pytest.mark.parametrize("ask", [ask_openai, ask_stream, ask_anthropic, ask_responses])
 def test_a_moving_clock_no_longer_breaks_the_prefix(ask: Ask) -> None:
     cached = {}
     for mode in (GatewayMode.OBSERVE, GatewayMode.ERRATUM):
@@ -157,6 +164,16 @@ def test_where_every_line_is_refused_requests_go_through_as_they_came() -> None:
         assert {row["verdict"] for row in rewriting(gateway)["upstream"]} == {"refused"}
 
 
+def test_where_the_announcement_is_refused_it_is_soon_given_up() -> None:
+    upstream = CachingUpstream(refuses=lambda body: "[state" in json.dumps(body))
+    with raw_upstream(upstream) as server, running(settings(server.url)) as gateway:
+        for name in range(6):
+            talk(gateway, ask_openai, 1, f"conversation {name}")
+        assert upstream.refused == 3
+        assert len(upstream.bodies) == 6
+        assert {row["verdict"] for row in rewriting(gateway)["upstream"]} == {"the announcement is refused"}
+
+
 def test_a_clients_own_error_is_passed_on_and_proves_nothing() -> None:
     upstream = CachingUpstream(refuses=lambda body: body["model"] == "wrong")
     with raw_upstream(upstream) as server, running(settings(server.url)) as gateway:
@@ -204,6 +221,26 @@ def test_a_route_on_which_it_does_not_pay_is_switched_off(tmp_path: Path) -> Non
         with running(settings(server.url, state=tmp_path / "state")) as gateway:
             talk(gateway, ask_openai, 2, "after a restart")
             assert not has_line(upstream.bodies[-1])
+
+
+@pytest.mark.parametrize("fault", ["candidates", "commit", "decide", "learned"])
+def test_a_fault_of_the_store_harms_no_request(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, say: requests go through as they came."""
+
+    def breaks(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    upstream = CachingUpstream(refuses=has_late("system"))
+    with raw_upstream(upstream) as server, running(settings(server.url)) as gateway:
+        talk(gateway, ask_openai, 1)
+        monkeypatch.setattr(ConversationStore, fault, breaks)
+        talk(gateway, ask_openai, 3, "another")
+        said = [{"role": "user", "content": "hi"}]
+        got = httpx2.post(f"{gateway.url}{CHAT}", json={"model": "m", "messages": said})
+        assert got.status_code == 200
+        if fault != "decide":
+            assert got.headers["x-pkv-action"] == "forwarded; why=a fault of the gateway's own"
+            assert upstream.bodies[-1]["messages"] == said
 
 
 def test_a_client_that_freezes_its_prompt_is_left_alone() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.rules import rules_of
-from serve.rewriting_peers import CHAT, MESSAGES, RULES, Peer, at, chat, claude, extends
+from serve.rewriting_peers import CHAT, MESSAGES, RESPONSES, RULES, Peer, at, chat, claude, codex, extends
 
 CALL = {"role": "assistant", "content": None, "tool_calls": [
     {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}},
@@ -110,6 +110,37 @@ def test_a_line_never_parts_a_call_from_its_result(route: str) -> None:
     assert peer.action == "erratum"
     assert extends(closed, open_call)
     assert "[state" in json.dumps(closed["messages"][-1])
+
+
+def test_responses_with_items() -> None:
+    """Each call is an item of its own; `instructions` is the head; what the server holds is left alone."""
+    peer = Peer()
+
+    def item(role: str, text: str) -> dict[str, Any]:
+        kind = "output_text" if role == "assistant" else "input_text"
+        return {"type": "message", "role": role, "content": [{"type": kind, "text": text}]}
+
+    calls = [{"type": "function_call", "call_id": name, "name": "f", "arguments": "{}"} for name in "ab"]
+    results = [{"type": "function_call_output", "call_id": name, "output": "x"} for name in "ab"]
+    thought = {"type": "reasoning", "summary": [], "encrypted_content": "secret"}
+    first = peer.send(codex(at("1"), item("user", "hi")), route=RESPONSES)
+    assert peer.action == "announced"
+    second = peer.send(codex(at("2"), item("user", "hi"), thought, *calls, *results), route=RESPONSES)
+    assert peer.action == "erratum"
+    assert extends(second, first)
+    assert second["input"][-1]["role"] == "system"
+    more = [item("assistant", "Yes."), item("user", "so")]
+    third = peer.send(codex(at("3"), item("user", "hi"), thought, *calls, *results, *more), route=RESPONSES)
+    assert peer.action == "erratum"
+    assert extends(third, second)
+    held = codex(at("4"), item("user", "so"), previous_response_id="r1")
+    assert peer.send(held, route=RESPONSES) == held
+    assert (peer.action, peer.why) == ("forwarded", "the body is no conversation")
+    partly = [item("user", "hi"), thought, *calls, results[0]]
+    other = Peer()
+    other.send(codex(at("1"), item("user", "hi")), route=RESPONSES)
+    other.send(codex(at("2"), *partly), route=RESPONSES)
+    assert (other.action, other.why) == ("reset", "there is no place for a line")
 
 
 @pytest.mark.parametrize(
@@ -307,7 +338,7 @@ def test_routes_have_modes_of_their_own() -> None:
     assert peer.action == "forwarded"
     peer.send(claude(at("1"), "hi"), route=MESSAGES)
     assert peer.action == "announced"
-    assert peer.rewriter.mode_of("/v1/responses") is GatewayMode.OBSERVE
+    assert peer.rewriter.mode_of("/v1/completions") is GatewayMode.OBSERVE
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from programmable_kv.serve.rewriting.body import read
 from programmable_kv.serve.rewriting.conversation import Form
 from programmable_kv.serve.rewriting.rules import rules_of
 from programmable_kv.serve.rewriting.wording import quoted
-from serve.rewriting_peers import CHAT, MESSAGES, RULES, Peer, chat, claude, extends, prefix
+from serve.rewriting_peers import CHAT, MESSAGES, RESPONSES, RULES, Peer, chat, claude, codex, extends, prefix
 
 BROKEN = ("reset", "rebase")
 NEW = ("forwarded", "announced", "hoisted")
@@ -46,6 +46,10 @@ class Client:
             call = {"id": f"c{self.number}", "type": "function", "function": {"name": "f", "arguments": "{}"}}
             self.said.append({"role": "assistant", "content": None, "tool_calls": [call]})
             self.said.append({"role": "tool", "tool_call_id": f"c{self.number}", "content": "found"})
+        elif step == "tools" and self.route == RESPONSES:
+            names = [f"c{self.number}a", f"c{self.number}b"]
+            self.said += [{"type": "function_call", "call_id": name, "name": "f", "arguments": "{}"} for name in names]
+            self.said += [{"type": "function_call_output", "call_id": name, "output": "found"} for name in names]
         elif step == "tools":
             use = {"type": "tool_use", "id": f"c{self.number}", "name": "f", "input": {}}
             found = {"type": "tool_result", "tool_use_id": f"c{self.number}", "content": "found"}
@@ -59,11 +63,11 @@ class Client:
 
     def body(self) -> dict[str, Any]:
         said = [
-            {**each, "role": each["role"]} if isinstance(each, dict) else {"role": self._role(n), "content": each}
+            dict(each) if isinstance(each, dict) else {"role": self._role(n), "content": each}
             for n, each in enumerate(self.said)
         ]
         said[0]["content"] = f"hi <left>{self.left}</left>"
-        make = chat if self.route == CHAT else claude
+        make = {CHAT: chat, MESSAGES: claude, RESPONSES: codex}[self.route]
         return make(f"Now: 10:{self.clock:02}:00\n{RULES}{self.extra}", *said)
 
     def _role(self, at: int) -> str:
@@ -77,7 +81,7 @@ STEPS = st.lists(
 )
 
 
-@pytest.mark.parametrize("route", [CHAT, MESSAGES])
+@pytest.mark.parametrize("route", [CHAT, MESSAGES, RESPONSES])
 @pytest.mark.parametrize("mode", [GatewayMode.ERRATUM, GatewayMode.HOIST])
 @settings(max_examples=60, deadline=None)
 @given(steps=STEPS, session=st.sampled_from(["", "s"]), refused=st.sets(st.sampled_from(list(Form)), max_size=2))
@@ -125,7 +129,8 @@ def _check_meaning(peer: Peer, body: Any, got: Any) -> None:
     """Text, then lines in order: each value that the client's request holds is the last one told. Its turns are all there."""
     plan = peer.works[-1].plan
     text = json.dumps(got)
-    wanted = body["messages"][0]["content"] if "system" not in body else body["system"]
+    turns = body.get("messages") or body["input"]
+    wanted = body.get("system") or body.get("instructions") or turns[0]["content"]
     time = wanted.partition("Now: ")[2].partition("\n")[0]
     told = text.rpartition(f"{json.dumps(quoted('time'))[1:-1]}: ")[2] if "[state" in text and plan.after else ""
     lines = [note.line for note in _notes(peer) if '"time"' in note.line]
@@ -133,17 +138,20 @@ def _check_meaning(peer: Peer, body: Any, got: Any) -> None:
         assert f'"time": "{time}"' in lines[-1], told
     else:
         assert f"Now: {time}" in text
-    for message in body["messages"][-2:]:
-        content = message["content"]
+    for message in turns[-2:]:
+        content = message.get("content")
         if isinstance(content, str) and message["role"] != "system" and "<left>" not in content:
             assert json.dumps(content)[1:-1] in text
 
 
 def _check_calls(got: Any) -> None:
     """Nothing stands between a call and its result."""
-    messages = got["messages"]
+    messages = got.get("messages") or got["input"]
     for message, behind in pairwise(messages):
-        content = message["content"]
+        if message.get("type") == "function_call":
+            assert "[state" not in json.dumps(behind)
+            continue
+        content = message.get("content")
         calls = message.get("tool_calls") or (isinstance(content, list) and content[0].get("type") == "tool_use")
         if calls:
             assert behind["role"] == "tool" or behind["content"][0]["type"] == "tool_result"
@@ -176,7 +184,7 @@ def test_the_places_of_a_body_are_right(
     assert body.spliced([]) == text.encode()
     for name, spot in body.spots.items():
         assert json.loads(text[spot.start : spot.stop]) == given_body[name]
-    for value, spot in zip(messages, body.messages, strict=True):
+    for value, spot in zip(messages, body.items["messages"], strict=True):
         assert json.loads(text[spot.start : spot.stop]) == value
 
 
@@ -198,6 +206,21 @@ def test_lines_are_never_changed_in_the_file(tmp_path: Path) -> None:
     with pytest.raises(sqlite3.IntegrityError, match="never changed"), peer.state.write() as run:
         run.execute("UPDATE errata SET line = 'another'")
     assert len(peer.state.rows("SELECT * FROM errata")) == 1
+
+
+def test_what_was_silent_for_a_week_is_forgotten(tmp_path: Path) -> None:
+    peer = Peer(path=tmp_path / "state")
+    for name in ("old", "new"):
+        peer.send(chat(f"Now: 10:01\n{RULES}", name))
+        peer.send(chat(f"Now: 10:02\n{RULES}", name, "Yes.", "so"))
+    old = peer.works[1].plan.after
+    assert old is not None
+    with peer.state.write() as run:
+        run.execute("UPDATE conversations SET used = used - 700000 WHERE identity = ?", (old.identity,))
+    peer.state.close()
+    again = Peer(path=tmp_path / "state")
+    assert len(again.store) == 1
+    assert len(again.state.rows("SELECT * FROM errata")) == 1
 
 
 def test_a_restart_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Any
 
 from starlette.applications import Starlette
@@ -17,6 +18,7 @@ from programmable_kv.serve.admission import Admission
 from programmable_kv.serve.forward import Forwarder
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.observer import Observer
+from programmable_kv.serve.page import page_routes
 from programmable_kv.serve.refusal import RefusedError
 from programmable_kv.serve.rewriting.rewriter import Rewriter
 from programmable_kv.serve.rewriting.store import ConversationStore
@@ -95,12 +97,18 @@ def gateway_app(settings: GatewaySettings, upstream: Upstream | None = None) -> 
             found["rewriting"] = rewriter.as_json(tenant)
         return Response(json.dumps(found, indent=1, ensure_ascii=False), media_type=_JSON)
 
+    def miss(tenant: str) -> Response:
+        found = observer.latest_miss(tenant) if observer is not None else None
+        return Response(json.dumps({} if found is None else asdict(found)), media_type=_JSON)
+
     return Starlette(
         routes=[
+            *page_routes(),
             Route("/v1/{rest:path}", forwarder),
             Route("/healthz", _healthy),
             Route("/metrics", told(lambda _: Response(metrics.text(), media_type=_PROMETHEUS))),
             Route("/pkv/report", told(report)),
+            Route("/pkv/miss", told(miss)),
         ],
         lifespan=lifespan,
     )

@@ -24,6 +24,7 @@ from programmable_kv.serve.observer import Observer
 from programmable_kv.serve.rates import Rates
 from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.reply import ClientGoneError, Reply
+from programmable_kv.serve.rewriting.plan import Action, Plan
 from programmable_kv.serve.rewriting.rewriter import Rewriter, Rewriting
 from programmable_kv.serve.routes import Route, route_of
 from programmable_kv.serve.salt import TenantSalt
@@ -112,16 +113,23 @@ class Forwarder:
 
     async def _exchange(self, job: _Job, admitted: Admitted, body: bytes) -> None:
         if self._rewriter is not None and job.route.observed and job.scope["method"] == "POST":
-            wanted = (admitted.tenant, job.route.label, job.headers, body)
-            if len(body) > _LONG_BODY:  # others are not kept waiting for a long one
-                job.work = await asyncio.to_thread(self._rewriter.begin, *wanted)
-            else:
-                job.work = self._rewriter.begin(*wanted)
+            job.work = await self._begun(self._rewriter, admitted.tenant, job, body)
         answer = await self._send(job, admitted, body)
         try:
             await self._pass_on(job, answer, admitted.tenant, body if job.work is None else job.work.body)
         finally:
             await answer.close()
+
+    async def _begun(self, rewriter: Rewriter, tenant: str, job: _Job, body: bytes) -> Rewriting:
+        """What is done with a request. A fault there, or a full disk, is counted and harms no request."""
+        wanted = (tenant, job.route.label, job.headers, body)
+        try:
+            if len(body) > _LONG_BODY:  # others are not kept waiting for a long one
+                return await asyncio.to_thread(rewriter.begin, *wanted)
+            return rewriter.begin(*wanted)
+        except Exception as error:
+            _LOG.warning("a request could not be rewritten (%s)", type(error).__name__)
+            return Rewriting(tenant, job.route.label, Plan(Action.FORWARDED, "a fault of the gateway's own"), body)
 
     async def _send(self, job: _Job, admitted: Admitted, body: bytes) -> UpstreamAnswer:
         """Send a request; and where the upstream refuses what was rewritten, in another form, and last as it came."""
@@ -136,11 +144,10 @@ class Forwarder:
             request = UpstreamRequest(job.scope["method"], self._target(job.scope), headers, data)
             with job.watch.waiting("upstream"):
                 answer = await self._upstream.send(request)
-            if work is None or self._rewriter is None or not self._rewriter.refused(work, answer.status):
+            if work is None or self._rewriter is None or not _again(self._rewriter, work, answer.status):
                 break
             await answer.close()
         if work is not None and self._rewriter is not None:
-            self._rewriter.answered(work, answer.status)
             self._metrics.actions.labels(job.route.label, work.plan.action).inc()
         return answer
 
@@ -211,6 +218,17 @@ class Forwarder:
         elif job.reply.takes_event:
             await job.reply.end(refusal.event(job.route))
         # Otherwise the answer stays without its end: the server closes the connection, and the client sees that it was cut.
+
+
+def _again(rewriter: Rewriter, work: Rewriting, status: int) -> bool:
+    """Whether the upstream refused what was rewritten, and there is another body to try. A fault there ends the trying."""
+    try:
+        if rewriter.refused(work, status):
+            return True
+        rewriter.answered(work, status)
+    except Exception as error:
+        _LOG.warning("what the upstream takes could not be remembered (%s)", type(error).__name__)
+    return False
 
 
 def _action(work: Rewriting | None) -> Headers:

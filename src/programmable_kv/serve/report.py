@@ -46,11 +46,13 @@ class GatewayReport:
     sessions: tuple[Mapping[str, Any], ...] = field(repr=False)
     """the latest conversations first"""
     observer: ObserverState
+    currency: str = "USD"
 
     def as_json(self) -> dict[str, Any]:
         """As data."""
         return {
             "since": datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds"),
+            "lost_money_at_most": {self.currency: sum(route["lost_money_at_most"] for route in self.routes.values())},
             "routes": self.routes,
             "sessions": list(self.sessions),
             "observer": asdict(self.observer),

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict
 from typing import Any, cast
 
 from starlette.applications import Starlette
@@ -18,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from programmable_kv.errors import ProgrammableKVError
 from programmable_kv.model_queue import ModelQueue
 from programmable_kv.models.load import Model
+from programmable_kv.notebook.html import MEANINGS, token_runs
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.serve.access import Access, rates_of
 from programmable_kv.serve.local.answers import Answer
@@ -26,11 +28,13 @@ from programmable_kv.serve.local.endpoint import Call, Endpoint, Handler, refusa
 from programmable_kv.serve.local.kept import NotebookShelf
 from programmable_kv.serve.local.notebooks import Entry, NotebookStore
 from programmable_kv.serve.metrics import Metrics
+from programmable_kv.serve.page import page_routes
 from programmable_kv.serve.rates import Rates
 from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.routes import OTHER
 from programmable_kv.serve.settings import LocalSettings
 from programmable_kv.serve.state import State
+from programmable_kv.states import TokenState
 
 _LOG = logging.getLogger("programmable_kv.serve")
 _NOTEBOOK = "notebook:"
@@ -89,6 +93,14 @@ class LocalServer:
         """`GET /v1/notebooks/{id}`."""
         entry = self._entry(call)
         return _told(entry, entry.as_json())
+
+    async def tokens(self, call: Call) -> Response:
+        """`GET /v1/notebooks/{id}/tokens`: the text by the state of its tokens."""
+        async with self.notebooks.use(self._entry(call)) as notebook:
+            runs = await self._queue.run(token_runs, notebook)
+        found = {state: sum(run.tokens for run in runs if run.state is state) for state in TokenState}
+        states = {state: {"tokens": n, "meaning": MEANINGS[state]} for state, n in found.items() if n}
+        return JSONResponse({"runs": [asdict(run) for run in runs], "states": states})
 
     async def edit(self, call: Call) -> Response:
         """`PATCH /v1/notebooks/{id}/fields`."""
@@ -174,12 +186,14 @@ def local_app(model: Model, settings: LocalSettings) -> Starlette:
 
     return Starlette(
         routes=[
+            *page_routes(local=True),
             route("GET", "/v1/models", server.models),
             route("POST", "/v1/chat/completions", server.chat),
             route("POST", "/v1/notebooks", server.create),
             route("GET", "/v1/notebooks", server.listed),
             route("GET", "/v1/notebooks/{id}", server.read),
             route("DELETE", "/v1/notebooks/{id}", server.delete),
+            route("GET", "/v1/notebooks/{id}/tokens", server.tokens),
             route("PATCH", "/v1/notebooks/{id}/fields", server.edit),
             route("POST", "/v1/notebooks/{id}/fork", server.fork),
             route("GET", "/metrics", measured),

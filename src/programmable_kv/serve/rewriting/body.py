@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+LISTS = ("messages", "input")
+"""members whose elements are known by their places"""
 _BLANK = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
@@ -28,8 +30,8 @@ class Body:
     data: Mapping[str, Any] = field(repr=False)
     spots: Mapping[str, Spot] = field(repr=False)
     """where each member's value stands"""
-    messages: tuple[Spot, ...] = field(repr=False)
-    """where each message stands"""
+    items: Mapping[str, tuple[Spot, ...]] = field(repr=False)
+    """where each message stands, in each of the lists that hold them"""
 
     def spliced(self, changes: Iterable[tuple[Spot, str]]) -> bytes:
         """The body with other text at some places. Everything else stays byte for byte."""
@@ -66,7 +68,7 @@ def written(value: Any) -> str:
 def _scanned(text: str) -> Body | None:
     found: dict[str, Any] = {}
     spots: dict[str, Spot] = {}
-    messages: list[Spot] = []
+    items: dict[str, tuple[Spot, ...]] = {}
     at = _behind(text, 0, "{")
     if text[at] == "}":
         return None
@@ -75,14 +77,16 @@ def _scanned(text: str) -> Body | None:
         at = _behind(text, at, ":")
         if not isinstance(key, str) or key in found:
             return None
-        if key == "messages" and text[at] == "[":
-            value, stop = _items(text, at, messages)
+        if key in LISTS and text[at] == "[":
+            inside: list[Spot] = []
+            value, stop = _items(text, at, inside)
+            items[key] = tuple(inside)
         else:
             value, stop = _DECODER.raw_decode(text, at)
         found[key], spots[key] = value, Spot(at, stop)
         at = _BLANK.match(text, stop).end()  # type: ignore[union-attr]  # it matches everywhere
         if text[at] == "}":
-            return Body(text, found, spots, tuple(messages)) if not text[at + 1 :].strip() else None
+            return Body(text, found, spots, items) if not text[at + 1 :].strip() else None
         at = _behind(text, at, ",")
 
 

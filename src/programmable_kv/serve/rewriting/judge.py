@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from programmable_kv.explain.pieces import Usage
+from programmable_kv.explain.prices import read_prices
 from programmable_kv.explain.upstream import was_unread
 from programmable_kv.serve.rewriting.conversation import Form
 from programmable_kv.serve.rewriting.plan import Action, Plan
@@ -71,6 +72,7 @@ class Judge:
         self._switch_off = switch_off
         self._gains: dict[tuple[str, str, str], RouteGains] = {}
         self._lock = threading.Lock()
+        self._prices = read_prices(None)
 
     def acted(self, tenant: str, route: str, model: str, plan: Plan) -> None:
         """Count what was done."""
@@ -124,6 +126,16 @@ class Judge:
             return "accepted"
         gains.strikes[form] = gains.strikes.get(form, 0) + 1
         return "folded" if gains.strikes[form] >= _STRIKES else ""
+
+    def money(self, tenant: str) -> dict[str, float]:
+        """About what the tokens won are worth, by currency, for the models that have a price."""
+        with self._lock:
+            worth = 0.0
+            for (owner, _, model), gains in self._gains.items():
+                price = self._prices.price_of(model, gains.cached // max(1, gains.counted))
+                if owner == tenant and price is not None:
+                    worth += gains.gained * (price.input - price.read) / self._prices.per_tokens
+            return {self._prices.currency: round(worth, 6)}
 
     def as_json(self, tenant: str) -> list[dict[str, Any]]:
         """What rewriting brought for one tenant."""

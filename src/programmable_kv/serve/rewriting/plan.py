@@ -16,7 +16,7 @@ from programmable_kv.serve.rewriting.conversation import (
     kept_bytes,
     sent,
 )
-from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, Prompt, holds_thinking, open_calls
+from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES, Prompt, holds_thinking, open_calls
 from programmable_kv.serve.rewriting.rules import Rules
 from programmable_kv.serve.rewriting.wording import line_of, new_token, placeholder
 
@@ -28,6 +28,7 @@ _BUDGET = 0.25
 
 FORMS = {
     CHAT: (Form.SYSTEM, Form.USER, Form.INLINE),
+    RESPONSES: (Form.SYSTEM, Form.USER, Form.INLINE),
     MESSAGES: (Form.SYSTEM, Form.INLINE),  # two user turns in a row are one there: a block does the same
 }
 """in which forms a line may stand, the best first"""

@@ -10,20 +10,26 @@ from typing import Any
 
 from programmable_kv.serve.rewriting.body import Body, Spot, written
 
-CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
-ROUTES = (CHAT, MESSAGES)
+CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
+ROUTES = (CHAT, MESSAGES, RESPONSES)
 """routes whose requests can be rewritten"""
 _HEAD_ROLES = ("system", "developer")
 _MARKER = "cache_control"
+_SYSTEM = {MESSAGES: "system", RESPONSES: "instructions"}
+"""the member that holds the system prompt beside the messages"""
+_LIST = {CHAT: "messages", MESSAGES: "messages", RESPONSES: "input"}
+"""the member that holds the messages"""
+_STORED = ("previous_response_id", "conversation")
+"""members that name a conversation that the server holds"""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """The system prompt of Messages, or one message."""
+    """A system prompt beside the messages, or one message (in Responses: one item)."""
 
     role: str
     index: int | None
-    """its number among the messages; None for the system prompt of Messages"""
+    """its number among the messages; None for a system prompt beside them"""
     head: bool
     """whether it stands before the conversation"""
     frame: str
@@ -57,7 +63,9 @@ class Prompt:
 
     def spot(self, unit: Unit) -> Spot:
         """Where a unit stands in the body."""
-        return self.body.spots["system"] if unit.index is None else self.body.messages[unit.index]
+        if unit.index is None:
+            return self.body.spots[_SYSTEM[self.route]]
+        return self.body.items[_LIST[self.route]][unit.index]
 
     def size(self, *units: Unit) -> int:
         """Bytes of some units as they came."""
@@ -66,28 +74,33 @@ class Prompt:
 
     def value(self, unit: Unit) -> Any:
         """A unit as it came."""
-        return self.body.data["system"] if unit.index is None else self.body.data["messages"][unit.index]
+        if unit.index is None:
+            return self.body.data[_SYSTEM[self.route]]
+        return self.body.data[_LIST[self.route]][unit.index]
 
 
 def prompt_of(route: str, body: Body) -> Prompt | None:
     """A request as units; None where it has not the form of its protocol."""
     data = body.data
-    messages = data.get("messages")
+    messages = data.get(_LIST[route])
     model = data.get("model")
-    if not isinstance(messages, list) or not messages or not isinstance(model, str) or not body.messages:
+    if not isinstance(messages, list) or not messages or not isinstance(model, str):
+        return None
+    if any(data.get(name) for name in _STORED):
         return None
     units: list[Unit] = []
-    if route == MESSAGES and data.get("system"):
-        system = data["system"]
+    if system := data.get(_SYSTEM[route]) if route in _SYSTEM else None:
         if not isinstance(system, str | list):
             return None
-        units.append(_unit(route, {"role": "system", "content": system}, None, True, "system"))
-    head = route == CHAT
+        units.append(_unit(route, {"role": "system", "content": system}, None, True, _SYSTEM[route]))
+    head = route != MESSAGES
     for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        role = _role(message)
+        if not role:
             return None
-        head = head and message["role"] in _HEAD_ROLES
-        units.append(_unit(route, message, index, head, f"messages[{index}].content"))
+        head = head and role in _HEAD_ROLES
+        path = f"{_LIST[route]}[{index}].content"
+        units.append(_unit(route, {**message, "role": role}, index, head, path))
     return Prompt(route, body, model, digest(_plain(data.get("tools"))), tuple(units))
 
 
@@ -104,7 +117,8 @@ def with_texts(value: Any, texts: Mapping[str, str], more: tuple[str, ...], *, r
         content = "\n\n".join([texts.get(_ONLY[route], content), *more])
     elif isinstance(content, list):
         content = [_block_with(block, texts, str(at)) for at, block in enumerate(content)]
-        content += [{"type": "text", "text": text} for text in more]
+        kind = "input_text" if route == RESPONSES else "text"
+        content += [{"type": kind, "text": text} for text in more]
     return {**value, "content": content} if whole else content
 
 
@@ -114,6 +128,13 @@ def open_calls(prompt: Prompt) -> bool:
     for unit in prompt.turns:
         message = prompt.value(unit)
         content = message.get("content")
+        if prompt.route == RESPONSES:
+            kind, identity = str(message.get("type", "message")), str(message.get("call_id"))
+            if kind.endswith("_call") and "call_id" in message:
+                called.add(identity)
+            elif kind.endswith("_output"):
+                called.discard(identity)
+            continue
         blocks = [block for block in content if isinstance(block, Mapping)] if isinstance(content, list) else []
         if unit.role == "assistant":
             calls = message.get("tool_calls")
@@ -127,6 +148,8 @@ def open_calls(prompt: Prompt) -> bool:
 
 def holds_thinking(prompt: Prompt) -> bool:
     """Whether the conversation holds reasoning that is bound to what stands before it."""
+    if any("encrypted_content" in prompt.value(unit) for unit in prompt.turns):
+        return True
     blocks = (
         block
         for unit in prompt.turns
@@ -141,6 +164,18 @@ def digest(value: Any) -> str:
     return blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 
+def _role(message: Any) -> str:
+    """Who says a message. Items of Responses that are none say it by their type; empty where nothing does."""
+    if not isinstance(message, Mapping):
+        return ""
+    if isinstance(message.get("role"), str):
+        return str(message["role"])
+    kind = message.get("type")
+    if not isinstance(kind, str) or kind == "message":
+        return ""
+    return "tool" if kind.endswith("_output") else "assistant"
+
+
 def _unit(route: str, message: Mapping[str, Any], index: int | None, head: bool, path: str) -> Unit:
     content = message.get("content")
     found = {at: (text, where) for at, text, where in _texts(content, route, path)}
@@ -150,7 +185,7 @@ def _unit(route: str, message: Mapping[str, Any], index: int | None, head: bool,
 
     shape: Any = content
     if isinstance(content, str):
-        shape = "" if route == CHAT else [{"type": "text", "text": ""}]
+        shape = [{"type": "text", "text": ""}] if route == MESSAGES else ""
     elif isinstance(content, list):
         shape = [_framed(block, str(at), blank) for at, block in enumerate(content)]
     rest = {key: value for key, value in message.items() if key not in ("content", _MARKER)}
@@ -159,7 +194,7 @@ def _unit(route: str, message: Mapping[str, Any], index: int | None, head: bool,
     return Unit(str(message["role"]), index, head, digest([rest, shape]), texts, paths)
 
 
-_ONLY = {CHAT: "", MESSAGES: "0"}
+_ONLY = {CHAT: "", MESSAGES: "0", RESPONSES: ""}
 """the place of a content that is a text. In Messages it is short for one block"""
 
 

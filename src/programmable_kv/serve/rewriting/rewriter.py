@@ -25,6 +25,8 @@ _REFUSALS = (400, 422, 500)
 """statuses with which servers refuse a role; llama-server says 500 where a template raises"""
 _FAULT = 500
 _OFF = "off"
+_STRIKES = 3
+"""refused announcements after which none is tried: one may have been too long for the model's context"""
 _OFF_S = 86400.0
 _REFUSED = ("refused", "folded")
 _TAKEN = "taken"
@@ -50,6 +52,7 @@ class Rewriting:
     replaced: Conversation | None = field(default=None, repr=False)
     refused: list[Form] = field(default_factory=list)
     """forms of a new line that the upstream refused in this request"""
+    announcement_refused: bool = False
 
     @property
     def body(self) -> bytes:
@@ -83,6 +86,8 @@ class Rewriter:
         self._mode = mode
         self._upstream = upstream
         self._tell = tell
+        self._strikes: dict[tuple[str, str], int] = {}
+        """route and model -> announcements that were refused"""
         self.judge = Judge(self._decided, self._switch_off)
 
     def mode_of(self, route: str) -> GatewayMode:
@@ -139,6 +144,7 @@ class Rewriter:
                 work.plan = again
                 return True
         before = work.plan.before
+        work.announcement_refused = before is None and not work.refused
         work.plan = Plan(Action.RESET, "the upstream refused what was rewritten", None, before)
         return True
 
@@ -153,6 +159,12 @@ class Rewriter:
             self._decided(work.route, work.model, note.form, _TAKEN)
         if work.plan.after is None and work.plan.before is not None:
             self._store.end(work.plan.before)
+        if work.announcement_refused:
+            place = (work.route, work.model)
+            self._strikes[place] = self._strikes.get(place, 0) + 1
+            if self._strikes[place] >= _STRIKES:
+                subject = self._subject(*place)
+                self._store.decide(subject, _OFF, "the announcement is refused", for_s=_OFF_S)
         self.judge.acted(work.tenant, work.route, work.model, work.plan)
 
     def settle(self, work: Rewriting, usage: Usage | None) -> Gain | None:
@@ -166,12 +178,12 @@ class Rewriter:
         """What was done for one tenant, and what was found out about the upstream."""
         return {
             "routes": self.judge.as_json(tenant),
+            "gained_money_estimate": self.judge.money(tenant),
             "upstream": [
                 {"of": subject, "about": about, "verdict": verdict}
                 for subject, about, verdict in self._store.verdicts()
             ],
-            "learned": len(self._store.learned(self._owner(tenant, ROUTES[0])))
-            + len(self._store.learned(self._owner(tenant, ROUTES[1]))),
+            "learned": sum(len(self._store.learned(self._owner(tenant, route))) for route in ROUTES),
         }
 
     def _plan(self, work: Rewriting, owner: str) -> None:

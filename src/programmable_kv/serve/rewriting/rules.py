@@ -14,7 +14,9 @@ from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.prompt import ROUTES, Unit
 
 _NAME = re.compile(r"[^\x00-\x1f\x7f\"<>\[\]]{1,80}")
-_PATH = re.compile(r"(?:system|messages\[\d+\]\.content)(?:\[\d+\]\.text)?(?:\.text|\.content|\[\d+\])*")
+_PATH = re.compile(
+    r"(?:system|instructions|(?:messages|input)\[\d+\]\.content)(?:\[\d+\]\.text)?(?:\.text|\.content|\[\d+\])*"
+)
 _FORM = (
     'It is {"volatile": [{"name": "clock", "pattern": "Now: (.*)"}, {"name": "memory", "path": "system[1].text"}], '
     '"routes": {"/v1/messages": "observe"}, "learn": true}'

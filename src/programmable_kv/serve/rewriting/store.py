@@ -20,6 +20,8 @@ _FORGET_EVERY = 256
 _SET_KEY = "UPDATE conversations SET key = ? WHERE identity = ?"
 _ENDED = ""
 """the key of conversations that were replaced after a reset"""
+_CONVERSATIONS_S = 7 * 86400.0
+"""what was silent for longer is forgotten"""
 _BEGINNINGS_S = 30 * 86400.0
 
 
@@ -41,6 +43,7 @@ class ConversationStore:
             (subject, about): (verdict, until)
             for subject, about, verdict, until in state.rows("SELECT subject, about, verdict, until FROM verdicts")
         }
+        self._forget()
 
     def __len__(self) -> int:
         return int(self._state.rows("SELECT count(*) FROM conversations")[0][0])
@@ -191,13 +194,14 @@ class ConversationStore:
     def _forget(self) -> None:
         """Forget the conversations that were silent longest, and their lines."""
         with self._state.write() as run:
+            run.execute("DELETE FROM conversations WHERE used < ?", (time.time() - _CONVERSATIONS_S,))
             over = len(self) - self._most
             if over > 0:
                 run.execute(
                     "DELETE FROM conversations WHERE identity IN (SELECT identity FROM conversations ORDER BY used LIMIT ?)",
                     (over,),
                 )
-                run.execute("DELETE FROM errata WHERE conversation NOT IN (SELECT identity FROM conversations)")
+            run.execute("DELETE FROM errata WHERE conversation NOT IN (SELECT identity FROM conversations)")
             run.execute("DELETE FROM beginnings WHERE used < ?", (time.time() - _BEGINNINGS_S,))
 
 
