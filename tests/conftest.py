@@ -25,9 +25,9 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever uses the `embedded` fixture needs the weights; whatever needs the weights is slow."""
+    """Whatever uses an `embedded` fixture needs the weights; whatever needs the weights is slow."""
     for item in items:
-        if "embedded" in getattr(item, "fixturenames", ()):
+        if {"embedded", "embedded_design"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.weights)
         if item.get_closest_marker("weights") is not None:
             item.add_marker(pytest.mark.slow)
@@ -175,6 +175,14 @@ def embedded() -> Any:
     from programmable_kv import load_model
 
     return load_model()
+
+
+@pytest.fixture(scope="session")
+def embedded_design() -> Any:
+    """The embedded model that was trained for `visibility="design"`."""
+    from programmable_kv import load_model
+
+    return load_model("embedded-design")
 
 
 def with_beginning(model: Any) -> Any:

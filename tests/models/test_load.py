@@ -37,21 +37,29 @@ def saved(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def test_the_embedded_model_is_the_base_plus_the_adapter(embedded: Any) -> None:
+@pytest.mark.weights
+@pytest.mark.parametrize("name", sorted(fetch.ADAPTERS))
+def test_an_embedded_model_is_the_base_plus_its_adapter(request: pytest.FixtureRequest, name: str) -> None:
     from safetensors.torch import load_file
 
-    adapter = load_file(fetch.adapter_folder() / "adapter_model.safetensors")
-    name = "base_model.model.model.layers.3.mlp.up_proj"
-    delta = 2.0 * adapter[f"{name}.lora_B.weight"].float() @ adapter[f"{name}.lora_A.weight"].float()
+    embedded = request.getfixturevalue(name.replace("-", "_"))
+    adapter = load_file(fetch.adapter_folder(name) / "adapter_model.safetensors")
+    layer = "base_model.model.model.layers.3.mlp.up_proj"
+    delta = 2.0 * adapter[f"{layer}.lora_B.weight"].float() @ adapter[f"{layer}.lora_A.weight"].float()
     base = load_file(fetch.base_folder() / "model.safetensors")["model.layers.3.mlp.up_proj.weight"].float()
     merged = embedded.engine.model.model.layers[3].mlp.up_proj.weight
     assert float(delta.abs().max()) > 1e-3
     torch.testing.assert_close(merged, base + delta, rtol=2e-3, atol=2e-3)
 
 
-def test_the_adapter_is_small_and_comes_with_its_record() -> None:
-    folder = fetch.adapter_folder()
+@pytest.mark.parametrize("name", sorted(fetch.ADAPTERS))
+def test_an_adapter_is_small(name: str) -> None:
+    folder = fetch.adapter_folder(name)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 12_000_000
+
+
+def test_the_adapter_comes_with_its_record() -> None:
+    folder = fetch.adapter_folder()
     from programmable_kv.lab.adapter import training_summary
 
     summary = training_summary(folder)

@@ -2,6 +2,7 @@
 
 The common way to try a continuation on a cached prompt is to clone a DynamicCache, append, and decode. It is given the very
 erratum and question that `field_erratum` computes. `bare` is the floor: one forward of as many tokens on a ready cache.
+`by design` edits a context of `visibility="design"`, where nothing is appended and the edit is exact.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import DynamicCache
 
 from programmable_kv.bench.timing import elapsed_ms, median_ms, synchronise
 from programmable_kv.demo.demo import CASES, VALUES, policy
+from programmable_kv.design.visibility import Visibility
 from programmable_kv.edits.modes import Mode
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.asking import asked
@@ -28,18 +30,20 @@ from programmable_kv.records import Record, Recorder, digest_of
 LENGTHS = (512, 1024, 2048, 4096, 7936)
 """tokens of context; the last leaves room for the answer below the embedded model's 8192 positions"""
 DECODED = 48
+DESIGN = "by design"
 FILLER = "- Notes of the weekly meeting are kept in folder {number} of the shared drive.\n"
 
 
-def context(model: Model, length: int) -> Notebook:
+def context(model: Model, length: int, visibility: Visibility = Visibility.CAUSAL) -> Notebook:
     """The demo's policy at that length with a request, prefilled."""
-    notebook = _built(model, padded_policy(model, length))
+    notebook = _built(model, padded_policy(model, length), visibility)
     notebook.prefill()
     return notebook
 
 
-def _built(model: Model, policy: str) -> Notebook:
-    return Notebook(model).message("system", policy, **VALUES).message("user", CASES[0].request)
+def _built(model: Model, policy: str, visibility: Visibility = Visibility.CAUSAL) -> Notebook:
+    notebook = Notebook(model, visibility=visibility)
+    return notebook.message("system", policy, **VALUES).message("user", CASES[0].request)
 
 
 def padded_policy(model: Model, length: int) -> str:
@@ -79,7 +83,7 @@ def run(
     recorder = Recorder(
         path,
         name=path.stem,
-        version=1,
+        version=2,
         title="Time to first token of an edit, by mode and context length",
         command=command,
         model=model.name,
@@ -104,16 +108,18 @@ def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
     ways: dict[str, float] = {}
     tokens: dict[str, int] = {}
     whole = max(1, min(3, repeats))
-    for mode in Mode:
+    arms: dict[str, tuple[Notebook, Mode | None]] = {str(mode): (notebook, mode) for mode in Mode}
+    arms[DESIGN] = context(model, length, Visibility.DESIGN), None
+    for arm, (edited, mode) in arms.items():
         times = []
         for _ in range(whole if mode in (Mode.FULL, Mode.SUFFIX) else repeats):
-            mark = notebook.mark()
+            mark = edited.mark()
             synchronise()
-            decision = notebook.decide(None, options, edits={case.field: case.value}, mode=mode)
-            notebook.rollback(mark)
+            decision = edited.decide(None, options, edits={case.field: case.value}, mode=mode)
+            edited.rollback(mark)
             times.append(decision.ttft_ms)
-        ways[str(mode)] = statistics.median(times)
-        tokens[str(mode)] = decision.account.tokens_computed
+        ways[arm] = statistics.median(times)
+        tokens[arm] = decision.account.tokens_computed
 
     appended = _erratum_and_question(notebook, case.field, case.value)
     few = appended + appended[: tokens["field_erratum"] - len(appended)]
@@ -192,6 +198,9 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "buffer_over_dynamic_decode": round(
                 row["decode"]["buffer_ms_per_token"] / row["decode"]["dynamic_ms_per_token"], 3
             ),
+            "full_over_readers": round(ms["full"] / ms["readers"], 2),
+            "full_over_design": round(ms["full"] / ms[DESIGN], 2),
+            "design_over_erratum_tokens": round(row["tokens_computed"][DESIGN] / row["tokens_computed"]["erratum"], 2),
             "field_erratum_ms": round(edit, 1),
             "full_ms": round(ms["full"], 1),
         }
