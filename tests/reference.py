@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from programmable_kv import Notebook
 from programmable_kv.cache.buffer import KVBuffer
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
@@ -52,3 +53,14 @@ def row_forward(model: Any, buffer: KVBuffer, slot: int, token: int) -> Layers:
         cache.update(buffer.keys(layer)[:, :, :slot], buffer.values(layer)[:, :, :slot], layer)
     model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
     return [(layer.keys[:, :, -1:], layer.values[:, :, -1:]) for layer in cache.layers]
+
+
+def assert_same(one: Notebook, two: Notebook) -> None:
+    """Two notebooks hold the same text, fields, states, keys and values."""
+    assert one.ids == two.ids
+    assert one.fields == two.fields
+    assert one.states == two.states
+    assert one.rendered_text == two.rendered_text
+    for layer in range(len(one.cache)):
+        assert torch.equal(one.cache.keys(layer), two.cache.keys(layer))
+        assert torch.equal(one.cache.values(layer), two.cache.values(layer))

@@ -63,6 +63,13 @@ def test_the_tutorial_s_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tokens computed" in capsys.readouterr().out, "plans are printed"
 
 
+def test_the_page_on_design_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    notebook = run("docs/by-design.md")["notebook"]
+    assert capsys.readouterr().out.endswith("exact\n")
+    assert notebook.last_account.exact
+    assert [part.name for part in notebook.parts if part.name] == []
+
+
 def test_the_agent_page_s_code_runs() -> None:
     agent = run("docs/agent.md")["agent"]
     assert [dict(turn.changes) for turn in agent.turns] == [{}, {"order_status": "shipped"}]

@@ -18,6 +18,7 @@ ALLOWED = {
     ("notebook.asking", "notebook.notebook"): "types only: a question is put to a notebook",
     ("notebook.html", "notebook.notebook"): "types only: it shows a notebook",
     ("notebook.keeping", "notebook.notebook"): "types only: turns are kept in a notebook",
+    ("notebook.prefilling", "notebook.notebook"): "types only: it computes a notebook",
     ("notebook.saving", "notebook.notebook"): "types only: it saves a notebook",
     ("notebook.streaming", "notebook.notebook"): "types only: a stream is drawn from a notebook",
     ("notebook.suggesting", "notebook.notebook"): "types only: it tries a notebook's lines",

@@ -29,15 +29,18 @@ class Masters:
         self.optimizer.load_state_dict(optimizer)
         self._publish()
 
-    def step(self, rate: float, max_gradient_norm: float) -> None:
+    def step(self, rate: float, max_gradient_norm: float) -> bool:
+        """Follow the weights' gradients, and clear them. Returns False, and changes nothing, where one is not finite."""
         for master, weight in zip(self.tensors, self._weights, strict=True):
             assert weight.grad is not None
             master.grad, weight.grad = weight.grad.float(), None
-        nn.utils.clip_grad_norm_(self.tensors, max_gradient_norm)
+        if not torch.isfinite(nn.utils.clip_grad_norm_(self.tensors, max_gradient_norm)):
+            return False
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self._publish()
+        return True
 
     def _publish(self) -> None:
         for master, weight in zip(self.tensors, self._weights, strict=True):

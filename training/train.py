@@ -73,7 +73,8 @@ def train(
         if step == recipe.fresh_starts[-1]:
             progress.before_last = adapter_of(model)
         decision_loss, replay_loss = gradients.of_step(step)
-        masters.step(recipe.rate(step), recipe.max_gradient_norm)
+        if not masters.step(recipe.rate(step), recipe.max_gradient_norm):
+            raise TrainingError(f"the gradients of step {step} are not finite")
         progress.curve.append([step, round(decision_loss, 4), round(replay_loss, 4)])
         progress.step, progress.seconds = step + 1, time.perf_counter() - began
         if report is not None:

@@ -19,7 +19,7 @@ from programmable_kv.account import Meter
 from programmable_kv.cache.attention import LastRow, recording
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.layout import KVLayout, Reach
-from programmable_kv.cache.masks import attention_masks
+from programmable_kv.cache.masks import PartReads, attention_masks
 from programmable_kv.cache.rows import Rows
 from programmable_kv.cache.transformers_api import (
     GROUPED_ANY,
@@ -116,13 +116,20 @@ class Engine:
     # -- computing ---------------------------------------------------------------------------------------------
 
     def compute(
-        self, buffer: KVBuffer, rows: Rows, *, logits: int = 1, chunk: int = CHUNK, progress: Progress | None = None
+        self,
+        buffer: KVBuffer,
+        rows: Rows,
+        *,
+        logits: int = 1,
+        chunk: int = CHUNK,
+        progress: Progress | None = None,
+        reads: PartReads | None = None,
     ) -> torch.Tensor:
         """Compute rows against the buffer and write them into it, in forwards of about `chunk` rows.
 
         Returns the logits of the last `logits` rows, [logits, vocabulary]; 0 skips the vocabulary projection. If anything is
         raised (by `progress` and Ctrl-C too), the buffer has its length of before; rows that were overwritten come back with a
-        rollback to a mark only.
+        rollback to a mark only. `reads` is what the rows may read; all that stands before them when None.
 
         Raises:
             InvalidArgumentError: an argument has the wrong type, or a token id is not in the vocabulary.
@@ -136,7 +143,7 @@ class Engine:
         try:
             for start, stop in rows.forwards(self.layout.frequency_rules, logits, chunk):
                 kept = logits if stop == len(rows) else 0
-                output = self._compute_some(buffer, ids[start:stop], rows.part(start, stop), kept)
+                output = self._compute_some(buffer, ids[start:stop], rows.part(start, stop), kept, reads)
                 if progress is not None:
                     progress(stop, len(rows))
         except BaseException:
@@ -145,14 +152,17 @@ class Engine:
         return output
 
     @torch.no_grad()
-    def _compute_some(self, buffer: KVBuffer, ids: torch.Tensor, rows: Rows, logits: int) -> torch.Tensor:
+    def _compute_some(
+        self, buffer: KVBuffer, ids: torch.Tensor, rows: Rows, logits: int, reads: PartReads | None
+    ) -> torch.Tensor:
         with self._lock, buffer.writing(rows.slots, rows.positions) as target:
             appended = isinstance(target.slots, slice) and target.slots.stop == target.visible
             mask: Any = None
             # Among the last slots, a mask by index is one by position: always if nothing but order counts, else without holes.
             order_only = all(layer.reach is Reach.FULL for layer in self.layout.layers)
-            if not (appended and (order_only or buffer.dense_until(target.visible))):
-                mask = self._mask(buffer, rows, target.visible, eager=self.model.config._attn_implementation == "eager")
+            if reads is not None or not (appended and (order_only or buffer.dense_until(target.visible))):
+                eager = self.model.config._attn_implementation == "eager"
+                mask = self._mask(buffer, rows, target.visible, eager=eager, reads=reads)
             output = self._forward(buffer, ids, rows, mask, logits).logits[0]
         buffer.meter.count(computed=len(rows))
         # What is not finite anywhere is not finite in the last layer's values either: a sum carries it there.
@@ -164,10 +174,12 @@ class Engine:
             )
         return output  # type: ignore[no-any-return]
 
-    def _mask(self, buffer: KVBuffer, rows: Rows, visible: int, *, eager: bool) -> Any:
+    def _mask(self, buffer: KVBuffer, rows: Rows, visible: int, *, eager: bool, reads: PartReads | None = None) -> Any:
         keys = buffer.positions_until(visible).to(self.device)
         queries = torch.tensor(rows.positions, device=self.device)
-        return attention_masks(self.layout, queries, keys, additive=self.dtype if eager else None)
+        allowed = None if reads is None else reads.allowed(rows.slots, visible).to(self.device)
+        additive = self.dtype if eager else None
+        return attention_masks(self.layout, queries, keys, additive=additive, allowed=allowed)
 
     def _forward(self, buffer: Cache, ids: torch.Tensor, rows: Rows, mask: Any, logits: int, **more: Any) -> Any:
         if any(rule.every_length and rows.positions[-1] + 1 >= rule.within for rule in self.layout.frequency_rules):

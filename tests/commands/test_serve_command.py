@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from programmable_kv.cli import app
 from programmable_kv.errors import InvalidArgumentError, InvalidValueError
-from programmable_kv.serve.settings import GatewayMode, LocalSettings
+from programmable_kv.serve.modes import GatewayMode
+from programmable_kv.serve.settings import LocalSettings, default_state
 from serve.http_peers import Received, answer, raw_upstream, wait_until
 
 
@@ -58,6 +59,26 @@ def test_options_become_settings(served: list[Any], tmp_path: Path, monkeypatch:
     assert (limits.max_running, limits.max_waiting, limits.read_s) == (3, 4, 5.0)
 
 
+def test_a_mode_that_rewrites_keeps_its_state_on_disk(served: list[Any], tmp_path: Path) -> None:
+    rules = tmp_path / "rules.json"
+    rules.write_text('{"volatile": [{"name": "clock", "pattern": "Now: (.*)"}], "routes": {"/v1/messages": "pass"}}')
+    invoke(
+        "--upstream",
+        "http://127.0.0.1:8000",
+        "--mode",
+        "erratum",
+        "--volatile",
+        str(rules),
+        "--state",
+        str(tmp_path / "s"),
+    )
+    invoke("--upstream", "http://127.0.0.1:8000", "--mode", "erratum", "--port", "9001")
+    assert (served[0].mode, served[0].state, served[0].rewrites) == (GatewayMode.ERRATUM, tmp_path / "s", True)
+    assert [rule.name for rule in served[0].rules.declared] == ["clock"]
+    assert served[0].rules.routes == {"/v1/messages": GatewayMode.PASS}
+    assert served[1].state.name == "gateway-9001.sqlite3"
+
+
 def test_by_default_it_observes_on_this_machine_only(served: list[Any]) -> None:
     invoke("--upstream", "http://127.0.0.1:8000")
     assert (served[0].host, served[0].mode, served[0].keys) == ("127.0.0.1", GatewayMode.OBSERVE, ())
@@ -66,7 +87,8 @@ def test_by_default_it_observes_on_this_machine_only(served: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--mode", "erratum"], "--mode is one of observe, pass"),
+        (["--mode", "rewrite"], "--mode is one of observe, pass, erratum, hoist, strict"),
+        (["--volatile", "/nowhere/rules.json"], "cannot read"),
         (["--host", "0.0.0.0"], "--api-keys-file"),
         (["--upstream-key-env", "NOT_SET_ANYWHERE"], "NOT_SET_ANYWHERE holds no key"),
         (["--api-keys-file", "/nowhere/keys"], "cannot read"),
@@ -87,7 +109,8 @@ def test_without_an_upstream_it_serves_a_model(served: list[Any], monkeypatch: p
 
     monkeypatch.setattr("programmable_kv.commands.serve.load", load)
     invoke("--model", "some/model", "--max-notebooks", "3")
-    assert (loaded, served) == (["some/model"], [LocalSettings(max_notebooks=3)])
+    kept = default_state("local-8787")
+    assert (loaded, served) == (["some/model"], [LocalSettings(max_notebooks=3, state=kept)])
     with pytest.raises(InvalidArgumentError, match="--api-keys-file"):
         invoke("--host", "0.0.0.0")
     assert len(loaded) == 1, "what is refused is refused before a model is loaded"

@@ -10,15 +10,16 @@ def test_every_case_runs_in_every_mode_and_is_on_the_page() -> None:
     results = list(demo.run(tiny("llama", max_position_embeddings=4096)))
     assert [case for case, _, _ in results] == list(demo.CASES)
     for case, before, outcomes in results:
-        assert [outcome.mode for outcome in outcomes] == list(demo.MODES)
+        assert [outcome.mode for outcome in outcomes] == [*demo.MODES, demo.DESIGN]
         assert set(before.probabilities) == {case.before, case.after}
         by_mode = {outcome.mode: outcome for outcome in outcomes}
         assert by_mode[demo.Mode.FULL].agrees
         assert by_mode[demo.Mode.SUFFIX].agrees, "it computes the same numbers as a full prefill"
+        assert by_mode[demo.DESIGN].decision.account.exact
         assert by_mode[demo.Mode.STALE].decision.choice == before.choice
     page = demo.html_page("a <tiny> model", results)
     assert "a &lt;tiny&gt; model" in page
-    assert page.count("<details>") == len(demo.CASES) * len(demo.MODES)
+    assert page.count("<details>") == len(demo.CASES) * (len(demo.MODES) + 1)
 
 
 def test_the_policy_holds_every_field_once() -> None:

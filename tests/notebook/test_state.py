@@ -19,17 +19,7 @@ from programmable_kv.errors import (
 )
 from programmable_kv.notebook.html import COLOURS, ERRATUM_STYLE
 from programmable_kv.states import TokenState, weakest
-from reference import assert_rows_equal, full_forward
-
-
-def assert_same(one: Notebook, two: Notebook) -> None:
-    assert one.ids == two.ids
-    assert one.fields == two.fields
-    assert one.states == two.states
-    assert one.rendered_text == two.rendered_text
-    for layer in range(len(one.cache)):
-        assert torch.equal(one.cache.keys(layer), two.cache.keys(layer))
-        assert torch.equal(one.cache.values(layer), two.cache.values(layer))
+from reference import assert_rows_equal, assert_same, full_forward
 
 
 def test_a_fork_lives_its_own_life() -> None:

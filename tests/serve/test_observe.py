@@ -216,7 +216,7 @@ def test_what_waits_is_bounded(seen: list[Observation]) -> None:
     ("data", "encoding", "expected"),
     [
         (usage(10, 4), "", 10),
-        (gzip.compress(usage(10, 4)), "gzip", 10),
+        (gzip.compress(usage(10, 4), mtime=0), "gzip", 10),
         (b"\x28\xb5\x2f\xfd", "zstd", None),
         (b"not gzip", "gzip", None),
         (b'data: {"choices":[]}\n\ndata: ' + usage(10, 4) + b"\n\ndata: [DONE]\n\n", "", 10),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from programmable_kv.account import Account
+from programmable_kv.design.visibility import Visibility
 from programmable_kv.edits.modes import Mode, parse_mode
 from programmable_kv.edits.seam import SeamRepair
 from programmable_kv.models.load import Model
@@ -54,6 +55,8 @@ class Agent:
         mode: str | Mode | None = None,
         repair: SeamRepair | None = None,
         fold_system: bool = True,
+        visibility: str | Visibility = Visibility.CAUSAL,
+        mentions: Mapping[str, Sequence[str]] | None = None,
         **state: Value,
     ) -> None:
         """Compose the context. What was compiled before is spliced, only the rest is computed.
@@ -61,13 +64,15 @@ class Agent:
         Args:
             policy: the system message, with a `{field}` placeholder for every name in the state; or a skill, whose own fields
                 are the state.
-            values, state: the fields' values; those of fields that are called `skills`, `mode`, `repair` or `fold_system` in
-                `values`.
+            values, state: the fields' values; those of fields that are called like one of the options here in `values`.
             skills: follow the policy, in this order, each after an empty line.
             mode: how changes of state are made, as in `Notebook.edit`.
             repair: which tokens of each skill are computed again in their place.
             fold_system: where the chat template has no place for a system message, the policy begins the first user turn.
                 `composed.why` says so.
+            visibility: as in `Notebook`. By `design` changes of state are exact, and leave earlier turns as history.
+            mentions: field -> by what words the policy speaks of it, as in `Notebook.mentions`. By design it is best said here,
+                before anything is computed.
 
         Raises:
             UnknownFieldError, InvalidValueError, InvalidEditError, FingerprintMismatchError, ContextOverflowError: as
@@ -80,8 +85,10 @@ class Agent:
             [*([] if isinstance(policy, Skill) else [policy]), *("{" + skill.name + "}" for skill in pieces)]
         )
         self.mode = None if mode is None else parse_mode(mode)
-        self.notebook = Notebook(model, fold_system=fold_system)
+        self.notebook = Notebook(model, fold_system=fold_system, visibility=visibility)
         self.notebook.message("system", text, **{**(values or {}), **state}, **{skill.name: skill for skill in pieces})
+        for name, words in (mentions or {}).items():
+            self.notebook.mentions(name, *words)
         self.composed = self.notebook.prefill(repair=repair)
         self.turns: list[Turn] = []
         self._between: list[Account] = []

@@ -23,7 +23,8 @@ from programmable_kv.agent.agent import Agent
 from programmable_kv.bench.edit import padded_policy
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.demo.demo import CASES, VALUES
-from programmable_kv.edits.modes import DEFAULT_MODE, Mode
+from programmable_kv.design.visibility import Visibility
+from programmable_kv.edits.modes import DEFAULT_MODE, Mode, parse_mode
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import likeliest, option_ids
 from programmable_kv.prompt.chat import render_chat
@@ -43,9 +44,11 @@ INSTANCES = 10
 """policies of each held-out domain"""
 TURNS = 6
 TIMED_TURNS = 12
-MODES = (DEFAULT_MODE, Mode.ERRATUM)
-"""of the agents that decide, unless others are asked for; the first one's times are taken. For an agent in mode `readers` it is
-declared by what words its policy looks a field up"""
+MODES = (str(DEFAULT_MODE), str(Mode.ERRATUM))
+"""of the agents that decide, unless others are asked for; the first one's times are taken. For an agent in mode `readers` or
+`design` it is declared by what words its policy looks a field up"""
+DESIGN = "design"
+"""the agent whose context is by design; the policy is then text of it, where the other agents splice a compiled one"""
 OPENING = [("system", "")]
 """the preface that a policy is compiled behind and later spliced behind: the beginning of a system message"""
 
@@ -68,7 +71,7 @@ def run(
     lengths: Sequence[int] = LENGTHS,
     turns: int = TURNS,
     timed_turns: int = TIMED_TURNS,
-    modes: Sequence[Mode] = MODES,
+    modes: Sequence[str] = MODES,
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
@@ -90,7 +93,7 @@ def run(
             "turns": turns,
             "timed_turns": timed_turns,
             "lengths": list(lengths),
-            "modes": [str(mode) for mode in modes],
+            "modes": list(modes),
         },
     )
     model.engine.verify()
@@ -157,7 +160,7 @@ def _timed_steps(turns: int) -> Iterator[Step]:
 
 
 def play(
-    model: Model, policy: str, state: dict[str, str], steps: list[Step], modes: Sequence[Mode], *,
+    model: Model, policy: str, state: dict[str, str], steps: list[Step], modes: Sequence[str], *,
     mentions: Mapping[str, Sequence[str]] | None = None, prefix_cache: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Every turn of the rival and of an agent in each mode: who was right, who agreed with the rival; and of the first
@@ -166,10 +169,7 @@ def play(
     With `prefix_cache` the rival that has one plays as well. `mentions`: field -> by what words the policy speaks of it.
     """
     skill = Skill.compile(model, policy, state, name="policy", preface=OPENING)
-    agents = {mode: Agent(model, skill, mode=mode) for mode in modes}
-    for name, words in (mentions or {}).items():
-        if Mode.READERS in agents:
-            agents[Mode.READERS].notebook.mentions(name, *words)
+    agents = {mode: _agent(model, skill, policy, state, mode, mentions or {}) for mode in modes}
     composing = agents[modes[0]].composed
     rival = Rival(model, policy, state)
     cached = Rival(model, policy, state, prefix_cache=True) if prefix_cache else None
@@ -196,6 +196,26 @@ def play(
             account = cached.act(step).account
             rows[-1] |= {"cached_tokens": account.tokens_computed, "cached_ttft_ms": round(1e3 * account.seconds, 2)}
     return rows
+
+
+def parse_way(way: str) -> str:
+    """
+    Raises:
+        InvalidEditError: neither an edit mode nor `design`.
+    """
+    return way if way == DESIGN else str(parse_mode(way))
+
+
+def _agent(
+    model: Model, skill: Skill, policy: str, state: dict[str, str], mode: str, mentions: Mapping[str, Sequence[str]]
+) -> Agent:
+    if mode == DESIGN:
+        return Agent(model, policy, state, visibility=Visibility.DESIGN, mentions=mentions)
+    agent = Agent(model, skill, mode=mode)
+    if mode == Mode.READERS:
+        for name, words in mentions.items():
+            agent.notebook.mentions(name, *words)
+    return agent
 
 
 class Rival:

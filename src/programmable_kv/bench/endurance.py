@@ -14,6 +14,7 @@ from typing import Any
 
 from programmable_kv.demo.demo import CASES, VALUES, policy
 from programmable_kv.edits.modes import DEFAULT_MODE
+from programmable_kv.ledger.ledger import Ledger
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.notebook import Notebook
@@ -96,11 +97,13 @@ def _full(model: Model, values: dict[str, str], request: str, options: list[str]
 
 
 def _summed(notebook: Notebook, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    ledger = notebook._state.ledger
+    assert isinstance(ledger, Ledger), "the bench runs a notebook whose visibility is causal"
     compared = [step for step in steps if "agrees" in step]
     return {
         "context_tokens": len(notebook),
         "cache_bytes": notebook.cache.capacity * notebook.cache.bytes_per_token,
-        "runs": len(notebook._state.ledger.runs),
+        "runs": len(ledger.runs),
         "errata": sum(part.kind == "erratum" for part in notebook.parts),
         "edit_ms": round(statistics.median(step["ms"] for step in steps), 3),
         "edit_tokens": round(statistics.mean(step["tokens"] for step in steps), 2),

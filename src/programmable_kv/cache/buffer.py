@@ -317,10 +317,11 @@ class KVBuffer(Cache):  # type: ignore[misc]
         assert layer.values is not None
         return (layer.keys, layer.values) if rule.rotated == "keys" else (layer.values, layer.keys)
 
-    def exchange(self, start: int, middle: int, stop: int, layout: KVLayout) -> None:
-        """Two adjacent runs of slots, [start, middle) and [middle, stop), change places. Positions stay with the slots.
+    def exchange(self, start: int, middle: int, stop: int, layout: KVLayout, positions: Sequence[int] = ()) -> None:
+        """Two adjacent runs of slots, [start, middle) and [middle, stop), change places.
 
-        Costs a pass over both runs. `layout` is one with which relocation was proved exact.
+        Positions stay with the slots, unless others are given, one for each. Costs a pass over both runs. `layout` is one with
+        which relocation was proved exact.
 
         Raises:
             CacheBufferError: these are no two runs of slots in use.
@@ -334,14 +335,17 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self._require_rotation(self.tables, self.next_position)
         order, run = torch.cat((torch.arange(middle, stop), torch.arange(start, middle))), slice(start, stop)
         self._save(run)
-        self._move(order, run, self._positions[run].clone(), layout)
+        stand = torch.tensor(positions) if positions else self._positions[run].clone()
+        self._move(order, run, stand, layout)
 
-    def insert(self, at: int, segment: Segment, layout: KVLayout, *, replacing: int = 0) -> None:
+    def insert(
+        self, at: int, segment: Segment, layout: KVLayout, *, replacing: int = 0, position: int | None = None
+    ) -> None:
         """Splice a segment in at slot `at`, instead of the `replacing` slots that start there.
 
-        What follows moves by the difference in length, in slots and in positions. The segment's keys are rotated once, from
-        the canonical; it is kept (not copied) for as long as its tokens stand here. `layout` is one with which relocation was
-        proved exact.
+        It begins at `position`, right behind the slot before when None. What follows moves right behind it. The segment's keys
+        are rotated once, from the canonical; it is kept (not copied) for as long as its tokens stand here. `layout` is one with
+        which relocation was proved exact.
 
         Raises:
             CacheBufferError: there are no such slots, or the segment does not fit.
@@ -350,24 +354,26 @@ class KVBuffer(Cache):  # type: ignore[misc]
         """
         if not isinstance(segment, Segment):
             raise InvalidArgumentError(f"insert takes a Segment, got {type(segment).__name__}")
-        if not isinstance(segment, Segment):
-            raise InvalidArgumentError(f"insert takes a Segment, got {type(segment).__name__}")
         if not 0 <= at <= at + replacing <= self.length:
             raise CacheBufferError(f"cannot insert instead of slots [{at}, {at + replacing}) of {self.length}")
         if len(segment.keys) != len(self.layers):
             raise CacheBufferError(f"a segment of {len(segment.keys)} layers does not fit {len(self.layers)}")
-        self._require_rotation(self.tables, self.next_position + len(segment) - replacing)
+        count, tail = len(segment), at + replacing
+        behind = int(self._positions[at - 1]) + 1 if at else 0
+        position = behind if position is None else position
+        if position < behind:
+            raise CacheBufferError(f"cannot insert at position {position}: the slot before stands at {behind - 1}")
+        shift = position + count - int(self._positions[tail]) if tail < self.length else 0
+        self._require_rotation(self.tables, max(self.next_position + shift, position + count))
         made_with = segment.tables
         if made_with is None and len(segment):
             made_with = tables_at(self.layout.frequency_rules, int(segment.computed_at.max()) + 1)
         self._require_rotation(made_with, 0)
-        count, tail = len(segment), at + replacing
-        position = int(self._positions[at - 1]) + 1 if at else 0
         length = self.length + count - replacing
         self.ensure_capacity(length)
-        if tail < self.length and count != replacing:
+        if tail < self.length and (shift or count != replacing):
             self._save(slice(at, min(tail, at + count)))
-            self.relocate(tail, self.length, at + count, count - replacing, layout)
+            self.relocate(tail, self.length, at + count, shift, layout)
         else:
             self._save(slice(at, at + count))
         where = slice(at, at + count)

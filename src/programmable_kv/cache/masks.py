@@ -6,9 +6,27 @@ rows are the last ones; for rows in the middle of a context, or a context with h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from programmable_kv.cache.layout import KVLayout, Reach
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PartReads:
+    """Which parts of a context read which, beside the order of positions: a mask made of blocks."""
+
+    part_of: torch.Tensor
+    """[S] the number of the part that each slot belongs to"""
+    reads: torch.Tensor
+    """[parts, parts] booleans: may tokens of the first part read those of the second?"""
+
+    def allowed(self, slots: Sequence[int], visible: int) -> torch.Tensor:
+        """[T, visible] booleans: may the row in each of these T slots read each of the first slots?"""
+        rows = self.reads[self.part_of[torch.tensor(slots, dtype=torch.long)]]
+        return rows[:, self.part_of[:visible]]
 
 
 def visible(queries: torch.Tensor, keys: torch.Tensor, reach: Reach, window: int | None) -> torch.Tensor:
@@ -25,15 +43,22 @@ def visible(queries: torch.Tensor, keys: torch.Tensor, reach: Reach, window: int
 
 
 def attention_masks(
-    layout: KVLayout, queries: torch.Tensor, keys: torch.Tensor, *, additive: torch.dtype | None
+    layout: KVLayout,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    additive: torch.dtype | None,
+    allowed: torch.Tensor | None = None,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """The mask(s) to hand to a model, [1, 1, T, S]: one tensor, or one per layer type if types differ.
 
-    `additive` is the dtype of an eager mask (0 and the dtype's minimum); None gives booleans.
+    `additive` is the dtype of an eager mask (0 and the dtype's minimum); None gives booleans. `allowed`, [T, S] booleans, is
+    what may be read at all.
     """
     made: dict[str, torch.Tensor] = {}
     for reach, window in layout.reaches:
-        mask = visible(queries, keys, reach, window)[None, None]
+        mask = visible(queries, keys, reach, window)
+        mask = (mask if allowed is None else mask & allowed)[None, None]
         if additive is not None:
             bias = torch.zeros(mask.shape, dtype=additive, device=mask.device)
             mask = bias.masked_fill(~mask, torch.finfo(additive).min)

@@ -69,7 +69,9 @@ def bench_agent(
     instances: Annotated[int, typer.Option(min=0, help="policies of each held-out domain")] = 10,
     lengths: LengthsOption = "1024,2048,4096",
     turns: Annotated[int, typer.Option(min=1, help="turns of each timed policy")] = 12,
-    mode: Annotated[list[str], typer.Option(help="how an agent edits; repeatable, the first one is timed")] = [  # noqa: B006
+    mode: Annotated[
+        list[str], typer.Option(help="how an agent edits, or 'design'; repeatable, the first one is timed")
+    ] = [  # noqa: B006
         "field_erratum",
         "erratum",
     ],
@@ -77,11 +79,10 @@ def bench_agent(
     out_path: OutOption = None,
 ) -> None:
     """An agent on a live cache against re-prefilling every turn: the same decisions, and how much sooner."""
-    from programmable_kv.bench.agent import run
-    from programmable_kv.edits.modes import parse_mode
+    from programmable_kv.bench.agent import parse_way, run
     from programmable_kv.scenarios.vocabulary import held_out_domains
 
-    sizes, modes = parse_lengths(lengths) if times else [], [parse_mode(each) for each in mode]
+    sizes, modes = parse_lengths(lengths) if times else [], [parse_way(each) for each in mode]
     total = instances * len(held_out_domains()) + len(sizes)
     measure(
         run, load(model), out_path, "agent", "Policies", total,

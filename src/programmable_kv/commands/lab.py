@@ -140,6 +140,20 @@ def lab_stock_readers(
     measure(run, loaded, out_path, record_name(loaded), "Policies", count * len(EVERYDAY), count=count)
 
 
+@app.command("by-design")
+def lab_by_design(
+    model: ModelOption = "embedded-design",
+    count: Annotated[int, typer.Option(min=1, help="questions of each kind")] = 60,
+    dtype: DtypeOption = "float32",
+    out_path: OutOption = None,
+) -> None:
+    """Right answers under visibility by design, beside the same weights under plain causal attention."""
+    from programmable_kv.lab.by_design import drawn, record_name, run
+
+    loaded = load(model, dtype=dtype)
+    measure(run, loaded, out_path, record_name(loaded), "Questions", len(drawn(count)), count=count)
+
+
 @app.command("compose")
 def lab_compose(
     model: ModelOption = "embedded",

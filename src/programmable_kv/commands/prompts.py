@@ -234,7 +234,7 @@ def _table(title: str, before: Decision) -> Table:
     return table
 
 
-def _cells(mode: Mode, decision: Decision, agrees: bool) -> list[str]:
+def _cells(mode: str, decision: Decision, agrees: bool) -> list[str]:
     from rich.markup import escape
 
     return [

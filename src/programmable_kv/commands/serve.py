@@ -26,7 +26,16 @@ def serve(
         str, typer.Option(help="the address to listen at; other than this machine's only with API keys")
     ] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(help="the port to listen at")] = 8787,
-    mode: Annotated[str, typer.Option(help="'observe' reports on the prefix cache; 'pass' only forwards")] = "observe",
+    mode: Annotated[
+        str,
+        typer.Option(help="'observe' reports on the prefix cache; 'pass' only forwards; 'erratum', 'hoist', 'strict'"),
+    ] = "observe",
+    volatile: Annotated[
+        Path | None, typer.Option(help="which pieces of prompts may change, and modes of routes: a JSON file")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="the file in which the state is kept; in the user's data folder by default")
+    ] = None,
     api_keys_file: Annotated[
         Path | None, typer.Option(help="who may use the gateway: lines that `pkv serve-key` prints")
     ] = None,
@@ -39,19 +48,29 @@ def serve(
     read_timeout: Annotated[float, typer.Option(help="seconds for which the upstream may be silent")] = 600.0,
     observe_mib: Annotated[int, typer.Option(help="memory for earlier requests to compare with, in MiB")] = 256,
     max_notebooks: Annotated[int, typer.Option(help="without --upstream: notebooks that are kept")] = 64,
+    per_minute: Annotated[
+        float | None,
+        typer.Option(help="requests of each API key in a minute; `per-minute=` beside a key goes before"),
+    ] = None,
+    cache_salt: Annotated[
+        bool, typer.Option("--cache-salt", help="the upstream is vLLM: part the tenants' caches with a `cache_salt`")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="log a line for each request; never its text")] = False,
 ) -> None:
     """A gateway in front of a model server (--upstream), or a server of a model with notebooks, edited in the cache.
 
     The gateway forwards Chat Completions, Completions, Responses, Messages and everything else under /v1 byte for byte,
-    and says at /pkv/report what the prefix cache missed. Metrics for Prometheus are at /metrics.
+    and says at /pkv/report what the prefix cache missed. Metrics for Prometheus are at /metrics. With --mode erratum it sends
+    again what it sent before where only declared or often seen values changed, and tells the new ones in an appended line.
     """
     from programmable_kv.extras import require_extra
 
     require_extra("serve", "starlette", "uvicorn", "httpx2", "prometheus_client")
     from programmable_kv.serve.access import read_keys
+    from programmable_kv.serve.modes import GatewayMode
+    from programmable_kv.serve.rewriting.rules import Rules, read_rules
     from programmable_kv.serve.run import run_gateway, run_local
-    from programmable_kv.serve.settings import GatewayMode, GatewaySettings, Limits, LocalSettings
+    from programmable_kv.serve.settings import GatewaySettings, Limits, LocalSettings, default_state
 
     if mode not in tuple(GatewayMode):
         raise InvalidArgumentError(f"--mode is one of {', '.join(GatewayMode)}, got {mode!r}")
@@ -61,6 +80,7 @@ def serve(
         max_waiting=max_waiting,
         read_s=read_timeout,
         observed_bytes=observe_mib * _MIB,
+        per_minute=per_minute,
     )
     keys = read_keys(api_keys_file) if api_keys_file is not None else ()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
@@ -68,13 +88,15 @@ def serve(
         logging.getLogger("programmable_kv.serve").setLevel(logging.INFO)
     here = f"http://{host}:{port}"
     if upstream is None:
-        settings = LocalSettings(host, port, limits, keys, max_notebooks)
+        settings = LocalSettings(host, port, limits, keys, max_notebooks, state or default_state(f"local-{port}"))
         loaded = load(model)
         _say(f"{here}/v1 serves {loaded.name}; notebooks at {here}/v1/notebooks")
         run_local(loaded, settings)
         return
     secret = _secret(upstream_key_env) if upstream_key_env is not None else ""
-    gateway = GatewaySettings(upstream, host, port, GatewayMode(mode), limits, keys, secret)
+    rules = read_rules(volatile) if volatile is not None else Rules()
+    kept = state or default_state(f"gateway-{port}")
+    gateway = GatewaySettings(upstream, host, port, GatewayMode(mode), limits, keys, secret, rules, kept, cache_salt)
     _say(f"{here}/v1 forwards to {upstream}; report at {here}/pkv/report")
     run_gateway(gateway)
 

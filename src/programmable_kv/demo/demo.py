@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib import resources
 
+from programmable_kv.design.visibility import Visibility
 from programmable_kv.edits.modes import Mode
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
@@ -14,7 +15,11 @@ from programmable_kv.notebook.html import tokens_html
 from programmable_kv.notebook.notebook import Notebook
 
 VALUES = {"account_role": "verified_admin", "today": "2026-03-01", "tier": "premium", "order_status": "pending"}
-MODES = (Mode.FULL, Mode.STALE, Mode.IN_PLACE, Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.SELECTIVE, Mode.SUFFIX)
+MODES = (
+    Mode.FULL, Mode.STALE, Mode.IN_PLACE, Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.SELECTIVE, Mode.READERS, Mode.SUFFIX,
+)  # fmt: skip
+DESIGN = "by design"
+"""the edit of a context that was prefilled with `visibility="design"`"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,8 @@ class Outcome:
     """One mode on one case."""
 
     case: Case
-    mode: Mode
+    mode: str
+    """an edit mode, or `DESIGN`"""
     decision: Decision
     agrees: bool
     """with the choice of a full prefill of the new text"""
@@ -55,9 +61,9 @@ def policy() -> str:
     return resources.files(__package__).joinpath("policy.md").read_text(encoding="utf-8").strip()
 
 
-def build(model: Model, request: str) -> Notebook:
+def build(model: Model, request: str, visibility: Visibility = Visibility.CAUSAL) -> Notebook:
     """The demo's context, prefilled: the policy with its fields, and a customer's request."""
-    notebook = Notebook(model)
+    notebook = Notebook(model, visibility=visibility)
     notebook.message("system", policy(), **VALUES)
     notebook.message("user", request)
     notebook.prefill()
@@ -65,21 +71,29 @@ def build(model: Model, request: str) -> Notebook:
 
 
 def run(model: Model) -> Iterator[tuple[Case, Decision, list[Outcome]]]:
-    """For each case: the decision before the edit, and every mode's outcome. Full prefill comes first: it is the oracle."""
+    """For each case: the decision before the edit, and every mode's outcome. Full prefill comes first: it is the oracle.
+
+    The last outcome is by design, in a context of its own, which reads less.
+    """
     for case in CASES:
         notebook = build(model, case.request)
         options = [case.before, case.after]
         before = notebook.decide(None, options)
         outcomes: list[Outcome] = []
         full: Decision | None = None
-        for mode in MODES:
-            mark = notebook.mark()
-            decision = notebook.decide(None, options, edits={case.field: case.value}, mode=mode)
-            page = tokens_html(notebook)
-            notebook.rollback(mark)
+        designed = build(model, case.request, Visibility.DESIGN)
+        for mode in (*MODES, DESIGN):
+            edited = designed if mode == DESIGN else notebook
+            mark = edited.mark()
+            asked = None if mode == DESIGN else Mode(mode)
+            decision = edited.decide(None, options, edits={case.field: case.value}, mode=asked)
+            page = tokens_html(edited)
+            edited.rollback(mark)
             full = full or decision
             outcomes.append(
-                Outcome(case, mode, decision, decision.choice == full.choice, full.ttft_ms / decision.ttft_ms, page)
+                Outcome(
+                    case, str(mode), decision, decision.choice == full.choice, full.ttft_ms / decision.ttft_ms, page
+                )
             )
         yield case, before, outcomes
 
@@ -112,7 +126,8 @@ def html_page(model_name: str, results: list[tuple[Case, Decision, list[Outcome]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>programmable-kv demo</title>'
         f"<style>{style}</style></head><body><h1>One cached policy, edited</h1><p>Model: {escape(model_name)}. Full prefill "
-        "of the new text is the oracle; every other row edits the cache that was computed for the old text.</p>"
+        "of the new text is the oracle; every other row edits the cache that was computed for the old text. The row "
+        "“by design” edits a context in which a field is read by the lines that mention it only.</p>"
         + "".join(body)
         + "</body></html>"
     )

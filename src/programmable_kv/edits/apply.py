@@ -13,8 +13,11 @@ import torch
 from programmable_kv.account import Account
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.layout import KVLayout
+from programmable_kv.cache.masks import PartReads
 from programmable_kv.cache.span import Span
-from programmable_kv.edits.entries import computed, on_ledger
+from programmable_kv.design.build import AnyLedger, Build
+from programmable_kv.design.parts import parts_of, reads_less, reads_of
+from programmable_kv.edits.entries import computed, on_ledger, weakest_of
 from programmable_kv.edits.plan import Compute, Exchange, Insert, Plan, Select, Shift, Step, Truncate
 from programmable_kv.engine import Engine, Progress, Rows
 from programmable_kv.errors import ContextOverflowError, FrequencyRegimeError
@@ -28,7 +31,7 @@ from programmable_kv.prompt.context import Context
 class Applied:
     """A plan that was carried out."""
 
-    ledger: Ledger
+    ledger: AnyLedger
     account: Account
     logits: torch.Tensor | None
     """[n, vocabulary] of the last rows that were asked for; None if no row was computed"""
@@ -41,7 +44,7 @@ def check(plan: Plan, engine: Engine, extra: int = 0) -> KVLayout | None:
         ContextOverflowError: the context would be longer than the model's positions.
         UnverifiedError: the plan moves tokens or computes them in the middle, and that is not proved exact on this model.
     """
-    needed = len(plan.after) + extra
+    needed = plan.after.begins[-1] + extra
     limit = engine.layout.position_limit
     if limit is not None and needed > limit:
         raise ContextOverflowError(
@@ -61,7 +64,7 @@ def apply(
     plan: Plan,
     engine: Engine,
     buffer: KVBuffer,
-    ledger: Ledger,
+    ledger: AnyLedger,
     *,
     followed_by: Sequence[int] = (),
     logits: int = 0,
@@ -84,7 +87,7 @@ def apply(
             _require_fitting_frequencies(plan, engine, buffer)
             # Before the mark is released: an interrupt while this is worked out undoes the plan as well.
             reused = len(plan.after) - _covered(touched)
-            state = ledger.weakest(plan.after.values, plan.after.first_places)
+            state = weakest_of(ledger, plan.after)
         except BaseException:
             buffer.rollback(mark)
             raise
@@ -117,16 +120,17 @@ def _carried_out(
     plan: Plan,
     engine: Engine,
     buffer: KVBuffer,
-    ledger: Ledger,
+    ledger: AnyLedger,
     layout: KVLayout | None,
     followed_by: Sequence[int],
     logits: int,
     progress: Progress | None,
-) -> tuple[Ledger, list[Span], torch.Tensor | None]:
+) -> tuple[AnyLedger, list[Span], torch.Tensor | None]:
     chosen: dict[int, Origin] = {}
     touched: list[Span] = []
     for step in plan.steps:
         if isinstance(step, Select):
+            assert isinstance(ledger, Ledger), "nothing is selected by attention under visibility='design'"
             reader = (
                 Rows.appended(followed_by, buffer.length, buffer.next_position)
                 if followed_by
@@ -144,9 +148,23 @@ def _carried_out(
     rows = _rows(plan.after, computes, followed_by)
     output = None
     if len(rows):
-        output = engine.compute(buffer, rows, logits=min(logits, len(rows)), progress=progress)
+        reads = _reads(ledger, plan.after, computes, len(followed_by))
+        output = engine.compute(buffer, rows, logits=min(logits, len(rows)), progress=progress, reads=reads)
     ledger = computed(ledger, plan.after, computes)
     return ledger, touched + [one.span for one in computes], output
+
+
+def _reads(ledger: AnyLedger, after: Context, computes: Sequence[Compute], followed_by: int) -> PartReads | None:
+    """What the rows of a plan, and so many after the end, may read; None where that is all before them."""
+    if not isinstance(ledger, Build):
+        return None
+    parts = parts_of(after, ledger.words)
+    touched = (
+        part
+        for part in parts
+        if any(one.span.start < part.span.stop and part.span.start < one.span.stop for one in computes)
+    )
+    return reads_of(parts, len(after), followed_by) if reads_less(touched) else None
 
 
 def _on_buffer(step: Step, buffer: KVBuffer, layout: KVLayout | None) -> None:
@@ -157,11 +175,12 @@ def _on_buffer(step: Step, buffer: KVBuffer, layout: KVLayout | None) -> None:
     else:
         assert layout is not None, "a plan that relocates was checked with a layout"
         if isinstance(step, Shift):
-            buffer.relocate(step.start, buffer.length, step.to, step.to - step.start, layout)
+            shift = step.to - step.start if step.by is None else step.by
+            buffer.relocate(step.start, buffer.length, step.to, shift, layout)
         elif isinstance(step, Insert):
-            buffer.insert(step.at, step.skill.segment, layout, replacing=step.replacing)
+            buffer.insert(step.at, step.skill.segment, layout, replacing=step.replacing, position=step.position)
         elif isinstance(step, Exchange):
-            buffer.exchange(step.start, step.middle, step.stop, layout)
+            buffer.exchange(step.start, step.middle, step.stop, layout, step.positions)
 
 
 def _moved(step: Step, slot: int) -> int | None:
@@ -169,15 +188,15 @@ def _moved(step: Step, slot: int) -> int | None:
     match step:
         case Truncate(length):
             return slot if slot < length else None
-        case Shift(start, to):
+        case Shift(start, to, _):
             if slot >= start:
                 return slot + to - start
             return slot if slot < to else None
-        case Insert(at, skill, replacing):
+        case Insert(at, skill, replacing, _):
             if slot >= at + replacing:
                 return slot + len(skill) - replacing
             return slot if slot < at else None
-        case Exchange(start, middle, stop):
+        case Exchange(start, middle, stop, _):
             if start <= slot < middle:
                 return slot + stop - middle
             return slot - (middle - start) if middle <= slot < stop else slot
@@ -193,11 +212,11 @@ def _touched(step: Step, touched: list[Span], length: int) -> list[Span]:
         if start is not None and stop is not None and start <= stop:
             shifted.append(Span(start, stop + 1))
     match step:
-        case Shift(_, to):
+        case Shift(_, to, _):
             shifted.append(Span(min(to, length), length))
-        case Insert(at, skill, replacing):
+        case Insert(at, skill, replacing, _):
             shifted.append(Span(at, length if len(skill) != replacing else at + len(skill)))
-        case Exchange(start, _, stop):
+        case Exchange(start, _, stop, _):
             shifted.append(Span(start, stop))
         case Truncate() | Select():
             pass
@@ -225,15 +244,18 @@ def _as_computes(chosen: dict[int, Origin]) -> list[Compute]:
 
 
 def _rows(after: Context, computes: Iterable[Compute], followed_by: Sequence[int]) -> Rows:
-    """Rows for some slots and the tokens after the end. In a notebook's context a slot's position is its number."""
+    """Rows for some slots and the tokens after the end."""
     ids: list[int] = []
     slots: list[int] = []
+    positions: list[int] = []
     for one in computes:
         ids += after.ids_in(one.span)
         slots += one.span.range
+        positions += after.positions_in(one.span)
     ids += followed_by
     slots += range(len(after), len(after) + len(followed_by))
-    return Rows(tuple(ids), tuple(slots), tuple(slots))
+    positions += range(after.begins[-1], after.begins[-1] + len(followed_by))
+    return Rows(tuple(ids), tuple(slots), tuple(positions))
 
 
 def _last_row(buffer: KVBuffer, ledger: Ledger) -> Rows:

@@ -32,7 +32,7 @@ def plan_append(context: Context, unit: Unit, bytes_per_token: int = 0, *, opera
 
 def plan_splice(
     context: Context,
-    ledger: Ledger,
+    ledger: Ledger | None,
     skill: Skill,
     where: Span,
     repair: SeamRepair,
@@ -66,7 +66,7 @@ def plan_splice(
     steps: list[Step] = [Insert(at, skill, len(where))]
     compute: tuple[Compute, ...] = ()
     span = Span(at, at + len(skill))
-    if not exact_at(skill, ledger, at) and repair.computes:
+    if repair.computes and not (ledger is not None and exact_at(skill, ledger, at)):
         seam = repair.first(span)
         compute = (Compute(seam, Origin.REPAIRED),) if len(seam) else ()
         selection = repair.selection(span, skill.unit.ids)

@@ -2,40 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import overload
 
 from programmable_kv.cache.span import Span
+from programmable_kv.design.build import AnyLedger, Build
 from programmable_kv.edits.plan import Compute, Exchange, Insert, Select, Shift, Step, Truncate
-from programmable_kv.ledger.ledger import Ledger
+from programmable_kv.ledger.ledger import Ledger, Stretch
 from programmable_kv.ledger.run import Origin, Run
 from programmable_kv.ledger.version import TOKEN_BYTES, Content, Version
 from programmable_kv.prompt.context import Context
 from programmable_kv.prompt.units import Unit
 from programmable_kv.skills.skill import Skill
+from programmable_kv.states import TokenState
 
 
-def on_ledger(step: Step, ledger: Ledger) -> Ledger:
+@overload
+def on_ledger(step: Step, ledger: Ledger) -> Ledger: ...
+
+
+@overload
+def on_ledger(step: Step, ledger: Build) -> Build: ...
+
+
+def on_ledger(step: Step, ledger: AnyLedger) -> AnyLedger:
     """What a step does to the ledger: the same as to the buffer."""
     match step:
         case Truncate(length):
             return ledger.truncated(length)
-        case Shift(start, to):
+        case Shift(start, to, _):
             return ledger.shifted(start, to)
-        case Insert(at, skill, replacing):
+        case Insert(at, skill, replacing, _):
+            if isinstance(ledger, Build):
+                return ledger.inserted(at, skill.placed, rounded=skill.rounded, replacing=replacing)
             return ledger.inserted(at, [compiled_run(skill, ledger, at)], replacing=replacing)
-        case Exchange(start, middle, stop):
+        case Exchange(start, middle, stop, _):
             return ledger.exchanged(start, middle, stop)
         case Select():
             return ledger
 
 
-def computed(ledger: Ledger, after: Context, computes: Iterable[Compute]) -> Ledger:
+@overload
+def computed(ledger: Ledger, after: Context, computes: Iterable[Compute]) -> Ledger: ...
+
+
+@overload
+def computed(ledger: Build, after: Context, computes: Iterable[Compute]) -> Build: ...
+
+
+def computed(ledger: AnyLedger, after: Context, computes: Iterable[Compute]) -> AnyLedger:
     """The ledger once these slots were computed, in one forward, ascending: each reads those before it."""
+    if isinstance(ledger, Build):
+        return ledger.computed(after, [one.span for one in computes])
     for one in computes:
         ledger = ledger.computed(
             one.span.start, after.packed(one.span), after.statements_in(one.span), origin=one.origin
         )
     return ledger
+
+
+def weakest_of(ledger: AnyLedger, context: Context) -> TokenState:
+    """The state of all cached tokens of a context taken together."""
+    if isinstance(ledger, Build):
+        return ledger.weakest(context)
+    return ledger.weakest(context.values, context.first_places)
+
+
+def stretches_of(ledger: AnyLedger, context: Context) -> Iterator[Stretch]:
+    """The states of all slots of a context, in order."""
+    if isinstance(ledger, Build):
+        return ledger.stretches(context)
+    return ledger.stretches(context.values, context.first_places)
 
 
 def compiled_run(skill: Skill, ledger: Ledger, at: int) -> Run:
@@ -59,7 +96,7 @@ def exact_at(skill: Skill, ledger: Ledger, at: int) -> bool:
     return ledger.seen_before(at).content.same(Content.of(skill.packed_preface))
 
 
-def adopted(context: Context, ledger: Ledger, unit: Unit, tokens: int) -> tuple[Context, Ledger]:
+def adopted(context: Context, ledger: AnyLedger, unit: Unit, tokens: int) -> tuple[Context, AnyLedger]:
     """A context with a unit after its end, whose first `tokens` tokens are in the buffer: computed there on this context."""
     whole = context.appended(unit)
     span = Span(len(context), len(context) + tokens)

@@ -30,6 +30,8 @@ class Shift:
 
     start: int
     to: int
+    by: int | None = None
+    """by how many positions; as many as slots when None"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Insert:
     at: int
     skill: Skill = field(repr=False)
     replacing: int = 0
+    position: int | None = None
+    """of its first token; right behind the slot before when None"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,8 @@ class Exchange:
     start: int
     middle: int
     stop: int
+    positions: tuple[int, ...] = ()
+    """of these slots afterwards; as before when empty"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +126,8 @@ class Plan:
     def reach(self) -> int:
         """No position that a relocation starts from or ends at reaches this one."""
         compiled = [int(step.skill.segment.computed_at[-1]) + 1 for step in self.steps if isinstance(step, Insert)]
-        return max([self.before, len(self.after), *compiled])
+        gaps = self.after.begins[-1] - len(self.after)
+        return max([self.before + gaps, len(self.after) + gaps, *compiled])
 
     @property
     def computes_in_the_middle(self) -> bool:
@@ -140,15 +147,15 @@ class Plan:
             match step:
                 case Truncate(to):
                     length = to
-                case Shift(start, to):
+                case Shift(start, to, _):
                     if length > start:
                         yield step, length - start
                     length += to - start
-                case Insert(at, skill, replacing):
+                case Insert(at, skill, replacing, _):
                     grown = len(skill) - replacing
                     yield step, len(skill) + (length - at - replacing if grown else 0)
                     length += grown
-                case Exchange(start, _, stop):
+                case Exchange(start, _, stop, _):
                     yield step, stop - start
                 case Select():
                     pass
@@ -176,12 +183,12 @@ def _described(step: Step) -> str:
     match step:
         case Truncate(length):
             return f"drop the slots from {length} on"
-        case Shift(start, to):
+        case Shift(start, to, _):
             return f"move the tail from slot {start} to slot {to}"
-        case Insert(at, skill, replacing):
+        case Insert(at, skill, replacing, _):
             instead = f" in the place of {replacing} tokens" if replacing else ""
             return f"insert {skill.name} ({len(skill)} tokens) at slot {at}{instead}"
-        case Exchange(start, middle, stop):
+        case Exchange(start, middle, stop, _):
             return f"exchange slots [{start}, {middle}) and [{middle}, {stop})"
         case Select(selection, _):
             return f"select {selection}"

@@ -105,7 +105,7 @@ class LogReader:
                 str(body.get("model") or entry.get("model") or ""),
                 tuple(self._known.setdefault(piece.key + piece.path.encode(), piece) for piece in pieces),
                 str(body.get("cache_salt") or ""),
-                _session(entry, body),
+                session_name(entry, body),
                 _time(entry),
                 _usage(entry, answer),
                 {name: body[name] for name in OPTIONS if body.get(name) is not None},
@@ -214,7 +214,8 @@ def _usage(entry: Mapping[str, Any], answer: Mapping[str, Any]) -> Usage | None:
     return None
 
 
-def _session(entry: Mapping[str, Any], body: Mapping[str, Any]) -> str:
+def session_name(entry: Mapping[str, Any], body: Mapping[str, Any]) -> str:
+    """The client's own name for the conversation: in the headers, the entry or the body; empty where there is none."""
     headers = [_object(holder.get("headers")) for holder in (entry, _object(entry.get("request")))]
     lowered = [{str(key).lower(): value for key, value in each.items()} for each in headers]
     for held in (*lowered, entry, body, _object(body.get("metadata"))):

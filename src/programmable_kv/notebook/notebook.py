@@ -21,8 +21,10 @@ from programmable_kv.account import Account
 from programmable_kv.arguments import require, require_fields
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.span import Span
+from programmable_kv.design.build import Build
+from programmable_kv.design.closure import readers_by_design
+from programmable_kv.design.visibility import Visibility, parse_visibility
 from programmable_kv.edits.apply import Applied, apply
-from programmable_kv.edits.compose import joined_values, plan_append, plan_splice
 from programmable_kv.edits.modes import Mode
 from programmable_kv.edits.plan import Plan
 from programmable_kv.edits.ranking import AttentionInfluence, Ranking
@@ -30,16 +32,16 @@ from programmable_kv.edits.seam import SeamRepair
 from programmable_kv.engine import Progress
 from programmable_kv.errors import AlreadyPrefilledError, NotPrefilledError, OutOfStepError
 from programmable_kv.models.load import Model
-from programmable_kv.notebook import asking, saving, streaming
+from programmable_kv.notebook import asking, prefilling, saving, streaming
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.plans import Plans
 from programmable_kv.notebook.requests import checked_options, checked_tools, declared, message_of
 from programmable_kv.notebook.sampling import Sampling
 from programmable_kv.notebook.state import NotebookMark, Part, State
 from programmable_kv.notebook.suggesting import SHARE, Suggestions, suggest
-from programmable_kv.prompt.context import Context, FieldValue
+from programmable_kv.prompt.context import Context
 from programmable_kv.prompt.conversation import Conversation
-from programmable_kv.prompt.fields import TEXT, Value, edited, trusted_by
+from programmable_kv.prompt.fields import TEXT, Value, edited
 from programmable_kv.prompt.parts import Message, Rendered, Text
 from programmable_kv.prompt.prompt import Prompt
 from programmable_kv.prompt.readers import Reader, Turns, check_words, declared_words, parse_turns, readers_of
@@ -52,9 +54,6 @@ from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
 from programmable_kv.skills.skill import Skill, skills_among, types_in
 from programmable_kv.states import TokenState
 from programmable_kv.storage.files import Blobs
-
-_SPARE_SLOTS = 128
-"""room for what is appended first, so that the buffer need not grow for it"""
 
 
 class Notebook:
@@ -74,6 +73,7 @@ class Notebook:
         fold_system: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        visibility: str | Visibility = Visibility.CAUSAL,
     ) -> None:
         """
         Args:
@@ -84,9 +84,12 @@ class Notebook:
             tools: for the chat template, as OpenAI's API takes them.
             template_kwargs: other variables of the chat template, such as `enable_thinking` or `date_string`. A text as
                 `strftime_now` is what the template's own clock answers.
+            visibility: `causal`: every token reads all text before it. `design`: a field is read by the lines that mention it
+                and by turns, a skill reads itself only; then edits and splices are exact, at the price of what read the change
+                (`docs/by-design.md`). It changes what the model computes, and so what it decides.
 
         Raises:
-            InvalidArgumentError: that is no model.
+            InvalidArgumentError: that is no model, or no visibility.
             InvalidValueError: the erratum template is not one; tools or variables are no plain data.
         """
         require(model, Model, "a notebook runs on a Model, as load_model and wrap_model make it")
@@ -94,6 +97,8 @@ class Notebook:
         self.model = model
         self.erratum_template = erratum_template
         self.ranking = ranking or AttentionInfluence()
+        self.visibility = parse_visibility(visibility)
+        """what a token may read of the text before it"""
         self.prompt = Prompt(
             model.tokenizer,
             erratum_template,
@@ -215,6 +220,9 @@ class Notebook:
             require_fields([name], self.fields)
         check_words(words)
         self._mentions = {**self._mentions, name: tuple(dict.fromkeys((*self._mentions.get(name, ()), *words)))}
+        if isinstance(self._state.ledger, Build):  # these lines read the field from now on, and were built without it
+            ledger = replace(self._state.ledger, words=self._mentions)
+            self._state = replace(self._state, ledger=ledger)
         return self
 
     def _given(self, fields: Mapping[str, Value | Skill]) -> tuple[dict[str, Value], dict[str, Skill]]:
@@ -238,45 +246,13 @@ class Notebook:
             UnverifiedError: there is a skill, and this model's keys cannot be moved.
             ContextOverflowError: the context is longer than the model's positions.
             TemplateError: the chat template changes what the messages say.
+            InvalidEditError: a repair under visibility="design", where there is no seam.
         """
         self._require_not_prefilled()
         if self.prompt.empty:
             raise NotPrefilledError("the notebook is empty: add .message(...) or .text(...) before .prefill()")
-        engine, tokenizer = self.model.engine, self.model.tokenizer
-        values = self.prompt.fields
-        for skill in self._skills.values():
-            values = joined_values(values, skill)
-        raw = not self.prompt.messages
-        pieces = [
-            self._skills[piece]
-            if isinstance(piece, str)
-            else tokenised(tokenizer, piece, Kind.PREFILL, special=raw and number == 0)
-            for number, piece in enumerate(self.prompt.pieces())
-        ]
-        length = sum(map(len, pieces))
-        if not length:
-            raise NotPrefilledError("the notebook's text is empty: there is nothing to compute")
-        engine.check_length(length)
-        if self._skills:
-            engine.verify()
-        buffer = engine.new_buffer(length + _SPARE_SLOTS)
-        types = self.prompt.types
-        state = State(Context((), {name: FieldValue(it, it, types.get(name, TEXT)) for name, it in values.items()}))
-        total = Account()
-        for piece in pieces:
-            if isinstance(piece, Skill):
-                at = len(state.context)
-                plan = plan_splice(state.context, state.ledger, piece, Span(at, at), repair or SeamRepair())
-            else:
-                plan = plan_append(state.context, piece)
-            applied = apply(plan, engine, buffer, state.ledger, progress=_offset(progress, len(state.context), length))
-            state = State(plan.after, applied.ledger)
-            total = total + applied.account
-        self._buffer = buffer
-        conversation = self.prompt.conversation()
-        self._state = replace(state, conversation=conversation)
-        reasons = (conversation.remarks if conversation is not None else "", trusted_by(types), total.why)
-        return self._recorded(total.of(operation="prefill", tokens_reused=0, why="; ".join(filter(None, reasons))))
+        self._state, self._buffer, account = prefilling.prefill(self, repair, progress)
+        return self._recorded(account)
 
     def rendered(self) -> Rendered:
         """The prompt as written, as the model will read it at prefill, with the characters of every field.
@@ -366,6 +342,8 @@ class Notebook:
     def readers(self, name: str, *, turns: str = "open") -> tuple[Reader, ...]:
         """What `edit(..., mode="readers")` computes again besides the field itself: each piece of text, and why.
 
+        Under `visibility="design"`, all that an edit computes again: what read the field, or read something that did.
+
         Args:
             turns: as `edit`.
 
@@ -374,7 +352,11 @@ class Notebook:
             InvalidArgumentError: `turns` is no such thing.
         """
         self.spans(name)
-        return self._readers_in(self._state.context, name, parse_turns(turns))
+        wanted = parse_turns(turns)
+        if (design := self.plan._design()) is not None:
+            kept = design.kept(design.context, wanted)
+            return readers_by_design(design.context, self._mentions, name, wanted, kept)
+        return self._readers_in(self._state.context, name, wanted)
 
     def suggest_readers(
         self,
@@ -673,7 +655,9 @@ class Notebook:
     def fork(self) -> Self:
         """An independent notebook in the same state. Copies the cache; its `last_account` says what that cost."""
         state = self._ready()
-        other = type(self)(self.model, erratum_template=self.erratum_template, ranking=self.ranking)
+        other = type(self)(
+            self.model, erratum_template=self.erratum_template, ranking=self.ranking, visibility=self.visibility
+        )
         other.prompt, other._skills, other._state = self.prompt, self._skills, state
         other._mentions = self._mentions
         with self.model.engine.meter.measure() as reading:
@@ -778,8 +762,3 @@ class Notebook:
     def _require_not_prefilled(self) -> None:
         if self._buffer is not None:
             raise AlreadyPrefilledError("the context was prefilled already: use .add(role, content) to append to it")
-
-
-def _offset(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """Progress on a piece, as progress on the whole."""
-    return None if progress is None else lambda done, _: progress(before + done, total)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from programmable_kv.arguments import require, require_count, require_fields
 from programmable_kv.cache.span import Span
+from programmable_kv.design.build import Build
+from programmable_kv.edits import by_design
 from programmable_kv.edits.compose import plan_append, plan_cut, plan_move, plan_splice
 from programmable_kv.edits.edit import EditTools, plan_edit, plan_rebase, plan_recompute
 from programmable_kv.edits.modes import STRATEGIES, Mode, parse_mode
@@ -19,6 +21,7 @@ from programmable_kv.errors import (
     TemplateError,
     UnverifiedError,
 )
+from programmable_kv.ledger.ledger import Ledger
 from programmable_kv.notebook.state import Part
 from programmable_kv.prompt.context import Context
 from programmable_kv.prompt.conversation import Conversation
@@ -28,6 +31,7 @@ from programmable_kv.prompt.parts import Message, Rendered, Text
 from programmable_kv.prompt.prompt import check_values
 from programmable_kv.prompt.readers import Turns, parse_turns
 from programmable_kv.prompt.tokens import as_text
+from programmable_kv.prompt.turns import turn_slots
 from programmable_kv.prompt.units import Kind, Unit, tokenised
 from programmable_kv.prompt.wording import block_statement, statement
 from programmable_kv.skills.skill import Skill
@@ -87,6 +91,10 @@ class Plans:
         if chosen is None or STRATEGIES[chosen].writes:
             # The model's checks are done once, before any clock runs: they are no part of an edit's price.
             self._notebook.model.engine.verify()
+        if (design := self._design()) is not None:
+            tokenizer = self._notebook.model.tokenizer
+            return by_design.plan_design_edit(design, texts, chosen, wanted, tokenizer).because(trusted_by(types))
+        assert isinstance(state.ledger, Ledger)
         notes: dict[str, str] = {}
         plan = plan_edit(state.context, state.ledger, texts, chosen, self._tools(k, notes, wanted))
         return _explained(plan, notes).because(trusted_by(types))
@@ -113,6 +121,13 @@ class Plans:
             model.tokenizer, self._notebook.erratum_template, values, {**dict(skill.types), **state.context.types}
         )
         model.engine.verify()
+        if (design := self._design()) is not None:
+            if repair is not None and repair.computes:
+                raise InvalidEditError(
+                    "under visibility='design' a skill reads itself only, so there is no seam to repair: leave the repair out"
+                )
+            return by_design.plan_design_splice(design, skill, where, operation=operation)
+        assert isinstance(state.ledger, Ledger)
         return plan_splice(
             state.context,
             state.ledger,
@@ -126,17 +141,24 @@ class Plans:
     def cut(self, what: str | Part | Span, /) -> Plan:
         """As `Notebook.cut`."""
         state = self._notebook._ready()
+        if (design := self._design()) is not None:
+            return by_design.plan_design_cut(design, state.span(what))
         return plan_cut(state.context, state.span(what), self._bytes_per_token)
 
     def move(self, what: str | Part | Span, /, *, to: int | Part | None = None) -> Plan:
         """As `Notebook.move`."""
         state = self._notebook._ready()
+        if (design := self._design()) is not None:
+            return by_design.plan_design_move(design, state.span(what), state.slot(to))
         return plan_move(state.context, state.span(what), state.slot(to), self._bytes_per_token)
 
     def recompute(self, start: int | Part | None = None) -> Plan:
         """As `Notebook.recompute`."""
         state = self._notebook._ready()
         slot = None if start is None else state.slot(start)
+        if (design := self._design()) is not None:
+            return by_design.plan_design_recompute(design, slot)
+        assert isinstance(state.ledger, Ledger)
         return plan_recompute(state.context, state.ledger, slot, self._bytes_per_token)
 
     def rebase(self, *, limit: int | None = None) -> Plan:
@@ -144,11 +166,21 @@ class Plans:
         if limit is not None:
             require_count(limit, "a limit of tokens")
         state = self._notebook._ready()
+        if not isinstance(state.ledger, Ledger):  # an edit by design writes its value into its place
+            return Plan("rebase", len(state.context), state.context, why="there is no erratum to fold back")
         return plan_rebase(state.context, state.ledger, self._tools(), limit)
 
     def append(self, unit: Unit) -> Plan:
         """Append a unit that was tokenised already."""
         return plan_append(self._notebook._ready().context, unit, self._bytes_per_token)
+
+    def _design(self) -> by_design.DesignState | None:
+        """What a plan under visibility="design" starts from; None in a notebook without."""
+        state = self._notebook._ready()
+        if not isinstance(state.ledger, Build):
+            return None
+        opens = turn_slots(state.context, state.conversation, "").open
+        return by_design.DesignState(state.context, state.ledger, opens, self._bytes_per_token)
 
     # -- what planning needs -------------------------------------------------------------------------------------------
 

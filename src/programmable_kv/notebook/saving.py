@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from programmable_kv.design.build import Build
+from programmable_kv.design.visibility import Visibility
 from programmable_kv.edits.ranking import Ranking
 from programmable_kv.models.load import Model
 from programmable_kv.models.loaded import loaded_model
@@ -35,7 +37,8 @@ def save(notebook: Notebook, where: str | Path | Blobs) -> Path | str:
 def load(kind: type[Notebook], where: str | Path | Blobs, model: Model) -> Notebook:
     """As `Notebook.load`, without the account."""
     saved = read(where, model)
-    notebook = kind(model, erratum_template=saved.erratum_template)
+    way = Visibility.DESIGN if isinstance(saved.ledger, Build) else Visibility.CAUSAL
+    notebook = kind(model, erratum_template=saved.erratum_template, visibility=way)
     notebook.prompt.template = saved.template
     buffer = model.engine.new_buffer(len(saved.context))
     buffer.load_tensors(dict(saved.tensors))

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from programmable_kv.cache.buffer import Mark
 from programmable_kv.cache.span import Span
+from programmable_kv.design.build import AnyLedger
+from programmable_kv.edits.entries import stretches_of, weakest_of
 from programmable_kv.errors import InvalidArgumentError, UnknownPartError
 from programmable_kv.ledger.ledger import Ledger
 from programmable_kv.prompt.context import Context
@@ -33,19 +35,19 @@ class State:
     """Context, ledger and conversation; replaced as one."""
 
     context: Context = field(default_factory=Context)
-    ledger: Ledger = field(default_factory=Ledger)
+    ledger: AnyLedger = field(default_factory=Ledger)
     conversation: Conversation | None = None
     """the chat messages; None for raw text"""
 
     @property
     def weakest(self) -> TokenState:
         """The state of all cached tokens taken together."""
-        return self.ledger.weakest(self.context.values, self.context.first_places)
+        return weakest_of(self.ledger, self.context)
 
     def token_states(self) -> list[TokenState]:
         """Of every slot."""
         states: list[TokenState] = []
-        for stretch in self.ledger.stretches(self.context.values, self.context.first_places):
+        for stretch in stretches_of(self.ledger, self.context):
             states += [stretch.state] * len(stretch.span)
         return states
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from programmable_kv.account import Account
+from programmable_kv.design.visibility import Visibility
 from programmable_kv.edits.modes import Mode
-from programmable_kv.errors import InvalidArgumentError
+from programmable_kv.errors import InvalidArgumentError, InvalidEditError
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.movement import movement
 from programmable_kv.prompt.fields import Value
@@ -101,6 +102,11 @@ def suggest(
     notebook: Notebook, name: str, value: Value, prompt: str | None, options: Sequence[str], share: float, turns: str
 ) -> Suggestions:
     """As `Notebook.suggest_readers`."""
+    if notebook.visibility is Visibility.DESIGN:
+        raise InvalidEditError(
+            "under visibility='design' a line that is not declared has not read the field, so nothing moves and nothing can be "
+            "found. Ask a notebook of the same messages with visibility='causal', and declare its words here."
+        )
     wanted = parse_turns(turns)
     if not 0 < share <= 1:
         raise InvalidArgumentError(f"a share is above 0 and at most 1; got {share!r}")

@@ -45,6 +45,33 @@ class Context:
         """The first slot of every unit, and the end."""
         return (0, *accumulate(len(unit) for unit in self.units))
 
+    @cached_property
+    def begins(self) -> tuple[int, ...]:
+        """The position at which every unit begins, and the one behind the end."""
+        return tuple(accumulate((unit.positions for unit in self.units), initial=0))
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether some positions are kept free, so that a slot's position is not its number."""
+        return self.begins[-1] != len(self)
+
+    def positions_in(self, span: Span) -> Sequence[int]:
+        """The position of each of some slots."""
+        if not self.has_gaps:
+            return span.range
+        found: list[int] = []
+        for index in range(self.unit_at(span.start), len(self.units)):
+            start, begins = self.starts[index], self.begins[index]
+            if start >= span.stop:
+                break
+            first, last = max(span.start, start), min(span.stop, self.starts[index + 1])
+            found += range(begins + first - start, begins + last - start)
+        return found
+
+    def position_of(self, slot: int) -> int:
+        """The position of a slot; the one behind the end for the end."""
+        return self.begins[-1] if slot >= len(self) else self.positions_in(Span(slot, slot + 1))[0]
+
     @property
     def ids(self) -> list[int]:
         return [token for unit in self.units for token in unit.ids]
@@ -176,7 +203,7 @@ class Context:
         return Context(self.units, {**self.fields, **changed})
 
     def appended(self, *units: Unit) -> Context:
-        return Context((*self.units, *(unit for unit in units if len(unit))), self.fields)
+        return Context((*self.units, *(unit for unit in units if unit.positions)), self.fields)
 
     def split_at(self, slot: int) -> tuple[Context, int]:
         """A context in which a unit begins at `slot`, and that unit's index.

@@ -36,6 +36,8 @@ class Why(StrEnum):
 
     HOLDS = "holds the field"
     MENTIONS = "mentions"
+    READS = "holds or mentions the field"
+    INDIRECT = "reads one of its readers"
     OPEN = "the open question"
     TURNS = "the turns"
 
@@ -152,7 +154,7 @@ def _lines(unit: Unit, start: int, name: str, words: Sequence[str], within: Span
         if place.name == name:
             reasons.setdefault(_line_of(unit.text, place.characters), (Why.HOLDS, ""))
     for word in (name, *words):
-        for match in _pattern(word).finditer(unit.text):
+        for match in mention_pattern(word).finditer(unit.text):
             reasons.setdefault(_line_of(unit.text, Span(*match.span())), (Why.MENTIONS, word))
     for characters, (why, word) in sorted(reasons.items()):
         clipped = _clipped(unit.covering(characters).shifted(start), within)
@@ -176,7 +178,7 @@ def _line_of(text: str, characters: Span) -> Span:
     return Span(start, len(text) if stop < 0 else stop + 1)
 
 
-def _pattern(word: str) -> re.Pattern[str]:
+def mention_pattern(word: str) -> re.Pattern[str]:
     """Finds a phrase as whole words; where it begins or ends in a script without upper and lower case, inside words too."""
     pieces = [piece for piece in _SEPARATORS.split(word) if piece]
     body = r"[\s_]+".join(map(re.escape, pieces))

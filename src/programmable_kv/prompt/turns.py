@@ -8,6 +8,7 @@ from programmable_kv.cache.span import Span
 from programmable_kv.errors import TemplateError
 from programmable_kv.prompt.context import Context
 from programmable_kv.prompt.conversation import Conversation
+from programmable_kv.prompt.parts import unmarked
 from programmable_kv.prompt.prompt import SKILL_MARK
 from programmable_kv.prompt.template import HEAD_ROLES
 from programmable_kv.prompt.units import Kind
@@ -23,6 +24,47 @@ class TurnSlots:
     """of the first turn"""
     open: int
     """of the first turn since the last answer"""
+
+
+def turn_characters(conversation: Conversation, text: str) -> tuple[int, int]:
+    """The characters of a rendered prompt at which its turns begin, and those since the last answer; its end if there are none.
+
+    The messages that instruct are no turns, and neither are those up to the last one before any answer that holds a field. Of
+    a prompt that is such a message to its end, the last line is the open question if a user said it.
+    """
+    messages = conversation.messages
+    answers = [i for i, message in enumerate(messages) if message.role in _ANSWERING]
+    instructions = next((i for i, m in enumerate(messages) if m.role not in HEAD_ROLES), len(messages))
+    holders = [i for i, message in enumerate(messages[: min(answers, default=None)]) if message.content.placeholders]
+    first = max([instructions, *(i + 1 for i in holders)])
+    after = max([first, *(i + 1 for i in answers)])
+    if first == len(messages):
+        asks = bool(messages) and messages[-1].role not in {*HEAD_ROLES, *_ANSWERING}
+        line = last_line(text) if asks else len(text)
+        return line, line
+    opens = _character_of(conversation, text, after)
+    begins = _character_of(conversation, text, first)
+    opens = len(text) if opens is None else opens
+    return (opens if begins is None else begins), opens
+
+
+def _character_of(conversation: Conversation, text: str, index: int) -> int | None:
+    """The character at which a message begins; None if the template renders it apart."""
+    if index >= len(conversation.messages):
+        return len(text)
+    if index == 0:
+        return 0
+    try:
+        before = replace(conversation, messages=conversation.messages[:index], text=None)
+        added = unmarked(before.continued(conversation.messages[index:]).added)
+    except TemplateError:
+        return None
+    return len(text) - len(added) if text.endswith(added) else None
+
+
+def last_line(text: str) -> int:
+    """The character at which the last line begins that says something."""
+    return text.rstrip().rfind("\n") + 1
 
 
 def turn_slots(context: Context, conversation: Conversation | None, name: str) -> TurnSlots:

@@ -62,6 +62,10 @@ class Unit:
     """of the skill"""
     plain: tuple[Span, ...] = ()
     """characters that are plain text though they spell a special token, ascending; those of values are not listed"""
+    width: int = 0
+    """positions that are kept for it, where they are more than its tokens: what follows stands behind all of them"""
+    read: tuple[int, ...] = ()
+    """of a skill: the tokens that it read while it was compiled, and does not hold"""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -75,7 +79,15 @@ class Unit:
         return hash(self._key())
 
     def _key(self) -> tuple[object, ...]:
-        return self.kind, self.text, self.ids, self.special, self.places, self.corrects, self.name, self.plain
+        return (
+            self.kind, self.text, self.ids, self.special, self.places, self.corrects, self.name, self.plain, self.width,
+            self.read,
+        )  # fmt: skip
+
+    @property
+    def positions(self) -> int:
+        """How many positions it takes."""
+        return max(self.width, len(self.ids))
 
     def covering(self, characters: Span) -> Span:
         """The tokens that hold any of some characters."""

@@ -21,6 +21,8 @@ _ANYBODY = "local"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MARK = "sha256:"
+_RATE = "per-minute="
+_NUMBER = re.compile(r"\d{1,9}(?:\.\d{1,9})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class ApiKey:
 
     name: str
     digest: str = field(repr=False)
+    per_minute: float | None = None
+    """requests that it may make; None where it has no rate of its own"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,8 @@ class Access:
 
 
 def read_keys(path: Path) -> tuple[ApiKey, ...]:
-    """The keys of a file: on each line a name and `sha256:` with the key's hash; `#` begins a comment.
+    """The keys of a file: on each line a name, `sha256:` with the key's hash, and perhaps `per-minute=` with a rate.
+    `#` begins a comment.
 
     Raises:
         InvalidValueError: it cannot be read, holds no key, or a line of it is none. The message never shows the line.
@@ -104,20 +109,29 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
         words = line.partition("#")[0].split()
         if not words:
             continue
-        name, mark = (words[0], words[1]) if len(words) == 2 else ("", "")
-        if not (_NAME.fullmatch(name) and mark.startswith(_MARK) and _DIGEST.fullmatch(mark.removeprefix(_MARK))):
+        name, mark = (words[0], words[1]) if len(words) in (2, 3) else ("", "")
+        rate = words[2].removeprefix(_RATE) if len(words) == 3 else ""
+        rated = len(words) == 2 or (words[-1].startswith(_RATE) and bool(_NUMBER.fullmatch(rate)) and float(rate) > 0)
+        if not (
+            rated and _NAME.fullmatch(name) and mark.startswith(_MARK) and _DIGEST.fullmatch(mark.removeprefix(_MARK))
+        ):
             raise InvalidValueError(
                 f"line {number} of {path} is no API key: expected a name and `sha256:` with 64 hexadecimal digits, as "
-                "`pkv serve-key NAME` prints them"
+                "`pkv serve-key NAME` prints them, and perhaps `per-minute=60`"
             )
         if name in keys:
             raise InvalidValueError(
                 f"line {number} of {path} names a tenant a second time: give each line its own name"
             )
-        keys[name] = ApiKey(name, mark.removeprefix(_MARK))
+        keys[name] = ApiKey(name, mark.removeprefix(_MARK), float(rate) if rate else None)
     if not keys:
         raise InvalidValueError(f"{path} holds no API key: `pkv serve-key NAME` makes one")
     return tuple(keys.values())
+
+
+def rates_of(keys: Iterable[ApiKey]) -> dict[str, float]:
+    """The rates that keys have of their own, by tenant."""
+    return {key.name: key.per_minute for key in keys if key.per_minute is not None}
 
 
 def new_key(name: str) -> tuple[str, str]:

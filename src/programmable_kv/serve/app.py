@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -16,9 +18,14 @@ from programmable_kv.serve.admission import Admission
 from programmable_kv.serve.forward import Forwarder
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.observer import Observer
+from programmable_kv.serve.page import page_routes
 from programmable_kv.serve.refusal import RefusedError
+from programmable_kv.serve.rewriting.rewriter import Rewriter
+from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.routes import Dialect
-from programmable_kv.serve.settings import GatewayMode, GatewaySettings
+from programmable_kv.serve.salt import TenantSalt, secret_of
+from programmable_kv.serve.settings import GatewaySettings
+from programmable_kv.serve.state import State
 from programmable_kv.serve.upstream import HttpUpstream, Upstream
 
 _JSON = "application/json"
@@ -32,10 +39,13 @@ def gateway_app(settings: GatewaySettings, upstream: Upstream | None = None) -> 
         upstream: where requests go instead of the address in the settings. The application closes it when it ends.
     """
     limits = settings.limits
+    state = (
+        State(settings.state, durable=False) if settings.rewrites or settings.salts else None
+    )  # first: it may be refused
     access = Access(settings.keys, settings.upstream_key)
     metrics = Metrics()
     observer = None
-    if settings.mode is GatewayMode.OBSERVE:
+    if settings.observes:
         observer = Observer(max_bytes=limits.observed_bytes, max_queued_bytes=limits.queued_bytes, tell=metrics.tell)
         metrics.watch_observer(lambda: observer.state)
     admission = Admission(max_running=limits.max_running, max_waiting=limits.max_waiting, wait_s=limits.wait_s)
@@ -47,7 +57,13 @@ def gateway_app(settings: GatewaySettings, upstream: Upstream | None = None) -> 
         connect_s=limits.connect_s,
         read_s=limits.read_s,
     )
-    forwarder = Forwarder(settings, client, access, admission, metrics, observer)
+    rewriter = None
+    salt = TenantSalt(secret_of(state)) if state is not None and settings.salts else None
+    if state is not None and settings.rewrites:
+        store = ConversationStore(state, most=limits.conversations)
+        rewriter = Rewriter(store, settings.rules, settings.mode, settings.upstream, metrics.tell_gain)
+        metrics.watch("conversations", "conversations that are kept", lambda: float(len(store)))
+    forwarder = Forwarder(settings, client, access, admission, metrics, observer, rewriter, salt)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -57,6 +73,8 @@ def gateway_app(settings: GatewaySettings, upstream: Upstream | None = None) -> 
             await client.close()
             if observer is not None:
                 observer.close()
+            if state is not None:
+                state.close()
 
     def told(answer: Callable[[str], Response]) -> Callable[[Request], Response]:
         """A page for whoever may use the gateway."""
@@ -73,15 +91,24 @@ def gateway_app(settings: GatewaySettings, upstream: Upstream | None = None) -> 
         return respond
 
     def report(tenant: str) -> Response:
-        found = observer.report(tenant).as_json() if observer is not None else {"mode": settings.mode.value}
+        found: dict[str, Any] = observer.report(tenant).as_json() if observer is not None else {}
+        found = {**found, "mode": settings.mode.value}
+        if rewriter is not None:
+            found["rewriting"] = rewriter.as_json(tenant)
         return Response(json.dumps(found, indent=1, ensure_ascii=False), media_type=_JSON)
+
+    def miss(tenant: str) -> Response:
+        found = observer.latest_miss(tenant) if observer is not None else None
+        return Response(json.dumps({} if found is None else asdict(found)), media_type=_JSON)
 
     return Starlette(
         routes=[
+            *page_routes(),
             Route("/v1/{rest:path}", forwarder),
             Route("/healthz", _healthy),
             Route("/metrics", told(lambda _: Response(metrics.text(), media_type=_PROMETHEUS))),
             Route("/pkv/report", told(report)),
+            Route("/pkv/miss", told(miss)),
         ],
         lifespan=lifespan,
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from programmable_kv.explain.pieces import Usage
 from programmable_kv.serve.capture import Capture
 from programmable_kv.serve.headers import Headers
 from programmable_kv.serve.routes import Route
@@ -18,11 +20,14 @@ class Exchange:
     headers: Headers = field(repr=False)
     """the client's"""
     body: bytes = field(repr=False)
+    """as the upstream got it"""
     time: float
     """seconds since the epoch, when the request came"""
     answer: Capture = field(repr=False)
     encoding: str = ""
     """the answer's content-encoding"""
+    settle: Callable[[Usage | None], object] | None = field(default=None, repr=False)
+    """told the upstream's own count of tokens"""
 
     @property
     def nbytes(self) -> int:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import quote
 
 from starlette.types import Receive, Scope, Send
 
-from programmable_kv.serve.access import Access, Admitted
+from programmable_kv.explain.pieces import Usage
+from programmable_kv.serve.access import Access, Admitted, rates_of
 from programmable_kv.serve.admission import Admission
 from programmable_kv.serve.capture import Capture
 from programmable_kv.serve.exchange import Exchange
 from programmable_kv.serve.headers import Headers, downwards, upwards, value_of
 from programmable_kv.serve.incoming import check_length, read_body, while_connected
 from programmable_kv.serve.metrics import Metrics
+from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.observer import Observer
+from programmable_kv.serve.rates import Rates
 from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.reply import ClientGoneError, Reply
+from programmable_kv.serve.rewriting.plan import Action, Plan
+from programmable_kv.serve.rewriting.rewriter import Rewriter, Rewriting
 from programmable_kv.serve.routes import Route, route_of
+from programmable_kv.serve.salt import TenantSalt
 from programmable_kv.serve.settings import GatewaySettings
 from programmable_kv.serve.stopwatch import Stopwatch
 from programmable_kv.serve.upstream import Upstream, UpstreamAnswer, UpstreamRequest
@@ -27,6 +35,7 @@ from programmable_kv.serve.upstream import Upstream, UpstreamAnswer, UpstreamReq
 _LOG = logging.getLogger("programmable_kv.serve")
 _UPSTREAM_FAULTS = (502, 504)
 """statuses of refusals that are the upstream's fault"""
+_LONG_BODY = 64 * 2**10
 _SUCCESS = range(200, 300)
 
 
@@ -40,6 +49,8 @@ class _Job:
     reply: Reply
     watch: Stopwatch = field(default_factory=Stopwatch)
     time: float = field(default_factory=time.time)
+    work: Rewriting | None = None
+    """what is done with it in a mode that rewrites"""
 
 
 class Forwarder:
@@ -53,9 +64,12 @@ class Forwarder:
         admission: Admission,
         metrics: Metrics,
         observer: Observer | None,
+        rewriter: Rewriter | None,
+        salt: TenantSalt | None,
     ) -> None:
         self._limits = settings.limits
         self._mode = settings.mode
+        self._modes = settings.rules.routes
         self._base = settings.base_path.encode()
         self._host = settings.upstream_host
         self._upstream = upstream
@@ -63,6 +77,9 @@ class Forwarder:
         self._admission = admission
         self._metrics = metrics
         self._observer = observer
+        self._rewriter = rewriter
+        self._salt = salt
+        self._rates = Rates(settings.limits.per_minute, rates_of(settings.keys))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -82,6 +99,7 @@ class Forwarder:
 
     async def _answer(self, job: _Job, receive: Receive) -> None:
         admitted = self._access.admit(job.headers)
+        self._rates.take(admitted.tenant)
         _check_path(job.scope["path"])
         check_length(job.headers, self._limits.max_body_bytes)
         with job.watch.waiting("place"):
@@ -94,18 +112,49 @@ class Forwarder:
             self._admission.leave()
 
     async def _exchange(self, job: _Job, admitted: Admitted, body: bytes) -> None:
-        headers = upwards(admitted.headers, self._host, body)
-        request = UpstreamRequest(job.scope["method"], self._target(job.scope), headers, body)
-        with job.watch.waiting("upstream"):
-            answer = await self._upstream.send(request)
+        if self._rewriter is not None and job.route.observed and job.scope["method"] == "POST":
+            job.work = await self._begun(self._rewriter, admitted.tenant, job, body)
+        answer = await self._send(job, admitted, body)
         try:
-            await self._pass_on(job, answer, admitted.tenant, body)
+            await self._pass_on(job, answer, admitted.tenant, body if job.work is None else job.work.body)
         finally:
             await answer.close()
 
+    async def _begun(self, rewriter: Rewriter, tenant: str, job: _Job, body: bytes) -> Rewriting:
+        """What is done with a request. A fault there, or a full disk, is counted and harms no request."""
+        wanted = (tenant, job.route.label, job.headers, body)
+        try:
+            if len(body) > _LONG_BODY:  # others are not kept waiting for a long one
+                return await asyncio.to_thread(rewriter.begin, *wanted)
+            return rewriter.begin(*wanted)
+        except Exception as error:
+            _LOG.warning("a request could not be rewritten (%s)", type(error).__name__)
+            return Rewriting(tenant, job.route.label, Plan(Action.FORWARDED, "a fault of the gateway's own"), body)
+
+    async def _send(self, job: _Job, admitted: Admitted, body: bytes) -> UpstreamAnswer:
+        """Send a request; and where the upstream refuses what was rewritten, in another form, and last as it came."""
+        work = job.work
+        while True:
+            data = body if work is None else work.body
+            rewritten = work is not None and work.rewritten
+            if self._salt is not None and job.route.observed and job.scope["method"] == "POST":
+                packed = value_of(job.headers, b"content-encoding") not in (None, b"identity")
+                data, rewritten = self._salt.salted(data, admitted.tenant, packed=packed), True
+            headers = upwards(admitted.headers, self._host, data, rewritten=rewritten)
+            request = UpstreamRequest(job.scope["method"], self._target(job.scope), headers, data)
+            with job.watch.waiting("upstream"):
+                answer = await self._upstream.send(request)
+            if work is None or self._rewriter is None or not _again(self._rewriter, work, answer.status):
+                break
+            await answer.close()
+        if work is not None and self._rewriter is not None:
+            self._metrics.actions.labels(job.route.label, work.plan.action).inc()
+        return answer
+
     async def _pass_on(self, job: _Job, answer: UpstreamAnswer, tenant: str, body: bytes) -> None:
         capture = Capture()
-        observed = self._observer is not None and job.route.observed and answer.status in _SUCCESS
+        observing = self._observer is not None and self._mode_of(job.route) is not GatewayMode.PASS
+        observed = observing and job.route.observed and answer.status in _SUCCESS
         try:
             await job.reply.start(answer.status, (*downwards(answer.headers), *self._told(job)))
             async for chunk in answer.chunks():
@@ -116,7 +165,8 @@ class Forwarder:
         finally:  # also where the client or the upstream went away: the prompt was read
             if observed:
                 encoding = (value_of(answer.headers, b"content-encoding") or b"").decode("latin-1").strip().lower()
-                self._observe(Exchange(tenant, job.route, job.headers, body, job.time, capture, encoding))
+                settle = self._settling(job.work)
+                self._observe(Exchange(tenant, job.route, job.headers, body, job.time, capture, encoding, settle))
 
     def _observe(self, exchange: Exchange) -> None:
         """Hand an exchange to the observer. Whatever happens there, the answer is complete."""
@@ -126,14 +176,24 @@ class Forwarder:
         except Exception as error:
             _LOG.warning("a request could not be observed (%s)", type(error).__name__)
 
+    def _settling(self, work: Rewriting | None) -> Callable[[Usage | None], object] | None:
+        rewriter = self._rewriter
+        return None if work is None or rewriter is None else lambda usage: rewriter.settle(work, usage)
+
+    def _mode_of(self, route: Route) -> GatewayMode:
+        return (
+            self._modes.get(route.label, self._mode) if self._rewriter is None else self._rewriter.mode_of(route.label)
+        )
+
     def _told(self, job: _Job) -> Headers:
         """The gateway's own headers."""
         label, watch = job.route.label, job.watch
         self._metrics.own_seconds.labels(label).observe(watch.own)
         self._metrics.headers_seconds.labels(label).observe(watch.waited("upstream"))
         return (
-            (b"x-pkv-mode", self._mode.value.encode()),
+            (b"x-pkv-mode", self._mode_of(job.route).value.encode()),
             (b"x-pkv-did", b"forwarded"),
+            *_action(job.work),
             (b"x-pkv-own-ms", f"{1000 * watch.own:.2f}".encode()),
             (b"x-pkv-waited-ms", f"{1000 * watch.waited('place'):.2f}".encode()),
         )
@@ -158,6 +218,26 @@ class Forwarder:
         elif job.reply.takes_event:
             await job.reply.end(refusal.event(job.route))
         # Otherwise the answer stays without its end: the server closes the connection, and the client sees that it was cut.
+
+
+def _again(rewriter: Rewriter, work: Rewriting, status: int) -> bool:
+    """Whether the upstream refused what was rewritten, and there is another body to try. A fault there ends the trying."""
+    try:
+        if rewriter.refused(work, status):
+            return True
+        rewriter.answered(work, status)
+    except Exception as error:
+        _LOG.warning("what the upstream takes could not be remembered (%s)", type(error).__name__)
+    return False
+
+
+def _action(work: Rewriting | None) -> Headers:
+    """What a mode that rewrites did, and how many bytes of the prompt a prefix cache finds again because of it."""
+    if work is None:
+        return ()
+    plan = work.plan
+    said = f"{plan.action}; why={plan.why}" if plan.why else str(plan.action)
+    return ((b"x-pkv-action", said.encode()), (b"x-pkv-saved-bytes", str(plan.saved_bytes).encode()))
 
 
 def _check_path(path: str) -> None:

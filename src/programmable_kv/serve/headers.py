@@ -16,11 +16,12 @@ OWN = b"x-pkv-"
 """what the gateway's own headers begin with: they are for the gateway, or from it"""
 
 
-def upwards(headers: Iterable[tuple[bytes, bytes]], host: bytes, body: bytes) -> Headers:
+def upwards(headers: Iterable[tuple[bytes, bytes]], host: bytes, body: bytes, *, rewritten: bool = False) -> Headers:
     """A client's headers as the upstream gets them: in their order, with the upstream's host and the length of the body."""
-    kept = _without_hops(headers, (b"host", b"expect"))
-    chunked = any(name.lower() == b"transfer-encoding" for name, _ in headers)
-    length = ((b"content-length", str(len(body)).encode()),) if chunked else ()
+    dropped = (b"host", b"expect", *((b"content-length", b"content-md5", b"digest") if rewritten else ()))
+    kept = _without_hops(headers, dropped)
+    measured = rewritten or any(name.lower() == b"transfer-encoding" for name, _ in headers)
+    length = ((b"content-length", str(len(body)).encode()),) if measured else ()
     return ((b"host", host), *kept, *length)
 
 

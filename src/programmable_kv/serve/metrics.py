@@ -30,6 +30,15 @@ class Metrics:
         self.input_tokens = self._counter("input_tokens", "input, as the upstream counted it", "route")
         self.cached_tokens = self._counter("cached_tokens", "input read from its cache, as it counted", "route")
         self.lost_tokens = self._counter("lost_tokens_at_most", "input computed again", "route", "cause")
+        self.actions = self._counter("actions", "what a mode that rewrites did", "route", "action")
+        self.gained_tokens = self._counter(
+            "gained_tokens_estimate",
+            "input read from the upstream's cache because of rewriting, less what it added",
+            "route",
+        )
+        self.rewriting_lost_tokens = self._counter(
+            "rewriting_lost_tokens_estimate", "input that rewriting added and did not win back", "route"
+        )
         self.remediable_tokens = self._counter(
             "remediable_tokens_at_most", "input computed again that a rewriting gateway could have kept", "route"
         )
@@ -55,6 +64,10 @@ class Metrics:
             self.lost_tokens.labels(route, observation.cause).inc(observation.lost_tokens)
             if observation.remedy is not Remedy.NONE:
                 self.remediable_tokens.labels(route).inc(observation.lost_tokens)
+
+    def tell_gain(self, route: str, tokens: int) -> None:
+        """Count what rewriting one request brought."""
+        (self.gained_tokens if tokens >= 0 else self.rewriting_lost_tokens).labels(route).inc(abs(tokens))
 
     def text(self) -> bytes:
         """In Prometheus' text format."""

@@ -43,6 +43,8 @@ class Observation:
     """the upstream's own numbers; None where it sent none"""
     lost_tokens: int | None
     """at most; None where the upstream's numbers do not say"""
+    lost_money: float | None = None
+    """what those cost, at most; None where that or the model's price is not known"""
 
     @classmethod
     def of(cls, finding: RequestFinding, fix: str, usage: Usage | None, *, tenant: str, route: str) -> Observation:
@@ -52,12 +54,27 @@ class Observation:
             outcome = Outcome.NEW if finding.cause in _NEW else Outcome.UNKNOWN
         known = usage is not None and usage.cached_known
         lost = finding.lost if known else None
-        return cls(tenant, route, outcome, finding.cause, finding.place, finding.path, fix, usage, lost)
+        money = finding.money if known and finding.missed else None
+        return cls(tenant, route, outcome, finding.cause, finding.place, finding.path, fix, usage, lost, money)
 
     @property
     def remedy(self) -> Remedy:
         """What would have kept the prefix."""
         return remedy_of(self.cause) if self.outcome is Outcome.MISS else Remedy.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """A miss with the text around the first difference: only for whoever sent it, and only the latest."""
+
+    route: str
+    cause: str
+    place: str
+    path: str
+    lost: int | None
+    before: str = field(repr=False)
+    after: str = field(repr=False)
+    fix: str
 
 
 @dataclass(slots=True)
@@ -91,6 +108,8 @@ class Tally:
     lost_tokens_at_most: int = 0
     remediable_tokens_at_most: int = 0
     """of those lost, what a gateway that rewrites could have kept, less the line that it appends"""
+    lost_money_at_most: float = 0.0
+    """of those lost whose model has a price"""
     causes: dict[str, CauseTally] = field(default_factory=dict)
 
     def add(self, observation: Observation) -> None:
@@ -112,6 +131,7 @@ class Tally:
         cause.remedy, cause.place, cause.path = observation.remedy, observation.place, observation.path
         cause.fix = observation.fix
         self.lost_tokens_at_most += lost or 0
+        self.lost_money_at_most += observation.lost_money or 0.0
         if observation.remedy is not Remedy.NONE:
             self.remediable_tokens_at_most += lost or 0
 
@@ -129,6 +149,7 @@ class Tally:
             "cached_tokens": self.cached_tokens,
             "lost_tokens_at_most": self.lost_tokens_at_most,
             "remediable_tokens_at_most": self.remediable_tokens_at_most,
+            "lost_money_at_most": round(self.lost_money_at_most, 6),
             "causes": {name: _cause(tally) for name, tally in ranked},
         }
 

@@ -19,7 +19,7 @@ from programmable_kv.explain.pieces import Request
 from programmable_kv.explain.prices import read_prices
 from programmable_kv.serve.exchange import Exchange
 from programmable_kv.serve.headers import value_of
-from programmable_kv.serve.observation import Observation, Tally
+from programmable_kv.serve.observation import Miss, Observation, Outcome, Tally
 from programmable_kv.serve.report import GatewayReport, ObserverState
 from programmable_kv.serve.sessions import Sessions
 
@@ -52,6 +52,7 @@ class Observer:
         self._sessions = Sessions(max_bytes)
         self._routes: dict[tuple[str, str], Tally] = {}
         """tenant and route -> sums, which outlive the conversations"""
+        self._misses: dict[str, Miss] = {}
         self._since = time.time()
         self._numbers = 0
         self._state = ObserverState()
@@ -89,7 +90,11 @@ class Observer:
                 if len(latest) == sessions:
                     break
                 latest.append({"session": session.public_name, **session.tally.as_json()})
-            return GatewayReport(self._since, routes, tuple(latest), self._state)
+            return GatewayReport(self._since, routes, tuple(latest), self._state, self._prices.currency)
+
+    def latest_miss(self, tenant: str) -> Miss | None:
+        """The tenant's latest miss, with text of its prompts."""
+        return self._misses.get(tenant)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Finish what waits, for as long as that may take, and end the thread."""
@@ -119,6 +124,8 @@ class Observer:
 
     def _observe(self, exchange: Exchange) -> Observation | None:
         request = self._request(exchange)
+        if exchange.settle is not None:
+            exchange.settle(request.usage if request is not None else None)
         if request is None:
             self._count(unreadable=self._state.unreadable + 1)
             return None
@@ -127,6 +134,10 @@ class Observer:
         finding, row = finding_of(request, history, self._meter, self._prices)
         tenant, route = exchange.tenant, exchange.route.label
         observation = Observation.of(finding, row.fix, request.usage, tenant=tenant, route=route)
+        if observation.outcome is Outcome.MISS:
+            lost = observation.lost_tokens
+            where = (route, finding.cause, finding.place, finding.path)
+            self._misses[tenant] = Miss(*where, lost, finding.before, finding.after, row.fix)
         with self._lock:
             self._sessions.keep(session, request)
             session.tally.add(observation)

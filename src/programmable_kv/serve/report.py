@@ -11,7 +11,8 @@ _NOTES = (
     "Tokens are the upstream's own usage numbers. A stream has them only where the client asks for them "
     "(stream_options.include_usage), and cached tokens only where the server tells them.",
     "Lost tokens are at most that many: text that is new in both requests cannot be told from text that is not.",
-    "Nothing was rewritten. `would` says what would have kept the prefix: `erratum` (the earlier text again, and one appended "
+    "Requests are compared as the upstream got them. `would` says what would have kept the prefix: `erratum` (the earlier text "
+    "again, and one appended "
     "line), `resend` (the earlier form or order again), `none`.",
 )
 
@@ -45,12 +46,13 @@ class GatewayReport:
     sessions: tuple[Mapping[str, Any], ...] = field(repr=False)
     """the latest conversations first"""
     observer: ObserverState
+    currency: str = "USD"
 
     def as_json(self) -> dict[str, Any]:
         """As data."""
         return {
-            "mode": "observe",
             "since": datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds"),
+            "lost_money_at_most": {self.currency: sum(route["lost_money_at_most"] for route in self.routes.values())},
             "routes": self.routes,
             "sessions": list(self.sessions),
             "observer": asdict(self.observer),

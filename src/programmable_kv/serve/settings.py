@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from programmable_kv.arguments import require_count
 from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.serve.access import ApiKey, is_loopback
+from programmable_kv.serve.modes import GatewayMode
+from programmable_kv.serve.rewriting.rules import Rules
 
 _MIB = 2**20
-
-
-class GatewayMode(StrEnum):
-    """What is done with a request beside forwarding it."""
-
-    OBSERVE = "observe"
-    """compare it with earlier ones, and report"""
-    PASS = "pass"
-    """nothing"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +40,17 @@ class Limits:
     queued_bytes: int = 64 * _MIB
     """requests and answers that wait to be compared; more are left out and counted"""
 
+    per_minute: float | None = None
+    """requests of a tenant in a minute, where its key says nothing else; None is no limit"""
+    conversations: int = 100_000
+    """conversations whose requests may be rewritten; those that were silent longest are forgotten first"""
+
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "max_running", "observed_bytes", "queued_bytes"):
+        for name in ("max_body_bytes", "max_running", "observed_bytes", "queued_bytes", "conversations"):
             require_count(getattr(self, name), name, least=1)
         require_count(self.max_waiting, "max_waiting")
+        if self.per_minute is not None and not self.per_minute > 0:
+            raise InvalidArgumentError(f"per_minute is a number of requests above 0, got {self.per_minute!r}")
         for name in ("wait_s", "body_s", "connect_s", "read_s", "stall_s", "shutdown_s"):
             if not getattr(self, name) > 0:
                 raise InvalidArgumentError(f"{name} is a number of seconds above 0, got {getattr(self, name)!r}")
@@ -73,6 +73,12 @@ class GatewaySettings:
     """who may use it; anybody on this machine where there are none"""
     upstream_key: str = field(default="", repr=False)
     """sent to the upstream in the place of the client's credentials"""
+    rules: Rules = field(default_factory=Rules)
+    """which pieces of prompts may change, and modes of single routes"""
+    state: Path | None = None
+    """the file in which conversations are kept; None keeps them in memory"""
+    salts: bool = False
+    """whether each tenant's prompts get a `cache_salt` of its own, as vLLM takes it"""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.upstream)
@@ -87,6 +93,16 @@ class GatewaySettings:
                 "the upstream's address holds no user, password, query or fragment: pass a key with --upstream-key-env"
             )
         _check_listening(self.host, self.port, self.keys)
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether requests of any route may be rewritten, or are in mode `strict`."""
+        return bool({self.mode, *self.rules.routes.values()} - {GatewayMode.OBSERVE, GatewayMode.PASS})
+
+    @property
+    def observes(self) -> bool:
+        """Whether requests of any route are observed."""
+        return bool({self.mode, *self.rules.routes.values()} - {GatewayMode.PASS})
 
     @property
     def upstream_host(self) -> bytes:
@@ -112,10 +128,19 @@ class LocalSettings:
     limits: Limits = Limits()
     keys: tuple[ApiKey, ...] = ()
     max_notebooks: int = 64
+    state: Path | None = None
+    """the file in which notebooks are kept; None keeps them in memory"""
 
     def __post_init__(self) -> None:
         require_count(self.max_notebooks, "max_notebooks", least=1)
         _check_listening(self.host, self.port, self.keys)
+
+
+def default_state(name: str) -> Path:
+    """A file of state in the user's data folder."""
+    from platformdirs import user_data_path
+
+    return user_data_path("programmable-kv") / f"{name}.sqlite3"
 
 
 def _check_listening(host: str, port: int, keys: tuple[ApiKey, ...]) -> None:

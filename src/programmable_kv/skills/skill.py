@@ -73,7 +73,7 @@ class Skill:
     @property
     def placed(self) -> Unit:
         """Its text as a unit of a context, under its name."""
-        return replace(self.unit, name=self.name)
+        return replace(self.unit, name=self.name, read=self.preface_ids)
 
     @classmethod
     def compile(

@@ -26,6 +26,7 @@ from programmable_kv.prompt.readers import check_words
 from programmable_kv.prompt.template import ChatTemplate
 from programmable_kv.prompt.units import Kind, Place, Unit
 from programmable_kv.prompt.values import check_name, check_role, check_template
+from programmable_kv.storage.builds import SavedBuild
 from programmable_kv.storage.ledgers import SavedLedger
 from programmable_kv.storage.sealed import Sealed
 
@@ -58,6 +59,8 @@ class SavedUnit(_Strict):
     corrects: tuple[tuple[str, str], ...]
     name: str
     plain: tuple[tuple[int, int], ...] = ()
+    width: Annotated[int, Field(ge=0)] = 0
+    read: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, unit: Unit) -> SavedUnit:
@@ -70,14 +73,17 @@ class SavedUnit(_Strict):
         return cls(
             kind=unit.kind, text=unit.text, ids=unit.ids, offsets=tuple((a, b) for a, b in unit.offsets.tolist()),
             special=unit.special, places=places, corrects=unit.corrects, name=unit.name,
-            plain=tuple((span.start, span.stop) for span in unit.plain),
+            plain=tuple((span.start, span.stop) for span in unit.plain), width=unit.width, read=unit.read,
         )  # fmt: skip
 
     def unit(self) -> Unit:
         places = tuple(Place(p.name, Span(*p.characters), Span(*p.tokens)) for p in self.places)
         offsets = np.array(self.offsets, dtype=np.int32).reshape(-1, 2)
         plain = tuple(Span(*span) for span in self.plain)
-        return Unit(self.kind, self.text, self.ids, offsets, self.special, places, self.corrects, self.name, plain)
+        return Unit(
+            self.kind, self.text, self.ids, offsets, self.special, places, self.corrects, self.name, plain, self.width,
+            self.read,
+        )  # fmt: skip
 
     def check(self, fields: Container[str], model: Model, where: str) -> None:
         """
@@ -86,7 +92,7 @@ class SavedUnit(_Strict):
         """
         count, length = len(self.ids), len(self.text)
         vocabulary = int(model.engine.model.get_input_embeddings().weight.shape[0])
-        if not all(0 <= token < vocabulary for token in self.ids):
+        if not all(0 <= token < vocabulary for token in (*self.ids, *self.read)):
             raise CorruptFileError(f"{where}: a token id is not one of the model's {vocabulary}")
         if len(self.offsets) != count or not all(0 <= a <= b <= length for a, b in self.offsets):
             raise CorruptFileError(f"{where}: the tokens' offsets do not fit {count} tokens of {length} characters")
@@ -226,7 +232,10 @@ class NotebookManifest(Sealed):
     placeholders: dict[str, str]
     """what stood for every placeholder of the messages when they were rendered, skills included"""
     context: SavedContext
-    ledger: SavedLedger
+    ledger: SavedLedger | None
+    """None where visibility is by design"""
+    build: SavedBuild | None = None
+    """in the place of a ledger, where visibility is by design"""
     mentions: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """field -> what else a line says when it speaks of it"""
 
@@ -246,7 +255,12 @@ class NotebookManifest(Sealed):
             raise CorruptFileError(f"{where}: a message has a placeholder without a value")
         self.context.check(model, where)
         self._check_mentions(where)
-        self.ledger.check(self.context.length, where)
+        if (self.ledger is None) == (self.build is None):
+            raise CorruptFileError(f"{where}: it must have a ledger or a build, and not both")
+        if self.ledger is not None:
+            self.ledger.check(self.context.length, where)
+        if self.build is not None:
+            self.build.check(self.context.length, where)
 
     def _check_mentions(self, where: str) -> None:
         for name, words in self.mentions.items():

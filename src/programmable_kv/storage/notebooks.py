@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +18,14 @@ import torch
 from safetensors.torch import save_file
 
 from programmable_kv.cache.layout import Rotated
+from programmable_kv.cache.span import Span
+from programmable_kv.design.build import AnyLedger, Build
 from programmable_kv.errors import CorruptFileError, FingerprintMismatchError, StorageError
-from programmable_kv.ledger.ledger import Ledger
 from programmable_kv.models.load import Model
 from programmable_kv.prompt.context import Context
 from programmable_kv.prompt.parts import Message
 from programmable_kv.prompt.template import ChatTemplate
+from programmable_kv.storage.builds import SavedBuild
 from programmable_kv.storage.files import Blobs, blobs_at, sha256_of
 from programmable_kv.storage.ledgers import SavedLedger
 from programmable_kv.storage.local import LocalBlobs
@@ -49,7 +51,7 @@ class SavedNotebook:
     values: Mapping[str, str]
     """what every placeholder of the messages was rendered as, skills included"""
     context: Context
-    ledger: Ledger
+    ledger: AnyLedger
     tensors: Mapping[str, torch.Tensor]
     """as `KVBuffer.tensors` names them"""
     mentions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -82,7 +84,8 @@ def write(state: SavedNotebook, where: str | Path | Blobs, model: Model) -> Path
             template=SavedTemplate.of(state.template),
             placeholders=dict(state.values),
             context=SavedContext.of(state.context),
-            ledger=SavedLedger.of(state.ledger),
+            ledger=None if isinstance(state.ledger, Build) else SavedLedger.of(state.ledger),
+            build=SavedBuild.of(state.ledger) if isinstance(state.ledger, Build) else None,
             mentions=dict(state.mentions),
         ).sealed()
 
@@ -125,16 +128,22 @@ def read(where: str | Path | Blobs, model: Model) -> SavedNotebook:
     _check_tensors(
         tensors, sum(len(unit.ids) for unit in manifest.context.units), model, f"{manifest.tensors} in {blobs.where}"
     )
-    context = manifest.context.context()
+    context, mentions = manifest.context.context(), dict(manifest.mentions)
+    _check_stand(tensors["positions"].tolist(), context, place)
+    if manifest.build is not None:
+        ledger: AnyLedger = manifest.build.build(mentions)
+    else:
+        assert manifest.ledger is not None, "the check found a ledger or a build"
+        ledger = manifest.ledger.ledger(context)
     return SavedNotebook(
         manifest.erratum_template,
         messages_of(manifest.messages),
         manifest.template.template(model.tokenizer),
         dict(manifest.placeholders),
         context,
-        manifest.ledger.ledger(context),
+        ledger,
         {name: it if name in _POSITIONS else it.to(model.engine.device) for name, it in tensors.items()},
-        dict(manifest.mentions),
+        mentions,
     )
 
 
@@ -206,6 +215,17 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], count: int, model: Model
         check.cached(layer, shapes[layer])
         if moved:
             check.cached(layer, shapes[layer], prefix="origin_", names=(rotated[layer],))
+
+
+def _check_stand(positions: Sequence[int], context: Context, where: str) -> None:
+    """
+    Raises:
+        CorruptFileError: some tokens do not stand where the text says.
+    """
+    if list(positions) != list(context.positions_in(Span(0, len(context)))):
+        raise CorruptFileError(
+            f"{where}: the positions of the cache are not those of the text: save the notebook again"
+        )
 
 
 def _named(blobs: Blobs) -> set[str] | None:

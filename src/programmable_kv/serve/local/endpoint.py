@@ -21,6 +21,7 @@ from programmable_kv.errors import (
 from programmable_kv.serve.access import Access
 from programmable_kv.serve.incoming import check_length, read_body, while_connected
 from programmable_kv.serve.metrics import Metrics
+from programmable_kv.serve.rates import Rates
 from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.reply import ClientGoneError, Reply
 from programmable_kv.serve.routes import Dialect
@@ -51,6 +52,7 @@ class Endpoint:
     access: Access
     limits: Limits
     metrics: Metrics
+    rates: Rates
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -83,6 +85,7 @@ class Endpoint:
     async def _call(self, scope: Scope, receive: Receive) -> Call:
         headers = tuple(scope["headers"])
         tenant = self.access.admit(headers).tenant
+        self.rates.take(tenant)
         check_length(headers, self.limits.max_body_bytes)
         data = await read_body(receive, self.limits.max_body_bytes, self.limits.body_s)
         body: Any = {}

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import NoneType
 from typing import Any
 
@@ -16,6 +16,7 @@ from programmable_kv.models.load import Model
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.fields import Field
 from programmable_kv.serve.local.calls import checked_messages
+from programmable_kv.serve.local.kept import KeptNotebook, NotebookShelf
 from programmable_kv.serve.refusal import Refusal, RefusedError
 
 _OF_FIELD: Mapping[str, type] = {
@@ -30,13 +31,25 @@ _PREFIX = "nb_"
 class Entry:
     """One notebook of one tenant."""
 
-    tenant: str
-    notebook: Notebook
-    identity: str = field(default_factory=lambda: _PREFIX + secrets.token_hex(12))
-    version: int = 1
-    """one more with every edit that changes a value"""
+    kept: KeptNotebook
+    """as it is on disk"""
+    notebook: Notebook | None = field(default=None, repr=False)
+    """None after a restart, until it is used"""
     in_use: asyncio.Lock = field(default_factory=asyncio.Lock)
     """an answer that is drawn keeps edits waiting, and the other way round"""
+
+    @property
+    def tenant(self) -> str:
+        return self.kept.tenant
+
+    @property
+    def identity(self) -> str:
+        return self.kept.identity
+
+    @property
+    def version(self) -> int:
+        """One more with every edit that changes a value."""
+        return self.kept.version
 
     @property
     def etag(self) -> str:
@@ -49,8 +62,8 @@ class Entry:
             "object": "notebook",
             "model": f"notebook:{self.identity}",
             "version": self.version,
-            "fields": dict(self.notebook.fields),
-            "tokens": len(self.notebook),
+            "fields": dict(self.kept.shown),
+            "tokens": self.kept.tokens,
         }
         return (
             found if account is None else {**found, "account": {**asdict(account), "exactness": str(account.exactness)}}
@@ -58,11 +71,12 @@ class Entry:
 
 
 class NotebookStore:
-    """The notebooks of all tenants, in memory. All work on a model goes through its queue."""
+    """The notebooks of all tenants. All work on a model goes through its queue."""
 
-    def __init__(self, model: Model, queue: ModelQueue, *, most: int, wait_s: float) -> None:
+    def __init__(self, model: Model, queue: ModelQueue, shelf: NotebookShelf, *, most: int, wait_s: float) -> None:
         """
         Args:
+            shelf: where they are kept. Those that it holds are there from the start, and computed when they are first used.
             most: how many notebooks are kept; to make more, delete some.
             wait_s: how long an operation waits for a notebook that is in use.
         """
@@ -70,7 +84,8 @@ class NotebookStore:
         self._queue = queue
         self._most = most
         self._wait_s = wait_s
-        self._entries: dict[str, Entry] = {}
+        self._shelf = shelf
+        self._entries = {kept.identity: Entry(kept) for kept in shelf.all()}
         self._making = 0
 
     def __len__(self) -> int:
@@ -97,26 +112,12 @@ class NotebookStore:
             RefusedError: the body is none, or there are as many as there may be.
             ProgrammableKVError: the messages, fields or tools are refused.
         """
-        if unknown := body.keys() - set(_OF_BODY):
-            raise _invalid(f"a notebook has {', '.join(_OF_BODY)}; got {min(unknown)!r:.60}")
-        messages = checked_messages(body.get("messages"))
-        fields = {} if body.get("fields") is None else body["fields"]
-        if not isinstance(fields, Mapping):
-            raise _invalid("fields is an object")
-        tools, variables = body.get("tools"), body.get("template_kwargs")
-        if not isinstance(tools, list | NoneType) or not isinstance(variables, Mapping | NoneType):
-            raise _invalid("tools is a list, and template_kwargs an object")
-        given = {name: _field(name, value) for name, value in fields.items()}
-
-        def made() -> tuple[Notebook, Account]:
-            notebook = Notebook.from_messages(
-                self._model, messages, fields=given, tools=tools, template_kwargs=variables
-            )
-            return notebook, notebook.prefill()
-
+        given = _source(body)
+        identity = _PREFIX + secrets.token_hex(12)
         with self._room():
-            notebook, account = await self._queue.run(made)
-            return self._kept(Entry(tenant, notebook)), account
+            notebook = await self._queue.run(_made, self._model, given)
+            kept = KeptNotebook(identity, tenant, 1, given, {}, dict(notebook.fields), len(notebook))
+            return await self._add(Entry(kept, notebook)), notebook.last_account
 
     async def fork(self, entry: Entry) -> tuple[Entry, Account]:
         """An independent copy.
@@ -125,10 +126,10 @@ class NotebookStore:
             RefusedError: there are as many as there may be, or the notebook is in use for too long.
         """
         with self._room():
-            async with self.use(entry):
-                notebook = await self._queue.run(entry.notebook.fork)
-                version = entry.version
-            return self._kept(Entry(entry.tenant, notebook, version=version)), notebook.last_account
+            async with self.use(entry) as notebook:
+                copy = await self._queue.run(notebook.fork)
+                kept = replace(entry.kept, identity=_PREFIX + secrets.token_hex(12))
+            return await self._add(Entry(kept, copy)), copy.last_account
 
     async def edit(self, entry: Entry, fields: Mapping[str, Any], if_match: str | None, mode: str | None) -> Account:
         """Give fields new values. The same values again change nothing, and leave the version as it is.
@@ -146,17 +147,25 @@ class NotebookStore:
         Raises:
             RefusedError: as in `edit`.
         """
-        async with self.use(entry):
+        async with self._locked(entry):
             _check_version(entry, if_match)
+            await asyncio.to_thread(self._shelf.remove, entry.identity)
             self._entries.pop(entry.identity, None)
 
     @asynccontextmanager
-    async def use(self, entry: Entry) -> AsyncIterator[None]:
-        """A notebook for the length of the block.
+    async def use(self, entry: Entry) -> AsyncIterator[Notebook]:
+        """A notebook for the length of the block. After a restart it is computed first.
 
         Raises:
             RefusedError: it is in use for too long, or was deleted meanwhile.
         """
+        async with self._locked(entry):
+            if entry.notebook is None:
+                entry.notebook = await self._queue.run(_made, self._model, entry.kept.request())
+            yield entry.notebook
+
+    @asynccontextmanager
+    async def _locked(self, entry: Entry) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self._wait_s):
                 await entry.in_use.acquire()
@@ -169,12 +178,24 @@ class NotebookStore:
             entry.in_use.release()
 
     async def _edited(self, entry: Entry, fields: Mapping[str, Any], if_match: str | None, mode: str | None) -> Account:
-        async with self.use(entry):
+        async with self.use(entry) as notebook:
             _check_version(entry, if_match)
-            before = dict(entry.notebook.fields)
-            account = await self._queue.run(entry.notebook.edit, dict(fields), mode=mode)
-            if dict(entry.notebook.fields) != before:
-                entry.version += 1
+            account = await self._queue.run(notebook.edit, dict(fields), mode=mode)
+            shown = dict(notebook.fields)
+            if shown != dict(entry.kept.shown):
+                kept = replace(
+                    entry.kept,
+                    version=entry.version + 1,
+                    values={**entry.kept.values, **fields},
+                    shown=shown,
+                    tokens=len(notebook),
+                )
+                try:
+                    await asyncio.to_thread(self._shelf.change, kept)
+                except BaseException:
+                    entry.notebook = None  # what is on disk holds: it is computed again
+                    raise
+                entry.kept = kept
             return account
 
     @contextmanager
@@ -192,9 +213,40 @@ class NotebookStore:
         finally:
             self._making -= 1
 
-    def _kept(self, entry: Entry) -> Entry:
+    async def _add(self, entry: Entry) -> Entry:
+        await asyncio.to_thread(self._shelf.add, entry.kept)
         self._entries[entry.identity] = entry
         return entry
+
+
+def _source(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a notebook is made from, checked.
+
+    Raises:
+        RefusedError: the body is none.
+    """
+    if unknown := body.keys() - set(_OF_BODY):
+        raise _invalid(f"a notebook has {', '.join(_OF_BODY)}; got {min(unknown)!r:.60}")
+    fields = {} if body.get("fields") is None else body["fields"]
+    if not isinstance(fields, Mapping):
+        raise _invalid("fields is an object")
+    tools, variables = body.get("tools"), body.get("template_kwargs")
+    if not isinstance(tools, list | NoneType) or not isinstance(variables, Mapping | NoneType):
+        raise _invalid("tools is a list, and template_kwargs an object")
+    messages = checked_messages(body.get("messages"))
+    for name, value in fields.items():
+        _field(name, value)
+    return {"messages": messages, "fields": fields, "tools": tools, "template_kwargs": variables}
+
+
+def _made(model: Model, source: Mapping[str, Any]) -> Notebook:
+    """A notebook from what it is made from, prefilled."""
+    fields = {name: _field(name, value) for name, value in source["fields"].items()}
+    notebook = Notebook.from_messages(
+        model, source["messages"], fields=fields, tools=source["tools"], template_kwargs=source["template_kwargs"]
+    )
+    notebook.prefill()
+    return notebook
 
 
 def _check_version(entry: Entry, if_match: str | None) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict
 from typing import Any, cast
 
 from starlette.applications import Starlette
@@ -18,16 +19,22 @@ from starlette.types import Receive, Scope, Send
 from programmable_kv.errors import ProgrammableKVError
 from programmable_kv.model_queue import ModelQueue
 from programmable_kv.models.load import Model
+from programmable_kv.notebook.html import MEANINGS, token_runs
 from programmable_kv.notebook.notebook import Notebook
-from programmable_kv.serve.access import Access
+from programmable_kv.serve.access import Access, rates_of
 from programmable_kv.serve.local.answers import Answer
 from programmable_kv.serve.local.calls import chat_call
 from programmable_kv.serve.local.endpoint import Call, Endpoint, Handler, refusal_of
+from programmable_kv.serve.local.kept import NotebookShelf
 from programmable_kv.serve.local.notebooks import Entry, NotebookStore
 from programmable_kv.serve.metrics import Metrics
+from programmable_kv.serve.page import page_routes
+from programmable_kv.serve.rates import Rates
 from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.routes import OTHER
 from programmable_kv.serve.settings import LocalSettings
+from programmable_kv.serve.state import State
+from programmable_kv.states import TokenState
 
 _LOG = logging.getLogger("programmable_kv.serve")
 _NOTEBOOK = "notebook:"
@@ -38,10 +45,13 @@ class LocalServer:
     """The handlers of one model's routes."""
 
     def __init__(self, model: Model, settings: LocalSettings) -> None:
+        self._state = State(settings.state, durable=True)
         self._model = model
         self._queue = ModelQueue(max_waiting=settings.limits.max_waiting)
         self._wait_s = settings.limits.wait_s
-        self.notebooks = NotebookStore(model, self._queue, most=settings.max_notebooks, wait_s=settings.limits.wait_s)
+        shelf = NotebookShelf(self._state)
+        wait_s = settings.limits.wait_s
+        self.notebooks = NotebookStore(model, self._queue, shelf, most=settings.max_notebooks, wait_s=wait_s)
 
     @property
     def waiting(self) -> int:
@@ -51,6 +61,7 @@ class LocalServer:
     def close(self) -> None:
         """Let the model's operations end, and take no more."""
         self._queue.close()
+        self._state.close()
 
     async def models(self, _: Call) -> Response:
         """`GET /v1/models`."""
@@ -83,6 +94,14 @@ class LocalServer:
         entry = self._entry(call)
         return _told(entry, entry.as_json())
 
+    async def tokens(self, call: Call) -> Response:
+        """`GET /v1/notebooks/{id}/tokens`: the text by the state of its tokens."""
+        async with self.notebooks.use(self._entry(call)) as notebook:
+            runs = await self._queue.run(token_runs, notebook)
+        found = {state: sum(run.tokens for run in runs if run.state is state) for state in TokenState}
+        states = {state: {"tokens": n, "meaning": MEANINGS[state]} for state, n in found.items() if n}
+        return JSONResponse({"runs": [asdict(run) for run in runs], "states": states})
+
     async def edit(self, call: Call) -> Response:
         """`PATCH /v1/notebooks/{id}/fields`."""
         entry = self._entry(call)
@@ -109,8 +128,8 @@ class LocalServer:
         if asked.startswith(_NOTEBOOK):
             entry = self.notebooks.get(tenant, asked.removeprefix(_NOTEBOOK))
             async with (
-                self.notebooks.use(entry),
-                aclosing(self._drawn(answer.of_notebook, entry.notebook)) as pieces,
+                self.notebooks.use(entry) as notebook,
+                aclosing(self._drawn(answer.of_notebook, notebook)) as pieces,
             ):
                 async for piece in pieces:
                     yield piece
@@ -144,6 +163,7 @@ class _Stream(StreamingResponse):
 def local_app(model: Model, settings: LocalSettings) -> Starlette:
     """A server of one model."""
     access, metrics = Access(settings.keys), Metrics()
+    rates = Rates(settings.limits.per_minute, rates_of(settings.keys))
     server = LocalServer(model, settings)
     metrics.watch("waiting", "operations that wait for the model", lambda: float(server.waiting))
     metrics.watch("notebooks", "notebooks that are kept", lambda: float(len(server.notebooks)))
@@ -156,7 +176,7 @@ def local_app(model: Model, settings: LocalSettings) -> Starlette:
             await asyncio.to_thread(server.close)
 
     def route(method: str, path: str, handle: Handler) -> Route:
-        return Route(path, Endpoint(path, handle, access, settings.limits, metrics), methods=[method])
+        return Route(path, Endpoint(path, handle, access, settings.limits, metrics, rates), methods=[method])
 
     async def measured(_: Call) -> Response:
         return Response(metrics.text(), media_type=_PROMETHEUS)
@@ -166,17 +186,19 @@ def local_app(model: Model, settings: LocalSettings) -> Starlette:
 
     return Starlette(
         routes=[
+            *page_routes(local=True),
             route("GET", "/v1/models", server.models),
             route("POST", "/v1/chat/completions", server.chat),
             route("POST", "/v1/notebooks", server.create),
             route("GET", "/v1/notebooks", server.listed),
             route("GET", "/v1/notebooks/{id}", server.read),
             route("DELETE", "/v1/notebooks/{id}", server.delete),
+            route("GET", "/v1/notebooks/{id}/tokens", server.tokens),
             route("PATCH", "/v1/notebooks/{id}/fields", server.edit),
             route("POST", "/v1/notebooks/{id}/fork", server.fork),
             route("GET", "/metrics", measured),
             Route("/healthz", _healthy),
-            Route("/v1/{rest:path}", Endpoint(OTHER.label, nothing, access, settings.limits, metrics)),
+            Route("/v1/{rest:path}", Endpoint(OTHER.label, nothing, access, settings.limits, metrics, rates)),
         ],
         lifespan=lifespan,
     )

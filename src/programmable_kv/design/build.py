@@ -1,0 +1,266 @@
+"""What was built from what: the ledger of a context under `visibility="design"`.
+
+Each part's keys and values are a function of its tokens and of what it has read, as in a build system. A part's *key* is a
+digest of just that: its tokens, and the keys and distances of the parts it read. Two parts of one key hold the same numbers.
+So a part is exact if its key is the one that a full prefill of the text would give it. Nothing is marked by hand.
+
+A build is immutable. Its operations mirror those of the cache buffer, as those of `ledger.Ledger` do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from programmable_kv.cache.span import Span
+from programmable_kv.design.parts import DesignPart, PartKind, Words, parts_of
+from programmable_kv.ledger.ledger import Ledger, Stretch
+from programmable_kv.prompt.context import Context
+from programmable_kv.prompt.units import Unit
+from programmable_kv.states import TokenState, weakest
+
+_DIGEST_BYTES = 16
+_ROUNDED = b"rounded"
+
+Key = bytes
+"""a digest of 16 bytes"""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """Slots whose keys and values were built together; `key` is None where it is not known from what."""
+
+    tokens: int
+    key: Key | None
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What stands in the slots, in order, and the words that readers of a field mention."""
+
+    built: tuple[Built, ...] = ()
+    words: Words = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return sum(one.tokens for one in self.built)
+
+    # -- the buffer's operations ---------------------------------------------------------------------------------------
+
+    def truncated(self, length: int) -> Build:
+        """Without the slots from `length` on."""
+        return self._with(self._split(length)[0])
+
+    def shifted(self, start: int, to: int) -> Build:
+        """The tail from slot `start` goes to slot `to`; what lay between is gone, or a gap opens that has to be computed."""
+        head, tail = self._split(min(start, to))[0], self._split(start)[1]
+        gap = [Built(to - start, None)] if to > start else []
+        return self._with([*head, *gap, *tail])
+
+    def inserted(self, at: int, skill: Unit, *, rounded: bool, replacing: int = 0) -> Build:
+        """A compiled skill in the place of the `replacing` slots from `at` on; `rounded`: it was kept in fewer bits."""
+        compiled = [Built(len(part.span), key) for part, key in _compiled(skill, rounded=rounded)]
+        return self._with([*self._split(at)[0], *compiled, *self._split(at + replacing)[1]])
+
+    def exchanged(self, start: int, middle: int, stop: int) -> Build:
+        """[start, middle) and [middle, stop) change places."""
+        head, rest = self._split(start)
+        first, rest = _split(rest, middle - start)
+        second, tail = _split(rest, stop - middle)
+        return self._with([*head, *second, *first, *tail])
+
+    def computed(self, context: Context, spans: Sequence[Span]) -> Build:
+        """Some slots were computed, in one forward, on what stands before them then. They may extend the build.
+
+        `context` may be longer than what was computed so far; its first slots are those of this build.
+        """
+        length = max([len(self), *(span.stop for span in spans)])
+        known = self._keys()
+        keys = _Keys(context)
+        made: list[Built] = []
+        for part in parts_of(context, self.words):
+            tokens = min(part.span.stop, length) - part.span.start
+            if tokens <= 0:
+                break
+            key = keys.of(part)
+            if tokens < len(part.span) or not any(_within(part.span, span) for span in spans):
+                was = known.get(part.span.start)
+                key = was.key if was is not None and was.tokens == tokens and tokens == len(part.span) else None
+            keys.add(part, key)
+            made.append(Built(tokens, key))
+        return self._with(made)
+
+    def _with(self, built: Iterable[Built]) -> Build:
+        return replace(self, built=tuple(one for one in built if one.tokens))
+
+    def _split(self, at: int) -> tuple[list[Built], list[Built]]:
+        return _split(self.built, at)
+
+    def _keys(self) -> dict[int, Built]:
+        """What stands at each slot at which something begins."""
+        found, slot = {}, 0
+        for one in self.built:
+            found[slot] = one
+            slot += one.tokens
+        return found
+
+    # -- what follows from it ------------------------------------------------------------------------------------------
+
+    def outdated(self, context: Context, kept: Collection[int] = ()) -> list[Span]:
+        """The slots that have to be computed so that every part is built from what stands before it now.
+
+        Args:
+            context: as it is now, slot for slot as this build.
+            kept: units of the context, turns, that stay as they are in any case.
+        """
+        known, keys, found = self._keys(), _Keys(context), []
+        for part in parts_of(context, self.words):
+            here = known.get(part.span.start)
+            was = here.key if here is not None and here.tokens == len(part.span) else None
+            now = keys.of(part)
+            if part.unit not in kept and (now is None or was not in (now, rounded_key(now))):
+                found.append(part.span)
+                was = now
+            keys.add(part, was)
+        return found
+
+    def parts(self, context: Context) -> Iterator[tuple[DesignPart, TokenState]]:
+        """The parts of the context now, and how each can be trusted."""
+        known, stand, true = self._keys(), _Keys(context), _Keys(context)
+        for part in parts_of(context, self.words):
+            here = known.get(part.span.start)
+            was = here.key if here is not None and here.tokens == len(part.span) else None
+            wanted, now = true.of(part), stand.of(part)
+            true.add(part, wanted)
+            stand.add(part, was)
+            yield part, _state(was, wanted, now)
+
+    def stretches(self, context: Context) -> Iterator[Stretch]:
+        """The states of all slots, in order."""
+        for part, state in self.parts(context):
+            yield Stretch(part.span, state)
+
+    def weakest(self, context: Context) -> TokenState:
+        """The state of all tokens taken together."""
+        return weakest({state for _, state in self.parts(context)})
+
+
+def _state(was: Key | None, wanted: Key | None, now: Key | None) -> TokenState:
+    if was is None or wanted is None:
+        return TokenState.STALE
+    if was == wanted:
+        return TokenState.EXACT
+    if was == rounded_key(wanted):
+        return TokenState.RELOCATED
+    return TokenState.AFTER_EDIT if now is not None and was == now else TokenState.STALE
+
+
+def rounded_key(key: Key) -> Key:
+    """The key of what was kept in fewer bits than it was computed in."""
+    return hashlib.blake2b(_ROUNDED + key, digest_size=_DIGEST_BYTES).digest()
+
+
+def _compiled(skill: Unit, *, rounded: bool) -> Iterator[tuple[DesignPart, Key | None]]:
+    """The parts of a compiled skill, and their keys."""
+    alone = Context((skill,))
+    keys = _Keys(alone)
+    for part in parts_of(alone, {}):
+        key = keys.of(part)
+        keys.add(part, key)
+        yield part, rounded_key(key) if rounded and key is not None else key
+
+
+class _Keys:
+    """The keys of a context's parts, from left to right."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._text: hashlib.blake2b | None = _digest()
+        self._all: hashlib.blake2b | None = _digest()
+        self._drawn: list[tuple[DesignPart, Key | None]] = []
+        """values and readers"""
+        self._skill: tuple[int, hashlib.blake2b | None] = (-1, None)
+        """of which unit the pieces were digested last"""
+
+    def of(self, part: DesignPart) -> Key | None:
+        """The key of the next part, if it were built on what was added so far; None if it is not known what that is."""
+        match part.kind:
+            case PartKind.SKILL:
+                read, position = self._of_skill(part.unit), None
+            case PartKind.TURN:
+                read, position = self._all, part.position
+            case _:
+                read, position = self._text, part.position
+        if read is None:
+            return None
+        digest = read.copy()
+        if part.kind is PartKind.READER:
+            for other, key in self._drawn:
+                if other.fields & part.fields:
+                    if key is None:
+                        return None
+                    digest.update(b"field" + _number(other.position) + key)
+        if position is not None:
+            digest.update(b"at" + _number(position))
+        digest.update(b"tokens" + self._context.packed(part.span))
+        return digest.digest()
+
+    def add(self, part: DesignPart, key: Key | None) -> None:
+        """The part stands there, built with this key."""
+        self._all = _extended(self._all, part.position, key)
+        match part.kind:
+            case PartKind.TEXT:
+                self._text = _extended(self._text, part.position, key)
+            case PartKind.VALUE | PartKind.READER:
+                self._drawn.append((part, key))
+            case PartKind.SKILL:
+                # Within a skill distances do not change, so its keys know no position.
+                self._skill = (part.unit, _extended(self._of_skill(part.unit), len(part.span), key))
+            case PartKind.TURN:
+                pass
+
+    def _of_skill(self, unit: int) -> hashlib.blake2b | None:
+        """What was digested of a skill; its preface, where nothing was."""
+        if self._skill[0] == unit:
+            return self._skill[1]
+        digest = _digest()
+        digest.update(b"".join(map(_number, self._context.units[unit].read)))
+        return digest
+
+
+def _digest() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=_DIGEST_BYTES)
+
+
+def _extended(digest: hashlib.blake2b | None, number: int, key: Key | None) -> hashlib.blake2b | None:
+    if digest is None or key is None:
+        return None
+    longer = digest.copy()
+    longer.update(_number(number) + key)
+    return longer
+
+
+def _number(number: int) -> bytes:
+    return number.to_bytes(8, "little")
+
+
+def _within(part: Span, span: Span) -> bool:
+    return span.start <= part.start and part.stop <= span.stop
+
+
+def _split(built: Sequence[Built], at: int) -> tuple[list[Built], list[Built]]:
+    """Before a slot, and from it on. What is cut apart is no longer known."""
+    head: list[Built] = []
+    rest = list(built)
+    while rest and at > 0:
+        first = rest.pop(0)
+        if first.tokens > at:
+            rest.insert(0, Built(first.tokens - at, None))
+            first = Built(at, None)
+        head.append(first)
+        at -= first.tokens
+    return head, rest
+
+
+AnyLedger = Ledger | Build
+"""what a context's cached tokens have read: a `Build` where visibility is by design"""

@@ -1,0 +1,47 @@
+"""Room for values: how many positions a field's place is given, so that another value moves nothing that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from programmable_kv.prompt.context import Context
+from programmable_kv.prompt.fields import FieldKind, FieldType
+from programmable_kv.prompt.units import Kind, Unit
+
+_STEP = 4
+"""positions: widths are multiples of it, so that a word of a few tokens more fits in most cases"""
+
+
+def room_of(kind: FieldType, value: Unit, tokens: Callable[[str], int]) -> int:
+    """The positions for a field's place: of an enum or a boolean its longest value; else some more than it has now.
+
+    Args:
+        tokens: how many tokens a text has.
+    """
+    texts = {FieldKind.ENUM: kind.among, FieldKind.BOOLEAN: ("true", "false", "null")}.get(kind.kind, ())
+    if texts:
+        return max(len(value), *map(tokens, texts))
+    return _stepped(len(value) + 1)
+
+
+def room_for(unit: Unit) -> Unit:
+    """The unit; if it is a value that has outgrown its place, with a larger one."""
+    if unit.kind is Kind.PREFILL and unit.places and 0 < unit.width < len(unit):
+        return replace(unit, width=_stepped(len(unit)))
+    return unit
+
+
+def without_trailing_room(context: Context) -> Context:
+    """Without free positions at the very end: what is appended stands right behind the last token."""
+    units = list(context.units)
+    for index in reversed(range(len(units))):
+        if units[index].width > len(units[index]):
+            units[index] = replace(units[index], width=0)
+        if len(units[index]):
+            break
+    return context.with_units(units) if units != list(context.units) else context
+
+
+def _stepped(tokens: int) -> int:
+    return -(-tokens // _STEP) * _STEP

@@ -1,0 +1,89 @@
+"""A prompt cut into units for `visibility="design"`: values are units of their own, with room to grow, and so are the turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from programmable_kv.cache.span import Span
+from programmable_kv.design.room import room_of
+from programmable_kv.prompt.fields import TEXT, FieldType
+from programmable_kv.prompt.parts import Rendered
+from programmable_kv.prompt.prompt import SKILL_MARK
+from programmable_kv.prompt.tokens import encode
+from programmable_kv.prompt.turns import last_line, turn_characters
+from programmable_kv.prompt.units import Kind, Unit, tokenised
+
+if TYPE_CHECKING:
+    from programmable_kv.prompt.prompt import Prompt
+
+
+def designed_pieces(prompt: Prompt, tokenizer: Any) -> list[tuple[Unit, ...] | str]:
+    """The units of a prompt between its skills, and the skills' names, in order.
+
+    Raises:
+        TemplateError, InvalidEditError: as `Prompt.pieces`.
+    """
+    pieces = prompt.pieces()
+    conversation = prompt.conversation()
+    raw = conversation is None
+    text = "".join(SKILL_MARK if isinstance(piece, str) else piece.text for piece in pieces)
+    cuts = (last_line(text),) * 2 if conversation is None else turn_characters(conversation, text)
+    found: list[tuple[Unit, ...] | str] = []
+    begins = 0
+    for number, piece in enumerate(pieces):
+        if isinstance(piece, str):
+            found.append(piece)
+            begins += len(SKILL_MARK)
+            continue
+        within = [min(max(cut - begins, 0), len(piece.text)) for cut in cuts]
+        special = raw and number == 0
+        found.append(tuple(_units(piece, within[0], within[1], tokenizer, prompt.types, special=special)))
+        begins += len(piece.text)
+    return found
+
+
+def _units(
+    piece: Rendered, first: int, opens: int, tokenizer: Any, types: Mapping[str, FieldType], *, special: bool
+) -> Iterator[Unit]:
+    """The units of a text whose turns begin at a character, and whose open question at another."""
+    start = 0
+    for name, span in piece.places:
+        if span.start >= first:
+            break
+        if span.start > start or (special and not start):
+            text = _cut(piece, start, span.start, with_values=False)
+            yield tokenised(tokenizer, text, Kind.PREFILL, special=special and not start)
+        value = tokenised(
+            tokenizer, Rendered(piece.text[span.start : span.stop], ((name, Span(0, len(span))),)), Kind.PREFILL
+        )
+        width = room_of(
+            types.get(name, TEXT), value, lambda text: len(encode(tokenizer, text, [Span(0, len(text))])[0])
+        )
+        yield replace(value, width=width)
+        start = span.stop
+    begins = max(first, start)
+    for stop, kind in ((begins, Kind.PREFILL), (max(begins, opens), Kind.TURN), (len(piece.text), Kind.TURN)):
+        if stop > start or (special and not start and stop == len(piece.text)):
+            text = _cut(piece, start, stop, with_values=kind is Kind.TURN)
+            yield tokenised(tokenizer, text, kind, special=special and not start)
+        start = max(start, stop)
+
+
+def _cut(piece: Rendered, start: int, stop: int, *, with_values: bool) -> Rendered:
+    """The characters [start, stop) of a text; text between two values holds none, not even an empty one."""
+    places = tuple(
+        (name, span.shifted(-start))
+        for name, span in piece.places
+        if with_values and start <= span.start and span.stop <= stop
+    )
+    plain = tuple(span.shifted(-start) for span in _clipped(piece.plain, start, stop))
+    return Rendered(piece.text[start:stop], places, plain)
+
+
+def _clipped(spans: Sequence[Span], start: int, stop: int) -> Iterator[Span]:
+    for span in spans:
+        clipped = Span(max(span.start, start), max(span.start, start, min(span.stop, stop)))
+        if len(clipped):
+            yield clipped

@@ -1,0 +1,196 @@
+"""Planning under `visibility="design"`: an operation changes the text, and what was built from something else is built again.
+
+The steps put every slot and position where the new text has it; `Build.outdated` then says what to compute. That is exact by
+construction: the closure of what read the change, and nothing more. Turns that are history are kept as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from programmable_kv.cache.span import Span
+from programmable_kv.design.build import Build
+from programmable_kv.design.parts import PartKind, parts_of
+from programmable_kv.design.room import room_for, without_trailing_room
+from programmable_kv.edits.compose import plan_cut, plan_move, plan_splice
+from programmable_kv.edits.entries import on_ledger
+from programmable_kv.edits.modes import Mode
+from programmable_kv.edits.plan import Compute, Exchange, Insert, Plan, Shift, Step, Truncate
+from programmable_kv.edits.seam import SeamRepair
+from programmable_kv.errors import InvalidEditError
+from programmable_kv.ledger.run import Origin
+from programmable_kv.prompt.context import Context
+from programmable_kv.prompt.readers import Turns, joined
+from programmable_kv.prompt.units import Kind, Unit
+from programmable_kv.skills.skill import Skill
+
+_MODES = (None, Mode.READERS, Mode.SUFFIX, Mode.FULL)
+_WHOLE = SeamRepair(0)
+
+
+@dataclass(frozen=True, slots=True)
+class DesignState:
+    """A context that was built, and where its open question begins."""
+
+    context: Context
+    build: Build
+    opens: int
+    """the first slot of the turns since the last answer"""
+    bytes_per_token: int = 0
+
+    def kept(self, after: Context, turns: Turns) -> set[int]:
+        """The units of the context afterwards that stay as history: turns, all of them or those before the open question."""
+        if turns is Turns.ALL:
+            return set()
+        old = {id(unit) for start, unit in zip(self.context.starts, self.context.units, strict=False)
+               if turns is Turns.KEEP or start < self.opens}  # fmt: skip
+        return {
+            index
+            for index, unit in enumerate(after.units)
+            if unit.kind in (Kind.TURN, Kind.ERRATUM) and id(unit) in old
+        }
+
+
+def check_mode(mode: Mode | None) -> None:
+    """
+    Raises:
+        InvalidEditError: an edit of that mode would leave a cache that is not built by design.
+    """
+    if mode not in _MODES:
+        raise InvalidEditError(
+            f"under visibility='design' an edit is exact: it writes the field and builds its readers again, and mode "
+            f"{str(mode)!r} would not. Leave the mode out, give mode='full' to compute everything, or use a notebook with "
+            "visibility='causal'."
+        )
+
+
+def plan_design_edit(
+    state: DesignState, changes: Mapping[str, str], mode: Mode | None, turns: Turns, tokenizer: Any
+) -> Plan:
+    """Write values and build again what read them.
+
+    Raises:
+        InvalidEditError: that mode is not exact; or a skill that holds the field was compiled behind a preface.
+    """
+    check_mode(mode)
+    rewritten = {name: value for name, value in changes.items() if state.context.fields[name].written != value}
+    written, _ = state.context.write(tokenizer, rewritten)
+    after = written.with_units([room_for(unit) for unit in written.units])
+    steps: list[Step] = []
+    reasons: list[str] = []
+    for index in reversed(range(len(after.units))):
+        old, new = state.context.units[index], after.units[index]
+        if len(old) == len(new) and old.positions == new.positions:
+            continue
+        ends = state.context.starts[index + 1]
+        by = new.positions - old.positions
+        if ends == len(state.context):
+            steps.append(Truncate(min(ends, ends - len(old) + len(new))))
+        else:
+            steps.append(Shift(ends, ends - len(old) + len(new), by))
+        if by:
+            reasons.append(f"the place of {_held(new)} grew by {by} positions, so that what follows stands elsewhere")
+    wide = Turns.ALL if mode in (Mode.SUFFIX, Mode.FULL) else turns
+    plan = Plan("edit", len(state.context), after, tuple(steps), (), mode, mode or Mode.READERS, "; ".join(reasons))
+    return _built(state, plan, wide, whole=mode is Mode.FULL)
+
+
+def plan_design_splice(
+    state: DesignState, skill: Skill, where: Span, *, operation: str = "splice", turns: Turns = Turns.OPEN
+) -> Plan:
+    """Put a skill in the place of some slots. Errors as `plan_splice`."""
+    plan = plan_splice(state.context, None, skill, where, _WHOLE, operation=operation)
+    after = without_trailing_room(plan.after)
+    insert = next(step for step in plan.steps if isinstance(step, Insert))
+    steps = (replace(insert, position=after.position_of(insert.at) if len(skill) else None),)
+    return _built(state, replace(plan, after=after, steps=steps, why=""), turns)
+
+
+def plan_design_cut(state: DesignState, span: Span, turns: Turns = Turns.OPEN) -> Plan:
+    """Take some slots out. Errors as `plan_cut`."""
+    plan = plan_cut(state.context, span)
+    after = without_trailing_room(plan.after)
+    steps = plan.steps
+    if span.stop < len(state.context):
+        by = after.position_of(span.start) - state.context.position_of(span.stop)
+        steps = (Shift(span.stop, span.start, by),)
+    return _built(state, replace(plan, after=after, steps=steps, why=""), turns)
+
+
+def plan_design_move(state: DesignState, span: Span, to: int, turns: Turns = Turns.OPEN) -> Plan:
+    """Move some slots before slot `to`. Errors as `plan_move`."""
+    plan = plan_move(state.context, span, to)
+    after = without_trailing_room(plan.after)
+    steps: list[Step] = []
+    for step in plan.steps:
+        if isinstance(step, Exchange):
+            positions = tuple(after.positions_in(Span(step.start, step.stop)))
+            steps.append(Exchange(step.start, step.middle, step.stop, positions))
+    return _built(state, replace(plan, after=after, steps=tuple(steps), why=""), turns)
+
+
+def plan_design_recompute(state: DesignState, start: int | None) -> Plan:
+    """Build again what is not exact; from a slot on also what is."""
+    plan = Plan("recompute", len(state.context), state.context)
+    plan = _built(state, plan, Turns.ALL)
+    if start is None:
+        return plan
+    more = [part.span for part in parts_of(state.context, state.build.words)
+            if part.span.start >= start and part.kind is not PartKind.SKILL]  # fmt: skip
+    return replace(plan, compute=_computes([*(one.span for one in plan.compute), *more]))
+
+
+def plan_units(context: Context, units: tuple[Unit, ...]) -> Plan:
+    """Append units and compute them, at prefill."""
+    after = context.appended(*units)
+    span = Span(len(context), len(after))
+    return Plan("prefill", len(context), after, (), (Compute(span),) if len(span) else ())
+
+
+def _built(state: DesignState, plan: Plan, turns: Turns, *, whole: bool = False) -> Plan:
+    """The plan with what has to be computed after its steps."""
+    build = state.build
+    for step in plan.steps:
+        stepped = on_ledger(step, build)
+        assert isinstance(stepped, Build)
+        build = stepped
+    kept = state.kept(plan.after, turns)
+    spans = build.outdated(plan.after, kept)
+    _require_buildable(plan.after, spans)
+    if whole:
+        spans += [part.span for part in parts_of(plan.after, build.words) if part.kind is not PartKind.SKILL]
+    told = _history(plan.after, kept, spans)
+    return replace(
+        plan, compute=_computes(spans), bytes_per_token=state.bytes_per_token
+    ).because(told if spans or plan.steps else "")  # fmt: skip
+
+
+def _computes(spans: list[Span]) -> tuple[Compute, ...]:
+    return tuple(Compute(span, Origin.COMPUTED) for span in joined(spans))
+
+
+def _history(after: Context, kept: Collection[int], spans: list[Span]) -> str:
+    """What is said of the turns that are kept although something before them changed."""
+    first = min((span.start for span in spans), default=len(after))
+    tokens = sum(len(after.units[index]) for index in kept if after.starts[index] >= first)
+    return f"{tokens} tokens of earlier turns are kept as history" if tokens else ""
+
+
+def _held(unit: Unit) -> str:
+    return unit.places[0].name if unit.places else unit.name
+
+
+def _require_buildable(after: Context, spans: list[Span]) -> None:
+    """
+    Raises:
+        InvalidEditError: a skill would have to be computed here that had read a preface, which is not here.
+    """
+    for span in spans:
+        unit = after.units[after.unit_at(span.start)]
+        if unit.kind is Kind.SKILL and unit.read:
+            raise InvalidEditError(
+                f"skill {unit.name!r} holds the field, and was compiled behind {len(unit.read)} tokens that are not in this "
+                "context, so it cannot be built here. Compile it with the new value, and put it in with .replace(...)."
+            )

@@ -1,0 +1,144 @@
+"""What changed between two renderings of one text, if nothing but values changed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+from programmable_kv.explain.difference import common_length
+from programmable_kv.explain.volatile import volatile_at
+from programmable_kv.serve.rewriting.prompt import Unit
+from programmable_kv.serve.rewriting.rules import Rules
+
+_NAME = r"\s*(?:[-*] )?[\w\"'][\w \"'./()-]{0,59}(?:\s*:\s+|\s*=\s*)"
+_NAMED = re.compile(f"^({_NAME})(\\S.{{0,199}}|)$")
+_MOST_VALUES = 8
+"""values that are followed in one line"""
+_SHOWN = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One value that changed."""
+
+    name: str
+    """what to call it: a name, or how its line begins"""
+    value: str = field(repr=False)
+    named: bool
+    """True where `name` is the value's own name, False where it is the beginning of its line and the value all of that line"""
+    kind: str
+    tell: bool = True
+    trusted: bool = True
+    """whether it stands in the system prompt"""
+
+    @property
+    def harmless(self) -> bool:
+        """Whether it tells one conversation's reader nothing about another's."""
+        return self.kind == "clock"
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Two renderings of one text."""
+
+    changes: tuple[Change, ...] = ()
+    templates: tuple[str, ...] = field(default=(), repr=False)
+    """lines that changed in a value that is not declared: what stays of each"""
+    explained: bool = True
+    """whether nothing changed but declared and learned values"""
+
+
+def compare(unit: Unit, place: str, before: str, after: str, rules: Rules, learned: Collection[str]) -> Compared:
+    """Compare two renderings of a text.
+
+    Args:
+        unit: the unit that the later rendering is of.
+        learned: templates of lines that were seen to change repeatedly.
+    """
+    if before == after:
+        return Compared()
+    one, other = rules.mask(unit, place, before), rules.mask(unit, place, after)
+    if [each.rule.name for each in one.values] != [each.rule.name for each in other.values]:
+        return Compared(explained=False)
+    changes = [
+        Change(new.rule.name, new.value, True, kind_of(old.value, new.value), new.rule.tell, unit.head)
+        for old, new in zip(one.values, other.values, strict=True)
+        if old.value != new.value
+    ]
+    if one.text == other.text:
+        return Compared(tuple(changes))
+    lines, lines_after = one.text.split("\n"), other.text.split("\n")
+    if len(lines) != len(lines_after) or not unit.head or not rules.learn:
+        return Compared(explained=False)
+    templates: list[str] = []
+    explained = True
+    for line, line_after in zip(lines, lines_after, strict=True):
+        if line == line_after:
+            continue
+        found = _line_change(line, line_after)
+        if found is None:
+            return Compared(explained=False)
+        template, change = found
+        templates.append(template)
+        changes.append(change)
+        explained = explained and template in learned
+    return Compared(tuple(changes), tuple(templates), explained)
+
+
+def kind_of(before: str, after: str) -> str:
+    """`clock`, `counter` or `id` where two values differ in nothing else; otherwise `value`."""
+    template = _template(before, after)
+    return template[1] if template is not None else "value"
+
+
+def may_hold(text: str, templates: Collection[str]) -> bool:
+    """Whether a line of a text has the form of one of the templates."""
+    forms = [re.compile(".+?".join(map(re.escape, json.loads(each)))) for each in templates]
+    return any(form.fullmatch(line) for line in text.split("\n") for form in forms)
+
+
+def _line_change(before: str, after: str) -> tuple[str, Change] | None:
+    """A line in which only values changed: what stays of it, and how to say what is new."""
+    if "\x00" in before or "\x00" in after:
+        return None  # a declared value stands in it
+    one, other = _NAMED.match(before), _NAMED.match(after)
+    if one is not None and other is not None and one[1] == other[1] and other[2]:
+        name = one[1].strip().lstrip("-* ").rstrip(" :=").strip("\"'")
+        return json.dumps([one[1], ""]), Change(name, other[2], True, kind_of(one[2], other[2]))
+    found = _template(before, after)
+    if found is None or not found[0][0].strip():
+        return None  # nothing stays that it could be called by
+    head = found[0][0].strip()
+    return json.dumps(found[0]), Change(head[:_SHOWN], after.strip(), False, found[1])
+
+
+def _template(before: str, after: str) -> tuple[list[str], str] | None:
+    """The parts of two texts that stay, where they differ in clocks, ids and counters only; and the gravest kind."""
+    parts: list[str] = []
+    kinds: list[str] = []
+    for start, stop, one, other, kind in _values(before, after):
+        if kind == "":
+            return None
+        parts.append(after[start:stop])
+        kinds.append(kind)
+        before, after = one, other
+    if not kinds:
+        return None
+    gravest = next((kind for kind in ("value", "id", "counter", "clock") if kind in kinds), "value")
+    return [*parts, after], gravest
+
+
+def _values(before: str, after: str) -> Iterator[tuple[int, int, str, str, str]]:
+    """The values in which two texts differ: the text before each, and what is left of both; no kind where it is none."""
+    for _ in range(_MOST_VALUES):
+        if before == after:
+            return
+        value = volatile_at(before, after, common_length(before, after))
+        if value is None:
+            yield 0, 0, "", "", ""
+            return
+        yield 0, value.start, before[value.stop_before :], after[value.stop_after :], value.name
+        before, after = before[value.stop_before :], after[value.stop_after :]
+    yield 0, 0, "", "", ""

@@ -1,0 +1,281 @@
+"""What is done with a request: a value that can be looked at, made without sending or storing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from programmable_kv.serve.rewriting.changes import Change, Compared, compare, may_hold
+from programmable_kv.serve.rewriting.conversation import (
+    Conversation,
+    Form,
+    Note,
+    begun,
+    continued,
+    kept_bytes,
+    sent,
+)
+from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES, Prompt, holds_thinking, open_calls
+from programmable_kv.serve.rewriting.rules import Rules
+from programmable_kv.serve.rewriting.wording import line_of, new_token, placeholder
+
+_LEAST_BUDGET = 8192
+"""bytes of lines that any conversation may hold"""
+_BUDGET = 0.25
+"""and the part of the body that they may take"""
+
+
+FORMS = {
+    CHAT: (Form.SYSTEM, Form.USER, Form.INLINE),
+    RESPONSES: (Form.SYSTEM, Form.USER, Form.INLINE),
+    MESSAGES: (Form.SYSTEM, Form.INLINE),  # two user turns in a row are one there: a block does the same
+}
+"""in which forms a line may stand, the best first"""
+SELDOM = "a value changed that was not seen to change repeatedly"
+
+
+class Action(StrEnum):
+    """What was done with a request."""
+
+    FORWARDED = "forwarded"
+    """nothing: every byte as it came"""
+    ANNOUNCED = "announced"
+    """a conversation begins, and its system prompt says that lines may follow"""
+    HOISTED = "hoisted"
+    """a conversation begins, and its values stand at the end instead of in the system prompt"""
+    REPLAYED = "replayed"
+    """earlier bytes and earlier lines again; nothing new to tell"""
+    ERRATUM = "erratum"
+    """the same, and a new line"""
+    RESET = "reset"
+    """something else changed: as it came, from here on"""
+    REBASE = "rebase"
+    """the lines became too many: as it came, from here on"""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to send, and what to remember once it is sent."""
+
+    action: Action
+    why: str = ""
+    body: bytes | None = field(default=None, repr=False)
+    """None: the client's own bytes"""
+    before: Conversation | None = field(default=None, repr=False)
+    after: Conversation | None = field(default=None, repr=False)
+    note: Note | None = field(default=None, repr=False)
+    """the new line"""
+    saved_bytes: int = 0
+    """at most: bytes that a prefix cache would have missed, and finds now"""
+    added_bytes: int = 0
+    """of lines and of the announcement"""
+    head_bytes: int = 0
+    """of tools and system prompt"""
+    turns_bytes: int = 0
+    """of the conversation that was sent before"""
+    replaced: Conversation | None = field(default=None, repr=False)
+    """the conversation that ends here, and goes on as `after`"""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A conversation that a request may go on with."""
+
+    conversation: Conversation
+    changes: tuple[Change, ...] = ()
+    templates: tuple[str, ...] = field(default=(), repr=False)
+    refused: str = ""
+    """why it does not go on with it as it was sent"""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known beside the request."""
+
+    rules: Rules
+    keys: list[str] = field(repr=False)
+    """of each beginning of the conversation"""
+    named: bool = False
+    """whether the client names its session"""
+    learned: Collection[str] = field(default=(), repr=False)
+    hoist: bool = False
+    forms: Sequence[Form] = (Form.SYSTEM,)
+    """in which form a line may stand, the best first"""
+
+
+def match(conversation: Conversation, prompt: Prompt, known: Known) -> Match:
+    """Compare a request with a conversation whose turns it begins with."""
+    if conversation.tools != prompt.tools:
+        return Match(conversation, refused="the tools changed")
+    if [kept.frame for kept in conversation.head] != [unit.frame for unit in prompt.head]:
+        return Match(conversation, refused="the system prompt changed")
+    pairs = [(kept, unit) for kept, unit in zip(conversation.head, prompt.head, strict=True)]
+    pairs += [(kept, prompt.turns[at]) for at, kept in conversation.inside.items()]
+    found: list[Compared] = []
+    for kept, unit in pairs:
+        for place, text in unit.texts.items():
+            found.append(compare(unit, place, kept.last[place], text, known.rules, known.learned))
+    changes = tuple(change for each in found for change in each.changes)
+    templates = tuple(dict.fromkeys(template for each in found for template in each.templates))
+    unexplained = [each for each in found if not each.explained]
+    if not unexplained:
+        return Match(conversation, changes, templates)
+    if all(each.templates for each in unexplained):
+        return Match(conversation, changes, templates, SELDOM)
+    return Match(conversation, changes, (), "other text changed")
+
+
+def choose(matches: Sequence[Match], alone: bool) -> tuple[Match | None, str]:
+    """The conversation that a request goes on with; or None, and why. One that was told of lines goes before one that was not.
+
+    Args:
+        matches: in the order in which they were last used, the latest first.
+        alone: whether no other conversation ever began with the same turns.
+    """
+    fitting = [each for each in matches if not each.refused]
+    if not fitting:
+        refused = [each.refused for each in matches]
+        return None, refused[0] if refused else ""
+    certain = [each for each in fitting if _is_certain(each, alone)]
+    if not certain:
+        return None, "it may be another conversation"
+    least = min(len(each.changes) for each in certain)
+    nearest = [each for each in certain if len(each.changes) == least]
+    if least and len({each.conversation.origin for each in nearest}) > 1:
+        return None, "it may go on with several conversations"
+    return next((each for each in nearest if each.conversation.token), nearest[0]), ""
+
+
+def _is_certain(found: Match, alone: bool) -> bool:
+    """Whether no other conversation's values would be told by mistake."""
+    named, spoke = found.conversation.named, found.conversation.spoke
+    return named or (alone and spoke) or all(change.harmless for change in found.changes)
+
+
+def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: Conversation | None = None) -> Plan:
+    """What to do with a request.
+
+    Args:
+        found: the conversation it goes on with.
+        why: where there is none although one was looked for.
+        replaced: where there is none: the conversation that this one was until now, if that is certain.
+    """
+    if found is None:
+        return _afresh(prompt, known, Action.RESET if why else Action.FORWARDED, why, replaced)
+    old = found.conversation
+    if old.token and old.token in prompt.body.text:
+        return _afresh(prompt, known, Action.RESET, "the client's text holds the token", old)
+    new = continued(old, prompt, known.rules, known.keys)
+    told = [change for change in found.changes if change.tell]
+    if old.plain:
+        if not found.changes:
+            return Plan(Action.FORWARDED, "", None, old, new)
+        return _afresh(prompt, known, Action.RESET, "nothing was announced", old)
+    if not told:
+        return _planned(Action.REPLAYED, prompt, old, new, None)
+    if not _has_place(prompt):
+        return _afresh(prompt, known, Action.RESET, "there is no place for a line", old)
+    form = _form(prompt, known, told, old.notes)
+    if form is None:
+        return _afresh(prompt, known, Action.RESET, "the upstream takes no line", old)
+    note = Note(len(known.keys), form, line_of(old.token, told))
+    made = _planned(Action.ERRATUM, prompt, old, replace(new, notes=(*new.notes, note)), note)
+    if 2 * len(note.line) > made.head_bytes + made.turns_bytes:
+        return _afresh(prompt, known, Action.RESET, "the line would be longer than what it saves", old)
+    if made.added_bytes > max(_LEAST_BUDGET, _BUDGET * len(prompt.body.text)) and not holds_thinking(prompt):
+        return _afresh(prompt, known, Action.REBASE, "the lines became too many", old)
+    return made
+
+
+def _afresh(prompt: Prompt, known: Known, action: Action, why: str, replaced: Conversation | None) -> Plan:
+    """The request as it came. Where something in it may change, its system prompt says that lines may follow."""
+    token = new_token() if _may_change(prompt, known) else ""
+    made = begun(prompt, known.rules, known.keys, token=token, named=known.named, replaced=replaced)
+    note = None
+    begins = action is Action.FORWARDED
+    if token and known.hoist and _has_place(prompt):
+        hoisted = _hoisted(made, prompt, known)
+        if hoisted is not None:
+            made, note = hoisted, hoisted.notes[0]
+            action = Action.HOISTED if begins else action
+    if token and begins and note is None:
+        action = Action.ANNOUNCED
+    body = sent(made, prompt) if token else None
+    return Plan(action, why, body, None, made, note, added_bytes=_added(made), replaced=replaced)
+
+
+def _may_change(prompt: Prompt, known: Known) -> bool:
+    """Whether a piece that is declared or learned stands in the prompt, and there is a place to announce lines."""
+    head = prompt.head
+    if not head or not known.forms:
+        return False
+    value = prompt.value(head[-1])
+    content = value.get("content") if head[-1].index is not None else value
+    if not isinstance(content, str | list):
+        return False
+    for unit in prompt.units:
+        for place, text in unit.texts.items():
+            if known.rules.mask(unit, place, text).values:
+                return True
+            if unit.head and known.learned and may_hold(text, known.learned):
+                return True
+    return False
+
+
+def _hoisted(made: Conversation, prompt: Prompt, known: Known) -> Conversation | None:
+    """The conversation with its declared values at the end instead of in the system prompt; None where it has none."""
+    head = []
+    told: list[Change] = []
+    for kept, unit in zip(made.head, prompt.head, strict=True):
+        base = dict(kept.base)
+        for place, text in unit.texts.items():
+            masked = known.rules.mask(unit, place, text)
+            for value in reversed(masked.values):
+                if value.rule.tell:
+                    base[place] = base[place][: value.start] + placeholder(value.rule.name) + base[place][value.stop :]
+            told += [Change(each.rule.name, each.value, True, "value") for each in masked.values if each.rule.tell]
+        head.append(replace(kept, base=base))
+    form = _form(prompt, known, told)
+    if not told or form is None:
+        return None
+    note = Note(made.turns, form, line_of(made.token, told))
+    return replace(made, head=tuple(head), notes=(note,))
+
+
+def _planned(action: Action, prompt: Prompt, old: Conversation, new: Conversation, note: Note | None) -> Plan:
+    tools = prompt.body.spots.get("tools")
+    return Plan(
+        action,
+        body=sent(new, prompt),
+        before=old,
+        after=new,
+        note=note,
+        saved_bytes=kept_bytes(old, prompt),
+        added_bytes=_added(new),
+        head_bytes=prompt.size(*prompt.head) + (tools.stop - tools.start if tools is not None else 0),
+        turns_bytes=prompt.size(*prompt.turns[: old.turns]),
+    )
+
+
+def _added(conversation: Conversation) -> int:
+    return sum(len(note.line.encode("utf-8", "surrogatepass")) for note in conversation.notes)
+
+
+def _has_place(prompt: Prompt) -> bool:
+    """Whether a line may stand at the end: not between a tool's call and its result, and not in the model's own words."""
+    return prompt.units[-1].role in ("user", "tool") and not open_calls(prompt)
+
+
+def _form(prompt: Prompt, known: Known, told: Sequence[Change], notes: Sequence[Note] = ()) -> Form | None:
+    """The best form that the upstream takes. What a user wrote is never told with the system's authority."""
+    newest = prompt.units[-1]
+    behind = any(note.after == len(known.keys) and note.form is not Form.INLINE for note in notes)
+    user = newest.role == "user" and isinstance(prompt.value(newest).get("content"), str | list)
+    for form in known.forms:
+        if form is Form.SYSTEM and not all(change.trusted for change in told):
+            continue
+        if form is Form.INLINE and (behind or not user):
+            continue
+        return form
+    return None

@@ -1,0 +1,275 @@
+"""A request as units (system prompt, messages): each a frame that must stay, and texts in which values may change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+from programmable_kv.serve.rewriting.body import Body, Spot, written
+
+CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
+ROUTES = (CHAT, MESSAGES, RESPONSES)
+"""routes whose requests can be rewritten"""
+_HEAD_ROLES = ("system", "developer")
+_MARKER = "cache_control"
+_SYSTEM = {MESSAGES: "system", RESPONSES: "instructions"}
+"""the member that holds the system prompt beside the messages"""
+_LIST = {CHAT: "messages", MESSAGES: "messages", RESPONSES: "input"}
+"""the member that holds the messages"""
+_STORED = ("previous_response_id", "conversation")
+"""members that name a conversation that the server holds"""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A system prompt beside the messages, or one message (in Responses: one item)."""
+
+    role: str
+    index: int | None
+    """its number among the messages; None for a system prompt beside them"""
+    head: bool
+    """whether it stands before the conversation"""
+    frame: str
+    """a digest of all but its texts and its `cache_control` markers"""
+    texts: Mapping[str, str] = field(repr=False)
+    """place in its content -> text"""
+    paths: Mapping[str, str] = field(repr=False)
+    """the same places as paths in the body"""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One request."""
+
+    route: str
+    body: Body
+    model: str
+    tools: str
+    """a digest of the tools"""
+    units: tuple[Unit, ...]
+
+    @property
+    def head(self) -> tuple[Unit, ...]:
+        """What stands before the conversation."""
+        return tuple(unit for unit in self.units if unit.head)
+
+    @property
+    def turns(self) -> tuple[Unit, ...]:
+        """The conversation."""
+        return tuple(unit for unit in self.units if not unit.head)
+
+    def spot(self, unit: Unit) -> Spot:
+        """Where a unit stands in the body."""
+        if unit.index is None:
+            return self.body.spots[_SYSTEM[self.route]]
+        return self.body.items[_LIST[self.route]][unit.index]
+
+    def size(self, *units: Unit) -> int:
+        """Bytes of some units as they came."""
+        spots = [self.spot(unit) for unit in units]
+        return sum(len(self.body.text[spot.start : spot.stop].encode()) for spot in spots)
+
+    def value(self, unit: Unit) -> Any:
+        """A unit as it came."""
+        if unit.index is None:
+            return self.body.data[_SYSTEM[self.route]]
+        return self.body.data[_LIST[self.route]][unit.index]
+
+
+def prompt_of(route: str, body: Body) -> Prompt | None:
+    """A request as units; None where it has not the form of its protocol."""
+    data = body.data
+    messages = data.get(_LIST[route])
+    model = data.get("model")
+    if not isinstance(messages, list) or not messages or not isinstance(model, str):
+        return None
+    if any(data.get(name) for name in _STORED):
+        return None
+    units: list[Unit] = []
+    if system := data.get(_SYSTEM[route]) if route in _SYSTEM else None:
+        if not isinstance(system, str | list):
+            return None
+        units.append(_unit(route, {"role": "system", "content": system}, None, True, _SYSTEM[route]))
+    head = route != MESSAGES
+    for index, message in enumerate(messages):
+        role = _role(message)
+        if not role:
+            return None
+        head = head and role in _HEAD_ROLES
+        path = f"{_LIST[route]}[{index}].content"
+        units.append(_unit(route, {**message, "role": role}, index, head, path))
+    return Prompt(route, body, model, digest(_plain(data.get("tools"))), tuple(units))
+
+
+def with_texts(value: Any, texts: Mapping[str, str], more: tuple[str, ...], *, route: str) -> Any:
+    """A unit's value with other texts at some places, and further texts at its end.
+
+    Args:
+        value: a message, or the system prompt of Messages.
+        more: each is a block where the content is a list, and a paragraph where it is text.
+    """
+    whole = isinstance(value, Mapping)
+    content = value.get("content") if whole else value
+    if isinstance(content, str):
+        content = "\n\n".join([texts.get(_ONLY[route], content), *more])
+    elif isinstance(content, list):
+        content = [_block_with(block, texts, str(at)) for at, block in enumerate(content)]
+        kind = "input_text" if route == RESPONSES else "text"
+        content += [{"type": kind, "text": text} for text in more]
+    return {**value, "content": content} if whole else content
+
+
+def open_calls(prompt: Prompt) -> bool:
+    """Whether a tool was called in the conversation and its result is not there yet."""
+    called: set[str] = set()
+    for unit in prompt.turns:
+        message = prompt.value(unit)
+        content = message.get("content")
+        if prompt.route == RESPONSES:
+            kind, identity = str(message.get("type", "message")), str(message.get("call_id"))
+            if kind.endswith("_call") and "call_id" in message:
+                called.add(identity)
+            elif kind.endswith("_output"):
+                called.discard(identity)
+            continue
+        blocks = [block for block in content if isinstance(block, Mapping)] if isinstance(content, list) else []
+        if unit.role == "assistant":
+            calls = message.get("tool_calls")
+            called = {str(call.get("id")) for call in calls or () if isinstance(call, Mapping)}
+            called |= {str(block.get("id")) for block in blocks if block.get("type") == "tool_use"}
+            continue
+        called.discard(str(message.get("tool_call_id")))
+        called -= {str(block.get("tool_use_id")) for block in blocks if block.get("type") == "tool_result"}
+    return bool(called)
+
+
+def holds_thinking(prompt: Prompt) -> bool:
+    """Whether the conversation holds reasoning that is bound to what stands before it."""
+    if any("encrypted_content" in prompt.value(unit) for unit in prompt.turns):
+        return True
+    blocks = (
+        block
+        for unit in prompt.turns
+        if isinstance(content := prompt.value(unit).get("content"), list)
+        for block in content
+    )
+    return any(isinstance(block, Mapping) and ("signature" in block or "encrypted" in str(block)) for block in blocks)
+
+
+def digest(value: Any) -> str:
+    """A digest of data. The order of keys counts: a template writes them in that order."""
+    return blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
+
+
+def _role(message: Any) -> str:
+    """Who says a message. Items of Responses that are none say it by their type; empty where nothing does."""
+    if not isinstance(message, Mapping):
+        return ""
+    if isinstance(message.get("role"), str):
+        return str(message["role"])
+    kind = message.get("type")
+    if not isinstance(kind, str) or kind == "message":
+        return ""
+    return "tool" if kind.endswith("_output") else "assistant"
+
+
+def _unit(route: str, message: Mapping[str, Any], index: int | None, head: bool, path: str) -> Unit:
+    content = message.get("content")
+    found = {at: (text, where) for at, text, where in _texts(content, route, path)}
+
+    def blank(value: Any, at: str) -> Any:
+        return "" if at in found else value
+
+    shape: Any = content
+    if isinstance(content, str):
+        shape = [{"type": "text", "text": ""}] if route == MESSAGES else ""
+    elif isinstance(content, list):
+        shape = [_framed(block, str(at), blank) for at, block in enumerate(content)]
+    rest = {key: value for key, value in message.items() if key not in ("content", _MARKER)}
+    texts = {at: text for at, (text, _) in found.items()}
+    paths = {at: where for at, (_, where) in found.items()}
+    return Unit(str(message["role"]), index, head, digest([rest, shape]), texts, paths)
+
+
+_ONLY = {CHAT: "", MESSAGES: "0", RESPONSES: ""}
+"""the place of a content that is a text. In Messages it is short for one block"""
+
+
+def _texts(content: Any, route: str, path: str) -> Iterator[tuple[str, str, str]]:
+    if isinstance(content, str):
+        yield _ONLY[route], content, path
+        return
+    for at, block in enumerate(content if isinstance(content, list) else ()):
+        if not isinstance(block, Mapping):
+            continue
+        if isinstance(block.get("text"), str):
+            yield str(at), block["text"], f"{path}[{at}].text"
+        inner = block.get("content")
+        if isinstance(inner, str):
+            yield f"{at}.", inner, f"{path}[{at}].content"
+        for below, part in enumerate(inner if isinstance(inner, list) else ()):
+            if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+                yield f"{at}.{below}", part["text"], f"{path}[{at}].content[{below}].text"
+
+
+def _framed(block: Any, at: str, blank: Callable[[Any, str], Any]) -> Any:
+    if not isinstance(block, Mapping):
+        return block
+    found = dict(_plain(block))
+    if "text" in found:
+        found["text"] = blank(found["text"], at)
+    inner = found.get("content")
+    if isinstance(inner, str):
+        found["content"] = blank(inner, f"{at}.")
+    elif isinstance(inner, list):
+        found["content"] = [
+            {**_plain(part), "text": blank(part["text"], f"{at}.{below}")}
+            if isinstance(part, Mapping) and "text" in part
+            else _plain(part)
+            for below, part in enumerate(inner)
+        ]
+    return found
+
+
+def _block_with(block: Any, texts: Mapping[str, str], at: str) -> Any:
+    if not isinstance(block, Mapping):
+        return block
+    found = dict(block)
+    if at in texts:
+        found["text"] = texts[at]
+    if f"{at}." in texts:
+        found["content"] = texts[f"{at}."]
+    inner = found.get("content")
+    if isinstance(inner, list):
+        found["content"] = [
+            {**part, "text": texts[f"{at}.{below}"]} if f"{at}.{below}" in texts else part
+            for below, part in enumerate(inner)
+        ]
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Without `cache_control`, which is no content: clients move it from turn to turn."""
+    if isinstance(value, Mapping):
+        return {key: each for key, each in value.items() if key != _MARKER}
+    return [_plain(each) for each in value] if isinstance(value, list) else value
+
+
+def rewritten(prompt: Prompt, changes: Mapping[int, tuple[Any, tuple[Any, ...]]]) -> bytes:
+    """The body with some units in another form, and messages put in behind them.
+
+    Args:
+        changes: a unit's place in `prompt.units` -> its value, and the messages behind it. None leaves it as it came.
+    """
+    splices: list[tuple[Spot, str]] = []
+    for place, (value, behind) in changes.items():
+        spot = prompt.spot(prompt.units[place])
+        if value is not None:
+            splices.append((spot, written(value)))
+        if behind:
+            stop = Spot(spot.stop, spot.stop)
+            splices.append((stop, "".join(f",{written(message)}" for message in behind)))
+    return prompt.body.spliced(splices)

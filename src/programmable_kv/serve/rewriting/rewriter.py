@@ -1,0 +1,234 @@
+"""Decides what is done with each request of a rewriting route, remembers what was sent, and judges itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from programmable_kv.explain.logs import session_name
+from programmable_kv.explain.pieces import Usage
+from programmable_kv.serve.headers import Headers, value_of
+from programmable_kv.serve.modes import GatewayMode
+from programmable_kv.serve.rewriting.body import read
+from programmable_kv.serve.rewriting.conversation import Conversation, Form, keys_of
+from programmable_kv.serve.rewriting.judge import Gain, Judge
+from programmable_kv.serve.rewriting.plan import FORMS, Action, Known, Match, Plan, choose, match, plan
+from programmable_kv.serve.rewriting.prompt import ROUTES, Prompt, prompt_of
+from programmable_kv.serve.rewriting.rules import Rules
+from programmable_kv.serve.rewriting.store import ConversationStore
+
+_LOG = logging.getLogger("programmable_kv.serve")
+_REWRITES = (GatewayMode.ERRATUM, GatewayMode.HOIST)
+_REFUSALS = (400, 422, 500)
+"""statuses with which servers refuse a role; llama-server says 500 where a template raises"""
+_FAULT = 500
+_OFF = "off"
+_STRIKES = 3
+"""refused announcements after which none is tried: one may have been too long for the model's context"""
+_OFF_S = 86400.0
+_REFUSED = ("refused", "folded")
+_TAKEN = "taken"
+"""not refused; whether it is folded into the head is not known yet"""
+_SHARED_NAMES = ("prompt_cache_key", "metadata")
+"""where a client's name often stands for more than one conversation: it parts them, and does not tell one from another"""
+
+
+@dataclass(slots=True)
+class Rewriting:
+    """One request while it is worked on."""
+
+    tenant: str
+    route: str
+    plan: Plan
+    original: bytes = field(repr=False)
+    model: str = ""
+    prompt: Prompt | None = field(default=None, repr=False)
+    known: Known | None = field(default=None, repr=False)
+    match: Match | None = field(default=None, repr=False)
+    why: str = ""
+    """why no conversation was found that it goes on with"""
+    replaced: Conversation | None = field(default=None, repr=False)
+    refused: list[Form] = field(default_factory=list)
+    """forms of a new line that the upstream refused in this request"""
+    announcement_refused: bool = False
+
+    @property
+    def body(self) -> bytes:
+        """What goes upstream."""
+        return self.original if self.plan.body is None else self.plan.body
+
+    @property
+    def rewritten(self) -> bool:
+        return self.plan.body is not None
+
+
+class Rewriter:
+    """The modes that rewrite. For several threads."""
+
+    def __init__(
+        self,
+        store: ConversationStore,
+        rules: Rules,
+        mode: GatewayMode,
+        upstream: str,
+        tell: Callable[[str, int], None] = lambda _, __: None,
+    ) -> None:
+        """
+        Args:
+            mode: of the routes that `rules` gives no mode of their own.
+            upstream: its address, under which is remembered what it takes.
+            tell: told a route, and the tokens that rewriting one request gained or lost.
+        """
+        self._store = store
+        self._rules = rules
+        self._mode = mode
+        self._upstream = upstream
+        self._tell = tell
+        self._strikes: dict[tuple[str, str], int] = {}
+        """route and model -> announcements that were refused"""
+        self.judge = Judge(self._decided, self._switch_off)
+
+    def mode_of(self, route: str) -> GatewayMode:
+        """The mode of a route."""
+        found = self._rules.routes.get(route, self._mode)
+        return GatewayMode.OBSERVE if found in _REWRITES and route not in ROUTES else found
+
+    def begin(self, tenant: str, route: str, headers: Headers, data: bytes) -> Rewriting:
+        """Plan a request, and remember it as sent."""
+        mode = self.mode_of(route)
+        work = Rewriting(tenant, route, Plan(Action.FORWARDED, _why_not(mode)), data)
+        if mode not in _REWRITES:
+            return work
+        if value_of(headers, b"content-encoding") not in (None, b"identity"):
+            work.plan = Plan(Action.FORWARDED, "the body is packed")
+            return work
+        body = read(data)
+        prompt = prompt_of(route, body) if body is not None else None
+        if body is None or prompt is None or not prompt.turns:
+            work.plan = Plan(Action.FORWARDED, "the body is no conversation")
+            return work
+        work.prompt, work.model = prompt, prompt.model
+        if self._store.verdict(self._subject(route, prompt.model), _OFF):
+            work.plan = Plan(Action.FORWARDED, "switched off: it did not pay here")
+            return work
+        readable = {"headers": _readable(headers)}
+        session = session_name(readable, body.data)
+        own = session_name(readable, {key: value for key, value in body.data.items() if key not in _SHARED_NAMES})
+        salt = str(body.data.get("cache_salt") or "")
+        keys = keys_of(prompt, self._rules, tenant, route, prompt.model, session, salt)
+        owner = self._owner(tenant, route)
+        forms = [form for form in FORMS[route] if self._verdict(route, prompt.model, form) not in _REFUSED]
+        learned = self._store.learned(owner)
+        work.known = Known(self._rules, keys, bool(own), learned, mode is GatewayMode.HOIST, forms)
+        self._plan(work, owner)
+        return work
+
+    def refused(self, work: Rewriting, status: int) -> bool:
+        """The upstream answered with an error before it read the prompt. Whether there is another body to try."""
+        if not work.rewritten or status not in _REFUSALS or work.prompt is None or work.known is None:
+            return False
+        note = work.plan.note
+        proven = note is None or self._verdict(work.route, work.model, note.form) in (_TAKEN, "accepted")
+        if status == _FAULT and proven:
+            return False  # a fault of the server's own
+        if not self._store.take_back(work.plan):
+            return False
+        if note is not None and not proven:
+            work.refused.append(note.form)
+            left = tuple(form for form in work.known.forms if form not in work.refused)
+            work.known = replace(work.known, forms=left)
+            again = plan(work.prompt, work.match, work.known, work.why, work.replaced)
+            if again.note is not None and self._store.commit(again):
+                work.plan = again
+                return True
+        before = work.plan.before
+        work.announcement_refused = before is None and not work.refused
+        work.plan = Plan(Action.RESET, "the upstream refused what was rewritten", None, before)
+        return True
+
+    def answered(self, work: Rewriting, status: int) -> None:
+        """The upstream took the request. What it refused before, it refuses for good; the original went through."""
+        if not 200 <= status < 300 or work.prompt is None:
+            return
+        for form in work.refused:
+            self._decided(work.route, work.model, form, "refused")
+        note = work.plan.note
+        if note is not None and not self._verdict(work.route, work.model, note.form):
+            self._decided(work.route, work.model, note.form, _TAKEN)
+        if work.plan.after is None and work.plan.before is not None:
+            self._store.end(work.plan.before)
+        if work.announcement_refused:
+            place = (work.route, work.model)
+            self._strikes[place] = self._strikes.get(place, 0) + 1
+            if self._strikes[place] >= _STRIKES:
+                subject = self._subject(*place)
+                self._store.decide(subject, _OFF, "the announcement is refused", for_s=_OFF_S)
+        self.judge.acted(work.tenant, work.route, work.model, work.plan)
+
+    def settle(self, work: Rewriting, usage: Usage | None) -> Gain | None:
+        """Take the upstream's numbers. For any thread."""
+        gain = self.judge.judge(work.tenant, work.route, work.model, work.plan, len(work.body), usage)
+        if gain is not None:
+            self._tell(work.route, gain.tokens)
+        return gain
+
+    def as_json(self, tenant: str) -> dict[str, Any]:
+        """What was done for one tenant, and what was found out about the upstream."""
+        return {
+            "routes": self.judge.as_json(tenant),
+            "gained_money_estimate": self.judge.money(tenant),
+            "upstream": [
+                {"of": subject, "about": about, "verdict": verdict}
+                for subject, about, verdict in self._store.verdicts()
+            ],
+            "learned": sum(len(self._store.learned(self._owner(tenant, route))) for route in ROUTES),
+        }
+
+    def _plan(self, work: Rewriting, owner: str) -> None:
+        assert work.prompt is not None
+        assert work.known is not None
+        prompt, known = work.prompt, work.known
+        candidates = self._store.candidates(known.keys)
+        others = self._store.begun(known.keys)
+        matches = [match(each, prompt, known) for each in candidates]
+        found, why = choose(matches, alone=others <= 1)
+        if not why and found is None and others:
+            why = "an earlier message changed, or a conversation begins like another"
+        templates = next((each.templates for each in matches if each.templates), ())
+        if templates:
+            self._store.learn(owner, templates)
+            known = work.known = replace(known, learned=self._store.learned(owner))
+        if found is None and matches and known.named:
+            work.replaced = matches[0].conversation
+        work.match, work.why = found, why
+        work.plan = plan(prompt, found, known, why, work.replaced)
+        if not self._store.commit(work.plan):
+            work.plan = Plan(Action.FORWARDED, "another request went on with the conversation")
+
+    def _owner(self, tenant: str, route: str) -> str:
+        return f"{tenant}\n{route}"
+
+    def _subject(self, route: str, model: str) -> str:
+        return f"{self._upstream} {route} {model}"
+
+    def _verdict(self, route: str, model: str, form: Form) -> str:
+        return self._store.verdict(self._subject(route, model), f"line as {form}")
+
+    def _decided(self, route: str, model: str, form: Form, verdict: str) -> None:
+        if self._verdict(route, model, form) != verdict:
+            self._store.decide(self._subject(route, model), f"line as {form}", verdict)
+            _LOG.warning("%s: a line as %s is %s by the upstream", route, form, verdict)
+
+    def _switch_off(self, route: str, model: str) -> None:
+        self._store.decide(self._subject(route, model), _OFF, "rewriting lost tokens", for_s=_OFF_S)
+        _LOG.warning("%s: rewriting is switched off for a day, because it lost tokens", route)
+
+
+def _why_not(mode: GatewayMode) -> str:
+    return "no calibration covers it" if mode is GatewayMode.STRICT else ""
+
+
+def _readable(headers: Headers) -> dict[str, str]:
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}

@@ -1,0 +1,170 @@
+"""Which pieces of a prompt may change: declared in a file, by a pattern or by a path."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from programmable_kv.errors import InvalidValueError
+from programmable_kv.serve.modes import GatewayMode
+from programmable_kv.serve.rewriting.prompt import ROUTES, Unit
+
+_NAME = re.compile(r"[^\x00-\x1f\x7f\"<>\[\]]{1,80}")
+_PATH = re.compile(
+    r"(?:system|instructions|(?:messages|input)\[\d+\]\.content)(?:\[\d+\]\.text)?(?:\.text|\.content|\[\d+\])*"
+)
+_FORM = (
+    'It is {"volatile": [{"name": "clock", "pattern": "Now: (.*)"}, {"name": "memory", "path": "system[1].text"}], '
+    '"routes": {"/v1/messages": "observe"}, "learn": true}'
+)
+_MASK = "\x00{}\x00"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One declared piece."""
+
+    name: str
+    """what the line that announces it calls it"""
+    pattern: re.Pattern[str] | None = None
+    """its first group is the value, or all of it where it has none"""
+    path: str = ""
+    """or: the whole text at this path"""
+    tell: bool = True
+    """False where a change is of no use to the model, such as an id for tracing: it is not announced"""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One declared value in a text."""
+
+    rule: Rule
+    start: int
+    stop: int
+    value: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """A text without its declared values."""
+
+    text: str = field(repr=False)
+    values: tuple[Found, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a gateway was told about its clients' prompts."""
+
+    declared: tuple[Rule, ...] = ()
+    routes: Mapping[str, GatewayMode] = field(default_factory=dict)
+    """modes of single routes"""
+    learn: bool = True
+    """whether pieces that were seen to change repeatedly count as declared"""
+
+    def mask(self, unit: Unit, place: str, text: str) -> Masked:
+        """A text of a unit with each declared value replaced by a mark.
+
+        Patterns are looked for in what the client wrote (system prompt and user messages), paths everywhere.
+        """
+        values = _apart(self._found(unit, place, text))
+        if not values:
+            return Masked(text, ())
+        parts: list[str] = []
+        at = 0
+        for value in values:
+            parts += [text[at : value.start], _MASK.format(value.rule.name)]
+            at = value.stop
+        return Masked("".join([*parts, text[at:]]), values)
+
+    def _found(self, unit: Unit, place: str, text: str) -> Iterable[Found]:
+        for rule in self.declared:
+            if rule.path:
+                if rule.path == unit.paths.get(place):
+                    yield Found(rule, 0, len(text), text)
+            elif rule.pattern is not None and (unit.head or unit.role == "user"):
+                for match in rule.pattern.finditer(text):
+                    group = 1 if rule.pattern.groups else 0
+                    if match.start(group) >= 0:
+                        yield Found(rule, match.start(group), match.end(group), match[group])
+
+
+def read_rules(path: Path) -> Rules:
+    """The rules in a file.
+
+    Raises:
+        InvalidValueError: it cannot be read, or says something that cannot be meant.
+    """
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidValueError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidValueError(f"{path} is not JSON: {error}. {_FORM}") from error
+    return rules_of(given, path.name)
+
+
+def rules_of(given: Any, name: str = "the rules") -> Rules:
+    """Rules from data.
+
+    Raises:
+        InvalidValueError: they say something that cannot be meant.
+    """
+    if not isinstance(given, Mapping) or not set(given) <= {"volatile", "routes", "learn"}:
+        raise InvalidValueError(f"{name}: expected an object with volatile, routes or learn. {_FORM}")
+    pieces, routes, learn = given.get("volatile", []), given.get("routes", {}), given.get("learn", True)
+    if not isinstance(pieces, list) or not isinstance(routes, Mapping) or not isinstance(learn, bool):
+        raise InvalidValueError(f"{name}: volatile is a list, routes an object, and learn true or false. {_FORM}")
+    declared = tuple(_rule(piece, f"{name}, piece {number}") for number, piece in enumerate(pieces, start=1))
+    modes = {}
+    for route, mode in routes.items():
+        rewrites = mode not in (GatewayMode.OBSERVE, GatewayMode.PASS, GatewayMode.STRICT)
+        if mode not in tuple(GatewayMode) or (rewrites and route not in ROUTES):
+            raise InvalidValueError(
+                f"{name}: a route has one of the modes {', '.join(GatewayMode)}, and only {' and '.join(ROUTES)} are "
+                f"rewritten; got {route!r}: {mode!r}"
+            )
+        modes[str(route)] = GatewayMode(mode)
+    return Rules(declared, modes, learn)
+
+
+def _rule(given: Any, where: str) -> Rule:
+    if not isinstance(given, Mapping) or not set(given) <= {"name", "pattern", "path", "tell"}:
+        raise InvalidValueError(f"{where}: expected an object with name, pattern or path, and tell. {_FORM}")
+    name, pattern, path, tell = given.get("name"), given.get("pattern"), given.get("path"), given.get("tell", True)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidValueError(f"{where}: the name is up to 80 characters of plain text on one line, got {name!r:.90}")
+    if (pattern is None) == (path is None) or not isinstance(tell, bool):
+        raise InvalidValueError(f"{where}: it has a pattern or a path, and tell is true or false. {_FORM}")
+    if path is not None:
+        if not isinstance(path, str) or not _PATH.fullmatch(path):
+            raise InvalidValueError(
+                f"{where}: a path is one such as system[1].text or messages[0].content, got {path!r:.90}"
+            )
+        return Rule(name, None, path, tell)
+    if not isinstance(pattern, str):
+        raise InvalidValueError(f"{where}: a pattern is text, got {type(pattern).__name__}")
+    try:
+        compiled = re.compile(pattern, re.MULTILINE)
+    except re.error as error:
+        raise InvalidValueError(f"{where}: the pattern is no regular expression: {error}") from error
+    if compiled.groups > 1:
+        raise InvalidValueError(
+            f"{where}: a pattern has at most one group, got {compiled.groups}: use (?:...) for others"
+        )
+    if compiled.match("") is not None and compiled.groups == 0:
+        raise InvalidValueError(f"{where}: the pattern is found in an empty text: it would be found everywhere")
+    return Rule(name, compiled, "", tell)
+
+
+def _apart(found: Iterable[Found]) -> tuple[Found, ...]:
+    """Values that do not overlap, in order; of two that do, the one that begins first."""
+    kept: list[Found] = []
+    for value in sorted(found, key=lambda each: (each.start, -each.stop)):
+        if not kept or value.start >= kept[-1].stop:
+            kept.append(value)
+    return tuple(kept)

@@ -1,0 +1,52 @@
+"""A build in a manifest: what stands in the slots of a context under `visibility="design"`, and its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from programmable_kv.design.build import Build, Built
+from programmable_kv.errors import CorruptFileError
+
+BuildKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+
+
+class SavedBuilt(BaseModel):
+    """Slots that were built together."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    tokens: Annotated[int, Field(gt=0)]
+    key: BuildKey | None
+
+
+class SavedBuild(BaseModel):
+    """What stands in a context's slots, in order. The words that readers mention are saved as the notebook's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    built: tuple[SavedBuilt, ...]
+
+    @classmethod
+    def of(cls, build: Build) -> SavedBuild:
+        return cls(
+            built=tuple(
+                SavedBuilt(tokens=one.tokens, key=None if one.key is None else one.key.hex()) for one in build.built
+            )
+        )
+
+    def check(self, tokens: int, where: str) -> None:
+        """
+        Raises:
+            CorruptFileError: these are not the slots of a context of so many tokens.
+        """
+        found = sum(one.tokens for one in self.built)
+        if found != tokens:
+            raise CorruptFileError(f"{where}: {found} tokens were built, and the context has {tokens}")
+
+    def build(self, words: Mapping[str, tuple[str, ...]]) -> Build:
+        return Build(
+            tuple(Built(one.tokens, None if one.key is None else bytes.fromhex(one.key)) for one in self.built), words
+        )

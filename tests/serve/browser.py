@@ -1,0 +1,100 @@
+"""Chromium, driven over the WebDriver protocol: no package is needed beside the browser and its driver."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from serve.http_peers import wait_until
+
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+_ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
+
+
+class Browser:
+    """One window."""
+
+    def __init__(self, http: httpx2.Client, session: str) -> None:
+        self._http, self._base = http, f"/session/{session}"
+
+    def _call(self, method: str, path: str, **body: Any) -> Any:
+        got = self._http.request(method, self._base + path, json=body if method == "POST" else None)
+        assert got.status_code == 200, got.text
+        return got.json()["value"]
+
+    def open(self, url: str) -> None:
+        self._call("POST", "/url", url=url)
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        """What a script returns."""
+        return self._call("POST", "/execute/sync", script=script, args=list(arguments))
+
+    def text(self, selector: str) -> str:
+        return str(self.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector))
+
+    def wait_for(self, selector: str, text: str) -> None:
+        """Until an element's text holds some other."""
+        wait_until(lambda: text in self.text(selector), 20)
+
+    def _element(self, selector: str) -> str:
+        return str(self._call("POST", "/element", using="css selector", value=selector)[_ELEMENT])
+
+    def click(self, selector: str) -> None:
+        self._call("POST", f"/element/{self._element(selector)}/click")
+
+    def type(self, selector: str, text: str) -> None:
+        found = self._element(selector)
+        self._call("POST", f"/element/{found}/clear")
+        self._call("POST", f"/element/{found}/value", text=text)
+
+    def errors(self) -> list[str]:
+        """What the page complained about."""
+        found = self._call("POST", "/se/log", type="browser")
+        return [each["message"] for each in found if each["level"] == "SEVERE"]
+
+    def picture(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self._call("GET", "/screenshot")))
+
+
+@contextmanager
+def chromium(profile: Path, *, width: int = 1200, height: int = 1100) -> Iterator[Browser]:
+    """A headless browser with a new profile."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+        f"--user-data-dir={profile}", f"--window-size={width},{height}",
+    ]  # fmt: skip
+    driver = subprocess.Popen([str(DRIVER), f"--port={port}"], stdout=subprocess.DEVNULL, env={**os.environ})
+    try:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as http:
+            wait_until(lambda: _ready(http), 30)
+            options = {"binary": CHROMIUM, "args": arguments}
+            wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+            got = http.post("/session", json={"capabilities": {"alwaysMatch": wanted}}).json()["value"]
+            assert "sessionId" in got, got
+            try:
+                yield Browser(http, got["sessionId"])
+            finally:
+                http.delete(f"/session/{got['sessionId']}")
+    finally:
+        driver.terminate()
+        driver.wait(10)
+
+
+def _ready(http: httpx2.Client) -> bool:
+    try:
+        return bool(http.get("/status").json()["value"]["ready"])
+    except httpx2.HTTPError:
+        return False

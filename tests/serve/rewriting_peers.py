@@ -1,0 +1,128 @@
+"""A rewriter without sockets, and clients that talk to it: what the upstream would have got, request by request."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from programmable_kv.explain.pieces import Usage
+from programmable_kv.serve.modes import GatewayMode
+from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES
+from programmable_kv.serve.rewriting.rewriter import Rewriter, Rewriting
+from programmable_kv.serve.rewriting.rules import Rules, rules_of
+from programmable_kv.serve.rewriting.store import ConversationStore
+from programmable_kv.serve.state import State
+
+RULES = "You are a shop's agent.\n" + "".join(
+    f"- Rule {n}: say what holds, and nothing that was not asked.\n" for n in range(40)
+)
+CLOCK = rules_of({"volatile": [{"name": "the time", "pattern": "^Now: (.*)$"}], "learn": False})
+
+
+@dataclass
+class Peer:
+    """A rewriter, and what it sent."""
+
+    mode: GatewayMode = GatewayMode.ERRATUM
+    rules: Rules = CLOCK
+    path: Path | None = None
+    sent: list[Any] = field(default_factory=list)
+    works: list[Rewriting] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.state = State(self.path, durable=False)
+        self.store = ConversationStore(self.state, most=1000)
+        self.rewriter = Rewriter(self.store, self.rules, self.mode, "http://upstream")
+
+    def send(
+        self, body: Any, *, session: str = "", tenant: str = "t", route: str = CHAT, status: int = 200,
+        usage: Usage | None = None,
+    ) -> Any:  # fmt: skip
+        """Send a body. Returns what the upstream got."""
+        headers = ((b"x-session-id", session.encode()),) if session else ()
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        work = self.rewriter.begin(tenant, route, headers, data)
+        while self.rewriter.refused(work, status):
+            pass
+        self.rewriter.answered(work, status)
+        self.rewriter.settle(work, usage)
+        self.works.append(work)
+        self.sent.append(json.loads(work.body))
+        return self.sent[-1]
+
+    @property
+    def action(self) -> str:
+        return str(self.works[-1].plan.action)
+
+    @property
+    def why(self) -> str:
+        return self.works[-1].plan.why
+
+    @property
+    def line(self) -> str:
+        note = self.works[-1].plan.note
+        return note.line if note is not None else ""
+
+
+def chat(system: Any, *turns: Any, **other: Any) -> dict[str, Any]:
+    """A Chat Completions body; turns are texts of user and assistant in turn, or whole messages."""
+    roles = ("user", "assistant")
+    said = [t if isinstance(t, dict) else {"role": roles[n % 2], "content": t} for n, t in enumerate(turns)]
+    return {"model": "m", "messages": [{"role": "system", "content": system}, *said], **other}
+
+
+def claude(system: Any, *turns: Any, **other: Any) -> dict[str, Any]:
+    """A Messages body."""
+    body = chat("", *turns, **other)
+    return {"model": "m", "max_tokens": 9, "system": system, **other, "messages": body["messages"][1:]}
+
+
+def codex(system: Any, *turns: Any, **other: Any) -> dict[str, Any]:
+    """A Responses body; a turn that is no message goes in as an item."""
+    return {"model": "m", "instructions": system, "input": chat("", *turns)["messages"][1:], **other}
+
+
+def at(minute: str, rest: str = RULES) -> str:
+    """A system prompt with a clock at the top."""
+    return f"Now: 10:0{minute}\n{rest}"
+
+
+def prefix(body: Any) -> list[Any]:
+    """What a prefix cache reads, in order, without markers."""
+    found = copy.deepcopy(body)
+    system = found.get("system") or found.get("instructions")
+    blocks = [{"type": "text", "text": system}] if isinstance(system, str) else list(system or [])
+    items: list[Any] = [json.dumps(found.get("tools")), *blocks]
+    for message in found.get("messages") or found["input"]:
+        content = message.pop("content", None)
+        items.append(json.dumps(message))
+        items += content if isinstance(content, list) else [content]
+    for item in items:
+        if isinstance(item, dict):
+            item.pop("cache_control", None)
+    return [item if isinstance(item, str) else json.dumps(item) for item in items]
+
+
+def extends(later: Any, earlier: Any) -> bool:
+    """Whether one request begins with all of another, byte for byte."""
+    one, other = prefix(earlier), prefix(later)
+    return other[: len(one)] == one
+
+
+__all__ = [
+    "CHAT",
+    "CLOCK",
+    "MESSAGES",
+    "RESPONSES",
+    "RULES",
+    "Peer",
+    "at",
+    "chat",
+    "claude",
+    "codex",
+    "extends",
+    "prefix",
+]

@@ -1,0 +1,190 @@
+"""Servers that are killed under load: what was acknowledged is there after the restart, and no conversation's lines differ."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from serve.caching_upstream import CachingUpstream
+from serve.http_peers import raw_upstream, wait_until
+from serve.rewriting_peers import at, extends
+
+pytestmark = pytest.mark.slow
+KILLS = 3
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def process(*words: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A server in a process of its own, ready for requests."""
+    found = subprocess.Popen(
+        [sys.executable, *words], stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    try:
+        wait_until(lambda: found.poll() is not None or _answers(port), 120)
+        assert found.poll() is None, (found.stderr.read() if found.stderr else b"").decode()
+        yield found
+    finally:
+        if found.poll() is None:
+            found.send_signal(signal.SIGKILL)
+        found.wait(10)
+        if found.stderr:
+            found.stderr.close()
+
+
+def _answers(port: int) -> bool:
+    try:
+        return bool(httpx2.get(f"http://127.0.0.1:{port}/healthz", timeout=1).status_code == 200)
+    except httpx2.HTTPError:
+        return False
+
+
+class Talker(threading.Thread):
+    """One client with one conversation, whose clock moves at every request. It repeats what failed."""
+
+    def __init__(self, port: int, number: int, stop: threading.Event) -> None:
+        super().__init__(daemon=True)
+        self.url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        self.name_, self.stop = f"talker-{number}", stop
+        self.said: list[Any] = [{"role": "user", "content": f"{self.name_}: begin"}]
+        self.actions: list[str] = []
+        self.minute = 0
+
+    def run(self) -> None:
+        while not self.stop.is_set() and len(self.said) < 400:
+            self.minute = (self.minute + 1) % 10
+            body = {"model": "m", "messages": [{"role": "system", "content": at(str(self.minute))}, *self.said]}
+            try:
+                got = httpx2.post(self.url, json=body, headers={"x-session-id": self.name_}, timeout=10)
+                assert got.status_code == 200, got.text
+            except httpx2.HTTPError:
+                time.sleep(0.05)
+                continue
+            self.actions.append(got.headers["x-pkv-action"])
+            self.said += [
+                {"role": "assistant", "content": "Yes."},
+                {"role": "user", "content": f"turn {len(self.said)}"},
+            ]
+
+
+def test_a_killed_gateway_goes_on_with_every_conversation(tmp_path: Path) -> None:
+    """Every request that reached the upstream extends the one before it, over three kills: no line was lost or reworded."""
+    rules = tmp_path / "rules.json"
+    rules.write_text(json.dumps({"volatile": [{"name": "the time", "pattern": "^Now: (.*)$"}]}))
+    upstream = CachingUpstream()
+    port = free_port()
+    stop = threading.Event()
+    with raw_upstream(upstream) as server:
+        words = [
+            "-m", "programmable_kv", "serve", "--upstream", server.url, "--port", str(port), "--mode", "erratum",
+            "--volatile", str(rules), "--state", str(tmp_path / "state"),
+        ]  # fmt: skip
+        talkers = [Talker(port, number, stop) for number in range(4)]
+        for kill in range(KILLS + 1):
+            with process(*words, port=port) as gateway:
+                if kill == 0:
+                    for talker in talkers:
+                        talker.start()
+                before = [len(talker.actions) for talker in talkers]
+                wait_until(
+                    lambda before=before: all(len(t.actions) > n + 4 for t, n in zip(talkers, before, strict=True)), 60
+                )  # type: ignore[misc]
+                if kill < KILLS:
+                    gateway.send_signal(signal.SIGKILL)
+                    continue
+                stop.set()
+                for talker in talkers:
+                    talker.join(20)
+    for talker in talkers:
+        mine = [body for body in upstream.bodies if body["messages"][1]["content"].startswith(talker.name_)]
+        assert len(mine) >= len(talker.actions) > 4 * KILLS
+        assert {action.partition(";")[0] for action in talker.actions[1:]} <= {"erratum", "replayed"}, talker.actions
+        for earlier, later in pairwise(mine):
+            assert extends(later, earlier), "a line that was sent was lost"
+
+
+LOCAL = """
+import sys
+from pathlib import Path
+from programmable_kv.bench.tiny_chat import tiny_chat_model
+from programmable_kv.serve.run import run_local
+from programmable_kv.serve.settings import LocalSettings
+run_local(tiny_chat_model(2048), LocalSettings(port=int(sys.argv[1]), state=Path(sys.argv[2])))
+"""
+
+
+def test_a_killed_local_server_keeps_every_acknowledged_value(tmp_path: Path) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/v1/notebooks"
+    acknowledged: dict[str, tuple[int, str]] = {}
+    tried: dict[str, str] = {}
+    stop = threading.Event()
+
+    def patch(identity: str) -> None:
+        draw = random.Random(identity)
+        while not stop.is_set():
+            value = f"v{draw.randrange(10**6)}"
+            tried[identity] = value
+            try:
+                got = httpx2.patch(f"{url}/{identity}/fields", json={"status": value}, timeout=10)
+            except httpx2.HTTPError:
+                return
+            assert got.status_code == 200, got.text
+            acknowledged[identity] = (got.json()["version"], value)
+
+    names: list[str] = []
+    for kill in range(KILLS):
+        stop.clear()
+        with process("-c", LOCAL, str(port), str(tmp_path / "state"), port=port) as server:
+            if not names:
+                for _ in range(3):
+                    body = {"messages": [{"role": "system", "content": "It is {status}."}], "fields": {"status": "new"}}
+                    names.append(httpx2.post(url, json=body, timeout=30).json()["id"])
+            _check(url, names, acknowledged, tried)
+            threads = [threading.Thread(target=patch, args=(name,), daemon=True) for name in names]
+            for thread in threads:
+                thread.start()
+            wanted = {name: acknowledged[name][0] + 3 for name in names}
+            wait_until(lambda wanted=wanted: all(acknowledged[n][0] > wanted[n] for n in names), 60)  # type: ignore[misc]
+            server.send_signal(signal.SIGKILL)
+            for thread in threads:
+                thread.join(20)
+        stop.set()
+        assert kill < KILLS
+    with process("-c", LOCAL, str(port), str(tmp_path / "state"), port=port):
+        _check(url, names, acknowledged, tried)
+        got = httpx2.post(
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            json={"model": f"notebook:{names[0]}", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+            timeout=30,
+        )
+        assert got.status_code == 200
+
+
+def _check(url: str, names: list[str], acknowledged: dict[str, tuple[int, str]], tried: dict[str, str]) -> None:
+    """Each notebook has its last acknowledged value, or the one that was on its way when the server died."""
+    for name in names:
+        found = httpx2.get(f"{url}/{name}", timeout=30).json()
+        version, value = acknowledged.get(name, (1, "new"))
+        assert (found["version"], found["fields"]["status"]) in [(version, value), (version + 1, tried.get(name))]
+        acknowledged[name] = (found["version"], found["fields"]["status"])

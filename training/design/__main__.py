@@ -1,0 +1,104 @@
+"""`python -m training.design --out FOLDER`: train the adapter for `design` visibility.
+
+On one data-centre GPU it takes minutes (`--seconds 420 --workers 14`), on two CPU cores hours; it resumes from the last
+checkpoint in FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from programmable_kv.errors import ProgrammableKVError
+from training.design.recipe import DesignRecipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, report on stdout, and return the exit status."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
+
+    import torch
+
+    from programmable_kv.models.fetch import adapter_folder, base_folder
+    from training.design.loop import Settings, run
+
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.device(device).type == "cuda"
+    recipe = DesignRecipe(seconds=given.seconds)
+    chosen = {name: getattr(given, name) for name in _RECIPE if getattr(given, name) is not None}
+    recipe = replace(recipe, **chosen)
+    score_count = (512 if on_gpu else 24) if given.score_count is None else given.score_count
+    try:
+        settings = Settings(
+            base=given.base or base_folder(),
+            adapter=given.adapter or adapter_folder(),
+            out=given.out,
+            device=device,
+            workers=given.workers,
+            tokens_per_pass=given.tokens_per_pass or (32768 if on_gpu else 2048),
+            score_count=score_count,
+            checkpoint_seconds=given.checkpoint_seconds,
+            light=given.light_checkpoints,
+            stop_after=given.stop_after,
+        )
+        folder = run(settings, recipe, lambda line: print(line, flush=True))
+    except ProgrammableKVError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    print(f"The adapter is in {folder}: adapter_model.safetensors, adapter_config.json, training.json")
+    return 0
+
+
+_RECIPE = ("steps", "seed", "sequences_per_step", "learning_rate", "replay_windows", "replay_every", "longest")
+"""the options that are a recipe's own, by name"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training.design", description=__doc__)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="where checkpoints and the result go; one there is resumed"
+    )
+    parser.add_argument("--base", type=Path, help="a folder with the base model; by default the embedded model's base")
+    parser.add_argument(
+        "--adapter", type=Path, help="a folder with the adapter to continue; by default the shipped one"
+    )
+    parser.add_argument("--device", help="where to compute; by default cuda if there is one, else cpu")
+    parser.add_argument("--seconds", type=float, help="train so long; the cosine follows the elapsed share of it")
+    parser.add_argument("--steps", type=_positive, help="train so many steps, where no seconds are given")
+    parser.add_argument("--stop-after", type=_positive, help="stop at this step of the schedule")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make the data; 0: none beside this one")
+    parser.add_argument("--tokens-per-pass", type=_positive, help="padded tokens in one forward and backward")
+    parser.add_argument("--score-count", type=int, help="held-out cases in each arm; 0: no scores")
+    parser.add_argument("--checkpoint-seconds", type=float, default=60.0, help="how often to write a checkpoint")
+    parser.add_argument(
+        "--light-checkpoints",
+        action="store_true",
+        help="write the adapter only, which cannot be resumed, as checkpoint",
+    )
+    parser.add_argument("--sequences-per-step", type=_positive)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--replay-windows", type=int)
+    parser.add_argument("--replay-every", type=_positive)
+    parser.add_argument("--longest", type=_positive, help="tokens; longer sequences are drawn again")
+    parser.add_argument("--seed", type=int)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Catalogues of invented tools, each a block of its own, and requests that one of the tools is for."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from programmable_kv.scenarios.phrasings import Split
+from training.design.blocks import Blocks, opening
+from training.design.tool_words import CHANGE, FIND, THINGS, VERBS, Thing, Verb
+
+_SIZES = ((4, 5, 6, 8, 10, 12, 16), (4, 4, 4, 4, 3, 2, 3))
+_QUESTIONS = (
+    "Which tool fits? Answer with its name.", "Name the tool to call.", "What tool should be called here? Only the name.",
+    "Give the name of the right tool and nothing else.", "Tool to use?", "Pick one tool for this. Its name, please.",
+    "Which of the tools is the one to call? Say its name.", "Say which single tool you would call.",
+    "The name of the function that does it?", "Choose the function for this request, by name.",
+)  # fmt: skip
+_FRAMES = (
+    "A user writes: {wish}\n{question}", "{wish}\n{question}", "Request: {wish} {question}",
+    "Message from a guest: {wish}\n{question}",
+    "Somebody on the phone: {wish}\n{question}", "\"{wish}\"\n{question}", "{question}\nThe request: {wish}",
+)  # fmt: skip
+_HELD_OUT_FRAME = "A customer says: {wish}\nWhich one tool does what this customer wants? Reply with its name only."
+_SPEAKERS = (
+    "You want to {want}.", "I would like to {want}.", "Please help me {want}.", "You wish to {want}.", "I need to {want}.",
+    "Can you help me {want}?", "Your goal is to {want}.", "You have decided to {want}.", "I called because I want to {want}.",
+)  # fmt: skip
+_BEFORE = (
+    "You are in a hurry.", "It is about number {number}.", "My name is {name}.", "You have number {number}.",
+    "You are {name} and do not remember the number.", "I wrote last week already.", "You are friendly but brief.",
+    "Hello!", "You live abroad.",
+)  # fmt: skip
+_AFTER = (
+    "If that does not work, you leave it as it is.", "Thank you.", "You prefer to have it today.", "The number is {number}.",
+    "You do not want to pay for it.", "Please confirm by mail.", "You only want this one thing.", "I can wait.",
+)  # fmt: skip
+_NAMES = ("Ana Ruiz", "Jon Berg", "Mei Tan", "Ola Nilsen", "Ravi Shah", "Eva Klein", "Tom Okoro", "Lia Costa")
+_PARAMETERS = (
+    ("number", "Its number."), ("reason", "Why it is asked for."), ("person", "Name of the person."),
+    ("until", "Last day, as year-month-day."), ("comment", "A free text."), ("confirmed_by", "Who agreed."),
+    ("amount", "A number with two decimals."), ("channel", "mail, phone or letter."),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """An invented tool, and how somebody may ask for what it does."""
+
+    name: str
+    description: str
+    wants: tuple[str, ...]
+    """ends of "I want to ..."; none for a tool that nobody asks for"""
+    prepares: bool = False
+    does: str = ""
+    """the same for two tools of which only one may stand in a catalogue, because a request would not tell them apart"""
+
+
+def catalogue(rng: random.Random, split: Split, count: int) -> list[Tool]:
+    """Tools of different names: several that do something to one thing, several that do one thing to others."""
+    things = rng.sample(THINGS[split], rng.randint(2, min(5, len(THINGS[split]))))
+    favourite = rng.choice((*VERBS[split], *CHANGE[split]))
+    tools: dict[str, Tool] = {}
+    while len(tools) < count:
+        thing = things[0] if rng.random() < 0.5 else rng.choice(things)
+        draw = rng.random()
+        if draw < 0.12:
+            name, description = rng.choice(FIND[split])
+            x = thing.name
+            tool = Tool(name.format(x=x), description.format(x=x), (), True, does=name.format(x=x))
+        else:
+            verb = favourite if draw < 0.3 else rng.choice((*VERBS[split], *CHANGE[split], *CHANGE[split]))
+            tool = _tool(rng, verb, thing, changes=verb in CHANGE[split])
+        if tool.does not in {other.does for other in tools.values()}:
+            tools[tool.name] = tool
+    found = list(tools.values())
+    rng.shuffle(found)
+    return found
+
+
+def _tool(rng: random.Random, verb: Verb, thing: Thing, *, changes: bool) -> Tool:
+    state, says = rng.choice(thing.states) if rng.random() < 0.5 and not verb.prepares else ("", "{it}")
+    aspect, said = rng.choice(thing.aspects) if changes else ("", "")
+    name = "_".join(word for word in (verb.name, state, thing.name, aspect) if word)
+    bare = f"{state} {thing.name}".strip().replace("_", " ")
+    article = "an" if bare[0] in "aeiou" else "a"
+    description = rng.choice(verb.describe).format(a=f"{article} {bare}", bare=bare, aspect=aspect.replace("_", " "))
+    wants = [
+        want.format(the=f"{rng.choice(('the', 'your'))} {says.format(it=also)}", said=said)
+        for want in verb.wants
+        for also in dict.fromkeys(thing.also)
+    ]
+    does = f"change {bare} {aspect}" if changes else name
+    return Tool(name, description, tuple(wants), verb.prepares, does)
+
+
+def wish(rng: random.Random, wanted: Tool, others: Sequence[Tool], split: Split) -> str:
+    """What somebody says who wants a tool's work; perhaps with something before it that another tool would look up."""
+    sentences = []
+    if rng.random() < 0.5:
+        sentences.append(_detail(rng, _BEFORE))
+    lookups = [tool for tool in others if tool.prepares and tool.wants]
+    if lookups and not wanted.prepares and rng.random() < 0.35:
+        sentences.append(_say(rng, rng.choice(lookups), split))
+    sentences.append(_say(rng, wanted, split))
+    if rng.random() < 0.5:
+        sentences.append(_detail(rng, _AFTER))
+    return " ".join(sentences)
+
+
+def _say(rng: random.Random, tool: Tool, split: Split) -> str:
+    speaker = _SPEAKERS[0] if split == "held_out" else rng.choice(_SPEAKERS)
+    return speaker.format(want=rng.choice(tool.wants))
+
+
+def _detail(rng: random.Random, sentences: Sequence[str]) -> str:
+    number = f"{rng.choice('#NRTV')}{rng.randint(1000, 99999)}"
+    return rng.choice(sentences).format(number=number, name=rng.choice(_NAMES))
+
+
+def training_tools(rng: random.Random) -> Blocks:
+    """Four to sixteen tools in random order, written in one of several formats, and one to four requests."""
+    tools = catalogue(rng, "train", rng.choices(*_SIZES)[0])
+    asked = []
+    for _ in range(rng.choices((1, 2, 3, 4), (1, 3, 3, 2))[0]):
+        frame = rng.choice(_FRAMES)
+        wanted = _wanted(rng, tools, always_acts=False)
+        said = frame.format(wish=wish(rng, wanted, tools, "train"), question=rng.choice(_QUESTIONS))
+        asked.append((said, wanted.name))
+    style = rng.choices(("json", "function", "line", "heading"), (6, 2, 2, 1))[0]
+    before = opening(rng, "train", rng.randint(0, 16) if rng.random() < 0.5 else 0)
+    if rng.random() < 0.3:
+        before = rng.choice(
+            ("You have these tools:\n", "Tools:\n", "# Functions\n", "You help customers. Your tools:\n\n")
+        )
+    return Blocks(before, tuple(written(rng, tool, style) for tool in tools), tuple(asked))
+
+
+def held_out_tools(rng: random.Random, count: int) -> Blocks:
+    """So many tools of verbs and things that training never saw, and a request for one that acts."""
+    tools = catalogue(rng, "held_out", count)
+    wanted = _wanted(rng, tools, always_acts=True)
+    asked = _HELD_OUT_FRAME.format(wish=wish(rng, wanted, tools, "held_out"))
+    pieces = tuple(written(rng, tool, "json") for tool in tools)
+    return Blocks(opening(rng, "held_out", 12), pieces, ((asked, wanted.name),))
+
+
+def _wanted(rng: random.Random, tools: Sequence[Tool], *, always_acts: bool) -> Tool:
+    asked_for = [tool for tool in tools if tool.wants]
+    acting = [tool for tool in asked_for if not tool.prepares]
+    return rng.choice(acting if acting and (always_acts or rng.random() < 0.85) else asked_for)
+
+
+def written(rng: random.Random, tool: Tool, style: str) -> str:
+    """A tool as a block of text."""
+    parameters = dict(rng.sample(_PARAMETERS, rng.randint(1, 3)))
+    described = {name: {"type": "string", "description": text} for name, text in parameters.items()}
+    body = {"name": tool.name, "description": tool.description, "parameters": described}
+    if style == "json":
+        return json.dumps(body) + "\n"
+    if style == "function":
+        body["parameters"] = {"type": "object", "properties": described, "required": list(described)}
+        return json.dumps({"type": "function", "function": body}) + "\n"
+    if style == "line":
+        return f"- {tool.name}({', '.join(parameters)}): {tool.description}\n"
+    return f"## {tool.name}\n{tool.description}\nArguments: {', '.join(parameters)}\n"
