@@ -37,9 +37,10 @@ _MOVED = {
 }
 _BLOCKED = {
     "field": "field",
-    "actions": "actions of\nthe rules",
+    "old_rule": "rule that\napplies",
+    "actions": "all rules'\nactions",
     "random_as_actions": "as many\nrandom",
-    "rules": "rules",
+    "rules": "all rules",
     "random_as_rules": "as many\nrandom",
     "delimiters": "delimiters",
     "filler": "other\nlines",

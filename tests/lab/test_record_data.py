@@ -54,9 +54,10 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
 
 
 for name in EXPERIMENTS:
-    if (RESULTS / f"{name}.json").exists():
-        DRAWN[name] = lambda settings, name=name: (  # type: ignore[misc]
-            case.text() for _, case in EXPERIMENTS[name].cases(settings["scenarios"])
+    for path in RESULTS.glob(f"{name}*.json"):
+        DRAWN[path.stem] = lambda settings, name=name: (  # type: ignore[misc]
+            case.text()
+            for _, case in EXPERIMENTS[name].cases(settings["scenarios"], everyday=settings.get("everyday", False))
         )
 
 
