@@ -7,11 +7,12 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
 from test_exact import SKILLS, assert_truthful, build
 
 from conftest import tiny, with_beginning
 from programmable_kv import Agent, Notebook, SeamRepair, Skill
-from programmable_kv.errors import CorruptFileError, InvalidArgumentError, InvalidEditError
+from programmable_kv.errors import CacheBufferError, CorruptFileError, InvalidArgumentError, InvalidEditError
 from programmable_kv.prompt.readers import Why
 from programmable_kv.states import TokenState
 from programmable_kv.storage.sealed import opened
@@ -170,3 +171,13 @@ def test_it_is_shown() -> None:
     assert "shipped" in notebook._repr_html_()
     notebook.rebase()
     assert notebook.last_account.tokens_computed == 0
+
+
+def test_transformers_own_generate_is_refused_where_positions_are_kept_free() -> None:
+    notebook = build(tiny())
+    before = notebook.fork()
+    ids = torch.tensor([[*notebook.ids, 5]])
+    with pytest.raises(CacheBufferError, match="wrong positions"):
+        notebook.model.engine.model(input_ids=ids[:, -1:], past_key_values=notebook.cache, use_cache=True)
+    assert_same(notebook, before)
+    notebook.edit(status="pending")

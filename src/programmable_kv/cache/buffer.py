@@ -192,8 +192,17 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self._set_length(length)
 
     def note_append(self, start: int, tokens: int) -> None:
-        """Positions of rows that transformers appends by itself (its own `generate`): they follow on."""
+        """Positions of rows that transformers appends by itself (its own `generate`): they follow on.
+
+        Raises:
+            CacheBufferError: some positions are free, and transformers takes a row's index for its position.
+        """
         if start == self.layers[0].length:
+            if not self.dense:
+                raise CacheBufferError(
+                    "transformers would append at wrong positions: in this cache some positions are kept free, and it takes a "
+                    "row's index for its position. Use the notebook's own generate, decide and add."
+                )
             self.foreign_from = start if self.foreign_from is None else min(start, self.foreign_from)
             first = self.next_position
             tables = self.require_tables(first + tokens, remaining=self.length)
