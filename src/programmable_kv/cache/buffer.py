@@ -345,6 +345,13 @@ class KVBuffer(Cache):  # type: ignore[misc]
         order, run = torch.cat((torch.arange(middle, stop), torch.arange(start, middle))), slice(start, stop)
         self._save(run)
         stand = torch.tensor(positions) if positions else self._positions[run].clone()
+        before = self._positions[start - 1 : start] if start else stand[:0]
+        row = torch.cat((before, stand, self._positions[stop : min(stop + 1, self.length)]))
+        if len(stand) != stop - start or bool((row[1:] <= row[:-1]).any()):
+            raise CacheBufferError(
+                f"the positions {list(positions[:8])} are not one for each of the slots [{start}, {stop}), ascending between "
+                "those of the slots around them"
+            )
         self._move(order, run, stand, layout)
 
     def insert(

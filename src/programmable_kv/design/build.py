@@ -10,7 +10,7 @@ A build is immutable. Its operations mirror those of the cache buffer, as those 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from programmable_kv.cache.span import Span
@@ -33,6 +33,8 @@ class Built:
 
     tokens: int
     key: Key | None
+    rounded: bool = False
+    """kept in fewer bits than it was computed in"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Build:
 
     def inserted(self, at: int, skill: Unit, *, rounded: bool, replacing: int = 0) -> Build:
         """A compiled skill in the place of the `replacing` slots from `at` on; `rounded`: it was kept in fewer bits."""
-        compiled = [Built(len(part.span), key) for part, key in _compiled(skill, rounded=rounded)]
+        compiled = [Built(len(part.span), key, rounded) for part, key in _compiled(skill)]
         return self._with([*self._split(at)[0], *compiled, *self._split(at + replacing)[1]])
 
     def exchanged(self, start: int, middle: int, stop: int) -> Build:
@@ -82,12 +84,11 @@ class Build:
             tokens = min(part.span.stop, length) - part.span.start
             if tokens <= 0:
                 break
-            key = keys.of(part)
+            one = Built(tokens, keys.of(part))
             if tokens < len(part.span) or not any(_within(part.span, span) for span in spans):
-                was = known.get(part.span.start)
-                key = was.key if was is not None and was.tokens == tokens and tokens == len(part.span) else None
-            keys.add(part, key)
-            made.append(Built(tokens, key))
+                one = _found(known, part) if tokens == len(part.span) else Built(tokens, None)
+            keys.add(part, one)
+            made.append(one)
         return self._with(made)
 
     def _with(self, built: Iterable[Built]) -> Build:
@@ -115,12 +116,10 @@ class Build:
         """
         known, keys, found = self._keys(), _Keys(context), []
         for part in parts_of(context, self.words):
-            here = known.get(part.span.start)
-            was = here.key if here is not None and here.tokens == len(part.span) else None
-            now = keys.of(part)
-            if part.unit not in kept and (now is None or was not in (now, rounded_key(now))):
+            was, now = _found(known, part), keys.of(part)
+            if part.unit not in kept and (now is None or was.key != now):
                 found.append(part.span)
-                was = now
+                was = Built(len(part.span), now)
             keys.add(part, was)
         return found
 
@@ -128,10 +127,8 @@ class Build:
         """The parts of the context now, and how each can be trusted."""
         known, stand, true = self._keys(), _Keys(context), _Keys(context)
         for part in parts_of(context, self.words):
-            here = known.get(part.span.start)
-            was = here.key if here is not None and here.tokens == len(part.span) else None
-            wanted, now = true.of(part), stand.of(part)
-            true.add(part, wanted)
+            was, wanted, now = _found(known, part), true.of(part), stand.of(part)
+            true.add(part, Built(len(part.span), wanted))
             stand.add(part, was)
             yield part, _state(was, wanted, now)
 
@@ -145,29 +142,28 @@ class Build:
         return weakest({state for _, state in self.parts(context)})
 
 
-def _state(was: Key | None, wanted: Key | None, now: Key | None) -> TokenState:
-    if was is None or wanted is None:
+def _found(known: Mapping[int, Built], part: DesignPart) -> Built:
+    """What stands in the slots of a part; of unknown make if that is not one piece."""
+    here = known.get(part.span.start)
+    return here if here is not None and here.tokens == len(part.span) else Built(len(part.span), None)
+
+
+def _state(was: Built, wanted: Key | None, now: Key | None) -> TokenState:
+    if was.key is None or wanted is None:
         return TokenState.STALE
-    if was == wanted:
-        return TokenState.EXACT
-    if was == rounded_key(wanted):
-        return TokenState.RELOCATED
-    return TokenState.AFTER_EDIT if now is not None and was == now else TokenState.STALE
+    if was.key == wanted:
+        return TokenState.RELOCATED if was.rounded else TokenState.EXACT
+    return TokenState.AFTER_EDIT if was.key == now else TokenState.STALE
 
 
-def rounded_key(key: Key) -> Key:
-    """The key of what was kept in fewer bits than it was computed in."""
-    return hashlib.blake2b(_ROUNDED + key, digest_size=_DIGEST_BYTES).digest()
-
-
-def _compiled(skill: Unit, *, rounded: bool) -> Iterator[tuple[DesignPart, Key | None]]:
+def _compiled(skill: Unit) -> Iterator[tuple[DesignPart, Key | None]]:
     """The parts of a compiled skill, and their keys."""
     alone = Context((skill,))
     keys = _Keys(alone)
     for part in parts_of(alone, {}):
         key = keys.of(part)
-        keys.add(part, key)
-        yield part, rounded_key(key) if rounded and key is not None else key
+        keys.add(part, Built(len(part.span), key))
+        yield part, key
 
 
 class _Keys:
@@ -177,8 +173,8 @@ class _Keys:
         self._context = context
         self._text: hashlib.blake2b | None = _digest()
         self._all: hashlib.blake2b | None = _digest()
-        self._drawn: list[tuple[DesignPart, Key | None]] = []
-        """values and readers"""
+        self._drawn: dict[str, hashlib.blake2b | None] = {}
+        """field -> its values and readers so far"""
         self._skill: tuple[int, hashlib.blake2b | None] = (-1, None)
         """of which unit the pieces were digested last"""
 
@@ -195,24 +191,26 @@ class _Keys:
             return None
         digest = read.copy()
         if part.kind is PartKind.READER:
-            for other, key in self._drawn:
-                if other.fields & part.fields:
-                    if key is None:
-                        return None
-                    digest.update(b"field" + _number(other.position) + key)
+            for name in sorted(part.fields & self._drawn.keys()):
+                drawn = self._drawn[name]
+                if drawn is None:
+                    return None
+                digest.update(b"field" + drawn.digest())
         if position is not None:
             digest.update(b"at" + _number(position))
         digest.update(b"tokens" + self._context.packed(part.span))
         return digest.digest()
 
-    def add(self, part: DesignPart, key: Key | None) -> None:
-        """The part stands there, built with this key."""
-        self._all = _extended(self._all, part.position, key)
+    def add(self, part: DesignPart, built: Built) -> None:
+        """The part stands there, built so."""
+        key = built.key
+        self._all = _extended(self._all, part.position, key, rounded=built.rounded)
         match part.kind:
             case PartKind.TEXT:
                 self._text = _extended(self._text, part.position, key)
             case PartKind.VALUE | PartKind.READER:
-                self._drawn.append((part, key))
+                for name in part.fields:
+                    self._drawn[name] = _extended(self._drawn.get(name, _digest()), part.position, key)
             case PartKind.SKILL:
                 # Within a skill distances do not change, so its keys know no position.
                 self._skill = (part.unit, _extended(self._of_skill(part.unit), len(part.span), key))
@@ -232,11 +230,13 @@ def _digest() -> hashlib.blake2b:
     return hashlib.blake2b(digest_size=_DIGEST_BYTES)
 
 
-def _extended(digest: hashlib.blake2b | None, number: int, key: Key | None) -> hashlib.blake2b | None:
+def _extended(
+    digest: hashlib.blake2b | None, number: int, key: Key | None, *, rounded: bool = False
+) -> hashlib.blake2b | None:
     if digest is None or key is None:
         return None
     longer = digest.copy()
-    longer.update(_number(number) + key)
+    longer.update(_number(number) + key + (_ROUNDED if rounded else b""))
     return longer
 
 
@@ -251,15 +251,14 @@ def _within(part: Span, span: Span) -> bool:
 def _split(built: Sequence[Built], at: int) -> tuple[list[Built], list[Built]]:
     """Before a slot, and from it on. What is cut apart is no longer known."""
     head: list[Built] = []
-    rest = list(built)
-    while rest and at > 0:
-        first = rest.pop(0)
-        if first.tokens > at:
-            rest.insert(0, Built(first.tokens - at, None))
-            first = Built(at, None)
-        head.append(first)
-        at -= first.tokens
-    return head, rest
+    for index, one in enumerate(built):
+        if at <= 0:
+            return head, list(built[index:])
+        if one.tokens > at:
+            return [*head, Built(at, None)], [Built(one.tokens - at, None), *built[index + 1 :]]
+        head.append(one)
+        at -= one.tokens
+    return head, []
 
 
 AnyLedger = Ledger | Build

@@ -19,19 +19,24 @@ def readers_by_design(
         kept: units of the context, turns, that stay as they are.
     """
     parts = parts_of(context, words)
-    reads = reads_of(parts, len(context)).reads
+    reads = reads_of(parts, len(context)).reads.numpy()
     changed: list[int] = []
     found: list[Reader] = []
     for number, part in enumerate(parts):
-        own = any(place.name == name for place in context.units[part.unit].places) and part.kind is not PartKind.READER
-        if not own and not any(bool(reads[number, other]) for other in changed):
-            continue
-        if part.unit in kept:
+        own = _holds(context, part, name)
+        if not own and (part.unit in kept or not reads[number, changed].any()):
             continue
         changed.append(number)
         if part.kind is not PartKind.VALUE:
             found.append(_reader(context, part, name, turns))
     return tuple(found)
+
+
+def _holds(context: Context, part: DesignPart, name: str) -> bool:
+    """Whether a value of the field begins in the part."""
+    start = context.starts[part.unit]
+    places = (place for place in context.units[part.unit].places if place.name == name)
+    return any(part.span.start <= start + place.tokens.start < part.span.stop for place in places)
 
 
 def _reader(context: Context, part: DesignPart, name: str, turns: Turns) -> Reader:

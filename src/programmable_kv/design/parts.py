@@ -13,10 +13,12 @@ Every part also reads its own earlier tokens.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +30,7 @@ from programmable_kv.prompt.readers import declared_words, mention_pattern
 from programmable_kv.prompt.units import Kind, Unit
 
 _VALUE = "\ufffd"
-"""stands for each character of a value while lines are searched: a part's kind must not depend on a field's value"""
+"""stands for a value, also an empty one, while lines are searched: a part's kind must not depend on a field's value"""
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 
 Words = Mapping[str, Sequence[str]]
@@ -107,10 +109,11 @@ class _Searcher:
         for index in units:
             begins.append(len(text))
             unit = context.units[index]
-            text += _VALUE * len(unit.text) if unit.places else unit.text
-        holds = {begins[number]: context.units[index].places[0].name
-                 for number, index in enumerate(units) if context.units[index].places}  # fmt: skip
+            text += _VALUE if unit.places else unit.text
+        holds = [(begins[number], context.units[index].places[0].name)
+                 for number, index in enumerate(units) if context.units[index].places]  # fmt: skip
         lines = [Span(*match.span()) for match in _LINE.finditer(text)]
+        starts = np.array([line.start for line in lines])
         fields = {line.start: self._fields(text, line, holds) for line in lines}
         for number, index in enumerate(units):
             unit, start = context.units[index], context.starts[index]
@@ -119,24 +122,26 @@ class _Searcher:
                 span = Span(start, start + len(unit))
                 yield DesignPart(span, context.begins[index], PartKind.VALUE, name, index)
                 continue
-            for tokens, line in _by_line(unit, begins[number], lines):
+            for tokens, line in _by_line(unit, begins[number], lines, starts):
                 span = tokens.shifted(start)
                 read = frozenset(name for name in fields[line.start] if self._ends[name] <= span.start)
                 kind = PartKind.READER if read else PartKind.TEXT
                 yield DesignPart(span, context.begins[index] + tokens.start, kind, read, index)
 
-    def _fields(self, text: str, line: Span, holds: Mapping[int, str]) -> frozenset[str]:
+    def _fields(self, text: str, line: Span, holds: Sequence[tuple[int, str]]) -> frozenset[str]:
         """The fields that a line mentions or holds, wherever they stand."""
         said = text[line.start : line.stop]
         mentioned = {name for name, patterns in self._patterns.items()
                      if name in self._ends and any(pattern.search(said) for pattern in patterns)}  # fmt: skip
-        held = {name for at, name in holds.items() if line.start <= at < line.stop}
+        first, last = (bisect_left(holds, (at, "")) for at in (line.start, line.stop))
+        held = {name for _, name in holds[first:last]}
         return frozenset(mentioned | held)
 
 
-def _by_line(unit: Unit, begins: int, lines: Sequence[Span]) -> Iterator[tuple[Span, Span]]:
+def _by_line(
+    unit: Unit, begins: int, lines: Sequence[Span], starts: np.ndarray[Any, np.dtype[np.int64]]
+) -> Iterator[tuple[Span, Span]]:
     """(tokens of a unit, the line in which they begin), for a unit that begins at a character of a text with these lines."""
-    starts = np.array([line.start for line in lines])
     which = np.searchsorted(starts, unit.offsets[:, 0] + begins, side="right") - 1
     cuts = [0, *(np.flatnonzero(np.diff(which)) + 1).tolist(), len(unit)]
     for first, stop in pairwise(cuts):

@@ -22,13 +22,14 @@ def room_of(kind: FieldType, value: Unit, tokens: Callable[[str], int]) -> int:
     texts = {FieldKind.ENUM: kind.among, FieldKind.BOOLEAN: ("true", "false", "null")}.get(kind.kind, ())
     if texts:
         return max(len(value), *map(tokens, texts))
-    return _stepped(len(value) + 1)
+    spare = max(8, len(value) // 2) if kind.kind is FieldKind.BLOCK else 1
+    return _stepped(len(value) + spare)
 
 
 def room_for(unit: Unit) -> Unit:
-    """The unit; if it is a value that has outgrown its place, with a larger one."""
+    """The unit; if it is a value that has outgrown its place, with one half as large again, so that this happens seldom."""
     if unit.kind is Kind.PREFILL and unit.places and 0 < unit.width < len(unit):
-        return replace(unit, width=_stepped(len(unit)))
+        return replace(unit, width=_stepped(len(unit) * 3 // 2))
     return unit
 
 

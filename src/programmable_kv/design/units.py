@@ -29,7 +29,8 @@ def designed_pieces(prompt: Prompt, tokenizer: Any) -> list[tuple[Unit, ...] | s
     conversation = prompt.conversation()
     raw = conversation is None
     text = "".join(SKILL_MARK if isinstance(piece, str) else piece.text for piece in pieces)
-    cuts = (last_line(text),) * 2 if conversation is None else turn_characters(conversation, text)
+    line = _last_line(pieces)
+    cuts = (line, line) if conversation is None else turn_characters(conversation, text, line)
     found: list[tuple[Unit, ...] | str] = []
     begins = 0
     for number, piece in enumerate(pieces):
@@ -37,11 +38,42 @@ def designed_pieces(prompt: Prompt, tokenizer: Any) -> list[tuple[Unit, ...] | s
             found.append(piece)
             begins += len(SKILL_MARK)
             continue
-        within = [min(max(cut - begins, 0), len(piece.text)) for cut in cuts]
+        within = [_outside_of_tokens(piece, min(max(cut - begins, 0), len(piece.text)), tokenizer) for cut in cuts]
         special = raw and number == 0
         found.append(tuple(_units(piece, within[0], within[1], tokenizer, prompt.types, special=special)))
         begins += len(piece.text)
     return found
+
+
+def _last_line(pieces: Sequence[Rendered | str]) -> int:
+    """The character at which a prompt's last line begins that says something, whatever the values in it are."""
+    shown: list[tuple[str, int]] = []
+    """characters, each with where it stands in the prompt; one for each value, also an empty one"""
+    at = 0
+    for piece in pieces:
+        if isinstance(piece, str):
+            shown.append((SKILL_MARK, at))
+            at += len(SKILL_MARK)
+            continue
+        start = 0
+        for _, span in [*piece.places, ("", Span(len(piece.text), len(piece.text)))]:
+            shown += [(piece.text[c], at + c) for c in range(start, span.start)]
+            shown.append((SKILL_MARK, at + span.start))
+            start = span.stop
+        shown.pop()  # the end is no value
+        at += len(piece.text)
+    begins = last_line("".join(character for character, _ in shown))
+    return shown[begins][1] if begins < len(shown) else at
+
+
+def _outside_of_tokens(piece: Rendered, cut: int, tokenizer: Any) -> int:
+    """Where to cut a text so that no special token is cut apart: templates end messages in what others begin with."""
+    ids, offsets = encode(tokenizer, piece.text, [*piece.plain, *(span for _, span in piece.places)])
+    special = set(tokenizer.all_special_ids)
+    for token, (start, stop) in zip(ids, offsets.tolist(), strict=True):
+        if start < cut < stop and token in special:
+            return int(start)
+    return cut
 
 
 def _units(

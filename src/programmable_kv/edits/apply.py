@@ -151,6 +151,7 @@ def _carried_out(
         reads = _reads(ledger, plan.after, computes, len(followed_by))
         output = engine.compute(buffer, rows, logits=min(logits, len(rows)), progress=progress, reads=reads)
     ledger = computed(ledger, plan.after, computes)
+    assert buffer.next_position == plan.after.begins[-1] + len(followed_by), "every token stands where the text has it"
     return ledger, touched + [one.span for one in computes], output
 
 

@@ -28,6 +28,7 @@ from programmable_kv.skills.skill import Skill
 
 _MODES = (None, Mode.READERS, Mode.SUFFIX, Mode.FULL)
 _WHOLE = SeamRepair(0)
+_SKILLS_STAY = "skills stay as compiled: they read nothing here"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def plan_design_edit(
     check_mode(mode)
     rewritten = {name: value for name, value in changes.items() if state.context.fields[name].written != value}
     written, _ = state.context.write(tokenizer, rewritten)
-    after = written.with_units([room_for(unit) for unit in written.units])
+    after = without_trailing_room(written.with_units([room_for(unit) for unit in written.units]))
     steps: list[Step] = []
     reasons: list[str] = []
     for index in reversed(range(len(after.units))):
@@ -90,8 +91,10 @@ def plan_design_edit(
             steps.append(Truncate(min(ends, ends - len(old) + len(new))))
         else:
             steps.append(Shift(ends, ends - len(old) + len(new), by))
-        if by:
-            reasons.append(f"the place of {_held(new)} grew by {by} positions, so that what follows stands elsewhere")
+        if by and ends < len(state.context):
+            names = " and ".join(dict.fromkeys(place.name for place in new.places if place.name in rewritten))
+            grew = f"grew by {by}" if by > 0 else f"shrank by {-by}"
+            reasons.append(f"what holds {names} {grew} positions, so that what follows stands elsewhere")
     wide = Turns.ALL if mode in (Mode.SUFFIX, Mode.FULL) else turns
     plan = Plan("edit", len(state.context), after, tuple(steps), (), mode, mode or Mode.READERS, "; ".join(reasons))
     return _built(state, plan, wide, whole=mode is Mode.FULL)
@@ -132,14 +135,15 @@ def plan_design_move(state: DesignState, span: Span, to: int, turns: Turns = Tur
 
 
 def plan_design_recompute(state: DesignState, start: int | None) -> Plan:
-    """Build again what is not exact; from a slot on also what is."""
+    """Build again what is not exact; from the part that holds a slot on also what is, except skills: they read nothing here."""
     plan = Plan("recompute", len(state.context), state.context)
     plan = _built(state, plan, Turns.ALL)
     if start is None:
         return plan
-    more = [part.span for part in parts_of(state.context, state.build.words)
-            if part.span.start >= start and part.kind is not PartKind.SKILL]  # fmt: skip
-    return replace(plan, compute=_computes([*(one.span for one in plan.compute), *more]))
+    later = [part for part in parts_of(state.context, state.build.words) if part.span.stop > start]
+    more = [part.span for part in later if part.kind is not PartKind.SKILL]
+    told = _SKILLS_STAY if len(more) < len(later) else ""
+    return replace(plan, compute=_computes([*(one.span for one in plan.compute), *more])).because(told)
 
 
 def plan_units(context: Context, units: tuple[Unit, ...]) -> Plan:
@@ -160,7 +164,10 @@ def _built(state: DesignState, plan: Plan, turns: Turns, *, whole: bool = False)
     spans = build.outdated(plan.after, kept)
     _require_buildable(plan.after, spans)
     if whole:
-        spans += [part.span for part in parts_of(plan.after, build.words) if part.kind is not PartKind.SKILL]
+        parts = parts_of(plan.after, build.words)
+        own = [part.span for part in parts if part.kind is not PartKind.SKILL]
+        spans += own
+        plan = plan.because(_SKILLS_STAY if len(own) < len(parts) else "")
     told = _history(plan.after, kept, spans)
     return replace(
         plan, compute=_computes(spans), bytes_per_token=state.bytes_per_token
@@ -178,10 +185,6 @@ def _history(after: Context, kept: Collection[int], spans: list[Span]) -> str:
     return f"{tokens} tokens of earlier turns are kept as history" if tokens else ""
 
 
-def _held(unit: Unit) -> str:
-    return unit.places[0].name if unit.places else unit.name
-
-
 def _require_buildable(after: Context, spans: list[Span]) -> None:
     """
     Raises:
@@ -191,6 +194,6 @@ def _require_buildable(after: Context, spans: list[Span]) -> None:
         unit = after.units[after.unit_at(span.start)]
         if unit.kind is Kind.SKILL and unit.read:
             raise InvalidEditError(
-                f"skill {unit.name!r} holds the field, and was compiled behind {len(unit.read)} tokens that are not in this "
-                "context, so it cannot be built here. Compile it with the new value, and put it in with .replace(...)."
+                f"skill {unit.name!r} would have to be computed here, and it was compiled behind {len(unit.read)} tokens that "
+                "are not in this context. Compile it as it should be now, and put it in with .replace(...)."
             )

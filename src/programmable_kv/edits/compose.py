@@ -50,7 +50,7 @@ def plan_splice(
     """
     _check_written(context, skill)
     at, (split, first) = where.start, context.split_at(where.start)
-    split, last = split.split_at(where.stop)
+    split, last = split.split_at(where.stop, ends=True) if len(where) else (split, first)
     kept = split.with_units((*split.units[:first], *split.units[last:]))
     if len(where):
         kept = kept.without_lost_fields()
@@ -84,7 +84,7 @@ def plan_cut(context: Context, span: Span, bytes_per_token: int = 0) -> Plan:
         InvalidEditError: the span's ends are no places in the text.
     """
     split, first = context.split_at(span.start)
-    split, last = split.split_at(span.stop)
+    split, last = split.split_at(span.stop, ends=True)
     after = split.with_units((*split.units[:first], *split.units[last:])).without_lost_fields()
     step: Step = Shift(span.stop, span.start) if span.stop < len(context) else Truncate(span.start)
     moved = len(context) - span.stop
@@ -106,7 +106,10 @@ def plan_move(context: Context, span: Span, to: int, bytes_per_token: int = 0) -
     split = context
     for boundary in (start, middle, stop):
         split, _ = split.split_at(boundary)
-    first, second, end = (split.split_at(boundary)[1] for boundary in (start, middle, stop))
+    forward = start == span.start
+    first, second, end = (
+        split.split_at(boundary, ends=ends)[1] for boundary, ends in ((start, False), (middle, forward), (stop, True))
+    )
     units = split.units
     after = split.with_units((*units[:first], *units[second:end], *units[first:second], *units[end:]))
     later = len(context) - start

@@ -219,11 +219,17 @@ class Notebook:
         if not any(name in declared for declared in self._mentions.values()):
             require_fields([name], self.fields)
         check_words(words)
+        if self._buffer is not None:
+            self._ready()
         self._mentions = {**self._mentions, name: tuple(dict.fromkeys((*self._mentions.get(name, ()), *words)))}
-        if isinstance(self._state.ledger, Build):  # these lines read the field from now on, and were built without it
-            ledger = replace(self._state.ledger, words=self._mentions)
-            self._state = replace(self._state, ledger=ledger)
+        self._state = self._worded(self._state)
         return self
+
+    def _worded(self, state: State) -> State:
+        """A state of this notebook with the words that are declared now: by design they say what was to be read."""
+        if isinstance(state.ledger, Build):
+            return replace(state, ledger=replace(state.ledger, words=self._mentions))
+        return state
 
     def _given(self, fields: Mapping[str, Value | Skill]) -> tuple[dict[str, Value], dict[str, Skill]]:
         self._require_not_prefilled()
@@ -639,7 +645,7 @@ class Notebook:
         require(mark, NotebookMark, "a mark is what `mark` returned")
         with self.model.engine.meter.measure() as reading:
             self.cache.rollback(mark.buffer)
-        self._state = mark.state
+        self._state = self._worded(mark.state)
         return self._recorded(self._unchanged(reading.account, "rollback"))
 
     def release(self, mark: NotebookMark) -> None:

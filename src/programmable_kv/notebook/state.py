@@ -92,7 +92,11 @@ class State:
         if isinstance(what, str):
             return self.skill_named(what)
         if isinstance(what, Part):
-            return self._current(what)
+            if not len(self._current(what)):
+                raise UnknownPartError(
+                    f"the {what.kind} part at slot {what.span.start} has no tokens: edit its field instead"
+                )
+            return what.span
         if not isinstance(what, Span):
             raise InvalidArgumentError(f"a part is a skill's name, a part of .parts, or a Span; got {what!r}")
         if what.stop > len(self.context) or not len(what):
@@ -120,10 +124,12 @@ class State:
 
     def _current(self, part: Part) -> Span:
         """The part's slots, if it still stands there."""
-        index = self.context.unit_at(part.span.start)
-        unit = self.context.units[index] if index < len(self.context.units) else None
-        stands = unit is not None and (unit.kind, unit.name, unit.text) == (part.kind, part.name, part.text)
-        if not stands or self.context.starts[index] != part.span.start or not len(part.span):
+        context = self.context
+        stands = any(
+            start == part.span.start and (unit.kind, unit.name, unit.text) == (part.kind, part.name, part.text)
+            for start, unit in zip(context.starts, context.units, strict=False)
+        )
+        if not stands:
             raise UnknownPartError(
                 f"the {part.kind} part of slots [{part.span.start}, {part.span.stop}) no longer stands there: the context has "
                 "changed since. Take it from `.parts` again."

@@ -205,8 +205,10 @@ class Context:
     def appended(self, *units: Unit) -> Context:
         return Context((*self.units, *(unit for unit in units if unit.positions)), self.fields)
 
-    def split_at(self, slot: int) -> tuple[Context, int]:
+    def split_at(self, slot: int, *, ends: bool = False) -> tuple[Context, int]:
         """A context in which a unit begins at `slot`, and that unit's index.
+
+        `ends`: something ends there, so units without tokens at that slot come after the boundary. Else they come before it.
 
         Raises:
             UnknownPartError: there is no such slot.
@@ -216,7 +218,7 @@ class Context:
             raise UnknownPartError(f"there is no slot {slot} in a context of {len(self)} tokens")
         index = self.unit_at(slot)
         if self.starts[index] == slot:
-            return self, index
+            return self, bisect_left(self.starts, slot) if ends else index
         halves = self.units[index].split(slot - self.starts[index])
         return self.with_units((*self.units[:index], *halves, *self.units[index + 1 :])), index + 1
 

@@ -26,11 +26,11 @@ class TurnSlots:
     """of the first turn since the last answer"""
 
 
-def turn_characters(conversation: Conversation, text: str) -> tuple[int, int]:
+def turn_characters(conversation: Conversation, text: str, line: int) -> tuple[int, int]:
     """The characters of a rendered prompt at which its turns begin, and those since the last answer; its end if there are none.
 
     The messages that instruct are no turns, and neither are those up to the last one before any answer that holds a field. Of
-    a prompt that is such a message to its end, the last line is the open question if a user said it.
+    a prompt that is such a message to its end, the last line is the open question if a user said it; `line` is where it begins.
     """
     messages = conversation.messages
     answers = [i for i, message in enumerate(messages) if message.role in _ANSWERING]
@@ -40,8 +40,8 @@ def turn_characters(conversation: Conversation, text: str) -> tuple[int, int]:
     after = max([first, *(i + 1 for i in answers)])
     if first == len(messages):
         asks = bool(messages) and messages[-1].role not in {*HEAD_ROLES, *_ANSWERING}
-        line = last_line(text) if asks else len(text)
-        return line, line
+        ends = line if asks else len(text)
+        return ends, ends
     opens = _character_of(conversation, text, after)
     begins = _character_of(conversation, text, first)
     opens = len(text) if opens is None else opens

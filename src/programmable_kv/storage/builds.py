@@ -20,6 +20,7 @@ class SavedBuilt(BaseModel):
 
     tokens: Annotated[int, Field(gt=0)]
     key: BuildKey | None
+    rounded: bool = False
 
 
 class SavedBuild(BaseModel):
@@ -33,7 +34,8 @@ class SavedBuild(BaseModel):
     def of(cls, build: Build) -> SavedBuild:
         return cls(
             built=tuple(
-                SavedBuilt(tokens=one.tokens, key=None if one.key is None else one.key.hex()) for one in build.built
+                SavedBuilt(tokens=one.tokens, key=None if one.key is None else one.key.hex(), rounded=one.rounded)
+                for one in build.built
             )
         )
 
@@ -48,5 +50,9 @@ class SavedBuild(BaseModel):
 
     def build(self, words: Mapping[str, tuple[str, ...]]) -> Build:
         return Build(
-            tuple(Built(one.tokens, None if one.key is None else bytes.fromhex(one.key)) for one in self.built), words
+            tuple(
+                Built(one.tokens, None if one.key is None else bytes.fromhex(one.key), one.rounded)
+                for one in self.built
+            ),
+            words,
         )
