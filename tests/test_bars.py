@@ -72,6 +72,9 @@ BARS = [
     ("agent-readers", "readers.agreement.value", AT_LEAST, 0.97),
     ("agent-readers", "decisions", AT_LEAST, 500),
     ("agent", "at_4096.rival_over_agent_ttft", AT_LEAST, 15),
+    ("by-design-embedded-design", "rule_sets_2.design.right.value", AT_LEAST, 0.97),
+    ("by-design-embedded-design", "rule_sets_6.design.right.value", AT_LEAST, 0.93),
+    ("design-training", "perplexity_ratio.after", AT_MOST, 1.1),
 ]
 SHORT = [
     ("adapter-held-out", "direct.value", AT_LEAST, 0.97),
@@ -98,6 +101,14 @@ SHORT = [
     ("compose-qwen2-5-coder-0-5b-instruct-q4-k-m", "policy.system_512.seam_1.cosine.value", AT_LEAST, 0.99),
     ("compose-qwen2-5-coder-1-5b-instruct-q4-k-m", "policy.system_512.seam_1.cosine.value", AT_LEAST, 0.99),
     ("agent", "field_erratum.agreement.value", AT_LEAST, 0.97),
+    ("by-design-embedded-design", "one_set.design.right.value", AT_LEAST, 0.97),
+    ("by-design-embedded-design", "two_hops.design.right.value", AT_LEAST, 0.97),
+    ("by-design-embedded-design", "two_sets.design.right.value", AT_LEAST, 0.95),
+    ("by-design-embedded-design", "rule_sets_3.design.right.value", AT_LEAST, 0.97),
+    ("by-design-embedded-design", "fact.design.right.value", AT_LEAST, 0.97),
+    ("by-design-embedded-design", "updates.design.right.value", AT_LEAST, 0.97),
+    ("by-design-embedded-design", "tools.design.right.value", AT_LEAST, 0.8),
+    ("by-design-embedded-design", "order_changes.value", AT_MOST, 0.01),
 ]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from programmable_kv.bench.agent import policies
 from programmable_kv.demo.demo import VALUES, policy
-from programmable_kv.lab import adapter, blocks, edit_modes, long_readers, mentions, readers, stock_readers
+from programmable_kv.lab import adapter, blocks, by_design, edit_modes, long_readers, mentions, readers, stock_readers
 from programmable_kv.lab.composing.experiment import texts_of
 from programmable_kv.lab.composing.suites.catalogue import Catalogue
 from programmable_kv.lab.composing.suites.composing import Composing
@@ -40,6 +40,8 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
         case.text() for _, case in stock_readers.cases(settings["count"])
     ),
     "long-readers": lambda settings: (case.text() for case in readers.cases(settings["count"], long_readers.KINDS)),
+    "by-design-embedded": lambda settings: map(by_design._text, by_design.drawn(settings["count"])),
+    "by-design-embedded-design": lambda settings: map(by_design._text, by_design.drawn(settings["count"])),
     "blocks": lambda settings: (case.text() for case in blocks.cases(settings["count"])),
     "blocks-qwen2-5-coder-1-5b-instruct-q4-k-m": lambda settings: (
         case.text() for case in blocks.cases(settings["count"], everyday=settings["everyday"])
