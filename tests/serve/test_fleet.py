@@ -111,6 +111,30 @@ def test_an_upstream_that_refuses_connections_is_left_out_for_a_while(clock: Clo
     assert all(each["reachable"] for each in fleet.health())
 
 
+def test_one_request_tries_it_again_and_the_others_do_not_wait(clock: Clock) -> None:
+    """Where an upstream takes no connection, each try may last as long as a connection may."""
+
+    class Slow(Fake):
+        async def send(self, request: UpstreamRequest) -> UpstreamAnswer:
+            if self.fails is not None:
+                await asyncio.sleep(0.2)
+            return await super().send(request)
+
+    clients = Slow(), Slow()
+    fleet = fleet_of(*clients)
+    home = clients[number(fleet, b"k") - 1]
+    home.fails = UPSTREAM_UNREACHABLE
+    number(fleet, b"k")
+    clock.now += fleets.SKIP_S + 1
+    home.asked = 0
+
+    async def several() -> None:
+        await asyncio.gather(*(fleet.send(b"k", lambda _: UpstreamRequest("GET", b"/", (), b"")) for _ in range(5)))
+
+    asyncio.run(several())
+    assert home.asked == 1
+
+
 def test_where_all_refuse_all_are_tried(clock: Clock) -> None:
     clients = Fake(), Fake()
     fleet = fleet_of(*clients)
