@@ -318,6 +318,8 @@ def test_logs_hold_no_prompt(caplog: pytest.LogCaptureFixture, capfd: pytest.Cap
     [
         {"upstream": "localhost:8000"}, {"upstream": "ftp://a"}, {"upstream": "http://u:p@a"}, {"upstream": "http://a?b"},
         {"upstream": "http://é"}, {"host": "0.0.0.0"}, {"host": "::"}, {"host": "example.org"}, {"port": 70000},
+        {"more_upstreams": ("ftp://a",)}, {"more_upstreams": ("http://127.0.0.1:8000/v1/",)},
+        {"more_upstreams": ("http://b", "HTTP://B/")},
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_meant_are_refused(change: dict[str, object]) -> None:

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,41 +16,11 @@ import pytest
 
 from serve.caching_upstream import CachingUpstream
 from serve.http_peers import raw_upstream, wait_until
+from serve.processes import free_port, process
 from serve.rewriting_peers import at, extends
 
 pytestmark = pytest.mark.slow
 KILLS = 3
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-@contextmanager
-def process(*words: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A server in a process of its own, ready for requests."""
-    found = subprocess.Popen(
-        [sys.executable, *words], stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    try:
-        wait_until(lambda: found.poll() is not None or _answers(port), 120)
-        assert found.poll() is None, (found.stderr.read() if found.stderr else b"").decode()
-        yield found
-    finally:
-        if found.poll() is None:
-            found.send_signal(signal.SIGKILL)
-        found.wait(10)
-        if found.stderr:
-            found.stderr.close()
-
-
-def _answers(port: int) -> bool:
-    try:
-        return bool(httpx2.get(f"http://127.0.0.1:{port}/healthz", timeout=1).status_code == 200)
-    except httpx2.HTTPError:
-        return False
 
 
 class Talker(threading.Thread):

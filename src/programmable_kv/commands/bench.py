@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from programmable_kv.commands.common import ModelOption, OutOption
-from programmable_kv.commands.measure import DtypeOption, LengthsOption, RepeatsOption, load, measure, parse_lengths
+from programmable_kv.commands.common import ModelOption, OutOption, command, progress, record_path
+from programmable_kv.commands.measure import (
+    DtypeOption,
+    LengthsOption,
+    RepeatsOption,
+    load,
+    measure,
+    parse_lengths,
+    print_summary,
+)
 
 if TYPE_CHECKING:
     from programmable_kv.records import Record
@@ -120,6 +128,30 @@ def bench_overhead(
     measure(
         run, model_for(sizes), out_path, "overhead", "Lengths", len(sizes), lengths=sizes, units=counts, repeats=repeats
     )
+
+
+@app.command("serve")
+def bench_serve(
+    sizes: Annotated[str, typer.Option(help="sizes of a request's body in KB, separated by commas")] = "8,100,450",
+    requests: Annotated[int, typer.Option(min=2, help="timed requests of each way at each size")] = 200,
+    seconds: Annotated[float, typer.Option(min=0.1, help="how long each way is loaded, twice at each size")] = 1.5,
+    sessions: Annotated[int, typer.Option(min=1, help="idle conversations, for the memory of each")] = 1000,
+    out_path: OutOption = None,
+) -> None:
+    """What the gateway adds to a request: latency, throughput and memory by mode and size (no model, no download)."""
+    from programmable_kv.extras import require_extra
+
+    require_extra("serve", "starlette", "uvicorn", "httpx2", "prometheus_client")
+    from programmable_kv.bench.serve import run, steps_of
+
+    sizes_kb = parse_lengths(sizes, "--sizes")
+    path = record_path(out_path, "serve")
+    with progress("Steps", steps_of(sizes_kb)) as report:
+        record = run(
+            path, sizes_kb=sizes_kb, requests=requests, seconds=seconds, sessions=sessions,
+            report=report, command=command(),
+        )  # fmt: skip
+    print_summary(record)
 
 
 def _measure_lengths(

@@ -17,7 +17,10 @@ _MIB = 2**20
 
 def serve(
     upstream: Annotated[
-        str | None, typer.Option(help="the model server to stand in front of, such as http://localhost:8000")
+        list[str] | None,
+        typer.Option(
+            help="the model server to stand in front of, such as http://localhost:8000; of several, a conversation keeps to one"
+        ),
     ] = None,
     model: Annotated[
         str, typer.Option(help="without --upstream: 'embedded', a Hub id, a folder, or a .gguf file")
@@ -87,7 +90,7 @@ def serve(
     if verbose:
         logging.getLogger("programmable_kv.serve").setLevel(logging.INFO)
     here = f"http://{host}:{port}"
-    if upstream is None:
+    if not upstream:
         settings = LocalSettings(host, port, limits, keys, max_notebooks, state or default_state(f"local-{port}"))
         loaded = load(model)
         _say(f"{here}/v1 serves {loaded.name}; notebooks at {here}/v1/notebooks")
@@ -96,8 +99,11 @@ def serve(
     secret = _secret(upstream_key_env) if upstream_key_env is not None else ""
     rules = read_rules(volatile) if volatile is not None else Rules()
     kept = state or default_state(f"gateway-{port}")
-    gateway = GatewaySettings(upstream, host, port, GatewayMode(mode), limits, keys, secret, rules, kept, cache_salt)
-    _say(f"{here}/v1 forwards to {upstream}; report at {here}/pkv/report")
+    first, *others = upstream
+    gateway = GatewaySettings(
+        first, host, port, GatewayMode(mode), limits, keys, secret, rules, kept, cache_salt, tuple(others)
+    )
+    _say(f"{here}/v1 forwards to {', '.join(upstream)}; report at {here}/pkv/report")
     run_gateway(gateway)
 
 

@@ -14,7 +14,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from programmable_kv.serve.access import Access
+from programmable_kv.serve.address import Address
 from programmable_kv.serve.admission import Admission
+from programmable_kv.serve.fleet import Fleet
 from programmable_kv.serve.forward import Forwarder
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.observer import Observer
@@ -24,20 +26,16 @@ from programmable_kv.serve.rewriting.rewriter import Rewriter
 from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.routes import Dialect
 from programmable_kv.serve.salt import TenantSalt, secret_of
-from programmable_kv.serve.settings import GatewaySettings
+from programmable_kv.serve.settings import GatewaySettings, Limits
 from programmable_kv.serve.state import State
-from programmable_kv.serve.upstream import HttpUpstream, Upstream
+from programmable_kv.serve.upstream import HttpUpstream
 
 _JSON = "application/json"
 _PROMETHEUS = "text/plain; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
 
 
-def gateway_app(settings: GatewaySettings, upstream: Upstream | None = None) -> Starlette:
-    """A gateway.
-
-    Args:
-        upstream: where requests go instead of the address in the settings. The application closes it when it ends.
-    """
+def gateway_app(settings: GatewaySettings) -> Starlette:
+    """A gateway."""
     limits = settings.limits
     state = (
         State(settings.state, durable=False) if settings.rewrites or settings.salts else None
@@ -51,26 +49,21 @@ def gateway_app(settings: GatewaySettings, upstream: Upstream | None = None) -> 
     admission = Admission(max_running=limits.max_running, max_waiting=limits.max_waiting, wait_s=limits.wait_s)
     metrics.watch("running", "requests that are with the upstream", lambda: float(admission.running))
     metrics.watch("waiting", "requests that wait for a place", lambda: float(admission.waiting))
-    client = upstream or HttpUpstream(
-        settings.upstream,
-        connections=limits.max_running,
-        connect_s=limits.connect_s,
-        read_s=limits.read_s,
-    )
+    fleet = Fleet([(address, _client(address, limits)) for address in settings.addresses], metrics)
     rewriter = None
     salt = TenantSalt(secret_of(state)) if state is not None and settings.salts else None
     if state is not None and settings.rewrites:
         store = ConversationStore(state, most=limits.conversations)
-        rewriter = Rewriter(store, settings.rules, settings.mode, settings.upstream, metrics.tell_gain)
+        rewriter = Rewriter(store, settings.rules, settings.mode, _subject(settings), metrics.tell_gain)
         metrics.watch("conversations", "conversations that are kept", lambda: float(len(store)))
-    forwarder = Forwarder(settings, client, access, admission, metrics, observer, rewriter, salt)
+    forwarder = Forwarder(settings, fleet, access, admission, metrics, observer, rewriter, salt)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            await client.close()
+            await fleet.close()
             if observer is not None:
                 observer.close()
             if state is not None:
@@ -93,6 +86,8 @@ def gateway_app(settings: GatewaySettings, upstream: Upstream | None = None) -> 
     def report(tenant: str) -> Response:
         found: dict[str, Any] = observer.report(tenant).as_json() if observer is not None else {}
         found = {**found, "mode": settings.mode.value}
+        if fleet.several:
+            found["upstreams"] = fleet.health()
         if rewriter is not None:
             found["rewriting"] = rewriter.as_json(tenant)
         return Response(json.dumps(found, indent=1, ensure_ascii=False), media_type=_JSON)
@@ -105,7 +100,7 @@ def gateway_app(settings: GatewaySettings, upstream: Upstream | None = None) -> 
         routes=[
             *page_routes(),
             Route("/v1/{rest:path}", forwarder),
-            Route("/healthz", _healthy),
+            Route("/healthz", lambda _: _health(fleet)),
             Route("/metrics", told(lambda _: Response(metrics.text(), media_type=_PROMETHEUS))),
             Route("/pkv/report", told(report)),
             Route("/pkv/miss", told(miss)),
@@ -114,5 +109,19 @@ def gateway_app(settings: GatewaySettings, upstream: Upstream | None = None) -> 
     )
 
 
-def _healthy(_: Request) -> Response:
-    return Response(b'{"status":"ok"}', media_type=_JSON)
+def _health(fleet: Fleet) -> Response:
+    """Whether the gateway runs; of several upstreams, also which were reachable. Anybody may ask, so there are no addresses."""
+    if not fleet.several:
+        return Response(b'{"status":"ok"}', media_type=_JSON)
+    upstreams = fleet.health()
+    status = "ok" if all(each["reachable"] for each in upstreams) else "degraded"
+    return Response(json.dumps({"status": status, "upstreams": upstreams}), media_type=_JSON)
+
+
+def _client(address: Address, limits: Limits) -> HttpUpstream:
+    return HttpUpstream(address.url, connections=limits.max_running, connect_s=limits.connect_s, read_s=limits.read_s)
+
+
+def _subject(settings: GatewaySettings) -> str:
+    """Under which name is remembered what the upstreams take: they are taken to be alike."""
+    return ",".join(sorted((settings.upstream, *settings.more_upstreams)))

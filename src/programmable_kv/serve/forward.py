@@ -7,15 +7,19 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from urllib.parse import quote
 
 from starlette.types import Receive, Scope, Send
 
 from programmable_kv.explain.pieces import Usage
 from programmable_kv.serve.access import Access, Admitted, rates_of
+from programmable_kv.serve.address import Address
 from programmable_kv.serve.admission import Admission
+from programmable_kv.serve.affinity import key_of_request, key_of_rewriting
 from programmable_kv.serve.capture import Capture
 from programmable_kv.serve.exchange import Exchange
+from programmable_kv.serve.fleet import Fleet, Sent
 from programmable_kv.serve.headers import Headers, downwards, upwards, value_of
 from programmable_kv.serve.incoming import check_length, read_body, while_connected
 from programmable_kv.serve.metrics import Metrics
@@ -30,7 +34,7 @@ from programmable_kv.serve.routes import Route, route_of
 from programmable_kv.serve.salt import TenantSalt
 from programmable_kv.serve.settings import GatewaySettings
 from programmable_kv.serve.stopwatch import Stopwatch
-from programmable_kv.serve.upstream import Upstream, UpstreamAnswer, UpstreamRequest
+from programmable_kv.serve.upstream import UpstreamAnswer, UpstreamRequest
 
 _LOG = logging.getLogger("programmable_kv.serve")
 _UPSTREAM_FAULTS = (502, 504)
@@ -51,6 +55,8 @@ class _Job:
     time: float = field(default_factory=time.time)
     work: Rewriting | None = None
     """what is done with it in a mode that rewrites"""
+    sent: Sent | None = None
+    """the answer, and which upstream gave it"""
 
 
 class Forwarder:
@@ -59,7 +65,7 @@ class Forwarder:
     def __init__(
         self,
         settings: GatewaySettings,
-        upstream: Upstream,
+        fleet: Fleet,
         access: Access,
         admission: Admission,
         metrics: Metrics,
@@ -70,9 +76,7 @@ class Forwarder:
         self._limits = settings.limits
         self._mode = settings.mode
         self._modes = settings.rules.routes
-        self._base = settings.base_path.encode()
-        self._host = settings.upstream_host
-        self._upstream = upstream
+        self._fleet = fleet
         self._access = access
         self._admission = admission
         self._metrics = metrics
@@ -134,16 +138,17 @@ class Forwarder:
     async def _send(self, job: _Job, admitted: Admitted, body: bytes) -> UpstreamAnswer:
         """Send a request; and where the upstream refuses what was rewritten, in another form, and last as it came."""
         work = job.work
+        key = await self._key(job, admitted, body) if self._fleet.several else b""
         while True:
             data = body if work is None else work.body
             rewritten = work is not None and work.rewritten
             if self._salt is not None and job.route.observed and job.scope["method"] == "POST":
                 packed = value_of(job.headers, b"content-encoding") not in (None, b"identity")
                 data, rewritten = self._salt.salted(data, admitted.tenant, packed=packed), True
-            headers = upwards(admitted.headers, self._host, data, rewritten=rewritten)
-            request = UpstreamRequest(job.scope["method"], self._target(job.scope), headers, data)
+            build = partial(_request, job.scope, admitted.headers, data, rewritten)
             with job.watch.waiting("upstream"):
-                answer = await self._upstream.send(request)
+                job.sent = await self._fleet.send(key, build)
+            answer = job.sent.answer
             if work is None or self._rewriter is None or not _again(self._rewriter, work, answer.status):
                 break
             await answer.close()
@@ -165,7 +170,7 @@ class Forwarder:
         finally:  # also where the client or the upstream went away: the prompt was read
             if observed:
                 encoding = (value_of(answer.headers, b"content-encoding") or b"").decode("latin-1").strip().lower()
-                settle = self._settling(job.work)
+                settle = self._settling(job)
                 self._observe(Exchange(tenant, job.route, job.headers, body, job.time, capture, encoding, settle))
 
     def _observe(self, exchange: Exchange) -> None:
@@ -176,9 +181,11 @@ class Forwarder:
         except Exception as error:
             _LOG.warning("a request could not be observed (%s)", type(error).__name__)
 
-    def _settling(self, work: Rewriting | None) -> Callable[[Usage | None], object] | None:
-        rewriter = self._rewriter
-        return None if work is None or rewriter is None else lambda usage: rewriter.settle(work, usage)
+    def _settling(self, job: _Job) -> Callable[[Usage | None], object] | None:
+        work, rewriter = job.work, self._rewriter
+        if work is None or rewriter is None or job.sent is None or job.sent.moved:
+            return None  # what another upstream's cache holds says nothing about rewriting
+        return lambda usage: rewriter.settle(work, usage)
 
     def _mode_of(self, route: Route) -> GatewayMode:
         return (
@@ -194,15 +201,24 @@ class Forwarder:
             (b"x-pkv-mode", self._mode_of(job.route).value.encode()),
             (b"x-pkv-did", b"forwarded"),
             *_action(job.work),
+            *self._which(job),
             (b"x-pkv-own-ms", f"{1000 * watch.own:.2f}".encode()),
             (b"x-pkv-waited-ms", f"{1000 * watch.waited('place'):.2f}".encode()),
         )
 
-    def _target(self, scope: Scope) -> bytes:
-        """Path and query as they came, behind the upstream's own path."""
-        path = scope.get("raw_path") or quote(scope["path"]).encode()
-        query = scope.get("query_string", b"")
-        return self._base + path + (b"?" + query if query else b"")
+    def _which(self, job: _Job) -> Headers:
+        """Which of several upstreams answered."""
+        if job.sent is None or not self._fleet.several:
+            return ()
+        return ((b"x-pkv-upstream", str(job.sent.member.number).encode()),)
+
+    async def _key(self, job: _Job, admitted: Admitted, body: bytes) -> bytes:
+        """What decides which upstream a request goes to."""
+        known = key_of_rewriting(job.work) if job.work is not None else None
+        if known is not None:
+            return known
+        find = partial(key_of_request, admitted.tenant, job.headers, body, prompt=job.route.observed)
+        return await asyncio.to_thread(find) if len(body) > _LONG_BODY else find()
 
     async def _refuse(self, job: _Job, refusal: Refusal) -> None:
         """Say why there is no answer, or no more of it."""
@@ -229,6 +245,14 @@ def _again(rewriter: Rewriter, work: Rewriting, status: int) -> bool:
     except Exception as error:
         _LOG.warning("what the upstream takes could not be remembered (%s)", type(error).__name__)
     return False
+
+
+def _request(scope: Scope, headers: Headers, data: bytes, rewritten: bool, address: Address) -> UpstreamRequest:
+    """What an upstream is sent: path and query as they came, behind its own path."""
+    path = scope.get("raw_path") or quote(scope["path"]).encode()
+    query = scope.get("query_string", b"")
+    target = address.base_path + path + (b"?" + query if query else b"")
+    return UpstreamRequest(scope["method"], target, upwards(headers, address.host, data, rewritten=rewritten), data)
 
 
 def _action(work: Rewriting | None) -> Headers:

@@ -35,6 +35,11 @@ def value_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | Non
     return next((value for key, value in headers if key.lower() == name), None)
 
 
+def readable(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Headers as text, by their names in lower case."""
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
+
+
 def _without_hops(headers: Iterable[tuple[bytes, bytes]], also: tuple[bytes, ...]) -> Headers:
     headers = tuple(headers)
     named = {

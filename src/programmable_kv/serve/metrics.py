@@ -22,6 +22,11 @@ class Metrics:
         self.requests = self._counter("requests", "answered requests", "route", "status")
         self.refused = self._counter("refused", "requests that the gateway itself answered", "route", "code")
         self.upstream_failures = self._counter("upstream_failures", "failures of the upstream", "route", "code")
+        self.upstream_answers = self._counter("upstream_answers", "answers of each upstream, by its number", "upstream")
+        self.upstream_unreachable = self._counter("upstream_unreachable", "connections that failed", "upstream")
+        self.upstream_reachable = Gauge(
+            "pkv_upstream_reachable", "0 while requests leave an upstream out", ("upstream",), registry=self.registry
+        )
         self.client_gone = self._counter("client_gone", "clients that left before their answer was complete", "route")
         self.own_seconds = self._histogram("own_seconds", "the gateway's own time before an answer begins", _OWN)
         self.headers_seconds = self._histogram("upstream_headers_seconds", "until the upstream's headers", _LONG)

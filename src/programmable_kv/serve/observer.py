@@ -18,7 +18,7 @@ from programmable_kv.explain.measure import Basis, Meter
 from programmable_kv.explain.pieces import Request
 from programmable_kv.explain.prices import read_prices
 from programmable_kv.serve.exchange import Exchange
-from programmable_kv.serve.headers import value_of
+from programmable_kv.serve.headers import readable, value_of
 from programmable_kv.serve.observation import Miss, Observation, Outcome, Tally
 from programmable_kv.serve.report import GatewayReport, ObserverState
 from programmable_kv.serve.sessions import Sessions
@@ -155,7 +155,7 @@ class Observer:
             return None
         if not isinstance(body, Mapping):
             return None
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in exchange.headers}
+        headers = readable(exchange.headers)
         entry: dict[str, Any] = {
             "url": exchange.route.label, "headers": headers, "body": body, "timestamp": exchange.time,
         }  # fmt: skip

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from programmable_kv.arguments import require_count
 from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.serve.access import ApiKey, is_loopback
+from programmable_kv.serve.address import Address
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.rules import Rules
 
@@ -61,7 +61,8 @@ class GatewaySettings:
     """One gateway.
 
     Raises:
-        InvalidArgumentError: the upstream is no http or https URL, or the gateway would be open to other machines.
+        InvalidArgumentError: an upstream is no http or https URL or is given twice, or the gateway would be open to other
+            machines.
     """
 
     upstream: str
@@ -79,19 +80,14 @@ class GatewaySettings:
     """the file in which conversations are kept; None keeps them in memory"""
     salts: bool = False
     """whether each tenant's prompts get a `cache_salt` of its own, as vLLM takes it"""
+    more_upstreams: tuple[str, ...] = ()
+    """others like the first one: each conversation goes to one of them"""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.upstream)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidArgumentError(
-                f"the upstream is an address such as http://127.0.0.1:8000, got {self.upstream!r}"
-            )
-        if not self.upstream.isascii():
-            raise InvalidArgumentError(f"the upstream's address is in ASCII, got {self.upstream!r}")
-        if parts.query or parts.fragment or parts.username or parts.password:
-            raise InvalidArgumentError(
-                "the upstream's address holds no user, password, query or fragment: pass a key with --upstream-key-env"
-            )
+        places = [address.plain for address in self.addresses]
+        twice = next((place for place in places if places.count(place) > 1), None)
+        if twice is not None:
+            raise InvalidArgumentError(f"each upstream is given once, got {twice} twice")
         _check_listening(self.host, self.port, self.keys)
 
     @property
@@ -105,14 +101,9 @@ class GatewaySettings:
         return bool({self.mode, *self.rules.routes.values()} - {GatewayMode.PASS})
 
     @property
-    def upstream_host(self) -> bytes:
-        """The upstream's name and port, as its requests' Host header gives them."""
-        return urlsplit(self.upstream).netloc.encode("ascii")
-
-    @property
-    def base_path(self) -> str:
-        """What stands before `/v1` in the upstream's paths. An address that ends in `/v1` means the same as one without."""
-        return urlsplit(self.upstream).path.rstrip("/").removesuffix("/v1")
+    def addresses(self) -> tuple[Address, ...]:
+        """Of all upstreams."""
+        return tuple(Address(url) for url in (self.upstream, *self.more_upstreams))
 
 
 @dataclass(frozen=True, slots=True)

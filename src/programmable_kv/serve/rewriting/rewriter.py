@@ -9,7 +9,7 @@ from typing import Any
 
 from programmable_kv.explain.logs import session_name
 from programmable_kv.explain.pieces import Usage
-from programmable_kv.serve.headers import Headers, value_of
+from programmable_kv.serve.headers import Headers, readable, value_of
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.body import read
 from programmable_kv.serve.rewriting.conversation import Conversation, Form, keys_of
@@ -44,6 +44,8 @@ class Rewriting:
     plan: Plan
     original: bytes = field(repr=False)
     model: str = ""
+    session: str = ""
+    """the client's own name for the conversation"""
     prompt: Prompt | None = field(default=None, repr=False)
     known: Known | None = field(default=None, repr=False)
     match: Match | None = field(default=None, repr=False)
@@ -113,9 +115,9 @@ class Rewriter:
         if self._store.verdict(self._subject(route, prompt.model), _OFF):
             work.plan = Plan(Action.FORWARDED, "switched off: it did not pay here")
             return work
-        readable = {"headers": _readable(headers)}
-        session = session_name(readable, body.data)
-        own = session_name(readable, {key: value for key, value in body.data.items() if key not in _SHARED_NAMES})
+        sent = {"headers": readable(headers)}
+        work.session = session = session_name(sent, body.data)
+        own = session_name(sent, {key: value for key, value in body.data.items() if key not in _SHARED_NAMES})
         salt = str(body.data.get("cache_salt") or "")
         keys = keys_of(prompt, self._rules, tenant, route, prompt.model, session, salt)
         owner = self._owner(tenant, route)
@@ -228,7 +230,3 @@ class Rewriter:
 
 def _why_not(mode: GatewayMode) -> str:
     return "no calibration covers it" if mode is GatewayMode.STRICT else ""
-
-
-def _readable(headers: Headers) -> dict[str, str]:
-    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}

@@ -1,0 +1,66 @@
+"""An upstream that streams the same events to every request as fast as they are taken: what the gateway's bench compares with.
+
+A process of its own: `python -m programmable_kv.bench.fixed_upstream PORT`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+
+EVENTS = 32
+_PIECE = "a few words "
+_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+    b"transfer-encoding: chunked\r\nconnection: keep-alive\r\n\r\n"
+)
+LAST_CHUNK = b"0\r\n\r\n"
+_LONGEST_HEAD = 64 * 2**10
+
+
+def events() -> list[bytes]:
+    """The events of an answer, as Chat Completions streams them. There is no usage: nothing was counted."""
+    bodies = [
+        json.dumps({"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": _PIECE}}]})
+        for _ in range(EVENTS - 1)
+    ]
+    return [f"data: {body}\n\n".encode() for body in (*bodies, "[DONE]")]
+
+
+_CHUNKS = [f"{len(event):x}\r\n".encode() + event + b"\r\n" for event in events()]
+_HEALTHY = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+
+
+async def answer_all(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer the requests of one connection, until the client closes it."""
+    try:
+        while True:
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            await reader.readexactly(_length(head))
+            if head.startswith(b"get "):
+                writer.write(_HEALTHY)
+                continue
+            writer.write(_HEAD)
+            for chunk in _CHUNKS:
+                writer.write(chunk)
+                await writer.drain()
+            writer.write(LAST_CHUNK)
+            await writer.drain()
+    except (asyncio.IncompleteReadError, ConnectionError):
+        writer.close()
+
+
+def _length(head: bytes) -> int:
+    _, found, rest = head.partition(b"\r\ncontent-length:")
+    return int(rest.partition(b"\r\n")[0]) if found else 0
+
+
+async def serve(port: int) -> None:
+    """Serve until the process ends."""
+    server = await asyncio.start_server(answer_all, "127.0.0.1", port, limit=_LONGEST_HEAD)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(int(sys.argv[1])))

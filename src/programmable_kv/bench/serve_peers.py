@@ -1,0 +1,122 @@
+"""The processes of the gateway's bench: the upstream, and gateways as `pkv serve` runs them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+_START_S = 120.0
+_QUIET_S = 60.0
+VOLATILE = {"volatile": [{"name": "the time", "pattern": "^Now: (.*)$"}]}
+"""what a gateway that rewrites is told: the clock of `serve_load`"""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A server in a process of its own."""
+
+    port: int
+    pid: int
+
+    @property
+    def resident_bytes(self) -> int | None:
+        """Memory that the process has in use; None where the system does not tell (other than Linux)."""
+        try:
+            pages = int(Path(f"/proc/{self.pid}/statm").read_text(encoding="ascii").split()[1])
+        except OSError:
+            return None
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def metric(self, name: str) -> float:
+        """A value of a gateway's metrics; 0 where it has none of that name."""
+        for line in self._get("/metrics").splitlines():
+            if line.startswith(f"{name} "):
+                return float(line.rpartition(" ")[2])
+        return 0.0
+
+    def wait_until_quiet(self) -> None:
+        """Wait until a gateway's observer has looked at everything that was sent.
+
+        Raises:
+            TimeoutError: it has not, after a minute.
+        """
+        end = time.monotonic() + _QUIET_S
+        while self.metric("pkv_observer_queued_bytes"):
+            if time.monotonic() > end:
+                raise TimeoutError("the gateway's observer did not finish")
+            time.sleep(0.001)
+
+    def answers(self) -> bool:
+        """Whether it takes requests."""
+        try:
+            return bool(self._get("/healthz"))
+        except OSError:
+            return False
+
+    def _get(self, path: str) -> str:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().read().decode()
+        finally:
+            connection.close()
+
+
+@contextmanager
+def upstream(folder: Path) -> Iterator[Peer]:
+    """The fixed upstream, ready for requests."""
+    port = _free_port()
+    with _process(["-m", "programmable_kv.bench.fixed_upstream", str(port)], port, folder / "upstream.log") as peer:
+        yield peer
+
+
+@contextmanager
+def gateway(mode: str, upstream_port: int, folder: Path) -> Iterator[Peer]:
+    """A gateway in one mode, ready for requests.
+
+    Args:
+        folder: where its files go.
+    """
+    port = _free_port()
+    volatile = folder / "volatile.json"
+    volatile.write_text(json.dumps(VOLATILE), encoding="utf-8")
+    words = ["-m", "programmable_kv", "serve", "--upstream", f"http://127.0.0.1:{upstream_port}", "--port", str(port)]
+    words += ["--mode", mode, "--volatile", str(volatile), "--state", str(folder / f"{mode}.sqlite3")]
+    with _process(words, port, folder / f"{mode}.log") as peer:
+        yield peer
+
+
+@contextmanager
+def _process(words: list[str], port: int, log: Path) -> Iterator[Peer]:
+    with log.open("wb") as errors:
+        running = subprocess.Popen([sys.executable, *words], stderr=errors)
+    try:
+        peer = Peer(port, running.pid)
+        end = time.monotonic() + _START_S
+        while not peer.answers():
+            if running.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"a server did not start: {log.read_text(encoding='utf-8', errors='replace')}")
+            time.sleep(0.05)
+        yield peer
+    finally:
+        running.terminate()
+        try:
+            running.wait(10)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

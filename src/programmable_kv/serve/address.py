@@ -1,0 +1,45 @@
+"""The address of an upstream, and what follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from programmable_kv.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where requests go.
+
+    Raises:
+        InvalidArgumentError: it is no http or https URL, or holds more than host, port and path.
+    """
+
+    url: str
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InvalidArgumentError(f"the upstream is an address such as http://127.0.0.1:8000, got {self.url!r}")
+        if not self.url.isascii():
+            raise InvalidArgumentError(f"the upstream's address is in ASCII, got {self.url!r}")
+        if parts.query or parts.fragment or parts.username or parts.password:
+            raise InvalidArgumentError(
+                "the upstream's address holds no user, password, query or fragment: pass a key with --upstream-key-env"
+            )
+
+    @property
+    def host(self) -> bytes:
+        """Name and port, as requests' Host header gives them."""
+        return urlsplit(self.url).netloc.encode("ascii")
+
+    @property
+    def base_path(self) -> bytes:
+        """What stands before `/v1` in its paths. An address that ends in `/v1` means the same as one without."""
+        return urlsplit(self.url).path.rstrip("/").removesuffix("/v1").encode()
+
+    @property
+    def plain(self) -> str:
+        """The same for all ways to write the address."""
+        return f"{urlsplit(self.url).scheme}://{self.host.decode().lower()}{self.base_path.decode()}"

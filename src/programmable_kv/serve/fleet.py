@@ -1,0 +1,148 @@
+"""One upstream, or several that are alike. Requests with the same key go to the same one, as long as it can be reached."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+from programmable_kv.serve.address import Address
+from programmable_kv.serve.metrics import Metrics
+from programmable_kv.serve.refusal import UPSTREAM_UNREACHABLE, RefusedError
+from programmable_kv.serve.upstream import Upstream, UpstreamAnswer, UpstreamRequest
+
+_LOG = logging.getLogger("programmable_kv.serve")
+SKIP_S = 10.0
+"""an upstream that could not be reached is left out for so long; then one request tries it"""
+_REMEMBERED = 16_384
+"""keys of which it is known where they went last"""
+
+
+@dataclass(slots=True)
+class Member:
+    """One upstream of a fleet."""
+
+    number: int
+    """its place in the order in which they were given, from 1: what clients are told"""
+    address: Address
+    client: Upstream = field(repr=False)
+    reachable: bool = True
+    _skipped_until: float = 0.0
+
+    def skipped(self, now: float) -> bool:
+        """Whether requests leave it out."""
+        return not self.reachable and now < self._skipped_until
+
+    def skip(self, now: float) -> None:
+        """Leave it out for a while."""
+        self._skipped_until = now + SKIP_S
+
+    def weight(self, key: bytes) -> bytes:
+        """Of all upstreams, the one with the greatest weight is a key's own (rendezvous hashing): where one is added or
+        removed, only its own keys move."""
+        return blake2b(self.address.plain.encode(), key=key, digest_size=16).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """An answer, and who gave it."""
+
+    answer: UpstreamAnswer
+    member: Member
+    moved: bool
+    """whether the request before it with the same key went elsewhere: its prefix cache is not to be expected"""
+
+
+class Fleet:
+    """All upstreams of a gateway. For one event loop."""
+
+    def __init__(self, members: Sequence[tuple[Address, Upstream]], metrics: Metrics) -> None:
+        """
+        Args:
+            members: at least one; no address twice.
+        """
+        self.members = tuple(
+            Member(number, address, client) for number, (address, client) in enumerate(members, start=1)
+        )
+        self._metrics = metrics
+        self._latest: OrderedDict[bytes, int] = OrderedDict()
+        for member in self.members:
+            metrics.upstream_reachable.labels(str(member.number)).set_function(_reader(member))
+
+    @property
+    def several(self) -> bool:
+        """Whether there is a choice."""
+        return len(self.members) > 1
+
+    async def send(self, key: bytes, build: Callable[[Address], UpstreamRequest]) -> Sent:
+        """Send a request to its key's upstream, or to the next one where no connection can be made. Nothing is sent twice.
+
+        Args:
+            key: at most 64 bytes.
+            build: makes the request for an upstream.
+
+        Raises:
+            RefusedError: none can be reached, or one broke off before it answered.
+        """
+        refusal: RefusedError | None = None
+        for member in self._order(key):
+            if not member.reachable:  # the next requests do not wait for what this one finds out
+                member.skip(time.monotonic())
+            try:
+                answer = await member.client.send(build(member.address))
+            except RefusedError as error:
+                if error.refusal is not UPSTREAM_UNREACHABLE:
+                    raise
+                self._unreachable(member)
+                refusal = error
+                continue
+            self._reached(member)
+            return Sent(answer, member, self._remember(key, member))
+        assert refusal is not None, "a fleet has members"
+        raise refusal
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for member in self.members:
+            await member.client.close()
+
+    def health(self) -> list[dict[str, Any]]:
+        """Which of them could be reached when they were last tried; no addresses."""
+        return [{"upstream": member.number, "reachable": member.reachable} for member in self.members]
+
+    def _order(self, key: bytes) -> list[Member]:
+        """A key's own upstream first, then where it goes without that one; those that are left out come last."""
+        now = time.monotonic()
+        preferred = sorted(self.members, key=lambda member: member.weight(key), reverse=True)
+        return sorted(preferred, key=lambda member: member.skipped(now))
+
+    def _reached(self, member: Member) -> None:
+        self._metrics.upstream_answers.labels(str(member.number)).inc()
+        if not member.reachable:
+            member.reachable = True
+            _LOG.warning("upstream %d can be reached again", member.number)
+
+    def _unreachable(self, member: Member) -> None:
+        self._metrics.upstream_unreachable.labels(str(member.number)).inc()
+        if member.reachable and self.several:
+            _LOG.warning("upstream %d cannot be reached; it is left out for %.0f s at a time", member.number, SKIP_S)
+        member.reachable = False
+        member.skip(time.monotonic())
+
+    def _remember(self, key: bytes, member: Member) -> bool:
+        """Note where a key went. Whether it went elsewhere before."""
+        if not self.several:
+            return False
+        before = self._latest.pop(key, member.number)
+        self._latest[key] = member.number
+        if len(self._latest) > _REMEMBERED:
+            self._latest.popitem(last=False)
+        return before != member.number
+
+
+def _reader(member: Member) -> Callable[[], float]:
+    return lambda: float(member.reachable)

@@ -1,0 +1,118 @@
+"""`docs/deploying.md` and the files in `deploy/`: their options, metrics and packages exist, and the unit is one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer.main
+from starlette.testclient import TestClient
+
+from programmable_kv.cli import app
+from programmable_kv.serve.app import gateway_app
+from programmable_kv.serve.modes import GatewayMode
+from programmable_kv.serve.settings import GatewaySettings
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "deploying.md").read_text(encoding="utf-8")
+UNIT = (ROOT / "deploy" / "pkv.service").read_text(encoding="utf-8")
+CONTAINER = (ROOT / "deploy" / "Containerfile").read_text(encoding="utf-8")
+EXAMPLE = (ROOT / "deploy" / "gateway.env.example").read_text(encoding="utf-8")
+
+
+def options() -> set[str]:
+    """The options of `pkv serve`."""
+    command = typer.main.get_command(app)
+    serve = command.commands["serve"]  # type: ignore[attr-defined]
+    return {"--help", *(name for each in serve.params for name in each.opts)}
+
+
+def installed() -> list[str]:
+    """What the container installs beside the package."""
+    found = re.search(r"-c constraints\.txt \\\n(.*)\n", CONTAINER)
+    assert found
+    return found[1].split()
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", re.split(r"[=<>]", name)[0]).lower()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        shlex.split(next(line for line in UNIT.splitlines() if line.startswith("ExecStart="))),
+        json.loads(CONTAINER.partition("ENTRYPOINT ")[2].partition("\n")[0]),
+        shlex.split(EXAMPLE.partition('PKV_OPTIONS="')[2].partition('"')[0]),
+        re.findall(r"--[a-z-]+", EXAMPLE),
+        re.findall(r"(?<=`)--[a-z-]+", PAGE),
+    ],
+)
+def test_options_exist(words: list[str]) -> None:
+    used = {word for word in words if word.startswith("--")}
+    assert used
+    assert used <= options(), used - options()
+
+
+def test_metrics_exist() -> None:
+    settings = GatewaySettings("http://127.0.0.1:1", mode=GatewayMode.ERRATUM)
+    with TestClient(gateway_app(settings), base_url="http://127.0.0.1") as client:
+        text = client.get("/metrics").text
+    kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
+    named = set(re.findall(r"\bpkv_[a-z_]+", PAGE))
+    assert len(named) > 10
+    assert named <= set(kinds), named - set(kinds)
+
+
+def test_the_container_installs_what_the_extras_name_at_tested_versions() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    assert {normal(each) for each in installed()} == {
+        "platformdirs", *(normal(each) for extra in ("cli", "serve") for each in extras[extra])
+    }  # fmt: skip
+    pinned = {normal(line) for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()}
+    assert {normal(each) for each in installed()} <= pinned
+
+
+def test_a_gateway_needs_no_more_than_the_container_installs() -> None:
+    """A gateway starts and answers where the model's packages cannot be imported."""
+    code = """
+import sys
+for name in ("torch", "transformers", "safetensors", "jinja2", "numpy", "fsspec"):
+    sys.modules[name] = None
+import programmable_kv.commands.serve
+from programmable_kv.cli import app
+from programmable_kv.serve.run import server_of
+from programmable_kv.serve.app import gateway_app
+from programmable_kv.serve.modes import GatewayMode
+from programmable_kv.serve.settings import GatewaySettings, default_state
+from starlette.testclient import TestClient
+default_state("gateway")
+settings = GatewaySettings("http://127.0.0.1:1", mode=GatewayMode.ERRATUM, salts=True)
+server_of(settings, gateway_app(settings))
+with TestClient(gateway_app(settings), base_url="http://127.0.0.1") as client:
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    print(client.post("/v1/chat/completions", json=body).status_code, client.get("/pkv/report").status_code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["502", "200"], done.stderr
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+@pytest.mark.parametrize(("line", "fine"), [("", True), ("ProtectSystem=strictly\n", False)])
+def test_the_unit_is_verified(tmp_path: Path, line: str, fine: bool) -> None:
+    """The program's path is replaced by one that is here. A line that is wrong is found, so the check sees something."""
+    text = UNIT.replace("/opt/pkv/bin/pkv", sys.executable).replace(
+        "CapabilityBoundingSet=\n", f"CapabilityBoundingSet=\n{line}"
+    )
+    unit = tmp_path / "pkv.service"
+    unit.write_text(text, encoding="utf-8")
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert (done.returncode == 0 and not done.stderr.strip()) is fine, done.stderr
