@@ -14,7 +14,9 @@ _STEP = 4
 
 
 def room_of(kind: FieldType, value: Unit, tokens: Callable[[str], int]) -> int:
-    """The positions for a field's place: of an enum or a boolean its longest value; else some more than it has now.
+    """The positions for a field's place: of an enum or a boolean its longest value; else more than it has now.
+
+    Free positions cost nothing but positions: no token is computed for them, and none is read.
 
     Args:
         tokens: how many tokens a text has.
@@ -22,7 +24,7 @@ def room_of(kind: FieldType, value: Unit, tokens: Callable[[str], int]) -> int:
     texts = {FieldKind.ENUM: kind.among, FieldKind.BOOLEAN: ("true", "false", "null")}.get(kind.kind, ())
     if texts:
         return max(len(value), *map(tokens, texts))
-    spare = max(8, len(value) // 2) if kind.kind is FieldKind.BLOCK else 1
+    spare = {FieldKind.BLOCK: max(16, len(value) // 2), FieldKind.TEXT: len(value) + 2}.get(kind.kind, 2)
     return _stepped(len(value) + spare)
 
 
