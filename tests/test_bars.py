@@ -75,6 +75,7 @@ BARS = [
     ("by-design-embedded-design", "rule_sets_2.design.right.value", AT_LEAST, 0.97),
     ("by-design-embedded-design", "rule_sets_6.design.right.value", AT_LEAST, 0.93),
     ("design-training", "perplexity_ratio.after", AT_MOST, 1.1),
+    ("agent-design", "design.agreement.value", AT_LEAST, 0.97),
     ("edit-ttft-embedded-design", "at_4096.design_over_erratum_tokens", AT_MOST, 3),
 ]
 SHORT = [

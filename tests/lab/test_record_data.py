@@ -47,6 +47,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "blocks-qwen2-5-coder-1-5b-instruct-q4-k-m": lambda settings: (
         case.text() for case in blocks.cases(settings["count"], everyday=settings["everyday"])
     ),
+    "agent-design": lambda settings: (scenario.text() for scenario in policies(settings["instances"])),
     "agent-readers": lambda settings: (scenario.text() for scenario in policies(settings["instances"])),
     "agent": lambda settings: (scenario.text() for scenario in policies(settings["instances"])),
     "serve": lambda settings: serve.texts(settings["sizes_kb"]),
