@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from programmable_kv.errors import ProgrammableKVError
+from training.options import positive
 from training.recipe import TrainingRecipe
 
 
@@ -59,19 +60,12 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, help="where checkpoints and the result go; a checkpoint there is resumed"
     )
     parser.add_argument("--base", type=Path, help="a folder with the base model; by default the embedded model's base")
-    parser.add_argument("--stop-after", type=_positive, help="stop at this step of the recipe's schedule")
+    parser.add_argument("--stop-after", type=positive, help="stop at this step of the recipe's schedule")
     parser.add_argument("--seed", type=int, help="another seed than the recipe's")
     parser.add_argument(
         "--change-recipe", action="store_true", help="continue from a checkpoint of another recipe, which is recorded"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from programmable_kv.errors import ProgrammableKVError
 from training.design.recipe import DesignRecipe
+from training.options import positive
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,10 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", help="where to compute; by default cuda if there is one, else cpu")
     parser.add_argument("--seconds", type=float, help="train so long; the cosine follows the elapsed share of it")
-    parser.add_argument("--steps", type=_positive, help="train so many steps, where no seconds are given")
-    parser.add_argument("--stop-after", type=_positive, help="stop at this step of the schedule")
+    parser.add_argument("--steps", type=positive, help="train so many steps, where no seconds are given")
+    parser.add_argument("--stop-after", type=positive, help="stop at this step of the schedule")
     parser.add_argument("--workers", type=int, default=0, help="processes that make the data; 0: none beside this one")
-    parser.add_argument("--tokens-per-pass", type=_positive, help="padded tokens in one forward and backward")
+    parser.add_argument("--tokens-per-pass", type=positive, help="padded tokens in one forward and backward")
     parser.add_argument("--score-count", type=int, help="held-out cases in each arm; 0: no scores")
     parser.add_argument("--checkpoint-seconds", type=float, default=60.0, help="how often to write a checkpoint")
     parser.add_argument(
@@ -84,20 +85,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write the adapter only, which cannot be resumed, as checkpoint",
     )
-    parser.add_argument("--sequences-per-step", type=_positive)
+    parser.add_argument("--sequences-per-step", type=positive)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--replay-windows", type=int)
-    parser.add_argument("--replay-every", type=_positive)
-    parser.add_argument("--longest", type=_positive, help="tokens; longer sequences are drawn again")
+    parser.add_argument("--replay-every", type=positive)
+    parser.add_argument("--longest", type=positive, help="tokens; longer sequences are drawn again")
     parser.add_argument("--seed", type=int)
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def designed_pieces(prompt: Prompt, tokenizer: Any) -> list[tuple[Unit, ...] | s
             found.append(piece)
             begins += len(SKILL_MARK)
             continue
-        within = [_outside_of_tokens(piece, min(max(cut - begins, 0), len(piece.text)), tokenizer) for cut in cuts]
+        within = _outside_of_tokens(piece, [min(max(cut - begins, 0), len(piece.text)) for cut in cuts], tokenizer)
         special = raw and number == 0
         found.append(tuple(_units(piece, within[0], within[1], tokenizer, prompt.types, special=special)))
         begins += len(piece.text)
@@ -48,7 +48,7 @@ def designed_pieces(prompt: Prompt, tokenizer: Any) -> list[tuple[Unit, ...] | s
 def _last_line(pieces: Sequence[Rendered | str]) -> int:
     """The character at which a prompt's last line begins that says something, whatever the values in it are."""
     shown: list[tuple[str, int]] = []
-    """characters, each with where it stands in the prompt; one for each value, also an empty one"""
+    """runs of text, each with where it stands in the prompt; one character for each value, also an empty one"""
     at = 0
     for piece in pieces:
         if isinstance(piece, str):
@@ -57,23 +57,24 @@ def _last_line(pieces: Sequence[Rendered | str]) -> int:
             continue
         start = 0
         for _, span in [*piece.places, ("", Span(len(piece.text), len(piece.text)))]:
-            shown += [(piece.text[c], at + c) for c in range(start, span.start)]
-            shown.append((SKILL_MARK, at + span.start))
+            shown += [(piece.text[start : span.start], at + start), (SKILL_MARK, at + span.start)]
             start = span.stop
         shown.pop()  # the end is no value
         at += len(piece.text)
-    begins = last_line("".join(character for character, _ in shown))
-    return shown[begins][1] if begins < len(shown) else at
+    begins = last_line("".join(run for run, _ in shown))
+    for run, stands in shown:
+        if begins < len(run):
+            return stands + begins
+        begins -= len(run)
+    return at
 
 
-def _outside_of_tokens(piece: Rendered, cut: int, tokenizer: Any) -> int:
+def _outside_of_tokens(piece: Rendered, cuts: Sequence[int], tokenizer: Any) -> list[int]:
     """Where to cut a text so that no special token is cut apart: templates end messages in what others begin with."""
     ids, offsets = encode(tokenizer, piece.text, [*piece.plain, *(span for _, span in piece.places)])
     special = set(tokenizer.all_special_ids)
-    for token, (start, stop) in zip(ids, offsets.tolist(), strict=True):
-        if start < cut < stop and token in special:
-            return int(start)
-    return cut
+    spans = [Span(start, stop) for token, (start, stop) in zip(ids, offsets.tolist(), strict=True) if token in special]
+    return [next((span.start for span in spans if span.start < cut < span.stop), cut) for cut in cuts]
 
 
 def _units(

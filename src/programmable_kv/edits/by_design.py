@@ -23,7 +23,7 @@ from programmable_kv.errors import InvalidEditError
 from programmable_kv.ledger.run import Origin
 from programmable_kv.prompt.context import Context
 from programmable_kv.prompt.readers import Turns, joined
-from programmable_kv.prompt.units import Kind, Unit
+from programmable_kv.prompt.units import Kind
 from programmable_kv.skills.skill import Skill
 
 _MODES = (None, Mode.READERS, Mode.SUFFIX, Mode.FULL)
@@ -64,6 +64,17 @@ def check_mode(mode: Mode | None) -> None:
             f"under visibility='design' an edit is exact: it writes the field and builds its readers again, and mode "
             f"{str(mode)!r} would not. Leave the mode out, give mode='full' to compute everything, or use a notebook with "
             "visibility='causal'."
+        )
+
+
+def check_repair(repair: SeamRepair | None) -> None:
+    """
+    Raises:
+        InvalidEditError: a seam is to be repaired, and by design there is none.
+    """
+    if repair is not None and repair.computes:
+        raise InvalidEditError(
+            "under visibility='design' a skill reads itself only, so there is no seam to repair: leave the repair out"
         )
 
 
@@ -144,13 +155,6 @@ def plan_design_recompute(state: DesignState, start: int | None) -> Plan:
     more = [part.span for part in later if part.kind is not PartKind.SKILL]
     told = _SKILLS_STAY if len(more) < len(later) else ""
     return replace(plan, compute=_computes([*(one.span for one in plan.compute), *more])).because(told)
-
-
-def plan_units(context: Context, units: tuple[Unit, ...]) -> Plan:
-    """Append units and compute them, at prefill."""
-    after = context.appended(*units)
-    span = Span(len(context), len(after))
-    return Plan("prefill", len(context), after, (), (Compute(span),) if len(span) else ())
 
 
 def _built(state: DesignState, plan: Plan, turns: Turns, *, whole: bool = False) -> Plan:

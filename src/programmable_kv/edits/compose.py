@@ -22,9 +22,9 @@ from programmable_kv.prompt.units import Unit
 from programmable_kv.skills.skill import Skill
 
 
-def plan_append(context: Context, unit: Unit, bytes_per_token: int = 0, *, operation: str = "add") -> Plan:
-    """Append a unit and compute it."""
-    after = context.appended(unit)
+def plan_append(context: Context, *units: Unit, bytes_per_token: int = 0, operation: str = "add") -> Plan:
+    """Append units and compute them."""
+    after = context.appended(*units)
     span = Span(len(context), len(after))
     compute = (Compute(span, Origin.COMPUTED),) if len(span) else ()
     return Plan(operation, len(context), after, (), compute, bytes_per_token=bytes_per_token)

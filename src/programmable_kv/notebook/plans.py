@@ -122,10 +122,7 @@ class Plans:
         )
         model.engine.verify()
         if (design := self._design()) is not None:
-            if repair is not None and repair.computes:
-                raise InvalidEditError(
-                    "under visibility='design' a skill reads itself only, so there is no seam to repair: leave the repair out"
-                )
+            by_design.check_repair(repair)
             return by_design.plan_design_splice(design, skill, where, operation=operation)
         assert isinstance(state.ledger, Ledger)
         return plan_splice(
@@ -172,7 +169,7 @@ class Plans:
 
     def append(self, unit: Unit) -> Plan:
         """Append a unit that was tokenised already."""
-        return plan_append(self._notebook._ready().context, unit, self._bytes_per_token)
+        return plan_append(self._notebook._ready().context, unit, bytes_per_token=self._bytes_per_token)
 
     def _design(self) -> by_design.DesignState | None:
         """What a plan under visibility="design" starts from; None in a notebook without."""

@@ -13,12 +13,12 @@ from programmable_kv.design.room import without_trailing_room
 from programmable_kv.design.units import designed_pieces
 from programmable_kv.design.visibility import Visibility
 from programmable_kv.edits.apply import apply
-from programmable_kv.edits.by_design import DesignState, plan_design_splice, plan_units
-from programmable_kv.edits.compose import joined_values, plan_splice
+from programmable_kv.edits.by_design import DesignState, check_repair, plan_design_splice
+from programmable_kv.edits.compose import joined_values, plan_append, plan_splice
 from programmable_kv.edits.plan import Plan
 from programmable_kv.edits.seam import SeamRepair
 from programmable_kv.engine import Progress
-from programmable_kv.errors import InvalidEditError, NotPrefilledError
+from programmable_kv.errors import NotPrefilledError
 from programmable_kv.ledger.ledger import Ledger
 from programmable_kv.notebook.state import State
 from programmable_kv.prompt.context import Context, FieldValue
@@ -79,10 +79,7 @@ def _pieces(notebook: Notebook, repair: SeamRepair | None) -> list[Piece]:
     prompt, tokenizer = notebook.prompt, notebook.model.tokenizer
     found: list[Piece] = []
     if notebook.visibility is Visibility.DESIGN:
-        if repair is not None and repair.computes:
-            raise InvalidEditError(
-                "under visibility='design' a skill reads itself only, so there is no seam to repair: leave the repair out"
-            )
+        check_repair(repair)
         notebook.model.engine.require_rows(instead="Use visibility='causal'.")
         for each in designed_pieces(prompt, tokenizer):
             found.append(notebook._skills[each] if isinstance(each, str) else each)
@@ -99,7 +96,7 @@ def _pieces(notebook: Notebook, repair: SeamRepair | None) -> list[Piece]:
 def _plan(state: State, piece: Piece, repair: SeamRepair | None) -> Plan:
     context, ledger = state.context, state.ledger
     if not isinstance(piece, Skill):
-        return plan_units(context, piece)
+        return plan_append(context, *piece, operation="prefill")
     end = Span(len(context), len(context))
     if isinstance(ledger, Build):
         return plan_design_splice(DesignState(context, ledger, len(context)), piece, end)
