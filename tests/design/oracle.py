@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,61 +16,134 @@ from transformers import DynamicCache
 from programmable_kv import Notebook
 from reference import Layers
 
+OWN = -1
+"""the scope of a context's own text; that of a skill is the number of its part"""
+
 
 @dataclass(frozen=True)
 class Token:
-    """What a token is: its kind, which skill or value it is of, and the fields that it reads."""
+    """What a token is: its kind, which text it is part of, which value it is of, and the fields that it reads."""
 
     kind: str
+    scope: int = OWN
     of: object = None
     fields: frozenset[str] = frozenset()
+    open: bool = False
+    """in a skill that the text behind it reads"""
 
 
-def tokens_of(notebook: Notebook, words: Mapping[str, Sequence[str]]) -> list[Token]:
-    """What each cached token is. `words`: field -> all that a line may say of it."""
+@dataclass
+class _Stretch:
+    """Text that is searched for lines as one."""
+
+    scope: int
+    open: bool = False
+    text: str = ""
+    slots: list[int] = field(default_factory=list)
+    """of each character; an empty value is told by a negative number"""
+    values: dict[int, str] = field(default_factory=dict)
+    """slot -> the field whose value is there"""
+    empty: dict[int, int] = field(default_factory=dict)
+    """an empty value's number -> the slot before which it stands"""
+
+
+def tokens_of(
+    notebook: Notebook, words: Mapping[str, Sequence[str]], read_by: Mapping[str, str] | None = None
+) -> list[Token]:
+    """What each cached token is.
+
+    Args:
+        words: field -> all that a line may say of it.
+        read_by: field or skill -> who may read it, where that is not the default.
+    """
+    read_by = read_by or {}
     found: list[Token] = []
-    texts: list[tuple[str, list[int]]] = []  # stretches of own text: the text, and the slot of each character
-    text, slots = "", []
-    values: dict[int, str] = {}
-    for name in words:
-        for span in notebook.spans(name):
-            values |= dict.fromkeys(span.range, name)
-    ends = {name: notebook.spans(name)[0].stop for name in words if notebook.spans(name)}
-    for number, (part, unit) in enumerate(zip(notebook.parts, notebook._state.context.units, strict=True)):
-        if part.kind == "prefill":
-            if not part.span.stop > part.span.start:  # an empty value, which stands there all the same
-                text += "\0"
-                slots.append(-1 - number)
-                values[-1 - number] = unit.places[0].name
-            for token, slot in enumerate(part.span.range):
-                first, last = unit.offsets[token]
-                text += "\0" * (last - first) if slot in values else unit.text[first:last]
-                slots += [slot] * (last - first)
-            found += [Token("text")] * len(part.span)
-            continue
-        texts.append((text, slots))
-        text, slots = "", []
-        found += [Token("skill", number) if part.kind == "skill" else Token("turn")] * len(part.span)
-    texts.append((text, slots))
-    for text, slots in texts:
-        for line in re.finditer(r"[^\n]*\n|[^\n]+", text):
-            held = {values[slot] for slot in slots[line.start() : line.end()] if slot in values}
-            said = {
-                name
-                for name, known in words.items()
-                if any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", line.group(), re.IGNORECASE) for word in known)
-            }
-            for slot in dict.fromkeys(slots[line.start() : line.end()]):
-                if slot < 0 or slot in slots[: line.start()]:
-                    continue  # a token belongs to the line in which it begins
-                if slot in values:
-                    name = values[slot]
-                    begins = next(span.start for span in notebook.spans(name) if slot in span.range)
-                    found[slot] = Token("value", begins, frozenset({name}))
-                    continue
-                read = frozenset(name for name in held | said if ends.get(name, len(found)) <= slot)
-                found[slot] = Token("reader", None, read) if read else Token("text")
+    stretches: list[_Stretch] = [_Stretch(OWN)]
+    units = notebook._state.context.units
+    number = 0
+    slot = 0
+    for at, unit in enumerate(units):
+        by_design = unit.kind == "skill" and unit.piece > 0 and sum(u.name == unit.name for u in units) > 1
+        if unit.kind == "skill" and unit.piece < 2:
+            number += 1
+            stretches.append(_Stretch(number, read_by.get(unit.name) == "all"))
+        if unit.kind == "prefill" and stretches[-1].scope != OWN:
+            stretches.append(_Stretch(OWN))
+        here = stretches[-1]
+        if unit.kind == "prefill" or by_design:
+            _add(here, unit, slot, -1 - at)
+        if unit.kind == "turn" or unit.kind == "erratum":
+            stretches.append(_Stretch(OWN))
+            found += [Token("turn")] * len(unit)
+        else:
+            found += [Token("text", here.scope, open=here.open)] * len(unit)
+        slot += len(unit)
+    for stretch in stretches:
+        ends: dict[str, int] = {}
+        for other in stretches:
+            if other.scope == stretch.scope:
+                for each, name in other.values.items():
+                    if name not in ends:
+                        ends[name] = _end_of(other, each)
+        _mark_lines(found, stretch, words, read_by, ends)
     return found
+
+
+def _add(stretch: _Stretch, unit: Any, slot: int, empty: int) -> None:
+    if unit.places:
+        name = unit.places[0].name
+        slots = list(range(slot, slot + len(unit))) or [empty]
+        stretch.values |= dict.fromkeys(slots, name)
+        stretch.text += "\0" * len(slots)
+        stretch.slots += slots
+        stretch.empty[empty] = slot
+        return
+    for token in range(len(unit)):
+        first, last = unit.offsets[token]
+        stretch.text += unit.text[first:last]
+        stretch.slots += [slot + token] * (last - first)
+
+
+def _end_of(stretch: _Stretch, slot: int) -> int:
+    """The slot behind the value that begins at a slot."""
+    if slot < 0:
+        return stretch.empty[slot]
+    name = stretch.values[slot]
+    while stretch.values.get(slot) == name:
+        slot += 1
+    return slot
+
+
+def _mark_lines(
+    found: list[Token],
+    stretch: _Stretch,
+    words: Mapping[str, Sequence[str]],
+    read_by: Mapping[str, str],
+    ends: Mapping[str, int],
+) -> None:
+    """Tell values and readers apart from the other text of a stretch."""
+    text, slots, values = stretch.text, stretch.slots, stretch.values
+    for line in re.finditer(r"[^\n]*\n|[^\n]+", text):
+        held = {values[slot] for slot in slots[line.start() : line.end()] if slot in values}
+        said = {
+            name
+            for name, known in words.items()
+            if any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", line.group(), re.IGNORECASE) for word in known)
+        }
+        reading = {name for name in held | said if read_by.get(name, "mentions") == "mentions"}
+        reading |= {name for name in ends if read_by.get(name) == "all"}
+        for slot in dict.fromkeys(slots[line.start() : line.end()]):
+            if slot < 0 or slot in slots[: line.start()]:
+                continue  # a token belongs to the line in which it begins
+            here = found[slot]
+            if slot in values:
+                begins = slot
+                while begins - 1 in values and slots.index(begins - 1) == slots.index(begins) - 1:
+                    begins -= 1
+                found[slot] = replace(here, kind="value", of=begins, fields=frozenset({values[slot]}))
+                continue
+            read = frozenset(name for name in reading if name in ends and ends[name] <= slot)
+            found[slot] = replace(here, kind="reader", fields=read) if read else here
 
 
 def reads(tokens: Sequence[Token], query: int, key: int) -> bool:
@@ -80,8 +153,10 @@ def reads(tokens: Sequence[Token], query: int, key: int) -> bool:
     asking, asked = tokens[query], tokens[key]
     if key == query or asking.kind == "turn":
         return True
-    if asking.kind == "skill":
-        return asked.kind == "skill" and asked.of == asking.of
+    if asking.scope != asked.scope:
+        return asking.scope == OWN and asked.open
+    if asked.kind == "turn":
+        return False
     if asked.kind == "text":
         return True
     if asking.kind == "value":

@@ -355,13 +355,20 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self._move(order, run, stand, layout)
 
     def insert(
-        self, at: int, segment: Segment, layout: KVLayout, *, replacing: int = 0, position: int | None = None
+        self,
+        at: int,
+        segment: Segment,
+        layout: KVLayout,
+        *,
+        replacing: int = 0,
+        positions: Sequence[int] = (),
+        ends: int | None = None,
     ) -> None:
         """Splice a segment in at slot `at`, instead of the `replacing` slots that start there.
 
-        It begins at `position`, right behind the slot before when None. What follows moves right behind it. The segment's keys
-        are rotated once, from the canonical; it is kept (not copied) for as long as its tokens stand here. `layout` is one with
-        which relocation was proved exact.
+        It takes `positions`, ascending; those right behind the slot before when empty. What follows moves to the position
+        `ends`, right behind the segment when None. The segment's keys are rotated once, from the canonical; it is kept (not
+        copied) for as long as its tokens stand here. `layout` is one with which relocation was proved exact.
 
         Raises:
             CacheBufferError: there are no such slots, or the segment does not fit.
@@ -376,11 +383,18 @@ class KVBuffer(Cache):  # type: ignore[misc]
             raise CacheBufferError(f"a segment of {len(segment.keys)} layers does not fit {len(self.layers)}")
         count, tail = len(segment), at + replacing
         behind = int(self._positions[at - 1]) + 1 if at else 0
-        position = behind if position is None else position
-        if position < behind:
-            raise CacheBufferError(f"cannot insert at position {position}: the slot before stands at {behind - 1}")
-        shift = position + count - int(self._positions[tail]) if tail < self.length else 0
-        self._require_rotation(self.tables, max(self.next_position + shift, position + count))
+        own = torch.tensor(positions, dtype=torch.long) if positions else behind + torch.arange(count)
+        if len(own) != count or bool((own.diff(prepend=torch.tensor([behind - 1])) < 1).any()):
+            raise CacheBufferError(
+                f"cannot insert {count} tokens at {len(own)} positions from {positions[:1]} on: they must ascend, and the slot "
+                f"before stands at {behind - 1}"
+            )
+        last = int(own[-1]) + 1 if count else behind
+        ends = last if ends is None else ends
+        if ends < last:
+            raise CacheBufferError(f"what follows cannot move to position {ends}: the last token stands at {last - 1}")
+        shift = ends - int(self._positions[tail]) if tail < self.length else 0
+        self._require_rotation(self.tables, max(self.next_position + shift, last))
         made_with = segment.tables
         if made_with is None and len(segment):
             made_with = tables_at(self.layout.frequency_rules, int(segment.computed_at.max()) + 1)
@@ -393,8 +407,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
         else:
             self._save(slice(at, at + count))
         where = slice(at, at + count)
-        positions = position + torch.arange(count)
-        rotation = Rotation(positions - segment.computed_at)
+        rotation = Rotation(own - segment.computed_at)
         self._origins.follow(layout)
         for layer, keys, values, rule in zip(self.layers, segment.keys, segment.values, layout.layers, strict=True):
             if not layer.is_initialized:
@@ -402,7 +415,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
             rotated, still = self._tensors(layer, rule)
             rotation.put(keys if rule.rotated == "keys" else values, rule.rotation, rotated[:, :, where])
             still[:, :, where] = values if rule.rotated == "keys" else keys
-        self._positions[where] = positions
+        self._positions[where] = own
         self._origins.from_segment(where, segment)
         self.meter.count(moved=segment.nbytes, relocated=count)
         self._tables = made_with if count else self._tables

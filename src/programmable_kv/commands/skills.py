@@ -35,7 +35,7 @@ InsideOption = Annotated[
 ]
 Int8Option = Annotated[bool, typer.Option("--int8", help="keep it in 8 bits")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
-_BULKY: Any = {"unit": {"ids", "offsets", "base", "read"}}
+_BULKY: Any = {"unit": {"ids", "offsets", "base", "read"}, "pieces": True}
 """what of a manifest is of no use to a reader"""
 
 
@@ -47,6 +47,9 @@ def skills_compile(
     role: Annotated[str | None, typer.Option(help="render it as a chat message of this role")] = None,
     preface: PrefaceOption = None,
     inside: InsideOption = None,
+    visibility: Annotated[
+        str, typer.Option(help="causal, or design: its fields are read by the lines that mention them only")
+    ] = "causal",
     int8: Int8Option = False,
     model: ModelOption = "embedded",
     store: StoreOption = None,
@@ -62,7 +65,10 @@ def skills_compile(
     from programmable_kv.skills.store import SkillStore
 
     keep = SkillStore(store, int8=int8)
-    _print_skills([keep.compile(load_model(model), content, values, name=name, role=role, preface=before)], as_json)
+    skill = keep.compile(
+        load_model(model), content, values, name=name, role=role, preface=before, visibility=visibility
+    )
+    _print_skills([skill], as_json)
 
 
 @app.command("compile-together")

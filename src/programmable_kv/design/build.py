@@ -14,9 +14,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from programmable_kv.cache.span import Span
-from programmable_kv.design.parts import DesignPart, PartKind, Words, parts_of
+from programmable_kv.design.declared import Declared, Words
+from programmable_kv.design.parts import OWN, DesignPart, PartKind, Scope, parts_of
 from programmable_kv.ledger.ledger import Ledger, Stretch
-from programmable_kv.prompt.context import Context
+from programmable_kv.prompt.context import Context, FieldValue
 from programmable_kv.prompt.units import Unit
 from programmable_kv.states import TokenState, weakest
 
@@ -39,10 +40,10 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """What stands in the slots, in order, and the words that readers of a field mention."""
+    """What stands in the slots, in order, and what was declared of who reads what."""
 
     built: tuple[Built, ...] = ()
-    words: Words = field(default_factory=dict)
+    declared: Declared = field(default_factory=Declared)
 
     def __len__(self) -> int:
         return sum(one.tokens for one in self.built)
@@ -59,10 +60,20 @@ class Build:
         gap = [Built(to - start, None)] if to > start else []
         return self._with([*head, *gap, *tail])
 
-    def inserted(self, at: int, skill: Unit, *, rounded: bool, replacing: int = 0) -> Build:
-        """A compiled skill in the place of the `replacing` slots from `at` on; `rounded`: it was kept in fewer bits."""
-        compiled = [Built(len(part.span), key, rounded) for part, key in _compiled(skill)]
-        return self._with([*self._split(at)[0], *compiled, *self._split(at + replacing)[1]])
+    def inserted(
+        self, at: int, skill: Sequence[Unit], compiled_with: Words, *, rounded: bool, replacing: int = 0
+    ) -> Build:
+        """A compiled skill in the place of the `replacing` slots from `at` on.
+
+        Args:
+            compiled_with: the words that its readers mention. From now on they are declared here, too.
+            rounded: it was kept in fewer bits than it was computed in.
+        """
+        compiled = [Built(len(part.span), key, rounded) for part, key in _compiled(skill, Declared(compiled_with))]
+        return replace(
+            self._with([*self._split(at)[0], *compiled, *self._split(at + replacing)[1]]),
+            declared=self.declared.with_words(compiled_with),
+        )
 
     def exchanged(self, start: int, middle: int, stop: int) -> Build:
         """[start, middle) and [middle, stop) change places."""
@@ -80,7 +91,7 @@ class Build:
         known = self._keys()
         keys = _Keys(context)
         made: list[Built] = []
-        for part in parts_of(context, self.words):
+        for part in parts_of(context, self.declared):
             tokens = min(part.span.stop, length) - part.span.start
             if tokens <= 0:
                 break
@@ -114,19 +125,22 @@ class Build:
             context: as it is now, slot for slot as this build.
             kept: units of the context, turns, that stay as they are in any case.
         """
-        known, keys, found = self._keys(), _Keys(context), []
-        for part in parts_of(context, self.words):
-            was, now = _found(known, part), keys.of(part)
-            if part.unit not in kept and (now is None or was.key != now):
+        known, found = self._keys(), []
+        stand, unrounded = _Keys(context), _Keys(context)
+        for part in parts_of(context, self.declared):
+            was, now = _found(known, part), stand.of(part)
+            # What was computed before the parts that it read were rounded is better than what would be computed now.
+            if part.unit not in kept and (now is None or was.key not in (now, unrounded.of(part))):
                 found.append(part.span)
                 was = Built(len(part.span), now)
-            keys.add(part, was)
+            stand.add(part, was)
+            unrounded.add(part, replace(was, rounded=False))
         return found
 
     def parts(self, context: Context) -> Iterator[tuple[DesignPart, TokenState]]:
         """The parts of the context now, and how each can be trusted."""
         known, stand, true = self._keys(), _Keys(context), _Keys(context)
-        for part in parts_of(context, self.words):
+        for part in parts_of(context, self.declared):
             was, wanted, now = _found(known, part), true.of(part), stand.of(part)
             true.add(part, Built(len(part.span), wanted))
             stand.add(part, was)
@@ -156,14 +170,24 @@ def _state(was: Built, wanted: Key | None, now: Key | None) -> TokenState:
     return TokenState.AFTER_EDIT if was.key == now else TokenState.STALE
 
 
-def _compiled(skill: Unit) -> Iterator[tuple[DesignPart, Key | None]]:
+def _compiled(skill: Sequence[Unit], declared: Declared) -> Iterator[tuple[DesignPart, Key | None]]:
     """The parts of a compiled skill, and their keys."""
-    alone = Context((skill,))
+    alone = Context(tuple(skill), {place.name: FieldValue("", "") for unit in skill for place in unit.places})
     keys = _Keys(alone)
-    for part in parts_of(alone, {}):
+    for part in parts_of(alone, declared):
         key = keys.of(part)
         keys.add(part, Built(len(part.span), key))
         yield part, key
+
+
+class _Read:
+    """What was built so far of one scope."""
+
+    def __init__(self, before: bytes = b"") -> None:
+        self.text: hashlib.blake2b | None = _digest()
+        self.text.update(before)
+        self.drawn: dict[str, hashlib.blake2b | None] = {}
+        """field -> its values and readers so far"""
 
 
 class _Keys:
@@ -171,59 +195,49 @@ class _Keys:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._text: hashlib.blake2b | None = _digest()
         self._all: hashlib.blake2b | None = _digest()
-        self._drawn: dict[str, hashlib.blake2b | None] = {}
-        """field -> its values and readers so far"""
-        self._skill: tuple[int, hashlib.blake2b | None] = (-1, None)
-        """of which unit the pieces were digested last"""
+        self._scopes: dict[Scope, _Read] = {OWN: _Read()}
 
     def of(self, part: DesignPart) -> Key | None:
         """The key of the next part, if it were built on what was added so far; None if it is not known what that is."""
-        match part.kind:
-            case PartKind.SKILL:
-                read, position = self._of_skill(part.unit), None
-            case PartKind.TURN:
-                read, position = self._all, part.position
-            case _:
-                read, position = self._text, part.position
+        scope = self._scope(part.scope)
+        read = self._all if part.kind is PartKind.TURN else scope.text
         if read is None:
             return None
         digest = read.copy()
         if part.kind is PartKind.READER:
-            for name in sorted(part.fields & self._drawn.keys()):
-                drawn = self._drawn[name]
+            for name in sorted(part.fields & scope.drawn.keys()):
+                drawn = scope.drawn[name]
                 if drawn is None:
                     return None
                 digest.update(b"field" + drawn.digest())
-        if position is not None:
-            digest.update(b"at" + _number(position))
-        digest.update(b"tokens" + self._context.packed(part.span))
+        digest.update(b"at" + _number(_within_scope(part)) + b"tokens" + self._context.packed(part.span))
         return digest.digest()
 
     def add(self, part: DesignPart, built: Built) -> None:
         """The part stands there, built so."""
-        key = built.key
-        self._all = _extended(self._all, part.position, key, rounded=built.rounded)
-        match part.kind:
-            case PartKind.TEXT:
-                self._text = _extended(self._text, part.position, key)
-            case PartKind.VALUE | PartKind.READER:
-                for name in part.fields:
-                    self._drawn[name] = _extended(self._drawn.get(name, _digest()), part.position, key)
-            case PartKind.SKILL:
-                # Within a skill distances do not change, so its keys know no position.
-                self._skill = (part.unit, _extended(self._of_skill(part.unit), len(part.span), key))
-            case PartKind.TURN:
-                pass
+        key, rounded = built.key, built.rounded
+        self._all = _extended(self._all, part.position, key, rounded=rounded)
+        scope, position = self._scope(part.scope), _within_scope(part)
+        if part.kind is PartKind.TEXT:
+            scope.text = _extended(scope.text, position, key, rounded=rounded)
+        elif part.kind in (PartKind.VALUE, PartKind.READER):
+            for name in part.fields:
+                scope.drawn[name] = _extended(scope.drawn.get(name, _digest()), position, key, rounded=rounded)
+        if part.scope.open:
+            own = self._scopes[OWN]
+            own.text = _extended(own.text, part.position, key, rounded=rounded)
 
-    def _of_skill(self, unit: int) -> hashlib.blake2b | None:
-        """What was digested of a skill; its preface, where nothing was."""
-        if self._skill[0] == unit:
-            return self._skill[1]
-        digest = _digest()
-        digest.update(b"".join(map(_number, self._context.units[unit].read)))
-        return digest
+    def _scope(self, scope: Scope) -> _Read:
+        """What was built of a scope; of a skill that begins here, what it read while it was compiled."""
+        if scope not in self._scopes:
+            self._scopes[scope] = _Read(b"".join(map(_number, self._context.units[scope.skill].read)))
+        return self._scopes[scope]
+
+
+def _within_scope(part: DesignPart) -> int:
+    """The part's position in its scope. Distances inside a skill do not change when it moves."""
+    return part.position - part.scope.position
 
 
 def _digest() -> hashlib.blake2b:

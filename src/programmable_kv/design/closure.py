@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from programmable_kv.design.parts import DesignPart, PartKind, Words, parts_of, reads_of
+from programmable_kv.design.declared import Declared
+from programmable_kv.design.parts import DesignPart, PartKind, parts_of, reads_of
 from programmable_kv.prompt.context import Context
 from programmable_kv.prompt.readers import Reader, Turns, Why
 
 
 def readers_by_design(
-    context: Context, words: Words, name: str, turns: Turns, kept: Collection[int]
+    context: Context, declared: Declared, name: str, turns: Turns, kept: Collection[int]
 ) -> tuple[Reader, ...]:
     """The parts that read a field, directly or through others, in slot order; without the field's own tokens.
 
@@ -18,7 +19,7 @@ def readers_by_design(
         turns: which turns are computed again, for the reason that is given.
         kept: units of the context, turns, that stay as they are.
     """
-    parts = parts_of(context, words)
+    parts = parts_of(context, declared)
     reads = reads_of(parts, len(context)).reads.numpy()
     changed: list[int] = []
     found: list[Reader] = []
@@ -45,7 +46,7 @@ def _reader(context: Context, part: DesignPart, name: str, turns: Turns) -> Read
     match part.kind:
         case PartKind.TURN:
             why = Why.OPEN if turns is Turns.OPEN else Why.TURNS
-        case PartKind.SKILL:
+        case PartKind.TEXT if part.scope.is_skill:
             why = Why.HOLDS
         case _ if name in part.fields:
             why = Why.READS

@@ -4,17 +4,20 @@
 - A field's value reads the text before it, and itself.
 - A reader is a line, or the rest of one, behind a field that it mentions or holds. It reads the text before it, the values of
   its fields, and earlier readers of one of them.
-- A skill reads itself.
 - Turns read everything.
 
-Every part also reads its own earlier tokens.
+Every part also reads its own earlier tokens. A skill is a *scope* of its own: all of this holds inside it, and nothing in it
+reads what is outside. (A skill that was compiled plainly is text from its first token to its last.)
+
+What an author declares moves these lines (`Declared`): a field's readers can be all lines behind it, or none, and a skill can
+be open to the text behind it.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
@@ -25,16 +28,14 @@ import torch
 
 from programmable_kv.cache.masks import PartReads
 from programmable_kv.cache.span import Span
+from programmable_kv.design.declared import Declared, ReadBy
 from programmable_kv.prompt.context import Context
-from programmable_kv.prompt.readers import declared_words, mention_pattern
+from programmable_kv.prompt.readers import mention_pattern
 from programmable_kv.prompt.units import Kind, Unit
 
 _VALUE = "\ufffd"
 """stands for a value, also an empty one, while lines are searched: a part's kind must not depend on a field's value"""
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
-
-Words = Mapping[str, Sequence[str]]
-"""field -> what else a line says when it speaks of it (`Notebook.mentions`)"""
 
 
 class PartKind(StrEnum):
@@ -43,8 +44,27 @@ class PartKind(StrEnum):
     TEXT = "text"
     VALUE = "value"
     READER = "reader"
-    SKILL = "skill"
     TURN = "turn"
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Text that is read apart from all other: the context's own, or a skill."""
+
+    skill: int = -1
+    """the index of the skill's first unit; -1: the context's own text"""
+    position: int = 0
+    """of its first token"""
+    open: bool = False
+    """a skill that the text behind it reads"""
+
+    @property
+    def is_skill(self) -> bool:
+        return self.skill >= 0
+
+
+OWN = Scope()
+"""the context's own text"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,28 +79,36 @@ class DesignPart:
     """of a value, the field; of a reader, the fields that it reads"""
     unit: int = 0
     """which unit of the context it is in"""
+    scope: Scope = OWN
 
 
-def parts_of(context: Context, words: Words) -> tuple[DesignPart, ...]:
+def parts_of(context: Context, declared: Declared) -> tuple[DesignPart, ...]:
     """The parts of a context in slot order, without empty ones.
 
-    A value is a unit of its own (see `units.py`), and the turns are units of the kind `TURN`.
+    A value is a unit of its own (see `units.py`), except in a skill that was compiled plainly. The turns are units of the kind
+    `TURN`.
     """
+    own = [index for index, unit in enumerate(context.units) if unit.kind is Kind.PREFILL]
+    searcher = _Searcher(context, declared, own, OWN)
     found: list[DesignPart] = []
     text: list[int] = []
-    searcher = _Searcher(context, words)
-    for index, unit in enumerate(context.units):
+    for group in context.groups:
+        first = group.start
+        unit, start, begins = context.units[first], context.starts[first], context.begins[first]
         if unit.kind is Kind.PREFILL:
-            text.append(index)
+            text.append(first)
             continue
         found += searcher.parts_in(text)
         text = []
-        start, begins = context.starts[index], context.begins[index]
-        if unit.kind is Kind.SKILL:
-            found += (DesignPart(span, begins + span.start - start, PartKind.SKILL, unit=index)
-                      for span in _pieces(unit, start))  # fmt: skip
+        if unit.kind is not Kind.SKILL:
+            found.append(DesignPart(Span(start, start + len(unit)), begins, PartKind.TURN, unit=first))
+            continue
+        scope = Scope(first, begins, declared.opens(unit.name))
+        if len(group) > 1:
+            found += _Searcher(context, declared, group.range, scope).parts_in(group.range)
         else:
-            found.append(DesignPart(Span(start, start + len(unit)), begins, PartKind.TURN, unit=index))
+            found += (DesignPart(span, begins + span.start - start, PartKind.TEXT, unit=first, scope=scope)
+                      for span in _pieces(unit, start))  # fmt: skip
     found += searcher.parts_in(text)
     return tuple(part for part in found if len(part.span))
 
@@ -93,14 +121,20 @@ def _pieces(skill: Unit, start: int) -> Iterator[Span]:
 
 
 class _Searcher:
-    """Finds the parts of a context's own text, line by line."""
+    """Finds the parts of a scope's text, line by line."""
 
-    def __init__(self, context: Context, words: Words) -> None:
-        self._context = context
-        self._patterns = {
-            name: [mention_pattern(word) for word in (name, *declared_words(words, name))] for name in context.fields
-        }
-        self._ends = {name: spans[0].stop for name, spans in context.places.items()}
+    def __init__(self, context: Context, declared: Declared, units: Sequence[int], scope: Scope) -> None:
+        """`units`: all that are in the scope."""
+        self._context, self._scope = context, scope
+        self._ends: dict[str, int] = {}
+        """field -> the slot behind its first place in the scope"""
+        for index in units:
+            for place in context.units[index].places:
+                self._ends.setdefault(place.name, context.starts[index] + place.tokens.stop)
+        by = {name: declared.readers_of(name) for name in self._ends}
+        self._everywhere = frozenset(name for name, readers in by.items() if readers is ReadBy.ALL)
+        self._mentioned = frozenset(name for name, readers in by.items() if readers is ReadBy.MENTIONS)
+        self._patterns = {name: [mention_pattern(word) for word in declared.words_of(name)] for name in self._mentioned}
 
     def parts_in(self, units: Sequence[int]) -> Iterator[DesignPart]:
         """The parts of some consecutive units of text and values, which are read as one text."""
@@ -120,22 +154,21 @@ class _Searcher:
             if unit.places:
                 name = frozenset({unit.places[0].name})
                 span = Span(start, start + len(unit))
-                yield DesignPart(span, context.begins[index], PartKind.VALUE, name, index)
+                yield DesignPart(span, context.begins[index], PartKind.VALUE, name, index, self._scope)
                 continue
             for tokens, line in _by_line(unit, begins[number], lines, starts):
                 span = tokens.shifted(start)
                 read = frozenset(name for name in fields[line.start] if self._ends[name] <= span.start)
                 kind = PartKind.READER if read else PartKind.TEXT
-                yield DesignPart(span, context.begins[index] + tokens.start, kind, read, index)
+                yield DesignPart(span, context.begins[index] + tokens.start, kind, read, index, self._scope)
 
     def _fields(self, text: str, line: Span, holds: Sequence[tuple[int, str]]) -> frozenset[str]:
-        """The fields that a line mentions or holds, wherever they stand."""
+        """The fields that a line reads, if it stands behind them: those that it mentions or holds, and those open to all."""
         said = text[line.start : line.stop]
-        mentioned = {name for name, patterns in self._patterns.items()
-                     if name in self._ends and any(pattern.search(said) for pattern in patterns)}  # fmt: skip
+        mentioned = {name for name, patterns in self._patterns.items() if any(p.search(said) for p in patterns)}
         first, last = (bisect_left(holds, (at, "")) for at in (line.start, line.stop))
         held = {name for _, name in holds[first:last]}
-        return frozenset(mentioned | held)
+        return self._everywhere | mentioned | (self._mentioned & held)
 
 
 def _by_line(
@@ -157,23 +190,34 @@ def reads_of(parts: Sequence[DesignPart], tokens: int, after: int = 0) -> PartRe
     return PartReads(torch.from_numpy(part_of), torch.from_numpy(_table(parts)))
 
 
+def reads_behind(read: int, parts: Sequence[DesignPart], tokens: int) -> PartReads:
+    """The same for a skill that is compiled behind `read` tokens, which all of it reads."""
+    apart = reads_of(parts, tokens)
+    part_of = torch.cat([torch.full((read,), len(parts)), apart.part_of])
+    reads = apart.reads.clone()
+    reads[:, len(parts)] = True
+    return PartReads(part_of, reads)
+
+
 def _table(parts: Sequence[DesignPart]) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
     """[parts + 1, parts + 1] booleans: may the first read the second? The last one stands for what comes after all of them."""
     count = len(parts) + 1
     kinds = np.array([*(part.kind for part in parts), PartKind.TURN])
+    scopes = np.array([*(part.scope.skill for part in parts), OWN.skill])
+    opened = np.array([*(part.scope.open for part in parts), False])
     is_ = {kind: kinds == kind for kind in PartKind}
     names = sorted({name for part in parts for name in part.fields})
     member = np.zeros((count, len(names) + 1), dtype=bool)
     for number, part in enumerate(parts):
         member[number, [names.index(name) for name in part.fields]] = True
     shares = (member.astype(np.int32) @ member.T.astype(np.int32)) > 0
-    reads_text = is_[PartKind.TEXT] | is_[PartKind.VALUE] | is_[PartKind.READER]
-    units = np.array([*(part.unit for part in parts), -1])
-    same_skill = is_[PartKind.SKILL][:, None] & is_[PartKind.SKILL][None, :] & (units[:, None] == units[None, :])
+    written = ~is_[PartKind.TURN]
     drawn = is_[PartKind.VALUE] | is_[PartKind.READER]
-    allowed = reads_text[:, None] & is_[PartKind.TEXT][None, :]
+    allowed = written[:, None] & is_[PartKind.TEXT][None, :]
     allowed |= is_[PartKind.READER][:, None] & drawn[None, :] & shares
-    allowed |= same_skill | is_[PartKind.TURN][:, None]
+    allowed &= scopes[:, None] == scopes[None, :]
+    allowed |= (written & (scopes == OWN.skill))[:, None] & opened[None, :]
+    allowed |= is_[PartKind.TURN][:, None]
     table: np.ndarray[tuple[int, int], np.dtype[np.bool_]] = np.tril(allowed, -1) | np.eye(count, dtype=bool)
     return table
 

@@ -30,7 +30,7 @@ def room_of(kind: FieldType, value: Unit, tokens: Callable[[str], int]) -> int:
 
 def room_for(unit: Unit) -> Unit:
     """The unit; if it is a value that has outgrown its place, with one half as large again, so that this happens seldom."""
-    if unit.kind is Kind.PREFILL and unit.places and 0 < unit.width < len(unit):
+    if unit.kind in (Kind.PREFILL, Kind.SKILL) and unit.places and 0 < unit.width < len(unit):
         return replace(unit, width=_stepped(len(unit) * 3 // 2))
     return unit
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from programmable_kv.cache.span import Span
 from programmable_kv.design.room import room_of
 from programmable_kv.prompt.fields import TEXT, FieldType
-from programmable_kv.prompt.parts import Rendered
+from programmable_kv.prompt.parts import Rendered, unshielded
 from programmable_kv.prompt.prompt import SKILL_MARK
 from programmable_kv.prompt.tokens import encode
 from programmable_kv.prompt.turns import last_line, turn_characters
@@ -77,17 +77,47 @@ def _outside_of_tokens(piece: Rendered, cuts: Sequence[int], tokenizer: Any) -> 
     return [next((span.start for span in spans if span.start < cut < span.stop), cut) for cut in cuts]
 
 
+def skill_units(piece: Rendered, types: Mapping[str, FieldType], tokenizer: Any) -> tuple[Unit, ...]:
+    """The units of a skill's text: each value is one of its own, with room to grow, as in a prompt."""
+    piece = unshielded(piece)
+    units = [*_apart(piece, piece.places, tokenizer, types, special=False)]
+    ends = max((span.stop for _, span in piece.places), default=0)
+    if ends < len(piece.text):
+        units.append(tokenised(tokenizer, _cut(piece, ends, len(piece.text), with_values=False), Kind.PREFILL))
+    return tuple(replace(unit, kind=Kind.SKILL, piece=number) for number, unit in enumerate(units, 1))
+
+
 def _units(
     piece: Rendered, first: int, opens: int, tokenizer: Any, types: Mapping[str, FieldType], *, special: bool
 ) -> Iterator[Unit]:
     """The units of a text whose turns begin at a character, and whose open question at another."""
+    before = [place for place in piece.places if place[1].start < first]
+    yield from _apart(piece, before, tokenizer, types, special=special)
+    start = before[-1][1].stop if before else 0
+    begins = max(first, start)
+    special = special and not before
+    for stop, kind in ((begins, Kind.PREFILL), (max(begins, opens), Kind.TURN), (len(piece.text), Kind.TURN)):
+        if stop > start or (special and not start and stop == len(piece.text)):
+            text = _cut(piece, start, stop, with_values=kind is Kind.TURN)
+            yield tokenised(tokenizer, text, kind, special=special and not start)
+        start = max(start, stop)
+
+
+def _apart(
+    piece: Rendered,
+    places: Sequence[tuple[str, Span]],
+    tokenizer: Any,
+    types: Mapping[str, FieldType],
+    *,
+    special: bool,
+) -> Iterator[Unit]:
+    """The units of a text up to the last of some values in it, each value a unit with room to grow."""
     start = 0
-    for name, span in piece.places:
-        if span.start >= first:
-            break
-        if span.start > start or (special and not start):
+    for name, span in places:
+        if span.start > start or special:
             text = _cut(piece, start, span.start, with_values=False)
-            yield tokenised(tokenizer, text, Kind.PREFILL, special=special and not start)
+            yield tokenised(tokenizer, text, Kind.PREFILL, special=special)
+            special = False
         value = tokenised(
             tokenizer, Rendered(piece.text[span.start : span.stop], ((name, Span(0, len(span))),)), Kind.PREFILL
         )
@@ -96,12 +126,6 @@ def _units(
         )
         yield replace(value, width=width)
         start = span.stop
-    begins = max(first, start)
-    for stop, kind in ((begins, Kind.PREFILL), (max(begins, opens), Kind.TURN), (len(piece.text), Kind.TURN)):
-        if stop > start or (special and not start and stop == len(piece.text)):
-            text = _cut(piece, start, stop, with_values=kind is Kind.TURN)
-            yield tokenised(tokenizer, text, kind, special=special and not start)
-        start = max(start, stop)
 
 
 def _cut(piece: Rendered, start: int, stop: int, *, with_values: bool) -> Rendered:

@@ -159,7 +159,7 @@ def _reads(ledger: AnyLedger, after: Context, computes: Sequence[Compute], follo
     """What the rows of a plan, and so many after the end, may read; None where that is all before them."""
     if not isinstance(ledger, Build):
         return None
-    parts = parts_of(after, ledger.words)
+    parts = parts_of(after, ledger.declared)
     touched = (
         part
         for part in parts
@@ -179,7 +179,14 @@ def _on_buffer(step: Step, buffer: KVBuffer, layout: KVLayout | None) -> None:
             shift = step.to - step.start if step.by is None else step.by
             buffer.relocate(step.start, buffer.length, step.to, shift, layout)
         elif isinstance(step, Insert):
-            buffer.insert(step.at, step.skill.segment, layout, replacing=step.replacing, position=step.position)
+            buffer.insert(
+                step.at,
+                step.skill.segment,
+                layout,
+                replacing=step.replacing,
+                positions=step.positions,
+                ends=step.ends,
+            )
         elif isinstance(step, Exchange):
             buffer.exchange(step.start, step.middle, step.stop, layout, step.positions)
 
@@ -193,7 +200,7 @@ def _moved(step: Step, slot: int) -> int | None:
             if slot >= start:
                 return slot + to - start
             return slot if slot < to else None
-        case Insert(at, skill, replacing, _):
+        case Insert(at, skill, replacing):
             if slot >= at + replacing:
                 return slot + len(skill) - replacing
             return slot if slot < at else None
@@ -215,7 +222,7 @@ def _touched(step: Step, touched: list[Span], length: int) -> list[Span]:
     match step:
         case Shift(_, to, _):
             shifted.append(Span(min(to, length), length))
-        case Insert(at, skill, replacing, _):
+        case Insert(at, skill, replacing):
             shifted.append(Span(at, length if len(skill) != replacing else at + len(skill)))
         case Exchange(start, _, stop, _):
             shifted.append(Span(start, stop))

@@ -12,7 +12,7 @@ from typing import Any
 
 from programmable_kv.cache.span import Span
 from programmable_kv.design.build import Build
-from programmable_kv.design.parts import PartKind, parts_of
+from programmable_kv.design.parts import parts_of
 from programmable_kv.design.room import room_for, without_trailing_room
 from programmable_kv.edits.compose import plan_cut, plan_move, plan_splice
 from programmable_kv.edits.entries import on_ledger
@@ -118,7 +118,9 @@ def plan_design_splice(
     plan = plan_splice(state.context, None, skill, where, _WHOLE, operation=operation)
     after = without_trailing_room(plan.after)
     insert = next(step for step in plan.steps if isinstance(step, Insert))
-    steps = (replace(insert, position=after.position_of(insert.at) if len(skill) else None),)
+    stands = Span(insert.at, insert.at + len(skill))
+    ends = after.position_of(stands.stop)
+    steps = (replace(insert, positions=tuple(after.positions_in(stands)), ends=ends),)
     return _built(state, replace(plan, after=after, steps=steps, why=""), turns)
 
 
@@ -151,8 +153,8 @@ def plan_design_recompute(state: DesignState, start: int | None) -> Plan:
     plan = _built(state, plan, Turns.ALL)
     if start is None:
         return plan
-    later = [part for part in parts_of(state.context, state.build.words) if part.span.stop > start]
-    more = [part.span for part in later if part.kind is not PartKind.SKILL]
+    later = [part for part in parts_of(state.context, state.build.declared) if part.span.stop > start]
+    more = [part.span for part in later if not part.scope.is_skill]
     told = _SKILLS_STAY if len(more) < len(later) else ""
     return replace(plan, compute=_computes([*(one.span for one in plan.compute), *more])).because(told)
 
@@ -168,8 +170,8 @@ def _built(state: DesignState, plan: Plan, turns: Turns, *, whole: bool = False)
     spans = build.outdated(plan.after, kept)
     _require_buildable(plan.after, spans)
     if whole:
-        parts = parts_of(plan.after, build.words)
-        own = [part.span for part in parts if part.kind is not PartKind.SKILL]
+        parts = parts_of(plan.after, build.declared)
+        own = [part.span for part in parts if not part.scope.is_skill]
         spans += own
         plan = plan.because(_SKILLS_STAY if len(own) < len(parts) else "")
     told = _history(plan.after, kept, spans)

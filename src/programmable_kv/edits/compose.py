@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from programmable_kv.cache.span import Span
+from programmable_kv.design.visibility import Visibility
 from programmable_kv.edits.entries import exact_at
 from programmable_kv.edits.plan import Compute, Exchange, Insert, Plan, Select, Shift, Step, Truncate
 from programmable_kv.edits.seam import SeamRepair
@@ -45,10 +46,16 @@ def plan_splice(
     A field of the context may be without a place yet: at a prompt's prefill its text is appended later.
 
     Raises:
-        InvalidEditError: an end of `where` is no place in the text, or a field of the skill has another value here, or two.
+        InvalidEditError: an end of `where` is no place in the text, a field of the skill has another value here, or two, or the
+            skill was compiled by design and this context is not.
         UnknownPartError: there are no such slots.
     """
     _check_written(context, skill)
+    if ledger is not None and skill.visibility is Visibility.DESIGN:
+        raise InvalidEditError(
+            f"skill {skill.name!r} was compiled with visibility='design', so most of its lines have not read its fields, and "
+            "this notebook reads causally. Compile it without, or use Notebook(model, visibility='design')."
+        )
     at, (split, first) = where.start, context.split_at(where.start)
     split, last = split.split_at(where.stop, ends=True) if len(where) else (split, first)
     kept = split.with_units((*split.units[:first], *split.units[last:]))
@@ -62,7 +69,7 @@ def plan_splice(
     for name in kept.fields.keys() & skill.values.keys():
         kind = written[name].type.joined(name, fields[name], skill.types.get(name, TEXT))
         written[name] = replace(written[name], type=kind)
-    after = Context((*kept.units[:first], skill.placed, *kept.units[first:]), written)
+    after = Context((*kept.units[:first], *skill.placed, *kept.units[first:]), written)
     steps: list[Step] = [Insert(at, skill, len(where))]
     compute: tuple[Compute, ...] = ()
     span = Span(at, at + len(skill))

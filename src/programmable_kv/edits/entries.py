@@ -32,9 +32,9 @@ def on_ledger(step: Step, ledger: AnyLedger) -> AnyLedger:
             return ledger.truncated(length)
         case Shift(start, to, _):
             return ledger.shifted(start, to)
-        case Insert(at, skill, replacing, _):
+        case Insert(at, skill, replacing):
             if isinstance(ledger, Build):
-                return ledger.inserted(at, skill.placed, rounded=skill.rounded, replacing=replacing)
+                return ledger.inserted(at, skill.placed, skill.mentions, rounded=skill.rounded, replacing=replacing)
             return ledger.inserted(at, [compiled_run(skill, ledger, at)], replacing=replacing)
         case Exchange(start, middle, stop, _):
             return ledger.exchanged(start, middle, stop)

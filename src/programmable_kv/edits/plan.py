@@ -41,8 +41,10 @@ class Insert:
     at: int
     skill: Skill = field(repr=False)
     replacing: int = 0
-    position: int | None = None
-    """of its first token; right behind the slot before when None"""
+    positions: tuple[int, ...] = ()
+    """of its tokens; those right behind the slot before when empty"""
+    ends: int | None = None
+    """the position that what follows moves to; right behind the skill when None"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,7 @@ class Plan:
                     if length > start:
                         yield step, length - start
                     length += to - start
-                case Insert(at, skill, replacing, _):
+                case Insert(at, skill, replacing):
                     grown = len(skill) - replacing
                     yield step, len(skill) + (length - at - replacing if grown else 0)
                     length += grown
@@ -185,7 +187,7 @@ def _described(step: Step) -> str:
             return f"drop the slots from {length} on"
         case Shift(start, to, _):
             return f"move the tail from slot {start} to slot {to}"
-        case Insert(at, skill, replacing, _):
+        case Insert(at, skill, replacing):
             instead = f" in the place of {replacing} tokens" if replacing else ""
             return f"insert {skill.name} ({len(skill)} tokens) at slot {at}{instead}"
         case Exchange(start, middle, stop, _):

@@ -23,6 +23,7 @@ from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.span import Span
 from programmable_kv.design.build import Build
 from programmable_kv.design.closure import readers_by_design
+from programmable_kv.design.declared import Declared, ReadBy, parse_read_by
 from programmable_kv.design.visibility import Visibility, parse_visibility
 from programmable_kv.edits.apply import Applied, apply
 from programmable_kv.edits.modes import Mode
@@ -30,7 +31,7 @@ from programmable_kv.edits.plan import Plan
 from programmable_kv.edits.ranking import AttentionInfluence, Ranking
 from programmable_kv.edits.seam import SeamRepair
 from programmable_kv.engine import Progress
-from programmable_kv.errors import AlreadyPrefilledError, NotPrefilledError, OutOfStepError
+from programmable_kv.errors import AlreadyPrefilledError, InvalidArgumentError, NotPrefilledError, OutOfStepError
 from programmable_kv.models.load import Model
 from programmable_kv.notebook import asking, prefilling, saving, streaming
 from programmable_kv.notebook.decision import Decision
@@ -110,8 +111,8 @@ class Notebook:
             ),
         )
         self._skills: dict[str, Skill] = {}
-        self._mentions: dict[str, tuple[str, ...]] = {}
-        """field -> what else a line says when it speaks of it"""
+        self._declared = Declared()
+        """by what words lines speak of a field, and who may read a part"""
         self._state = State()
         self._buffer: KVBuffer | None = None
         self._stream_open = False
@@ -216,19 +217,55 @@ class Notebook:
             UnknownFieldError: there is no such field and no such word.
             InvalidArgumentError: a word without a letter or digit.
         """
-        if not any(name in declared for declared in self._mentions.values()):
+        if not any(name in said for said in self._declared.words.values()):
             require_fields([name], self.fields)
         check_words(words)
+        return self._declaring(self._declared.with_words({name: words}))
+
+    def readable(self, name: str, /, *, by: str | ReadBy) -> Self:
+        """Declare who may read a field's values, or a skill, under `visibility="design"`. Turns always may.
+
+        Args:
+            by: `mentions` (of a field, the lines that mention or hold it: the default), `all` (all text behind it, as in a
+                causal context: nothing is missed, and an edit computes all of it again), or `turns` (nobody but turns, which
+                is the default for a skill: an edit computes the value and the open question, and the model has to conclude
+                everything there).
+
+        May be called before and after prefill; saved with the notebook. What is to be read differently now counts as stale, and
+        the next edit or `recompute` builds it again.
+
+        Raises:
+            UnknownFieldError: there is no such field or skill.
+            InvalidArgumentError: there is no such choice, or not for a skill; or this notebook reads causally.
+        """
+        choice = parse_read_by(by)
+        if self.visibility is not Visibility.DESIGN:
+            raise InvalidArgumentError(
+                "in a causal notebook every token reads all text before it: build it with visibility='design' to say who reads "
+                "what"
+            )
+        if name in self._skill_names():
+            if choice is ReadBy.MENTIONS:
+                raise InvalidArgumentError(f"a skill is read by all or by turns; {name!r} is a skill")
+        else:
+            require_fields([name], self.fields)
+        return self._declaring(replace(self._declared, read_by={**self._declared.read_by, name: choice}))
+
+    def _skill_names(self) -> set[str]:
+        spliced = (skill.name for skill in self._skills.values())
+        return {*spliced, *(unit.name for unit in self._state.context.units if unit.name)}
+
+    def _declaring(self, declared: Declared) -> Self:
         if self._buffer is not None:
             self._ready()
-        self._mentions = {**self._mentions, name: tuple(dict.fromkeys((*self._mentions.get(name, ()), *words)))}
-        self._state = self._worded(self._state)
+        self._declared = declared
+        self._state = self._declared_in(self._state)
         return self
 
-    def _worded(self, state: State) -> State:
-        """A state of this notebook with the words that are declared now: by design they say what was to be read."""
+    def _declared_in(self, state: State) -> State:
+        """A state of this notebook with what is declared now: by design it says what was to be read."""
         if isinstance(state.ledger, Build):
-            return replace(state, ledger=replace(state.ledger, words=self._mentions))
+            return replace(state, ledger=replace(state.ledger, declared=self._declared))
         return state
 
     def _given(self, fields: Mapping[str, Value | Skill]) -> tuple[dict[str, Value], dict[str, Skill]]:
@@ -258,6 +295,7 @@ class Notebook:
         if self.prompt.empty:
             raise NotPrefilledError("the notebook is empty: add .message(...) or .text(...) before .prefill()")
         self._state, self._buffer, account = prefilling.prefill(self, repair, progress)
+        self._take_over()
         return self._recorded(account)
 
     def rendered(self) -> Rendered:
@@ -361,7 +399,7 @@ class Notebook:
         wanted = parse_turns(turns)
         if (design := self.plan._design()) is not None:
             kept = design.kept(design.context, wanted)
-            return readers_by_design(design.context, self._mentions, name, wanted, kept)
+            return readers_by_design(design.context, self._declared, name, wanted, kept)
         return self._readers_in(self._state.context, name, wanted)
 
     def suggest_readers(
@@ -398,7 +436,7 @@ class Notebook:
     def _readers_in(self, context: Context, name: str, turns: Turns, words: Sequence[str] = ()) -> tuple[Reader, ...]:
         """The readers of a field; `words` are what they may mention besides its name and what was declared."""
         slots = turn_slots(context, self._state.conversation, name)
-        known = [word for each in (name, *words) for word in declared_words(self._mentions, each)]
+        known = [word for each in (name, *words) for word in declared_words(self._declared.words, each)]
         return readers_of(context, name, (*known, *words), turns, slots)
 
     # -- operations --------------------------------------------------------------------------------------------
@@ -544,7 +582,13 @@ class Notebook:
             state = self._state
             applied = apply(plan, self.model.engine, self.cache, state.ledger, followed_by=followed_by, logits=logits)
             self._state = State(plan.after, applied.ledger, conversation or state.conversation)
+            self._take_over()
         return applied
+
+    def _take_over(self) -> None:
+        """What a skill that came in has declared is declared here from now on."""
+        if isinstance(self._state.ledger, Build):
+            self._declared = self._state.ledger.declared
 
     # -- asking ------------------------------------------------------------------------------------------------
 
@@ -645,7 +689,7 @@ class Notebook:
         require(mark, NotebookMark, "a mark is what `mark` returned")
         with self.model.engine.meter.measure() as reading:
             self.cache.rollback(mark.buffer)
-        self._state = self._worded(mark.state)
+        self._state = self._declared_in(mark.state)
         return self._recorded(self._unchanged(reading.account, "rollback"))
 
     def release(self, mark: NotebookMark) -> None:
@@ -665,7 +709,7 @@ class Notebook:
             self.model, erratum_template=self.erratum_template, ranking=self.ranking, visibility=self.visibility
         )
         other.prompt, other._skills, other._state = self.prompt, self._skills, state
-        other._mentions = self._mentions
+        other._declared = self._declared
         with self.model.engine.meter.measure() as reading:
             other._buffer = self.cache.fork()
         other._recorded(other._unchanged(reading.account, "fork"))
@@ -728,6 +772,7 @@ class Notebook:
             if buffer.holds(mark):  # or else the caller has rolled back further already
                 buffer.rollback(mark)
                 self._state = state
+                self._take_over()
             raise
         if buffer.holds(mark):
             buffer.release(mark)

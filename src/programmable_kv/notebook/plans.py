@@ -197,7 +197,7 @@ class Plans:
 
         return EditTools(
             notebook.model.tokenizer, write, self._can_relocate, notebook.ranking, k, self._bytes_per_token,
-            lambda context, name, words: notebook._readers_in(context, name, turns, words), notebook._mentions.keys(),
+            lambda context, name, words: notebook._readers_in(context, name, turns, words), notebook._declared.words.keys(),
         )  # fmt: skip
 
     def _can_relocate(self) -> bool:

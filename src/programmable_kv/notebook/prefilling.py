@@ -54,7 +54,7 @@ def prefill(
     types = prompt.types
     design = notebook.visibility is Visibility.DESIGN
     fields = {name: FieldValue(it, it, types.get(name, TEXT)) for name, it in values.items()}
-    state = State(Context((), fields), Build((), notebook._mentions) if design else Ledger())
+    state = State(Context((), fields), Build((), notebook._declared) if design else Ledger())
     total = Account()
     for number, piece in enumerate(pieces):
         plan = _plan(state, piece, repair)

@@ -29,7 +29,7 @@ def save(notebook: Notebook, where: str | Path | Blobs) -> Path | str:
     messages = conversation.still_in(state.context.text, values) if conversation else ()
     saved = SavedNotebook(
         notebook.erratum_template, messages, notebook.prompt.template, values,
-        state.context, state.ledger, notebook.cache.tensors(), notebook._mentions,
+        state.context, state.ledger, notebook.cache.tensors(), notebook._declared,
     )  # fmt: skip
     return write(saved, where, notebook.model)
 
@@ -44,7 +44,7 @@ def load(kind: type[Notebook], where: str | Path | Blobs, model: Model) -> Noteb
     buffer.load_tensors(dict(saved.tensors))
     conversation = Conversation(saved.template, saved.messages, saved.values) if saved.messages else None
     notebook._state, notebook._buffer = State(saved.context, saved.ledger, conversation), buffer
-    notebook._mentions = dict(saved.mentions)
+    notebook._declared = saved.declared
     return notebook
 
 

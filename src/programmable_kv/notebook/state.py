@@ -52,16 +52,17 @@ class State:
         return states
 
     def parts(self) -> tuple[Part, ...]:
-        """The context's pieces in order."""
+        """The context's pieces in order. A skill is one, a value of a prompt that is read by design is one, too."""
         states = self.token_states()
         context = self.context
-        return tuple(
-            Part(
-                unit.kind, unit.name, Span(start, start + len(unit)), unit.text,
-                weakest(set(states[start : start + len(unit)])), context.superseded(index),
+        found = []
+        for group in context.groups:
+            unit, span = context.units[group.start], context.slots_of(group)
+            state = weakest(set(states[span.start : span.stop]))
+            found.append(
+                Part(unit.kind, unit.name, span, context.text_of(group), state, context.superseded(group.start))
             )
-            for index, (start, unit) in enumerate(zip(context.starts, context.units, strict=False))
-        )  # fmt: skip
+        return tuple(found)
 
     # -- places that a caller names ------------------------------------------------------------------------------------
 
@@ -110,12 +111,11 @@ class State:
         Raises:
             UnknownPartError: there is no skill of that name, or more than one: use a part of `.parts`.
         """
-        named = [
-            (start, unit) for start, unit in zip(self.context.starts, self.context.units, strict=False) if unit.name
-        ]
-        found = [Span(start, start + len(unit)) for start, unit in named if unit.name == name]
+        context = self.context
+        named = [(context.units[group.start].name, context.slots_of(group)) for group in context.groups]
+        found = [span for known, span in named if known == name]
         if len(found) != 1:
-            known = ", ".join(unit.name for _, unit in named) or "none"
+            known = ", ".join(filter(None, (known for known, _ in named))) or "none"
             raise UnknownPartError(
                 f"there are {len(found)} skills called {name!r} in this context; its skills are: {known}. Choose from "
                 "`.parts` and pass the part itself."
@@ -126,8 +126,10 @@ class State:
         """The part's slots, if it still stands there."""
         context = self.context
         stands = any(
-            start == part.span.start and (unit.kind, unit.name, unit.text) == (part.kind, part.name, part.text)
-            for start, unit in zip(context.starts, context.units, strict=False)
+            context.starts[group.start] == part.span.start
+            and (context.units[group.start].kind, context.units[group.start].name) == (part.kind, part.name)
+            and context.text_of(group) == part.text
+            for group in context.groups
         )
         if not stands:
             raise UnknownPartError(

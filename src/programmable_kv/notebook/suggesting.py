@@ -153,7 +153,7 @@ class _Asked:
 
     def decision(self, mode: Mode | None, words: Sequence[str] = ()) -> Decision:
         """After the edit in a mode, or without it; with more words declared. The notebook is put back."""
-        notebook, declared = self.notebook, self.notebook._mentions
+        notebook, declared = self.notebook, self.notebook._declared
         mark = notebook.mark()
         try:
             if words:
@@ -161,7 +161,7 @@ class _Asked:
             edits = None if mode is None else {self.name: self.value}
             return notebook.decide(self.prompt, self.options, edits=edits, mode=mode, turns=self.turns)
         finally:
-            notebook._mentions = declared
+            notebook._declared = declared
             notebook.rollback(mark)
 
 

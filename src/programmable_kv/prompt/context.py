@@ -50,6 +50,27 @@ class Context:
         """The position at which every unit begins, and the one behind the end."""
         return tuple(accumulate((unit.positions for unit in self.units), initial=0))
 
+    @cached_property
+    def groups(self) -> tuple[Span, ...]:
+        """The units in order, by index: those of one skill together, each other one alone."""
+        found: list[Span] = []
+        for index, unit in enumerate(self.units):
+            before = self.units[index - 1] if index else None
+            follows = before is not None and before.name == unit.name and before.piece == unit.piece - 1
+            if unit.piece > 1 and follows:
+                found[-1] = Span(found[-1].start, index + 1)
+            else:
+                found.append(Span(index, index + 1))
+        return tuple(found)
+
+    def slots_of(self, units: Span) -> Span:
+        """The slots of some consecutive units."""
+        return Span(self.starts[units.start], self.starts[units.stop])
+
+    def text_of(self, units: Span) -> str:
+        """The text of some consecutive units."""
+        return "".join(unit.text for unit in self.units[units.start : units.stop])
+
     @property
     def has_gaps(self) -> bool:
         """Whether some positions are kept free, so that a slot's position is not its number."""

@@ -108,6 +108,8 @@ def _slot_of(context: Context, conversation: Conversation, index: int) -> int | 
     for start, unit in zip(reversed(context.starts[:-1]), reversed(context.units), strict=True):
         if unit.kind is Kind.ERRATUM:  # no message of the conversation
             continue
+        if unit.kind is Kind.SKILL and unit.piece > 1:  # the mark stands for all of its pieces
+            continue
         if unit.kind is Kind.SKILL:  # without a mark it was spliced in later, and is no part of a message
             left = left.removesuffix(SKILL_MARK)
         elif len(unit.text) < len(left):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
+from itertools import accumulate
 from operator import itemgetter
 from typing import Any
 
@@ -66,6 +67,8 @@ class Unit:
     """positions that are kept for it, where they are more than its tokens: what follows stands behind all of them"""
     read: tuple[int, ...] = ()
     """of a skill: the tokens that it read while it was compiled, and does not hold"""
+    piece: int = 0
+    """of a skill in several units: which of them this is, from 1 on; 0: it is in one unit"""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -81,7 +84,7 @@ class Unit:
     def _key(self) -> tuple[object, ...]:
         return (
             self.kind, self.text, self.ids, self.special, self.places, self.corrects, self.name, self.plain, self.width,
-            self.read,
+            self.read, self.piece,
         )  # fmt: skip
 
     @property
@@ -124,7 +127,7 @@ class Unit:
         )  # fmt: skip
         tail = replace(
             self, text=self.text[character:], ids=self.ids[token:], offsets=self.offsets[token:] - character,
-            special=False,
+            special=False, piece=0,
             places=tuple(Place(p.name, p.characters.shifted(-character), p.tokens.shifted(-token))
                          for p in self.places if p.tokens.start >= token and p.tokens.stop > token),
             plain=tuple(span.shifted(-character) for span in self.plain if span.start >= character),
@@ -156,6 +159,22 @@ def tokenised(
     ids, offsets = encode(tokenizer, rendered.text, [*rendered.plain, *values], special=special)
     places = tuple(Place(name, span, _covering(offsets, span)) for name, span in rendered.places)
     return Unit(kind, rendered.text, ids, offsets, special, places, corrects, plain=rendered.plain)
+
+
+def joined_unit(units: Sequence[Unit]) -> Unit:
+    """Some consecutive units as one, with the same tokens."""
+    begins = [0, *accumulate(len(unit.text) for unit in units)]
+    starts = [0, *accumulate(len(unit) for unit in units)]
+    offsets: Offsets = np.concatenate([unit.offsets + np.int32(at) for unit, at in zip(units, begins, strict=False)])
+    return Unit(
+        units[0].kind,
+        "".join(unit.text for unit in units),
+        tuple(token for unit in units for token in unit.ids),
+        offsets,
+        places=tuple(Place(place.name, place.characters.shifted(at), place.tokens.shifted(start))
+                     for unit, at, start in zip(units, begins, starts, strict=False) for place in unit.places),
+        plain=tuple(span.shifted(at) for unit, at in zip(units, begins, strict=False) for span in unit.plain),
+    )  # fmt: skip
 
 
 _START, _STOP = itemgetter(0), itemgetter(1)

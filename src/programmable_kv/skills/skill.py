@@ -10,21 +10,29 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from programmable_kv.account import Account
+from programmable_kv.cache.masks import PartReads
+from programmable_kv.cache.rows import Rows
 from programmable_kv.cache.segment import Segment
 from programmable_kv.cache.span import Span
-from programmable_kv.errors import FingerprintMismatchError, InvalidValueError, UnknownFieldError
+from programmable_kv.design.declared import Declared, Words
+from programmable_kv.design.parts import parts_of, reads_behind
+from programmable_kv.design.units import skill_units
+from programmable_kv.design.visibility import Visibility, parse_visibility
+from programmable_kv.errors import FingerprintMismatchError, InvalidArgumentError, InvalidValueError, UnknownFieldError
 from programmable_kv.models.load import Model
 from programmable_kv.prompt.chat import message_alone, opened
+from programmable_kv.prompt.context import Context, FieldValue
 from programmable_kv.prompt.fields import FieldType, Value, declare
 from programmable_kv.prompt.parts import Message, Rendered, Text, unmark
 from programmable_kv.prompt.prompt import check_values, places_in_json
+from programmable_kv.prompt.readers import check_words
 from programmable_kv.prompt.tokens import as_text
-from programmable_kv.prompt.units import Kind, Unit, tokenised
+from programmable_kv.prompt.units import Kind, Unit, joined_unit, tokenised
 from programmable_kv.prompt.values import check_name, check_role
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
 
@@ -52,6 +60,10 @@ class Skill:
     """kept in fewer bits than it was computed in: close, and never exact"""
     types: Mapping[str, FieldType] = field(default_factory=dict)
     """of the fields in it"""
+    pieces: tuple[Unit, ...] = ()
+    """of one that was compiled by design: its units, the values apart"""
+    mentions: Words = field(default_factory=dict)
+    """of one that was compiled by design: what else its lines say when they speak of a field"""
 
     @property
     def text(self) -> str:
@@ -71,9 +83,14 @@ class Skill:
         return array("I", self.preface_ids).tobytes()
 
     @property
-    def placed(self) -> Unit:
-        """Its text as a unit of a context, under its name."""
-        return replace(self.unit, name=self.name, read=self.preface_ids)
+    def placed(self) -> tuple[Unit, ...]:
+        """Its text as units of a context, under its name."""
+        return tuple(replace(unit, name=self.name, read=self.preface_ids) for unit in self.pieces or (self.unit,))
+
+    @property
+    def visibility(self) -> Visibility:
+        """How its tokens read each other."""
+        return Visibility.DESIGN if self.pieces else Visibility.CAUSAL
 
     @classmethod
     def compile(
@@ -86,6 +103,8 @@ class Skill:
         name: str | None = None,
         role: str | None = None,
         preface: Preface = "",
+        visibility: str | Visibility = Visibility.CAUSAL,
+        mentions: Words | None = None,
         **fields: Value,
     ) -> Skill:
         """Compute a text alone (behind the token that begins every text, where the tokenizer has one), or behind a preface.
@@ -98,15 +117,22 @@ class Skill:
             preface: text that it reads while it is computed and that is then discarded: text of the kind that will precede it.
                 What it concludes from the preface stays in its keys and values. Right behind exactly these tokens it is exact.
                 With a `role`, the preface's last message is closed.
+            visibility: `design`, for a notebook under `visibility="design"`: a field in the skill is read by those of its lines
+                that mention it, so that an edit computes just these again. Without fields in it a skill needs none.
+            mentions: with `design`, field -> what else its lines say when they speak of the field, as `Notebook.mentions`.
+                The notebook that it comes into takes these words over.
 
         Raises:
+            InvalidArgumentError: there is no such visibility, or words are declared for one that has no use for them.
+            UnverifiedError: `design`, and this model cannot compute with a mask of its own.
             InvalidValueError: the text is empty, it or the preface has a special token that cannot be plain text, or a name or
                 value is not plain data.
             UnknownFieldError: a field has no placeholder in the text.
             ContextOverflowError: it is longer than the model's positions, the preface included.
             TemplateError: the chat template does not take a message of that role, or the preface.
         """
-        return compute_drafts(model, [Draft.of(model, text, {**(values or {}), **fields}, name, role, preface)])[0]
+        draft = Draft.of(model, text, {**(values or {}), **fields}, name, role, preface, visibility, mentions)
+        return compute_drafts(model, [draft])[0]
 
     @classmethod
     def compile_together(
@@ -155,17 +181,34 @@ class Draft:
     preface: str
     preface_ids: tuple[int, ...]
     types: Mapping[str, FieldType] = field(default_factory=dict)
+    pieces: tuple[Unit, ...] = ()
+    """by design: its units, the values apart"""
+    mentions: Words = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, model: Model, text: str, fields: Mapping[str, Value], name: str | None, role: str | None, preface: Preface
+        cls,
+        model: Model,
+        text: str,
+        fields: Mapping[str, Value],
+        name: str | None,
+        role: str | None,
+        preface: Preface,
+        visibility: str | Visibility = Visibility.CAUSAL,
+        mentions: Words | None = None,
     ) -> Draft:
         """Arguments and errors as `Skill.compile`."""
-        _check_no_option(text, fields, {"name": name, "role": role, "preface": preface or None})
+        design = parse_visibility(visibility) is Visibility.DESIGN
+        _check_no_option(text, fields, {
+            "name": name, "role": role, "preface": preface or None, "visibility": visibility if design else None,
+            "mentions": mentions,
+        })  # fmt: skip
         if role is not None:
             check_role(role)
         values, types = _checked_fields(model, text, fields)
-        return cls._behind(model, text, values, types, name, role, _read(model.tokenizer, preface, inside=role is None))
+        words = _checked_mentions(mentions, values, design=design)
+        read = _read(model.tokenizer, preface, inside=role is None)
+        return cls._behind(model, text, values, types, name, role, read, words if design else None)
 
     @classmethod
     def together(
@@ -211,8 +254,12 @@ class Draft:
         name: str | None,
         role: str | None,
         read: tuple[str, tuple[int, ...]],
+        designed_with: Words | None = None,
     ) -> Draft:
-        """`fields`, as they stand in the text, were checked. `read`: the preface as the model reads it, and its tokens."""
+        """`fields`, as they stand in the text, were checked. `read`: the preface as the model reads it, and its tokens.
+
+        `designed_with`: the declared words of one that is compiled by design.
+        """
         if not text:
             raise InvalidValueError("the skill's text is empty")
         part = Text(as_text(text, model.tokenizer, "the skill's text"), tuple(fields))
@@ -220,16 +267,30 @@ class Draft:
         rendered = (
             unmark(part.marked(fields)) if role is None else message_alone(model.tokenizer, Message(role, part), fields)
         )
-        unit = tokenised(model.tokenizer, rendered, Kind.SKILL)
+        own_types = {of: types[of] for of in fields}
+        designed = designed_with is not None and len(fields) > 0
+        pieces = skill_units(rendered, own_types, model.tokenizer) if designed else ()
+        unit = joined_unit(pieces) if designed else tokenised(model.tokenizer, rendered, Kind.SKILL)
         if name is None:
             name = "skill_" + hashlib.sha256(f"{read[0]}{unit.text}".encode()).hexdigest()[:12]
         check_name(name)
-        return cls(name, unit, dict(fields), *read, {of: types[of] for of in fields})
+        return cls(name, unit, dict(fields), *read, own_types, pieces, designed_with or {})
 
     @property
     def end(self) -> int:
         """Where it ends, the preface counted."""
         return len(self.preface_ids) + len(self.unit)
+
+    def rows(self) -> tuple[Rows, PartReads | None]:
+        """Its tokens behind its preface, and what they may read; all that stands before them when None."""
+        ids = (*self.preface_ids, *self.unit.ids)
+        if not self.pieces:
+            return Rows.appended(ids, 0, 0), None
+        context = Context(self.pieces, {name: FieldValue(it, it) for name, it in self.values.items()})
+        read = len(self.preface_ids)
+        positions = (*range(read), *(read + at for at in context.positions_in(Span(0, len(context)))))
+        reads = reads_behind(read, parts_of(context, Declared(self.mentions)), len(context))
+        return Rows(ids, tuple(range(len(ids))), positions), reads
 
 
 def compute_drafts(model: Model, drafts: Sequence[Draft]) -> list[Skill]:
@@ -238,9 +299,12 @@ def compute_drafts(model: Model, drafts: Sequence[Draft]) -> list[Skill]:
     Each one's account holds its own tokens and those between it and the one before: together they are what it all cost.
     """
     last = drafts[-1]
+    if last.pieces:
+        model.engine.require_rows(instead="Compile it without visibility='design'.")
     with model.engine.meter.measure() as reading:
         buffer = model.engine.new_buffer(last.end)
-        model.engine.append(buffer, [*last.preface_ids, *last.unit.ids], logits=0)
+        rows, reads = last.rows()
+        model.engine.compute(buffer, rows, logits=0, reads=reads)
     skills: list[Skill] = []
     paid = 0
     for draft in drafts:
@@ -258,6 +322,8 @@ def compute_drafts(model: Model, drafts: Sequence[Draft]) -> list[Skill]:
                 draft.preface,
                 draft.preface_ids,
                 types=draft.types,
+                pieces=draft.pieces,
+                mentions=draft.mentions,
             )
         )
         paid = draft.end
@@ -279,7 +345,30 @@ def _checked_fields(
     return values, types
 
 
-def _check_no_option(text: str, fields: Mapping[str, str], options: Mapping[str, object]) -> None:
+def _checked_mentions(mentions: Words | None, values: Collection[str], *, design: bool) -> dict[str, tuple[str, ...]]:
+    """
+    Raises:
+        InvalidArgumentError: words are declared that nothing would look for, or a word has no letter or digit.
+        UnknownFieldError: words are declared for no field of the skill.
+    """
+    words = {name: tuple(dict.fromkeys(said)) for name, said in (mentions or {}).items()}
+    if words and not design:
+        raise InvalidArgumentError(
+            "mentions say which lines of a skill read a field, and without visibility='design' all later ones do: leave "
+            "them out, and declare them with Notebook.mentions"
+        )
+    for said in words.values():
+        check_words(said)
+    known = {*values, *(word for said in words.values() for word in said)}
+    if unknown := [name for name in words if name not in known]:
+        raise UnknownFieldError(
+            f"mentions are declared for {unknown[0]!r}, which is no field of this skill; its fields are: "
+            f"{', '.join(values) or 'none'}"
+        )
+    return words
+
+
+def _check_no_option(text: str, fields: Mapping[str, object], options: Mapping[str, object]) -> None:
     """
     Raises:
         InvalidValueError: an option that was given could have been meant as the value of a field of that name.

@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import save
 
 from programmable_kv.account import Account
+from programmable_kv.design.declared import Words
+from programmable_kv.design.visibility import Visibility
 from programmable_kv.engine import Engine
 from programmable_kv.errors import CorruptFileError, InvalidArgumentError, InvalidValueError, UnknownSkillError
 from programmable_kv.models.home import home
@@ -85,7 +87,7 @@ class SkillStore:
                 "Compile it again, or keep it in a store with int8=True."
             )
         check_name(skill.name)
-        key = key_of(skill.fingerprint, skill.preface_ids, skill.unit.ids, self.int8)
+        key = key_of(skill.fingerprint, skill.preface_ids, skill.unit.ids, self.int8, skill.pieces, skill.mentions)
         body = save(packed(skill, int8=self.int8))
         entry = Entry(
             key=key,
@@ -102,6 +104,8 @@ class SkillStore:
             preface_tokens=len(skill.preface_ids),
             preface_sha256=preface_digest(skill.preface_ids),
             unit=SavedUnit.of(skill.unit),
+            pieces=tuple(SavedUnit.of(piece) for piece in skill.pieces),
+            mentions={name: tuple(words) for name, words in skill.mentions.items()},
         )
         self._entries.write(entry, body)
         return entry
@@ -116,6 +120,8 @@ class SkillStore:
         name: str | None = None,
         role: str | None = None,
         preface: Preface = "",
+        visibility: str | Visibility = Visibility.CAUSAL,
+        mentions: Words | None = None,
         **fields: Value,
     ) -> Skill:
         """The skill from the store if it is there and intact, else compiled and kept. Arguments and errors as `Skill.compile`.
@@ -125,7 +131,7 @@ class SkillStore:
         Raises:
             StorageError: the store cannot be read; or the skill is not there, and cannot be written.
         """
-        draft = Draft.of(model, text, {**(values or {}), **fields}, name, role, preface)
+        draft = Draft.of(model, text, {**(values or {}), **fields}, name, role, preface, visibility, mentions)
         return self._compiled(model, [draft], named=name is not None)[0]
 
     def compile_together(
@@ -160,7 +166,10 @@ class SkillStore:
 
     def _all_kept(self, model: Model, drafts: Sequence[Draft], named: bool) -> list[Skill] | None:
         """The drafts' skills if the store has all of them, whole; None if one is missing, damaged or evicted meanwhile."""
-        keys = [key_of(model.fingerprint, draft.preface_ids, draft.unit.ids, self.int8) for draft in drafts]
+        keys = [
+            key_of(model.fingerprint, draft.preface_ids, draft.unit.ids, self.int8, draft.pieces, draft.mentions)
+            for draft in drafts
+        ]
         if not all(self._entries.holds(key) for key in keys):
             return None
         skills = []
@@ -182,6 +191,8 @@ class SkillStore:
                     values=draft.values,
                     preface=draft.preface,
                     types=draft.types,
+                    pieces=draft.pieces,
+                    mentions=draft.mentions,
                 )
             )
         return skills
@@ -221,6 +232,8 @@ class SkillStore:
             content.preface_ids,
             entry.precision == "int8",
             {name: kind.type(where) for name, kind in entry.types.items()},
+            tuple(piece.unit() for piece in entry.pieces),
+            dict(entry.mentions),
         )
 
     def entries(self) -> list[Entry]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from programmable_kv.design.build import Build, Built
+from programmable_kv.design.declared import Declared
 from programmable_kv.errors import CorruptFileError
 
 BuildKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
@@ -24,7 +24,7 @@ class SavedBuilt(BaseModel):
 
 
 class SavedBuild(BaseModel):
-    """What stands in a context's slots, in order. The words that readers mention are saved as the notebook's."""
+    """What stands in a context's slots, in order. What was declared is saved as the notebook's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -48,11 +48,11 @@ class SavedBuild(BaseModel):
         if found != tokens:
             raise CorruptFileError(f"{where}: {found} tokens were built, and the context has {tokens}")
 
-    def build(self, words: Mapping[str, tuple[str, ...]]) -> Build:
+    def build(self, declared: Declared) -> Build:
         return Build(
             tuple(
                 Built(one.tokens, None if one.key is None else bytes.fromhex(one.key), one.rounded)
                 for one in self.built
             ),
-            words,
+            declared,
         )

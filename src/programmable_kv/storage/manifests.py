@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from programmable_kv.cache.span import Span
+from programmable_kv.design.declared import Declared, ReadBy, Words
 from programmable_kv.errors import CorruptFileError, InvalidArgumentError, InvalidValueError
 from programmable_kv.models.load import Model
 from programmable_kv.prompt.context import Context, FieldValue
@@ -24,7 +25,7 @@ from programmable_kv.prompt.guard import check_text
 from programmable_kv.prompt.parts import Message, Text
 from programmable_kv.prompt.readers import check_words
 from programmable_kv.prompt.template import ChatTemplate
-from programmable_kv.prompt.units import Kind, Place, Unit
+from programmable_kv.prompt.units import Kind, Place, Unit, joined_unit
 from programmable_kv.prompt.values import check_name, check_role, check_template
 from programmable_kv.storage.builds import SavedBuild
 from programmable_kv.storage.ledgers import SavedLedger
@@ -61,6 +62,7 @@ class SavedUnit(_Strict):
     plain: tuple[tuple[int, int], ...] = ()
     width: Annotated[int, Field(ge=0)] = 0
     read: tuple[int, ...] = ()
+    piece: Annotated[int, Field(ge=0)] = 0
 
     @classmethod
     def of(cls, unit: Unit) -> SavedUnit:
@@ -73,7 +75,7 @@ class SavedUnit(_Strict):
         return cls(
             kind=unit.kind, text=unit.text, ids=unit.ids, offsets=tuple((a, b) for a, b in unit.offsets.tolist()),
             special=unit.special, places=places, corrects=unit.corrects, name=unit.name,
-            plain=tuple((span.start, span.stop) for span in unit.plain), width=unit.width, read=unit.read,
+            plain=tuple((span.start, span.stop) for span in unit.plain), width=unit.width, read=unit.read, piece=unit.piece,
         )  # fmt: skip
 
     def unit(self) -> Unit:
@@ -82,7 +84,7 @@ class SavedUnit(_Strict):
         plain = tuple(Span(*span) for span in self.plain)
         return Unit(
             self.kind, self.text, self.ids, offsets, self.special, places, self.corrects, self.name, plain, self.width,
-            self.read,
+            self.read, self.piece,
         )  # fmt: skip
 
     def check(self, fields: Container[str], model: Model, where: str) -> None:
@@ -238,6 +240,12 @@ class NotebookManifest(Sealed):
     """in the place of a ledger, where visibility is by design"""
     mentions: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """field -> what else a line says when it speaks of it"""
+    read_by: dict[str, ReadBy] = Field(default_factory=dict)
+    """field or skill -> who may read it, where visibility is by design"""
+
+    @property
+    def declared(self) -> Declared:
+        return Declared(dict(self.mentions), dict(self.read_by))
 
     def check(self, model: Model, where: str) -> None:
         """
@@ -254,20 +262,13 @@ class NotebookManifest(Sealed):
         if not named <= self.placeholders.keys():
             raise CorruptFileError(f"{where}: a message has a placeholder without a value")
         self.context.check(model, where)
-        self._check_mentions(where)
+        check_mentions(self.mentions, where)
         if (self.ledger is None) == (self.build is None):
             raise CorruptFileError(f"{where}: it must have a ledger or a build, and not both")
         if self.ledger is not None:
             self.ledger.check(self.context.length, where)
         if self.build is not None:
             self.build.check(self.context.length, where)
-
-    def _check_mentions(self, where: str) -> None:
-        for name, words in self.mentions.items():
-            try:
-                check_words(words)
-            except InvalidArgumentError as error:
-                raise CorruptFileError(f"{where}: the words declared for {name!r}: {error}") from error
 
 
 class Entry(Sealed):
@@ -295,6 +296,10 @@ class Entry(Sealed):
     preface_sha256: Digest
     """of its token ids"""
     unit: SavedUnit
+    pieces: tuple[SavedUnit, ...] = ()
+    """of a skill that was compiled by design: its units, which together are `unit`"""
+    mentions: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """of such a skill: field -> what else its lines say when they speak of it"""
 
     def check(self, model: Model, where: str) -> None:
         """
@@ -310,20 +315,47 @@ class Entry(Sealed):
         for place in unit.places:
             if unit.text[slice(*place.characters)] != self.values[place.name]:
                 raise CorruptFileError(f"{where}: the value of {place.name!r} is not what stands in the text")
+        check_mentions(self.mentions, where)
+        for piece in self.pieces:
+            piece.check(self.values, model, where)
+        if self.pieces and joined_unit([piece.unit() for piece in self.pieces]) != unit.unit():
+            raise CorruptFileError(f"{where}: the pieces of the skill are not its text")
 
 
-def key_of(fingerprint: str, preface_ids: tuple[int, ...], ids: tuple[int, ...], int8: bool) -> str:
+def key_of(
+    fingerprint: str,
+    preface_ids: tuple[int, ...],
+    ids: tuple[int, ...],
+    int8: bool,
+    pieces: Sequence[Unit] = (),
+    mentions: Words | None = None,
+) -> str:
     """The address of a skill: a digest of all that decides its content."""
-    return _key(fingerprint, preface_digest(preface_ids), ids, int8)
+    return _key(fingerprint, preface_digest(preface_ids), ids, int8, pieces, mentions or {})
 
 
 def entry_key(entry: Entry) -> str:
     """The address that an entry's content has."""
-    return _key(entry.fingerprint, entry.preface_sha256, entry.unit.ids, entry.precision == "int8")
+    pieces = [piece.unit() for piece in entry.pieces]
+    return _key(
+        entry.fingerprint, entry.preface_sha256, entry.unit.ids, entry.precision == "int8", pieces, entry.mentions
+    )
 
 
-def _key(fingerprint: str, preface_sha256: str, ids: tuple[int, ...], int8: bool) -> str:
-    content = {"format": Entry.FORMAT, "fingerprint": fingerprint, "preface": preface_sha256, "ids": ids, "int8": int8}
+def _key(
+    fingerprint: str,
+    preface_sha256: str,
+    ids: tuple[int, ...],
+    int8: bool,
+    pieces: Sequence[Unit],
+    mentions: Words,
+) -> str:
+    content: dict[str, object] = {
+        "format": Entry.FORMAT, "fingerprint": fingerprint, "preface": preface_sha256, "ids": ids, "int8": int8,
+    }  # fmt: skip
+    if pieces:  # who read whom follows from the values' places, the lines, and the words
+        content["pieces"] = [(unit.text, len(unit), unit.width, [p.name for p in unit.places]) for unit in pieces]
+        content["mentions"] = sorted((name, *words) for name, words in mentions.items())
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
@@ -346,6 +378,18 @@ def saved_messages(messages: tuple[Message, ...]) -> tuple[SavedMessage, ...]:
 
 def messages_of(saved: tuple[SavedMessage, ...]) -> tuple[Message, ...]:
     return tuple(Message(m.role, Text(m.template, m.fields), m.extra) for m in saved)
+
+
+def check_mentions(mentions: Words, where: str) -> None:
+    """
+    Raises:
+        CorruptFileError: a declared word could not stand in a line.
+    """
+    for name, words in mentions.items():
+        try:
+            check_words(words)
+        except InvalidArgumentError as error:
+            raise CorruptFileError(f"{where}: the words declared for {name!r}: {error}") from error
 
 
 def _check_value(name: str, value: str, kind: SavedType, model: Model, where: str) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from programmable_kv.cache.layout import Rotated
 from programmable_kv.cache.span import Span
 from programmable_kv.design.build import AnyLedger, Build
+from programmable_kv.design.declared import Declared
 from programmable_kv.errors import CorruptFileError, FingerprintMismatchError, StorageError
 from programmable_kv.models.load import Model
 from programmable_kv.prompt.context import Context
@@ -54,8 +55,7 @@ class SavedNotebook:
     ledger: AnyLedger
     tensors: Mapping[str, torch.Tensor]
     """as `KVBuffer.tensors` names them"""
-    mentions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """field -> what else a line says when it speaks of it"""
+    declared: Declared = field(default_factory=Declared)
 
 
 def write(state: SavedNotebook, where: str | Path | Blobs, model: Model) -> Path | str:
@@ -86,7 +86,8 @@ def write(state: SavedNotebook, where: str | Path | Blobs, model: Model) -> Path
             context=SavedContext.of(state.context),
             ledger=None if isinstance(state.ledger, Build) else SavedLedger.of(state.ledger),
             build=SavedBuild.of(state.ledger) if isinstance(state.ledger, Build) else None,
-            mentions=dict(state.mentions),
+            mentions=dict(state.declared.words),
+            read_by=dict(state.declared.read_by),
         ).sealed()
 
     try:
@@ -128,10 +129,10 @@ def read(where: str | Path | Blobs, model: Model) -> SavedNotebook:
     _check_tensors(
         tensors, sum(len(unit.ids) for unit in manifest.context.units), model, f"{manifest.tensors} in {blobs.where}"
     )
-    context, mentions = manifest.context.context(), dict(manifest.mentions)
+    context = manifest.context.context()
     _check_stand(tensors["positions"].tolist(), context, place)
     if manifest.build is not None:
-        ledger: AnyLedger = manifest.build.build(mentions)
+        ledger: AnyLedger = manifest.build.build(manifest.declared)
     else:
         assert manifest.ledger is not None, "the check found a ledger or a build"
         ledger = manifest.ledger.ledger(context)
@@ -143,7 +144,7 @@ def read(where: str | Path | Blobs, model: Model) -> SavedNotebook:
         context,
         ledger,
         {name: it if name in _POSITIONS else it.to(model.engine.device) for name, it in tensors.items()},
-        mentions,
+        manifest.declared,
     )
 
 
