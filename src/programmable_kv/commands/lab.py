@@ -140,6 +140,21 @@ def lab_stock_readers(
     measure(run, loaded, out_path, record_name(loaded), "Policies", count * len(EVERYDAY), count=count)
 
 
+@app.command("visibilities")
+def lab_visibilities(
+    model: Annotated[str, typer.Option("--model", help="a Hub id, a folder, or a .gguf file")],
+    count: Annotated[int, typer.Option(min=1, help="policies of each of two ways")] = 40,
+    dtype: DtypeOption = "float32",
+    out_path: OutOption = None,
+) -> None:
+    """What a model that was not trained for it decides under each visibility."""
+    from programmable_kv.lab.visibilities import record_name, run
+    from programmable_kv.scenarios.everyday import EVERYDAY
+
+    loaded = load(model, dtype=dtype)
+    measure(run, loaded, out_path, record_name(loaded), "Policies", count * len(EVERYDAY), count=count)
+
+
 @app.command("by-design")
 def lab_by_design(
     model: ModelOption = "embedded-design",

@@ -7,7 +7,7 @@ author would declare, and with the lines that `suggest_readers` finds missing (d
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,16 @@ def _row(model: Model, case: Mentioned) -> dict[str, Any]:
 
 def notebook_of(model: Model, case: Mentioned) -> Notebook:
     """The policy and the request, prefilled, with nothing declared."""
-    notebook = Notebook(model).message("system", case.prompt, **case.values).message("user", case.asked)
+    notebook = written(Notebook(model), case, case.values)
     notebook.prefill()
     return notebook
+
+
+def written(notebook: Notebook, case: Mentioned, values: Mapping[str, str]) -> Notebook:
+    """The policy and the request: as messages, or as raw text for a model without a chat template."""
+    if notebook.model.has_chat_template:
+        return notebook.message("system", case.prompt, **values).message("user", case.asked)
+    return notebook.text(f"{case.prompt}\n\nQuestion: {case.asked}\nAnswer:", **values)
 
 
 def outcome(notebook: Notebook, case: Mentioned) -> dict[str, Any]:
