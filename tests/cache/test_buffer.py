@@ -96,6 +96,10 @@ class Programs(RuleBasedStateMachine):
     def append_as_transformers_does(self, count: int) -> None:
         position = self.slow.rows[-1].position + 1 if self.slow.rows else 0
         made = [self.fresh(position + i) for i in range(count)]
+        if position != len(self.slow.rows):
+            with pytest.raises(CacheBufferError, match="kept free"):
+                self.buffer.update(torch.zeros(1, HEADS, 1, DIM), torch.zeros(1, HEADS, 1, DIM), 0)
+            return
         for layer in range(LAYERS):
             keys = torch.stack([row.keys[layer] for row in made], dim=1)[None]
             values = torch.stack([row.values[layer] for row in made], dim=1)[None]
@@ -158,12 +162,22 @@ class Programs(RuleBasedStateMachine):
             tuple(torch.stack([row.keys[layer] for row in made], dim=1)[None] for layer in range(LAYERS)),
             tuple(torch.stack([row.values[layer] for row in made], dim=1)[None] for layer in range(LAYERS)),
         )
-        self.buffer.insert(at, segment, LAYOUT, replacing=replacing)
         position = self.slow.rows[at - 1].position + 1 if at else 0
-        for i, row in enumerate(made):
-            row.position = position + i
-        for row in self.slow.rows[at + replacing :]:
-            row.position += len(made) - replacing
+        positions = list(range(position, position + len(made)))
+        ends = positions[-1] + 1
+        if data.draw(st.booleans()):  # positions are left free before, between and behind its tokens
+            gaps = [data.draw(st.integers(0, 2)) for _ in made]
+            positions = [each + sum(gaps[: i + 1]) for i, each in enumerate(positions)]
+            ends = positions[-1] + 1 + data.draw(st.integers(0, 3))
+            self.buffer.insert(at, segment, LAYOUT, replacing=replacing, positions=positions, ends=ends)
+        else:
+            self.buffer.insert(at, segment, LAYOUT, replacing=replacing)
+        for row, each in zip(made, positions, strict=True):
+            row.position = each
+        tail = self.slow.rows[at + replacing :]
+        shift = ends - tail[0].position if tail else 0
+        for row in tail:
+            row.position += shift
         self.slow.rows[at : at + replacing] = made
 
     @precondition(lambda self: self.slow.rows)
@@ -171,9 +185,10 @@ class Programs(RuleBasedStateMachine):
     def cut(self, data: st.DataObject) -> None:
         start = data.draw(st.integers(0, len(self.slow.rows) - 1))
         stop = data.draw(st.integers(start, min(len(self.slow.rows), start + 4)))
-        self.buffer.relocate(stop, len(self.slow.rows), start, start - stop, LAYOUT)
+        shift = start - stop if data.draw(st.booleans()) else 0  # or what follows keeps its positions
+        self.buffer.relocate(stop, len(self.slow.rows), start, shift, LAYOUT)
         for row in self.slow.rows[stop:]:
-            row.position -= stop - start
+            row.position += shift
         del self.slow.rows[start:stop]
 
     @precondition(lambda self: len(self.slow.rows) > 1)
@@ -317,6 +332,29 @@ def test_gaps_beams_and_foreign_marks_are_refused() -> None:
     for runs in ((-1, 2, 3), (0, 3, 2), (2, 1, 3), (0, 2, 6)):
         with pytest.raises(CacheBufferError, match="adjacent"):
             buffer.exchange(*runs, LAYOUT)
+
+
+def test_positions_that_do_not_ascend_are_refused() -> None:
+    buffer, segment = filled(6), filled(3).segment(Span(0, 3), range(3))
+    for positions in ([2, 3, 4], [3, 3, 4], [3, 4]):
+        with pytest.raises(CacheBufferError, match="must ascend"):
+            buffer.insert(3, segment, LAYOUT, positions=positions)
+    with pytest.raises(CacheBufferError, match="cannot move to position 5"):
+        buffer.insert(3, segment, LAYOUT, ends=5)
+    assert buffer.positions.tolist() == list(range(6))
+
+
+def test_tokens_that_keep_their_positions_are_copied_and_not_rotated() -> None:
+    """The keys are the same to the last bit, and no second copy is kept of them."""
+    buffer = filled(10)
+    keys = buffer.keys(0)[:, :, 4:].clone()
+    with buffer.meter.measure() as reading:
+        buffer.relocate(4, 10, 2, 0, LAYOUT)
+    assert torch.equal(buffer.keys(0)[:, :, 2:], keys)
+    assert buffer.positions.tolist() == [0, 1, 4, 5, 6, 7, 8, 9]
+    assert reading.account.bytes_moved == 6 * buffer.bytes_per_token
+    assert buffer.relocated.tolist() == []
+    assert buffer._origins._keys is None
 
 
 def test_freed_slots_forget_where_their_keys_came_from() -> None:

@@ -2,7 +2,8 @@
 
 The common way to try a continuation on a cached prompt is to clone a DynamicCache, append, and decode. It is given the very
 erratum and question that `field_erratum` computes. `bare` is the floor: one forward of as many tokens on a ready cache.
-`by design` edits a context of `visibility="design"`, where nothing is appended and the edit is exact.
+`by design` edits a context of `visibility="design"`, where nothing is appended and the edit is exact. Whole prefills of both
+visibilities are timed in turn.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def run(
     recorder = Recorder(
         path,
         name=path.stem,
-        version=2,
+        version=3,
         title="Time to first token of an edit, by mode and context length",
         command=command,
         model=model.name,
@@ -121,6 +122,7 @@ def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
         ways[arm] = statistics.median(times)
         tokens[arm] = decision.account.tokens_computed
 
+    prefill = _prefills(model, length, whole)
     appended = _erratum_and_question(notebook, case.field, case.value)
     few = appended + appended[: tokens["field_erratum"] - len(appended)]
     reference = model.engine.model
@@ -142,8 +144,20 @@ def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
         "tokens": len(notebook),
         "ttft_ms": {way: round(ms, 3) for way, ms in ways.items()},
         "tokens_computed": tokens,
+        "prefill_ms": {visibility: round(ms, 3) for visibility, ms in prefill.items()},
         "decode": {name: round(ms, 3) for name, ms in decode.items()},
     }
+
+
+def _prefills(model: Model, length: int, repeats: int) -> dict[str, float]:
+    """Median milliseconds of a whole prefill under each visibility."""
+    policy = padded_policy(model, length)
+    times: dict[str, list[float]] = {str(visibility): [] for visibility in Visibility}
+    for _ in range(repeats):
+        for visibility, taken in times.items():
+            notebook = _built(model, policy, Visibility(visibility))
+            taken.append(elapsed_ms(notebook.prefill))
+    return {visibility: statistics.median(taken) for visibility, taken in times.items()}
 
 
 def _erratum_and_question(notebook: Notebook, field: str, value: str) -> list[int]:
@@ -197,6 +211,10 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "field_erratum_over_bare": round(edit / ms["bare"], 3),
             "buffer_over_dynamic_decode": round(
                 row["decode"]["buffer_ms_per_token"] / row["decode"]["dynamic_ms_per_token"], 3
+            ),
+            "suffix_over_full": round(ms["suffix"] / ms["full"], 3),
+            "design_over_causal_prefill": round(
+                row["prefill_ms"][Visibility.DESIGN] / row["prefill_ms"][Visibility.CAUSAL], 3
             ),
             "full_over_readers": round(ms["full"] / ms["readers"], 2),
             "full_over_design": round(ms["full"] / ms[DESIGN], 2),

@@ -301,6 +301,9 @@ class KVBuffer(Cache):  # type: ignore[misc]
 
     def _move(self, old: Slots, new: slice, positions: torch.Tensor, layout: KVLayout) -> None:
         """Put what stands in slots `old` into slots `new`, at `positions` [n]. The two may overlap."""
+        if torch.equal(positions, self._positions[old]):
+            self._slide(old, new)
+            return
         computed_at = self._origins.computed_at(old, self._positions[old])
         rotation = Rotation(positions - computed_at)
         self._origins.follow(layout)
@@ -316,6 +319,18 @@ class KVBuffer(Cache):  # type: ignore[misc]
             still[:, :, new] = copied.clone() if isinstance(old, slice) else copied
             self.meter.count(moved=(canonical.numel() + copied.numel()) * canonical.element_size())
         self._origins.move(old, new, computed_at)
+        self._positions[new] = positions
+        self.meter.count(relocated=positions.numel())
+
+    def _slide(self, old: Slots, new: slice) -> None:
+        """Put what stands in slots `old` into slots `new`; positions stay, so that nothing is rotated."""
+        for layer in self.layers:
+            for tensor in (layer.keys, layer.values):
+                copied = tensor[:, :, old]
+                tensor[:, :, new] = copied.clone() if isinstance(old, slice) else copied
+                self.meter.count(moved=copied.numel() * copied.element_size())
+        self._origins.slide(old, new)
+        positions = self._positions[old].clone()
         self._positions[new] = positions
         self.meter.count(relocated=positions.numel())
 

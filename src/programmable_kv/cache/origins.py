@@ -101,6 +101,14 @@ class Origins:
         sources, rows = self._sources[old].clone(), self._rows[old].clone()
         self._positions[new], self._sources[new], self._rows[new] = computed_at, sources, rows
 
+    def slide(self, old: Slots, new: Slots) -> None:
+        """What stood in slots `old` now stands in `new`, at the positions where it stood."""
+        if self._keys is not None and bool((self.moved(old) & (self._sources[old] == _NONE)).any()):
+            for tensor in self._keys:
+                tensor[:, :, new] = tensor[:, :, old].clone()
+        for each in (self._positions, self._sources, self._rows):
+            each[new] = each[old].clone()
+
     def from_segment(self, slots: slice, segment: Segment) -> None:
         """The keys in these slots are a segment's, rotated. The segment is kept; nothing is copied."""
         source = next((i for i, known in enumerate(self._segments) if known is segment), None)
