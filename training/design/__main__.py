@@ -28,17 +28,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from programmable_kv.models.fetch import adapter_folder, base_folder
     from training.design.loop import Settings, run
+    from training.design.model import CONFIG, new_adapter
 
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = torch.device(device).type == "cuda"
+    if given.rank is not None and given.adapter is not None:
+        parser.error("--rank begins a new adapter, and --adapter continues one: not both")
     recipe = DesignRecipe(seconds=given.seconds)
     chosen = {name: getattr(given, name) for name in _RECIPE if getattr(given, name) is not None}
     recipe = replace(recipe, **chosen)
     score_count = (512 if on_gpu else 24) if given.score_count is None else given.score_count
     try:
+        base = given.base or base_folder()
+        adapter = given.adapter or adapter_folder()
+        if given.rank is not None:
+            adapter = given.out / "start"
+            if not (adapter / CONFIG).exists():
+                new_adapter(base, given.rank, adapter)
         settings = Settings(
-            base=given.base or base_folder(),
-            adapter=given.adapter or adapter_folder(),
+            base=base,
+            adapter=adapter,
             out=given.out,
             device=device,
             workers=given.workers,
@@ -71,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", type=Path, help="a folder with the base model; by default the embedded model's base")
     parser.add_argument(
         "--adapter", type=Path, help="a folder with the adapter to continue; by default the shipped one"
+    )
+    parser.add_argument(
+        "--rank", type=positive, help="begin a new adapter of this rank, for a --base that is no embedded model"
     )
     parser.add_argument("--device", help="where to compute; by default cuda if there is one, else cpu")
     parser.add_argument("--seconds", type=float, help="train so long; the cosine follows the elapsed share of it")

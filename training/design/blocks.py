@@ -10,7 +10,7 @@ from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, statement
 from programmable_kv.scenarios.grammar import Gate, Scenario, make_scenario, other_value
 from programmable_kv.scenarios.phrasings import FILLERS, PHRASINGS, Split, phrasing_of, question, update
 from programmable_kv.scenarios.vocabulary import OBJECTS, VALUES, WORDS_A, Domain, draw_vocabulary
-from training.design.dialogues import ask
+from training.design.dialogues import answer_with, ask
 from training.design.parts import PLAIN, TURNS, Encoding, TokenSequence, Writer
 
 TITLES = ("Rules of the house:\n", "What applies here:\n", "Notes for every case:\n", "# Handbook\n", "Guidelines\n")
@@ -32,21 +32,20 @@ class Blocks:
 
 def write(blocks: Blocks, encoding: Encoding, family: str, *, alone: bool) -> TokenSequence:
     """The blocks each alone, or all in one causal piece."""
-    writer = Writer()
+    writer, chat = Writer(), encoding.chat
     plain = PLAIN if alone else TURNS
-    writer.add(encoding.ids("<|im_start|>system\n" + blocks.opening), plain)
+    writer.add(encoding.ids(chat.first + blocks.opening), plain)
     first, *others = blocks.asked
     if blocks.found:
-        writer.add(encoding.ids("<|im_end|>\n"), plain)
-        writer.add(encoding.ids(f"<|im_start|>user\n{blocks.found}"), TURNS)
+        writer.add(encoding.ids(chat.closes["system"]), plain)
+        writer.add(encoding.ids(chat.opens["user"] + blocks.found), TURNS)
     for piece in blocks.pieces:
         writer.add(encoding.ids(piece), writer.new_part() if alone else TURNS)
     if blocks.found:
-        writer.add(encoding.ids(f"{first[0]}<|im_end|>\n<|im_start|>assistant\n"), TURNS)
-        writer.add(encoding.ids(f"{first[1]}<|im_end|>"), TURNS, learned=True)
-        writer.add(encoding.ids("\n"), TURNS)
+        writer.add(encoding.ids(first[0] + chat.closes["user"] + chat.opens["assistant"]), TURNS)
+        answer_with(writer, encoding, first[1])
     else:
-        writer.add(encoding.ids("<|im_end|>\n"), plain)
+        writer.add(encoding.ids(chat.closes["system"]), plain)
         ask(writer, encoding, *first)
     for asked, answer in others:
         ask(writer, encoding, asked, answer)

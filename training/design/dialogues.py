@@ -123,15 +123,17 @@ def _edits(
     return found
 
 
-def message(role: str, text: str) -> str:
-    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
-
-
 def ask(writer: Writer, encoding: Encoding, asked: str, answer: str, *, learned: bool = True) -> None:
     """A user's question and the assistant's answer; only the answer is learned."""
-    writer.add(encoding.ids(message("user", asked) + "<|im_start|>assistant\n"), TURNS)
-    writer.add(encoding.ids(f"{answer}<|im_end|>"), TURNS, learned=learned)
-    writer.add(encoding.ids("\n"), TURNS)
+    chat = encoding.chat
+    writer.add(encoding.ids(chat.message("user", asked) + chat.opens["assistant"]), TURNS)
+    answer_with(writer, encoding, answer, learned=learned)
+
+
+def answer_with(writer: Writer, encoding: Encoding, answer: str, *, learned: bool = True) -> None:
+    """The assistant's answer, which was opened already, and what stands behind it."""
+    writer.add(encoding.ids(answer + encoding.chat.answer_ends), TURNS, learned=learned)
+    writer.add(encoding.ids(encoding.chat.between), TURNS)
 
 
 @dataclass(slots=True)
@@ -148,9 +150,9 @@ class _Copy:
 def under_design(dialogue: Dialogue, encoding: Encoding, family: str = "design policies") -> TokenSequence:
     """Fields and readers as parts of their own; an edit writes them again in place."""
     writer = Writer()
-    writer.add(encoding.ids("<|im_start|>system\n"), PLAIN)
+    writer.add(encoding.ids(encoding.chat.first), PLAIN)
     fields, readers = _system(writer, dialogue, encoding)
-    writer.add(encoding.ids("<|im_end|>\n"), PLAIN)
+    writer.add(encoding.ids(encoding.chat.closes["system"]), PLAIN)
     for exchange in dialogue.exchanges:
         new = {name: _value_ids(dialogue, encoding, value) for name, value in exchange.edits}
         if new:
@@ -206,10 +208,10 @@ def _value_ids(dialogue: Dialogue, encoding: Encoding, value: str) -> tuple[int,
 def with_errata(dialogue: Dialogue, encoding: Encoding, family: str = "errata policies") -> TokenSequence:
     """Causal: the policy with its first values, and a line for each edit."""
     writer = Writer()
-    writer.add(encoding.ids(message("system", dialogue.scenario.text())), TURNS)
+    writer.add(encoding.ids(encoding.chat.system(dialogue.scenario.text())), TURNS)
     for exchange in dialogue.exchanges:
         for line in exchange.said:
-            writer.add(encoding.ids(message("system", line)), TURNS)
+            writer.add(encoding.ids(encoding.chat.message("system", line)), TURNS)
         ask(writer, encoding, exchange.asked, exchange.answer)
     return writer.finish(family)
 
@@ -220,7 +222,7 @@ def rewritten(dialogue: Dialogue, encoding: Encoding, family: str = "rewritten p
     for exchange in dialogue.exchanges:
         values |= exchange.edits
     writer = Writer()
-    writer.add(encoding.ids(message("system", dialogue.scenario.prompt.format_map(values))), TURNS)
+    writer.add(encoding.ids(encoding.chat.system(dialogue.scenario.prompt.format_map(values))), TURNS)
     for exchange in dialogue.exchanges:
         value = values[exchange.gate.field]
         right = exchange.answer in (exchange.gate.actions[value], exchange.gate.thought(value))

@@ -18,6 +18,7 @@ from programmable_kv.scenarios.plain_text import documents
 from programmable_kv.scenarios.vocabulary import english
 from training.design import model as adapters
 from training.design.batches import divergence, moved, predicted
+from training.design.chat_format import ChatFormat
 from training.design.feeding import StepData, StepMaker, feed
 from training.design.parts import Encoding
 from training.design.progress import resume, save
@@ -74,7 +75,7 @@ class _Run:
             torch.backends.cuda.enable_cudnn_sdp(False)
         began = time.perf_counter()
         self._model, tokenizer = adapters.load(settings.base, settings.adapter, device)
-        self._encoding = Encoding(tokenizer)
+        self._encoding = Encoding(tokenizer, ChatFormat.of(tokenizer))
         self._masters = Masters(adapters.trained(self._model))
         settings.out.mkdir(parents=True, exist_ok=True)
         self._progress = resume(settings.out, self._masters, recipe, device)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from programmable_kv.scenarios.phrasings import Stage
 from training.conversation import conversation
 from training.design.blocks import Blocks, training_facts, training_rule_sets, training_updates, write
+from training.design.chat_format import CHATML
 from training.design.dialogues import rewritten, training_dialogue, under_design, with_errata
 from training.design.parts import TURNS, Encoding, TokenSequence, Writer
 from training.design.recipe import DesignRecipe
@@ -48,7 +49,12 @@ def of_family(family: str, rng: random.Random, encoding: Encoding) -> TokenSeque
 def plain(rng: random.Random, encoding: Encoding, *, held_out: bool = False) -> TokenSequence:
     """A conversation of the shipped adapter's own training, causal; or one in words that it never saw."""
     pieces = conversation(rng, "held_out" if held_out else "train", stage="full" if held_out else rng.choice(_STAGES))
-    writer = Writer()
+    writer, chat = Writer(), encoding.chat
+    answered = False
     for piece in pieces:
-        writer.add(encoding.ids(piece.text), TURNS, learned=piece.learned)
+        # Behind an answer in ChatML stands a line break of its own.
+        behind = answered and piece.text == "\n"
+        text = chat.between if behind else chat.of_chatml(piece.text, begins=not len(writer))
+        writer.add(encoding.ids(text), TURNS, learned=piece.learned)
+        answered = piece.text.endswith(CHATML.answer_ends)
     return writer.finish("conversations")

@@ -1,4 +1,4 @@
-"""The base model with the adapter that is trained: loaded, copied, and written as peft reads it."""
+"""The base model with the adapter that is trained: made, loaded, copied, and written as peft reads it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,33 @@ from typing import Any
 
 import torch
 
+from programmable_kv.cache.layout import KVLayout, Reach
+from programmable_kv.errors import TrainingError
+
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def new_adapter(base: Path, rank: int, out: Path) -> Path:
+    """An adapter that changes nothing yet, of every linear layer but the last, for any causal language model. Returns `out`."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(model, config, autocast_adapter_dtype=False).save_pretrained(out)
+    return out
+
+
+def require_full_reach(model: Any) -> None:
+    """
+    Raises:
+        TrainingError: the model has layers that look back over a window; the masks of the recipe know none.
+    """
+    if any(layer.reach is not Reach.FULL for layer in KVLayout.read(model).layers):
+        raise TrainingError(
+            f"{model.config.model_type} has layers that read a window of the last tokens only, and the masks of this recipe do "
+            "not know of it: train a model whose layers read everything"
+        )
 
 
 def load(base: Path, adapter: Path, device: torch.device) -> tuple[Any, Any]:
@@ -19,6 +45,7 @@ def load(base: Path, adapter: Path, device: torch.device) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="sdpa")
+    require_full_reach(model)
     # Only what decides the network: other keys of the file may be unknown to this version of peft.
     found = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     kept = {key: found[key] for key in ("r", "lora_alpha", "target_modules", "task_type")}

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from training.design.chat_format import CHATML, ChatFormat
+
 PLAIN, TURNS = 0, 1
 """the two parts that every sequence has: plain text of the system message, and all that is said later"""
 NEVER = 2**30
@@ -47,14 +49,15 @@ class TokenSequence:
 
 
 class Encoding:
-    """A tokenizer whose results are remembered: the same lines come again and again."""
+    """A tokenizer whose results are remembered: the same lines come again and again. And how its model's chats are written."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, chat: ChatFormat = CHATML) -> None:
         self._tokenizer = tokenizer
+        self.chat = chat
         self._remembered = lru_cache(maxsize=20_000)(self._with_offsets)
 
-    def __reduce__(self) -> tuple[type[Encoding], tuple[Any]]:
-        return Encoding, (self._tokenizer,)  # for worker processes that are not forked
+    def __reduce__(self) -> tuple[type[Encoding], tuple[Any, ChatFormat]]:
+        return Encoding, (self._tokenizer, self.chat)  # for worker processes that are not forked
 
     def ids(self, text: str) -> tuple[int, ...]:
         return self.with_offsets(text)[0]

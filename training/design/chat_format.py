@@ -1,0 +1,115 @@
+"""How a model's chat template writes messages, so that training sequences are what the model will read.
+
+Found by rendering: the text that the template puts before and behind what a message says. The sequences of one template differ
+from those of another in nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from programmable_kv.errors import TemplateError, TrainingError
+from programmable_kv.prompt.chat import message_alone, opened
+from programmable_kv.prompt.parts import Message, Text
+
+_SAID = ("\ue0f4", "\ue0f5", "\ue0f6", "\ue0f7")
+"""texts of messages that are found again"""
+_CHATML = re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*)<\|im_end\|>\n\Z", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """What stands before and behind the text of a message."""
+
+    first: str
+    """before the text of the system message that begins a conversation"""
+    opens: Mapping[str, str]
+    """role -> before the text of a later message"""
+    closes: Mapping[str, str]
+    """role -> behind it"""
+    answer_ends: str
+    """how much of what stands behind an answer the model says itself"""
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> ChatFormat:
+        """
+        Raises:
+            TrainingError: the tokenizer has no chat template, or one that takes no system message, user or answer on its own.
+        """
+        if not getattr(tokenizer, "chat_template", None):
+            raise TrainingError(
+                "this model has no chat template, and the recipe writes chats: train a chat model, or set "
+                "tokenizer.chat_template and save it with the base"
+            )
+        try:
+            opens = {role: _before(tokenizer, role) for role in ("user", "assistant")}
+            first, closes = _rendered(tokenizer, opens)
+            try:
+                opens["system"] = _before(tokenizer, "system")
+            except TemplateError:  # then an erratum is a user message, as in a notebook
+                opens["system"] = opens["user"]
+        except TemplateError as error:
+            raise TrainingError(f"the recipe cannot write this model's chats: {error}") from error
+        behind = closes["assistant"]
+        special = [behind.index(token) + len(token) for token in tokenizer.all_special_tokens if token in behind]
+        return cls(first, opens, closes, behind[: min(special, default=len(behind))])
+
+    def message(self, role: str, text: str) -> str:
+        """A later message."""
+        return self.opens[role] + text + self.closes[role]
+
+    def system(self, text: str) -> str:
+        """The system message that begins a conversation."""
+        return self.first + text + self.closes["system"]
+
+    @property
+    def between(self) -> str:
+        """What stands between an answer, with its end, and the next message."""
+        return self.closes["assistant"].removeprefix(self.answer_ends)
+
+    def of_chatml(self, text: str, *, begins: bool) -> str:
+        """A message, or the part of one around an answer, that was written in ChatML; other text unchanged.
+
+        `begins`: it is the first of the conversation.
+        """
+        if whole := _CHATML.match(text):
+            role, said = whole.groups()
+            return self.system(said) if begins and role == "system" else self.message(role, said)
+        if text == CHATML.opens["assistant"]:
+            return self.opens["assistant"]
+        said = text.removesuffix(CHATML.answer_ends)
+        return said if said == text else said + self.answer_ends
+
+
+CHATML = ChatFormat(
+    "<|im_start|>system\n",
+    {role: f"<|im_start|>{role}\n" for role in ("user", "assistant", "system")},
+    dict.fromkeys(("user", "assistant", "system"), "<|im_end|>\n"),
+    "<|im_end|>",
+)
+"""the format of the embedded model"""
+
+
+def _before(tokenizer: Any, role: str) -> str:
+    """What a template puts before the text of a message in mid-conversation."""
+    before, mark, _ = message_alone(tokenizer, Message(role, Text(_SAID[0])), {}).text.partition(_SAID[0])
+    if not mark:
+        raise TemplateError(f"the chat template drops what a {role} message says")
+    return before
+
+
+def _rendered(tokenizer: Any, opens: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """What stands before a conversation's first text, and role -> what stands behind a message of it, before the next one."""
+    roles = ("system", "user", "assistant", "user")
+    rest = opened(tokenizer, [*zip(roles, _SAID, strict=True)], inside=True)
+    first, _, rest = rest.partition(_SAID[0])
+    closes: dict[str, str] = {}
+    for role, following, said in zip(roles, roles[1:], _SAID[1:], strict=False):
+        between, _, rest = rest.partition(said)
+        if not between.endswith(opens[following]):
+            raise TemplateError(f"the chat template begins a {following} message otherwise behind a {role} message")
+        closes[role] = between.removesuffix(opens[following])
+    return first, closes
