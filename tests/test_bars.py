@@ -36,6 +36,8 @@ BARS = [
     ("mentions", "by_value.by_name.agreement.value", AT_MOST, 0.1),
     ("stock-readers-qwen2-5-coder-0-5b-instruct-q4-k-m", "all.declared.agreement.value", AT_LEAST, 0.97),
     ("stock-readers-qwen2-5-coder-0-5b-instruct-q4-k-m", "all.counted", AT_LEAST, 30),
+    ("stock-readers-qwen2-5-coder-1-5b-instruct-q4-k-m", "all.suggested.agreement.value", AT_LEAST, 0.97),
+    ("stock-readers-qwen2-5-coder-1-5b-instruct-q4-k-m", "all.counted", AT_LEAST, 30),
     ("adapter-held-out", "one_rule_set.direct.n", AT_LEAST, 500),
     ("adapter-held-out", "one_rule_set.direct.value", AT_LEAST, 0.97),
     ("adapter-held-out", "one_rule_set.update.value", AT_LEAST, 0.97),

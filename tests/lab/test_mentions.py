@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,22 @@ from typing import Any
 import pytest
 
 from conftest import tiny
-from programmable_kv import Notebook
-from programmable_kv.lab import long_readers, mentions, readers, same_budget, stock_readers
-from programmable_kv.scenarios.everyday import EVERYDAY, everyday
+from programmable_kv import Notebook, wrap_model
+from programmable_kv.lab import long_readers, mentions, readers, same_budget, stock_readers, visibilities
+from programmable_kv.scenarios.everyday import EVERYDAY, FIELDS, everyday
 from programmable_kv.scenarios.mentioned import IDLE, WAYS, Mentioned, mentioned
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     return tiny(max_position_embeddings=8192)
+
+
+def without_template(model: Any) -> Any:
+    """The same model as a base model: its prompts are raw text."""
+    bare = copy.deepcopy(model.tokenizer)
+    bare.chat_template = None
+    return wrap_model(model.engine.model, bare)
 
 
 def drawn(count: int = 3) -> list[Mentioned]:
@@ -108,3 +116,34 @@ def test_a_record_of_long_contexts(model: Any, tmp_path: Path, monkeypatch: pyte
     assert part["counted"] == 1
     share = row["readers"]["tokens_computed"] / row["full"]["tokens_computed"]
     assert part["readers"]["share_of_tokens"] == pytest.approx(share, abs=1e-5)
+
+
+def test_a_record_of_visibilities(model: Any, tmp_path: Path) -> None:
+    record = visibilities.run(model, 2, tmp_path / "visibilities.json")
+    assert record.complete
+    assert len(record.rows) == 2 * len(EVERYDAY)
+    for row in record.rows:
+        for arm in visibilities.ARMS:
+            assert row[arm]["solved"] == (row[arm]["right"] == 2)
+            assert row[arm]["flips"] == (row[arm]["right"] != 1), "two values, two actions"
+    part: Any = record.summary["all"]
+    assert part["mentions"]["right"]["n"] == 2 * len(record.rows)
+    assert part["mentions"]["kept"]["n"] == part["solved_causally"]
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_each_visibility_reads_what_it_says(model: Any, template: bool) -> None:
+    """What the field's value can change of the cache: all that follows, its readers, or the turns."""
+    sizes = {value: len(model.tokenizer.encode(value)) for values in FIELDS.values() for value in values}
+    alike = (case for _, case in stock_readers.cases(20) if len({sizes[value] for value in case.actions}) == 1)
+    case = next(case for case in alike if case.way.name == "rules")  # then nothing stands elsewhere
+    asked = model if template else without_template(model)
+    moved = {}
+    for arm in visibilities.ARMS:
+        books = [visibilities.notebook_under(asked, case, arm, value) for value in case.actions]
+        first, second = (book.cache.keys(len(book.cache) - 1)[0] for book in books)
+        moved[arm] = (first - second).abs().amax(dim=(0, 2)) > 1e-9
+    everywhere, mentioned, turns = (moved[arm] for arm in visibilities.ARMS)
+    assert bool(everywhere.any())
+    assert int(turns.sum()) < int(mentioned.sum()) < int(everywhere.sum())
+    assert bool((turns <= mentioned).all())

@@ -37,9 +37,6 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "edit-modes": lambda settings: scenario_texts(settings["scenarios"], edit_modes.SEED),
     "readers": lambda settings: (case.text() for case in readers.cases(settings["count"])),
     "mentions": lambda settings: (case.text() for _, case in mentions.cases(settings["count"])),
-    "stock-readers-qwen2-5-coder-0-5b-instruct-q4-k-m": lambda settings: (
-        case.text() for _, case in stock_readers.cases(settings["count"])
-    ),
     "long-readers": lambda settings: (case.text() for case in readers.cases(settings["count"], long_readers.KINDS)),
     "by-design-embedded": lambda settings: map(by_design._text, by_design.drawn(settings["count"])),
     "by-design-embedded-design": lambda settings: map(by_design._text, by_design.drawn(settings["count"])),
@@ -58,6 +55,9 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
 }
 
 
+for suite in ("stock-readers", "visibilities"):
+    for path in RESULTS.glob(f"{suite}-*.json"):
+        DRAWN[path.stem] = lambda settings: (case.text() for _, case in stock_readers.cases(settings["count"]))
 for name in EXPERIMENTS:
     for path in RESULTS.glob(f"{name}*.json"):
         DRAWN[path.stem] = lambda settings, name=name: (  # type: ignore[misc]

@@ -66,12 +66,17 @@ def _row(model: Model, case: Mentioned) -> dict[str, Any]:
 
 def decided(model: Model, case: Mentioned, arm: str, value: str) -> str:
     """What is chosen with that value in the text."""
+    return notebook_under(model, case, arm, value).decide(None, case.options).choice
+
+
+def notebook_under(model: Model, case: Mentioned, arm: str, value: str) -> Notebook:
+    """The policy and the request with that value, prefilled."""
     way = Visibility.CAUSAL if arm == Visibility.CAUSAL else Visibility.DESIGN
     notebook = written(Notebook(model, visibility=way), case, {**case.values, case.field: value})
     if way is Visibility.DESIGN:
         notebook.mentions(case.field, *case.declared).readable(case.field, by=arm)
     notebook.prefill()
-    return notebook.decide(None, case.options).choice
+    return notebook
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
