@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import TemplateError
 from programmable_kv.prompt.context import Context
 from programmable_kv.prompt.conversation import Conversation
-from programmable_kv.prompt.parts import unmarked
+from programmable_kv.prompt.parts import Message, unmarked
 from programmable_kv.prompt.prompt import SKILL_MARK
 from programmable_kv.prompt.template import HEAD_ROLES
 from programmable_kv.prompt.units import Kind
@@ -33,19 +34,30 @@ def turn_characters(conversation: Conversation, text: str, line: int) -> tuple[i
     a prompt that is such a message to its end, the last line is the open question if a user said it; `line` is where it begins.
     """
     messages = conversation.messages
-    answers = [i for i, message in enumerate(messages) if message.role in _ANSWERING]
-    instructions = next((i for i, m in enumerate(messages) if m.role not in HEAD_ROLES), len(messages))
-    holders = [i for i, message in enumerate(messages[: min(answers, default=None)]) if message.content.placeholders]
-    first = max([instructions, *(i + 1 for i in holders)])
-    after = max([first, *(i + 1 for i in answers)])
+    unanswered = next((i for i, message in enumerate(messages) if message.role in _ANSWERING), len(messages))
+    first, after = _turn_messages(messages, [bool(m.content.placeholders) for m in messages[:unanswered]])
     if first == len(messages):
-        asks = bool(messages) and messages[-1].role not in {*HEAD_ROLES, *_ANSWERING}
-        ends = line if asks else len(text)
+        ends = line if _asks(messages) else len(text)
         return ends, ends
     opens = _character_of(conversation, text, after)
     begins = _character_of(conversation, text, first)
     opens = len(text) if opens is None else opens
     return (opens if begins is None else begins), opens
+
+
+def _turn_messages(messages: Sequence[Message], holds: Sequence[bool]) -> tuple[int, int]:
+    """The first message that is a turn, and the first since the last answer.
+
+    Those that instruct are none, and neither are those up to the last one that holds a field (`holds`, of the first messages).
+    """
+    instructions = next((i for i, message in enumerate(messages) if message.role not in HEAD_ROLES), len(messages))
+    first = max([instructions, *(i + 1 for i, held in enumerate(holds) if held)])
+    return first, max([first, *(i + 1 for i, message in enumerate(messages) if message.role in _ANSWERING)])
+
+
+def _asks(messages: Sequence[Message]) -> bool:
+    """Whether a user, or a tool, said the last message."""
+    return bool(messages) and messages[-1].role not in {*HEAD_ROLES, *_ANSWERING}
 
 
 def _character_of(conversation: Conversation, text: str, index: int) -> int | None:
@@ -76,14 +88,9 @@ def turn_slots(context: Context, conversation: Conversation | None, name: str) -
     if conversation is None:
         return _by_units(context)
     messages = conversation.messages
-    instructions = next((i for i, m in enumerate(messages) if m.role not in HEAD_ROLES), len(messages))
-    holders = [i for i, message in enumerate(messages) if name in message.content.placeholders]
-    answers = [i for i, message in enumerate(messages) if message.role in _ANSWERING]
-    first = max([instructions, *(i + 1 for i in holders)])
-    after = max([first, *(i + 1 for i in answers)])
+    first, after = _turn_messages(messages, [name in message.content.placeholders for message in messages])
     if first == len(messages):
-        asks = bool(messages) and messages[-1].role not in {*HEAD_ROLES, *_ANSWERING}
-        line = _last_line(context) if asks else len(context)
+        line = _last_line(context) if _asks(messages) else len(context)
         return TurnSlots(line, line)
     written = {name: value.written for name, value in context.fields.items()}
     rendered = replace(conversation, values={**conversation.values, **written}, text=None)
