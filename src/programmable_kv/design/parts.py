@@ -16,7 +16,7 @@ be open to the text behind it.
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -88,6 +88,14 @@ def parts_of(context: Context, declared: Declared) -> tuple[DesignPart, ...]:
     A value is a unit of its own (see `units.py`), except in a skill that was compiled plainly. The turns are units of the kind
     `TURN`.
     """
+    known: tuple[Declared, tuple[DesignPart, ...]] | None = context.derived.get("parts")
+    if known is None or known[0] != declared:
+        known = declared, _parts(context, declared)
+        context.derived["parts"] = known
+    return known[1]
+
+
+def _parts(context: Context, declared: Declared) -> tuple[DesignPart, ...]:
     own = [index for index, unit in enumerate(context.units) if unit.kind is Kind.PREFILL]
     searcher = _Searcher(context, declared, own, OWN)
     found: list[DesignPart] = []
@@ -148,7 +156,7 @@ class _Searcher:
                  for number, index in enumerate(units) if context.units[index].places]  # fmt: skip
         lines = [Span(*match.span()) for match in _LINE.finditer(text)]
         starts = np.array([line.start for line in lines])
-        fields = {line.start: self._fields(text, line, holds) for line in lines}
+        fields = self._fields(text, lines, holds)
         for number, index in enumerate(units):
             unit, start = context.units[index], context.starts[index]
             if unit.places:
@@ -162,13 +170,30 @@ class _Searcher:
                 kind = PartKind.READER if read else PartKind.TEXT
                 yield DesignPart(span, context.begins[index] + tokens.start, kind, read, index, self._scope)
 
-    def _fields(self, text: str, line: Span, holds: Sequence[tuple[int, str]]) -> frozenset[str]:
-        """The fields that a line reads, if it stands behind them: those that it mentions or holds, and those open to all."""
-        said = text[line.start : line.stop]
-        mentioned = {name for name, patterns in self._patterns.items() if any(p.search(said) for p in patterns)}
-        first, last = (bisect_left(holds, (at, "")) for at in (line.start, line.stop))
-        held = {name for _, name in holds[first:last]}
-        return self._everywhere | mentioned | (self._mentioned & held)
+    def _fields(self, text: str, lines: Sequence[Span], holds: Sequence[tuple[int, str]]) -> dict[int, frozenset[str]]:
+        """Where a line begins -> the fields that it reads, if it stands behind them.
+
+        They are those that it mentions or holds, and those that are open to all.
+        """
+        starts = [line.start for line in lines]
+        found = {start: set(self._everywhere) for start in starts}
+        for at, name in holds:
+            if name in self._mentioned:
+                found[starts[bisect_right(starts, at) - 1]].add(name)
+        for name, patterns in self._patterns.items():
+            for start in {start for pattern in patterns for start in _lines_with(pattern, text, lines, starts)}:
+                found[start].add(name)
+        return {start: frozenset(fields) for start, fields in found.items()}
+
+
+def _lines_with(pattern: re.Pattern[str], text: str, lines: Sequence[Span], starts: Sequence[int]) -> Iterator[int]:
+    """Where the lines begin in which something is found. Each search goes over the rest of the text at once."""
+    at = 0
+    while (match := pattern.search(text, at)) is not None:
+        line = lines[bisect_right(starts, match.start()) - 1]
+        if match.end() <= line.stop:  # a phrase that goes on in the next line is said in neither
+            yield line.start
+        at = line.stop
 
 
 def _by_line(

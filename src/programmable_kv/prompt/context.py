@@ -41,6 +41,11 @@ class Context:
         return self.starts[-1]
 
     @cached_property
+    def derived(self) -> dict[str, Any]:
+        """What was worked out from this context and is kept with it, by name."""
+        return {}
+
+    @cached_property
     def starts(self) -> tuple[int, ...]:
         """The first slot of every unit, and the end."""
         return (0, *accumulate(len(unit) for unit in self.units))
