@@ -1,7 +1,7 @@
 """Requests answered by a real vLLM, one after the other: `python -m programmable_kv.bench.vllm_engine JOB ANSWERS`.
 
-It runs in vLLM's own environment, started by `bench/vllm.py`, which says in the file JOB what to ask. All is written to the file
-ANSWERS, an engine that does not start too.
+It runs in vLLM's own environment. `bench/vllm.py` starts it and says in the file JOB what to ask. The answers are written to the
+file ANSWERS; so is the error of an engine that does not start.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ def _answer(engine: dict[str, Any], requests: list[dict[str, Any]], given: dict[
     for request in requests:
         extra = {"kv_transfer_params": request["parameters"]} if request.get("parameters") else None
         sampling = SamplingParams(
-            temperature=0.0, max_tokens=request["tokens"], logprobs=request["logprobs"], extra_args=extra, ignore_eos=True
+            temperature=0.0,
+            max_tokens=request["tokens"],
+            logprobs=request["logprobs"],
+            extra_args=extra,
+            ignore_eos=True,
         )
         prompt: dict[str, Any] = {"prompt_token_ids": request["prompt"]}
         if request.get("salt"):

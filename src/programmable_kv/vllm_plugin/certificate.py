@@ -1,8 +1,8 @@
 """What a skill store must know of the model that vLLM serves: a certificate, written where the library loads the model.
 
-vLLM loads the weights in its own way, so the plugin cannot compute the library's fingerprint of them. A certificate ties the two: it
-holds the fingerprint, the digests of the files that both load, and the rotation of every layer, proved on the loaded weights. It
-lies beside the skills. The plugin compares the digests with the folder that vLLM serves, and refuses any other.
+vLLM loads the weights in its own way, so the plugin cannot compute the library's fingerprint of them. A certificate ties the
+two: it holds the fingerprint, the digests of the files that both load, and the rotation of every layer, proved on the loaded
+weights. It lies beside the skills. The plugin compares the digests with the folder that vLLM serves, and refuses any other.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class SavedRotary(BaseModel):
 
 
 class SavedLayer(BaseModel):
-    """What a layer caches of a token: `heads` keys and values of `width` numbers each, and which of `rotations` turns its keys."""
+    """What a layer caches of a token: `heads` keys and values of `width` numbers each; `rotation`: which of the certificate's
+    rotations turns its keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 

@@ -158,8 +158,8 @@ def _options(vllm_config: Any) -> dict[str, Any]:
         )
     if transfer.kv_load_failure_policy != "recompute":
         raise InvalidArgumentError(
-            f"kv_load_failure_policy is {transfer.kv_load_failure_policy!r}: a skill that cannot be read would fail its request. "
-            "Set it to 'recompute'."
+            f"kv_load_failure_policy is {transfer.kv_load_failure_policy!r}: a skill that cannot be read would fail its "
+            "request. Set it to 'recompute'."
         )
     return options
 

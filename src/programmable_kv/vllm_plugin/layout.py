@@ -1,6 +1,6 @@
 """Keys and values written into a layer's paged cache, whatever its layout. Unknown layouts are refused.
 
-Shapes: B blocks, H key-value heads, N tokens of a block, D head dim, n tokens to write. Since vLLM 0.32 every backend's cache of a
+Shapes: B blocks, H key-value heads, N tokens of a block, D head dim, n tokens to write. In vLLM 0.32 every backend's cache of a
 layer is one view [B, H, N, C], with any strides. Backends differ in what C = 2 D numbers of a token mean:
 
 - *split*: a token's key, then its value. FlashAttention, FlashInfer and Triton attention, on GPUs.
@@ -39,7 +39,9 @@ class SplitLayer:
     cache: torch.Tensor
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-        size = self.cache.shape[2]  # of the kernel's blocks, which may be parts of the scheduler's: slots count the same
+        size = self.cache.shape[
+            2
+        ]  # of the kernel's blocks, which may be parts of the scheduler's: slots count the same
         blocks, places = slots // size, slots % size
         self.cache[blocks, :, places] = torch.cat((keys, values), dim=-1).transpose(0, 1)
 
@@ -54,8 +56,8 @@ class PackedLayer:
     def write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         blocks, heads, size, _ = self.cache.shape
         of_keys, of_values = self.cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
-        given = (each.transpose(0, 1).contiguous() for each in (keys, values))
-        self.write_packed(*given, of_keys, of_values, slots)
+        by_token = keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous()
+        self.write_packed(by_token[0], by_token[1], of_keys, of_values, slots)
 
 
 def paged_layer(
@@ -82,7 +84,7 @@ def paged_layer(
         UnsupportedModelError: the layout is not one that is known.
     """
     found = f"{name} has a cache of {tuple(cache.shape)}, strides {cache.stride()}, {cache.dtype}, of {backend}"
-    again = "The plugin writes what it knows, so load nothing here: leave the connector out, or choose another attention backend."
+    again = "The plugin writes only what it knows: leave the connector out, or choose another attention backend."
     if cache.ndim != 4 or cache.shape[1] != heads or cache.shape[3] != 2 * width:
         raise UnsupportedModelError(
             f"{found}; [blocks, {heads}, tokens, {2 * width}] (heads, and a key and a value) was expected. {again}"
@@ -92,7 +94,9 @@ def paged_layer(
     if block_size % cache.shape[2]:
         raise UnsupportedModelError(f"{found}; blocks of {block_size} tokens do not divide into such. {again}")
     if cache.stride(3) != 1 or 0 in cache.stride()[:3]:
-        raise UnsupportedModelError(f"{found}; a token's numbers must lie side by side, in memory of their own. {again}")
+        raise UnsupportedModelError(
+            f"{found}; a token's numbers must lie side by side, in memory of their own. {again}"
+        )
     if backend in SPLIT:
         return SplitLayer(cache)
     if backend == PACKED and write_packed is not None:

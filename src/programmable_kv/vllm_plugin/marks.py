@@ -33,9 +33,7 @@ class Marks:
     @property
     def parameters(self) -> dict[str, Any]:
         """As a request carries them."""
-        listed = [
-            {"skill": it.skill, **({} if it.start is None else {"start": it.start})} for it in self.marks
-        ]
+        listed = [{"skill": it.skill, **({} if it.start is None else {"start": it.start})} for it in self.marks]
         return {SKILLS: listed, SEAM: self.seam}
 
 

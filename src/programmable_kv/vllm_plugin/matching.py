@@ -1,7 +1,7 @@
 """Which tokens of a prompt can be loaded: bookkeeping over token ids, blocks and spans. No tensors here.
 
-vLLM asks one question of a connector: how many tokens can be loaded *right behind* the blocks that it has cached already. So what
-is loaded is one run of tokens. It may go through several skills, and ends at the first token that no skill holds. The last
+vLLM asks one question of a connector: how many tokens can be loaded *right behind* the blocks that it has cached already. So
+what is loaded is one run of tokens. It may go through several skills, and ends at the first token that no skill holds. The last
 token of a prompt is never loaded, because its logits are needed.
 """
 
@@ -66,7 +66,8 @@ def place(key: str, ids: Sequence[int], prompt: Sequence[int], start: int | None
             )
     if start < after:
         raise InvalidRequestError(
-            f"skill {key} starts at token {start}, and the one before it ends at {after}. List skills in the order of the prompt."
+            f"skill {key} starts at token {start}, and the one before it ends at {after}. List skills in the order of the "
+            "prompt."
         )
     span = Span(start, start + len(ids))
     there = tuple(prompt[span.start : span.stop])

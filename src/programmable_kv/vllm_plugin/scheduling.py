@@ -133,8 +133,8 @@ class Scheduling:
         assert marks is not None
         if request.salt is None or not request.salt.startswith(self._salt_prefix):
             raise InvalidRequestError(
-                f"a prompt with skills needs a cache_salt that begins with '{self._salt_prefix}', got {request.salt!r}. Without "
-                "one, later requests would find the skills' blocks in the prefix cache and take them for computed ones."
+                f"a prompt with skills needs a cache_salt that begins with '{self._salt_prefix}', got {request.salt!r}. "
+                "Without one, later requests would find the skills' blocks in the prefix cache and take them for computed ones."
             )
         if request.prompt is None or request.other:
             raise InvalidRequestError(
