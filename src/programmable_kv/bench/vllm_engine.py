@@ -1,7 +1,7 @@
 """Requests answered by a real vLLM, one after the other: `python -m programmable_kv.bench.vllm_engine JOB ANSWERS`.
 
-It runs in vLLM's own environment. `bench/vllm.py` starts it and says in the file JOB what to ask. The answers are written to the
-file ANSWERS; so is the error of an engine that does not start.
+It runs in vLLM's own environment. `vllm_splice.py` starts it and says in the file JOB what to ask. The answers go to the file
+ANSWERS; so does the error of an engine that does not start.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def _answer(engine: dict[str, Any], requests: list[dict[str, Any]], given: dict[
                 "seconds": seconds,
                 "tokens": list(output.outputs[0].token_ids),
                 "logprobs": likely,
+                "prompt_tokens": len(request["prompt"]),
                 "cached": output.num_cached_tokens,
                 "told": output.kv_transfer_params,
             }

@@ -154,6 +154,23 @@ def bench_serve(
     print_summary(record)
 
 
+@app.command("vllm")
+def bench_vllm(
+    python: Annotated[str, typer.Option("--python", help="the Python of an environment with vLLM 0.32 (docs/vllm.md)")],
+    model: ModelOption = "embedded",
+    lines: Annotated[int, typer.Option(min=4, help="of each of the eight policies; a line is about 21 tokens")] = 16,
+    requests: Annotated[int, typer.Option(min=0, help="timed prompts of each way; 0 compares and provokes only")] = 6,
+    out_path: OutOption = None,
+) -> None:
+    """Skills composed inside a real vLLM: equal to the library's own splice, refused where they must be, how much sooner."""
+    from programmable_kv.bench.vllm_splice import STEPS, run
+
+    path = record_path(out_path, "vllm-splice")
+    with progress("Engines", STEPS) as report:
+        record = run(python, path, model=model, lines=lines, requests=requests, report=report, command=command())
+    print_summary(record)
+
+
 def _measure_lengths(
     run: Callable[..., Record],
     name: str,
