@@ -352,7 +352,7 @@ def _compared(expected: Answer, given: dict[str, Any]) -> dict[str, Any]:
 def _distance(one: dict[str, Any], other: dict[str, Any]) -> float:
     """The largest difference of a log-probability between two answers, over the tokens that both list at the first step."""
     here, there = one["logprobs"][0], other["logprobs"][0]
-    return max(abs(here[token] - there[token]) for token in here.keys() & there.keys())
+    return float(max(abs(here[token] - there[token]) for token in here.keys() & there.keys()))
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

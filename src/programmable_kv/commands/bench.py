@@ -167,7 +167,10 @@ def bench_vllm(
 
     path = record_path(out_path, "vllm-splice")
     with progress("Engines", STEPS) as report:
-        record = run(python, path, model=model, lines=lines, requests=requests, report=report, command=command())
+        record = run(
+            python, path, model=model, lines=lines, requests=requests, report=report,
+            command=command().replace(python, "VLLM_PYTHON"),  # a record names no place
+        )  # fmt: skip
     print_summary(record)
 
 
