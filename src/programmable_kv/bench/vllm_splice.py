@@ -311,7 +311,10 @@ class _Asking:
                 f"{self._python} did not run vLLM: {(done.stderr or done.stdout)[-600:]}. It must be the Python of an "
                 "environment with vLLM 0.32 (docs/vllm.md)."
             )
-        return Answers(json.loads(answers.read_text(encoding="utf-8")))
+        found = Answers(json.loads(answers.read_text(encoding="utf-8")))
+        if found.error and requests:
+            raise ExperimentError(f"vLLM did not answer: {found.error[:600]}")
+        return found
 
 
 def _environment() -> dict[str, str]:

@@ -174,6 +174,30 @@ def bench_vllm(
     print_summary(record)
 
 
+@app.command("serve-vllm")
+def bench_serve_vllm(
+    python: Annotated[str, typer.Option("--python", help="the Python of an environment with vLLM 0.32 (docs/vllm.md)")],
+    model: Annotated[str, typer.Option("--model", help="'embedded', or a folder that vLLM serves")] = "embedded",
+    tokens: Annotated[int, typer.Option(min=200, help="of the policy, about")] = 1500,
+    sessions: Annotated[int, typer.Option(min=1, help="conversations, of four turns each")] = 8,
+    per_second: Annotated[float, typer.Option(min=0.01, help="requests that arrive in a second")] = 0.25,
+    out_path: OutOption = None,
+) -> None:
+    """A real vLLM with a clock in the prompt: in the prefix, behind the gateway, and appended by the client itself."""
+    from programmable_kv.extras import require_extra
+
+    require_extra("serve", "starlette", "uvicorn", "httpx2", "prometheus_client")
+    from programmable_kv.bench.serve_vllm import ARMS, run
+
+    path = record_path(out_path, "serve-vllm")
+    with progress("Arms", len(ARMS)) as report:
+        record = run(
+            python, path, model=model, tokens=tokens, sessions=sessions, per_second=per_second, report=report,
+            command=command().replace(python, "VLLM_PYTHON"),  # a record names no place
+        )  # fmt: skip
+    print_summary(record)
+
+
 def _measure_lengths(
     run: Callable[..., Record],
     name: str,
