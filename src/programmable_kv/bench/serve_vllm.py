@@ -1,8 +1,8 @@
 """A real vLLM behind the gateway: hit rate, time to first token and throughput, under arrivals that do not wait for answers.
 
 Conversations share a policy, and tell the model a clock. The clock stands at the top of the system prompt, as many clients
-write it; the same behind a gateway; or at the end of the newest message, from a client that was mended by hand. All arms ask one
-engine, with a cache salt for each, at the same times.
+write it; the same behind a gateway; or at the end of the newest message, from a client that was mended by hand. All arms ask
+one engine, with a cache salt for each, at the same times.
 """
 
 from __future__ import annotations

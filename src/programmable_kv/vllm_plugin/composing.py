@@ -13,6 +13,10 @@ from programmable_kv.vllm_plugin.marks import Mark, Marks
 from programmable_kv.vllm_plugin.matching import Placed, stages
 from programmable_kv.vllm_plugin.scheduling import SALT_PREFIX
 
+_LONGEST_SALT = 128
+_FORBIDDEN = frozenset("@/\\\0")
+"""both as vLLM 0.32 has them"""
+
 
 @dataclass(frozen=True, slots=True)
 class Composition:
@@ -47,10 +51,15 @@ class Composition:
             block_size: of vLLM's cache, in tokens.
 
         Raises:
-            InvalidArgumentError: there is no such block size.
+            InvalidArgumentError: there is no such block size, or vLLM takes no such salt.
         """
         if block_size < 1:
             raise InvalidArgumentError(f"a block has at least one token, got {block_size}")
+        if not salt or len(SALT_PREFIX + salt) > _LONGEST_SALT or _FORBIDDEN.intersection(salt):
+            longest = _LONGEST_SALT - len(SALT_PREFIX)
+            raise InvalidArgumentError(
+                f"a salt has 1 to {longest} characters, and no '@', '/', '\\' or NUL; got {salt[:60]!r}"
+            )
         seam = max((each.seam for each in self.placed), default=0)
         sent = []
         for length in stages(self.placed, len(self.ids), block_size):
