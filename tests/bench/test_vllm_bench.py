@@ -75,7 +75,7 @@ def test_an_environment_without_vllm_is_told(folder: Path, tmp_path: Path) -> No
     with pytest.raises(ExperimentError, match="vLLM did not answer: ModuleNotFoundError: No module named 'vllm'"):
         vllm_splice.run(sys.executable, tmp_path / "vllm-splice.json", model=str(folder), lines=4, requests=0)
     with pytest.raises(ExperimentError, match="vLLM did not start"):
-        serve_vllm.run(sys.executable, tmp_path / "serve-vllm.json", model=str(folder), tokens=300, sessions=1)
+        serve_vllm.run(sys.executable, tmp_path / "serve-vllm.json", model=str(folder), lines=1, sessions=1)
 
 
 def messages(arm: str, turn: int, clock: int) -> list[dict[str, str]]:

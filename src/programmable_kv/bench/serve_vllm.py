@@ -25,7 +25,7 @@ from typing import Any
 from programmable_kv.bench.serve_peers import Peer, gateway
 from programmable_kv.bench.vllm_cases import TOPICS, policy
 from programmable_kv.errors import ExperimentError
-from programmable_kv.models.load import Model, load_model
+from programmable_kv.models.load import load_model
 from programmable_kv.models.source import find_source
 from programmable_kv.records import Record, Recorder, digest_of
 
@@ -39,16 +39,9 @@ _START_S = 300.0
 _COUNTERS = {"queries": "vllm:prefix_cache_queries_total", "hits": "vllm:prefix_cache_hits_total"}
 
 
-def policies(tokens: int, model: Model) -> str:
-    """Policies of about so many tokens."""
-    lines = 1
-    while len(model.tokenizer.encode(_policies(lines + 1))) <= tokens:
-        lines += 1
-    return _policies(lines)
-
-
-def _policies(lines: int) -> str:
-    return "".join(policy(topic, lines) for topic in TOPICS)
+def texts(lines: int) -> list[str]:
+    """The policy that all conversations share."""
+    return ["".join(policy(topic, lines) for topic in TOPICS)]
 
 
 def body(arm: str, text: str, session: int, turn: int, clock: int) -> bytes:
@@ -90,7 +83,7 @@ def run(
     path: Path,
     *,
     model: str = "embedded",
-    tokens: int = 1500,
+    lines: int = 7,
     sessions: int = 8,
     per_second: float = 0.25,
     report: Callable[[int, int], None] | None = None,
@@ -101,7 +94,7 @@ def run(
     Args:
         python: the interpreter of the environment with vLLM.
         model: "embedded", or a folder that vLLM serves.
-        tokens: of the policy, about.
+        lines: of each of the eight parts of the policy; seven make about 1,500 tokens.
         sessions: conversations, of four turns each.
         per_second: requests that arrive in a second, on average.
 
@@ -112,11 +105,11 @@ def run(
     if source.folder is None or source.gguf_file is not None:
         raise ExperimentError(f"'{model}' is not a folder that vLLM serves: `pkv vllm export` writes one")
     loaded = load_model(model)
-    text = policies(tokens, loaded)
+    (text,) = texts(lines)
     recorder = Recorder(
         path, name=path.stem, version=1, title="A real vLLM, with and without the gateway in front", command=command,
         model=model, model_fingerprint=loaded.fingerprint, data_digest=digest_of([text]), seeds=[SEED],
-        settings={"tokens": tokens, "sessions": sessions, "turns": TURNS, "per_second": per_second,
+        settings={"lines": lines, "sessions": sessions, "turns": TURNS, "per_second": per_second,
                   "answer_tokens": ANSWER_TOKENS},
     )  # fmt: skip
     del loaded

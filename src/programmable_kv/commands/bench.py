@@ -178,7 +178,7 @@ def bench_vllm(
 def bench_serve_vllm(
     python: Annotated[str, typer.Option("--python", help="the Python of an environment with vLLM 0.32 (docs/vllm.md)")],
     model: Annotated[str, typer.Option("--model", help="'embedded', or a folder that vLLM serves")] = "embedded",
-    tokens: Annotated[int, typer.Option(min=200, help="of the policy, about")] = 1500,
+    lines: Annotated[int, typer.Option(min=1, help="of each of the policy's eight parts; 7 make 1,500 tokens")] = 7,
     sessions: Annotated[int, typer.Option(min=1, help="conversations, of four turns each")] = 8,
     per_second: Annotated[float, typer.Option(min=0.01, help="requests that arrive in a second")] = 0.25,
     out_path: OutOption = None,
@@ -192,7 +192,7 @@ def bench_serve_vllm(
     path = record_path(out_path, "serve-vllm")
     with progress("Arms", len(ARMS)) as report:
         record = run(
-            python, path, model=model, tokens=tokens, sessions=sessions, per_second=per_second, report=report,
+            python, path, model=model, lines=lines, sessions=sessions, per_second=per_second, report=report,
             command=command().replace(python, "VLLM_PYTHON"),  # a record names no place
         )  # fmt: skip
     print_summary(record)
