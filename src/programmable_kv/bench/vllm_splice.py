@@ -7,19 +7,17 @@ plain vLLM with its prefix cache, and to one with the plugin. Faults are put int
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from programmable_kv.bench.vllm_asking import BLOCK_SIZE, Asking, request
 from programmable_kv.bench.vllm_cases import GREEDY, HEAD, QUESTION, SEED, TOPICS, Answer, Case, Shop, policy
-from programmable_kv.errors import ExperimentError
 from programmable_kv.models.source import find_source
 from programmable_kv.records import Record, Recorder, digest_of
 from programmable_kv.skills.store import SkillStore
@@ -27,13 +25,10 @@ from programmable_kv.storage.files import blobs_at
 from programmable_kv.vllm_plugin.composing import Composition
 from programmable_kv.vllm_plugin.prepare import certify, export
 
-BLOCK_SIZE = 32
 SEAM = 4
 """of the timed prompts"""
 LONG_SEAM = 40
 """longer than a block, so that it is not hidden in the rest of one"""
-LIKELIEST = 20
-"""tokens at each step whose log-probabilities are compared"""
 PLAIN = "plain"
 STEPS = 6
 """of a progress bar"""
@@ -99,10 +94,10 @@ def _run(
     shop = Shop.stocked(model, SkillStore(store), lines)
     cases = _cases(shop)
     timed = _timed(shop, requests)
-    ask = _Asking(python, scratch, folder)
+    ask = Asking(python, scratch, folder)
     report(1, STEPS)
 
-    plain = ask(None, [*(_request(it.name, it.composition.ids, it.name) for it in cases), *timed[PLAIN]])
+    plain = ask(None, [*(request(it.name, it.composition.ids, it.name) for it in cases), *timed[PLAIN]])
     report(2, STEPS)
     composed = ask(store, [*_composed(cases), *_witnesses(cases[0]), *timed["composed"], *timed["in stages"]])
     report(3, STEPS)
@@ -161,19 +156,11 @@ def _cases(shop: Shop) -> list[Case]:
     ]
 
 
-def _request(
-    name: str, ids: Sequence[int], salt: str = "", parameters: Any = None, tokens: int = GREEDY
-) -> dict[str, Any]:
-    return {
-        "name": name, "prompt": list(ids), "salt": salt, "parameters": parameters, "tokens": tokens, "logprobs": LIKELIEST,
-    }  # fmt: skip
-
-
 def _in_stages(name: str, composition: Composition, salt: str, tokens: int) -> list[dict[str, Any]]:
     """The requests of one composition; those before the last one ask for one token."""
     sent = composition.requests(salt, BLOCK_SIZE)
     return [
-        _request(
+        request(
             name, body["prompt"], body["cache_salt"], body.get("kv_transfer_params"), body.get("max_tokens", tokens)
         )
         for body in sent
@@ -190,9 +177,9 @@ def _witnesses(case: Case) -> list[dict[str, Any]]:
     """After the case itself: the same prompt without a salt, and without skills under another salt and under the same."""
     (sent,) = case.composition.requests(case.name.replace(" ", "-"), BLOCK_SIZE)
     return [
-        _request("no salt", sent["prompt"], "", sent["kv_transfer_params"]),
-        _request("another salt", sent["prompt"], "plain"),
-        _request("the same salt", sent["prompt"], sent["cache_salt"]),
+        request("no salt", sent["prompt"], "", sent["kv_transfer_params"]),
+        request("another salt", sent["prompt"], "plain"),
+        request("the same salt", sent["prompt"], sent["cache_salt"]),
     ]
 
 
@@ -204,7 +191,7 @@ def _timed(shop: Shop, requests: int) -> dict[str, list[dict[str, Any]]]:
         topics = drawn.sample(TOPICS, len(TOPICS))
         question = QUESTION.format(topic=topics[number % len(topics)], kind=number + 1)
         one = shop.composed(topics, question)
-        found[PLAIN].append(_request(f"{PLAIN} {number}", one.ids, tokens=1))
+        found[PLAIN].append(request(f"{PLAIN} {number}", one.ids, tokens=1))
         found["composed"] += _in_stages(f"composed {number}", one, f"one-{number}", 1)
         repaired = shop.composed(topics, question, seam=SEAM)
         found["in stages"] += _in_stages(f"in stages {number}", repaired, f"stages-{number}", 1)
@@ -246,88 +233,6 @@ def _of_another_model(folder: Path, store: Path, target: Path) -> Path:
     certify(other, blobs_at(target))
     shutil.rmtree(other)
     return target
-
-
-# -- asking -----------------------------------------------------------------------------------------------------------
-
-
-class Answers:
-    """What one engine answered."""
-
-    def __init__(self, given: dict[str, Any]) -> None:
-        self.error: str = given.get("error", "")
-        self.runner: str = given.get("runner", "")
-        self.versions: dict[str, str] = given.get("versions", {})
-        self._given: list[dict[str, Any]] = given["answers"]
-
-    def last(self, name: str) -> dict[str, Any]:
-        """The answer to the last request of that name."""
-        return next(each for each in reversed(self._given) if each["name"] == name)
-
-    def total(self, name: str) -> dict[str, Any]:
-        """Of all requests of a name together: how many they were, and how long they took to their first token."""
-        mine = [each for each in self._given if each["name"] == name]
-        return {
-            "requests": len(mine),
-            "ttft_ms": round(1000 * sum(each["seconds"] for each in mine), 1),
-            "prompt_tokens": mine[-1]["prompt_tokens"],
-            "cached": mine[-1]["cached"],
-        }
-
-
-class _Asking:
-    """Starts an engine for each list of requests, one after the other, so that only one is in memory."""
-
-    def __init__(self, python: str, scratch: Path, folder: Path) -> None:
-        self._python, self._scratch, self._folder = python, scratch, folder
-
-    def __call__(self, store: Path | None, requests: Sequence[dict[str, Any]]) -> Answers:
-        """The answers of a vLLM with the plugin on a store; of a plain one without.
-
-        Raises:
-            ExperimentError: it did not run.
-        """
-        engine: dict[str, Any] = {
-            "model": str(self._folder), "dtype": "float32", "enforce_eager": True, "block_size": BLOCK_SIZE,
-            "max_model_len": 8192, "max_num_batched_tokens": 8192, "max_num_seqs": 4, "max_logprobs": LIKELIEST,
-        }  # fmt: skip
-        if store is not None:
-            engine["connector"] = {
-                "kv_connector": "SkillConnector",
-                "kv_connector_module_path": "programmable_kv.vllm_plugin.connector",
-                "kv_role": "kv_both",
-                "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": {"store": str(store)},
-            }
-        # The first forward of an engine makes what later ones use: it is not timed.
-        warm = _request("warm", range(100, 140), "warm", tokens=2)
-        job, answers = self._scratch / "job.json", self._scratch / "answers.json"
-        job.write_text(json.dumps({"engine": engine, "requests": [warm, *requests]}), encoding="utf-8")
-        answers.unlink(missing_ok=True)
-        line = [self._python, "-m", "programmable_kv.bench.vllm_engine", str(job), str(answers)]
-        done = subprocess.run(line, env=_environment(), capture_output=True, text=True, check=False)
-        if not answers.exists():
-            raise ExperimentError(
-                f"{self._python} did not run vLLM: {(done.stderr or done.stdout)[-600:]}. It must be the Python of an "
-                "environment with vLLM 0.32 (docs/vllm.md)."
-            )
-        found = Answers(json.loads(answers.read_text(encoding="utf-8")))
-        if found.error and requests:
-            raise ExperimentError(f"vLLM did not answer: {found.error[:600]}")
-        return found
-
-
-def _environment() -> dict[str, str]:
-    """One process, no network; this package is imported from where it is here."""
-    return {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
 
 
 # -- what is made of it -----------------------------------------------------------------------------------------------
