@@ -62,10 +62,10 @@ class Plugged:
         return keys, values
 
 
-def plugged(root: Path, share: HeadShare | None = None) -> tuple[Plugged, dict[str, Skill]]:
-    """The plugin beside a store with two skills."""
+def plugged(root: Path, share: HeadShare | None = None, dtype: str = "float32") -> tuple[Plugged, dict[str, Skill]]:
+    """The plugin beside a store with two skills, for a model in that dtype."""
     store = SkillStore(root / "store")
-    model, certificate = certify(model_folder(root), blobs_at(root / "store"))
+    model, certificate = certify(model_folder(root), blobs_at(root / "store"), dtype=dtype)
     skills = {
         "refunds": store.compile(model, REFUNDS, name="refunds"),
         "returns": store.compile(model, RETURNS, name="returns"),
@@ -75,7 +75,9 @@ def plugged(root: Path, share: HeadShare | None = None) -> tuple[Plugged, dict[s
     layers = {}
     for number, layer in enumerate(certificate.layers):
         heads = share.of(layer.heads)
-        layers[number] = SplitLayer(torch.zeros(12, heads.stop - heads.start, BLOCK, 2 * layer.width))
+        layers[number] = SplitLayer(
+            torch.zeros(12, heads.stop - heads.start, BLOCK, 2 * layer.width, dtype=getattr(torch, dtype))
+        )
     working = Working(stored, BLOCK, share, torch.device("cpu"))
     return Plugged(store, certificate, Scheduling(stored, BLOCK), working, layers), skills
 

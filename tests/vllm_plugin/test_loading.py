@@ -35,9 +35,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("plugged")
 
 
-def composed(root: Path, skills: dict[str, Skill], *order: str) -> Notebook:
+def composed(root: Path, skills: dict[str, Skill], *order: str, dtype: str = "float32") -> Notebook:
     """The library's own splice: text, and skills behind it."""
-    notebook = Notebook(load_model(model_folder(root))).text(HEAD)
+    notebook = Notebook(load_model(model_folder(root), dtype=dtype)).text(HEAD)
     for name in order:
         notebook.skill(skills[name])
     notebook.text("\nThe tier is gold.")
@@ -67,6 +67,19 @@ def test_what_is_written_is_the_librarys_own_splice(root: Path, order: tuple[str
         keys, values = plug.cached(layer, slots)
         assert torch.allclose(keys, notebook.cache.keys(layer)[:, mine, rows], atol=1e-5, rtol=0)
         assert torch.equal(values, notebook.cache.values(layer)[:, mine, rows])
+
+
+def test_in_bfloat16_it_is_rounded_once_as_by_the_library(root: Path, tmp_path: Path) -> None:
+    plug, skills = plugged(tmp_path, dtype="bfloat16")
+    notebook = composed(tmp_path, skills, "refunds", dtype="bfloat16")
+    span = notebook.part("refunds").span
+    computed = -(-span.start // BLOCK) * BLOCK
+    assert plug.load(request(notebook), computed, BLOCKS) == span.stop - computed
+    for layer in range(len(plug.certificate.layers)):
+        keys, values = plug.cached(layer, slots_of(BLOCKS, Span(computed, span.stop), BLOCK))
+        assert keys.dtype == torch.bfloat16
+        assert torch.equal(keys, notebook.cache.keys(layer)[:, :, computed : span.stop])
+        assert torch.equal(values, notebook.cache.values(layer)[:, :, computed : span.stop])
 
 
 def test_a_rotation_that_is_off_by_one_is_seen(root: Path, tmp_path: Path) -> None:

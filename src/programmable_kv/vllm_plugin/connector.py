@@ -51,6 +51,11 @@ class SkillConnector(KVConnectorBase_V1):  # type: ignore[misc]
         super().__init__(vllm_config, role, kv_cache_config)
         options = _options(vllm_config)
         _check_served(vllm_config)
+        if (groups := len(kv_cache_config.kv_cache_groups)) != 1:
+            raise UnsupportedModelError(
+                f"vLLM keeps the model's layers in {groups} groups of blocks, and skills are written into one. Serve it with "
+                "--disable-hybrid-kv-cache-manager."
+            )
         served = vllm_config.model_config
         blobs = blobs_at(options["store"])
         dtype = str(served.dtype).removeprefix("torch.")
