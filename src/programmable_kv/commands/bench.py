@@ -156,7 +156,7 @@ def bench_serve(
 
 @app.command("vllm")
 def bench_vllm(
-    python: Annotated[str, typer.Option("--python", help="the Python of an environment with vLLM 0.32 (docs/vllm.md)")],
+    python: Annotated[str, typer.Option("--python", help="the Python of an environment with vLLM (docs/vllm.md)")],
     model: ModelOption = "embedded",
     lines: Annotated[int, typer.Option(min=4, help="of each of the eight policies; a line is about 21 tokens")] = 16,
     requests: Annotated[int, typer.Option(min=0, help="timed prompts of each way; 0 compares and provokes only")] = 6,
@@ -176,7 +176,7 @@ def bench_vllm(
 
 @app.command("serve-vllm")
 def bench_serve_vllm(
-    python: Annotated[str, typer.Option("--python", help="the Python of an environment with vLLM 0.32 (docs/vllm.md)")],
+    python: Annotated[str, typer.Option("--python", help="the Python of an environment with vLLM (docs/vllm.md)")],
     model: Annotated[str, typer.Option("--model", help="'embedded', or a folder that vLLM serves")] = "embedded",
     lines: Annotated[int, typer.Option(min=1, help="of each of the policy's eight parts; 7 make 1,500 tokens")] = 7,
     sessions: Annotated[int, typer.Option(min=1, help="conversations, of four turns each")] = 8,

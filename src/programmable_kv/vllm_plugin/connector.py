@@ -1,4 +1,6 @@
-"""`SkillConnector`: the plugin as vLLM's `KVConnectorBase_V1`. The one module that imports vLLM; written for vLLM 0.32.
+"""`SkillConnector`: the plugin as vLLM's `KVConnectorBase_V1`. The one module that imports vLLM.
+
+Written for vLLM 0.32.
 
 vllm serve FOLDER --kv-transfer-config '{"kv_connector": "SkillConnector",
     "kv_connector_module_path": "programmable_kv.vllm_plugin.connector", "kv_role": "kv_both",
