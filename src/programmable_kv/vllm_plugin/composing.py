@@ -9,9 +9,8 @@ from typing import Any
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.storage.manifests import Entry
-from programmable_kv.vllm_plugin.marks import Mark, Marks
+from programmable_kv.vllm_plugin.marks import SALT_PREFIX, Mark, Marks
 from programmable_kv.vllm_plugin.matching import Placed, stages
-from programmable_kv.vllm_plugin.scheduling import SALT_PREFIX
 
 _LONGEST_SALT = 128
 _FORBIDDEN = frozenset("@/\\\0")

@@ -27,7 +27,8 @@ from programmable_kv.storage.files import blobs_at
 from programmable_kv.vllm_plugin.certificate import certificate_of
 from programmable_kv.vllm_plugin.layout import PACKED, PagedLayer, WritePacked, paged_layer
 from programmable_kv.vllm_plugin.loading import DEFAULT_KEPT, HeadShare, StoredSkills
-from programmable_kv.vllm_plugin.scheduling import SALT_PREFIX, Load, Request, Scheduling
+from programmable_kv.vllm_plugin.marks import SALT_PREFIX
+from programmable_kv.vllm_plugin.scheduling import Load, Request, Scheduling
 from programmable_kv.vllm_plugin.working import Working
 
 _OPTIONS = {"store", "salt_prefix", "kept_bytes"}

@@ -8,6 +8,8 @@ from typing import Any
 
 from programmable_kv.errors import InvalidRequestError
 
+SALT_PREFIX = "composed:"
+"""how the cache salt of a request with skills begins"""
 SKILLS, SEAM = "skills", "seam"
 _FORM = (
     'Write kv_transfer_params={"skills": [{"skill": "refunds", "start": 24}], "seam": 0}, skills in the order of the '

@@ -14,11 +14,9 @@ from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidRequestError, ProgrammableKVError
 from programmable_kv.storage.manifests import preface_digest
 from programmable_kv.vllm_plugin.loading import StoredSkills
-from programmable_kv.vllm_plugin.marks import Marks, parse_marks
+from programmable_kv.vllm_plugin.marks import SALT_PREFIX, Marks, parse_marks
 from programmable_kv.vllm_plugin.matching import Piece, Placed, blocks_of, loadable, place
 
-SALT_PREFIX = "composed:"
-"""how the cache salt of a request with skills begins"""
 log = logging.getLogger("vllm.programmable_kv")  # below vLLM's own logger, so that it is shown where vLLM's lines are
 
 
