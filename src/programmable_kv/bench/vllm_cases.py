@@ -135,7 +135,7 @@ def answered(engine: Engine, notebook: Notebook, last: list[int]) -> Answer:
         logits = engine.append(notebook.cache, last)
         tokens, rows = [], []
         for _ in range(GREEDY):
-            rows.append(torch.log_softmax(logits[-1].double().cpu(), dim=-1))
+            rows.append(torch.log_softmax(logits[-1].cpu().double(), dim=-1))
             tokens.append(int(rows[-1].argmax()))
             logits = engine.append(notebook.cache, tokens[-1:])
         return Answer(tuple(tokens), torch.stack(rows))
