@@ -63,6 +63,19 @@ def test_all_skills_of_a_prompt_are_loaded(plug: Plugged) -> None:
     assert plug.scheduling.finished("asked") is None
 
 
+@pytest.mark.parametrize(
+    ("cached", "loaded", "said"),
+    [(0, 0, "0 tokens are cached, and skill"), (16, 0, "can be loaded from token 20 on"), (32, 1, ""), (400, 0, "")],
+)
+def test_text_before_a_skill_is_told(plug: Plugged, cached: int, loaded: int, said: str) -> None:
+    asked = request(plug, prompt=[*range(20), *prompt_of(plug)])
+    assert (count(plug, asked, cached) > 0) == bool(loaded)
+    told = plug.scheduling.finished("asked")
+    assert told is not None
+    assert said in told["skills"]["why"]
+    assert bool(said) == bool(told["skills"]["why"])
+
+
 def test_vllm_may_take_fewer_tokens_than_it_was_offered(plug: Plugged) -> None:
     asked = request(plug)
     assert count(plug, asked, 4) > BLOCK

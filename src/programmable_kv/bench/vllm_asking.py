@@ -56,8 +56,8 @@ class Asking:
     def __init__(self, python: str, scratch: Path, folder: Path) -> None:
         self._python, self._scratch, self._folder = python, scratch, folder
 
-    def __call__(self, store: Path | None, requests: Sequence[dict[str, Any]]) -> Answers:
-        """The answers of a vLLM with the plugin on a store; of a plain one without.
+    def __call__(self, store: Path | None, requests: Sequence[dict[str, Any] | list[dict[str, Any]]]) -> Answers:
+        """The answers of a vLLM with the plugin on a store; of a plain one without. Requests in a list are asked at once.
 
         Raises:
             ExperimentError: it did not run.

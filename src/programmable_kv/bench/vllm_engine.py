@@ -25,8 +25,9 @@ def main(job: str, answers: str) -> None:
     Path(answers).write_text(json.dumps(given), encoding="utf-8")
 
 
-def _answer(engine: dict[str, Any], requests: list[dict[str, Any]], given: dict[str, Any]) -> list[dict[str, Any]]:
-    from vllm import LLM, SamplingParams
+def _answer(engine: dict[str, Any], requests: list[Any], given: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answers to requests, one after the other; those of a list are asked at once."""
+    from vllm import LLM
     from vllm.config import KVTransferConfig
 
     connector = engine.pop("connector", None)
@@ -37,34 +38,39 @@ def _answer(engine: dict[str, Any], requests: list[dict[str, Any]], given: dict[
     given["runner"] = "V2" if config.use_v2_model_runner else "V1"
     given["block_size"] = config.cache_config.block_size
     answers = []
-    for request in requests:
-        extra = {"kv_transfer_params": request["parameters"]} if request.get("parameters") else None
-        sampling = SamplingParams(
-            temperature=0.0,
-            max_tokens=request["tokens"],
-            logprobs=request["logprobs"],
-            extra_args=extra,
-            ignore_eos=True,
-        )
-        prompt: dict[str, Any] = {"prompt_token_ids": request["prompt"]}
-        if request.get("salt"):
-            prompt["cache_salt"] = request["salt"]
+    for group in requests:
+        together = group if isinstance(group, list) else [group]
         began = time.perf_counter()
-        (output,) = model.generate([prompt], sampling, use_tqdm=False)
+        outputs = model.generate([_prompt(it) for it in together], [_sampling(it) for it in together], use_tqdm=False)
         seconds = time.perf_counter() - began
-        likely = [{str(t): p.logprob for t, p in each.items()} for each in output.outputs[0].logprobs or []]
-        answers.append(
-            {
-                "name": request["name"],
-                "seconds": seconds,
-                "tokens": list(output.outputs[0].token_ids),
-                "logprobs": likely,
-                "prompt_tokens": len(request["prompt"]),
-                "cached": output.num_cached_tokens,
-                "told": output.kv_transfer_params,
-            }
-        )
+        answers += [_told(*pair, seconds) for pair in zip(together, outputs, strict=True)]
     return answers
+
+
+def _prompt(request: dict[str, Any]) -> dict[str, Any]:
+    salted = {"cache_salt": request["salt"]} if request.get("salt") else {}
+    return {"prompt_token_ids": request["prompt"], **salted}
+
+
+def _sampling(request: dict[str, Any]) -> Any:
+    from vllm import SamplingParams
+
+    extra = {"kv_transfer_params": request["parameters"]} if request.get("parameters") else None
+    return SamplingParams(
+        temperature=0.0, max_tokens=request["tokens"], logprobs=request["logprobs"], extra_args=extra, ignore_eos=True
+    )
+
+
+def _told(request: dict[str, Any], output: Any, seconds: float) -> dict[str, Any]:
+    return {
+        "name": request["name"],
+        "seconds": seconds,
+        "tokens": list(output.outputs[0].token_ids),
+        "logprobs": [{str(t): p.logprob for t, p in each.items()} for each in output.outputs[0].logprobs or []],
+        "prompt_tokens": len(request["prompt"]),
+        "cached": output.num_cached_tokens,
+        "told": output.kv_transfer_params,
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -99,7 +99,9 @@ def _run(
 
     plain = ask(None, [*(request(it.name, it.composition.ids, it.name) for it in cases), *timed[PLAIN]])
     report(2, STEPS)
-    composed = ask(store, [*_composed(cases), *_witnesses(cases[0]), *timed["composed"], *timed["in stages"]])
+    composed = ask(
+        store, [*_composed(cases), *_witnesses(cases[0]), _together(cases[:2]), *timed["composed"], *timed["in stages"]]
+    )
     report(3, STEPS)
     turned = ask(_wrongly_turned(shop, store, scratch / "turned"), _composed(cases[:1]))
     report(4, STEPS)
@@ -111,6 +113,12 @@ def _run(
     for case in cases:
         recorder.add({"case": case.name, **_compared(case.answer, composed.last(case.name))})
         recorder.add({"computed": case.name, **_compared(case.answer, plain.last(case.name))})
+    for number, (case, skills) in enumerate(_asked_together(cases[:2])):
+        given = composed.last(f"together {number}")
+        from_plain = _distance(given, plain.last(case.name))
+        recorder.add(
+            {"together": case.name, "skills": skills, **_compared(case.answer, given), "from_plain": from_plain}
+        )
     first = cases[0]
     for witness, answers, key in (
         ("rotation off by one", turned, first.name),
@@ -181,6 +189,21 @@ def _witnesses(case: Case) -> list[dict[str, Any]]:
         request("another salt", sent["prompt"], "plain"),
         request("the same salt", sent["prompt"], sent["cache_salt"]),
     ]
+
+
+def _asked_together(cases: Sequence[Case]) -> list[tuple[Case, bool]]:
+    """What is asked at once: each prompt with its skills and without, twice."""
+    return [(case, skills) for case in cases for skills in (True, False)] * 2
+
+
+def _together(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Its requests. Skills are loaded under a salt of each request's own; plain ones share theirs."""
+    found = []
+    for number, (case, skills) in enumerate(_asked_together(cases)):
+        (sent,) = case.composition.requests(f"together-{number}", BLOCK_SIZE)
+        salt, parameters = (sent["cache_salt"], sent["kv_transfer_params"]) if skills else ("together", None)
+        found.append(request(f"together {number}", sent["prompt"], salt, parameters))
+    return found
 
 
 def _timed(shop: Shop, requests: int) -> dict[str, list[dict[str, Any]]]:
@@ -278,6 +301,15 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if "witness" in row and "error" not in row:
             key = row["witness"].replace(",", "").replace(" ", "_")
             summary[key] = {each: row[each] for each in ("loaded", "cached", "largest_difference", "from_plain")}
+    at_once = [row for row in rows if "together" in row]
+    if at_once:
+        skilled, plain = ([row for row in at_once if row["skills"] is which] for which in (True, False))
+        summary["together"] = {
+            "requests": len(at_once),
+            "same_tokens": sum(row["same_tokens"] for row in skilled),
+            "largest_difference": max(row["largest_difference"] for row in skilled),
+            "plain_from_plain": max(row["from_plain"] for row in plain),
+        }
     ways = {way: [row for row in rows if row.get("way") == way] for way in (PLAIN, "composed", "in stages")}
     if all(ways.values()):
         medians = {way: statistics.median(row["ttft_ms"] for row in found) for way, found in ways.items()}

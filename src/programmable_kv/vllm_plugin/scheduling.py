@@ -72,6 +72,8 @@ class Scheduling:
         if known is None or request.prompt is None:
             return 0
         pieces = loadable(known.placed, computed, len(request.prompt))
+        if known.placed:
+            known.why = "" if pieces else _blocked(known.placed, computed)
         return pieces[-1].stop - computed if pieces else 0
 
     def allocated(self, request: Request, computed: int, count: int, block_ids: Sequence[int]) -> None:
@@ -151,6 +153,17 @@ class Scheduling:
             exact = before is not None and preface_digest(tuple(before)) == entry.preface_sha256
             placed.append(Placed(entry.key, span, 0 if exact else marks.seam))
         return tuple(placed)
+
+
+def _blocked(placed: Sequence[Placed], computed: int) -> str:
+    """Why no skill can be loaded behind the cached tokens; empty if all of them are cached."""
+    ahead = next((each for each in placed if each.tokens.stop > computed), None)
+    if ahead is None or computed >= ahead.loadable.start:
+        return ""
+    return (
+        f"{computed} tokens are cached, and skill {ahead.key} can be loaded from token {ahead.loadable.start} on: send the "
+        "text before it first, under the same salt, as Composition.requests does"
+    )
 
 
 def _until(pieces: Sequence[Piece], stop: int) -> tuple[Piece, ...]:
