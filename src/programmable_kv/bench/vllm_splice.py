@@ -6,18 +6,16 @@ plain vLLM with its prefix cache, and to one with the plugin. Faults are put int
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from programmable_kv.bench.vllm_asking import BLOCK_SIZE, Asking, request
 from programmable_kv.bench.vllm_cases import GREEDY, HEAD, QUESTION, SEED, TOPICS, Answer, Case, Shop, policy
+from programmable_kv.bench.vllm_faults import damaged, of_another_model, wrongly_turned
 from programmable_kv.models.source import find_source
 from programmable_kv.records import Record, Recorder, digest_of
 from programmable_kv.skills.store import SkillStore
@@ -103,11 +101,11 @@ def _run(
         store, [*_composed(cases), *_witnesses(cases[0]), _together(cases[:2]), *timed["composed"], *timed["in stages"]]
     )
     report(3, STEPS)
-    turned = ask(_wrongly_turned(shop, store, scratch / "turned"), _composed(cases[:1]))
+    turned = ask(wrongly_turned(shop, store, scratch / "turned"), _composed(cases[:1]))
     report(4, STEPS)
-    damaged = ask(_damaged(shop, store, scratch / "damaged"), _composed(cases[:1]))
+    flipped = ask(damaged(shop, store, scratch / "damaged"), _composed(cases[:1]))
     report(5, STEPS)
-    strange = ask(_of_another_model(folder, store, scratch / "strange"), [])
+    strange = ask(of_another_model(folder, store, scratch / "strange"), [])
     report(6, STEPS)
 
     for case in cases:
@@ -122,7 +120,7 @@ def _run(
     first = cases[0]
     for witness, answers, key in (
         ("rotation off by one", turned, first.name),
-        ("a damaged skill", damaged, first.name),
+        ("a damaged skill", flipped, first.name),
         ("no salt", composed, "no salt"),
         ("another salt, no skills", composed, "another salt"),
         ("the same salt, no skills", composed, "the same salt"),
@@ -219,43 +217,6 @@ def _timed(shop: Shop, requests: int) -> dict[str, list[dict[str, Any]]]:
         repaired = shop.composed(topics, question, seam=SEAM)
         found["in stages"] += _in_stages(f"in stages {number}", repaired, f"stages-{number}", 1)
     return found
-
-
-# -- stores with a fault ----------------------------------------------------------------------------------------------
-
-
-def _wrongly_turned(shop: Shop, store: Path, target: Path) -> Path:
-    """Skills that say they were computed one position later than they were: each is turned by one position too little."""
-    shutil.copytree(store, target)
-    wrong = SkillStore(target)
-    for skill in shop.skills.values():
-        wrong.put(replace(skill, segment=replace(skill.segment, computed_at=skill.segment.computed_at + 1)))
-    return target
-
-
-def _damaged(shop: Shop, store: Path, target: Path) -> Path:
-    """One bit of every policy's tensors is another."""
-    shutil.copytree(store, target)
-    for entry in shop.entries(TOPICS):
-        file = target / entry.tensors
-        body = bytearray(file.read_bytes())
-        body[-7] ^= 4
-        file.write_bytes(bytes(body))
-    return target
-
-
-def _of_another_model(folder: Path, store: Path, target: Path) -> Path:
-    """A store that is certified for a model with another rotation only."""
-    other = target.with_name("other-model")
-    shutil.copytree(folder, other)
-    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
-    parameters = config.get("rope_parameters") or {"rope_type": "default"}
-    config["rope_parameters"] = {**parameters, "rope_theta": 4 * float(parameters.get("rope_theta", 1e4))}
-    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    shutil.copytree(store, target, ignore=shutil.ignore_patterns("vllm-*.json"))
-    certify(other, blobs_at(target))
-    shutil.rmtree(other)
-    return target
 
 
 # -- what is made of it -----------------------------------------------------------------------------------------------
