@@ -18,12 +18,13 @@ from programmable_kv.errors import (
     InvalidArgumentError,
     ModelUnavailableError,
     UnsupportedModelError,
+    UnverifiedError,
 )
 from programmable_kv.storage.files import blobs_at
 from programmable_kv.vllm_plugin.certificate import certificate_of, certificates
 from programmable_kv.vllm_plugin.layout import SplitLayer
 from programmable_kv.vllm_plugin.loading import HeadShare, StoredSkills
-from programmable_kv.vllm_plugin.matching import slots_of
+from programmable_kv.vllm_plugin.matching import Piece, slots_of
 from programmable_kv.vllm_plugin.prepare import certify, compile_opening, export
 from programmable_kv.vllm_plugin.scheduling import Request
 
@@ -154,6 +155,21 @@ def test_a_skill_that_cannot_be_read_fails_its_blocks_and_those_behind(root: Pat
         assert "could not be read" in told["skills"]["why"]
     finally:
         plug.store.remove("returns")
+
+
+def test_a_skill_with_room_between_its_tokens_is_computed_instead(root: Path, tmp_path: Path) -> None:
+    plug, skills = plugged(root)
+    notebook = composed(root, skills, "refunds")
+    apart = torch.arange(len(skills["refunds"]))
+    apart[5:] += 2
+    SkillStore(tmp_path).put(replace(skills["refunds"], segment=replace(skills["refunds"].segment, computed_at=apart)))
+    plug.working._skills = StoredSkills(tmp_path, plug.certificate)
+    piece = Piece(plug.store.entry("refunds").key, Span(0, 4), 0)
+    with pytest.raises(UnverifiedError, match="keeps room between its tokens"):
+        plug.working._skills.relocated(piece, HeadShare(), torch.device("cpu"))
+    computed = -(-notebook.part("refunds").span.start // BLOCK) * BLOCK
+    plug.load(request(notebook), computed, BLOCKS)
+    assert plug.working.failed(), "vLLM is told to compute its blocks"
 
 
 def test_skills_leave_memory_and_are_read_again(root: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from programmable_kv.cache.rotation import Rotation
 from programmable_kv.cache.segment import Segment
 from programmable_kv.cache.span import Span
-from programmable_kv.errors import CorruptFileError, FingerprintMismatchError, FrequencyRegimeError
+from programmable_kv.errors import CorruptFileError, FingerprintMismatchError, FrequencyRegimeError, UnverifiedError
 from programmable_kv.skills.entries import Entries
 from programmable_kv.skills.packing import check_packed, unpacked
 from programmable_kv.storage.files import Blobs, blobs_at
@@ -83,6 +83,7 @@ class StoredSkills:
             UnknownSkillError, CorruptFileError, FingerprintMismatchError, StorageError: the skill cannot be loaded. (Before the
                 first layer.)
             FrequencyRegimeError: its keys were computed with other frequencies than those that were proved.
+            UnverifiedError: its tokens do not stand side by side.
         """
         part = self._segment(piece.key).part(piece.tokens)
         return self._turned(part, piece.start, share, device)
@@ -119,6 +120,10 @@ class StoredSkills:
             raise FrequencyRegimeError(
                 f"skill {entry.name!r} was computed with other frequencies than those that relocation was proved for: "
                 "compile a shorter text"
+            )
+        if bool((segment.computed_at.diff() != 1).any()):
+            raise UnverifiedError(
+                f"skill {entry.name!r} keeps room between its tokens, and vLLM counts positions without gaps: compile it causally"
             )
         if len(segment) != len(entry.unit.ids):
             raise CorruptFileError(f"{where} holds {len(segment)} tokens, and its manifest {len(entry.unit.ids)}")
