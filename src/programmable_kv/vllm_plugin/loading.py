@@ -123,7 +123,8 @@ class StoredSkills:
             )
         if bool((segment.computed_at.diff() != 1).any()):
             raise UnverifiedError(
-                f"skill {entry.name!r} keeps room between its tokens, and vLLM counts positions without gaps: compile it causally"
+                f"skill {entry.name!r} keeps room between its tokens, and vLLM counts positions without gaps: compile it "
+                "with visibility 'causal'"
             )
         if len(segment) != len(entry.unit.ids):
             raise CorruptFileError(f"{where} holds {len(segment)} tokens, and its manifest {len(entry.unit.ids)}")
