@@ -10,7 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import tiny
+from programmable_kv import SkillStore
 from programmable_kv.cli import app
+from programmable_kv.vllm_plugin.prepare import compile_opening
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,6 +82,32 @@ def test_the_skills_page_s_code_runs() -> None:
     namespace = run("docs/skills.md")
     assert namespace["agent"].notebook.last_account.exact, "compiled together, in their order"
     assert namespace["agent"].composed.tokens_computed < 60
+
+
+def test_the_vllm_page_s_code_runs(tmp_path: Path) -> None:
+    """Its store, tokenizer and `post` are given: the requests that it would send are looked at."""
+    text = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    model = tiny()
+    store = SkillStore(tmp_path / "skills")
+    store.put(compile_opening(model, [("system", "You are the support agent.\n")]))
+    for name in ("returns", "refunds"):
+        store.compile(model, f"The policy on {name}.\n", name=name)
+    sent: list[Any] = []
+
+    def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        sent.append((path, body))
+        return {}
+
+    code = block.replace("/srv/skills", str(tmp_path / "skills"))
+    exec(compile(code, "docs/vllm.md", "exec"), {"tokenizer": model.tokenizer, "post": post})
+    ((path, body),) = sent
+    assert path == "/v1/completions"
+    assert body["cache_salt"] == "composed:tenant-7"
+    starts = [mark["start"] for mark in body["kv_transfer_params"]["skills"]]
+    assert starts[0] == 0
+    assert starts == sorted(starts)
+    assert model.tokenizer.decode(body["prompt"]).count("The policy on") == 2
 
 
 def test_the_explain_miss_page_s_code_runs_and_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from programmable_kv import __version__
-from programmable_kv.commands import bench, explain, lab, prompts, records, serve, skills, templates, zoo
+from programmable_kv.commands import bench, explain, lab, prompts, records, serve, skills, templates, vllm, zoo
 from programmable_kv.errors import ProgrammableKVError
 from programmable_kv.extras import extra_missing_in
 
@@ -29,6 +29,7 @@ app.command()(explain.explain_miss)
 app.command()(serve.serve)
 app.command()(serve.serve_key)
 app.add_typer(skills.app, name="skills")
+app.add_typer(vllm.app, name="vllm")
 app.add_typer(bench.app, name="bench")
 app.add_typer(lab.app, name="lab")
 app.command()(zoo.zoo)

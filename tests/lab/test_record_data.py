@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from programmable_kv.bench import serve
+from programmable_kv.bench import serve, serve_vllm, vllm_splice
 from programmable_kv.bench.agent import policies
 from programmable_kv.demo.demo import VALUES, policy
 from programmable_kv.lab import adapter, blocks, by_design, edit_modes, long_readers, mentions, readers, stock_readers
@@ -48,6 +48,9 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "agent-readers": lambda settings: (scenario.text() for scenario in policies(settings["instances"])),
     "agent": lambda settings: (scenario.text() for scenario in policies(settings["instances"])),
     "serve": lambda settings: serve.texts(settings["sizes_kb"]),
+    "serve-vllm": lambda settings: serve_vllm.texts(settings["lines"]),
+    "vllm-splice": lambda settings: vllm_splice.texts(settings["lines"]),
+    "vllm-splice-qwen2-5-coder-0-5b": lambda settings: vllm_splice.texts(settings["lines"]),
     "edit-ttft": lambda _: [policy(), *VALUES.values()],
     "compose-embedded": lambda settings: suite_texts(Composing, settings),
     "preface-embedded": lambda settings: suite_texts(Prefaces, settings),

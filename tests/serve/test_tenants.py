@@ -162,6 +162,19 @@ def test_a_client_s_own_salt_stays_within_its_tenant(upstream: RawUpstream) -> N
         assert len(set(found)) == 4
 
 
+def test_a_salt_of_prompts_with_skills_is_still_known_as_one(upstream: RawUpstream) -> None:
+    """vLLM's plugin loads skills under such a salt only; each tenant's is another all the same."""
+    with running(GatewaySettings(upstream.url, port=0, keys=KEYS, salts=True)) as gateway:
+        found: list[str] = []
+        for name, own in (("one", "composed:x"), ("two", "composed:x"), ("one", "x"), ("one", "")):
+            data = json.dumps({"model": "m", "cache_salt": own, "kv_transfer_params": {"skills": ["refunds"]}})
+            httpx2.post(f"{gateway.url}/v1/completions", content=data, headers={"x-api-key": MADE[name][0]})
+            assert upstream.received[-1].json["kv_transfer_params"] == {"skills": ["refunds"]}
+            found.append(upstream.received[-1].json["cache_salt"])
+        assert [each.startswith("composed:") for each in found] == [True, True, False, False]
+        assert len({each.removeprefix("composed:") for each in found}) == 4
+
+
 def test_salt_and_lines_go_together(upstream: RawUpstream) -> None:
     settings = GatewaySettings(upstream.url, port=0, keys=KEYS, salts=True, mode=GatewayMode.ERRATUM, rules=CLOCK)
     with running(settings) as gateway:

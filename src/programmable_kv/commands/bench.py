@@ -154,6 +154,50 @@ def bench_serve(
     print_summary(record)
 
 
+@app.command("vllm")
+def bench_vllm(
+    python: Annotated[str, typer.Option("--python", help="the Python of an environment with vLLM (docs/vllm.md)")],
+    model: ModelOption = "embedded",
+    lines: Annotated[int, typer.Option(min=4, help="of each of the eight policies; a line is about 21 tokens")] = 16,
+    requests: Annotated[int, typer.Option(min=0, help="timed prompts of each way; 0 compares and provokes only")] = 6,
+    out_path: OutOption = None,
+) -> None:
+    """Skills composed inside a real vLLM: equal to the library's own splice, refused where they must be, how much sooner."""
+    from programmable_kv.bench.vllm_splice import STEPS, run
+
+    path = record_path(out_path, "vllm-splice")
+    with progress("Engines", STEPS) as report:
+        record = run(
+            python, path, model=model, lines=lines, requests=requests, report=report,
+            command=command().replace(python, "VLLM_PYTHON"),  # a record names no place
+        )  # fmt: skip
+    print_summary(record)
+
+
+@app.command("serve-vllm")
+def bench_serve_vllm(
+    python: Annotated[str, typer.Option("--python", help="the Python of an environment with vLLM (docs/vllm.md)")],
+    model: Annotated[str, typer.Option("--model", help="'embedded', or a folder that vLLM serves")] = "embedded",
+    lines: Annotated[int, typer.Option(min=1, help="of each of the policy's eight parts; 7 make 1,500 tokens")] = 7,
+    sessions: Annotated[int, typer.Option(min=1, help="conversations, of four turns each")] = 8,
+    per_second: Annotated[float, typer.Option(min=0.01, help="requests that arrive in a second")] = 0.25,
+    out_path: OutOption = None,
+) -> None:
+    """A real vLLM with a clock in the prompt: in the prefix, behind the gateway, and appended by the client itself."""
+    from programmable_kv.extras import require_extra
+
+    require_extra("serve", "starlette", "uvicorn", "httpx2", "prometheus_client")
+    from programmable_kv.bench.serve_vllm import ARMS, run
+
+    path = record_path(out_path, "serve-vllm")
+    with progress("Arms", len(ARMS)) as report:
+        record = run(
+            python, path, model=model, lines=lines, sessions=sessions, per_second=per_second, report=report,
+            command=command().replace(python, "VLLM_PYTHON"),  # a record names no place
+        )  # fmt: skip
+    print_summary(record)
+
+
 def _measure_lengths(
     run: Callable[..., Record],
     name: str,

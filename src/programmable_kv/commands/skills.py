@@ -34,6 +34,7 @@ InsideOption = Annotated[
     typer.Option("--inside", help="a role: compile as inside a chat message of this role, after the preface"),
 ]
 Int8Option = Annotated[bool, typer.Option("--int8", help="keep it in 8 bits")]
+DtypeOption = Annotated[str, typer.Option(help="a torch dtype's name: the one that the model is run in")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 _BULKY: Any = {"unit": {"ids", "offsets", "base", "read"}, "pieces": True}
 """what of a manifest is of no use to a reader"""
@@ -52,6 +53,7 @@ def skills_compile(
     ] = "causal",
     int8: Int8Option = False,
     model: ModelOption = "embedded",
+    dtype: DtypeOption = "float32",
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -65,9 +67,8 @@ def skills_compile(
     from programmable_kv.skills.store import SkillStore
 
     keep = SkillStore(store, int8=int8)
-    skill = keep.compile(
-        load_model(model), content, values, name=name, role=role, preface=before, visibility=visibility
-    )
+    loaded = load_model(model, dtype=dtype)
+    skill = keep.compile(loaded, content, values, name=name, role=role, preface=before, visibility=visibility)
     _print_skills([skill], as_json)
 
 
@@ -80,6 +81,7 @@ def skills_compile_together(
     between: Annotated[str, typer.Option(help=r"text between two of them; \n is a line break")] = "",
     int8: Int8Option = False,
     model: ModelOption = "embedded",
+    dtype: DtypeOption = "float32",
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -92,7 +94,9 @@ def skills_compile_together(
 
     keep = SkillStore(store, int8=int8)
     gap = between.replace("\\n", "\n")
-    _print_skills(keep.compile_together(load_model(model), contents, values, preface=before, between=gap), as_json)
+    _print_skills(
+        keep.compile_together(load_model(model, dtype=dtype), contents, values, preface=before, between=gap), as_json
+    )
 
 
 def _named_paths(given: list[str]) -> dict[str, Path]:

@@ -10,6 +10,7 @@ from hashlib import sha256
 from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.rewriting.body import Spot, read
 from programmable_kv.serve.state import State
+from programmable_kv.vllm_plugin.marks import SALT_PREFIX
 
 _NAME = "cache_salt"
 _SECRET = "salt"
@@ -31,10 +32,14 @@ class TenantSalt:
         self._secret = secret
 
     def of(self, tenant: str, own: str = "") -> str:
-        """The salt of a tenant, and of the client's own salt within it. Lengths before the parts keep pairs apart."""
+        """The salt of a tenant, and of the client's own salt within it. Lengths before the parts keep pairs apart.
+
+        A salt of prompts with skills stays one: vLLM's plugin knows it by how it begins.
+        """
         parts = [part.encode("utf-8", "surrogatepass") for part in (tenant, own)]
         message = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
-        return hmac.digest(self._secret, message, sha256).hex()
+        derived = hmac.digest(self._secret, message, sha256).hex()
+        return f"{SALT_PREFIX}{derived}" if own.startswith(SALT_PREFIX) else derived
 
     def salted(self, data: bytes, tenant: str, *, packed: bool) -> bytes:
         """A body with the tenant's salt. Everything else stays byte for byte.

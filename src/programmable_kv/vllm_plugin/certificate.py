@@ -1,0 +1,150 @@
+"""What a skill store must know of the model that vLLM serves: a certificate, written where the library loads the model.
+
+vLLM loads the weights in its own way, so the plugin cannot compute the library's fingerprint of them. A certificate ties the
+two: it holds the fingerprint, the digests of the files that both load, and the rotation of every layer, proved on the loaded
+weights. It lies beside the skills. The plugin compares the digests with the folder that vLLM serves, and refuses any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from programmable_kv.cache.rotation import Pairing, Rotary
+from programmable_kv.errors import FingerprintMismatchError, ModelUnavailableError
+from programmable_kv.storage.files import Blobs
+from programmable_kv.storage.manifests import Digest, Key
+from programmable_kv.storage.sealed import Sealed
+
+_NAME = re.compile(r"vllm-[0-9a-f]{32}\.json\Z")
+_CERTIFY = "Certify the model that vLLM serves: `pkv vllm certify FOLDER --store STORE`"
+_READ = ("config.json", "model.safetensors.index.json")
+
+
+class SavedRotary(BaseModel):
+    """A layer's rotation (see `cache.rotation.Rotary`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    frequencies: tuple[float, ...]
+    start: Annotated[int, Field(ge=0)]
+    pairing: Pairing
+
+    @classmethod
+    def of(cls, rotary: Rotary) -> SavedRotary:
+        return cls(frequencies=rotary.frequencies, start=rotary.start, pairing=rotary.pairing)
+
+    def rotary(self) -> Rotary:
+        return Rotary(self.frequencies, self.start, self.pairing)
+
+
+class SavedLayer(BaseModel):
+    """What a layer caches of a token: `heads` keys and values of `width` numbers each; `rotation`: which of the certificate's
+    rotations turns its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    heads: Annotated[int, Field(ge=1)]
+    width: Annotated[int, Field(ge=1)]
+    rotation: int | None
+
+
+class Certificate(Sealed):
+    """A model that skills of one fingerprint may be loaded into."""
+
+    FORMAT: ClassVar[int] = 1
+    AGAIN: ClassVar[str] = "certify the model again"
+
+    format: Literal[1] = 1
+    model_name: str
+    fingerprint: Key
+    dtype: str
+    """of weights and cache, as torch names it"""
+    files: dict[str, Digest]
+    """name -> SHA-256 of what decides the weights"""
+    layers: tuple[SavedLayer, ...]
+    rotations: tuple[SavedRotary, ...]
+    position_limit: int | None
+
+    def rotary(self, layer: int) -> Rotary | None:
+        which = self.layers[layer].rotation
+        return None if which is None else self.rotations[which].rotary()
+
+    def write(self, blobs: Blobs) -> str:
+        """Keep it beside the skills; the blob's name.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        name = f"vllm-{self.fingerprint}.json"
+        blobs.write(name, self.sealed())
+        return name
+
+
+def certificates(blobs: Blobs) -> list[Certificate]:
+    """Every certificate of a store.
+
+    Raises:
+        CorruptFileError: one is damaged.
+    """
+    names = sorted(blob.name for blob in blobs.list() if _NAME.match(blob.name))
+    bodies = [(name, blobs.read(name)) for name in names]
+    return [Certificate.read(body, f"{name} in {blobs.where}") for name, body in bodies if body is not None]
+
+
+def certificate_of(blobs: Blobs, folder: str | Path, dtype: str) -> Certificate:
+    """The certificate of the model in a folder, served in that dtype.
+
+    Raises:
+        FingerprintMismatchError: the store has none.
+        ModelUnavailableError: the folder holds no model.
+    """
+    found = files_of(folder)
+    known = certificates(blobs)
+    for each in known:
+        if each.files == found and each.dtype == dtype:
+            return each
+    raise FingerprintMismatchError(
+        f"the skills in {blobs.where} are not certified for the model in {folder} in {dtype}: {_nearest(known, found, dtype)}. "
+        f"Keys and values only fit the weights and dtype that made them. {_CERTIFY}."
+    )
+
+
+def files_of(folder: str | Path) -> dict[str, str]:
+    """Name -> SHA-256 of the files in a model's folder that decide its weights.
+
+    Raises:
+        ModelUnavailableError: there are none.
+    """
+    root = Path(folder).expanduser()
+    paths = [path for path in (root / name for name in _READ) if path.is_file()]
+    weights = sorted(root.glob("*.safetensors"))
+    if not weights or not (root / "config.json").is_file():
+        raise ModelUnavailableError(
+            f"{folder} is no folder with config.json and .safetensors weights, which is what vLLM and this package both read. "
+            "Give the folder itself, not a name on a hub; `pkv vllm export MODEL FOLDER` writes one."
+        )
+    return {path.name: _sha256(path) for path in (*paths, *weights)}
+
+
+def _nearest(known: Sequence[Certificate], found: Mapping[str, str], dtype: str) -> str:
+    """What is known instead, in words."""
+    if not known:
+        return "the store has no certificate"
+    for each in known:
+        if each.files == found:
+            return f"this model is certified in {each.dtype}"
+        if each.dtype == dtype and each.files.keys() == found.keys():
+            changed = sorted(name for name in found if each.files[name] != found[name])
+            return f"{', '.join(changed)} differ from those of '{each.model_name}' ({each.fingerprint[:8]})"
+    return f"it knows {', '.join(f'{each.model_name} ({each.fingerprint[:8]})' for each in known)}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,72 @@
+"""A prompt put together from token ids and stored skills, and the requests that send it. No model and no tensors here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from programmable_kv.cache.span import Span
+from programmable_kv.errors import InvalidArgumentError
+from programmable_kv.storage.manifests import Entry
+from programmable_kv.vllm_plugin.marks import SALT_PREFIX, Mark, Marks
+from programmable_kv.vllm_plugin.matching import Placed, stages
+
+_LONGEST_SALT = 128
+_FORBIDDEN = frozenset("@/\\\0")
+"""both as vLLM 0.32 has them"""
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """A prompt's token ids, and the skills in it."""
+
+    ids: tuple[int, ...]
+    placed: tuple[Placed, ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[Entry | Sequence[int]], *, seam: int = 0) -> Composition:
+        """Text as token ids, and skills as entries of a store, in the prompt's order.
+
+        `seam`: how many of a skill's first tokens vLLM computes, where text stands before it.
+        """
+        ids: list[int] = []
+        placed: list[Placed] = []
+        for part in parts:
+            own = part.unit.ids if isinstance(part, Entry) else tuple(part)
+            if isinstance(part, Entry):
+                placed.append(Placed(part.key, Span(len(ids), len(ids) + len(own)), seam if ids else 0))
+            ids += own
+        return cls(tuple(ids), tuple(placed))
+
+    def requests(self, salt: str, block_size: int) -> list[dict[str, Any]]:
+        """What to send to `/v1/completions`, one after the other; the last one is the prompt itself.
+
+        Those before it compute the text between skills, and the seams, so that every skill can be loaded. Give each of them
+        `max_tokens=1`, and all of them one salt. Skills side by side need none of them.
+
+        Args:
+            salt: whose prompts may share cached blocks: a tenant, a conversation.
+            block_size: of vLLM's cache, in tokens.
+
+        Raises:
+            InvalidArgumentError: there is no such block size, or vLLM takes no such salt.
+        """
+        if block_size < 1:
+            raise InvalidArgumentError(f"a block has at least one token, got {block_size}")
+        if not salt or len(SALT_PREFIX + salt) > _LONGEST_SALT or _FORBIDDEN.intersection(salt):
+            longest = _LONGEST_SALT - len(SALT_PREFIX)
+            raise InvalidArgumentError(
+                f"a salt has 1 to {longest} characters, and no '@', '/', '\\' or NUL; got {salt[:60]!r}"
+            )
+        seam = max((each.seam for each in self.placed), default=0)
+        sent = []
+        for length in stages(self.placed, len(self.ids), block_size):
+            within = [each for each in self.placed if each.tokens.stop <= length]
+            partly = [each for each in self.placed if each.tokens.start < length < each.tokens.stop]
+            body: dict[str, Any] = {"prompt": list(self.ids[:length]), "cache_salt": f"{SALT_PREFIX}{salt}"}
+            if within:
+                marks = Marks(tuple(Mark(each.key, each.tokens.start) for each in within), seam)
+                body["kv_transfer_params"] = marks.parameters
+            sent.append(body | ({"max_tokens": 1} if partly else {}))
+        return sent

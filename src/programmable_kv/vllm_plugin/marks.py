@@ -1,0 +1,72 @@
+"""What a request says of the skills in its prompt: `kv_transfer_params={"skills": [...], "seam": 0}`. No tensors here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from programmable_kv.errors import InvalidRequestError
+
+SALT_PREFIX = "composed:"
+"""how the cache salt of a request with skills begins"""
+SKILLS, SEAM = "skills", "seam"
+_FORM = (
+    'Write kv_transfer_params={"skills": [{"skill": "refunds", "start": 24}], "seam": 0}, skills in the order of the '
+    "prompt. Without a start a skill is looked for by its tokens."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One skill in a prompt: its key or name in the store, and its first token's place (None: look for it)."""
+
+    skill: str
+    start: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """All skills of a prompt, in the prompt's order; `seam` first tokens of each are left to vLLM."""
+
+    marks: tuple[Mark, ...]
+    seam: int = 0
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """As a request carries them."""
+        listed = [{"skill": it.skill, **({} if it.start is None else {"start": it.start})} for it in self.marks]
+        return {SKILLS: listed, SEAM: self.seam}
+
+
+def parse_marks(parameters: Mapping[str, Any] | None) -> Marks | None:
+    """The marks of a request; None if it has none.
+
+    Raises:
+        InvalidRequestError: they are not written as above.
+    """
+    if not parameters or SKILLS not in parameters:
+        return None
+    listed, seam = parameters[SKILLS], parameters.get(SEAM, 0)
+    if not isinstance(listed, list | tuple) or not listed:
+        raise InvalidRequestError(f"the skills of a prompt are a list with at least one entry, got {listed!r}. {_FORM}")
+    if not _is_count(seam):
+        raise InvalidRequestError(f"a seam is a number of tokens, 0 or more, got {seam!r}. {_FORM}")
+    return Marks(tuple(map(_mark, listed)), seam)
+
+
+def _mark(item: object) -> Mark:
+    if isinstance(item, str):
+        item = {"skill": item}
+    if not isinstance(item, Mapping) or not {"skill"} <= item.keys() <= {"skill", "start"}:
+        raise InvalidRequestError(f"a skill is marked with 'skill' and 'start', got {item!r}. {_FORM}")
+    skill, start = item["skill"], item.get("start")
+    if not isinstance(skill, str) or not skill:
+        raise InvalidRequestError(f"a skill is named by its key or its name, got {skill!r}. {_FORM}")
+    if start is not None and not _is_count(start):
+        raise InvalidRequestError(f"a skill starts at a token of the prompt, got {start!r}. {_FORM}")
+    return Mark(skill, start)
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 0

@@ -1,0 +1,114 @@
+"""What is done once, where the library can load the model: certify it, export it, and keep the opening of a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from programmable_kv.cache.rotation import Rotary
+from programmable_kv.errors import InvalidArgumentError, UnsupportedModelError
+from programmable_kv.models.load import Model, load_model
+from programmable_kv.models.quiet import quiet_transformers
+from programmable_kv.models.source import find_source
+from programmable_kv.prompt.chat import opened
+from programmable_kv.prompt.parts import Rendered
+from programmable_kv.prompt.units import Kind, tokenised
+from programmable_kv.skills.skill import Draft, Skill, compute_drafts
+from programmable_kv.storage.files import Blobs
+from programmable_kv.storage.tensors import cached_shapes
+from programmable_kv.vllm_plugin.certificate import Certificate, SavedLayer, SavedRotary, files_of
+
+
+def certify(name: str | Path, blobs: Blobs, *, dtype: str = "float32") -> tuple[Model, Certificate]:
+    """Load a model, prove that its keys can be moved, and keep its certificate beside the skills. Returns both.
+
+    Args:
+        name: a folder that vLLM serves, or "embedded".
+        dtype: the one that vLLM serves it in.
+
+    Raises:
+        InvalidArgumentError: the model is not in a folder.
+        ModelUnavailableError: the folder is not one that vLLM reads.
+        UnverifiedError: its keys cannot be moved.
+        UnsupportedModelError: what it caches is not keys and values that are written into vLLM's cache as they are.
+        StorageError: the store cannot be written.
+    """
+    source = find_source(name)
+    if source.folder is None or source.gguf_file is not None:
+        raise InvalidArgumentError(
+            f"'{name}' is not a folder with config.json and .safetensors weights. `pkv vllm export {name} FOLDER` writes one."
+        )
+    files = files_of(source.folder)
+    model = load_model(name, dtype=dtype)
+    certificate = _certificate(model, files)
+    certificate.write(blobs)
+    return model, certificate
+
+
+def _certificate(model: Model, files: dict[str, str]) -> Certificate:
+    layout = model.engine.require_relocation()
+    rotations: list[Rotary] = []
+    layers = []
+    for number, (rule, shape) in enumerate(zip(layout.layers, cached_shapes(model.engine), strict=True)):
+        keys, values = shape["keys"], shape["values"]
+        if rule.rotated != "keys" or rule.others or keys != values:
+            raise UnsupportedModelError(
+                f"layer {number} of {layout.model_type} caches keys of {keys.heads} x {keys.width} and values of "
+                f"{values.heads} x {values.width}. Only equal shapes, of which keys turn, are written into vLLM's cache."
+            )
+        if rule.rotary is not None and rule.rotary.axes:
+            raise UnsupportedModelError(f"{layout.model_type} turns keys by several axes, which the plugin does not do")
+        if rule.rotary is not None and rule.rotary not in rotations:
+            rotations.append(rule.rotary)
+        turned = None if rule.rotary is None else rotations.index(rule.rotary)
+        layers.append(SavedLayer(heads=keys.heads, width=keys.width, rotation=turned))
+    return Certificate(
+        model_name=model.name,
+        fingerprint=model.fingerprint,
+        dtype=str(model.dtype).removeprefix("torch."),
+        files=files,
+        layers=tuple(layers),
+        rotations=tuple(map(SavedRotary.of, rotations)),
+        position_limit=model.position_limit,
+    )
+
+
+def compile_opening(model: Model, messages: Sequence[tuple[str, str]], *, name: str = "opening") -> Skill:
+    """The beginning of a conversation, kept like a skill: the template's tokens and the messages, the last one left open.
+
+    At the start of a prompt it is exact. With it in the store, a prompt can be loaded from its first token on.
+
+    Raises:
+        TemplateError: the chat template does not take the messages.
+        ContextOverflowError: it is longer than the model's positions.
+    """
+    unit = tokenised(model.tokenizer, Rendered(opened(model.tokenizer, list(messages), inside=True)), Kind.SKILL)
+    return compute_drafts(model, [Draft(name, unit, {}, "", ())])[0]
+
+
+def export(name: str | Path, folder: str | Path, *, dtype: str = "bfloat16") -> Path:
+    """Write a model to a folder that vLLM serves: a GGUF file, dequantised, for example.
+
+    Raises:
+        InvalidArgumentError: the folder is not empty.
+        ModelUnavailableError: the model could not be had.
+    """
+    target = Path(folder).expanduser()
+    if target.exists() and any(target.iterdir()):
+        raise InvalidArgumentError(f"{target} is not empty: give a new folder")
+    loaded = load_model(name, dtype=dtype, attention="sdpa")
+    from transformers import AutoModelForCausalLM
+
+    config = loaded.engine.model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # A model that came from GGUF refuses to be saved; the same weights in a plain model do not.
+    with quiet_transformers():
+        plain: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        plain.load_state_dict(loaded.engine.model.state_dict())
+        plain.save_pretrained(target)
+        loaded.tokenizer.save_pretrained(target)
+    return target
