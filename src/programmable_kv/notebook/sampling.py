@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,9 @@ from programmable_kv.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+
+Watch = Callable[[int, torch.Tensor], None]
+"""told a drawn token and the model's log-probabilities [V] at its place"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +103,19 @@ class Sampler:
 
     Args:
         before: the ids of the context and the prompt, which a repetition penalty counts too, as transformers does.
+        watch: told the latest token by `tell`.
     """
 
     def __init__(
-        self, sampling: Sampling, before: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocabulary: int
+        self,
+        sampling: Sampling,
+        before: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: int,
+        watch: Watch | None = None,
     ) -> None:
+        self._watch = watch
+        self._latest = torch.empty(0)
         self._greedy = sampling.temperature == 0
         self._processors = sampling.processors(tokenizer, vocabulary)
         self._generator = torch.Generator().manual_seed(sampling.seed)
@@ -115,6 +126,8 @@ class Sampler:
     def choose(self, logits: torch.Tensor) -> int:
         """The next token, from the logits [V] at the last one. Chosen on the CPU, so that a seed means the same everywhere."""
         scores = logits.float().cpu()[None]
+        if self._watch is not None:
+            self._latest = torch.log_softmax(scores[0], dim=-1)
         if self._processors:
             scores = self._processors(self._ids[:, : self._length], scores)
         if self._greedy:
@@ -125,3 +138,8 @@ class Sampler:
             self._ids[0, self._length] = token
             self._length += 1
         return token
+
+    def tell(self, token: int) -> None:
+        """Tell whoever watches that the token chosen last is part of the answer."""
+        if self._watch is not None:
+            self._watch(token, self._latest)

@@ -77,7 +77,8 @@ UPSTREAM_BROKEN = Refusal(502, "upstream_error", "the upstream closed the connec
 
 def _error(refusal: Refusal, dialect: Dialect) -> dict[str, object]:
     if dialect is Dialect.ANTHROPIC:
-        kind = _ANTHROPIC_TYPES.get(refusal.status, "api_error")
+        fault = "invalid_request_error" if refusal.status < HTTPStatus.INTERNAL_SERVER_ERROR else "api_error"
+        kind = _ANTHROPIC_TYPES.get(refusal.status, fault)
         return {"type": "error", "error": {"type": kind, "message": refusal.message}, "code": refusal.code}
     default = "invalid_request_error" if refusal.status < HTTPStatus.INTERNAL_SERVER_ERROR else "upstream_error"
     kind = _OPENAI_TYPES.get(refusal.status, default)
