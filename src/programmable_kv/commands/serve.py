@@ -66,9 +66,11 @@ def serve(
     and says at /pkv/report what the prefix cache missed. Metrics for Prometheus are at /metrics. With --mode erratum it sends
     again what it sent before where only declared or often seen values changed, and tells the new ones in an appended line.
     """
-    from programmable_kv.extras import require_extra
+    from programmable_kv.extras import require_extra, require_model_packages
 
     require_extra("serve", "starlette", "uvicorn", "httpx2", "prometheus_client")
+    if not upstream:
+        require_model_packages(". Or give --upstream: a gateway in front of a model server needs neither")
     from programmable_kv.serve.access import read_keys
     from programmable_kv.serve.modes import GatewayMode
     from programmable_kv.serve.rewriting.rules import Rules, read_rules
