@@ -20,8 +20,9 @@ from programmable_kv.serve.fleet import Fleet
 from programmable_kv.serve.forward import Forwarder
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.observer import Observer
+from programmable_kv.serve.openapi import gateway_document
 from programmable_kv.serve.page import page_routes
-from programmable_kv.serve.refusal import RefusedError
+from programmable_kv.serve.refusal import RefusedError, no_such_route
 from programmable_kv.serve.rewriting.rewriter import Rewriter
 from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.routes import Dialect
@@ -104,8 +105,10 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
             Route("/metrics", told(lambda _: Response(metrics.text(), media_type=_PROMETHEUS))),
             Route("/pkv/report", told(report)),
             Route("/pkv/miss", told(miss)),
+            Route("/openapi.json", told(lambda _: Response(json.dumps(gateway_document()), media_type=_JSON))),
         ],
         lifespan=lifespan,
+        exception_handlers={404: no_such_route, 405: no_such_route},
     )
 
 

@@ -95,12 +95,29 @@ class Endpoint:
                 body = json.loads(data)
             except (ValueError, RecursionError) as error:
                 raise RefusedError(Refusal(400, "invalid_json", "the body is not JSON")) from error
+            _check_text(body, data)
         if not isinstance(body, Mapping):
             raise RefusedError(Refusal(400, "invalid_request", "the body is a JSON object"))
         return Call(tenant, Request(scope), body)
 
     async def _answer(self, call: Call, answered: list[Response]) -> None:
         answered.append(await self.handle(call))
+
+
+def _check_text(body: Any, data: bytes) -> None:
+    """
+    Raises:
+        RefusedError: JSON can write half of a character, which no text in UTF-8 holds and no tokenizer reads.
+    """
+    if b"\\u" in data:
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise RefusedError(
+                Refusal(
+                    400, "invalid_request", "a text has half of a surrogate pair, which is no character: take it out"
+                )
+            ) from error
 
 
 def refusal_of(error: ProgrammableKVError) -> Refusal:

@@ -29,11 +29,12 @@ from programmable_kv.serve.local.forms import Form
 from programmable_kv.serve.local.kept import NotebookShelf
 from programmable_kv.serve.local.messages import MessageForm
 from programmable_kv.serve.local.notebooks import Entry, NotebookStore
+from programmable_kv.serve.local.openapi import local_document
 from programmable_kv.serve.local.responses import ResponseForm
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.page import page_routes
 from programmable_kv.serve.rates import Rates
-from programmable_kv.serve.refusal import Refusal, RefusedError
+from programmable_kv.serve.refusal import NO_SUCH_ROUTE, Refusal, RefusedError, no_such_route
 from programmable_kv.serve.routes import OTHER, route_of
 from programmable_kv.serve.routes import Route as ApiRoute
 from programmable_kv.serve.settings import LocalSettings
@@ -214,8 +215,11 @@ def local_app(model: Model, settings: LocalSettings) -> Starlette:
     async def measured(_: Call) -> Response:
         return Response(metrics.text(), media_type=_PROMETHEUS)
 
+    async def described(_: Call) -> Response:
+        return JSONResponse(local_document())
+
     async def nothing(_: Call) -> Response:
-        raise RefusedError(Refusal(404, "no_such_route", "this server has no such route, or not with this method"))
+        raise RefusedError(NO_SUCH_ROUTE)
 
     return Starlette(
         routes=[
@@ -231,10 +235,12 @@ def local_app(model: Model, settings: LocalSettings) -> Starlette:
             route("PATCH", "/v1/notebooks/{id}/fields", server.edit),
             route("POST", "/v1/notebooks/{id}/fork", server.fork),
             route("GET", "/metrics", measured),
+            route("GET", "/openapi.json", described),
             Route("/healthz", _healthy),
             Route("/v1/{rest:path}", Endpoint(OTHER.label, nothing, access, settings.limits, metrics, rates)),
         ],
         lifespan=lifespan,
+        exception_handlers={404: no_such_route, 405: no_such_route},
     )
 
 
