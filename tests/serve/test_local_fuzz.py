@@ -139,7 +139,8 @@ def test_chatting(http: httpx2.Client, book: dict[str, Any], said: Any, options:
     options=st.dictionaries(
         st.sampled_from(
             ["instructions", "system", "tools", "tool_choice", "stop_sequences", "include", "top_logprobs", "logprobs",
-             "stream", "temperature", "top_k", "top_p", "metadata", "text", "reasoning", "thinking", "max_output_tokens", "prompt"]
+             "stream", "temperature", "top_k", "top_p", "metadata", "text", "reasoning", "thinking",
+             "max_output_tokens", "prompt"]
         ),
         values,
         max_size=3,
