@@ -58,6 +58,12 @@ def serve(
     cache_salt: Annotated[
         bool, typer.Option("--cache-salt", help="the upstream is vLLM: part the tenants' caches with a `cache_salt`")
     ] = False,
+    rebase_after: Annotated[
+        int,
+        typer.Option(
+            help="with 'erratum': lines after which the prefix with the new values is computed in the background"
+        ),
+    ] = 64,
     verbose: Annotated[bool, typer.Option("--verbose", help="log a line for each request; never its text")] = False,
 ) -> None:
     """A gateway in front of a model server (--upstream), or a server of a model with notebooks, edited in the cache.
@@ -103,7 +109,7 @@ def serve(
     kept = state or default_state(f"gateway-{port}")
     first, *others = upstream
     gateway = GatewaySettings(
-        first, host, port, GatewayMode(mode), limits, keys, secret, rules, kept, cache_salt, tuple(others)
+        first, host, port, GatewayMode(mode), limits, keys, secret, rules, kept, cache_salt, tuple(others), rebase_after
     )
     _say(f"{here}/v1 forwards to {', '.join(upstream)}; report at {here}/pkv/report")
     run_gateway(gateway)

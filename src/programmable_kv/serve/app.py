@@ -55,7 +55,10 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
     salt = TenantSalt(secret_of(state)) if state is not None and settings.salts else None
     if state is not None and settings.rewrites:
         store = ConversationStore(state, most=limits.conversations)
-        rewriter = Rewriter(store, settings.rules, settings.mode, _subject(settings), metrics.tell_gain)
+        rewriter = Rewriter(
+            store, settings.rules, settings.mode, _subject(settings), metrics.tell_gain, metrics.tell_rebase,
+            rebase_after=settings.rebase_after,
+        )  # fmt: skip
         metrics.watch("conversations", "conversations that are kept", lambda: float(len(store)))
     forwarder = Forwarder(settings, fleet, access, admission, metrics, observer, rewriter, salt)
 
@@ -64,6 +67,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
         try:
             yield
         finally:
+            await forwarder.close()
             await fleet.close()
             if observer is not None:
                 observer.close()

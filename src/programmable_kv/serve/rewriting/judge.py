@@ -89,7 +89,10 @@ class Judge:
         Args:
             sent_bytes: the length of the body that was sent.
         """
-        if plan.action not in (Action.ERRATUM, Action.REPLAYED) or usage is None or not usage.cached_known:
+        kept = plan.action in (Action.ERRATUM, Action.REPLAYED) or (
+            plan.action is Action.REBASE and plan.before is not None
+        )
+        if not kept or usage is None or not usage.cached_known:
             return None
         per_byte = usage.tokens / max(1, sent_bytes)
         direct = round((plan.head_bytes + plan.turns_bytes - plan.saved_bytes) * per_byte)
@@ -111,6 +114,13 @@ class Judge:
         if loses:
             self._switch_off(route, model)
         return gain
+
+    def spent(self, tenant: str, route: str, model: str, tokens: int) -> None:
+        """Count input that was computed in the background, for a rebase."""
+        with self._lock:
+            gains = self._gains.setdefault((tenant, route, model), RouteGains())
+            gains.gained -= tokens
+            gains.latest.append(Gain(0, 0, tokens))
 
     def _form(self, gains: RouteGains, plan: Plan, usage: Usage, per_byte: float) -> str:
         """What a new line's form turned out to be: the conversation before it is read; or the head is, and that is not.

@@ -17,6 +17,7 @@ from programmable_kv.serve.rewriting.conversation import (
     sent,
 )
 from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES, Prompt, holds_thinking, open_calls
+from programmable_kv.serve.rewriting.rebase import LINES, Warming, warming
 from programmable_kv.serve.rewriting.rules import Rules
 from programmable_kv.serve.rewriting.wording import line_of, new_token, placeholder
 
@@ -51,7 +52,7 @@ class Action(StrEnum):
     RESET = "reset"
     """something else changed: as it came, from here on"""
     REBASE = "rebase"
-    """the lines became too many: as it came, from here on"""
+    """the lines became many: with the new values in their places, from here on"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,8 @@ class Plan:
     """of the conversation that was sent before"""
     replaced: Conversation | None = field(default=None, repr=False)
     """the conversation that ends here, and goes on as `after`"""
+    warming: Warming | None = field(default=None, repr=False)
+    """what is to be computed in the background, for the conversation to go on with later"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,8 @@ class Known:
     hoist: bool = False
     forms: Sequence[Form] = (Form.SYSTEM,)
     """in which form a line may stand, the best first"""
+    rebase_after: int = LINES
+    """lines after which a conversation is rebased"""
 
 
 def match(conversation: Conversation, prompt: Prompt, known: Known) -> Match:
@@ -173,7 +178,7 @@ def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: 
             return Plan(Action.FORWARDED, "", None, old, new)
         return _afresh(prompt, known, Action.RESET, "nothing was announced", old)
     if not told:
-        return _planned(Action.REPLAYED, prompt, old, new, None)
+        return _with_warming(_planned(Action.REPLAYED, prompt, old, new, None), prompt, known, old)
     if not _has_place(prompt):
         return _afresh(prompt, known, Action.RESET, "there is no place for a line", old)
     form = _form(prompt, known, told, old.notes)
@@ -185,7 +190,25 @@ def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: 
         return _afresh(prompt, known, Action.RESET, "the line would be longer than what it saves", old)
     if made.added_bytes > max(_LEAST_BUDGET, _BUDGET * len(prompt.body.text)) and not holds_thinking(prompt):
         return _afresh(prompt, known, Action.REBASE, "the lines became too many", old)
-    return made
+    return _with_warming(made, prompt, known, old)
+
+
+def switched(made: Plan, replaced: Conversation) -> Plan:
+    """A request that goes on with a prefix that was warmed in the background, in the place of a conversation."""
+    return replace(made, action=Action.REBASE, why="warmed in the background", replaced=replaced)
+
+
+def _with_warming(made: Plan, prompt: Prompt, known: Known, old: Conversation) -> Plan:
+    """The plan; and where the lines became many, what is to be computed without them. A conversation whose reasoning is bound
+    to what stands before it keeps its lines."""
+    lines = len(made.after.notes) if made.after is not None else 0
+    budget = max(_LEAST_BUDGET, _BUDGET * len(prompt.body.text)) / 2
+    if not lines or (lines < known.rebase_after and made.added_bytes <= budget) or holds_thinking(prompt):
+        return made
+    anew = _afresh(prompt, known, Action.REBASE, "", old)
+    assert anew.after is not None, "a conversation begins"
+    data = prompt.body.text.encode() if anew.body is None else anew.body
+    return replace(made, warming=warming(prompt.route, anew.after, data))
 
 
 def _afresh(prompt: Prompt, known: Known, action: Action, why: str, replaced: Conversation | None) -> Plan:
