@@ -18,7 +18,20 @@ from programmable_kv.serve.settings import GatewaySettings
 from serve.caching_upstream import CachingUpstream
 from serve.http_peers import Received, answer, metric, raw_upstream, running, wait_until
 from serve.processes import free_port, process
-from serve.rewriting_peers import CHAT, CLOCK, MESSAGES, RESPONSES, RULES, Peer, at, chat, claude, codex, extends
+from serve.rewriting_peers import (
+    CHAT,
+    CLOCK,
+    MESSAGES,
+    RESPONSES,
+    RULES,
+    Peer,
+    at,
+    chat,
+    claude,
+    codex,
+    extends,
+    prefix,
+)
 from serve.test_killed import CLOCK_RULES, Talker
 
 MAKE = {CHAT: chat, MESSAGES: claude, RESPONSES: codex}
@@ -131,6 +144,45 @@ def test_a_model_that_must_think_first_is_not_asked_for_one_token() -> None:
     for _ in range(4):
         talk.turn()
         assert peer.works[-1].warming is None
+
+
+@pytest.mark.parametrize("route", [CHAT, MESSAGES, RESPONSES])
+def test_a_client_that_compacts_keeps_its_system_prompt_and_is_rebased(route: str) -> None:
+    peer = Peer()
+    said = ["hi", "Yes.", "so", "Yes.", "and"]
+    first = peer.send(MAKE[route](at("1"), *said[:1]), session="s", route=route)
+    for minute, turns in ((2, 3), (3, 5)):
+        peer.send(MAKE[route](at(str(minute)), *said[:turns]), session="s", route=route)
+    summary = ["A summary of what was said."]
+    got = peer.send(MAKE[route](at("4"), *summary), session="s", route=route)
+    assert (peer.action, peer.why) == ("rebase", "the turns are new in this session")
+    system = 2 if route != CHAT else 1
+    assert prefix(got)[: system + 1] == prefix(first)[: system + 1], "the system prompt is read from the cache"
+    assert '"the time": "10:04"' in peer.line
+    warm = peer.warmed()
+    assert "Now: 10:04" in json.dumps(warm)
+    more = peer.send(MAKE[route](at("5"), *summary, "Yes.", "go on"), session="s", route=route)
+    assert (peer.action, peer.why) == ("rebase", "warmed in the background")
+    assert extends(more, warm)
+
+
+def test_a_new_conversation_of_a_session_with_another_system_prompt_is_one_of_its_own() -> None:
+    peer = Peer()
+    peer.send(chat(at("1"), "hi"), session="s")
+    peer.send(chat(at("2", RULES + "Another rule.\n"), "another"), session="s")
+    assert peer.action == "announced"
+    peer.send(chat(at("3"), "a third"), session="other")
+    assert peer.action == "announced", "and so is another session's"
+
+
+def test_two_conversations_of_one_session_do_not_end_each_other() -> None:
+    peer = Peer()
+    one = peer.send(chat(at("1"), "one"), session="s")
+    two = peer.send(chat(at("2"), "two"), session="s")
+    assert peer.action == "rebase"
+    later = peer.send(chat(at("3"), "one", "Yes.", "so"), session="s")
+    assert extends(later, one)
+    assert extends(peer.send(chat(at("2"), "two", "Yes.", "so"), session="s"), two)
 
 
 @pytest.mark.parametrize("state", ["warming", "ready", "failed"])

@@ -14,8 +14,9 @@ from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.body import read
 from programmable_kv.serve.rewriting.conversation import Conversation, Form, keys_of
 from programmable_kv.serve.rewriting.judge import Gain, Judge
-from programmable_kv.serve.rewriting.plan import FORMS, Action, Known, Match, Plan, choose, match, plan, switched
-from programmable_kv.serve.rewriting.prompt import ROUTES, Prompt, prompt_of
+from programmable_kv.serve.rewriting.matching import Known, Match, choose, match
+from programmable_kv.serve.rewriting.plan import FORMS, Action, Plan, compacted, plan, switched
+from programmable_kv.serve.rewriting.prompt import ROUTES, Prompt, digest, prompt_of
 from programmable_kv.serve.rewriting.rebase import LINES, Outcome, Warming
 from programmable_kv.serve.rewriting.rules import Rules
 from programmable_kv.serve.rewriting.store import ConversationStore
@@ -129,11 +130,14 @@ class Rewriter:
         work.session = session = session_name(sent, body.data)
         own = session_name(sent, {key: value for key, value in body.data.items() if key not in _SHARED_NAMES})
         salt = str(body.data.get("cache_salt") or "")
-        keys = keys_of(prompt, self._rules, tenant, route, prompt.model, session, salt)
+        whose = (tenant, route, prompt.model, session, salt)
+        keys = keys_of(prompt, self._rules, *whose)
         owner = self._owner(tenant, route)
         forms = [form for form in FORMS[route] if self._verdict(route, prompt.model, form) not in _REFUSED]
         learned = self._store.learned(owner)
-        work.known = Known(self._rules, keys, bool(own), learned, mode is GatewayMode.HOIST, forms, self._rebase_after)
+        work.known = Known(
+            self._rules, keys, bool(own), learned, mode is GatewayMode.HOIST, forms, self._rebase_after, digest(whose)
+        )
         self._plan(work, owner)
         return work
 
@@ -223,7 +227,10 @@ class Rewriter:
             made = plan(prompt, ready, known, "")
             if made.before is not None:  # it goes on with what was warmed
                 work.match, work.plan = ready, switched(made, found.conversation)
-        if not self._store.commit(work.plan):
+        if not matches and known.named:
+            latest = self._store.latest(known.whose)
+            work.plan = (compacted(prompt, latest, known) if latest is not None else None) or work.plan
+        if not self._store.commit(work.plan, known.whose if known.named else ""):
             work.plan = Plan(Action.FORWARDED, "another request went on with the conversation")
             return
         after, wanted = work.plan.after, work.plan.warming

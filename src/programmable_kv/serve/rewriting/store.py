@@ -71,8 +71,21 @@ class ConversationStore:
         statement = f"SELECT max(conversations) FROM beginnings WHERE key IN ({marks})"
         return int(self._state.rows(statement, keys[:_MOST_KEYS])[0][0] or 0)
 
-    def commit(self, plan: Plan) -> bool:
-        """Remember what is about to be sent. False where another request went on with the conversation meanwhile."""
+    def latest(self, session: str) -> Conversation | None:
+        """The conversation that a named session went on with last."""
+        rows = self._state.rows(
+            "SELECT identity, key, version, document FROM sessions JOIN conversations ON identity = conversation "
+            "WHERE session = ?",
+            (session,),
+        )
+        return self._read(*rows[0]) if rows else None
+
+    def commit(self, plan: Plan, session: str = "") -> bool:
+        """Remember what is about to be sent. False where another request went on with the conversation meanwhile.
+
+        Args:
+            session: under which name the conversation is found again when its turns are new; empty: under none.
+        """
         after, before = plan.after, plan.before
         if after is None:
             return True
@@ -99,6 +112,8 @@ class ConversationStore:
                 ).rowcount
                 if not changed:
                     return False
+            if session:
+                run.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?)", (session, after.identity))
             if plan.note is not None:
                 note, number = plan.note, len(after.notes) - 1
                 run.execute(
@@ -255,6 +270,7 @@ class ConversationStore:
                     "DELETE FROM conversations WHERE identity IN (SELECT identity FROM conversations ORDER BY used LIMIT ?)",
                     (over,),
                 )
+            run.execute("DELETE FROM sessions WHERE conversation NOT IN (SELECT identity FROM conversations)")
             run.execute("DELETE FROM rebases WHERE conversation NOT IN (SELECT identity FROM conversations)")
             run.execute("DELETE FROM errata WHERE conversation NOT IN (SELECT identity FROM conversations)")
             run.execute("DELETE FROM beginnings WHERE used < ?", (time.time() - _BEGINNINGS_S,))
