@@ -13,6 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from programmable_kv.explain.pieces import Usage
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.settings import GatewaySettings
 from serve.caching_upstream import CachingUpstream
@@ -334,9 +335,26 @@ def test_a_gateway_that_is_killed_while_it_rebases_loses_no_line(tmp_path: Path)
         warmed = [body for body in mine if is_warm_up(body)]
         asked = [body for body in mine if not is_warm_up(body)]
         actions = {action.partition(";")[0] for action in talker.actions[1:]}
-        assert actions <= {"erratum", "replayed", "rebase"}, talker.actions
+        assert actions <= {"erratum", "replayed", "rebase"}, sorted(set(talker.actions))
         assert "rebase" in actions
         for earlier, later in pairwise(asked):
             assert extends(later, earlier) or any(extends(later, each) for each in warmed), (
                 "a line that was sent was lost"
             )
+
+
+def test_a_rebase_that_costs_more_than_lines_save_switches_the_mode_off() -> None:
+    """It is counted against the gain, and alone it is no judgement."""
+    peer = Peer()
+    talk = Talk(peer)
+    talk.turn()
+    for _ in range(9):
+        peer.rewriter.judge.spent("t", CHAT, "m", 5000)
+    talk.turn()
+    assert peer.action == "erratum", "nothing was counted of clients' own requests yet"
+    said = [*talk.said]
+    for minute in range(3, 12):
+        body = chat(at(str(minute % 10)), *said)
+        peer.send(body, usage=Usage(1000, 900, 0, True))
+        said += ["Yes.", f"more {minute}"]
+    assert peer.why == "switched off: it did not pay here"

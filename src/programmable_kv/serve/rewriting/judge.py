@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from programmable_kv.explain.pieces import Usage
@@ -50,6 +50,8 @@ class RouteGains:
     added: int = 0
     gained: int = 0
     saved_bytes: int = 0
+    owed: int = 0
+    """input that was computed in the background, and is not in the latest yet: a judgement rests on requests of clients"""
     latest: deque[Gain] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     strikes: dict[Form, int] = field(default_factory=dict)
 
@@ -89,9 +91,9 @@ class Judge:
         Args:
             sent_bytes: the length of the body that was sent.
         """
-        kept = plan.action in (Action.ERRATUM, Action.REPLAYED) or (
-            plan.action is Action.REBASE and plan.before is not None
-        )
+        kept = (
+            plan.action in (Action.ERRATUM, Action.REPLAYED, Action.REBASE) and plan.head_bytes > 0
+        )  # or it came as new
         if not kept or usage is None or not usage.cached_known:
             return None
         per_byte = usage.tokens / max(1, sent_bytes)
@@ -104,7 +106,8 @@ class Judge:
             gains.cached += usage.cached
             gains.added += added
             gains.gained += gain.tokens
-            gains.latest.append(gain)
+            gains.latest.append(replace(gain, added=gain.added + gains.owed))
+            gains.owed = 0
             loses = gains.loses
             verdict = self._form(gains, plan, usage, per_byte)
             if loses:
@@ -120,7 +123,7 @@ class Judge:
         with self._lock:
             gains = self._gains.setdefault((tenant, route, model), RouteGains())
             gains.gained -= tokens
-            gains.latest.append(Gain(0, 0, tokens))
+            gains.owed += tokens
 
     def _form(self, gains: RouteGains, plan: Plan, usage: Usage, per_byte: float) -> str:
         """What a new line's form turned out to be: the conversation before it is read; or the head is, and that is not.
