@@ -22,13 +22,14 @@ from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.observer import Observer
 from programmable_kv.serve.openapi import gateway_document
 from programmable_kv.serve.page import page_routes
-from programmable_kv.serve.refusal import RefusedError, no_such_route
+from programmable_kv.serve.refusal import RefusedError
 from programmable_kv.serve.rewriting.rewriter import Rewriter
 from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.routes import Dialect
 from programmable_kv.serve.salt import TenantSalt, secret_of
 from programmable_kv.serve.settings import GatewaySettings, Limits
 from programmable_kv.serve.state import State
+from programmable_kv.serve.unrouted import no_such_route
 from programmable_kv.serve.upstream import HttpUpstream
 
 _JSON = "application/json"

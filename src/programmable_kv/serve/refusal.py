@@ -7,10 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from starlette.requests import Request
-from starlette.responses import Response
-
-from programmable_kv.serve.routes import Dialect, Route, route_of
+from programmable_kv.serve.routes import Dialect, Route
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -79,13 +76,6 @@ UPSTREAM_BROKEN = Refusal(502, "upstream_error", "the upstream closed the connec
 
 
 NO_SUCH_ROUTE = Refusal(404, "no_such_route", "this server has no such route, or not with this method")
-
-
-def no_such_route(request: Request, _: Exception) -> Response:
-    """What an application answers where none of its routes fits. (A path with a line break fits none, however wide.)"""
-    dialect = route_of(request.scope["path"]).dialect
-    headers = {name.decode(): value.decode() for name, value in NO_SUCH_ROUTE.headers(dialect)}
-    return Response(NO_SUCH_ROUTE.body(dialect), NO_SUCH_ROUTE.status, headers)
 
 
 def _error(refusal: Refusal, dialect: Dialect) -> dict[str, object]:

@@ -34,11 +34,12 @@ from programmable_kv.serve.local.responses import ResponseForm
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.page import page_routes
 from programmable_kv.serve.rates import Rates
-from programmable_kv.serve.refusal import NO_SUCH_ROUTE, Refusal, RefusedError, no_such_route
+from programmable_kv.serve.refusal import NO_SUCH_ROUTE, Refusal, RefusedError
 from programmable_kv.serve.routes import OTHER, route_of
 from programmable_kv.serve.routes import Route as ApiRoute
 from programmable_kv.serve.settings import LocalSettings
 from programmable_kv.serve.state import State
+from programmable_kv.serve.unrouted import no_such_route
 from programmable_kv.states import TokenState
 
 _LOG = logging.getLogger("programmable_kv.serve")
