@@ -23,6 +23,8 @@ EXTRA_OF = {
     "prometheus_client": "serve",
 }
 """top-level module -> the extra that installs it"""
+_FOR_MODELS = ("torch", "transformers")
+"""what the package itself needs to run a model, and the gateway's container does without"""
 
 
 def require_extra(extra: str, *modules: str) -> None:
@@ -36,6 +38,20 @@ def require_extra(extra: str, *modules: str) -> None:
         raise MissingExtraError(missing_message(extra, missing))
 
 
+def require_model_packages(instead: str = "") -> None:
+    """Check that a model can be run. The gateway's container, for one, installs nothing of that.
+
+    Args:
+        instead: what to do without a model.
+
+    Raises:
+        MissingExtraError: torch or transformers is not installed.
+    """
+    missing = [module for module in _FOR_MODELS if find_spec(module) is None]
+    if missing:
+        raise MissingExtraError(f"{missing_message('embedded', missing)}{instead}")
+
+
 def missing_message(extra: str, missing: list[str]) -> str:
     """The sentence for missing modules of an extra."""
     are = "is" if len(missing) == 1 else "are"
@@ -43,6 +59,8 @@ def missing_message(extra: str, missing: list[str]) -> str:
 
 
 def extra_missing_in(error: ModuleNotFoundError) -> str | None:
-    """The message for a failed import, if one of the extras would have prevented it."""
+    """The message for a failed import, if an extra or a full installation would have prevented it."""
     module = (error.name or "").partition(".")[0]
+    if module in _FOR_MODELS:
+        return missing_message("embedded", [module])
     return missing_message(EXTRA_OF[module], [module]) if module in EXTRA_OF else None

@@ -79,8 +79,8 @@ class ModelQueue:
         return await self._do(partial(operation, *args, **options))
 
     async def stream(
-        self, operation: Callable[Parameters, Iterator[str]], /, *args: Parameters.args, **options: Parameters.kwargs
-    ) -> AsyncIterator[str]:
+        self, operation: Callable[Parameters, Iterator[Result]], /, *args: Parameters.args, **options: Parameters.kwargs
+    ) -> AsyncIterator[Result]:
         """Stream an answer, as `async for piece in queue.stream(notebook.generate, "why?")`.
 
         Between two pieces other operations have their turn. When the loop is left, or the task cancelled, the stream is closed

@@ -12,7 +12,17 @@ import pytest
 from programmable_kv.bench import serve, serve_vllm, vllm_splice
 from programmable_kv.bench.agent import policies
 from programmable_kv.demo.demo import VALUES, policy
-from programmable_kv.lab import adapter, blocks, by_design, edit_modes, long_readers, mentions, readers, stock_readers
+from programmable_kv.lab import (
+    adapter,
+    blocks,
+    by_design,
+    edit_modes,
+    long_readers,
+    mentions,
+    obedience,
+    readers,
+    stock_readers,
+)
 from programmable_kv.lab.composing.experiment import texts_of
 from programmable_kv.lab.composing.suites.catalogue import Catalogue
 from programmable_kv.lab.composing.suites.composing import Composing
@@ -51,6 +61,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "serve-vllm": lambda settings: serve_vllm.texts(settings["lines"]),
     "vllm-splice": lambda settings: vllm_splice.texts(settings["lines"]),
     "vllm-splice-qwen2-5-coder-0-5b": lambda settings: vllm_splice.texts(settings["lines"]),
+    "obedience": lambda settings: (each.text() for each in obedience.policies(settings["scenarios"])),
     "edit-ttft": lambda _: [policy(), *VALUES.values()],
     "compose-embedded": lambda settings: suite_texts(Composing, settings),
     "preface-embedded": lambda settings: suite_texts(Prefaces, settings),

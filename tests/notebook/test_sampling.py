@@ -205,3 +205,38 @@ def test_what_was_drawn_is_remembered_for_the_penalty() -> None:
     sampler = Sampler(Sampling(max_new_tokens=3, repetition_penalty=4.0), [1], tiny().tokenizer, 8)
     logits = torch.tensor([0.0, 8.0, 7.0, 6.0, 0.0, 0.0, 0.0, 0.0])
     assert [sampler.choose(logits) for _ in range(3)] == [2, 3, 1]
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS)
+def test_a_watcher_is_told_the_model_s_own_log_probabilities(parameters: dict[str, Any]) -> None:
+    """Whatever shapes the choice: the oracle is one full forward over the context and the answer."""
+    notebook = raw_text()
+    told: list[tuple[int, torch.Tensor]] = []
+    mark = list(notebook.ids)
+    text = "".join(notebook.generate(max_new_tokens=6, watch=lambda *each: told.append(each), **parameters))
+    drawn = [token for token, _ in told]
+    assert notebook.model.tokenizer.decode(drawn, skip_special_tokens=True) == text
+    logits = notebook.model.engine.model(torch.tensor([[*mark, *drawn]])).logits[0].double()
+    expected = torch.log_softmax(logits, dim=-1)[len(mark) - 1 : len(mark) - 1 + len(drawn)]
+    torch.testing.assert_close(torch.stack([shares for _, shares in told]).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_temperature_that_float32_cannot_divide_by_is_greedy() -> None:
+    notebook = build()
+    greedy = "".join(notebook.generate(max_new_tokens=6))
+    assert "".join(notebook.generate(max_new_tokens=6, temperature=1e-69, top_p=0.5)) == greedy
+
+
+def test_a_limit_of_any_size_takes_memory_for_what_is_drawn_only() -> None:
+    notebook = build()
+    stream = notebook.generate(max_new_tokens=10**18, repetition_penalty=1.3)
+    drawn = [next(stream) for _ in range(3)]
+    stream.close()
+    assert drawn == list(notebook.generate(max_new_tokens=40, repetition_penalty=1.3))[:3]
+
+
+def test_an_answer_longer_than_the_first_room_remembers_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = build()
+    expected = "".join(notebook.generate(max_new_tokens=40, repetition_penalty=1.5))
+    monkeypatch.setattr("programmable_kv.notebook.sampling._ROOM", 2)
+    assert "".join(notebook.generate(max_new_tokens=40, repetition_penalty=1.5)) == expected

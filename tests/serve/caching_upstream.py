@@ -29,6 +29,8 @@ class CachingUpstream:
         self.cache: set[str] = set()
         self.bodies: list[Any] = []
         """those that were answered"""
+        self.counts: list[tuple[int, int]] = []
+        """of each of them: tokens, and those that were read from the cache"""
         self.refused = 0
 
     async def __call__(self, request: Received) -> AsyncIterator[bytes]:
@@ -39,6 +41,7 @@ class CachingUpstream:
             return
         self.bodies.append(body)
         total, cached = self._read(self._rendered(body))
+        self.counts.append((total, cached))
         chat = b"chat" in request.target
         if b"responses" in request.target:
             yield answer(json.dumps(_response(total, cached)).encode())

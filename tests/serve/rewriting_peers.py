@@ -31,11 +31,16 @@ class Peer:
     path: Path | None = None
     sent: list[Any] = field(default_factory=list)
     works: list[Rewriting] = field(default_factory=list)
+    rebase_after: int = 64
+    rebases: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.state = State(self.path, durable=False)
         self.store = ConversationStore(self.state, most=1000)
-        self.rewriter = Rewriter(self.store, self.rules, self.mode, "http://upstream")
+        told: Any = lambda *each: self.rebases.append(each)  # noqa: E731
+        self.rewriter = Rewriter(
+            self.store, self.rules, self.mode, "http://upstream", rebased=told, rebase_after=self.rebase_after
+        )
 
     def send(
         self, body: Any, *, session: str = "", tenant: str = "t", route: str = CHAT, status: int = 200,
@@ -52,6 +57,13 @@ class Peer:
         self.works.append(work)
         self.sent.append(json.loads(work.body))
         return self.sent[-1]
+
+    def warmed(self, *, done: bool = True) -> Any:
+        """The prefix that the latest request begins to warm is computed, or not. Returns its body."""
+        work = self.works[-1]
+        assert work.warming is not None
+        self.rewriter.warmed(work, done=done)
+        return json.loads(work.warming.body)
 
     @property
     def action(self) -> str:

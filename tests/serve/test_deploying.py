@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -103,6 +104,37 @@ with TestClient(gateway_app(settings), base_url="http://127.0.0.1") as client:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["502", "200"], done.stderr
+
+
+def without_torch(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`pkv` in an interpreter that sees every installed package but torch and transformers."""
+    import starlette
+
+    for entry in Path(starlette.__file__).parents[1].iterdir():
+        if not entry.name.startswith(("torch", "transformers", "functorch")) and entry.suffix != ".pth":
+            (folder / entry.name).symlink_to(entry)
+    code = "from programmable_kv.__main__ import main; main()"
+    paths = os.pathsep.join([str(ROOT / "src"), str(folder)])
+    line = [sys.executable, "-S", "-c", code, *words]
+    environment = {**os.environ, "PYTHONPATH": paths, "NO_COLOR": "1"}
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=60, env=environment)
+
+
+def test_a_server_of_a_model_without_torch_says_what_to_install(tmp_path: Path) -> None:
+    done = without_torch(tmp_path, "serve", "--port", "0")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "error (MissingExtra): torch, transformers are not installed. Run: pip install 'programmable-kv[embedded]'. Or give "
+        "--upstream: a gateway in front of a model server needs neither\n"
+    )
+
+
+def test_another_command_that_needs_a_model_says_it_too(tmp_path: Path) -> None:
+    done = without_torch(tmp_path, "demo")
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "error (MissingExtra): torch is not installed. Run: pip install 'programmable-kv[embedded]'"
+    )
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")

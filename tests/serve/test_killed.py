@@ -21,6 +21,7 @@ from serve.rewriting_peers import at, extends
 
 pytestmark = pytest.mark.slow
 KILLS = 3
+CLOCK_RULES = {"volatile": [{"name": "the time", "pattern": "^Now: (.*)$"}]}
 
 
 class Talker(threading.Thread):
@@ -54,7 +55,7 @@ class Talker(threading.Thread):
 def test_a_killed_gateway_goes_on_with_every_conversation(tmp_path: Path) -> None:
     """Every request that reached the upstream extends the one before it, over three kills: no line was lost or reworded."""
     rules = tmp_path / "rules.json"
-    rules.write_text(json.dumps({"volatile": [{"name": "the time", "pattern": "^Now: (.*)$"}]}))
+    rules.write_text(json.dumps(CLOCK_RULES))
     upstream = CachingUpstream()
     port = free_port()
     stop = threading.Event()

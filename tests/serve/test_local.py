@@ -103,8 +103,9 @@ def test_stop_and_sampling_are_the_library_s(client: openai.OpenAI, model: Model
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ({"logprobs": True}, "unsupported_parameter"), ({"n": 2}, "unsupported_parameter"),
+        ({"top_logprobs": 2}, "invalid_request"), ({"n": 2}, "unsupported_parameter"),
         ({"tools": [{}]}, "unsupported_parameter"), ({"a_new_one": 1}, "unsupported_parameter"),
+        ({"tools": 3}, "invalid_request"),
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter"),
         ({"messages": []}, "invalid_request"), ({"messages": "x"}, "invalid_request"), ({"model": 3}, "invalid_request"),
         ({"temperature": "hot"}, "invalid_request"), ({"max_tokens": 1.5}, "invalid_request"),
@@ -353,7 +354,7 @@ def test_tenants_see_only_their_own(model: Model) -> None:
 
 
 def test_other_routes_and_bodies_are_typed_errors(http: httpx2.Client) -> None:
-    for method, path in (("POST", "/v1/responses"), ("PUT", "/v1/notebooks"), ("GET", "/v1/chat/completions")):
+    for method, path in (("POST", "/v1/embeddings"), ("PUT", "/v1/notebooks"), ("GET", "/v1/chat/completions")):
         got = http.request(method, path)
         assert (got.status_code, got.json()["error"]["code"]) == (404, "no_such_route"), path
     for body in (b"{", b"[1]", b"\xff", b"[" * 100_000):

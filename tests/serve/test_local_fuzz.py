@@ -130,3 +130,36 @@ def test_chatting(http: httpx2.Client, book: dict[str, Any], said: Any, options:
     body = {"model": book["model"], "messages": said, "max_tokens": 2, **options}
     typed(http.post("/v1/chat/completions", json=body), 200)
     assert http.get(f"/v1/notebooks/{book['id']}").json() == before
+
+
+@FUZZED
+@given(
+    protocol=st.sampled_from(["/v1/responses", "/v1/messages", "/v1/completions"]),
+    said=messages | values,
+    options=st.dictionaries(
+        st.sampled_from(
+            ["instructions", "system", "tools", "tool_choice", "stop_sequences", "include", "top_logprobs", "logprobs",
+             "stream", "temperature", "top_k", "top_p", "metadata", "text", "reasoning", "thinking",
+             "max_output_tokens", "prompt"]
+        ),
+        values,
+        max_size=3,
+    ),
+)  # fmt: skip
+def test_the_other_protocols(
+    http: httpx2.Client, book: dict[str, Any], protocol: str, said: Any, options: dict[str, Any]
+) -> None:
+    before = http.get(f"/v1/notebooks/{book['id']}").json()
+    limit = "max_output_tokens" if protocol == "/v1/responses" else "max_tokens"
+    named = "input" if protocol == "/v1/responses" else "messages"
+    given_body = {"model": book["model"], named: said, "prompt": said, limit: 2, **options}
+    got = http.post(
+        protocol, json={key: value for key, value in given_body.items() if key != "prompt" or "com" in protocol}
+    )
+    if protocol == "/v1/messages" and got.status_code != 200:
+        assert (got.json()["type"], 400 <= got.status_code < 500, bool(got.json()["code"])) == ("error", True, True), (
+            got.text
+        )
+    else:
+        typed(got, 200)
+    assert http.get(f"/v1/notebooks/{book['id']}").json() == before

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.body import read
 from programmable_kv.serve.rewriting.conversation import Form
+from programmable_kv.serve.rewriting.rewriter import Rewriting
 from programmable_kv.serve.rewriting.rules import rules_of
 from programmable_kv.serve.rewriting.wording import quoted
 from serve.rewriting_peers import CHAT, MESSAGES, RESPONSES, RULES, Peer, chat, claude, codex, extends, prefix
@@ -75,33 +76,53 @@ class Client:
 
 
 STEPS = st.lists(
-    st.sampled_from(["clock", "clock", "back", "left", "turn", "turn", "tools", "retry", "other", "edit", "trim"]),
+    st.sampled_from(
+        ["clock", "clock", "back", "left", "turn", "turn", "tools", "retry", "other", "edit", "trim", "warmed", "lost"]
+    ),
     min_size=1,
-    max_size=14,
+    max_size=18,
 )
 
 
 @pytest.mark.parametrize("route", [CHAT, MESSAGES, RESPONSES])
 @pytest.mark.parametrize("mode", [GatewayMode.ERRATUM, GatewayMode.HOIST])
 @settings(max_examples=60, deadline=None)
-@given(steps=STEPS, session=st.sampled_from(["", "s"]), refused=st.sets(st.sampled_from(list(Form)), max_size=2))
+@given(
+    steps=STEPS,
+    session=st.sampled_from(["", "s"]),
+    refused=st.sets(st.sampled_from(list(Form)), max_size=2),
+    rebase_after=st.sampled_from([1, 2, 64]),
+)
 def test_a_request_extends_the_one_before_or_says_that_it_does_not(
-    route: str, mode: GatewayMode, steps: list[str], session: str, refused: set[Form]
+    route: str, mode: GatewayMode, steps: list[str], session: str, refused: set[Form], rebase_after: int
 ) -> None:
-    peer = Peer(mode=mode, rules=rules_of(RULESET))
+    peer = Peer(mode=mode, rules=rules_of(RULESET), rebase_after=rebase_after)
     for form in refused:
         peer.rewriter._decided(route, "m", form, "refused")
     client = Client(route)
     latest: dict[str, Any] = {}
     """by conversation, as the gateway knows them: without a session's name, requests that begin alike may be several"""
     previous: Any = None
+    warming: dict[str, Rewriting] = {}
+    """prefixes that are being computed, by the conversation that they are for"""
     for step in ["first", *steps]:
+        if step in ("warmed", "lost"):
+            for work in warming.values():
+                peer.rewriter.warmed(work, done=step == "warmed")
+                latest[_warm(work).identity] = json.loads(work.warming.body) if work.warming else None
+            warming.clear()
+            continue
         client.step(step)
         body = client.body()
         got = peer.send(body, session=session, route=route)
         after = peer.works[-1].plan.after
         assert after is not None
-        if peer.action in ("replayed", "erratum"):
+        if peer.works[-1].warming is not None:
+            assert after.identity not in warming, "never two at once"
+            warming[after.identity] = peer.works[-1]
+        if peer.action == "rebase" and peer.works[-1].plan.before is not None:
+            assert _goes_on(got, latest[after.identity]), "it switches to what was computed"
+        elif peer.action in ("replayed", "erratum"):
             assert _goes_on(got, latest[after.identity])
             assert not session or step in ("edit", "trim") or _goes_on(got, previous)
         else:
@@ -110,6 +131,11 @@ def test_a_request_extends_the_one_before_or_says_that_it_does_not(
         latest[after.identity] = previous = got
         _check_meaning(peer, body, got)
         _check_calls(got)
+
+
+def _warm(work: Rewriting) -> Any:
+    assert work.warming is not None
+    return work.warming.conversation
 
 
 def _notes(peer: Peer) -> tuple[Any, ...]:

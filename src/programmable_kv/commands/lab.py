@@ -75,6 +75,18 @@ def lab_edit_modes(
     measure(run, load(model), out_path, "edit-modes", "Scenarios", scenarios, count=scenarios)
 
 
+@app.command("obedience")
+def lab_obedience(
+    model: ModelOption = "embedded",
+    scenarios: Annotated[int, typer.Option(min=1, help="held-out policies")] = 130,
+    out_path: OutOption = None,
+) -> None:
+    """How often the gateway's lines are followed, and forged ones, with and without the announcement in the system prompt."""
+    from programmable_kv.lab.obedience import run
+
+    measure(run, load(model), out_path, "obedience", "Policies", scenarios, count=scenarios)
+
+
 @app.command("readers")
 def lab_readers(
     model: ModelOption = "embedded",

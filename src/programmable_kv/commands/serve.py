@@ -58,6 +58,12 @@ def serve(
     cache_salt: Annotated[
         bool, typer.Option("--cache-salt", help="the upstream is vLLM: part the tenants' caches with a `cache_salt`")
     ] = False,
+    rebase_after: Annotated[
+        int,
+        typer.Option(
+            help="with 'erratum': lines after which the prefix with the new values is computed in the background"
+        ),
+    ] = 64,
     verbose: Annotated[bool, typer.Option("--verbose", help="log a line for each request; never its text")] = False,
 ) -> None:
     """A gateway in front of a model server (--upstream), or a server of a model with notebooks, edited in the cache.
@@ -66,9 +72,11 @@ def serve(
     and says at /pkv/report what the prefix cache missed. Metrics for Prometheus are at /metrics. With --mode erratum it sends
     again what it sent before where only declared or often seen values changed, and tells the new ones in an appended line.
     """
-    from programmable_kv.extras import require_extra
+    from programmable_kv.extras import require_extra, require_model_packages
 
     require_extra("serve", "starlette", "uvicorn", "httpx2", "prometheus_client")
+    if not upstream:
+        require_model_packages(". Or give --upstream: a gateway in front of a model server needs neither")
     from programmable_kv.serve.access import read_keys
     from programmable_kv.serve.modes import GatewayMode
     from programmable_kv.serve.rewriting.rules import Rules, read_rules
@@ -101,7 +109,7 @@ def serve(
     kept = state or default_state(f"gateway-{port}")
     first, *others = upstream
     gateway = GatewaySettings(
-        first, host, port, GatewayMode(mode), limits, keys, secret, rules, kept, cache_salt, tuple(others)
+        first, host, port, GatewayMode(mode), limits, keys, secret, rules, kept, cache_salt, tuple(others), rebase_after
     )
     _say(f"{here}/v1 forwards to {', '.join(upstream)}; report at {here}/pkv/report")
     run_gateway(gateway)

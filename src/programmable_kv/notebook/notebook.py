@@ -37,7 +37,7 @@ from programmable_kv.notebook import asking, prefilling, saving, streaming
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.plans import Plans
 from programmable_kv.notebook.requests import checked_options, checked_tools, declared, message_of
-from programmable_kv.notebook.sampling import Sampling
+from programmable_kv.notebook.sampling import Sampling, Watch
 from programmable_kv.notebook.state import NotebookMark, Part, State
 from programmable_kv.notebook.suggesting import SHARE, Suggestions, suggest
 from programmable_kv.prompt.context import Context
@@ -644,6 +644,7 @@ class Notebook:
         stop: Sequence[str] = (),
         max_seconds: float | None = None,
         keep: bool = False,
+        watch: Watch | None = None,
     ) -> Iterator[str]:
         """Stream an answer as pieces of text; greedy at temperature 0.
 
@@ -659,6 +660,8 @@ class Notebook:
             stop: strings that end the answer; it ends before the first one to be complete. Text that may be the beginning of
                 one is held back until it is known.
             max_seconds: end the answer with the first token that is drawn after this time.
+            watch: called with each token of the answer when it is drawn, and with the model's log-probabilities there [V],
+                before temperature, penalties and biases. The token that ends an answer is not one of them.
 
         Raises:
             OutOfStepError: another stream is open, or the notebook was rolled back under this one, or changed before it began.
@@ -672,7 +675,7 @@ class Notebook:
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, top_k=top_k, top_p=top_p, min_p=min_p,
             repetition_penalty=repetition_penalty, logit_bias=logit_bias, stop=stop, max_seconds=max_seconds,
         )  # fmt: skip
-        return streaming.stream(self, prompt, sampling, keep=keep)
+        return streaming.stream(self, prompt, sampling, keep=keep, watch=watch)
 
     # -- state -------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,14 @@ from programmable_kv.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+
+Watch = Callable[[int, torch.Tensor], None]
+"""told a drawn token and the model's log-probabilities [V] at its place"""
+
+_ROOM = 512
+"""answer tokens that there is room for at first: a limit of a billion tokens must not take memory for them"""
+_COLDEST = 1e-30
+"""below it logits divided by the temperature overflow float32; the likeliest token is drawn there in any case"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,28 +108,46 @@ class Sampler:
 
     Args:
         before: the ids of the context and the prompt, which a repetition penalty counts too, as transformers does.
+        watch: told the latest token by `tell`.
     """
 
     def __init__(
-        self, sampling: Sampling, before: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocabulary: int
+        self,
+        sampling: Sampling,
+        before: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: int,
+        watch: Watch | None = None,
     ) -> None:
+        self._watch = watch
+        self._latest = torch.empty(0)
+        if sampling.temperature < _COLDEST:
+            sampling = replace(sampling, temperature=0.0)
         self._greedy = sampling.temperature == 0
         self._processors = sampling.processors(tokenizer, vocabulary)
         self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._ids = torch.empty(1, len(before) + sampling.max_new_tokens, dtype=torch.long)
+        self._ids = torch.empty(1, len(before) + min(sampling.max_new_tokens, _ROOM), dtype=torch.long)
         self._ids[0, : len(before)] = torch.tensor(before, dtype=torch.long)
         self._length = len(before)
 
     def choose(self, logits: torch.Tensor) -> int:
         """The next token, from the logits [V] at the last one. Chosen on the CPU, so that a seed means the same everywhere."""
         scores = logits.float().cpu()[None]
+        if self._watch is not None:
+            self._latest = torch.log_softmax(scores[0], dim=-1)
         if self._processors:
             scores = self._processors(self._ids[:, : self._length], scores)
         if self._greedy:
             token = int(scores.argmax())
         else:
             token = int(torch.multinomial(torch.softmax(scores[0], dim=-1), 1, generator=self._generator))
-        if self._length < self._ids.shape[1]:
-            self._ids[0, self._length] = token
-            self._length += 1
+        if self._length == self._ids.shape[1]:
+            self._ids = torch.cat([self._ids, torch.empty_like(self._ids)], dim=1)
+        self._ids[0, self._length] = token
+        self._length += 1
         return token
+
+    def tell(self, token: int) -> None:
+        """Tell whoever watches that the token chosen last is part of the answer."""
+        if self._watch is not None:
+            self._watch(token, self._latest)

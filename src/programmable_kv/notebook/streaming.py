@@ -10,7 +10,7 @@ from programmable_kv.account import Account
 from programmable_kv.errors import OutOfStepError
 from programmable_kv.notebook.asking import Asked, asked, logits_after, stop_ids
 from programmable_kv.notebook.keeping import keep_drawn
-from programmable_kv.notebook.sampling import Sampler, Sampling
+from programmable_kv.notebook.sampling import Sampler, Sampling, Watch
 from programmable_kv.notebook.state import State
 from programmable_kv.notebook.stopping import Deadline, StopStrings
 from programmable_kv.prompt.parts import Rendered
@@ -31,11 +31,14 @@ class _Answer:
     """why it ended, where the model did not end it"""
 
 
-def stream(notebook: Notebook, prompt: str | None, sampling: Sampling, *, keep: bool) -> Iterator[str]:
+def stream(
+    notebook: Notebook, prompt: str | None, sampling: Sampling, *, keep: bool, watch: Watch | None = None
+) -> Iterator[str]:
     """As `Notebook.generate`. Everything that can be refused is refused here, before the stream begins."""
     request = asked(notebook, prompt, think=False)
     turn = tokenised(notebook.model.tokenizer, Rendered(request.text), Kind.TURN)
-    sampler = Sampler(sampling, (*notebook.ids, *turn.ids), notebook.model.tokenizer, notebook.model.engine.vocabulary)
+    model, before = notebook.model, (*notebook.ids, *turn.ids)
+    sampler = Sampler(sampling, before, model.tokenizer, model.engine.vocabulary, watch)
     return _streamed(notebook, notebook._ready(), prompt, request, turn, sampling, sampler, keep=keep)
 
 
@@ -97,6 +100,7 @@ def _pieces(notebook: Notebook, turn: Unit, sampling: Sampling, sampler: Sampler
             answer.ended = ""
             break
         answer.drawn.append(token)
+        sampler.tell(token)
         yield stops.passed(decoder.step(notebook.model.tokenizer.backend_tokenizer, token) or "")
         if stops.found is not None:
             answer.ended = f"the answer ended before {stops.found!r} (stop)"

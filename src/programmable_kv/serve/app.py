@@ -20,6 +20,7 @@ from programmable_kv.serve.fleet import Fleet
 from programmable_kv.serve.forward import Forwarder
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.observer import Observer
+from programmable_kv.serve.openapi import gateway_document
 from programmable_kv.serve.page import page_routes
 from programmable_kv.serve.refusal import RefusedError
 from programmable_kv.serve.rewriting.rewriter import Rewriter
@@ -28,6 +29,7 @@ from programmable_kv.serve.routes import Dialect
 from programmable_kv.serve.salt import TenantSalt, secret_of
 from programmable_kv.serve.settings import GatewaySettings, Limits
 from programmable_kv.serve.state import State
+from programmable_kv.serve.unrouted import no_such_route
 from programmable_kv.serve.upstream import HttpUpstream
 
 _JSON = "application/json"
@@ -54,7 +56,10 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
     salt = TenantSalt(secret_of(state)) if state is not None and settings.salts else None
     if state is not None and settings.rewrites:
         store = ConversationStore(state, most=limits.conversations)
-        rewriter = Rewriter(store, settings.rules, settings.mode, _subject(settings), metrics.tell_gain)
+        rewriter = Rewriter(
+            store, settings.rules, settings.mode, _subject(settings), metrics.tell_gain, metrics.tell_rebase,
+            rebase_after=settings.rebase_after,
+        )  # fmt: skip
         metrics.watch("conversations", "conversations that are kept", lambda: float(len(store)))
     forwarder = Forwarder(settings, fleet, access, admission, metrics, observer, rewriter, salt)
 
@@ -63,6 +68,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
         try:
             yield
         finally:
+            await forwarder.close()
             await fleet.close()
             if observer is not None:
                 observer.close()
@@ -104,8 +110,10 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
             Route("/metrics", told(lambda _: Response(metrics.text(), media_type=_PROMETHEUS))),
             Route("/pkv/report", told(report)),
             Route("/pkv/miss", told(miss)),
+            Route("/openapi.json", told(lambda _: Response(json.dumps(gateway_document()), media_type=_JSON))),
         ],
         lifespan=lifespan,
+        exception_handlers={404: no_such_route, 405: no_such_route},
     )
 
 

@@ -35,6 +35,7 @@ from programmable_kv.serve.salt import TenantSalt
 from programmable_kv.serve.settings import GatewaySettings
 from programmable_kv.serve.stopwatch import Stopwatch
 from programmable_kv.serve.upstream import UpstreamAnswer, UpstreamRequest
+from programmable_kv.serve.warmer import Warmer
 
 _LOG = logging.getLogger("programmable_kv.serve")
 _UPSTREAM_FAULTS = (502, 504)
@@ -55,6 +56,8 @@ class _Job:
     time: float = field(default_factory=time.time)
     work: Rewriting | None = None
     """what is done with it in a mode that rewrites"""
+    key: bytes = b""
+    """which upstream it goes to, of several"""
     sent: Sent | None = None
     """the answer, and which upstream gave it"""
 
@@ -82,6 +85,7 @@ class Forwarder:
         self._metrics = metrics
         self._observer = observer
         self._rewriter = rewriter
+        self._warmer = Warmer(fleet, admission, rewriter) if rewriter is not None else None
         self._salt = salt
         self._rates = Rates(settings.limits.per_minute, rates_of(settings.keys))
 
@@ -118,11 +122,43 @@ class Forwarder:
     async def _exchange(self, job: _Job, admitted: Admitted, body: bytes) -> None:
         if self._rewriter is not None and job.route.observed and job.scope["method"] == "POST":
             job.work = await self._begun(self._rewriter, admitted.tenant, job, body)
-        answer = await self._send(job, admitted, body)
+        status = None
         try:
-            await self._pass_on(job, answer, admitted.tenant, body if job.work is None else job.work.body)
+            answer = await self._send(job, admitted, body)
+            status = answer.status
+            try:
+                await self._pass_on(job, answer, admitted.tenant, body if job.work is None else job.work.body)
+            finally:
+                await answer.close()
         finally:
-            await answer.close()
+            self._rebase(job, admitted, status)
+
+    def _rebase(self, job: _Job, admitted: Admitted, status: int | None) -> None:
+        """Compute in the background what the conversation is to go on with, if that is due."""
+        work = job.work
+        if self._warmer is None or work is None or work.warming is None:
+            return
+        if status not in _SUCCESS:
+            self._warmer.give_up(work)
+            return
+        data = self._salted(job, admitted, work.warming.body) or work.warming.body
+        self._warmer.warm(work, job.key, partial(_request, job.scope, admitted.headers, data, True))
+
+    def _salted(self, job: _Job, admitted: Admitted, data: bytes) -> bytes | None:
+        """A body with the tenant's salt; None where it gets none.
+
+        Raises:
+            RefusedError: it cannot be salted.
+        """
+        if self._salt is None or not job.route.observed or job.scope["method"] != "POST":
+            return None
+        packed = value_of(job.headers, b"content-encoding") not in (None, b"identity")
+        return self._salt.salted(data, admitted.tenant, packed=packed)
+
+    async def close(self) -> None:
+        """Stop what runs in the background."""
+        if self._warmer is not None:
+            await self._warmer.close()
 
     async def _begun(self, rewriter: Rewriter, tenant: str, job: _Job, body: bytes) -> Rewriting:
         """What is done with a request. A fault there, or a full disk, is counted and harms no request."""
@@ -138,16 +174,14 @@ class Forwarder:
     async def _send(self, job: _Job, admitted: Admitted, body: bytes) -> UpstreamAnswer:
         """Send a request; and where the upstream refuses what was rewritten, in another form, and last as it came."""
         work = job.work
-        key = await self._key(job, admitted, body) if self._fleet.several else b""
+        job.key = await self._key(job, admitted, body) if self._fleet.several else b""
         while True:
             data = body if work is None else work.body
-            rewritten = work is not None and work.rewritten
-            if self._salt is not None and job.route.observed and job.scope["method"] == "POST":
-                packed = value_of(job.headers, b"content-encoding") not in (None, b"identity")
-                data, rewritten = self._salt.salted(data, admitted.tenant, packed=packed), True
-            build = partial(_request, job.scope, admitted.headers, data, rewritten)
+            salted = self._salted(job, admitted, data)
+            rewritten = salted is not None or (work is not None and work.rewritten)
+            build = partial(_request, job.scope, admitted.headers, data if salted is None else salted, rewritten)
             with job.watch.waiting("upstream"):
-                job.sent = await self._fleet.send(key, build)
+                job.sent = await self._fleet.send(job.key, build)
             answer = job.sent.answer
             if work is None or self._rewriter is None or not _again(self._rewriter, work, answer.status):
                 break
@@ -261,7 +295,8 @@ def _action(work: Rewriting | None) -> Headers:
         return ()
     plan = work.plan
     said = f"{plan.action}; why={plan.why}" if plan.why else str(plan.action)
-    return ((b"x-pkv-action", said.encode()), (b"x-pkv-saved-bytes", str(plan.saved_bytes).encode()))
+    found = ((b"x-pkv-action", said.encode()), (b"x-pkv-saved-bytes", str(plan.saved_bytes).encode()))
+    return (*found, (b"x-pkv-rebase", b"warming")) if work.warming is not None else found
 
 
 def _check_path(path: str) -> None:

@@ -36,6 +36,7 @@ class Metrics:
         self.cached_tokens = self._counter("cached_tokens", "input read from its cache, as it counted", "route")
         self.lost_tokens = self._counter("lost_tokens_at_most", "input computed again", "route", "cause")
         self.actions = self._counter("actions", "what a mode that rewrites did", "route", "action")
+        self.rebases = self._counter("rebases", "what became of rebases in the background", "route", "outcome")
         self.gained_tokens = self._counter(
             "gained_tokens_estimate",
             "input read from the upstream's cache because of rewriting, less what it added",
@@ -73,6 +74,10 @@ class Metrics:
     def tell_gain(self, route: str, tokens: int) -> None:
         """Count what rewriting one request brought."""
         (self.gained_tokens if tokens >= 0 else self.rewriting_lost_tokens).labels(route).inc(abs(tokens))
+
+    def tell_rebase(self, route: str, outcome: str) -> None:
+        """Count what became of a rebase."""
+        self.rebases.labels(route, outcome).inc()
 
     def text(self) -> bytes:
         """In Prometheus' text format."""

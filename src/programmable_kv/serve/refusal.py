@@ -75,9 +75,13 @@ UPSTREAM_UNREACHABLE = Refusal(502, "upstream_unreachable", "no connection to th
 UPSTREAM_BROKEN = Refusal(502, "upstream_error", "the upstream closed the connection or broke the protocol")
 
 
+NO_SUCH_ROUTE = Refusal(404, "no_such_route", "this server has no such route, or not with this method")
+
+
 def _error(refusal: Refusal, dialect: Dialect) -> dict[str, object]:
     if dialect is Dialect.ANTHROPIC:
-        kind = _ANTHROPIC_TYPES.get(refusal.status, "api_error")
+        fault = "invalid_request_error" if refusal.status < HTTPStatus.INTERNAL_SERVER_ERROR else "api_error"
+        kind = _ANTHROPIC_TYPES.get(refusal.status, fault)
         return {"type": "error", "error": {"type": kind, "message": refusal.message}, "code": refusal.code}
     default = "invalid_request_error" if refusal.status < HTTPStatus.INTERNAL_SERVER_ERROR else "upstream_error"
     kind = _OPENAI_TYPES.get(refusal.status, default)

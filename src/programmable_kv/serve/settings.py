@@ -10,6 +10,7 @@ from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.serve.access import ApiKey, is_loopback
 from programmable_kv.serve.address import Address
 from programmable_kv.serve.modes import GatewayMode
+from programmable_kv.serve.rewriting.rebase import LINES
 from programmable_kv.serve.rewriting.rules import Rules
 
 _MIB = 2**20
@@ -82,8 +83,11 @@ class GatewaySettings:
     """whether each tenant's prompts get a `cache_salt` of its own, as vLLM takes it"""
     more_upstreams: tuple[str, ...] = ()
     """others like the first one: each conversation goes to one of them"""
+    rebase_after: int = LINES
+    """lines of a conversation after which the prefix with its new values is computed in the background"""
 
     def __post_init__(self) -> None:
+        require_count(self.rebase_after, "rebase_after", least=1)
         places = [address.plain for address in self.addresses]
         twice = next((place for place in places if places.count(place) > 1), None)
         if twice is not None:

@@ -35,6 +35,10 @@ CREATE TABLE notebooks (
     identity TEXT PRIMARY KEY, tenant TEXT NOT NULL, version INTEGER NOT NULL, source TEXT NOT NULL, fields TEXT NOT NULL,
     number INTEGER NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS rebases (
+    conversation TEXT PRIMARY KEY, warmed TEXT NOT NULL, state TEXT NOT NULL, lines INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS sessions (session TEXT PRIMARY KEY, conversation TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE secrets (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 """
 
@@ -100,9 +104,12 @@ class State:
                 raise sqlite3.DatabaseError(
                     f"it has format {version}, and this version of the software reads {_VERSION}"
                 )
-            if version == 0:
-                for statement in _statements():
+            for statement in _statements():
+                if (
+                    version == 0 or "IF NOT EXISTS" in statement
+                ):  # added since that format; older software leaves it alone
                     run(statement)
+            if version == 0:
                 run(f"PRAGMA user_version = {_VERSION}")
 
 

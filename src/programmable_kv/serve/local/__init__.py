@@ -1,1 +1,1 @@
-"""A model served by this process: Chat Completions, and notebooks whose fields are edited in the cache."""
+"""A model served by this process in four protocols, and notebooks whose fields are edited in the cache."""

@@ -1,88 +1,154 @@
-"""Answers of a notebook, drawn in the model's queue, and their form in Chat Completions."""
+"""Answers of a notebook, drawn in the model's queue. Their form is the protocol's."""
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
 
 from programmable_kv.errors import InvalidValueError
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.notebook import Notebook
-from programmable_kv.serve.local.calls import ChatCall
+from programmable_kv.notebook.stopping import StopStrings
+from programmable_kv.serve.local.asks import Ask
+from programmable_kv.serve.local.tools import CALL, ToolCall, check_tools, split
+
+if TYPE_CHECKING:
+    import torch
 
 _BY_LENGTH = "(max_new_tokens)"
 """what the account of an answer says where its number of tokens ended it"""
 _OF_TURNS = {"tool_calls", "tool_call_id", "name"}
+_LEAST = -9999.0
+"""stands for minus infinity, which JSON does not have"""
+
+
+class End(StrEnum):
+    """What ended an answer."""
+
+    MODEL = "model"
+    LENGTH = "length"
+    STOP = "stop"
+    """a stop string"""
+    CALLS = "calls"
+    """the model calls tools"""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenShare:
+    """A token and its log-probability."""
+
+    text: str
+    log_probability: float
+
+    @property
+    def utf8(self) -> list[int] | None:
+        """Its bytes; None where it is only a part of a character."""
+        return None if "\ufffd" in self.text else list(self.text.encode("utf-8", "replace"))
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn(TokenShare):
+    """A token of an answer."""
+
+    likeliest: tuple[TokenShare, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of an answer's text, and the tokens that it was drawn in, where they were asked for."""
+
+    text: str
+    tokens: tuple[Drawn, ...] = ()
 
 
 @dataclass(slots=True)
 class Answer:
-    """One answer while it is drawn. The pieces' text is not kept here."""
+    """One answer while it is drawn."""
 
-    call: ChatCall
-    identity: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
+    ask: Ask
     created: int = field(default_factory=lambda: int(time.time()))
     text_tokens: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    finish_reason: str = "stop"
+    end: End = End.MODEL
+    stop: str | None = None
+    """the stop string that ended it"""
+    calls: list[ToolCall] = field(default_factory=list)
 
-    def of_model(self, model: Model) -> Iterator[str]:
+    def of_model(self, model: Model) -> Iterator[Piece]:
         """Pieces of an answer to messages alone: their whole prompt is prefilled."""
-        notebook = Notebook.from_messages(model, self.call.messages)
+        ask = self.ask
+        if ask.raw is not None:
+            notebook = Notebook(model).text(ask.raw)
+        else:
+            notebook = Notebook.from_messages(model, ask.messages, tools=ask.tools or None)
+            if ask.tools:
+                check_tools(model, ask.tools)
         notebook.prefill()
-        yield from self._drawn(notebook)
+        yield from self._read(notebook, bool(ask.tools))
 
-    def of_notebook(self, notebook: Notebook) -> Iterator[str]:
+    def of_notebook(self, notebook: Notebook) -> Iterator[Piece]:
         """Pieces of an answer to messages behind a notebook. Afterwards the notebook is unchanged."""
         self.cached_tokens = len(notebook)
         mark = notebook.mark()
         try:
-            for message in self.call.messages:
+            for message in self.ask.messages:
                 _add(notebook, message)
-            yield from self._drawn(notebook)
+            yield from self._read(notebook, bool(notebook.prompt.template.tools))
         finally:
             notebook.rollback(mark)
 
-    def whole(self, text: str) -> dict[str, Any]:
-        """The answer in one piece."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "finish_reason": self.finish_reason, "logprobs": None}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": self.usage()}
+    def _read(self, notebook: Notebook, calls: bool) -> Iterator[Piece]:
+        """The pieces that a client sees as text. Calls of tools are taken out and kept for the end."""
+        if not calls:
+            yield from self._drawn(notebook)
+            return
+        whole, shown = "", ""
+        held: list[Drawn] = []
+        gate = StopStrings([CALL])
+        for piece in self._drawn(notebook):
+            whole += piece.text
+            held += piece.tokens
+            passed = gate.passed(piece.text)
+            shown += passed
+            if passed:
+                yield Piece(passed, tuple(held))
+                held.clear()
+        said, self.calls = split(whole)
+        if self.calls:
+            self.end = End.CALLS
+        rest = said[len(shown) :] if said.startswith(shown) else ""
+        if rest:
+            yield Piece(rest, tuple(held))
 
-    def chunk(self, delta: Mapping[str, Any], finish: str | None = None) -> dict[str, Any]:
-        """A part of the answer."""
-        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
-        return {**self._head("chat.completion.chunk"), "choices": [choice]}
-
-    def last(self) -> dict[str, Any]:
-        """The part with the usage."""
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()}
-
-    def usage(self) -> dict[str, Any]:
-        """Tokens of the context that was answered, those of them that a notebook had cached, and of the answer's text."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.text_tokens,
-            "total_tokens": self.prompt_tokens + self.text_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
-
-    def _drawn(self, notebook: Notebook) -> Iterator[str]:
+    def _drawn(self, notebook: Notebook) -> Iterator[Piece]:
         self.prompt_tokens = len(notebook)
         said: list[str] = []
-        for piece in notebook.generate(**self.call.sampling):
-            said.append(piece)
-            yield piece
-        tokenizer = notebook.model.tokenizer
-        self.text_tokens = len(tokenizer("".join(said), add_special_tokens=False)["input_ids"])
-        self.finish_reason = "length" if _BY_LENGTH in notebook.last_account.why else "stop"
+        tokens: list[Drawn] = []
+        tokenizer, likeliest = notebook.model.tokenizer, self.ask.likeliest
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.identity, "object": kind, "created": self.created, "model": self.call.model}
+        def watch(token: int, shares: torch.Tensor) -> None:
+            best = shares.topk(likeliest) if likeliest else None
+            among = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best is not None else ()
+            others = tuple(TokenShare(tokenizer.decode([at]), max(_LEAST, share)) for at, share in among)
+            tokens.append(Drawn(tokenizer.decode([token]), max(_LEAST, float(shares[token])), others))
+
+        for text in notebook.generate(**self.ask.sampling, watch=watch if likeliest is not None else None):
+            said.append(text)
+            yield Piece(text, tuple(tokens))
+            tokens.clear()
+        self.text_tokens = len(tokenizer("".join(said), add_special_tokens=False)["input_ids"])
+        self._ended(notebook.last_account.why, self.ask.sampling["stop"])
+
+    def _ended(self, why: str, stops: Sequence[str]) -> None:
+        self.stop = next((each for each in stops if f"before {each!r} (stop)" in why), None)
+        if self.stop is not None:
+            self.end = End.STOP
+        elif _BY_LENGTH in why:
+            self.end = End.LENGTH
 
 
 def _add(notebook: Notebook, message: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.rates import Rates
 from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.reply import ClientGoneError, Reply
-from programmable_kv.serve.routes import Dialect
+from programmable_kv.serve.routes import route_of
 from programmable_kv.serve.settings import Limits
 from programmable_kv.serve.stopwatch import Stopwatch
 
@@ -76,8 +76,9 @@ class Endpoint:
         except RefusedError as error:
             refusal = error.refusal
             self.metrics.refused.labels(self.label, refusal.code).inc()
-            headers = {name.decode(): value.decode() for name, value in refusal.headers(Dialect.OPENAI)}
-            response = Response(refusal.body(Dialect.OPENAI), refusal.status, headers)
+            dialect = route_of(scope["path"]).dialect
+            headers = {name.decode(): value.decode() for name, value in refusal.headers(dialect)}
+            response = Response(refusal.body(dialect), refusal.status, headers)
         await response(scope, receive, send)
         self.metrics.requests.labels(self.label, str(response.status_code)).inc()
         self.metrics.seconds.labels(self.label).observe(watch.total)
@@ -94,12 +95,29 @@ class Endpoint:
                 body = json.loads(data)
             except (ValueError, RecursionError) as error:
                 raise RefusedError(Refusal(400, "invalid_json", "the body is not JSON")) from error
+            _check_text(body, data)
         if not isinstance(body, Mapping):
             raise RefusedError(Refusal(400, "invalid_request", "the body is a JSON object"))
         return Call(tenant, Request(scope), body)
 
     async def _answer(self, call: Call, answered: list[Response]) -> None:
         answered.append(await self.handle(call))
+
+
+def _check_text(body: Any, data: bytes) -> None:
+    """
+    Raises:
+        RefusedError: JSON can write half of a character, which no text in UTF-8 holds and no tokenizer reads.
+    """
+    if b"\\u" in data:
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise RefusedError(
+                Refusal(
+                    400, "invalid_request", "a text has half of a surrogate pair, which is no character: take it out"
+                )
+            ) from error
 
 
 def refusal_of(error: ProgrammableKVError) -> Refusal:

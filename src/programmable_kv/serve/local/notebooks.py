@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from types import NoneType
@@ -15,8 +15,9 @@ from programmable_kv.model_queue import ModelQueue
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.fields import Field
-from programmable_kv.serve.local.calls import checked_messages
+from programmable_kv.serve.local.asks import checked_messages
 from programmable_kv.serve.local.kept import KeptNotebook, NotebookShelf
+from programmable_kv.serve.local.tools import check_tools
 from programmable_kv.serve.refusal import Refusal, RefusedError
 
 _OF_FIELD: Mapping[str, type] = {
@@ -54,6 +55,21 @@ class Entry:
     @property
     def etag(self) -> str:
         return f'"{self.version}"'
+
+    def check_tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        """Check that a request's tools are the notebook's: its cached text names them.
+
+        Raises:
+            RefusedError: they are others.
+        """
+        if tools and list(tools) != (self.kept.source.get("tools") or []):
+            raise RefusedError(
+                Refusal(
+                    400,
+                    "tools_differ",
+                    "a notebook's tools are given when it is made: leave them out, or give the same",
+                )
+            )
 
     def as_json(self, account: Account | None = None) -> dict[str, Any]:
         """As data; with what the latest operation cost where that is known."""
@@ -245,6 +261,8 @@ def _made(model: Model, source: Mapping[str, Any]) -> Notebook:
     notebook = Notebook.from_messages(
         model, source["messages"], fields=fields, tools=source["tools"], template_kwargs=source["template_kwargs"]
     )
+    if source["tools"]:
+        check_tools(model, source["tools"])
     notebook.prefill()
     return notebook
 

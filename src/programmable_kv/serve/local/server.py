@@ -1,9 +1,8 @@
-"""The local server as an ASGI application: one model, Chat Completions, and notebooks."""
+"""The local server as an ASGI application: one model in every protocol, and notebooks."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager
@@ -22,22 +21,36 @@ from programmable_kv.models.load import Model
 from programmable_kv.notebook.html import MEANINGS, token_runs
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.serve.access import Access, rates_of
-from programmable_kv.serve.local.answers import Answer
-from programmable_kv.serve.local.calls import chat_call
+from programmable_kv.serve.local.answers import Answer, Piece
+from programmable_kv.serve.local.chat import ChatForm
+from programmable_kv.serve.local.completions import CompletionForm
 from programmable_kv.serve.local.endpoint import Call, Endpoint, Handler, refusal_of
+from programmable_kv.serve.local.forms import Form
 from programmable_kv.serve.local.kept import NotebookShelf
+from programmable_kv.serve.local.messages import MessageForm
 from programmable_kv.serve.local.notebooks import Entry, NotebookStore
+from programmable_kv.serve.local.openapi import local_document
+from programmable_kv.serve.local.responses import ResponseForm
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.page import page_routes
 from programmable_kv.serve.rates import Rates
-from programmable_kv.serve.refusal import Refusal, RefusedError
-from programmable_kv.serve.routes import OTHER
+from programmable_kv.serve.refusal import NO_SUCH_ROUTE, Refusal, RefusedError
+from programmable_kv.serve.routes import OTHER, route_of
+from programmable_kv.serve.routes import Route as ApiRoute
 from programmable_kv.serve.settings import LocalSettings
 from programmable_kv.serve.state import State
+from programmable_kv.serve.unrouted import no_such_route
 from programmable_kv.states import TokenState
 
 _LOG = logging.getLogger("programmable_kv.serve")
 _NOTEBOOK = "notebook:"
+FORMS: Mapping[str, Callable[[Mapping[str, Any]], Form]] = {
+    "/v1/chat/completions": ChatForm,
+    "/v1/completions": CompletionForm,
+    "/v1/responses": ResponseForm,
+    "/v1/messages": MessageForm,
+}
+"""path -> the form of its protocol"""
 _PROMETHEUS = "text/plain; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
 
 
@@ -64,20 +77,31 @@ class LocalServer:
         self._state.close()
 
     async def models(self, _: Call) -> Response:
-        """`GET /v1/models`."""
-        model = {"id": self._model.name, "object": "model", "created": 0, "owned_by": "programmable-kv"}
-        return JSONResponse({"object": "list", "data": [model]})
+        """`GET /v1/models`, as the clients of both makers read it."""
+        model = self._as_json()
+        ends = {"first_id": model["id"], "last_id": model["id"], "has_more": False}
+        return JSONResponse({"object": "list", "data": [model], **ends})
 
-    async def chat(self, call: Call) -> Response:
-        """`POST /v1/chat/completions`: what can be refused is refused before an answer begins."""
-        answer = Answer(chat_call(call.body))
-        pieces = self._pieces(call.tenant, answer)
-        first = await anext(pieces, None)
-        if not answer.call.stream:
+    async def model(self, call: Call) -> Response:
+        """`GET /v1/models/{name}`."""
+        self._check_model(call.request.path_params["name"])
+        return JSONResponse(self._as_json())
+
+    def answering(self, form: Callable[[Mapping[str, Any]], Form]) -> Handler:
+        """The route of a protocol: what can be refused is refused before an answer begins."""
+
+        async def respond(call: Call) -> Response:
+            made = form(call.body)
+            answer = Answer(made.ask)
+            pieces = self._pieces(call.tenant, answer)
+            first = await anext(pieces, None)
+            if made.ask.stream:
+                return _Stream(made, answer, first, pieces, route_of(call.request.url.path))
             async with aclosing(pieces):
-                text = (first or "") + "".join([piece async for piece in pieces])
-            return JSONResponse(answer.whole(text))
-        return _Stream(answer, first, pieces)
+                found = [*([] if first is None else [first]), *[piece async for piece in pieces]]
+            return JSONResponse(made.whole(answer, found))
+
+        return respond
 
     async def create(self, call: Call) -> Response:
         """`POST /v1/notebooks`."""
@@ -122,35 +146,46 @@ class LocalServer:
     def _entry(self, call: Call) -> Entry:
         return self.notebooks.get(call.tenant, call.request.path_params["id"])
 
-    async def _pieces(self, tenant: str, answer: Answer) -> AsyncGenerator[str, None]:
+    async def _pieces(self, tenant: str, answer: Answer) -> AsyncGenerator[Piece, None]:
         """Pieces of an answer. Whoever leaves early closes it, and the notebook is unchanged."""
-        asked = answer.call.model
+        asked = answer.ask.model
         if asked.startswith(_NOTEBOOK):
             entry = self.notebooks.get(tenant, asked.removeprefix(_NOTEBOOK))
+            entry.check_tools(answer.ask.tools)
             async with (
                 self.notebooks.use(entry) as notebook,
                 aclosing(self._drawn(answer.of_notebook, notebook)) as pieces,
             ):
                 async for piece in pieces:
                     yield piece
-        elif asked == self._model.name:
-            async with aclosing(self._drawn(answer.of_model, self._model)) as pieces:
-                async for piece in pieces:
-                    yield piece
-        else:
+            return
+        self._check_model(asked)
+        async with aclosing(self._drawn(answer.of_model, self._model)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    def _check_model(self, name: str) -> None:
+        if name != self._model.name:
             raise RefusedError(
                 Refusal(404, "model_not_found", f"this server has the model {self._model.name!r}, and notebook:ID")
             )
 
-    def _drawn(self, pieces: Callable[[Any], Iterator[str]], of: Notebook | Model) -> AsyncGenerator[str, None]:
-        return cast("AsyncGenerator[str, None]", self._queue.stream(pieces, of))
+    def _as_json(self) -> dict[str, Any]:
+        name = self._model.name
+        known = {"object": "model", "created": 0, "owned_by": "programmable-kv"}
+        return {"id": name, **known, "type": "model", "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
+
+    def _drawn(self, pieces: Callable[[Any], Iterator[Piece]], of: Notebook | Model) -> AsyncGenerator[Piece, None]:
+        return cast("AsyncGenerator[Piece, None]", self._queue.stream(pieces, of))
 
 
 class _Stream(StreamingResponse):
     """An answer as events. However it ends, and if it never began, the notebook is given back."""
 
-    def __init__(self, answer: Answer, first: str | None, pieces: AsyncGenerator[str, None]) -> None:
-        super().__init__(_events(answer, first, pieces), media_type="text/event-stream")
+    def __init__(
+        self, form: Form, answer: Answer, first: Piece | None, pieces: AsyncGenerator[Piece, None], route: ApiRoute
+    ) -> None:
+        super().__init__(_events(form, answer, first, pieces, route), media_type="text/event-stream")
         self._pieces = pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -181,14 +216,18 @@ def local_app(model: Model, settings: LocalSettings) -> Starlette:
     async def measured(_: Call) -> Response:
         return Response(metrics.text(), media_type=_PROMETHEUS)
 
+    async def described(_: Call) -> Response:
+        return JSONResponse(local_document())
+
     async def nothing(_: Call) -> Response:
-        raise RefusedError(Refusal(404, "no_such_route", "this server has no such route, or not with this method"))
+        raise RefusedError(NO_SUCH_ROUTE)
 
     return Starlette(
         routes=[
             *page_routes(local=True),
             route("GET", "/v1/models", server.models),
-            route("POST", "/v1/chat/completions", server.chat),
+            route("GET", "/v1/models/{name:path}", server.model),
+            *(route("POST", path, server.answering(form)) for path, form in FORMS.items()),
             route("POST", "/v1/notebooks", server.create),
             route("GET", "/v1/notebooks", server.listed),
             route("GET", "/v1/notebooks/{id}", server.read),
@@ -197,31 +236,34 @@ def local_app(model: Model, settings: LocalSettings) -> Starlette:
             route("PATCH", "/v1/notebooks/{id}/fields", server.edit),
             route("POST", "/v1/notebooks/{id}/fork", server.fork),
             route("GET", "/metrics", measured),
+            route("GET", "/openapi.json", described),
             Route("/healthz", _healthy),
             Route("/v1/{rest:path}", Endpoint(OTHER.label, nothing, access, settings.limits, metrics, rates)),
         ],
         lifespan=lifespan,
+        exception_handlers={404: no_such_route, 405: no_such_route},
     )
 
 
-async def _events(answer: Answer, first: str | None, pieces: AsyncIterator[str]) -> AsyncIterator[bytes]:
-    yield _event(answer.chunk({"role": "assistant", "content": first or ""}))
+async def _events(
+    form: Form, answer: Answer, first: Piece | None, pieces: AsyncIterator[Piece], route: ApiRoute
+) -> AsyncIterator[bytes]:
+    for event in form.begin(answer):
+        yield event
     try:
+        if first is not None:
+            for event in form.said(answer, first):
+                yield event
         async for piece in pieces:
-            yield _event(answer.chunk({"content": piece}))
+            for event in form.said(answer, piece):
+                yield event
     except ProgrammableKVError as error:  # the context is full
         refusal = refusal_of(error)
         _LOG.warning("an answer ended early (%s)", refusal.code)
-        yield refusal.event(OTHER)
+        yield refusal.event(route)
         return
-    yield _event(answer.chunk({}, answer.finish_reason))
-    if answer.call.include_usage:
-        yield _event(answer.last())
-    yield b"data: [DONE]\n\n"
-
-
-def _event(data: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
+    for event in form.finish(answer):
+        yield event
 
 
 def _told(entry: Entry, data: Mapping[str, Any], status: int = 200) -> Response:

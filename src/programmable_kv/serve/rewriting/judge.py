@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from programmable_kv.explain.pieces import Usage
@@ -50,6 +50,8 @@ class RouteGains:
     added: int = 0
     gained: int = 0
     saved_bytes: int = 0
+    owed: int = 0
+    """input that was computed in the background, and is not in the latest yet: a judgement rests on requests of clients"""
     latest: deque[Gain] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     strikes: dict[Form, int] = field(default_factory=dict)
 
@@ -89,7 +91,10 @@ class Judge:
         Args:
             sent_bytes: the length of the body that was sent.
         """
-        if plan.action not in (Action.ERRATUM, Action.REPLAYED) or usage is None or not usage.cached_known:
+        kept = (
+            plan.action in (Action.ERRATUM, Action.REPLAYED, Action.REBASE) and plan.head_bytes > 0
+        )  # or it came as new
+        if not kept or usage is None or not usage.cached_known:
             return None
         per_byte = usage.tokens / max(1, sent_bytes)
         direct = round((plan.head_bytes + plan.turns_bytes - plan.saved_bytes) * per_byte)
@@ -101,7 +106,8 @@ class Judge:
             gains.cached += usage.cached
             gains.added += added
             gains.gained += gain.tokens
-            gains.latest.append(gain)
+            gains.latest.append(replace(gain, added=gain.added + gains.owed))
+            gains.owed = 0
             loses = gains.loses
             verdict = self._form(gains, plan, usage, per_byte)
             if loses:
@@ -111,6 +117,13 @@ class Judge:
         if loses:
             self._switch_off(route, model)
         return gain
+
+    def spent(self, tenant: str, route: str, model: str, tokens: int) -> None:
+        """Count input that was computed in the background, for a rebase."""
+        with self._lock:
+            gains = self._gains.setdefault((tenant, route, model), RouteGains())
+            gains.gained -= tokens
+            gains.owed += tokens
 
     def _form(self, gains: RouteGains, plan: Plan, usage: Usage, per_byte: float) -> str:
         """What a new line's form turned out to be: the conversation before it is read; or the head is, and that is not.

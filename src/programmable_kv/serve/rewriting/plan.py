@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from programmable_kv.serve.rewriting.changes import Change, Compared, compare, may_hold
+from programmable_kv.serve.rewriting.changes import Change, may_hold
 from programmable_kv.serve.rewriting.conversation import (
     Conversation,
     Form,
@@ -16,8 +16,9 @@ from programmable_kv.serve.rewriting.conversation import (
     kept_bytes,
     sent,
 )
+from programmable_kv.serve.rewriting.matching import Known, Match, match
 from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES, Prompt, holds_thinking, open_calls
-from programmable_kv.serve.rewriting.rules import Rules
+from programmable_kv.serve.rewriting.rebase import Warming, warming
 from programmable_kv.serve.rewriting.wording import line_of, new_token, placeholder
 
 _LEAST_BUDGET = 8192
@@ -32,7 +33,6 @@ FORMS = {
     MESSAGES: (Form.SYSTEM, Form.INLINE),  # two user turns in a row are one there: a block does the same
 }
 """in which forms a line may stand, the best first"""
-SELDOM = "a value changed that was not seen to change repeatedly"
 
 
 class Action(StrEnum):
@@ -51,7 +51,7 @@ class Action(StrEnum):
     RESET = "reset"
     """something else changed: as it came, from here on"""
     REBASE = "rebase"
-    """the lines became too many: as it came, from here on"""
+    """the lines became many: with the new values in their places, from here on"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,81 +76,8 @@ class Plan:
     """of the conversation that was sent before"""
     replaced: Conversation | None = field(default=None, repr=False)
     """the conversation that ends here, and goes on as `after`"""
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """A conversation that a request may go on with."""
-
-    conversation: Conversation
-    changes: tuple[Change, ...] = ()
-    templates: tuple[str, ...] = field(default=(), repr=False)
-    refused: str = ""
-    """why it does not go on with it as it was sent"""
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What is known beside the request."""
-
-    rules: Rules
-    keys: list[str] = field(repr=False)
-    """of each beginning of the conversation"""
-    named: bool = False
-    """whether the client names its session"""
-    learned: Collection[str] = field(default=(), repr=False)
-    hoist: bool = False
-    forms: Sequence[Form] = (Form.SYSTEM,)
-    """in which form a line may stand, the best first"""
-
-
-def match(conversation: Conversation, prompt: Prompt, known: Known) -> Match:
-    """Compare a request with a conversation whose turns it begins with."""
-    if conversation.tools != prompt.tools:
-        return Match(conversation, refused="the tools changed")
-    if [kept.frame for kept in conversation.head] != [unit.frame for unit in prompt.head]:
-        return Match(conversation, refused="the system prompt changed")
-    pairs = [(kept, unit) for kept, unit in zip(conversation.head, prompt.head, strict=True)]
-    pairs += [(kept, prompt.turns[at]) for at, kept in conversation.inside.items()]
-    found: list[Compared] = []
-    for kept, unit in pairs:
-        for place, text in unit.texts.items():
-            found.append(compare(unit, place, kept.last[place], text, known.rules, known.learned))
-    changes = tuple(change for each in found for change in each.changes)
-    templates = tuple(dict.fromkeys(template for each in found for template in each.templates))
-    unexplained = [each for each in found if not each.explained]
-    if not unexplained:
-        return Match(conversation, changes, templates)
-    if all(each.templates for each in unexplained):
-        return Match(conversation, changes, templates, SELDOM)
-    return Match(conversation, changes, (), "other text changed")
-
-
-def choose(matches: Sequence[Match], alone: bool) -> tuple[Match | None, str]:
-    """The conversation that a request goes on with; or None, and why. One that was told of lines goes before one that was not.
-
-    Args:
-        matches: in the order in which they were last used, the latest first.
-        alone: whether no other conversation ever began with the same turns.
-    """
-    fitting = [each for each in matches if not each.refused]
-    if not fitting:
-        refused = [each.refused for each in matches]
-        return None, refused[0] if refused else ""
-    certain = [each for each in fitting if _is_certain(each, alone)]
-    if not certain:
-        return None, "it may be another conversation"
-    least = min(len(each.changes) for each in certain)
-    nearest = [each for each in certain if len(each.changes) == least]
-    if least and len({each.conversation.origin for each in nearest}) > 1:
-        return None, "it may go on with several conversations"
-    return next((each for each in nearest if each.conversation.token), nearest[0]), ""
-
-
-def _is_certain(found: Match, alone: bool) -> bool:
-    """Whether no other conversation's values would be told by mistake."""
-    named, spoke = found.conversation.named, found.conversation.spoke
-    return named or (alone and spoke) or all(change.harmless for change in found.changes)
+    warming: Warming | None = field(default=None, repr=False)
+    """what is to be computed in the background, for the conversation to go on with later"""
 
 
 def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: Conversation | None = None) -> Plan:
@@ -173,7 +100,7 @@ def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: 
             return Plan(Action.FORWARDED, "", None, old, new)
         return _afresh(prompt, known, Action.RESET, "nothing was announced", old)
     if not told:
-        return _planned(Action.REPLAYED, prompt, old, new, None)
+        return _with_warming(_planned(Action.REPLAYED, prompt, old, new, None), prompt, known, old)
     if not _has_place(prompt):
         return _afresh(prompt, known, Action.RESET, "there is no place for a line", old)
     form = _form(prompt, known, told, old.notes)
@@ -185,7 +112,54 @@ def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: 
         return _afresh(prompt, known, Action.RESET, "the line would be longer than what it saves", old)
     if made.added_bytes > max(_LEAST_BUDGET, _BUDGET * len(prompt.body.text)) and not holds_thinking(prompt):
         return _afresh(prompt, known, Action.REBASE, "the lines became too many", old)
-    return made
+    return _with_warming(made, prompt, known, old)
+
+
+def switched(made: Plan, replaced: Conversation) -> Plan:
+    """A request that goes on with a prefix that was warmed in the background, in the place of a conversation."""
+    return replace(made, action=Action.REBASE, why="warmed in the background", replaced=replaced)
+
+
+def compacted(prompt: Prompt, latest: Conversation, known: Known) -> Plan | None:
+    """A request whose turns are new in a session whose system prompt was sent before: the client put a summary in the place of
+    its turns, or began anew. The system prompt is sent again as it was, and what is new in it is told in one line; in the
+    background the new values are put in their places. None where that cannot be said.
+
+    The values told are the request's own, so it does not matter whether another conversation goes on beside it.
+
+    Args:
+        latest: the session's latest conversation.
+    """
+    if not latest.token or latest.token in prompt.body.text:
+        return None
+    sent_before = tuple(replace(kept, last=kept.base) for kept in latest.head)
+    old = replace(latest, head=sent_before, inside={}, notes=(), turns=0)
+    found = match(old, prompt, known)
+    told = [change for change in found.changes if change.tell]
+    form = _form(prompt, known, told)
+    if found.refused or (told and (form is None or not _has_place(prompt))):
+        return None
+    made = begun(prompt, known.rules, known.keys, token=latest.token, named=known.named)
+    head = tuple(replace(new, base=kept.base) for new, kept in zip(made.head, latest.head, strict=True))
+    note = Note(made.turns, form, line_of(latest.token, told)) if told and form is not None else None
+    made = replace(made, head=head, notes=(note,) if note is not None else ())
+    planned = _planned(Action.REBASE, prompt, old, made, note)
+    planned = replace(planned, why="the turns are new in this session", before=None)
+    known = replace(known, rebase_after=1)
+    return _with_warming(planned, prompt, known, latest)
+
+
+def _with_warming(made: Plan, prompt: Prompt, known: Known, old: Conversation) -> Plan:
+    """The plan; and where the lines became many, what is to be computed without them. A conversation whose reasoning is bound
+    to what stands before it keeps its lines."""
+    lines = len(made.after.notes) if made.after is not None else 0
+    budget = max(_LEAST_BUDGET, _BUDGET * len(prompt.body.text)) / 2
+    if not lines or (lines < known.rebase_after and made.added_bytes <= budget) or holds_thinking(prompt):
+        return made
+    anew = _afresh(prompt, known, Action.REBASE, "", old)
+    assert anew.after is not None, "a conversation begins"
+    data = prompt.body.text.encode() if anew.body is None else anew.body
+    return replace(made, warming=warming(prompt.route, anew.after, data))
 
 
 def _afresh(prompt: Prompt, known: Known, action: Action, why: str, replaced: Conversation | None) -> Plan:

@@ -14,8 +14,10 @@ from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.body import read
 from programmable_kv.serve.rewriting.conversation import Conversation, Form, keys_of
 from programmable_kv.serve.rewriting.judge import Gain, Judge
-from programmable_kv.serve.rewriting.plan import FORMS, Action, Known, Match, Plan, choose, match, plan
-from programmable_kv.serve.rewriting.prompt import ROUTES, Prompt, prompt_of
+from programmable_kv.serve.rewriting.matching import Known, Match, choose, match
+from programmable_kv.serve.rewriting.plan import FORMS, Action, Plan, compacted, plan, switched
+from programmable_kv.serve.rewriting.prompt import ROUTES, Prompt, digest, prompt_of
+from programmable_kv.serve.rewriting.rebase import LINES, Outcome, Warming
 from programmable_kv.serve.rewriting.rules import Rules
 from programmable_kv.serve.rewriting.store import ConversationStore
 
@@ -55,6 +57,8 @@ class Rewriting:
     refused: list[Form] = field(default_factory=list)
     """forms of a new line that the upstream refused in this request"""
     announcement_refused: bool = False
+    warming: Warming | None = field(default=None, repr=False)
+    """what is to be computed in the background once this request is answered"""
 
     @property
     def body(self) -> bytes:
@@ -76,13 +80,20 @@ class Rewriter:
         mode: GatewayMode,
         upstream: str,
         tell: Callable[[str, int], None] = lambda _, __: None,
+        rebased: Callable[[str, Outcome], None] = lambda _, __: None,
+        *,
+        rebase_after: int = LINES,
     ) -> None:
         """
         Args:
             mode: of the routes that `rules` gives no mode of their own.
             upstream: its address, under which is remembered what it takes.
             tell: told a route, and the tokens that rewriting one request gained or lost.
+            rebased: told a route, and what became of a rebase there.
+            rebase_after: lines after which a conversation is rebased.
         """
+        self._rebased = rebased
+        self._rebase_after = rebase_after
         self._store = store
         self._rules = rules
         self._mode = mode
@@ -119,11 +130,14 @@ class Rewriter:
         work.session = session = session_name(sent, body.data)
         own = session_name(sent, {key: value for key, value in body.data.items() if key not in _SHARED_NAMES})
         salt = str(body.data.get("cache_salt") or "")
-        keys = keys_of(prompt, self._rules, tenant, route, prompt.model, session, salt)
+        whose = (tenant, route, prompt.model, session, salt)
+        keys = keys_of(prompt, self._rules, *whose)
         owner = self._owner(tenant, route)
         forms = [form for form in FORMS[route] if self._verdict(route, prompt.model, form) not in _REFUSED]
         learned = self._store.learned(owner)
-        work.known = Known(self._rules, keys, bool(own), learned, mode is GatewayMode.HOIST, forms)
+        work.known = Known(
+            self._rules, keys, bool(own), learned, mode is GatewayMode.HOIST, forms, self._rebase_after, digest(whose)
+        )
         self._plan(work, owner)
         return work
 
@@ -161,6 +175,8 @@ class Rewriter:
             self._decided(work.route, work.model, note.form, _TAKEN)
         if work.plan.after is None and work.plan.before is not None:
             self._store.end(work.plan.before)
+        if work.plan.action is Action.REBASE and work.plan.before is not None:
+            self._rebased(work.route, Outcome.SWITCHED)
         if work.announcement_refused:
             place = (work.route, work.model)
             self._strikes[place] = self._strikes.get(place, 0) + 1
@@ -206,8 +222,36 @@ class Rewriter:
             work.replaced = matches[0].conversation
         work.match, work.why = found, why
         work.plan = plan(prompt, found, known, why, work.replaced)
-        if not self._store.commit(work.plan):
+        ready = self._ready(found.conversation, prompt, known) if found is not None else None
+        if found is not None and ready is not None:
+            made = plan(prompt, ready, known, "")
+            if made.before is not None:  # it goes on with what was warmed
+                work.match, work.plan = ready, switched(made, found.conversation)
+        if not matches and known.named:
+            latest = self._store.latest(known.whose)
+            work.plan = (compacted(prompt, latest, known) if latest is not None else None) or work.plan
+        if not self._store.commit(work.plan, known.whose if known.named else ""):
             work.plan = Plan(Action.FORWARDED, "another request went on with the conversation")
+            return
+        after, wanted = work.plan.after, work.plan.warming
+        if wanted is not None and after is not None and self._store.begin_rebase(after, wanted.conversation):
+            work.warming = wanted
+
+    def _ready(self, conversation: Conversation, prompt: Prompt, known: Known) -> Match | None:
+        """The prefix that was warmed for a conversation, if the request goes on with it."""
+        warmed = self._store.warmed(conversation, known.keys)
+        found = match(warmed, prompt, known) if warmed is not None else None
+        return found if found is not None and not found.refused else None
+
+    def warmed(self, work: Rewriting, *, done: bool, usage: Usage | None = None) -> None:
+        """The new prefix was computed, or could not be: then nothing changes. For any thread."""
+        assert work.warming is not None
+        self._store.end_rebase(work.warming.conversation, done=done)
+        self._rebased(work.route, Outcome.WARMED if done else Outcome.FAILED)
+        if usage is not None and usage.cached_known:
+            spent = usage.tokens - usage.cached
+            self.judge.spent(work.tenant, work.route, work.model, spent)
+            self._tell(work.route, -spent)
 
     def _owner(self, tenant: str, route: str) -> str:
         return f"{tenant}\n{route}"

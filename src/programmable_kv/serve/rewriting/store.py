@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from programmable_kv.serve.rewriting.conversation import Conversation, Form, Note, Texts
@@ -18,8 +19,10 @@ _OFTEN = 2
 _FORGET_EVERY = 256
 """new conversations between two clean-ups"""
 _SET_KEY = "UPDATE conversations SET key = ? WHERE identity = ?"
+_FORGET_REBASE = "DELETE FROM rebases WHERE conversation = ?"
 _ENDED = ""
-"""the key of conversations that were replaced after a reset"""
+"""the key of conversations that were replaced after a reset, and of prefixes that are not in use yet"""
+_WARMING, _READY, _FAILED = "warming", "ready", "failed"
 _CONVERSATIONS_S = 7 * 86400.0
 """what was silent for longer is forgotten"""
 _BEGINNINGS_S = 30 * 86400.0
@@ -43,6 +46,8 @@ class ConversationStore:
             (subject, about): (verdict, until)
             for subject, about, verdict, until in state.rows("SELECT subject, about, verdict, until FROM verdicts")
         }
+        with state.write() as run:  # whoever computed it is gone
+            run.execute("DELETE FROM rebases WHERE state = ?", (_WARMING,))
         self._forget()
 
     def __len__(self) -> int:
@@ -66,8 +71,21 @@ class ConversationStore:
         statement = f"SELECT max(conversations) FROM beginnings WHERE key IN ({marks})"
         return int(self._state.rows(statement, keys[:_MOST_KEYS])[0][0] or 0)
 
-    def commit(self, plan: Plan) -> bool:
-        """Remember what is about to be sent. False where another request went on with the conversation meanwhile."""
+    def latest(self, session: str) -> Conversation | None:
+        """The conversation that a named session went on with last."""
+        rows = self._state.rows(
+            "SELECT identity, key, version, document FROM sessions JOIN conversations ON identity = conversation "
+            "WHERE session = ?",
+            (session,),
+        )
+        return self._read(*rows[0]) if rows else None
+
+    def commit(self, plan: Plan, session: str = "") -> bool:
+        """Remember what is about to be sent. False where another request went on with the conversation meanwhile.
+
+        Args:
+            session: under which name the conversation is found again when its turns are new; empty: under none.
+        """
         after, before = plan.after, plan.before
         if after is None:
             return True
@@ -75,6 +93,7 @@ class ConversationStore:
         with self._state.write() as run:
             if plan.replaced is not None:
                 run.execute(_SET_KEY, (_ENDED, plan.replaced.identity))
+                run.execute(_FORGET_REBASE, (plan.replaced.identity,))
             if before is None:
                 run.execute(
                     "INSERT INTO conversations VALUES (?, ?, ?, ?, ?)",
@@ -93,6 +112,8 @@ class ConversationStore:
                 ).rowcount
                 if not changed:
                     return False
+            if session:
+                run.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?)", (session, after.identity))
             if plan.note is not None:
                 note, number = plan.note, len(after.notes) - 1
                 run.execute(
@@ -130,6 +151,54 @@ class ConversationStore:
                     (before.key, before.version, _document(before), before.identity),
                 )
         return True
+
+    def begin_rebase(self, conversation: Conversation, warmed: Conversation) -> bool:
+        """Remember that a new prefix of a conversation is being computed. False where one is, was, or failed a short while ago.
+
+        Until it is switched to, no request goes on with it.
+        """
+        lines = len(conversation.notes)
+        with self._state.write() as run:
+            run.execute(
+                "DELETE FROM rebases WHERE conversation = ? AND state = ? AND lines * 1.5 < ?",
+                (conversation.identity, _FAILED, lines),
+            )
+            begun = run.execute(
+                "INSERT OR IGNORE INTO rebases VALUES (?, ?, ?, ?)",
+                (conversation.identity, warmed.identity, _WARMING, lines),
+            ).rowcount
+            if begun:
+                run.execute(
+                    "INSERT INTO conversations VALUES (?, ?, ?, ?, ?)",
+                    (warmed.identity, _ENDED, warmed.version, _document(warmed), time.time()),
+                )
+                run.executemany(
+                    "INSERT INTO errata VALUES (?, ?, ?, ?, ?)",
+                    [(warmed.identity, at, note.after, note.form, note.line) for at, note in enumerate(warmed.notes)],
+                )
+        return bool(begun)
+
+    def end_rebase(self, warmed: Conversation, *, done: bool) -> None:
+        """The new prefix was computed, or could not be."""
+        with self._state.write() as run:
+            run.execute("UPDATE rebases SET state = ? WHERE warmed = ?", (_READY if done else _FAILED, warmed.identity))
+
+    def warmed(self, conversation: Conversation, keys: Sequence[str]) -> Conversation | None:
+        """The prefix that was computed for a conversation to go on with; None where there is none for these turns.
+
+        Args:
+            keys: of each beginning of the request.
+        """
+        rows = self._state.rows(
+            "SELECT identity, version, document FROM rebases JOIN conversations ON identity = warmed "
+            "WHERE conversation = ? AND state = ?",
+            (conversation.identity, _READY),
+        )
+        for identity, version, document in rows:
+            found = self._read(identity, _ENDED, version, document)
+            if found.turns <= len(keys):
+                return replace(found, key=keys[found.turns - 1])
+        return None
 
     def end(self, conversation: Conversation) -> None:
         """No request goes on with it any more."""
@@ -201,6 +270,8 @@ class ConversationStore:
                     "DELETE FROM conversations WHERE identity IN (SELECT identity FROM conversations ORDER BY used LIMIT ?)",
                     (over,),
                 )
+            run.execute("DELETE FROM sessions WHERE conversation NOT IN (SELECT identity FROM conversations)")
+            run.execute("DELETE FROM rebases WHERE conversation NOT IN (SELECT identity FROM conversations)")
             run.execute("DELETE FROM errata WHERE conversation NOT IN (SELECT identity FROM conversations)")
             run.execute("DELETE FROM beginnings WHERE used < ?", (time.time() - _BEGINNINGS_S,))
 

@@ -1,0 +1,179 @@
+"""What a request asks for, whatever its protocol; and checks of its parts. What is not supported is refused, never left out."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from programmable_kv.serve.refusal import Refusal, RefusedError
+
+DEFAULT_TOKENS = 512
+"""after which an answer ends where the request sets no limit"""
+_SEEDS = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request for an answer."""
+
+    model: str
+    messages: Sequence[Mapping[str, Any]] = field(repr=False)
+    """as Chat Completions takes them"""
+    sampling: Mapping[str, Any]
+    """keyword arguments of `Notebook.generate`"""
+    stream: bool = False
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    """as Chat Completions takes them"""
+    likeliest: int | None = None
+    """how many tokens to tell at each place beside the drawn one, with log-probabilities; None tells none"""
+    raw: str | None = field(default=None, repr=False)
+    """the prompt as text, in the place of messages"""
+
+
+def check_known(
+    body: Mapping[str, Any],
+    read: Collection[str],
+    neutral: Mapping[str, tuple[Any, ...]],
+    without_effect: Collection[str] = (),
+) -> None:
+    """
+    Args:
+        read: parameters that have an effect.
+        neutral: parameters that are taken only where they ask for nothing, and their values then.
+        without_effect: parameters that say nothing about the answer.
+
+    Raises:
+        RefusedError: there is another one.
+    """
+    for name, value in body.items():
+        if name in read or name in without_effect or value is None:
+            continue
+        if name not in neutral or not any(_same(value, each) for each in neutral[name]):
+            refuse(
+                "unsupported_parameter", f"{name!r:.60} is not supported by this server with that value: leave it out"
+            )
+
+
+def sampling_of(body: Mapping[str, Any], limit: int, stop: Any) -> dict[str, Any]:
+    """What three protocols call by the same names.
+
+    Raises:
+        RefusedError: a value is of the wrong type.
+    """
+    found: dict[str, Any] = {
+        "temperature": number(body, "temperature", 1.0),
+        "max_new_tokens": limit,
+        "seed": count(body, "seed", secrets.randbelow(_SEEDS)),
+        "stop": [stop] if isinstance(stop, str) else stop or [],
+    }
+    if body.get("top_p") is not None:
+        found["top_p"] = number(body, "top_p", 1.0)
+    return found
+
+
+def model_of(body: Mapping[str, Any]) -> str:
+    """The name of the model.
+
+    Raises:
+        RefusedError: there is none.
+    """
+    model = body.get("model")
+    if not isinstance(model, str):
+        refuse("invalid_request", "model is the name of the model, or notebook:ID")
+    return model
+
+
+def checked_messages(value: Any) -> list[Mapping[str, Any]]:
+    """A list of messages, of which each has a role. The rest is the library's to check.
+
+    Raises:
+        RefusedError: it is none.
+    """
+    if not isinstance(value, list) or not value:
+        refuse("invalid_request", "messages is a list of at least one message")
+    for message in value:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            refuse("invalid_request", "a message is an object with a role and content")
+        calls = message.get("tool_calls")
+        listed = calls is None or (isinstance(calls, list) and all(_is_call(call) for call in calls))
+        if not listed:
+            refuse("invalid_request", "tool_calls is a list of objects with a function, which has a name")
+    return value
+
+
+def mappings(value: Any, what: str) -> Iterator[Mapping[str, Any]]:
+    """The objects of a list.
+
+    Raises:
+        RefusedError: it is no list, or holds something else.
+    """
+    if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
+        refuse("invalid_request", f"{what} is a list of objects")
+    yield from value
+
+
+def number(body: Mapping[str, Any], name: str, default: float) -> float:
+    """
+    Raises:
+        RefusedError: it is no number.
+    """
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _SEEDS:
+        refuse("invalid_request", f"{name} is a number")
+    return float(value)
+
+
+def count(body: Mapping[str, Any], name: str, default: int) -> int:
+    """
+    Raises:
+        RefusedError: it is no whole number.
+    """
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int):
+        refuse("invalid_request", f"{name} is a whole number")
+    return value
+
+
+def flag(body: Mapping[str, Any], name: str) -> bool:
+    """
+    Raises:
+        RefusedError: it is neither true nor false.
+    """
+    value = body.get(name)
+    if value not in (None, True, False):
+        refuse("invalid_request", f"{name} is true or false")
+    return bool(value)
+
+
+def at_most(value: int, name: str, most: int) -> int:
+    """
+    Raises:
+        RefusedError: it is below 0 or above the most.
+    """
+    if not 0 <= value <= most:
+        refuse("invalid_request", f"{name} is from 0 to {most}")
+    return value
+
+
+def refuse(code: str, message: str) -> NoReturn:
+    """
+    Raises:
+        RefusedError: always.
+    """
+    raise RefusedError(Refusal(400, code, message))
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equal, and of one type: 1 is not true here."""
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    return isinstance(function, Mapping) and isinstance(function.get("name"), str)

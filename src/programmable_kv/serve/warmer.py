@@ -1,0 +1,86 @@
+"""Requests of the gateway's own: they make an upstream compute a prefix before a conversation goes on with it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from programmable_kv.explain.pieces import Usage
+from programmable_kv.serve.address import Address
+from programmable_kv.serve.admission import Admission
+from programmable_kv.serve.capture import Capture
+from programmable_kv.serve.fleet import Fleet
+from programmable_kv.serve.headers import value_of
+from programmable_kv.serve.refusal import RefusedError
+from programmable_kv.serve.rewriting.rewriter import Rewriter, Rewriting
+from programmable_kv.serve.upstream import UpstreamRequest
+
+_LOG = logging.getLogger("programmable_kv.serve")
+_SUCCESS = range(200, 300)
+
+
+class Warmer:
+    """Warms prefixes in the background. For one event loop.
+
+    A request takes a place like any other. It goes where the conversation's own requests go, with the same salt.
+    """
+
+    def __init__(self, fleet: Fleet, admission: Admission, rewriter: Rewriter) -> None:
+        self._fleet = fleet
+        self._admission = admission
+        self._rewriter = rewriter
+        self._running: set[asyncio.Task[None]] = set()
+
+    def warm(self, work: Rewriting, key: bytes, build: Callable[[Address], UpstreamRequest]) -> None:
+        """Begin. Returns at once.
+
+        Args:
+            key: of the conversation, for the fleet.
+            build: makes the request for an upstream.
+        """
+        task = asyncio.get_running_loop().create_task(self._warm(work, key, build))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    def give_up(self, work: Rewriting) -> None:
+        """The request that it followed was not answered: nothing is computed for it."""
+        self._ended(work, done=False, usage=None)
+
+    async def close(self) -> None:
+        """Stop what runs. What was not complete counts as failed."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def _warm(self, work: Rewriting, key: bytes, build: Callable[[Address], UpstreamRequest]) -> None:
+        done, usage = False, None
+        try:
+            await self._admission.enter()
+            try:
+                done, usage = await self._computed(key, build)
+            finally:
+                self._admission.leave()
+        except RefusedError as error:
+            _LOG.warning("%s: a prefix could not be warmed (%s)", work.route, error.refusal.code)
+        finally:
+            self._ended(work, done=done, usage=usage)
+
+    async def _computed(self, key: bytes, build: Callable[[Address], UpstreamRequest]) -> tuple[bool, Usage | None]:
+        """Whether the conversation's own upstream computed it, and its count of tokens."""
+        sent = await self._fleet.send(key, build)
+        capture = Capture()
+        try:
+            async for chunk in sent.answer.chunks():
+                capture.add(chunk)
+        finally:
+            await sent.answer.close()
+        encoding = (value_of(sent.answer.headers, b"content-encoding") or b"").decode("latin-1").strip().lower()
+        return sent.answer.status in _SUCCESS and not sent.moved, capture.usage(encoding)
+
+    def _ended(self, work: Rewriting, *, done: bool, usage: Usage | None) -> None:
+        """Remember it. A fault there (a full disk) leaves the conversation as it is."""
+        try:
+            self._rewriter.warmed(work, done=done, usage=usage)
+        except Exception as error:
+            _LOG.warning("a rebase could not be remembered (%s)", type(error).__name__)
