@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,23 +74,34 @@ class Peer:
 @contextmanager
 def upstream(folder: Path) -> Iterator[Peer]:
     """The fixed upstream, ready for requests."""
-    port = _free_port()
-    with _process(["-m", "programmable_kv.bench.fixed_upstream", str(port)], port, folder / "upstream.log") as peer:
+    with peer_of("programmable_kv.bench.fixed_upstream", folder / "upstream.log") as peer:
         yield peer
 
 
 @contextmanager
-def gateway(mode: str, upstream_port: int, folder: Path) -> Iterator[Peer]:
+def peer_of(module: str, log: Path) -> Iterator[Peer]:
+    """A module that serves on the port that it is given, ready for requests."""
+    port = _free_port()
+    with _process(["-m", module, str(port)], port, log) as peer:
+        yield peer
+
+
+@contextmanager
+def gateway(
+    mode: str, upstream_port: int, folder: Path, *, port: int | None = None, more: Sequence[str] = ()
+) -> Iterator[Peer]:
     """A gateway in one mode, ready for requests.
 
     Args:
         folder: where its files go.
+        port: where it listens; a free port when None.
+        more: further options of `pkv serve`.
     """
-    port = _free_port()
+    port = _free_port() if port is None else port
     volatile = folder / "volatile.json"
     volatile.write_text(json.dumps(VOLATILE), encoding="utf-8")
     words = ["-m", "programmable_kv", "serve", "--upstream", f"http://127.0.0.1:{upstream_port}", "--port", str(port)]
-    words += ["--mode", mode, "--volatile", str(volatile), "--state", str(folder / f"{mode}.sqlite3")]
+    words += ["--mode", mode, "--volatile", str(volatile), "--state", str(folder / f"{mode}.sqlite3"), *more]
     with _process(words, port, folder / f"{mode}.log") as peer:
         yield peer
 

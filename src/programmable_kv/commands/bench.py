@@ -198,6 +198,31 @@ def bench_serve_vllm(
     print_summary(record)
 
 
+@app.command("soak")
+def bench_soak(
+    minutes: Annotated[float, typer.Option(min=0.01, help="how long")] = 30.0,
+    stretches: Annotated[int, typer.Option(min=1, help="rows of the record, each an equal part of the time")] = 15,
+    clients: Annotated[int, typer.Option(min=1, help="conversations at a time")] = 8,
+    per_second: Annotated[float, typer.Option(min=0.1, help="requests of all clients together")] = 20.0,
+    kills: Annotated[int, typer.Option(min=0, help="how often the gateway is killed and started again")] = 5,
+    rebase_after: Annotated[int, typer.Option(min=1, help="lines after which a prefix is renewed")] = 12,
+    out_path: OutOption = None,
+) -> None:
+    """A gateway under load for a long time, killed now and then: hit rate, latency, memory, lost values (no model)."""
+    from programmable_kv.extras import require_extra
+
+    require_extra("serve", "starlette", "uvicorn", "httpx2", "prometheus_client")
+    from programmable_kv.bench.soak import run
+
+    path = record_path(out_path, "soak")
+    with progress("Stretches", stretches) as report:
+        record = run(
+            path, minutes=minutes, stretches=stretches, clients=clients, per_second=per_second, kills=kills,
+            rebase_after=rebase_after, report=report, command=command(),
+        )  # fmt: skip
+    print_summary(record)
+
+
 def _measure_lengths(
     run: Callable[..., Record],
     name: str,
