@@ -8,9 +8,10 @@ from programmable_kv.lab.experiments.dissociation import DISSOCIATION
 from programmable_kv.lab.experiments.experiment import Experiment
 from programmable_kv.lab.experiments.knock_out import KNOCK_OUT
 from programmable_kv.lab.experiments.locality import LOCALITY
+from programmable_kv.lab.experiments.prevention import PREVENTION
 from programmable_kv.lab.experiments.where import WHERE
 
-EXPERIMENTS = {each.name: each for each in (BLAST_RADIUS, LOCALITY, WHERE, KNOCK_OUT, DISSOCIATION)}
+EXPERIMENTS = {each.name: each for each in (BLAST_RADIUS, LOCALITY, WHERE, KNOCK_OUT, DISSOCIATION, PREVENTION)}
 
 
 def experiment(name: str) -> Experiment:
