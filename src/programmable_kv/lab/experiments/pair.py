@@ -124,7 +124,7 @@ def prefilled(engine: Engine, text: Written) -> KVBuffer:
 
 def first_tokens(model: Model, case: Case, text: Written) -> Mapping[str, int] | None:
     """Each action's first token; None where two actions share it."""
-    options = case.gate.options
+    options = case.scenario.options
     strings = option_ids(model.tokenizer, text.ends, options, None)
     firsts = {option: ids[0] for option, ids in zip(options, strings, strict=True)}
     return firsts if len(set(firsts.values())) == len(firsts) else None
