@@ -42,7 +42,9 @@ class Experiment:
 
     def cases(self, count: int, *, everyday: bool = False) -> list[tuple[str, Case]]:
         """Every case with what it is for, `ranking` or `scoring`."""
-        ranked = cases(min(RANKING, count), RANKING_SEED, everyday=everyday, sets=self.sets) if self.rank is not None else []
+        ranked = (
+            cases(min(RANKING, count), RANKING_SEED, everyday=everyday, sets=self.sets) if self.rank is not None else []
+        )
         scored = cases(count, SEED, everyday=everyday, sets=self.sets)
         return [("ranking", case) for case in ranked] + [("scoring", case) for case in scored]
 

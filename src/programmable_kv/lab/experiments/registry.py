@@ -13,7 +13,9 @@ from programmable_kv.lab.experiments.prevention import PREVENTION
 from programmable_kv.lab.experiments.seam import SEAM
 from programmable_kv.lab.experiments.where import WHERE
 
-EXPERIMENTS = {each.name: each for each in (BLAST_RADIUS, LOCALITY, WHERE, KNOCK_OUT, DISSOCIATION, PREVENTION, PREDICTION, SEAM)}
+EXPERIMENTS = {
+    each.name: each for each in (BLAST_RADIUS, LOCALITY, WHERE, KNOCK_OUT, DISSOCIATION, PREVENTION, PREDICTION, SEAM)
+}
 
 
 def experiment(name: str) -> Experiment:

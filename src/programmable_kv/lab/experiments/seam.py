@@ -1,8 +1,8 @@
 """What is different in a skill that was compiled alone? By position and layer; what repair mends; why two skills compete.
 
-One policy, and the same beside another one; each compiled alone, or behind a preface, and put behind a prefix. Compared with a
-prefill of the same tokens in which everything reads everything. The null of a difference: the same skill in the context, behind
-other lines.
+One policy, and the same beside another one; each compiled alone, behind a preface, or both together, and put behind a prefix.
+Compared with a prefill of the same tokens in which everything reads everything. The null of a difference: the same skill in the
+context, behind other lines.
 """
 
 from __future__ import annotations
@@ -20,14 +20,22 @@ from programmable_kv.engine import Rows
 from programmable_kv.lab.experiments.blast_radius import distances
 from programmable_kv.lab.experiments.experiment import Experiment, Row
 from programmable_kv.lab.experiments.pair import Pair
-from programmable_kv.lab.experiments.skills import OTHERS_SEED, Skills, beside, compiled, layout, prefilled_as, repaired_rows
+from programmable_kv.lab.experiments.skills import (
+    OTHERS_SEED,
+    Skills,
+    beside,
+    compiled,
+    layout,
+    prefilled_as,
+    repaired_rows,
+)
 from programmable_kv.lab.experiments.summaries import nested
 from programmable_kv.lab.tools.hooks import taken_back
 from programmable_kv.lab.tools.kv import patched
 from programmable_kv.lab.tools.readouts import kl
 
 REPAIRED = (0, 1, 2, 4, 8, 16, 32)
-RANDOM = (1, 4, 16, 32)
+RANDOM = (4, 32)
 BUCKETS = ((0, 1), (1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, 1 << 20))
 """positions in the skill"""
 SHIFT = 11
@@ -56,6 +64,10 @@ def _compared(pair: Pair, skills: Skills, tokens: dict[str, int], *, deviates: b
     for name, chosen in sets.items():
         row["arms"][name] = _outcome(pair, expected, _logits(pair, alone, skills, chosen), tokens)
     row["attention"]["alone"] = _attention(pair, alone, skills, skills.tail)
+    if len(skills.chunks) > 1:
+        together = prefilled_as(engine, skills, skills.together())
+        row["arms"]["together"] = _outcome(pair, expected, _logits(pair, together, skills, ()), tokens)
+        row["attention"]["together"] = _attention(pair, together, skills)
     if deviates:
         row["deviation"] = {"alone": _deviation(full, alone, skills.own)}
         other = layout(pair, [], shift=SHIFT)
@@ -158,5 +170,5 @@ SEAM = Experiment(
     title="What differs inside a skill that was compiled alone, what repair mends, and why skills compete",
     measure=measure,
     summarise=summarise,
-    scenarios=120,
+    scenarios=56,
 )

@@ -58,12 +58,20 @@ class Skills:
 
     def alone(self) -> PartReads:
         """What may read what where each skill reads itself alone."""
+        return self._reads(torch.eye(len(self.chunks) + 2, dtype=torch.bool))
+
+    def together(self) -> PartReads:
+        """The same where each skill also reads those before it, as if all had been compiled as one text."""
+        table = torch.ones(len(self.chunks) + 2, len(self.chunks) + 2, dtype=torch.bool).tril()
+        table[1:, 0] = False
+        return self._reads(table)
+
+    def _reads(self, table: torch.Tensor) -> PartReads:
         count = len(self.chunks)
         part_of = torch.zeros(len(self.ids), dtype=torch.long)
         for number, chunk in enumerate(self.chunks, start=1):
             part_of[chunk.start : chunk.stop] = number
         part_of[self.tail :] = count + 1
-        table = torch.eye(count + 2, dtype=torch.bool)
         table[-1] = True
         return PartReads(part_of, table)
 
