@@ -1,4 +1,4 @@
-"""What the experiments are made on: policies of one set of rules or of several, one field that changes, and a question about it.
+"""What the experiments are made on: policies of one set of rules or several, one field that changes, and a question about it.
 
 Policies are held out: their domains, fields, values, actions and wordings occur in no training data.
 """

@@ -1,8 +1,8 @@
 """Can it be told before an edit whether it will fail? Features of the cached context, and edits that are really made.
 
-Policies of three sets of rules, told apart by the topic that the question names: there, errata fail often enough. A predictor is
-fit on all domains but one and scored on that one. Features are of three kinds: what the prompt is like; what its cache and its
-decision are like; and how strong its notes are, for which the new text has to be prefilled too.
+Policies of three sets of rules, told apart by the topic that the question names: there, errata fail often enough. A predictor
+is fit on all domains but one and scored on that one. Features are of three kinds: what the prompt is like; what its cache and
+its decision are like; and how strong its notes are, for which the new text has to be prefilled too.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _of_notes(pair: Pair) -> dict[str, float]:
     probes = [Probe(actions), Probe(both), Probe(tuple(text.field.range)), Probe(text.of(*TAIL))]
     patched = pair.gaps(probes)
     left = pair.gaps([Probe(actions)], noising=True)[0]
-    apart = sum(distances(pair.old, pair.fresh).values()) / 2
+    apart = torch.stack(list(distances(pair.old, pair.fresh).values())).mean(dim=0)
     span = pair.scale.new - pair.scale.old
     found = {
         "new_gap": pair.scale.new,
@@ -160,6 +160,6 @@ PREDICTION = Experiment(
     title="Whether it can be told before an edit that it will fail, with three sets of rules",
     measure=measure,
     summarise=summarise,
-    scenarios=200,
+    scenarios=96,
     sets=3,
 )

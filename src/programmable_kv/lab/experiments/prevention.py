@@ -214,5 +214,5 @@ PREVENTION = Experiment(
     title="Which tokens have to read a field for the decision to be right, and for an edit to work",
     measure=measure,
     summarise=summarise,
-    scenarios=112,
+    scenarios=96,
 )
