@@ -67,21 +67,22 @@ def sets(text: Written) -> dict[str, tuple[int, ...]]:
 
 def measure(pair: Pair, _: Sequence[Row]) -> Row:
     """In each setting, the gap after sets of tokens were patched, and after the field alone was computed again."""
-    case = replace(pair.case, changes=(pair.change,))
     row: Row = {"settings": {}}
-    for setting in settings(case):
-        found = pair
-        if setting.name != "above":
-            asked = replace(case, asked=setting.asked)
-            other = pair_of(pair.model, asked, system=setting.system, asks_value=setting.asks_value)
-            if isinstance(other, str):
-                continue
-            found = other
-        row["settings"][setting.name] = _patched(found)
+    for setting in settings(pair.case):
+        found = pair if setting.name == "above" else in_setting(pair, setting)
+        if isinstance(found, Pair):
+            row["settings"][setting.name] = patched_in(found)
     return row
 
 
-def _patched(pair: Pair) -> dict[str, Any]:
+def in_setting(pair: Pair, setting: Setting) -> Pair | str:
+    """The same change of the same case, written in another way; or why that is not possible."""
+    case = replace(pair.case, changes=(pair.change,), asked=setting.asked)
+    return pair_of(pair.model, case, system=setting.system, asks_value=setting.asks_value)
+
+
+def patched_in(pair: Pair) -> dict[str, Any]:
+    """The gap after each set was patched, and after the field and the question were computed again."""
     chosen = {name: slots for name, slots in sets(pair.text).items() if slots}
     gaps = pair.gaps([Probe(slots) for slots in chosen.values()])
     return {

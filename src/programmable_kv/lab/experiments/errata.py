@@ -1,7 +1,8 @@
 """What does an appended line do? Its wording on a stale cache, a way back, and an earlier answer that contradicts it.
 
 Each edit is made as a user makes it, on a notebook whose question comes after the edit. `wording`: lines that say the same in
-other words, beside the plain stale cache. `back`: the field is set to another value and back. `history`: the question was asked
+other words, beside the plain stale cache. `back`: the field is set to another value and back,
+with the question asked in between or not. `history`: the question was asked
 and answered under the old value first, so that the conversation itself asserts the old conclusion.
 """
 
@@ -35,27 +36,27 @@ THOUGHT = (Mode.IN_PLACE, Mode.ERRATUM)
 
 def measure(pair: Pair, _: Sequence[Row]) -> Row:
     """What is decided in each arm; right is the new value's action, and the old one's after a way back."""
-    notebook = _prefilled(pair, DEFAULT_TEMPLATE)
+    notebook = prefilled(pair, DEFAULT_TEMPLATE)
     row: Row = {"right": list(pair.actions), "wording": {}}
     for name, template in WORDINGS.items():
-        other = notebook if template == DEFAULT_TEMPLATE else _prefilled(pair, template)
-        row["wording"][name] = _tried(other, partial(_edited, pair, other, Mode.ERRATUM))
-    row["wording"]["stale"] = _tried(notebook, partial(_edited, pair, notebook, Mode.STALE))
-    row["full"] = _tried(notebook, partial(_edited, pair, notebook, Mode.FULL))
-    row["back"] = {str(mode): _tried(notebook, partial(_back, pair, notebook, mode)) for mode in BACK}
-    row["thought"] = {
-        str(mode): _tried(notebook, partial(_edited, pair, notebook, mode, think=True)) for mode in THOUGHT
-    }
+        other = notebook if template == DEFAULT_TEMPLATE else prefilled(pair, template)
+        row["wording"][name] = tried(other, partial(edited, pair, other, Mode.ERRATUM))
+    row["wording"]["stale"] = tried(notebook, partial(edited, pair, notebook, Mode.STALE))
+    row["full"] = tried(notebook, partial(edited, pair, notebook, Mode.FULL))
+    for name, asked in (("back", False), ("back_asked", True)):
+        row[name] = {str(m): tried(notebook, partial(back, pair, notebook, m, asked=asked)) for m in BACK}
+    row["thought"] = {str(mode): tried(notebook, partial(edited, pair, notebook, mode, think=True)) for mode in THOUGHT}
     before = notebook.decide(pair.case.asked, _options(pair), keep=True).choice
     row["history"] = {"before": before}
-    row["history"] |= {str(mode): _tried(notebook, partial(_edited, pair, notebook, mode)) for mode in HISTORY}
+    row["history"] |= {str(mode): tried(notebook, partial(edited, pair, notebook, mode)) for mode in HISTORY}
     row["history"] |= {
-        f"{mode}_thought": _tried(notebook, partial(_edited, pair, notebook, mode, think=True)) for mode in THOUGHT
+        f"{mode}_thought": tried(notebook, partial(edited, pair, notebook, mode, think=True)) for mode in THOUGHT
     }
     return row
 
 
-def _prefilled(pair: Pair, template: str) -> Notebook:
+def prefilled(pair: Pair, template: str) -> Notebook:
+    """The policy with the old value, prefilled; `template` words its errata."""
     case = pair.case
     notebook = Notebook(pair.model, erratum_template=template)
     notebook.message("system", case.scenario.prompt, **case.values(pair.change[0])).prefill()
@@ -66,7 +67,7 @@ def _options(pair: Pair) -> list[str]:
     return list(pair.first_tokens)
 
 
-def _tried(notebook: Notebook, ask: Callable[[], Decision]) -> str:
+def tried(notebook: Notebook, ask: Callable[[], Decision]) -> str:
     """The choice; the notebook is unchanged."""
     mark = notebook.mark()
     try:
@@ -75,16 +76,24 @@ def _tried(notebook: Notebook, ask: Callable[[], Decision]) -> str:
         notebook.rollback(mark)
 
 
-def _edited(pair: Pair, notebook: Notebook, mode: Mode, *, think: bool = False) -> Decision:
+def edited(pair: Pair, notebook: Notebook, mode: Mode, *, think: bool = False) -> Decision:
+    """The decision after an edit to the new value."""
     asked = f"{pair.case.asked} {THINK_INSTRUCTION}" if think else pair.case.asked
     edits = {pair.case.gate.field: pair.change[1]}
     return notebook.decide(asked, _options(pair), edits=edits, mode=mode, think=think)
 
 
-def _back(pair: Pair, notebook: Notebook, mode: Mode) -> Decision:
-    """The decision after the field was set to the new value and back to the old one."""
+def back(pair: Pair, notebook: Notebook, mode: Mode, *, asked: bool = False) -> Decision:
+    """The decision after the field was set to the new value and back to the old one.
+
+    With `asked`, the question is asked and answered in between, so that the first erratum cannot be taken back.
+    """
     field = pair.case.gate.field
-    notebook.edit({field: pair.change[1]}, mode=mode)
+    first = {field: pair.change[1]}
+    if asked:
+        notebook.decide(pair.case.asked, _options(pair), edits=first, mode=mode, keep=True)
+    else:
+        notebook.edit(first, mode=mode)
     return notebook.decide(pair.case.asked, _options(pair), edits={field: pair.change[0]}, mode=mode)
 
 
@@ -95,7 +104,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     for part in ("wording", "thought", "history"):
         names = [name for name in (right[0][part] if right else {}) if name != "before"]
         summary[part] = {name: share(right, partial(_is, part, name, 1)) for name in names}
-    summary["back"] = {str(mode): share(right, partial(_is, "back", str(mode), 0)) for mode in BACK}
+    for part in ("back", "back_asked"):
+        summary[part] = {str(mode): share(right, partial(_is, part, str(mode), 0)) for mode in BACK}
     return summary
 
 

@@ -9,7 +9,7 @@ the new text under the same mask.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -124,24 +124,11 @@ def measure(pair: Pair, _: Sequence[Row]) -> Row:
         drawn = matched([slot for slot in arms[name] if slot in set(policy)], policy, rng)
         if drawn is not None:
             arms[f"random_as_{name}"] = drawn[0]
-    row: Row = {"options": len(pair.first_tokens), "right": list(pair.actions), "arms": {}}
-    buffer = prefilled_under(pair, text, reads(text, ()))
-    for name, chosen in arms.items():
-        carrying = carriers(text, name)
-        rule = reads(text, chosen, carrying)
-        with taken_back(buffer):
-            if chosen:
-                compute_from(pair, buffer, text, min(chosen), rule)
-            row["arms"][name] = {
-                "tokens": len(chosen),
-                "old": decided(pair, buffer, text, (), rule),
-                "edited": decided(pair, buffer, new, (*field, *chosen, *carrying, *tail), rule),
-            }
-            if name in ("nobody", "readers"):
-                row["arms"][name]["stale_readers"] = decided(pair, buffer, new, (*field, *tail), rule)
-        if name == "readers":
-            again = decided(pair, prefilled_under(pair, new, rule), new, (), rule)
-            row["edit_from_prefill"] = abs(round(again["gap"] - row["arms"][name]["edited"]["gap"], 4))
+    row: Row = {"options": len(pair.first_tokens), "right": list(pair.actions)}
+    row["arms"] = by_arm(pair, arms)
+    rule = reads(text, arms["readers"])
+    again = decided(pair, prefilled_under(pair, new, rule), new, (), rule)
+    row["edit_from_prefill"] = abs(round(again["gap"] - row["arms"]["readers"]["edited"]["gap"], 4))
     row["arms"]["causal"] = {
         "tokens": len(text.later),
         "old": decided(pair, pair.old, text, ()),
@@ -150,6 +137,28 @@ def measure(pair: Pair, _: Sequence[Row]) -> Row:
         "readers_again": decided(pair, pair.old, new, (*field, *arms["readers"], *tail)),
     }
     return row
+
+
+def by_arm(pair: Pair, arms: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What is decided where the given tokens are readers."""
+    text, new, tail = pair.text, pair.new_text, tail_of(pair.text)
+    field = tuple(text.field.range)
+    buffer = prefilled_under(pair, text, reads(text, ()))
+    found: dict[str, Any] = {}
+    for name, chosen in arms.items():
+        carrying = carriers(text, name)
+        rule = reads(text, chosen, carrying)
+        with taken_back(buffer):
+            if chosen:
+                compute_from(pair, buffer, text, min(chosen), rule)
+            found[name] = {
+                "tokens": len(chosen),
+                "old": decided(pair, buffer, text, (), rule),
+                "edited": decided(pair, buffer, new, (*field, *chosen, *carrying, *tail), rule),
+            }
+            if name in ("nobody", "readers"):
+                found[name]["stale_readers"] = decided(pair, buffer, new, (*field, *tail), rule)
+    return found
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:

@@ -45,14 +45,15 @@ SHIFT = 11
 def measure(pair: Pair, _: Sequence[Row]) -> Row:
     """The skill by itself, and beside another one."""
     found = beside(pair, 1)
-    row: Row = {"one": _compared(pair, layout(pair, []), dict(pair.first_tokens), deviates=True)}
+    row: Row = {"one": compared(pair, layout(pair, []), dict(pair.first_tokens), deviates=True)}
     if found is not None:
         others, tokens = found
-        row["two"] = _compared(pair, layout(pair, others), tokens)
+        row["two"] = compared(pair, layout(pair, others), tokens)
     return row
 
 
-def _compared(pair: Pair, skills: Skills, tokens: dict[str, int], *, deviates: bool = False) -> Row:
+def compared(pair: Pair, skills: Skills, tokens: dict[str, int], *, deviates: bool = False) -> Row:
+    """Every way to compile and to repair, beside a full prefill; with `deviates`, how far keys and values are off inside."""
     engine = pair.engine
     full, alone = prefilled_as(engine, skills, None), prefilled_as(engine, skills, skills.alone())
     expected = _logits(pair, full, skills, ())
