@@ -25,6 +25,7 @@ _PLACES = {
     "above": "above\nits rules",
     "asked_first": "above, asked\nbefore",
     "among": "among\nits rules",
+    "below_far": "below, other\nlines follow",
     "below": "below\nits rules",
     "in_question": "in the\nquestion",
 }

@@ -31,8 +31,9 @@ def test_the_field_stands_where_the_setting_says(pair: Pair) -> None:
     written = in_settings(pair)
     assert set(written) == {each.name for each in boundary.settings(pair.case)}
     between = {name: each.text.last - each.text.field.stop for name, each in written.items()}
-    assert between["in_question"] < between["below"] < between["among"] < between["above"]
-    for name in ("below", "in_question", "lookup_below"):
+    assert between["in_question"] < between["below"] < min(between["below_far"], between["among"])
+    assert between["among"] < between["above"]
+    for name in ("below", "below_far", "in_question"):
         assert written[name].text.of(*RULES) == (), "no rule stands behind the field"
     assert 0 < len(written["among"].text.of(*RULES)) < len(written["above"].text.of(*RULES))
     for name, each in written.items():

@@ -35,7 +35,10 @@ def test_the_skills_lie_one_after_the_other_between_prefix_and_question(pair: Pa
     first, second = two.chunks
     assert first.stop == second.start
     own = skills.chunk_of(pair.text)
-    assert two.ids[two.own.start : two.own.stop] == pair.text.ids[own.start : own.stop]
+    assert two.ids[two.own.stop - len(own) : two.own.stop] == pair.text.ids[own.start : own.stop]
+    policy = skills.policy_of(pair.model, pair.case, pair.text)
+    assert two.ids[two.own.start : two.own.stop] == policy.ids
+    assert [two.ids[slot] for slot in two.actions[two.asked]] == [policy.ids[slot] for slot in policy.actions]
     assert two.ids[two.tail :] == pair.text.ids[own.stop :]
     assert "".join(pair.text.tokens[: own.start]).endswith("\n\n")
     other = skills.layout(pair, [], shift=seam.SHIFT)

@@ -1,8 +1,9 @@
 """When are notes taken? The field above, among and below its rules, the question known before or not, and a question that only
 asks for the field's value.
 
-The rival view: a model reads everything at the end, when it knows the question, and notes form only where the conclusion can be
-computed before. So a field below its rules, and a value that is only looked up, should leave no notes on rules.
+The rival view: a model reads everything at the end, when it knows the question, and notes form only where the conclusion can
+be computed before. So a field below its rules, and a value that is only looked up, should leave no notes on rules. Lines about
+other things behind a field that stands below its rules show whether distance counts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from programmable_kv.lab.composing.frame import other_lines
 from programmable_kv.lab.experiments.cases import Case
 from programmable_kv.lab.experiments.experiment import Experiment, Row
 from programmable_kv.lab.experiments.pair import Pair, pair_of
@@ -20,6 +22,8 @@ from programmable_kv.lab.experiments.written import RULES, Part, Text, Written, 
 from programmable_kv.lab.tools.together import Probe
 
 LOOKUP = "What is the {field}? Reply with the value only."
+MORE = 8
+"""lines about other things that stand between a field below its rules and the question"""
 GO_ON = "Your answer now."
 """what the user says where the question was asked before the policy"""
 
@@ -42,14 +46,15 @@ def settings(case: Case) -> list[Setting]:
     without = prompt.replace(stated + "\n", "", 1)
     middle = rules[len(rules) // 2 - 1]
     lookup = LOOKUP.format(field=field)
+    more = "\n".join(other_lines()[:MORE])
     return [
         Setting("above", prompt, case.asked),
         Setting("among", without.replace(middle, f"{middle}\n{stated}", 1), case.asked),
         Setting("below", f"{without}\n\n{stated}", case.asked),
+        Setting("below_far", f"{without}\n\n{stated}\n\n{more}", case.asked),
         Setting("in_question", without, f"{stated}\n{case.asked}"),
         Setting("asked_first", f"{case.asked}\n\n{prompt}", GO_ON),
         Setting("lookup", prompt, lookup, asks_value=True),
-        Setting("lookup_below", f"{without}\n\n{stated}", lookup, asks_value=True),
     ]
 
 

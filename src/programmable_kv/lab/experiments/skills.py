@@ -18,6 +18,7 @@ from programmable_kv.lab.experiments.cases import Case, cases
 from programmable_kv.lab.experiments.pair import Pair, first_tokens
 from programmable_kv.lab.experiments.prevention import tail_of
 from programmable_kv.lab.experiments.written import Part, Written, written
+from programmable_kv.models.load import Model
 
 OTHERS_SEED = 96_000
 """of the policies that stand beside the one that is asked about"""
@@ -76,14 +77,32 @@ class Skills:
         return PartReads(part_of, table)
 
 
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One policy as a skill: a heading that says what it is about, then facts and rules."""
+
+    ids: tuple[int, ...]
+    actions: tuple[int, ...]
+    """which of its tokens are actions in rules"""
+
+
 def chunk_of(text: Written) -> Span:
-    """The policy without its first paragraph, which says whose it is: facts and rules."""
+    """A policy without its first paragraph, which says whose it is: facts and rules."""
     begins = "".join(text.tokens).index("\n\n") + 2
     starts = accumulate((len(token) for token in text.tokens), initial=0)
     return Span(next(slot for slot, start in enumerate(starts) if start >= begins), tail_of(text)[0])
 
 
-def layout(pair: Pair, others: Sequence[Written], *, shift: int = 0) -> Skills:
+def policy_of(model: Model, case: Case, text: Written) -> Policy:
+    """A case's policy, with the values that a text has."""
+    chunk = chunk_of(text)
+    heading: list[int] = model.tokenizer.encode(f"For {case.gate.topic}:\n", add_special_tokens=False)
+    offset = len(heading) - chunk.start
+    actions = tuple(slot + offset for slot in chunk.range if text.parts[slot] is Part.ACTION)
+    return Policy((*heading, *text.ids[chunk.start : chunk.stop]), actions)
+
+
+def layout(pair: Pair, others: Sequence[Policy], *, shift: int = 0) -> Skills:
     """The pair's policy among others, with the old value, in a drawn order.
 
     Args:
@@ -92,16 +111,15 @@ def layout(pair: Pair, others: Sequence[Written], *, shift: int = 0) -> Skills:
     text, own = pair.text, chunk_of(pair.text)
     rng = random.Random(f"{OTHERS_SEED}/order/{pair.case.number}")
     order = rng.sample(range(len(others) + 1), len(others) + 1)
-    texts = [text, *others]
+    policies = [policy_of(pair.model, pair.case, text), *others]
     room = len(_lines(pair, 0, LINES))
     ids = [*text.ids[: own.start], *_lines(pair, shift, 4 * LINES)[:room]]
     chunks, actions = [], []
     for which in order:
-        chunk = chunk_of(texts[which])
-        offset = len(ids) - chunk.start
-        ids += texts[which].ids[chunk.start : chunk.stop]
-        chunks.append(chunk.shifted(offset))
-        actions.append(tuple(s + offset for s in chunk.range if texts[which].parts[s] is Part.ACTION))
+        policy = policies[which]
+        chunks.append(Span(len(ids), len(ids) + len(policy.ids)))
+        actions.append(tuple(slot + len(ids) for slot in policy.actions))
+        ids += policy.ids
     ids += text.ids[own.stop :]
     preface = (*text.ids[: own.start], *_lines(pair, 3 * LINES, PREFACE_LINES))
     return Skills(tuple(ids), tuple(chunks), order.index(0), tuple(actions), preface[: chunks[0].start])
@@ -114,10 +132,10 @@ def _lines(pair: Pair, first: int, count: int) -> list[int]:
     return ids
 
 
-def beside(pair: Pair, count: int) -> tuple[list[Written], dict[str, int]] | None:
+def beside(pair: Pair, count: int) -> tuple[list[Policy], dict[str, int]] | None:
     """Other policies, of other domains, and the first token of every action; None where the drawn ones share first tokens."""
     drawn = cases(pair.case.number + 8, OTHERS_SEED)[pair.case.number :]
-    found: list[Written] = []
+    found: list[Policy] = []
     tokens = dict(pair.first_tokens)
     domains = {pair.case.domain}
     for case in drawn:
@@ -126,7 +144,7 @@ def beside(pair: Pair, count: int) -> tuple[list[Written], dict[str, int]] | Non
         taken = set(tokens.values())
         if case.domain in domains or firsts is None or taken & set(firsts.values()) or set(firsts) & set(tokens):
             continue
-        found.append(text)
+        found.append(policy_of(pair.model, case, text))
         tokens |= firsts
         domains.add(case.domain)
         if len(found) == count:
