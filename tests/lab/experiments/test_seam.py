@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,11 +73,11 @@ def test_everything_repaired_is_a_full_prefill_and_nothing_repaired_is_not(pair:
 
 def test_behind_the_prefix_itself_a_skill_is_as_in_the_context(pair: Pair) -> None:
     one = skills.layout(pair, [])
-    own = replace(one, preface=one.ids[: one.prefix])
     full, alone = (skills.prefilled_as(pair.engine, one, rule) for rule in (None, one.alone()))
-    source, stands = skills.compiled(pair.engine, own, one.own)
+    source, stands = skills.compiled(pair.engine, one, one.own, one.ids[: one.prefix])
     with patched(alone, source, list(one.own.range), from_slots=list(stands.range)):
         assert all(float(apart[:, : one.tail].max()) < 1e-9 for apart in distances(full, alone).values())
+    assert len(skills.compiled(pair.engine, one, one.own, (*one.preface, *one.ids))[0].positions) <= one.own.stop
 
 
 def test_a_row_says_what_it_must(pair: Pair) -> None:

@@ -1,6 +1,7 @@
 """What is different in a skill that was compiled alone? By position and layer; what repair mends; why two skills compete.
 
-One policy, and the same beside another one; each compiled alone, behind a preface, or both together, and put behind a prefix.
+One policy, and the same beside another one; each compiled alone, behind a preface (of lines about other things, or of a third
+policy), or both together, and put behind a prefix.
 Compared with a prefill of the same tokens in which everything reads everything. The null of a difference: the same skill in the
 context, behind other lines.
 """
@@ -44,16 +45,21 @@ SHIFT = 11
 
 def measure(pair: Pair, _: Sequence[Row]) -> Row:
     """The skill by itself, and beside another one."""
-    found = beside(pair, 1)
+    found, more = beside(pair, 1), beside(pair, 2)
     row: Row = {"one": compared(pair, layout(pair, []), dict(pair.first_tokens), deviates=True)}
-    if found is not None:
+    if found is not None and more is not None:
         others, tokens = found
-        row["two"] = compared(pair, layout(pair, others), tokens)
+        row["two"] = compared(pair, layout(pair, others), tokens, stranger=more[0][1].ids)
     return row
 
 
-def compared(pair: Pair, skills: Skills, tokens: dict[str, int], *, deviates: bool = False) -> Row:
-    """Every way to compile and to repair, beside a full prefill; with `deviates`, how far keys and values are off inside."""
+def compared(
+    pair: Pair, skills: Skills, tokens: dict[str, int], *, deviates: bool = False, stranger: Sequence[int] = ()
+) -> Row:
+    """Every way to compile and to repair, beside a full prefill; with `deviates`, how far keys and values are off inside.
+
+    `stranger`: tokens of a third policy, as another preface.
+    """
     engine = pair.engine
     full, alone = prefilled_as(engine, skills, None), prefilled_as(engine, skills, skills.alone())
     expected = _logits(pair, full, skills, ())
@@ -73,16 +79,16 @@ def compared(pair: Pair, skills: Skills, tokens: dict[str, int], *, deviates: bo
         row["deviation"] = {"alone": _deviation(full, alone, skills.own)}
         other = layout(pair, [], shift=SHIFT)
         row["deviation"]["null"] = _deviation(full, prefilled_as(engine, other, None), skills.own)
-    with ExitStack() as stack:
-        for chunk in skills.chunks:
-            source, stands = compiled(engine, skills, chunk)
-            stack.enter_context(patched(alone, source, list(chunk.range), from_slots=list(stands.range)))
-        for k in (0, 4):
-            chosen = [list(chunk.range)[:k] for chunk in skills.chunks]
-            row["arms"][f"preface_{k}"] = _outcome(pair, expected, _logits(pair, alone, skills, chosen), tokens)
-        row["attention"]["preface"] = _attention(pair, alone, skills, skills.tail)
-        if deviates:
-            row["deviation"]["preface"] = _deviation(full, alone, skills.own)
+    prefaces: dict[str, Sequence[int]] = {"preface": skills.preface} | ({"stranger": stranger} if stranger else {})
+    for name, preface in prefaces.items():
+        with ExitStack() as stack:
+            for chunk in skills.chunks:
+                source, stands = compiled(engine, skills, chunk, preface)
+                stack.enter_context(patched(alone, source, list(chunk.range), from_slots=list(stands.range)))
+            row["arms"][name] = _outcome(pair, expected, _logits(pair, alone, skills, ()), tokens)
+            row["attention"][name] = _attention(pair, alone, skills, skills.tail)
+            if deviates:
+                row["deviation"][name] = _deviation(full, alone, skills.own)
     return row
 
 

@@ -165,14 +165,18 @@ def prefilled_as(engine: Engine, skills: Skills, rule: PartReads | None) -> KVBu
     return buffer
 
 
-def compiled(engine: Engine, skills: Skills, chunk: Span) -> tuple[KVBuffer, Span]:
-    """A skill behind the preface, at the positions that it has in the context; and where it lies in that buffer."""
-    ids = (*skills.preface, *skills.ids[chunk.start : chunk.stop])
-    first = chunk.start - len(skills.preface)
+def compiled(engine: Engine, skills: Skills, chunk: Span, preface: Sequence[int]) -> tuple[KVBuffer, Span]:
+    """A skill behind a preface, at the positions that it has in the context; and where it lies in that buffer.
+
+    The preface is no longer than the prefix: its last tokens are taken.
+    """
+    preface = tuple(preface)[-skills.prefix :]
+    ids = (*preface, *skills.ids[chunk.start : chunk.stop])
+    first = chunk.start - len(preface)
     buffer = engine.new_buffer(len(ids))
     rows = Rows(ids, tuple(range(len(ids))), tuple(range(first, first + len(ids))))
     engine.compute(buffer, rows, logits=0)
-    return buffer, Span(len(skills.preface), len(ids))
+    return buffer, Span(len(preface), len(ids))
 
 
 def repaired_rows(skills: Skills, chosen: Sequence[Sequence[int]]) -> Rows:
