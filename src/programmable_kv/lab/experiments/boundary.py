@@ -127,5 +127,5 @@ BOUNDARY = Experiment(
     title="Where notes are taken: by the place of the field, when the question is known, and what it asks",
     measure=measure,
     summarise=summarise,
-    scenarios=40,
+    scenarios=24,
 )

@@ -177,5 +177,5 @@ SEAM = Experiment(
     title="What differs inside a skill that was compiled alone, what repair mends, and why skills compete",
     measure=measure,
     summarise=summarise,
-    scenarios=40,
+    scenarios=28,
 )
