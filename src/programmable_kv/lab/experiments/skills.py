@@ -106,14 +106,15 @@ def layout(pair: Pair, others: Sequence[Policy], *, shift: int = 0) -> Skills:
     """The pair's policy among others, with the old value, in a drawn order.
 
     Args:
-        shift: which lines stand in the prefix. It has as many tokens with any.
+        shift: which lines stand in the prefix, but for the last one. It has as many tokens with any.
     """
     text, own = pair.text, chunk_of(pair.text)
     rng = random.Random(f"{OTHERS_SEED}/order/{pair.case.number}")
     order = rng.sample(range(len(others) + 1), len(others) + 1)
     policies = [policy_of(pair.model, pair.case, text), *others]
-    room = len(_lines(pair, 0, LINES))
-    ids = [*text.ids[: own.start], *_lines(pair, shift, 4 * LINES)[:room]]
+    # The line before the skill stays, so that it does not begin in the middle of a sentence.
+    room, near = len(_lines(pair, 0, LINES - 1)), _lines(pair, LINES - 1, 1)
+    ids = [*text.ids[: own.start], *_lines(pair, shift, 4 * LINES)[:room], *near]
     chunks, actions = [], []
     for which in order:
         policy = policies[which]
