@@ -79,6 +79,6 @@ def test_features_are_measured_before_the_edit_and_an_edit_is_really_made(pair: 
         / (pair.scale.new - pair.scale.old),
         abs=1e-4,
     )
-    assert set(row["failed"]) == {"erratum", "field_erratum", "readers"}
+    assert set(row["failed"]) == {"erratum", "field_erratum"}
     assert row["before"]["entropy"] > 0
     assert all(isinstance(value, float | int) for kind in prediction.KINDS for value in row[kind].values())

@@ -25,7 +25,7 @@ from programmable_kv.lab.statistics.prediction import area, predicted
 from programmable_kv.lab.tools.together import Probe
 from programmable_kv.notebook.notebook import Notebook
 
-MODES = (Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.READERS)
+MODES = (Mode.ERRATUM, Mode.FIELD_ERRATUM)
 KINDS = ("prompt", "before", "notes")
 FEWEST = 8
 """failures, and successes, below which nothing is predicted"""
