@@ -11,8 +11,8 @@ from programmable_kv.records import Record
 _READERS = {
     "causal": "everything\n(ordinary)",
     "readers": "the rules'\nlines",
-    "values_to_actions": "from value\nto action",
-    "values_carried_on": "values, others\ncarry on",
+    "values_to_actions": "value to\naction",
+    "values_carried_on": "values,\ncarried on",
     "all_but_actions": "all but\nactions",
     "values_and_actions": "values and\nactions",
     "values": "values",
@@ -88,11 +88,13 @@ def _seam(axes: Any, record: Record) -> None:
 
 def _competing(axes: Any, record: Record) -> None:
     """The deciding row's attention to the actions of the skill that is asked about, and of the other one."""
-    attention: Any = record.summary["two"]["attention"]
+    two: Any = record.summary["two"]
+    attention = two["attention"]
     ways = {
         "full": "one text",
         "together": "compiled\ntogether",
-        "preface": "each behind\na preface",
+        "stranger": "each behind\na third policy",
+        "preface": "each behind\nother lines",
         "alone": "each\nalone",
     }
     series = (("own_actions", "its actions", BLUE), ("other_actions", "the other skill's actions", ORANGE),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from programmable_kv.lab.composing.suites.suite import Suite
     from programmable_kv.models.load import Model
 
-QUICK = 6
+QUICK = 5
 """policies that `--quick` draws for each experiment; about half of them can be measured"""
 
 app = typer.Typer(help="Why it works: experiments on the loaded model.", no_args_is_help=True, rich_markup_mode=None)
