@@ -160,6 +160,6 @@ PREDICTION = Experiment(
     title="Whether it can be told before an edit that it will fail, with three sets of rules",
     measure=measure,
     summarise=summarise,
-    scenarios=80,
+    scenarios=160,
     sets=3,
 )

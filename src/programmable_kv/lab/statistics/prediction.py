@@ -71,7 +71,7 @@ def held_out_scores(features: Any, labels: Sequence[bool], groups: Sequence[str]
 
 
 def predicted(
-    features: Any, labels: Sequence[bool], groups: Sequence[str], *, permutations: int = 200, seed: int = 0
+    features: Any, labels: Sequence[bool], groups: Sequence[str], *, permutations: int = 100, seed: int = 0
 ) -> Predicted:
     """Rank items of each group by a predictor that was fit on the others. Seeded.
 
