@@ -119,5 +119,5 @@ ERRATA = Experiment(
     title="What an appended line does: its wording, a way back, and an earlier answer that contradicts it",
     measure=measure,
     summarise=summarise,
-    scenarios=24,
+    scenarios=64,
 )
