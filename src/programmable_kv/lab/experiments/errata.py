@@ -1,9 +1,9 @@
 """What does an appended line do? Its wording on a stale cache, a way back, and an earlier answer that contradicts it.
 
 Each edit is made as a user makes it, on a notebook whose question comes after the edit. `wording`: lines that say the same in
-other words, beside the plain stale cache. `back`: the field is set to another value and back; with the question asked in between,
-`back_asked`. `history`: the question was asked and answered under the old value first, so that the conversation itself asserts the
-old conclusion.
+other words, beside the plain stale cache. `back`: the field is set to another value and back; `back_asked`: the same with the
+question asked in between. `history`: the question was asked and answered under the old value first, so that the conversation
+itself asserts the old conclusion.
 """
 
 from __future__ import annotations
