@@ -8,6 +8,7 @@ from typing import Any
 
 from programmable_kv.drawing import BLUE, GREEN, GREY, ORANGE, RED, SKY, bars
 from programmable_kv.figures_notes import FIGURES
+from programmable_kv.figures_reading import FIGURES as READING
 from programmable_kv.records import Record, read_record, results_folder
 
 _MODE_ORDER = ("stale", "in_place", "selective", "erratum", "field_erratum", "suffix", "full")
@@ -146,4 +147,5 @@ _FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "composing": ("compose-embedded", _composing),
     "mentions": ("mentions", _mentions),
     **FIGURES,
+    **READING,
 }

@@ -45,6 +45,15 @@ def test_an_experiment_is_run_and_its_figures_are_shown(tmp_path: Path) -> None:
     assert read_record(path).name == "blast-radius-random-weights"
 
 
+def test_a_quick_run_keeps_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PKV_RESULTS", str(tmp_path))
+    done = pkv("boundary", "--quick", "--everyday")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("boundary")
+    assert "policies" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_unknown_experiment_is_refused() -> None:
     done = pkv("nothing")
     assert done.exit_code != 0

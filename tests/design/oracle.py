@@ -43,6 +43,8 @@ class _Stretch:
     """of each character; an empty value is told by a negative number"""
     values: dict[int, str] = field(default_factory=dict)
     """slot -> the field whose value is there"""
+    of: dict[int, int] = field(default_factory=dict)
+    """slot -> the number of the value that is there"""
     empty: dict[int, int] = field(default_factory=dict)
     """an empty value's number -> the slot before which it stands"""
 
@@ -63,8 +65,11 @@ def tokens_of(
     number = 0
     slot = 0
     for at, unit in enumerate(units):
-        by_design = unit.kind == "skill" and unit.piece > 0 and sum(u.name == unit.name for u in units) > 1
-        if unit.kind == "skill" and unit.piece < 2:
+        goes_on = unit.piece > 1 and at > 0 and (units[at - 1].name, units[at - 1].piece) == (unit.name, unit.piece - 1)
+        follows = units[at + 1] if at + 1 < len(units) else None
+        begins = follows is not None and unit.piece > 0 and (follows.name, follows.piece) == (unit.name, unit.piece + 1)
+        by_design = unit.kind == "skill" and (goes_on or begins)
+        if unit.kind == "skill" and not goes_on:
             number += 1
             stretches.append(_Stretch(number, read_by.get(unit.name) == "all"))
         if unit.kind == "prefill" and stretches[-1].scope != OWN:
@@ -94,6 +99,7 @@ def _add(stretch: _Stretch, unit: Any, slot: int, empty: int) -> None:
         name = unit.places[0].name
         slots = list(range(slot, slot + len(unit))) or [empty]
         stretch.values |= dict.fromkeys(slots, name)
+        stretch.of |= dict.fromkeys(slots, empty)
         stretch.text += "\0" * len(slots)
         stretch.slots += slots
         stretch.empty[empty] = slot
@@ -108,10 +114,7 @@ def _end_of(stretch: _Stretch, slot: int) -> int:
     """The slot behind the value that begins at a slot."""
     if slot < 0:
         return stretch.empty[slot]
-    name = stretch.values[slot]
-    while stretch.values.get(slot) == name:
-        slot += 1
-    return slot
+    return max(each for each, value in stretch.of.items() if value == stretch.of[slot]) + 1
 
 
 def _mark_lines(
@@ -137,10 +140,7 @@ def _mark_lines(
                 continue  # a token belongs to the line in which it begins
             here = found[slot]
             if slot in values:
-                begins = slot
-                while begins - 1 in values and slots.index(begins - 1) == slots.index(begins) - 1:
-                    begins -= 1
-                found[slot] = replace(here, kind="value", of=begins, fields=frozenset({values[slot]}))
+                found[slot] = replace(here, kind="value", of=stretch.of[slot], fields=frozenset({values[slot]}))
                 continue
             read = frozenset(name for name in reading if name in ends and ends[name] <= slot)
             found[slot] = replace(here, kind="reader", fields=read) if read else here

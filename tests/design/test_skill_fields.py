@@ -5,6 +5,7 @@ Against the oracle in float64: an edit computes the value and its readers, where
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from oracle import OWN, dense_mask, masked_forward, tokens_of
 
 from conftest import tiny
 from programmable_kv import Field, Notebook, Skill, SkillStore
+from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidArgumentError, InvalidEditError, UnknownFieldError
 from programmable_kv.prompt.readers import Why
 from programmable_kv.states import TokenState
@@ -240,6 +242,8 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("move"), st.integers(0, 20), st.integers(0, 20)),
     st.tuples(st.just("cut"), st.integers(0, 20)),
     st.tuples(st.just("splice"), st.integers(0, 20)),
+    st.tuples(st.just("splice anywhere"), st.integers(0, 200)),
+    st.tuples(st.just("cut anywhere"), st.integers(0, 200), st.integers(1, 12)),
     st.tuples(st.just("keep")),
     st.tuples(st.just("mention"), st.sampled_from(["zone", "carrier"]), st.sampled_from(["refund", "quick", "two"])),
 )
@@ -249,6 +253,7 @@ OPERATIONS = st.one_of(
 @given(program=st.lists(OPERATIONS, max_size=6), model_type=st.sampled_from(["llama", "gemma3_text"]))
 def test_whatever_is_done_what_is_called_exact_is(program: list[tuple[Any, ...]], model_type: str) -> None:
     model = tiny(model_type)
+    between = Skill.compile(model, "ask the zone.\n", name="between")
     notebook = build(model)
     words = {name: list(known) for name, known in WORDS.items()}
     choices = {"zone": ZONES, "carrier": CARRIERS, "status": ["shipped", "pending of the zone"]}
@@ -262,8 +267,16 @@ def test_whatever_is_done_what_is_called_exact_is(program: list[tuple[Any, ...]]
                 notebook.move(parts[arguments[0] % len(parts)], to=places[arguments[1] % len(places)])
             case "cut" if parts[arguments[0] % len(parts)].kind == "skill":
                 notebook.cut(parts[arguments[0] % len(parts)])
-            case "splice" if "zone" not in notebook.fields:
+            case "splice" if not {"zone", "carrier"} & notebook.fields.keys():
                 notebook.splice(shipping(model), at=places[arguments[0] % len(places)])
+            case "splice anywhere" if not any(part.name == "between" for part in parts):
+                with suppress(InvalidEditError):  # inside a value, or a character
+                    notebook.splice(between, at=arguments[0] % (len(notebook) + 1))
+            case "cut anywhere":
+                turns = min(part.span.start for part in parts if part.kind == "turn")
+                start = arguments[0] % turns
+                with suppress(InvalidEditError):
+                    notebook.cut(Span(start, min(start + arguments[1], turns)))
             case "keep":
                 notebook.decide("refund?", ["deny", "cancel"], keep=True)
             case "mention" if arguments[0] in notebook.fields:

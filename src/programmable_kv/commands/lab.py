@@ -13,6 +13,10 @@ from programmable_kv.commands.measure import DtypeOption, load, measure, print_f
 
 if TYPE_CHECKING:
     from programmable_kv.lab.composing.suites.suite import Suite
+    from programmable_kv.models.load import Model
+
+QUICK = 5
+"""policies that `--quick` draws for each experiment; about half of them can be measured"""
 
 app = typer.Typer(help="Why it works: experiments on the loaded model.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -30,6 +34,12 @@ def lab_run(
         typer.Option(min=1, help="held-out policies to draw [default: the experiment's]", show_default=False),
     ] = None,
     everyday: Annotated[bool, typer.Option(help="worded for models that were not trained on the grammar")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            help="does everything still run? A few policies of every experiment, or of one; no record is kept"
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, for other programs")] = False,
     out_path: OutOption = None,
 ) -> None:
@@ -37,6 +47,9 @@ def lab_run(
     from programmable_kv.lab.experiments.experiment import record_name, run
     from programmable_kv.lab.experiments.registry import EXPERIMENTS, experiment
 
+    if quick:
+        _quick(load(model), list(EXPERIMENTS) if name is None else [experiment(name).name], everyday=everyday)
+        return
     if listed or name is None:
         titles = {each.name: each.title for each in EXPERIMENTS.values()}
         if as_json:
@@ -61,6 +74,18 @@ def lab_run(
     else:
         print_figures(record)
         out.print(f"Record: {path}")
+
+
+def _quick(model: Model, names: list[str], *, everyday: bool) -> None:
+    from tempfile import TemporaryDirectory
+
+    from programmable_kv.lab.experiments.experiment import run
+    from programmable_kv.lab.experiments.registry import experiment
+
+    for name in names:
+        with TemporaryDirectory() as folder:
+            record = run(experiment(name), model, QUICK, Path(folder) / "it.json", everyday=everyday)
+        out.print(f"{name:18}{record.figure('counted'):.0f} policies, {record.wall_seconds:.0f} s", highlight=False)
 
 
 @app.command("edit-modes")

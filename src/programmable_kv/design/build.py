@@ -14,10 +14,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from programmable_kv.cache.span import Span
-from programmable_kv.design.declared import Declared, Words
+from programmable_kv.design.declared import Declared
 from programmable_kv.design.parts import OWN, DesignPart, PartKind, Scope, parts_of
 from programmable_kv.ledger.ledger import Ledger, Stretch
-from programmable_kv.prompt.context import Context, FieldValue
+from programmable_kv.prompt.context import Context
 from programmable_kv.prompt.units import Unit
 from programmable_kv.states import TokenState, weakest
 
@@ -60,20 +60,10 @@ class Build:
         gap = [Built(to - start, None)] if to > start else []
         return self._with([*head, *gap, *tail])
 
-    def inserted(
-        self, at: int, skill: Sequence[Unit], compiled_with: Words, *, rounded: bool, replacing: int = 0
-    ) -> Build:
-        """A compiled skill in the place of the `replacing` slots from `at` on.
-
-        Args:
-            compiled_with: the words that its readers mention. From now on they are declared here, too.
-            rounded: it was kept in fewer bits than it was computed in.
-        """
-        compiled = [Built(len(part.span), key, rounded) for part, key in _compiled(skill, Declared(compiled_with))]
-        return replace(
-            self._with([*self._split(at)[0], *compiled, *self._split(at + replacing)[1]]),
-            declared=self.declared.with_words(compiled_with),
-        )
+    def inserted(self, at: int, skill: Sequence[Unit], *, rounded: bool, replacing: int = 0) -> Build:
+        """A compiled skill in the place of the `replacing` slots from `at` on; `rounded`: it was kept in fewer bits."""
+        compiled = [Built(len(part.span), key, rounded) for part, key in _compiled(skill)]
+        return self._with([*self._split(at)[0], *compiled, *self._split(at + replacing)[1]])
 
     def exchanged(self, start: int, middle: int, stop: int) -> Build:
         """[start, middle) and [middle, stop) change places."""
@@ -170,11 +160,11 @@ def _state(was: Built, wanted: Key | None, now: Key | None) -> TokenState:
     return TokenState.AFTER_EDIT if was.key == now else TokenState.STALE
 
 
-def _compiled(skill: Sequence[Unit], declared: Declared) -> Iterator[tuple[DesignPart, Key | None]]:
+def _compiled(skill: Sequence[Unit]) -> Iterator[tuple[DesignPart, Key | None]]:
     """The parts of a compiled skill, and their keys."""
-    alone = Context(tuple(skill), {place.name: FieldValue("", "") for unit in skill for place in unit.places})
+    alone = Context(tuple(skill))
     keys = _Keys(alone)
-    for part in parts_of(alone, declared):
+    for part in parts_of(alone, Declared()):
         key = keys.of(part)
         keys.add(part, Built(len(part.span), key))
         yield part, key

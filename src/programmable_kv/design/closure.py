@@ -24,7 +24,7 @@ def readers_by_design(
     changed: list[int] = []
     found: list[Reader] = []
     for number, part in enumerate(parts):
-        own = _holds(context, part, name)
+        own = _holds(context, part, name) or _behind(context, part, name)
         if not own and (part.unit in kept or not reads[number, changed].any()):
             continue
         changed.append(number)
@@ -38,6 +38,11 @@ def _holds(context: Context, part: DesignPart, name: str) -> bool:
     start = context.starts[part.unit]
     places = (place for place in context.units[part.unit].places if place.name == name)
     return any(part.span.start <= start + place.tokens.start < part.span.stop for place in places)
+
+
+def _behind(context: Context, part: DesignPart, name: str) -> bool:
+    """Whether a part reads the field though its value may be empty now, and so be no part."""
+    return part.kind is PartKind.READER and name in part.fields
 
 
 def _reader(context: Context, part: DesignPart, name: str, turns: Turns) -> Reader:

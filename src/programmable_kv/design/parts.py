@@ -96,6 +96,8 @@ def parts_of(context: Context, declared: Declared) -> tuple[DesignPart, ...]:
 
 
 def _parts(context: Context, declared: Declared) -> tuple[DesignPart, ...]:
+    for words in {unit.words for unit in context.units} - {()}:  # what skills declare holds while they are here
+        declared = declared.with_words(dict(words))
     own = [index for index, unit in enumerate(context.units) if unit.kind is Kind.PREFILL]
     searcher = _Searcher(context, declared, own, OWN)
     found: list[DesignPart] = []

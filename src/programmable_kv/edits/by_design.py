@@ -53,6 +53,15 @@ class DesignState:
             if unit.kind in (Kind.TURN, Kind.ERRATUM) and id(unit) in old
         }
 
+    def lasting(self, after: Context) -> set[int]:
+        """The units afterwards, of skills that cannot be computed here, that were out of date before, and stay so."""
+        if not any(unit.read and unit.piece for unit in self.context.units):
+            return set()
+        turns = {index for index, unit in enumerate(self.context.units) if unit.kind is not Kind.SKILL}
+        stale = {id(self.context.units[self.context.unit_at(span.start)])
+                 for span in self.build.outdated(self.context, turns)}  # fmt: skip
+        return {index for index, unit in enumerate(after.units) if unit.read and unit.piece and id(unit) in stale}
+
 
 def check_mode(mode: Mode | None) -> None:
     """
@@ -167,8 +176,11 @@ def _built(state: DesignState, plan: Plan, turns: Turns, *, whole: bool = False)
         assert isinstance(stepped, Build)
         build = stepped
     kept = state.kept(plan.after, turns)
-    spans = build.outdated(plan.after, kept)
+    lasting = state.lasting(plan.after)
+    spans = build.outdated(plan.after, kept | lasting)
     _require_buildable(plan.after, spans)
+    for name in dict.fromkeys(plan.after.units[index].name for index in lasting):
+        plan = plan.because(f"skill {name!r} stays stale: its lines read other fields here than when it was compiled")
     if whole:
         parts = parts_of(plan.after, build.declared)
         own = [part.span for part in parts if not part.scope.is_skill]
@@ -200,6 +212,8 @@ def _require_buildable(after: Context, spans: list[Span]) -> None:
         unit = after.units[after.unit_at(span.start)]
         if unit.kind is Kind.SKILL and unit.read:
             raise InvalidEditError(
-                f"skill {unit.name!r} would have to be computed here, and it was compiled behind {len(unit.read)} tokens that "
-                "are not in this context. Compile it as it should be now, and put it in with .replace(...)."
+                f"skill {unit.name!r} would have to be computed here: a value in it changes, or its lines read other fields "
+                f"than when it was compiled. And it was compiled behind {len(unit.read)} tokens that are not in this context. "
+                "Compile it as it should be now, and put it in with .replace(...); if its fields stand elsewhere too, cut it, "
+                "edit, and splice the new one."
             )

@@ -34,7 +34,7 @@ def on_ledger(step: Step, ledger: AnyLedger) -> AnyLedger:
             return ledger.shifted(start, to)
         case Insert(at, skill, replacing):
             if isinstance(ledger, Build):
-                return ledger.inserted(at, skill.placed, skill.mentions, rounded=skill.rounded, replacing=replacing)
+                return ledger.inserted(at, skill.placed, rounded=skill.rounded, replacing=replacing)
             return ledger.inserted(at, [compiled_run(skill, ledger, at)], replacing=replacing)
         case Exchange(start, middle, stop, _):
             return ledger.exchanged(start, middle, stop)

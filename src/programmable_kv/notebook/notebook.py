@@ -295,7 +295,6 @@ class Notebook:
         if self.prompt.empty:
             raise NotPrefilledError("the notebook is empty: add .message(...) or .text(...) before .prefill()")
         self._state, self._buffer, account = prefilling.prefill(self, repair, progress)
-        self._take_over()
         return self._recorded(account)
 
     def rendered(self) -> Rendered:
@@ -582,13 +581,7 @@ class Notebook:
             state = self._state
             applied = apply(plan, self.model.engine, self.cache, state.ledger, followed_by=followed_by, logits=logits)
             self._state = State(plan.after, applied.ledger, conversation or state.conversation)
-            self._take_over()
         return applied
-
-    def _take_over(self) -> None:
-        """What a skill that came in has declared is declared here from now on."""
-        if isinstance(self._state.ledger, Build):
-            self._declared = self._state.ledger.declared
 
     # -- asking ------------------------------------------------------------------------------------------------
 
@@ -775,7 +768,6 @@ class Notebook:
             if buffer.holds(mark):  # or else the caller has rolled back further already
                 buffer.rollback(mark)
                 self._state = state
-                self._take_over()
             raise
         if buffer.holds(mark):
             buffer.release(mark)

@@ -91,7 +91,10 @@ class State:
             InvalidArgumentError: none of these.
         """
         if isinstance(what, str):
-            return self.skill_named(what)
+            named = self.skill_named(what)
+            if not len(named):
+                raise UnknownPartError(f"the skill {what!r} has no tokens now: edit its field instead")
+            return named
         if isinstance(what, Part):
             if not len(self._current(what)):
                 raise UnknownPartError(

@@ -244,9 +244,20 @@ class Context:
             raise UnknownPartError(f"there is no slot {slot} in a context of {len(self)} tokens")
         index = self.unit_at(slot)
         if self.starts[index] == slot:
-            return self, bisect_left(self.starts, slot) if ends else index
+            return self, self._outside_of_groups(bisect_left(self.starts, slot) if ends else index, ends=ends)
         halves = self.units[index].split(slot - self.starts[index])
         return self.with_units((*self.units[:index], *halves, *self.units[index + 1 :])), index + 1
+
+    def _outside_of_groups(self, index: int, *, ends: bool) -> int:
+        """A boundary between units that leaves none of a skill's empty pieces on the other side of all its tokens."""
+        group = next((each for each in self.groups if each.start < index < each.stop), None)
+        if group is None:
+            return index
+        before = self.starts[index] > self.starts[group.start]
+        after = self.starts[group.stop] > self.starts[index]
+        if not after and (before or ends):
+            return group.stop
+        return index if before else group.start
 
     def without_lost_fields(self) -> Context:
         """Without the fields that no text holds any more."""

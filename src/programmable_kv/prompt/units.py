@@ -69,6 +69,8 @@ class Unit:
     """of a skill: the tokens that it read while it was compiled, and does not hold"""
     piece: int = 0
     """of a skill in several units: which of them this is, from 1 on; 0: it is in one unit"""
+    words: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """of such a skill: (field, what else its lines say when they speak of it)"""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,7 +86,7 @@ class Unit:
     def _key(self) -> tuple[object, ...]:
         return (
             self.kind, self.text, self.ids, self.special, self.places, self.corrects, self.name, self.plain, self.width,
-            self.read, self.piece,
+            self.read, self.piece, self.words,
         )  # fmt: skip
 
     @property
@@ -127,7 +129,7 @@ class Unit:
         )  # fmt: skip
         tail = replace(
             self, text=self.text[character:], ids=self.ids[token:], offsets=self.offsets[token:] - character,
-            special=False, piece=0,
+            special=False,
             places=tuple(Place(p.name, p.characters.shifted(-character), p.tokens.shifted(-token))
                          for p in self.places if p.tokens.start >= token and p.tokens.stop > token),
             plain=tuple(span.shifted(-character) for span in self.plain if span.start >= character),

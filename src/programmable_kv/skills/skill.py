@@ -26,11 +26,11 @@ from programmable_kv.design.visibility import Visibility, parse_visibility
 from programmable_kv.errors import FingerprintMismatchError, InvalidArgumentError, InvalidValueError, UnknownFieldError
 from programmable_kv.models.load import Model
 from programmable_kv.prompt.chat import message_alone, opened
-from programmable_kv.prompt.context import Context, FieldValue
+from programmable_kv.prompt.context import Context
 from programmable_kv.prompt.fields import FieldType, Value, declare
 from programmable_kv.prompt.parts import Message, Rendered, Text, unmark
 from programmable_kv.prompt.prompt import check_values, places_in_json
-from programmable_kv.prompt.readers import check_words
+from programmable_kv.prompt.readers import check_words, declared_words
 from programmable_kv.prompt.tokens import as_text
 from programmable_kv.prompt.units import Kind, Unit, joined_unit, tokenised
 from programmable_kv.prompt.values import check_name, check_role
@@ -85,7 +85,10 @@ class Skill:
     @property
     def placed(self) -> tuple[Unit, ...]:
         """Its text as units of a context, under its name."""
-        return tuple(replace(unit, name=self.name, read=self.preface_ids) for unit in self.pieces or (self.unit,))
+        words = tuple((name, tuple(said)) for name, said in sorted(self.mentions.items()))
+        return tuple(
+            replace(unit, name=self.name, read=self.preface_ids, words=words) for unit in self.pieces or (self.unit,)
+        )
 
     @property
     def visibility(self) -> Visibility:
@@ -271,6 +274,8 @@ class Draft:
         designed = designed_with is not None and len(fields) > 0
         pieces = skill_units(rendered, own_types, model.tokenizer) if designed else ()
         unit = joined_unit(pieces) if designed else tokenised(model.tokenizer, rendered, Kind.SKILL)
+        if not len(unit):
+            raise InvalidValueError("the skill has no tokens: all of its text is values, and they are empty")
         if name is None:
             name = "skill_" + hashlib.sha256(f"{read[0]}{unit.text}".encode()).hexdigest()[:12]
         check_name(name)
@@ -286,7 +291,7 @@ class Draft:
         ids = (*self.preface_ids, *self.unit.ids)
         if not self.pieces:
             return Rows.appended(ids, 0, 0), None
-        context = Context(self.pieces, {name: FieldValue(it, it) for name, it in self.values.items()})
+        context = Context(self.pieces)
         read = len(self.preface_ids)
         positions = (*range(read), *(read + at for at in context.positions_in(Span(0, len(context)))))
         reads = reads_behind(read, parts_of(context, Declared(self.mentions)), len(context))
@@ -351,7 +356,10 @@ def _checked_mentions(mentions: Words | None, values: Collection[str], *, design
         InvalidArgumentError: words are declared that nothing would look for, or a word has no letter or digit.
         UnknownFieldError: words are declared for no field of the skill.
     """
-    words = {name: tuple(dict.fromkeys(said)) for name, said in (mentions or {}).items()}
+    given = {} if mentions is None else mentions
+    if not isinstance(given, Mapping) or not all(isinstance(said, list | tuple) for said in given.values()):
+        raise InvalidArgumentError(f"mentions are a mapping, field -> list of words; got {given!r}")
+    words = {name: tuple(dict.fromkeys(said)) for name, said in given.items()}
     if words and not design:
         raise InvalidArgumentError(
             "mentions say which lines of a skill read a field, and without visibility='design' all later ones do: leave "
@@ -359,7 +367,7 @@ def _checked_mentions(mentions: Words | None, values: Collection[str], *, design
         )
     for said in words.values():
         check_words(said)
-    known = {*values, *(word for said in words.values() for word in said)}
+    known = {*values, *(word for name in values for word in declared_words(words, name))}
     if unknown := [name for name in words if name not in known]:
         raise UnknownFieldError(
             f"mentions are declared for {unknown[0]!r}, which is no field of this skill; its fields are: "

@@ -10,6 +10,7 @@ from programmable_kv.design.build import Build, Built
 from programmable_kv.design.declared import Declared
 from programmable_kv.errors import CorruptFileError
 
+_SCHEME = 2
 BuildKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 
 
@@ -29,6 +30,8 @@ class SavedBuild(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     built: tuple[SavedBuilt, ...]
+    scheme: int = 1
+    """how its keys were made"""
 
     @classmethod
     def of(cls, build: Build) -> SavedBuild:
@@ -36,7 +39,8 @@ class SavedBuild(BaseModel):
             built=tuple(
                 SavedBuilt(tokens=one.tokens, key=None if one.key is None else one.key.hex(), rounded=one.rounded)
                 for one in build.built
-            )
+            ),
+            scheme=_SCHEME,
         )
 
     def check(self, tokens: int, where: str) -> None:
@@ -44,6 +48,11 @@ class SavedBuild(BaseModel):
         Raises:
             CorruptFileError: these are not the slots of a context of so many tokens.
         """
+        if self.scheme != _SCHEME:
+            raise CorruptFileError(
+                f"{where}: it was saved by an earlier version (keys of scheme {self.scheme}, this is {_SCHEME}), which says "
+                "otherwise what was built from what: prefill the notebook again"
+            )
         found = sum(one.tokens for one in self.built)
         if found != tokens:
             raise CorruptFileError(f"{where}: {found} tokens were built, and the context has {tokens}")

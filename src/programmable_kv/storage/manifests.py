@@ -63,6 +63,7 @@ class SavedUnit(_Strict):
     width: Annotated[int, Field(ge=0)] = 0
     read: tuple[int, ...] = ()
     piece: Annotated[int, Field(ge=0)] = 0
+    words: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @classmethod
     def of(cls, unit: Unit) -> SavedUnit:
@@ -76,6 +77,7 @@ class SavedUnit(_Strict):
             kind=unit.kind, text=unit.text, ids=unit.ids, offsets=tuple((a, b) for a, b in unit.offsets.tolist()),
             special=unit.special, places=places, corrects=unit.corrects, name=unit.name,
             plain=tuple((span.start, span.stop) for span in unit.plain), width=unit.width, read=unit.read, piece=unit.piece,
+            words=unit.words,
         )  # fmt: skip
 
     def unit(self) -> Unit:
@@ -84,7 +86,7 @@ class SavedUnit(_Strict):
         plain = tuple(Span(*span) for span in self.plain)
         return Unit(
             self.kind, self.text, self.ids, offsets, self.special, places, self.corrects, self.name, plain, self.width,
-            self.read, self.piece,
+            self.read, self.piece, self.words,
         )  # fmt: skip
 
     def check(self, fields: Container[str], model: Model, where: str) -> None:
@@ -108,6 +110,18 @@ class SavedUnit(_Strict):
             reached = stop
         if not all(0 <= start < stop <= length for start, stop in self.plain):
             raise CorruptFileError(f"{where}: plain text is marked outside of the text")
+        check_mentions(dict(self.words), where)
+        if self.piece:
+            self.check_piece(self.piece, where)
+
+    def check_piece(self, number: int, where: str) -> None:
+        """
+        Raises:
+            CorruptFileError: this is not the piece of that number of a skill that was compiled by design.
+        """
+        one_thing = [place.characters for place in self.places] in ([], [(0, len(self.text))])
+        if self.kind is not Kind.SKILL or self.piece != number or self.special or self.corrects or not one_thing:
+            raise CorruptFileError(f"{where}: a piece of a skill is neither text nor one value")
 
 
 class SavedType(_Strict):
@@ -316,8 +330,9 @@ class Entry(Sealed):
             if unit.text[slice(*place.characters)] != self.values[place.name]:
                 raise CorruptFileError(f"{where}: the value of {place.name!r} is not what stands in the text")
         check_mentions(self.mentions, where)
-        for piece in self.pieces:
+        for number, piece in enumerate(self.pieces, 1):
             piece.check(self.values, model, where)
+            piece.check_piece(number, where)
         if self.pieces and joined_unit([piece.unit() for piece in self.pieces]) != unit.unit():
             raise CorruptFileError(f"{where}: the pieces of the skill are not its text")
 

@@ -1,4 +1,4 @@
-"""What the experiments are made on: policies of one set of rules, one field that changes, and a question about it.
+"""What the experiments are made on: policies of one set of rules or several, one field that changes, and a question about it.
 
 Policies are held out: their domains, fields, values, actions and wordings occur in no training data.
 """
@@ -46,13 +46,13 @@ class Case:
         return f"{self.scenario.text()}\n{self.gate.field}: {self.changes}\n{self.asked}"
 
 
-def cases(count: int, seed: int = SEED, *, everyday: bool = False) -> list[Case]:
+def cases(count: int, seed: int = SEED, *, everyday: bool = False, sets: int = 1) -> list[Case]:
     """`count` cases, from each held-out domain in turn. A longer draw begins with a shorter one.
 
     `everyday`: short policies in everyday words, which models that were not trained on the grammar solve; their domains are
-    their fields.
+    their fields. `sets`: of rules, in each policy that is not an everyday one; the question is about one of them.
     """
-    return _everyday(count, seed) if everyday else _held_out(count, seed)
+    return _everyday(count, seed) if everyday else _held_out(count, seed, sets)
 
 
 def domain_names() -> list[str]:
@@ -60,15 +60,15 @@ def domain_names() -> list[str]:
     return [domain.name for domain in held_out_domains()] + sorted(FIELDS)
 
 
-def _held_out(count: int, seed: int) -> list[Case]:
+def _held_out(count: int, seed: int, sets: int) -> list[Case]:
     domains = held_out_domains()
     drawn = []
     for number in range(count):
         rng = random.Random(f"{seed}/{number}")
         scenario = make_scenario(
-            rng, "held_out", gates=1, two_hop=False, fillers=FILLERS, domain=domains[number % len(domains)]
+            rng, "held_out", gates=sets, two_hop=False, fillers=FILLERS, domain=domains[number % len(domains)]
         )
-        (gate,) = scenario.gates
+        gate = scenario.gates[0] if sets == 1 else rng.choice(scenario.gates)
         changes = list(permutations(sorted(gate.actions), 2))
         rng.shuffle(changes)
         asked = question(rng, PHRASINGS["held_out"], gate.topic, think=False)

@@ -90,14 +90,22 @@ class Pair:
         return max(self.first_tokens, key=lambda action: float(logits[self.first_tokens[action]]))
 
 
-def pair_of(model: Model, case: Case) -> Pair | str:
-    """The two contexts prefilled; or why this model's tokens allow none that differ in the field's tokens alone."""
+def pair_of(model: Model, case: Case, *, system: str | None = None, asks_value: bool = False) -> Pair | str:
+    """The two contexts prefilled; or why this model's tokens allow none that differ in the field's tokens alone.
+
+    Args:
+        system: another template of the policy.
+        asks_value: the question is about the field's value itself: what is decided is the value, and not an action.
+    """
     for change in case.changes:
-        before, after = (written(model, case, change, case.values(value)) for value in change)
+        before, after = (written(model, case, change, case.values(value), system=system) for value in change)
         if aligned(before, after):
             break
     else:
         return "no two values are equally many tokens long"
+    if asks_value:
+        gate = replace(case.gate, actions={value: value for value in case.gate.actions})
+        case = replace(case, gate=gate, scenario=replace(case.scenario, gates=(gate,)))
     tokens = first_tokens(model, case, before)
     if tokens is None:
         return "two actions begin with one token"
@@ -124,7 +132,7 @@ def prefilled(engine: Engine, text: Written) -> KVBuffer:
 
 def first_tokens(model: Model, case: Case, text: Written) -> Mapping[str, int] | None:
     """Each action's first token; None where two actions share it."""
-    options = case.gate.options
+    options = case.scenario.options
     strings = option_ids(model.tokenizer, text.ends, options, None)
     firsts = {option: ids[0] for option, ids in zip(options, strings, strict=True)}
     return firsts if len(set(firsts.values())) == len(firsts) else None

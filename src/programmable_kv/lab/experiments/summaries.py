@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -79,6 +80,41 @@ def at(path: str) -> Value:
         return None if found is None else float(found)
 
     return value
+
+
+def nested(rows: Sequence[Row], path: str) -> dict[str, Any]:
+    """The means by domain of every number below a dotted path, in the same shape; lists by index."""
+    leaves = dict.fromkeys(leaf for row in rows for leaf in _leaves(_found(row, path.split("."))))
+    shaped: dict[str, Any] = {}
+    for leaf in leaves:
+        inner = shaped
+        for key in leaf[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[leaf[-1]] = mean_by_domain(rows, partial(_number, (*path.split("."), *leaf)))
+    return shaped
+
+
+def _number(keys: Sequence[str], row: Row) -> float | None:
+    found = _found(row, keys)
+    return None if found is None else float(found)
+
+
+def _found(row: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        if isinstance(row, list):
+            row = row[int(key)] if int(key) < len(row) else None
+        else:
+            row = row.get(key) if isinstance(row, Mapping) else None
+    return row
+
+
+def _leaves(value: Any) -> Iterator[tuple[str, ...]]:
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in pairs:
+        if isinstance(each, Mapping | list):
+            yield from ((str(key), *leaf) for leaf in _leaves(each))
+        elif isinstance(each, int | float):
+            yield (str(key),)
 
 
 def rounded(values: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -119,10 +119,11 @@ def written(
 
     Args:
         change: the old and the new value, whose rules are told from the others.
-        system: another template of the policy, with the same placeholders.
+        system: another template of the policy. A field that it has no placeholder for has one in the question.
     """
     template = case.scenario.prompt if system is None else system
-    notebook = Notebook(model).message("system", template, **values).message("user", case.asked)
+    said, stated = (_fields_in(each, values) for each in (case.asked, template))
+    notebook = Notebook(model).message("system", template, **stated).message("user", case.asked, **said)
     conversation = notebook.prompt.conversation()
     assert conversation is not None
     opening = thought_closed(conversation.continued([], prompt_for_answer=True).added)
@@ -134,7 +135,8 @@ def written(
     (span,) = [place.tokens for place in body.places if place.name == case.gate.field]
     starts = [int(start) for start in body.offsets[:, 0]] + [len(body.text)] * len(units[1])
     tokens = [unit.text[int(a) : int(b)] for unit in units for a, b in unit.offsets]
-    kind_at, part_at = _kinds(body.text, case, change, template.format_map(dict(values)))
+    asked = case.asked.format_map(dict(said)) if said else case.asked
+    kind_at, part_at = _kinds(body.text, case, change, template.format_map(dict(values)), asked)
     # A token begins with a space as a rule: what it says begins after that.
     says = [start + len(token) - len(token.lstrip(" ")) for start, token in zip(starts, tokens, strict=True)]
     kinds = [kind_at[start] if start < len(kind_at) else Text.TEMPLATE for start in says]
@@ -146,12 +148,16 @@ def written(
     return Written(ids, tuple(tokens), tuple(kinds), tuple(parts), span, opening or body.text)
 
 
-def _kinds(text: str, case: Case, change: tuple[str, str], policy: str) -> tuple[list[Text], list[Part]]:
+def _fields_in(template: str, values: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in values.items() if "{" + name + "}" in template}
+
+
+def _kinds(text: str, case: Case, change: tuple[str, str], policy: str, question: str) -> tuple[list[Text], list[Part]]:
     """The kind of text, and the part of a rule, of each character of the rendered messages."""
     kinds, parts = [Text.TEMPLATE] * len(text), [Part.NONE] * len(text)
     start = text.index(policy)
-    asked = text.index(case.asked, start + len(policy))
-    kinds[asked : asked + len(case.asked)] = [Text.QUESTION] * len(case.asked)
+    asked = text.index(question, start + len(policy))
+    kinds[asked : asked + len(question)] = [Text.QUESTION] * len(question)
     in_rules = False
     for line in policy.splitlines(keepends=True):
         bare = line.strip("-* \n")

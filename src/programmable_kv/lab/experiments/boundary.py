@@ -1,0 +1,131 @@
+"""When are notes taken? The field above, among and below its rules, the question known before or not, and a question that only
+asks for the field's value.
+
+The rival view: a model reads everything at the end, when it knows the question, and notes form only where the conclusion can
+be computed before. So a field below its rules, and a value that is only looked up, should leave no notes on rules. Lines about
+other things behind a field that stands below its rules show whether distance counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from programmable_kv.lab.composing.frame import other_lines
+from programmable_kv.lab.experiments.cases import Case
+from programmable_kv.lab.experiments.experiment import Experiment, Row
+from programmable_kv.lab.experiments.pair import Pair, pair_of
+from programmable_kv.lab.experiments.prevention import tail_of
+from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, share
+from programmable_kv.lab.experiments.written import RULES, Part, Text, Written, ruled
+from programmable_kv.lab.tools.together import Probe
+
+LOOKUP = "What is the {field}? Reply with the value only."
+MORE = 8
+"""lines about other things that stand between a field below its rules and the question"""
+GO_ON = "Your answer now."
+"""what the user says where the question was asked before the policy"""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A way to write a case."""
+
+    name: str
+    system: str
+    asked: str
+    asks_value: bool = False
+
+
+def settings(case: Case) -> list[Setting]:
+    """The same policy and question, with the field in other places; and other questions."""
+    prompt, field = case.scenario.prompt, case.gate.field
+    rules = [line for line in prompt.splitlines() if ruled(line, case) is not None]
+    stated = next(line for line in prompt.splitlines() if "{" + field + "}" in line)
+    without = prompt.replace(stated + "\n", "", 1)
+    middle = rules[len(rules) // 2 - 1]
+    lookup = LOOKUP.format(field=field)
+    more = "\n".join(other_lines()[:MORE])
+    return [
+        Setting("above", prompt, case.asked),
+        Setting("among", without.replace(middle, f"{middle}\n{stated}", 1), case.asked),
+        Setting("below", f"{without}\n\n{stated}", case.asked),
+        Setting("below_far", f"{without}\n\n{stated}\n\n{more}", case.asked),
+        Setting("in_question", without, f"{stated}\n{case.asked}"),
+        Setting("asked_first", f"{case.asked}\n\n{prompt}", GO_ON),
+        Setting("lookup", prompt, lookup, asks_value=True),
+    ]
+
+
+def sets(text: Written) -> dict[str, tuple[int, ...]]:
+    """Which slots are patched. The rules' are empty where the rules stand above the field."""
+    actions = tuple(slot for slot in text.of(Text.OLD_RULE, Text.NEW_RULE) if text.parts[slot] is Part.ACTION)
+    return {
+        "field": tuple(text.field.range),
+        "actions": actions,
+        "rules": text.of(*RULES),
+        "tail": tail_of(text),
+        "later": text.later,
+    }
+
+
+def measure(pair: Pair, _: Sequence[Row]) -> Row:
+    """In each setting, the gap after sets of tokens were patched, and after the field alone was computed again."""
+    row: Row = {"settings": {}}
+    for setting in settings(pair.case):
+        found = pair if setting.name == "above" else in_setting(pair, setting)
+        if isinstance(found, Pair):
+            row["settings"][setting.name] = patched_in(found)
+    return row
+
+
+def in_setting(pair: Pair, setting: Setting) -> Pair | str:
+    """The same change of the same case, written in another way; or why that is not possible."""
+    case = replace(pair.case, changes=(pair.change,), asked=setting.asked)
+    return pair_of(pair.model, case, system=setting.system, asks_value=setting.asks_value)
+
+
+def patched_in(pair: Pair) -> dict[str, Any]:
+    """The gap after each set was patched, and after the field and the question were computed again."""
+    chosen = {name: slots for name, slots in sets(pair.text).items() if slots}
+    gaps = pair.gaps([Probe(slots) for slots in chosen.values()])
+    return {
+        "old_gap": round(pair.scale.old, 4),
+        "new_gap": round(pair.scale.new, 4),
+        "valid": pair.scale.valid,
+        "between": pair.text.last - pair.text.field.stop,
+        "patched": {name: round(gap, 4) for name, gap in zip(chosen, gaps, strict=True)},
+        "asked_again": round(pair.recomputed((*pair.text.field.range, *tail_of(pair.text))), 4),
+    }
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """By setting: how often it is decided correctly under both values; of these, what each set of tokens recovers."""
+    summary: dict[str, Any] = {}
+    for name in dict.fromkeys(name for row in rows for name in row["settings"]):
+        found = [_flat(row, name) for row in rows if name in row["settings"]]
+        right = [row for row in found if row["valid"]]
+        part: dict[str, Any] = {
+            "right": share(found, lambda row: bool(row["valid"])),
+            "between": mean_by_domain(right, at("between"))["value"],
+        }
+        part |= {key: arm(right, at(f"patched.{key}")) for key in ("field", "actions", "rules", "tail", "later")}
+        part["asked_again"] = arm(right, at("asked_again"))
+        summary[name] = part
+    return {"settings": summary}
+
+
+def _flat(row: Row, name: str) -> dict[str, Any]:
+    setting: Mapping[str, Any] = row["settings"][name]
+    return {"domain": row["domain"], **setting}
+
+
+BOUNDARY = Experiment(
+    name="boundary",
+    version=1,
+    title="Where notes are taken: by the place of the field, when the question is known, and what it asks",
+    measure=measure,
+    summarise=summarise,
+    scenarios=24,
+)

@@ -1,0 +1,165 @@
+"""Can it be told before an edit whether it will fail? Features of the cached context, and edits that are really made.
+
+Policies of three sets of rules, told apart by the topic that the question names: there, errata fail often enough. A predictor
+is fit on all domains but one and scored on that one. Features are of three kinds: what the prompt is like; what its cache and
+its decision are like; and how strong its notes are, for which the new text has to be prefilled too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from programmable_kv.edits.modes import Mode
+from programmable_kv.engine import Rows
+from programmable_kv.lab.experiments.blast_radius import distances
+from programmable_kv.lab.experiments.experiment import Experiment, Row
+from programmable_kv.lab.experiments.pair import Pair
+from programmable_kv.lab.experiments.summaries import at, mean_by_domain, share
+from programmable_kv.lab.experiments.written import RULES, TAIL, Part, Text
+from programmable_kv.lab.statistics.many_tests import permute_map
+from programmable_kv.lab.statistics.prediction import area, predicted
+from programmable_kv.lab.tools.together import Probe
+from programmable_kv.notebook.notebook import Notebook
+
+MODES = (Mode.ERRATUM, Mode.FIELD_ERRATUM)
+KINDS = ("prompt", "before", "notes")
+FEWEST = 8
+"""failures, and successes, below which nothing is predicted"""
+
+
+def measure(pair: Pair, _: Sequence[Row]) -> Row:
+    """The features, and what each edit decides."""
+    own, new = (pair.probe([Probe()], noising=noising)[0] for noising in (False, True))
+    return {
+        "right": pair.decides(own) == pair.actions[0] and pair.decides(new) == pair.actions[1],
+        "prompt": _of_prompt(pair),
+        "before": _of_cache(pair, own),
+        "notes": _of_notes(pair),
+        "failed": _failures(pair),
+    }
+
+
+def _of_prompt(pair: Pair) -> dict[str, float]:
+    text = pair.text
+    rules = text.of(Text.OLD_RULE, Text.NEW_RULE)
+    return {
+        "tokens": len(text.ids),
+        "from_field": text.last - text.field.stop,
+        "from_rules": text.last - max(rules),
+        "between_rules": abs(min(text.of(Text.OLD_RULE)) - min(text.of(Text.NEW_RULE))),
+        "values": len(pair.case.gate.actions),
+        "options": len(pair.first_tokens),
+        "value_tokens": len(text.field),
+    }
+
+
+def _of_cache(pair: Pair, logits: torch.Tensor) -> dict[str, float]:
+    """What the decision before the edit is like, and what it attends to."""
+    text, tokens = pair.text, list(pair.first_tokens.values())
+    among = torch.log_softmax(logits.cpu().double()[tokens], dim=0).sort(descending=True).values
+    rows = Rows((pair.token,), (text.last,), (text.last,))
+    by_layer = torch.stack([each.mean(dim=0) for each in pair.engine.attention_weights(pair.old, rows)]).cpu().double()
+    late = by_layer[2 * len(by_layer) // 3 :].mean(dim=0)
+    actions = [slot for slot in text.of(*RULES) if text.parts[slot] is Part.ACTION]
+    sets = {"old_rule": text.of(Text.OLD_RULE), "new_rule": text.of(Text.NEW_RULE), "actions": actions,
+            "field": tuple(text.field.range), "tail": text.of(*TAIL), "sinks": range(4)}  # fmt: skip
+    found = {
+        "margin": float(among[0] - among[1]),
+        "entropy": float(-(among.exp() * among).sum()),
+        "old_gap": pair.scale.old,
+    }
+    found |= {f"attention_{name}": float(late[list(slots)].sum()) for name, slots in sets.items()}
+    return {name: round(value, 5) for name, value in found.items()}
+
+
+def _of_notes(pair: Pair) -> dict[str, float]:
+    """How strong the notes are: what copies of them change, and how far they move."""
+    text = pair.text
+    both = text.of(Text.OLD_RULE, Text.NEW_RULE)
+    actions = tuple(slot for slot in both if text.parts[slot] is Part.ACTION)
+    probes = [Probe(actions), Probe(both), Probe(tuple(text.field.range)), Probe(text.of(*TAIL))]
+    patched = pair.gaps(probes)
+    left = pair.gaps([Probe(actions)], noising=True)[0]
+    apart = torch.stack(list(distances(pair.old, pair.fresh).values())).mean(dim=0)
+    span = pair.scale.new - pair.scale.old
+    found = {
+        "new_gap": pair.scale.new,
+        "span": span,
+        "actions_moved": patched[0] - pair.scale.old,
+        "actions": (patched[0] - pair.scale.old) / span,
+        "rules": (patched[1] - pair.scale.old) / span,
+        "field": (patched[2] - pair.scale.old) / span,
+        "tail": (patched[3] - pair.scale.old) / span,
+        "lost": (pair.scale.new - left) / span,
+        "apart_actions": float(apart[:, list(actions)].mean()),
+        "apart_later": float(apart[:, list(text.later)].mean()),
+    }
+    return {name: round(value, 5) for name, value in found.items()}
+
+
+def _failures(pair: Pair) -> dict[str, bool]:
+    """Of each edit, really made: is the decision another than the new value's?"""
+    case = pair.case
+    notebook = Notebook(pair.model).message("system", case.scenario.prompt, **case.values(pair.change[0]))
+    notebook.message("user", case.asked).prefill()
+    found = {}
+    for mode in MODES:
+        mark = notebook.mark()
+        edits = {case.gate.field: pair.change[1]}
+        choice = notebook.decide(None, list(pair.first_tokens), edits=edits, mode=mode).choice
+        found[str(mode)] = choice != pair.actions[1]
+        notebook.rollback(mark)
+    return found
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """By mode, how often it fails; how well kinds of features and single ones predict it. And the notes of such policies."""
+    right = [row for row in rows if row["right"]]
+    summary: dict[str, Any] = {"right": share(rows, lambda row: bool(row["right"])), "predicted": {}, "notes": {}}
+    for name in ("actions", "rules", "field", "tail", "lost"):
+        summary["notes"][name] = mean_by_domain(right, at(f"notes.{name}"))
+    for mode in map(str, MODES):
+        failed = [bool(row["failed"][mode]) for row in right]
+        part: dict[str, Any] = {"failed": share(right, partial(_failed, mode)), "failures": sum(failed)}
+        if FEWEST <= sum(failed) <= len(failed) - FEWEST:
+            part |= _scores(right, failed)
+        summary["predicted"][mode] = part
+    return summary
+
+
+def _failed(mode: str, row: Row) -> bool:
+    return bool(row["failed"][mode])
+
+
+def _scores(rows: Sequence[Row], failed: Sequence[bool]) -> dict[str, Any]:
+    domains = [str(row["domain"]) for row in rows]
+    found: dict[str, Any] = {"kinds": {}, "features": {}}
+    for name, kinds in {**{kind: (kind,) for kind in KINDS}, "all": KINDS}.items():
+        table = [[float(value) for kind in kinds for value in row[kind].values()] for row in rows]
+        score = predicted(table, failed, domains)
+        found["kinds"][name] = {
+            "auc": score.auc.model_dump(), "chance": score.chance, "chance_high": score.chance_high, "p": score.p,
+        }  # fmt: skip
+    names = [(kind, name) for kind in KINDS for name in rows[0][kind]]
+    columns = [[float(row[kind][name]) for kind, name in names] for row in rows]
+    tests = permute_map(columns, failed, domains)
+    for index, (kind, name) in enumerate(names):
+        found["features"][f"{kind}_{name}"] = {
+            "auc": area([column[index] for column in columns], failed), "p": float(tests.p_values[index]),
+        }  # fmt: skip
+    return found
+
+
+PREDICTION = Experiment(
+    name="prediction",
+    version=1,
+    title="Whether it can be told before an edit that it will fail, with three sets of rules",
+    measure=measure,
+    summarise=summarise,
+    scenarios=160,
+    sets=3,
+)

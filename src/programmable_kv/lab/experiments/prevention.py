@@ -1,0 +1,227 @@
+"""What if no token could take notes? Which tokens have to read the field for the decision to be right, and for an edit to work?
+
+The context is prefilled under a mask. Turns read everything. Of the text, only chosen tokens, the *readers*, read the field and
+each other; *carriers* read the readers and not the field; all other text reads text alone. So nothing that the field says can
+reach any other place. An edit then computes the field, the readers, the carriers and the question again; it equals a prefill of
+the new text under the same mask.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.cache.masks import PartReads
+from programmable_kv.engine import Rows
+from programmable_kv.lab.experiments.cases import SEED
+from programmable_kv.lab.experiments.experiment import Experiment, Row
+from programmable_kv.lab.experiments.nulls import matched
+from programmable_kv.lab.experiments.pair import Pair
+from programmable_kv.lab.experiments.summaries import Value, at, mean_by_domain
+from programmable_kv.lab.experiments.written import RULES, TAIL, Part, Written
+from programmable_kv.lab.tools.hooks import taken_back
+
+TEXT, FIELD, READER, CARRIER, TURN = range(5)
+READS = (
+    (TEXT,),
+    (TEXT, FIELD),
+    (TEXT, FIELD, READER, CARRIER),
+    (TEXT, READER, CARRIER),
+    (TEXT, FIELD, READER, CARRIER, TURN),
+)
+"""of each kind, the kinds that it reads"""
+PARTS = {
+    "names": (Part.NAME,),
+    "values": (Part.VALUE,),
+    "links": (Part.LINK,),
+    "actions": (Part.ACTION,),
+    "line_ends": (Part.END,),
+    "values_and_actions": (Part.VALUE, Part.ACTION),
+    "values_to_actions": (Part.VALUE, Part.LINK, Part.ACTION),
+    "links_and_actions": (Part.LINK, Part.ACTION),
+    "all_but_actions": (Part.NAME, Part.VALUE, Part.LINK, Part.END),
+}
+"""which tokens of the field's rules are readers"""
+CARRIED = {"values_carried_on": (Part.LINK, Part.ACTION)}
+"""of arms in which the values are readers, the carriers"""
+
+
+def tail_of(text: Written) -> tuple[int, ...]:
+    """The turn: what follows the policy, up to the row before the one that decides."""
+    return tuple(range(min(text.of(*TAIL)), text.last))
+
+
+def readers(text: Written) -> dict[str, tuple[int, ...]]:
+    """By arm, the tokens of the policy that may read the field."""
+    rules = text.of(*RULES)
+    found = {name: tuple(slot for slot in rules if text.parts[slot] in parts) for name, parts in PARTS.items()}
+    found |= dict.fromkeys(CARRIED, found["values"])
+    return {"nobody": (), "readers": tuple(sorted({*_rest_of_line(text), *rules})), **found}
+
+
+def carriers(text: Written, arm: str) -> tuple[int, ...]:
+    """The tokens of the policy that read an arm's readers, and not the field."""
+    return tuple(slot for slot in text.of(*RULES) if text.parts[slot] in CARRIED.get(arm, ()))
+
+
+def _rest_of_line(text: Written) -> Iterator[int]:
+    for slot in range(text.field.stop, min(text.of(*TAIL))):
+        yield slot
+        if "\n" in text.tokens[slot]:
+            return
+
+
+def reads(text: Written, chosen: Sequence[int], carrying: Sequence[int] = ()) -> PartReads:
+    """What may read what, if the chosen tokens are readers, and others carriers."""
+    part_of = torch.full((len(text.ids),), TEXT)
+    part_of[text.field.start : text.field.stop] = FIELD
+    part_of[list(chosen)] = READER
+    part_of[list(carrying)] = CARRIER
+    part_of[min(text.of(*TAIL)) :] = TURN
+    table = torch.zeros(len(READS), len(READS), dtype=torch.bool)
+    for kind, others in enumerate(READS):
+        table[kind, list(others)] = True
+    return PartReads(part_of, table)
+
+
+def prefilled_under(pair: Pair, text: Written, rule: PartReads) -> KVBuffer:
+    """A buffer with all of a text but its last token, each row of which read what it may."""
+    buffer = pair.engine.new_buffer(len(text.ids))
+    compute_from(pair, buffer, text, 0, rule)
+    return buffer
+
+
+def compute_from(pair: Pair, buffer: KVBuffer, text: Written, start: int, rule: PartReads) -> None:
+    """Compute the rows from a slot on, but the last one. What stands before it is the same under every arm's rule."""
+    slots = tuple(range(start, text.last))
+    pair.engine.compute(buffer, Rows(text.ids[start:-1], slots, slots), logits=0, reads=rule)
+
+
+def decided(
+    pair: Pair, buffer: KVBuffer, text: Written, slots: Sequence[int], rule: PartReads | None = None
+) -> dict[str, Any]:
+    """What is decided after these slots were computed again with a text's tokens. The buffer is unchanged."""
+    with taken_back(buffer):
+        chosen = (*sorted(slots), text.last)
+        rows = Rows(tuple(text.ids[slot] for slot in chosen), chosen, chosen)
+        logits = pair.engine.compute(buffer, rows, reads=rule)[-1]
+    return {"gap": round(float(pair.gap_in(logits)), 4), "choice": pair.decides(logits)}
+
+
+def measure(pair: Pair, _: Sequence[Row]) -> Row:
+    """By arm, the decision under the old value, after an edit, and after an edit that leaves the readers stale."""
+    text, new, tail = pair.text, pair.new_text, tail_of(pair.text)
+    field = tuple(text.field.range)
+    arms = readers(text)
+    rng = random.Random(f"{SEED}/prevention/{pair.case.number}")
+    policy = [slot for slot in text.later if slot < tail[0]]
+    for name in ("readers", "actions"):
+        drawn = matched([slot for slot in arms[name] if slot in set(policy)], policy, rng)
+        if drawn is not None:
+            arms[f"random_as_{name}"] = drawn[0]
+    row: Row = {"options": len(pair.first_tokens), "right": list(pair.actions)}
+    row["arms"] = by_arm(pair, arms)
+    rule = reads(text, arms["readers"])
+    again = decided(pair, prefilled_under(pair, new, rule), new, (), rule)
+    row["edit_from_prefill"] = abs(round(again["gap"] - row["arms"]["readers"]["edited"]["gap"], 4))
+    row["arms"]["causal"] = {
+        "tokens": len(text.later),
+        "old": decided(pair, pair.old, text, ()),
+        "edited": decided(pair, pair.fresh, new, ()),
+        "stale_readers": decided(pair, pair.old, new, (*field, *tail)),
+        "readers_again": decided(pair, pair.old, new, (*field, *arms["readers"], *tail)),
+    }
+    return row
+
+
+def by_arm(pair: Pair, arms: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What is decided where the given tokens are readers."""
+    text, new, tail = pair.text, pair.new_text, tail_of(pair.text)
+    field = tuple(text.field.range)
+    buffer = prefilled_under(pair, text, reads(text, ()))
+    found: dict[str, Any] = {}
+    for name, chosen in arms.items():
+        carrying = carriers(text, name)
+        rule = reads(text, chosen, carrying)
+        with taken_back(buffer):
+            if chosen:
+                compute_from(pair, buffer, text, min(chosen), rule)
+            found[name] = {
+                "tokens": len(chosen),
+                "old": decided(pair, buffer, text, (), rule),
+                "edited": decided(pair, buffer, new, (*field, *chosen, *carrying, *tail), rule),
+            }
+            if name in ("nobody", "readers"):
+                found[name]["stale_readers"] = decided(pair, buffer, new, (*field, *tail), rule)
+    return found
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """By arm: how often the decision is right, beside plain causal reading, and how far the field moves it."""
+    names = dict.fromkeys(["causal", *(name for row in rows for name in row["arms"])])
+    summary: dict[str, Any] = {
+        "guess": mean_by_domain(rows, lambda row: 1 / row["options"]),
+        "edit_from_prefill": max((row["edit_from_prefill"] for row in rows), default=0.0),
+        "arms": {},
+    }
+    for name in names:
+        part: dict[str, Any] = {
+            "tokens": mean_by_domain(rows, at(f"arms.{name}.tokens"))["value"],
+            "right": mean_by_domain(rows, _right(name, "old", "edited")),
+            "lost": mean_by_domain(rows, _lost(name)),
+            "span": mean_by_domain(rows, _span(name)),
+        }
+        for ask in ("old", "edited", "stale_readers", "readers_again"):
+            if any(ask in row["arms"].get(name, {}) for row in rows):
+                part[ask] = {"right": mean_by_domain(rows, _right(name, ask))}
+        summary["arms"][name] = part
+    return summary
+
+
+def _right(name: str, *asked: str) -> Value:
+    """The share of an arm's decisions that are right: under the old value its action, else the new value's."""
+
+    def right(row: Row) -> float | None:
+        found = row["arms"].get(name)
+        if found is None or any(ask not in found for ask in asked):
+            return None
+        return fmean(found[ask]["choice"] == row["right"][ask != "old"] for ask in asked)
+
+    return right
+
+
+def _lost(name: str) -> Value:
+    """Right decisions lost beside plain causal reading, on one policy."""
+
+    def lost(row: Row) -> float | None:
+        here, plain = (_right(each, "old", "edited")(row) for each in (name, "causal"))
+        return None if here is None or plain is None else plain - here
+
+    return lost
+
+
+def _span(name: str) -> Value:
+    """How much of the gap's way the field still goes: 1 as with plain causal reading, 0 where the field changes nothing."""
+
+    def span(row: Row) -> float | None:
+        found = row["arms"].get(name)
+        if found is None:
+            return None
+        return float(found["edited"]["gap"] - found["old"]["gap"]) / float(row["new_gap"] - row["old_gap"])
+
+    return span
+
+
+PREVENTION = Experiment(
+    name="prevention",
+    version=1,
+    title="Which tokens have to read a field for the decision to be right, and for an edit to work",
+    measure=measure,
+    summarise=summarise,
+    scenarios=96,
+)

@@ -1,0 +1,186 @@
+"""A context of several skills, token by token: a prefix, policies one after the other, and a question about one of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+
+import torch
+
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.cache.masks import PartReads
+from programmable_kv.cache.span import Span
+from programmable_kv.engine import Engine, Rows
+from programmable_kv.lab.composing.frame import other_lines
+from programmable_kv.lab.experiments.cases import Case, cases
+from programmable_kv.lab.experiments.pair import Pair, first_tokens
+from programmable_kv.lab.experiments.prevention import tail_of
+from programmable_kv.lab.experiments.written import Part, Written, written
+from programmable_kv.models.load import Model
+
+OTHERS_SEED = 96_000
+"""of the policies that stand beside the one that is asked about"""
+LINES = 6
+"""about other things, before the skills"""
+PREFACE_LINES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Skills:
+    """The tokens up to the row that decides, and where the skills lie."""
+
+    ids: tuple[int, ...]
+    chunks: tuple[Span, ...]
+    asked: int
+    """which of the chunks the question is about"""
+    actions: tuple[tuple[int, ...], ...]
+    """the slots of the actions in each chunk's rules"""
+    preface: tuple[int, ...]
+    """what a skill may be compiled behind: as the prefix, with other lines"""
+
+    @property
+    def prefix(self) -> int:
+        return self.chunks[0].start
+
+    @property
+    def tail(self) -> int:
+        """The first slot after the skills."""
+        return self.chunks[-1].stop
+
+    @property
+    def last(self) -> int:
+        return len(self.ids) - 1
+
+    @property
+    def own(self) -> Span:
+        return self.chunks[self.asked]
+
+    def alone(self) -> PartReads:
+        """What may read what where each skill reads itself alone."""
+        return self._reads(torch.eye(len(self.chunks) + 2, dtype=torch.bool))
+
+    def together(self) -> PartReads:
+        """The same where each skill also reads those before it, as if all had been compiled as one text."""
+        table = torch.ones(len(self.chunks) + 2, len(self.chunks) + 2, dtype=torch.bool).tril()
+        table[1:, 0] = False
+        return self._reads(table)
+
+    def _reads(self, table: torch.Tensor) -> PartReads:
+        count = len(self.chunks)
+        part_of = torch.zeros(len(self.ids), dtype=torch.long)
+        for number, chunk in enumerate(self.chunks, start=1):
+            part_of[chunk.start : chunk.stop] = number
+        part_of[self.tail :] = count + 1
+        table[-1] = True
+        return PartReads(part_of, table)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One policy as a skill: a heading that says what it is about, then facts and rules."""
+
+    ids: tuple[int, ...]
+    actions: tuple[int, ...]
+    """which of its tokens are actions in rules"""
+
+
+def chunk_of(text: Written) -> Span:
+    """A policy without its first paragraph, which says whose it is: facts and rules."""
+    begins = "".join(text.tokens).index("\n\n") + 2
+    starts = accumulate((len(token) for token in text.tokens), initial=0)
+    return Span(next(slot for slot, start in enumerate(starts) if start >= begins), tail_of(text)[0])
+
+
+def policy_of(model: Model, case: Case, text: Written) -> Policy:
+    """A case's policy, with the values that a text has."""
+    chunk = chunk_of(text)
+    heading: list[int] = model.tokenizer.encode(f"For {case.gate.topic}:\n", add_special_tokens=False)
+    offset = len(heading) - chunk.start
+    actions = tuple(slot + offset for slot in chunk.range if text.parts[slot] is Part.ACTION)
+    return Policy((*heading, *text.ids[chunk.start : chunk.stop]), actions)
+
+
+def layout(pair: Pair, others: Sequence[Policy], *, shift: int = 0) -> Skills:
+    """The pair's policy among others, with the old value, in a drawn order.
+
+    Args:
+        shift: which lines stand in the prefix, but for the last one. It has as many tokens with any.
+    """
+    text, own = pair.text, chunk_of(pair.text)
+    rng = random.Random(f"{OTHERS_SEED}/order/{pair.case.number}")
+    order = rng.sample(range(len(others) + 1), len(others) + 1)
+    policies = [policy_of(pair.model, pair.case, text), *others]
+    # The line before the skill stays, so that it does not begin in the middle of a sentence.
+    room, near = len(_lines(pair, 0, LINES - 1)), _lines(pair, LINES - 1, 1)
+    ids = [*text.ids[: own.start], *_lines(pair, shift, 4 * LINES)[:room], *near]
+    chunks, actions = [], []
+    for which in order:
+        policy = policies[which]
+        chunks.append(Span(len(ids), len(ids) + len(policy.ids)))
+        actions.append(tuple(slot + len(ids) for slot in policy.actions))
+        ids += policy.ids
+    ids += text.ids[own.stop :]
+    preface = (*text.ids[: own.start], *_lines(pair, 3 * LINES, PREFACE_LINES))
+    return Skills(tuple(ids), tuple(chunks), order.index(0), tuple(actions), preface[: chunks[0].start])
+
+
+def _lines(pair: Pair, first: int, count: int) -> list[int]:
+    lines = other_lines()
+    said = "".join(f"{lines[number % len(lines)]}\n" for number in range(first, first + count))
+    ids: list[int] = pair.model.tokenizer.encode(said, add_special_tokens=False)
+    return ids
+
+
+def beside(pair: Pair, count: int) -> tuple[list[Policy], dict[str, int]] | None:
+    """Other policies, of other domains, and the first token of every action; None where the drawn ones share first tokens."""
+    drawn = cases(pair.case.number + 8, OTHERS_SEED)[pair.case.number :]
+    found: list[Policy] = []
+    tokens = dict(pair.first_tokens)
+    domains = {pair.case.domain}
+    for case in drawn:
+        text = _of(pair, case)
+        firsts = first_tokens(pair.model, case, text)
+        taken = set(tokens.values())
+        if case.domain in domains or firsts is None or taken & set(firsts.values()) or set(firsts) & set(tokens):
+            continue
+        found.append(policy_of(pair.model, case, text))
+        tokens |= firsts
+        domains.add(case.domain)
+        if len(found) == count:
+            return found, tokens
+    return None
+
+
+def _of(pair: Pair, case: Case) -> Written:
+    change = case.changes[0]
+    return written(pair.model, case, change, case.values(change[0]))
+
+
+def prefilled_as(engine: Engine, skills: Skills, rule: PartReads | None) -> KVBuffer:
+    """A buffer with all of the tokens but the last; `rule`: what may read what, everything that stands before it when None."""
+    buffer = engine.new_buffer(len(skills.ids))
+    slots = tuple(range(skills.last))
+    engine.compute(buffer, Rows(skills.ids[:-1], slots, slots), logits=0, reads=rule)
+    return buffer
+
+
+def compiled(engine: Engine, skills: Skills, chunk: Span, preface: Sequence[int]) -> tuple[KVBuffer, Span]:
+    """A skill behind a preface, at the positions that it has in the context; and where it lies in that buffer.
+
+    The preface is no longer than the prefix: its last tokens are taken.
+    """
+    preface = tuple(preface)[-skills.prefix :]
+    ids = (*preface, *skills.ids[chunk.start : chunk.stop])
+    first = chunk.start - len(preface)
+    buffer = engine.new_buffer(len(ids))
+    rows = Rows(ids, tuple(range(len(ids))), tuple(range(first, first + len(ids))))
+    engine.compute(buffer, rows, logits=0)
+    return buffer, Span(len(preface), len(ids))
+
+
+def repaired_rows(skills: Skills, chosen: Sequence[Sequence[int]]) -> Rows:
+    """Some tokens of each chunk, and all that follows the chunks: computed again, they read everything before them."""
+    slots = tuple(sorted({*chain.from_iterable(chosen), *range(skills.tail, len(skills.ids))}))
+    return Rows(tuple(skills.ids[slot] for slot in slots), slots, slots)

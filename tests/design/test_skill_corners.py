@@ -1,0 +1,187 @@
+"""What a second reader's hostile programs found of skills with fields, each with its test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from oracle import dense_mask, masked_forward, tokens_of
+
+from conftest import tiny, with_beginning
+from programmable_kv import Field, Notebook, Skill, SkillStore
+from programmable_kv.cache.span import Span
+from programmable_kv.errors import (
+    CorruptFileError,
+    InvalidArgumentError,
+    InvalidEditError,
+    InvalidValueError,
+    UnknownFieldError,
+    UnknownPartError,
+)
+from programmable_kv.states import TokenState
+from reference import assert_rows_equal
+
+ZONE = "the zone is {zone}.\nfor zone two ask.\nof two none.\n"
+
+
+def block(value: str) -> Any:
+    return Field(value, kind="block")
+
+
+def compiled(model: Any, text: str, **fields: Any) -> Skill:
+    return Skill.compile(model, text, name="s", visibility="design", **fields)
+
+
+def prefilled(model: Any, text: str, **fields: Any) -> Notebook:
+    notebook = Notebook(model, visibility="design")
+    notebook.message("system", text, **fields).message("user", "refund?").prefill()
+    return notebook
+
+
+def assert_all_exact(notebook: Notebook, **words: list[str]) -> None:
+    assert set(notebook.states) == {TokenState.EXACT}
+    known = {name: words.get(name, [name]) for name in notebook.fields}
+    mask = dense_mask(tokens_of(notebook, known))
+    layers, _ = masked_forward(notebook.model.engine.model, notebook.ids, notebook.cache.positions.tolist(), mask)
+    assert_rows_equal(notebook.cache, layers, range(len(notebook)), atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["policy.\nnotes: {notes}", "{notes}\npolicy notes.\n", "{notes}\nnotes.\n{notes}"])
+def test_a_skill_that_begins_or_ends_with_an_empty_value_stays_whole(text: str) -> None:
+    model = tiny()
+    skill = compiled(model, text, notes=block(""))
+    notebook = prefilled(model, "be polite.\n{s}reply only.\n", s=skill)
+    notebook.move("s", to=0)
+    notebook.edit(notes="- a")
+    assert notebook.part("s").text == text.format(notes="- a")
+    assert notebook.rendered_text.startswith(text.format(notes="- a"))
+    assert_all_exact(notebook)
+    notebook.edit(notes="")
+    notebook.splice(Skill.compile(model, "hello.\n", name="t"), at=notebook.part("s"))
+    assert [part.name for part in notebook.parts if part.name] == ["t", "s"]
+    notebook.replace("s", compiled(model, text, notes=block("")))
+    assert_all_exact(notebook)
+    notebook.cut("s")
+    assert notebook.fields == {}
+    assert [part.name for part in notebook.parts if part.name] == ["t"]
+    assert_all_exact(notebook)
+
+
+def test_a_skill_without_tokens_is_not_doubled() -> None:
+    model = tiny()
+    notebook = prefilled(model, "be polite.\n{s}reply only.\n", s=compiled(model, "{notes}", notes=block("- a")))
+    notebook.edit(notes="")
+    for operation in (lambda: notebook.cut("s"), lambda: notebook.move("s", to=0)):
+        with pytest.raises(UnknownPartError, match="no tokens now"):
+            operation()
+    notebook.edit(notes="- b")
+    assert notebook.rendered_text.count("- b") == 1
+    notebook.cut("s")
+    assert_all_exact(notebook)
+
+
+@pytest.mark.parametrize(
+    "change", [{"piece": 7}, {"piece": 0}, {"kind": "turn"}, {"special": True}, {"corrects": (("zone", "x"),)}], ids=str
+)
+@pytest.mark.parametrize("which", [0, 1])
+def test_pieces_that_are_none_are_refused(tmp_path: Path, change: dict[str, Any], which: int) -> None:
+    model = tiny()
+    store = SkillStore(tmp_path)
+    store.compile(model, ZONE, name="s", visibility="design", zone="one")
+    (entry,) = store.entries()
+    entry.check(model, "here")
+    pieces = tuple(
+        piece.model_copy(update=change) if number == which else piece for number, piece in enumerate(entry.pieces)
+    )
+    with pytest.raises(CorruptFileError, match="piece"):
+        entry.model_copy(update={"pieces": pieces}).check(model, "here")
+
+
+def test_a_rollback_and_a_cut_take_back_the_words_that_a_skill_brought() -> None:
+    model = tiny()
+    skill = Skill.compile(model, ZONE, name="s", visibility="design", mentions={"zone": ["two"]}, zone="one")
+    notebook = prefilled(model, "the zone is {zone}.\nof two none.\n", zone="one")
+    before = notebook.states, notebook.readers("zone")
+    mark = notebook.mark()
+    notebook.splice(skill, at=0)
+    assert any("of two" in reader.text for reader in notebook.readers("zone"))
+    assert_all_exact(notebook, zone=["zone", "two"])
+    notebook.rollback(mark)
+    assert (notebook.states, notebook.readers("zone")) == before
+    notebook.splice(skill, at=0)
+    notebook.cut("s")
+    assert notebook.readers("zone") == before[1]
+    assert_all_exact(notebook)
+
+
+def test_a_skill_that_cannot_be_computed_here_stays_stale_and_blocks_nothing() -> None:
+    """Behind a beginning token its numbers depend on tokens that do not stand before it here."""
+    model = with_beginning(tiny())
+    skill = compiled(model, ZONE, zone="one")
+    notebook = prefilled(model, "be polite. {status}\n{s}reply only.\n", s=skill, status="x")
+    assert set(notebook.states) == {TokenState.EXACT}
+    notebook.mentions("zone", "two")
+    assert TokenState.STALE in notebook.states
+    account = notebook.edit(status="yy")
+    assert "'s' stays stale" in account.why
+    assert account.exactness is TokenState.STALE
+    notebook.recompute()
+    part = notebook.part("s").span
+    assert {state for slot, state in enumerate(notebook.states) if slot not in part.range} <= {
+        TokenState.EXACT, TokenState.AFTER_EDIT,
+    }  # fmt: skip
+    with pytest.raises(InvalidEditError, match="cut it, edit, and splice"):
+        notebook.edit(zone="two")
+    words = {"zone": ["two"]}
+    notebook.replace("s", Skill.compile(model, ZONE, name="s", visibility="design", mentions=words, zone="one"))
+    assert set(notebook.states) == {TokenState.EXACT}
+
+
+def test_a_saved_notebook_of_an_earlier_scheme_is_refused(tmp_path: Path) -> None:
+    model = tiny()
+    prefilled(model, "be polite. {status}\n", status="x").save(tmp_path)
+    from programmable_kv.storage.notebooks import MANIFEST, NotebookManifest
+
+    path = tmp_path / MANIFEST
+    manifest = NotebookManifest.read(path.read_bytes(), "here")
+    assert manifest.build is not None
+    old = manifest.model_copy(update={"build": manifest.build.model_copy(update={"scheme": 1})})
+    path.write_bytes(old.sealed())
+    with pytest.raises(CorruptFileError, match="earlier version"):
+        Notebook.load(tmp_path, model)
+
+
+@pytest.mark.parametrize("mentions", [{"zone": "two"}, {"zone": 5}, ["zone"]])
+def test_mentions_of_another_shape_are_refused(mentions: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="a mapping, field -> list of words"):
+        Skill.compile(tiny(), ZONE, visibility="design", mentions=mentions, zone="one")
+
+
+def test_words_that_lead_to_no_field_and_texts_without_tokens_are_refused() -> None:
+    with pytest.raises(UnknownFieldError, match="no field of this skill"):
+        Skill.compile(tiny(), "plain.\n", visibility="design", mentions={"a": ["b"], "b": ["a"]})
+    with pytest.raises(InvalidValueError, match="no tokens"):
+        compiled(tiny(), "{notes}", notes=block(""))
+
+
+def test_readers_of_an_empty_value_are_listed() -> None:
+    notebook = prefilled(tiny(), "notes: {notes}\nsee the notes.\n", notes=block(""))
+    listed = {slot for reader in notebook.readers("notes") for slot in reader.span.range}
+    computed = {slot for one in notebook.plan.edit(notes="- a").compute for slot in one.span.range}
+    assert len(listed) == len(computed) - len(notebook.model.tokenizer.encode("- a", add_special_tokens=False))
+    assert any("see the notes" in reader.text for reader in notebook.readers("notes"))
+
+
+def test_a_skill_whose_first_line_is_cut_is_one_part_still() -> None:
+    model = tiny()
+    skill = compiled(model, "policy.\nthe zone is {zone}.\nfor zone two ask.\n", zone="one")
+    notebook = prefilled(model, "be.\n{s}reply.\n", s=skill)
+    part, first = notebook.part("s"), skill.pieces[0]
+    tokens = next(token for token, (start, _) in enumerate(first.offsets.tolist()) if start >= len("policy.\n"))
+    notebook.cut(Span(part.span.start, part.span.start + tokens))
+    assert notebook.part("s").text == "the zone is one.\nfor zone two ask.\n"
+    notebook.edit(zone="two")
+    assert_all_exact(notebook)
+    notebook.cut("s")
+    assert_all_exact(notebook)
