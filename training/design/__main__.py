@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from programmable_kv.models.fetch import adapter_folder, base_folder
     from training.design.loop import Settings, run
-    from training.design.model import CONFIG, new_adapter
+    from training.design.model import new_adapter
 
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = torch.device(device).type == "cuda"
@@ -42,9 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         base = given.base or base_folder()
         adapter = given.adapter or adapter_folder()
         if given.rank is not None:
-            adapter = given.out / "start"
-            if not (adapter / CONFIG).exists():
-                new_adapter(base, given.rank, adapter)
+            adapter = new_adapter(base, given.rank, given.out / "start", recipe.seed)
         settings = Settings(
             base=base,
             adapter=adapter,

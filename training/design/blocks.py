@@ -34,12 +34,13 @@ def write(blocks: Blocks, encoding: Encoding, family: str, *, alone: bool) -> To
     """The blocks each alone, or all in one causal piece."""
     writer, chat = Writer(), encoding.chat
     plain = PLAIN if alone else TURNS
-    writer.add(encoding.ids(chat.first + blocks.opening), plain)
+    writer.add(encoding.ids(chat.first + (chat.last(blocks.opening) if blocks.found else blocks.opening)), plain)
     first, *others = blocks.asked
     if blocks.found:
         writer.add(encoding.ids(chat.closes["system"]), plain)
         writer.add(encoding.ids(chat.opens["user"] + blocks.found), TURNS)
-    for piece in blocks.pieces:
+    pieces = blocks.pieces if blocks.found else (*blocks.pieces[:-1], chat.last(blocks.pieces[-1]))
+    for piece in pieces:
         writer.add(encoding.ids(piece), writer.new_part() if alone else TURNS)
     if blocks.found:
         writer.add(encoding.ids(first[0] + chat.closes["user"] + chat.opens["assistant"]), TURNS)

@@ -32,12 +32,15 @@ class ChatFormat:
     """role -> behind it"""
     answer_ends: str
     """how much of what stands behind an answer the model says itself"""
+    trims: bool = False
+    """the template takes white space off the ends of a text"""
 
     @classmethod
     def of(cls, tokenizer: Any) -> ChatFormat:
         """
         Raises:
-            TrainingError: the tokenizer has no chat template, or one that takes no system message, user or answer on its own.
+            TrainingError: the tokenizer has no chat template, or one that takes no system message, user or answer on its own,
+                or that asks for an answer otherwise than it writes answers.
         """
         if not getattr(tokenizer, "chat_template", None):
             raise TrainingError(
@@ -51,19 +54,27 @@ class ChatFormat:
                 opens["system"] = _before(tokenizer, "system")
             except TemplateError:  # then an erratum is a user message, as in a notebook
                 opens["system"] = opens["user"]
+            spaced = message_alone(tokenizer, Message("user", Text(f"{_SAID[0]}\n")), {}).text
+            asked = opened(tokenizer, [("system", _SAID[0]), ("user", _SAID[1])], inside=True)
         except TemplateError as error:
             raise TrainingError(f"the recipe cannot write this model's chats: {error}") from error
+        _check_question(tokenizer, asked + closes["user"] + opens["assistant"])
         behind = closes["assistant"]
         special = [behind.index(token) + len(token) for token in tokenizer.all_special_tokens if token in behind]
-        return cls(first, opens, closes, behind[: min(special, default=len(behind))])
+        trims = f"{_SAID[0]}\n{closes['user']}" not in spaced and f"{_SAID[0]}{closes['user']}" in spaced
+        return cls(first, opens, closes, behind[: min(special, default=len(behind))], trims)
 
     def message(self, role: str, text: str) -> str:
         """A later message."""
-        return self.opens[role] + text + self.closes[role]
+        return self.opens[role] + (text.strip() if self.trims else text) + self.closes[role]
 
     def system(self, text: str) -> str:
         """The system message that begins a conversation."""
-        return self.first + text + self.closes["system"]
+        return self.first + (text.strip() if self.trims else text) + self.closes["system"]
+
+    def last(self, text: str) -> str:
+        """The last text before a message is closed."""
+        return text.rstrip() if self.trims else text
 
     @property
     def between(self) -> str:
@@ -91,6 +102,20 @@ CHATML = ChatFormat(
     "<|im_end|>",
 )
 """the format of the embedded model"""
+
+
+def _check_question(tokenizer: Any, written: str) -> None:
+    """
+    Raises:
+        TrainingError: this is not how the template asks for an answer.
+    """
+    messages = [{"role": "system", "content": _SAID[0]}, {"role": "user", "content": _SAID[1]}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if rendered != written:
+        raise TrainingError(
+            f"the recipe cannot write this model's chats: its template asks for an answer with {rendered[-60:]!r}, and writes "
+            f"earlier answers behind {written[-60:]!r}"
+        )
 
 
 def _before(tokenizer: Any, role: str) -> str:

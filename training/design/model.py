@@ -15,12 +15,25 @@ from programmable_kv.errors import TrainingError
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def new_adapter(base: Path, rank: int, out: Path) -> Path:
-    """An adapter that changes nothing yet, of every linear layer but the last, for any causal language model. Returns `out`."""
+def new_adapter(base: Path, rank: int, out: Path, seed: int) -> Path:
+    """An adapter that changes nothing yet, of every linear layer but the last, for any causal language model. Returns `out`.
+
+    One of that rank that is there already is left as it is.
+
+    Raises:
+        TrainingError: there is one of another rank, or the model cannot be trained so.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    if (out / CONFIG).exists():
+        found = json.loads((out / CONFIG).read_text(encoding="utf-8"))["r"]
+        if found != rank:
+            raise TrainingError(f"{out} begins an adapter of rank {found}, and --rank is {rank}: choose another --out")
+        return out
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    require_full_reach(model)
+    torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(model, config, autocast_adapter_dtype=False).save_pretrained(out)
     return out
@@ -51,7 +64,8 @@ def load(base: Path, adapter: Path, device: torch.device) -> tuple[Any, Any]:
     kept = {key: found[key] for key in ("r", "lora_alpha", "target_modules", "task_type")}
     model = get_peft_model(model, LoraConfig(**kept), autocast_adapter_dtype=False)
     outcome = set_peft_model_state_dict(model, load_file(adapter / WEIGHTS))
-    assert not outcome.unexpected_keys, outcome.unexpected_keys[:3]
+    if outcome.unexpected_keys:
+        raise TrainingError(f"{adapter} is no adapter of the model in {base}: it has {outcome.unexpected_keys[0]}")
     return model.to(device).train(), AutoTokenizer.from_pretrained(base)
 
 
