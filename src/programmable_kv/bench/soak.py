@@ -15,7 +15,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,7 @@ def run(
     per_second: float = 20.0,
     kills: int = 5,
     rebase_after: int = 12,
+    observe_mib: int = 8,
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
@@ -54,11 +55,13 @@ def run(
         per_second: requests of all clients together.
         kills: how often the gateway is killed (SIGKILL) and started again on the same port, spread over the time.
         rebase_after: lines of a conversation after which its prefix is renewed in the background.
+        observe_mib: how much text of earlier requests the gateway keeps. Little, so that it is full early in the run, and memory
+            that grows on is a leak.
     """
     text = " ".join(documents("held_out"))[:_HEAD]
     recorder = Recorder(
         path,
-        name="soak",
+        name=path.stem,
         version=1,
         title="A gateway under load for a long time",
         command=command,
@@ -68,13 +71,15 @@ def run(
         seeds=[0],
         settings={
             "minutes": minutes, "stretches": stretches, "clients": clients, "per_second": per_second, "kills": kills,
-            "rebase_after": rebase_after, "mode": MODE, "turns": _TURNS,
+            "rebase_after": rebase_after, "observe_mib": observe_mib, "mode": MODE, "turns": _TURNS,
         },
     )  # fmt: skip
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         upstream = stack.enter_context(peer_of("programmable_kv.bench.remembering_upstream", folder / "upstream.log"))
-        served = _Served(upstream.port, folder, rebase_after)
+        served = _Served(
+            upstream.port, folder, ["--rebase-after", str(rebase_after), "--observe-mib", str(observe_mib)]
+        )
         stack.callback(served.stop)
         stopped = threading.Event()
         stack.callback(stopped.set)
@@ -104,9 +109,9 @@ def run(
 class _Served:
     """A gateway that can be killed; the next one takes over its port and its state."""
 
-    def __init__(self, upstream_port: int, folder: Path, rebase_after: int) -> None:
-        self._upstream_port, self._folder = upstream_port, folder
-        self._more = ["--rebase-after", str(rebase_after)]
+    def __init__(self, upstream_port: int, folder: Path, more: Sequence[str]) -> None:
+        """`more`: options of `pkv serve`."""
+        self._upstream_port, self._folder, self._more = upstream_port, folder, more
         self._stack = ExitStack()
         self.peer = self._started(None)
 

@@ -206,6 +206,7 @@ def bench_soak(
     per_second: Annotated[float, typer.Option(min=0.1, help="requests of all clients together")] = 20.0,
     kills: Annotated[int, typer.Option(min=0, help="how often the gateway is killed and started again")] = 5,
     rebase_after: Annotated[int, typer.Option(min=1, help="lines after which a prefix is renewed")] = 12,
+    observe_mib: Annotated[int, typer.Option(min=1, help="text of earlier requests that the gateway keeps")] = 8,
     out_path: OutOption = None,
 ) -> None:
     """A gateway under load for a long time, killed now and then: hit rate, latency, memory, lost values (no model)."""
@@ -218,7 +219,7 @@ def bench_soak(
     with progress("Stretches", stretches) as report:
         record = run(
             path, minutes=minutes, stretches=stretches, clients=clients, per_second=per_second, kills=kills,
-            rebase_after=rebase_after, report=report, command=command(),
+            rebase_after=rebase_after, observe_mib=observe_mib, report=report, command=command(),
         )  # fmt: skip
     print_summary(record)
 
