@@ -55,8 +55,8 @@ def run(
         per_second: requests of all clients together.
         kills: how often the gateway is killed (SIGKILL) and started again on the same port, spread over the time.
         rebase_after: lines of a conversation after which its prefix is renewed in the background.
-        observe_mib: how much text of earlier requests the gateway keeps. Little, so that it is full early in the run, and memory
-            that grows on is a leak.
+        observe_mib: how much text of earlier requests the gateway keeps. Little, so that it is full early in the run, and
+            memory that grows on is a leak.
     """
     text = " ".join(documents("held_out"))[:_HEAD]
     recorder = Recorder(
