@@ -11,7 +11,17 @@ import torch
 from programmable_kv import Mode, Notebook
 from programmable_kv.bench.overhead import ForwardTime, conversation, few_times, model_for, operations, run
 
-NOT_ON_A_LIVE_CONTEXT = {"from_messages", "message", "text", "field", "skill", "prefill", "rendered", "mentions"}
+NOT_ON_A_LIVE_CONTEXT = {
+    "from_messages",
+    "message",
+    "text",
+    "field",
+    "skill",
+    "prefill",
+    "rendered",
+    "mentions",
+    "readable",
+}
 COPIES_OR_FILES = {"suggest_readers", "fork", "save", "load", "release"}
 """their cost is the cache's bytes"""
 
