@@ -79,6 +79,8 @@ BARS = [
     ("design-training", "perplexity_ratio.after", AT_MOST, 1.1),
     ("agent-design", "design.agreement.value", AT_LEAST, 0.97),
     ("edit-ttft-embedded-design", "at_4096.design_over_erratum_tokens", AT_MOST, 3),
+    ("edit-ttft", "at_4096.design_over_causal_prefill", AT_MOST, 1.1),
+    ("edit-ttft", "at_4096.suffix_over_full", AT_MOST, 1),
 ]
 SHORT = [
     ("adapter-held-out", "direct.value", AT_LEAST, 0.97),
@@ -90,6 +92,8 @@ SHORT = [
     ("edit-ttft", "at_4096.clone_over_field_erratum", AT_LEAST, 3),
     ("edit-ttft", "at_4096.full_over_field_erratum", AT_LEAST, 60),
     ("edit-ttft", "growth_1k_to_8k", AT_MOST, 2),
+    ("edit-ttft", "at_4096.full_over_readers", AT_LEAST, 40),
+    ("edit-ttft", "at_2048.suffix_over_full", AT_MOST, 1),
     ("splice-ttft-gemma-3-270m", "at_16128.put_over_copy", AT_MOST, 2),
     ("splice-ttft-gemma-3-270m", "at_16128.join_over_put", AT_LEAST, 5),
     ("compose-embedded", "fact.system_512.seam_4.agreement.value", AT_LEAST, 0.97),
