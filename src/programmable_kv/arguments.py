@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from typing import Any
+from enum import StrEnum
+from typing import Any, TypeVar
 
 from programmable_kv.errors import InvalidArgumentError, UnknownFieldError
+
+Choice = TypeVar("Choice", bound=StrEnum)
 
 
 def require(value: object, kinds: type | tuple[type, ...], what: str) -> None:
@@ -48,6 +51,21 @@ def require_number(
         bounds = [("at least", least), ("above", above), ("at most", most)]
         expected = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
         raise InvalidArgumentError(f"{what} is a finite number{expected and ' '}{expected}; got {_shown(value)}")
+
+
+def choice_of(kind: type[Choice], given: str, what: str) -> Choice:
+    """The member of an enum that was given, or named.
+
+    Args:
+        what: the beginning of the message, as "turns is".
+
+    Raises:
+        InvalidArgumentError: there is no such member; the message lists them.
+    """
+    try:
+        return kind(given)
+    except ValueError:
+        raise InvalidArgumentError(f"{what} one of {', '.join(kind)}; got {given!r}") from None
 
 
 def require_fields(names: Iterable[str], known: Collection[str]) -> None:

@@ -118,6 +118,11 @@ def record_slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def record_on(stem: str, model: str) -> str:
+    """The name of a record that is of one model: that of a file without its folder and `.gguf`."""
+    return f"{stem}-{record_slug(Path(model).name.lower().removesuffix('.gguf'))}"
+
+
 def read_record(path: Path) -> Record:
     """
     Raises:

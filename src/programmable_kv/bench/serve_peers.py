@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _START_S = 120.0
+_STOP_S = 10.0
 _QUIET_S = 60.0
 VOLATILE = {"volatile": [{"name": "the time", "pattern": "^Now: (.*)$"}]}
 """what a gateway that rewrites is told: the clock of `serve_load`"""
@@ -81,7 +82,7 @@ def upstream(folder: Path) -> Iterator[Peer]:
 @contextmanager
 def peer_of(module: str, log: Path) -> Iterator[Peer]:
     """A module that serves on the port that it is given, ready for requests."""
-    port = _free_port()
+    port = free_port()
     with _process(["-m", module, str(port)], port, log) as peer:
         yield peer
 
@@ -97,7 +98,7 @@ def gateway(
         port: where it listens; a free port when None.
         more: further options of `pkv serve`.
     """
-    port = _free_port() if port is None else port
+    port = free_port() if port is None else port
     volatile = folder / "volatile.json"
     volatile.write_text(json.dumps(VOLATILE), encoding="utf-8")
     words = ["-m", "programmable_kv", "serve", "--upstream", f"http://127.0.0.1:{upstream_port}", "--port", str(port)]
@@ -119,15 +120,21 @@ def _process(words: list[str], port: int, log: Path) -> Iterator[Peer]:
             time.sleep(0.05)
         yield peer
     finally:
-        running.terminate()
-        try:
-            running.wait(10)
-        except subprocess.TimeoutExpired:
-            running.kill()
-            running.wait()
+        stop(running, _STOP_S)
 
 
-def _free_port() -> int:
+def stop(running: subprocess.Popen[bytes], patience_s: float) -> None:
+    """End a process: asked to, and after so many seconds made to."""
+    running.terminate()
+    try:
+        running.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        running.wait()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

@@ -11,7 +11,6 @@ import http.client
 import json
 import os
 import random
-import socket
 import statistics
 import subprocess
 import tempfile
@@ -22,7 +21,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from programmable_kv.bench.serve_peers import Peer, gateway
+from programmable_kv.bench.serve_peers import Peer, free_port, gateway, stop
 from programmable_kv.bench.vllm_cases import TOPICS, policy
 from programmable_kv.errors import ExperimentError
 from programmable_kv.models.load import load_model
@@ -36,6 +35,7 @@ TURNS = 4
 ANSWER_TOKENS = 8
 SEED = 5
 _START_S = 300.0
+_STOP_S = 60.0
 _COUNTERS = {"queries": "vllm:prefix_cache_queries_total", "hits": "vllm:prefix_cache_hits_total"}
 
 
@@ -203,9 +203,7 @@ def _vllm(python: str, folder: Path, scratch: Path) -> Iterator[Peer]:
     Raises:
         ExperimentError: it did not start.
     """
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = int(found.getsockname()[1])
+    port = free_port()
     line = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "served",
         "--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "8192", "--port", str(port),
@@ -228,12 +226,7 @@ def _vllm(python: str, folder: Path, scratch: Path) -> Iterator[Peer]:
             time.sleep(0.5)
         yield peer
     finally:
-        running.terminate()
-        try:
-            running.wait(60)
-        except subprocess.TimeoutExpired:
-            running.kill()
-            running.wait()
+        stop(running, _STOP_S)
 
 
 def _healthy(port: int) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.prompt.readers import declared_words
 
 Words = Mapping[str, tuple[str, ...]]
@@ -48,14 +47,3 @@ class Declared:
     def opens(self, skill: str) -> bool:
         """Whether text behind a skill reads it."""
         return self.read_by.get(skill) is ReadBy.ALL
-
-
-def parse_read_by(by: str | ReadBy) -> ReadBy:
-    """
-    Raises:
-        InvalidArgumentError: there is no such choice; the message lists them.
-    """
-    try:
-        return ReadBy(by)
-    except ValueError:
-        raise InvalidArgumentError(f"a part is read by one of {', '.join(ReadBy)}; got {by!r}") from None

@@ -25,7 +25,7 @@ from programmable_kv.lab.readers import KINDS, Case, cases
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.notebook import Notebook
-from programmable_kv.records import Record, Recorder, digest_of, record_slug, wilson
+from programmable_kv.records import Record, Recorder, digest_of, record_on, wilson
 from programmable_kv.skills.skill import Skill
 
 SEED = 97_000
@@ -88,7 +88,7 @@ def run(
 
 def record_name(model: Model) -> str:
     """The record's name: of each model its own."""
-    return f"by-design-{record_slug(Path(model.name).name.lower().removesuffix('.gguf'))}"
+    return record_on("by-design", model.name)
 
 
 def _key(one: Case | Piecewise) -> dict[str, Any]:

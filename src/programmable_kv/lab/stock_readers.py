@@ -15,7 +15,7 @@ from programmable_kv.lab import mentions, same_budget
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.suggesting import SHARE
-from programmable_kv.records import Record, Recorder, digest_of, record_slug, wilson
+from programmable_kv.records import Record, Recorder, digest_of, record_on, wilson
 from programmable_kv.scenarios.everyday import EVERYDAY, everyday
 from programmable_kv.scenarios.mentioned import Mentioned
 
@@ -25,7 +25,7 @@ ARMS = (*mentions.ARMS, str(Mode.SUFFIX), *same_budget.ARMS)
 
 def record_name(model: Model) -> str:
     """The name of the record on a model."""
-    return f"stock-readers-{record_slug(Path(model.name).name.lower().removesuffix('.gguf'))}"
+    return record_on("stock-readers", model.name)
 
 
 def cases(count: int) -> Iterator[tuple[int, Mentioned]]:

@@ -17,7 +17,7 @@ from programmable_kv.lab.mentions import written
 from programmable_kv.lab.stock_readers import SEED, cases
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.notebook import Notebook
-from programmable_kv.records import Record, Recorder, digest_of, record_slug, wilson
+from programmable_kv.records import Record, Recorder, digest_of, record_on, wilson
 from programmable_kv.scenarios.everyday import EVERYDAY
 from programmable_kv.scenarios.mentioned import Mentioned
 
@@ -26,7 +26,7 @@ ARMS = (str(Visibility.CAUSAL), str(ReadBy.MENTIONS), str(ReadBy.TURNS))
 
 def record_name(model: Model) -> str:
     """The name of the record on a model."""
-    return f"visibilities-{record_slug(Path(model.name).name.lower().removesuffix('.gguf'))}"
+    return record_on("visibilities", model.name)
 
 
 def run(

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from programmable_kv.account import Account
-from programmable_kv.arguments import require, require_fields
+from programmable_kv.arguments import choice_of, require, require_fields
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.span import Span
 from programmable_kv.design.build import Build
 from programmable_kv.design.closure import readers_by_design
-from programmable_kv.design.declared import Declared, ReadBy, parse_read_by
-from programmable_kv.design.visibility import Visibility, parse_visibility
+from programmable_kv.design.declared import Declared, ReadBy
+from programmable_kv.design.visibility import Visibility
 from programmable_kv.edits.apply import Applied, apply
 from programmable_kv.edits.modes import Mode
 from programmable_kv.edits.plan import Plan
@@ -98,7 +98,7 @@ class Notebook:
         self.model = model
         self.erratum_template = erratum_template
         self.ranking = ranking or AttentionInfluence()
-        self.visibility = parse_visibility(visibility)
+        self.visibility = choice_of(Visibility, visibility, "visibility is")
         """what a token may read of the text before it"""
         self.prompt = Prompt(
             model.tokenizer,
@@ -238,7 +238,7 @@ class Notebook:
             UnknownFieldError: there is no such field or skill.
             InvalidArgumentError: there is no such choice, or not for a skill; or this notebook reads causally.
         """
-        choice = parse_read_by(by)
+        choice = choice_of(ReadBy, by, "a part is read by")
         if self.visibility is not Visibility.DESIGN:
             raise InvalidArgumentError(
                 "in a causal notebook every token reads all text before it: build it with visibility='design' to say who reads "

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from programmable_kv.arguments import choice_of
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.prompt.context import Context
@@ -64,10 +65,7 @@ def parse_turns(turns: str | Turns) -> Turns:
     Raises:
         InvalidArgumentError: there is no such choice; the message lists them.
     """
-    try:
-        return Turns(turns)
-    except ValueError:
-        raise InvalidArgumentError(f"turns is one of {', '.join(Turns)}; got {turns!r}") from None
+    return choice_of(Turns, turns, "turns is")
 
 
 def check_words(words: Sequence[str]) -> None:

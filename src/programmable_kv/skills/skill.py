@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from programmable_kv.account import Account
+from programmable_kv.arguments import choice_of
 from programmable_kv.cache.masks import PartReads
 from programmable_kv.cache.rows import Rows
 from programmable_kv.cache.segment import Segment
@@ -22,7 +23,7 @@ from programmable_kv.cache.span import Span
 from programmable_kv.design.declared import Declared, Words
 from programmable_kv.design.parts import parts_of, reads_behind
 from programmable_kv.design.units import skill_units
-from programmable_kv.design.visibility import Visibility, parse_visibility
+from programmable_kv.design.visibility import Visibility
 from programmable_kv.errors import FingerprintMismatchError, InvalidArgumentError, InvalidValueError, UnknownFieldError
 from programmable_kv.models.load import Model
 from programmable_kv.prompt.chat import message_alone, opened
@@ -201,7 +202,7 @@ class Draft:
         mentions: Words | None = None,
     ) -> Draft:
         """Arguments and errors as `Skill.compile`."""
-        design = parse_visibility(visibility) is Visibility.DESIGN
+        design = choice_of(Visibility, visibility, "visibility is") is Visibility.DESIGN
         _check_no_option(text, fields, {
             "name": name, "role": role, "preface": preface or None, "visibility": visibility if design else None,
             "mentions": mentions,

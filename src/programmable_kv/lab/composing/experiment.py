@@ -14,7 +14,7 @@ from programmable_kv.lab.composing.horizon import SEED as HORIZON_SEED
 from programmable_kv.lab.composing.horizon import play
 from programmable_kv.lab.composing.suites.suite import Group, Suite
 from programmable_kv.models.load import Model
-from programmable_kv.records import Record, Recorder, bootstrap_mean, cluster_bootstrap, digest_of, record_slug, wilson
+from programmable_kv.records import Record, Recorder, bootstrap_mean, cluster_bootstrap, digest_of, record_on, wilson
 
 TURNS = 40
 """of each long conversation"""
@@ -89,7 +89,7 @@ def texts_of(groups: Iterable[Group]) -> Iterator[str]:
 
 def record_name(suite: Suite, model: Model) -> str:
     """The name of the record of a suite on a model."""
-    return f"{suite.stem}-{record_slug(Path(model.name).name.lower().removesuffix('.gguf'))}"
+    return record_on(suite.stem, model.name)
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:

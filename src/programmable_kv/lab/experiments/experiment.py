@@ -11,7 +11,7 @@ from programmable_kv.lab.experiments.cases import RANKING_SEED, SEED, Case, case
 from programmable_kv.lab.experiments.control import RANDOM_WEIGHTS
 from programmable_kv.lab.experiments.pair import Pair, pair_of
 from programmable_kv.models.load import Model
-from programmable_kv.records import Record, Recorder, digest_of, record_slug
+from programmable_kv.records import Record, Recorder, digest_of, record_on
 
 Row = dict[str, Any]
 Report = Callable[[int, int], None]
@@ -53,7 +53,7 @@ def record_name(experiment: Experiment, model: Model) -> str:
     """The embedded model's record has the experiment's name, any other's the model's too."""
     if model.name == "embedded":
         return experiment.name
-    return f"{experiment.name}-{record_slug(Path(model.name).name.lower().removesuffix('.gguf'))}"
+    return record_on(experiment.name, model.name)
 
 
 def run(
