@@ -56,7 +56,8 @@ def section(name: str, thing: Any, package: str = _PACKAGE) -> str:
     else:
         signed = f"class {name}" if thing.__init__ is object.__init__ else f"class {_signature(name, thing)}"
         parts += [f"```python\n{signed}\n```", _text(thing)]
-        if "__init__" in vars(thing) and not is_dataclass(thing):
+        own = [base for base in thing.__mro__ if base.__module__.startswith(package)]
+        if any("__init__" in vars(base) for base in own) and not is_dataclass(thing):
             parts.append(markdown(inspect.getdoc(thing.__init__) or ""))
         if is_dataclass(thing):
             parts.append(_attributes(thing, package))

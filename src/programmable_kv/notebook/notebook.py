@@ -12,268 +12,47 @@ notebook.decide(options=["cancel", "deny"])
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 from programmable_kv.account import Account
-from programmable_kv.arguments import choice_of, require, require_fields
-from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.arguments import require
 from programmable_kv.cache.span import Span
-from programmable_kv.design.build import Build
 from programmable_kv.design.closure import readers_by_design
-from programmable_kv.design.declared import Declared, ReadBy
-from programmable_kv.design.visibility import Visibility
 from programmable_kv.edits.apply import Applied, apply
 from programmable_kv.edits.modes import Mode
 from programmable_kv.edits.plan import Plan
-from programmable_kv.edits.ranking import AttentionInfluence, Ranking
 from programmable_kv.edits.seam import SeamRepair
 from programmable_kv.engine import Progress
-from programmable_kv.errors import AlreadyPrefilledError, InvalidArgumentError, NotPrefilledError, OutOfStepError
+from programmable_kv.errors import NotPrefilledError
 from programmable_kv.models.load import Model
 from programmable_kv.notebook import asking, prefilling, saving, streaming
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.plans import Plans
-from programmable_kv.notebook.requests import checked_options, checked_tools, declared, message_of
+from programmable_kv.notebook.requests import message_of
 from programmable_kv.notebook.sampling import Sampling, Watch
 from programmable_kv.notebook.state import NotebookMark, Part, State
 from programmable_kv.notebook.suggesting import SHARE, Suggestions, suggest
+from programmable_kv.notebook.writing import Written
 from programmable_kv.prompt.context import Context
 from programmable_kv.prompt.conversation import Conversation
-from programmable_kv.prompt.fields import TEXT, Value, edited
+from programmable_kv.prompt.fields import Value
 from programmable_kv.prompt.parts import Message, Rendered, Text
-from programmable_kv.prompt.prompt import Prompt
-from programmable_kv.prompt.readers import Reader, Turns, check_words, declared_words, parse_turns, readers_of
-from programmable_kv.prompt.template import ChatTemplate
+from programmable_kv.prompt.readers import Reader, Turns, declared_words, parse_turns, readers_of
 from programmable_kv.prompt.tokens import as_text
 from programmable_kv.prompt.turns import turn_slots
 from programmable_kv.prompt.units import Kind, tokenised
-from programmable_kv.prompt.values import check_template
-from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
-from programmable_kv.skills.skill import Skill, skills_among, types_in
-from programmable_kv.states import TokenState
+from programmable_kv.skills.skill import Skill
 from programmable_kv.storage.files import Blobs
 
 
-class Notebook:
+class Notebook(Written):
     """Text and fields, computed once, and then edited, asked, continued and composed in the cache.
 
     Build it from chat messages (`message`) or raw text (`text`, `field`), not both; `prefill` it once; then `edit`, `decide`,
     `generate`, `add`, `splice`, `cut`, in any order. Every operation returns or carries its `Account`, and `plan` shows what
     it would do. An operation that raises leaves the notebook unchanged.
     """
-
-    def __init__(
-        self,
-        model: Model,
-        *,
-        erratum_template: str = DEFAULT_TEMPLATE,
-        ranking: Ranking | None = None,
-        fold_system: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        visibility: str | Visibility = Visibility.CAUSAL,
-    ) -> None:
-        """
-        Args:
-            erratum_template: one line with `{name}` and `{value}`, by which an edit states a new value.
-            ranking: which later tokens a `selective` edit computes again; by attention when None.
-            fold_system: put a leading system message at the beginning of the first user turn if the chat template has no place
-                for one (Gemma, Mistral). Other templates are not affected.
-            tools: for the chat template, as OpenAI's API takes them.
-            template_kwargs: other variables of the chat template, such as `enable_thinking` or `date_string`. A text as
-                `strftime_now` is what the template's own clock answers.
-            visibility: `causal`: every token reads all text before it. `design`: a field is read by the lines that mention it
-                and by turns, a skill reads itself only; then edits and splices are exact, at the price of what read the change
-                (`docs/by-design.md`). It changes what the model computes, and so what it decides.
-
-        Raises:
-            InvalidArgumentError: that is no model, or no visibility.
-            InvalidValueError: the erratum template is not one; tools or variables are no plain data.
-        """
-        require(model, Model, "a notebook runs on a Model, as load_model and wrap_model make it")
-        check_template(erratum_template)
-        self.model = model
-        self.erratum_template = erratum_template
-        self.ranking = ranking or AttentionInfluence()
-        self.visibility = choice_of(Visibility, visibility, "visibility is")
-        """what a token may read of the text before it"""
-        self.prompt = Prompt(
-            model.tokenizer,
-            erratum_template,
-            ChatTemplate(
-                model.tokenizer,
-                checked_tools(tools, model.tokenizer),
-                checked_options(template_kwargs, model.tokenizer),
-                fold_system=fold_system,
-            ),
-        )
-        self._skills: dict[str, Skill] = {}
-        self._declared = Declared()
-        """by what words lines speak of a field, and who may read a part"""
-        self._state = State()
-        self._buffer: KVBuffer | None = None
-        self._stream_open = False
-        self._thoughts: list[list[int]] = []
-        self.last_account = Account()
-        """what the latest operation cost"""
-
-    # -- building ----------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_messages(
-        cls,
-        model: Model,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        fields: Mapping[str, Value | Skill] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> Self:
-        """A notebook from a request in the shape that chat clients send (OpenAI's). It is not prefilled yet.
-
-        `content` may be None or a list of text parts; `tool_calls`, `tool_call_id`, `name` and `reasoning_content` go to the
-        chat template.
-
-        Args:
-            fields: values or skills, as in `message`. `{name}` is a field in every content, in the tools' texts, and in strings
-                of `template_kwargs`: with `template_kwargs={"date_string": "{today}"}` the date that a template writes is the
-                field `today`.
-            tools, template_kwargs, options: as in `Notebook`.
-
-        Raises:
-            UnknownFieldError: a field has no placeholder anywhere.
-            InvalidValueError: a tool, a name or a value is not plain data; or a message is none, or has a special token that
-                this tokenizer cannot write as plain text.
-            FingerprintMismatchError: another model compiled a skill.
-        """
-        notebook = cls(model, tools=tools, template_kwargs=template_kwargs, **options)
-        prompt, given = notebook.prompt, fields or {}
-        asked = [message_of(each, model.tokenizer) for each in messages]
-        elsewhere = prompt.add_to_template(skills_among(given)[0])
-        here = declared(asked, elsewhere, given)
-        for message, own in zip(asked, here, strict=True):
-            notebook.message(message.role, message.content.template, **own)
-            prompt.messages = (*prompt.messages[:-1], replace(prompt.messages[-1], extra=message.extra))
-        return notebook
-
-    def message(self, role: str, content: str, /, **fields: Value | Skill) -> Self:
-        """Add a chat message. `{name}` in `content` is a field for every name given here or declared before.
-
-        A value is a string, number, boolean, date, time or None, which gives the field its type; or a `Field`, which says more
-        about it. Where a `Skill` is given instead, the compiled skill is spliced in at its placeholder.
-
-        Raises:
-            UnknownFieldError: a field given here has no placeholder in the content.
-            InvalidValueError: a name or value is not plain data, or the content has a special token that this tokenizer cannot
-                write as plain text.
-            FingerprintMismatchError: another model compiled the skill.
-            InvalidEditError: the notebook is made of raw text, a field was declared with another value, or a skill twice.
-            AlreadyPrefilledError: the context was computed already.
-        """
-        values, skills = self._given(fields)
-        inside = {name: skill.values for name, skill in skills.items()}
-        self.prompt.add_message(role, content, values, inside, types_in(skills.values()))
-        self._skills |= skills
-        return self
-
-    def text(self, content: str, /, **fields: Value | Skill) -> Self:
-        """Add raw text, as the model will read it. Placeholders and errors as in `message`."""
-        values, skills = self._given(fields)
-        inside = {name: skill.values for name, skill in skills.items()}
-        self.prompt.add_text(content, values, inside, types_in(skills.values()))
-        self._skills |= skills
-        return self
-
-    def field(self, name: str, value: Value) -> Self:
-        """Add a field's value as raw text, right after what was added before."""
-        return self.text("{" + name + "}", **{name: value})
-
-    def skill(self, skill: Skill) -> Self:
-        """Add a compiled skill as raw text, right after what was added before."""
-        return self.text("{" + skill.name + "}", **{skill.name: skill})
-
-    def mentions(self, name: str, /, *words: str) -> Self:
-        """Declare by what words the text speaks of a field. From then on an edit of it computes its readers again.
-
-        Readers are the lines that mention the field, and the open question; `readers` lists them. A line mentions it by its
-        name, or by one of `words`: another name, its values, or the group that its value is looked up in. (The line that looks
-        it up mentions the field, and so defines the group; the lines that mention the group read the field too.) To mark one
-        line, give words of that line. Without `words` its name is all that the text calls it by. Of a block (`Field.block`)
-        nothing need be declared for its lines: what a changed line is about counts by itself (`order` in "- order: shipped",
-        `call Ann` in "- [x] call Ann").
-
-        `name` may also be a word that was declared before: what is declared for a word counts for every field that declares the
-        word, directly or through others. A chain of groups is said link by link, `mentions("tier", "band")` and
-        `mentions("band", "desk")`, and the lines that mention `desk` read `tier`.
-
-        May be called before and after prefill; saved with the notebook. `suggest_readers` finds what is missing: a line that
-        reads the field and is not declared keeps what it noted.
-
-        Raises:
-            UnknownFieldError: there is no such field and no such word.
-            InvalidArgumentError: a word without a letter or digit.
-        """
-        if not any(name in said for said in self._declared.words.values()):
-            require_fields([name], self.fields)
-        check_words(words)
-        return self._declaring(self._declared.with_words({name: words}))
-
-    def readable(self, name: str, /, *, by: str | ReadBy) -> Self:
-        """Declare who may read a field's values, or a skill, under `visibility="design"`. Turns always may.
-
-        Args:
-            by: `mentions` (of a field, the lines that mention or hold it: the default), `all` (all text behind it, as in a
-                causal context: nothing is missed, and an edit computes all of it again), or `turns` (nobody but turns, which
-                is the default for a skill: an edit computes the value and the open question, and the model has to conclude
-                everything there).
-
-        May be called before and after prefill; saved with the notebook. What is to be read differently now counts as stale, and
-        the next edit or `recompute` builds it again.
-
-        Raises:
-            UnknownFieldError: there is no such field or skill.
-            InvalidArgumentError: there is no such choice, or not for a skill; or this notebook reads causally.
-        """
-        choice = choice_of(ReadBy, by, "a part is read by")
-        if self.visibility is not Visibility.DESIGN:
-            raise InvalidArgumentError(
-                "in a causal notebook every token reads all text before it: build it with visibility='design' to say who reads "
-                "what"
-            )
-        if name in self._skill_names():
-            if choice is ReadBy.MENTIONS:
-                raise InvalidArgumentError(f"a skill is read by all or by turns; {name!r} is a skill")
-        else:
-            require_fields([name], self.fields)
-        return self._declaring(replace(self._declared, read_by={**self._declared.read_by, name: choice}))
-
-    def _skill_names(self) -> set[str]:
-        spliced = (skill.name for skill in self._skills.values())
-        return {*spliced, *(unit.name for unit in self._state.context.units if unit.name)}
-
-    def _declaring(self, declared: Declared) -> Self:
-        if self._buffer is not None:
-            self._ready()
-        self._declared = declared
-        self._state = self._declared_in(self._state)
-        return self
-
-    def _declared_in(self, state: State) -> State:
-        """A state of this notebook with what is declared now: by design it says what was to be read."""
-        if isinstance(state.ledger, Build):
-            return replace(state, ledger=replace(state.ledger, declared=self._declared))
-        return state
-
-    def _given(self, fields: Mapping[str, Value | Skill]) -> tuple[dict[str, Value], dict[str, Skill]]:
-        self._require_not_prefilled()
-        values, skills = skills_among(fields)
-        for skill in skills.values():
-            skill.check_fits(self.model)
-        return values, skills
 
     def prefill(self, *, repair: SeamRepair | None = None, progress: Progress | None = None) -> Account:
         """Compute the whole context once; skills in it are spliced.
@@ -297,90 +76,12 @@ class Notebook:
         self._state, self._buffer, account = prefilling.prefill(self, repair, progress)
         return self._recorded(account)
 
-    def rendered(self) -> Rendered:
-        """The prompt as written, as the model will read it at prefill, with the characters of every field.
-
-        A notebook that was loaded has no prompt: of it, the text that is cached.
-        """
-        return self._state.context.rendered if self.prompt.empty else self.prompt.rendered()
-
     # -- reading -----------------------------------------------------------------------------------------------
-
-    @property
-    def cache(self) -> KVBuffer:
-        """The cache itself, a transformers `Cache`: `transformers_model.generate(ids, past_key_values=notebook.cache)`.
-
-        The notebook does not know what transformers appends to it by itself: wrap such calls in `mark` and `rollback`.
-        """
-        if self._buffer is None:
-            raise NotPrefilledError("the context has not been computed yet: call .prefill() first")
-        return self._buffer
 
     @property
     def plan(self) -> Plans:
         """What an operation would do: `print(notebook.plan.edit(order_status="shipped"))`."""
         return Plans(self)
-
-    @property
-    def ids(self) -> list[int]:
-        """The token ids in the cache, one for each slot."""
-        return self._state.context.ids
-
-    @property
-    def rendered_text(self) -> str:
-        """The text whose tokens are cached."""
-        return self._state.context.text
-
-    @property
-    def fields(self) -> dict[str, str]:
-        """Every field's current value, as text."""
-        if self._buffer is not None:
-            return self._state.context.shown
-        return {name: self.prompt.types.get(name, TEXT).shown(text) for name, text in self.prompt.fields.items()}
-
-    def _changed(self, values: Mapping[str, Value]) -> dict[str, Value]:
-        """Those of some new values that differ from the fields' current ones; those of unknown fields, too.
-
-        Raises:
-            InvalidValueError: a value is not of its field's type.
-        """
-        texts, _ = edited(values, self._state.context.types)
-        current = self._state.context.values
-        return {name: value for name, value in values.items() if current.get(name) != texts[name]}
-
-    def spans(self, name: str) -> list[Span]:
-        """The slots of every place of a field.
-
-        Raises:
-            UnknownFieldError: there is no such field.
-        """
-        _ = self.cache
-        require_fields([name], self._state.context.fields)
-        return list(self._state.context.spans(name))
-
-    @property
-    def states(self) -> list[TokenState]:
-        """The state of every cached token."""
-        _ = self.cache
-        return self._state.token_states()
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """The pieces of the context in order."""
-        _ = self.cache
-        return self._state.parts()
-
-    def part(self, name: str) -> Part:
-        """The skill of that name.
-
-        Raises:
-            UnknownPartError: there is none, or more than one: use `parts`.
-        """
-        span = self._state.skill_named(name)
-        return next(part for part in self.parts if part.span == span)
-
-    def __len__(self) -> int:
-        return len(self._state.context)
 
     def readers(self, name: str, *, turns: str = "open") -> tuple[Reader, ...]:
         """What `edit(..., mode="readers")` computes again besides the field itself: each piece of text, and why.
@@ -756,55 +457,3 @@ class Notebook:
         from programmable_kv.notebook.html import tokens_html
 
         return tokens_html(self)
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Several steps, all or none: if the block raises, the notebook is put back."""
-        state, buffer = self._ready(), self.cache
-        mark = buffer.mark()
-        try:
-            yield
-        except BaseException:
-            if buffer.holds(mark):  # or else the caller has rolled back further already
-                buffer.rollback(mark)
-                self._state = state
-            raise
-        if buffer.holds(mark):
-            buffer.release(mark)
-
-    def _recorded(self, account: Account) -> Account:
-        self.last_account = account
-        return account
-
-    def _unchanged(self, account: Account, operation: str) -> Account:
-        """The account of an operation that computes nothing of this context."""
-        return account.of(operation=operation, tokens_reused=len(self), exactness=self._state.weakest)
-
-    def _ready(self) -> State:
-        """The state, if an operation can start from it.
-
-        Raises:
-            NotPrefilledError: there is no cache yet.
-            OutOfStepError: a stream is open, or transformers appended to the cache by itself.
-        """
-        buffer = self.cache
-        if self._stream_open:
-            raise OutOfStepError(
-                "a stream from .generate() is still open, and holds tokens of its own in the cache. Finish or close it first."
-            )
-        if buffer.length != len(self._state.context):
-            raise OutOfStepError(
-                f"the cache holds {buffer.length} tokens and this notebook knows of {len(self._state.context)}: transformers "
-                "appended to .cache by itself. Roll back to a mark from before."
-            )
-        if buffer.foreign_from is not None and buffer.foreign_from < buffer.length:
-            raise OutOfStepError(
-                f"transformers wrote to .cache by itself from slot {buffer.foreign_from} on, in the place of tokens that this "
-                "notebook knows of. Roll back to a mark from before."
-            )
-        buffer.foreign_from = None  # what it wrote after the end is gone again
-        return self._state
-
-    def _require_not_prefilled(self) -> None:
-        if self._buffer is not None:
-            raise AlreadyPrefilledError("the context was prefilled already: use .add(role, content) to append to it")

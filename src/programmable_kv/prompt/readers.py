@@ -170,7 +170,11 @@ def _clipped(span: Span, within: Span) -> Span:
 
 
 def _line_of(text: str, characters: Span) -> Span:
-    """The line, or lines, with these characters, and the line break after them: notes are often left there."""
+    """The line, or lines, with these characters, and the line break after them: notes are often left there.
+
+    The whole line, also what stands before the field's name: an action named first ("cancel if status is pending") would keep its
+    old note.
+    """
     start = text.rfind("\n", 0, characters.start) + 1
     stop = text.find("\n", characters.stop)
     return Span(start, len(text) if stop < 0 else stop + 1)

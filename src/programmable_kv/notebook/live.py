@@ -1,0 +1,216 @@
+"""The state of a notebook, and what can be seen of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from programmable_kv.account import Account
+from programmable_kv.arguments import choice_of, require, require_fields
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.cache.span import Span
+from programmable_kv.design.declared import Declared
+from programmable_kv.design.visibility import Visibility
+from programmable_kv.edits.ranking import AttentionInfluence, Ranking
+from programmable_kv.errors import AlreadyPrefilledError, NotPrefilledError, OutOfStepError
+from programmable_kv.models.load import Model
+from programmable_kv.notebook.requests import checked_options, checked_tools
+from programmable_kv.notebook.state import Part, State
+from programmable_kv.prompt.fields import TEXT, Value, edited
+from programmable_kv.prompt.parts import Rendered
+from programmable_kv.prompt.prompt import Prompt
+from programmable_kv.prompt.template import ChatTemplate
+from programmable_kv.prompt.values import check_template
+from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
+from programmable_kv.skills.skill import Skill
+from programmable_kv.states import TokenState
+
+
+class Live:
+    """A context and its cache: text and fields, and their keys and values once they were computed."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        erratum_template: str = DEFAULT_TEMPLATE,
+        ranking: Ranking | None = None,
+        fold_system: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        visibility: str | Visibility = Visibility.CAUSAL,
+    ) -> None:
+        """
+        Args:
+            erratum_template: one line with `{name}` and `{value}`, by which an edit states a new value.
+            ranking: which later tokens a `selective` edit computes again; by attention when None.
+            fold_system: put a leading system message at the beginning of the first user turn if the chat template has no place
+                for one (Gemma, Mistral). Other templates are not affected.
+            tools: for the chat template, as OpenAI's API takes them.
+            template_kwargs: other variables of the chat template, such as `enable_thinking` or `date_string`. A text as
+                `strftime_now` is what the template's own clock answers.
+            visibility: `causal`: every token reads all text before it. `design`: a field is read by the lines that mention it
+                and by turns, a skill reads itself only; then edits and splices are exact, at the price of what read the change
+                (`docs/by-design.md`). It changes what the model computes, and so what it decides.
+
+        Raises:
+            InvalidArgumentError: that is no model, or no visibility.
+            InvalidValueError: the erratum template is not one; tools or variables are no plain data.
+        """
+        require(model, Model, "a notebook runs on a Model, as load_model and wrap_model make it")
+        check_template(erratum_template)
+        self.model = model
+        self.erratum_template = erratum_template
+        self.ranking = ranking or AttentionInfluence()
+        self.visibility = choice_of(Visibility, visibility, "visibility is")
+        """what a token may read of the text before it"""
+        self.prompt = Prompt(
+            model.tokenizer,
+            erratum_template,
+            ChatTemplate(
+                model.tokenizer,
+                checked_tools(tools, model.tokenizer),
+                checked_options(template_kwargs, model.tokenizer),
+                fold_system=fold_system,
+            ),
+        )
+        self._skills: dict[str, Skill] = {}
+        self._declared = Declared()
+        """by what words lines speak of a field, and who may read a part"""
+        self._state = State()
+        self._buffer: KVBuffer | None = None
+        self._stream_open = False
+        self._thoughts: list[list[int]] = []
+        self.last_account = Account()
+        """what the latest operation cost"""
+
+    @property
+    def cache(self) -> KVBuffer:
+        """The cache itself, a transformers `Cache`: `transformers_model.generate(ids, past_key_values=notebook.cache)`.
+
+        The notebook does not know what transformers appends to it by itself: wrap such calls in `mark` and `rollback`.
+        """
+        if self._buffer is None:
+            raise NotPrefilledError("the context has not been computed yet: call .prefill() first")
+        return self._buffer
+
+    @property
+    def ids(self) -> list[int]:
+        """The token ids in the cache, one for each slot."""
+        return self._state.context.ids
+
+    @property
+    def rendered_text(self) -> str:
+        """The text whose tokens are cached."""
+        return self._state.context.text
+
+    def rendered(self) -> Rendered:
+        """The prompt as written, as the model will read it at prefill, with the characters of every field.
+
+        A notebook that was loaded has no prompt: of it, the text that is cached.
+        """
+        return self._state.context.rendered if self.prompt.empty else self.prompt.rendered()
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """Every field's current value, as text."""
+        if self._buffer is not None:
+            return self._state.context.shown
+        return {name: self.prompt.types.get(name, TEXT).shown(text) for name, text in self.prompt.fields.items()}
+
+    def spans(self, name: str) -> list[Span]:
+        """The slots of every place of a field.
+
+        Raises:
+            UnknownFieldError: there is no such field.
+        """
+        _ = self.cache
+        require_fields([name], self._state.context.fields)
+        return list(self._state.context.spans(name))
+
+    @property
+    def states(self) -> list[TokenState]:
+        """The state of every cached token."""
+        _ = self.cache
+        return self._state.token_states()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The pieces of the context in order."""
+        _ = self.cache
+        return self._state.parts()
+
+    def part(self, name: str) -> Part:
+        """The skill of that name.
+
+        Raises:
+            UnknownPartError: there is none, or more than one: use `parts`.
+        """
+        span = self._state.skill_named(name)
+        return next(part for part in self.parts if part.span == span)
+
+    def __len__(self) -> int:
+        return len(self._state.context)
+
+    def _changed(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """Those of some new values that differ from the fields' current ones; those of unknown fields, too.
+
+        Raises:
+            InvalidValueError: a value is not of its field's type.
+        """
+        texts, _ = edited(values, self._state.context.types)
+        current = self._state.context.values
+        return {name: value for name, value in values.items() if current.get(name) != texts[name]}
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Several steps, all or none: if the block raises, the notebook is put back."""
+        state, buffer = self._ready(), self.cache
+        mark = buffer.mark()
+        try:
+            yield
+        except BaseException:
+            if buffer.holds(mark):  # or else the caller has rolled back further already
+                buffer.rollback(mark)
+                self._state = state
+            raise
+        if buffer.holds(mark):
+            buffer.release(mark)
+
+    def _recorded(self, account: Account) -> Account:
+        self.last_account = account
+        return account
+
+    def _unchanged(self, account: Account, operation: str) -> Account:
+        """The account of an operation that computes nothing of this context."""
+        return account.of(operation=operation, tokens_reused=len(self), exactness=self._state.weakest)
+
+    def _ready(self) -> State:
+        """The state, if an operation can start from it.
+
+        Raises:
+            NotPrefilledError: there is no cache yet.
+            OutOfStepError: a stream is open, or transformers appended to the cache by itself.
+        """
+        buffer = self.cache
+        if self._stream_open:
+            raise OutOfStepError(
+                "a stream from .generate() is still open, and holds tokens of its own in the cache. Finish or close it first."
+            )
+        if buffer.length != len(self._state.context):
+            raise OutOfStepError(
+                f"the cache holds {buffer.length} tokens and this notebook knows of {len(self._state.context)}: transformers "
+                "appended to .cache by itself. Roll back to a mark from before."
+            )
+        if buffer.foreign_from is not None and buffer.foreign_from < buffer.length:
+            raise OutOfStepError(
+                f"transformers wrote to .cache by itself from slot {buffer.foreign_from} on, in the place of tokens that this "
+                "notebook knows of. Roll back to a mark from before."
+            )
+        buffer.foreign_from = None  # what it wrote after the end is gone again
+        return self._state
+
+    def _require_not_prefilled(self) -> None:
+        if self._buffer is not None:
+            raise AlreadyPrefilledError("the context was prefilled already: use .add(role, content) to append to it")
