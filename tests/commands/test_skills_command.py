@@ -140,3 +140,17 @@ def test_these_commands_import_nothing_heavy_before_they_run() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("['programmable_kv.commands.skills'] ")
+
+
+def test_words_by_which_lines_speak_of_a_field(model: str, store: list[str], tmp_path: Path) -> None:
+    text = tmp_path / "tiers.md"
+    text.write_text("The tier is {tier}.\nFor gold, refund.\nBe brief.\n")
+    compiling = ["compile", str(text), "--field", "tier=gold", "--visibility", "design", "--model", model, *store]
+    pkv(*compiling, "--name", "plain")
+    pkv(*compiling, "--name", "declared", "--mentions", "tier=gold", "--mentions", "tier=silver")
+    kept = SkillStore(store[1])
+    shown = {name: kept.entry(name) for name in ("plain", "declared")}
+    assert shown["plain"].key != shown["declared"].key
+    assert [shown[name].mentions for name in shown] == [{}, {"tier": ("gold", "silver")}]
+    with pytest.raises(InvalidArgumentError, match="field=words"):
+        pkv(*compiling, "--mentions", "tier")

@@ -51,6 +51,10 @@ def skills_compile(
     visibility: Annotated[
         str, typer.Option(help="causal, or design: its fields are read by the lines that mention them only")
     ] = "causal",
+    mentions: Annotated[
+        list[str] | None,
+        typer.Option("--mentions", help="with design, field=words by which lines speak of the field; repeatable"),
+    ] = None,
     int8: Int8Option = False,
     model: ModelOption = "embedded",
     dtype: DtypeOption = "float32",
@@ -63,12 +67,15 @@ def skills_compile(
             "a skill is a message of its own, or stands inside of one: not both", param_hint="--inside"
         )
     content, before, values = read_text(text), _preface(preface, inside), pairs(field or [], "--field")
+    words = _words(mentions or [])
     from programmable_kv.models.load import load_model
     from programmable_kv.skills.store import SkillStore
 
     keep = SkillStore(store, int8=int8)
     loaded = load_model(model, dtype=dtype)
-    skill = keep.compile(loaded, content, values, name=name, role=role, preface=before, visibility=visibility)
+    skill = keep.compile(
+        loaded, content, values, name=name, role=role, preface=before, visibility=visibility, mentions=words
+    )
     _print_skills([skill], as_json)
 
 
@@ -113,6 +120,20 @@ def _named_paths(given: list[str]) -> dict[str, Path]:
             raise InvalidArgumentError(f"two texts are called {name!r}: give each a name of its own")
         found[name] = Path(path)
     return found
+
+
+def _words(given: list[str]) -> dict[str, tuple[str, ...]] | None:
+    """
+    Raises:
+        InvalidArgumentError: an argument is not field=words.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for item in given:
+        name, _, words = item.partition("=")
+        if not name or not words:
+            raise InvalidArgumentError(f"--mentions takes field=words, got {item!r}")
+        found[name] = (*found.get(name, ()), words)
+    return found or None
 
 
 def _preface(path: Path | None, inside: str | None) -> Preface:
