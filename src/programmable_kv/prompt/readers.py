@@ -172,8 +172,8 @@ def _clipped(span: Span, within: Span) -> Span:
 def _line_of(text: str, characters: Span) -> Span:
     """The line, or lines, with these characters, and the line break after them: notes are often left there.
 
-    The whole line, also what stands before the field's name: an action named first ("cancel if status is pending") would keep its
-    old note.
+    The whole line, also what stands before the field's name: where the action is named first ("cancel if status is
+    pending"), half a line leaves the old decision.
     """
     start = text.rfind("\n", 0, characters.start) + 1
     stop = text.find("\n", characters.stop)
