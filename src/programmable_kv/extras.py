@@ -21,6 +21,7 @@ EXTRA_OF = {
     "uvicorn": "serve",
     "httpx2": "serve",
     "prometheus_client": "serve",
+    "psycopg": "postgres",
 }
 """top-level module -> the extra that installs it"""
 _FOR_MODELS = ("torch", "transformers")

@@ -14,7 +14,8 @@ from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES
 from programmable_kv.serve.rewriting.rewriter import Rewriter, Rewriting
 from programmable_kv.serve.rewriting.rules import Rules, rules_of
 from programmable_kv.serve.rewriting.store import ConversationStore
-from programmable_kv.serve.state import State
+from programmable_kv.serve.states import open_state
+from serve import places
 
 RULES = "You are a shop's agent.\n" + "".join(
     f"- Rule {n}: say what holds, and nothing that was not asked.\n" for n in range(40)
@@ -35,7 +36,7 @@ class Peer:
     rebases: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.state = State(self.path, durable=False)
+        self.state = open_state(places.now.at(self.path), durable=False)
         self.store = ConversationStore(self.state, most=1000)
         told: Any = lambda *each: self.rebases.append(each)  # noqa: E731
         self.rewriter = Rewriter(

@@ -37,7 +37,11 @@ def serve(
         Path | None, typer.Option(help="which pieces of prompts may change, and modes of routes: a JSON file")
     ] = None,
     state: Annotated[
-        Path | None, typer.Option(help="the file in which the state is kept; in the user's data folder by default")
+        str | None,
+        typer.Option(
+            help="where the state is kept: a file, by default in the user's data folder; or postgresql://USER@HOST/DATABASE, "
+            "for several servers"
+        ),
     ] = None,
     api_keys_file: Annotated[
         Path | None, typer.Option(help="who may use the gateway: lines that `pkv serve-key` prints")
@@ -78,6 +82,7 @@ def serve(
     if not upstream:
         require_model_packages(". Or give --upstream: a gateway in front of a model server needs neither")
     from programmable_kv.serve.access import read_keys
+    from programmable_kv.serve.address import place_of
     from programmable_kv.serve.modes import GatewayMode
     from programmable_kv.serve.rewriting.rules import Rules, read_rules
     from programmable_kv.serve.run import run_gateway, run_local
@@ -98,15 +103,15 @@ def serve(
     if verbose:
         logging.getLogger("programmable_kv.serve").setLevel(logging.INFO)
     here = f"http://{host}:{port}"
+    kept = place_of(state) if state else default_state(f"{'gateway' if upstream else 'local'}-{port}")
     if not upstream:
-        settings = LocalSettings(host, port, limits, keys, max_notebooks, state or default_state(f"local-{port}"))
+        settings = LocalSettings(host, port, limits, keys, max_notebooks, kept)
         loaded = load(model)
         _say(f"{here}/v1 serves {loaded.name}; notebooks at {here}/v1/notebooks")
         run_local(loaded, settings)
         return
     secret = _secret(upstream_key_env) if upstream_key_env is not None else ""
     rules = read_rules(volatile) if volatile is not None else Rules()
-    kept = state or default_state(f"gateway-{port}")
     first, *others = upstream
     gateway = GatewaySettings(
         first, host, port, GatewayMode(mode), limits, keys, secret, rules, kept, cache_salt, tuple(others), rebase_after

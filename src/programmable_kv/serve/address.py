@@ -1,8 +1,9 @@
-"""The address of an upstream, and what follows from it."""
+"""The address of an upstream, and what follows from it; and that of a database."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from programmable_kv.errors import InvalidArgumentError
@@ -43,3 +44,29 @@ class Address:
     def plain(self) -> str:
         """The same for all ways to write the address."""
         return f"{urlsplit(self.url).scheme}://{self.host.decode().lower()}{self.base_path.decode()}"
+
+
+_DATABASES = ("postgresql://", "postgres://")
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseAddress:
+    """Where several servers keep one state. It may hold a password, and is never shown."""
+
+    url: str = field(repr=False)
+
+
+def place_of(text: str) -> Path | DatabaseAddress:
+    """Where a state is kept: a PostgreSQL database where the text is the URL of one, otherwise a file.
+
+    Raises:
+        InvalidArgumentError: it is the URL of something else.
+    """
+    if text.startswith(_DATABASES):
+        return DatabaseAddress(text)
+    scheme, mark, _ = text.partition("://")
+    if mark and scheme.isalnum():
+        raise InvalidArgumentError(
+            f"the state is kept in a file or in a database at postgresql://, and there is no {scheme}://"
+        )
+    return Path(text)

@@ -37,11 +37,9 @@ def key_of_request(tenant: str, headers: Headers, body: bytes, *, prompt: bool) 
 
 def key_of_rewriting(work: Rewriting) -> bytes | None:
     """The same from what a mode that rewrites read: values that may change are no part of it. None where it read nothing."""
-    if work.known is None:
-        return None
     if work.session:
         return _key("session", work.tenant, work.session)
-    return _key("conversation", work.tenant, work.known.keys[0])
+    return _key("conversation", work.tenant, work.beginning) if work.beginning else None
 
 
 def beginning(body: Mapping[str, Any]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -16,6 +18,7 @@ from starlette.routing import Route
 from programmable_kv.serve.access import Access
 from programmable_kv.serve.address import Address
 from programmable_kv.serve.admission import Admission
+from programmable_kv.serve.aside import Aside
 from programmable_kv.serve.fleet import Fleet
 from programmable_kv.serve.forward import Forwarder
 from programmable_kv.serve.metrics import Metrics
@@ -28,7 +31,8 @@ from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.routes import Dialect
 from programmable_kv.serve.salt import TenantSalt, secret_of
 from programmable_kv.serve.settings import GatewaySettings, Limits
-from programmable_kv.serve.state import State
+from programmable_kv.serve.state import StateUnavailableError
+from programmable_kv.serve.states import open_state
 from programmable_kv.serve.unrouted import no_such_route
 from programmable_kv.serve.upstream import HttpUpstream
 
@@ -40,7 +44,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
     """A gateway."""
     limits = settings.limits
     state = (
-        State(settings.state, durable=False) if settings.rewrites or settings.salts else None
+        open_state(settings.state, durable=False) if settings.rewrites or settings.salts else None
     )  # first: it may be refused
     access = Access(settings.keys, settings.upstream_key)
     metrics = Metrics()
@@ -53,6 +57,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
     metrics.watch("waiting", "requests that wait for a place", lambda: float(admission.waiting))
     fleet = Fleet([(address, _client(address, limits)) for address in settings.addresses], metrics)
     rewriter = None
+    aside = Aside(state)
     salt = TenantSalt(secret_of(state)) if state is not None and settings.salts else None
     if state is not None and settings.rewrites:
         store = ConversationStore(state, most=limits.conversations)
@@ -60,8 +65,8 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
             store, settings.rules, settings.mode, _subject(settings), metrics.tell_gain, metrics.tell_rebase,
             rebase_after=settings.rebase_after,
         )  # fmt: skip
-        metrics.watch("conversations", "conversations that are kept", lambda: float(len(store)))
-    forwarder = Forwarder(settings, fleet, access, admission, metrics, observer, rewriter, salt)
+        metrics.watch("conversations", "conversations that are kept", lambda: _counted(store))
+    forwarder = Forwarder(settings, fleet, access, admission, metrics, observer, rewriter, salt, aside)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -72,6 +77,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
             await fleet.close()
             if observer is not None:
                 observer.close()
+            await asyncio.to_thread(aside.close)
             if state is not None:
                 state.close()
 
@@ -124,6 +130,13 @@ def _health(fleet: Fleet) -> Response:
     upstreams = fleet.health()
     status = "ok" if all(each["reachable"] for each in upstreams) else "degraded"
     return Response(json.dumps({"status": status, "upstreams": upstreams}), media_type=_JSON)
+
+
+def _counted(store: ConversationStore) -> float:
+    try:
+        return float(len(store))
+    except StateUnavailableError:
+        return math.nan
 
 
 def _client(address: Address, limits: Limits) -> HttpUpstream:

@@ -17,6 +17,7 @@ from programmable_kv.serve.access import Access, Admitted, rates_of
 from programmable_kv.serve.address import Address
 from programmable_kv.serve.admission import Admission
 from programmable_kv.serve.affinity import key_of_request, key_of_rewriting
+from programmable_kv.serve.aside import Aside
 from programmable_kv.serve.capture import Capture
 from programmable_kv.serve.exchange import Exchange
 from programmable_kv.serve.fleet import Fleet, Sent
@@ -75,6 +76,7 @@ class Forwarder:
         observer: Observer | None,
         rewriter: Rewriter | None,
         salt: TenantSalt | None,
+        aside: Aside,
     ) -> None:
         self._limits = settings.limits
         self._mode = settings.mode
@@ -85,7 +87,8 @@ class Forwarder:
         self._metrics = metrics
         self._observer = observer
         self._rewriter = rewriter
-        self._warmer = Warmer(fleet, admission, rewriter) if rewriter is not None else None
+        self._aside = aside
+        self._warmer = Warmer(fleet, admission, rewriter, aside) if rewriter is not None else None
         self._salt = salt
         self._rates = Rates(settings.limits.per_minute, rates_of(settings.keys))
 
@@ -162,11 +165,11 @@ class Forwarder:
 
     async def _begun(self, rewriter: Rewriter, tenant: str, job: _Job, body: bytes) -> Rewriting:
         """What is done with a request. A fault there, or a full disk, is counted and harms no request."""
-        wanted = (tenant, job.route.label, job.headers, body)
+        begin = partial(rewriter.begin, tenant, job.route.label, job.headers, body)
         try:
-            if len(body) > _LONG_BODY:  # others are not kept waiting for a long one
-                return await asyncio.to_thread(rewriter.begin, *wanted)
-            return rewriter.begin(*wanted)
+            if len(body) > _LONG_BODY or self._aside.waits:  # others are not kept waiting
+                return await self._aside.run_long(begin, undo=rewriter.abandoned)
+            return begin()
         except Exception as error:
             _LOG.warning("a request could not be rewritten (%s)", type(error).__name__)
             return Rewriting(tenant, job.route.label, Plan(Action.FORWARDED, "a fault of the gateway's own"), body)
@@ -183,12 +186,20 @@ class Forwarder:
             with job.watch.waiting("upstream"):
                 job.sent = await self._fleet.send(job.key, build)
             answer = job.sent.answer
-            if work is None or self._rewriter is None or not _again(self._rewriter, work, answer.status):
+            if work is None or self._rewriter is None or not await self._again(self._rewriter, work, answer.status):
                 break
             await answer.close()
         if work is not None and self._rewriter is not None:
             self._metrics.actions.labels(job.route.label, work.plan.action).inc()
         return answer
+
+    async def _again(self, rewriter: Rewriter, work: Rewriting, status: int) -> bool:
+        """Whether the upstream refused what was rewritten, and there is another body to try. A fault there ends the trying."""
+        try:
+            return await self._aside.run(_refused, rewriter, work, status)
+        except Exception as error:
+            _LOG.warning("what the upstream takes could not be remembered (%s)", type(error).__name__)
+        return False
 
     async def _pass_on(self, job: _Job, answer: UpstreamAnswer, tenant: str, body: bytes) -> None:
         capture = Capture()
@@ -270,14 +281,10 @@ class Forwarder:
         # Otherwise the answer stays without its end: the server closes the connection, and the client sees that it was cut.
 
 
-def _again(rewriter: Rewriter, work: Rewriting, status: int) -> bool:
-    """Whether the upstream refused what was rewritten, and there is another body to try. A fault there ends the trying."""
-    try:
-        if rewriter.refused(work, status):
-            return True
-        rewriter.answered(work, status)
-    except Exception as error:
-        _LOG.warning("what the upstream takes could not be remembered (%s)", type(error).__name__)
+def _refused(rewriter: Rewriter, work: Rewriting, status: int) -> bool:
+    if rewriter.refused(work, status):
+        return True
+    rewriter.answered(work, status)
     return False
 
 

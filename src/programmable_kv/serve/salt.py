@@ -61,6 +61,8 @@ class TenantSalt:
 def secret_of(state: State) -> bytes:
     """The secret in a state, made where there is none."""
     with state.write() as run:
-        run.execute("INSERT OR IGNORE INTO secrets VALUES (?, ?)", (_SECRET, secrets.token_bytes(32)))
+        run.execute(
+            "INSERT INTO secrets VALUES (?, ?) ON CONFLICT (name) DO NOTHING", (_SECRET, secrets.token_bytes(32))
+        )
         [(found,)] = run.execute("SELECT value FROM secrets WHERE name = ?", (_SECRET,)).fetchall()
     return bytes(found)

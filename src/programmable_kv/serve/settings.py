@@ -8,7 +8,7 @@ from pathlib import Path
 from programmable_kv.arguments import require_count
 from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.serve.access import ApiKey, is_loopback
-from programmable_kv.serve.address import Address
+from programmable_kv.serve.address import Address, DatabaseAddress
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.rebase import LINES
 from programmable_kv.serve.rewriting.rules import Rules
@@ -77,8 +77,8 @@ class GatewaySettings:
     """sent to the upstream in the place of the client's credentials"""
     rules: Rules = field(default_factory=Rules)
     """which pieces of prompts may change, and modes of single routes"""
-    state: Path | None = None
-    """the file in which conversations are kept; None keeps them in memory"""
+    state: Path | DatabaseAddress | None = None
+    """the file or the database in which conversations are kept; None keeps them in memory"""
     salts: bool = False
     """whether each tenant's prompts get a `cache_salt` of its own, as vLLM takes it"""
     more_upstreams: tuple[str, ...] = ()
@@ -123,8 +123,8 @@ class LocalSettings:
     limits: Limits = Limits()
     keys: tuple[ApiKey, ...] = ()
     max_notebooks: int = 64
-    state: Path | None = None
-    """the file in which notebooks are kept; None keeps them in memory"""
+    state: Path | DatabaseAddress | None = None
+    """the file or the database in which notebooks are kept; None keeps them in memory"""
 
     def __post_init__(self) -> None:
         require_count(self.max_notebooks, "max_notebooks", least=1)

@@ -1,21 +1,28 @@
-"""What a server keeps on disk: one SQLite file, one writer."""
+"""What a server keeps: its schema, what it is asked through, and the state in one SQLite file, with one writer.
+
+The state of several servers is in `postgres.py`. A statement is written once for both: with `?` for values, `ON CONFLICT` in
+the place of `OR REPLACE`, and `epoch()` for the state's own clock.
+"""
 
 from __future__ import annotations
 
 import os
 import sqlite3
 import threading
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from programmable_kv.errors import InvalidArgumentError
+from programmable_kv.errors import InvalidArgumentError, StorageError
 
-_VERSION = 1
+VERSION = 1
 _SCHEMA = """
 CREATE TABLE conversations (
-    identity TEXT PRIMARY KEY, key TEXT NOT NULL, version INTEGER NOT NULL, document TEXT NOT NULL, used REAL NOT NULL
+    identity TEXT PRIMARY KEY, key TEXT NOT NULL, version BIGINT NOT NULL, document TEXT NOT NULL,
+    used DOUBLE PRECISION NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX conversations_by_key ON conversations (key);
 CREATE INDEX conversations_by_use ON conversations (used);
@@ -23,28 +30,96 @@ CREATE TABLE errata (
     conversation TEXT NOT NULL, number INTEGER NOT NULL, after INTEGER NOT NULL, form TEXT NOT NULL, line TEXT NOT NULL,
     PRIMARY KEY (conversation, number)
 ) WITHOUT ROWID;
-CREATE TRIGGER errata_are_never_changed BEFORE UPDATE ON errata BEGIN SELECT RAISE(ABORT, 'a line is never changed'); END;
-CREATE TABLE beginnings (key TEXT PRIMARY KEY, conversations INTEGER NOT NULL, used REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE beginnings (key TEXT PRIMARY KEY, conversations INTEGER NOT NULL, used DOUBLE PRECISION NOT NULL) WITHOUT ROWID;
 CREATE TABLE templates (
     owner TEXT NOT NULL, template TEXT NOT NULL, seen INTEGER NOT NULL, PRIMARY KEY (owner, template)
 ) WITHOUT ROWID;
 CREATE TABLE verdicts (
-    subject TEXT NOT NULL, about TEXT NOT NULL, verdict TEXT NOT NULL, until REAL, PRIMARY KEY (subject, about)
+    subject TEXT NOT NULL, about TEXT NOT NULL, verdict TEXT NOT NULL, until DOUBLE PRECISION, PRIMARY KEY (subject, about)
 ) WITHOUT ROWID;
 CREATE TABLE notebooks (
     identity TEXT PRIMARY KEY, tenant TEXT NOT NULL, version INTEGER NOT NULL, source TEXT NOT NULL, fields TEXT NOT NULL,
     number INTEGER NOT NULL
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS rebases (
-    conversation TEXT PRIMARY KEY, warmed TEXT NOT NULL, state TEXT NOT NULL, lines INTEGER NOT NULL
+CREATE TABLE IF NOT EXISTS renewals (
+    conversation TEXT PRIMARY KEY, warmed TEXT NOT NULL, state TEXT NOT NULL, lines INTEGER NOT NULL,
+    until DOUBLE PRECISION NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS sessions (session TEXT PRIMARY KEY, conversation TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE secrets (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE secrets (name TEXT PRIMARY KEY, value BYTEA NOT NULL) WITHOUT ROWID;
 """
 
 
-class State:
-    """A file of state. For several threads; one statement or transaction at a time."""
+_NEVER_CHANGED = """
+CREATE TRIGGER errata_are_never_changed BEFORE UPDATE ON errata BEGIN SELECT RAISE(ABORT, 'a line is never changed'); END;
+"""
+
+
+class StateUnavailableError(StorageError):
+    """The state cannot be reached now, or does not answer in time. Nothing of the operation was kept, or nobody was told."""
+
+
+class Outcome(Protocol):
+    """What a statement did."""
+
+    @property
+    def rowcount(self) -> int:
+        """Rows that it wrote."""
+        ...
+
+    def fetchall(self) -> list[tuple[Any, ...]]:
+        """Rows that it found."""
+        ...
+
+
+class Transaction(Protocol):
+    """Takes the statements of one transaction."""
+
+    def execute(self, statement: str, values: Sequence[Any] = (), /) -> Outcome: ...
+
+
+class State(ABC):
+    """What one server keeps, or several keep together. For several threads."""
+
+    remote: bool
+    """whether it is reached over a network, so that its calls may take long"""
+    alone: bool
+    """whether no other server uses it"""
+
+    @abstractmethod
+    def rows(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """The rows of a query. They are of one moment.
+
+        Raises:
+            StateUnavailableError: the state cannot be reached.
+        """
+
+    @abstractmethod
+    def write(self, *, locked: str = "") -> AbstractContextManager[Transaction]:
+        """One transaction: all of the block is kept, or nothing where it raises. When it ends, the process may die.
+
+        Args:
+            locked: a table that no other transaction writes meanwhile.
+
+        Raises:
+            StateUnavailableError: the state cannot be reached.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close it."""
+
+    def within(self, seconds: float) -> AbstractContextManager[None]:
+        """What this thread asks of a state over a network, inside the block, may take so long altogether."""
+        del seconds
+        return nullcontext()
+
+
+class FileState(State):
+    """A state in a file. One statement or transaction at a time."""
+
+    remote = False
+    alone = True
 
     def __init__(self, path: Path | None, *, durable: bool) -> None:
         """
@@ -72,52 +147,51 @@ class State:
             ) from error
 
     def rows(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """The rows of a query."""
+        """See `State.rows`."""
         with self._lock:
             return self._connection.execute(statement, values).fetchall()
 
     @contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: all of the block is kept, or nothing where it raises. When it ends, the process may die."""
+    def write(self, *, locked: str = "") -> Iterator[sqlite3.Connection]:
+        """See `State.write`. No transaction runs beside another one."""
         with self._lock:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
+                self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # a disk that is full may have ended it
+                    self._connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
 
     def close(self) -> None:
-        """Close the file."""
+        """See `State.close`."""
         with self._lock:
             self._connection.close()
 
     def _open(self, durable: bool) -> None:
+        self._connection.create_function("epoch", 0, time.time)
         run = self._connection.execute
         run("PRAGMA locking_mode = EXCLUSIVE")
         run("PRAGMA journal_mode = WAL")
         run(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         with self.write():
             [(version,)] = run("PRAGMA user_version").fetchall()
-            if version not in (0, _VERSION):
+            if version not in (0, VERSION):
                 raise sqlite3.DatabaseError(
-                    f"it has format {version}, and this version of the software reads {_VERSION}"
+                    f"it has format {version}, and this version of the software reads {VERSION}"
                 )
-            for statement in _statements():
-                if (
-                    version == 0 or "IF NOT EXISTS" in statement
-                ):  # added since that format; older software leaves it alone
-                    run(statement)
+            for statement in statements(new=version == 0):
+                run(statement)
+            run("DROP TABLE IF EXISTS rebases")  # what `renewals` was at first, without a time
             if version == 0:
-                run(f"PRAGMA user_version = {_VERSION}")
+                run(_NEVER_CHANGED)
+                run(f"PRAGMA user_version = {VERSION}")
 
 
-def _statements() -> Iterator[str]:
-    """The statements of the schema. One of them holds others."""
-    part = ""
-    for line in _SCHEMA.splitlines():
-        part += f"{line}\n"
-        if sqlite3.complete_statement(part):
-            yield part
-            part = ""
+def statements(*, new: bool) -> Iterator[str]:
+    """The statements of the schema: all of them, or what was added since the format got its number. Older software leaves that
+    alone."""
+    for statement in _SCHEMA.split(";\n"):
+        if statement.strip() and (new or "IF NOT EXISTS" in statement):
+            yield statement

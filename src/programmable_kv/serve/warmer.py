@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from programmable_kv.explain.pieces import Usage
 from programmable_kv.serve.address import Address
 from programmable_kv.serve.admission import Admission
+from programmable_kv.serve.aside import Aside
 from programmable_kv.serve.capture import Capture
 from programmable_kv.serve.fleet import Fleet
 from programmable_kv.serve.headers import value_of
@@ -26,8 +28,9 @@ class Warmer:
     A request takes a place like any other. It goes where the conversation's own requests go, with the same salt.
     """
 
-    def __init__(self, fleet: Fleet, admission: Admission, rewriter: Rewriter) -> None:
+    def __init__(self, fleet: Fleet, admission: Admission, rewriter: Rewriter, aside: Aside) -> None:
         self._fleet = fleet
+        self._aside = aside
         self._admission = admission
         self._rewriter = rewriter
         self._running: set[asyncio.Task[None]] = set()
@@ -39,19 +42,22 @@ class Warmer:
             key: of the conversation, for the fleet.
             build: makes the request for an upstream.
         """
-        task = asyncio.get_running_loop().create_task(self._warm(work, key, build))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self._begin(self._warm(work, key, build))
 
     def give_up(self, work: Rewriting) -> None:
         """The request that it followed was not answered: nothing is computed for it."""
-        self._ended(work, done=False, usage=None)
+        self._begin(self._ended(work, done=False, usage=None))
 
     async def close(self) -> None:
         """Stop what runs. What was not complete counts as failed."""
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
+
+    def _begin(self, doing: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(doing)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
 
     async def _warm(self, work: Rewriting, key: bytes, build: Callable[[Address], UpstreamRequest]) -> None:
         done, usage = False, None
@@ -64,7 +70,7 @@ class Warmer:
         except RefusedError as error:
             _LOG.warning("%s: a prefix could not be warmed (%s)", work.route, error.refusal.code)
         finally:
-            self._ended(work, done=done, usage=usage)
+            await self._ended(work, done=done, usage=usage)
 
     async def _computed(self, key: bytes, build: Callable[[Address], UpstreamRequest]) -> tuple[bool, Usage | None]:
         """Whether the conversation's own upstream computed it, and its count of tokens."""
@@ -78,9 +84,9 @@ class Warmer:
         encoding = (value_of(sent.answer.headers, b"content-encoding") or b"").decode("latin-1").strip().lower()
         return sent.answer.status in _SUCCESS and not sent.moved, capture.usage(encoding)
 
-    def _ended(self, work: Rewriting, *, done: bool, usage: Usage | None) -> None:
+    async def _ended(self, work: Rewriting, *, done: bool, usage: Usage | None) -> None:
         """Remember it. A fault there (a full disk) leaves the conversation as it is."""
         try:
-            self._rewriter.warmed(work, done=done, usage=usage)
+            await self._aside.run(self._rewriter.warmed, work, done=done, usage=usage)
         except Exception as error:
             _LOG.warning("a rebase could not be remembered (%s)", type(error).__name__)

@@ -26,6 +26,7 @@ from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.reply import ClientGoneError, Reply
 from programmable_kv.serve.routes import route_of
 from programmable_kv.serve.settings import Limits
+from programmable_kv.serve.state import StateUnavailableError
 from programmable_kv.serve.stopwatch import Stopwatch
 
 _LOG = logging.getLogger("programmable_kv.serve")
@@ -124,6 +125,8 @@ def refusal_of(error: ProgrammableKVError) -> Refusal:
     """An error of the library as an answer. Its message says what was found, what was expected, and what to do."""
     if isinstance(error, QueueFullError):
         return Refusal(429, "model_busy", str(error), 1)
+    if isinstance(error, StateUnavailableError):
+        return Refusal(503, "state_unavailable", "the notebooks cannot be read or written now: try again", 1)
     if isinstance(error, ContextOverflowError):
         return Refusal(400, "context_length_exceeded", str(error))
     code = type(error).__name__.removesuffix("Error")

@@ -1,4 +1,7 @@
-"""Notebooks on disk: what each was made from and its latest values. Caches are not kept: they are computed again."""
+"""Notebooks as the state keeps them: what each was made from and its latest values. Caches are computed again.
+
+Several servers may share one state: what is read may have been written by another one.
+"""
 
 from __future__ import annotations
 
@@ -35,16 +38,59 @@ class KeptNotebook:
 
 
 class NotebookShelf:
-    """All notebooks that are kept. Each call is one transaction, and is on disk when it returns."""
+    """All notebooks that are kept. Each call is one transaction, and is kept when it returns."""
 
     def __init__(self, state: State) -> None:
         self._state = state
 
-    def all(self) -> list[KeptNotebook]:
-        """Every notebook, in the order in which they were made."""
-        rows = self._state.rows("SELECT identity, tenant, version, source, fields FROM notebooks ORDER BY number")
+    def __len__(self) -> int:
+        return int(self._state.rows("SELECT count(*) FROM notebooks")[0][0])
+
+    def identities(self) -> set[str]:
+        """Of all notebooks."""
+        return {identity for (identity,) in self._state.rows("SELECT identity FROM notebooks")}
+
+    def of_tenant(self, tenant: str) -> list[KeptNotebook]:
+        """A tenant's notebooks, in the order in which they were made."""
+        return self._read("tenant = ? ORDER BY number", tenant)
+
+    def get(self, identity: str) -> KeptNotebook | None:
+        """One notebook; None where there is none."""
+        found = self._read("identity = ?", identity)
+        return found[0] if found else None
+
+    def add(self, kept: KeptNotebook, *, most: int) -> bool:
+        """Keep a new one. False where there are as many as there may be."""
+        with self._state.write(locked="notebooks") as run:
+            [(count, number)] = run.execute("SELECT count(*), coalesce(max(number), 0) + 1 FROM notebooks").fetchall()
+            if count >= most:
+                return False
+            run.execute(
+                "INSERT INTO notebooks VALUES (?, ?, ?, ?, ?, ?)",
+                (kept.identity, kept.tenant, kept.version, json.dumps(kept.source), _fields(kept), number),
+            )
+        return True
+
+    def change(self, kept: KeptNotebook, *, version: int) -> bool:
+        """Keep new values of one. False where it has another version than this one by now, or is gone."""
+        with self._state.write() as run:
+            changed = run.execute(
+                "UPDATE notebooks SET version = ?, fields = ? WHERE identity = ? AND version = ?",
+                (kept.version, _fields(kept), kept.identity, version),
+            )
+            return changed.rowcount == 1
+
+    def remove(self, identity: str, *, version: int | None) -> bool:
+        """Forget one. False where it has another version than this one by now, or is gone; None is any version."""
+        with self._state.write() as run:
+            same, values = ("", ()) if version is None else (" AND version = ?", (version,))
+            return run.execute(f"DELETE FROM notebooks WHERE identity = ?{same}", (identity, *values)).rowcount == 1
+
+    def _read(self, where: str, value: str) -> list[KeptNotebook]:
         found = []
-        for identity, tenant, version, source, fields in rows:
+        for identity, tenant, version, source, fields in self._state.rows(
+            f"SELECT identity, tenant, version, source, fields FROM notebooks WHERE {where}", (value,)
+        ):
             held = json.loads(fields)
             found.append(
                 KeptNotebook(
@@ -52,27 +98,6 @@ class NotebookShelf:
                 )
             )
         return found
-
-    def add(self, kept: KeptNotebook) -> None:
-        """Keep a new one."""
-        with self._state.write() as run:
-            run.execute(
-                "INSERT INTO notebooks SELECT ?, ?, ?, ?, ?, coalesce(max(number), 0) + 1 FROM notebooks",
-                (kept.identity, kept.tenant, kept.version, json.dumps(kept.source), _fields(kept)),
-            )
-
-    def change(self, kept: KeptNotebook) -> None:
-        """Keep new values of one."""
-        with self._state.write() as run:
-            run.execute(
-                "UPDATE notebooks SET version = ?, fields = ? WHERE identity = ?",
-                (kept.version, _fields(kept), kept.identity),
-            )
-
-    def remove(self, identity: str) -> None:
-        """Forget one."""
-        with self._state.write() as run:
-            run.execute("DELETE FROM notebooks WHERE identity = ?", (identity,))
 
 
 def _fields(kept: KeptNotebook) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from types import NoneType
 from typing import Any
@@ -26,6 +26,9 @@ _OF_FIELD: Mapping[str, type] = {
 """what may be said about a field. Whether the guard reads its values is not for a client to say"""
 _OF_BODY = ("messages", "fields", "tools", "template_kwargs")
 _PREFIX = "nb_"
+_TRIES = 8
+"""of an edit that other servers' edits of the same notebook overtake"""
+_BUSY = Refusal(503, "notebook_busy", "the notebook is in use: try again", 1)
 
 
 @dataclass(slots=True)
@@ -33,9 +36,11 @@ class Entry:
     """One notebook of one tenant."""
 
     kept: KeptNotebook
-    """as it is on disk"""
+    """as the state held it last"""
     notebook: Notebook | None = field(default=None, repr=False)
     """None after a restart, until it is used"""
+    computed: int = 0
+    """the version whose values `notebook` has: where several servers share a state, another one may have changed them"""
     in_use: asyncio.Lock = field(default_factory=asyncio.Lock)
     """an answer that is drawn keeps edits waiting, and the other way round"""
 
@@ -92,8 +97,8 @@ class NotebookStore:
     def __init__(self, model: Model, queue: ModelQueue, shelf: NotebookShelf, *, most: int, wait_s: float) -> None:
         """
         Args:
-            shelf: where they are kept. Those that it holds are there from the start, and computed when they are first used.
-            most: how many notebooks are kept; to make more, delete some.
+            shelf: where they are kept, perhaps for several servers. Those that it holds are computed when they are first used.
+            most: how many notebooks are kept on it; to make more, delete some.
             wait_s: how long an operation waits for a notebook that is in use.
         """
         self._model = model
@@ -101,24 +106,38 @@ class NotebookStore:
         self._most = most
         self._wait_s = wait_s
         self._shelf = shelf
-        self._entries = {kept.identity: Entry(kept) for kept in shelf.all()}
+        self._entries: dict[str, Entry] = {}
+        """those that were asked for here: their caches, and who uses them"""
         self._making = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._shelf)
 
-    def of_tenant(self, tenant: str) -> list[Entry]:
-        """A tenant's notebooks, in the order in which they were made."""
-        return [entry for entry in self._entries.values() if entry.tenant == tenant]
+    async def of_tenant(self, tenant: str) -> list[Entry]:
+        """A tenant's notebooks, in the order in which they were made.
 
-    def get(self, tenant: str, identity: str) -> Entry:
+        Raises:
+            StateUnavailableError: the state cannot be reached. So do all that follow.
+        """
+        return [self._seen(kept) for kept in await asyncio.to_thread(self._shelf.of_tenant, tenant)]
+
+    async def get(self, tenant: str, identity: str) -> Entry:
         """
         Raises:
             RefusedError: the tenant has no such notebook.
         """
-        entry = self._entries.get(identity)
-        if entry is None or entry.tenant != tenant:
+        kept = await asyncio.to_thread(self._shelf.get, identity)
+        if kept is None:
+            self._entries.pop(identity, None)
+        if kept is None or kept.tenant != tenant:
             raise RefusedError(Refusal(404, "no_such_notebook", "there is no notebook with that id"))
+        return self._seen(kept)
+
+    def _seen(self, kept: KeptNotebook) -> Entry:
+        """The entry of a notebook as it was just read. What is known here may be newer: an edit ended meanwhile."""
+        entry = self._entries.setdefault(kept.identity, Entry(kept))
+        if kept.version > entry.version:
+            entry.kept = kept
         return entry
 
     async def create(self, tenant: str, body: Mapping[str, Any]) -> tuple[Entry, Account]:
@@ -130,10 +149,10 @@ class NotebookStore:
         """
         given = _source(body)
         identity = _PREFIX + secrets.token_hex(12)
-        with self._room():
+        async with self._room():
             notebook = await self._queue.run(_made, self._model, given)
             kept = KeptNotebook(identity, tenant, 1, given, {}, dict(notebook.fields), len(notebook))
-            return await self._add(Entry(kept, notebook)), notebook.last_account
+            return await self._add(Entry(kept, notebook, 1)), notebook.last_account
 
     async def fork(self, entry: Entry) -> tuple[Entry, Account]:
         """An independent copy.
@@ -141,11 +160,11 @@ class NotebookStore:
         Raises:
             RefusedError: there are as many as there may be, or the notebook is in use for too long.
         """
-        with self._room():
+        async with self._room():
             async with self.use(entry) as notebook:
                 copy = await self._queue.run(notebook.fork)
                 kept = replace(entry.kept, identity=_PREFIX + secrets.token_hex(12))
-            return await self._add(Entry(kept, copy)), copy.last_account
+            return await self._add(Entry(kept, copy, kept.version)), copy.last_account
 
     async def edit(self, entry: Entry, fields: Mapping[str, Any], if_match: str | None, mode: str | None) -> Account:
         """Give fields new values. The same values again change nothing, and leave the version as it is.
@@ -165,19 +184,25 @@ class NotebookStore:
         """
         async with self._locked(entry):
             _check_version(entry, if_match)
-            await asyncio.to_thread(self._shelf.remove, entry.identity)
+            version = None if _any_version(if_match) else entry.version
+            removed = await asyncio.to_thread(self._shelf.remove, entry.identity, version=version)
+            if not removed:  # another server was first
+                await self.get(entry.tenant, entry.identity)
+                _check_version(entry, if_match)
             self._entries.pop(entry.identity, None)
 
     @asynccontextmanager
     async def use(self, entry: Entry) -> AsyncIterator[Notebook]:
-        """A notebook for the length of the block. After a restart it is computed first.
+        """A notebook for the length of the block. After a restart, or an edit on another server, it is computed first.
 
         Raises:
             RefusedError: it is in use for too long, or was deleted meanwhile.
         """
         async with self._locked(entry):
-            if entry.notebook is None:
-                entry.notebook = await self._queue.run(_made, self._model, entry.kept.request())
+            if entry.notebook is None or entry.computed != entry.version:
+                kept, entry.notebook = entry.kept, None
+                entry.notebook = await self._queue.run(_made, self._model, kept.request())
+                entry.computed = kept.version
             yield entry.notebook
 
     @asynccontextmanager
@@ -186,14 +211,24 @@ class NotebookStore:
             async with asyncio.timeout(self._wait_s):
                 await entry.in_use.acquire()
         except TimeoutError as error:
-            raise RefusedError(Refusal(503, "notebook_busy", "the notebook is in use: try again", 1)) from error
+            raise RefusedError(_BUSY) from error
         try:
-            self.get(entry.tenant, entry.identity)
+            await self.get(entry.tenant, entry.identity)
             yield
         finally:
             entry.in_use.release()
 
     async def _edited(self, entry: Entry, fields: Mapping[str, Any], if_match: str | None, mode: str | None) -> Account:
+        for _ in range(_TRIES):
+            account = await self._tried(entry, fields, if_match, mode)
+            if account is not None:
+                return account
+        raise RefusedError(_BUSY)
+
+    async def _tried(
+        self, entry: Entry, fields: Mapping[str, Any], if_match: str | None, mode: str | None
+    ) -> Account | None:
+        """An edit of the latest version; None where another server gave the notebook a later one meanwhile."""
         async with self.use(entry) as notebook:
             _check_version(entry, if_match)
             account = await self._queue.run(notebook.edit, dict(fields), mode=mode)
@@ -207,30 +242,38 @@ class NotebookStore:
                     tokens=len(notebook),
                 )
                 try:
-                    await asyncio.to_thread(self._shelf.change, kept)
+                    changed = await asyncio.to_thread(self._shelf.change, kept, version=entry.version)
                 except BaseException:
-                    entry.notebook = None  # what is on disk holds: it is computed again
+                    entry.notebook = None  # what is kept holds: it is computed again
                     raise
-                entry.kept = kept
+                if not changed:
+                    entry.notebook = None
+                    return None
+                entry.kept, entry.computed = kept, kept.version
             return account
 
-    @contextmanager
-    def _room(self) -> Iterator[None]:
-        """Room for one more notebook, kept free while it is made."""
-        if len(self._entries) + self._making >= self._most:
-            raise RefusedError(
-                Refusal(
-                    429, "notebooks_full", f"{self._most} notebooks are kept at most: delete one that is not needed"
-                )
-            )
+    @asynccontextmanager
+    async def _room(self) -> AsyncIterator[None]:
+        """Room for one more notebook, kept free while it is made: no other one of this server takes it."""
+        kept = await asyncio.to_thread(self._shelf.identities)
+        for gone in self._entries.keys() - kept:  # deleted on another server
+            if not self._entries[gone].in_use.locked():
+                del self._entries[gone]
+        if len(kept) + self._making >= self._most:
+            raise self._full()
         self._making += 1
         try:
             yield
         finally:
             self._making -= 1
 
+    def _full(self) -> RefusedError:
+        why = f"{self._most} notebooks are kept at most: delete one that is not needed"
+        return RefusedError(Refusal(429, "notebooks_full", why))
+
     async def _add(self, entry: Entry) -> Entry:
-        await asyncio.to_thread(self._shelf.add, entry.kept)
+        if not await asyncio.to_thread(self._shelf.add, entry.kept, most=self._most):
+            raise self._full()  # another server took the room
         self._entries[entry.identity] = entry
         return entry
 
@@ -268,7 +311,7 @@ def _made(model: Model, source: Mapping[str, Any]) -> Notebook:
 
 
 def _check_version(entry: Entry, if_match: str | None) -> None:
-    if if_match is None or if_match.strip() == "*":
+    if if_match is None or _any_version(if_match):
         return
     if entry.etag not in [each.strip() for each in if_match.split(",")]:
         raise RefusedError(
@@ -276,6 +319,10 @@ def _check_version(entry: Entry, if_match: str | None) -> None:
                 412, "version_changed", f"the notebook is at version {entry.version} now: read it, and decide again"
             )
         )
+
+
+def _any_version(if_match: str | None) -> bool:
+    return if_match is None or if_match.strip() == "*"
 
 
 def _field(name: str, value: Any) -> Any:

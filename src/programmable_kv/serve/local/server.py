@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict
@@ -38,7 +39,8 @@ from programmable_kv.serve.refusal import NO_SUCH_ROUTE, Refusal, RefusedError
 from programmable_kv.serve.routes import OTHER, route_of
 from programmable_kv.serve.routes import Route as ApiRoute
 from programmable_kv.serve.settings import LocalSettings
-from programmable_kv.serve.state import State
+from programmable_kv.serve.state import StateUnavailableError
+from programmable_kv.serve.states import open_state
 from programmable_kv.serve.unrouted import no_such_route
 from programmable_kv.states import TokenState
 
@@ -58,7 +60,7 @@ class LocalServer:
     """The handlers of one model's routes."""
 
     def __init__(self, model: Model, settings: LocalSettings) -> None:
-        self._state = State(settings.state, durable=True)
+        self._state = open_state(settings.state, durable=True)
         self._model = model
         self._queue = ModelQueue(max_waiting=settings.limits.max_waiting)
         self._wait_s = settings.limits.wait_s
@@ -110,17 +112,17 @@ class LocalServer:
 
     async def listed(self, call: Call) -> Response:
         """`GET /v1/notebooks`."""
-        found = [entry.as_json() for entry in self.notebooks.of_tenant(call.tenant)]
+        found = [entry.as_json() for entry in await self.notebooks.of_tenant(call.tenant)]
         return JSONResponse({"object": "list", "data": found})
 
     async def read(self, call: Call) -> Response:
         """`GET /v1/notebooks/{id}`."""
-        entry = self._entry(call)
+        entry = await self._entry(call)
         return _told(entry, entry.as_json())
 
     async def tokens(self, call: Call) -> Response:
         """`GET /v1/notebooks/{id}/tokens`: the text by the state of its tokens."""
-        async with self.notebooks.use(self._entry(call)) as notebook:
+        async with self.notebooks.use(await self._entry(call)) as notebook:
             runs = await self._queue.run(token_runs, notebook)
         found = {state: sum(run.tokens for run in runs if run.state is state) for state in TokenState}
         states = {state: {"tokens": n, "meaning": MEANINGS[state]} for state, n in found.items() if n}
@@ -128,29 +130,29 @@ class LocalServer:
 
     async def edit(self, call: Call) -> Response:
         """`PATCH /v1/notebooks/{id}/fields`."""
-        entry = self._entry(call)
+        entry = await self._entry(call)
         headers, query = call.request.headers, call.request.query_params
         account = await self.notebooks.edit(entry, call.body, headers.get("if-match"), query.get("mode"))
         return _told(entry, entry.as_json(account))
 
     async def fork(self, call: Call) -> Response:
         """`POST /v1/notebooks/{id}/fork`."""
-        entry, account = await self.notebooks.fork(self._entry(call))
+        entry, account = await self.notebooks.fork(await self._entry(call))
         return _told(entry, entry.as_json(account), 201)
 
     async def delete(self, call: Call) -> Response:
         """`DELETE /v1/notebooks/{id}`."""
-        await self.notebooks.delete(self._entry(call), call.request.headers.get("if-match"))
+        await self.notebooks.delete(await self._entry(call), call.request.headers.get("if-match"))
         return Response(status_code=204)
 
-    def _entry(self, call: Call) -> Entry:
-        return self.notebooks.get(call.tenant, call.request.path_params["id"])
+    async def _entry(self, call: Call) -> Entry:
+        return await self.notebooks.get(call.tenant, call.request.path_params["id"])
 
     async def _pieces(self, tenant: str, answer: Answer) -> AsyncGenerator[Piece, None]:
         """Pieces of an answer. Whoever leaves early closes it, and the notebook is unchanged."""
         asked = answer.ask.model
         if asked.startswith(_NOTEBOOK):
-            entry = self.notebooks.get(tenant, asked.removeprefix(_NOTEBOOK))
+            entry = await self.notebooks.get(tenant, asked.removeprefix(_NOTEBOOK))
             entry.check_tools(answer.ask.tools)
             async with (
                 self.notebooks.use(entry) as notebook,
@@ -201,7 +203,7 @@ def local_app(model: Model, settings: LocalSettings) -> Starlette:
     rates = Rates(settings.limits.per_minute, rates_of(settings.keys))
     server = LocalServer(model, settings)
     metrics.watch("waiting", "operations that wait for the model", lambda: float(server.waiting))
-    metrics.watch("notebooks", "notebooks that are kept", lambda: float(len(server.notebooks)))
+    metrics.watch("notebooks", "notebooks that are kept", lambda: _counted(server))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -214,7 +216,7 @@ def local_app(model: Model, settings: LocalSettings) -> Starlette:
         return Route(path, Endpoint(path, handle, access, settings.limits, metrics, rates), methods=[method])
 
     async def measured(_: Call) -> Response:
-        return Response(metrics.text(), media_type=_PROMETHEUS)
+        return Response(await asyncio.to_thread(metrics.text), media_type=_PROMETHEUS)
 
     async def described(_: Call) -> Response:
         return JSONResponse(local_document())
@@ -264,6 +266,13 @@ async def _events(
         return
     for event in form.finish(answer):
         yield event
+
+
+def _counted(server: LocalServer) -> float:
+    try:
+        return float(len(server.notebooks))
+    except StateUnavailableError:
+        return math.nan
 
 
 def _told(entry: Entry, data: Mapping[str, Any], status: int = 200) -> Response:

@@ -53,6 +53,7 @@ class Conversation:
 
     identity: str
     version: int
+    """names this value of it: no other one ever has the same"""
     key: str
     """names tenant, route, model, session and all turns so far"""
     turns: int
@@ -112,9 +113,7 @@ def continued(conversation: Conversation, prompt: Prompt, rules: Rules, keys: li
     head = tuple(replace(kept, last=unit.texts) for kept, unit in zip(conversation.head, prompt.head, strict=True))
     turns = prompt.turns
     inside = {at: replace(kept, last=turns[at].texts) for at, kept in conversation.inside.items()}
-    found = replace(
-        conversation, version=conversation.version + 1, key=keys[-1], turns=len(keys), head=head, inside=inside
-    )
+    found = replace(conversation, version=secrets.randbits(62), key=keys[-1], turns=len(keys), head=head, inside=inside)
     return _with_turns(found, prompt, rules, conversation.turns)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from programmable_kv.serve.rewriting.prompt import ROUTES, Prompt, digest, promp
 from programmable_kv.serve.rewriting.rebase import LINES, Outcome, Warming
 from programmable_kv.serve.rewriting.rules import Rules
 from programmable_kv.serve.rewriting.store import ConversationStore
+from programmable_kv.serve.state import StateUnavailableError
 
 _LOG = logging.getLogger("programmable_kv.serve")
 _REWRITES = (GatewayMode.ERRATUM, GatewayMode.HOIST)
@@ -48,6 +50,8 @@ class Rewriting:
     model: str = ""
     session: str = ""
     """the client's own name for the conversation"""
+    beginning: str = ""
+    """the key of its first turn"""
     prompt: Prompt | None = field(default=None, repr=False)
     known: Known | None = field(default=None, repr=False)
     match: Match | None = field(default=None, repr=False)
@@ -123,23 +127,39 @@ class Rewriter:
             work.plan = Plan(Action.FORWARDED, "the body is no conversation")
             return work
         work.prompt, work.model = prompt, prompt.model
-        if self._store.verdict(self._subject(route, prompt.model), _OFF):
-            work.plan = Plan(Action.FORWARDED, "switched off: it did not pay here")
-            return work
         sent = {"headers": readable(headers)}
         work.session = session = session_name(sent, body.data)
         own = session_name(sent, {key: value for key, value in body.data.items() if key not in _SHARED_NAMES})
         salt = str(body.data.get("cache_salt") or "")
         whose = (tenant, route, prompt.model, session, salt)
         keys = keys_of(prompt, self._rules, *whose)
-        owner = self._owner(tenant, route)
-        forms = [form for form in FORMS[route] if self._verdict(route, prompt.model, form) not in _REFUSED]
-        learned = self._store.learned(owner)
-        work.known = Known(
-            self._rules, keys, bool(own), learned, mode is GatewayMode.HOIST, forms, self._rebase_after, digest(whose)
+        work.beginning = keys[0]
+        known = Known(
+            self._rules, keys, bool(own), (), mode is GatewayMode.HOIST, (), self._rebase_after, digest(whose)
         )
-        self._plan(work, owner)
+        try:
+            self._begin(work, known)
+        except StateUnavailableError as error:
+            _LOG.info("%s: a request is forwarded as it came: %s", route, error)
+            work.plan, work.match = Plan(Action.FORWARDED, "the state cannot be reached"), None
         return work
+
+    def _begin(self, work: Rewriting, known: Known) -> None:
+        """Plan a request with what is known about its upstream and its tenant."""
+        verdicts = self._store.verdicts(self._subject(work.route, work.model))
+        if _OFF in verdicts:
+            work.plan = Plan(Action.FORWARDED, "switched off: it did not pay here")
+            return
+        owner = self._owner(work.tenant, work.route)
+        forms = [form for form in FORMS[work.route] if verdicts.get(_about(form)) not in _REFUSED]
+        work.known = replace(known, forms=forms, learned=self._store.learned(owner))
+        self._plan(work, owner)
+
+    def abandoned(self, work: Rewriting) -> None:
+        """Nothing was sent: the client left before that."""
+        if work.warming is not None:
+            self.warmed(work, done=False)
+        self._store.take_back(work.plan)
 
     def refused(self, work: Rewriting, status: int) -> bool:
         """The upstream answered with an error before it read the prompt. Whether there is another body to try."""
@@ -193,16 +213,18 @@ class Rewriter:
         return gain
 
     def as_json(self, tenant: str) -> dict[str, Any]:
-        """What was done for one tenant, and what was found out about the upstream."""
-        return {
-            "routes": self.judge.as_json(tenant),
-            "gained_money_estimate": self.judge.money(tenant),
-            "upstream": [
-                {"of": subject, "about": about, "verdict": verdict}
-                for subject, about, verdict in self._store.verdicts()
-            ],
-            "learned": sum(len(self._store.learned(self._owner(tenant, route))) for route in ROUTES),
-        }
+        """What was done here for one tenant, and what was found out about the upstream."""
+        found = {"routes": self.judge.as_json(tenant), "gained_money_estimate": self.judge.money(tenant)}
+        try:
+            return found | {
+                "upstream": [
+                    {"of": subject, "about": about, "verdict": verdict}
+                    for subject, about, verdict in self._store.all_verdicts()
+                ],
+                "learned": sum(len(self._store.learned(self._owner(tenant, route))) for route in ROUTES),
+            }
+        except StateUnavailableError:
+            return found | {"upstream": [], "learned": 0, "state": "it cannot be reached now"}
 
     def _plan(self, work: Rewriting, owner: str) -> None:
         assert work.prompt is not None
@@ -234,8 +256,11 @@ class Rewriter:
             work.plan = Plan(Action.FORWARDED, "another request went on with the conversation")
             return
         after, wanted = work.plan.after, work.plan.warming
-        if wanted is not None and after is not None and self._store.begin_rebase(after, wanted.conversation):
-            work.warming = wanted
+        try:
+            if wanted is not None and after is not None and self._store.begin_rebase(after, wanted.conversation):
+                work.warming = wanted
+        except StateUnavailableError as error:
+            _LOG.info("%s: a rebase could not be begun: %s", work.route, error)
 
     def _ready(self, conversation: Conversation, prompt: Prompt, known: Known) -> Match | None:
         """The prefix that was warmed for a conversation, if the request goes on with it."""
@@ -257,19 +282,23 @@ class Rewriter:
         return f"{tenant}\n{route}"
 
     def _subject(self, route: str, model: str) -> str:
-        return f"{self._upstream} {route} {model}"
+        return f"{self._upstream} {route} {json.dumps(model, ensure_ascii=not model.isprintable())[1:-1]}"
 
     def _verdict(self, route: str, model: str, form: Form) -> str:
-        return self._store.verdict(self._subject(route, model), f"line as {form}")
+        return self._store.verdicts(self._subject(route, model)).get(_about(form), "")
 
     def _decided(self, route: str, model: str, form: Form, verdict: str) -> None:
         if self._verdict(route, model, form) != verdict:
-            self._store.decide(self._subject(route, model), f"line as {form}", verdict)
+            self._store.decide(self._subject(route, model), _about(form), verdict)
             _LOG.warning("%s: a line as %s is %s by the upstream", route, form, verdict)
 
     def _switch_off(self, route: str, model: str) -> None:
         self._store.decide(self._subject(route, model), _OFF, "rewriting lost tokens", for_s=_OFF_S)
         _LOG.warning("%s: rewriting is switched off for a day, because it lost tokens", route)
+
+
+def _about(form: Form) -> str:
+    return f"line as {form}"
 
 
 def _why_not(mode: GatewayMode) -> str:

@@ -1,9 +1,11 @@
-"""Conversations, their lines, and what was found out about upstreams, in the state's file."""
+"""Conversations, their lines, and what was found out about upstreams, as the state keeps them. Several gateways may share one.
+
+Nothing is remembered here between two calls: another gateway may have written meanwhile.
+"""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,10 +21,14 @@ _OFTEN = 2
 _FORGET_EVERY = 256
 """new conversations between two clean-ups"""
 _SET_KEY = "UPDATE conversations SET key = ? WHERE identity = ?"
-_FORGET_REBASE = "DELETE FROM rebases WHERE conversation = ?"
+_FORGET_REBASE = "DELETE FROM renewals WHERE conversation = ?"
+_NEW = "INSERT INTO conversations VALUES (?, ?, ?, ?, epoch())"
+_LINE = "INSERT INTO errata VALUES (?, ?, ?, ?, ?)"
 _ENDED = ""
 """the key of conversations that were replaced after a reset, and of prefixes that are not in use yet"""
 _WARMING, _READY, _FAILED = "warming", "ready", "failed"
+WARMING_S = 300.0
+"""whoever computes a prefix for longer is taken to be gone, and another may begin"""
 _CONVERSATIONS_S = 7 * 86400.0
 """what was silent for longer is forgotten"""
 _BEGINNINGS_S = 30 * 86400.0
@@ -39,15 +45,9 @@ class ConversationStore:
         self._state = state
         self._most = most
         self._made = 0
-        self._templates: dict[str, dict[str, int]] = {}
-        for owner, template, seen in state.rows("SELECT owner, template, seen FROM templates"):
-            self._templates.setdefault(owner, {})[template] = seen
-        self._verdicts: dict[tuple[str, str], tuple[str, float | None]] = {
-            (subject, about): (verdict, until)
-            for subject, about, verdict, until in state.rows("SELECT subject, about, verdict, until FROM verdicts")
-        }
-        with state.write() as run:  # whoever computed it is gone
-            run.execute("DELETE FROM rebases WHERE state = ?", (_WARMING,))
+        if state.alone:
+            with state.write() as run:  # whoever computed it is gone
+                run.execute("DELETE FROM renewals WHERE state = ?", (_WARMING,))
         self._forget()
 
     def __len__(self) -> int:
@@ -56,14 +56,10 @@ class ConversationStore:
     def candidates(self, keys: Sequence[str]) -> list[Conversation]:
         """What a request with these beginnings may go on with: the conversations with the most turns, the latest first."""
         wanted = keys[-_MOST_KEYS:]
-        marks = ",".join("?" * len(wanted))
-        rows = self._state.rows(
-            f"SELECT identity, key, version, document FROM conversations WHERE key IN ({marks}) ORDER BY used DESC",
-            wanted,
-        )
+        rows = self._read(f"key IN ({','.join('?' * len(wanted))})", wanted)
         length = {key: turns for turns, key in enumerate(keys, start=1)}
-        longest = max((length[row[1]] for row in rows), default=0)
-        return [self._read(*row) for row in rows if length[row[1]] == longest]
+        longest = max((length[each.key] for each in rows), default=0)
+        return [each for each in rows if length[each.key] == longest]
 
     def begun(self, keys: Sequence[str]) -> int:
         """How many conversations were first seen with the same turns: the most, over all beginnings of this one."""
@@ -73,12 +69,8 @@ class ConversationStore:
 
     def latest(self, session: str) -> Conversation | None:
         """The conversation that a named session went on with last."""
-        rows = self._state.rows(
-            "SELECT identity, key, version, document FROM sessions JOIN conversations ON identity = conversation "
-            "WHERE session = ?",
-            (session,),
-        )
-        return self._read(*rows[0]) if rows else None
+        rows = self._read("identity IN (SELECT conversation FROM sessions WHERE session = ?)", (session,))
+        return rows[0] if rows else None
 
     def commit(self, plan: Plan, session: str = "") -> bool:
         """Remember what is about to be sent. False where another request went on with the conversation meanwhile.
@@ -89,37 +81,35 @@ class ConversationStore:
         after, before = plan.after, plan.before
         if after is None:
             return True
-        now = time.time()
         with self._state.write() as run:
-            if plan.replaced is not None:
-                run.execute(_SET_KEY, (_ENDED, plan.replaced.identity))
-                run.execute(_FORGET_REBASE, (plan.replaced.identity,))
             if before is None:
-                run.execute(
-                    "INSERT INTO conversations VALUES (?, ?, ?, ?, ?)",
-                    (after.identity, after.key, after.version, _document(after), now),
-                )
+                run.execute(_NEW, (after.identity, after.key, after.version, _document(after)))
                 if after.origin == after.identity:
                     run.execute(
-                        "INSERT INTO beginnings VALUES (?, 1, ?) "
-                        "ON CONFLICT (key) DO UPDATE SET conversations = conversations + 1, used = excluded.used",
-                        (after.key, now),
+                        "INSERT INTO beginnings VALUES (?, 1, epoch()) ON CONFLICT (key) DO UPDATE SET "
+                        "conversations = beginnings.conversations + 1, used = excluded.used",
+                        (after.key,),
                     )
             else:
                 changed = run.execute(
-                    "UPDATE conversations SET key = ?, version = ?, document = ?, used = ? WHERE identity = ? AND version = ?",
-                    (after.key, after.version, _document(after), now, before.identity, before.version),
+                    "UPDATE conversations SET key = ?, version = ?, document = ?, used = epoch() "
+                    "WHERE identity = ? AND version = ?",
+                    (after.key, after.version, _document(after), before.identity, before.version),
                 ).rowcount
                 if not changed:
                     return False
+            if plan.replaced is not None:
+                run.execute(_SET_KEY, (_ENDED, plan.replaced.identity))
+                run.execute(_FORGET_REBASE, (plan.replaced.identity,))
             if session:
-                run.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?)", (session, after.identity))
+                run.execute(
+                    "INSERT INTO sessions VALUES (?, ?) ON CONFLICT (session) "
+                    "DO UPDATE SET conversation = excluded.conversation",
+                    (session, after.identity),
+                )
             if plan.note is not None:
                 note, number = plan.note, len(after.notes) - 1
-                run.execute(
-                    "INSERT INTO errata VALUES (?, ?, ?, ?, ?)",
-                    (after.identity, number, note.after, note.form, note.line),
-                )
+                run.execute(_LINE, (after.identity, number, note.after, note.form, note.line))
         if before is None:
             self._made += 1
             if self._made % _FORGET_EVERY == 0:
@@ -131,57 +121,55 @@ class ConversationStore:
         after, before = plan.after, plan.before
         if after is None:
             return True
+        same = (after.identity, after.version)
         with self._state.write() as run:
-            found = run.execute("SELECT version FROM conversations WHERE identity = ?", (after.identity,)).fetchall()
-            if found != [(after.version,)]:
+            if before is None:
+                taken = run.execute("DELETE FROM conversations WHERE identity = ? AND version = ?", same).rowcount
+            else:
+                taken = run.execute(
+                    "UPDATE conversations SET key = ?, version = ?, document = ? WHERE identity = ? AND version = ?",
+                    (before.key, before.version, _document(before), *same),
+                ).rowcount
+            if not taken:
                 return False
+            if before is None and after.origin == after.identity:
+                run.execute("UPDATE beginnings SET conversations = conversations - 1 WHERE key = ?", (after.key,))
             if plan.note is not None:
                 run.execute(
                     "DELETE FROM errata WHERE conversation = ? AND number = ?", (after.identity, len(after.notes) - 1)
                 )
             if plan.replaced is not None:
                 run.execute(_SET_KEY, (plan.replaced.key, plan.replaced.identity))
-            if before is None:
-                run.execute("DELETE FROM conversations WHERE identity = ?", (after.identity,))
-                if after.origin == after.identity:
-                    run.execute("UPDATE beginnings SET conversations = conversations - 1 WHERE key = ?", (after.key,))
-            else:
-                run.execute(
-                    "UPDATE conversations SET key = ?, version = ?, document = ? WHERE identity = ?",
-                    (before.key, before.version, _document(before), before.identity),
-                )
         return True
 
     def begin_rebase(self, conversation: Conversation, warmed: Conversation) -> bool:
         """Remember that a new prefix of a conversation is being computed. False where one is, was, or failed a short while ago.
 
-        Until it is switched to, no request goes on with it.
+        Until it is switched to, no request goes on with it. Where it is not ended in time, another may be begun.
         """
         lines = len(conversation.notes)
         with self._state.write() as run:
             run.execute(
-                "DELETE FROM rebases WHERE conversation = ? AND state = ? AND lines * 1.5 < ?",
-                (conversation.identity, _FAILED, lines),
+                "DELETE FROM renewals WHERE conversation = ? "
+                "AND ((state = ? AND lines * 1.5 < ?) OR (state = ? AND until < epoch()))",
+                (conversation.identity, _FAILED, lines, _WARMING),
             )
             begun = run.execute(
-                "INSERT OR IGNORE INTO rebases VALUES (?, ?, ?, ?)",
-                (conversation.identity, warmed.identity, _WARMING, lines),
+                "INSERT INTO renewals VALUES (?, ?, ?, ?, epoch() + ?) ON CONFLICT (conversation) DO NOTHING",
+                (conversation.identity, warmed.identity, _WARMING, lines, WARMING_S),
             ).rowcount
             if begun:
-                run.execute(
-                    "INSERT INTO conversations VALUES (?, ?, ?, ?, ?)",
-                    (warmed.identity, _ENDED, warmed.version, _document(warmed), time.time()),
-                )
-                run.executemany(
-                    "INSERT INTO errata VALUES (?, ?, ?, ?, ?)",
-                    [(warmed.identity, at, note.after, note.form, note.line) for at, note in enumerate(warmed.notes)],
-                )
+                run.execute(_NEW, (warmed.identity, _ENDED, warmed.version, _document(warmed)))
+                for at, note in enumerate(warmed.notes):
+                    run.execute(_LINE, (warmed.identity, at, note.after, note.form, note.line))
         return bool(begun)
 
     def end_rebase(self, warmed: Conversation, *, done: bool) -> None:
-        """The new prefix was computed, or could not be."""
+        """The new prefix was computed, or could not be. Where it took too long and another was begun, that one counts."""
         with self._state.write() as run:
-            run.execute("UPDATE rebases SET state = ? WHERE warmed = ?", (_READY if done else _FAILED, warmed.identity))
+            run.execute(
+                "UPDATE renewals SET state = ? WHERE warmed = ?", (_READY if done else _FAILED, warmed.identity)
+            )
 
     def warmed(self, conversation: Conversation, keys: Sequence[str]) -> Conversation | None:
         """The prefix that was computed for a conversation to go on with; None where there is none for these turns.
@@ -189,13 +177,8 @@ class ConversationStore:
         Args:
             keys: of each beginning of the request.
         """
-        rows = self._state.rows(
-            "SELECT identity, version, document FROM rebases JOIN conversations ON identity = warmed "
-            "WHERE conversation = ? AND state = ?",
-            (conversation.identity, _READY),
-        )
-        for identity, version, document in rows:
-            found = self._read(identity, _ENDED, version, document)
+        ready = "identity IN (SELECT warmed FROM renewals WHERE conversation = ? AND state = ?)"
+        for found in self._read(ready, (conversation.identity, _READY)):
             if found.turns <= len(keys):
                 return replace(found, key=keys[found.turns - 1])
         return None
@@ -207,73 +190,100 @@ class ConversationStore:
 
     def learned(self, owner: str) -> frozenset[str]:
         """Lines that changed repeatedly."""
-        return frozenset(each for each, seen in list(self._templates.get(owner, {}).items()) if seen >= _OFTEN)
+        found = self._state.rows("SELECT template FROM templates WHERE owner = ? AND seen >= ?", (owner, _OFTEN))
+        return frozenset(template for (template,) in found)
 
     def learn(self, owner: str, templates: Sequence[str], *, most: int = 200) -> None:
         """Count a change of each line."""
-        known = self._templates.setdefault(owner, {})
+        known = dict(self._state.rows("SELECT template, seen FROM templates WHERE owner = ?", (owner,)))
         counted = [each for each in templates if known.get(each, 0) < _OFTEN and (each in known or len(known) < most)]
         if not counted:
             return
         with self._state.write() as run:
-            for template in counted:
-                known[template] = known.get(template, 0) + 1
+            for template in sorted(counted):
                 run.execute(
-                    "INSERT INTO templates VALUES (?, ?, 1) ON CONFLICT (owner, template) DO UPDATE SET seen = seen + 1",
+                    "INSERT INTO templates VALUES (?, ?, 1) "
+                    "ON CONFLICT (owner, template) DO UPDATE SET seen = templates.seen + 1",
                     (owner, template),
                 )
 
-    def verdict(self, subject: str, about: str) -> str:
-        """What was found out; empty where nothing was, or it no longer holds."""
-        verdict, until = self._verdicts.get((subject, about), ("", None))
-        return verdict if until is None or until > time.time() else ""
+    def verdicts(self, subject: str) -> dict[str, str]:
+        """What was found out about a subject, and holds now: about what, and the verdict."""
+        found = self._state.rows(
+            "SELECT about, verdict FROM verdicts WHERE subject = ? AND (until IS NULL OR until > epoch())", (subject,)
+        )
+        return dict(found)
 
     def decide(self, subject: str, about: str, verdict: str, *, for_s: float | None = None) -> None:
         """Remember what was found out, for a time or for good."""
-        until = None if for_s is None else time.time() + for_s
         with self._state.write() as run:
-            run.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", (subject, about, verdict, until))
-        self._verdicts[subject, about] = (verdict, until)
+            run.execute(
+                "INSERT INTO verdicts VALUES (?, ?, ?, epoch() + ?) "
+                "ON CONFLICT (subject, about) DO UPDATE SET verdict = excluded.verdict, until = excluded.until",
+                (subject, about, verdict, for_s),
+            )
 
-    def verdicts(self) -> list[tuple[str, str, str]]:
+    def all_verdicts(self) -> list[tuple[str, str, str]]:
         """All that holds now: subject, what about it, and the verdict."""
-        found = [(*key, self.verdict(*key)) for key in sorted(self._verdicts)]
-        return [row for row in found if row[2]]
+        found = self._state.rows(
+            "SELECT subject, about, verdict FROM verdicts WHERE until IS NULL OR until > epoch() ORDER BY subject, about"
+        )
+        return [(subject, about, verdict) for subject, about, verdict in found]
 
-    def _read(self, identity: str, key: str, version: int, document: str) -> Conversation:
-        given: dict[str, Any] = json.loads(document)
-        notes = self._state.rows(
-            "SELECT after, form, line FROM errata WHERE conversation = ? ORDER BY number", (identity,)
+    def _read(self, where: str, values: Sequence[str]) -> list[Conversation]:
+        """Conversations with their lines, the latest first: read in one statement, so that both are of one moment."""
+        rows = self._state.rows(
+            f"SELECT identity, used, -1, key, document, version FROM conversations WHERE {where} UNION ALL "
+            "SELECT identity, used, number, form, line, after FROM conversations JOIN errata ON conversation = identity "
+            f"WHERE {where}",
+            (*values, *values),
         )
-        return Conversation(
-            identity,
-            version,
-            key,
-            given["turns"],
-            given["tools"],
-            tuple(_texts(each) for each in given["head"]),
-            given["token"],
-            given["named"],
-            given["spoke"],
-            given["origin"],
-            {int(at): _texts(each) for at, each in given["inside"].items()},
-            tuple(Note(after, Form(form), line) for after, form, line in notes),
-        )
+        notes: dict[str, list[Note]] = {}
+        for identity, _, number, form, line, after in sorted(rows, key=lambda row: row[2]):
+            if number >= 0:
+                notes.setdefault(identity, []).append(Note(after, Form(form), line))
+        heads = sorted((row for row in rows if row[2] < 0), key=lambda row: -row[1])
+        return [
+            _conversation(identity, key, version, document, tuple(notes.get(identity, ())))
+            for identity, _, _, key, document, version in heads
+        ]
 
     def _forget(self) -> None:
         """Forget the conversations that were silent longest, and their lines."""
         with self._state.write() as run:
-            run.execute("DELETE FROM conversations WHERE used < ?", (time.time() - _CONVERSATIONS_S,))
-            over = len(self) - self._most
+            run.execute("DELETE FROM conversations WHERE used < epoch() - ?", (_CONVERSATIONS_S,))
+            [(kept,)] = run.execute("SELECT count(*) FROM conversations").fetchall()
+            over = kept - self._most
             if over > 0:
                 run.execute(
                     "DELETE FROM conversations WHERE identity IN (SELECT identity FROM conversations ORDER BY used LIMIT ?)",
                     (over,),
                 )
-            run.execute("DELETE FROM sessions WHERE conversation NOT IN (SELECT identity FROM conversations)")
-            run.execute("DELETE FROM rebases WHERE conversation NOT IN (SELECT identity FROM conversations)")
-            run.execute("DELETE FROM errata WHERE conversation NOT IN (SELECT identity FROM conversations)")
-            run.execute("DELETE FROM beginnings WHERE used < ?", (time.time() - _BEGINNINGS_S,))
+        for table in ("sessions", "renewals", "errata"):
+            with self._state.write() as run:
+                run.execute(
+                    f"DELETE FROM {table} WHERE NOT EXISTS (SELECT 1 FROM conversations WHERE identity = {table}.conversation)"
+                )
+        with self._state.write() as run:
+            run.execute("DELETE FROM beginnings WHERE used < epoch() - ?", (_BEGINNINGS_S,))
+
+
+def _conversation(identity: str, key: str, version: int, document: str, notes: tuple[Note, ...]) -> Conversation:
+    given: dict[str, Any] = json.loads(document)
+    return Conversation(
+        identity,
+        version,
+        key,
+        given["turns"],
+        given["tools"],
+        tuple(_texts(each) for each in given["head"]),
+        given["token"],
+        given["named"],
+        given["spoke"],
+        given["origin"],
+        {int(at): _texts(each) for at, each in given["inside"].items()},
+        notes,
+    )
 
 
 def _document(conversation: Conversation) -> str:

