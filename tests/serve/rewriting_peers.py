@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from programmable_kv.explain.pieces import Usage
+from programmable_kv.serve.address import DatabaseAddress
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES
 from programmable_kv.serve.rewriting.rewriter import Rewriter, Rewriting
@@ -30,13 +31,15 @@ class Peer:
     mode: GatewayMode = GatewayMode.ERRATUM
     rules: Rules = CLOCK
     path: Path | None = None
+    place: DatabaseAddress | None = None
+    """where the state is kept, in the place of the file"""
     sent: list[Any] = field(default_factory=list)
     works: list[Rewriting] = field(default_factory=list)
     rebase_after: int = 64
     rebases: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.state = open_state(places.now.at(self.path), durable=False)
+        self.state = open_state(self.place or places.now.at(self.path), durable=False)
         self.store = ConversationStore(self.state, most=1000)
         told: Any = lambda *each: self.rebases.append(each)  # noqa: E731
         self.rewriter = Rewriter(

@@ -20,15 +20,18 @@ from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.rules import rules_of
 from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.settings import GatewaySettings
+from serve import places
 from serve.caching_upstream import CachingUpstream
 from serve.http_peers import Running, metric, raw_upstream, running, wait_until
 from serve.rewriting_peers import CLOCK, RULES, at, extends
 
+pytestmark = pytest.mark.usefixtures("places")
 CHAT = "/v1/chat/completions"
 
 
 def settings(url: str, mode: GatewayMode = GatewayMode.ERRATUM, **more: Any) -> GatewaySettings:
-    return GatewaySettings(url, port=0, mode=mode, rules=more.pop("rules", CLOCK), **more)
+    state = places.now.at(more.pop("state", None))
+    return GatewaySettings(url, port=0, mode=mode, rules=more.pop("rules", CLOCK), state=state, **more)
 
 
 def ask_openai(gateway: Running, system: str, said: list[Any]) -> str | None:
@@ -258,9 +261,7 @@ def test_a_client_that_freezes_its_prompt_is_left_alone() -> None:
 
 
 def test_two_servers_do_not_share_a_file(tmp_path: Path) -> None:
-    with (
-        running(settings("http://127.0.0.1:1", state=tmp_path / "state")),
-        pytest.raises(InvalidArgumentError, match="another server"),
-    ):
-        gateway_app(settings("http://127.0.0.1:1", state=tmp_path / "state"))
+    in_a_file = GatewaySettings("http://127.0.0.1:1", port=0, mode=GatewayMode.ERRATUM, state=tmp_path / "state")
+    with running(in_a_file), pytest.raises(InvalidArgumentError, match="another server"):
+        gateway_app(in_a_file)
     assert (tmp_path / "state").stat().st_mode & 0o077 == 0, "it holds text of prompts"

@@ -14,12 +14,13 @@ from typing import Any
 import httpx2
 import pytest
 
+from serve import places
 from serve.caching_upstream import CachingUpstream
 from serve.http_peers import raw_upstream, wait_until
 from serve.processes import free_port, process
 from serve.rewriting_peers import at, extends
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("places")]
 KILLS = 3
 CLOCK_RULES = {"volatile": [{"name": "the time", "pattern": "^Now: (.*)$"}]}
 
@@ -62,7 +63,7 @@ def test_a_killed_gateway_goes_on_with_every_conversation(tmp_path: Path) -> Non
     with raw_upstream(upstream) as server:
         words = [
             "-m", "programmable_kv", "serve", "--upstream", server.url, "--port", str(port), "--mode", "erratum",
-            "--volatile", str(rules), "--state", str(tmp_path / "state"),
+            "--volatile", str(rules), "--state", places.now.option(tmp_path / "state"),
         ]  # fmt: skip
         talkers = [Talker(port, number, stop) for number in range(4)]
         for kill in range(KILLS + 1):
@@ -90,11 +91,11 @@ def test_a_killed_gateway_goes_on_with_every_conversation(tmp_path: Path) -> Non
 
 LOCAL = """
 import sys
-from pathlib import Path
 from programmable_kv.bench.tiny_chat import tiny_chat_model
+from programmable_kv.serve.address import place_of
 from programmable_kv.serve.run import run_local
 from programmable_kv.serve.settings import LocalSettings
-run_local(tiny_chat_model(2048), LocalSettings(port=int(sys.argv[1]), state=Path(sys.argv[2])))
+run_local(tiny_chat_model(2048), LocalSettings(port=int(sys.argv[1]), state=place_of(sys.argv[2])))
 """
 
 
@@ -120,7 +121,7 @@ def test_a_killed_local_server_keeps_every_acknowledged_value(tmp_path: Path) ->
     names: list[str] = []
     for kill in range(KILLS):
         stop.clear()
-        with process("-c", LOCAL, str(port), str(tmp_path / "state"), port=port) as server:
+        with process("-c", LOCAL, str(port), places.now.option(tmp_path / "state"), port=port) as server:
             if not names:
                 for _ in range(3):
                     body = {"messages": [{"role": "system", "content": "It is {status}."}], "fields": {"status": "new"}}
@@ -136,7 +137,7 @@ def test_a_killed_local_server_keeps_every_acknowledged_value(tmp_path: Path) ->
                 thread.join(20)
         stop.set()
         assert kill < KILLS
-    with process("-c", LOCAL, str(port), str(tmp_path / "state"), port=port):
+    with process("-c", LOCAL, str(port), places.now.option(tmp_path / "state"), port=port):
         _check(url, names, acknowledged, tried)
         got = httpx2.post(
             f"http://127.0.0.1:{port}/v1/chat/completions",

@@ -11,6 +11,7 @@ from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.rules import rules_of
 from serve.rewriting_peers import CHAT, MESSAGES, RESPONSES, RULES, Peer, at, chat, claude, codex, extends
 
+pytestmark = pytest.mark.usefixtures("places")
 CALL = {"role": "assistant", "content": None, "tool_calls": [
     {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}},
     {"id": "c2", "type": "function", "function": {"name": "look", "arguments": "{}"}},

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from programmable_kv.serve.address import DatabaseAddress
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.body import read
 from programmable_kv.serve.rewriting.conversation import Form
 from programmable_kv.serve.rewriting.rewriter import Rewriting
 from programmable_kv.serve.rewriting.rules import rules_of
 from programmable_kv.serve.rewriting.wording import quoted
+from serve.database import Database
 from serve.rewriting_peers import CHAT, MESSAGES, RESPONSES, RULES, Peer, chat, claude, codex, extends, prefix
 
 BROKEN = ("reset", "rebase")
@@ -96,7 +98,25 @@ STEPS = st.lists(
 def test_a_request_extends_the_one_before_or_says_that_it_does_not(
     route: str, mode: GatewayMode, steps: list[str], session: str, refused: set[Form], rebase_after: int
 ) -> None:
-    peer = Peer(mode=mode, rules=rules_of(RULESET), rebase_after=rebase_after)
+    _check(route, mode, steps, session, refused, rebase_after)
+
+
+@pytest.mark.xdist_group("postgres")
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(steps=STEPS, session=st.sampled_from(["", "s"]), rebase_after=st.sampled_from([1, 64]))
+def test_so_does_one_of_two_gateways_on_a_database(
+    database: Database, steps: list[str], session: str, rebase_after: int
+) -> None:
+    _check(CHAT, GatewayMode.ERRATUM, steps, session, set(), rebase_after, database.new())
+
+
+def _check(
+    route: str, mode: GatewayMode, steps: list[str], session: str, refused: set[Form], rebase_after: int,
+    place: DatabaseAddress | None = None,
+) -> None:  # fmt: skip
+    """With a place, two gateways take turns."""
+    peer = Peer(mode=mode, rules=rules_of(RULESET), rebase_after=rebase_after, place=place)
+    other = Peer(mode=mode, rules=rules_of(RULESET), rebase_after=rebase_after, place=place) if place else peer
     for form in refused:
         peer.rewriter._decided(route, "m", form, "refused")
     client = Client(route)
@@ -114,6 +134,7 @@ def test_a_request_extends_the_one_before_or_says_that_it_does_not(
             continue
         client.step(step)
         body = client.body()
+        peer, other = other, peer
         got = peer.send(body, session=session, route=route)
         after = peer.works[-1].plan.after
         assert after is not None
@@ -131,6 +152,8 @@ def test_a_request_extends_the_one_before_or_says_that_it_does_not(
         latest[after.identity] = previous = got
         _check_meaning(peer, body, got)
         _check_calls(got)
+    for each in {id(peer): peer, id(other): other}.values():
+        each.state.close()
 
 
 def _warm(work: Rewriting) -> Any:

@@ -1,4 +1,4 @@
-"""A gateway under load for a long time: conversations whose clock moves at every turn, a gateway that is killed now and then.
+"""A gateway, or several with one state, under load for a long time: clocks that move at every turn, gateways that are killed.
 
 The upstream answers with the time that it read last, so that a lost or outdated value is seen by the client that sent it. What
 is watched in each stretch of the run: the share of the prompt that the upstream found in its cache, latency, the gateway's
@@ -23,8 +23,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from programmable_kv.bench.serve_peers import Peer, gateway, peer_of
+from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.records import Record, Recorder, digest_of
 from programmable_kv.scenarios.plain_text import documents
+from programmable_kv.serve.address import DatabaseAddress, place_of
 
 MODE = "erratum"
 _HEAD = 6000
@@ -44,6 +46,8 @@ def run(
     kills: int = 5,
     rebase_after: int = 12,
     observe_mib: int = 8,
+    gateways: int = 1,
+    state: str = "",
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
@@ -57,7 +61,14 @@ def run(
         rebase_after: lines of a conversation after which its prefix is renewed in the background.
         observe_mib: how much text of earlier requests the gateway keeps. Little, so that it is full early in the run, and
             memory that grows on is a leak.
+        gateways: how many there are. A conversation's turns go to them in turn, and they are killed in turn.
+        state: what `pkv serve --state` takes, a database's URL where there are several gateways; empty: a file.
+
+    Raises:
+        InvalidArgumentError: several gateways without a database.
     """
+    if gateways > 1 and not isinstance(place_of(state), DatabaseAddress):
+        raise InvalidArgumentError("several gateways share a database: give --state postgresql://...")
     text = " ".join(documents("held_out"))[:_HEAD]
     recorder = Recorder(
         path,
@@ -72,14 +83,14 @@ def run(
         settings={
             "minutes": minutes, "stretches": stretches, "clients": clients, "per_second": per_second, "kills": kills,
             "rebase_after": rebase_after, "observe_mib": observe_mib, "mode": MODE, "turns": _TURNS,
+            "gateways": gateways, "state": "PostgreSQL" if isinstance(place_of(state), DatabaseAddress) else "SQLite",
         },
     )  # fmt: skip
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         upstream = stack.enter_context(peer_of("programmable_kv.bench.remembering_upstream", folder / "upstream.log"))
-        served = _Served(
-            upstream.port, folder, ["--rebase-after", str(rebase_after), "--observe-mib", str(observe_mib)]
-        )
+        more = ["--rebase-after", str(rebase_after), "--observe-mib", str(observe_mib)]
+        served = _Served(upstream.port, folder, [*more, *(["--state", state] if state else [])], gateways)
         stack.callback(served.stop)
         stopped = threading.Event()
         stack.callback(stopped.set)
@@ -97,7 +108,7 @@ def run(
                 served.kill()
                 died += 1
             time.sleep(max(0.0, until - time.monotonic()))
-            recorder.add({"stretch": stretch, "kills": restarted, **_row(talkers, served.peer)})
+            recorder.add({"stretch": stretch, "kills": restarted, **_row(talkers, served.peers)})
             if report is not None:
                 report(stretch + 1, stretches)
         stopped.set()
@@ -107,25 +118,33 @@ def run(
 
 
 class _Served:
-    """A gateway that can be killed; the next one takes over its port and its state."""
+    """Gateways that can be killed; the next one takes over the port and the state."""
 
-    def __init__(self, upstream_port: int, folder: Path, more: Sequence[str]) -> None:
+    def __init__(self, upstream_port: int, folder: Path, more: Sequence[str], number: int) -> None:
         """`more`: options of `pkv serve`."""
         self._upstream_port, self._folder, self._more = upstream_port, folder, more
-        self._stack = ExitStack()
-        self.peer = self._started(None)
+        self._stacks = [ExitStack() for _ in range(number)]
+        self._kills = 0
+        self.peers: list[Peer] = []
+        for at in range(number):
+            self.peers.append(self._started(at, None))
 
-    def _started(self, port: int | None) -> Peer:
-        return self._stack.enter_context(gateway(MODE, self._upstream_port, self._folder, port=port, more=self._more))
+    def _started(self, at: int, port: int | None) -> Peer:
+        folder = self._folder / f"gateway-{at}"
+        folder.mkdir(exist_ok=True)
+        return self._stacks[at].enter_context(gateway(MODE, self._upstream_port, folder, port=port, more=self._more))
 
     def kill(self) -> None:
-        os.kill(self.peer.pid, signal.SIGKILL)
-        self._stack.close()
-        self._stack = ExitStack()
-        self.peer = self._started(self.peer.port)
+        at = self._kills % len(self.peers)
+        self._kills += 1
+        os.kill(self.peers[at].pid, signal.SIGKILL)
+        self._stacks[at].close()
+        self._stacks[at] = ExitStack()
+        self.peers[at] = self._started(at, self.peers[at].port)
 
     def stop(self) -> None:
-        self._stack.close()
+        for stack in self._stacks:
+            stack.close()
 
 
 @dataclass(slots=True)
@@ -150,6 +169,7 @@ class _Talker(threading.Thread):
         self._random = random.Random(number)
         self._lock = threading.Lock()
         self._seen = _Seen()
+        self._tries = 0
 
     def run(self) -> None:
         conversation = 0
@@ -170,7 +190,9 @@ class _Talker(threading.Thread):
         headers = {"content-type": "application/json", "x-session-id": name}
         while not self._stopped.is_set():
             began = time.perf_counter()
-            connection = http.client.HTTPConnection("127.0.0.1", self._served.peer.port, timeout=_PATIENCE_S)
+            self._tries += 1
+            peer = self._served.peers[(self._number + self._tries) % len(self._served.peers)]
+            connection = http.client.HTTPConnection("127.0.0.1", peer.port, timeout=_PATIENCE_S)
             try:
                 connection.request("POST", "/v1/chat/completions", body, headers)
                 response = connection.getresponse()
@@ -205,14 +227,15 @@ class _Talker(threading.Thread):
         return seen
 
 
-def _row(talkers: list[_Talker], peer: Peer) -> dict[str, Any]:
+def _row(talkers: list[_Talker], peers: Sequence[Peer]) -> dict[str, Any]:
     seen = [talker.taken() for talker in talkers]
     times = sorted(ms for one in seen for ms in one.milliseconds)
     actions: dict[str, int] = {}
     for one in seen:
         for action, count in one.actions.items():
             actions[action] = actions.get(action, 0) + count
-    resident = peer.resident_bytes
+    memory = [peer.resident_bytes for peer in peers]
+    resident = max((each for each in memory if each is not None), default=None)
     return {
         "requests": len(times),
         "repeated": sum(one.repeated for one in seen),

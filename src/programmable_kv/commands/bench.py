@@ -207,6 +207,8 @@ def bench_soak(
     kills: Annotated[int, typer.Option(min=0, help="how often the gateway is killed and started again")] = 5,
     rebase_after: Annotated[int, typer.Option(min=1, help="lines after which a prefix is renewed")] = 12,
     observe_mib: Annotated[int, typer.Option(min=1, help="text of earlier requests that the gateway keeps")] = 8,
+    gateways: Annotated[int, typer.Option(min=1, help="how many there are, killed in turn; several need --state")] = 1,
+    state: Annotated[str, typer.Option(help="a database for the state: postgresql://USER@HOST/DATABASE")] = "",
     out_path: OutOption = None,
 ) -> None:
     """A gateway under load for a long time, killed now and then: hit rate, latency, memory, lost values (no model)."""
@@ -219,7 +221,8 @@ def bench_soak(
     with progress("Stretches", stretches) as report:
         record = run(
             path, minutes=minutes, stretches=stretches, clients=clients, per_second=per_second, kills=kills,
-            rebase_after=rebase_after, observe_mib=observe_mib, report=report, command=command(),
+            rebase_after=rebase_after, observe_mib=observe_mib, gateways=gateways, state=state, report=report,
+            command=command().replace(state, "postgresql://USER@HOST/DATABASE") if state else command(),  # no password
         )  # fmt: skip
     print_summary(record)
 

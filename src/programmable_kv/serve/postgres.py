@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ CREATE FUNCTION errata_are_never_changed() RETURNS trigger LANGUAGE plpgsql AS
 $$ BEGIN RAISE EXCEPTION 'a line is never changed'; END $$;
 CREATE TRIGGER errata_are_never_changed BEFORE UPDATE ON errata EXECUTE FUNCTION errata_are_never_changed()
 """
+_PORTS = re.compile(r"[0-9,]*")
 _FORMAT = "programmable_kv_format"
 
 
@@ -70,13 +72,7 @@ class PostgresState(State):
         Raises:
             InvalidArgumentError: the database cannot be reached or used, or holds a state of another version.
         """
-        try:
-            known = conninfo_to_dict(address.url)
-        except psycopg.Error:  # its message may hold a part of the password
-            raise InvalidArgumentError(
-                "the state's URL is not one of PostgreSQL: it is postgresql://USER@HOST:PORT/DATABASE, and signs such as @, / "
-                "and # in a password are written as %40, %2F and %23. A password may stand in PGPASSWORD instead"
-            ) from None
+        known = _parts(address)
         self._password = str(known.get("password") or "")
         self.name = f"{known.get('host') or 'localhost'}:{known.get('port') or 5432}/{known.get('dbname') or ''}"
         """where it is, without user and password"""
@@ -98,8 +94,8 @@ class PostgresState(State):
                 self._open()
         except (psycopg.Error, StateUnavailableError) as error:
             raise InvalidArgumentError(
-                f"cannot keep the state in the database {self.name}: {self._told(error)}. Give --state a database of its own "
-                "that its user may make tables in"
+                f"cannot keep the state in the database {self.name}: {self._told(error.__cause__ or error)}. Give --state a "
+                "database of its own that can be reached, and a user that may make tables in it"
             ) from None
 
     def rows(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
@@ -229,7 +225,7 @@ class PostgresState(State):
     def _unavailable(self, why: str) -> StateUnavailableError:
         return StateUnavailableError(f"the state in {self.name} cannot be used: {why}. It is tried again by itself")
 
-    def _told(self, error: Exception) -> str:
+    def _told(self, error: BaseException) -> str:
         """An error's message in one line, without the password."""
         text = " ".join(str(error).split()) or type(error).__name__
         return text.replace(self._password, "***") if self._password else text
@@ -252,6 +248,28 @@ class PostgresState(State):
                 run.execute(_NEVER_CHANGED)
                 run.execute(f"CREATE TABLE {_FORMAT} (version INTEGER NOT NULL)")
                 run.execute(f"INSERT INTO {_FORMAT} VALUES (?)", (VERSION,))
+
+
+def _parts(address: DatabaseAddress) -> dict[str, Any]:
+    """What a URL says, by name.
+
+    Raises:
+        InvalidArgumentError: it is none, or a part of its password stands where another part is to be. It is not shown.
+    """
+    try:
+        known = conninfo_to_dict(address.url)
+    except psycopg.Error:
+        known = None
+    if (
+        known is None
+        or "@" in f"{known.get('host')} {known.get('dbname')}"
+        or not _PORTS.fullmatch(str(known.get("port", "")))
+    ):
+        raise InvalidArgumentError(
+            "the state's URL is not one of PostgreSQL: it is postgresql://USER@HOST:PORT/DATABASE, and signs such as @, / and "
+            "# in a password are written as %40, %2F and %23. A password may stand in PGPASSWORD instead"
+        )
+    return known
 
 
 class _Run:
