@@ -11,9 +11,11 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import typer.main
+import yaml
 from starlette.testclient import TestClient
 
 from programmable_kv.cli import app
@@ -26,6 +28,7 @@ PAGE = (ROOT / "docs" / "deploying.md").read_text(encoding="utf-8")
 UNIT = (ROOT / "deploy" / "pkv.service").read_text(encoding="utf-8")
 CONTAINER = (ROOT / "deploy" / "Containerfile").read_text(encoding="utf-8")
 EXAMPLE = (ROOT / "deploy" / "gateway.env.example").read_text(encoding="utf-8")
+FLEET = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text(encoding="utf-8"))
 
 
 def options() -> set[str]:
@@ -53,13 +56,32 @@ def normal(name: str) -> str:
         json.loads(CONTAINER.partition("ENTRYPOINT ")[2].partition("\n")[0]),
         shlex.split(EXAMPLE.partition('PKV_OPTIONS="')[2].partition('"')[0]),
         re.findall(r"--[a-z-]+", EXAMPLE),
-        re.findall(r"(?<=`)--[a-z-]+", PAGE),
+        re.findall(
+            r"(?<=`)--[a-z-]+", PAGE.replace("`--tensor-parallel-size 2`", "").replace("`--data-parallel-size`", "")
+        ),
+        FLEET["services"]["gateway"]["command"],
     ],
 )
 def test_options_exist(words: list[str]) -> None:
     used = {word for word in words if word.startswith("--")}
     assert used
     assert used <= options(), used - options()
+
+
+def test_the_fleet_is_one() -> None:
+    """Its gateways are alike, reach what is there, and are behind the balancer."""
+    services = FLEET["services"]
+    words = services["gateway"]["command"]
+    assert services["gateway-2"] == services["gateway"]
+    upstreams = [words[at + 1] for at, word in enumerate(words) if word == "--upstream"]
+    assert [urlsplit(each).hostname for each in upstreams] == ["vllm-1", "vllm-2"]
+    assert {"vllm-1", "vllm-2", "database"} <= set(services)
+    assert urlsplit(words[words.index("--state") + 1]).hostname == "database"
+    assert "PGPASSWORD" in services["gateway"]["environment"]
+    balancer = (ROOT / "deploy" / "fleet.nginx.conf").read_text(encoding="utf-8")
+    assert set(re.findall(r"server (\S+):8787", balancer)) == {"gateway", "gateway-2"}
+    limits = [services[name]["deploy"]["resources"]["reservations"] for name in ("vllm-1", "vllm-2")]
+    assert [each["devices"][0]["device_ids"] for each in limits] == [["0", "1"], ["2", "3"]]
 
 
 def test_metrics_exist() -> None:
@@ -76,7 +98,7 @@ def test_the_container_installs_what_the_extras_name_at_tested_versions() -> Non
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     assert {normal(each) for each in installed()} == {
-        "platformdirs", *(normal(each) for extra in ("cli", "serve") for each in extras[extra])
+        "platformdirs", *(normal(each) for extra in ("cli", "serve", "postgres") for each in extras[extra])
     }  # fmt: skip
     pinned = {normal(line) for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()}
     assert {normal(each) for each in installed()} <= pinned
