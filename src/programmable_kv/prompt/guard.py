@@ -14,7 +14,6 @@ from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidValueError
 from programmable_kv.prompt.characters import first_hidden, folded, spelled_together, words_of
 from programmable_kv.prompt.fields import FieldKind, FieldType
-from programmable_kv.prompt.tokens import encode
 
 _HARMLESS = re.compile(
     r"endof(text|file|prompt)|fim[ _-]?\w+|file[ _-]?\w+|repo[ _-]?\w+|(image|video|audio|vision|box|quad|object)\w*|"
@@ -61,6 +60,7 @@ def check_value(
     """Refuse a value, as it stands in the text, that could be read as anything but a value.
 
     Args:
+        tokenizer: None where another program tokenises the text: then markers are known by the forms that chat formats have.
         template: the wording of an erratum.
         names: those of the context's fields.
         lines: it may have several lines, be empty, and begin or end with white space.
@@ -107,7 +107,10 @@ def check_text(name: str, text: str, kind: FieldType, tokenizer: Any, template: 
     for character in text:
         if "\ue000" <= character <= "\ue00f":
             raise InvalidValueError(f"the value of {name} contains the private-use character U+{ord(character):04X}")
-    encode(tokenizer, text, [Span(0, len(text))])
+    if tokenizer is not None:
+        from programmable_kv.prompt.tokens import encode  # needs numpy, which a gateway does not have
+
+        encode(tokenizer, text, [Span(0, len(text))])
 
 
 def _refuse_character(name: str, character: str) -> None:
@@ -129,7 +132,7 @@ def _check_markers(name: str, plain: str, tokenizer: Any) -> None:
         match_ = next((m for m in _MARKERS.finditer(form) if form is plain or len(m.group()) > 4), None)
         if match_ is not None:
             _refuse_marker(name, match_.group())
-    if not any(bracket in plain for bracket in "<[{|"):
+    if tokenizer is None or not any(bracket in plain for bracket in "<[{|"):
         return
     template = str(getattr(tokenizer, "chat_template", None) or "")
     for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values():

@@ -19,6 +19,10 @@ from programmable_kv.serve.admission import Admission
 from programmable_kv.serve.fleet import Fleet
 from programmable_kv.serve.forward import Forwarder
 from programmable_kv.serve.metrics import Metrics
+from programmable_kv.serve.notebooks.asking import Asking
+from programmable_kv.serve.notebooks.resource import BookResource, book_routes
+from programmable_kv.serve.notebooks.shelf import BookShelf
+from programmable_kv.serve.notebooks.telling import BookRewriter
 from programmable_kv.serve.observer import Observer
 from programmable_kv.serve.openapi import gateway_document
 from programmable_kv.serve.page import page_routes
@@ -39,9 +43,7 @@ _PROMETHEUS = "text/plain; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
 def gateway_app(settings: GatewaySettings) -> Starlette:
     """A gateway."""
     limits = settings.limits
-    state = (
-        State(settings.state, durable=False) if settings.rewrites or settings.salts else None
-    )  # first: it may be refused
+    state = State(settings.state, durable=False)  # first: it may be refused
     access = Access(settings.keys, settings.upstream_key)
     metrics = Metrics()
     observer = None
@@ -53,15 +55,21 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
     metrics.watch("waiting", "requests that wait for a place", lambda: float(admission.waiting))
     fleet = Fleet([(address, _client(address, limits)) for address in settings.addresses], metrics)
     rewriter = None
-    salt = TenantSalt(secret_of(state)) if state is not None and settings.salts else None
-    if state is not None and settings.rewrites:
-        store = ConversationStore(state, most=limits.conversations)
+    salt = TenantSalt(secret_of(state)) if settings.salts else None
+    store = ConversationStore(state, most=limits.conversations)
+    metrics.watch("conversations", "conversations that are kept", lambda: float(len(store)))
+    if settings.rewrites:
         rewriter = Rewriter(
             store, settings.rules, settings.mode, _subject(settings), metrics.tell_gain, metrics.tell_rebase,
             rebase_after=settings.rebase_after,
         )  # fmt: skip
-        metrics.watch("conversations", "conversations that are kept", lambda: float(len(store)))
-    forwarder = Forwarder(settings, fleet, access, admission, metrics, observer, rewriter, salt)
+    teller = BookRewriter(
+        store, _subject(settings), metrics.tell_gain, metrics.tell_rebase, rebase_after=settings.rebase_after
+    )
+    shelf = BookShelf(state, most=settings.max_notebooks)
+    metrics.watch("notebooks", "notebooks that are kept", lambda: float(len(shelf)))
+    books = Asking(shelf, teller)
+    forwarder = Forwarder(settings, fleet, access, admission, metrics, observer, rewriter, salt, books)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -72,8 +80,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
             await fleet.close()
             if observer is not None:
                 observer.close()
-            if state is not None:
-                state.close()
+            state.close()
 
     def told(answer: Callable[[str], Response]) -> Callable[[Request], Response]:
         """A page for whoever may use the gateway."""
@@ -96,6 +103,8 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
             found["upstreams"] = fleet.health()
         if rewriter is not None:
             found["rewriting"] = rewriter.as_json(tenant)
+        if shelf.of_tenant(tenant):
+            found["notebooks"] = teller.as_json(tenant)
         return Response(json.dumps(found, indent=1, ensure_ascii=False), media_type=_JSON)
 
     def miss(tenant: str) -> Response:
@@ -105,6 +114,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
     return Starlette(
         routes=[
             *page_routes(),
+            *book_routes(BookResource(shelf, teller), access, limits, metrics, forwarder.rates),
             Route("/v1/{rest:path}", forwarder),
             Route("/healthz", lambda _: _health(fleet)),
             Route("/metrics", told(lambda _: Response(metrics.text(), media_type=_PROMETHEUS))),

@@ -39,6 +39,13 @@ CREATE TABLE IF NOT EXISTS rebases (
     conversation TEXT PRIMARY KEY, warmed TEXT NOT NULL, state TEXT NOT NULL, lines INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS sessions (session TEXT PRIMARY KEY, conversation TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS gateway_notebooks (
+    identity TEXT PRIMARY KEY, tenant TEXT NOT NULL, version INTEGER NOT NULL, source TEXT NOT NULL, fields TEXT NOT NULL,
+    number INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS notebook_conversations (
+    notebook TEXT NOT NULL, conversation TEXT NOT NULL, PRIMARY KEY (notebook, conversation)
+) WITHOUT ROWID;
 CREATE TABLE secrets (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 """
 
@@ -56,6 +63,7 @@ class State:
             InvalidArgumentError: the file cannot be used, is of another version, or another server uses it.
         """
         self._lock = threading.RLock()
+        self._durable = durable
         try:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -77,9 +85,21 @@ class State:
             return self._connection.execute(statement, values).fetchall()
 
     @contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: all of the block is kept, or nothing where it raises. When it ends, the process may die."""
+    def write(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of the block is kept, or nothing where it raises. When it ends, the process may die.
+
+        Args:
+            durable: it survives a loss of power also where the state's other transactions do not. Not inside of another one.
+        """
         with self._lock:
+            if durable and not self._durable:
+                self._connection.execute("PRAGMA synchronous = FULL")
+                try:
+                    with self.write() as run:
+                        yield run
+                finally:
+                    self._connection.execute("PRAGMA synchronous = NORMAL")
+                return
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
@@ -87,6 +107,11 @@ class State:
                 self._connection.execute("ROLLBACK")
                 raise
             self._connection.execute("COMMIT")
+
+    def scrub(self) -> None:
+        """Take what was deleted out of the file: it is overwritten, and so is the log that the file is written from."""
+        with self._lock:
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         """Close the file."""
@@ -97,6 +122,7 @@ class State:
         run = self._connection.execute
         run("PRAGMA locking_mode = EXCLUSIVE")
         run("PRAGMA journal_mode = WAL")
+        run("PRAGMA secure_delete = ON")  # a notebook that is deleted leaves no text behind
         run(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         with self.write():
             [(version,)] = run("PRAGMA user_version").fetchall()

@@ -26,11 +26,11 @@ _REWRITES = (GatewayMode.ERRATUM, GatewayMode.HOIST)
 _REFUSALS = (400, 422, 500)
 """statuses with which servers refuse a role; llama-server says 500 where a template raises"""
 _FAULT = 500
-_OFF = "off"
+OFF = "off"
 _STRIKES = 3
 """refused announcements after which none is tried: one may have been too long for the model's context"""
 _OFF_S = 86400.0
-_REFUSED = ("refused", "folded")
+REFUSED = ("refused", "folded")
 _TAKEN = "taken"
 """not refused; whether it is folded into the head is not known yet"""
 _SHARED_NAMES = ("prompt_cache_key", "metadata")
@@ -45,6 +45,8 @@ class Rewriting:
     route: str
     plan: Plan
     original: bytes = field(repr=False)
+    by: Rewriter = field(repr=False)
+    """who decides about it"""
     model: str = ""
     session: str = ""
     """the client's own name for the conversation"""
@@ -111,7 +113,7 @@ class Rewriter:
     def begin(self, tenant: str, route: str, headers: Headers, data: bytes) -> Rewriting:
         """Plan a request, and remember it as sent."""
         mode = self.mode_of(route)
-        work = Rewriting(tenant, route, Plan(Action.FORWARDED, _why_not(mode)), data)
+        work = Rewriting(tenant, route, Plan(Action.FORWARDED, _why_not(mode)), data, self)
         if mode not in _REWRITES:
             return work
         if value_of(headers, b"content-encoding") not in (None, b"identity"):
@@ -123,7 +125,7 @@ class Rewriter:
             work.plan = Plan(Action.FORWARDED, "the body is no conversation")
             return work
         work.prompt, work.model = prompt, prompt.model
-        if self._store.verdict(self._subject(route, prompt.model), _OFF):
+        if self._store.verdict(self._subject(route, prompt.model), OFF):
             work.plan = Plan(Action.FORWARDED, "switched off: it did not pay here")
             return work
         sent = {"headers": readable(headers)}
@@ -133,7 +135,7 @@ class Rewriter:
         whose = (tenant, route, prompt.model, session, salt)
         keys = keys_of(prompt, self._rules, *whose)
         owner = self._owner(tenant, route)
-        forms = [form for form in FORMS[route] if self._verdict(route, prompt.model, form) not in _REFUSED]
+        forms = [form for form in FORMS[route] if self._verdict(route, prompt.model, form) not in REFUSED]
         learned = self._store.learned(owner)
         work.known = Known(
             self._rules, keys, bool(own), learned, mode is GatewayMode.HOIST, forms, self._rebase_after, digest(whose)
@@ -155,7 +157,7 @@ class Rewriter:
             work.refused.append(note.form)
             left = tuple(form for form in work.known.forms if form not in work.refused)
             work.known = replace(work.known, forms=left)
-            again = plan(work.prompt, work.match, work.known, work.why, work.replaced)
+            again = self._planned(work)
             if again.note is not None and self._store.commit(again):
                 work.plan = again
                 return True
@@ -182,7 +184,7 @@ class Rewriter:
             self._strikes[place] = self._strikes.get(place, 0) + 1
             if self._strikes[place] >= _STRIKES:
                 subject = self._subject(*place)
-                self._store.decide(subject, _OFF, "the announcement is refused", for_s=_OFF_S)
+                self._store.decide(subject, OFF, "the announcement is refused", for_s=_OFF_S)
         self.judge.acted(work.tenant, work.route, work.model, work.plan)
 
     def settle(self, work: Rewriting, usage: Usage | None) -> Gain | None:
@@ -221,7 +223,7 @@ class Rewriter:
         if found is None and matches and known.named:
             work.replaced = matches[0].conversation
         work.match, work.why = found, why
-        work.plan = plan(prompt, found, known, why, work.replaced)
+        work.plan = self._planned(work)
         ready = self._ready(found.conversation, prompt, known) if found is not None else None
         if found is not None and ready is not None:
             made = plan(prompt, ready, known, "")
@@ -230,12 +232,22 @@ class Rewriter:
         if not matches and known.named:
             latest = self._store.latest(known.whose)
             work.plan = (compacted(prompt, latest, known) if latest is not None else None) or work.plan
-        if not self._store.commit(work.plan, known.whose if known.named else ""):
+        self._commit(work, known.whose if known.named else "")
+
+    def _commit(self, work: Rewriting, session: str = "") -> None:
+        """Remember a plan before it is carried out, and begin a rebase where one is due."""
+        if not self._store.commit(work.plan, session):
             work.plan = Plan(Action.FORWARDED, "another request went on with the conversation")
             return
         after, wanted = work.plan.after, work.plan.warming
         if wanted is not None and after is not None and self._store.begin_rebase(after, wanted.conversation):
             work.warming = wanted
+
+    def _planned(self, work: Rewriting) -> Plan:
+        """What to do with a request that was compared with what is known."""
+        assert work.prompt is not None
+        assert work.known is not None
+        return plan(work.prompt, work.match, work.known, work.why, work.replaced)
 
     def _ready(self, conversation: Conversation, prompt: Prompt, known: Known) -> Match | None:
         """The prefix that was warmed for a conversation, if the request goes on with it."""
@@ -268,7 +280,7 @@ class Rewriter:
             _LOG.warning("%s: a line as %s is %s by the upstream", route, form, verdict)
 
     def _switch_off(self, route: str, model: str) -> None:
-        self._store.decide(self._subject(route, model), _OFF, "rewriting lost tokens", for_s=_OFF_S)
+        self._store.decide(self._subject(route, model), OFF, "rewriting lost tokens", for_s=_OFF_S)
         _LOG.warning("%s: rewriting is switched off for a day, because it lost tokens", route)
 
 

@@ -19,6 +19,8 @@ _OFTEN = 2
 _FORGET_EVERY = 256
 """new conversations between two clean-ups"""
 _SET_KEY = "UPDATE conversations SET key = ? WHERE identity = ?"
+_NOTEBOOK = "SELECT 1 FROM gateway_notebooks WHERE identity = ?"
+_OF_NOTEBOOK = "INSERT OR IGNORE INTO notebook_conversations VALUES (?, ?)"
 _FORGET_REBASE = "DELETE FROM rebases WHERE conversation = ?"
 _ENDED = ""
 """the key of conversations that were replaced after a reset, and of prefixes that are not in use yet"""
@@ -91,6 +93,8 @@ class ConversationStore:
             return True
         now = time.time()
         with self._state.write() as run:
+            if after.notebook and not run.execute(_NOTEBOOK, (after.notebook,)).fetchall():
+                return False  # it was deleted meanwhile: nothing of it is kept
             if plan.replaced is not None:
                 run.execute(_SET_KEY, (_ENDED, plan.replaced.identity))
                 run.execute(_FORGET_REBASE, (plan.replaced.identity,))
@@ -112,6 +116,8 @@ class ConversationStore:
                 ).rowcount
                 if not changed:
                     return False
+            if after.notebook:
+                run.execute(_OF_NOTEBOOK, (after.notebook, after.identity))
             if session:
                 run.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?)", (session, after.identity))
             if plan.note is not None:
@@ -159,6 +165,8 @@ class ConversationStore:
         """
         lines = len(conversation.notes)
         with self._state.write() as run:
+            if warmed.notebook and not run.execute(_NOTEBOOK, (warmed.notebook,)).fetchall():
+                return False
             run.execute(
                 "DELETE FROM rebases WHERE conversation = ? AND state = ? AND lines * 1.5 < ?",
                 (conversation.identity, _FAILED, lines),
@@ -172,6 +180,8 @@ class ConversationStore:
                     "INSERT INTO conversations VALUES (?, ?, ?, ?, ?)",
                     (warmed.identity, _ENDED, warmed.version, _document(warmed), time.time()),
                 )
+                if warmed.notebook:
+                    run.execute(_OF_NOTEBOOK, (warmed.notebook, warmed.identity))
                 run.executemany(
                     "INSERT INTO errata VALUES (?, ?, ?, ?, ?)",
                     [(warmed.identity, at, note.after, note.form, note.line) for at, note in enumerate(warmed.notes)],
@@ -258,6 +268,8 @@ class ConversationStore:
             given["origin"],
             {int(at): _texts(each) for at, each in given["inside"].items()},
             tuple(Note(after, Form(form), line) for after, form, line in notes),
+            given.get("notebook", ""),
+            given.get("values", {}),
         )
 
     def _forget(self) -> None:
@@ -273,6 +285,9 @@ class ConversationStore:
             run.execute("DELETE FROM sessions WHERE conversation NOT IN (SELECT identity FROM conversations)")
             run.execute("DELETE FROM rebases WHERE conversation NOT IN (SELECT identity FROM conversations)")
             run.execute("DELETE FROM errata WHERE conversation NOT IN (SELECT identity FROM conversations)")
+            run.execute(
+                "DELETE FROM notebook_conversations WHERE conversation NOT IN (SELECT identity FROM conversations)"
+            )
             run.execute("DELETE FROM beginnings WHERE used < ?", (time.time() - _BEGINNINGS_S,))
 
 
@@ -287,6 +302,11 @@ def _document(conversation: Conversation) -> str:
             "spoke": conversation.spoke,
             "origin": conversation.origin,
             "inside": {str(at): _written(each) for at, each in conversation.inside.items()},
+            **(
+                {"notebook": conversation.notebook, "values": dict(conversation.values)}
+                if conversation.notebook
+                else {}
+            ),
         }
     )
 

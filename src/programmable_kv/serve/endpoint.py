@@ -1,4 +1,4 @@
-"""What every route of the local server does: let in, read JSON, answer, and turn errors into typed ones."""
+"""What every route that is answered here does: let in, read JSON, answer, and turn errors into typed ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LOG = logging.getLogger("programmable_kv.serve")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request to the local server."""
+    """One request."""
 
     tenant: str
     request: Request
