@@ -20,8 +20,10 @@ from programmable_kv.serve.fleet import Fleet
 from programmable_kv.serve.forward import Forwarder
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.notebooks.asking import Asking
+from programmable_kv.serve.notebooks.composing import Composer
 from programmable_kv.serve.notebooks.resource import BookResource, book_routes
 from programmable_kv.serve.notebooks.shelf import BookShelf
+from programmable_kv.serve.notebooks.stored import StoredTexts
 from programmable_kv.serve.notebooks.telling import BookRewriter
 from programmable_kv.serve.observer import Observer
 from programmable_kv.serve.openapi import gateway_document
@@ -68,7 +70,8 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
     )
     shelf = BookShelf(state, most=settings.max_notebooks)
     metrics.watch("notebooks", "notebooks that are kept", lambda: float(len(shelf)))
-    books = Asking(shelf, teller)
+    stored = StoredTexts(settings.skills) if settings.skills is not None else None
+    books = Asking(shelf, teller, Composer(stored) if stored is not None else None)
     forwarder = Forwarder(settings, fleet, access, admission, metrics, observer, rewriter, salt, books)
 
     @asynccontextmanager
@@ -114,7 +117,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
     return Starlette(
         routes=[
             *page_routes(),
-            *book_routes(BookResource(shelf, teller), access, limits, metrics, forwarder.rates),
+            *book_routes(BookResource(shelf, teller, stored), access, limits, metrics, forwarder.rates),
             Route("/v1/{rest:path}", forwarder),
             Route("/healthz", lambda _: _health(fleet)),
             Route("/metrics", told(lambda _: Response(metrics.text(), media_type=_PROMETHEUS))),

@@ -190,6 +190,8 @@ class Forwarder:
         job.key = await self._key(job, admitted, body) if self._fleet.several else b""
         while True:
             data = body if work is None else work.body
+            if work is not None and self._books is not None:
+                data = await self._books.composed(work, data, partial(self._asked, job, admitted))
             salted = self._salted(job, admitted, data)
             rewritten = salted is not None or data is not body
             build = partial(_request, job.scope, admitted.headers, data if salted is None else salted, rewritten)
@@ -202,6 +204,16 @@ class Forwarder:
         if work is not None:
             self._metrics.actions.labels(job.route.label, work.plan.action).inc()
         return answer
+
+    async def _asked(self, job: _Job, admitted: Admitted, path: str, data: bytes) -> bytes | None:
+        """The upstream's answer to a request of the gateway's own; None where it is an error."""
+        scope = {**job.scope, "path": path, "raw_path": path.encode(), "query_string": b""}
+        sent = await self._fleet.send(job.key, partial(_request, scope, admitted.headers, data, True))
+        try:
+            found = b"".join([chunk async for chunk in sent.answer.chunks()])
+        finally:
+            await sent.answer.close()
+        return found if sent.answer.status in _SUCCESS else None
 
     async def _pass_on(self, job: _Job, answer: UpstreamAnswer, tenant: str, body: bytes) -> None:
         capture = Capture()
@@ -309,7 +321,9 @@ def _action(work: Rewriting | None) -> Headers:
     plan = work.plan
     said = f"{plan.action}; why={plan.why}" if plan.why else str(plan.action)
     found = ((b"x-pkv-action", said.encode()), (b"x-pkv-saved-bytes", str(plan.saved_bytes).encode()))
-    return (*found, (b"x-pkv-rebase", b"warming")) if work.warming is not None else found
+    skills = ((b"x-pkv-skills", work.skills.encode("ascii", "replace")),) if work.skills else ()
+    warming = ((b"x-pkv-rebase", b"warming"),) if work.warming is not None else ()
+    return (*found, *skills, *warming)
 
 
 def _check_path(path: str) -> None:

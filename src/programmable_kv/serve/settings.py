@@ -87,6 +87,8 @@ class GatewaySettings:
     """lines of a conversation after which the prefix with its new values is computed in the background"""
     max_notebooks: int = 10_000
     """notebooks that are kept, of all tenants together"""
+    skills: str | None = None
+    """the store of the plugin inside of the upstream's vLLM, whose skills notebooks may name"""
 
     def __post_init__(self) -> None:
         require_count(self.rebase_after, "rebase_after", least=1)

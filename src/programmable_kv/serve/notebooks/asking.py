@@ -6,9 +6,10 @@ import asyncio
 import logging
 
 from programmable_kv.serve.headers import Headers
+from programmable_kv.serve.notebooks.composing import Ask, Composer
 from programmable_kv.serve.notebooks.shelf import BookShelf
 from programmable_kv.serve.notebooks.source import PREFIX, invalid
-from programmable_kv.serve.notebooks.telling import BookRewriter
+from programmable_kv.serve.notebooks.telling import BookRewriter, BookRewriting
 from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.rewriting.body import read
 from programmable_kv.serve.rewriting.prompt import ROUTES
@@ -21,9 +22,10 @@ _NAMED = PREFIX.encode()
 class Asking:
     """Knows which requests are to notebooks."""
 
-    def __init__(self, shelf: BookShelf, rewriter: BookRewriter) -> None:
+    def __init__(self, shelf: BookShelf, rewriter: BookRewriter, composer: Composer | None = None) -> None:
         self._shelf = shelf
         self._rewriter = rewriter
+        self._composer = composer
 
     async def begin(self, tenant: str, route: str, headers: Headers, data: bytes) -> Rewriting | None:
         """What is done with a request; None where it is to no notebook.
@@ -34,6 +36,12 @@ class Asking:
         if _NAMED not in data:
             return None
         return await asyncio.to_thread(self._begun, tenant, route, headers, data)
+
+    async def composed(self, work: Rewriting | None, data: bytes, ask: Ask) -> bytes:
+        """What is sent: with the skills of a notebook named, where they stand in the prompt."""
+        if self._composer is None or not isinstance(work, BookRewriting) or work.book is None or not work.book.skills:
+            return data
+        return await self._composer.composed(work, data, ask)
 
     def _begun(self, tenant: str, route: str, headers: Headers, data: bytes) -> Rewriting | None:
         body = read(data)

@@ -52,6 +52,11 @@ class Book:
         return found
 
     @property
+    def skills(self) -> Mapping[str, str]:
+        """Texts of compiled skills, by their placeholders."""
+        return {name: skill["text"] for name, skill in (self.source.get("skills") or {}).items()}
+
+    @property
     def etag(self) -> str:
         """Of its version."""
         return etag_of(self.version)
@@ -71,6 +76,7 @@ class Book:
             "upstream_model": self.upstream_model,
             "version": self.version,
             "fields": {name: types[name].shown(text) for name, text in self.texts.items()},
+            "skills": {name: skill["skill"] for name, skill in (self.source.get("skills") or {}).items()},
             **more,
         }
 
@@ -89,6 +95,12 @@ def declared(source: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Field
     for text in _texts(source["messages"]):
         for name, inside in places_in_json(text, fields).items():
             places[name] = inside if places.get(name, inside) is inside else None
+    skills = source.get("skills") or {}
+    for name in skills:
+        check_name(name)
+        times = sum(text.count("{" + name + "}") for text in _texts(source["messages"]))
+        if times != 1 or name in fields:
+            raise InvalidValueError(f"the skill {{{name}}} has one placeholder in the messages, and a name of its own")
     missing = [name for name in fields if name not in places]
     if missing:
         raise UnknownFieldError(

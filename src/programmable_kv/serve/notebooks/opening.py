@@ -120,7 +120,7 @@ def check_tools(tools: Sequence[Any] | None) -> None:
 
 def _own(route: str, body: Body, book: Book, texts: Mapping[str, str]) -> tuple[Any, Messages]:
     """The member for the system prompt (None where it stays as the client sent it), and the messages before the client's."""
-    messages = filled(book.messages, texts)
+    messages = filled(book.messages, {**texts, **book.skills})
     count = next((at for at, each in enumerate(messages) if each["role"] not in HEAD_ROLES), len(messages))
     head, rest = messages[:count], messages[count:]
     if book.texts and not head:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from programmable_kv.serve.notebooks.book import Book, changed, check_messages, 
 from programmable_kv.serve.notebooks.opening import check_tools
 from programmable_kv.serve.notebooks.shelf import BookShelf
 from programmable_kv.serve.notebooks.source import check_version, invalid, new_identity, source_of
+from programmable_kv.serve.notebooks.stored import StoredTexts
 from programmable_kv.serve.notebooks.telling import BookRewriter, line_bytes
 from programmable_kv.serve.rates import Rates
 from programmable_kv.serve.refusal import NO_SUCH_ROUTE, Refusal, RefusedError
@@ -32,19 +34,25 @@ _MODES = ("erratum", "full")
 class BookResource:
     """The handlers of the notebooks' routes."""
 
-    def __init__(self, shelf: BookShelf, rewriter: BookRewriter) -> None:
+    def __init__(self, shelf: BookShelf, rewriter: BookRewriter, stored: StoredTexts | None = None) -> None:
+        """
+        Args:
+            stored: the skills that notebooks may name.
+        """
         self._shelf = shelf
         self._rewriter = rewriter
+        self._stored = stored
 
     async def create(self, call: Call) -> Response:
         """`POST /v1/notebooks`."""
-        source = source_of(call.body, "upstream_model")
+        source = source_of(call.body, "upstream_model", "skills")
         model = call.body.get("upstream_model")
         if not isinstance(model, str) or not model:
             raise invalid("upstream_model is the name of the model at the upstream, as GET /v1/models lists it")
         check_messages(source["messages"])
         check_tools(source["tools"])
         source["upstream_model"] = model
+        source["skills"] = await asyncio.to_thread(self._skills, call.body.get("skills"))
         texts, _ = declared(source)
         book = Book(new_identity(), call.tenant, 1, source, new_token(), texts, texts)
         await asyncio.to_thread(self._shelf.add, book)
@@ -93,6 +101,22 @@ class BookResource:
             if await asyncio.shield(asyncio.to_thread(self._shelf.remove, book)):
                 return Response(status_code=204)
         raise _busy()
+
+    def _skills(self, given: Any) -> dict[str, Any]:
+        """The skills that a notebook names, by their placeholders: found in the store now, and the same from then on.
+
+        Raises:
+            RefusedError: they are not named as they must be, or this gateway has no store.
+            UnknownSkillError: the store has no such skill.
+        """
+        if given is None or given == {}:
+            return {}
+        if not isinstance(given, Mapping) or not all(isinstance(which, str) for which in given.values()):
+            raise invalid('skills is an object: {"PLACEHOLDER": "a skill\'s name or key"}')
+        if self._stored is None:
+            raise invalid("this gateway has no store of skills: start it with --skills STORE")
+        found = {name: self._stored.find(which) for name, which in given.items()}
+        return {name: {"skill": given[name], "key": skill.key, "text": skill.text} for name, skill in found.items()}
 
     def _book(self, call: Call) -> Book:
         return self._shelf.get(call.tenant, call.request.path_params["id"])

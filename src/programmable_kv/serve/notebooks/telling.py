@@ -226,7 +226,7 @@ def _of_book(made: Plan, book: Book) -> Plan:
     if made.after is None:
         return made
     after = replace(made.after, notebook=book.identity, values=book.texts)
-    if made.warming is None:
-        return replace(made, after=after)
+    if made.warming is None or book.skills:  # a prefix with skills is not warmed: they are loaded
+        return replace(made, after=after, warming=None)
     conversation = replace(made.warming.conversation, notebook=book.identity, values=book.texts)
     return replace(made, after=after, warming=replace(made.warming, conversation=conversation))

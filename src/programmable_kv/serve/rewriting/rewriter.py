@@ -61,6 +61,8 @@ class Rewriting:
     announcement_refused: bool = False
     warming: Warming | None = field(default=None, repr=False)
     """what is to be computed in the background once this request is answered"""
+    skills: str = ""
+    """what became of the skills in it, where a notebook has some"""
 
     @property
     def body(self) -> bytes:
