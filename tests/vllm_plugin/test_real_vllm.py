@@ -6,6 +6,7 @@ One engine is started for all of it, with the embedded model and one store. docs
 from __future__ import annotations
 
 import os
+import random
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,16 +18,22 @@ import openai
 import pytest
 import torch
 
-from programmable_kv.bench.vllm_cases import TOPICS, Case, Shop
+from programmable_kv import Notebook, SeamRepair
+from programmable_kv.bench.vllm_cases import TOPICS, Case, Shop, policy
+from programmable_kv.bench.vllm_cases import answered as library_answer
 from programmable_kv.lab.obedience import policies
 from programmable_kv.models.source import find_source
+from programmable_kv.notebook.asking import asked
+from programmable_kv.prompt.parts import Rendered
+from programmable_kv.prompt.units import Kind, tokenised
 from programmable_kv.scenarios.grammar import Gate, Scenario
+from programmable_kv.scenarios.phrasings import PHRASINGS, question
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.rules import rules_of
 from programmable_kv.serve.settings import GatewaySettings
 from programmable_kv.skills.store import SkillStore
 from programmable_kv.storage.files import blobs_at
-from programmable_kv.vllm_plugin.prepare import certify
+from programmable_kv.vllm_plugin.prepare import certify, compile_opening
 from serve.http_peers import running
 from vllm_plugin.real_engine import BLOCK_SIZE, VARIABLE, Completion, Engine, engine
 
@@ -43,6 +50,7 @@ HEALTHY, TURNED, DAMAGED = TOPICS[:3], TOPICS[3], TOPICS[4]
 LARGEST_DIFFERENCE = 1e-3
 """of log-probabilities: float32, other kernels and another order of sums"""
 LINES = 3
+BEGINS = "You are the support agent of an online shop. These policies are in force today.\n"
 ASKED = "Which desk handles a request of kind 2? Answer in one sentence."
 
 
@@ -125,17 +133,17 @@ def test_a_damaged_skill_is_computed_by_vllm(shop: Shop, vllm: Engine) -> None:
 
 
 @pytest.fixture(scope="module")
-def policy() -> Scenario:
+def scenario() -> Scenario:
     return policies(1)[0]
 
 
-def asked_of(policy: Scenario) -> tuple[Gate, str, str, str]:
+def question_of(scenario: Scenario) -> tuple[Gate, str, str, str]:
     """What the policy decides, its value now, another value that it decides otherwise by, and a question."""
-    [gate] = policy.gates
-    old = policy.values[gate.field]
+    [gate] = scenario.gates
+    old = scenario.values[gate.field]
     now = gate.actions[old]
     new = next(value for value, action in sorted(gate.actions.items()) if action[0] != now[0])
-    return gate, old, new, f"A customer asks about {gate.topic}. Which action do you take? Answer with the action only."
+    return gate, old, new, question(random.Random(0), PHRASINGS["held_out"], gate.topic, think=False)
 
 
 def decided(
@@ -154,8 +162,10 @@ def decided(
     return max(zip(actions, firsts, strict=True), key=lambda it: shares.get(it[1], -99.0))[0], answer.usage
 
 
-def test_a_notebook_decides_by_its_latest_value_and_its_head_is_hit(shop: Shop, vllm: Engine, policy: Scenario) -> None:
-    gate, old, new, asked = asked_of(policy)
+def test_a_notebook_decides_by_its_latest_value_and_its_head_is_hit(
+    shop: Shop, vllm: Engine, scenario: Scenario
+) -> None:
+    gate, old, new, said = question_of(scenario)
     actions = (gate.actions[old], gate.actions[new])
     with running(GatewaySettings(vllm.url, port=0)) as front, httpx2.Client(base_url=front.url, timeout=60) as http:
         client = openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0)
@@ -163,13 +173,13 @@ def test_a_notebook_decides_by_its_latest_value_and_its_head_is_hit(shop: Shop, 
             "/v1/notebooks",
             json={
                 "upstream_model": "served",
-                "messages": [{"role": "system", "content": policy.prompt}],
-                "fields": policy.values,
+                "messages": [{"role": "system", "content": scenario.prompt}],
+                "fields": scenario.values,
             },
         )
         assert made.status_code == 201, made.text
         book = made.json()
-        turns: list[Any] = [{"role": "user", "content": asked}]
+        turns: list[Any] = [{"role": "user", "content": said}]
         before, usage = decided(client, shop, book["model"], turns, actions)
         assert before == actions[0]
         assert usage.prompt_tokens > 4 * BLOCK_SIZE
@@ -184,12 +194,52 @@ def test_a_notebook_decides_by_its_latest_value_and_its_head_is_hit(shop: Shop, 
         assert counted["requests"] >= 1
 
 
+def test_a_notebook_with_skills_is_composed_by_the_gateway(shop: Shop, vllm: Engine, scratch: Path) -> None:
+    """The same prompt as the library's splice: the skills are loaded at the first request, and the answer is the splice's."""
+    texts = {f"chat-{topic}": f"{policy(topic, LINES).strip()}\n" for topic in HEALTHY}
+    skills = {name: shop.store.compile(shop.model, text, name=name) for name, text in texts.items()}
+    shop.store.put(compile_opening(shop.model, [("system", BEGINS)]))
+    placed = "".join("{" + name + "}" for name in skills)
+    oracle = Notebook(shop.model).message("system", BEGINS + placed, **skills)
+    oracle.message("user", ASKED).prefill(repair=SeamRepair(0))
+    opened = tokenised(shop.model.tokenizer, Rendered(asked(oracle, None, think=False).text), Kind.TURN)
+    expected = library_answer(shop.model.engine, oracle, list(opened.ids))
+    names = dict(zip(skills, skills, strict=True))
+    settings = GatewaySettings(vllm.url, port=0, skills=str(scratch / "store"))
+    with running(settings) as front, httpx2.Client(base_url=front.url, timeout=60) as http:
+
+        def answer(text: str) -> tuple[str, Any]:
+            body = {"upstream_model": "served", "messages": [{"role": "system", "content": text}], "skills": names}
+            book = http.post("/v1/notebooks", json=body)
+            assert book.status_code == 201, book.text
+            request = {
+                "model": book.json()["model"], "messages": [{"role": "user", "content": ASKED}], "max_tokens": 4,
+                "temperature": 0, "logprobs": True, "top_logprobs": 20,
+            }  # fmt: skip
+            got = http.post("/v1/chat/completions", json=request)
+            assert got.status_code == 200, got.text
+            return got.headers["x-pkv-skills"], got.json()
+
+        told, composed = answer(BEGINS + placed)
+        assert told == f"named={1 + len(skills)}"
+        assert composed["usage"]["prompt_tokens"] == len(oracle) + len(opened.ids)
+        said = composed["kv_transfer_params"]["skills"]
+        assert said["why"] == ""
+        assert said["tokens_loaded"] == oracle.part(list(skills)[-1]).span.stop
+        first = composed["choices"][0]["logprobs"]["content"][0]
+        assert first["token"] == shop.model.tokenizer.decode([expected.tokens[0]])
+        assert abs(first["logprob"] - float(expected.logprobs[0].max())) <= LARGEST_DIFFERENCE
+        told, plain = answer(f"{BEGINS}#{placed}")
+        assert told.startswith("none; why="), "the text before the skill merges with its first token"
+        assert not plain.get("kv_transfer_params")
+
+
 def test_in_mode_erratum_a_turn_after_a_change_reads_the_head_from_the_cache(
-    shop: Shop, vllm: Engine, policy: Scenario
+    shop: Shop, vllm: Engine, scenario: Scenario
 ) -> None:
-    gate, old, new, asked = asked_of(policy)
+    gate, old, new, said = question_of(scenario)
     name = "{" + gate.field + "}"
-    begins, _, ends = next(line for line in policy.prompt.splitlines() if name in line).partition(name)
+    begins, _, ends = next(line for line in scenario.prompt.splitlines() if name in line).partition(name)
     rules = rules_of(
         {"volatile": [{"name": gate.field, "pattern": f"^{re.escape(begins)}(.*?){re.escape(ends)}$"}], "learn": False}
     )
@@ -197,8 +247,8 @@ def test_in_mode_erratum_a_turn_after_a_change_reads_the_head_from_the_cache(
     with running(settings) as front, httpx2.Client(base_url=front.url, timeout=60) as http:
         found = []
         for value in (old, new):
-            system = policy.prompt.format(**{**policy.values, gate.field: value})
-            messages = [{"role": "system", "content": system}, {"role": "user", "content": asked}]
+            system = scenario.prompt.format(**{**scenario.values, gate.field: value})
+            messages = [{"role": "system", "content": system}, {"role": "user", "content": said}]
             body = {"model": "served", "messages": messages, "max_tokens": 1, "temperature": 0, "cache_salt": "mode"}
             got = http.post("/v1/chat/completions", json=body, headers={"x-session-id": "one"})
             assert got.status_code == 200, got.text

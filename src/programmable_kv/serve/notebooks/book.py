@@ -82,11 +82,11 @@ class Book:
 
 
 def declared(source: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, FieldType]]:
-    """The values that a notebook begins with, as they stand in its text, and their types.
+    """The values that a notebook begins with, as they stand in its text, and their types. The guard does not read them here.
 
     Raises:
         UnknownFieldError: a field has no placeholder in any message.
-        InvalidValueError: a name, a value or a message is refused.
+        InvalidValueError: a name is not plain, or a value not of its type.
     """
     fields = {name: field_of(name, value) for name, value in (source.get("fields") or {}).items()}
     for name in fields:
@@ -107,9 +107,7 @@ def declared(source: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Field
             f"no message has the placeholder {{{missing[0]}}}. Write it where the value belongs, or do not declare the field. "
             "(In front of an upstream, fields stand in messages, not in tools or template variables.)"
         )
-    texts, types = declare(fields, places)
-    _guard(texts, types, texts)
-    return texts, types
+    return declare(fields, places)
 
 
 def changed(book: Book, values: Mapping[str, Any]) -> dict[str, str]:
@@ -125,8 +123,19 @@ def changed(book: Book, values: Mapping[str, Any]) -> dict[str, str]:
             f"there is no field {min(unknown)!r:.80}; the notebook has {', '.join(sorted(types)) or 'none'}"
         )
     texts, by = edited(values, types)
-    _guard(texts, by, book.texts)
+    guard(texts, by, book.texts)
     return {**book.texts, **texts}
+
+
+def guard(texts: Mapping[str, str], types: Mapping[str, FieldType], names: Mapping[str, str]) -> None:
+    """No value may pass for a role, a marker of a chat format, an update of a field, or a line of the gateway's own.
+
+    Raises:
+        InvalidValueError: one may.
+    """
+    for name, text in texts.items():
+        for template in (DEFAULT_TEMPLATE, _STATE_LINE):
+            check_text(name, text, types[name], None, template, names)
 
 
 def filled(messages: Sequence[Mapping[str, Any]], texts: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -194,14 +203,3 @@ def _texts(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield content
         for part in content if isinstance(content, list) else ():
             yield part["text"]
-
-
-def _guard(texts: Mapping[str, str], types: Mapping[str, FieldType], names: Mapping[str, str]) -> None:
-    """No value may pass for a role, a marker of a chat format, an update of a field, or a line of the gateway's own.
-
-    Raises:
-        InvalidValueError: one may.
-    """
-    for name, text in texts.items():
-        for template in (DEFAULT_TEMPLATE, _STATE_LINE):
-            check_text(name, text, types[name], None, template, names)

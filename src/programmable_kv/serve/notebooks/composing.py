@@ -22,7 +22,7 @@ from programmable_kv.vllm_plugin.matching import place
 Ask = Callable[[str, bytes], Awaitable[bytes | None]]
 """sends a body to a path of the upstream; None where the answer is an error"""
 _OPENING = "opening"
-"""the name of the store's entry that prompts begin with (`pkv vllm opening`)"""
+"""the name of the store's entries that prompts begin with (`pkv vllm opening`)"""
 _MOST = 1024
 """heads whose skills' places are remembered"""
 
@@ -80,13 +80,13 @@ class Composer:
         return Marks(tuple(found))
 
     def _opening(self, ids: Sequence[int], stop: int) -> StoredText | None:
-        """What the store holds of the prompt's beginning, if it is that of this prompt."""
-        try:
-            opening = self._texts.find(_OPENING)
-        except (UnknownSkillError, StorageError):
-            return None
-        length = len(opening.ids)
-        return opening if length <= stop and tuple(ids[:length]) == opening.ids else None
+        """The longest opening in the store that this prompt begins with."""
+        fitting = [
+            each
+            for each in self._texts.named(_OPENING)
+            if len(each.ids) <= stop and tuple(ids[: len(each.ids)]) == each.ids
+        ]
+        return max(fitting, key=lambda each: len(each.ids), default=None)
 
 
 def _tokens(rendered: bytes | None) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.serve.access import Access
 from programmable_kv.serve.endpoint import Call, Endpoint, Handler
 from programmable_kv.serve.metrics import Metrics
-from programmable_kv.serve.notebooks.book import Book, changed, check_messages, declared
+from programmable_kv.serve.notebooks.book import Book, changed, check_messages, declared, guard
 from programmable_kv.serve.notebooks.opening import check_tools
 from programmable_kv.serve.notebooks.shelf import BookShelf
 from programmable_kv.serve.notebooks.source import check_version, invalid, new_identity, source_of
@@ -53,7 +53,8 @@ class BookResource:
         check_tools(source["tools"])
         source["upstream_model"] = model
         source["skills"] = await asyncio.to_thread(self._skills, call.body.get("skills"))
-        texts, _ = declared(source)
+        texts, types = declared(source)
+        guard(texts, types, texts)
         book = Book(new_identity(), call.tenant, 1, source, new_token(), texts, texts)
         await asyncio.to_thread(self._shelf.add, book)
         return self._told(book, 201)

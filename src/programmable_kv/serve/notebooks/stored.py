@@ -49,13 +49,21 @@ class StoredTexts:
         keys = self._keys()
         if which in keys:
             return self.of_key(which)
-        found = [each for each in map(self._intact, keys) if each is not None and each.name == which]
+        found = self.named(which)
         if len(found) != 1:
             raise UnknownSkillError(
                 f"there are {len(found)} skills called {which!r:.80} in the gateway's store: give a name that is there once, "
                 "or a key. `pkv skills list` shows them."
             )
         return found[0]
+
+    def named(self, name: str) -> list[StoredText]:
+        """All intact skills of a name.
+
+        Raises:
+            StorageError: the store cannot be read.
+        """
+        return [each for each in map(self._intact, self._keys()) if each is not None and each.name == name]
 
     def of_key(self, key: str) -> StoredText:
         """A skill by its key.
