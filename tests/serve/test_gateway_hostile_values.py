@@ -20,9 +20,16 @@ OTHERS = {"note": "none"}
 pytestmark = pytest.mark.slow
 
 
+class ForgetfulUpstream(CachingUpstream):
+    """Without a cache, which takes long for huge texts."""
+
+    def _read(self, text: str) -> tuple[int, int]:
+        return len(text), 0
+
+
 @pytest.fixture(scope="module")
 def upstream() -> CachingUpstream:
-    return CachingUpstream()
+    return ForgetfulUpstream()
 
 
 @pytest.fixture(scope="module")

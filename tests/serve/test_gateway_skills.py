@@ -139,7 +139,7 @@ def test_a_skill_that_does_not_stand_there_makes_an_ordinary_request(
     http: httpx2.Client, upstream: RenderingUpstream
 ) -> None:
     """Its first token merges with what stands before it, and the same text is sent as text."""
-    book = made(http, "Shop.\n\n\n{a}And so{b}")
+    book = made(http, "Shop pre{a}And so{b}")
     got = http.post(CHAT, json={"model": book["model"], "messages": ASKED, "cache_salt": "mine"})
     assert got.status_code == 200
     assert got.headers["x-pkv-skills"].startswith("none; why=")
@@ -147,7 +147,7 @@ def test_a_skill_that_does_not_stand_there_makes_an_ordinary_request(
     [body] = upstream.bodies
     assert body["cache_salt"] == "mine"
     assert "kv_transfer_params" not in body
-    assert body["messages"][0]["content"] == f"Shop.\n\n\n{RETURNS}And so{REFUNDS}"
+    assert body["messages"][0]["content"] == f"Shop pre{RETURNS}And so{REFUNDS}"
 
 
 def test_an_upstream_that_renders_nothing_gets_text(model: Model, store: Path) -> None:

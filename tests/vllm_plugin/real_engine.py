@@ -19,7 +19,9 @@ VARIABLE = "PKV_VLLM_PYTHON"
 """names the interpreter of an environment with vLLM"""
 BLOCK_SIZE = 32
 LIKELIEST = 20
-_START_S = 400.0
+_START_S = 900.0
+PATIENCE_S = 900.0
+"""on a machine with other work a forward may take minutes"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Engine:
     def complete(self, body: dict[str, Any]) -> Completion:
         """The greedy answer to a request of `Composition.requests`."""
         options = {"temperature": 0, "logprobs": LIKELIEST, "return_tokens_as_token_ids": True, "ignore_eos": True}
-        got = httpx2.post(f"{self.url}/v1/completions", json={"model": "served", **options, **body}, timeout=120)
+        got = httpx2.post(f"{self.url}/v1/completions", json={"model": "served", **options, **body}, timeout=PATIENCE_S)
         assert got.status_code == 200, got.text[:500]
         answer = got.json()
         [choice] = answer["choices"]

@@ -35,7 +35,7 @@ from programmable_kv.skills.store import SkillStore
 from programmable_kv.storage.files import blobs_at
 from programmable_kv.vllm_plugin.prepare import certify, compile_opening
 from serve.http_peers import running
-from vllm_plugin.real_engine import BLOCK_SIZE, VARIABLE, Completion, Engine, engine
+from vllm_plugin.real_engine import BLOCK_SIZE, PATIENCE_S, VARIABLE, Completion, Engine, engine
 
 PYTHON = os.environ.get(VARIABLE, "")
 pytestmark = [
@@ -167,8 +167,11 @@ def test_a_notebook_decides_by_its_latest_value_and_its_head_is_hit(
 ) -> None:
     gate, old, new, said = question_of(scenario)
     actions = (gate.actions[old], gate.actions[new])
-    with running(GatewaySettings(vllm.url, port=0)) as front, httpx2.Client(base_url=front.url, timeout=60) as http:
-        client = openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0)
+    with (
+        running(GatewaySettings(vllm.url, port=0)) as front,
+        httpx2.Client(base_url=front.url, timeout=PATIENCE_S) as http,
+    ):
+        client = openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
         made = http.post(
             "/v1/notebooks",
             json={
@@ -206,7 +209,7 @@ def test_a_notebook_with_skills_is_composed_by_the_gateway(shop: Shop, vllm: Eng
     expected = library_answer(shop.model.engine, oracle, list(opened.ids))
     names = dict(zip(skills, skills, strict=True))
     settings = GatewaySettings(vllm.url, port=0, skills=str(scratch / "store"))
-    with running(settings) as front, httpx2.Client(base_url=front.url, timeout=60) as http:
+    with running(settings) as front, httpx2.Client(base_url=front.url, timeout=PATIENCE_S) as http:
 
         def answer(text: str) -> tuple[str, Any]:
             body = {"upstream_model": "served", "messages": [{"role": "system", "content": text}], "skills": names}
@@ -244,7 +247,7 @@ def test_in_mode_erratum_a_turn_after_a_change_reads_the_head_from_the_cache(
         {"volatile": [{"name": gate.field, "pattern": f"^{re.escape(begins)}(.*?){re.escape(ends)}$"}], "learn": False}
     )
     settings = GatewaySettings(vllm.url, port=0, mode=GatewayMode.ERRATUM, rules=rules)
-    with running(settings) as front, httpx2.Client(base_url=front.url, timeout=60) as http:
+    with running(settings) as front, httpx2.Client(base_url=front.url, timeout=PATIENCE_S) as http:
         found = []
         for value in (old, new):
             system = scenario.prompt.format(**{**scenario.values, gate.field: value})
