@@ -27,6 +27,7 @@ from serve.http_peers import Received, answer, raw_upstream, running
 HEAD = "You are the agent of a shop. These policies hold.\n"
 REFUNDS = "Refunds are paid within ten days.\n"
 RETURNS = "Returns are free for thirty days.\n"
+MERGES = "ing today.\n"
 ASKED = [{"role": "user", "content": "May I return it?"}]
 CHAT = "/v1/chat/completions"
 
@@ -71,6 +72,7 @@ def store(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = SkillStore(folder)
     found.compile(model, REFUNDS, name="refunds")
     found.compile(model, RETURNS, name="returns")
+    found.compile(model, MERGES, name="merges")
     found.put(compile_opening(model, [("system", HEAD)]))
     return folder
 
@@ -139,7 +141,7 @@ def test_a_skill_that_does_not_stand_there_makes_an_ordinary_request(
     http: httpx2.Client, upstream: RenderingUpstream
 ) -> None:
     """Its first token merges with what stands before it, and the same text is sent as text."""
-    book = made(http, "Shop pre{a}And so{b}")
+    book = made(http, "The shop is work{a}", skills={"a": "merges"})
     got = http.post(CHAT, json={"model": book["model"], "messages": ASKED, "cache_salt": "mine"})
     assert got.status_code == 200
     assert got.headers["x-pkv-skills"].startswith("none; why=")
@@ -147,7 +149,7 @@ def test_a_skill_that_does_not_stand_there_makes_an_ordinary_request(
     [body] = upstream.bodies
     assert body["cache_salt"] == "mine"
     assert "kv_transfer_params" not in body
-    assert body["messages"][0]["content"] == f"Shop pre{RETURNS}And so{REFUNDS}"
+    assert body["messages"][0]["content"] == f"The shop is work{MERGES}"
 
 
 def test_an_upstream_that_renders_nothing_gets_text(model: Model, store: Path) -> None:

@@ -106,8 +106,9 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
             found["upstreams"] = fleet.health()
         if rewriter is not None:
             found["rewriting"] = rewriter.as_json(tenant)
-        if shelf.of_tenant(tenant):
-            found["notebooks"] = teller.as_json(tenant)
+        books_told = teller.as_json(tenant)
+        if books_told["routes"]:
+            found["notebooks"] = books_told
         return Response(json.dumps(found, indent=1, ensure_ascii=False), media_type=_JSON)
 
     def miss(tenant: str) -> Response:

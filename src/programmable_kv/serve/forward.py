@@ -208,7 +208,8 @@ class Forwarder:
     async def _asked(self, job: _Job, admitted: Admitted, path: str, data: bytes) -> bytes | None:
         """The upstream's answer to a request of the gateway's own; None where it is an error."""
         scope = {**job.scope, "path": path, "raw_path": path.encode(), "query_string": b""}
-        sent = await self._fleet.send(job.key, partial(_request, scope, admitted.headers, data, True))
+        headers = tuple(each for each in admitted.headers if each[0].lower() != b"accept-encoding")  # it is read here
+        sent = await self._fleet.send(job.key, partial(_request, scope, headers, data, True))
         try:
             found = b"".join([chunk async for chunk in sent.answer.chunks()])
         finally:

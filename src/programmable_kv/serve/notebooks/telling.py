@@ -101,9 +101,11 @@ class BookRewriter(Rewriter):
         work.known = known = Known(rules, keys, bool(work.session), forms=forms, rebase_after=self._rebase_after)
         matches = [own.match(each, prompt) for each in self._store.candidates(keys)]
         found = next((each for each in matches if not each.refused), None)
-        if found is None:
+        if found is not None:
+            work.match = found
+        else:
             work.root = _root(own.of(book.base), prompt, known, book)
-        work.match = found or Match(work.root, own.changes(book.base))  # type: ignore[arg-type]
+            work.match = Match(work.root, own.changes(book.base))
         work.plan = self._planned(work)
         warmed = self._store.warmed(found.conversation, keys) if found is not None else None
         ready = own.match(warmed, prompt) if warmed is not None else None
