@@ -41,12 +41,13 @@ class RenderingUpstream(CachingUpstream):
         self.rendered = 0
 
     async def __call__(self, request: Received) -> AsyncIterator[bytes]:
-        if not request.target.endswith(b"/render"):
+        if not request.target.endswith((b"/render", b"/tokenize")):
             async for part in super().__call__(request):
                 yield part
         elif self.renders:
             self.rendered += 1
-            yield answer(json.dumps({"token_ids": self.tokens(request.json)}).encode())
+            name = "tokens" if request.target == b"/tokenize" else "token_ids"
+            yield answer(json.dumps({name: self.tokens(request.json)}).encode())
         else:
             yield answer(b'{"detail": "Not Found"}', "404 Not Found")
 

@@ -73,7 +73,7 @@ def engine(python: str, folder: Path, store: Path, scratch: Path) -> Iterator[En
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "served",
         "--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK_SIZE), "--max-model-len", "4096", "--host",
         "127.0.0.1", "--port", str(port), "--enable-prompt-tokens-details", "--max-logprobs", str(LIKELIEST),
-        "--max-num-seqs", "4", "--kv-transfer-config", connector,
+        "--max-num-seqs", "4", "--enable-scale-out", "--kv-transfer-config", connector,
     ]  # fmt: skip
     environment = {
         **os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",

@@ -210,6 +210,7 @@ def test_a_notebook_with_skills_is_composed_by_the_gateway(shop: Shop, vllm: Eng
     names = dict(zip(skills, skills, strict=True))
     settings = GatewaySettings(vllm.url, port=0, skills=str(scratch / "store"))
     with running(settings) as front, httpx2.Client(base_url=front.url, timeout=PATIENCE_S) as http:
+        found: list[str] = []
 
         def answer(text: str) -> tuple[str, Any]:
             body = {"upstream_model": "served", "messages": [{"role": "system", "content": text}], "skills": names}
@@ -219,8 +220,11 @@ def test_a_notebook_with_skills_is_composed_by_the_gateway(shop: Shop, vllm: Eng
                 "model": book.json()["model"], "messages": [{"role": "user", "content": ASKED}], "max_tokens": 4,
                 "temperature": 0, "logprobs": True, "top_logprobs": 20,
             }  # fmt: skip
-            got = http.post("/v1/chat/completions", json=request)
-            assert got.status_code == 200, got.text
+            claude = {"model": request["model"], "messages": request["messages"], "max_tokens": 1}
+            for route, asked_for in (("/v1/messages", claude), ("/v1/chat/completions", request)):
+                got = http.post(route, json={**asked_for, "cache_salt": route})
+                assert got.status_code == 200, got.text
+                found.append(got.headers["x-pkv-skills"])
             return got.headers["x-pkv-skills"], got.json()
 
         told, composed = answer(BEGINS + placed)
@@ -232,6 +236,7 @@ def test_a_notebook_with_skills_is_composed_by_the_gateway(shop: Shop, vllm: Eng
         first = composed["choices"][0]["logprobs"]["content"][0]
         assert first["token"] == shop.model.tokenizer.decode([expected.tokens[0]])
         assert abs(first["logprob"] - float(expected.logprobs[0].max())) <= LARGEST_DIFFERENCE
+        assert found == [told, told], "Messages are composed as Chat Completions are"
         told, plain = answer(f"{BEGINS}#{placed}")
         assert told.startswith("none; why="), "the text before the skill merges with its first token"
         assert not plain.get("kv_transfer_params")

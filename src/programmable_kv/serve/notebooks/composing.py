@@ -16,6 +16,7 @@ from programmable_kv.errors import InvalidRequestError, StorageError, UnknownSki
 from programmable_kv.serve.notebooks.stored import StoredText, StoredTexts
 from programmable_kv.serve.notebooks.telling import BookRewriting
 from programmable_kv.serve.rewriting.body import Body, Spot, read, written
+from programmable_kv.serve.rewriting.prompt import CHAT
 from programmable_kv.vllm_plugin.marks import SALT_PREFIX, Mark, Marks
 from programmable_kv.vllm_plugin.matching import place
 
@@ -23,6 +24,7 @@ Ask = Callable[[str, bytes], Awaitable[bytes | None]]
 """sends a body to a path of the upstream; None where the answer is an error"""
 _OPENING = "opening"
 """the name of the store's entries that prompts begin with (`pkv vllm opening`)"""
+_OF_TOKENIZE = ("model", "messages", "tools", "chat_template_kwargs")
 _MOST = 1024
 """heads whose skills' places are remembered"""
 
@@ -45,7 +47,7 @@ class Composer:
         marks = self._known.get(head)
         if marks is None:
             try:
-                marks = self._placed(keys, await ask(f"{work.route}/render", data))
+                marks = self._placed(keys, await ask(*_rendering(work.route, body)))
             except (InvalidRequestError, UnknownSkillError, StorageError) as error:
                 work.skills = f"none; why={' '.join(str(error).split())[:400]}"
                 return data
@@ -89,13 +91,22 @@ class Composer:
         return max(fitting, key=lambda each: len(each.ids), default=None)
 
 
+def _rendering(route: str, body: Body) -> tuple[str, bytes]:
+    """Where vLLM renders a prompt to token ids, and what it is sent. Only that of Chat Completions is there in every vLLM."""
+    if route != CHAT:
+        return f"{route}/render", body.text.encode()
+    kept = {name: body.data[name] for name in _OF_TOKENIZE if name in body.data}
+    return "/tokenize", json.dumps(kept).encode()
+
+
 def _tokens(rendered: bytes | None) -> tuple[int, ...]:
     try:
-        ids = json.loads(rendered or b"")["token_ids"]
-        return tuple(map(int, ids))
+        found = json.loads(rendered or b"")
+        return tuple(map(int, found["token_ids"] if "token_ids" in found else found["tokens"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(
-            "the upstream does not render prompts to token ids, as vLLM 0.32 does at /render: skills stay text"
+            "the upstream does not render prompts to token ids: it must be vLLM, and be started with --enable-scale-out for "
+            "Messages and Responses. Skills are sent as text"
         ) from error
 
 

@@ -139,6 +139,7 @@ def book_routes(books: BookResource, access: Access, limits: Limits, metrics: Me
         return Route(path, Endpoint(path, handle, access, limits, metrics, rates), methods=[method])
 
     below = "/v1/notebooks/{rest:path}"
+    no_more = Endpoint(below, nothing, access, limits, metrics, rates)
     return [
         route("POST", "/v1/notebooks", books.create),
         route("GET", "/v1/notebooks", books.listed),
@@ -146,7 +147,8 @@ def book_routes(books: BookResource, access: Access, limits: Limits, metrics: Me
         route("DELETE", "/v1/notebooks/{id}", books.delete),
         route("PATCH", "/v1/notebooks/{id}/fields", books.edit),
         route("POST", "/v1/notebooks/{id}/fork", books.fork),
-        Route(below, Endpoint(below, nothing, access, limits, metrics, rates)),
+        Route("/v1/notebooks", no_more),
+        Route(below, no_more),
     ]
 
 
