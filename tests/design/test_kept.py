@@ -15,7 +15,7 @@ from programmable_kv import Agent, Notebook, SeamRepair, Skill
 from programmable_kv.errors import CacheBufferError, CorruptFileError, InvalidArgumentError, InvalidEditError
 from programmable_kv.prompt.readers import Why
 from programmable_kv.states import TokenState
-from programmable_kv.storage.sealed import opened
+from programmable_kv.storage.seal import opened
 from reference import assert_same
 
 

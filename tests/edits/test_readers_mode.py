@@ -22,7 +22,7 @@ from programmable_kv.prompt.context import Context, FieldValue
 from programmable_kv.prompt.parts import unmark
 from programmable_kv.prompt.units import Kind, tokenised
 from programmable_kv.states import TokenState
-from programmable_kv.storage.sealed import opened, seal
+from programmable_kv.storage.seal import opened, seal
 from reference import assert_rows_equal, full_forward, largest_difference, row_forward
 
 TOKENIZER = tokenizer("byte-level")

@@ -96,6 +96,55 @@ def test_a_killed_gateway_goes_on_with_every_conversation(tmp_path: Path) -> Non
             assert extends(later, earlier), "a line that was sent was lost"
 
 
+def test_a_killed_gateway_keeps_every_acknowledged_value_of_a_notebook(tmp_path: Path) -> None:
+    """Over three kills no acknowledged edit is lost, and what the upstream is sent tells the latest one."""
+    upstream = CachingUpstream()
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    stop = threading.Event()
+    acknowledged = [(1, "new")]
+    tried = ["new"]
+
+    def patch(identity: str) -> None:
+        while not stop.is_set():
+            tried.append(f"v{len(tried)}")
+            try:
+                got = httpx2.patch(f"{url}/v1/notebooks/{identity}/fields", json={"status": tried[-1]}, timeout=10)
+            except httpx2.HTTPError:
+                return
+            assert got.status_code == 200, got.text
+            acknowledged.append((got.json()["version"], tried[-1]))
+
+    with raw_upstream(upstream) as server:
+        words = [
+            "-m", "programmable_kv", "serve", "--upstream", server.url, "--port", str(port), "--state", str(tmp_path / "state"),
+        ]  # fmt: skip
+        identity = ""
+        for kill in range(KILLS + 1):
+            stop.clear()
+            with process(*words, port=port) as gateway:
+                if not identity:
+                    system = [{"role": "system", "content": at("0", "It is {status}.")}]
+                    body = {"upstream_model": "m", "messages": system, "fields": {"status": "new"}}
+                    identity = httpx2.post(f"{url}/v1/notebooks", json=body, timeout=30).json()["id"]
+                found = httpx2.get(f"{url}/v1/notebooks/{identity}", timeout=30).json()
+                version, value = acknowledged[-1]
+                held = (found["version"], found["fields"]["status"])
+                assert held in [(version, value), (version + 1, tried[-1])]
+                acknowledged.append(held)
+                asked = {"model": f"notebook:{identity}", "messages": [{"role": "user", "content": f"{kill}?"}]}
+                assert httpx2.post(f"{url}/v1/chat/completions", json=asked, timeout=30).status_code == 200
+                sent = json.dumps(upstream.bodies[-1])
+                assert sent.count(held[1]) == 1
+                thread = threading.Thread(target=patch, args=(identity,), daemon=True)
+                thread.start()
+                wanted = len(acknowledged) + 5
+                wait_until(lambda wanted=wanted: len(acknowledged) > wanted, 60)  # type: ignore[misc]
+                gateway.send_signal(signal.SIGKILL)
+                thread.join(20)
+            stop.set()
+
+
 LOCAL = """
 import sys
 from programmable_kv.bench.tiny_chat import tiny_chat_model

@@ -25,7 +25,7 @@ from programmable_kv.skills.store import Entry, SkillStore
 from programmable_kv.storage.files import Blob
 from programmable_kv.storage.local import LocalBlobs
 from programmable_kv.storage.memory import MemoryBlobs
-from programmable_kv.storage.sealed import seal
+from programmable_kv.storage.seal import seal
 
 DAMAGES = ("flip", "cut", "empty", "gone", "folder", "manifest", "emptied", "ids", "renamed", "replaced")
 

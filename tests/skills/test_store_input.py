@@ -17,7 +17,7 @@ from programmable_kv import Skill
 from programmable_kv.errors import CorruptFileError
 from programmable_kv.skills.store import Entry, SkillStore
 from programmable_kv.storage.manifests import entry_key
-from programmable_kv.storage.sealed import opened, seal
+from programmable_kv.storage.seal import opened, seal
 
 TEXT = "refund policy: if the tier is {tier} refund, else deny.\n"
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]

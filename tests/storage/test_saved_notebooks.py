@@ -23,7 +23,7 @@ from programmable_kv.errors import CorruptFileError, FingerprintMismatchError, S
 from programmable_kv.storage.files import blobs_at
 from programmable_kv.storage.memory import MemoryBlobs
 from programmable_kv.storage.notebooks import MANIFEST
-from programmable_kv.storage.sealed import opened, seal
+from programmable_kv.storage.seal import opened, seal
 
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
 forks = pytest.mark.skipif(sys.platform == "win32", reason="forks")

@@ -54,7 +54,18 @@ def serve(
     max_waiting: Annotated[int, typer.Option(help="requests that wait for a place; more get 429")] = 256,
     read_timeout: Annotated[float, typer.Option(help="seconds for which the upstream may be silent")] = 600.0,
     observe_mib: Annotated[int, typer.Option(help="memory for earlier requests to compare with, in MiB")] = 256,
-    max_notebooks: Annotated[int, typer.Option(help="without --upstream: notebooks that are kept")] = 64,
+    max_notebooks: Annotated[
+        int | None,
+        typer.Option(
+            help="notebooks that are kept, of all tenants; 64 without --upstream and 10000 with it by default"
+        ),
+    ] = None,
+    skills: Annotated[
+        str | None,
+        typer.Option(
+            help="the upstream is vLLM with this package's plugin: its store, whose skills notebooks may name; a folder or URL"
+        ),
+    ] = None,
     per_minute: Annotated[
         float | None,
         typer.Option(help="requests of each API key in a minute; `per-minute=` beside a key goes before"),
@@ -70,11 +81,12 @@ def serve(
     ] = 64,
     verbose: Annotated[bool, typer.Option("--verbose", help="log a line for each request; never its text")] = False,
 ) -> None:
-    """A gateway in front of a model server (--upstream), or a server of a model with notebooks, edited in the cache.
+    """A gateway in front of a model server (--upstream), or a server of a model. Both have notebooks, whose fields are edited.
 
     The gateway forwards Chat Completions, Completions, Responses, Messages and everything else under /v1 byte for byte,
     and says at /pkv/report what the prefix cache missed. Metrics for Prometheus are at /metrics. With --mode erratum it sends
     again what it sent before where only declared or often seen values changed, and tells the new ones in an appended line.
+    Notebooks (/v1/notebooks) do so for their fields in every mode.
     """
     from programmable_kv.extras import require_extra, require_model_packages
 
@@ -105,7 +117,7 @@ def serve(
     here = f"http://{host}:{port}"
     kept = place_of(state) if state else default_state(f"{'gateway' if upstream else 'local'}-{port}")
     if not upstream:
-        settings = LocalSettings(host, port, limits, keys, max_notebooks, kept)
+        settings = LocalSettings(host, port, limits, keys, 64 if max_notebooks is None else max_notebooks, kept)
         loaded = load(model)
         _say(f"{here}/v1 serves {loaded.name}; notebooks at {here}/v1/notebooks")
         run_local(loaded, settings)
@@ -114,8 +126,9 @@ def serve(
     rules = read_rules(volatile) if volatile is not None else Rules()
     first, *others = upstream
     gateway = GatewaySettings(
-        first, host, port, GatewayMode(mode), limits, keys, secret, rules, kept, cache_salt, tuple(others), rebase_after
-    )
+        first, host, port, GatewayMode(mode), limits, keys, secret, rules, kept, cache_salt, tuple(others), rebase_after,
+        10_000 if max_notebooks is None else max_notebooks, skills,
+    )  # fmt: skip
     _say(f"{here}/v1 forwards to {', '.join(upstream)}; report at {here}/pkv/report")
     run_gateway(gateway)
 

@@ -14,7 +14,6 @@ from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidValueError
 from programmable_kv.prompt.characters import first_hidden, folded, spelled_together, words_of
 from programmable_kv.prompt.fields import FieldKind, FieldType
-from programmable_kv.prompt.tokens import encode
 
 _HARMLESS = re.compile(
     r"endof(text|file|prompt)|fim[ _-]?\w+|file[ _-]?\w+|repo[ _-]?\w+|(image|video|audio|vision|box|quad|object)\w*|"
@@ -33,6 +32,9 @@ _MARKERS = re.compile(
     r"|###\s*(system|instructions?|response|input|human|user|assistant|question|answer|output)\b\s*:?"
 )
 """markers of any chat format, folded. A tokenizer's own that are in its chat template are added to them"""
+_LONG_RUN = re.compile(r"\W{64,}")
+_REPEATED = re.compile(r"(\W)\1+")
+_LONGEST_RUN = 128
 _SQUEEZED = re.compile(r"\s*([<>\[\]|/_])\s*")
 _ROLE = r"(?:system|assistant|developer|user|tool|human|ai)"
 _ROLE_LINE = re.compile(
@@ -61,6 +63,7 @@ def check_value(
     """Refuse a value, as it stands in the text, that could be read as anything but a value.
 
     Args:
+        tokenizer: None where another program tokenises the text: then markers are known by the forms that chat formats have.
         template: the wording of an erratum.
         names: those of the context's fields.
         lines: it may have several lines, be empty, and begin or end with white space.
@@ -83,7 +86,7 @@ def check_value(
         _refuse_character(name, hidden)
     plain = folded(text)
     _check_markers(name, plain, tokenizer)
-    for form in {plain, spelled_together(plain)}:
+    for form in map(_without_long_runs, {plain, spelled_together(plain)}):
         if _ROLE_LINE.search(form) or _ROLE_TAG.search(form):
             raise InvalidValueError(
                 f"the value of {name} contains a role marker ('system:' or similar): {_shown(text)}"
@@ -107,7 +110,20 @@ def check_text(name: str, text: str, kind: FieldType, tokenizer: Any, template: 
     for character in text:
         if "\ue000" <= character <= "\ue00f":
             raise InvalidValueError(f"the value of {name} contains the private-use character U+{ord(character):04X}")
-    encode(tokenizer, text, [Span(0, len(text))])
+    if tokenizer is not None:
+        from programmable_kv.prompt.tokens import encode  # needs numpy, which a gateway does not have
+
+        encode(tokenizer, text, [Span(0, len(text))])
+
+
+def _without_long_runs(text: str) -> str:
+    """The text with long runs of signs and blanks shortened, of which each sign stays where it begins: what looks for a role
+    behind them takes time in proportion to the square of their length."""
+    return _LONG_RUN.sub(lambda run: _shortened(_REPEATED.sub(r"\1", run.group())), text)
+
+
+def _shortened(run: str) -> str:
+    return run if len(run) <= _LONGEST_RUN else run[: _LONGEST_RUN // 2] + run[-_LONGEST_RUN // 2 :]
 
 
 def _refuse_character(name: str, character: str) -> None:
@@ -129,7 +145,7 @@ def _check_markers(name: str, plain: str, tokenizer: Any) -> None:
         match_ = next((m for m in _MARKERS.finditer(form) if form is plain or len(m.group()) > 4), None)
         if match_ is not None:
             _refuse_marker(name, match_.group())
-    if not any(bracket in plain for bracket in "<[{|"):
+    if tokenizer is None or not any(bracket in plain for bracket in "<[{|"):
         return
     template = str(getattr(tokenizer, "chat_template", None) or "")
     for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values():

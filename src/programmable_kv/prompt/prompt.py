@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from programmable_kv.prompt.parts import Message, Rendered, Text, unmark, unshie
 from programmable_kv.prompt.template import ChatTemplate
 from programmable_kv.prompt.tokens import as_text
 from programmable_kv.prompt.values import check_name, check_role
-from programmable_kv.prompt.written import in_json_string
+from programmable_kv.prompt.written import places_in_json
 
 SKILL_MARK = "\ue003"
 """stands for a skill in a text until its tokens are spliced in"""
@@ -207,17 +207,3 @@ def check_values(
     """
     for name, value in values.items():
         check_text(name, value, types.get(name, TEXT), tokenizer, erratum_template, values)
-
-
-def places_in_json(content: str, names: Iterable[str]) -> dict[str, bool | None]:
-    """Whether each field's placeholders stand inside of JSON strings; None if some do and some do not.
-
-    Fields without a placeholder in the content are left out.
-    """
-    found: dict[str, bool | None] = {}
-    for name in names:
-        pieces = content.split("{" + name + "}")
-        quoted = {in_json_string("".join(pieces[:at]), "".join(pieces[at:])) for at in range(1, len(pieces))}
-        if quoted:
-            found[name] = None if len(quoted) > 1 else quoted.pop()
-    return found

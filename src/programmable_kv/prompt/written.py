@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from datetime import date, datetime, time
 from decimal import Decimal
 from enum import Enum
@@ -66,3 +67,17 @@ def _unescaped(code: str) -> str:
 def in_json_string(before: str, after: str) -> bool:
     """Whether something between these texts stands inside of a JSON string: `{"status": "` and `"}`."""
     return _IN_JSON.search(before[-2000:]) is not None and _STRING_ENDS.match(after[:2000]) is not None
+
+
+def places_in_json(content: str, names: Iterable[str]) -> dict[str, bool | None]:
+    """Whether each field's placeholders stand inside of JSON strings; None if some do and some do not.
+
+    Fields without a placeholder in the content are left out.
+    """
+    found: dict[str, bool | None] = {}
+    for name in names:
+        pieces = content.split("{" + name + "}")
+        quoted = {in_json_string("".join(pieces[:at]), "".join(pieces[at:])) for at in range(1, len(pieces))}
+        if quoted:
+            found[name] = None if len(quoted) > 1 else quoted.pop()
+    return found

@@ -22,6 +22,12 @@ from programmable_kv.serve.aside import Aside
 from programmable_kv.serve.fleet import Fleet
 from programmable_kv.serve.forward import Forwarder
 from programmable_kv.serve.metrics import Metrics
+from programmable_kv.serve.notebooks.asking import Asking
+from programmable_kv.serve.notebooks.composing import Composer
+from programmable_kv.serve.notebooks.resource import BookResource, book_routes
+from programmable_kv.serve.notebooks.shelf import BookShelf
+from programmable_kv.serve.notebooks.stored import StoredTexts
+from programmable_kv.serve.notebooks.telling import BookRewriter
 from programmable_kv.serve.observer import Observer
 from programmable_kv.serve.openapi import gateway_document
 from programmable_kv.serve.page import page_routes
@@ -43,9 +49,7 @@ _PROMETHEUS = "text/plain; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
 def gateway_app(settings: GatewaySettings) -> Starlette:
     """A gateway."""
     limits = settings.limits
-    state = (
-        open_state(settings.state, durable=False) if settings.rewrites or settings.salts else None
-    )  # first: it may be refused
+    state = open_state(settings.state, durable=False)  # first: it may be refused
     access = Access(settings.keys, settings.upstream_key)
     metrics = Metrics()
     observer = None
@@ -58,15 +62,22 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
     fleet = Fleet([(address, _client(address, limits)) for address in settings.addresses], metrics)
     rewriter = None
     aside = Aside(state)
-    salt = TenantSalt(secret_of(state)) if state is not None and settings.salts else None
-    if state is not None and settings.rewrites:
-        store = ConversationStore(state, most=limits.conversations)
+    salt = TenantSalt(secret_of(state)) if settings.salts else None
+    store = ConversationStore(state, most=limits.conversations)
+    metrics.watch("conversations", "conversations that are kept", lambda: _counted(store))
+    if settings.rewrites:
         rewriter = Rewriter(
             store, settings.rules, settings.mode, _subject(settings), metrics.tell_gain, metrics.tell_rebase,
             rebase_after=settings.rebase_after,
         )  # fmt: skip
-        metrics.watch("conversations", "conversations that are kept", lambda: _counted(store))
-    forwarder = Forwarder(settings, fleet, access, admission, metrics, observer, rewriter, salt, aside)
+    teller = BookRewriter(
+        store, _subject(settings), metrics.tell_gain, metrics.tell_rebase, rebase_after=settings.rebase_after
+    )
+    shelf = BookShelf(state, most=settings.max_notebooks)
+    metrics.watch("notebooks", "notebooks that are kept", lambda: _counted(shelf))
+    stored = StoredTexts(settings.skills) if settings.skills is not None else None
+    books = Asking(shelf, teller, Composer(stored) if stored is not None else None)
+    forwarder = Forwarder(settings, fleet, access, admission, metrics, observer, rewriter, salt, aside, books)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -78,8 +89,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
             if observer is not None:
                 observer.close()
             await asyncio.to_thread(aside.close)
-            if state is not None:
-                state.close()
+            state.close()
 
     def told(answer: Callable[[str], Response]) -> Callable[[Request], Response]:
         """A page for whoever may use the gateway."""
@@ -102,6 +112,9 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
             found["upstreams"] = fleet.health()
         if rewriter is not None:
             found["rewriting"] = rewriter.as_json(tenant)
+        books_told = teller.as_json(tenant)
+        if books_told["routes"]:
+            found["notebooks"] = books_told
         return Response(json.dumps(found, indent=1, ensure_ascii=False), media_type=_JSON)
 
     def miss(tenant: str) -> Response:
@@ -111,6 +124,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
     return Starlette(
         routes=[
             *page_routes(),
+            *book_routes(BookResource(shelf, teller, stored), access, limits, metrics, forwarder.rates),
             Route("/v1/{rest:path}", forwarder),
             Route("/healthz", lambda _: _health(fleet)),
             Route("/metrics", told(lambda _: Response(metrics.text(), media_type=_PROMETHEUS))),
@@ -132,7 +146,7 @@ def _health(fleet: Fleet) -> Response:
     return Response(json.dumps({"status": status, "upstreams": upstreams}), media_type=_JSON)
 
 
-def _counted(store: ConversationStore) -> float:
+def _counted(store: ConversationStore | BookShelf) -> float:
     try:
         return float(len(store))
     except StateUnavailableError:

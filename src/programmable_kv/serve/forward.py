@@ -25,6 +25,7 @@ from programmable_kv.serve.headers import Headers, downwards, upwards, value_of
 from programmable_kv.serve.incoming import check_length, read_body, while_connected
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.modes import GatewayMode
+from programmable_kv.serve.notebooks.asking import Asking
 from programmable_kv.serve.observer import Observer
 from programmable_kv.serve.rates import Rates
 from programmable_kv.serve.refusal import Refusal, RefusedError
@@ -77,6 +78,7 @@ class Forwarder:
         rewriter: Rewriter | None,
         salt: TenantSalt | None,
         aside: Aside,
+        books: Asking | None = None,
     ) -> None:
         self._limits = settings.limits
         self._mode = settings.mode
@@ -88,9 +90,10 @@ class Forwarder:
         self._observer = observer
         self._rewriter = rewriter
         self._aside = aside
-        self._warmer = Warmer(fleet, admission, rewriter, aside) if rewriter is not None else None
+        self._books = books
+        self._warmer = Warmer(fleet, admission, aside)
         self._salt = salt
-        self._rates = Rates(settings.limits.per_minute, rates_of(settings.keys))
+        self.rates = Rates(settings.limits.per_minute, rates_of(settings.keys))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -110,7 +113,7 @@ class Forwarder:
 
     async def _answer(self, job: _Job, receive: Receive) -> None:
         admitted = self._access.admit(job.headers)
-        self._rates.take(admitted.tenant)
+        self.rates.take(admitted.tenant)
         _check_path(job.scope["path"])
         check_length(job.headers, self._limits.max_body_bytes)
         with job.watch.waiting("place"):
@@ -123,8 +126,8 @@ class Forwarder:
             self._admission.leave()
 
     async def _exchange(self, job: _Job, admitted: Admitted, body: bytes) -> None:
-        if self._rewriter is not None and job.route.observed and job.scope["method"] == "POST":
-            job.work = await self._begun(self._rewriter, admitted.tenant, job, body)
+        if job.route.observed and job.scope["method"] == "POST":
+            job.work = await self._begun(admitted.tenant, job, body)
         status = None
         try:
             answer = await self._send(job, admitted, body)
@@ -139,7 +142,7 @@ class Forwarder:
     def _rebase(self, job: _Job, admitted: Admitted, status: int | None) -> None:
         """Compute in the background what the conversation is to go on with, if that is due."""
         work = job.work
-        if self._warmer is None or work is None or work.warming is None:
+        if work is None or work.warming is None:
             return
         if status not in _SUCCESS:
             self._warmer.give_up(work)
@@ -160,11 +163,19 @@ class Forwarder:
 
     async def close(self) -> None:
         """Stop what runs in the background."""
-        if self._warmer is not None:
-            await self._warmer.close()
+        await self._warmer.close()
 
-    async def _begun(self, rewriter: Rewriter, tenant: str, job: _Job, body: bytes) -> Rewriting:
-        """What is done with a request. A fault there, or a full disk, is counted and harms no request."""
+    async def _begun(self, tenant: str, job: _Job, body: bytes) -> Rewriting | None:
+        """What is done with a request. A fault there, or a full disk, is counted and harms no request: but to a notebook, which
+        only the gateway knows.
+
+        Raises:
+            RefusedError: there is no such notebook, or the request is not one to a notebook.
+        """
+        work = await self._books.begin(tenant, job.route.label, job.headers, body) if self._books is not None else None
+        rewriter = self._rewriter
+        if work is not None or rewriter is None:
+            return work
         begin = partial(rewriter.begin, tenant, job.route.label, job.headers, body)
         try:
             if len(body) > _LONG_BODY or self._aside.waits:  # others are not kept waiting
@@ -172,7 +183,9 @@ class Forwarder:
             return begin()
         except Exception as error:
             _LOG.warning("a request could not be rewritten (%s)", type(error).__name__)
-            return Rewriting(tenant, job.route.label, Plan(Action.FORWARDED, "a fault of the gateway's own"), body)
+            return Rewriting(
+                tenant, job.route.label, Plan(Action.FORWARDED, "a fault of the gateway's own"), body, rewriter
+            )
 
     async def _send(self, job: _Job, admitted: Admitted, body: bytes) -> UpstreamAnswer:
         """Send a request; and where the upstream refuses what was rewritten, in another form, and last as it came."""
@@ -180,26 +193,39 @@ class Forwarder:
         job.key = await self._key(job, admitted, body) if self._fleet.several else b""
         while True:
             data = body if work is None else work.body
+            if work is not None and self._books is not None:
+                data = await self._books.composed(work, data, partial(self._asked, job, admitted))
             salted = self._salted(job, admitted, data)
-            rewritten = salted is not None or (work is not None and work.rewritten)
+            rewritten = salted is not None or data is not body
             build = partial(_request, job.scope, admitted.headers, data if salted is None else salted, rewritten)
             with job.watch.waiting("upstream"):
                 job.sent = await self._fleet.send(job.key, build)
             answer = job.sent.answer
-            if work is None or self._rewriter is None or not await self._again(self._rewriter, work, answer.status):
+            if work is None or not await self._again(work, answer.status):
                 break
             await answer.close()
-        if work is not None and self._rewriter is not None:
+        if work is not None:
             self._metrics.actions.labels(job.route.label, work.plan.action).inc()
         return answer
 
-    async def _again(self, rewriter: Rewriter, work: Rewriting, status: int) -> bool:
+    async def _again(self, work: Rewriting, status: int) -> bool:
         """Whether the upstream refused what was rewritten, and there is another body to try. A fault there ends the trying."""
         try:
-            return await self._aside.run(_refused, rewriter, work, status)
+            return await self._aside.run(_refused, work, status)
         except Exception as error:
             _LOG.warning("what the upstream takes could not be remembered (%s)", type(error).__name__)
         return False
+
+    async def _asked(self, job: _Job, admitted: Admitted, path: str, data: bytes) -> bytes | None:
+        """The upstream's answer to a request of the gateway's own; None where it is an error."""
+        scope = {**job.scope, "path": path, "raw_path": path.encode(), "query_string": b""}
+        headers = tuple(each for each in admitted.headers if each[0].lower() != b"accept-encoding")  # it is read here
+        sent = await self._fleet.send(job.key, partial(_request, scope, headers, data, True))
+        try:
+            found = b"".join([chunk async for chunk in sent.answer.chunks()])
+        finally:
+            await sent.answer.close()
+        return found if sent.answer.status in _SUCCESS else None
 
     async def _pass_on(self, job: _Job, answer: UpstreamAnswer, tenant: str, body: bytes) -> None:
         capture = Capture()
@@ -227,10 +253,10 @@ class Forwarder:
             _LOG.warning("a request could not be observed (%s)", type(error).__name__)
 
     def _settling(self, job: _Job) -> Callable[[Usage | None], object] | None:
-        work, rewriter = job.work, self._rewriter
-        if work is None or rewriter is None or job.sent is None or job.sent.moved:
+        work = job.work
+        if work is None or job.sent is None or job.sent.moved:
             return None  # what another upstream's cache holds says nothing about rewriting
-        return lambda usage: rewriter.settle(work, usage)
+        return lambda usage: work.by.settle(work, usage)
 
     def _mode_of(self, route: Route) -> GatewayMode:
         return (
@@ -281,10 +307,10 @@ class Forwarder:
         # Otherwise the answer stays without its end: the server closes the connection, and the client sees that it was cut.
 
 
-def _refused(rewriter: Rewriter, work: Rewriting, status: int) -> bool:
-    if rewriter.refused(work, status):
+def _refused(work: Rewriting, status: int) -> bool:
+    if work.by.refused(work, status):
         return True
-    rewriter.answered(work, status)
+    work.by.answered(work, status)
     return False
 
 
@@ -303,7 +329,9 @@ def _action(work: Rewriting | None) -> Headers:
     plan = work.plan
     said = f"{plan.action}; why={plan.why}" if plan.why else str(plan.action)
     found = ((b"x-pkv-action", said.encode()), (b"x-pkv-saved-bytes", str(plan.saved_bytes).encode()))
-    return (*found, (b"x-pkv-rebase", b"warming")) if work.warming is not None else found
+    skills = ((b"x-pkv-skills", work.skills.encode("ascii", "replace")),) if work.skills else ()
+    warming = ((b"x-pkv-rebase", b"warming"),) if work.warming is not None else ()
+    return (*found, *skills, *warming)
 
 
 def _check_path(path: str) -> None:

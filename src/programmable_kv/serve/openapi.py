@@ -78,8 +78,67 @@ HEALTHY = operation(
 METRICS = operation("metrics for Prometheus", {200: content(TEXT, "text/plain")})
 
 
+LIST = record({"object": {"const": "list"}, "data": listed(ANY)}, open_ended=True)
+TEXTS: Schema = {"type": ["string", "array"], "items": record({"type": {"const": "text"}, "text": TEXT})}
+MESSAGE: Schema = record({"role": {"enum": ["system", "user", "assistant", "tool"]}, "content": TEXTS}, open_ended=True)
+_VALUE = {"type": ["string", "number", "boolean"]}
+_FIELD = {
+    "anyOf": [
+        _VALUE,
+        record({"value": _VALUE, "kind": TEXT, "max_length": COUNT, "charset": TEXT}, "kind", "max_length", "charset"),
+    ]
+}
+_MADE_OF: Mapping[str, Schema] = {
+    "messages": listed(MESSAGE),
+    "fields": {"type": "object", "additionalProperties": _FIELD},
+    "tools": {"type": ["array", "null"], "items": ANY},
+    "template_kwargs": {"type": ["object", "null"]},
+}
+SOURCE = record(_MADE_OF, "fields", "tools", "template_kwargs")
+"""what a notebook is made from"""
+_SHOWN: Mapping[str, Schema] = {
+    "id": TEXT, "object": {"const": "notebook"}, "model": TEXT, "version": COUNT,
+    "fields": {"type": "object", "additionalProperties": TEXT}, "account": ANY,
+}  # fmt: skip
+NOTEBOOK = record({**_SHOWN, "tokens": COUNT}, "account")
+_GATEWAY_SOURCE = record(
+    {"upstream_model": {**TEXT, "minLength": 1}, **_MADE_OF, "skills": {"type": "object", "additionalProperties": TEXT}},
+    "fields", "tools", "template_kwargs", "skills",
+)  # fmt: skip
+_USAGE = record(dict.fromkeys(("requests", "counted_by_upstream", "input_tokens", "cached_tokens"), COUNT))
+_GATEWAY_NOTEBOOK = record({**_SHOWN, "upstream_model": TEXT, "skills": ANY, "usage": _USAGE}, "account")
+NOTEBOOK_ID = parameter("id", "path")
+
+
+def notebook_paths(source: Schema, notebook: Schema) -> dict[str, Any]:
+    """The routes of notebooks that every server has."""
+    match = parameter("if-match", "header")
+    none: dict[str, Any] = {}
+    return {
+        "/v1/notebooks": {
+            "get": operation("this tenant's notebooks", {200: content(LIST)}),
+            "post": operation("make a notebook", {201: content(notebook)}, body=source),
+        },
+        "/v1/notebooks/{id}": {
+            "get": operation("one notebook", {200: content(notebook)}, parameters=(NOTEBOOK_ID,)),
+            "delete": operation("forget it", {204: none}, parameters=(NOTEBOOK_ID, match)),
+        },
+        "/v1/notebooks/{id}/fields": {
+            "patch": operation(
+                "give fields new values",
+                {200: content(notebook)},
+                body={"type": "object", "additionalProperties": _VALUE},
+                parameters=(NOTEBOOK_ID, match, parameter("mode", "query")),
+            )
+        },
+        "/v1/notebooks/{id}/fork": {
+            "post": operation("an independent copy", {201: content(notebook)}, parameters=(NOTEBOOK_ID,))
+        },
+    }
+
+
 def gateway_document() -> dict[str, Any]:
-    """The gateway's own routes. Everything under `/v1` is the upstream's."""
+    """The gateway's own routes. Everything under `/v1` but notebooks is the upstream's."""
     others = (
         "lost_money_at_most",
         "since",
@@ -89,6 +148,7 @@ def gateway_document() -> dict[str, Any]:
         "observer",
         "notes",
         "rewriting",
+        "notebooks",
         "upstreams",
     )
     report = record({"mode": TEXT, **{name: {} for name in others}}, *others)
@@ -99,6 +159,7 @@ def gateway_document() -> dict[str, Any]:
         {
             "/healthz": {"get": HEALTHY},
             "/metrics": {"get": METRICS},
+            **notebook_paths(_GATEWAY_SOURCE, _GATEWAY_NOTEBOOK),
             "/pkv/report": {"get": operation("what was found about this tenant's requests", {200: content(report)})},
             "/pkv/miss": {"get": operation("the latest miss, with text of prompts", {200: content(miss)})},
         },

@@ -107,8 +107,9 @@ class PostgresState(State):
             return found
 
     @contextmanager
-    def write(self, *, locked: str = "") -> Iterator[Transaction]:
+    def write(self, *, locked: str = "", durable: bool = False) -> Iterator[Transaction]:
         """See `State.write`."""
+        del durable
         with self._place() as until:
             connection, _ = self._first("BEGIN", (), until)
             try:
@@ -124,6 +125,9 @@ class PostgresState(State):
                 connection.close()  # the server takes back what was not committed
                 raise
             self._give_back(connection)
+
+    def scrub(self) -> None:
+        """See `State.scrub`."""
 
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:

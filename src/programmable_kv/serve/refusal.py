@@ -75,6 +75,7 @@ UPSTREAM_UNREACHABLE = Refusal(502, "upstream_unreachable", "no connection to th
 UPSTREAM_BROKEN = Refusal(502, "upstream_error", "the upstream closed the connection or broke the protocol")
 
 
+STATE_UNAVAILABLE = Refusal(503, "state_unavailable", "the notebooks cannot be read or written now: try again", 1)
 NO_SUCH_ROUTE = Refusal(404, "no_such_route", "this server has no such route, or not with this method")
 
 

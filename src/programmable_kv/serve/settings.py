@@ -85,9 +85,14 @@ class GatewaySettings:
     """others like the first one: each conversation goes to one of them"""
     rebase_after: int = LINES
     """lines of a conversation after which the prefix with its new values is computed in the background"""
+    max_notebooks: int = 10_000
+    """notebooks that are kept, of all tenants together"""
+    skills: str | None = None
+    """the store of the plugin inside of the upstream's vLLM, whose skills notebooks may name"""
 
     def __post_init__(self) -> None:
         require_count(self.rebase_after, "rebase_after", least=1)
+        require_count(self.max_notebooks, "max_notebooks", least=1)
         places = [address.plain for address in self.addresses]
         twice = next((place for place in places if places.count(place) > 1), None)
         if twice is not None:

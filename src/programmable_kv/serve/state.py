@@ -46,6 +46,13 @@ CREATE TABLE IF NOT EXISTS renewals (
     until DOUBLE PRECISION NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS sessions (session TEXT PRIMARY KEY, conversation TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS gateway_notebooks (
+    identity TEXT PRIMARY KEY, tenant TEXT NOT NULL, version INTEGER NOT NULL, source TEXT NOT NULL, fields TEXT NOT NULL,
+    number INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS notebook_conversations (
+    notebook TEXT NOT NULL, conversation TEXT NOT NULL, PRIMARY KEY (notebook, conversation)
+) WITHOUT ROWID;
 CREATE TABLE secrets (name TEXT PRIMARY KEY, value BYTEA NOT NULL) WITHOUT ROWID;
 """
 
@@ -95,15 +102,20 @@ class State(ABC):
         """
 
     @abstractmethod
-    def write(self, *, locked: str = "") -> AbstractContextManager[Transaction]:
+    def write(self, *, locked: str = "", durable: bool = False) -> AbstractContextManager[Transaction]:
         """One transaction: all of the block is kept, or nothing where it raises. When it ends, the process may die.
 
         Args:
             locked: a table that no other transaction writes meanwhile.
+            durable: it survives a loss of power also where a file's other transactions do not. A database decides that itself.
 
         Raises:
             StateUnavailableError: the state cannot be reached.
         """
+
+    @abstractmethod
+    def scrub(self) -> None:
+        """Take what was deleted out of a file, where that is not done by itself. A database does it in its own time."""
 
     @abstractmethod
     def close(self) -> None:
@@ -131,6 +143,7 @@ class FileState(State):
             InvalidArgumentError: the file cannot be used, is of another version, or another server uses it.
         """
         self._lock = threading.RLock()
+        self._durable = durable
         try:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -152,9 +165,17 @@ class FileState(State):
             return self._connection.execute(statement, values).fetchall()
 
     @contextmanager
-    def write(self, *, locked: str = "") -> Iterator[sqlite3.Connection]:
-        """See `State.write`. No transaction runs beside another one."""
+    def write(self, *, locked: str = "", durable: bool = False) -> Iterator[sqlite3.Connection]:
+        """See `State.write`. No transaction runs beside another one, nor a durable one inside of another."""
         with self._lock:
+            if durable and not self._durable:
+                self._connection.execute("PRAGMA synchronous = FULL")
+                try:
+                    with self.write() as run:
+                        yield run
+                finally:
+                    self._connection.execute("PRAGMA synchronous = NORMAL")
+                return
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
@@ -163,6 +184,11 @@ class FileState(State):
                 if self._connection.in_transaction:  # a disk that is full may have ended it
                     self._connection.execute("ROLLBACK")
                 raise
+
+    def scrub(self) -> None:
+        """See `State.scrub`: it is overwritten, and so is the log that the file is written from."""
+        with self._lock:
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         """See `State.close`."""
@@ -174,6 +200,7 @@ class FileState(State):
         run = self._connection.execute
         run("PRAGMA locking_mode = EXCLUSIVE")
         run("PRAGMA journal_mode = WAL")
+        run("PRAGMA secure_delete = ON")  # a notebook that is deleted leaves no text behind
         run(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         with self.write():
             [(version,)] = run("PRAGMA user_version").fetchall()

@@ -15,7 +15,7 @@ from programmable_kv.serve.capture import Capture
 from programmable_kv.serve.fleet import Fleet
 from programmable_kv.serve.headers import value_of
 from programmable_kv.serve.refusal import RefusedError
-from programmable_kv.serve.rewriting.rewriter import Rewriter, Rewriting
+from programmable_kv.serve.rewriting.rewriter import Rewriting
 from programmable_kv.serve.upstream import UpstreamRequest
 
 _LOG = logging.getLogger("programmable_kv.serve")
@@ -28,11 +28,10 @@ class Warmer:
     A request takes a place like any other. It goes where the conversation's own requests go, with the same salt.
     """
 
-    def __init__(self, fleet: Fleet, admission: Admission, rewriter: Rewriter, aside: Aside) -> None:
+    def __init__(self, fleet: Fleet, admission: Admission, aside: Aside) -> None:
         self._fleet = fleet
         self._aside = aside
         self._admission = admission
-        self._rewriter = rewriter
         self._running: set[asyncio.Task[None]] = set()
 
     def warm(self, work: Rewriting, key: bytes, build: Callable[[Address], UpstreamRequest]) -> None:
@@ -87,6 +86,6 @@ class Warmer:
     async def _ended(self, work: Rewriting, *, done: bool, usage: Usage | None) -> None:
         """Remember it. A fault there (a full disk) leaves the conversation as it is."""
         try:
-            await self._aside.run(self._rewriter.warmed, work, done=done, usage=usage)
+            await self._aside.run(work.by.warmed, work, done=done, usage=usage)
         except Exception as error:
             _LOG.warning("a rebase could not be remembered (%s)", type(error).__name__)

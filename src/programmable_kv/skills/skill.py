@@ -30,12 +30,13 @@ from programmable_kv.prompt.chat import message_alone, opened
 from programmable_kv.prompt.context import Context
 from programmable_kv.prompt.fields import FieldType, Value, declare
 from programmable_kv.prompt.parts import Message, Rendered, Text, unmark
-from programmable_kv.prompt.prompt import check_values, places_in_json
+from programmable_kv.prompt.prompt import check_values
 from programmable_kv.prompt.readers import check_words, declared_words
 from programmable_kv.prompt.tokens import as_text
 from programmable_kv.prompt.units import Kind, Unit, joined_unit, tokenised
 from programmable_kv.prompt.values import check_name, check_role
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
+from programmable_kv.prompt.written import places_in_json
 
 Preface = str | Sequence[tuple[str, str]]
 """raw text, or a conversation of (role, content) whose last message is left open: the skill is inside of it"""

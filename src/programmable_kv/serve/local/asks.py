@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
-from programmable_kv.serve.refusal import Refusal, RefusedError
+from programmable_kv.serve.checks import refuse
 
 DEFAULT_TOKENS = 512
 """after which an answer ends where the request sets no limit"""
@@ -85,24 +85,6 @@ def model_of(body: Mapping[str, Any]) -> str:
     return model
 
 
-def checked_messages(value: Any) -> list[Mapping[str, Any]]:
-    """A list of messages, of which each has a role. The rest is the library's to check.
-
-    Raises:
-        RefusedError: it is none.
-    """
-    if not isinstance(value, list) or not value:
-        refuse("invalid_request", "messages is a list of at least one message")
-    for message in value:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            refuse("invalid_request", "a message is an object with a role and content")
-        calls = message.get("tool_calls")
-        listed = calls is None or (isinstance(calls, list) and all(_is_call(call) for call in calls))
-        if not listed:
-            refuse("invalid_request", "tool_calls is a list of objects with a function, which has a name")
-    return value
-
-
 def mappings(value: Any, what: str) -> Iterator[Mapping[str, Any]]:
     """The objects of a list.
 
@@ -161,19 +143,6 @@ def at_most(value: int, name: str, most: int) -> int:
     return value
 
 
-def refuse(code: str, message: str) -> NoReturn:
-    """
-    Raises:
-        RefusedError: always.
-    """
-    raise RefusedError(Refusal(400, code, message))
-
-
 def _same(value: Any, other: Any) -> bool:
     """Equal, and of one type: 1 is not true here."""
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
-
-
-def _is_call(call: Any) -> bool:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    return isinstance(function, Mapping) and isinstance(function.get("name"), str)

@@ -6,18 +6,17 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from programmable_kv.serve.checks import checked_messages, refuse
 from programmable_kv.serve.local.answers import Answer, End, Piece
 from programmable_kv.serve.local.asks import (
     DEFAULT_TOKENS,
     Ask,
     at_most,
     check_known,
-    checked_messages,
     count,
     flag,
     mappings,
     model_of,
-    refuse,
     sampling_of,
 )
 from programmable_kv.serve.local.forms import event, shares_of, text_of, tokens_of

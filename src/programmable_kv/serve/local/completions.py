@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from programmable_kv.serve.checks import refuse
 from programmable_kv.serve.local.answers import Answer, Drawn, Piece
 from programmable_kv.serve.local.asks import (
     Ask,
@@ -14,7 +15,6 @@ from programmable_kv.serve.local.asks import (
     count,
     flag,
     model_of,
-    refuse,
     sampling_of,
 )
 from programmable_kv.serve.local.chat import FINISH, usage_of

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from programmable_kv.serve.checks import refuse
 from programmable_kv.serve.local.answers import Answer, End, Piece
 from programmable_kv.serve.local.asks import (
     Ask,
@@ -15,7 +16,6 @@ from programmable_kv.serve.local.asks import (
     flag,
     mappings,
     model_of,
-    refuse,
     sampling_of,
 )
 from programmable_kv.serve.local.forms import event, text_of

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
-from types import NoneType
 from typing import Any
 
 from programmable_kv.account import Account
 from programmable_kv.model_queue import ModelQueue
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.notebook import Notebook
-from programmable_kv.prompt.fields import Field
-from programmable_kv.serve.local.asks import checked_messages
 from programmable_kv.serve.local.kept import KeptNotebook, NotebookShelf
 from programmable_kv.serve.local.tools import check_tools
+from programmable_kv.serve.notebooks.source import (
+    any_version,
+    check_version,
+    etag_of,
+    field_of,
+    full,
+    new_identity,
+    no_such_notebook,
+    source_of,
+    tools_differ,
+)
 from programmable_kv.serve.refusal import Refusal, RefusedError
 
-_OF_FIELD: Mapping[str, type] = {
-    "value": object, "kind": str, "among": list, "at_least": float, "at_most": float, "charset": str, "max_length": int,
-}  # fmt: skip
-"""what may be said about a field. Whether the guard reads its values is not for a client to say"""
-_OF_BODY = ("messages", "fields", "tools", "template_kwargs")
-_PREFIX = "nb_"
 _TRIES = 8
 """of an edit that other servers' edits of the same notebook overtake"""
 _BUSY = Refusal(503, "notebook_busy", "the notebook is in use: try again", 1)
@@ -59,7 +60,7 @@ class Entry:
 
     @property
     def etag(self) -> str:
-        return f'"{self.version}"'
+        return etag_of(self.version)
 
     def check_tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
         """Check that a request's tools are the notebook's: its cached text names them.
@@ -68,13 +69,7 @@ class Entry:
             RefusedError: they are others.
         """
         if tools and list(tools) != (self.kept.source.get("tools") or []):
-            raise RefusedError(
-                Refusal(
-                    400,
-                    "tools_differ",
-                    "a notebook's tools are given when it is made: leave them out, or give the same",
-                )
-            )
+            raise tools_differ()
 
     def as_json(self, account: Account | None = None) -> dict[str, Any]:
         """As data; with what the latest operation cost where that is known."""
@@ -130,7 +125,7 @@ class NotebookStore:
         if kept is None:
             self._entries.pop(identity, None)
         if kept is None or kept.tenant != tenant:
-            raise RefusedError(Refusal(404, "no_such_notebook", "there is no notebook with that id"))
+            raise no_such_notebook()
         return self._seen(kept)
 
     def _seen(self, kept: KeptNotebook) -> Entry:
@@ -147,8 +142,8 @@ class NotebookStore:
             RefusedError: the body is none, or there are as many as there may be.
             ProgrammableKVError: the messages, fields or tools are refused.
         """
-        given = _source(body)
-        identity = _PREFIX + secrets.token_hex(12)
+        given = source_of(body)
+        identity = new_identity()
         async with self._room():
             notebook = await self._queue.run(_made, self._model, given)
             kept = KeptNotebook(identity, tenant, 1, given, {}, dict(notebook.fields), len(notebook))
@@ -163,7 +158,7 @@ class NotebookStore:
         async with self._room():
             async with self.use(entry) as notebook:
                 copy = await self._queue.run(notebook.fork)
-                kept = replace(entry.kept, identity=_PREFIX + secrets.token_hex(12))
+                kept = replace(entry.kept, identity=new_identity())
             return await self._add(Entry(kept, copy, kept.version)), copy.last_account
 
     async def edit(self, entry: Entry, fields: Mapping[str, Any], if_match: str | None, mode: str | None) -> Account:
@@ -183,12 +178,12 @@ class NotebookStore:
             RefusedError: as in `edit`.
         """
         async with self._locked(entry):
-            _check_version(entry, if_match)
-            version = None if _any_version(if_match) else entry.version
+            check_version(entry.version, if_match)
+            version = None if any_version(if_match) else entry.version
             removed = await asyncio.to_thread(self._shelf.remove, entry.identity, version=version)
             if not removed:  # another server was first
                 await self.get(entry.tenant, entry.identity)
-                _check_version(entry, if_match)
+                check_version(entry.version, if_match)
             self._entries.pop(entry.identity, None)
 
     @asynccontextmanager
@@ -230,7 +225,7 @@ class NotebookStore:
     ) -> Account | None:
         """An edit of the latest version; None where another server gave the notebook a later one meanwhile."""
         async with self.use(entry) as notebook:
-            _check_version(entry, if_match)
+            check_version(entry.version, if_match)
             account = await self._queue.run(notebook.edit, dict(fields), mode=mode)
             shown = dict(notebook.fields)
             if shown != dict(entry.kept.shown):
@@ -260,47 +255,23 @@ class NotebookStore:
             if not self._entries[gone].in_use.locked():
                 del self._entries[gone]
         if len(kept) + self._making >= self._most:
-            raise self._full()
+            raise full(self._most)
         self._making += 1
         try:
             yield
         finally:
             self._making -= 1
 
-    def _full(self) -> RefusedError:
-        why = f"{self._most} notebooks are kept at most: delete one that is not needed"
-        return RefusedError(Refusal(429, "notebooks_full", why))
-
     async def _add(self, entry: Entry) -> Entry:
         if not await asyncio.to_thread(self._shelf.add, entry.kept, most=self._most):
-            raise self._full()  # another server took the room
+            raise full(self._most)  # another server took the room
         self._entries[entry.identity] = entry
         return entry
 
 
-def _source(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What a notebook is made from, checked.
-
-    Raises:
-        RefusedError: the body is none.
-    """
-    if unknown := body.keys() - set(_OF_BODY):
-        raise _invalid(f"a notebook has {', '.join(_OF_BODY)}; got {min(unknown)!r:.60}")
-    fields = {} if body.get("fields") is None else body["fields"]
-    if not isinstance(fields, Mapping):
-        raise _invalid("fields is an object")
-    tools, variables = body.get("tools"), body.get("template_kwargs")
-    if not isinstance(tools, list | NoneType) or not isinstance(variables, Mapping | NoneType):
-        raise _invalid("tools is a list, and template_kwargs an object")
-    messages = checked_messages(body.get("messages"))
-    for name, value in fields.items():
-        _field(name, value)
-    return {"messages": messages, "fields": fields, "tools": tools, "template_kwargs": variables}
-
-
 def _made(model: Model, source: Mapping[str, Any]) -> Notebook:
     """A notebook from what it is made from, prefilled."""
-    fields = {name: _field(name, value) for name, value in source["fields"].items()}
+    fields = {name: field_of(name, value) for name, value in source["fields"].items()}
     notebook = Notebook.from_messages(
         model, source["messages"], fields=fields, tools=source["tools"], template_kwargs=source["template_kwargs"]
     )
@@ -308,38 +279,3 @@ def _made(model: Model, source: Mapping[str, Any]) -> Notebook:
         check_tools(model, source["tools"])
     notebook.prefill()
     return notebook
-
-
-def _check_version(entry: Entry, if_match: str | None) -> None:
-    if if_match is None or _any_version(if_match):
-        return
-    if entry.etag not in [each.strip() for each in if_match.split(",")]:
-        raise RefusedError(
-            Refusal(
-                412, "version_changed", f"the notebook is at version {entry.version} now: read it, and decide again"
-            )
-        )
-
-
-def _any_version(if_match: str | None) -> bool:
-    return if_match is None or if_match.strip() == "*"
-
-
-def _field(name: str, value: Any) -> Any:
-    """A plain value, or an object that says more about it."""
-    if not isinstance(value, Mapping):
-        return value
-    if "value" not in value or not all(_fits(key, each) for key, each in value.items()):
-        raise _invalid(f"the field {name!r:.60} is a value, or an object with {', '.join(_OF_FIELD)}, each of its type")
-    return Field(**value)
-
-
-def _fits(key: str, value: Any) -> bool:
-    kind = _OF_FIELD.get(key)
-    if kind is None or (isinstance(value, bool) and kind in (int, float)):
-        return False
-    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
-
-
-def _invalid(message: str) -> RefusedError:
-    return RefusedError(Refusal(400, "invalid_request", message))

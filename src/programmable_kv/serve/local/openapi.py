@@ -10,23 +10,27 @@ from programmable_kv.serve.openapi import (
     ANY,
     COUNT,
     HEALTHY,
+    LIST,
     MAYBE_TEXT,
+    MESSAGE,
     METRICS,
+    NOTEBOOK,
+    NOTEBOOK_ID,
     OPENAI_ERROR,
+    SOURCE,
     TEXT,
+    TEXTS,
     Schema,
     content,
     document,
     listed,
+    notebook_paths,
     operation,
     parameter,
     record,
 )
 
-_ROLES = {"enum": ["system", "user", "assistant", "tool"]}
-_TEXTS = {"type": ["string", "array"], "items": record({"type": {"const": "text"}, "text": TEXT})}
-_MESSAGE: Schema = record({"role": _ROLES, "content": _TEXTS}, open_ended=True)
-_TURN: Schema = record({"role": {"enum": ["user", "assistant"]}, "content": _TEXTS}, open_ended=True)
+_TURN: Schema = record({"role": {"enum": ["user", "assistant"]}, "content": TEXTS}, open_ended=True)
 _SHARE = {"type": "number", "minimum": 0, "maximum": 1}
 _SAMPLING: dict[str, Schema] = {
     "stream": {"type": "boolean"},
@@ -43,16 +47,16 @@ def _asked(needed: Mapping[str, Schema], **optional: Schema) -> Schema:
 
 
 _CHAT = _asked(
-    {"messages": listed(_MESSAGE)}, max_tokens=_LIMIT, stop=_STOP, seed=_SEED, logprobs={"type": "boolean"},
+    {"messages": listed(MESSAGE)}, max_tokens=_LIMIT, stop=_STOP, seed=_SEED, logprobs={"type": "boolean"},
     top_logprobs={"type": "integer", "minimum": 0, "maximum": 20}, tools=listed(ANY), tool_choice=TEXT,
 )  # fmt: skip
 _COMPLETION = _asked({"prompt": {**TEXT, "minLength": 1}}, max_tokens=_LIMIT, stop=_STOP, seed=_SEED, logprobs=COUNT)
 _RESPONSE = _asked(
-    {"input": {"type": ["string", "array"], "items": _MESSAGE}}, instructions=TEXT, max_output_tokens=_LIMIT,
+    {"input": {"type": ["string", "array"], "items": MESSAGE}}, instructions=TEXT, max_output_tokens=_LIMIT,
     tools=listed(ANY), tool_choice=TEXT,
 )  # fmt: skip
 _CLAUDE = _asked(
-    {"messages": listed(_TURN), "max_tokens": _LIMIT}, system=_TEXTS, stop_sequences=listed(TEXT), top_k=_LIMIT,
+    {"messages": listed(_TURN), "max_tokens": _LIMIT}, system=TEXTS, stop_sequences=listed(TEXT), top_k=_LIMIT,
     tools=listed(ANY),
 )  # fmt: skip
 
@@ -99,38 +103,11 @@ _CLAUDE_ANSWER = record(
     }
 )  # fmt: skip
 
-_VALUE = {"type": ["string", "number", "boolean"]}
-_FIELD = {
-    "anyOf": [
-        _VALUE,
-        record({"value": _VALUE, "kind": TEXT, "max_length": COUNT, "charset": TEXT}, "kind", "max_length", "charset"),
-    ]
-}
-_SOURCE = record(
-    {
-        "messages": listed(_MESSAGE),
-        "fields": {"type": "object", "additionalProperties": _FIELD},
-        "tools": {"type": ["array", "null"], "items": ANY},
-        "template_kwargs": {"type": ["object", "null"]},
-    },
-    "fields", "tools", "template_kwargs",
-)  # fmt: skip
-_NOTEBOOK = record(
-    {
-        "id": TEXT, "object": {"const": "notebook"}, "model": TEXT, "version": COUNT, "tokens": COUNT,
-        "fields": {"type": "object", "additionalProperties": TEXT}, "account": ANY,
-    },
-    "account",
-)  # fmt: skip
 _MODEL = record({"id": TEXT, "object": {"const": "model"}}, open_ended=True)
-_LIST = record({"object": {"const": "list"}, "data": listed(ANY)}, open_ended=True)
-_ID = parameter("id", "path")
-_MATCH = parameter("if-match", "header")
 
 
 def local_document() -> dict[str, Any]:
     """All routes of the local server."""
-    none: dict[str, Any] = {}
     answers = {
         "/v1/chat/completions": ("Chat Completions", _CHAT, _CHAT_ANSWER, OPENAI_ERROR),
         "/v1/completions": ("Completions", _COMPLETION, _COMPLETION_ANSWER, OPENAI_ERROR),
@@ -142,35 +119,17 @@ def local_document() -> dict[str, Any]:
         for path, (name, asked, given, error) in answers.items()
     }
     paths |= {
-        "/v1/models": {"get": operation("the model", {200: content(_LIST)})},
+        "/v1/models": {"get": operation("the model", {200: content(LIST)})},
         "/v1/models/{name}": {
             "get": operation("the model", {200: content(_MODEL)}, parameters=(parameter("name", "path"),))
         },
-        "/v1/notebooks": {
-            "get": operation("this tenant's notebooks", {200: content(_LIST)}),
-            "post": operation("make a notebook", {201: content(_NOTEBOOK)}, body=_SOURCE),
-        },
-        "/v1/notebooks/{id}": {
-            "get": operation("one notebook", {200: content(_NOTEBOOK)}, parameters=(_ID,)),
-            "delete": operation("forget it", {204: none}, parameters=(_ID, _MATCH)),
-        },
+        **notebook_paths(SOURCE, NOTEBOOK),
         "/v1/notebooks/{id}/tokens": {
             "get": operation(
                 "its text by the state of its tokens",
                 {200: content(record({"runs": listed(ANY), "states": ANY}))},
-                parameters=(_ID,),
+                parameters=(NOTEBOOK_ID,),
             )
-        },
-        "/v1/notebooks/{id}/fields": {
-            "patch": operation(
-                "give fields new values",
-                {200: content(_NOTEBOOK)},
-                body={"type": "object", "additionalProperties": _VALUE},
-                parameters=(_ID, _MATCH, parameter("mode", "query")),
-            )
-        },
-        "/v1/notebooks/{id}/fork": {
-            "post": operation("an independent copy", {201: content(_NOTEBOOK)}, parameters=(_ID,))
         },
         "/metrics": {"get": METRICS},
         "/healthz": {"get": HEALTHY},

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from programmable_kv.serve.checks import refuse
 from programmable_kv.serve.local.answers import Answer, Drawn, End, Piece
 from programmable_kv.serve.local.asks import (
     DEFAULT_TOKENS,
@@ -16,7 +17,6 @@ from programmable_kv.serve.local.asks import (
     flag,
     mappings,
     model_of,
-    refuse,
     sampling_of,
 )
 from programmable_kv.serve.local.chat import chosen, refuse_strict

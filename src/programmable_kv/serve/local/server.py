@@ -22,10 +22,10 @@ from programmable_kv.models.load import Model
 from programmable_kv.notebook.html import MEANINGS, token_runs
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.serve.access import Access, rates_of
+from programmable_kv.serve.endpoint import Call, Endpoint, Handler, refusal_of
 from programmable_kv.serve.local.answers import Answer, Piece
 from programmable_kv.serve.local.chat import ChatForm
 from programmable_kv.serve.local.completions import CompletionForm
-from programmable_kv.serve.local.endpoint import Call, Endpoint, Handler, refusal_of
 from programmable_kv.serve.local.forms import Form
 from programmable_kv.serve.local.kept import NotebookShelf
 from programmable_kv.serve.local.messages import MessageForm

@@ -70,6 +70,10 @@ class Conversation:
     inside: Mapping[int, Texts] = field(default_factory=dict, repr=False)
     """turns that hold declared values"""
     notes: tuple[Note, ...] = ()
+    notebook: str = ""
+    """the notebook that it goes on with"""
+    values: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """the notebook's fields as they were told last, as they stand in its text"""
 
     @property
     def plain(self) -> bool:

@@ -28,11 +28,11 @@ _REWRITES = (GatewayMode.ERRATUM, GatewayMode.HOIST)
 _REFUSALS = (400, 422, 500)
 """statuses with which servers refuse a role; llama-server says 500 where a template raises"""
 _FAULT = 500
-_OFF = "off"
+OFF = "off"
 _STRIKES = 3
 """refused announcements after which none is tried: one may have been too long for the model's context"""
 _OFF_S = 86400.0
-_REFUSED = ("refused", "folded")
+REFUSED = ("refused", "folded")
 _TAKEN = "taken"
 """not refused; whether it is folded into the head is not known yet"""
 _SHARED_NAMES = ("prompt_cache_key", "metadata")
@@ -47,6 +47,8 @@ class Rewriting:
     route: str
     plan: Plan
     original: bytes = field(repr=False)
+    by: Rewriter = field(repr=False)
+    """who decides about it"""
     model: str = ""
     session: str = ""
     """the client's own name for the conversation"""
@@ -63,6 +65,8 @@ class Rewriting:
     announcement_refused: bool = False
     warming: Warming | None = field(default=None, repr=False)
     """what is to be computed in the background once this request is answered"""
+    skills: str = ""
+    """what became of the skills in it, where a notebook has some"""
 
     @property
     def body(self) -> bytes:
@@ -115,7 +119,7 @@ class Rewriter:
     def begin(self, tenant: str, route: str, headers: Headers, data: bytes) -> Rewriting:
         """Plan a request, and remember it as sent."""
         mode = self.mode_of(route)
-        work = Rewriting(tenant, route, Plan(Action.FORWARDED, _why_not(mode)), data)
+        work = Rewriting(tenant, route, Plan(Action.FORWARDED, _why_not(mode)), data, self)
         if mode not in _REWRITES:
             return work
         if value_of(headers, b"content-encoding") not in (None, b"identity"):
@@ -147,11 +151,11 @@ class Rewriter:
     def _begin(self, work: Rewriting, known: Known) -> None:
         """Plan a request with what is known about its upstream and its tenant."""
         verdicts = self._store.verdicts(self._subject(work.route, work.model))
-        if _OFF in verdicts:
+        if OFF in verdicts:
             work.plan = Plan(Action.FORWARDED, "switched off: it did not pay here")
             return
         owner = self._owner(work.tenant, work.route)
-        forms = [form for form in FORMS[work.route] if verdicts.get(_about(form)) not in _REFUSED]
+        forms = [form for form in FORMS[work.route] if verdicts.get(about(form)) not in REFUSED]
         work.known = replace(known, forms=forms, learned=self._store.learned(owner))
         self._plan(work, owner)
 
@@ -175,7 +179,7 @@ class Rewriter:
             work.refused.append(note.form)
             left = tuple(form for form in work.known.forms if form not in work.refused)
             work.known = replace(work.known, forms=left)
-            again = plan(work.prompt, work.match, work.known, work.why, work.replaced)
+            again = self._planned(work)
             if again.note is not None and self._store.commit(again):
                 work.plan = again
                 return True
@@ -202,7 +206,7 @@ class Rewriter:
             self._strikes[place] = self._strikes.get(place, 0) + 1
             if self._strikes[place] >= _STRIKES:
                 subject = self._subject(*place)
-                self._store.decide(subject, _OFF, "the announcement is refused", for_s=_OFF_S)
+                self._store.decide(subject, OFF, "the announcement is refused", for_s=_OFF_S)
         self.judge.acted(work.tenant, work.route, work.model, work.plan)
 
     def settle(self, work: Rewriting, usage: Usage | None) -> Gain | None:
@@ -243,7 +247,7 @@ class Rewriter:
         if found is None and matches and known.named:
             work.replaced = matches[0].conversation
         work.match, work.why = found, why
-        work.plan = plan(prompt, found, known, why, work.replaced)
+        work.plan = self._planned(work)
         ready = self._ready(found.conversation, prompt, known) if found is not None else None
         if found is not None and ready is not None:
             made = plan(prompt, ready, known, "")
@@ -252,7 +256,11 @@ class Rewriter:
         if not matches and known.named:
             latest = self._store.latest(known.whose)
             work.plan = (compacted(prompt, latest, known) if latest is not None else None) or work.plan
-        if not self._store.commit(work.plan, known.whose if known.named else ""):
+        self._commit(work, known.whose if known.named else "")
+
+    def _commit(self, work: Rewriting, session: str = "") -> None:
+        """Remember a plan before it is carried out, and begin a rebase where one is due."""
+        if not self._store.commit(work.plan, session):
             work.plan = Plan(Action.FORWARDED, "another request went on with the conversation")
             return
         after, wanted = work.plan.after, work.plan.warming
@@ -261,6 +269,12 @@ class Rewriter:
                 work.warming = wanted
         except StateUnavailableError as error:
             _LOG.info("%s: a rebase could not be begun: %s", work.route, error)
+
+    def _planned(self, work: Rewriting) -> Plan:
+        """What to do with a request that was compared with what is known."""
+        assert work.prompt is not None
+        assert work.known is not None
+        return plan(work.prompt, work.match, work.known, work.why, work.replaced)
 
     def _ready(self, conversation: Conversation, prompt: Prompt, known: Known) -> Match | None:
         """The prefix that was warmed for a conversation, if the request goes on with it."""
@@ -285,19 +299,19 @@ class Rewriter:
         return f"{self._upstream} {route} {json.dumps(model, ensure_ascii=not model.isprintable())[1:-1]}"
 
     def _verdict(self, route: str, model: str, form: Form) -> str:
-        return self._store.verdicts(self._subject(route, model)).get(_about(form), "")
+        return self._store.verdicts(self._subject(route, model)).get(about(form), "")
 
     def _decided(self, route: str, model: str, form: Form, verdict: str) -> None:
         if self._verdict(route, model, form) != verdict:
-            self._store.decide(self._subject(route, model), _about(form), verdict)
+            self._store.decide(self._subject(route, model), about(form), verdict)
             _LOG.warning("%s: a line as %s is %s by the upstream", route, form, verdict)
 
     def _switch_off(self, route: str, model: str) -> None:
-        self._store.decide(self._subject(route, model), _OFF, "rewriting lost tokens", for_s=_OFF_S)
+        self._store.decide(self._subject(route, model), OFF, "rewriting lost tokens", for_s=_OFF_S)
         _LOG.warning("%s: rewriting is switched off for a day, because it lost tokens", route)
 
 
-def _about(form: Form) -> str:
+def about(form: Form) -> str:
     return f"line as {form}"
 
 

@@ -21,6 +21,8 @@ _OFTEN = 2
 _FORGET_EVERY = 256
 """new conversations between two clean-ups"""
 _SET_KEY = "UPDATE conversations SET key = ? WHERE identity = ?"
+_NOTEBOOK = "SELECT 1 FROM gateway_notebooks WHERE identity = ?"
+_OF_NOTEBOOK = "INSERT INTO notebook_conversations VALUES (?, ?) ON CONFLICT (notebook, conversation) DO NOTHING"
 _FORGET_REBASE = "DELETE FROM renewals WHERE conversation = ?"
 _NEW = "INSERT INTO conversations VALUES (?, ?, ?, ?, epoch())"
 _LINE = "INSERT INTO errata VALUES (?, ?, ?, ?, ?)"
@@ -82,6 +84,8 @@ class ConversationStore:
         if after is None:
             return True
         with self._state.write() as run:
+            if after.notebook and not run.execute(_NOTEBOOK, (after.notebook,)).fetchall():
+                return False  # it was deleted meanwhile: nothing of it is kept
             if before is None:
                 run.execute(_NEW, (after.identity, after.key, after.version, _document(after)))
                 if after.origin == after.identity:
@@ -101,6 +105,8 @@ class ConversationStore:
             if plan.replaced is not None:
                 run.execute(_SET_KEY, (_ENDED, plan.replaced.identity))
                 run.execute(_FORGET_REBASE, (plan.replaced.identity,))
+            if after.notebook:
+                run.execute(_OF_NOTEBOOK, (after.notebook, after.identity))
             if session:
                 run.execute(
                     "INSERT INTO sessions VALUES (?, ?) ON CONFLICT (session) "
@@ -149,6 +155,8 @@ class ConversationStore:
         """
         lines = len(conversation.notes)
         with self._state.write() as run:
+            if warmed.notebook and not run.execute(_NOTEBOOK, (warmed.notebook,)).fetchall():
+                return False
             run.execute(
                 "DELETE FROM renewals WHERE conversation = ? "
                 "AND ((state = ? AND lines * 1.5 < ?) OR (state = ? AND until < epoch()))",
@@ -160,6 +168,8 @@ class ConversationStore:
             ).rowcount
             if begun:
                 run.execute(_NEW, (warmed.identity, _ENDED, warmed.version, _document(warmed)))
+                if warmed.notebook:
+                    run.execute(_OF_NOTEBOOK, (warmed.notebook, warmed.identity))
                 for at, note in enumerate(warmed.notes):
                     run.execute(_LINE, (warmed.identity, at, note.after, note.form, note.line))
         return bool(begun)
@@ -259,7 +269,7 @@ class ConversationStore:
                     "DELETE FROM conversations WHERE identity IN (SELECT identity FROM conversations ORDER BY used LIMIT ?)",
                     (over,),
                 )
-        for table in ("sessions", "renewals", "errata"):
+        for table in ("sessions", "renewals", "errata", "notebook_conversations"):
             with self._state.write() as run:
                 run.execute(
                     f"DELETE FROM {table} WHERE NOT EXISTS (SELECT 1 FROM conversations WHERE identity = {table}.conversation)"
@@ -283,6 +293,8 @@ def _conversation(identity: str, key: str, version: int, document: str, notes: t
         given["origin"],
         {int(at): _texts(each) for at, each in given["inside"].items()},
         notes,
+        given.get("notebook", ""),
+        given.get("values", {}),
     )
 
 
@@ -297,6 +309,11 @@ def _document(conversation: Conversation) -> str:
             "spoke": conversation.spoke,
             "origin": conversation.origin,
             "inside": {str(at): _written(each) for at, each in conversation.inside.items()},
+            **(
+                {"notebook": conversation.notebook, "values": dict(conversation.values)}
+                if conversation.notebook
+                else {}
+            ),
         }
     )
 

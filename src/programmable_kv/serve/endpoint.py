@@ -1,4 +1,4 @@
-"""What every route of the local server does: let in, read JSON, answer, and turn errors into typed ones."""
+"""What every route that is answered here does: let in, read JSON, answer, and turn errors into typed ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from programmable_kv.serve.access import Access
 from programmable_kv.serve.incoming import check_length, read_body, while_connected
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.rates import Rates
-from programmable_kv.serve.refusal import Refusal, RefusedError
+from programmable_kv.serve.refusal import STATE_UNAVAILABLE, Refusal, RefusedError
 from programmable_kv.serve.reply import ClientGoneError, Reply
 from programmable_kv.serve.routes import route_of
 from programmable_kv.serve.settings import Limits
@@ -34,7 +34,7 @@ _LOG = logging.getLogger("programmable_kv.serve")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request to the local server."""
+    """One request."""
 
     tenant: str
     request: Request
@@ -126,7 +126,7 @@ def refusal_of(error: ProgrammableKVError) -> Refusal:
     if isinstance(error, QueueFullError):
         return Refusal(429, "model_busy", str(error), 1)
     if isinstance(error, StateUnavailableError):
-        return Refusal(503, "state_unavailable", "the notebooks cannot be read or written now: try again", 1)
+        return STATE_UNAVAILABLE
     if isinstance(error, ContextOverflowError):
         return Refusal(400, "context_length_exceeded", str(error))
     code = type(error).__name__.removesuffix("Error")

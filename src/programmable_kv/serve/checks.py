@@ -1,0 +1,39 @@
+"""Checks of what a client sends that every server here makes. What is not understood is refused, never left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from programmable_kv.serve.refusal import Refusal, RefusedError
+
+
+def checked_messages(value: Any) -> list[Mapping[str, Any]]:
+    """A list of messages, of which each has a role. The rest is the library's to check.
+
+    Raises:
+        RefusedError: it is none.
+    """
+    if not isinstance(value, list) or not value:
+        refuse("invalid_request", "messages is a list of at least one message")
+    for message in value:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            refuse("invalid_request", "a message is an object with a role and content")
+        calls = message.get("tool_calls")
+        listed = calls is None or (isinstance(calls, list) and all(_is_call(call) for call in calls))
+        if not listed:
+            refuse("invalid_request", "tool_calls is a list of objects with a function, which has a name")
+    return value
+
+
+def refuse(code: str, message: str) -> NoReturn:
+    """
+    Raises:
+        RefusedError: always.
+    """
+    raise RefusedError(Refusal(400, code, message))
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    return isinstance(function, Mapping) and isinstance(function.get("name"), str)

@@ -1,0 +1,69 @@
+"""Requests with a notebook's name as their model: found among all that go through a gateway, and planned."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from programmable_kv.serve.headers import Headers
+from programmable_kv.serve.notebooks.composing import Ask, Composer
+from programmable_kv.serve.notebooks.shelf import BookShelf
+from programmable_kv.serve.notebooks.source import PREFIX, invalid
+from programmable_kv.serve.notebooks.telling import BookRewriter, BookRewriting
+from programmable_kv.serve.refusal import STATE_UNAVAILABLE, Refusal, RefusedError
+from programmable_kv.serve.rewriting.body import read
+from programmable_kv.serve.rewriting.prompt import ROUTES
+from programmable_kv.serve.rewriting.rewriter import Rewriting
+from programmable_kv.serve.state import StateUnavailableError
+
+_LOG = logging.getLogger("programmable_kv.serve")
+_NAMED = PREFIX.encode()
+
+
+class Asking:
+    """Knows which requests are to notebooks."""
+
+    def __init__(self, shelf: BookShelf, rewriter: BookRewriter, composer: Composer | None = None) -> None:
+        self._shelf = shelf
+        self._rewriter = rewriter
+        self._composer = composer
+
+    async def begin(self, tenant: str, route: str, headers: Headers, data: bytes) -> Rewriting | None:
+        """What is done with a request; None where it is to no notebook.
+
+        Raises:
+            RefusedError: there is no such notebook, or the request is not one that a notebook can answer.
+        """
+        if _NAMED not in data:
+            return None
+        return await asyncio.to_thread(self._begun, tenant, route, headers, data)
+
+    async def composed(self, work: Rewriting | None, data: bytes, ask: Ask) -> bytes:
+        """What is sent: with the skills of a notebook named, where they stand in the prompt."""
+        if self._composer is None or not isinstance(work, BookRewriting) or work.book is None or not work.book.skills:
+            return data
+        return await self._composer.composed(work, data, ask)
+
+    def _begun(self, tenant: str, route: str, headers: Headers, data: bytes) -> Rewriting | None:
+        body = read(data)
+        model = body.data.get("model") if body is not None else None
+        if body is None or not isinstance(model, str) or not model.startswith(PREFIX):
+            return None
+        if route not in ROUTES:
+            raise RefusedError(
+                Refusal(
+                    400, "unsupported_parameter", "a notebook is a conversation: ask it by one of the chat protocols"
+                )
+            )
+        try:
+            book = self._shelf.get(tenant, model.removeprefix(PREFIX))
+            return self._rewriter.ask(route, headers, body, book)
+        except RefusedError:
+            raise
+        except StateUnavailableError as error:
+            raise RefusedError(STATE_UNAVAILABLE) from error
+        except UnicodeEncodeError as error:
+            raise invalid("a text has half of a surrogate pair, which is no character: take it out") from error
+        except Exception as error:  # a fault of ours: the client gets a typed error, the log its class and no text
+            _LOG.error("a request to a notebook failed (%s)", type(error).__name__)
+            raise RefusedError(Refusal(500, "internal_error", "the gateway failed at this request")) from error

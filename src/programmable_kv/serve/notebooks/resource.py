@@ -1,0 +1,176 @@
+"""Notebooks of a gateway as a resource: made, edited by version, forked and deleted, by the routes of a local server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from programmable_kv.errors import InvalidArgumentError
+from programmable_kv.serve.access import Access
+from programmable_kv.serve.endpoint import Call, Endpoint, Handler
+from programmable_kv.serve.metrics import Metrics
+from programmable_kv.serve.notebooks.book import Book, changed, check_messages, declared, guard
+from programmable_kv.serve.notebooks.opening import check_tools
+from programmable_kv.serve.notebooks.shelf import BookShelf
+from programmable_kv.serve.notebooks.source import check_version, invalid, new_identity, source_of
+from programmable_kv.serve.notebooks.stored import StoredTexts
+from programmable_kv.serve.notebooks.telling import BookRewriter, line_bytes
+from programmable_kv.serve.rates import Rates
+from programmable_kv.serve.refusal import NO_SUCH_ROUTE, Refusal, RefusedError
+from programmable_kv.serve.rewriting.wording import new_token
+from programmable_kv.serve.settings import Limits
+
+_TRIES = 8
+"""how often an edit that others overtook is made again"""
+_LONGEST_LINE = 8192
+_MODES = ("erratum", "full")
+
+
+class BookResource:
+    """The handlers of the notebooks' routes."""
+
+    def __init__(self, shelf: BookShelf, rewriter: BookRewriter, stored: StoredTexts | None = None) -> None:
+        """
+        Args:
+            stored: the skills that notebooks may name.
+        """
+        self._shelf = shelf
+        self._rewriter = rewriter
+        self._stored = stored
+
+    async def create(self, call: Call) -> Response:
+        """`POST /v1/notebooks`."""
+        source = source_of(call.body, "upstream_model", "skills")
+        model = call.body.get("upstream_model")
+        if not isinstance(model, str) or not model:
+            raise invalid("upstream_model is the name of the model at the upstream, as GET /v1/models lists it")
+        check_messages(source["messages"])
+        check_tools(source["tools"])
+        source["upstream_model"] = model
+        source["skills"] = await asyncio.to_thread(self._skills, call.body.get("skills"))
+        texts, types = declared(source)
+        guard(texts, types, texts)
+        book = Book(new_identity(), call.tenant, 1, source, new_token(), texts, texts)
+        await asyncio.to_thread(self._shelf.add, book)
+        return self._told(book, 201)
+
+    async def listed(self, call: Call) -> Response:
+        """`GET /v1/notebooks`."""
+        found = [self._as_json(book) for book in await asyncio.to_thread(self._shelf.of_tenant, call.tenant)]
+        return JSONResponse({"object": "list", "data": found})
+
+    async def read(self, call: Call) -> Response:
+        """`GET /v1/notebooks/{id}`."""
+        return self._told(await self._book(call))
+
+    async def edit(self, call: Call) -> Response:
+        """`PATCH /v1/notebooks/{id}/fields`."""
+        mode = call.request.query_params.get("mode") or _MODES[0]
+        if mode not in _MODES:
+            raise InvalidArgumentError(
+                f"in front of an upstream an edit's mode is one of {', '.join(_MODES)}, got {mode!r:.40}: leave it out"
+            )
+        for _ in range(_TRIES):
+            before = await self._book(call)
+            check_version(before.version, call.request.headers.get("if-match"))
+            texts = changed(before, call.body)
+            if texts == before.texts and (mode != "full" or before.base == texts):
+                return self._told(before, account=_account(mode, "none", "these are its values", before))
+            edited = replace(before, version=before.version + (texts != before.texts), texts=texts)
+            book, used, why = _settled(edited, mode)
+            # Shielded: an edit that has begun runs to its end, whether or not the client stays.
+            if await asyncio.shield(asyncio.to_thread(self._shelf.change, book, before)):
+                return self._told(book, account=_account(mode, used, why, book))
+        raise _busy()
+
+    async def fork(self, call: Call) -> Response:
+        """`POST /v1/notebooks/{id}/fork`."""
+        book = replace(await self._book(call), identity=new_identity())
+        await asyncio.to_thread(self._shelf.add, book)
+        return self._told(book, 201)
+
+    async def delete(self, call: Call) -> Response:
+        """`DELETE /v1/notebooks/{id}`."""
+        for _ in range(_TRIES):
+            book = await self._book(call)
+            check_version(book.version, call.request.headers.get("if-match"))
+            if await asyncio.shield(asyncio.to_thread(self._shelf.remove, book)):
+                return Response(status_code=204)
+        raise _busy()
+
+    def _skills(self, given: Any) -> dict[str, Any]:
+        """The skills that a notebook names, by their placeholders: found in the store now, and the same from then on.
+
+        Raises:
+            RefusedError: they are not named as they must be, or this gateway has no store.
+            UnknownSkillError: the store has no such skill.
+        """
+        if given is None or given == {}:
+            return {}
+        if not isinstance(given, Mapping) or not all(isinstance(which, str) for which in given.values()):
+            raise invalid('skills is an object: {"PLACEHOLDER": "a skill\'s name or key"}')
+        if self._stored is None:
+            raise invalid("this gateway has no store of skills: start it with --skills STORE")
+        found = {name: self._stored.find(which) for name, which in given.items()}
+        return {name: {"skill": given[name], "key": skill.key, "text": skill.text} for name, skill in found.items()}
+
+    async def _book(self, call: Call) -> Book:
+        return await asyncio.to_thread(self._shelf.get, call.tenant, call.request.path_params["id"])
+
+    def _as_json(self, book: Book, **more: Any) -> dict[str, Any]:
+        return book.as_json(usage=asdict(self._rewriter.counted(book)), **more)
+
+    def _told(self, book: Book, status: int = 200, **more: Any) -> Response:
+        return JSONResponse(self._as_json(book, **more), status, {"etag": book.etag})
+
+
+def book_routes(books: BookResource, access: Access, limits: Limits, metrics: Metrics, rates: Rates) -> list[Route]:
+    """The routes of a gateway's notebooks. Whatever else there is below them is nothing."""
+
+    async def nothing(_: Call) -> Response:
+        raise RefusedError(NO_SUCH_ROUTE)
+
+    def route(method: str, path: str, handle: Handler) -> Route:
+        return Route(path, Endpoint(path, handle, access, limits, metrics, rates), methods=[method])
+
+    below = "/v1/notebooks/{rest:path}"
+    no_more = Endpoint(below, nothing, access, limits, metrics, rates)
+    return [
+        route("POST", "/v1/notebooks", books.create),
+        route("GET", "/v1/notebooks", books.listed),
+        route("GET", "/v1/notebooks/{id}", books.read),
+        route("DELETE", "/v1/notebooks/{id}", books.delete),
+        route("PATCH", "/v1/notebooks/{id}/fields", books.edit),
+        route("POST", "/v1/notebooks/{id}/fork", books.fork),
+        Route("/v1/notebooks", no_more),
+        Route(below, no_more),
+    ]
+
+
+def _settled(book: Book, mode: str) -> tuple[Book, str, str]:
+    """The notebook after an edit, the mode that was used, and why it is not the one asked for.
+
+    In mode `full` its text is written anew: new conversations begin with the latest values in their places. Those that run keep
+    what they were sent.
+    """
+    if mode == "full":
+        return replace(book, base=book.texts), mode, ""
+    told = line_bytes(book)
+    room = sum(len(str(message.get("content"))) for message in book.messages)
+    if told > _LONGEST_LINE or 2 * told > room + sum(map(len, book.base.values())):
+        return replace(book, base=book.texts), "full", "the line would be longer than what it saves"
+    return book, mode, ""
+
+
+def _account(asked: str, used: str, why: str, book: Book) -> dict[str, Any]:
+    """What an edit did. Nothing is sent before the next request."""
+    return {"mode_asked": asked, "mode_used": used, "why": why, "line_bytes": line_bytes(book)}
+
+
+def _busy() -> RefusedError:
+    return RefusedError(Refusal(503, "notebook_busy", "the notebook is in use: try again", 1))

@@ -1,0 +1,94 @@
+"""Notebooks of a gateway in its state. Each call is one transaction; a change is on disk when it returns."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from programmable_kv.serve.notebooks.book import Book
+from programmable_kv.serve.notebooks.source import full, no_such_notebook
+from programmable_kv.serve.state import State
+
+_COLUMNS = "identity, tenant, version, source, fields"
+_CONVERSATIONS = "(SELECT conversation FROM notebook_conversations WHERE notebook = ?)"
+_ABOUT_CONVERSATIONS = (
+    f"DELETE FROM errata WHERE conversation IN {_CONVERSATIONS}",
+    f"DELETE FROM renewals WHERE conversation IN {_CONVERSATIONS}",
+    f"DELETE FROM sessions WHERE conversation IN {_CONVERSATIONS}",
+    f"DELETE FROM conversations WHERE identity IN {_CONVERSATIONS}",
+    "DELETE FROM notebook_conversations WHERE notebook = ?",
+)
+
+
+class BookShelf:
+    """Every notebook is read from the state when it is used, so that a server that starts again has them all."""
+
+    def __init__(self, state: State, *, most: int) -> None:
+        """
+        Args:
+            most: how many are kept, of all tenants together.
+        """
+        self._state = state
+        self._most = most
+
+    def __len__(self) -> int:
+        return int(self._state.rows("SELECT count(*) FROM gateway_notebooks")[0][0])
+
+    def of_tenant(self, tenant: str) -> list[Book]:
+        """A tenant's notebooks, in the order in which they were made."""
+        statement = f"SELECT {_COLUMNS} FROM gateway_notebooks WHERE tenant = ? ORDER BY number"
+        return [_book(*row) for row in self._state.rows(statement, (tenant,))]
+
+    def get(self, tenant: str, identity: str) -> Book:
+        """
+        Raises:
+            RefusedError: the tenant has no such notebook.
+        """
+        statement = f"SELECT {_COLUMNS} FROM gateway_notebooks WHERE identity = ? AND tenant = ?"
+        rows = self._state.rows(statement, (identity, tenant))
+        if not rows:
+            raise no_such_notebook()
+        return _book(*rows[0])
+
+    def add(self, book: Book) -> None:
+        """Keep a new one.
+
+        Raises:
+            RefusedError: there are as many as there may be.
+        """
+        with self._state.write(durable=True, locked="gateway_notebooks") as run:
+            [(count, last)] = run.execute("SELECT count(*), max(number) FROM gateway_notebooks").fetchall()
+            if count >= self._most:
+                raise full(self._most)
+            run.execute(
+                "INSERT INTO gateway_notebooks VALUES (?, ?, ?, ?, ?, ?)",
+                (book.identity, book.tenant, book.version, json.dumps(book.source), _fields(book), (last or 0) + 1),
+            )
+
+    def change(self, book: Book, before: Book) -> bool:
+        """Keep new values of one. False where it was edited or deleted since `before` was read."""
+        with self._state.write(durable=True) as run:
+            statement = "UPDATE gateway_notebooks SET version = ?, fields = ? WHERE identity = ? AND version = ?"
+            values = (book.version, _fields(book), book.identity, before.version)
+            return bool(run.execute(statement, values).rowcount)
+
+    def remove(self, book: Book) -> bool:
+        """Forget one, with every conversation that went on with it. Nothing of them is left in the state. False where it was
+        edited or deleted since it was read."""
+        with self._state.write(durable=True) as run:
+            statement = "DELETE FROM gateway_notebooks WHERE identity = ? AND version = ?"
+            if not run.execute(statement, (book.identity, book.version)).rowcount:
+                return False
+            for each in _ABOUT_CONVERSATIONS:
+                run.execute(each, (book.identity,))
+        self._state.scrub()
+        return True
+
+
+def _book(identity: str, tenant: str, version: int, source: str, fields: str) -> Book:
+    held: dict[str, Any] = json.loads(fields)
+    return Book(identity, tenant, version, json.loads(source), held["token"], held["texts"], held["base"])
+
+
+def _fields(book: Book) -> str:
+    return json.dumps({"token": book.token, "texts": dict(book.texts), "base": dict(book.base)})

@@ -1,0 +1,117 @@
+"""What a notebook is made from, checked; and what notebooks refuse, on every server alike."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from types import NoneType
+from typing import Any
+
+from programmable_kv.prompt.fields import Field
+from programmable_kv.serve.checks import checked_messages
+from programmable_kv.serve.refusal import Refusal, RefusedError
+
+PREFIX = "notebook:"
+"""how the name of a notebook as a model begins"""
+_OF_FIELD: Mapping[str, type] = {
+    "value": object, "kind": str, "among": list, "at_least": float, "at_most": float, "charset": str, "max_length": int,
+}  # fmt: skip
+"""what may be said about a field. Whether the guard reads its values is not for a client to say"""
+_OF_BODY = ("messages", "fields", "tools", "template_kwargs")
+
+
+def source_of(body: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """What a notebook is made from.
+
+    Args:
+        more: what else the body may have, which is checked elsewhere.
+
+    Raises:
+        RefusedError: the body is none.
+        InvalidArgumentError: what is said about a field does not fit its kind.
+    """
+    if unknown := body.keys() - {*_OF_BODY, *more}:
+        raise invalid(f"a notebook has {', '.join((*_OF_BODY, *more))}; got {min(unknown)!r:.60}")
+    fields = {} if body.get("fields") is None else body["fields"]
+    if not isinstance(fields, Mapping):
+        raise invalid("fields is an object")
+    tools, variables = body.get("tools"), body.get("template_kwargs")
+    if not isinstance(tools, list | NoneType) or not isinstance(variables, Mapping | NoneType):
+        raise invalid("tools is a list, and template_kwargs an object")
+    messages = checked_messages(body.get("messages"))
+    for name, value in fields.items():
+        field_of(name, value)
+    return {"messages": messages, "fields": fields, "tools": tools, "template_kwargs": variables}
+
+
+def field_of(name: str, value: Any) -> Any:
+    """A plain value, or an object that says more about it.
+
+    Raises:
+        RefusedError: it is an object of another form.
+        InvalidArgumentError: what it says does not fit its kind.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    if "value" not in value or not all(_fits(key, each) for key, each in value.items()):
+        raise invalid(f"the field {name!r:.60} is a value, or an object with {', '.join(_OF_FIELD)}, each of its type")
+    return Field(**value)
+
+
+def check_version(version: int, if_match: str | None) -> None:
+    """
+    Raises:
+        RefusedError: another version was expected.
+    """
+    if if_match is None or any_version(if_match):
+        return
+    if etag_of(version) not in [each.strip() for each in if_match.split(",")]:
+        raise RefusedError(
+            Refusal(412, "version_changed", f"the notebook is at version {version} now: read it, and decide again")
+        )
+
+
+def any_version(if_match: str | None) -> bool:
+    """Whether no version in particular is expected."""
+    return if_match is None or if_match.strip() == "*"
+
+
+def etag_of(version: int) -> str:
+    """The `ETag` of a version."""
+    return f'"{version}"'
+
+
+def new_identity() -> str:
+    """A name for a new notebook."""
+    return f"nb_{secrets.token_hex(12)}"
+
+
+def no_such_notebook() -> RefusedError:
+    """The tenant has no notebook of that name."""
+    return RefusedError(Refusal(404, "no_such_notebook", "there is no notebook with that id"))
+
+
+def full(most: int) -> RefusedError:
+    """There are as many as there may be."""
+    return RefusedError(
+        Refusal(429, "notebooks_full", f"{most} notebooks are kept at most: delete one that is not needed")
+    )
+
+
+def tools_differ() -> RefusedError:
+    """A request names other tools than its notebook, whose text names them already."""
+    return RefusedError(
+        Refusal(400, "tools_differ", "a notebook's tools are given when it is made: leave them out, or give the same")
+    )
+
+
+def invalid(message: str) -> RefusedError:
+    """The request is not of the form that is described."""
+    return RefusedError(Refusal(400, "invalid_request", message))
+
+
+def _fits(key: str, value: Any) -> bool:
+    kind = _OF_FIELD.get(key)
+    if kind is None or (isinstance(value, bool) and kind in (int, float)):
+        return False
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)

@@ -1,0 +1,236 @@
+"""Requests that go on with a notebook: its text as it was sent first, and new values in lines, by the modes' own mechanism.
+
+Every such request is written as a client without notebooks would write it, with the latest values in their places. That is
+sent where nothing else can be. Otherwise the rewriter takes it as a request whose fields are declared pieces; what changed is
+known from the values, never from comparing texts.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from programmable_kv.explain.logs import session_name
+from programmable_kv.explain.pieces import Usage
+from programmable_kv.serve.headers import Headers, readable
+from programmable_kv.serve.modes import GatewayMode
+from programmable_kv.serve.notebooks.book import Book
+from programmable_kv.serve.notebooks.opening import Own, marked, own_of, places_of, request_of
+from programmable_kv.serve.notebooks.source import invalid
+from programmable_kv.serve.rewriting.body import Body
+from programmable_kv.serve.rewriting.changes import Change
+from programmable_kv.serve.rewriting.conversation import Conversation, Texts, keys_of
+from programmable_kv.serve.rewriting.judge import Gain
+from programmable_kv.serve.rewriting.matching import Known, Match
+from programmable_kv.serve.rewriting.plan import FORMS, Action, Plan, plan, switched
+from programmable_kv.serve.rewriting.prompt import Prompt, Unit, prompt_of
+from programmable_kv.serve.rewriting.rebase import LINES, Outcome
+from programmable_kv.serve.rewriting.rewriter import OFF, REFUSED, Rewriter, Rewriting, about
+from programmable_kv.serve.rewriting.rules import Rule, Rules
+from programmable_kv.serve.rewriting.store import ConversationStore
+from programmable_kv.serve.rewriting.wording import line_of
+
+_MOST_COUNTED = 10_000
+"""notebooks whose usage is added up"""
+
+
+@dataclass(slots=True)
+class Counted:
+    """What the upstream counted for a notebook's requests since the gateway started."""
+
+    requests: int = 0
+    counted_by_upstream: int = 0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class BookRewriting(Rewriting):
+    """One request to a notebook."""
+
+    book: Book | None = field(default=None, repr=False)
+    root: Conversation | None = field(default=None, repr=False)
+    """the notebook as a conversation without turns of a client: each new conversation goes on with it"""
+
+
+class BookRewriter(Rewriter):
+    """Plans requests to notebooks. For several threads. What it finds out about an upstream is its own: the modes' verdicts do
+    not touch notebooks, nor the other way round."""
+
+    def __init__(
+        self,
+        store: ConversationStore,
+        upstream: str,
+        tell: Callable[[str, int], None] = lambda _, __: None,
+        rebased: Callable[[str, Outcome], None] = lambda _, __: None,
+        *,
+        rebase_after: int = LINES,
+    ) -> None:
+        """As a `Rewriter`, without rules and mode."""
+        super().__init__(
+            store, Rules(learn=False), GatewayMode.ERRATUM, f"notebooks at {upstream}", tell, rebased,
+            rebase_after=rebase_after,
+        )  # fmt: skip
+        self._counted: dict[str, Counted] = {}
+        self._lock = threading.Lock()
+
+    def ask(self, route: str, headers: Headers, body: Body, book: Book) -> BookRewriting:
+        """Plan a request to a notebook, and remember it as sent.
+
+        Raises:
+            RefusedError: it is no request of its protocol, or names other tools.
+        """
+        whole = request_of(route, body, book, book.texts)
+        prompt = prompt_of(route, whole)
+        if prompt is None:
+            raise invalid("the request is no conversation of its protocol, or goes on with one that a server holds")
+        nothing = Plan(Action.FORWARDED, "it did not pay here")
+        work = BookRewriting(book.tenant, route, nothing, whole.text.encode(), self, prompt.model, book=book)
+        work.prompt = prompt
+        sent = {"headers": readable(headers)}
+        work.session = session_name(sent, body.data)
+        verdicts = self._store.verdicts(self._subject(route, prompt.model))
+        if OFF in verdicts:
+            return work
+        own = _Renderings(route, body, book)
+        rules = Rules(tuple(Rule("a field", None, path) for _, path in own.places), learn=False)
+        salt = str(body.data.get("cache_salt") or "")
+        keys = keys_of(prompt, rules, book.tenant, route, prompt.model, work.session, salt, book.identity)
+        work.beginning = keys[0] if keys else ""
+        forms = [form for form in FORMS[route] if verdicts.get(about(form)) not in REFUSED]
+        work.known = known = Known(rules, keys, bool(work.session), forms=forms, rebase_after=self._rebase_after)
+        matches = [own.match(each, prompt) for each in self._store.candidates(keys)]
+        found = next((each for each in matches if not each.refused), None)
+        if found is not None:
+            work.match = found
+        else:
+            work.root = _root(own.of(book.base), prompt, known, book)
+            work.match = Match(work.root, own.changes(book.base))
+        work.plan = self._planned(work)
+        warmed = self._store.warmed(found.conversation, keys) if found is not None else None
+        ready = own.match(warmed, prompt) if warmed is not None else None
+        if found is not None and ready is not None and not ready.refused:
+            made = plan(prompt, ready, known, "")
+            if made.before is not None:
+                work.match, work.plan = ready, _of_book(switched(made, found.conversation), book)
+        self._commit(work)
+        return work
+
+    def settle(self, work: Rewriting, usage: Usage | None) -> Gain | None:
+        """Take the upstream's numbers, for the notebook too."""
+        assert isinstance(work, BookRewriting)
+        assert work.book is not None
+        with self._lock:
+            counted = self._counted.pop(work.book.identity, None) or Counted()
+            self._counted[work.book.identity] = counted
+            if len(self._counted) > _MOST_COUNTED:
+                del self._counted[next(iter(self._counted))]
+            counted.requests += 1
+            if usage is not None:
+                counted.counted_by_upstream += 1
+                counted.input_tokens += usage.tokens
+                counted.cached_tokens += usage.cached
+        return Rewriter.settle(self, work, usage)
+
+    def counted(self, book: Book) -> Counted:
+        """What the upstream counted for a notebook's requests."""
+        return self._counted.get(book.identity, Counted())
+
+    def _planned(self, work: Rewriting) -> Plan:
+        assert isinstance(work, BookRewriting)
+        assert work.book is not None
+        made = _of_book(Rewriter._planned(self, work), work.book)
+        return replace(made, before=None) if made.before is not None and made.before is work.root else made
+
+
+class _Renderings:
+    """The notebook's own units with several sets of values, each rendered once."""
+
+    def __init__(self, route: str, body: Body, book: Book) -> None:
+        self._asked = (route, body, book)
+        self._made: dict[str, Own] = {}
+        base, mark = self.of(book.base), self.of(marked(book))
+        self.places = places_of((*base.head, *base.turns), (*mark.head, *mark.turns))
+        """every text that holds a field: its unit and its path"""
+        self._types = book.types
+
+    def of(self, values: Mapping[str, str]) -> Own:
+        """With some values."""
+        key = repr(sorted(values.items()))
+        if key not in self._made:
+            self._made[key] = own_of(*self._asked, values)
+        return self._made[key]
+
+    def changes(self, told: Mapping[str, str]) -> tuple[Change, ...]:
+        """What a reader of some values does not know."""
+        _, _, book = self._asked
+        return tuple(
+            Change(name, self._types[name].told(text), True, "value", True, self._trusted(name))
+            for name, text in book.texts.items()
+            if told.get(name) != text
+        )
+
+    def match(self, conversation: Conversation, prompt: Prompt) -> Match:
+        """Whether a request goes on with a conversation: all is the same but values, of which the old ones are known."""
+        _, _, book = self._asked
+        if conversation.notebook != book.identity or conversation.values.keys() != book.texts.keys():
+            return Match(conversation, refused="it is of another notebook")
+        own = self.of(conversation.values)
+        same = (
+            conversation.tools == prompt.tools
+            and [(kept.frame, kept.last) for kept in conversation.head]
+            == [(unit.frame, unit.texts) for unit in own.head]
+            and all(kept.last == own.turns[at].texts for at, kept in conversation.inside.items())
+        )
+        if not same:
+            return Match(conversation, refused="the system prompt or the tools changed")
+        return Match(conversation, self.changes(conversation.values))
+
+    def _trusted(self, name: str) -> bool:
+        """Whether a field stands in the system prompt."""
+        _, _, book = self._asked
+        others = self.of({**book.base, name: marked(book)[name]})
+        return bool(places_of(self.of(book.base).head, others.head))
+
+
+def line_bytes(book: Book) -> int:
+    """Bytes of the line that tells a new conversation the latest values; 0 where it is told none."""
+    types = book.types
+    told = [
+        Change(name, types[name].told(text), True, "value")
+        for name, text in book.texts.items()
+        if book.base[name] != text
+    ]
+    return len(line_of(book.token, told).encode()) if told else 0
+
+
+def _root(own: Own, prompt: Prompt, known: Known, book: Book) -> Conversation:
+    """The notebook with the values that it is sent with, as a conversation that goes on."""
+    inside = {
+        at: _texts(unit)
+        for at, unit in enumerate(own.turns)
+        if any(known.rules.mask(unit, place, text).values for place, text in unit.texts.items())
+    }
+    count, identity = len(own.turns), secrets.token_hex(8)
+    return Conversation(
+        identity, version=0, key=known.keys[count - 1] if count else "", turns=count, tools=prompt.tools,
+        head=tuple(map(_texts, own.head)), token=book.token if book.texts else "", named=known.named, inside=inside,
+        origin=identity,
+    )  # fmt: skip
+
+
+def _texts(unit: Unit) -> Texts:
+    return Texts(unit.frame, unit.texts, unit.texts)
+
+
+def _of_book(made: Plan, book: Book) -> Plan:
+    """The plan, with what it leaves behind kept as the notebook's, at its latest values."""
+    if made.after is None:
+        return made
+    after = replace(made.after, notebook=book.identity, values=book.texts)
+    if made.warming is None or book.skills:  # a prefix with skills is not warmed: they are loaded
+        return replace(made, after=after, warming=None)
+    conversation = replace(made.warming.conversation, notebook=book.identity, values=book.texts)
+    return replace(made, after=after, warming=replace(made.warming, conversation=conversation))
