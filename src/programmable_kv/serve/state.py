@@ -19,6 +19,8 @@ from typing import Any, Protocol
 from programmable_kv.errors import InvalidArgumentError, StorageError
 
 VERSION = 1
+_CHECKPOINT_PAGES = 16_384
+"""64 MiB. Whoever writes when so much has gathered waits for the disk: with 4 MiB, as SQLite has it, every hundredth request"""
 _SCHEMA = """
 CREATE TABLE conversations (
     identity TEXT PRIMARY KEY, key TEXT NOT NULL, version BIGINT NOT NULL, document TEXT NOT NULL,
@@ -200,6 +202,7 @@ class FileState(State):
         run = self._connection.execute
         run("PRAGMA locking_mode = EXCLUSIVE")
         run("PRAGMA journal_mode = WAL")
+        run(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
         run("PRAGMA secure_delete = ON")  # a notebook that is deleted leaves no text behind
         run(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         with self.write():
