@@ -23,6 +23,7 @@ from programmable_kv.serve.observer import Observer
 from programmable_kv.serve.openapi import gateway_document
 from programmable_kv.serve.page import page_routes
 from programmable_kv.serve.refusal import RefusedError
+from programmable_kv.serve.rewriting.heads import HeadStore
 from programmable_kv.serve.rewriting.rewriter import Rewriter
 from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.routes import Dialect
@@ -58,7 +59,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
         store = ConversationStore(state, most=limits.conversations)
         rewriter = Rewriter(
             store, settings.rules, settings.mode, _subject(settings), metrics.tell_gain, metrics.tell_rebase,
-            rebase_after=settings.rebase_after,
+            rebase_after=settings.rebase_after, heads=HeadStore(state),
         )  # fmt: skip
         metrics.watch("conversations", "conversations that are kept", lambda: float(len(store)))
     forwarder = Forwarder(settings, fleet, access, admission, metrics, observer, rewriter, salt)

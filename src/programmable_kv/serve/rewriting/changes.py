@@ -32,11 +32,18 @@ class Change:
     tell: bool = True
     trusted: bool = True
     """whether it stands in the system prompt"""
+    share: bool | None = None
+    """what was declared about sharing it between conversations"""
 
     @property
     def harmless(self) -> bool:
         """Whether it tells one conversation's reader nothing about another's."""
         return self.kind == "clock"
+
+    @property
+    def shareable(self) -> bool:
+        """Whether the earlier value may stay readable in the system prompt of another conversation of the same tenant."""
+        return self.harmless if self.share is None else self.share
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ def compare(unit: Unit, place: str, before: str, after: str, rules: Rules, learn
     if [each.rule.name for each in one.values] != [each.rule.name for each in other.values]:
         return Compared(explained=False)
     changes = [
-        Change(new.rule.name, new.value, True, kind_of(old.value, new.value), new.rule.tell, unit.head)
+        Change(new.rule.name, new.value, True, kind_of(old.value, new.value), new.rule.tell, unit.head, new.rule.share)
         for old, new in zip(one.values, other.values, strict=True)
         if old.value != new.value
     ]
