@@ -10,8 +10,8 @@ from typing import Any
 
 from programmable_kv.explain.pieces import Usage
 from programmable_kv.serve.modes import GatewayMode
-from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES
 from programmable_kv.serve.rewriting.heads import HeadStore
+from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES
 from programmable_kv.serve.rewriting.rewriter import Rewriter, Rewriting
 from programmable_kv.serve.rewriting.rules import Rules, rules_of
 from programmable_kv.serve.rewriting.store import ConversationStore
