@@ -87,6 +87,13 @@ def test_only_what_an_upstream_could_find_again_and_the_tenant_may_see(whose: di
     [
         ({}, "10:01", "10:02", True),
         ({}, "2026-11-26 10:01", "2026-12-01 09:30", True),
+        ({}, "Thursday, 26 November", "Thursday, 3 December", False),
+        ({}, "26 November", "27 November", True),
+        ({}, "10:01, customer 4711", "10:02, customer 4711", True),
+        ({}, "10:01, customer 4711", "10:02, customer 4712", False),
+        ({}, "10:01 1764184001", "10:02 1764184999", False),
+        ({}, "1764184001", "1764184999", False),
+        ({}, "10.20.30.40", "10.20.31.40", False),
         ({}, "Ann", "Bob", False),
         ({}, "4711", "4712", False),
         ({}, "3f9c0a51d2b8", "77aa0a51d2c9", False),

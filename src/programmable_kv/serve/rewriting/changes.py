@@ -14,6 +14,12 @@ from programmable_kv.serve.rewriting.rules import Rules
 
 _NAME = r"\s*(?:[-*] )?[\w\"'][\w \"'./()-]{0,59}(?:\s*:\s+|\s*=\s*)"
 _NAMED = re.compile(f"^({_NAME})(\\S.{{0,199}}|)$")
+_MOMENT = re.compile(
+    r"\d{1,2}:\d{2}(?!\d)|\d{4}-\d{2}-\d{2}|(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\b"
+)
+"""a time or a date as nobody writes anything else; three numbers with dots between them may be an address"""
+_LONG_NUMBER = re.compile(r"\d{9,}")
+"""seconds since 1970, or somebody's number"""
 _MOST_VALUES = 8
 """values that are followed in one line"""
 _SHOWN = 60
@@ -43,7 +49,9 @@ class Change:
     @property
     def shareable(self) -> bool:
         """Whether the earlier value may stay readable in the system prompt of another conversation of the same tenant."""
-        return self.harmless if self.share is None else self.share
+        if self.share is not None:
+            return self.share
+        return self.harmless and _MOMENT.search(self.value) is not None and _LONG_NUMBER.search(self.value) is None
 
 
 @dataclass(frozen=True, slots=True)
