@@ -18,6 +18,7 @@ from programmable_kv.errors import InvalidValueError
 from programmable_kv.explain.pieces import Usage
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.conversation import Form
+from programmable_kv.serve.rewriting.heads import key_of
 from programmable_kv.serve.rewriting.rules import rules_of
 from serve.rewriting_peers import CHAT, MESSAGES, RESPONSES, RULES, Peer, at, chat, claude, codex, prefix
 
@@ -273,13 +274,11 @@ def test_whatever_begins_a_shared_head_was_sent_before_and_nothing_of_others_is_
             heads.setdefault(tenant, []).append(head_of(got))
 
 
-def test_the_property_finds_a_head_that_another_tenant_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The negative witness: with a key that leaves the tenant out, the two meet."""
-    from programmable_kv.serve.rewriting import rewriter
-
-    key_of = rewriter.key_of
+def test_a_key_without_the_tenant_would_let_tenants_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative witness of the property above: the key is what keeps them apart."""
     monkeypatch.setattr(
-        rewriter, "key_of", lambda prompt, rules, learned, _, *rest: key_of(prompt, rules, learned, *rest)
+        "programmable_kv.serve.rewriting.rewriter.key_of",
+        lambda prompt, rules, learned, _, *rest: key_of(prompt, rules, learned, *rest),
     )
     peer = Peer()
     peer.send(chat(at("1"), "one"), session="one", tenant="a")

@@ -189,7 +189,7 @@ def bench_vllm(
 @app.command("serve-vllm")
 def bench_serve_vllm(
     python: Annotated[str, typer.Option("--python", help="the Python of an environment with vLLM (docs/vllm.md)")],
-    part: Annotated[VllmPart, typer.Option(help="what is measured")] = VllmPart.LOAD,
+    part: Annotated[VllmPart, typer.Option(help="what is measured: load, decisions, skills or replay")] = VllmPart.LOAD,
     model: Annotated[str, typer.Option("--model", help="'embedded', or a folder that vLLM serves")] = "embedded",
     quick: Annotated[
         bool, typer.Option("--quick", help="three minutes at most: see that it runs, and measure little")
