@@ -73,8 +73,11 @@ def serving(python: str, folder: Path, scratch: Path, *, skills: Path | None = N
         end = time.monotonic() + _START_S
         while not _healthy(port):
             if running.poll() is not None or time.monotonic() > end:
-                said = log.read_text(encoding="utf-8", errors="replace")[-800:]
-                raise ExperimentError(f"vLLM did not start: {said} (docs/vllm.md says how to install it)")
+                said = log.read_text(encoding="utf-8", errors="replace")
+                errors = [line for line in said.splitlines() if "Error" in line]  # the first is the cause of the others
+                why = "\n".join([*errors[:2], said[-800:]])
+                ended = "" if running.poll() is None else f" (it ended with {running.returncode})"
+                raise ExperimentError(f"vLLM did not start{ended}: {why} (docs/vllm.md says how to install it)")
             time.sleep(0.5)
         yield Peer(port, running.pid)
     finally:
