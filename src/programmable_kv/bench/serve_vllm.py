@@ -130,18 +130,17 @@ def run(
                 ask(engine.port, body(IN_PREFIX, "You answer briefly.", 0, [0], "warm"))
                 cold = ask(engine.port, body(IN_PREFIX, policies[0].text(), 0, [0], "cold"))
                 left = [case for case in cases if not recorder.done(**_key(case))]
-                minutes = estimated_s(left, cold["ttft_ms"] / 1000, cold["prompt_tokens"]) / 60
+                minutes = estimated_s(left, cold["ttft_ms"] / 1000, len(policies[0].text())) / 60
                 tell(f"About {minutes:.0f} minutes for {len(left)} of {len(cases)} measurements.")
                 recorder.collect(cases, _key, lambda case: _measured(engine, Path(scratch), *case), report)
     return recorder.finish(summarise(recorder.rows))
 
 
-def estimated_s(cases: Sequence[tuple[Policy, Load, str]], cold_s: float, cold_tokens: int) -> float:
-    """About how long measurements take, from the time of one prefill."""
+def estimated_s(cases: Sequence[tuple[Policy, Load, str]], cold_s: float, cold_characters: int) -> float:
+    """About how long measurements take, from the time of one prefill and the length of its text."""
     found = 0.0
     for each, load, arm in cases:
-        tokens = len(each.text()) / 4
-        prefill = cold_s * (tokens / cold_tokens) ** _GROWTH
+        prefill = cold_s * (len(each.text()) / cold_characters) ** _GROWTH
         requests = _requests(load, arm)
         working = requests * prefill if arm == IN_PREFIX else 0.0
         found += prefill + max(requests / load.per_second, working)
