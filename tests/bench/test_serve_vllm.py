@@ -167,13 +167,14 @@ def test_a_gateway_keeps_the_prefix_of_a_replayed_trace_but_where_its_client_bre
 
 def test_the_two_ways_of_asking_for_skills_are_summed_up() -> None:
     def asked(ttft: float) -> dict[str, Any]:
-        return {"ttft_ms": ttft, "tpot_ms": 3.0, "prompt_tokens": 100, "tokens_loaded": 90}
+        return {"ttft_ms": ttft, "tpot_ms": 3.0, "prompt_tokens": 100, "cached_tokens": 90}
 
     rows = [
-        {"load": "alone", "way": way, "requests": [asked(ttft)] * 3}
+        {"load": "alone", "way": way, "loaded": 270.0, "requests": [asked(ttft)] * 3}
         for way, ttft in (("plain", 900.0), ("composed", 90.0))
     ]
     found = serve_vllm_skills.summarise(rows)
+    assert found["alone"]["composed"]["tokens_loaded"] == 90
     assert found["alone"]["p50_lower"] == found["alone"]["p90_lower"] == 10.0
 
 

@@ -176,7 +176,7 @@ def _measured(engine: Peer, scratch: Path, each: Policy, load: Load, arm: str) -
             return {
                 "session": session,
                 "turn": turn,
-                **{key: found[key] for key in found if key not in ("text", "told")},
+                **{key: found[key] for key in found if key != "text"},
             }
 
         rows = at_times(arrivals(requests, load.per_second), send)

@@ -193,7 +193,7 @@ def _replayed(engine: Peer, scratch: Path, shapes: Sequence[Shape], arm: str) ->
             for at, asked in enumerate(shape.requests):
                 time.sleep(max(0.0, began + asked.at_s - time.perf_counter()))
                 found = ask(peer.port, body(arm, shape, at, arm), session=shape.name)
-                own = {key: found[key] for key in found if key not in ("text", "told")}
+                own = {key: found[key] for key in found if key != "text"}
                 rows.append({"trace": shape.name, "request": at, **own})
             return {"rows": rows}
 

@@ -16,7 +16,7 @@ from programmable_kv.bench.serve_peers import Peer
 from programmable_kv.bench.vllm_asking import BLOCK_SIZE
 from programmable_kv.bench.vllm_cases import QUESTION, SEED, TOPICS, Shop
 from programmable_kv.bench.vllm_client import COMPLETIONS, arrivals, ask, at_times, times_of
-from programmable_kv.bench.vllm_server import SERVED, served_folder, serving
+from programmable_kv.bench.vllm_server import SERVED, counters, served_folder, serving
 from programmable_kv.bench.vllm_splice import texts
 from programmable_kv.records import Record, Recorder, digest_of
 from programmable_kv.skills.store import SkillStore
@@ -70,7 +70,7 @@ def run(
             recorder.collect(
                 cases,
                 lambda case: {"load": case[0], "way": case[1]},
-                lambda case: {"load": case[0], "way": case[1], "requests": _asked(engine, prompts, *case)},
+                lambda case: {"load": case[0], "way": case[1], **_asked(engine, prompts, *case)},
                 report,
             )
     return recorder.finish(summarise(recorder.rows))
@@ -95,24 +95,19 @@ def _bodies(way: str, prompt: Composition, salt: str) -> list[dict[str, Any]]:
     return [{**base, "max_tokens": ANSWER_TOKENS, **each} for each in prompt.requests(salt, BLOCK_SIZE)]
 
 
-def _asked(engine: Peer, prompts: Sequence[Composition], load: str, way: str) -> list[dict[str, Any]]:
-    """One way of asking all prompts. They share a salt, as those of one tenant do."""
+def _asked(engine: Peer, prompts: Sequence[Composition], load: str, way: str) -> dict[str, Any]:
+    """One way of asking all prompts, and the tokens that were loaded. They share a salt, as those of one tenant do."""
+    before = counters(engine)
 
     def send(number: int) -> dict[str, Any]:
         found = [ask(engine.port, each, path=COMPLETIONS) for each in _bodies(way, prompts[number], load)]
-        told = (found[-1].pop("told") or {}).get("skills", {})
         last = {key: found[-1][key] for key in found[-1] if key not in ("text", "action")}
-        before = sum(each["whole_ms"] for each in found[:-1])
-        return {
-            **last,
-            "ttft_ms": round(last["ttft_ms"] + before, 1),
-            "tokens_loaded": told.get("tokens_loaded", 0),
-            "why": told.get("why", "")[:200],
-        }
+        earlier = sum(each["whole_ms"] for each in found[:-1])
+        return {**last, "ttft_ms": round(last["ttft_ms"] + earlier, 1)}
 
-    if load == ALONE:
-        return [send(number) for number in range(len(prompts))]
-    return at_times(arrivals(len(prompts), PER_SECOND), send)
+    numbers = range(len(prompts))
+    rows = [send(number) for number in numbers] if load == ALONE else at_times(arrivals(len(numbers), PER_SECOND), send)
+    return {"loaded": counters(engine)["loaded"] - before["loaded"], "requests": rows}
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -123,7 +118,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         summary.setdefault(row["load"], {})[row["way"]] = {
             "requests": len(asked),
             "prompt_tokens": round(sum(each["prompt_tokens"] for each in asked) / len(asked)),
-            "tokens_loaded": round(sum(each["tokens_loaded"] for each in asked) / len(asked)),
+            "tokens_cached": round(sum(each["cached_tokens"] for each in asked) / len(asked)),
+            "tokens_loaded": round(row["loaded"] / len(asked)),
             **times_of(asked),
         }
     for ways in summary.values():

@@ -49,12 +49,11 @@ def ask(port: int, body: Mapping[str, Any], *, session: str = "", path: str = CH
         first = last = 0.0
         text = ""
         usage: dict[str, Any] = {}
-        told: Any = None
         for line in answer:
             if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line[6:])
-            usage, told = event.get("usage") or usage, event.get("kv_transfer_params") or told
+            usage = event.get("usage") or usage
             for choice in event["choices"]:
                 said = choice["text"] if path == COMPLETIONS else choice["delta"].get("content") or ""
                 text += said
@@ -70,7 +69,6 @@ def ask(port: int, body: Mapping[str, Any], *, session: str = "", path: str = CH
             "cached_tokens": (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
             "action": answer.headers.get("x-pkv-action", "").partition(";")[0],
             "text": text,
-            "told": told,
         }
     finally:
         connection.close()

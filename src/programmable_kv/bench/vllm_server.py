@@ -20,7 +20,11 @@ SERVED = "served"
 """the model's name in requests"""
 _START_S = 300.0
 _STOP_S = 60.0
-_COUNTERS = {"queries": "vllm:prefix_cache_queries_total", "hits": "vllm:prefix_cache_hits_total"}
+_COUNTERS = {
+    "queries": "vllm:prefix_cache_queries_total",
+    "hits": "vllm:prefix_cache_hits_total",
+    "loaded": "vllm:external_prefix_cache_hits_total",
+}
 
 
 def served_folder(model: str) -> Path:
@@ -85,7 +89,7 @@ def serving(python: str, folder: Path, scratch: Path, *, skills: Path | None = N
 
 
 def counters(engine: Peer) -> dict[str, float]:
-    """The engine's own counts of prompt tokens that were looked for and found in its prefix cache."""
+    """The engine's own counts of prompt tokens: looked for in its prefix cache, found there, and loaded by a connector."""
     found = dict.fromkeys(_COUNTERS, 0.0)
     for line in engine.get("/metrics").splitlines():
         for name, counter in _COUNTERS.items():
