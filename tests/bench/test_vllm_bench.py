@@ -5,7 +5,6 @@ With a vLLM they are one command each (docs/vllm.md).
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 
 from conftest import tiny, tokenizer
 from programmable_kv import SkillStore, load_model
-from programmable_kv.bench import serve_vllm, vllm_splice
+from programmable_kv.bench import vllm_splice
 from programmable_kv.bench.vllm_cases import Answer, Shop, answered
 from programmable_kv.errors import ExperimentError
 
@@ -74,41 +73,3 @@ def test_a_difference_is_found_and_what_follows_another_token_is_not_compared() 
 def test_an_environment_without_vllm_is_told(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="vLLM did not answer: ModuleNotFoundError: No module named 'vllm'"):
         vllm_splice.run(sys.executable, tmp_path / "vllm-splice.json", model=str(folder), lines=4, requests=0)
-    with pytest.raises(ExperimentError, match="vLLM did not start"):
-        serve_vllm.run(sys.executable, tmp_path / "serve-vllm.json", model=str(folder), lines=1, sessions=1)
-
-
-def messages(arm: str, turn: int, clock: int) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = json.loads(serve_vllm.body(arm, "the policy", 1, turn, clock))["messages"]
-    return found
-
-
-def test_only_the_clocks_place_differs_between_the_arms() -> None:
-    early, later = messages(serve_vllm.IN_PREFIX, 1, 600), messages(serve_vllm.IN_PREFIX, 2, 610)
-    assert early[0] != later[0]
-    assert early[1:] == later[1:4]
-    early, later = messages(serve_vllm.APPENDED, 1, 600), messages(serve_vllm.APPENDED, 2, 610)
-    assert early == later[:4], "what was sent once is sent again"
-    assert later[-1]["content"].endswith("Now: 10:10")
-
-
-def test_arrivals_are_the_same_each_time_and_as_dense_as_asked() -> None:
-    times = serve_vllm.arrivals(400, 0.5)
-    assert times == serve_vllm.arrivals(400, 0.5)
-    assert times == sorted(times)
-    assert times[-1] == pytest.approx(800, rel=0.2)
-
-
-def test_the_summary_compares_each_arm_with_the_clock_in_the_prefix() -> None:
-    rows = [
-        {"arm": arm, "ttft_ms": 1000.0 * (10 if arm == serve_vllm.IN_PREFIX else 1)}
-        for arm in serve_vllm.ARMS
-        for _ in range(10)
-    ]
-    counted = {arm: {"hits": 9.0, "queries": 10.0, "seconds": 5.0} for arm in serve_vllm.ARMS}
-    summary = serve_vllm.summarise(rows, counted)
-    assert set(summary) == {"in", "erratum", "hoist", "appended"}
-    assert summary["erratum"] == {
-        "requests": 10, "hit_rate": 0.9, "ttft_p50_s": 1.0, "ttft_p90_s": 1.0, "per_second": 2.0, "p90_lower": 10.0,
-        "p50_lower": 10.0,
-    }  # fmt: skip

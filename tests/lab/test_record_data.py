@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from programmable_kv.bench import serve, serve_vllm, vllm_splice
+from programmable_kv.bench import serve, serve_vllm, serve_vllm_decisions, vllm_splice
 from programmable_kv.bench.agent import policies
 from programmable_kv.demo.demo import VALUES, policy
 from programmable_kv.lab import (
@@ -58,7 +58,9 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "agent-readers": lambda settings: (scenario.text() for scenario in policies(settings["instances"])),
     "agent": lambda settings: (scenario.text() for scenario in policies(settings["instances"])),
     "serve": lambda settings: serve.texts(settings["sizes_kb"]),
-    "serve-vllm": lambda settings: serve_vllm.texts(settings["lines"]),
+    "serve-vllm": lambda settings: serve_vllm.texts(serve_vllm.policies_of(settings)),
+    "serve-vllm-decisions": lambda settings: serve_vllm_decisions.texts(settings["count"]),
+    "serve-vllm-skills": lambda settings: vllm_splice.texts(settings["lines"]),
     "vllm-splice": lambda settings: vllm_splice.texts(settings["lines"]),
     "vllm-splice-qwen2-5-coder-0-5b": lambda settings: vllm_splice.texts(settings["lines"]),
     "obedience": lambda settings: (each.text() for each in obedience.policies(settings["scenarios"])),

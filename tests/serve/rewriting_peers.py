@@ -11,6 +11,7 @@ from typing import Any
 from programmable_kv.explain.pieces import Usage
 from programmable_kv.serve.address import DatabaseAddress
 from programmable_kv.serve.modes import GatewayMode
+from programmable_kv.serve.rewriting.heads import HeadStore
 from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES
 from programmable_kv.serve.rewriting.rewriter import Rewriter, Rewriting
 from programmable_kv.serve.rewriting.rules import Rules, rules_of
@@ -43,8 +44,9 @@ class Peer:
         self.store = ConversationStore(self.state, most=1000)
         told: Any = lambda *each: self.rebases.append(each)  # noqa: E731
         self.rewriter = Rewriter(
-            self.store, self.rules, self.mode, "http://upstream", rebased=told, rebase_after=self.rebase_after
-        )
+            self.store, self.rules, self.mode, "http://upstream", rebased=told, rebase_after=self.rebase_after,
+            heads=HeadStore(self.state),
+        )  # fmt: skip
 
     def send(
         self, body: Any, *, session: str = "", tenant: str = "t", route: str = CHAT, status: int = 200,

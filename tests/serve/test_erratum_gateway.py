@@ -103,6 +103,26 @@ def test_a_moving_clock_no_longer_breaks_the_prefix(ask: Ask) -> None:
     assert cached[GatewayMode.ERRATUM] > 0.8
 
 
+@pytest.mark.parametrize("ask", [ask_openai, ask_stream, ask_anthropic, ask_responses])
+def test_conversations_of_one_turn_find_the_policy_of_the_first_one(ask: Ask) -> None:
+    cached = {}
+    for sharing in ("none", "declared"):
+        rules = rules_of({"volatile": [{"name": "the time", "pattern": "^Now: (.*)$"}], "share": sharing})
+        upstream = CachingUpstream()
+        with raw_upstream(upstream) as server, running(settings(server.url, rules=rules)) as gateway:
+            for number in range(6):
+                assert ask(gateway, at(str(number)), [{"role": "user", "content": f"question {number}"}]) == "Yes."
+            settled(gateway, 6)
+            cached[sharing] = [read / total for total, read in upstream.counts[1:]]
+            if sharing == "declared":
+                [found] = rewriting(gateway)["routes"]
+                assert found["actions"] == {"announced": 1, "shared": 5}
+                assert found["counted_by_upstream"] == 5
+                assert found["gained_tokens_estimate"] > 0
+    assert max(cached["none"]) < 0.1
+    assert min(cached["declared"]) > 0.8
+
+
 def test_the_answer_says_what_was_done() -> None:
     with raw_upstream(CachingUpstream()) as server, running(settings(server.url)) as gateway:
         seen = []

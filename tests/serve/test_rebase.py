@@ -175,7 +175,9 @@ def test_a_new_conversation_of_a_session_with_another_system_prompt_is_one_of_it
     peer.send(chat(at("2", RULES + "Another rule.\n"), "another"), session="s")
     assert peer.action == "announced"
     peer.send(chat(at("3"), "a third"), session="other")
-    assert peer.action == "announced", "and so is another session's"
+    assert peer.action == "shared", "another session has its own channel, behind the same system prompt"
+    tokens = {work.plan.after.token for work in peer.works if work.plan.after is not None}
+    assert len(tokens) == 3
 
 
 def test_two_conversations_of_one_session_do_not_end_each_other() -> None:

@@ -167,7 +167,9 @@ def test_an_edited_message_is_a_new_beginning() -> None:
     peer.send(chat(at("1"), "hi"))
     peer.send(chat(at("2"), "hi", "Yes.", "so"))
     got = peer.send(chat(at("3"), "hi there", "Yes.", "so"))
-    assert [peer.action, len(got["messages"])] == ["announced", 4]
+    assert [peer.action, len(got["messages"])] == ["shared", 5], (
+        "it begins with the same system prompt, and its own line"
+    )
     got = peer.send(chat(at("3"), "hi", "No.", "so"))
     assert (peer.action, peer.why) == ("reset", "an earlier message changed, or a conversation begins like another")
     assert len(got["messages"]) == 4

@@ -23,7 +23,7 @@ from serve.database import Database
 from serve.rewriting_peers import CHAT, MESSAGES, RESPONSES, RULES, Peer, chat, claude, codex, extends, prefix
 
 BROKEN = ("reset", "rebase")
-NEW = ("forwarded", "announced", "hoisted")
+NEW = ("forwarded", "announced", "hoisted", "shared")
 RULESET = {"volatile": [{"name": "time", "pattern": "^Now: (.*)$"}, {"name": "left", "pattern": "<left>(.*?)</left>"}]}
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from programmable_kv.errors import InvalidArgumentError
 
@@ -48,7 +49,7 @@ class Peer:
 
     def metric(self, name: str) -> float:
         """A value of a gateway's metrics; 0 where it has none of that name."""
-        for line in self._get("/metrics").splitlines():
+        for line in self.get("/metrics").splitlines():
             if line.startswith(f"{name} "):
                 return float(line.rpartition(" ")[2])
         return 0.0
@@ -68,11 +69,12 @@ class Peer:
     def answers(self) -> bool:
         """Whether it takes requests."""
         try:
-            return bool(self._get("/healthz"))
+            return bool(self.get("/healthz"))
         except OSError:
             return False
 
-    def _get(self, path: str) -> str:
+    def get(self, path: str) -> str:
+        """The answer to a GET."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         try:
             connection.request("GET", path)
@@ -98,7 +100,13 @@ def peer_of(module: str, log: Path) -> Iterator[Peer]:
 
 @contextmanager
 def gateway(
-    mode: str, upstream_port: int, folder: Path, *, port: int | None = None, more: Sequence[str] = ()
+    mode: str,
+    upstream_port: int,
+    folder: Path,
+    *,
+    port: int | None = None,
+    more: Sequence[str] = (),
+    rules: Mapping[str, Any] = VOLATILE,
 ) -> Iterator[Peer]:
     """A gateway in one mode, ready for requests.
 
@@ -106,10 +114,11 @@ def gateway(
         folder: where its files go.
         port: where it listens; a free port when None.
         more: further options of `pkv serve`.
+        rules: what it is told about its clients' prompts.
     """
     port = free_port() if port is None else port
     volatile = folder / "volatile.json"
-    volatile.write_text(json.dumps(VOLATILE), encoding="utf-8")
+    volatile.write_text(json.dumps(rules), encoding="utf-8")
     words = ["-m", "programmable_kv", "serve", "--upstream", f"http://127.0.0.1:{upstream_port}", "--port", str(port)]
     words += ["--mode", mode, "--volatile", str(volatile), "--state", str(folder / f"{mode}.sqlite3"), *more]
     with _process(words, port, folder / f"{mode}.log") as peer:

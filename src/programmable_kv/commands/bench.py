@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from programmable_kv.commands.measure import (
     parse_lengths,
     print_summary,
 )
+from programmable_kv.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from programmable_kv.records import Record
@@ -25,6 +27,16 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="How fast: benches against what a user would do instead.", no_args_is_help=True, rich_markup_mode=None
 )
+
+
+class VllmPart(StrEnum):
+    """What `pkv bench serve-vllm` measures."""
+
+    LOAD = "load"
+    DECISIONS = "decisions"
+    SKILLS = "skills"
+    REPLAY = "replay"
+
 
 ShapeOption = Annotated[
     str | None,
@@ -188,24 +200,47 @@ def bench_vllm(
 @app.command("serve-vllm")
 def bench_serve_vllm(
     python: Annotated[str, typer.Option("--python", help="the Python of an environment with vLLM (docs/vllm.md)")],
+    part: Annotated[VllmPart, typer.Option(help="what is measured: load, decisions, skills or replay")] = VllmPart.LOAD,
     model: Annotated[str, typer.Option("--model", help="'embedded', or a folder that vLLM serves")] = "embedded",
-    lines: Annotated[int, typer.Option(min=1, help="of each of the policy's eight parts; 7 make 1,500 tokens")] = 7,
-    sessions: Annotated[int, typer.Option(min=1, help="conversations, of four turns each")] = 8,
-    per_second: Annotated[float, typer.Option(min=0.01, help="requests that arrive in a second")] = 0.25,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="three minutes at most: see that it runs, and measure little")
+    ] = False,
+    traces: Annotated[
+        Path | None, typer.Option(help="a folder of agent traces (kv-cache-tester), for the replay")
+    ] = None,
     out_path: OutOption = None,
 ) -> None:
-    """A real vLLM with a clock in the prompt: in the prefix, behind the gateway, and appended by the client itself."""
+    """A real vLLM: a clock in the prompt under load, with and without the gateway; decisions; skills; traces of agents.
+
+    The whole load takes about 40 minutes on two cores. A run that was interrupted goes on where it was.
+    """
     from programmable_kv.extras import require_extra
 
     require_extra("serve", "starlette", "uvicorn", "httptools", "prometheus_client")
-    from programmable_kv.bench.serve_vllm import ARMS, run
+    from programmable_kv.bench import serve_vllm, serve_vllm_decisions, serve_vllm_replay, serve_vllm_skills
 
-    path = record_path(out_path, "serve-vllm")
-    with progress("Arms", len(ARMS)) as report:
-        record = run(
-            python, path, model=model, lines=lines, sessions=sessions, per_second=per_second, report=report,
-            command=command().replace(python, "VLLM_PYTHON"),  # a record names no place
-        )  # fmt: skip
+    if (part is VllmPart.REPLAY) != (traces is not None):
+        raise InvalidArgumentError("--traces FOLDER goes with --part replay, which needs it")
+    path = record_path(out_path, "serve-vllm" if part is VllmPart.LOAD else f"serve-vllm-{part}")
+    said = command().replace(python, "VLLM_PYTHON").replace(str(traces), "TRACES")  # a record names no place
+    with progress("Steps", 1) as report:
+        if part is VllmPart.LOAD:
+            policies = serve_vllm.QUICK if quick else serve_vllm.POLICIES
+            record = serve_vllm.run(
+                python, path, model=model, policies=policies, report=report, tell=typer.echo, command=said
+            )
+        elif part is VllmPart.DECISIONS:
+            count = serve_vllm_decisions.QUICK if quick else serve_vllm_decisions.COUNT
+            record = serve_vllm_decisions.run(python, path, model=model, count=count, report=report, command=said)
+        elif part is VllmPart.SKILLS:
+            sizes = (
+                {"lines": serve_vllm_skills.QUICK_LINES, "requests": serve_vllm_skills.QUICK_REQUESTS} if quick else {}
+            )
+            record = serve_vllm_skills.run(python, path, model=model, report=report, command=said, **sizes)
+        else:
+            assert traces is not None, "checked above"
+            most = serve_vllm_replay.QUICK if quick else serve_vllm_replay.MOST
+            record = serve_vllm_replay.run(python, path, traces, model=model, most=most, report=report, command=said)
     print_summary(record)
 
 

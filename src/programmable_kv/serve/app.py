@@ -33,6 +33,7 @@ from programmable_kv.serve.observer import Observer
 from programmable_kv.serve.openapi import gateway_document
 from programmable_kv.serve.page import page_routes
 from programmable_kv.serve.refusal import RefusedError
+from programmable_kv.serve.rewriting.heads import HeadStore
 from programmable_kv.serve.rewriting.rewriter import Rewriter
 from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.routes import Dialect, route_of
@@ -69,7 +70,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
     if settings.rewrites:
         rewriter = Rewriter(
             store, settings.rules, settings.mode, _subject(settings), metrics.tell_gain, metrics.tell_rebase,
-            rebase_after=settings.rebase_after,
+            rebase_after=settings.rebase_after, heads=HeadStore(state),
         )  # fmt: skip
     teller = BookRewriter(
         store, _subject(settings), metrics.tell_gain, metrics.tell_rebase, rebase_after=settings.rebase_after

@@ -14,6 +14,12 @@ from programmable_kv.serve.rewriting.rules import Rules
 
 _NAME = r"\s*(?:[-*] )?[\w\"'][\w \"'./()-]{0,59}(?:\s*:\s+|\s*=\s*)"
 _NAMED = re.compile(f"^({_NAME})(\\S.{{0,199}}|)$")
+_MOMENT = re.compile(
+    r"\d{1,2}:\d{2}(?!\d)|\d{4}-\d{2}-\d{2}|(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\b"
+)
+"""a time or a date as nobody writes anything else; three numbers with dots between them may be an address"""
+_LONG_NUMBER = re.compile(r"\d{9,}")
+"""seconds since 1970, or somebody's number"""
 _MOST_VALUES = 8
 """values that are followed in one line"""
 _SHOWN = 60
@@ -32,11 +38,20 @@ class Change:
     tell: bool = True
     trusted: bool = True
     """whether it stands in the system prompt"""
+    share: bool | None = None
+    """what was declared about sharing it between conversations"""
 
     @property
     def harmless(self) -> bool:
         """Whether it tells one conversation's reader nothing about another's."""
         return self.kind == "clock"
+
+    @property
+    def shareable(self) -> bool:
+        """Whether the earlier value may stay readable in the system prompt of another conversation of the same tenant."""
+        if self.share is not None:
+            return self.share
+        return self.harmless and _MOMENT.search(self.value) is not None and _LONG_NUMBER.search(self.value) is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +78,7 @@ def compare(unit: Unit, place: str, before: str, after: str, rules: Rules, learn
     if [each.rule.name for each in one.values] != [each.rule.name for each in other.values]:
         return Compared(explained=False)
     changes = [
-        Change(new.rule.name, new.value, True, kind_of(old.value, new.value), new.rule.tell, unit.head)
+        Change(new.rule.name, new.value, True, kind_of(old.value, new.value), new.rule.tell, unit.head, new.rule.share)
         for old, new in zip(one.values, other.values, strict=True)
         if old.value != new.value
     ]

@@ -92,7 +92,7 @@ class Judge:
             sent_bytes: the length of the body that was sent.
         """
         kept = (
-            plan.action in (Action.ERRATUM, Action.REPLAYED, Action.REBASE) and plan.head_bytes > 0
+            plan.action in (Action.ERRATUM, Action.REPLAYED, Action.REBASE, Action.SHARED) and plan.head_bytes > 0
         )  # or it came as new
         if not kept or usage is None or not usage.cached_known:
             return None

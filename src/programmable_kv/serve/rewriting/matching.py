@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from programmable_kv.serve.rewriting.changes import Change, Compared, compare
-from programmable_kv.serve.rewriting.conversation import Conversation, Form
+from programmable_kv.serve.rewriting.conversation import Conversation, Form, Texts
 from programmable_kv.serve.rewriting.prompt import Prompt
 from programmable_kv.serve.rewriting.rebase import LINES
 from programmable_kv.serve.rewriting.rules import Rules
@@ -42,6 +42,8 @@ class Known:
     """lines after which a conversation is rebased"""
     whose: str = ""
     """a digest of tenant, route, model, session and salt"""
+    shared: tuple[Texts, ...] = field(default=(), repr=False)
+    """the head of an earlier conversation, which a new one may begin with"""
 
 
 def match(conversation: Conversation, prompt: Prompt, known: Known) -> Match:

@@ -19,12 +19,15 @@ from programmable_kv.serve.rewriting.conversation import (
 from programmable_kv.serve.rewriting.matching import Known, Match, match
 from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES, Prompt, holds_thinking, open_calls
 from programmable_kv.serve.rewriting.rebase import Warming, warming
+from programmable_kv.serve.rewriting.rules import Sharing
 from programmable_kv.serve.rewriting.wording import line_of, new_token, placeholder
 
 _LEAST_BUDGET = 8192
 """bytes of lines that any conversation may hold"""
 _BUDGET = 0.25
 """and the part of the body that they may take"""
+_SHARED_BUDGET = 0.125
+"""the part of what is saved that the line behind a shared head may take; where it is longer, a head is sent anew"""
 
 
 FORMS = {
@@ -44,6 +47,8 @@ class Action(StrEnum):
     """a conversation begins, and its system prompt says that lines may follow"""
     HOISTED = "hoisted"
     """a conversation begins, and its values stand at the end instead of in the system prompt"""
+    SHARED = "shared"
+    """a conversation begins with the system prompt that an earlier one sent, and a line with its own values"""
     REPLAYED = "replayed"
     """earlier bytes and earlier lines again; nothing new to tell"""
     ERRATUM = "erratum"
@@ -89,7 +94,8 @@ def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: 
         replaced: where there is none: the conversation that this one was until now, if that is certain.
     """
     if found is None:
-        return _afresh(prompt, known, Action.RESET if why else Action.FORWARDED, why, replaced)
+        shared = _shared(prompt, known) if not why and replaced is None else None
+        return shared or _afresh(prompt, known, Action.RESET if why else Action.FORWARDED, why, replaced)
     old = found.conversation
     if old.token and old.token in prompt.body.text:
         return _afresh(prompt, known, Action.RESET, "the client's text holds the token", old)
@@ -135,18 +141,47 @@ def compacted(prompt: Prompt, latest: Conversation, known: Known) -> Plan | None
     sent_before = tuple(replace(kept, last=kept.base) for kept in latest.head)
     old = replace(latest, head=sent_before, inside={}, notes=(), turns=0)
     found = match(old, prompt, known)
+    planned = _behind_head(Action.REBASE, prompt, known, found) if not found.refused else None
+    if planned is None:
+        return None
+    planned = replace(planned, why="the turns are new in this session")
+    return _with_warming(planned, prompt, replace(known, rebase_after=1), latest)
+
+
+def _shared(prompt: Prompt, known: Known) -> Plan | None:
+    """A conversation that begins with the head that an earlier one sent; its own values, where they differ, are told in one
+    line. The token is its own: it is announced behind the head. None where that cannot be said, or does not pay.
+    """
+    if not known.shared or holds_thinking(prompt):  # reasoning is bound to the head that it was made behind
+        return None
+    made = begun(prompt, known.rules, known.keys, token=new_token(), named=known.named)
+    old = replace(made, head=known.shared, inside={}, turns=0)
+    learned = known.learned if known.rules.sharing is Sharing.LEARNED else ()
+    found = match(old, prompt, replace(known, learned=learned))
+    if found.refused or not found.changes or not all(change.shareable for change in found.changes):
+        return None
+    planned = _behind_head(Action.SHARED, prompt, known, found)
+    if planned is None or planned.added_bytes > _SHARED_BUDGET * planned.saved_bytes:
+        return None
+    return planned
+
+
+def _behind_head(action: Action, prompt: Prompt, known: Known, found: Match) -> Plan | None:
+    """New turns behind a head that was sent before, and one line with what is new in it. None where the line has no place.
+
+    Args:
+        found: the comparison with a conversation that has that head, and no turns.
+    """
+    old = found.conversation
     told = [change for change in found.changes if change.tell]
     form = _form(prompt, known, told)
-    if found.refused or (told and (form is None or not _has_place(prompt))):
+    if told and (form is None or not _has_place(prompt)):
         return None
-    made = begun(prompt, known.rules, known.keys, token=latest.token, named=known.named)
-    head = tuple(replace(new, base=kept.base) for new, kept in zip(made.head, latest.head, strict=True))
-    note = Note(made.turns, form, line_of(latest.token, told)) if told and form is not None else None
+    made = begun(prompt, known.rules, known.keys, token=old.token, named=known.named)
+    head = tuple(replace(new, base=kept.base) for new, kept in zip(made.head, old.head, strict=True))
+    note = Note(made.turns, form, line_of(old.token, told)) if told and form is not None else None
     made = replace(made, head=head, notes=(note,) if note is not None else ())
-    planned = _planned(Action.REBASE, prompt, old, made, note)
-    planned = replace(planned, why="the turns are new in this session", before=None)
-    known = replace(known, rebase_after=1)
-    return _with_warming(planned, prompt, known, latest)
+    return replace(_planned(action, prompt, old, made, note), before=None)
 
 
 def _with_warming(made: Plan, prompt: Prompt, known: Known, old: Conversation) -> Plan:

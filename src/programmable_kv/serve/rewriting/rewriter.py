@@ -14,12 +14,13 @@ from programmable_kv.serve.headers import Headers, readable, value_of
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.body import read
 from programmable_kv.serve.rewriting.conversation import Conversation, Form, keys_of
+from programmable_kv.serve.rewriting.heads import HeadStore, key_of
 from programmable_kv.serve.rewriting.judge import Gain, Judge
 from programmable_kv.serve.rewriting.matching import Known, Match, choose, match
 from programmable_kv.serve.rewriting.plan import FORMS, Action, Plan, compacted, plan, switched
 from programmable_kv.serve.rewriting.prompt import ROUTES, Prompt, digest, prompt_of
 from programmable_kv.serve.rewriting.rebase import LINES, Outcome, Warming
-from programmable_kv.serve.rewriting.rules import Rules
+from programmable_kv.serve.rewriting.rules import Rules, Sharing
 from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.state import StateUnavailableError
 
@@ -67,6 +68,10 @@ class Rewriting:
     """what is to be computed in the background once this request is answered"""
     skills: str = ""
     """what became of the skills in it, where a notebook has some"""
+    salt: str = ""
+    """the client's own `cache_salt`"""
+    head: str = ""
+    """the key of the head with which a conversation begins, where others may begin with it"""
 
     @property
     def body(self) -> bytes:
@@ -91,6 +96,7 @@ class Rewriter:
         rebased: Callable[[str, Outcome], None] = lambda _, __: None,
         *,
         rebase_after: int = LINES,
+        heads: HeadStore | None = None,
     ) -> None:
         """
         Args:
@@ -99,7 +105,9 @@ class Rewriter:
             tell: told a route, and the tokens that rewriting one request gained or lost.
             rebased: told a route, and what became of a rebase there.
             rebase_after: lines after which a conversation is rebased.
+            heads: what conversations may begin with; where None, each begins with its own.
         """
+        self._heads = heads
         self._rebased = rebased
         self._rebase_after = rebase_after
         self._store = store
@@ -134,7 +142,7 @@ class Rewriter:
         sent = {"headers": readable(headers)}
         work.session = session = session_name(sent, body.data)
         own = session_name(sent, {key: value for key, value in body.data.items() if key not in _SHARED_NAMES})
-        salt = str(body.data.get("cache_salt") or "")
+        work.salt = salt = str(body.data.get("cache_salt") or "")
         whose = (tenant, route, prompt.model, session, salt)
         keys = keys_of(prompt, self._rules, *whose)
         work.beginning = keys[0]
@@ -201,6 +209,13 @@ class Rewriter:
             self._store.end(work.plan.before)
         if work.plan.action is Action.REBASE and work.plan.before is not None:
             self._rebased(work.route, Outcome.SWITCHED)
+        if (
+            self._heads is not None
+            and work.head
+            and work.plan.action is Action.ANNOUNCED
+            and work.plan.after is not None
+        ):
+            self._heads.keep(work.head, work.plan.after.head)
         if work.announcement_refused:
             place = (work.route, work.model)
             self._strikes[place] = self._strikes.get(place, 0) + 1
@@ -246,6 +261,9 @@ class Rewriter:
             known = work.known = replace(known, learned=self._store.learned(owner))
         if found is None and matches and known.named:
             work.replaced = matches[0].conversation
+        if found is None and not why and self._heads is not None and _shares(known):
+            work.head = key_of(prompt, known.rules, known.learned, work.tenant, work.route, work.model, work.salt)
+            known = work.known = replace(known, shared=self._heads.find(work.head))
         work.match, work.why = found, why
         work.plan = self._planned(work)
         ready = self._ready(found.conversation, prompt, known) if found is not None else None
@@ -312,7 +330,15 @@ class Rewriter:
 
 
 def about(form: Form) -> str:
+    """Under what name it is remembered whether the upstream takes a form."""
     return f"line as {form}"
+
+
+def _shares(known: Known) -> bool:
+    """Whether a conversation may begin with another's head. Where values are hoisted, their heads are the same anyway."""
+    sharing = known.rules.sharing
+    learned = known.learned if sharing is Sharing.LEARNED else ()
+    return sharing is not Sharing.NONE and not known.hoist and bool(known.rules.declared or learned)
 
 
 def _why_not(mode: GatewayMode) -> str:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,23 @@ _PATH = re.compile(
 )
 _FORM = (
     'It is {"volatile": [{"name": "clock", "pattern": "Now: (.*)"}, {"name": "memory", "path": "system[1].text"}], '
-    '"routes": {"/v1/messages": "observe"}, "learn": true}'
+    '"routes": {"/v1/messages": "observe"}, "learn": true, "share": "declared"}'
 )
 _PLAIN = re.compile(r"\^?([A-Za-z0-9 :;,=@#%&/_<>'\"!~-]+)")
 _LEAST_LITERAL = 3
 _MASK = "\x00{}\x00"
+
+
+class Sharing(StrEnum):
+    """Whether a conversation may begin with the system prompt that an earlier one of the same tenant sent, where nothing but
+    values differs."""
+
+    NONE = "none"
+    """never"""
+    DECLARED = "declared"
+    """where declared clocks differ, or pieces that are declared to be shared"""
+    LEARNED = "learned"
+    """also where learned lines differ in a clock only"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +51,8 @@ class Rule:
     """or: the whole text at this path"""
     tell: bool = True
     """False where a change is of no use to the model, such as an id for tracing: it is not announced"""
+    share: bool | None = None
+    """whether one conversation's value may stay readable in another's system prompt; None: where the two differ as clocks do"""
     literal: str = ""
     """what all that the pattern finds begins with, as far as that is plain to see: it is looked for first"""
 
@@ -69,6 +84,7 @@ class Rules:
     """modes of single routes"""
     learn: bool = True
     """whether pieces that were seen to change repeatedly count as declared"""
+    sharing: Sharing = Sharing.DECLARED
 
     def mask(self, unit: Unit, place: str, text: str) -> Masked:
         """A text of a unit with each declared value replaced by a mark.
@@ -118,11 +134,14 @@ def rules_of(given: Any, name: str = "the rules") -> Rules:
     Raises:
         InvalidValueError: they say something that cannot be meant.
     """
-    if not isinstance(given, Mapping) or not set(given) <= {"volatile", "routes", "learn"}:
-        raise InvalidValueError(f"{name}: expected an object with volatile, routes or learn. {_FORM}")
+    if not isinstance(given, Mapping) or not set(given) <= {"volatile", "routes", "learn", "share"}:
+        raise InvalidValueError(f"{name}: expected an object with volatile, routes, learn or share. {_FORM}")
     pieces, routes, learn = given.get("volatile", []), given.get("routes", {}), given.get("learn", True)
     if not isinstance(pieces, list) or not isinstance(routes, Mapping) or not isinstance(learn, bool):
         raise InvalidValueError(f"{name}: volatile is a list, routes an object, and learn true or false. {_FORM}")
+    share = given.get("share", Sharing.DECLARED)
+    if share not in tuple(Sharing):
+        raise InvalidValueError(f"{name}: share is one of {', '.join(Sharing)}, got {share!r:.90}")
     declared = tuple(_rule(piece, f"{name}, piece {number}") for number, piece in enumerate(pieces, start=1))
     modes = {}
     for route, mode in routes.items():
@@ -133,23 +152,24 @@ def rules_of(given: Any, name: str = "the rules") -> Rules:
                 f"rewritten; got {route!r}: {mode!r}"
             )
         modes[str(route)] = GatewayMode(mode)
-    return Rules(declared, modes, learn)
+    return Rules(declared, modes, learn, Sharing(share))
 
 
 def _rule(given: Any, where: str) -> Rule:
-    if not isinstance(given, Mapping) or not set(given) <= {"name", "pattern", "path", "tell"}:
-        raise InvalidValueError(f"{where}: expected an object with name, pattern or path, and tell. {_FORM}")
+    if not isinstance(given, Mapping) or not set(given) <= {"name", "pattern", "path", "tell", "share"}:
+        raise InvalidValueError(f"{where}: expected an object with name, pattern or path, tell and share. {_FORM}")
     name, pattern, path, tell = given.get("name"), given.get("pattern"), given.get("path"), given.get("tell", True)
+    share = given.get("share")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidValueError(f"{where}: the name is up to 80 characters of plain text on one line, got {name!r:.90}")
-    if (pattern is None) == (path is None) or not isinstance(tell, bool):
-        raise InvalidValueError(f"{where}: it has a pattern or a path, and tell is true or false. {_FORM}")
+    if (pattern is None) == (path is None) or not isinstance(tell, bool) or not isinstance(share, bool | None):
+        raise InvalidValueError(f"{where}: it has a pattern or a path, and tell and share are true or false. {_FORM}")
     if path is not None:
         if not isinstance(path, str) or not _PATH.fullmatch(path):
             raise InvalidValueError(
                 f"{where}: a path is one such as system[1].text or messages[0].content, got {path!r:.90}"
             )
-        return Rule(name, None, path, tell)
+        return Rule(name, None, path, tell, share)
     if not isinstance(pattern, str):
         raise InvalidValueError(f"{where}: a pattern is text, got {type(pattern).__name__}")
     try:
@@ -162,7 +182,7 @@ def _rule(given: Any, where: str) -> Rule:
         )
     if compiled.match("") is not None and compiled.groups == 0:
         raise InvalidValueError(f"{where}: the pattern is found in an empty text: it would be found everywhere")
-    return Rule(name, compiled, "", tell, literal_of(pattern))
+    return Rule(name, compiled, "", tell, share, literal_of(pattern))
 
 
 def literal_of(pattern: str) -> str:

@@ -1,0 +1,80 @@
+"""Heads (tools and system prompt) that were sent, for later conversations of the same tenant to begin with."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+
+from programmable_kv.serve.rewriting.changes import may_hold
+from programmable_kv.serve.rewriting.conversation import Texts
+from programmable_kv.serve.rewriting.prompt import Prompt, Unit, digest
+from programmable_kv.serve.rewriting.rules import Found, Rules, Sharing
+from programmable_kv.serve.state import State
+
+_KEPT_S = 86400.0
+"""a head that is older is not begun with any more: then one is sent with the values of the day"""
+_FORGET_EVERY = 64
+_DIGITS = re.compile(r"\d+")
+
+
+class HeadStore:
+    """The head that was sent first, of each kind. For several threads."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._kept = 0
+
+    def find(self, key: str) -> tuple[Texts, ...]:
+        """The head that was sent under a key in the last day; empty where there is none."""
+        rows = self._state.rows("SELECT document FROM heads WHERE key = ? AND made > epoch() - ?", (key, _KEPT_S))
+        return tuple(Texts(frame, base, base) for frame, base in json.loads(rows[0][0])) if rows else ()
+
+    def keep(self, key: str, head: tuple[Texts, ...]) -> None:
+        """Remember a head that an upstream took."""
+        document = json.dumps([[texts.frame, dict(texts.base)] for texts in head])
+        with self._state.write() as run:
+            run.execute(
+                "INSERT INTO heads VALUES (?, ?, epoch()) "
+                "ON CONFLICT (key) DO UPDATE SET document = excluded.document, made = excluded.made",
+                (key, document),
+            )
+            if self._kept % _FORGET_EVERY == 0:
+                run.execute("DELETE FROM heads WHERE made <= epoch() - ?", (_KEPT_S,))
+        self._kept += 1
+
+
+def key_of(prompt: Prompt, rules: Rules, learned: Collection[str], *whose: str) -> str:
+    """Names all that two heads must have in common so that one may stand for the other: everything but values that may be
+    shared. A value that is shared as a clock only counts without its digits, so that two people's names give two keys.
+
+    Args:
+        learned: templates of lines that were seen to change repeatedly.
+        whose: what parts heads that read alike: the tenant and the model among them.
+    """
+    lines = learned if rules.sharing is Sharing.LEARNED else ()
+    texts = [
+        (unit.frame, place, _skeleton(unit, place, text, rules, lines))
+        for unit in prompt.head
+        for place, text in unit.texts.items()
+    ]
+    return digest([whose, prompt.tools, texts])
+
+
+def _skeleton(unit: Unit, place: str, text: str, rules: Rules, learned: Collection[str]) -> str:
+    parts: list[str] = []
+    at = 0
+    for value in rules.mask(unit, place, text).values:
+        parts += [text[at : value.start], _kept_of(value)]
+        at = value.stop
+    found = "".join([*parts, text[at:]])
+    if not learned:
+        return found
+    return "\n".join(_DIGITS.sub("#", line) if may_hold(line, learned) else line for line in found.split("\n"))
+
+
+def _kept_of(value: Found) -> str:
+    """What of a value two heads must have in common."""
+    if value.rule.share is None:
+        return _DIGITS.sub("#", value.value)
+    return "" if value.rule.share else value.value
