@@ -28,6 +28,8 @@ _CONNECTIONS = 16
 _CALL_S = 5.0
 """a query or a transaction may take so long, where `within` says nothing else"""
 _CONNECT_S = 2
+_FIRST_CONNECT_S = 15
+"""at the start nobody waits for an answer, and the machine may be busy"""
 _REST_S = 1.0
 """after a failure nothing is asked for so long; then one call tries"""
 _FIRST_S = 30.0
@@ -76,8 +78,9 @@ class PostgresState(State):
         self._password = str(known.get("password") or "")
         self.name = f"{known.get('host') or 'localhost'}:{known.get('port') or 5432}/{known.get('dbname') or ''}"
         """where it is, without user and password"""
+        self._has_limit = "connect_timeout" in known
+        self._connect_s = _FIRST_CONNECT_S
         defaults: dict[str, str | int] = {
-            "connect_timeout": _CONNECT_S,
             "application_name": "programmable-kv",
             "client_encoding": "utf8",
         }
@@ -92,6 +95,7 @@ class PostgresState(State):
         try:
             with self.within(_FIRST_S):
                 self._open()
+                self._connect_s = _CONNECT_S
         except (psycopg.Error, StateUnavailableError) as error:
             raise InvalidArgumentError(
                 f"cannot keep the state in the database {self.name}: {self._told(error.__cause__ or error)}. Give --state a "
@@ -190,7 +194,8 @@ class PostgresState(State):
 
     def _connected(self) -> _Connection:
         try:
-            connection = _Connection.connect(self._url, autocommit=True)
+            limit = {} if self._has_limit else {"connect_timeout": self._connect_s}
+            connection = _Connection.connect(self._url, autocommit=True, **limit)
         except psycopg.Error as error:
             self._failed(None, error)
             raise
