@@ -194,8 +194,8 @@ class PostgresState(State):
 
     def _connected(self) -> _Connection:
         try:
-            limit = {} if self._has_limit else {"connect_timeout": self._connect_s}
-            connection = _Connection.connect(self._url, autocommit=True, **limit)
+            limited = self._url if self._has_limit else make_conninfo(self._url, connect_timeout=self._connect_s)
+            connection = _Connection.connect(limited, autocommit=True)
         except psycopg.Error as error:
             self._failed(None, error)
             raise
