@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import Any
 
 import httpx2
-import psycopg
 import pytest
 
 from programmable_kv import extras
@@ -22,7 +21,6 @@ from programmable_kv.errors import InvalidArgumentError, MissingExtraError
 from programmable_kv.serve.address import DatabaseAddress, place_of
 from programmable_kv.serve.local.server import local_app
 from programmable_kv.serve.modes import GatewayMode
-from programmable_kv.serve.postgres import PostgresState
 from programmable_kv.serve.rewriting.conversation import Form
 from programmable_kv.serve.rewriting.rules import rules_of
 from programmable_kv.serve.rewriting.store import ConversationStore
@@ -31,9 +29,13 @@ from programmable_kv.serve.settings import GatewaySettings, LocalSettings
 from programmable_kv.serve.state import StateUnavailableError
 from programmable_kv.serve.states import open_state
 from serve.caching_upstream import CachingUpstream
-from serve.database import PASSWORD, Database
 from serve.http_peers import Running, metric, raw_upstream, running, wait_until
 from serve.rewriting_peers import CHAT, CLOCK, RULES, Peer, at, chat, extends
+
+psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed: it is in the extra `dev`")
+
+from programmable_kv.serve.postgres import PostgresState  # noqa: E402
+from serve.database import PASSWORD, Database  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("postgres")
 AWAY = "forwarded; why=the state cannot be reached"
