@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from programmable_kv.engine import Engine
+
+if TYPE_CHECKING:
+    from serve.database import Database
+    from serve.places import Places
 
 
 def pytest_configure() -> None:
@@ -31,6 +36,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.weights)
         if item.get_closest_marker("weights") is not None:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def database() -> Iterator[Database]:
+    """A PostgreSQL server. Tests that use one are of the group `postgres`, so that one process of the tests starts one."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed: it is in the extra `dev`")
+    from serve.database import ABSENT, Database, programs
+    from serve.processes import free_port
+
+    if programs() is None:
+        pytest.skip(ABSENT)
+    found = Database(free_port())
+    yield found
+    found.remove()
+
+
+@pytest.fixture(scope="module", params=["file", pytest.param("database", marks=pytest.mark.xdist_group("postgres"))])
+def places(request: pytest.FixtureRequest) -> Iterator[Places]:
+    """Where states of servers are kept: each test that asks for this runs with a file and with a database."""
+    from serve import places as kept
+
+    kept.now = kept.Places(request.getfixturevalue("database") if request.param == "database" else None)
+    yield kept.now
+    kept.now = kept.Places()
 
 
 TINY: dict[str, dict[str, Any]] = {

@@ -81,6 +81,8 @@ BARS = [
     ("edit-ttft-embedded-design", "at_4096.design_over_erratum_tokens", AT_MOST, 3),
     ("edit-ttft", "at_4096.design_over_causal_prefill", AT_MOST, 1.1),
     ("edit-ttft", "at_4096.suffix_over_full", AT_MOST, 1),
+    ("soak-fleet", "wrong", AT_MOST, 0),
+    ("soak-fleet", "hit_rate", AT_LEAST, 0.95),
 ]
 SHORT = [
     ("adapter-held-out", "direct.value", AT_LEAST, 0.97),

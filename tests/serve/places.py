@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from programmable_kv.serve.address import DatabaseAddress
-from serve.database import Database
+
+if TYPE_CHECKING:
+    from serve.database import Database
 
 
 @dataclass

@@ -6,7 +6,7 @@ import json
 import sqlite3
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,8 +19,10 @@ from programmable_kv.serve.rewriting.conversation import Form
 from programmable_kv.serve.rewriting.rewriter import Rewriting
 from programmable_kv.serve.rewriting.rules import rules_of
 from programmable_kv.serve.rewriting.wording import quoted
-from serve.database import Database
 from serve.rewriting_peers import CHAT, MESSAGES, RESPONSES, RULES, Peer, chat, claude, codex, extends, prefix
+
+if TYPE_CHECKING:
+    from serve.database import Database
 
 BROKEN = ("reset", "rebase")
 NEW = ("forwarded", "announced", "hoisted", "shared")

@@ -8,16 +8,18 @@ import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
 
-from serve.database import Database
 from serve.http_peers import wait_until
 from serve.processes import free_port, process
 from serve.rewriting_peers import CHAT, RULES
 from serve.test_killed import CLOCK_RULES
+
+if TYPE_CHECKING:
+    from serve.database import Database
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("postgres")]
 ALLOWED = {"upstream_unreachable", "upstream_died", "upstream_error"}

@@ -226,7 +226,11 @@ class Rewriter:
 
     def settle(self, work: Rewriting, usage: Usage | None) -> Gain | None:
         """Take the upstream's numbers. For any thread."""
-        gain = self.judge.judge(work.tenant, work.route, work.model, work.plan, len(work.body), usage)
+        try:
+            gain = self.judge.judge(work.tenant, work.route, work.model, work.plan, len(work.body), usage)
+        except StateUnavailableError as error:
+            _LOG.warning("%s: what was found out could not be remembered: %s", work.route, error)
+            return None
         if gain is not None:
             self._tell(work.route, gain.tokens)
         return gain
