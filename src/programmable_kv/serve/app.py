@@ -127,7 +127,7 @@ def _health(fleet: Fleet) -> Response:
 
 
 def _client(address: Address, limits: Limits) -> HttpUpstream:
-    return HttpUpstream(address.url, connections=limits.max_running, connect_s=limits.connect_s, read_s=limits.read_s)
+    return HttpUpstream(address.url, connect_s=limits.connect_s, read_s=limits.read_s)
 
 
 def _subject(settings: GatewaySettings) -> str:

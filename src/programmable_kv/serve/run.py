@@ -8,12 +8,12 @@ import uvicorn
 from starlette.applications import Starlette
 
 from programmable_kv.serve.app import gateway_app
+from programmable_kv.serve.protocol import MOST_HEAD, ClientProtocol
 from programmable_kv.serve.settings import GatewaySettings, LocalSettings
 
 if TYPE_CHECKING:
     from programmable_kv.models.load import Model
 
-_HEADERS_BYTES = 64 * 2**10
 _BACKLOG = 2048
 
 
@@ -23,7 +23,8 @@ def server_of(settings: GatewaySettings | LocalSettings, app: Starlette) -> uvic
         app,
         host=settings.host.strip("[]"),
         port=settings.port,
-        http="h11",  # hands headers and paths on as they came
+        loop="auto",  # uvloop, where there is one for the system
+        http=ClientProtocol,
         ws="none",
         lifespan="on",
         log_level="warning",
@@ -32,7 +33,7 @@ def server_of(settings: GatewaySettings | LocalSettings, app: Starlette) -> uvic
         date_header=False,
         proxy_headers=False,
         backlog=_BACKLOG,
-        h11_max_incomplete_event_size=_HEADERS_BYTES,
+        h11_max_incomplete_event_size=MOST_HEAD,
         timeout_graceful_shutdown=max(1, round(settings.limits.shutdown_s)),
     )
     return uvicorn.Server(config)

@@ -1,0 +1,68 @@
+"""How clients are read: uvicorn's protocol on httptools, with a bound on headers, and h11 for clients of HTTP/1.0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MOST_HEAD = 64 * 2**10
+"""bytes of a request's line and headers"""
+
+
+class ClientProtocol(HttpToolsProtocol):
+    """One connection of a client.
+
+    httptools reads headers of any length, and uvicorn answers in chunks on it, which a client of HTTP/1.0 does not know.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._first = True
+        self._in_head = False
+        self._head_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        first, self._first = self._first, False
+        if first and b" HTTP/1.0" in data.partition(b"\n")[0]:
+            self._hand_over(data)
+            return
+        continues = self._in_head
+        super().data_received(data)
+        if continues and self._in_head:  # a header that does not end is not told until it does
+            self._head_bytes += len(data)
+            if self._head_bytes > MOST_HEAD and not self.transport.is_closing():
+                self.send_400_response("Invalid HTTP request received.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, 0
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        if self.parser.get_http_version() == "1.0":
+            raise httptools.HttpParserError("HTTP/1.0 is told by the first bytes")
+        super().on_headers_complete()
+
+    def _count(self, nbytes: int) -> None:
+        self._head_bytes += nbytes
+        if self._head_bytes > MOST_HEAD:
+            raise httptools.HttpParserError("too long")
+
+    def _hand_over(self, data: bytes) -> None:
+        """Go on with h11, which closes the connection behind an answer of unknown length."""
+        self.connections.discard(self)
+        other = H11Protocol(self.config, self.server_state, self.app_state)
+        other.connection_made(self.transport)
+        self.transport.set_protocol(other)
+        other.data_received(data)
