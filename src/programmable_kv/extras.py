@@ -19,7 +19,7 @@ EXTRA_OF = {
     "matplotlib": "lab",
     "starlette": "serve",
     "uvicorn": "serve",
-    "httpx2": "serve",
+    "httptools": "serve",
     "prometheus_client": "serve",
 }
 """top-level module -> the extra that installs it"""

@@ -21,11 +21,29 @@ _LONGEST_HEAD = 64 * 2**10
 
 def events() -> list[bytes]:
     """The events of an answer, as Chat Completions streams them. There is no usage: nothing was counted."""
+    said = [({"role": "assistant", "content": _PIECE}, None), *[({"content": _PIECE}, None)] * (EVENTS - 3), ({}, "stop")]
     bodies = [
-        json.dumps({"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": _PIECE}}]})
-        for _ in range(EVENTS - 1)
-    ]
+        json.dumps(
+            {
+                "id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1_700_000_000, "model": "fixed",
+                "choices": [{"index": 0, "delta": delta, "finish_reason": reason}],
+            }
+        )
+        for delta, reason in said
+    ]  # fmt: skip
     return [f"data: {body}\n\n".encode() for body in (*bodies, "[DONE]")]
+
+
+def said_in(body: bytes) -> str | None:
+    """The text that a streamed answer's deltas add up to; None where it is no complete stream of Chat Completions."""
+    lines = [line.removeprefix("data: ") for line in body.decode("utf-8", "replace").splitlines() if line]
+    if not lines or lines.pop() != "[DONE]":
+        return None
+    try:
+        deltas = [choice["delta"] for line in lines for choice in json.loads(line)["choices"]]
+        return "".join(delta.get("content") or "" for delta in deltas)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 _CHUNKS = [f"{len(event):x}\r\n".encode() + event + b"\r\n" for event in events()]

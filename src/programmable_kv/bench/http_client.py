@@ -21,7 +21,7 @@ class Timed:
     """One answer."""
 
     first_ms: float
-    """from the first byte of the request to the first byte of the answer's body"""
+    """from when it was sent, or was due, to the first byte of the answer's body"""
     whole_ms: float
     head: bytes
     body: bytes
@@ -52,8 +52,11 @@ class Client:
     ) -> None:
         self.close()
 
-    def ask(self, body: bytes, session: str) -> Timed:
+    def ask(self, body: bytes, session: str, *, due: float | None = None) -> Timed:
         """Send one Chat Completions request of a named conversation, and read its answer.
+
+        Args:
+            due: when it should have been sent, by `time.perf_counter`: what it waited since then counts, connecting included.
 
         Raises:
             ConnectionError: the server closed the connection, or answered with another status than 200.
@@ -63,7 +66,7 @@ class Client:
             f"x-session-id: {session}\r\ncontent-length: {len(body)}\r\n\r\n"
         ).encode()
         link = self._connected()
-        began = time.perf_counter()
+        began = time.perf_counter() if due is None else due
         link.sendall(head + body)
         received = b""
         first = None

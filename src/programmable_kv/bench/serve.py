@@ -1,21 +1,20 @@
 """What the gateway adds to a request: the same requests straight to an upstream and through gateways, interleaved in one run.
 
-The upstream, a gateway of each mode and the client are processes of one machine, and share its cores. Figures are differences
-and ratios within the run.
+The upstream, a gateway of each mode, LiteLLM's proxy where there is one, and the client are processes of one machine, and share its
+cores. Figures are differences and ratios within the run.
 
-Latency is taken one request at a time; the observer, which works behind each answer, ends before the next one. Throughput is
-taken with clients that ask without a pause, and has the observer's work in it.
+Under arrivals (`serve_open`): what a user of many clients sees, with a growing number of conversations known to the gateway. One
+request at a time: how the added time grows with the body; the observer, which works behind each answer, ends before the next one.
+Throughput is taken with clients that ask without a pause, and has the observer's work in it.
 """
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,100 +22,95 @@ from typing import Any
 from programmable_kv.bench.fixed_upstream import EVENTS, events
 from programmable_kv.bench.http_client import Client, Timed
 from programmable_kv.bench.serve_load import TURNS, conversation
-from programmable_kv.bench.serve_peers import Peer, gateway, upstream
+from programmable_kv.bench.serve_open import CLIENTS as OPEN_CLIENTS
+from programmable_kv.bench.serve_open import step
+from programmable_kv.bench.serve_peers import gateway, litellm, litellm_version, upstream
+from programmable_kv.bench.serve_ways import DIRECT, LITELLM, MODES, Way, checked_text, percentiles
 from programmable_kv.records import Record, Recorder, digest_of
 
-DIRECT = "direct"
-MODES = ("pass", "observe", "erratum")
 SIZES_KB = (8, 100, 450)
 CLIENTS = (1, 8)
 ROUNDS = 2
 """turns of each way in the throughput of one size"""
+SESSIONS = (10, 1000, 10_000)
+PER_SECOND = 50.0
 _WARM = TURNS
 """requests of each way before any is timed"""
-
-
-@dataclass(slots=True)
-class Way:
-    """One way to the upstream: direct, or through a gateway."""
-
-    name: str
-    peer: Peer
-    began: int = 0
-    """conversations that were opened"""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def requests(self, bodies: Sequence[bytes]) -> Iterator[tuple[bytes, str]]:
-        """Endless requests of one conversation after another, each with its conversation's name."""
-        while True:
-            with self.lock:
-                self.began += 1
-                name = f"{self.name}-{self.began}"
-            for body in bodies:
-                yield body, name
-
-    def wait_until_quiet(self) -> None:
-        if self.name != DIRECT:
-            self.peer.wait_until_quiet()
 
 
 def run(
     path: Path,
     *,
     sizes_kb: Sequence[int] = SIZES_KB,
-    requests: int = 200,
-    seconds: float = 1.5,
-    sessions: int = 1000,
+    sessions: Sequence[int] = SESSIONS,
+    per_second: float = PER_SECOND,
+    open_seconds: float = 10.0,
+    requests: int = 150,
+    seconds: float = 1.0,
+    litellm_python: str | None = None,
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
-    """Measure latency and throughput at every size of a body, and memory, and write the record.
+    """Measure latency under arrivals, latency and throughput at every size of a body, and memory, and write the record.
 
     Args:
-        requests: of each way at each size, for the latency.
+        sessions: idle conversations, of one request each and of the smallest size, that gateways know while requests arrive.
+        per_second: requests that arrive in a second, of the smallest size.
+        open_seconds: how long they arrive on each way, for each of `sessions`.
+        requests: of each way at each size, for the latency of one request at a time.
         seconds: each way is loaded in one of `ROUNDS` turns, for the throughput.
-        sessions: idle conversations, of one request each and of the smallest size, for the memory.
+        litellm_python: the Python of an environment with `litellm[proxy]`; None leaves LiteLLM out.
 
     Raises:
         RecordError: as `Recorder`.
+        InvalidArgumentError: there is no LiteLLM in that environment.
         ConnectionError: a way answered otherwise than the upstream does.
     """
+    peer = litellm_version(litellm_python) if litellm_python is not None else ""
     recorder = Recorder(
         path,
         name="serve",
-        version=1,
-        title="What the gateway adds to a request, by mode and size of the body",
+        version=2,
+        title="What the gateway adds to a request: under arrivals, by sessions, by mode and by size of the body",
         command=command,
         model="no model: an upstream with fixed answers",
         model_fingerprint="none",
         data_digest=digest_of(texts(sizes_kb)),
-        seeds=[],
+        seeds=[0],
         settings={
             "sizes_kb": list(sizes_kb),
+            "sessions": list(sessions),
+            "per_second": per_second,
+            "open_seconds": open_seconds,
+            "open_clients": OPEN_CLIENTS,
             "requests": requests,
             "seconds": seconds,
             "rounds": ROUNDS,
             "clients": list(CLIENTS),
-            "sessions": sessions,
             "turns": TURNS,
             "events": EVENTS,
-            "ways": [DIRECT, *MODES],
+            "ways": [DIRECT, *MODES, *([LITELLM] if peer else [])],
+            "litellm": peer,
         },
     )
-    small = conversation(1000 * min(sizes_kb))[0]
-    steps: list[tuple[dict[str, Any], Callable[[list[Way]], dict[str, Any]]]] = [
-        ({"what": "memory"}, partial(memory, body=small, sessions=sessions))
-    ]
+    steps: list[tuple[dict[str, Any], Callable[[list[Way]], dict[str, Any]]]] = []
+    small = conversation(1000 * min(sizes_kb))
+    for count in sorted(sessions):
+        arriving = partial(step, bodies=small, sessions=count, per_second=per_second, seconds=open_seconds)
+        steps.append(({"what": "arrivals", "sessions": count}, arriving))
     for kb in sizes_kb:
         bodies = conversation(1000 * kb)
         steps.append(({"what": "latency", "kb": kb}, partial(latency, bodies=bodies, requests=requests)))
         for clients in CLIENTS:
             key = {"what": "throughput", "kb": kb, "clients": clients}
             steps.append((key, partial(throughput, bodies=bodies, clients=clients, seconds=seconds)))
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as peers:
-        server = peers.enter_context(upstream(Path(folder)))
-        gateways = [Way(mode, peers.enter_context(gateway(mode, server.port, Path(folder)))) for mode in MODES]
-        ways = [Way(DIRECT, server), *gateways]
+    with tempfile.TemporaryDirectory() as name, ExitStack() as peers:
+        folder = Path(name)
+        server = peers.enter_context(upstream(folder))
+        ways = [Way(DIRECT, server)]
+        ways += [Way(mode, peers.enter_context(gateway(mode, server.port, folder))) for mode in MODES]
+        if litellm_python is not None:
+            ways.append(Way(LITELLM, peers.enter_context(litellm(litellm_python, server.port, folder)), checked_text))
         for number, (key, measure) in enumerate(steps, start=1):
             if not recorder.done(**key):
                 recorder.add({**key, "ways": measure(ways)})
@@ -128,9 +122,9 @@ def run(
     )
 
 
-def steps_of(sizes_kb: Sequence[int]) -> int:
+def steps_of(sizes_kb: Sequence[int], sessions: Sequence[int]) -> int:
     """How often `run` reports."""
-    return 1 + len(sizes_kb) * (1 + len(CLIENTS))
+    return len(sessions) + len(sizes_kb) * (1 + len(CLIENTS))
 
 
 def texts(sizes_kb: Sequence[int]) -> Iterator[str]:
@@ -138,31 +132,6 @@ def texts(sizes_kb: Sequence[int]) -> Iterator[str]:
     for kb in sizes_kb:
         yield from (body.decode() for body in conversation(1000 * kb))
     yield b"".join(events()).decode()
-
-
-def memory(ways: Sequence[Way], body: bytes, sessions: int) -> dict[str, Any]:
-    """Of every gateway: bytes by which its process grew with each conversation of one request, after a tenth as many before.
-
-    None where the system does not tell.
-    """
-    found = {}
-    for way in ways[1:]:
-        with Client(way.peer.port) as client:
-            _open_sessions(way, client, body, max(1, sessions // 10))
-            before = way.peer.resident_bytes
-            _open_sessions(way, client, body, sessions)
-            after = way.peer.resident_bytes
-        grown = None if before is None or after is None else round((after - before) / sessions)
-        found[way.name] = {"session_bytes": grown, "body_bytes": len(body)}
-    return found
-
-
-def _open_sessions(way: Way, client: Client, body: bytes, count: int) -> None:
-    for number, (each, session) in enumerate(way.requests([body])):
-        if number == count:
-            break
-        checked(client.ask(each, session))
-    way.wait_until_quiet()
 
 
 def latency(ways: Sequence[Way], bodies: Sequence[bytes], requests: int) -> dict[str, Any]:
@@ -173,7 +142,7 @@ def latency(ways: Sequence[Way], bodies: Sequence[bytes], requests: int) -> dict
         clients = {way.name: open_clients.enter_context(Client(way.peer.port)) for way in ways}
         for number in range(_WARM + requests):
             for way in (*ways[number % len(ways) :], *ways[: number % len(ways)]):
-                answer = checked(clients[way.name].ask(*next(sent[way.name])))
+                answer = way.check(clients[way.name].ask(*next(sent[way.name])))
                 way.wait_until_quiet()
                 if number >= _WARM:
                     times[way.name].append(answer)
@@ -193,12 +162,6 @@ def _latency(answers: Sequence[Timed]) -> dict[str, Any]:
         "own": percentiles(own),
         "actions": actions,
     }
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """The 50th and the 99th, of at least two values."""
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return {"p50_ms": round(cuts[49], 3), "p99_ms": round(cuts[98], 3)}
 
 
 def throughput(ways: Sequence[Way], bodies: Sequence[bytes], clients: int, seconds: float) -> dict[str, Any]:
@@ -223,7 +186,7 @@ def throughput(ways: Sequence[Way], bodies: Sequence[bytes], clients: int, secon
 
 
 def _dropped(way: Way) -> float:
-    return 0.0 if way.name == DIRECT else way.peer.metric("pkv_observer_dropped")
+    return way.peer.metric("pkv_observer_dropped") if way.ours else 0.0
 
 
 def _load(way: Way, bodies: Sequence[bytes], clients: int, seconds: float) -> tuple[int, float]:
@@ -237,7 +200,7 @@ def _load(way: Way, bodies: Sequence[bytes], clients: int, seconds: float) -> tu
         try:
             with Client(way.peer.port) as client:
                 for body, session in way.requests(bodies):
-                    checked(client.ask(body, session))
+                    way.check(client.ask(body, session))
                     counts[place] += 1
                     if time.perf_counter() > end:
                         return
@@ -254,46 +217,36 @@ def _load(way: Way, bodies: Sequence[bytes], clients: int, seconds: float) -> tu
     return sum(counts), time.perf_counter() - began
 
 
-_ANSWER = b"".join(events())
-
-
-def checked(answer: Timed) -> Timed:
-    """
-    Raises:
-        ConnectionError: an answer that is not the upstream's, byte for byte.
-    """
-    if answer.body != _ANSWER:
-        raise ConnectionError(f"an answer differs from what the upstream sends: {answer.body[:200]!r}")
-    return answer
-
-
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By mode: what it adds to the percentiles of the direct way, the part of its throughput, and memory of an idle session."""
-    summary: dict[str, dict[str, Any]] = {mode: {} for mode in MODES}
+    """By way: its percentiles, what it adds to those of the direct way, the part of that one's throughput, and what a session
+    takes."""
+    summary: dict[str, dict[str, Any]] = {}
     for row in rows:
-        ways = row["ways"]
-        for mode in MODES:
-            found = ways[mode]
-            if row["what"] == "memory":
-                if found["session_bytes"] is not None:
-                    summary[mode]["session_kb"] = round(found["session_bytes"] / 1000, 2)
-                continue
-            place = summary[mode].setdefault(f"at_{row['kb']}_kb", {})
-            direct = ways[DIRECT]
-            if row["what"] == "latency":
-                for part in ("first", "whole"):
-                    for name, value in found[part].items():
-                        place[f"added_{part}_{name}"] = round(value - direct[part][name], 3)
-                place["own_p50_ms"] = found["own"]["p50_ms"]
-                place["rewritten"] = found["actions"].get("erratum", 0) + found["actions"].get("replayed", 0)
-            else:
+        where = f"open_{row['sessions']}" if row["what"] == "arrivals" else f"at_{row['kb']}_kb"
+        direct = row["ways"][DIRECT]
+        for way, found in row["ways"].items():
+            whole = summary.setdefault(way, {})
+            place = whole.setdefault(where, {})
+            if row["what"] == "throughput":
                 place[f"per_second_at_{row['clients']}"] = found["per_second"]
                 place[f"of_direct_at_{row['clients']}"] = round(found["per_second"] / direct["per_second"], 3)
-    summary[DIRECT] = {}
-    for row in rows:
-        if row["what"] == "latency":
-            direct = row["ways"][DIRECT]
-            summary[DIRECT][f"at_{row['kb']}_kb"] = {
-                f"{part}_{name}": value for part in ("first", "whole") for name, value in direct[part].items()
-            }
+                continue
+            for part in ("first", "whole"):
+                place |= {f"{part}_{name}": value for name, value in found[part].items()}
+                if way != DIRECT:
+                    added = {name: round(value - direct[part][name], 3) for name, value in found[part].items()}
+                    place |= {f"added_{part}_{name}": value for name, value in added.items()}
+            if row["what"] == "latency":
+                if way in MODES:
+                    place["own_p50_ms"] = found["own"]["p50_ms"]
+                    place["rewritten"] = found["actions"].get("erratum", 0) + found["actions"].get("replayed", 0)
+                continue
+            place |= {"requests": found["requests"], "errors": found["errors"]}
+            if found.get("session_bytes") is not None:
+                whole["session_kb"] = round(found["session_bytes"] / 1000, 2)  # of the most, which come last
+    for found in summary.values():
+        opened = [each for name, each in found.items() if name.startswith("open_")]
+        if opened and "added_first_p50_ms" in opened[0]:
+            first, last = (each["added_first_p50_ms"] for each in (opened[0], opened[-1]))
+            found["growth_first_p50_ms"] = round(last - first, 3)
     return summary

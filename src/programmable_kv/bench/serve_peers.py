@@ -9,16 +9,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from programmable_kv.errors import InvalidArgumentError
 
 _START_S = 120.0
 _STOP_S = 10.0
 _QUIET_S = 60.0
 VOLATILE = {"volatile": [{"name": "the time", "pattern": "^Now: (.*)$"}]}
 """what a gateway that rewrites is told: the clock of `serve_load`"""
+_LITELLM = {"LITELLM_MODE": "PRODUCTION", "LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_DOCS": "True"}
+"""as its own page on production says; and it fetches nothing"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +112,54 @@ def gateway(
 
 
 @contextmanager
-def _process(words: list[str], port: int, log: Path) -> Iterator[Peer]:
+def litellm(python: str, upstream_port: int, folder: Path) -> Iterator[Peer]:
+    """LiteLLM's proxy in front of the upstream, ready for requests: one worker, no database, no keys, nothing logged.
+
+    Args:
+        python: the Python of an environment with `litellm[proxy]`.
+    """
+    port = free_port()
+    settings = folder / "litellm.yaml"
+    model = {"model": "openai/fixed", "api_base": f"http://127.0.0.1:{upstream_port}/v1", "api_key": "none"}
+    settings.write_text(
+        json.dumps(
+            {
+                "model_list": [{"model_name": "fixed", "litellm_params": model}],
+                "general_settings": {"dangerously_permit_weak_or_unset_master_key": True},  # the others ask for no key, either
+                "litellm_settings": {"set_verbose": False, "request_timeout": 600},
+            }
+        ),
+        encoding="utf-8",
+    )
+    words = ["-c", "from litellm import run_server; run_server()", "--config", str(settings), "--num_workers", "1"]
+    words += ["--host", "127.0.0.1", "--port", str(port)]
+    with _process(words, port, folder / "litellm.log", python=python, more=_LITELLM) as peer:
+        yield peer
+
+
+def litellm_version(python: str) -> str:
+    """The version of LiteLLM in an environment.
+
+    Raises:
+        InvalidArgumentError: there is none.
+    """
+    ask = "from importlib.metadata import version; print(version('litellm'), end='')"
+    try:
+        return subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise InvalidArgumentError(
+            f"{python} has no LiteLLM: make an environment for it, and install 'litellm[proxy]' there"
+        ) from error
+
+
+@contextmanager
+def _process(
+    words: list[str], port: int, log: Path, *, python: str = sys.executable, more: Mapping[str, str] | None = None
+) -> Iterator[Peer]:
     with log.open("wb") as errors:
-        running = subprocess.Popen([sys.executable, *words], stderr=errors)
+        running = subprocess.Popen(
+            [python, *words], stderr=errors, stdout=None if more is None else errors, env={**os.environ, **(more or {})}
+        )
     try:
         peer = Peer(port, running.pid)
         end = time.monotonic() + _START_S

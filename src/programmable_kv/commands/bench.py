@@ -133,23 +133,32 @@ def bench_overhead(
 @app.command("serve")
 def bench_serve(
     sizes: Annotated[str, typer.Option(help="sizes of a request's body in KB, separated by commas")] = "8,100,450",
-    requests: Annotated[int, typer.Option(min=2, help="timed requests of each way at each size")] = 200,
-    seconds: Annotated[float, typer.Option(min=0.1, help="how long each way is loaded, twice at each size")] = 1.5,
-    sessions: Annotated[int, typer.Option(min=1, help="idle conversations, for the memory of each")] = 1000,
+    sessions: Annotated[str, typer.Option(help="idle conversations known to a gateway while requests arrive")] = (
+        "10,1000,10000"
+    ),
+    per_second: Annotated[float, typer.Option(min=0.1, help="requests that arrive in a second")] = 50.0,
+    open_seconds: Annotated[float, typer.Option(min=0.1, help="how long they arrive on each way, each time")] = 10.0,
+    requests: Annotated[int, typer.Option(min=2, help="timed requests of each way at each size, one by one")] = 150,
+    seconds: Annotated[float, typer.Option(min=0.1, help="how long each way is loaded, twice at each size")] = 1.0,
+    litellm_python: Annotated[
+        str | None,
+        typer.Option("--litellm-python", help="the Python of an environment with litellm[proxy], to measure it beside"),
+    ] = None,
     out_path: OutOption = None,
 ) -> None:
-    """What the gateway adds to a request: latency, throughput and memory by mode and size (no model, no download)."""
+    """What the gateway adds to a request: under arrivals, by sessions, mode and size; memory (no model, no download)."""
     from programmable_kv.extras import require_extra
 
-    require_extra("serve", "starlette", "uvicorn", "httpx2", "prometheus_client")
+    require_extra("serve", "starlette", "uvicorn", "httptools", "prometheus_client")
     from programmable_kv.bench.serve import run, steps_of
 
-    sizes_kb = parse_lengths(sizes, "--sizes")
+    sizes_kb, counts = parse_lengths(sizes, "--sizes"), parse_lengths(sessions, "--sessions")
     path = record_path(out_path, "serve")
-    with progress("Steps", steps_of(sizes_kb)) as report:
+    said = command().replace(litellm_python, "LITELLM_PYTHON") if litellm_python else command()  # a record names no place
+    with progress("Steps", steps_of(sizes_kb, counts)) as report:
         record = run(
-            path, sizes_kb=sizes_kb, requests=requests, seconds=seconds, sessions=sessions,
-            report=report, command=command(),
+            path, sizes_kb=sizes_kb, sessions=counts, per_second=per_second, open_seconds=open_seconds, requests=requests,
+            seconds=seconds, litellm_python=litellm_python, report=report, command=said,
         )  # fmt: skip
     print_summary(record)
 
@@ -186,7 +195,7 @@ def bench_serve_vllm(
     """A real vLLM with a clock in the prompt: in the prefix, behind the gateway, and appended by the client itself."""
     from programmable_kv.extras import require_extra
 
-    require_extra("serve", "starlette", "uvicorn", "httpx2", "prometheus_client")
+    require_extra("serve", "starlette", "uvicorn", "httptools", "prometheus_client")
     from programmable_kv.bench.serve_vllm import ARMS, run
 
     path = record_path(out_path, "serve-vllm")
@@ -212,7 +221,7 @@ def bench_soak(
     """A gateway under load for a long time, killed now and then: hit rate, latency, memory, lost values (no model)."""
     from programmable_kv.extras import require_extra
 
-    require_extra("serve", "starlette", "uvicorn", "httpx2", "prometheus_client")
+    require_extra("serve", "starlette", "uvicorn", "httptools", "prometheus_client")
     from programmable_kv.bench.soak import run
 
     path = record_path(out_path, "soak")

@@ -74,7 +74,7 @@ def serve(
     """
     from programmable_kv.extras import require_extra, require_model_packages
 
-    require_extra("serve", "starlette", "uvicorn", "httpx2", "prometheus_client")
+    require_extra("serve", "starlette", "uvicorn", "httptools", "prometheus_client")
     if not upstream:
         require_model_packages(". Or give --upstream: a gateway in front of a model server needs neither")
     from programmable_kv.serve.access import read_keys

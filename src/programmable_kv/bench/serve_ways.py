@@ -1,0 +1,77 @@
+"""The ways to an upstream that the gateway's bench compares, what is asked on each of them, and whether the answer is right."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from programmable_kv.bench.fixed_upstream import events, said_in
+from programmable_kv.bench.http_client import Timed
+from programmable_kv.bench.serve_peers import Peer
+
+DIRECT = "direct"
+MODES = ("pass", "observe", "erratum")
+LITELLM = "litellm"
+_ANSWER = b"".join(events())
+_SAID = said_in(_ANSWER)
+
+
+def checked(answer: Timed) -> Timed:
+    """
+    Raises:
+        ConnectionError: an answer that is not the upstream's, byte for byte.
+    """
+    if answer.body != _ANSWER:
+        raise ConnectionError(f"an answer differs from what the upstream sends: {answer.body[:200]!r}")
+    return answer
+
+
+def checked_text(answer: Timed) -> Timed:
+    """For a proxy that writes its answers anew.
+
+    Raises:
+        ConnectionError: an answer whose text is not the upstream's.
+    """
+    if said_in(answer.body) != _SAID:
+        raise ConnectionError(f"an answer says something else than the upstream: {answer.body[:200]!r}")
+    return answer
+
+
+@dataclass(slots=True)
+class Way:
+    """One way to the upstream: direct, or through a gateway."""
+
+    name: str
+    peer: Peer
+    check: Callable[[Timed], Timed] = checked
+    began: int = 0
+    """conversations that were opened"""
+    idle: int = 0
+    """of those, the ones that were opened to stay idle"""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is a gateway of this package."""
+        return self.name in MODES
+
+    def requests(self, bodies: Sequence[bytes]) -> Iterator[tuple[bytes, str]]:
+        """Endless requests of one conversation after another, each with its conversation's name."""
+        while True:
+            with self.lock:
+                self.began += 1
+                name = f"{self.name}-{self.began}"
+            for body in bodies:
+                yield body, name
+
+    def wait_until_quiet(self) -> None:
+        if self.ours:
+            self.peer.wait_until_quiet()
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """The 50th, the 90th and the 99th, of at least two values."""
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {f"p{part}_ms": round(cuts[part - 1], 3) for part in (50, 90, 99)}
