@@ -85,8 +85,11 @@ def keys_of(prompt: Prompt, rules: Rules, *whose: str) -> list[str]:
     chain = blake2b(repr(whose).encode(), digest_size=16)
     keys = []
     for unit in prompt.turns:
-        texts = [(place, rules.mask(unit, place, text).text) for place, text in unit.texts.items()]
-        chain.update(repr((unit.role, unit.frame, texts)).encode("utf-8", "surrogatepass"))
+        texts = [rules.mask(unit, place, text).text.encode("utf-8", "surrogatepass") for place, text in unit.texts.items()]
+        lengths = [*zip(unit.texts, map(len, texts), strict=True)]  # they part the texts, which are not copied
+        chain.update(repr((unit.role, unit.frame, lengths)).encode("utf-8", "surrogatepass"))
+        for text in texts:
+            chain.update(text)
         keys.append(chain.hexdigest())
     return keys
 

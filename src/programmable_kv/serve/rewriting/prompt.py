@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -49,17 +50,12 @@ class Prompt:
     model: str
     tools: str
     """a digest of the tools"""
+    head: tuple[Unit, ...]
+    """what stands before the conversation"""
+    turns: tuple[Unit, ...]
+    """the conversation"""
     units: tuple[Unit, ...]
-
-    @property
-    def head(self) -> tuple[Unit, ...]:
-        """What stands before the conversation."""
-        return tuple(unit for unit in self.units if unit.head)
-
-    @property
-    def turns(self) -> tuple[Unit, ...]:
-        """The conversation."""
-        return tuple(unit for unit in self.units if not unit.head)
+    """both, in this order"""
 
     def spot(self, unit: Unit) -> Spot:
         """Where a unit stands in the body."""
@@ -70,6 +66,8 @@ class Prompt:
     def size(self, *units: Unit) -> int:
         """Bytes of some units as they came."""
         spots = [self.spot(unit) for unit in units]
+        if self.body.text.isascii():  # known without a look at the text
+            return sum(spot.stop - spot.start for spot in spots)
         return sum(len(self.body.text[spot.start : spot.stop].encode()) for spot in spots)
 
     def value(self, unit: Unit) -> Any:
@@ -101,7 +99,8 @@ def prompt_of(route: str, body: Body) -> Prompt | None:
         head = head and role in _HEAD_ROLES
         path = f"{_LIST[route]}[{index}].content"
         units.append(_unit(route, {**message, "role": role}, index, head, path))
-    return Prompt(route, body, model, digest(_plain(data.get("tools"))), tuple(units))
+    before, turns = (tuple(unit for unit in units if unit.head is stands) for stands in (True, False))
+    return Prompt(route, body, model, digest(_plain(data.get("tools"))), before, turns, (*before, *turns))
 
 
 def with_texts(value: Any, texts: Mapping[str, str], more: tuple[str, ...], *, route: str) -> Any:
@@ -178,6 +177,9 @@ def _role(message: Any) -> str:
 
 def _unit(route: str, message: Mapping[str, Any], index: int | None, head: bool, path: str) -> Unit:
     content = message.get("content")
+    if isinstance(content, str) and len(message) == 2 and len(message["role"]) <= _LONGEST_ROLE:  # most of them
+        place = _ONLY[route]
+        return Unit(message["role"], index, head, _frame(route, message["role"]), {place: content}, {place: path})
     found = {at: (text, where) for at, text, where in _texts(content, route, path)}
 
     def blank(value: Any, at: str) -> Any:
@@ -185,7 +187,7 @@ def _unit(route: str, message: Mapping[str, Any], index: int | None, head: bool,
 
     shape: Any = content
     if isinstance(content, str):
-        shape = [{"type": "text", "text": ""}] if route == MESSAGES else ""
+        shape = _EMPTY[route]
     elif isinstance(content, list):
         shape = [_framed(block, str(at), blank) for at, block in enumerate(content)]
     rest = {key: value for key, value in message.items() if key not in ("content", _MARKER)}
@@ -196,6 +198,15 @@ def _unit(route: str, message: Mapping[str, Any], index: int | None, head: bool,
 
 _ONLY = {CHAT: "", MESSAGES: "0", RESPONSES: ""}
 """the place of a content that is a text. In Messages it is short for one block"""
+_EMPTY = {CHAT: "", MESSAGES: [{"type": "text", "text": ""}], RESPONSES: ""}
+"""the shape of such a content"""
+_LONGEST_ROLE = 32
+
+
+@lru_cache(maxsize=256)
+def _frame(route: str, role: str) -> str:
+    """The frame of a message that is a role and a text."""
+    return digest([{"role": role}, _EMPTY[route]])
 
 
 def _texts(content: Any, route: str, path: str) -> Iterator[tuple[str, str, str]]:

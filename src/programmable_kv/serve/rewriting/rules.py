@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ _FORM = (
     'It is {"volatile": [{"name": "clock", "pattern": "Now: (.*)"}, {"name": "memory", "path": "system[1].text"}], '
     '"routes": {"/v1/messages": "observe"}, "learn": true}'
 )
+_PLAIN = re.compile(r"\^?([A-Za-z0-9 :;,=@#%&/_<>'\"!~-]+)")
+_LEAST_LITERAL = 3
 _MASK = "\x00{}\x00"
 
 
@@ -36,6 +38,8 @@ class Rule:
     """or: the whole text at this path"""
     tell: bool = True
     """False where a change is of no use to the model, such as an id for tracing: it is not announced"""
+    literal: str = ""
+    """what all that the pattern finds begins with, as far as that is plain to see: it is looked for first"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ class Rules:
                 if rule.path == unit.paths.get(place):
                     yield Found(rule, 0, len(text), text)
             elif rule.pattern is not None and (unit.head or unit.role == "user"):
-                for match in rule.pattern.finditer(text):
+                for match in _matches(rule.pattern, rule.literal, text):
                     group = 1 if rule.pattern.groups else 0
                     if match.start(group) >= 0:
                         yield Found(rule, match.start(group), match.end(group), match[group])
@@ -158,7 +162,30 @@ def _rule(given: Any, where: str) -> Rule:
         )
     if compiled.match("") is not None and compiled.groups == 0:
         raise InvalidValueError(f"{where}: the pattern is found in an empty text: it would be found everywhere")
-    return Rule(name, compiled, "", tell)
+    return Rule(name, compiled, "", tell, literal_of(pattern))
+
+
+def literal_of(pattern: str) -> str:
+    """What all that a regular expression finds begins with; empty where that cannot be told at a glance, or is short."""
+    found = _PLAIN.match(pattern)
+    if found is None or "|" in pattern:
+        return ""
+    perhaps = pattern[found.end() :][:1] in ("*", "?", "{")  # the last character is perhaps not there
+    literal = found[1][:-1] if perhaps else found[1]
+    return literal if len(literal) >= _LEAST_LITERAL else ""
+
+
+def _matches(pattern: re.Pattern[str], literal: str, text: str) -> Iterator[re.Match[str]]:
+    """All matches. Texts are searched for a literal many times as fast as for a pattern."""
+    if not literal:
+        yield from pattern.finditer(text)
+        return
+    at = text.find(literal)
+    while at >= 0:
+        match = pattern.match(text, at)
+        if match is not None:
+            yield match
+        at = text.find(literal, at + 1 if match is None else match.end())
 
 
 def _apart(found: Iterable[Found]) -> tuple[Found, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from programmable_kv.explain.difference import common_length
 from programmable_kv.serve.rewriting.conversation import Conversation, Form, Note, Texts
 from programmable_kv.serve.rewriting.plan import Plan
 from programmable_kv.serve.state import State
@@ -16,8 +17,10 @@ _MOST_KEYS = 500
 """beginnings of one conversation that are looked for: the longest"""
 _OFTEN = 2
 """changes of one line after which it counts as one that changes repeatedly"""
-_FORGET_EVERY = 256
+_FORGET_EVERY = 64
 """new conversations between two clean-ups"""
+_OF_CONVERSATIONS = ("sessions", "rebases", "errata")
+"""tables of what belongs to one"""
 _SET_KEY = "UPDATE conversations SET key = ? WHERE identity = ?"
 _FORGET_REBASE = "DELETE FROM rebases WHERE conversation = ?"
 _ENDED = ""
@@ -49,6 +52,7 @@ class ConversationStore:
         with state.write() as run:  # whoever computed it is gone
             run.execute("DELETE FROM rebases WHERE state = ?", (_WARMING,))
         self._forget()
+        self._forget_orphans()
 
     def __len__(self) -> int:
         return int(self._state.rows("SELECT count(*) FROM conversations")[0][0])
@@ -261,19 +265,29 @@ class ConversationStore:
         )
 
     def _forget(self) -> None:
-        """Forget the conversations that were silent longest, and their lines."""
+        """Forget the conversations that were silent longest, and their lines. What stays is not looked through: there may be
+        a hundred thousand, and clients wait."""
+        now = time.time()
         with self._state.write() as run:
-            run.execute("DELETE FROM conversations WHERE used < ?", (time.time() - _CONVERSATIONS_S,))
-            over = len(self) - self._most
+            silent = "SELECT identity FROM conversations WHERE used < ?"
+            gone = [identity for (identity,) in run.execute(silent, (now - _CONVERSATIONS_S,)).fetchall()]
+            over = len(self) - len(gone) - self._most
             if over > 0:
-                run.execute(
-                    "DELETE FROM conversations WHERE identity IN (SELECT identity FROM conversations ORDER BY used LIMIT ?)",
-                    (over,),
-                )
-            run.execute("DELETE FROM sessions WHERE conversation NOT IN (SELECT identity FROM conversations)")
-            run.execute("DELETE FROM rebases WHERE conversation NOT IN (SELECT identity FROM conversations)")
-            run.execute("DELETE FROM errata WHERE conversation NOT IN (SELECT identity FROM conversations)")
-            run.execute("DELETE FROM beginnings WHERE used < ?", (time.time() - _BEGINNINGS_S,))
+                longest = "SELECT identity FROM conversations WHERE used >= ? ORDER BY used LIMIT ?"
+                gone += [identity for (identity,) in run.execute(longest, (now - _CONVERSATIONS_S, over)).fetchall()]
+            for at in range(0, len(gone), _MOST_KEYS):
+                lot = gone[at : at + _MOST_KEYS]
+                marks = ",".join("?" * len(lot))
+                run.execute(f"DELETE FROM conversations WHERE identity IN ({marks})", lot)
+                for table in _OF_CONVERSATIONS:
+                    run.execute(f"DELETE FROM {table} WHERE conversation IN ({marks})", lot)
+            run.execute("DELETE FROM beginnings WHERE used < ?", (now - _BEGINNINGS_S,))
+
+    def _forget_orphans(self) -> None:
+        """Forget what belongs to conversations that are not there: those whose first request was refused leave it."""
+        with self._state.write() as run:
+            for table in _OF_CONVERSATIONS:
+                run.execute(f"DELETE FROM {table} WHERE conversation NOT IN (SELECT identity FROM conversations)")
 
 
 def _document(conversation: Conversation) -> str:
@@ -292,10 +306,27 @@ def _document(conversation: Conversation) -> str:
 
 
 def _written(texts: Texts) -> list[Any]:
+    """The texts, and how those that the client sent last differ: a long system prompt is not kept twice for its clock."""
+    last = {place: text if place not in texts.base else _changed(texts.base[place], text) for place, text in texts.last.items()}
     same = dict(texts.last) == dict(texts.base)
-    return [texts.frame, dict(texts.base), None if same else dict(texts.last)]
+    return [texts.frame, dict(texts.base), None if same else last]
 
 
 def _texts(given: list[Any]) -> Texts:
     frame, base, last = given
-    return Texts(frame, base, base if last is None else last)
+    if last is None:
+        return Texts(frame, base, base)
+    whole = {place: text if isinstance(text, str) else _whole(base[place], *text) for place, text in last.items()}
+    return Texts(frame, base, whole)
+
+
+def _changed(before: str, after: str) -> list[Any]:
+    """How many characters are the same at the beginning and at the end, and what stands between."""
+    start = common_length(before, after)
+    rest, rest_after = before[start:], after[start:]
+    stop = common_length(rest[::-1], rest_after[::-1])
+    return [start, stop, rest_after[: len(rest_after) - stop]]
+
+
+def _whole(before: str, start: int, stop: int, between: str) -> str:
+    return before[:start] + between + before[len(before) - stop :]
