@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from programmable_kv.serve.access import Access
 from programmable_kv.serve.address import Address
@@ -25,7 +26,7 @@ from programmable_kv.serve.page import page_routes
 from programmable_kv.serve.refusal import RefusedError
 from programmable_kv.serve.rewriting.rewriter import Rewriter
 from programmable_kv.serve.rewriting.store import ConversationStore
-from programmable_kv.serve.routes import Dialect
+from programmable_kv.serve.routes import Dialect, route_of
 from programmable_kv.serve.salt import TenantSalt, secret_of
 from programmable_kv.serve.settings import GatewaySettings, Limits
 from programmable_kv.serve.state import State
@@ -102,7 +103,8 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
         found = observer.latest_miss(tenant) if observer is not None else None
         return Response(json.dumps({} if found is None else asdict(found)), media_type=_JSON)
 
-    return Starlette(
+    return _Gateway(
+        forwarder,
         routes=[
             *page_routes(),
             Route("/v1/{rest:path}", forwarder),
@@ -115,6 +117,20 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
         lifespan=lifespan,
         exception_handlers={404: no_such_route, 405: no_such_route},
     )
+
+
+class _Gateway(Starlette):
+    """Prompts go to the forwarder at once: the middleware of Starlette would take part in every chunk of their answers."""
+
+    def __init__(self, forwarder: Forwarder, **options: Any) -> None:
+        super().__init__(**options)
+        self._forwarder = forwarder
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and route_of(scope["path"]).observed:
+            await self._forwarder(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 def _health(fleet: Fleet) -> Response:
