@@ -186,10 +186,10 @@ class Connection(asyncio.Protocol):
             return
         if status not in _FINAL:
             raise ConnectionError("no status of HTTP")
-        self.status, self.headers, self._answered = status, tuple(self._found), True
-        coding = value_of(self.headers, b"transfer-encoding")
+        coding = value_of(self._found, b"transfer-encoding")
         if coding is not None and coding.strip().lower() != b"chunked":
             raise ConnectionError("a transfer coding that nobody asked for")
+        self.status, self.headers, self._answered = status, tuple(self._found), True
         if self._bodiless:
             self._complete, self._reusable = True, False  # the parser would wait for the body
 

@@ -9,6 +9,7 @@ from starlette.types import Message, Send
 
 from programmable_kv.serve.headers import Headers, value_of
 
+_NOT_MODIFIED = 304
 _EVENTS = b"text/event-stream"
 _ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
@@ -35,7 +36,9 @@ class Reply:
         kind = (value_of(headers, b"content-type") or b"").strip().lower()
         self._takes_events = plain and kind.startswith(_EVENTS) and value_of(headers, b"content-length") is None
         self.status = status
-        await self._send({"type": "http.response.start", "status": status, "headers": list(headers)})
+        lengthless = status == _NOT_MODIFIED  # uvicorn would wait for a body that such an answer never has
+        sent = [each for each in headers if not (lengthless and each[0] == b"content-length")]
+        await self._send({"type": "http.response.start", "status": status, "headers": sent})
 
     async def pass_on(self, chunk: bytes) -> None:
         """Send a part of the body."""
