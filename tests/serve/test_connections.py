@@ -127,7 +127,8 @@ def test_interim_answers_are_passed_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "status", "length"), [("HEAD", "200 OK", "7"), ("GET", "304 Not Modified", "7"), ("GET", "204 No Content", "")]
+    ("method", "status", "length"),
+    [("HEAD", "200 OK", "7"), ("GET", "304 Not Modified", "7"), ("GET", "204 No Content", "")],
 )
 def test_answers_that_have_no_body_end_at_once(
     method: str, status: str, length: str, capfd: pytest.CaptureFixture[str]
@@ -143,11 +144,15 @@ def test_answers_that_have_no_body_end_at_once(
 @pytest.mark.parametrize(
     "data",
     [
-        b"what is this\r\n\r\n", b"HTTP/1.1 999 Odd\r\ncontent-length: 0\r\n\r\n", b"HTTP/1.1 101 Switching\r\nupgrade: x\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n", b"HTTP/1.1 200 OK\r\nx-long: " + b"a" * 300_000,
-        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\nok", b"HTTP/1.1 200 OK\r\ncontent-length: 2",
+        b"what is this\r\n\r\n",
+        b"HTTP/1.1 999 Odd\r\ncontent-length: 0\r\n\r\n",
+        b"HTTP/1.1 101 Switching\r\nupgrade: x\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nx-long: " + b"a" * 300_000,
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2",
     ],
-)  # fmt: skip
+)
 def test_what_is_no_answer_is_a_typed_error(data: bytes) -> None:
     got = ask(data)
     assert (got.status_code, got.json()["error"]["code"]) == (502, "upstream_error")
@@ -164,7 +169,8 @@ def test_header_values_are_the_bytes_that_they_were() -> None:
 
     with raw_upstream(script) as upstream, running(GatewaySettings(upstream.url, port=0)) as gateway:
         with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
-            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nx-mine: caf\xe9 \xf0\r\ncontent-length: 0\r\n\r\n")
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nx-mine: caf\xe9 \xf0\r\n"
+            connection.sendall(head + b"content-length: 0\r\n\r\n")
             received = connection.recv(65536)
         assert b"x-theirs: caf\xe9\r\n" in received
         assert upstream.received[0].header(b"x-mine") == [b"caf\xe9 \xf0"]
@@ -205,16 +211,19 @@ def test_an_upstream_is_not_read_faster_than_the_client_reads() -> None:
             sent[0] += 100_000
         yield LAST
 
-    with raw_upstream(floods) as upstream, running(GatewaySettings(upstream.url, port=0)) as gateway:
-        with httpx2.stream("POST", f"{gateway.url}/v1/completions", content=b"{}", timeout=30) as got:
-            parts = got.iter_raw()
-            nbytes = len(next(parts))
-            last = -1
-            while sent[0] != last:  # until nothing moves
-                last = sent[0]
-                time.sleep(0.3)
-            assert last < 40_000_000, "the rest must wait in the upstream, not in the gateway"
-            nbytes += sum(len(part) for part in parts)
+    with (
+        raw_upstream(floods) as upstream,
+        running(GatewaySettings(upstream.url, port=0)) as gateway,
+        httpx2.stream("POST", f"{gateway.url}/v1/completions", content=b"{}", timeout=30) as got,
+    ):
+        parts = got.iter_raw()
+        nbytes = len(next(parts))
+        last = -1
+        while sent[0] != last:  # until nothing moves
+            last = sent[0]
+            time.sleep(0.3)
+        assert last < 40_000_000, "the rest must wait in the upstream, not in the gateway"
+        nbytes += sum(len(part) for part in parts)
     assert nbytes == 64_000_000
 
 
@@ -240,23 +249,25 @@ def test_headers_of_any_length_are_not_taken(lines: int, ended: bool) -> None:
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_client_of_an_older_http_gets_no_chunks(parts: int) -> None:
-    """It gets the bytes, and then the end of the connection; where its version comes late, a refusal and never a wrong answer."""
+    """It gets the bytes and then the end of the connection; where its version comes late, a refusal, never a wrong answer."""
 
     async def script(_: Received) -> AsyncIterator[bytes]:
         yield EVENTS_HEAD + chunk(b"data: one\n\n") + chunk(b"data: [DONE]\n\n") + LAST
 
-    with raw_upstream(script) as upstream, running(GatewaySettings(upstream.url, port=0)) as gateway:
-        with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
-            request = b"POST /v1/completions HTTP/1.0\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{}"
-            at = len(request) if parts == 1 else 12
-            connection.sendall(request[:at])
-            time.sleep(0.1)
-            connection.sendall(request[at:])
-            received = b""
-            while data := connection.recv(65536):
-                received += data
+    with (
+        raw_upstream(script) as upstream,
+        running(GatewaySettings(upstream.url, port=0)) as gateway,
+        socket.create_connection(("127.0.0.1", gateway.port)) as connection,
+    ):
+        request = b"POST /v1/completions HTTP/1.0\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{}"
+        at = len(request) if parts == 1 else 12
+        connection.sendall(request[:at])
+        time.sleep(0.1)
+        connection.sendall(request[at:])
+        received = b""
+        while data := connection.recv(65536):
+            received += data
     if parts == 1:
         assert received.endswith(b"\r\n\r\ndata: one\n\ndata: [DONE]\n\n")
     else:
         assert received.startswith(b"HTTP/1.1 400")
-

@@ -21,7 +21,11 @@ _LONGEST_HEAD = 64 * 2**10
 
 def events() -> list[bytes]:
     """The events of an answer, as Chat Completions streams them. There is no usage: nothing was counted."""
-    said = [({"role": "assistant", "content": _PIECE}, None), *[({"content": _PIECE}, None)] * (EVENTS - 3), ({}, "stop")]
+    said = [
+        ({"role": "assistant", "content": _PIECE}, None),
+        *[({"content": _PIECE}, None)] * (EVENTS - 3),
+        ({}, "stop"),
+    ]
     bodies = [
         json.dumps(
             {

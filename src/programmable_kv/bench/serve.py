@@ -1,10 +1,10 @@
 """What the gateway adds to a request: the same requests straight to an upstream and through gateways, interleaved in one run.
 
-The upstream, a gateway of each mode, LiteLLM's proxy where there is one, and the client are processes of one machine, and share its
-cores. Figures are differences and ratios within the run.
+The upstream, a gateway of each mode, LiteLLM's proxy where there is one, and the client are processes of one machine, and share
+its cores. Figures are differences and ratios within the run.
 
-Under arrivals (`serve_open`): what a user of many clients sees, with a growing number of conversations known to the gateway. One
-request at a time: how the added time grows with the body; the observer, which works behind each answer, ends before the next one.
+Under arrivals (`serve_open`): what many clients see, with more and more conversations known to the gateway. One request
+at a time: how the added time grows with the body; the observer, which works behind each answer, ends before the next one.
 Throughput is taken with clients that ask without a pause, and has the observer's work in it.
 """
 

@@ -21,7 +21,12 @@ _STOP_S = 10.0
 _QUIET_S = 60.0
 VOLATILE = {"volatile": [{"name": "the time", "pattern": "^Now: (.*)$"}]}
 """what a gateway that rewrites is told: the clock of `serve_load`"""
-_LITELLM = {"LITELLM_MODE": "PRODUCTION", "LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_DOCS": "True"}
+_LITELLM = {
+    "LITELLM_MODE": "PRODUCTION",
+    "LITELLM_LOG": "ERROR",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "NO_DOCS": "True",
+}
 """as its own page on production says; and it fetches nothing"""
 
 
@@ -125,7 +130,9 @@ def litellm(python: str, upstream_port: int, folder: Path) -> Iterator[Peer]:
         json.dumps(
             {
                 "model_list": [{"model_name": "fixed", "litellm_params": model}],
-                "general_settings": {"dangerously_permit_weak_or_unset_master_key": True},  # the others ask for no key, either
+                "general_settings": {
+                    "dangerously_permit_weak_or_unset_master_key": True
+                },  # the others ask for no key, either
                 "litellm_settings": {"set_verbose": False, "request_timeout": 600},
             }
         ),

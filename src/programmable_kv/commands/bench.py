@@ -154,7 +154,9 @@ def bench_serve(
 
     sizes_kb, counts = parse_lengths(sizes, "--sizes"), parse_lengths(sessions, "--sessions")
     path = record_path(out_path, "serve")
-    said = command().replace(litellm_python, "LITELLM_PYTHON") if litellm_python else command()  # a record names no place
+    said = (
+        command().replace(litellm_python, "LITELLM_PYTHON") if litellm_python else command()
+    )  # a record names no place
     with progress("Steps", steps_of(sizes_kb, counts)) as report:
         record = run(
             path, sizes_kb=sizes_kb, sessions=counts, per_second=per_second, open_seconds=open_seconds, requests=requests,

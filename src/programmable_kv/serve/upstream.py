@@ -70,9 +70,10 @@ class Upstream(Protocol):
 class HttpUpstream:
     """An upstream reached by HTTP/1.1 over connections that are kept open.
 
-    Requests are written as the bytes that they are: no header is added, none is spelled otherwise, no redirect followed, no cookie
-    kept, no body decoded, and no proxy taken from the environment. Clients that do one or more of these take more of
-    the gateway's time, too: httpx2's transport took three times as much for a request as all of this gateway.
+    Requests are written as the bytes that they are: no header is added, none is spelled otherwise, no redirect followed, no
+    cookie kept, no body decoded, and no proxy taken from the environment. With httpx2's transport in this place, which is as
+    faithful, a request took the gateway four times the processor time; with aiohttp's client, which spells headers anew, half
+    as much again.
     """
 
     def __init__(self, url: str, *, connect_s: float, read_s: float) -> None:

@@ -85,7 +85,9 @@ def keys_of(prompt: Prompt, rules: Rules, *whose: str) -> list[str]:
     chain = blake2b(repr(whose).encode(), digest_size=16)
     keys = []
     for unit in prompt.turns:
-        texts = [rules.mask(unit, place, text).text.encode("utf-8", "surrogatepass") for place, text in unit.texts.items()]
+        texts = [
+            rules.mask(unit, place, text).text.encode("utf-8", "surrogatepass") for place, text in unit.texts.items()
+        ]
         lengths = [*zip(unit.texts, map(len, texts), strict=True)]  # they part the texts, which are not copied
         chain.update(repr((unit.role, unit.frame, lengths)).encode("utf-8", "surrogatepass"))
         for text in texts:

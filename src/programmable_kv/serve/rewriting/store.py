@@ -307,7 +307,10 @@ def _document(conversation: Conversation) -> str:
 
 def _written(texts: Texts) -> list[Any]:
     """The texts, and how those that the client sent last differ: a long system prompt is not kept twice for its clock."""
-    last = {place: text if place not in texts.base else _changed(texts.base[place], text) for place, text in texts.last.items()}
+    last = {
+        place: text if place not in texts.base else _changed(texts.base[place], text)
+        for place, text in texts.last.items()
+    }
     same = dict(texts.last) == dict(texts.base)
     return [texts.frame, dict(texts.base), None if same else last]
 
