@@ -13,6 +13,8 @@ from typing import Any
 from programmable_kv.errors import InvalidArgumentError
 
 _VERSION = 1
+_CHECKPOINT_PAGES = 16_384
+"""64 MiB. Whoever writes when so much has gathered waits for the disk: with 4 MiB, as SQLite has it, every hundredth request"""
 _SCHEMA = """
 CREATE TABLE conversations (
     identity TEXT PRIMARY KEY, key TEXT NOT NULL, version INTEGER NOT NULL, document TEXT NOT NULL, used REAL NOT NULL
@@ -97,6 +99,7 @@ class State:
         run = self._connection.execute
         run("PRAGMA locking_mode = EXCLUSIVE")
         run("PRAGMA journal_mode = WAL")
+        run(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
         run(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         with self.write():
             [(version,)] = run("PRAGMA user_version").fetchall()
