@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from programmable_kv.bench import serve
-from programmable_kv.bench.fixed_upstream import EVENTS, events
+from programmable_kv.bench import serve, serve_open
+from programmable_kv.bench.fixed_upstream import EVENTS, events, said_in
 from programmable_kv.bench.http_client import Client, Timed
 from programmable_kv.bench.serve_load import TURNS, conversation
-from programmable_kv.bench.serve_peers import Peer, gateway, upstream
+from programmable_kv.bench.serve_peers import Peer, gateway, litellm_version, upstream
+from programmable_kv.bench.serve_ways import DIRECT, LITELLM, MODES, Way, checked, checked_text, percentiles
+from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.records import read_record
 
 ANSWER = b"".join(events())
@@ -84,8 +87,95 @@ def test_an_answer_that_is_not_the_upstreams_ends_the_bench() -> None:
         answer = client.ask(b"{}", "one")
     assert answer.body == b"no"
     with pytest.raises(ConnectionError, match="differs"):
-        serve.checked(answer)
-    serve.checked(Timed(1.0, 2.0, b"", ANSWER))
+        checked(answer)
+    checked(Timed(1.0, 2.0, b"", ANSWER))
+
+
+def test_a_proxy_that_writes_answers_anew_is_held_to_their_text() -> None:
+    spaced = ANSWER.replace(b'"object"', b'"added": 1, "object"')
+    checked_text(Timed(1.0, 2.0, b"", spaced))
+    parts = ANSWER.split(b"\n\n")
+    for other in (
+        b"",
+        ANSWER[:-8],
+        ANSWER.replace(b"words", b"works", 1),
+        b"\n\n".join(parts[1:]),
+        b"data: {}\n\ndata: [DONE]",
+    ):
+        with pytest.raises(ConnectionError, match="something else"):
+            checked_text(Timed(1.0, 2.0, b"", other))
+
+
+def test_the_answer_is_a_stream_that_a_client_reads() -> None:
+    chunks = [json.loads(line.removeprefix("data: ")) for line in ANSWER.decode().splitlines() if "{" in line]
+    assert len(chunks) == EVENTS - 1
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (EVENTS - 2) + ["stop"]
+    assert said_in(ANSWER) == "a few words " * (EVENTS - 2)
+
+
+def test_an_environment_without_litellm_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="has no LiteLLM"):
+        litellm_version(str(tmp_path / "python"))
+
+
+def test_arrivals_are_a_poisson_process_that_is_the_same_again() -> None:
+    found = serve_open.arrivals(50, 100, seed=3)
+    assert found == serve_open.arrivals(50, 100, seed=3) != serve_open.arrivals(50, 100, seed=4)
+    assert found == sorted(found)
+    assert 0 < found[0] < found[-1] < 100
+    assert 4700 < len(found) < 5300  # 5000, and four times its root
+    gaps = [after - before for before, after in pairwise(found)]
+    assert 0.9 < len(gaps) * sum(gap * gap for gap in gaps) / sum(gaps) ** 2 / 2 < 1.1, "even ones would give a half"
+
+
+@contextmanager
+def pausing(seconds: float) -> Iterator[int]:
+    """An upstream that answers each request of a connection, one at a time over all connections, after a pause."""
+    one = threading.Lock()
+    answer_bytes = (
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + b"%x\r\n" % len(ANSWER) + ANSWER + b"\r\n0\r\n\r\n"
+    )
+
+    def serve_one(connection: socket.socket) -> None:
+        with connection:
+            while connection.recv(2**16):
+                with one:
+                    time.sleep(seconds)
+                connection.sendall(answer_bytes)
+
+    def accept() -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            threading.Thread(target=serve_one, args=(connection,), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=accept, daemon=True).start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_what_waits_behind_a_slow_answer_counts_as_slow() -> None:
+    """Twice as many requests arrive as are answered: one at a time would say that each takes no longer than the first."""
+    with pausing(0.05) as port:
+        way = Way(DIRECT, Peer(port, os.getpid()))
+        with Client(port) as client:
+            alone = checked(client.ask(b"{}", "s")).first_ms
+        found = serve_open.open_loop([way], [b"{}"], per_second=40, seconds=1.0)[DIRECT]
+    assert found["errors"] == 0
+    assert found["requests"] == len(serve_open.arrivals(40, 1.0, seed=0))
+    assert alone < 200
+    assert found["first"]["p90_ms"] > 400, "the last ones wait for about as long as the first ones are late"
+
+
+def test_errors_under_arrivals_are_counted() -> None:
+    way = Way(DIRECT, Peer(0, os.getpid()), lambda answer: checked(Timed(1.0, 2.0, b"", b"no")))
+    with pausing(0.0) as port:
+        way.peer = Peer(port, os.getpid())
+        with pytest.raises(ConnectionError, match=r"hardly any request was answered.*differs"):
+            serve_open.open_loop([way], [b"{}"], per_second=20, seconds=0.5)
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
@@ -99,49 +189,70 @@ def test_memory_of_a_process() -> None:
     assert Peer(0, 2**30).resident_bytes is None
 
 
-def test_memory_that_is_not_known_is_no_figure() -> None:
-    unknown = {"session_bytes": None, "body_bytes": 8000}
-    summary = serve.summarise([{"what": "memory", "ways": dict.fromkeys(serve.MODES, unknown)}])
-    assert summary["pass"] == {}
-
-
 def test_percentiles() -> None:
-    found = serve.percentiles([float(number) for number in range(101)])
-    assert found == {"p50_ms": 50.0, "p99_ms": 99.0}
+    found = percentiles([float(number) for number in range(101)])
+    assert found == {"p50_ms": 50.0, "p90_ms": 90.0, "p99_ms": 99.0}
+
+
+def times(first: float) -> dict[str, float]:
+    return {"p50_ms": first, "p90_ms": 1.5 * first, "p99_ms": 2 * first}
 
 
 def test_the_summary_subtracts_the_direct_way() -> None:
     def way(first: float, per_second: float) -> dict[str, object]:
-        times = {"p50_ms": first, "p99_ms": 2 * first}
-        actions = {"erratum": 5, "announced": 1}
-        own = {"p50_ms": 0.1, "p99_ms": 0.2}
-        return {"first": times, "whole": times, "own": own, "actions": actions, "per_second": per_second}
+        found = {
+            "first": times(first),
+            "whole": times(first),
+            "own": times(0.1),
+            "actions": {"erratum": 5, "announced": 1},
+        }
+        return {**found, "per_second": per_second}
 
-    ways = {"direct": way(1.0, 100.0), **{mode: way(3.0, 25.0) for mode in serve.MODES}}
+    ways = {DIRECT: way(1.0, 100.0), **{mode: way(3.0, 25.0) for mode in (*MODES, LITELLM)}}
+    rows = [{"what": "latency", "kb": 8, "ways": ways}, {"what": "throughput", "kb": 8, "clients": 1, "ways": ways}]
+    summary = serve.summarise(rows)
+    added = {f"added_{part}_{name}": 2 * value for part in ("first", "whole") for name, value in times(1.0).items()}
+    found = {f"{part}_{name}": value for part in ("first", "whole") for name, value in times(3.0).items()}
+    rates = {"per_second_at_1": 25.0, "of_direct_at_1": 0.25}
+    assert summary["pass"]["at_8_kb"] == {**found, **added, **rates, "own_p50_ms": 0.1, "rewritten": 5}
+    assert summary[LITELLM]["at_8_kb"] == {**found, **added, **rates}
+    assert summary[DIRECT]["at_8_kb"]["first_p99_ms"] == 2.0
+    assert not any(name.startswith("added") for name in summary[DIRECT]["at_8_kb"])
+
+
+def test_the_summary_says_what_sessions_cost() -> None:
+    def way(first: float, grown: int | None) -> dict[str, object]:
+        return {"first": times(first), "whole": times(first), "requests": 9, "errors": 1, "session_bytes": grown}
+
     rows = [
-        {"what": "latency", "kb": 8, "ways": ways},
-        {"what": "throughput", "kb": 8, "clients": 1, "ways": ways},
+        {"what": "arrivals", "sessions": 10, "ways": {DIRECT: way(1.0, None), "pass": way(3.0, 90_000)}},
+        {"what": "arrivals", "sessions": 1000, "ways": {DIRECT: way(2.0, None), "pass": way(4.5, 12_345)}},
     ]
     summary = serve.summarise(rows)
-    assert summary["pass"]["at_8_kb"] == {
-        "added_first_p50_ms": 2.0, "added_first_p99_ms": 4.0, "added_whole_p50_ms": 2.0, "added_whole_p99_ms": 4.0,
-        "own_p50_ms": 0.1, "rewritten": 5, "per_second_at_1": 25.0, "of_direct_at_1": 0.25,
-    }  # fmt: skip
-    assert summary["direct"]["at_8_kb"]["first_p99_ms"] == 2.0
+    assert summary["pass"]["session_kb"] == 12.35, "of the conversations that were opened last, which are the most"
+    assert summary["pass"]["growth_first_p50_ms"] == 0.5
+    assert summary["pass"]["open_1000"]["errors"] == 1
+    assert "session_kb" not in summary[DIRECT]
 
 
 @pytest.mark.slow
 def test_a_slice_of_the_bench(tmp_path: Path) -> None:
-    """Every way is measured, and only the gateway that rewrites rewrites. No time is asserted."""
+    """Every way is measured, gateways know their conversations, and only one rewrites. No time is asserted."""
     steps: list[tuple[int, int]] = []
     path = tmp_path / "serve.json"
     run = serve.run(
-        path, sizes_kb=[8], requests=8, seconds=0.1, sessions=20, report=lambda done, all: steps.append((done, all))
-    )
+        path, sizes_kb=[8], sessions=[2, 20], per_second=20, open_seconds=0.5, requests=8, seconds=0.1,
+        report=lambda done, all: steps.append((done, all)),
+    )  # fmt: skip
     assert read_record(path) == run
-    assert steps[-1] == (serve.steps_of([8]), serve.steps_of([8]))
-    latency, alone, eight = run.rows[1:]
-    assert set(latency["ways"]) == {"direct", *serve.MODES}
+    assert steps[-1] == (serve.steps_of([8], [2, 20]), serve.steps_of([8], [2, 20]))
+    few, many, latency, alone, eight = run.rows
+    for row, sessions in ((few, 2), (many, 20)):
+        assert set(row["ways"]) == {DIRECT, *MODES}
+        for way in row["ways"].values():
+            assert (way["requests"], way["errors"]) == (len(serve_open.arrivals(20, 0.5, seed=0)), 0)
+        for mode in ("observe", "erratum"):
+            assert sessions <= row["ways"][mode]["known"] <= sessions + 2 * serve_open.CLIENTS
     assert {name: way["actions"] for name, way in latency["ways"].items()} == {
         "direct": {},
         "pass": {},
@@ -151,4 +262,4 @@ def test_a_slice_of_the_bench(tmp_path: Path) -> None:
     for row in (alone, eight):
         assert all(way["requests"] >= row["clients"] and way["per_second"] > 0 for way in row["ways"].values())
     assert run.figure("erratum.at_8_kb.rewritten") == 7
-    assert set(run.rows[0]["ways"]) == set(serve.MODES)
+    assert run.settings["litellm"] == ""
