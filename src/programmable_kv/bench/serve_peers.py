@@ -17,8 +17,6 @@ from typing import Any
 
 from programmable_kv.errors import InvalidArgumentError
 
-from programmable_kv.errors import InvalidArgumentError
-
 _START_S = 120.0
 _STOP_S = 10.0
 _QUIET_S = 60.0
