@@ -18,7 +18,7 @@ from programmable_kv.serve.rewriting.body import read
 from programmable_kv.serve.rewriting.plan import Action
 from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.rewriting.wording import new_token
-from programmable_kv.serve.state import State
+from programmable_kv.serve.states import open_state
 from serve.rewriting_peers import CHAT, MESSAGES, RESPONSES, RULES, extends
 
 SYSTEM = RULES + "One: <{one}>. Two: <{two}>. The end."
@@ -34,7 +34,7 @@ class Peer:
     """A notebook, and what is sent for it."""
 
     def __init__(self, route: str, system: str = SYSTEM, rebase_after: int = 64) -> None:
-        self.state = State(None, durable=False)
+        self.state = open_state(None, durable=False)
         self.shelf = BookShelf(self.state, most=9)
         self.rewriter = BookRewriter(ConversationStore(self.state, most=99), "u", rebase_after=rebase_after)
         self.route = route
