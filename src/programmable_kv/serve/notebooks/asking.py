@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+from functools import partial
 
+from programmable_kv.serve.aside import Aside
 from programmable_kv.serve.headers import Headers
 from programmable_kv.serve.notebooks.composing import Ask, Composer
 from programmable_kv.serve.notebooks.shelf import BookShelf
@@ -23,8 +24,11 @@ _NAMED = PREFIX.encode()
 class Asking:
     """Knows which requests are to notebooks."""
 
-    def __init__(self, shelf: BookShelf, rewriter: BookRewriter, composer: Composer | None = None) -> None:
+    def __init__(
+        self, shelf: BookShelf, rewriter: BookRewriter, aside: Aside, composer: Composer | None = None
+    ) -> None:
         self._shelf = shelf
+        self._aside = aside
         self._rewriter = rewriter
         self._composer = composer
 
@@ -36,7 +40,8 @@ class Asking:
         """
         if _NAMED not in data:
             return None
-        return await asyncio.to_thread(self._begun, tenant, route, headers, data)
+        begin = partial(self._begun, tenant, route, headers, data)
+        return await self._aside.run_long(begin, undo=_abandoned)
 
     async def composed(self, work: Rewriting | None, data: bytes, ask: Ask) -> bytes:
         """What is sent: with the skills of a notebook named, where they stand in the prompt."""
@@ -67,3 +72,8 @@ class Asking:
         except Exception as error:  # a fault of ours: the client gets a typed error, the log its class and no text
             _LOG.error("a request to a notebook failed (%s)", type(error).__name__)
             raise RefusedError(Refusal(500, "internal_error", "the gateway failed at this request")) from error
+
+
+def _abandoned(work: Rewriting | None) -> None:
+    if work is not None:
+        work.by.abandoned(work)
