@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from programmable_kv.errors import InvalidArgumentError
+from programmable_kv.lab.experiments.attribution import ATTRIBUTION
 from programmable_kv.lab.experiments.blast_radius import BLAST_RADIUS
 from programmable_kv.lab.experiments.boundary import BOUNDARY
 from programmable_kv.lab.experiments.dissociation import DISSOCIATION
@@ -17,7 +18,19 @@ from programmable_kv.lab.experiments.where import WHERE
 
 EXPERIMENTS = {
     each.name: each
-    for each in (BLAST_RADIUS, LOCALITY, WHERE, KNOCK_OUT, DISSOCIATION, PREVENTION, PREDICTION, SEAM, BOUNDARY, ERRATA)
+    for each in (
+        BLAST_RADIUS,
+        LOCALITY,
+        WHERE,
+        KNOCK_OUT,
+        DISSOCIATION,
+        PREVENTION,
+        PREDICTION,
+        SEAM,
+        BOUNDARY,
+        ERRATA,
+        ATTRIBUTION,
+    )
 }
 
 
