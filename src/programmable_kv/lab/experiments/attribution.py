@@ -131,7 +131,7 @@ def _compared(exact: Sequence[float], scores: dict[str, list[float]]) -> Row:
 def _top(pair: Pair, later: Sequence[int], exact: Sequence[float], scores: dict[str, list[float]]) -> Row:
     """The gap where the best tokens by a score are patched together."""
     chosen = {
-        name: tuple(sorted((later[i] for i in sorted(range(len(later)), key=lambda i: (-found[i], -i))[:TOP])))
+        name: tuple(sorted(later[i] for i in sorted(range(len(later)), key=lambda i: (-found[i], -i))[:TOP]))
         for name, found in ({"exact": list(exact)} | scores).items()
     }
     gaps = pair.gaps([Probe(slots) for slots in chosen.values()])

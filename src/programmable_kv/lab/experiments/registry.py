@@ -11,6 +11,7 @@ from programmable_kv.lab.experiments.errata import ERRATA
 from programmable_kv.lab.experiments.experiment import Experiment
 from programmable_kv.lab.experiments.knock_out import KNOCK_OUT
 from programmable_kv.lab.experiments.locality import LOCALITY
+from programmable_kv.lab.experiments.path_closure import PATH_CLOSURE
 from programmable_kv.lab.experiments.prediction import PREDICTION
 from programmable_kv.lab.experiments.prevention import PREVENTION
 from programmable_kv.lab.experiments.seam import SEAM
@@ -30,6 +31,7 @@ EXPERIMENTS = {
         BOUNDARY,
         ERRATA,
         ATTRIBUTION,
+        PATH_CLOSURE,
     )
 }
 
