@@ -15,9 +15,9 @@ from programmable_kv.lab.experiments import heads as paths
 from programmable_kv.lab.experiments import path_closure
 from programmable_kv.lab.experiments.cases import cases
 from programmable_kv.lab.experiments.nulls import matched_heads
-from programmable_kv.lab.experiments.pair import Pair, pair_of
+from programmable_kv.lab.experiments.pair import Pair, appended_last, pair_of
 from programmable_kv.lab.experiments.shares import added, shares_by_layer
-from programmable_kv.lab.tools.head_outputs import head_outputs, heads_from
+from programmable_kv.lab.tools.head_outputs import head_outputs, head_slopes, heads_from
 from programmable_kv.lab.tools.together import Probe
 
 CLOSE = {"rel": 1e-9, "abs": 1e-9}
@@ -115,6 +115,23 @@ def test_all_heads_write_the_notes_and_none_writes_nothing(
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def test_slopes_are_those_of_small_writings(pair: Pair, notes: dict[str, tuple[int, ...]]) -> None:
+    """A thousandth of a head's change moves the gap by a thousandth of its slope times the change."""
+    slots = notes["actions"]
+    appended, appended_rows = appended_last(pair, pair.old, slots)
+    slopes = head_slopes(pair.engine, appended, appended_rows, appended_rows.slots[:-1], pair.gap_in)
+    writing = paths.Writing(pair, slots)
+    own = paths.Writing(pair, slots, noising=True).outputs
+    change = writing.outputs - own
+    for layer, head in ((1, 0), (1, 3)):
+        part = torch.zeros_like(change)
+        part[layer, :, head] = change[layer, :, head]
+        writing.outputs = own + part / 1000
+        moved = (writing.gap([(layer, head)]) - pair.scale.old) * 1000
+        assert moved == pytest.approx(float((slopes * part).sum()), rel=1e-2, abs=1e-6)
+    assert len(paths.writing_effects(pair, slots)) == len(paths.all_heads(pair))
+
+
 def test_heads_that_do_not_exist_write_nothing(pair: Pair) -> None:
     rows = Rows((pair.token,), (pair.text.last,), (pair.text.last,))
     outputs = head_outputs(pair.engine, pair.fresh, rows, [pair.text.last])
@@ -172,10 +189,9 @@ def test_heads_are_ranked_by_the_size_of_their_mean_effect() -> None:
 
 def test_a_row_has_every_arm(pair: Pair) -> None:
     ranking = [path_closure.rank(pair) | {"domain": domain} for domain in "aabb"]
-    assert "write" not in ranking[0] or pair.case.number in path_closure.SCANNED
     row: Any = path_closure.measure(pair, ranking)
     for name, sizes in row["read"].items():
         for count, arms in sizes.items():
             assert set(arms) >= {"alone", "rest", "random"}, (name, count)
     assert set(row["write"]["1"]) == {"alone", "random"}
-    assert row["stable"]["write"] == {"shared": None, "ranks": None}
+    assert row["stable"] == {part: {"shared": 1.0, "ranks": 1.0} for part in ("read", "write")}

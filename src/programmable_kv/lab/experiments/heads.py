@@ -7,10 +7,10 @@ from statistics import fmean
 
 from programmable_kv.engine import Rows
 from programmable_kv.lab.experiments.experiment import Row
-from programmable_kv.lab.experiments.pair import Pair
+from programmable_kv.lab.experiments.pair import Pair, appended_last
 from programmable_kv.lab.experiments.written import TAIL, Part, Text
 from programmable_kv.lab.statistics.ranks import spearman
-from programmable_kv.lab.tools.head_outputs import Head, head_outputs, heads_from
+from programmable_kv.lab.tools.head_outputs import Head, head_outputs, head_slopes, heads_from
 from programmable_kv.lab.tools.readouts import split_in_half
 from programmable_kv.lab.tools.together import Probe, probed
 
@@ -54,17 +54,13 @@ class Writing:
     def __init__(self, pair: Pair, notes: Sequence[int], *, noising: bool = False) -> None:
         self.pair, self.notes = pair, tuple(sorted(notes))
         self.here, donor = (pair.fresh, pair.old) if noising else (pair.old, pair.fresh)
-        self.outputs = head_outputs(pair.engine, donor, self._rows(), self.notes)
-
-    def _rows(self) -> Rows:
-        slots = (*self.notes, self.pair.text.last)
-        return Rows(tuple(self.pair.text.ids[slot] for slot in slots), slots, slots)
+        self.outputs = head_outputs(pair.engine, donor, _rows_of(pair, self.notes), self.notes)
 
     def gap(self, heads: Sequence[Head]) -> float:
         """The gap where these heads write the other context's notes. The contexts are unchanged."""
         engine = self.pair.engine
         with heads_from(engine, self.here, self.outputs, heads, self.notes):
-            return float(self.pair.gap_in(engine.compute(self.here, self._rows())[-1]))
+            return float(self.pair.gap_in(engine.compute(self.here, _rows_of(self.pair, self.notes))[-1]))
 
     def read(self, heads: Sequence[Head], readers: Sequence[Head]) -> float:
         """The same where the deciding row reads these notes in some heads only, and in all others what stood there before."""
@@ -74,6 +70,28 @@ class Writing:
             pair.engine.compute(written, Rows(ids, self.notes, self.notes), logits=0)
             probe = Probe(self.notes, places=tuple(readers))
             return float(pair.gap_in(probed(pair.engine, self.here, pair.token, [probe], written)[0]))
+
+
+def writing_effects(pair: Pair, notes: Sequence[int]) -> list[float]:
+    """What each head's writing of the notes would do to the gap, estimated: its change times the mean of both contexts' slopes.
+
+    Exact for each head would be a forward for each of them.
+    """
+    slots = tuple(sorted(notes))
+    outputs, slopes = [], []
+    for buffer in (pair.old, pair.fresh):
+        outputs.append(head_outputs(pair.engine, buffer, _rows_of(pair, slots), slots))
+        appended, rows = appended_last(pair, buffer, slots)
+        slopes.append(head_slopes(pair.engine, appended, rows, rows.slots[:-1], pair.gap_in))
+    estimated = (outputs[1] - outputs[0]) * (slopes[0] + slopes[1]) / 2
+    by_head: list[float] = estimated.sum(dim=(1, 3)).flatten().tolist()
+    return by_head
+
+
+def _rows_of(pair: Pair, slots: Sequence[int]) -> Rows:
+    """These slots' rows, and the one that decides."""
+    whole = (*slots, pair.text.last)
+    return Rows(tuple(pair.text.ids[slot] for slot in whole), whole, whole)
 
 
 def strongest(effects: Sequence[Sequence[float]], heads: Sequence[Head], count: int) -> tuple[Head, ...]:

@@ -1,9 +1,9 @@
 """Field, note, decision: which heads write the notes, which read them, and what is left of the effect beside these paths?
 
-Heads are ranked one by one on policies of other domains and scored together here, beside as many random heads of the same
-layers. Reading is the deciding row's: some heads read the new context's notes, all others the old one's, which is exact and
-closes a path (`together.Probe.places`). Writing is the notes' rows: some heads' outputs there are the new context's.
-The rest is the new decision where everything but the chosen paths is the new context's.
+Heads are ranked one by one on policies of other domains, exactly for reading and by slopes for writing, and scored together
+here, beside as many random heads of the same layers. Reading is the deciding row's: some heads read the new context's notes,
+all others the old one's, which is exact and closes a path (`together.Probe.places`). Writing is the notes' rows: some heads'
+outputs there are the new context's. The rest is the new decision where all but the chosen paths is the new context's.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from programmable_kv.lab.experiments.heads import (
     read_elsewhere,
     stability,
     strongest,
+    writing_effects,
 )
 from programmable_kv.lab.experiments.nulls import matched_heads
 from programmable_kv.lab.experiments.pair import Pair
@@ -42,8 +43,6 @@ DRAWS = 2
 """random sets of reading heads for each size; of writing heads, each a forward of its own, one"""
 MATTERS = 0.005
 """a head without which the circuit recovers less than this less is no part of it"""
-SCANNED = range(16, 32)
-"""numbers of the policies on which writing heads are ranked, each of them in a forward of its own: that takes long"""
 
 
 def circuit(heads: Sequence[Head], part: str) -> int:
@@ -52,34 +51,26 @@ def circuit(heads: Sequence[Head], part: str) -> int:
 
 
 def rank(pair: Pair) -> Row:
-    """What each head does alone, as a recovery: reading both rules, and writing the actions."""
+    """What each head does alone, as a recovery: reading both rules, exactly; writing the actions, by its slope."""
     heads, notes = all_heads(pair), note_sets(pair)
     span = pair.scale.new - pair.scale.old
-    gaps = {"read": pair.gaps([read_by(pair, notes["both_rules"], [head]) for head in heads])}
-    if pair.case.number in SCANNED:
-        writing = Writing(pair, notes["actions"])
-        gaps["write"] = [writing.gap([head]) for head in heads]
-    return {part: [round((gap - pair.scale.old) / span, 4) for gap in each] for part, each in gaps.items()}
+    gaps = pair.gaps([read_by(pair, notes["both_rules"], [head]) for head in heads])
+    moved = {"read": [gap - pair.scale.old for gap in gaps], "write": writing_effects(pair, notes["actions"])}
+    return {part: [round(each / span, 4) for each in found] for part, found in moved.items()}
 
 
 def measure(pair: Pair, others: Sequence[Row]) -> Row:
     """What the heads ranked on other policies do together, and what is left beside them."""
     heads, notes = all_heads(pair), note_sets(pair)
-    ranking = {part: [row for row in others if part in row] for part in CIRCUIT}
-    ranked = {part: strongest([row[part] for row in rows], heads, len(heads)) for part, rows in ranking.items()}
+    ranked = {part: strongest([row[part] for row in others], heads, len(heads)) for part in CIRCUIT}
     rng = random.Random(f"{SEED}/path-closure/{pair.case.number}")
     row: Row = {"notes": _notes(pair, notes), "read": _reading(pair, notes, ranked["read"], rng)}
     row["write"] = _writing(pair, notes["actions"], ranked["write"], rng)
     row["whole"] = _whole(pair, notes["actions"], ranked)
     row["without_one"] = _without_one(pair, notes["both_rules"], ranked["read"][: circuit(heads, "read")], rng)
-    row["stable"] = {
-        part: rounded(stability(rows, part, heads, circuit(heads, part))) for part, rows in ranking.items()
-    }
+    row["stable"] = {part: rounded(stability(others, part, heads, circuit(heads, part))) for part in CIRCUIT}
     row["depth"] = rounded(
-        {
-            part: depth([each[part] for each in rows], heads, ranked[part][: circuit(heads, part)])
-            for part, rows in ranking.items()
-        }
+        {part: depth([each[part] for each in others], heads, ranked[part][: circuit(heads, part)]) for part in CIRCUIT}
     )
     row["shares"] = shares_by_layer(pair, _firsts(pair, notes["actions"]))
     return row
@@ -215,5 +206,6 @@ PATH_CLOSURE = Experiment(
     measure=measure,
     summarise=summarise,
     rank=rank,
-    scenarios=96,
+    scenarios=128,
+    ranking=32,
 )

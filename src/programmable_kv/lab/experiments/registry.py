@@ -6,6 +6,7 @@ from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.lab.experiments.attribution import ATTRIBUTION
 from programmable_kv.lab.experiments.blast_radius import BLAST_RADIUS
 from programmable_kv.lab.experiments.boundary import BOUNDARY
+from programmable_kv.lab.experiments.conclusion import CONCLUSION
 from programmable_kv.lab.experiments.dissociation import DISSOCIATION
 from programmable_kv.lab.experiments.errata import ERRATA
 from programmable_kv.lab.experiments.experiment import Experiment
@@ -32,6 +33,7 @@ EXPERIMENTS = {
         ERRATA,
         ATTRIBUTION,
         PATH_CLOSURE,
+        CONCLUSION,
     )
 }
 

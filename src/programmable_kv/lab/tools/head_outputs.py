@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -24,6 +24,27 @@ def head_outputs(engine: Engine, buffer: KVBuffer, rows: Rows, slots: Sequence[i
     with recorded(engine, buffer, sites, slots) as found:
         engine.compute(buffer, rows)
     return torch.stack([found[site] for site in sites])
+
+
+def head_slopes(
+    engine: Engine, buffer: KVBuffer, rows: Rows, slots: Sequence[int], target: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The gradient of a number of the last row's logits by what every head has read in these slots: [L, slots, heads, D_v].
+
+    The rows are appended, as `Engine.graph` asks. The buffer is unchanged.
+    """
+    leaves: list[torch.Tensor] = []
+
+    def watch(read: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        leaves.append(torch.zeros_like(read, requires_grad=True))
+        return read + leaves[-1]
+
+    with ExitStack() as stack:
+        for layer in range(len(buffer)):
+            stack.enter_context(changed(engine, buffer, Site(Place.HEADS, layer), watch, slots))
+        with engine.graph(buffer, rows) as graph:
+            found = torch.autograd.grad(target(graph.logits[-1]), leaves)
+    return torch.stack(found)
 
 
 @contextmanager
