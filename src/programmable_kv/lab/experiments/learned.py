@@ -18,6 +18,8 @@ from programmable_kv.lab.tools.sites import Place, Site
 
 DIMENSIONS = (1, 2, 4, 8)
 STEPS, BATCH = 24, 4
+RATE = 0.005
+"""small: it starts where notes change, and Adam's first steps move every entry by as much"""
 CONTROLS = 3
 """control tasks: labels that are random by action"""
 STRENGTH = 1.0
@@ -81,9 +83,11 @@ class Learned:
         return torch.cov(streams.T)
 
     def changes(self, layer: int, dimensions: int) -> torch.Tensor:
-        """The subspace [d, k] in which most of what changes between the contexts lies."""
+        """The subspace [d, k] in which most of what changes between the contexts lies; of few examples, filled up."""
         apart = torch.cat([each.new[layer] - each.old[layer] for each in self.examples])
-        return torch.linalg.svd(apart.double(), full_matrices=False).Vh[:dimensions].T.to(apart)
+        found = torch.linalg.svd(apart.to("cpu", torch.float64), full_matrices=False).Vh[:dimensions].T
+        filling = torch.randn(len(found), dimensions, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return torch.linalg.qr(torch.cat((found, filling), dim=1)).Q[:, :dimensions].to(apart)
 
     def subspace(self, engine: Any, layer: int, dimensions: int) -> torch.Tensor:
         """The subspace [d, k] along which exchanged notes give the new decision, learnt by gradients (DAS)."""
@@ -92,7 +96,7 @@ class Learned:
             exchanges = [each.at(layer) for each in self.examples]
             start, batch = self.changes(layer, dimensions), min(BATCH, len(exchanges))
             site = Site(Place.RESIDUAL, layer)
-            found = align(engine, site, exchanges, dimensions, steps=STEPS, start=start, batch=batch)
+            found = align(engine, site, exchanges, dimensions, steps=STEPS, rate=RATE, start=start, batch=batch)
             self._subspaces[key] = found.basis
         return self._subspaces[key]
 
