@@ -81,6 +81,10 @@ BARS = [
     ("edit-ttft-embedded-design", "at_4096.design_over_erratum_tokens", AT_MOST, 3),
     ("edit-ttft", "at_4096.design_over_causal_prefill", AT_MOST, 1.1),
     ("edit-ttft", "at_4096.suffix_over_full", AT_MOST, 1),
+    ("attribution", "pooled.signed.low", AT_LEAST, 0.8),
+    ("attribution", "tokens.attributed.felt.low", AT_LEAST, 0.8),
+    ("attribution", "tokens.shuffled.sizes.high", AT_MOST, 0.1),
+    ("attribution", "fewer.tokens", AT_LEAST, 20),
 ]
 SHORT = [
     ("adapter-held-out", "direct.value", AT_LEAST, 0.97),

@@ -17,7 +17,7 @@ from programmable_kv.lab.experiments.written import Text
 from programmable_kv.lab.tools.changes import interchanged, replaced
 from programmable_kv.lab.tools.together import Probe
 
-CLOSE = {"rel": 1e-9, "abs": 1e-9}
+CLOSE: Any = {"rel": 1e-9, "abs": 1e-9}
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from programmable_kv.lab.experiments.shares import added, shares_by_layer
 from programmable_kv.lab.tools.head_outputs import head_outputs, head_slopes, heads_from
 from programmable_kv.lab.tools.together import Probe
 
-CLOSE = {"rel": 1e-9, "abs": 1e-9}
+CLOSE: Any = {"rel": 1e-9, "abs": 1e-9}
 
 
 @pytest.fixture(scope="module")
