@@ -16,7 +16,11 @@ _SCORES = {
     "attention": "attention",
     "shuffled": "random\norder",
 }
-_ALIKE = (("sizes", "all tokens", GREY), ("felt", "tokens that do anything", BLUE), ("first", "first eight shared", ORANGE))
+_ALIKE = (
+    ("sizes", "all tokens", GREY),
+    ("felt", "tokens that do anything", BLUE),
+    ("first", "first eight shared", ORANGE),
+)
 _ARMS = (
     ("alone", "only these heads read the new notes", BLUE, "-"),
     ("rest", "everything else is new", ORANGE, "-"),
@@ -60,9 +64,7 @@ def _curve(axes: Any, found: dict[int, Any], label: str, colour: str, style: str
     axes.fill_between(
         counts, [found[k]["low"] for k in counts], [found[k]["high"] for k in counts], color=colour, alpha=0.15, lw=0
     )
-    axes.plot(
-        counts, [found[k]["value"] for k in counts], style, marker="o", markersize=4, color=colour, label=label
-    )
+    axes.plot(counts, [found[k]["value"] for k in counts], style, marker="o", markersize=4, color=colour, label=label)
 
 
 FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
