@@ -146,5 +146,5 @@ CONCLUSION = Experiment(
     summarise=summarise,
     rank=rank,
     scenarios=96,
-    ranking=32,
+    ranking=16,
 )

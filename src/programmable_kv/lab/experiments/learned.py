@@ -17,7 +17,8 @@ from programmable_kv.lab.tools.linear_probes import control_labels, mean_directi
 from programmable_kv.lab.tools.sites import Place, Site
 
 DIMENSIONS = (1, 2, 4, 8)
-STEPS, BATCH = 24, 4
+STEPS, BATCH = 3, 4
+"""steps of gradient descent for each example, and examples of a step"""
 RATE = 0.005
 """small: it starts where notes change, and Adam's first steps move every entry by as much"""
 CONTROLS = 3
@@ -96,7 +97,7 @@ class Learned:
             exchanges = [each.at(layer) for each in self.examples]
             start, batch = self.changes(layer, dimensions), min(BATCH, len(exchanges))
             site = Site(Place.RESIDUAL, layer)
-            found = align(engine, site, exchanges, dimensions, steps=STEPS, rate=RATE, start=start, batch=batch)
+            found = align(engine, site, exchanges, dimensions, steps=STEPS * len(exchanges), rate=RATE, start=start, batch=batch)
             self._subspaces[key] = found.basis
         return self._subspaces[key]
 
