@@ -85,6 +85,17 @@ BARS = [
     ("attribution", "tokens.attributed.felt.low", AT_LEAST, 0.8),
     ("attribution", "tokens.shuffled.sizes.high", AT_MOST, 0.1),
     ("attribution", "fewer.tokens", AT_LEAST, 20),
+    ("path-closure", "notes.both_rules.rest.recovery.value", AT_MOST, 0.05),
+    ("path-closure", "notes.rules_and_tail.rest.recovery.high", AT_MOST, 0.05),
+    ("path-closure", "read.both_rules.24.random.high", AT_MOST, 0.05),
+    ("path-closure", "write.12.random.high", AT_MOST, 0.05),
+    ("lens-peer", "apart.patch", AT_MOST, 1e-4),
+    ("lens-peer", "apart.knock_out", AT_MOST, 1e-4),
+    ("lens-peer", "apart.lens", AT_MOST, 1e-4),
+    ("lens-peer", "theirs_over_ours.patch", AT_LEAST, 5),
+    ("lens-peer", "theirs_over_ours.patch_alone", AT_LEAST, 5),
+    ("lens-peer", "theirs_over_ours.knock_out", AT_LEAST, 5),
+    ("lens-peer", "theirs_over_ours.lens", AT_LEAST, 5),
 ]
 SHORT = [
     ("adapter-held-out", "direct.value", AT_LEAST, 0.97),
@@ -121,6 +132,7 @@ SHORT = [
     ("by-design-embedded-design", "updates.design.right.value", AT_LEAST, 0.97),
     ("by-design-embedded-design", "tools.design.right.value", AT_LEAST, 0.8),
     ("by-design-embedded-design", "order_changes.value", AT_MOST, 0.01),
+    ("path-closure", "read.both_rules.24.rest.value", AT_MOST, 0.05),
 ]
 
 
