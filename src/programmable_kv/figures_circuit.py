@@ -9,8 +9,8 @@ from programmable_kv.drawing import BLUE, GREEN, GREY, ORANGE, bars
 from programmable_kv.records import Record
 
 _SCORES = {
-    "attributed": "attribution,\nsoftmax anew",
-    "dropped": "the same,\ngradients dropped",
+    "attributed": "attribution",
+    "dropped": "gradients\ndropped",
     "linear": "plain\ngradients",
     "moved": "how far\nit moves",
     "attention": "attention",
@@ -34,7 +34,7 @@ def _attribution(axes: Any, record: Record) -> None:
     for number, (key, label, colour) in enumerate(_ALIKE):
         bars(axes, [found[score][key] for score in _SCORES], number, len(_ALIKE), label, colour)
     axes.set_xticks(range(len(_SCORES)), list(_SCORES.values()), fontsize=8)
-    axes.set_ylabel("rank correlation with exact effects")
+    axes.set_ylabel("agreement with exact effects")
     axes.axhline(0, color="#222222", lw=0.6)
     axes.set_ylim(-0.1, 1.25)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])

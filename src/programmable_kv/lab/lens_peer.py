@@ -11,6 +11,8 @@ import copy
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -89,10 +91,7 @@ class Peer:
                 "the probes are compared with TransformerLens, which is not installed and no dependency of ours. "
                 "Run: pip install transformer-lens"
             )
-        from importlib.metadata import version
-
-        from transformer_lens.model_bridge import TransformerBridge
-
+        bridges = import_module("transformer_lens.model_bridge")
         # It changes the model that it wraps.
         own = copy.deepcopy(model.engine.model)
         own.set_attn_implementation("eager")
@@ -100,7 +99,7 @@ class Peer:
             own.config.save_pretrained(folder)
             model.tokenizer.save_pretrained(folder)
             device = str(model.engine.device)
-            bridge = TransformerBridge.boot_transformers(folder, hf_model=own, device=device)
+            bridge = bridges.TransformerBridge.boot_transformers(folder, hf_model=own, device=device)
         return cls(bridge, version("transformer-lens"))
 
     @torch.no_grad()

@@ -88,7 +88,8 @@ class Learned:
         apart = torch.cat([each.new[layer] - each.old[layer] for each in self.examples])
         found = torch.linalg.svd(apart.to("cpu", torch.float64), full_matrices=False).Vh[:dimensions].T
         filling = torch.randn(len(found), dimensions, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        return torch.linalg.qr(torch.cat((found, filling), dim=1)).Q[:, :dimensions].to(apart)
+        basis: torch.Tensor = torch.linalg.qr(torch.cat((found, filling), dim=1)).Q[:, :dimensions].to(apart)
+        return basis
 
     def subspace(self, engine: Any, layer: int, dimensions: int) -> torch.Tensor:
         """The subspace [d, k] along which exchanged notes give the new decision, learnt by gradients (DAS)."""
@@ -97,7 +98,9 @@ class Learned:
             exchanges = [each.at(layer) for each in self.examples]
             start, batch = self.changes(layer, dimensions), min(BATCH, len(exchanges))
             site = Site(Place.RESIDUAL, layer)
-            found = align(engine, site, exchanges, dimensions, steps=STEPS * len(exchanges), rate=RATE, start=start, batch=batch)
+            found = align(
+                engine, site, exchanges, dimensions, steps=STEPS * len(exchanges), rate=RATE, start=start, batch=batch
+            )
             self._subspaces[key] = found.basis
         return self._subspaces[key]
 
