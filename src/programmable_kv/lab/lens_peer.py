@@ -77,8 +77,8 @@ def run(
 class Peer:
     """A copy of a model in TransformerLens."""
 
-    def __init__(self, bridge: Any, version: str) -> None:
-        self.bridge, self.version = bridge, version
+    def __init__(self, bridge: Any, version: str, device: str) -> None:
+        self.bridge, self.version, self.device = bridge, version, device
 
     @classmethod
     def of(cls, model: Model) -> Peer:
@@ -100,19 +100,19 @@ class Peer:
             model.tokenizer.save_pretrained(folder)
             device = str(model.engine.device)
             bridge = bridges.TransformerBridge.boot_transformers(folder, hf_model=own, device=device)
-        return cls(bridge, version("transformer-lens"))
+        return cls(bridge, version("transformer-lens"), device)
 
     @torch.no_grad()
     def last(self, ids: Sequence[int], hooks: Sequence[Hook] = ()) -> torch.Tensor:
         """The last row's log-probabilities [V]."""
-        logits = self.bridge.run_with_hooks(torch.tensor([list(ids)]), fwd_hooks=list(hooks))
+        logits = self.bridge.run_with_hooks(torch.tensor([list(ids)], device=self.device), fwd_hooks=list(hooks))
         found: torch.Tensor = logits[0, -1].log_softmax(-1)
         return found
 
     @torch.no_grad()
     def cached(self, ids: Sequence[int], *names: str) -> dict[str, torch.Tensor]:
         """Activations whose names end so, by name."""
-        found = self.bridge.run_with_cache(torch.tensor([list(ids)]), names_filter=lambda name: name.endswith(names))[1]
+        found = self.bridge.run_with_cache(torch.tensor([list(ids)], device=self.device), names_filter=lambda name: name.endswith(names))[1]
         return {name: found[name] for name in found}
 
     @torch.no_grad()

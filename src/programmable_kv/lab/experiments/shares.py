@@ -36,8 +36,8 @@ def shares_by_layer(pair: Pair, slots: Sequence[int]) -> dict[str, dict[str, flo
     it). `size`: how large the change is, relative to the stream. A share is None where nothing has changed yet.
     """
     (stream, attention), (other, other_attention) = (added(pair, buffer, slots) for buffer in (pair.old, pair.fresh))
-    whole = (other - stream).double()
-    read = (other_attention - attention).double().cumsum(dim=0)
+    whole = (other - stream).cpu().double()
+    read = (other_attention - attention).cpu().double().cumsum(dim=0)
     found: dict[str, dict[str, float | None]] = {}
     for part in DEPTHS:
         layer = round(part * (len(stream) - 1))
@@ -46,7 +46,7 @@ def shares_by_layer(pair: Pair, slots: Sequence[int]) -> dict[str, dict[str, flo
             found[_named(part)] = {"attention": None, "size": 0.0}
             continue
         by_attention = float((read[layer - 1] * change).sum()) / size
-        relative = (size / float((stream[layer].double() ** 2).sum())) ** 0.5
+        relative = (size / float((stream[layer].cpu().double() ** 2).sum())) ** 0.5
         found[_named(part)] = {"attention": round(by_attention, 4), "size": round(relative, 4)}
     return found
 
