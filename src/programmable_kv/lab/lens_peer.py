@@ -112,7 +112,9 @@ class Peer:
     @torch.no_grad()
     def cached(self, ids: Sequence[int], *names: str) -> dict[str, torch.Tensor]:
         """Activations whose names end so, by name."""
-        found = self.bridge.run_with_cache(torch.tensor([list(ids)], device=self.device), names_filter=lambda name: name.endswith(names))[1]
+        found = self.bridge.run_with_cache(
+            torch.tensor([list(ids)], device=self.device), names_filter=lambda name: name.endswith(names)
+        )[1]
         return {name: found[name] for name in found}
 
     @torch.no_grad()
