@@ -83,6 +83,21 @@ BARS = [
     ("edit-ttft", "at_4096.suffix_over_full", AT_MOST, 1),
     ("soak-fleet", "wrong", AT_MOST, 0),
     ("soak-fleet", "hit_rate", AT_LEAST, 0.95),
+    ("attribution", "pooled.signed.low", AT_LEAST, 0.8),
+    ("attribution", "tokens.attributed.felt.low", AT_LEAST, 0.8),
+    ("attribution", "tokens.shuffled.sizes.high", AT_MOST, 0.1),
+    ("attribution", "fewer.tokens", AT_LEAST, 20),
+    ("path-closure", "notes.both_rules.rest.recovery.value", AT_MOST, 0.05),
+    ("path-closure", "notes.rules_and_tail.rest.recovery.high", AT_MOST, 0.05),
+    ("path-closure", "read.both_rules.24.random.high", AT_MOST, 0.05),
+    ("path-closure", "write.12.random.high", AT_MOST, 0.05),
+    ("lens-peer", "apart.patch", AT_MOST, 1e-4),
+    ("lens-peer", "apart.knock_out", AT_MOST, 1e-4),
+    ("lens-peer", "apart.lens", AT_MOST, 1e-4),
+    ("lens-peer", "theirs_over_ours.patch", AT_LEAST, 5),
+    ("lens-peer", "theirs_over_ours.patch_alone", AT_LEAST, 5),
+    ("lens-peer", "theirs_over_ours.knock_out", AT_LEAST, 5),
+    ("lens-peer", "theirs_over_ours.lens", AT_LEAST, 5),
 ]
 SHORT = [
     ("adapter-held-out", "direct.value", AT_LEAST, 0.97),
@@ -119,6 +134,7 @@ SHORT = [
     ("by-design-embedded-design", "updates.design.right.value", AT_LEAST, 0.97),
     ("by-design-embedded-design", "tools.design.right.value", AT_LEAST, 0.8),
     ("by-design-embedded-design", "order_changes.value", AT_MOST, 0.01),
+    ("path-closure", "read.both_rules.24.rest.value", AT_MOST, 0.05),
 ]
 
 

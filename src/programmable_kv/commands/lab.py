@@ -249,6 +249,19 @@ def lab_catalogue(
     _compare(Catalogue(tools), model, dtype, out_path)
 
 
+@app.command("lens-peer")
+def lab_lens_peer(
+    model: ModelOption = "embedded",
+    count: Annotated[int, typer.Option(min=1, help="held-out policies; about two thirds can be probed")] = 4,
+    out_path: OutOption = None,
+) -> None:
+    """The lab's patches, knock-outs and lens beside TransformerLens (to be installed): equal results, and time a probe."""
+    from programmable_kv.lab.lens_peer import record_name, run
+
+    loaded = load(model)
+    measure(run, loaded, out_path, record_name(loaded), "Policies", count, count=count)
+
+
 @app.command("adapter")
 def lab_adapter(
     scenarios: Annotated[int, typer.Option(min=1, help="held-out scenarios")] = 800,

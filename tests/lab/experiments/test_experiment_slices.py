@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from programmable_kv.edits.modes import Mode
-from programmable_kv.lab.experiments import boundary, errata, prevention, seam, skills
+from programmable_kv.lab.experiments import boundary, conclusion, errata, prevention, seam, skills
 from programmable_kv.lab.experiments.cases import cases
 from programmable_kv.lab.experiments.experiment import Row, of_other_domains
 from programmable_kv.lab.experiments.pair import Pair, pair_of
@@ -51,8 +51,13 @@ def default_wording(pair: Pair) -> Row:
     }
 
 
+def without_learning(pair: Pair) -> Row:
+    return conclusion.measure(pair, [])
+
+
 PARTS: dict[str, Callable[[Pair], Row]] = {
     "prevention": few_arms, "seam": one_skill, "boundary": two_settings, "errata": default_wording,
+    "conclusion": without_learning,
 }  # fmt: skip
 """of experiments that take long, what is measured again"""
 RECORDED = [name for name in EXPERIMENTS if (RESULTS / f"{name}.json").exists()]

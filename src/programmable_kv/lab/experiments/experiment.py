@@ -37,13 +37,17 @@ class Experiment:
     """what is found out on other policies first; positions are never chosen on the policy on which they are scored"""
     scenarios: int = 320
     """cases that are drawn by default; about two thirds have two values that are equally many tokens long"""
+    ranking: int = RANKING
+    """cases that `rank` is asked about, at most"""
     sets: int = 1
     """sets of rules in a policy, each about a field of its own; the question's topic says which of them counts"""
 
     def cases(self, count: int, *, everyday: bool = False) -> list[tuple[str, Case]]:
         """Every case with what it is for, `ranking` or `scoring`."""
         ranked = (
-            cases(min(RANKING, count), RANKING_SEED, everyday=everyday, sets=self.sets) if self.rank is not None else []
+            cases(min(self.ranking, count), RANKING_SEED, everyday=everyday, sets=self.sets)
+            if self.rank is not None
+            else []
         )
         scored = cases(count, SEED, everyday=everyday, sets=self.sets)
         return [("ranking", case) for case in ranked] + [("scoring", case) for case in scored]

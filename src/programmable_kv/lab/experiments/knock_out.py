@@ -18,6 +18,7 @@ from programmable_kv.lab.experiments.nulls import matched
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.summaries import at, mean_by_domain, share
 from programmable_kv.lab.experiments.written import RULES, TAIL, Part, Text, Written
+from programmable_kv.lab.statistics.ranks import spearman
 from programmable_kv.lab.tools.knockout import Knockout, knocked_out
 from programmable_kv.lab.tools.readouts import kl
 from programmable_kv.lab.tools.together import Probe
@@ -119,13 +120,8 @@ def _attention(pair: Pair, chosen: dict[str, tuple[int, ...]], layers: dict[str,
     }  # fmt: skip
     slots = list(range(SINKS, text.last))
     effects = [abs(g - pair.scale.old) for g in pair.gaps([Probe(blocked=(slot,)) for slot in slots])]
-    return {"attention": mass, "rank_correlation": _spearman(by_layer[:, slots].mean(dim=0).tolist(), effects)}
-
-
-def _spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    from scipy.stats import spearmanr
-
-    return round(float(spearmanr(first, second).statistic), 4)
+    found = spearman(by_layer[:, slots].mean(dim=0).tolist(), effects)
+    return {"attention": mass, "rank_correlation": None if found is None else round(found, 4)}
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:

@@ -22,3 +22,25 @@ def matched(chosen: Sequence[int], eligible: Sequence[int], rng: random.Random) 
         except InvalidArgumentError:
             continue
     return None
+
+
+def matched_heads(
+    chosen: Sequence[tuple[int, int]], layers: int, heads: int, rng: random.Random
+) -> tuple[tuple[int, int], ...]:
+    """As many random (layer, head), none of them chosen, of the same layers; or of the nearest ones with any left.
+
+    Raises:
+        InvalidArgumentError: more heads are chosen than are left in all layers.
+    """
+    left = {
+        layer: sorted(set(range(heads)) - {head for each, head in chosen if each == layer}) for layer in range(layers)
+    }
+    if len(set(chosen)) > sum(map(len, left.values())):
+        raise InvalidArgumentError(f"{len(set(chosen))} of {layers * heads} heads are chosen: too few others to draw")
+    drawn = []
+    for layer, _ in sorted(set(chosen)):
+        nearest = min((each for each in left if left[each]), key=lambda each: (abs(each - layer), each))
+        head = rng.choice(left[nearest])
+        left[nearest].remove(head)
+        drawn.append((nearest, head))
+    return tuple(sorted(drawn))

@@ -15,6 +15,7 @@ from programmable_kv.engine import Engine, Rows
 from programmable_kv.lab.experiments.cases import Case
 from programmable_kv.lab.experiments.written import Written, written
 from programmable_kv.lab.tools.hooks import taken_back
+from programmable_kv.lab.tools.kv import rows_from
 from programmable_kv.lab.tools.readouts import Scale, gap
 from programmable_kv.lab.tools.together import Probe, probed
 from programmable_kv.models.load import Model
@@ -128,6 +129,24 @@ def prefilled(engine: Engine, text: Written) -> KVBuffer:
     buffer = engine.new_buffer(2 * len(text.ids) + 256)
     engine.append(buffer, text.ids[:-1], logits=0)
     return buffer
+
+
+def appended_last(pair: Pair, buffer: KVBuffer, slots: Sequence[int]) -> tuple[KVBuffer, Rows]:
+    """A copy of one of the contexts with some slots left out, and the rows that append these, at their positions, and the last.
+
+    For gradients (`Engine.graph`), which are of appended rows and whose masks go by positions; for nothing else.
+    """
+    chosen = tuple(sorted(slots))
+    kept = [slot for slot in range(buffer.length) if slot not in set(chosen)]
+    other = pair.engine.new_buffer(len(kept) + len(chosen) + 1)
+    with other.writing(range(len(kept)), buffer.positions[kept].tolist()):
+        for layer, row in zip(other.layers, rows_from(buffer, kept), strict=True):
+            layer.update(row.keys, row.values)
+    positions = (*chosen, pair.text.last)
+    first = len(kept)
+    return other, Rows(
+        tuple(pair.text.ids[slot] for slot in positions), tuple(range(first, first + len(positions))), positions
+    )
 
 
 def first_tokens(model: Model, case: Case, text: Written) -> Mapping[str, int] | None:

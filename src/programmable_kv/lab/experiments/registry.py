@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from programmable_kv.errors import InvalidArgumentError
+from programmable_kv.lab.experiments.attribution import ATTRIBUTION
 from programmable_kv.lab.experiments.blast_radius import BLAST_RADIUS
 from programmable_kv.lab.experiments.boundary import BOUNDARY
+from programmable_kv.lab.experiments.conclusion import CONCLUSION
 from programmable_kv.lab.experiments.dissociation import DISSOCIATION
 from programmable_kv.lab.experiments.errata import ERRATA
 from programmable_kv.lab.experiments.experiment import Experiment
 from programmable_kv.lab.experiments.knock_out import KNOCK_OUT
 from programmable_kv.lab.experiments.locality import LOCALITY
+from programmable_kv.lab.experiments.path_closure import PATH_CLOSURE
 from programmable_kv.lab.experiments.prediction import PREDICTION
 from programmable_kv.lab.experiments.prevention import PREVENTION
 from programmable_kv.lab.experiments.seam import SEAM
@@ -17,7 +20,21 @@ from programmable_kv.lab.experiments.where import WHERE
 
 EXPERIMENTS = {
     each.name: each
-    for each in (BLAST_RADIUS, LOCALITY, WHERE, KNOCK_OUT, DISSOCIATION, PREVENTION, PREDICTION, SEAM, BOUNDARY, ERRATA)
+    for each in (
+        BLAST_RADIUS,
+        LOCALITY,
+        WHERE,
+        KNOCK_OUT,
+        DISSOCIATION,
+        PREVENTION,
+        PREDICTION,
+        SEAM,
+        BOUNDARY,
+        ERRATA,
+        ATTRIBUTION,
+        PATH_CLOSURE,
+        CONCLUSION,
+    )
 }
 
 

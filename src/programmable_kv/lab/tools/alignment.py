@@ -22,13 +22,19 @@ Loss = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Exchange:
-    """One interchange: rows appended to a context, other activations for the last of them, and what should follow."""
+    """One interchange: rows appended to a context, other activations for some of them, and what should follow."""
 
     buffer: KVBuffer
     rows: Rows
     values: torch.Tensor
-    """[1, d] of the site, from the other context"""
+    """[n, d] of the site, from the other context"""
     loss: Loss
+    slots: tuple[int, ...] | None = None
+    """of the n rows that are changed; None: the last one"""
+
+    @property
+    def where(self) -> tuple[int, ...]:
+        return self.rows.slots[-1:] if self.slots is None else self.slots
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,35 +56,45 @@ def align(
     steps: int = 100,
     rate: float = 0.05,
     seed: int = 0,
+    start: torch.Tensor | None = None,
+    batch: int | None = None,
 ) -> Alignment:
     """Learn a subspace by gradient descent over orthonormal bases (Adam on a QR parametrisation, seeded).
+
+    Args:
+        start: [d, k], where to begin; random when None.
+        batch: exchanges of one step, drawn anew in each; all when None.
 
     Fit on some domains, score with `expected_loss` on others, beside random subspaces (`nulls.random_basis`).
     Buffers and model are unchanged.
 
     Raises:
-        InvalidArgumentError: no exchanges, or more dimensions than the activation has.
+        InvalidArgumentError: no exchanges, more dimensions than the activation has, or a start of another shape.
     """
     if not exchanges or not 0 < dimensions <= exchanges[0].values.shape[-1]:
         raise InvalidArgumentError(f"cannot fit {dimensions} dimensions to {len(exchanges)} exchanges")
     first = exchanges[0].values
+    if start is not None and start.shape != (first.shape[-1], dimensions):
+        raise InvalidArgumentError(f"{dimensions} dimensions cannot start from a basis of shape {list(start.shape)}")
     generator = torch.Generator().manual_seed(seed)
     compute = torch.promote_types(first.dtype, torch.float32)
-    start = torch.randn(first.shape[-1], dimensions, generator=generator, dtype=torch.float64)
+    if start is None:
+        start = torch.randn(first.shape[-1], dimensions, generator=generator, dtype=torch.float64)
     free = torch.nn.Parameter(torch.linalg.qr(start).Q.to(first.device, compute))
     optimiser = torch.optim.Adam([free], lr=rate)
     losses = []
     for _ in range(steps):
         total = 0.0
         gradient = torch.zeros_like(free)
-        for each in exchanges:
+        drawn = torch.randperm(len(exchanges), generator=generator)[: batch or len(exchanges)].tolist()
+        for each in (exchanges[index] for index in sorted(drawn)):
             basis = torch.linalg.qr(free).Q
-            with changed(engine, each.buffer, site, interchanged(each.values, basis), each.rows.slots[-1:]):
+            with changed(engine, each.buffer, site, interchanged(each.values, basis), each.where):
                 with engine.graph(each.buffer, each.rows) as graph:
                     loss = each.loss(graph.logits[-1])
                     # Of the basis alone: the model's parameters get no gradients.
-                    gradient += torch.autograd.grad(loss, free)[0] / len(exchanges)
-                total += float(loss.detach()) / len(exchanges)
+                    gradient += torch.autograd.grad(loss, free)[0] / len(drawn)
+                total += float(loss.detach()) / len(drawn)
         free.grad = gradient
         optimiser.step()
         losses.append(total)
@@ -90,6 +106,6 @@ def expected_loss(engine: Engine, site: Site, exchanges: Sequence[Exchange], bas
     """The mean loss of exchanges along a given subspace. Nothing is changed."""
     total = 0.0
     for each in exchanges:
-        with changed(engine, each.buffer, site, interchanged(each.values, basis), each.rows.slots[-1:]):
+        with changed(engine, each.buffer, site, interchanged(each.values, basis), each.where):
             total += float(each.loss(engine.compute(each.buffer, each.rows)[-1])) / len(exchanges)
     return total

@@ -37,6 +37,14 @@ class Probe:
     blocked: tuple[int, ...] = ()
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
+    places: tuple[tuple[int, int], ...] | None = None
+    """(layer, query head), each of them; in place of `layers` and `heads`"""
+    also: tuple[Probe, ...] = ()
+    """what the same copy reads differently elsewhere"""
+
+    def parts(self) -> tuple[Probe, ...]:
+        """This one, and those that it has besides."""
+        return (self, *(part for each in self.also for part in each.parts()))
 
 
 def each_slot(slots: Sequence[int]) -> list[Probe]:
@@ -68,8 +76,9 @@ def probed(
         UnsupportedModelError: attention depends on positions by more than the keys and the mask (ALiBi), or keys have no heads.
     """
     _require(engine, buffer)
-    patched = tuple(sorted({slot for probe in probes for slot in probe.patched}))
-    _check(buffer, probes, patched, source)
+    parts = [part for probe in probes for part in probe.parts()]
+    patched = tuple(sorted({slot for part in parts for slot in part.patched}))
+    _check(engine, buffer, parts, patched, source)
     found = []
     for start in range(0, len(probes), _PROBES):
         some = probes[start : start + _PROBES]
@@ -88,12 +97,12 @@ class _Table:
     """Which slots each copy of the row sees. Slots: [own context][patched rows of the other one][copies of the row]."""
 
     def __init__(self, engine: Engine, buffer: KVBuffer, probes: Sequence[Probe], patched: tuple[int, ...]) -> None:
-        self.probes, self.position, past = probes, buffer.next_position, buffer.length
+        self.probes, self.position, past = [probe.parts() for probe in probes], buffer.next_position, buffer.length
         self.slots = tuple(range(past + len(patched), past + len(patched) + len(probes)))
         self.positions = torch.cat((buffer.positions, buffer.positions[list(patched)]))
         self._past, self._place = past, {slot: past + index for index, slot in enumerate(patched)}
-        self._heads, self._groups = buffer.keys(0).shape[1], _query_heads(engine) // buffer.keys(0).shape[1]
-        self._by_head = any(probe.heads is not None for probe in probes)
+        self._heads, self._groups = _query_heads(engine), _query_heads(engine) // buffer.keys(0).shape[1]
+        self._by_head = any(it.heads is not None or it.places is not None for parts in self.probes for it in parts)
         self._layout = buffer.layout
 
     def seen(self, layer: int) -> torch.Tensor:
@@ -104,14 +113,25 @@ class _Table:
         other = torch.zeros(count, len(self._place), dtype=torch.bool)
         context = torch.cat((own, other, torch.eye(count, dtype=torch.bool)), dim=1)
         seen = context.expand(self._heads if self._by_head else 1, -1, -1).clone()
-        for row, probe in enumerate(self.probes):
-            if probe.layers is not None and layer not in probe.layers:
-                continue
-            for head in range(len(seen)) if probe.heads is None else probe.heads:
-                seen[head, row, list(probe.blocked + probe.patched)] = False
-                beside = [self._place[slot] for slot in probe.patched]
-                seen[head, row, beside] = reads[beside]
-        return seen.repeat_interleave(self._groups, dim=0) if self._by_head else seen
+        for row, parts in enumerate(self.probes):
+            for part in parts:
+                heads = self._where(part, layer)
+                if heads:
+                    chosen = torch.tensor(heads)[:, None]
+                    seen[chosen, row, list(part.blocked + part.patched)] = False
+                    beside = [self._place[slot] for slot in part.patched]
+                    seen[chosen, row, beside] = reads[beside]
+        return seen
+
+    def _where(self, part: Probe, layer: int) -> list[int]:
+        """The query heads of a layer in which a part reads differently; one stands for all where no part is by head."""
+        if part.places is not None:
+            return [head for each, head in part.places if each == layer]
+        if part.layers is not None and layer not in part.layers:
+            return []
+        if part.heads is None:
+            return list(range(self._heads if self._by_head else 1))
+        return [kept * self._groups + each for kept in part.heads for each in range(self._groups)]
 
 
 @contextmanager
@@ -151,13 +171,18 @@ def _require(engine: Engine, buffer: KVBuffer) -> None:
         raise InvalidArgumentError("an empty buffer has nothing to patch or block")
 
 
-def _check(buffer: KVBuffer, probes: Sequence[Probe], patched: tuple[int, ...], source: KVBuffer | None) -> None:
-    heads = set(range(buffer.keys(0).shape[1]))
-    for probe in probes:
-        outside = set(probe.patched + probe.blocked) - set(range(buffer.length))
-        unknown = set(probe.layers or ()) - set(range(len(buffer))) or set(probe.heads or ()) - heads
-        if outside or unknown:
-            raise InvalidArgumentError(f"{probe} names a slot, layer or KV head that this buffer does not have")
+def _check(
+    engine: Engine, buffer: KVBuffer, parts: Sequence[Probe], patched: tuple[int, ...], source: KVBuffer | None
+) -> None:
+    layers, kept, heads = len(buffer), buffer.keys(0).shape[1], _query_heads(engine)
+    for part in parts:
+        outside = set(part.patched + part.blocked) - set(range(buffer.length))
+        unknown = set(part.layers or ()) - set(range(layers)) or set(part.heads or ()) - set(range(kept))
+        nowhere = [at for at in part.places or () if not (0 <= at[0] < layers and 0 <= at[1] < heads)]
+        if outside or unknown or nowhere:
+            raise InvalidArgumentError(f"{part} names a slot, layer or head that this buffer does not have")
+        if part.places is not None and (part.layers is not None or part.heads is not None):
+            raise InvalidArgumentError(f"{part} names places, which are layers and heads, and layers or heads besides")
     if patched and (source is None or max(patched) >= source.length):
         raise InvalidArgumentError("a probe patches slots, and there is no source that holds them")
     if source is not None and not torch.equal(source.positions[list(patched)], buffer.positions[list(patched)]):

@@ -1,0 +1,150 @@
+"""Is the conclusion a direction? Where notes say whether their rule applies, from which layer on, and in how many dimensions.
+
+A note is the first token of an action. Its token is the same in both contexts, and only the conclusion differs. Probes, the
+mean difference and learned subspaces come from policies of other domains. Along a subspace the notes take what they are in
+another context: one where the field is changed, the rules, or both. What carries the conclusion follows it and not the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from programmable_kv.engine import Rows
+from programmable_kv.lab.experiments.cases import RANKING_SEED, cases
+from programmable_kv.lab.experiments.dissociation import donors
+from programmable_kv.lab.experiments.experiment import Experiment, Row
+from programmable_kv.lab.experiments.learned import DIMENSIONS, Examples, Learned
+from programmable_kv.lab.experiments.note_rows import NoteRows, shifted
+from programmable_kv.lab.experiments.pair import Pair, pair_of
+from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, nested, rounded
+from programmable_kv.lab.tools.changes import interchanged, projected_out, replaced
+from programmable_kv.lab.tools.lens import logit_lens
+from programmable_kv.lab.tools.nulls import random_basis
+
+DEPTHS = (0.33, 0.5, 0.6, 0.67, 0.7, 0.73, 0.77, 0.8, 0.87)
+"""of the layers before which notes are exchanged"""
+SITE = 0.77
+"""the depth of the learned subspaces where no policy says which layer is best"""
+READABLE = 0.9
+"""accuracy from which a conclusion counts as readable, as published"""
+DRAWS = 2
+_EXAMPLES = Examples()
+
+
+def layers(pair: Pair) -> list[int]:
+    """Layers at the depths."""
+    return sorted({min(len(pair.old) - 1, max(1, round(depth * len(pair.old)))) for depth in DEPTHS})
+
+
+def rank(pair: Pair) -> Row:
+    """What exchanging the whole streams recovers, by layer: says before which layer subspaces are learnt."""
+    _EXAMPLES.add(pair)
+    notes = NoteRows(pair)
+    new, span = notes.streams(pair.fresh), pair.scale.new - pair.scale.old
+    gaps = {str(layer): notes.gap(layer, replaced(new[layer])) for layer in layers(pair)}
+    return {"whole": {layer: round((gap - pair.scale.old) / span, 4) for layer, gap in gaps.items()}}
+
+
+def measure(pair: Pair, others: Sequence[Row]) -> Row:
+    """How well the conclusion is read by layer, and what exchanges along directions and subspaces do."""
+    notes = NoteRows(pair)
+    old, new = notes.streams(pair.old), notes.streams(pair.fresh)
+    row: Row = {"committed": _committed(pair), "whole": {}}
+    for layer in layers(pair):
+        row["whole"][str(layer)] = notes.gap(layer, replaced(new[layer]))
+    row["whole"] = rounded(row["whole"])
+    # The conclusion is not told from the field by a policy that stands alone: nothing is learnt without others.
+    if not others:
+        return row
+    learned = _EXAMPLES.of(pair.model.fingerprint, [each["number"] for each in others], partial(_again, pair))
+    labels = [*notes.applies["old"], *notes.applies["new"]]
+    read = learned.read(torch.cat((old, new), dim=1), labels, [*pair.actions, *pair.actions], pair.case.number)
+    row["read"] = {name: [round(each, 4) for each in found] for name, found in read.items()}
+    site = _site(pair, others)
+    return row | {"site": site} | _exchanged(pair, notes, learned, site, new)
+
+
+def _again(pair: Pair, number: int) -> Pair:
+    everyday = pair.case.scenario.domain == pair.case.gate.field
+    found = pair_of(pair.model, cases(number + 1, RANKING_SEED, everyday=everyday)[number])
+    assert isinstance(found, Pair)
+    return found
+
+
+def _site(pair: Pair, others: Sequence[Row]) -> int:
+    """The layer before which whole streams do most on other policies; of equals the later one."""
+    means = {int(layer): fmean(row["whole"][layer] for row in others) for layer in others[0]["whole"]}
+    return max(means, key=lambda layer: (means[layer], layer)) if means else round(SITE * len(pair.old))
+
+
+def _committed(pair: Pair) -> float:
+    """The depth, 0 to 1, from which on the logit lens of the deciding row has the old decision's sign, and keeps it."""
+    text = pair.text
+    found = logit_lens(pair.engine, pair.old, Rows((pair.token,), (text.last,), (text.last,)))[:, -1]
+    right = (pair.gap_in(found) < 0) == (pair.scale.old < 0)
+    wrong = [layer for layer, each in enumerate(right.tolist()) if not each]
+    return round((max(wrong, default=-1) + 1) / (len(found) - 1), 4)
+
+
+def _exchanged(pair: Pair, notes: NoteRows, learned: Learned, site: int, new: torch.Tensor) -> Row:
+    """Gaps after exchanges along the mean direction by layer, and along it and learned subspaces by donor at the site."""
+    row: Row = {"along": {}, "random": {}}
+    for layer in layers(pair):
+        unit = learned.direction(layer)[0][:, None]
+        row["along"][str(layer)] = notes.gap(layer, interchanged(new[layer], unit))
+    unit, apart, middle = learned.direction(site)
+    covariance = learned.covariance(site)
+    spaces = {"mean": unit[:, None]} | {f"learned_{k}": learned.subspace(pair.engine, site, k) for k in DIMENSIONS}
+    spaces |= {f"changes_{k}": learned.changes(site, k) for k in DIMENSIONS[1:]}
+    for k in DIMENSIONS:
+        drawn = [random_basis(spaces[f"learned_{k}"], seed, covariance=covariance) for seed in range(DRAWS)]
+        row["random"][f"{k}"] = fmean(notes.gap(site, interchanged(new[site], each)) for each in drawn)
+    signs = [-1.0 if applies else 1.0 for applies in notes.applies["old"]]
+    row["moved"] = {
+        "added": notes.gap(site, shifted(unit, [sign * apart for sign in signs])),
+        "added_twice": notes.gap(site, shifted(unit, [2 * sign * apart for sign in signs])),
+        "projected_out": notes.gap(site, projected_out(unit[:, None], middle), noising=True),
+        "projected_out_learned": notes.gap(
+            site, projected_out(spaces[f"learned_{DIMENSIONS[-1]}"], middle), noising=True
+        ),
+    }
+    for name, donor in donors(pair).items():
+        streams = notes.streams(donor)[site]
+        row[name] = {"whole": notes.gap(site, replaced(streams))}
+        row[name] |= {key: notes.gap(site, interchanged(streams, basis)) for key, basis in spaces.items()}
+    return {key: rounded(value) for key, value in row.items()}
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Accuracy by layer, where it is first readable, where the decision is committed; and every exchange as an arm."""
+    summary: dict[str, Any] = {"committed": mean_by_domain(rows, at("committed"))}
+    learned = [row for row in rows if "read" in row]
+    summary["learned"] = len(learned)
+    if learned:
+        summary["read"] = nested(learned, "read")
+        accuracy = [each["value"] for each in summary["read"]["applies"].values()]
+        first = next((layer for layer, each in enumerate(accuracy) if each >= READABLE), None)
+        summary["readable_from"] = 1.0 if first is None else first / (len(accuracy) - 1)
+        summary["best_accuracy"] = max(accuracy)
+        summary["site"] = mean_by_domain(learned, at("site"))
+    for part in ("whole", "along", "random", "moved", "field", "rules", "both"):
+        names = dict.fromkeys(name for row in rows for name in row.get(part, ()))
+        summary[part] = {name: arm(rows, at(f"{part}.{name}")) for name in names}
+    return summary
+
+
+CONCLUSION = Experiment(
+    name="conclusion",
+    version=1,
+    title="Whether the conclusion is a direction: from which layer it is read, and along how many dimensions it is exchanged",
+    measure=measure,
+    summarise=summarise,
+    rank=rank,
+    scenarios=96,
+    ranking=16,
+)

@@ -1,0 +1,63 @@
+"""The notes of a pair, the first tokens of both rules' actions, as rows that are computed again with other activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.engine import Rows
+from programmable_kv.lab.experiments.heads import note_sets
+from programmable_kv.lab.experiments.pair import Pair
+from programmable_kv.lab.experiments.written import Text
+from programmable_kv.lab.tools.hooks import Change, taken_back
+from programmable_kv.lab.tools.sites import Place, Site, changed, recorded
+
+
+class NoteRows:
+    """The notes of a pair."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+        actions = note_sets(pair)["actions"]
+        self.slots = tuple(slot for slot in actions if slot - 1 not in set(actions))
+        self.ids = tuple(pair.text.ids[slot] for slot in self.slots)
+
+    @property
+    def applies(self) -> dict[str, list[bool]]:
+        """Whether each note's rule applies, in the `old` context and in the `new` one."""
+        old = [self.pair.text.kinds[slot] is Text.OLD_RULE for slot in self.slots]
+        return {"old": old, "new": [not each for each in old]}
+
+    def streams(self, buffer: KVBuffer) -> torch.Tensor:
+        """The residual stream of the notes' rows before each layer, and after the last one: [L + 1, notes, d]."""
+        sites = [Site(Place.RESIDUAL, layer) for layer in range(len(buffer) + 1)]
+        with recorded(self.pair.engine, buffer, sites, self.slots) as found:
+            self.pair.engine.compute(buffer, Rows(self.ids, self.slots, self.slots))
+        return torch.stack([found[site] for site in sites])
+
+    def gap(self, layer: int, change: Change | None, *, noising: bool = False) -> float:
+        """The gap where the notes' rows are computed again in the old context, their stream changed before a layer.
+
+        With `noising`, in the new context. The contexts are unchanged.
+        """
+        pair = self.pair
+        here = pair.fresh if noising else pair.old
+        slots = (*self.slots, pair.text.last)
+        rows = Rows((*self.ids, pair.token), slots, slots)
+        if change is None:
+            with taken_back(here):
+                return float(pair.gap_in(pair.engine.compute(here, rows)[-1]))
+        with changed(pair.engine, here, Site(Place.RESIDUAL, layer), change, self.slots):
+            return float(pair.gap_in(pair.engine.compute(here, rows)[-1]))
+
+
+def shifted(direction: torch.Tensor, sizes: Sequence[float]) -> Change:
+    """Move each row along a direction [d] by a size of its own."""
+    steps = torch.tensor(list(sizes))
+
+    def change(rows: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+        return rows + steps.to(rows)[which][:, None] * direction.to(rows)
+
+    return change

@@ -1,0 +1,211 @@
+"""Field, note, decision: which heads write the notes, which read them, and what is left of the effect beside these paths?
+
+Heads are ranked one by one on policies of other domains, exactly for reading and by slopes for writing, and scored together
+here, beside as many random heads of the same layers. Reading is the deciding row's: some heads read the new context's notes,
+all others the old one's, which is exact and closes a path (`together.Probe.places`). Writing is the notes' rows: some heads'
+outputs there are the new context's. The rest is the new decision where all but the chosen paths is the new context's.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+from programmable_kv.lab.experiments.cases import SEED
+from programmable_kv.lab.experiments.experiment import Experiment, Row
+from programmable_kv.lab.experiments.heads import (
+    Writing,
+    all_but,
+    all_heads,
+    depth,
+    note_sets,
+    read_by,
+    read_elsewhere,
+    stability,
+    strongest,
+    writing_effects,
+)
+from programmable_kv.lab.experiments.nulls import matched_heads
+from programmable_kv.lab.experiments.pair import Pair
+from programmable_kv.lab.experiments.shares import shares_by_layer
+from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, nested, rounded, share
+from programmable_kv.lab.tools.head_outputs import Head
+from programmable_kv.lab.tools.together import Probe
+
+READERS = {"actions": (12, 24), "both_rules": (1, 2, 4, 8, 12, 16, 24, 32)}
+WRITERS = (1, 2, 4, 8, 12, 16)
+CIRCUIT = {"read": 24, "write": 12}
+"""heads of the circuit that is taken apart"""
+DRAWS = 2
+"""random sets of reading heads for each size; of writing heads, each a forward of its own, one"""
+MATTERS = 0.005
+"""a head without which the circuit recovers less than this less is no part of it"""
+
+
+def circuit(heads: Sequence[Head], part: str) -> int:
+    """How many heads are taken apart: of a small model no more than half, so that as many others are left."""
+    return min(CIRCUIT[part], len(heads) // 2)
+
+
+def rank(pair: Pair) -> Row:
+    """What each head does alone, as a recovery: reading both rules, exactly; writing the actions, by its slope."""
+    heads, notes = all_heads(pair), note_sets(pair)
+    span = pair.scale.new - pair.scale.old
+    gaps = pair.gaps([read_by(pair, notes["both_rules"], [head]) for head in heads])
+    moved = {"read": [gap - pair.scale.old for gap in gaps], "write": writing_effects(pair, notes["actions"])}
+    return {part: [round(each / span, 4) for each in found] for part, found in moved.items()}
+
+
+def measure(pair: Pair, others: Sequence[Row]) -> Row:
+    """What the heads ranked on other policies do together, and what is left beside them."""
+    heads, notes = all_heads(pair), note_sets(pair)
+    ranked = {part: strongest([row[part] for row in others], heads, len(heads)) for part in CIRCUIT}
+    rng = random.Random(f"{SEED}/path-closure/{pair.case.number}")
+    row: Row = {"notes": _notes(pair, notes), "read": _reading(pair, notes, ranked["read"], rng)}
+    row["write"] = _writing(pair, notes["actions"], ranked["write"], rng)
+    row["whole"] = _whole(pair, notes["actions"], ranked)
+    row["without_one"] = _without_one(pair, notes["both_rules"], ranked["read"][: circuit(heads, "read")], rng)
+    row["stable"] = {part: rounded(stability(others, part, heads, circuit(heads, part))) for part in CIRCUIT}
+    row["depth"] = rounded(
+        {part: depth([each[part] for each in others], heads, ranked[part][: circuit(heads, part)]) for part in CIRCUIT}
+    )
+    row["shares"] = shares_by_layer(pair, _firsts(pair, notes["actions"]))
+    return row
+
+
+def _firsts(pair: Pair, actions: Sequence[int]) -> tuple[int, ...]:
+    return tuple(slot for slot in actions if slot - 1 not in set(actions))
+
+
+def _notes(pair: Pair, notes: dict[str, tuple[int, ...]]) -> Row:
+    """Each set of notes alone, and everything but it."""
+    alone = pair.gaps([Probe(slots) for slots in notes.values()])
+    rest = pair.gaps([Probe(all_but(pair, slots)) for slots in notes.values()])
+    return {
+        name: rounded({"alone": a, "rest": b}) | {"tokens": len(notes[name])}
+        for name, a, b in zip(notes, alone, rest, strict=True)
+    }
+
+
+def _reading(pair: Pair, notes: dict[str, tuple[int, ...]], ranked: Sequence[Head], rng: random.Random) -> Row:
+    """The first heads of the ranking, by number and notes: alone, the rest, and both for random heads."""
+    layers, width = len(pair.old), max(head for _, head in ranked) + 1
+    probes: dict[tuple[str, str, str], list[Probe]] = {}
+    for name, sizes in READERS.items():
+        for count in (k for k in sizes if 2 * k <= len(ranked)):
+            chosen, slots = ranked[:count], notes[name]
+            drawn = [matched_heads(chosen, layers, width, rng) for _ in range(DRAWS)]
+            probes |= {
+                (name, str(count), "alone"): [read_by(pair, slots, chosen)],
+                (name, str(count), "rest"): [read_elsewhere(pair, slots, chosen)],
+                (name, str(count), "random"): [read_by(pair, slots, each) for each in drawn],
+            }
+            if count == CIRCUIT["read"]:
+                probes[name, str(count), "random_rest"] = [read_elsewhere(pair, slots, each) for each in drawn]
+    # All in one forward.
+    gaps = iter(pair.gaps([probe for each in probes.values() for probe in each]))
+    row: Row = {}
+    for (name, size, arm_name), each in probes.items():
+        found = fmean(next(gaps) for _ in each)
+        row.setdefault(name, {}).setdefault(size, {})[arm_name] = round(found, 4)
+    return row
+
+
+def _writing(pair: Pair, slots: Sequence[int], ranked: Sequence[Head], rng: random.Random) -> Row:
+    """The first heads of the ranking, by number: alone, beside random ones, and what is left without them."""
+    into_old, into_new = Writing(pair, slots), Writing(pair, slots, noising=True)
+    layers, width = len(pair.old), max(head for _, head in ranked) + 1
+    row: Row = {}
+    for count in (k for k in WRITERS if 2 * k <= len(ranked)):
+        chosen = ranked[:count]
+        row[str(count)] = {"alone": into_old.gap(chosen)}
+        if count <= CIRCUIT["write"]:
+            row[str(count)]["random"] = into_old.gap(matched_heads(chosen, layers, width, rng))
+        if count == CIRCUIT["write"]:
+            row[str(count)]["left"] = into_new.gap(chosen)
+        row[str(count)] = rounded(row[str(count)])
+    return row
+
+
+def _whole(pair: Pair, slots: Sequence[int], ranked: dict[str, tuple[Head, ...]]) -> Row:
+    """The whole path: the writing heads write the actions, and only the reading heads read what they wrote."""
+    writers, readers = (ranked[part][: circuit(ranked[part], part)] for part in ("write", "read"))
+    return rounded(
+        {
+            "alone": Writing(pair, slots).read(writers, readers),
+            "left": Writing(pair, slots, noising=True).read(writers, readers),
+        }
+    )
+
+
+def _without_one(pair: Pair, slots: Sequence[int], chosen: Sequence[Head], rng: random.Random) -> Row:
+    """Is any head of the reading circuit too many? What is recovered less without each, and without one of a random circuit."""
+    layers, width = len(pair.old), max(head for _, head in all_heads(pair)) + 1
+    span = pair.scale.new - pair.scale.old
+    row: Row = {}
+    for name, whole in (("chosen", tuple(chosen)), ("random", matched_heads(chosen, layers, width, rng))):
+        smaller = [[head for head in whole if head != each] for each in whole]
+        together, *gaps = pair.gaps([read_by(pair, slots, each) for each in (whole, *smaller)])
+        lost = [abs(together - gap) / span for gap in gaps]
+        row[name] = {"lost": round(fmean(lost), 4), "needed": sum(each > MATTERS for each in lost) / len(lost)}
+    return row
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Recoveries by set of notes and number of heads; the whole path; how stable the ranking is; shares of the writing."""
+    summary: dict[str, Any] = {"notes": {}, "read": {}, "write": {}}
+    for name in rows[0]["notes"] if rows else ():
+        summary["notes"][name] = {part: arm(rows, at(f"notes.{name}.{part}")) for part in ("alone", "rest")} | {
+            "tokens": mean_by_domain(rows, at(f"notes.{name}.tokens"))["value"]
+        }
+    for path in _paths(rows):
+        group, *rest = path.split(".")
+        inner = summary[group]
+        for key in rest[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[rest[-1]] = arm(rows, at(path))["recovery"]
+    summary["whole"] = {part: arm(rows, at(f"whole.{part}")) for part in ("alone", "left")}
+    summary["closed"] = {
+        name: mean_by_domain(rows, partial(_unsigned, f"read.{name}.{CIRCUIT['read']}.rest"))
+        for name in (rows[0]["read"] if rows else ())
+    }
+    for part in ("without_one", "stable", "depth", "shares"):
+        summary[part] = nested(rows, part)
+    summary["rest_within_bar"] = share(rows, _within)
+    return summary
+
+
+def _paths(rows: Sequence[Row]) -> list[str]:
+    """The arms of reading and writing, as dotted paths."""
+    found: dict[str, None] = {}
+    for row in rows:
+        for name, sizes in row["read"].items():
+            found |= dict.fromkeys(f"read.{name}.{count}.{arm}" for count, arms in sizes.items() for arm in arms)
+        found |= dict.fromkeys(f"write.{count}.{arm}" for count, arms in row["write"].items() for arm in arms)
+    return list(found)
+
+
+def _unsigned(path: str, row: Row) -> float | None:
+    """How far from the old decision an arm ends, as a share of the span, in either direction."""
+    gap = at(path)(row)
+    return None if gap is None or not row["valid"] else abs(gap - row["old_gap"]) / (row["new_gap"] - row["old_gap"])
+
+
+def _within(row: Row) -> bool | None:
+    found = _unsigned(f"read.both_rules.{CIRCUIT['read']}.rest", row)
+    return None if found is None else found <= 0.05
+
+
+PATH_CLOSURE = Experiment(
+    name="path-closure",
+    version=1,
+    title="Which heads write the notes and which read them, and what is left of the effect beside these paths",
+    measure=measure,
+    summarise=summarise,
+    rank=rank,
+    scenarios=128,
+    ranking=32,
+)

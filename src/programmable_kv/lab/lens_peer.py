@@ -1,0 +1,215 @@
+"""The lab's probes beside TransformerLens: the same log-probabilities, and what a probe costs in each.
+
+TransformerLens runs the same weights, unprocessed, in float32 with eager attention and without a cache, as its users do: each
+probe is a forward of the whole context, in which keys and values of all rows but the last are pinned to what the cache would
+hold. Here a probe is a row of one forward over the cache. Log-probabilities are compared, as constants of logits may differ.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from programmable_kv.engine import Rows
+from programmable_kv.errors import MissingExtraError
+from programmable_kv.lab.experiments.cases import Case, cases
+from programmable_kv.lab.experiments.pair import Pair, pair_of
+from programmable_kv.lab.tools.kv import patched
+from programmable_kv.lab.tools.lens import logit_lens
+from programmable_kv.lab.tools.together import Probe
+from programmable_kv.models.load import Model
+from programmable_kv.records import Record, Recorder, digest_of, record_on
+
+SEED = 97_000
+PROBES = 6
+"""slots that are patched, and as many that are blocked, in TransformerLens; here all later ones are"""
+WITHIN = 1e-4
+"""by how much log-probabilities may differ"""
+PROBED = ("patch", "knock_out", "lens")
+
+Hook = tuple[str, Callable[..., torch.Tensor]]
+
+
+def drawn(count: int) -> list[Case]:
+    return cases(count, SEED)
+
+
+def record_name(model: Model) -> str:
+    return "lens-peer" if model.name == "embedded" else record_on("lens-peer", model.name)
+
+
+def run(
+    model: Model, count: int, path: Path, *, report: Callable[[int, int], None] | None = None, command: str = ""
+) -> Record:
+    """Probe `count` policies both ways, as far as their field has two values of equally many tokens.
+
+    Raises:
+        MissingExtraError: TransformerLens is not installed.
+    """
+    theirs = Peer.of(model)
+    chosen = drawn(count)
+    recorder = Recorder(
+        path, name=record_name(model), version=1, title="The lab's probes beside TransformerLens",
+        command=command, model=Path(model.name).name, model_fingerprint=model.fingerprint,
+        data_digest=digest_of(case.text() for case in chosen), seeds=[SEED],
+        settings={"count": count, "transformer_lens": theirs.version},
+    )  # fmt: skip
+
+    def row(case: Case) -> dict[str, Any]:
+        pair = pair_of(model, case)
+        known = {"number": case.number, "domain": case.domain}
+        return known | ({"skipped": pair} if isinstance(pair, str) else measured(pair, theirs))
+
+    recorder.collect(chosen, lambda case: {"number": case.number}, row, report)
+    return recorder.finish(summary([row for row in recorder.rows if "skipped" not in row]))
+
+
+class Peer:
+    """A copy of a model in TransformerLens."""
+
+    def __init__(self, bridge: Any, version: str, device: str) -> None:
+        self.bridge, self.version, self.device = bridge, version, device
+
+    @classmethod
+    def of(cls, model: Model) -> Peer:
+        """
+        Raises:
+            MissingExtraError: TransformerLens is not installed.
+        """
+        if find_spec("transformer_lens") is None:
+            raise MissingExtraError(
+                "the probes are compared with TransformerLens, which is not installed and no dependency of ours. "
+                "Run: pip install transformer-lens"
+            )
+        bridges = import_module("transformer_lens.model_bridge")
+        # It changes the model that it wraps.
+        own = copy.deepcopy(model.engine.model)
+        own.set_attn_implementation("eager")
+        with TemporaryDirectory() as folder, torch.no_grad():
+            own.config.save_pretrained(folder)
+            model.tokenizer.save_pretrained(folder)
+            device = str(model.engine.device)
+            bridge = bridges.TransformerBridge.boot_transformers(folder, hf_model=own, device=device)
+        return cls(bridge, version("transformer-lens"), device)
+
+    @torch.no_grad()
+    def last(self, ids: Sequence[int], hooks: Sequence[Hook] = ()) -> torch.Tensor:
+        """The last row's log-probabilities [V]."""
+        logits = self.bridge.run_with_hooks(torch.tensor([list(ids)], device=self.device), fwd_hooks=list(hooks))
+        found: torch.Tensor = logits[0, -1].log_softmax(-1)
+        return found
+
+    @torch.no_grad()
+    def cached(self, ids: Sequence[int], *names: str) -> dict[str, torch.Tensor]:
+        """Activations whose names end so, by name."""
+        found = self.bridge.run_with_cache(
+            torch.tensor([list(ids)], device=self.device), names_filter=lambda name: name.endswith(names)
+        )[1]
+        return {name: found[name] for name in found}
+
+    @torch.no_grad()
+    def lens(self, ids: Sequence[int], layers: int) -> torch.Tensor:
+        """The logit lens of the last row, [L + 1, V] log-probabilities."""
+        cache = self.cached(ids, "hook_resid_pre", "hook_resid_post")
+        streams = [cache[f"blocks.{layer}.hook_resid_pre"][:, -1:] for layer in range(layers)]
+        streams.append(cache[f"blocks.{layers - 1}.hook_resid_post"][:, -1:])
+        read = self.bridge.unembed(self.bridge.ln_final(torch.cat(streams)))
+        found: torch.Tensor = read[:, 0].log_softmax(-1)
+        return found
+
+
+def measured(pair: Pair, theirs: Peer) -> dict[str, Any]:
+    """How far apart the two are on one policy, and seconds of processor time for each probe in each."""
+    ids, later = pair.text.ids, list(pair.text.later)
+    rng = random.Random(f"{SEED}/{pair.case.number}")
+    some = rng.sample(later, PROBES)
+    row: dict[str, Any] = {"tokens": len(ids), "later": len(later), "apart": {}, "seconds": {}}
+    ours, own = _timed(lambda: pair.probe([Probe((slot,)) for slot in later]))
+    one_by_one, alone = _timed(lambda: [_alone(pair, slot) for slot in some])
+    old, new = (theirs.cached(each, "hook_rot_k", "hook_v") for each in (ids, pair.new_text.ids))
+    found, other = _timed(lambda: [theirs.last(ids, list(_patch(old, new, slot))) for slot in some])
+    wanted = torch.stack([ours[later.index(slot)] for slot in some])
+    row["apart"]["patch"] = max(_apart(wanted, found), _apart(torch.stack(one_by_one), found))
+    row["seconds"]["patch"] = {
+        "ours": own / len(later), "ours_alone": alone / len(some), "theirs": other / len(some),
+    }  # fmt: skip
+    ours, own = _timed(lambda: pair.probe([Probe(blocked=(slot,)) for slot in later]))
+    found, other = _timed(lambda: [theirs.last(ids, list(_blocked(old, slot))) for slot in some])
+    row["apart"]["knock_out"] = _apart(torch.stack([ours[later.index(slot)] for slot in some]), found)
+    row["seconds"]["knock_out"] = {"ours": own / len(later), "theirs": other / len(some)}
+    rows = Rows((pair.token,), (pair.text.last,), (pair.text.last,))
+    lens, own = _timed(lambda: logit_lens(pair.engine, pair.old, rows)[:, -1])
+    their_lens, other = _timed(lambda: theirs.lens(ids, len(pair.old)))
+    row["apart"]["lens"] = _apart(lens, list(their_lens))
+    row["seconds"]["lens"] = {"ours": own, "theirs": other}
+    # What was patched must have moved something, or equal numbers would say nothing.
+    row["moved"] = float((ours.log_softmax(-1) - ours[:1].log_softmax(-1)).abs().max())
+    return row
+
+
+def _timed(what: Callable[[], Any]) -> tuple[Any, float]:
+    """Processor time: other programs on the machine do not count."""
+    began = time.process_time()
+    found = what()
+    return found, time.process_time() - began
+
+
+def _alone(pair: Pair, slot: int) -> torch.Tensor:
+    """One patch in a forward of its own."""
+    rows = Rows((pair.token,), (pair.text.last,), (pair.text.last,))
+    with patched(pair.old, pair.fresh, [slot]):
+        return pair.engine.compute(pair.old, rows)[-1]
+
+
+def _apart(ours: torch.Tensor, theirs: Sequence[torch.Tensor]) -> float:
+    return float((ours.log_softmax(-1) - torch.stack(list(theirs))).abs().max())
+
+
+def _patch(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor], slot: int) -> Iterator[Hook]:
+    """All rows but the last hold the old context's keys and values, one slot the new one's."""
+    for name in old:
+
+        def put(tensor: torch.Tensor, hook: Any, name: str = name) -> torch.Tensor:
+            tensor[:, :-1] = old[name][:, :-1]
+            tensor[:, slot] = new[name][:, slot]
+            return tensor
+
+        yield name, put
+
+
+def _blocked(old: dict[str, torch.Tensor], slot: int) -> Iterator[Hook]:
+    """The last row cannot read one slot."""
+    for layer in range(len([name for name in old if name.endswith("hook_v")])):
+
+        def block(scores: torch.Tensor, hook: Any) -> torch.Tensor:
+            scores[:, :, -1, slot] = torch.finfo(scores.dtype).min
+            return scores
+
+        yield f"blocks.{layer}.attn.hook_attn_scores", block
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The largest distance of log-probabilities, mean times, and how many times longer a probe takes there."""
+    found: dict[str, Any] = {"policies": len(rows), "apart": {}, "milliseconds": {}, "theirs_over_ours": {}}
+    if not rows:
+        return found
+    found["tokens"] = sum(row["tokens"] for row in rows) / len(rows)
+    for kind in PROBED:
+        found["apart"][kind] = max(row["apart"][kind] for row in rows)
+        means = {way: sum(row["seconds"][kind][way] for row in rows) / len(rows) for way in rows[0]["seconds"][kind]}
+        found["milliseconds"][kind] = {way: round(1000 * each, 3) for way, each in means.items()}
+        found["theirs_over_ours"][kind] = round(means["theirs"] / means["ours"], 2)
+    alone = found["milliseconds"]["patch"]
+    found["theirs_over_ours"]["patch_alone"] = round(alone["theirs"] / alone["ours_alone"], 2)
+    found["equal"] = float(max(found["apart"].values()) < WITHIN)
+    return found

@@ -1,0 +1,20 @@
+"""Do two scores order the same items alike?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's rank correlation; None where a score is the same for all items, so that there is no order to compare."""
+    from scipy.stats import spearmanr
+
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return None
+    return float(spearmanr(first, second).statistic)
+
+
+def overlap(first: Sequence[float], second: Sequence[float], count: int) -> float:
+    """The share of the first score's best `count` items that are among the second one's; of equals the later item first."""
+    best = [set(sorted(range(len(each)), key=lambda i: (-each[i], -i))[:count]) for each in (first, second)]
+    return len(best[0] & best[1]) / len(best[0]) if best[0] else 0.0

@@ -1,0 +1,71 @@
+"""What heads add at some rows, put in place of what they would add in another context: which heads write something there?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.engine import Engine, Rows
+from programmable_kv.errors import InvalidArgumentError
+from programmable_kv.lab.tools.changes import of_heads, replaced
+from programmable_kv.lab.tools.hooks import taken_back
+from programmable_kv.lab.tools.sites import Place, Site, changed, recorded
+
+Head = tuple[int, int]
+"""(layer, query head)"""
+
+
+def head_outputs(engine: Engine, buffer: KVBuffer, rows: Rows, slots: Sequence[int]) -> torch.Tensor:
+    """What every head has read in the rows of these slots: [L, slots, heads, D_v]. The buffer is unchanged."""
+    sites = [Site(Place.HEADS, layer) for layer in range(len(buffer))]
+    with recorded(engine, buffer, sites, slots) as found:
+        engine.compute(buffer, rows)
+    return torch.stack([found[site] for site in sites])
+
+
+def head_slopes(
+    engine: Engine, buffer: KVBuffer, rows: Rows, slots: Sequence[int], target: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The gradient of a number of the last row's logits by what every head has read in these slots: [L, slots, heads, D_v].
+
+    The rows are appended, as `Engine.graph` asks. The buffer is unchanged.
+    """
+    leaves: list[torch.Tensor] = []
+
+    def watch(read: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        leaves.append(torch.zeros_like(read, requires_grad=True))
+        return read + leaves[-1]
+
+    with ExitStack() as stack:
+        for layer in range(len(buffer)):
+            stack.enter_context(changed(engine, buffer, Site(Place.HEADS, layer), watch, slots))
+        with engine.graph(buffer, rows) as graph:
+            found = torch.autograd.grad(target(graph.logits[-1]), leaves)
+    return torch.stack(found)
+
+
+@contextmanager
+def heads_from(
+    engine: Engine, buffer: KVBuffer, outputs: torch.Tensor, heads: Sequence[Head], slots: Sequence[int]
+) -> Iterator[None]:
+    """Inside the block, these heads have read in these slots' rows what `outputs` [L, slots, heads, D_v] says.
+
+    Everything else is computed from what it then meets. At the end of the block all is taken back.
+
+    Raises:
+        InvalidArgumentError: a layer or head does not exist, or the block computed no row of some slot.
+    """
+    layers, width = outputs.shape[0], outputs.shape[2]
+    if any(not (0 <= layer < layers and 0 <= head < width) for layer, head in heads):
+        raise InvalidArgumentError(f"there are {layers} layers of {width} heads; got {list(heads)[:8]}...")
+    by_layer: dict[int, list[int]] = {}
+    for layer, head in sorted(set(heads)):
+        by_layer.setdefault(layer, []).append(head)
+    with taken_back(buffer), ExitStack() as stack:
+        for layer, which in by_layer.items():
+            change = of_heads(replaced(outputs[layer][:, which]), which)
+            stack.enter_context(changed(engine, buffer, Site(Place.HEADS, layer), change, slots))
+        yield
