@@ -6,18 +6,33 @@ from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.lab.experiments.blast_radius import BLAST_RADIUS
 from programmable_kv.lab.experiments.boundary import BOUNDARY
 from programmable_kv.lab.experiments.dissociation import DISSOCIATION
+from programmable_kv.lab.experiments.dose import DOSE
 from programmable_kv.lab.experiments.errata import ERRATA
 from programmable_kv.lab.experiments.experiment import Experiment
 from programmable_kv.lab.experiments.knock_out import KNOCK_OUT
 from programmable_kv.lab.experiments.locality import LOCALITY
 from programmable_kv.lab.experiments.prediction import PREDICTION
 from programmable_kv.lab.experiments.prevention import PREVENTION
+from programmable_kv.lab.experiments.reasoning import REASONING
 from programmable_kv.lab.experiments.seam import SEAM
 from programmable_kv.lab.experiments.where import WHERE
 
 EXPERIMENTS = {
     each.name: each
-    for each in (BLAST_RADIUS, LOCALITY, WHERE, KNOCK_OUT, DISSOCIATION, PREVENTION, PREDICTION, SEAM, BOUNDARY, ERRATA)
+    for each in (
+        BLAST_RADIUS,
+        LOCALITY,
+        WHERE,
+        KNOCK_OUT,
+        DISSOCIATION,
+        PREVENTION,
+        PREDICTION,
+        SEAM,
+        BOUNDARY,
+        ERRATA,
+        DOSE,
+        REASONING,
+    )
 }
 
 
