@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from programmable_kv.drawing import BLUE, GREEN, GREY, ORANGE, RED, SKY, bars
+from programmable_kv.figures_doses import FIGURES as DOSES
 from programmable_kv.figures_notes import FIGURES
 from programmable_kv.figures_reading import FIGURES as READING
 from programmable_kv.records import Record, read_record, results_folder
@@ -148,4 +149,5 @@ _FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "mentions": ("mentions", _mentions),
     **FIGURES,
     **READING,
+    **DOSES,
 }

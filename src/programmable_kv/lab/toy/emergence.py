@@ -1,0 +1,150 @@
+"""Do notes appear before, with or after competence? Models trained from scratch, looked at while they learn.
+
+At each shown step, on policies that training never draws: how often the model is right, how far a decision moves when the
+field's value changes, and how much of that way single kinds of keys and values carry. And whether an update at the end is
+obeyed on a cache whose field and notes are of the old value.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.engine import Engine
+from programmable_kv.lab.experiments.nulls import matched
+from programmable_kv.lab.tools.readouts import gap
+from programmable_kv.lab.tools.together import Probe, probed
+from programmable_kv.lab.toy.policies import FIELD_SLOT, LENGTH, VALUES, ToyPolicy, draw
+from programmable_kv.lab.toy.training import ToyRecipe, train
+from programmable_kv.records import Record, Recorder, bootstrap_mean, digest_of
+
+SEED = 97_000
+PROBED = 48
+"""policies, the same at every step and in every model"""
+SETS = ("field", "names", "values", "actions", "ends", "tail", "later", "random_as_actions")
+COMPETENT = 0.9
+"""right under both values in this share of the policies"""
+
+
+def run(
+    recipe: ToyRecipe, seeds: int, path: Path, *, report: Callable[[int, int], None] | None = None, command: str = ""
+) -> Record:
+    """Train `seeds` models, probe each while it learns, and write one record of all."""
+    policies = probed_policies()
+    recorder = Recorder(
+        path,
+        name="emergence",
+        version=1,
+        title="When notes appear: toy models trained from scratch",
+        command=command,
+        model="toy decoder, trained from scratch",
+        model_fingerprint=digest_of(str(value) for value in asdict(recipe).values()),
+        data_digest=digest_of(str(policy.ids()) for policy in policies),
+        seeds=list(range(seeds)),
+        settings={"seeds": seeds, "probed": PROBED, **asdict(recipe)},
+    )
+
+    def row(seed: int) -> dict[str, Any]:
+        steps: list[dict[str, Any]] = []
+        train(recipe, seed, lambda step, model: steps.append({"step": step, **looked_at(Engine(model), policies)}))
+        return {"seed": seed, "steps": steps}
+
+    recorder.collect(list(range(seeds)), lambda seed: {"seed": seed}, row, report)
+    return recorder.finish(summarise(recorder.rows))
+
+
+def probed_policies() -> list[ToyPolicy]:
+    rng = random.Random(SEED)
+    return [draw(rng) for _ in range(PROBED)]
+
+
+@torch.no_grad()
+def looked_at(engine: Engine, policies: Sequence[ToyPolicy]) -> dict[str, Any]:
+    """What a model does with these policies: shares, and means in nats."""
+    rows = [_one(engine, policy, number) for number, policy in enumerate(policies)]
+    found: dict[str, Any] = {key: fmean(row[key] for row in rows) for key in ("right", "obeyed", "span")}
+    found["moved"] = {name: fmean(row["moved"][name] for row in rows) for name in SETS}
+    return {key: _rounded(value) for key, value in found.items()}
+
+
+def _rounded(value: Any) -> Any:
+    return {k: round(v, 4) for k, v in value.items()} if isinstance(value, dict) else round(value, 4)
+
+
+def _one(engine: Engine, policy: ToyPolicy, number: int) -> dict[str, Any]:
+    other = policy.with_value((policy.value + 1) % VALUES)
+    old, new = policy.right, other.right
+    stale, fresh = cached(engine, policy), cached(engine, other)
+    sets = slots_of(policy, number)
+    token = policy.ids()[-1]
+    logits = probed(engine, stale, token, [Probe(), *(Probe(sets[name]) for name in SETS)], fresh)
+    last = probed(engine, fresh, token, [Probe()])[0]
+    gaps = gap(logits, new, old).tolist()
+    line = policy.updated(other.value)
+    stale.truncate(LENGTH - 2 - len(policy.line()))
+    told = engine.append(stale, [*line.line(), *policy.ids()[-2:]])[-1]
+    return {
+        "right": float(int(logits[0].argmax()) == old and int(last.argmax()) == new),
+        "obeyed": float(int(told.argmax()) == new),
+        "span": float(gap(last, new, old)) - gaps[0],
+        "moved": {name: each - gaps[0] for name, each in zip(SETS, gaps[1:], strict=True)},
+    }
+
+
+def cached(engine: Engine, policy: ToyPolicy) -> KVBuffer:
+    """All but the row that decides."""
+    buffer = engine.new_buffer(3 * LENGTH)
+    engine.append(buffer, policy.ids()[:-1], logits=0)
+    return buffer
+
+
+def slots_of(policy: ToyPolicy, number: int) -> dict[str, tuple[int, ...]]:
+    """What is patched: the field, the later tokens by kind, all of them, and as many random ones as there are actions."""
+    kinds = policy.slots()
+    later = tuple(range(FIELD_SLOT + 1, LENGTH - 1))
+    drawn = matched(kinds["actions"], later, random.Random(f"{SEED}/{number}"))
+    assert drawn is not None
+    return {"field": (FIELD_SLOT,), **kinds, "later": later, "random_as_actions": drawn[0]}
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Over the models: at which step they are competent and obey, and what carried the decision then and at the end."""
+    found: dict[str, Any] = {"models": len(rows), "competent_models": 0, "obeying_models": 0}
+    at_first, at_end, before, lag, most = [], [], [], [], []
+    for row in rows:
+        steps = row["steps"]
+        able = next((step for step in steps if step["right"] >= COMPETENT), None)
+        obeys = next((step for step in steps if step["obeyed"] >= COMPETENT), None)
+        found["competent_models"] += able is not None
+        found["obeying_models"] += obeys is not None
+        if able is None:
+            continue
+        earlier = [step for step in steps if step["step"] < able["step"]]
+        at_first.append(shares(able))
+        at_end.append(shares(steps[-1]))
+        before.append(max((step["moved"]["actions"] / able["moved"]["actions"] for step in earlier), default=0.0))
+        most.append(max(shares(step)["field"] for step in steps if step["step"] >= able["step"]))
+        found.setdefault("competent_at", []).append(able["step"])
+        if obeys is not None:
+            lag.append(obeys["step"] - able["step"])
+    found["competent_at"] = bootstrap_mean(found.get("competent_at", [])).model_dump()
+    found["obeys_after"] = bootstrap_mean(lag).model_dump()
+    found["before"] = bootstrap_mean(before).model_dump()
+    found["most_by_field"] = bootstrap_mean(most).model_dump()
+    for name, each in (("first", at_first), ("end", at_end)):
+        found[name] = {key: bootstrap_mean([share[key] for share in each]).model_dump() for key in SETS}
+    found["end_right"] = bootstrap_mean([row["steps"][-1]["right"] for row in rows]).model_dump()
+    found["end_obeyed"] = bootstrap_mean([row["steps"][-1]["obeyed"] for row in rows]).model_dump()
+    return found
+
+
+def shares(step: Mapping[str, Any]) -> dict[str, float]:
+    """By kind of token, the share of the way between the two decisions that it carries."""
+    return {name: moved / step["span"] for name, moved in step["moved"].items()}
