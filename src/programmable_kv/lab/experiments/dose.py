@@ -40,12 +40,10 @@ STRENGTHS = (1, 2, 4, 8, 16)
 """times the way from the cached rows to the injected ones"""
 REPAIRS = (Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.READERS)
 REPAIRED = ("0", str(STRONG), ALL)
-"""doses of number that are repaired, beside as many random tokens as the strong dose has"""
-UNREPAIRED = (1, 16)
-"""doses of strength that are not"""
+"""doses of number that are repaired"""
+STRONGLY_REPAIRED = (2, 4)
+"""doses of strength that are repaired, the last of them on random tokens too"""
 RANDOM = "random_"
-RANDOM_TIMES = 4
-"""the strength at which random tokens are repaired too"""
 
 
 def measure(pair: Pair, others: Sequence[Row]) -> Row:
@@ -62,11 +60,10 @@ def measure(pair: Pair, others: Sequence[Row]) -> Row:
     row["full"] = repaired(pair, notebook, third, Mode.FULL)["right"]
     strong, drawn_as_many = doses[str(STRONG)], drawn.get(f"{RANDOM}{STRONG}/0")
     row["repaired"] = {dose: _repairs(pair, notebook, third, doses[dose]) for dose in REPAIRED}
-    for times in (times for times in STRENGTHS if times not in UNREPAIRED):
+    for times in STRONGLY_REPAIRED:
         row["repaired"][f"times_{times}"] = _repairs(pair, notebook, third, strong, times)
     if drawn_as_many is not None:
-        row["repaired"][f"{RANDOM}{STRONG}"] = _repairs(pair, notebook, third, drawn_as_many)
-        row["repaired"][f"{RANDOM}times_{RANDOM_TIMES}"] = _repairs(pair, notebook, third, drawn_as_many, RANDOM_TIMES)
+        row["repaired"][f"{RANDOM}times_{times}"] = _repairs(pair, notebook, third, drawn_as_many, times)
     return row
 
 
@@ -147,11 +144,14 @@ def _repairs(
 def repaired(pair: Pair, notebook: Notebook, value: str, mode: Mode) -> dict[str, Any]:
     """Whether the edit is followed, and by how many nats its action leads the best other one. The notebook is unchanged."""
     field, right = pair.case.gate.field, pair.case.gate.actions[value]
+    opening = pair.text.ids[len(notebook) :]
     mark = notebook.mark()
-    decision = notebook.decide(None, list(pair.first_tokens), edits={field: value}, mode=mode)
+    notebook.edit({field: value}, mode=mode)
+    logits = notebook.model.engine.append(notebook.cache, opening)[-1]
     notebook.rollback(mark)
-    best = max(score for action, score in decision.log_probabilities.items() if action != right)
-    return {"right": decision.choice == right, "lead": round(decision.log_probabilities[right] - best, 4)}
+    scores = {action: float(logits[token]) for action, token in pair.first_tokens.items()}
+    best = max(score for action, score in scores.items() if action != right)
+    return {"right": pair.decides(logits) == right, "lead": round(scores[right] - best, 4)}
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:

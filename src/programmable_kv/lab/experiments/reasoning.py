@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from programmable_kv.edits.modes import Mode
-from programmable_kv.engine import Rows
 from programmable_kv.lab.experiments.cases import SEED
 from programmable_kv.lab.experiments.experiment import Experiment, Row
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.summaries import at, mean_by_domain, share
 from programmable_kv.lab.experiments.written import RULES, TAIL, Written, written
 from programmable_kv.lab.tools.knockout import blinded
+from programmable_kv.lab.tools.together import Probe, probed
 from programmable_kv.notebook.asking import THOUGHT_ENDS, THOUGHT_LIMIT, stop_ids
 from programmable_kv.notebook.decision import option_ids
 from programmable_kv.notebook.notebook import Notebook
@@ -68,58 +68,57 @@ class Thinking:
             decisions: by name, from the thought's slots the slots that the deciding row cannot read.
         """
         engine, buffer = self.notebook.model.engine, self.notebook.cache
-        unread: list[Collection[int]] = [blind_thought]
-        with blinded(engine, buffer, lambda slot: unread[-1]):
-            logits = engine.append(buffer, self.opening)
-            start = buffer.length
-            ids, text = self._thought(logits)
+        with blinded(engine, buffer, lambda _: blind_thought):
+            start = buffer.length + len(self.opening)
+            ids, text = self._thought()
             tokens = option_ids(self.notebook.model.tokenizer, text, self.options, None)
-            slots, last = tuple(range(start, buffer.length - 1)), buffer.length - 1
-            position = int(buffer.positions[last])
-            scores = {}
-            for name, rule in decisions.items():
-                unread.append(rule(slots))
-                again = engine.compute(buffer, Rows((ids[-1],), (last,), (position,)))[-1]
-                unread.pop()
-                found = torch.log_softmax(again.cpu().double(), dim=-1)
-                scores[name] = {
-                    option: float(found[each[0]]) for option, each in zip(self.options, tokens, strict=True)
-                }
+            buffer.truncate(start + len(ids) - 1)
+            slots = range(start, buffer.length)
+            # The masks of the copies of this row are made anew: they do not share what the thought's rows cannot read.
+            probes = [Probe(blocked=tuple(sorted(rule(slots)))) for rule in decisions.values()]
+            found = torch.log_softmax(probed(engine, buffer, ids[-1], probes).cpu().double(), dim=-1)
+        scores = {
+            name: {option: float(row[each[0]]) for option, each in zip(self.options, tokens, strict=True)}
+            for name, row in zip(decisions, found, strict=True)
+        }
         return text, scores
 
-    def _thought(self, logits: torch.Tensor) -> tuple[list[int], str]:
-        """Greedy tokens up to the words that announce the decision, which close a thought that ends otherwise."""
-        tokenizer = self.notebook.model.tokenizer
+    def _thought(self) -> tuple[list[int], str]:
+        """Greedy tokens up to the words that announce the decision, which close a thought that ends otherwise.
+
+        They are appended behind the opening. Thoughts of one cache are much alike, so an earlier one is guessed and checked in
+        one forward: the same greedy tokens, sooner.
+        """
+        engine, buffer, tokenizer = self.notebook.model.engine, self.notebook.cache, self.notebook.model.tokenizer
         drawn: list[int] = []
-        text = ""
-        while len(drawn) < THOUGHT_LIMIT and not text.endswith(THOUGHT_ENDS):
-            token = int(logits[-1].argmax())
-            if token in stop_ids(self.notebook):
-                break
-            begun = [*drawn, token]
-            guess = next((each for each in self.drawn if each[: len(begun)] == begun), begun)
-            logits, agreed = self._agreed(guess[len(drawn) :])
-            drawn += agreed
+        known, text = list(self.opening), ""
+        while True:
+            rest = next((each[len(drawn) :] for each in self.drawn if each[: len(drawn)] == drawn), [])
+            before = buffer.length
+            logits = engine.append(buffer, [*known, *rest], logits=len(rest) + 1)
+            wanted = logits.argmax(dim=-1).tolist()
+            kept = next((n for n, token in enumerate(rest) if token != wanted[n]), len(rest))
+            buffer.truncate(before + len(known) + kept)
+            drawn += rest[:kept]
             text = tokenizer.decode(drawn, skip_special_tokens=True)
+            ended = (
+                len(drawn) >= THOUGHT_LIMIT or text.endswith(THOUGHT_ENDS) or wanted[kept] in stop_ids(self.notebook)
+            )
+            if ended:
+                break
+            known = [wanted[kept]]
+            drawn += known
+            text = tokenizer.decode(drawn, skip_special_tokens=True)
+            if text.endswith(THOUGHT_ENDS) or len(drawn) >= THOUGHT_LIMIT:
+                engine.append(buffer, known, logits=0)
+                break
         if drawn not in self.drawn:
-            self.drawn.append(list(drawn))
+            self.drawn.insert(0, list(drawn))
         if not text.endswith(THOUGHT_ENDS):
             closing = tokenizer.encode(THOUGHT_ENDS, add_special_tokens=False)
-            self.notebook.model.engine.append(self.notebook.cache, closing)
+            engine.append(buffer, closing, logits=0)
             drawn, text = [*drawn, *closing], text + THOUGHT_ENDS
         return drawn, text
-
-    def _agreed(self, guess: list[int]) -> tuple[torch.Tensor, list[int]]:
-        """Append as many guessed tokens as greedy decoding would have said; the first is given."""
-        buffer = self.notebook.cache
-        start = buffer.length
-        logits = self.notebook.model.engine.append(buffer, guess, logits=len(guess))
-        wanted = logits.argmax(dim=-1).tolist()
-        kept = 1
-        while kept < len(guess) and wanted[kept - 1] == guess[kept]:
-            kept += 1
-        buffer.truncate(start + kept)
-        return logits[kept - 1 : kept], guess[:kept]
 
 
 def measure(pair: Pair, _: Sequence[Row]) -> Row:
@@ -203,11 +202,11 @@ def _chosen(cache: str, which: str, name: str, row: Row) -> str:
 
 
 def _right(cache: str, which: str, name: str, row: Row) -> bool:
-    return _chosen(cache, which, name, row) == row["right"][1]
+    return bool(_chosen(cache, which, name, row) == row["right"][1])
 
 
 def _old(cache: str, which: str, name: str, row: Row) -> bool:
-    return _chosen(cache, which, name, row) == row["right"][0]
+    return bool(_chosen(cache, which, name, row) == row["right"][0])
 
 
 def _says(cache: str, which: str, value: str, row: Row) -> bool:

@@ -18,7 +18,7 @@ import torch
 
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.engine import Engine
-from programmable_kv.lab.experiments.nulls import matched
+from programmable_kv.lab.tools.nulls import random_slots
 from programmable_kv.lab.tools.readouts import gap
 from programmable_kv.lab.tools.together import Probe, probed
 from programmable_kv.lab.toy.policies import FIELD_SLOT, LENGTH, VALUES, ToyPolicy, draw
@@ -26,7 +26,7 @@ from programmable_kv.lab.toy.training import ToyRecipe, train
 from programmable_kv.records import Record, Recorder, bootstrap_mean, digest_of
 
 SEED = 97_000
-PROBED = 48
+PROBED = 32
 """policies, the same at every step and in every model"""
 SETS = ("field", "names", "values", "actions", "ends", "tail", "later", "random_as_actions")
 COMPETENT = 0.9
@@ -57,7 +57,7 @@ def run(
         return {"seed": seed, "steps": steps}
 
     recorder.collect(list(range(seeds)), lambda seed: {"seed": seed}, row, report)
-    return recorder.finish(summarise(recorder.rows))
+    return recorder.finish({"plain_steps": recipe.plain_steps, **summarise(recorder.rows)})
 
 
 def probed_policies() -> list[ToyPolicy]:
@@ -109,15 +109,19 @@ def slots_of(policy: ToyPolicy, number: int) -> dict[str, tuple[int, ...]]:
     """What is patched: the field, the later tokens by kind, all of them, and as many random ones as there are actions."""
     kinds = policy.slots()
     later = tuple(range(FIELD_SLOT + 1, LENGTH - 1))
-    drawn = matched(kinds["actions"], later, random.Random(f"{SEED}/{number}"))
-    assert drawn is not None
-    return {"field": (FIELD_SLOT,), **kinds, "later": later, "random_as_actions": drawn[0]}
+    # Of one stratum: in a text of so few tokens, the nearest other token of an action would always be the end of its rule.
+    drawn = random_slots(kinds["actions"], later, random.Random(f"{SEED}/{number}"), strata=1)
+    return {"field": (FIELD_SLOT,), **kinds, "later": later, "random_as_actions": drawn}
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Over the models: at which step they are competent and obey, and what carried the decision then and at the end."""
     found: dict[str, Any] = {"models": len(rows), "competent_models": 0, "obeying_models": 0}
-    at_first, at_end, before, lag, most = [], [], [], [], []
+    at_first, at_end = [], []
+    able_at: list[float] = []
+    before: list[float] = []
+    lag: list[float] = []
+    most: list[float] = []
     for row in rows:
         steps = row["steps"]
         able = next((step for step in steps if step["right"] >= COMPETENT), None)
@@ -131,17 +135,14 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         at_end.append(shares(steps[-1]))
         before.append(max((step["moved"]["actions"] / able["moved"]["actions"] for step in earlier), default=0.0))
         most.append(max(shares(step)["field"] for step in steps if step["step"] >= able["step"]))
-        found.setdefault("competent_at", []).append(able["step"])
+        able_at.append(able["step"])
         if obeys is not None:
             lag.append(obeys["step"] - able["step"])
-    found["competent_at"] = bootstrap_mean(found.get("competent_at", [])).model_dump()
-    found["obeys_after"] = bootstrap_mean(lag).model_dump()
-    found["before"] = bootstrap_mean(before).model_dump()
-    found["most_by_field"] = bootstrap_mean(most).model_dump()
+    figures = {"competent_at": able_at, "obeys_after": lag, "before": before, "most_by_field": most}
+    figures |= {f"end_{key}": [row["steps"][-1][key] for row in rows] for key in ("right", "obeyed")}
+    found |= {name: bootstrap_mean(each).model_dump() for name, each in figures.items() if each}
     for name, each in (("first", at_first), ("end", at_end)):
-        found[name] = {key: bootstrap_mean([share[key] for share in each]).model_dump() for key in SETS}
-    found["end_right"] = bootstrap_mean([row["steps"][-1]["right"] for row in rows]).model_dump()
-    found["end_obeyed"] = bootstrap_mean([row["steps"][-1]["obeyed"] for row in rows]).model_dump()
+        found[name] = {key: bootstrap_mean([share[key] for share in each]).model_dump() for key in SETS if each}
     return found
 
 

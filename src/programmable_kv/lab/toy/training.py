@@ -16,7 +16,7 @@ from programmable_kv.lab.toy.policies import LENGTH, VOCABULARY, draw
 class ToyRecipe:
     """What decides a toy model's weights, beside its seed."""
 
-    layers: int = 3
+    layers: int = 2
     width: int = 64
     heads: int = 4
     batch: int = 64
@@ -24,7 +24,7 @@ class ToyRecipe:
     warmup_steps: int = 100
     plain_steps: int = 400
     """without an update of the field"""
-    updated_steps: int = 800
+    updated_steps: int = 400
     """with one in the given share of the policies"""
     updates: float = 0.5
 
@@ -34,11 +34,8 @@ class ToyRecipe:
 
     def shown(self) -> tuple[int, ...]:
         """The steps after which the model is looked at: often where competence is found, then less often."""
-        first = [0, 20, 40, 60, 80, 100, 120, 140, 160, 200, 250, 300]
-        later = range(self.plain_steps, self.steps + 1, 100)
-        return tuple(
-            step for step in (*first, *later) if step <= self.steps and (step in later or step < self.plain_steps)
-        )
+        first = (*range(0, self.plain_steps, 40), *range(self.plain_steps, self.steps, 100))
+        return (*first, self.steps)
 
 
 def new_model(recipe: ToyRecipe, seed: int) -> Any:
