@@ -15,8 +15,6 @@ _REPAIRED = {
     "all": "all later\ntokens",
     "times_2": "8 tokens,\ntwice as far",
     "times_4": "4 times",
-    "times_8": "8 times",
-    "random_8": "8 random",
     "random_times_4": "8 random,\n4 times",
 }
 _REPAIRS = (("erratum", "erratum", ORANGE), ("field_erratum", "field + erratum", BLUE), ("readers", "readers", GREEN))

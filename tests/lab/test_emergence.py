@@ -102,13 +102,17 @@ def steps_of(*found: tuple[int, float, float, float, float]) -> list[dict[str, A
     ]  # fmt: skip
 
 
-def test_what_carried_the_decision_is_read_where_competence_was_found() -> None:
-    row = {"seed": 0, "steps": steps_of((0, 0, 0.4, 0, 1), (20, 0.95, 0.5, 4, 5), (40, 1, 0.95, 0, 9))}
-    never = {"seed": 1, "steps": steps_of((0, 0, 0.4, 0, 1), (20, 0.5, 0.5, 4, 5))}
-    found = emergence.summarise([row, never])
+def test_what_carried_the_decision_is_read_where_it_was_first_made_and_where_it_was_right() -> None:
+    row = {"seed": 0, "steps": steps_of((0, 0, 0.4, 1, 1), (20, 0.95, 0.0, 4, 5), (40, 1, 0.95, 0, 9))}
+    row["steps"][0]["span"] = 0.1
+    never = {"seed": 1, "steps": steps_of((0, 0, 0.4, 0, 1), (20, 0.5, 0.2, 4, 3), (40, 0.5, 0.5, 2, 2))}
+    found = emergence.summarise([row, never], 20)
     assert (found["models"], found["competent_models"], found["obeying_models"]) == (2, 1, 1)
-    assert found["competent_at"]["value"] == found["obeys_after"]["value"] == 20
+    assert found["first"]["step"]["value"] == 20
     assert found["first"]["actions"]["value"] == 0.5
-    assert found["end"]["actions"]["value"] == 0.9
-    assert found["most_by_field"]["value"] == 0.4
-    assert found["before"]["value"] == 0.2
+    assert found["earliest"]["step"]["value"] == 10, "a step at which nothing moves the decision is none"
+    assert found["earliest"]["actions"]["value"] == pytest.approx(0.3)
+    assert found["untaught"]["obeyed"]["value"] == pytest.approx(0.1)
+    assert found["end"]["obeyed"]["value"] == pytest.approx(0.725)
+    assert found["end"]["actions"]["value"] == pytest.approx(0.55)
+    assert found["most_by_field"]["value"] == pytest.approx(0.4)

@@ -19,7 +19,7 @@ import torch
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.engine import Engine
 from programmable_kv.lab.tools.nulls import random_slots
-from programmable_kv.lab.tools.readouts import gap
+from programmable_kv.lab.tools.readouts import SMALLEST_SPAN, gap
 from programmable_kv.lab.tools.together import Probe, probed
 from programmable_kv.lab.toy.policies import FIELD_SLOT, LENGTH, VALUES, ToyPolicy, draw
 from programmable_kv.lab.toy.training import ToyRecipe, train
@@ -57,7 +57,7 @@ def run(
         return {"seed": seed, "steps": steps}
 
     recorder.collect(list(range(seeds)), lambda seed: {"seed": seed}, row, report)
-    return recorder.finish({"plain_steps": recipe.plain_steps, **summarise(recorder.rows)})
+    return recorder.finish(summarise(recorder.rows, recipe.plain_steps))
 
 
 def probed_policies() -> list[ToyPolicy]:
@@ -114,36 +114,30 @@ def slots_of(policy: ToyPolicy, number: int) -> dict[str, tuple[int, ...]]:
     return {"field": (FIELD_SLOT,), **kinds, "later": later, "random_as_actions": drawn}
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Over the models: at which step they are competent and obey, and what carried the decision then and at the end."""
-    found: dict[str, Any] = {"models": len(rows), "competent_models": 0, "obeying_models": 0}
-    at_first, at_end = [], []
-    able_at: list[float] = []
-    before: list[float] = []
-    lag: list[float] = []
-    most: list[float] = []
+def summarise(rows: Sequence[Mapping[str, Any]], plain_steps: int) -> dict[str, Any]:
+    """Over the models: at which step they are competent, what carries the decision when, and how often an update is obeyed.
+
+    `earliest`: where the field's value first moves the decision at all; `first`: where the model first is competent; `end`.
+    """
+    found: dict[str, Any] = {"models": len(rows), "plain_steps": plain_steps}
+    marked: dict[str, list[Mapping[str, Any]]] = {"earliest": [], "first": [], "untaught": [], "end": []}
+    most = []
     for row in rows:
         steps = row["steps"]
-        able = next((step for step in steps if step["right"] >= COMPETENT), None)
-        obeys = next((step for step in steps if step["obeyed"] >= COMPETENT), None)
-        found["competent_models"] += able is not None
-        found["obeying_models"] += obeys is not None
-        if able is None:
-            continue
-        earlier = [step for step in steps if step["step"] < able["step"]]
-        at_first.append(shares(able))
-        at_end.append(shares(steps[-1]))
-        before.append(max((step["moved"]["actions"] / able["moved"]["actions"] for step in earlier), default=0.0))
-        most.append(max(shares(step)["field"] for step in steps if step["step"] >= able["step"]))
-        able_at.append(able["step"])
-        if obeys is not None:
-            lag.append(obeys["step"] - able["step"])
-    figures = {"competent_at": able_at, "obeys_after": lag, "before": before, "most_by_field": most}
-    figures |= {f"end_{key}": [row["steps"][-1][key] for row in rows] for key in ("right", "obeyed")}
-    found |= {name: bootstrap_mean(each).model_dump() for name, each in figures.items() if each}
-    for name, each in (("first", at_first), ("end", at_end)):
-        found[name] = {key: bootstrap_mean([share[key] for share in each]).model_dump() for key in SETS if each}
-    return found
+        moved = [step for step in steps if step["span"] >= SMALLEST_SPAN]
+        able = [step for step in steps if step["right"] >= COMPETENT]
+        marked["earliest"] += moved[:1]
+        marked["first"] += able[:1]
+        marked["untaught"] += [step for step in steps if step["step"] == plain_steps]
+        marked["end"] += steps[-1:]
+        most += [max(shares(step)["field"] for step in moved)] if moved else []
+    found["competent_models"] = len(marked["first"])
+    found["obeying_models"] = sum(step["obeyed"] >= COMPETENT for step in marked["end"])
+    for name, steps in marked.items():
+        figures = {key: [step[key] for step in steps] for key in ("step", "right", "obeyed")}
+        figures |= {key: [shares(step)[key] for step in steps] for key in SETS}
+        found[name] = {key: bootstrap_mean(each).model_dump() for key, each in figures.items() if each}
+    return found | ({"most_by_field": bootstrap_mean(most).model_dump()} if most else {})
 
 
 def shares(step: Mapping[str, Any]) -> dict[str, float]:
