@@ -262,6 +262,22 @@ def lab_lens_peer(
     measure(run, loaded, out_path, record_name(loaded), "Policies", count, count=count)
 
 
+@app.command("emergence")
+def lab_emergence(
+    seeds: Annotated[int, typer.Option(min=1, help="models, each with a seed of its own")] = 5,
+    out_path: OutOption = None,
+) -> None:
+    """When notes appear: toy models trained from scratch, in minutes, and looked at while they learn."""
+    from programmable_kv.lab.toy.emergence import run
+    from programmable_kv.lab.toy.training import ToyRecipe
+
+    path = record_path(out_path, "emergence")
+    with progress("Models", seeds) as report:
+        record = run(ToyRecipe(), seeds, path, report=report, command=command())
+    print_figures(record)
+    out.print(f"Record: {path}")
+
+
 @app.command("adapter")
 def lab_adapter(
     scenarios: Annotated[int, typer.Option(min=1, help="held-out scenarios")] = 800,

@@ -28,8 +28,8 @@ from programmable_kv.skills.skill import Skill
 if TYPE_CHECKING:
     from programmable_kv.notebook.notebook import Notebook
 
-_THOUGHT_ENDS = ", so"
-_THOUGHT_LIMIT = 48
+THOUGHT_ENDS = ", so"
+THOUGHT_LIMIT = 48
 """tokens"""
 _THOUGHTS_KEPT = 7
 """earlier thoughts that a new one may begin like"""
@@ -208,7 +208,7 @@ def _think(notebook: Notebook, logits: torch.Tensor) -> tuple[str, torch.Tensor]
     tokenizer, buffer = notebook.model.tokenizer, notebook.cache
     drawn: list[int] = []
     text = ""
-    while len(drawn) < _THOUGHT_LIMIT and not text.endswith(_THOUGHT_ENDS):
+    while len(drawn) < THOUGHT_LIMIT and not text.endswith(THOUGHT_ENDS):
         token = int(logits[-1].argmax())
         if token in stop_ids(notebook):
             break
@@ -219,10 +219,10 @@ def _think(notebook: Notebook, logits: torch.Tensor) -> tuple[str, torch.Tensor]
         text = tokenizer.decode(drawn, skip_special_tokens=True)
     if drawn not in notebook._thoughts:
         notebook._thoughts = [*notebook._thoughts[-_THOUGHTS_KEPT:], drawn]
-    if not text.endswith(_THOUGHT_ENDS):
-        closing = tokenizer.encode(_THOUGHT_ENDS, add_special_tokens=False)
+    if not text.endswith(THOUGHT_ENDS):
+        closing = tokenizer.encode(THOUGHT_ENDS, add_special_tokens=False)
         logits = notebook.model.engine.append(buffer, closing)
-        text += _THOUGHT_ENDS
+        text += THOUGHT_ENDS
     return text, logits
 
 

@@ -41,15 +41,17 @@ class Experiment:
     """cases that `rank` is asked about, at most"""
     sets: int = 1
     """sets of rules in a policy, each about a field of its own; the question's topic says which of them counts"""
+    values: int | None = None
+    """values that a set of rules tells apart (None: two to four)"""
 
     def cases(self, count: int, *, everyday: bool = False) -> list[tuple[str, Case]]:
         """Every case with what it is for, `ranking` or `scoring`."""
         ranked = (
-            cases(min(self.ranking, count), RANKING_SEED, everyday=everyday, sets=self.sets)
+            cases(min(self.ranking, count), RANKING_SEED, everyday=everyday, sets=self.sets, values=self.values)
             if self.rank is not None
             else []
         )
-        scored = cases(count, SEED, everyday=everyday, sets=self.sets)
+        scored = cases(count, SEED, everyday=everyday, sets=self.sets, values=self.values)
         return [("ranking", case) for case in ranked] + [("scoring", case) for case in scored]
 
 

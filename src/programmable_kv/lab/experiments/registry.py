@@ -8,6 +8,7 @@ from programmable_kv.lab.experiments.blast_radius import BLAST_RADIUS
 from programmable_kv.lab.experiments.boundary import BOUNDARY
 from programmable_kv.lab.experiments.conclusion import CONCLUSION
 from programmable_kv.lab.experiments.dissociation import DISSOCIATION
+from programmable_kv.lab.experiments.dose import DOSE
 from programmable_kv.lab.experiments.errata import ERRATA
 from programmable_kv.lab.experiments.experiment import Experiment
 from programmable_kv.lab.experiments.knock_out import KNOCK_OUT
@@ -15,6 +16,7 @@ from programmable_kv.lab.experiments.locality import LOCALITY
 from programmable_kv.lab.experiments.path_closure import PATH_CLOSURE
 from programmable_kv.lab.experiments.prediction import PREDICTION
 from programmable_kv.lab.experiments.prevention import PREVENTION
+from programmable_kv.lab.experiments.reasoning import REASONING
 from programmable_kv.lab.experiments.seam import SEAM
 from programmable_kv.lab.experiments.where import WHERE
 
@@ -34,6 +36,8 @@ EXPERIMENTS = {
         ATTRIBUTION,
         PATH_CLOSURE,
         CONCLUSION,
+        DOSE,
+        REASONING,
     )
 }
 

@@ -6,7 +6,7 @@ Source: Geva et al., Dissecting Recall of Factual Associations (arXiv 2304.14767
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -52,6 +52,27 @@ def knocked_out(engine: Engine, buffer: KVBuffer, *knockouts: Knockout) -> Itera
         return now
 
     with masked(engine, buffer, allowed, layers, reached):
+        yield
+
+
+@contextmanager
+def blinded(engine: Engine, buffer: KVBuffer, blind: Callable[[int], Collection[int]]) -> Iterator[None]:
+    """Inside the block a row in slot `s` cannot read the slots `blind(s)`, in all layers. Then all is taken back.
+
+    `blind` is asked in every forward, so that rows can be generated one by one, as many as there will be, and one of them be
+    computed again under another rule.
+
+    Raises:
+        InvalidArgumentError: a row would see nothing.
+    """
+
+    def allowed(_: int, slots: torch.Tensor, seen: torch.Tensor) -> torch.Tensor | None:
+        unseen = torch.zeros((len(slots), seen.shape[-1]), dtype=torch.bool)
+        for row, slot in enumerate(slots.tolist()):
+            unseen[row, [key for key in blind(slot) if key < seen.shape[-1]]] = True
+        return seen & ~unseen[None].to(seen.device) if bool(unseen.any()) else None
+
+    with masked(engine, buffer, allowed, range(len(buffer)), Reached(())):
         yield
 
 

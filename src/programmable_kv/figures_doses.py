@@ -1,0 +1,86 @@
+"""The figures of wrong notes, of thoughts, and of models that learn: `docs/mechanism.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any
+
+from programmable_kv.drawing import BLUE, GREEN, GREY, ORANGE, RED, SKY, bars
+from programmable_kv.records import Record
+
+_REPAIRED = {
+    "0": "none",
+    "8": "8 tokens",
+    "all": "all later\ntokens",
+    "times_2": "8 tokens,\ntwice as far",
+    "times_4": "4 times",
+    "random_times_4": "8 random,\n4 times",
+}
+_REPAIRS = (("erratum", "erratum", ORANGE), ("field_erratum", "field + erratum", BLUE), ("readers", "readers", GREEN))
+_BLOCKED = (
+    (("nothing", "nothing"), "nothing"),
+    (("field", "nothing"), "thought\nfrom field"),
+    (("random_as_field", "nothing"), "thought from\nas many random"),
+    (("rules", "nothing"), "thought\nfrom rules"),
+    (("random_as_rules", "nothing"), "thought from\nas many random"),
+    (("nothing", "field"), "decision\nfrom field"),
+    (("nothing", "thought"), "decision\nfrom thought"),
+    (("nothing", "random_as_thought"), "decision from\nas many random"),
+)
+_CARRIED = (
+    ("actions", "actions of the rules", BLUE),
+    ("field", "the field", RED),
+    ("random_as_actions", "random", GREY),
+)
+
+
+def _dose(axes: Any, record: Record) -> None:
+    """Edits that a poisoned cache follows, by dose and by how the edit is made."""
+    repaired: Any = record.summary["repaired"]
+    for number, (mode, label, colour) in enumerate(_REPAIRS):
+        bars(axes, [repaired[dose][mode]["right"] for dose in _REPAIRED], number, len(_REPAIRS), label, colour)
+    axes.set_xticks(range(len(_REPAIRED)), list(_REPAIRED.values()), fontsize=8)
+    axes.set_xlabel("notes of another value in the cache")
+    axes.set_ylabel("edits that are followed")
+    axes.set_ylim(0, 1.3)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=3)
+
+
+def _reasoning(axes: Any, record: Record) -> None:
+    """Right decisions after a thought, by what thought or decision could not read, on an edited and on a fresh cache."""
+    summary: Any = record.summary
+    for number, (cache, label, colour) in enumerate((("in_place", "edited in place", BLUE), ("fresh", "fresh", SKY))):
+        shares = [summary[cache][thought][decision]["right"] for (thought, decision), _ in _BLOCKED]
+        bars(axes, shares, number, 2, label, colour)
+    axes.set_xticks(range(len(_BLOCKED)), [name for _, name in _BLOCKED], fontsize=7)
+    axes.set_xlabel("blocked")
+    axes.set_ylabel("right decisions")
+    axes.set_ylim(0, 1.3)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
+
+
+def _emergence(axes: Any, record: Record) -> None:
+    """While toy models learn: right decisions, updates obeyed, and what carries the decision, in its final size."""
+    steps = [step["step"] for step in record.rows[0]["steps"]]
+    found = [[row["steps"][index] for row in record.rows] for index in range(len(steps))]
+    final = fmean(step["span"] for step in found[-1])
+    axes.plot(steps, [fmean(s["right"] for s in each) for each in found], color=GREEN, label="right under both values")
+    axes.plot(steps, [fmean(s["obeyed"] for s in each) for each in found], color=ORANGE, label="update obeyed")
+    for name, label, colour in _CARRIED:
+        carried = [fmean(s["moved"][name] for s in each) / final for each in found]
+        axes.plot(steps, carried, "--", color=colour, label=f"carried by {label}")
+    axes.set_xlabel("steps of training")
+    axes.set_ylabel("share")
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.legend(frameon=False, fontsize=8)
+
+
+FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
+    "dose": ("dose", _dose),
+    "reasoning": ("reasoning", _reasoning),
+    "emergence": ("emergence", _emergence),
+}
+"""each figure's record, and what draws it"""

@@ -1,0 +1,88 @@
+"""Policies of a few tokens, for models of a few layers: a field, a rule for each of its values, a question.
+
+`begin field VALUE end, rule VALUE ACTION end, rule VALUE ACTION end, LINE end, ask answer -> ACTION`. The line before the
+question is neutral, or it updates the field. Rules stand in any order, and which action a rule names is random: only the
+policy can tell.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from itertools import count
+
+VALUES = 2
+ACTIONS = 4
+NEUTRAL = 2
+"""words of the neutral line"""
+_NAMES = count()
+BEGIN, FIELD, RULE, UPDATE, ASK, ANSWER, END = (next(_NAMES) for _ in range(7))
+_FIRST_VALUE = next(_NAMES)
+_FIRST_ACTION = _FIRST_VALUE + VALUES
+_FIRST_NEUTRAL = _FIRST_ACTION + ACTIONS
+VOCABULARY = _FIRST_NEUTRAL + NEUTRAL
+FIELD_SLOT = 2
+"""where the field's value stands"""
+LENGTH = 4 + 4 * VALUES + 3 + 2
+
+
+@dataclass(frozen=True, slots=True)
+class ToyPolicy:
+    """A policy, and what each value of its field calls for."""
+
+    order: tuple[int, ...]
+    """the rules' values, as they stand"""
+    actions: tuple[int, ...]
+    """by value"""
+    value: int
+    neutral: tuple[int, int]
+    update: int | None = None
+    """the value that the line before the question gives"""
+
+    @property
+    def right(self) -> int:
+        """The token of the right action."""
+        return self.action(self.value if self.update is None else self.update)
+
+    def action(self, value: int) -> int:
+        return _FIRST_ACTION + self.actions[value]
+
+    def ids(self) -> list[int]:
+        """The whole text, up to the token whose row decides."""
+        rules = [token for value in self.order for token in (RULE, _FIRST_VALUE + value, self.action(value), END)]
+        return [BEGIN, FIELD, _FIRST_VALUE + self.value, END, *rules, *self.line(), ASK, ANSWER]
+
+    def line(self) -> list[int]:
+        """What stands before the question."""
+        if self.update is not None:
+            return [UPDATE, _FIRST_VALUE + self.update, END]
+        return [*(_FIRST_NEUTRAL + each for each in self.neutral), END]
+
+    def slots(self) -> dict[str, tuple[int, ...]]:
+        """Where which kind of token stands, of the later ones."""
+        starts = range(4, 4 + 4 * VALUES, 4)
+        return {
+            "names": tuple(starts),
+            "values": tuple(start + 1 for start in starts),
+            "actions": tuple(start + 2 for start in starts),
+            "ends": tuple(start + 3 for start in starts),
+            "tail": tuple(range(4 + 4 * VALUES, LENGTH - 1)),
+        }
+
+    def with_value(self, value: int) -> ToyPolicy:
+        return replace(self, value=value)
+
+    def updated(self, value: int) -> ToyPolicy:
+        return replace(self, update=value)
+
+
+def draw(rng: random.Random, *, updates: float = 0.0) -> ToyPolicy:
+    """A policy, with an update in this share of them."""
+    order = tuple(rng.sample(range(VALUES), VALUES))
+    value = rng.randrange(VALUES)
+    policy = ToyPolicy(
+        order, tuple(rng.sample(range(ACTIONS), VALUES)), value, (rng.randrange(NEUTRAL), rng.randrange(NEUTRAL))
+    )
+    if rng.random() >= updates:
+        return policy
+    return policy.updated(rng.choice([other for other in range(VALUES) if other != value]))
