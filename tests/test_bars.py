@@ -98,6 +98,21 @@ BARS = [
     ("lens-peer", "theirs_over_ours.patch_alone", AT_LEAST, 5),
     ("lens-peer", "theirs_over_ours.knock_out", AT_LEAST, 5),
     ("lens-peer", "theirs_over_ours.lens", AT_LEAST, 5),
+    ("serve", "pass.session_kb", AT_MOST, 50),
+    ("serve", "pass.open_10.errors", AT_MOST, 0),
+    ("serve", "pass.open_10000.added_first_p99_ms", AT_MOST, 10),
+    ("serve", "pass.open_10000.errors", AT_MOST, 0),
+    ("serve", "pass.growth_first_p50_ms", AT_MOST, 0.5),
+    ("serve", "observe.session_kb", AT_MOST, 50),
+    ("serve", "observe.open_10.errors", AT_MOST, 0),
+    ("serve", "observe.open_10000.added_first_p99_ms", AT_MOST, 10),
+    ("serve", "observe.open_10000.errors", AT_MOST, 0),
+    ("serve", "observe.growth_first_p50_ms", AT_MOST, 0.5),
+    ("serve", "erratum.session_kb", AT_MOST, 50),
+    ("serve", "erratum.open_10.errors", AT_MOST, 0),
+    ("serve", "erratum.open_10000.added_first_p99_ms", AT_MOST, 10),
+    ("serve", "erratum.open_10000.errors", AT_MOST, 0),
+    ("serve", "erratum.growth_first_p50_ms", AT_MOST, 0.5),
 ]
 SHORT = [
     ("adapter-held-out", "direct.value", AT_LEAST, 0.97),
@@ -135,6 +150,16 @@ SHORT = [
     ("by-design-embedded-design", "tools.design.right.value", AT_LEAST, 0.8),
     ("by-design-embedded-design", "order_changes.value", AT_MOST, 0.01),
     ("path-closure", "read.both_rules.24.rest.value", AT_MOST, 0.05),
+    ("serve", "pass.open_10.added_first_p50_ms", AT_MOST, 1),
+    ("serve", "pass.open_10.added_first_p99_ms", AT_MOST, 10),
+    ("serve", "pass.open_10000.added_first_p50_ms", AT_MOST, 1),
+    ("serve", "observe.open_10.added_first_p50_ms", AT_MOST, 1),
+    ("serve", "observe.open_10.added_first_p99_ms", AT_MOST, 10),
+    ("serve", "observe.open_10000.added_first_p50_ms", AT_MOST, 1),
+    ("serve", "erratum.open_10.added_first_p50_ms", AT_MOST, 1),
+    ("serve", "erratum.open_10.added_first_p99_ms", AT_MOST, 10),
+    ("serve", "erratum.open_10000.added_first_p50_ms", AT_MOST, 1),
+    ("serve", "erratum.at_450_kb.added_first_p50_ms", AT_MOST, 9.7),
 ]
 
 
