@@ -133,5 +133,5 @@ def test_a_request_that_outlives_its_notebook_leaves_nothing() -> None:
     work = peer.rewriter.ask(CHAT, (), asked, book)
     assert work.plan.action is Action.FORWARDED
     assert json.loads(work.body)["messages"][0]["content"] == SYSTEM.format(one="a", two="b")
-    for table in ("conversations", "errata", "notebook_conversations", "gateway_notebooks", "rebases", "sessions"):
+    for table in ("conversations", "errata", "notebook_conversations", "gateway_notebooks", "renewals", "sessions"):
         assert peer.state.rows(f"SELECT count(*) FROM {table}") == [(0,)], table

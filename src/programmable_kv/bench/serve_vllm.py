@@ -65,7 +65,7 @@ POLICIES = (
     Policy(
         "short",
         7,  # about 1,500 tokens
-        (Load("light", 0.125, 8, 8), Load("busy", 0.25, 16, 16), Load("saturated", 0.5, 32, 32)),
+        (Load("light", 0.125, 4, 4), Load("busy", 0.25, 12, 12), Load("saturated", 0.5, 32, 32)),
     ),
     Policy("long", 28, (Load("saturated", 0.5, 32, 8),)),  # about 6,000 tokens
     Policy("retail", 0, (Load("saturated", 0.5, 16, 16),)),
