@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -48,10 +49,11 @@ class RawUpstream:
     left: threading.Event = field(default_factory=threading.Event)
     """a client closed its connection while the script was not done"""
     port: int = 0
+    scheme: str = "http"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{self.scheme}://127.0.0.1:{self.port}"
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -101,15 +103,15 @@ def chunk(data: bytes) -> bytes:
 
 
 @contextmanager
-def raw_upstream(script: Script) -> Iterator[RawUpstream]:
+def raw_upstream(script: Script, tls: ssl.SSLContext | None = None) -> Iterator[RawUpstream]:
     """An upstream on a free port, in a thread."""
-    upstream = RawUpstream(script)
+    upstream = RawUpstream(script, scheme="http" if tls is None else "https")
     loop = asyncio.new_event_loop()
     started = threading.Event()
     stop = asyncio.Event()
 
     async def main() -> None:
-        server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0, ssl=tls)
         upstream.port = server.sockets[0].getsockname()[1]
         started.set()
         await stop.wait()
