@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from programmable_kv.serve.notebooks.book import Book, changed, declared
 from programmable_kv.serve.notebooks.shelf import BookShelf
 from programmable_kv.serve.notebooks.telling import BookRewriter
+from programmable_kv.serve.refusal import RefusedError
 from programmable_kv.serve.rewriting.body import read
 from programmable_kv.serve.rewriting.plan import Action
 from programmable_kv.serve.rewriting.store import ConversationStore
@@ -135,3 +136,33 @@ def test_a_request_that_outlives_its_notebook_leaves_nothing() -> None:
     assert json.loads(work.body)["messages"][0]["content"] == SYSTEM.format(one="a", two="b")
     for table in ("conversations", "errata", "notebook_conversations", "gateway_notebooks", "renewals", "sessions"):
         assert peer.state.rows(f"SELECT count(*) FROM {table}") == [(0,)], table
+
+
+@pytest.mark.parametrize("route", [CHAT, MESSAGES, RESPONSES])
+def test_an_empty_value_takes_no_other_text_with_it(route: str) -> None:
+    """A system message that holds nothing but a value is no block of text while the value is empty."""
+    source: dict[str, Any] = {
+        "messages": [{"role": "system", "content": "{note}"}, {"role": "system", "content": "POLICY"}],
+        "fields": {"note": {"value": "Be brief.", "kind": "block"}}, "tools": None, "template_kwargs": None,
+        "upstream_model": "m",
+    }  # fmt: skip
+    peer = Peer(route)
+    peer.shelf.remove(peer.book)
+    texts, _ = declared(source)
+    peer.book = Book("nb_1", "t", 1, source, new_token(), texts, texts)
+    peer.shelf.add(peer.book)
+    for value in ("Be brief.", "", "Be kind.", "", "Be kind."):
+        if peer.book.texts["note"] != value:
+            peer.edit(note=value)
+        sent = json.dumps(peer.send([f"with {value!r}?"])[1])
+        assert sent.count("POLICY") == 1, sent
+        if value:
+            assert value in sent
+
+
+def test_a_request_without_a_turn_is_refused() -> None:
+    peer = Peer(CHAT)
+    asked = read(json.dumps({"model": "notebook:nb_1", "messages": [{"role": "system", "content": "x"}]}).encode())
+    assert asked is not None
+    with pytest.raises(RefusedError, match="no conversation"):
+        peer.rewriter.ask(CHAT, (), asked, peer.book)

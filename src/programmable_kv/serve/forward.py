@@ -31,7 +31,7 @@ from programmable_kv.serve.rates import Rates
 from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.reply import ClientGoneError, Reply
 from programmable_kv.serve.rewriting.plan import Action, Plan
-from programmable_kv.serve.rewriting.rewriter import Rewriter, Rewriting
+from programmable_kv.serve.rewriting.rewriter import REFUSALS, Rewriter, Rewriting
 from programmable_kv.serve.routes import Route, route_of
 from programmable_kv.serve.salt import TenantSalt
 from programmable_kv.serve.settings import GatewaySettings
@@ -214,7 +214,10 @@ class Forwarder:
             return await self._aside.run(_refused, work, status)
         except Exception as error:
             _LOG.warning("what the upstream takes could not be remembered (%s)", type(error).__name__)
-        return False
+        if not work.rewritten or status not in REFUSALS:
+            return False
+        work.plan = Plan(Action.RESET, "the state cannot be reached")  # its own request may be taken
+        return True
 
     async def _asked(self, job: _Job, admitted: Admitted, path: str, data: bytes) -> bytes | None:
         """The upstream's answer to a request of the gateway's own; None where it is an error."""

@@ -12,17 +12,28 @@ _HOP_BY_HOP = frozenset(
         b"trailer", b"transfer-encoding", b"upgrade",
     )
 )  # fmt: skip
+_LENGTH = b"content-length"
 OWN = b"x-pkv-"
 """what the gateway's own headers begin with: they are for the gateway, or from it"""
 
 
 def upwards(headers: Iterable[tuple[bytes, bytes]], host: bytes, body: bytes, *, rewritten: bool = False) -> Headers:
-    """A client's headers as the upstream gets them: in their order, with the upstream's host and the length of the body."""
-    dropped = (b"host", b"expect", *((b"content-length", b"content-md5", b"digest") if rewritten else ()))
-    kept = _without_hops(headers, dropped)
-    measured = rewritten or any(name.lower() == b"transfer-encoding" for name, _ in headers)
-    length = ((b"content-length", str(len(body)).encode()),) if measured else ()
-    return ((b"host", host), *kept, *length)
+    """A client's headers as the upstream gets them: in their order, with the upstream's host and the length of the body.
+
+    The length is said once, whatever the client said of it: a body without it would be read as the next request.
+    """
+    headers = tuple(headers)
+    kept = _without_hops(headers, (b"host", b"expect", *((b"content-md5", b"digest") if rewritten else ())))
+    sent = any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in headers)
+    if not (sent or body or rewritten):
+        return ((b"host", host), *kept)
+    length = str(len(body)).encode()
+    places = [at for at, (name, _) in enumerate(kept) if name.lower() == _LENGTH]
+    if not places or rewritten:
+        others = tuple(each for each in kept if each[0].lower() != _LENGTH)
+        return ((b"host", host), *others, (_LENGTH, length))
+    measured = [(name, length) if at == places[0] else (name, value) for at, (name, value) in enumerate(kept)]
+    return ((b"host", host), *(each for at, each in enumerate(measured) if at not in places[1:]))
 
 
 def downwards(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
@@ -45,7 +56,7 @@ def _without_hops(headers: Iterable[tuple[bytes, bytes]], also: tuple[bytes, ...
     named = {
         name.strip().lower() for key, value in headers if key.lower() == b"connection" for name in value.split(b",")
     }
-    dropped = _HOP_BY_HOP | named | set(also)
+    dropped = _HOP_BY_HOP | (named - {_LENGTH}) | set(also)
     return tuple((key, value) for key, value in headers if _kept(key.lower(), dropped))
 
 

@@ -176,7 +176,7 @@ class PostgresState(State):
                 connection = self._idle.pop() if self._idle else None
             kept = connection is not None
             if connection is None:
-                connection = self._connected()
+                connection = self._connected(until)
             connection.deadline = until
             try:
                 outcome = _Run(connection).execute(statement, values)
@@ -192,13 +192,15 @@ class PostgresState(State):
                 _LOG.warning("the state in %s can be reached again", self.name)
             return connection, outcome
 
-    def _connected(self) -> _Connection:
+    def _connected(self, until: float) -> _Connection:
+        wait_s = max(1, min(self._connect_s, math.ceil(until - time.monotonic())))
         try:
-            limited = self._url if self._has_limit else make_conninfo(self._url, connect_timeout=self._connect_s)
+            limited = self._url if self._has_limit else make_conninfo(self._url, connect_timeout=wait_s)
             connection = _Connection.connect(limited, autocommit=True)
         except psycopg.Error as error:
             self._failed(None, error)
             raise
+        connection.deadline = until  # a pooler may let in and then keep waiting
         try:
             connection.execute(_SESSION)
         except psycopg.Error as error:
@@ -242,6 +244,7 @@ class PostgresState(State):
     def _open(self) -> None:
         """Make the tables, or see that they are ours."""
         with self.write() as run:
+            run.execute(f"SET LOCAL lock_timeout = '{_FIRST_S:.0f}s'")  # another server may be making the tables
             run.execute("SELECT pg_advisory_xact_lock(?)", (_LOCK,))
             [(known,)] = run.execute("SELECT to_regclass(?)::text", (_FORMAT,)).fetchall()
             if known is not None:

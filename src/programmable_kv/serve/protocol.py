@@ -20,25 +20,34 @@ class ClientProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._first = True
+        self._first: bytearray | None = bytearray()
+        """what came before the end of the first line; None behind it"""
         self._in_head = False
         self._head_bytes = 0
+        """of the line and the headers that were told"""
+        self._within_head = 0
+        """of what came in the midst of them, told or not"""
 
     def data_received(self, data: bytes) -> None:
-        first, self._first = self._first, False
-        if first and b" HTTP/1.0" in data.partition(b"\n")[0]:
-            self._hand_over(data)
-            return
+        if self._first is not None:
+            self._first += data
+            line, end, _ = bytes(self._first.lstrip(b"\r\n")).partition(b"\n")
+            if not end and len(self._first) <= MOST_HEAD:
+                return
+            data, self._first = bytes(self._first), None
+            if b" HTTP/1.0" in line:
+                self._hand_over(data.lstrip(b"\r\n"))
+                return
         continues = self._in_head
         super().data_received(data)
         if continues and self._in_head:  # a header that does not end is not told until it does
-            self._head_bytes += len(data)
-            if self._head_bytes > MOST_HEAD and not self.transport.is_closing():
+            self._within_head += len(data)
+            if self._within_head > MOST_HEAD and not self.transport.is_closing():
                 self.send_400_response("Invalid HTTP request received.")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._head_bytes, self._within_head = True, 0, 0
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))
@@ -46,7 +55,8 @@ class ClientProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count(len(name) + len(value))
-        super().on_header(name, value)
+        if self._in_head:  # what follows a body is no header of the request
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._in_head = False

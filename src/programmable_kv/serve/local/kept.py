@@ -56,7 +56,7 @@ class NotebookShelf:
 
     def get(self, identity: str) -> KeptNotebook | None:
         """One notebook; None where there is none."""
-        found = self._read("identity = ?", identity)
+        found = self._read("identity = ?", identity) if "\0" not in identity else []  # no text holds that
         return found[0] if found else None
 
     def add(self, kept: KeptNotebook, *, most: int) -> bool:
@@ -84,7 +84,10 @@ class NotebookShelf:
         """Forget one. False where it has another version than this one by now, or is gone; None is any version."""
         with self._state.write() as run:
             same, values = ("", ()) if version is None else (" AND version = ?", (version,))
-            return run.execute(f"DELETE FROM notebooks WHERE identity = ?{same}", (identity, *values)).rowcount == 1
+            removed = run.execute(f"DELETE FROM notebooks WHERE identity = ?{same}", (identity, *values)).rowcount == 1
+        if removed:
+            self._state.scrub()
+        return removed
 
     def _read(self, where: str, value: str) -> list[KeptNotebook]:
         found = []

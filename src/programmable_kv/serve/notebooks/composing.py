@@ -6,6 +6,7 @@ request goes out as any other, under the client's own salt.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from hashlib import blake2b
 from typing import Any
 
 from programmable_kv.errors import InvalidRequestError, StorageError, UnknownSkillError
+from programmable_kv.serve.notebooks.book import HEAD_ROLES
 from programmable_kv.serve.notebooks.stored import StoredText, StoredTexts
 from programmable_kv.serve.notebooks.telling import BookRewriting
 from programmable_kv.serve.rewriting.body import Body, Spot, read, written
@@ -44,10 +46,11 @@ class Composer:
         if not keys or body is None:
             return data
         head = _head(work.route, body, work.book.identity)
-        marks = self._known.get(head)
+        moves = any(each["role"] not in HEAD_ROLES for each in work.book.messages)  # its turns may hold fields
+        marks = None if moves else self._known.get(head)
         if marks is None:
             try:
-                marks = self._placed(keys, await ask(*_rendering(work.route, body)))
+                marks = await asyncio.to_thread(self._placed, keys, await ask(*_rendering(work.route, body)))
             except (InvalidRequestError, UnknownSkillError, StorageError) as error:
                 work.skills = f"none; why={' '.join(str(error).split())[:400]}"
                 return data

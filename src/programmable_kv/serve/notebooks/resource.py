@@ -81,8 +81,9 @@ class BookResource:
             texts = changed(before, call.body)
             if texts == before.texts and (mode != "full" or before.base == texts):
                 return self._told(before, account=_account(mode, "none", "these are its values", before))
-            edited = replace(before, version=before.version + (texts != before.texts), texts=texts)
-            book, used, why = _settled(edited, mode)
+            book, used, why = _settled(replace(before, texts=texts), mode)
+            changes = (book.texts, book.base) != (before.texts, before.base)
+            book = replace(book, version=before.version + changes)
             # Shielded: an edit that has begun runs to its end, whether or not the client stays.
             if await asyncio.shield(asyncio.to_thread(self._shelf.change, book, before)):
                 return self._told(book, account=_account(mode, used, why, book))

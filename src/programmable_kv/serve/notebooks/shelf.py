@@ -45,7 +45,7 @@ class BookShelf:
             RefusedError: the tenant has no such notebook.
         """
         statement = f"SELECT {_COLUMNS} FROM gateway_notebooks WHERE identity = ? AND tenant = ?"
-        rows = self._state.rows(statement, (identity, tenant))
+        rows = self._state.rows(statement, (identity, tenant)) if "\0" not in identity else []  # no text holds that
         if not rows:
             raise no_such_notebook()
         return _book(*rows[0])

@@ -84,7 +84,7 @@ class BookRewriter(Rewriter):
         """
         whole = request_of(route, body, book, book.texts)
         prompt = prompt_of(route, whole)
-        if prompt is None:
+        if prompt is None or not prompt.turns:
             raise invalid("the request is no conversation of its protocol, or goes on with one that a server holds")
         nothing = Plan(Action.FORWARDED, "it did not pay here")
         work = BookRewriting(book.tenant, route, nothing, whole.text.encode(), self, prompt.model, book=book)
@@ -95,6 +95,9 @@ class BookRewriter(Rewriter):
         if OFF in verdicts:
             return work
         own = _Renderings(route, body, book)
+        if not own.steady:
+            work.plan = Plan(Action.FORWARDED, "an empty value leaves no text in its place")
+            return work
         rules = Rules(tuple(Rule("a field", None, path) for _, path in own.places), learn=False)
         salt = str(body.data.get("cache_salt") or "")
         keys = keys_of(prompt, rules, book.tenant, route, prompt.model, work.session, salt, book.identity)
@@ -152,7 +155,9 @@ class _Renderings:
         self._asked = (route, body, book)
         self._made: dict[str, Own] = {}
         base, mark = self.of(book.base), self.of(marked(book))
-        self.places = places_of((*base.head, *base.turns), (*mark.head, *mark.turns))
+        self.steady = _frames(base) == _frames(mark) == _frames(self.of(book.texts))
+        """whether all values leave the same texts: an empty one may take a block away, and its place with it"""
+        self.places = places_of((*base.head, *base.turns), (*mark.head, *mark.turns)) if self.steady else []
         """every text that holds a field: its unit and its path"""
         self._types = book.types
 
@@ -179,7 +184,8 @@ class _Renderings:
             return Match(conversation, refused="it is of another notebook")
         own = self.of(conversation.values)
         same = (
-            conversation.tools == prompt.tools
+            _frames(own) == _frames(self.of(book.texts))
+            and conversation.tools == prompt.tools
             and [(kept.frame, kept.last) for kept in conversation.head]
             == [(unit.frame, unit.texts) for unit in own.head]
             and all(kept.last == own.turns[at].texts for at, kept in conversation.inside.items())
@@ -193,6 +199,10 @@ class _Renderings:
         _, _, book = self._asked
         others = self.of({**book.base, name: marked(book)[name]})
         return bool(places_of(self.of(book.base).head, others.head))
+
+
+def _frames(own: Own) -> tuple[list[str], list[str]]:
+    return [unit.frame for unit in own.head], [unit.frame for unit in own.turns]
 
 
 def line_bytes(book: Book) -> int:

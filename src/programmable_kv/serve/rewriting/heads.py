@@ -14,6 +14,8 @@ from programmable_kv.serve.state import State
 
 _KEPT_S = 86400.0
 """a head that is older is not begun with any more: then one is sent with the values of the day"""
+_MOST = 1000
+"""heads that are kept, the latest"""
 _FORGET_EVERY = 64
 _DIGITS = re.compile(r"\d+")
 
@@ -41,6 +43,8 @@ class HeadStore:
             )
             if self._kept % _FORGET_EVERY == 0:
                 run.execute("DELETE FROM heads WHERE made <= epoch() - ?", (_KEPT_S,))
+                latest = "SELECT key FROM heads ORDER BY made DESC LIMIT ?"
+                run.execute(f"DELETE FROM heads WHERE key NOT IN ({latest})", (_MOST,))
         self._kept += 1
 
 

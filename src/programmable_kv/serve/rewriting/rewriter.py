@@ -26,7 +26,7 @@ from programmable_kv.serve.state import StateUnavailableError
 
 _LOG = logging.getLogger("programmable_kv.serve")
 _REWRITES = (GatewayMode.ERRATUM, GatewayMode.HOIST)
-_REFUSALS = (400, 422, 500)
+REFUSALS = (400, 422, 500)
 """statuses with which servers refuse a role; llama-server says 500 where a template raises"""
 _FAULT = 500
 OFF = "off"
@@ -175,7 +175,7 @@ class Rewriter:
 
     def refused(self, work: Rewriting, status: int) -> bool:
         """The upstream answered with an error before it read the prompt. Whether there is another body to try."""
-        if not work.rewritten or status not in _REFUSALS or work.prompt is None or work.known is None:
+        if not work.rewritten or status not in REFUSALS or work.prompt is None or work.known is None:
             return False
         note = work.plan.note
         proven = note is None or self._verdict(work.route, work.model, note.form) in (_TAKEN, "accepted")

@@ -6,6 +6,7 @@ Nothing is remembered here between two calls: another gateway may have written m
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from programmable_kv.serve.rewriting.conversation import Conversation, Form, Not
 from programmable_kv.serve.rewriting.plan import Plan
 from programmable_kv.serve.state import State
 
+_LOG = logging.getLogger("programmable_kv.serve")
 _MOST_KEYS = 500
 """beginnings of one conversation that are looked for: the longest"""
 _OFTEN = 2
@@ -24,7 +26,8 @@ _FORGET_EVERY = 64
 _OF_CONVERSATIONS = ("sessions", "renewals", "errata", "notebook_conversations")
 """tables of what belongs to one"""
 _SET_KEY = "UPDATE conversations SET key = ? WHERE identity = ?"
-_NOTEBOOK = "SELECT 1 FROM gateway_notebooks WHERE identity = ?"
+_NOTEBOOK = "UPDATE gateway_notebooks SET number = number WHERE identity = ?"
+"""finds out whether a notebook is there, and keeps it from being deleted meanwhile"""
 _OF_NOTEBOOK = "INSERT INTO notebook_conversations VALUES (?, ?) ON CONFLICT (notebook, conversation) DO NOTHING"
 _FORGET_REBASE = "DELETE FROM renewals WHERE conversation = ?"
 _NEW = "INSERT INTO conversations VALUES (?, ?, ?, ?, epoch())"
@@ -88,7 +91,7 @@ class ConversationStore:
         if after is None:
             return True
         with self._state.write() as run:
-            if after.notebook and not run.execute(_NOTEBOOK, (after.notebook,)).fetchall():
+            if after.notebook and not run.execute(_NOTEBOOK, (after.notebook,)).rowcount:
                 return False  # it was deleted meanwhile: nothing of it is kept
             if before is None:
                 run.execute(_NEW, (after.identity, after.key, after.version, _document(after)))
@@ -123,7 +126,10 @@ class ConversationStore:
         if before is None:
             self._made += 1
             if self._made % _FORGET_EVERY == 0:
-                self._forget()
+                try:
+                    self._forget()
+                except Exception as error:  # the request is remembered, and goes out
+                    _LOG.warning("old conversations could not be forgotten (%s)", type(error).__name__)
         return True
 
     def take_back(self, plan: Plan) -> bool:
@@ -142,6 +148,9 @@ class ConversationStore:
                 ).rowcount
             if not taken:
                 return False
+            if before is None:
+                for table in _OF_CONVERSATIONS:
+                    run.execute(f"DELETE FROM {table} WHERE conversation = ?", (after.identity,))
             if before is None and after.origin == after.identity:
                 run.execute("UPDATE beginnings SET conversations = conversations - 1 WHERE key = ?", (after.key,))
             if plan.note is not None:
@@ -159,7 +168,7 @@ class ConversationStore:
         """
         lines = len(conversation.notes)
         with self._state.write() as run:
-            if warmed.notebook and not run.execute(_NOTEBOOK, (warmed.notebook,)).fetchall():
+            if warmed.notebook and not run.execute(_NOTEBOOK, (warmed.notebook,)).rowcount:
                 return False
             run.execute(
                 "DELETE FROM renewals WHERE conversation = ? "
