@@ -74,7 +74,7 @@ def test_a_slice_of_the_held_out_experiment(embedded: Any, tmp_path: Path) -> No
     """The first scenarios again: the decisions that the committed record holds, and recoveries of 1 where they must be."""
     from programmable_kv.lab.edit_modes import run
 
-    record = run(embedded, 4, tmp_path / "edit-modes.json")
+    record = run(embedded, 3, tmp_path / "edit-modes.json")
     committed = read_record(RESULTS / "edit-modes.json")
     for row, before in zip(record.rows, committed.rows, strict=False):
         for layout in ("asked before", "asked after", "think"):
