@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -39,7 +38,7 @@ from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.routes import Dialect, route_of
 from programmable_kv.serve.salt import TenantSalt, secret_of
 from programmable_kv.serve.settings import GatewaySettings, Limits
-from programmable_kv.serve.state import StateUnavailableError
+from programmable_kv.serve.state import counted
 from programmable_kv.serve.states import open_state
 from programmable_kv.serve.unrouted import no_such_route
 from programmable_kv.serve.upstream import HttpUpstream
@@ -66,7 +65,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
     aside = Aside(state)
     salt = TenantSalt(secret_of(state)) if settings.salts else None
     store = ConversationStore(state, most=limits.conversations)
-    metrics.watch("conversations", "conversations that are kept", lambda: _counted(store))
+    metrics.watch("conversations", "conversations that are kept", lambda: counted(store))
     if settings.rewrites:
         rewriter = Rewriter(
             store, settings.rules, settings.mode, _subject(settings), metrics.tell_gain, metrics.tell_rebase,
@@ -76,7 +75,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
         store, _subject(settings), metrics.tell_gain, metrics.tell_rebase, rebase_after=settings.rebase_after
     )
     shelf = BookShelf(state, most=settings.max_notebooks)
-    metrics.watch("notebooks", "notebooks that are kept", lambda: _counted(shelf))
+    metrics.watch("notebooks", "notebooks that are kept", lambda: counted(shelf))
     stored = StoredTexts(settings.skills) if settings.skills is not None else None
     books = Asking(shelf, teller, aside, Composer(stored) if stored is not None else None)
     forwarder = Forwarder(settings, fleet, access, admission, metrics, observer, rewriter, salt, aside, books)
@@ -161,13 +160,6 @@ def _health(fleet: Fleet) -> Response:
     upstreams = fleet.health()
     status = "ok" if all(each["reachable"] for each in upstreams) else "degraded"
     return Response(json.dumps({"status": status, "upstreams": upstreams}), media_type=_JSON)
-
-
-def _counted(store: ConversationStore | BookShelf) -> float:
-    try:
-        return float(len(store))
-    except StateUnavailableError:
-        return math.nan
 
 
 def _client(address: Address, limits: Limits) -> HttpUpstream:

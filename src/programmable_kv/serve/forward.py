@@ -78,7 +78,7 @@ class Forwarder:
         rewriter: Rewriter | None,
         salt: TenantSalt | None,
         aside: Aside,
-        books: Asking | None = None,
+        books: Asking,
     ) -> None:
         self._limits = settings.limits
         self._mode = settings.mode
@@ -172,7 +172,7 @@ class Forwarder:
         Raises:
             RefusedError: there is no such notebook, or the request is not one to a notebook.
         """
-        work = await self._books.begin(tenant, job.route.label, job.headers, body) if self._books is not None else None
+        work = await self._books.begin(tenant, job.route.label, job.headers, body)
         rewriter = self._rewriter
         if work is not None or rewriter is None:
             return work
@@ -193,7 +193,7 @@ class Forwarder:
         job.key = await self._key(job, admitted, body) if self._fleet.several else b""
         while True:
             data = body if work is None else work.body
-            if work is not None and self._books is not None:
+            if work is not None:
                 data = await self._books.composed(work, data, partial(self._asked, job, admitted))
             salted = self._salted(job, admitted, data)
             rewritten = salted is not None or data is not body

@@ -6,12 +6,13 @@ the place of `OR REPLACE`, and `epoch()` for the state's own clock.
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -228,3 +229,11 @@ def statements(*, new: bool) -> Iterator[str]:
     for statement in _SCHEMA.split(";\n"):
         if statement.strip() and (new or "IF NOT EXISTS" in statement):
             yield statement
+
+
+def counted(kept: Sized) -> float:
+    """How many of something a state keeps, for the metrics; not a number while the state cannot be reached."""
+    try:
+        return float(len(kept))
+    except StateUnavailableError:
+        return math.nan

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict
@@ -39,7 +38,7 @@ from programmable_kv.serve.refusal import NO_SUCH_ROUTE, Refusal, RefusedError
 from programmable_kv.serve.routes import OTHER, route_of
 from programmable_kv.serve.routes import Route as ApiRoute
 from programmable_kv.serve.settings import LocalSettings
-from programmable_kv.serve.state import StateUnavailableError
+from programmable_kv.serve.state import counted
 from programmable_kv.serve.states import open_state
 from programmable_kv.serve.unrouted import no_such_route
 from programmable_kv.states import TokenState
@@ -203,7 +202,7 @@ def local_app(model: Model, settings: LocalSettings) -> Starlette:
     rates = Rates(settings.limits.per_minute, rates_of(settings.keys))
     server = LocalServer(model, settings)
     metrics.watch("waiting", "operations that wait for the model", lambda: float(server.waiting))
-    metrics.watch("notebooks", "notebooks that are kept", lambda: _counted(server))
+    metrics.watch("notebooks", "notebooks that are kept", lambda: counted(server.notebooks))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -266,13 +265,6 @@ async def _events(
         return
     for event in form.finish(answer):
         yield event
-
-
-def _counted(server: LocalServer) -> float:
-    try:
-        return float(len(server.notebooks))
-    except StateUnavailableError:
-        return math.nan
 
 
 def _told(entry: Entry, data: Mapping[str, Any], status: int = 200) -> Response:

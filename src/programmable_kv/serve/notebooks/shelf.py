@@ -7,16 +7,14 @@ from typing import Any
 
 from programmable_kv.serve.notebooks.book import Book
 from programmable_kv.serve.notebooks.source import full, no_such_notebook
+from programmable_kv.serve.rewriting.store import OF_CONVERSATIONS
 from programmable_kv.serve.state import State
 
 _COLUMNS = "identity, tenant, version, source, fields"
 _CONVERSATIONS = "(SELECT conversation FROM notebook_conversations WHERE notebook = ?)"
 _ABOUT_CONVERSATIONS = (
-    f"DELETE FROM errata WHERE conversation IN {_CONVERSATIONS}",
-    f"DELETE FROM renewals WHERE conversation IN {_CONVERSATIONS}",
-    f"DELETE FROM sessions WHERE conversation IN {_CONVERSATIONS}",
     f"DELETE FROM conversations WHERE identity IN {_CONVERSATIONS}",
-    "DELETE FROM notebook_conversations WHERE notebook = ?",
+    *(f"DELETE FROM {table} WHERE conversation IN {_CONVERSATIONS}" for table in OF_CONVERSATIONS),
 )
 
 

@@ -23,8 +23,8 @@ _OFTEN = 2
 """changes of one line after which it counts as one that changes repeatedly"""
 _FORGET_EVERY = 64
 """new conversations between two clean-ups"""
-_OF_CONVERSATIONS = ("sessions", "renewals", "errata", "notebook_conversations")
-"""tables of what belongs to one"""
+OF_CONVERSATIONS = ("sessions", "renewals", "errata", "notebook_conversations")
+"""tables of what belongs to one; that which says what belongs to a notebook is the last"""
 _SET_KEY = "UPDATE conversations SET key = ? WHERE identity = ?"
 _NOTEBOOK = "UPDATE gateway_notebooks SET number = number WHERE identity = ?"
 """finds out whether a notebook is there, and keeps it from being deleted meanwhile"""
@@ -149,7 +149,7 @@ class ConversationStore:
             if not taken:
                 return False
             if before is None:
-                for table in _OF_CONVERSATIONS:
+                for table in OF_CONVERSATIONS:
                     run.execute(f"DELETE FROM {table} WHERE conversation = ?", (after.identity,))
             if before is None and after.origin == after.identity:
                 run.execute("UPDATE beginnings SET conversations = conversations - 1 WHERE key = ?", (after.key,))
@@ -287,13 +287,13 @@ class ConversationStore:
                 lot = gone[at : at + _MOST_KEYS]
                 marks = ",".join("?" * len(lot))
                 run.execute(f"DELETE FROM conversations WHERE identity IN ({marks})", lot)
-                for table in _OF_CONVERSATIONS:
+                for table in OF_CONVERSATIONS:
                     run.execute(f"DELETE FROM {table} WHERE conversation IN ({marks})", lot)
             run.execute("DELETE FROM beginnings WHERE used < epoch() - ?", (_BEGINNINGS_S,))
 
     def _forget_orphans(self) -> None:
         """Forget what belongs to conversations that are not there: those whose first request was refused leave it."""
-        for table in _OF_CONVERSATIONS:
+        for table in OF_CONVERSATIONS:
             with self._state.write() as run:
                 run.execute(
                     f"DELETE FROM {table} WHERE NOT EXISTS (SELECT 1 FROM conversations WHERE identity = {table}.conversation)"
