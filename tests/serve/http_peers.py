@@ -7,7 +7,7 @@ import json
 import ssl
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,17 +102,17 @@ def chunk(data: bytes) -> bytes:
     return f"{len(data):x}\r\n".encode() + data + b"\r\n"
 
 
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
 @contextmanager
-def raw_upstream(script: Script, tls: ssl.SSLContext | None = None) -> Iterator[RawUpstream]:
-    """An upstream on a free port, in a thread."""
-    upstream = RawUpstream(script, scheme="http" if tls is None else "https")
-    loop = asyncio.new_event_loop()
-    started = threading.Event()
-    stop = asyncio.Event()
+def listening(serve: Serve, tls: ssl.SSLContext | None = None) -> Iterator[int]:
+    """A server of connections in a thread: its port, which is free before."""
+    loop, started, stop, ports = asyncio.new_event_loop(), threading.Event(), asyncio.Event(), list[int]()
 
     async def main() -> None:
-        server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0, ssl=tls)
-        upstream.port = server.sockets[0].getsockname()[1]
+        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
+        ports.append(server.sockets[0].getsockname()[1])
         started.set()
         await stop.wait()
         server.close()
@@ -121,10 +121,18 @@ def raw_upstream(script: Script, tls: ssl.SSLContext | None = None) -> Iterator[
     thread.start()
     assert started.wait(10)
     try:
-        yield upstream
+        yield ports[0]
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join(10)
+
+
+@contextmanager
+def raw_upstream(script: Script, tls: ssl.SSLContext | None = None) -> Iterator[RawUpstream]:
+    """An upstream on a free port, in a thread."""
+    upstream = RawUpstream(script, scheme="http" if tls is None else "https")
+    with listening(upstream.serve, tls) as upstream.port:
+        yield upstream
 
 
 @dataclass

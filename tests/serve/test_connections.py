@@ -14,7 +14,7 @@ import pytest
 
 from programmable_kv.serve.protocol import MOST_HEAD
 from programmable_kv.serve.settings import GatewaySettings, Limits
-from serve.http_peers import EVENTS_HEAD, LAST, Received, answer, chunk, raw_upstream, running
+from serve.http_peers import EVENTS_HEAD, LAST, Received, answer, chunk, listening, raw_upstream, running
 
 
 class Keeping:
@@ -25,7 +25,6 @@ class Keeping:
         self.closes_after_s = closes_after_s
         self.connections = 0
         self.requests = 0
-        self.port = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -49,24 +48,11 @@ class Keeping:
 def keeping(data: bytes, *, closes_after_s: float | None = None) -> Iterator[tuple[Keeping, str]]:
     """That upstream, in a thread, behind a gateway: the upstream and the gateway's address."""
     upstream = Keeping(data, closes_after_s=closes_after_s)
-    loop, started, stop = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
-
-    async def main() -> None:
-        server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
-        upstream.port = server.sockets[0].getsockname()[1]
-        started.set()
-        await stop.wait()
-        server.close()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(main()), daemon=True)
-    thread.start()
-    assert started.wait(10)
-    try:
-        with running(GatewaySettings(f"http://127.0.0.1:{upstream.port}", port=0)) as gateway:
-            yield upstream, gateway.url
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
+    with (
+        listening(upstream.serve) as port,
+        running(GatewaySettings(f"http://127.0.0.1:{port}", port=0)) as gateway,
+    ):
+        yield upstream, gateway.url
 
 
 KEPT = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
