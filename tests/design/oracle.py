@@ -65,7 +65,7 @@ def tokens_of(
     number = 0
     slot = 0
     for at, unit in enumerate(units):
-        goes_on = unit.piece > 1 and at > 0 and (units[at - 1].name, units[at - 1].piece) == (unit.name, unit.piece - 1)
+        goes_on = _goes_on(units, at)
         follows = units[at + 1] if at + 1 < len(units) else None
         begins = follows is not None and unit.piece > 0 and (follows.name, follows.piece) == (unit.name, unit.piece + 1)
         by_design = unit.kind == "skill" and (goes_on or begins)
@@ -92,6 +92,12 @@ def tokens_of(
                         ends[name] = _end_of(other, each)
         _mark_lines(found, stretch, words, read_by, ends)
     return found
+
+
+def _goes_on(units: Sequence[Any], at: int) -> bool:
+    """Whether a unit is a later piece of the skill that stands before it."""
+    unit = units[at]
+    return unit.piece > 1 and at > 0 and (units[at - 1].name, units[at - 1].piece) == (unit.name, unit.piece - 1)
 
 
 def _add(stretch: _Stretch, unit: Any, slot: int, empty: int) -> None:
@@ -151,6 +157,11 @@ def reads(tokens: Sequence[Token], query: int, key: int) -> bool:
     if key > query:
         return False
     asking, asked = tokens[query], tokens[key]
+    if "unseen" in (
+        asking.kind,
+        asked.kind,
+    ):  # what a skill was compiled behind: read by all of that skill, and nobody else
+        return asking.scope == asked.scope and asked.kind == "unseen"
     if key == query or asking.kind == "turn":
         return True
     if asking.scope != asked.scope:
@@ -167,6 +178,40 @@ def reads(tokens: Sequence[Token], query: int, key: int) -> bool:
 def dense_mask(tokens: Sequence[Token]) -> torch.Tensor:
     """[S, S] booleans."""
     return torch.tensor([[reads(tokens, query, key) for key in range(len(tokens))] for query in range(len(tokens))])
+
+
+def layers_of(
+    notebook: Notebook, words: Mapping[str, Sequence[str]], read_by: Mapping[str, str] | None = None
+) -> Layers:
+    """Keys and values of every layer by one forward over all tokens, and before each skill those that it was compiled behind.
+
+    These stand at the positions right before the skill's (they may be those of other tokens, or negative), and are left out of
+    what is returned. Arguments as `tokens_of`.
+    """
+    said = tokens_of(notebook, words, read_by)
+    at = notebook.cache.positions.tolist()
+    ids: list[int] = []
+    tokens: list[Token] = []
+    positions: list[int] = []
+    seen: list[int] = []
+    slot, begins = 0, notebook._state.context.begins
+    units = notebook._state.context.units
+    first, started = 0, False
+    for number, unit in enumerate(units):
+        if not _goes_on(units, number):
+            first, started = begins[number], False
+        if unit.read and len(unit) and not started:
+            ids += unit.read
+            tokens += [Token("unseen", said[slot].scope)] * len(unit.read)
+            positions += range(first - len(unit.read), first)
+        started = started or len(unit) > 0
+        seen += range(len(ids), len(ids) + len(unit))
+        ids += unit.ids
+        tokens += said[slot : slot + len(unit)]
+        positions += at[slot : slot + len(unit)]
+        slot += len(unit)
+    layers, _ = masked_forward(notebook.model.engine.model, ids, positions, dense_mask(tokens))
+    return [(keys[:, :, seen], values[:, :, seen]) for keys, values in layers]
 
 
 @torch.no_grad()

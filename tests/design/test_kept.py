@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import dense_mask, layers_of, masked_forward, tokens_of
 from test_exact import SKILLS, assert_truthful, build
 
 from conftest import tiny, with_beginning
@@ -16,7 +17,7 @@ from programmable_kv.errors import CacheBufferError, CorruptFileError, InvalidAr
 from programmable_kv.prompt.readers import Why
 from programmable_kv.states import TokenState
 from programmable_kv.storage.seal import opened
-from reference import assert_same
+from reference import assert_rows_equal, assert_same, largest_difference
 
 
 def test_save_load_and_pickle_keep_it(tmp_path: Path) -> None:
@@ -93,27 +94,32 @@ def test_there_is_no_seam_to_repair() -> None:
     notebook.prefill(repair=SeamRepair(0))
 
 
-def test_a_field_in_a_skill_is_edited_there_unless_the_skill_had_read_a_preface() -> None:
+@pytest.mark.parametrize(
+    "preface", ["", "be polite.\nask the customer.\n", None], ids=["alone", "preface", "beginning"]
+)
+def test_a_field_in_a_skill_is_edited_there(preface: str | None) -> None:
+    """Behind what it read while it was compiled, which is not in the notebook."""
     text = "the date is {date}.\nask when the date is near.\n"
-    model = tiny()
-    skill = Skill.compile(model, text, date="2026", name="dates")
+    model = with_beginning(tiny()) if preface is None else tiny()
+    skill = Skill.compile(model, text, date="2026", name="dates", preface=preface or "")
+    assert bool(skill.preface_ids) is (preface != "")
     notebook = Notebook(model, visibility="design").message("system", "be polite.\n{dates}", dates=skill)
     notebook.message("user", "ask").prefill()
+    planned = notebook.plan.edit(date="2027")
     account = notebook.edit(date="2027")
-    assert account.tokens_computed < len(notebook)
+    assert account.tokens_computed == planned.tokens_computed
     assert set(notebook.states) == {TokenState.EXACT}
-    fresh = Skill.compile(model, text, date="2027", name="dates")
+    assert_rows_equal(notebook.cache, layers_of(notebook, {"date": ["date"]}), range(len(notebook)), atol=1e-5)
+    if skill.preface_ids:  # and it matters what it had read
+        without = masked_forward(
+            model.engine.model, notebook.ids, notebook.cache.positions.tolist(),
+            dense_mask(tokens_of(notebook, {"date": ["date"]})),
+        )[0]  # fmt: skip
+        assert largest_difference(notebook.cache, without, [notebook.part("dates").span.stop - 1]) > 1e-3
+    fresh = Skill.compile(model, text, date="2027", name="dates", preface=preface or "")
     other = Notebook(model, visibility="design").message("system", "be polite.\n{dates}", dates=fresh)
     other.message("user", "ask").prefill()
     assert other.ids == notebook.ids
-    model = with_beginning(model)
-    skill = Skill.compile(model, text, date="2026", name="dates")
-    assert skill.preface_ids
-    notebook = Notebook(model, visibility="design").message("system", "be polite.\n{dates}", dates=skill)
-    notebook.message("user", "ask").prefill()
-    assert set(notebook.states) == {TokenState.EXACT}
-    with pytest.raises(InvalidEditError, match="compiled behind 1 tokens"):
-        notebook.edit(date="2027")
 
 
 def test_a_skill_of_another_preface_is_not_exact_in_the_place_of_one() -> None:

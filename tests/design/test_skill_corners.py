@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracle import dense_mask, masked_forward, tokens_of
+import torch
+from oracle import layers_of
 
 from conftest import tiny, with_beginning
 from programmable_kv import Field, Notebook, Skill, SkillStore
@@ -14,7 +15,6 @@ from programmable_kv.cache.span import Span
 from programmable_kv.errors import (
     CorruptFileError,
     InvalidArgumentError,
-    InvalidEditError,
     InvalidValueError,
     UnknownFieldError,
     UnknownPartError,
@@ -42,9 +42,7 @@ def prefilled(model: Any, text: str, **fields: Any) -> Notebook:
 def assert_all_exact(notebook: Notebook, **words: list[str]) -> None:
     assert set(notebook.states) == {TokenState.EXACT}
     known = {name: words.get(name, [name]) for name in notebook.fields}
-    mask = dense_mask(tokens_of(notebook, known))
-    layers, _ = masked_forward(notebook.model.engine.model, notebook.ids, notebook.cache.positions.tolist(), mask)
-    assert_rows_equal(notebook.cache, layers, range(len(notebook)), atol=1e-5)
+    assert_rows_equal(notebook.cache, layers_of(notebook, known), range(len(notebook)), atol=1e-5)
 
 
 @pytest.mark.parametrize("text", ["policy.\nnotes: {notes}", "{notes}\npolicy notes.\n", "{notes}\nnotes.\n{notes}"])
@@ -115,27 +113,26 @@ def test_a_rollback_and_a_cut_take_back_the_words_that_a_skill_brought() -> None
     assert_all_exact(notebook)
 
 
-def test_a_skill_that_cannot_be_computed_here_stays_stale_and_blocks_nothing() -> None:
-    """Behind a beginning token its numbers depend on tokens that do not stand before it here."""
+def test_a_skill_that_had_read_a_beginning_is_compiled_anew_with_the_words_of_here() -> None:
+    """Its numbers depend on a token that does not stand before it here."""
     model = with_beginning(tiny())
     skill = compiled(model, ZONE, zone="one")
     notebook = prefilled(model, "be polite. {status}\n{s}reply only.\n", s=skill, status="x")
-    assert set(notebook.states) == {TokenState.EXACT}
+    assert_all_exact(notebook)
     notebook.mentions("zone", "two")
     assert TokenState.STALE in notebook.states
+    planned = notebook.plan.edit(status="yy")
     account = notebook.edit(status="yy")
-    assert "'s' stays stale" in account.why
-    assert account.exactness is TokenState.STALE
-    notebook.recompute()
-    part = notebook.part("s").span
-    assert {state for slot, state in enumerate(notebook.states) if slot not in part.range} <= {
-        TokenState.EXACT, TokenState.AFTER_EDIT,
-    }  # fmt: skip
-    with pytest.raises(InvalidEditError, match="cut it, edit, and splice"):
-        notebook.edit(zone="two")
+    assert "compiled anew behind the 1 tokens" in account.why
+    assert (account.tokens_computed, account.tokens_relocated) == (planned.tokens_computed, planned.tokens_relocated)
+    assert_all_exact(notebook, zone=["zone", "two"])
+    notebook.edit(zone="two")
+    assert_all_exact(notebook, zone=["zone", "two"])
     words = {"zone": ["two"]}
-    notebook.replace("s", Skill.compile(model, ZONE, name="s", visibility="design", mentions=words, zone="one"))
-    assert set(notebook.states) == {TokenState.EXACT}
+    fresh = Skill.compile(model, ZONE, name="s", visibility="design", mentions=words, zone="two")
+    before = notebook.cache.segment(notebook.part("s").span, fresh.unit.ids)
+    for old, new in zip(before.keys, fresh.segment.keys, strict=True):
+        torch.testing.assert_close(old, new, atol=1e-6, rtol=0)
 
 
 def test_a_saved_notebook_of_an_earlier_scheme_is_refused(tmp_path: Path) -> None:

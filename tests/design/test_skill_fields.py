@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import OWN, dense_mask, masked_forward, tokens_of
+from oracle import OWN, dense_mask, layers_of, masked_forward, tokens_of
 
-from conftest import tiny
+from conftest import tiny, with_beginning
 from programmable_kv import Field, Notebook, Skill, SkillStore
 from programmable_kv.cache.span import Span
 from programmable_kv.errors import InvalidArgumentError, InvalidEditError, UnknownFieldError
@@ -48,9 +48,7 @@ def build(model: Any, skill: Skill | None = None) -> Notebook:
 def assert_all_exact(notebook: Notebook, words: dict[str, list[str]] = WORDS, atol: float = 1e-5) -> None:
     assert set(notebook.states) == {TokenState.EXACT}
     known = {name: words[name] for name in words if name in notebook.fields}
-    mask = dense_mask(tokens_of(notebook, known))
-    layers, _ = masked_forward(notebook.model.engine.model, notebook.ids, notebook.cache.positions.tolist(), mask)
-    assert_rows_equal(notebook.cache, layers, range(len(notebook)), atol=atol)
+    assert_rows_equal(notebook.cache, layers_of(notebook, known), range(len(notebook)), atol=atol)
 
 
 def test_compiled_alone_it_is_the_one_prefilled_in_place(model_type: str) -> None:
@@ -250,9 +248,16 @@ OPERATIONS = st.one_of(
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(program=st.lists(OPERATIONS, max_size=6), model_type=st.sampled_from(["llama", "gemma3_text"]))
-def test_whatever_is_done_what_is_called_exact_is(program: list[tuple[Any, ...]], model_type: str) -> None:
-    model = tiny(model_type)
+@given(
+    program=st.lists(OPERATIONS, max_size=6),
+    model_type=st.sampled_from(["llama", "gemma3_text"]),
+    beginning=st.booleans(),
+)
+def test_whatever_is_done_what_is_called_exact_is(
+    program: list[tuple[Any, ...]], model_type: str, beginning: bool
+) -> None:
+    """Also with skills that were compiled behind the token that begins every text."""
+    model = with_beginning(tiny(model_type)) if beginning else tiny(model_type)
     between = Skill.compile(model, "ask the zone.\n", name="between")
     notebook = build(model)
     words = {name: list(known) for name, known in WORDS.items()}
@@ -283,9 +288,7 @@ def test_whatever_is_done_what_is_called_exact_is(program: list[tuple[Any, ...]]
                 notebook.mentions(*arguments)
                 words[arguments[0]].append(arguments[1])
         known = {name: said for name, said in words.items() if name in notebook.fields}
-        mask = dense_mask(tokens_of(notebook, known))
-        layers, _ = masked_forward(model.engine.model, notebook.ids, notebook.cache.positions.tolist(), mask)
         exact = [slot for slot, state in enumerate(notebook.states) if state is TokenState.EXACT]
-        assert_rows_equal(notebook.cache, layers, exact, atol=1e-5)
+        assert_rows_equal(notebook.cache, layers_of(notebook, known), exact, atol=1e-5)
     notebook.recompute()
     assert set(notebook.states) == {TokenState.EXACT}

@@ -17,7 +17,7 @@ from programmable_kv.lab.composing.horizon import play
 from programmable_kv.lab.composing.suites.catalogue import Catalogue
 from programmable_kv.lab.composing.suites.composing import Composing
 from programmable_kv.lab.composing.suites.prefaces import Prefaces
-from programmable_kv.skills.skill import Draft
+from programmable_kv.skills.draft import Draft
 
 NEAR = InsertionPoint("system", 64)
 

@@ -12,7 +12,8 @@ from programmable_kv.commands.common import ModelOption, err, out, pairs, read_t
 from programmable_kv.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from programmable_kv.skills.skill import Preface, Skill
+    from programmable_kv.skills.draft import Preface
+    from programmable_kv.skills.skill import Skill
     from programmable_kv.storage.manifests import Entry
 
 app = typer.Typer(

@@ -60,9 +60,16 @@ class Build:
         gap = [Built(to - start, None)] if to > start else []
         return self._with([*head, *gap, *tail])
 
-    def inserted(self, at: int, skill: Sequence[Unit], *, rounded: bool, replacing: int = 0) -> Build:
-        """A compiled skill in the place of the `replacing` slots from `at` on; `rounded`: it was kept in fewer bits."""
-        compiled = [Built(len(part.span), key, rounded) for part, key in _compiled(skill)]
+    def inserted(
+        self, at: int, skill: Sequence[Unit], *, rounded: bool, replacing: int = 0, declared: Declared | None = None
+    ) -> Build:
+        """A compiled skill in the place of the `replacing` slots from `at` on.
+
+        Args:
+            rounded: it was kept in fewer bits.
+            declared: what held when it was compiled, beside what it declares itself.
+        """
+        compiled = [Built(len(part.span), key, rounded) for part, key in _compiled(skill, declared or Declared())]
         return self._with([*self._split(at)[0], *compiled, *self._split(at + replacing)[1]])
 
     def exchanged(self, start: int, middle: int, stop: int) -> Build:
@@ -160,11 +167,11 @@ def _state(was: Built, wanted: Key | None, now: Key | None) -> TokenState:
     return TokenState.AFTER_EDIT if was.key == now else TokenState.STALE
 
 
-def _compiled(skill: Sequence[Unit]) -> Iterator[tuple[DesignPart, Key | None]]:
+def _compiled(skill: Sequence[Unit], declared: Declared) -> Iterator[tuple[DesignPart, Key | None]]:
     """The parts of a compiled skill, and their keys."""
     alone = Context(tuple(skill))
     keys = _Keys(alone)
-    for part in parts_of(alone, Declared()):
+    for part in parts_of(alone, declared):
         key = keys.of(part)
         keys.add(part, Built(len(part.span), key))
         yield part, key

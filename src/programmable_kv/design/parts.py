@@ -95,9 +95,15 @@ def parts_of(context: Context, declared: Declared) -> tuple[DesignPart, ...]:
     return known[1]
 
 
-def _parts(context: Context, declared: Declared) -> tuple[DesignPart, ...]:
-    for words in {unit.words for unit in context.units} - {()}:  # what skills declare holds while they are here
+def declared_in(context: Context, declared: Declared) -> Declared:
+    """What holds in a context: what was declared for it, and what skills declare while they are here."""
+    for words in {unit.words for unit in context.units} - {()}:
         declared = declared.with_words(dict(words))
+    return declared
+
+
+def _parts(context: Context, declared: Declared) -> tuple[DesignPart, ...]:
+    declared = declared_in(context, declared)
     own = [index for index, unit in enumerate(context.units) if unit.kind is Kind.PREFILL]
     searcher = _Searcher(context, declared, own, OWN)
     found: list[DesignPart] = []

@@ -18,13 +18,14 @@ from programmable_kv.cache.span import Span
 from programmable_kv.design.build import AnyLedger, Build
 from programmable_kv.design.parts import parts_of, reads_less, reads_of
 from programmable_kv.edits.entries import computed, on_ledger, weakest_of
-from programmable_kv.edits.plan import Compute, Exchange, Insert, Plan, Select, Shift, Step, Truncate
+from programmable_kv.edits.plan import Compute, Exchange, Insert, Plan, Recompile, Select, Shift, Step, Truncate
 from programmable_kv.engine import Engine, Progress, Rows
 from programmable_kv.errors import ContextOverflowError, FrequencyRegimeError
 from programmable_kv.ledger.ledger import Ledger
 from programmable_kv.ledger.run import Origin
 from programmable_kv.ledger.version import TOKEN_BYTES
 from programmable_kv.prompt.context import Context
+from programmable_kv.skills.draft import compile_units
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,19 @@ def _carried_out(
             )
             chosen |= dict.fromkeys(step.selection.choose(engine, buffer, reader), step.origin)
             continue
-        _on_buffer(step, buffer, layout)
+        if isinstance(step, Recompile):
+            assert layout is not None, "a plan that relocates was checked with a layout"
+            segment = compile_units(engine, step.units, step.declared)
+            buffer.insert(
+                step.span.start,
+                segment,
+                layout,
+                replacing=len(step.span),
+                positions=step.positions,
+                ends=step.ends,
+            )
+        else:
+            _on_buffer(step, buffer, layout)
         ledger = on_ledger(step, ledger)
         chosen = {moved: origin for slot, origin in chosen.items() if (moved := _moved(step, slot)) is not None}
         touched = _touched(step, touched, len(ledger))
@@ -208,7 +221,7 @@ def _moved(step: Step, slot: int) -> int | None:
             if start <= slot < middle:
                 return slot + stop - middle
             return slot - (middle - start) if middle <= slot < stop else slot
-        case Select():
+        case Recompile() | Select():
             return slot
 
 
@@ -226,6 +239,8 @@ def _touched(step: Step, touched: list[Span], length: int) -> list[Span]:
             shifted.append(Span(at, length if len(skill) != replacing else at + len(skill)))
         case Exchange(start, _, stop, _):
             shifted.append(Span(start, stop))
+        case Recompile(span):
+            shifted.append(span)
         case Truncate() | Select():
             pass
     return shifted

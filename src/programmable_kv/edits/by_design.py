@@ -6,18 +6,18 @@ construction: the closure of what read the change, and nothing more. Turns that 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from programmable_kv.cache.span import Span
 from programmable_kv.design.build import Build
-from programmable_kv.design.parts import parts_of
+from programmable_kv.design.parts import declared_in, parts_of
 from programmable_kv.design.room import room_for, without_trailing_room
 from programmable_kv.edits.compose import plan_cut, plan_move, plan_splice
 from programmable_kv.edits.entries import on_ledger
 from programmable_kv.edits.modes import Mode
-from programmable_kv.edits.plan import Compute, Exchange, Insert, Plan, Shift, Step, Truncate
+from programmable_kv.edits.plan import Compute, Exchange, Insert, Plan, Recompile, Shift, Step, Truncate
 from programmable_kv.edits.seam import SeamRepair
 from programmable_kv.errors import InvalidEditError
 from programmable_kv.ledger.run import Origin
@@ -53,15 +53,6 @@ class DesignState:
             if unit.kind in (Kind.TURN, Kind.ERRATUM) and id(unit) in old
         }
 
-    def lasting(self, after: Context) -> set[int]:
-        """The units afterwards, of skills that cannot be computed here, that were out of date before, and stay so."""
-        if not any(unit.read and unit.piece for unit in self.context.units):
-            return set()
-        turns = {index for index, unit in enumerate(self.context.units) if unit.kind is not Kind.SKILL}
-        stale = {id(self.context.units[self.context.unit_at(span.start)])
-                 for span in self.build.outdated(self.context, turns)}  # fmt: skip
-        return {index for index, unit in enumerate(after.units) if unit.read and unit.piece and id(unit) in stale}
-
 
 def check_mode(mode: Mode | None) -> None:
     """
@@ -93,7 +84,7 @@ def plan_design_edit(
     """Write values and build again what read them.
 
     Raises:
-        InvalidEditError: that mode is not exact; or a skill that holds the field was compiled behind a preface.
+        InvalidEditError: that mode is not exact.
     """
     check_mode(mode)
     rewritten = {name: value for name, value in changes.items() if state.context.fields[name].written != value}
@@ -176,11 +167,16 @@ def _built(state: DesignState, plan: Plan, turns: Turns, *, whole: bool = False)
         assert isinstance(stepped, Build)
         build = stepped
     kept = state.kept(plan.after, turns)
-    lasting = state.lasting(plan.after)
-    spans = build.outdated(plan.after, kept | lasting)
-    _require_buildable(plan.after, spans)
-    for name in dict.fromkeys(plan.after.units[index].name for index in lasting):
-        plan = plan.because(f"skill {name!r} stays stale: its lines read other fields here than when it was compiled")
+    spans = build.outdated(plan.after, kept)
+    anew = _recompiled(plan.after, spans, build)
+    if anew:
+        for step in anew:
+            build = on_ledger(step, build)
+        plan = replace(plan, steps=(*plan.steps, *anew))
+        for step in anew:
+            plan = plan.because(f"skill {step.units[0].name!r} is compiled anew behind the {len(step.units[0].read)} "
+                                "tokens that it reads and does not hold")  # fmt: skip
+        spans = build.outdated(plan.after, kept)
     if whole:
         parts = parts_of(plan.after, build.declared)
         own = [part.span for part in parts if not part.scope.is_skill]
@@ -192,6 +188,20 @@ def _built(state: DesignState, plan: Plan, turns: Turns, *, whole: bool = False)
     ).because(told if spans or plan.steps else "")  # fmt: skip
 
 
+def _recompiled(after: Context, spans: Sequence[Span], build: Build) -> list[Recompile]:
+    """The skills among some slots that cannot be computed where they stand: they read tokens that are not here."""
+    found = []
+    for group in after.groups:
+        slots, skill = after.slots_of(group), after.units[group.start]
+        if skill.read and any(span.start < slots.stop and slots.start < span.stop for span in spans):
+            declared = declared_in(after, build.declared)
+            positions = tuple(after.positions_in(slots))
+            found.append(
+                Recompile(slots, after.units[group.start : group.stop], declared, positions, after.begins[group.stop])
+            )
+    return found
+
+
 def _computes(spans: list[Span]) -> tuple[Compute, ...]:
     return tuple(Compute(span, Origin.COMPUTED) for span in joined(spans))
 
@@ -201,19 +211,3 @@ def _history(after: Context, kept: Collection[int], spans: list[Span]) -> str:
     first = min((span.start for span in spans), default=len(after))
     tokens = sum(len(after.units[index]) for index in kept if after.starts[index] >= first)
     return f"{tokens} tokens of earlier turns are kept as history" if tokens else ""
-
-
-def _require_buildable(after: Context, spans: list[Span]) -> None:
-    """
-    Raises:
-        InvalidEditError: a skill would have to be computed here that had read a preface, which is not here.
-    """
-    for span in spans:
-        unit = after.units[after.unit_at(span.start)]
-        if unit.kind is Kind.SKILL and unit.read:
-            raise InvalidEditError(
-                f"skill {unit.name!r} would have to be computed here: a value in it changes, or its lines read other fields "
-                f"than when it was compiled. And it was compiled behind {len(unit.read)} tokens that are not in this context. "
-                "Compile it as it should be now, and put it in with .replace(...); if its fields stand elsewhere too, cut it, "
-                "edit, and splice the new one."
-            )

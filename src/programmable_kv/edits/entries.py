@@ -7,7 +7,7 @@ from typing import overload
 
 from programmable_kv.cache.span import Span
 from programmable_kv.design.build import AnyLedger, Build
-from programmable_kv.edits.plan import Compute, Exchange, Insert, Select, Shift, Step, Truncate
+from programmable_kv.edits.plan import Compute, Exchange, Insert, Recompile, Select, Shift, Step, Truncate
 from programmable_kv.ledger.ledger import Ledger, Stretch
 from programmable_kv.ledger.run import Origin, Run
 from programmable_kv.ledger.version import TOKEN_BYTES, Content, Version
@@ -36,6 +36,9 @@ def on_ledger(step: Step, ledger: AnyLedger) -> AnyLedger:
             if isinstance(ledger, Build):
                 return ledger.inserted(at, skill.placed, rounded=skill.rounded, replacing=replacing)
             return ledger.inserted(at, [compiled_run(skill, ledger, at)], replacing=replacing)
+        case Recompile(span, units, declared):
+            assert isinstance(ledger, Build), "nothing else compiles a skill where it stands"
+            return ledger.inserted(span.start, units, rounded=False, replacing=len(span), declared=declared)
         case Exchange(start, middle, stop, _):
             return ledger.exchanged(start, middle, stop)
         case Select():

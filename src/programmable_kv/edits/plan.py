@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from programmable_kv.cache.span import Span
+from programmable_kv.design.declared import Declared
 from programmable_kv.edits.modes import Mode
 from programmable_kv.edits.selection import Selection
 from programmable_kv.ledger.run import Origin
 from programmable_kv.prompt.context import Context
+from programmable_kv.prompt.units import Unit
 from programmable_kv.skills.skill import Skill
 
 
@@ -48,6 +50,26 @@ class Insert:
 
 
 @dataclass(frozen=True, slots=True)
+class Recompile:
+    """Compile a skill anew, alone behind what it read while it was compiled, and put it where it stands."""
+
+    span: Span
+    units: tuple[Unit, ...] = field(repr=False)
+    """of the skill, as they are afterwards"""
+    declared: Declared = field(repr=False)
+    """what its lines say of its fields in this context"""
+    positions: tuple[int, ...] = field(repr=False)
+    """of its tokens"""
+    ends: int
+    """the position of what follows"""
+
+    @property
+    def tokens_computed(self) -> int:
+        """Those that it reads and does not hold are computed as well."""
+        return len(self.units[0].read) + len(self.span)
+
+
+@dataclass(frozen=True, slots=True)
 class Exchange:
     """The slots [start, middle) and [middle, stop) change places."""
 
@@ -66,7 +88,7 @@ class Select:
     origin: Origin
 
 
-Step = Truncate | Shift | Insert | Exchange | Select
+Step = Truncate | Shift | Insert | Recompile | Exchange | Select
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +130,8 @@ class Plan:
         Where a selection may choose what is computed in any case, it is the most that it can be.
         """
         chosen = sum(step.selection.count + step.selection.rows_to_choose for step in self.selects)
-        return sum(len(one.span) for one in self.compute) + chosen
+        compiled = sum(step.tokens_computed for step in self.steps if isinstance(step, Recompile))
+        return sum(len(one.span) for one in self.compute) + chosen + compiled
 
     @property
     def tokens_relocated(self) -> int:
@@ -128,6 +151,7 @@ class Plan:
     def reach(self) -> int:
         """No position that a relocation starts from or ends at reaches this one."""
         compiled = [int(step.skill.segment.computed_at[-1]) + 1 for step in self.steps if isinstance(step, Insert)]
+        compiled += [step.ends + len(step.units[0].read) for step in self.steps if isinstance(step, Recompile)]
         gaps = self.after.begins[-1] - len(self.after)
         return max([self.before + gaps, len(self.after) + gaps, *compiled])
 
@@ -159,6 +183,8 @@ class Plan:
                     length += grown
                 case Exchange(start, _, stop, _):
                     yield step, stop - start
+                case Recompile(span):
+                    yield step, len(span)
                 case Select():
                     pass
 
@@ -190,6 +216,9 @@ def _described(step: Step) -> str:
         case Insert(at, skill, replacing):
             instead = f" in the place of {replacing} tokens" if replacing else ""
             return f"insert {skill.name} ({len(skill)} tokens) at slot {at}{instead}"
+        case Recompile(span, units):
+            behind = f" behind {len(units[0].read)} tokens" if units[0].read else ""
+            return f"compile {units[0].name} anew{behind}, in slots [{span.start}, {span.stop})"
         case Exchange(start, middle, stop, _):
             return f"exchange slots [{start}, {middle}) and [{middle}, {stop})"
         case Select(selection, _):

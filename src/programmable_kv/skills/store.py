@@ -28,9 +28,10 @@ from programmable_kv.models.home import home
 from programmable_kv.models.load import Model
 from programmable_kv.prompt.fields import TEXT, Value
 from programmable_kv.prompt.values import check_name
+from programmable_kv.skills.draft import Draft, Preface
 from programmable_kv.skills.entries import Entries, check_key, new_name
 from programmable_kv.skills.packing import check_packed, packed, shapes_in, unpacked
-from programmable_kv.skills.skill import Draft, Preface, Skill, check_fingerprint, compute_drafts
+from programmable_kv.skills.skill import Skill, check_fingerprint, compute_drafts
 from programmable_kv.storage.archive import read_archive, write_archive
 from programmable_kv.storage.files import Blobs, blobs_at, sha256_of
 from programmable_kv.storage.manifests import Entry, SavedType, SavedUnit, key_of, preface_digest, shortened

@@ -16,7 +16,8 @@ from programmable_kv.models.source import find_source
 from programmable_kv.prompt.chat import opened
 from programmable_kv.prompt.parts import Rendered
 from programmable_kv.prompt.units import Kind, tokenised
-from programmable_kv.skills.skill import Draft, Skill, compute_drafts
+from programmable_kv.skills.draft import Draft
+from programmable_kv.skills.skill import Skill, compute_drafts
 from programmable_kv.storage.files import Blobs
 from programmable_kv.storage.tensors import cached_shapes
 from programmable_kv.vllm_plugin.certificate import Certificate, SavedLayer, SavedRotary, files_of

@@ -16,7 +16,7 @@ from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, statement
 from programmable_kv.scenarios.grammar import Gate, Scenario, make_scenario, other_value
 from programmable_kv.scenarios.phrasings import PHRASINGS, question
 from programmable_kv.scenarios.vocabulary import Domain, held_out_domains
-from programmable_kv.skills.skill import Preface
+from programmable_kv.skills.draft import Preface
 
 SEED = 99_000
 MOST_PIECES = 6

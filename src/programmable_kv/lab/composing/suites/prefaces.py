@@ -11,7 +11,7 @@ from programmable_kv.lab.composing.arms import PREFACE_ARMS, SEAMS
 from programmable_kv.lab.composing.frame import TITLE
 from programmable_kv.lab.composing.suites.suite import MIDDLE, Group, grouped
 from programmable_kv.lab.composing.tasks import Task
-from programmable_kv.skills.skill import Preface
+from programmable_kv.skills.draft import Preface
 
 
 @dataclass(frozen=True, slots=True)
