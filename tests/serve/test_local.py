@@ -219,6 +219,14 @@ def test_a_notebook_that_cannot_be_made_is_refused(http: httpx2.Client, change: 
     assert http.get("/v1/notebooks").json()["data"] == []
 
 
+def test_it_says_what_its_fields_may_hold(http: httpx2.Client) -> None:
+    fields = {"status": {"value": "pending", "kind": "enum", "among": ["pending", "shipped"]}, "amount": 30}
+    book = http.post("/v1/notebooks", json={"messages": MESSAGES, "fields": fields}).json()
+    assert book["types"] == {"status": {"kind": "enum", "among": ["pending", "shipped"]}, "amount": {"kind": "number"}}
+    edited = http.patch(f"/v1/notebooks/{book['id']}/fields", json={"status": "shipped"}).json()
+    assert edited["types"] == book["types"]
+
+
 def test_a_fork_goes_its_own_way(http: httpx2.Client) -> None:
     book = made(http)
     other = http.post(f"/v1/notebooks/{book['id']}/fork").json()

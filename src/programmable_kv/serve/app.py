@@ -19,6 +19,7 @@ from programmable_kv.serve.access import Access
 from programmable_kv.serve.address import Address
 from programmable_kv.serve.admission import Admission
 from programmable_kv.serve.aside import Aside
+from programmable_kv.serve.endpoint import Routing
 from programmable_kv.serve.fleet import Fleet
 from programmable_kv.serve.forward import Forwarder
 from programmable_kv.serve.metrics import Metrics
@@ -126,7 +127,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
         forwarder,
         routes=[
             *page_routes(),
-            *book_routes(BookResource(shelf, teller, stored), access, limits, metrics, forwarder.rates),
+            *book_routes(BookResource(shelf, teller, stored), Routing(access, limits, metrics, forwarder.rates)),
             Route("/v1/{rest:path}", forwarder),
             Route("/healthz", lambda _: _health(fleet)),
             Route("/metrics", told(lambda _: Response(metrics.text(), media_type=_PROMETHEUS))),

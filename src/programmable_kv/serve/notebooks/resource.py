@@ -11,19 +11,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from programmable_kv.errors import InvalidArgumentError
-from programmable_kv.serve.access import Access
-from programmable_kv.serve.endpoint import Call, Endpoint, Handler
-from programmable_kv.serve.metrics import Metrics
+from programmable_kv.serve.endpoint import Call, Routing
 from programmable_kv.serve.notebooks.book import Book, changed, check_messages, declared, guard
 from programmable_kv.serve.notebooks.opening import check_tools
+from programmable_kv.serve.notebooks.routes import notebook_routes
 from programmable_kv.serve.notebooks.shelf import BookShelf
 from programmable_kv.serve.notebooks.source import check_version, invalid, new_identity, source_of
 from programmable_kv.serve.notebooks.stored import StoredTexts
 from programmable_kv.serve.notebooks.telling import BookRewriter, line_bytes
-from programmable_kv.serve.rates import Rates
-from programmable_kv.serve.refusal import NO_SUCH_ROUTE, Refusal, RefusedError
+from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.rewriting.wording import new_token
-from programmable_kv.serve.settings import Limits
 
 _TRIES = 8
 """how often an edit that others overtook is made again"""
@@ -130,26 +127,13 @@ class BookResource:
         return JSONResponse(self._as_json(book, **more), status, {"etag": book.etag})
 
 
-def book_routes(books: BookResource, access: Access, limits: Limits, metrics: Metrics, rates: Rates) -> list[Route]:
+def book_routes(books: BookResource, routing: Routing) -> list[Route]:
     """The routes of a gateway's notebooks. Whatever else there is below them is nothing."""
-
-    async def nothing(_: Call) -> Response:
-        raise RefusedError(NO_SUCH_ROUTE)
-
-    def route(method: str, path: str, handle: Handler) -> Route:
-        return Route(path, Endpoint(path, handle, access, limits, metrics, rates), methods=[method])
-
     below = "/v1/notebooks/{rest:path}"
-    no_more = Endpoint(below, nothing, access, limits, metrics, rates)
     return [
-        route("POST", "/v1/notebooks", books.create),
-        route("GET", "/v1/notebooks", books.listed),
-        route("GET", "/v1/notebooks/{id}", books.read),
-        route("DELETE", "/v1/notebooks/{id}", books.delete),
-        route("PATCH", "/v1/notebooks/{id}/fields", books.edit),
-        route("POST", "/v1/notebooks/{id}/fork", books.fork),
-        Route("/v1/notebooks", no_more),
-        Route(below, no_more),
+        *notebook_routes(books, routing),
+        routing.nothing("/v1/notebooks", below),
+        routing.nothing(below, below),
     ]
 
 
