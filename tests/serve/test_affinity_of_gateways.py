@@ -21,7 +21,7 @@ from serve.test_killed import CLOCK_RULES
 from serve.test_shared_killed import ALLOWED, Client
 
 if TYPE_CHECKING:
-    from serve.database import Database
+    from programmable_kv.bench.database_server import Database
 
 pytestmark = pytest.mark.slow
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"

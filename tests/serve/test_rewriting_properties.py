@@ -22,7 +22,7 @@ from programmable_kv.serve.rewriting.wording import quoted
 from serve.rewriting_peers import CHAT, MESSAGES, RESPONSES, RULES, Peer, chat, claude, codex, extends, prefix
 
 if TYPE_CHECKING:
-    from serve.database import Database
+    from programmable_kv.bench.database_server import Database
 
 BROKEN = ("reset", "rebase")
 NEW = ("forwarded", "announced", "hoisted", "shared")

@@ -19,7 +19,7 @@ from serve.rewriting_peers import CHAT, RULES
 from serve.test_killed import CLOCK_RULES
 
 if TYPE_CHECKING:
-    from serve.database import Database
+    from programmable_kv.bench.database_server import Database
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("postgres")]
 ALLOWED = {"upstream_unreachable", "upstream_died", "upstream_error"}

@@ -34,8 +34,8 @@ from serve.rewriting_peers import CHAT, CLOCK, RULES, Peer, at, chat, extends
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed: it is in the extra `dev`")
 
+from programmable_kv.bench.database_server import PASSWORD, Database  # noqa: E402
 from programmable_kv.serve.postgres import PostgresState  # noqa: E402
-from serve.database import PASSWORD, Database  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("postgres")
 AWAY = "forwarded; why=the state cannot be reached"
