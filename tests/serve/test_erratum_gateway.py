@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.settings import GatewaySettings
 from serve import places
 from serve.caching_upstream import CachingUpstream
-from serve.http_peers import Running, metric, raw_upstream, running, wait_until
+from serve.http_peers import EVENTS_HEAD, Received, Running, metric, raw_upstream, running, wait_until
 from serve.rewriting_peers import CLOCK, RULES, at, extends
 
 pytestmark = pytest.mark.usefixtures("places")
@@ -285,3 +285,40 @@ def test_two_servers_do_not_share_a_file(tmp_path: Path) -> None:
     with running(in_a_file), pytest.raises(InvalidArgumentError, match="another server"):
         gateway_app(in_a_file)
     assert (tmp_path / "state").stat().st_mode & 0o077 == 0, "it holds text of prompts"
+
+
+@pytest.mark.parametrize("where", ["before its answer", "within an event", "between two events"])
+def test_an_upstream_that_dies_while_it_answers_leaves_the_session_intact(where: str) -> None:
+    """The turn is asked again with the same clock or a later one, and every request extends what the upstream was sent."""
+    upstream = CachingUpstream()
+    dies = {3, 5}
+
+    async def dying(request: Received) -> AsyncIterator[bytes]:
+        parts = [part async for part in upstream(request)]
+        if len(upstream.bodies) not in dies:
+            for part in parts:
+                yield part
+        elif where != "before its answer":
+            yield EVENTS_HEAD
+            yield parts[1] if where == "between two events" else parts[1][:-9]
+
+    with raw_upstream(dying) as server, running(settings(server.url)) as gateway:
+        said: list[Any] = [{"role": "user", "content": "hi"}]
+        failed = 0
+        for turn in range(8):
+            try:
+                got = ask_stream(gateway, at(str(turn)), said)
+            except (openai.APIError, httpx2.TransportError):
+                failed += 1
+                continue
+            assert got == "Yes."
+            said += [{"role": "assistant", "content": got}, {"role": "user", "content": f"more {turn}"}]
+        actions = {name.partition(";")[0]: n for name, n in rewriting(gateway)["routes"][0]["actions"].items()}
+    assert failed == len(dies)
+    assert len(upstream.bodies) == 8
+    for earlier, later in pairwise(upstream.bodies):
+        assert extends(later, earlier), "a line that was sent was lost"
+    assert "reset" not in actions, "no session was begun anew"
+    for turn, body in enumerate(upstream.bodies[1:], start=1):
+        [latest] = [m["content"] for m in body["messages"] if m["role"] == "system"][-1:]
+        assert f'"the time": "10:0{turn}"' in latest
