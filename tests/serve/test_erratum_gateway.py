@@ -287,6 +287,28 @@ def test_two_servers_do_not_share_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "state").stat().st_mode & 0o077 == 0, "it holds text of prompts"
 
 
+def test_tools_that_a_client_reorders_no_longer_break_the_prefix() -> None:
+    """The cause that `observe` reports is gone, and the upstream finds what it read in the turn before."""
+    found = {}
+    for mode in (GatewayMode.OBSERVE, GatewayMode.ERRATUM):
+        upstream = CachingUpstream()
+        with raw_upstream(upstream) as server, running(settings(server.url, mode)) as gateway:
+            said: list[Any] = [{"role": "user", "content": "hi"}]
+            tools = [{"type": "function", "function": {"name": name * 9, "description": RULES}} for name in "abc"]
+            for turn in range(3):
+                messages = [{"role": "system", "content": RULES}, *said]
+                body = {"model": "m", "messages": messages, "tools": tools[turn:] + tools[:turn]}
+                assert httpx2.post(f"{gateway.url}{CHAT}", json=body).status_code == 200
+                said += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": f"more {turn}"}]
+            settled(gateway, 3)
+            report = httpx2.get(f"{gateway.url}/pkv/report").json()["routes"][CHAT]
+            found[mode] = ("tools reordered" in report["causes"], report["cached_tokens"] / report["input_tokens"])
+    assert found[GatewayMode.OBSERVE][0]
+    assert found[GatewayMode.OBSERVE][1] < 0.1
+    assert not found[GatewayMode.ERRATUM][0]
+    assert found[GatewayMode.ERRATUM][1] > 0.6
+
+
 @pytest.mark.parametrize("where", ["before its answer", "within an event", "between two events"])
 def test_an_upstream_that_dies_while_it_answers_leaves_the_session_intact(where: str) -> None:
     """The turn is asked again with the same clock or a later one, and every request extends what the upstream was sent."""

@@ -317,6 +317,7 @@ def _conversation(identity: str, key: str, version: int, document: str, notes: t
         notes,
         given.get("notebook", ""),
         given.get("values", {}),
+        tuple(given.get("order", ())),
     )
 
 
@@ -325,6 +326,7 @@ def _document(conversation: Conversation) -> str:
         {
             "turns": conversation.turns,
             "tools": conversation.tools,
+            **({"order": conversation.order} if conversation.order else {}),
             "head": [_written(each) for each in conversation.head],
             "token": conversation.token,
             "named": conversation.named,
