@@ -19,6 +19,7 @@ from programmable_kv.serve.app import gateway_app
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.rules import rules_of
 from programmable_kv.serve.rewriting.store import ConversationStore
+from programmable_kv.serve.rewriting.verdicts import Verdicts
 from programmable_kv.serve.settings import GatewaySettings
 from serve import places
 from serve.caching_upstream import CachingUpstream
@@ -246,8 +247,11 @@ def test_a_route_on_which_it_does_not_pay_is_switched_off(tmp_path: Path) -> Non
             assert not has_line(upstream.bodies[-1])
 
 
-@pytest.mark.parametrize("fault", ["candidates", "commit", "decide", "learned"])
-def test_a_fault_of_the_store_harms_no_request(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("of", "fault"),
+    [(ConversationStore, "candidates"), (ConversationStore, "commit"), (Verdicts, "decide"), (Verdicts, "learned")],
+)
+def test_a_fault_of_the_store_harms_no_request(of: type, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk, say: requests go through as they came."""
 
     def breaks(*_: object, **__: object) -> None:
@@ -256,7 +260,7 @@ def test_a_fault_of_the_store_harms_no_request(fault: str, monkeypatch: pytest.M
     upstream = CachingUpstream(refuses=has_late("system"))
     with raw_upstream(upstream) as server, running(settings(server.url)) as gateway:
         talk(gateway, ask_openai, 1)
-        monkeypatch.setattr(ConversationStore, fault, breaks)
+        monkeypatch.setattr(of, fault, breaks)
         talk(gateway, ask_openai, 3, "another")
         said = [{"role": "user", "content": "hi"}]
         got = httpx2.post(f"{gateway.url}{CHAT}", json={"model": "m", "messages": said})

@@ -145,14 +145,14 @@ def test_what_one_gateway_finds_out_the_others_know(database: Database) -> None:
     strange = "a\x00 \ud800model"
     one.rewriter._decided(CHAT, strange, Form.SYSTEM, "refused")
     assert other.rewriter._verdict(CHAT, strange, Form.SYSTEM) == "refused"
-    one.store.decide("u", "off", "it lost", for_s=0.05)
-    assert other.store.verdicts("u") == {"off": "it lost"}
+    one.verdicts.decide("u", "off", "it lost", for_s=0.05)
+    assert other.verdicts.of("u") == {"off": "it lost"}
     time.sleep(0.1)
-    assert other.store.verdicts("u") == {}
-    one.store.learn("o", ["a", "b"])
-    assert other.store.learned("o") == frozenset()
-    other.store.learn("o", ["a"])
-    assert one.store.learned("o") == {"a"}
+    assert other.verdicts.of("u") == {}
+    one.verdicts.learn("o", ["a", "b"])
+    assert other.verdicts.learned("o") == frozenset()
+    other.verdicts.learn("o", ["a"])
+    assert one.verdicts.learned("o") == {"a"}
     assert secret_of(one.state) == secret_of(other.state)
     assert one.rewriter.as_json("t") == other.rewriter.as_json("t")
 

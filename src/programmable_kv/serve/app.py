@@ -36,6 +36,7 @@ from programmable_kv.serve.refusal import RefusedError
 from programmable_kv.serve.rewriting.heads import HeadStore
 from programmable_kv.serve.rewriting.rewriter import Rewriter
 from programmable_kv.serve.rewriting.store import ConversationStore
+from programmable_kv.serve.rewriting.verdicts import Verdicts
 from programmable_kv.serve.routes import Dialect, route_of
 from programmable_kv.serve.salt import TenantSalt, secret_of
 from programmable_kv.serve.settings import GatewaySettings, Limits
@@ -65,15 +66,15 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
     rewriter = None
     aside = Aside(state)
     salt = TenantSalt(secret_of(state)) if settings.salts else None
-    store = ConversationStore(state, most=limits.conversations)
+    store, verdicts = ConversationStore(state, most=limits.conversations), Verdicts(state)
     metrics.watch("conversations", "conversations that are kept", lambda: counted(store))
     if settings.rewrites:
         rewriter = Rewriter(
-            store, settings.rules, settings.mode, _subject(settings), metrics.tell_gain, metrics.tell_rebase,
+            store, verdicts, settings.rules, settings.mode, _subject(settings), metrics.tell_gain, metrics.tell_rebase,
             rebase_after=settings.rebase_after, heads=HeadStore(state),
         )  # fmt: skip
     teller = BookRewriter(
-        store, _subject(settings), metrics.tell_gain, metrics.tell_rebase, rebase_after=settings.rebase_after
+        store, verdicts, _subject(settings), metrics.tell_gain, metrics.tell_rebase, rebase_after=settings.rebase_after
     )
     shelf = BookShelf(state, most=settings.max_notebooks)
     metrics.watch("notebooks", "notebooks that are kept", lambda: counted(shelf))

@@ -30,6 +30,7 @@ from programmable_kv.serve.rewriting.rebase import LINES, Outcome
 from programmable_kv.serve.rewriting.rewriter import OFF, REFUSED, Rewriter, Rewriting, about
 from programmable_kv.serve.rewriting.rules import Rule, Rules
 from programmable_kv.serve.rewriting.store import ConversationStore
+from programmable_kv.serve.rewriting.verdicts import Verdicts
 from programmable_kv.serve.rewriting.wording import line_of
 
 _MOST_COUNTED = 10_000
@@ -62,6 +63,7 @@ class BookRewriter(Rewriter):
     def __init__(
         self,
         store: ConversationStore,
+        verdicts: Verdicts,
         upstream: str,
         tell: Callable[[str, int], None] = lambda _, __: None,
         rebased: Callable[[str, Outcome], None] = lambda _, __: None,
@@ -70,7 +72,7 @@ class BookRewriter(Rewriter):
     ) -> None:
         """As a `Rewriter`, without rules and mode."""
         super().__init__(
-            store, Rules(learn=False), GatewayMode.ERRATUM, f"notebooks at {upstream}", tell, rebased,
+            store, verdicts, Rules(learn=False), GatewayMode.ERRATUM, f"notebooks at {upstream}", tell, rebased,
             rebase_after=rebase_after,
         )  # fmt: skip
         self._counted: dict[str, Counted] = {}
@@ -91,7 +93,7 @@ class BookRewriter(Rewriter):
         work.prompt = prompt
         sent = {"headers": readable(headers)}
         work.session = session_name(sent, body.data)
-        verdicts = self._store.verdicts(self._subject(route, prompt.model))
+        verdicts = self._verdicts.of(self._subject(route, prompt.model))
         if OFF in verdicts:
             return work
         own = _Renderings(route, body, book)

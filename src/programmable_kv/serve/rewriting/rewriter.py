@@ -22,6 +22,7 @@ from programmable_kv.serve.rewriting.prompt import ROUTES, Prompt, digest, promp
 from programmable_kv.serve.rewriting.rebase import LINES, Outcome, Warming
 from programmable_kv.serve.rewriting.rules import Rules, Sharing
 from programmable_kv.serve.rewriting.store import ConversationStore
+from programmable_kv.serve.rewriting.verdicts import Verdicts
 from programmable_kv.serve.state import StateUnavailableError
 
 _LOG = logging.getLogger("programmable_kv.serve")
@@ -89,6 +90,7 @@ class Rewriter:
     def __init__(
         self,
         store: ConversationStore,
+        verdicts: Verdicts,
         rules: Rules,
         mode: GatewayMode,
         upstream: str,
@@ -111,6 +113,7 @@ class Rewriter:
         self._rebased = rebased
         self._rebase_after = rebase_after
         self._store = store
+        self._verdicts = verdicts
         self._rules = rules
         self._mode = mode
         self._upstream = upstream
@@ -158,13 +161,13 @@ class Rewriter:
 
     def _begin(self, work: Rewriting, known: Known) -> None:
         """Plan a request with what is known about its upstream and its tenant."""
-        verdicts = self._store.verdicts(self._subject(work.route, work.model))
+        verdicts = self._verdicts.of(self._subject(work.route, work.model))
         if OFF in verdicts:
             work.plan = Plan(Action.FORWARDED, "switched off: it did not pay here")
             return
         owner = self._owner(work.tenant, work.route)
         forms = [form for form in FORMS[work.route] if verdicts.get(about(form)) not in REFUSED]
-        work.known = replace(known, forms=forms, learned=self._store.learned(owner))
+        work.known = replace(known, forms=forms, learned=self._verdicts.learned(owner))
         self._plan(work, owner)
 
     def abandoned(self, work: Rewriting) -> None:
@@ -221,7 +224,7 @@ class Rewriter:
             self._strikes[place] = self._strikes.get(place, 0) + 1
             if self._strikes[place] >= _STRIKES:
                 subject = self._subject(*place)
-                self._store.decide(subject, OFF, "the announcement is refused", for_s=_OFF_S)
+                self._verdicts.decide(subject, OFF, "the announcement is refused", for_s=_OFF_S)
         self.judge.acted(work.tenant, work.route, work.model, work.plan)
 
     def settle(self, work: Rewriting, usage: Usage | None) -> Gain | None:
@@ -242,9 +245,9 @@ class Rewriter:
             return found | {
                 "upstream": [
                     {"of": subject, "about": about, "verdict": verdict}
-                    for subject, about, verdict in self._store.all_verdicts()
+                    for subject, about, verdict in self._verdicts.all()
                 ],
-                "learned": sum(len(self._store.learned(self._owner(tenant, route))) for route in ROUTES),
+                "learned": sum(len(self._verdicts.learned(self._owner(tenant, route))) for route in ROUTES),
             }
         except StateUnavailableError:
             return found | {"upstream": [], "learned": 0, "state": "it cannot be reached now"}
@@ -261,8 +264,8 @@ class Rewriter:
             why = "an earlier message changed, or a conversation begins like another"
         templates = next((each.templates for each in matches if each.templates), ())
         if templates:
-            self._store.learn(owner, templates)
-            known = work.known = replace(known, learned=self._store.learned(owner))
+            self._verdicts.learn(owner, templates)
+            known = work.known = replace(known, learned=self._verdicts.learned(owner))
         if found is None and matches and known.named:
             work.replaced = matches[0].conversation
         if found is None and not why and self._heads is not None and _shares(known):
@@ -321,15 +324,15 @@ class Rewriter:
         return f"{self._upstream} {route} {json.dumps(model, ensure_ascii=not model.isprintable())[1:-1]}"
 
     def _verdict(self, route: str, model: str, form: Form) -> str:
-        return self._store.verdicts(self._subject(route, model)).get(about(form), "")
+        return self._verdicts.of(self._subject(route, model)).get(about(form), "")
 
     def _decided(self, route: str, model: str, form: Form, verdict: str) -> None:
         if self._verdict(route, model, form) != verdict:
-            self._store.decide(self._subject(route, model), about(form), verdict)
+            self._verdicts.decide(self._subject(route, model), about(form), verdict)
             _LOG.warning("%s: a line as %s is %s by the upstream", route, form, verdict)
 
     def _switch_off(self, route: str, model: str) -> None:
-        self._store.decide(self._subject(route, model), OFF, "rewriting lost tokens", for_s=_OFF_S)
+        self._verdicts.decide(self._subject(route, model), OFF, "rewriting lost tokens", for_s=_OFF_S)
         _LOG.warning("%s: rewriting is switched off for a day, because it lost tokens", route)
 
 
