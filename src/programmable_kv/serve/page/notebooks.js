@@ -176,4 +176,4 @@ if (local()) {
 } else {
   for (const option of [...$("mode").options]) if (!OF_GATEWAY.includes(option.value)) option.remove();
 }
-for (const each of document.querySelectorAll(`[data-only]`)) each.hidden = each.dataset.only !== document.body.dataset.kind;
+for (const each of document.querySelectorAll("[data-only]")) each.hidden = each.dataset.only !== document.body.dataset.kind;
