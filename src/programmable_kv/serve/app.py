@@ -78,7 +78,8 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
     )
     shelf = BookShelf(state, most=settings.max_notebooks)
     metrics.watch("notebooks", "notebooks that are kept", lambda: counted(shelf))
-    stored = StoredTexts(settings.skills) if settings.skills is not None else None
+    tenants = {key.name for key in settings.keys}
+    stored = StoredTexts(settings.skills, tenants) if settings.skills is not None else None
     books = Asking(shelf, teller, aside, Composer(stored) if stored is not None else None)
     forwarder = Forwarder(settings, fleet, access, admission, metrics, observer, rewriter, salt, aside, books)
 

@@ -49,7 +49,7 @@ class BookResource:
         check_messages(source["messages"])
         check_tools(source["tools"])
         source["upstream_model"] = model
-        source["skills"] = await asyncio.to_thread(self._skills, call.body.get("skills"))
+        source["skills"] = await asyncio.to_thread(self._skills, call.body.get("skills"), call.tenant)
         texts, types = declared(source)
         guard(texts, types, texts)
         book = Book(new_identity(), call.tenant, 1, source, new_token(), texts, texts)
@@ -101,12 +101,12 @@ class BookResource:
                 return Response(status_code=204)
         raise _busy()
 
-    def _skills(self, given: Any) -> dict[str, Any]:
+    def _skills(self, given: Any, tenant: str) -> dict[str, Any]:
         """The skills that a notebook names, by their placeholders: found in the store now, and the same from then on.
 
         Raises:
             RefusedError: they are not named as they must be, or this gateway has no store.
-            UnknownSkillError: the store has no such skill.
+            UnknownSkillError: the store has no such skill that the tenant may name.
         """
         if given is None or given == {}:
             return {}
@@ -114,7 +114,7 @@ class BookResource:
             raise invalid('skills is an object: {"PLACEHOLDER": "a skill\'s name or key"}')
         if self._stored is None:
             raise invalid("this gateway has no store of skills: start it with --skills STORE")
-        found = {name: self._stored.find(which) for name, which in given.items()}
+        found = {name: self._stored.find(which, tenant) for name, which in given.items()}
         return {name: {"skill": given[name], "key": skill.key, "text": skill.text} for name, skill in found.items()}
 
     async def _book(self, call: Call) -> Book:
