@@ -138,7 +138,7 @@ def _check(
     peer = Peer(mode=mode, rules=rules_of(RULESET), rebase_after=rebase_after, place=place)
     other = Peer(mode=mode, rules=rules_of(RULESET), rebase_after=rebase_after, place=place) if place else peer
     for form in refused:
-        peer.rewriter._decided(route, "m", form, "refused")
+        peer.rewriter.accepted.decide(route, "m", form, "refused")
     client = Client(route)
     latest: dict[str, Any] = {}
     """by conversation, as the gateway knows them: without a session's name, requests that begin alike may be several"""

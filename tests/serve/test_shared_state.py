@@ -140,11 +140,11 @@ def test_a_request_that_is_taken_back_does_not_come_back_by_its_number(database:
 
 def test_what_one_gateway_finds_out_the_others_know(database: Database) -> None:
     one, other = peers(database)
-    one.rewriter._decided(CHAT, "m", Form.SYSTEM, "refused")
-    assert other.rewriter._verdict(CHAT, "m", Form.SYSTEM) == "refused"
+    one.rewriter.accepted.decide(CHAT, "m", Form.SYSTEM, "refused")
+    assert other.rewriter.accepted.verdict(CHAT, "m", Form.SYSTEM) == "refused"
     strange = "a\x00 \ud800model"
-    one.rewriter._decided(CHAT, strange, Form.SYSTEM, "refused")
-    assert other.rewriter._verdict(CHAT, strange, Form.SYSTEM) == "refused"
+    one.rewriter.accepted.decide(CHAT, strange, Form.SYSTEM, "refused")
+    assert other.rewriter.accepted.verdict(CHAT, strange, Form.SYSTEM) == "refused"
     one.verdicts.decide("u", "off", "it lost", for_s=0.05)
     assert other.verdicts.of("u") == {"off": "it lost"}
     time.sleep(0.1)

@@ -24,10 +24,10 @@ from programmable_kv.serve.rewriting.changes import Change
 from programmable_kv.serve.rewriting.conversation import Conversation, Texts, keys_of
 from programmable_kv.serve.rewriting.judge import Gain
 from programmable_kv.serve.rewriting.matching import Known, Match
-from programmable_kv.serve.rewriting.plan import FORMS, Action, Plan, plan, switched
+from programmable_kv.serve.rewriting.plan import Action, Plan, plan, switched
 from programmable_kv.serve.rewriting.prompt import Prompt, Unit, prompt_of
 from programmable_kv.serve.rewriting.rebase import LINES, Outcome
-from programmable_kv.serve.rewriting.rewriter import OFF, REFUSED, Rewriter, Rewriting, about
+from programmable_kv.serve.rewriting.rewriter import Rewriter, Rewriting
 from programmable_kv.serve.rewriting.rules import Rule, Rules
 from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.rewriting.verdicts import Verdicts
@@ -93,8 +93,8 @@ class BookRewriter(Rewriter):
         work.prompt = prompt
         sent = {"headers": readable(headers)}
         work.session = session_name(sent, body.data)
-        verdicts = self._verdicts.of(self._subject(route, prompt.model))
-        if OFF in verdicts:
+        forms = self.accepted.forms(route, prompt.model)
+        if forms is None:
             return work
         own = _Renderings(route, body, book)
         if not own.steady:
@@ -104,7 +104,6 @@ class BookRewriter(Rewriter):
         salt = str(body.data.get("cache_salt") or "")
         keys = keys_of(prompt, rules, book.tenant, route, prompt.model, work.session, salt, book.identity)
         work.beginning = keys[0] if keys else ""
-        forms = [form for form in FORMS[route] if verdicts.get(about(form)) not in REFUSED]
         work.known = known = Known(rules, keys, bool(work.session), forms=forms, rebase_after=self._rebase_after)
         matches = [own.match(each, prompt) for each in self._store.candidates(keys)]
         found = next((each for each in matches if not each.refused), None)
