@@ -19,6 +19,7 @@ from programmable_kv.serve.local.server import local_app
 from programmable_kv.serve.settings import Limits, LocalSettings
 from serve.http_peers import Running, running, wait_until
 
+pytest_plugins = ["serve.local_clients"]
 ASKED = [{"role": "system", "content": "A rule with {braces}."}, {"role": "user", "content": "Is it so?"}]
 MESSAGES = [{"role": "system", "content": "The order is {status}, for {amount} euros. Shipped orders stay."}]
 FIELDS = {"status": {"value": "pending", "kind": "enum", "among": ["pending", "shipped"]}, "amount": 30}

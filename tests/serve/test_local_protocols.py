@@ -17,6 +17,7 @@ from programmable_kv.errors import ContextOverflowError
 from programmable_kv.serve.local.server import FORMS
 from serve.http_peers import Running
 
+pytest_plugins = ["serve.local_clients"]
 SYSTEM = "The order is {status}. Shipped orders stay."
 SAID = [
     {"role": "user", "content": "Is it so?"},

@@ -20,6 +20,7 @@ from programmable_kv.serve.settings import LocalSettings
 from serve.calling_model import CALL, QWEN, SAID, TOOL, taught, templated
 from serve.http_peers import Running, running
 
+pytest_plugins = ["serve.local_clients"]
 ASK = [{"role": "user", "content": "What is on A1?"}]
 RESULT = "Three boxes."
 ANSWER = "There are three boxes."

@@ -1,4 +1,4 @@
-"""What several tests of the local server share: a server of the module's own `model`, and the makers' clients for it."""
+"""A server of a test module's own `model`, and the makers' clients for it. A module says `pytest_plugins = ["serve.local_clients"]`."""
 
 from __future__ import annotations
 
