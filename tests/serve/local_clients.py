@@ -1,4 +1,4 @@
-"""A server of a test module's own `model`, and the makers' clients for it. A module says `pytest_plugins = ["serve.local_clients"]`."""
+"""A server of a test module's own `model`, and the makers' clients for it: `pytest_plugins = ["serve.local_clients"]`."""
 
 from __future__ import annotations
 
