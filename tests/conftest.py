@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from programmable_kv.engine import Engine
 
 if TYPE_CHECKING:
-    from serve.database import Database
+    from programmable_kv.bench.database_server import Database
     from serve.places import Places
 
 
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def database() -> Iterator[Database]:
     """A PostgreSQL server. Tests that use one are of the group `postgres`, so that one process of the tests starts one."""
     pytest.importorskip("psycopg", reason="psycopg is not installed: it is in the extra `dev`")
-    from serve.database import ABSENT, Database, programs
+    from programmable_kv.bench.database_server import ABSENT, Database, programs
     from serve.processes import free_port
 
     if programs() is None:

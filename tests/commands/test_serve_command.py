@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +23,8 @@ from programmable_kv.cli import app
 from programmable_kv.errors import InvalidArgumentError, InvalidValueError
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.settings import LocalSettings, default_state
-from serve.http_peers import Received, answer, raw_upstream, wait_until
+from serve.http_peers import EVENTS_HEAD, LAST, Received, answer, chunk, raw_upstream, wait_until
+from serve.processes import free_port, process
 
 
 async def script(_: Received) -> AsyncIterator[bytes]:
@@ -142,6 +145,33 @@ def test_the_command_serves_and_stops_when_told() -> None:
     assert b"/pkv/report" in errors
     assert b"Traceback" not in errors
     assert process.returncode in (0, -signal.SIGTERM), "uvicorn hands the signal on once everything has ended"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_lets_a_stream_end_and_takes_no_more(number: signal.Signals, tmp_path: Path) -> None:
+    go = threading.Event()
+
+    async def waits(_: Received) -> AsyncIterator[bytes]:
+        yield EVENTS_HEAD + chunk(b"data: one\n\n")
+        while not go.is_set():
+            await asyncio.sleep(0.01)
+        yield chunk(b"data: two\n\n") + LAST
+
+    port = free_port()
+    with raw_upstream(waits) as upstream:
+        words = ["serve", "--upstream", upstream.url, "--port", str(port), "--state", str(tmp_path / "state")]
+        with process("-m", "programmable_kv", *words, port=port) as served:
+            url = f"http://127.0.0.1:{port}/v1/chat/completions"
+            with httpx2.stream("POST", url, json={"messages": [], "stream": True}, timeout=30) as got:
+                parts = got.iter_raw()
+                assert next(parts) == b"data: one\n\n"
+                served.send_signal(number)
+                wait_until(lambda: not answers(port))
+                assert served.poll() is None, "the stream has not ended"
+                go.set()
+                assert b"".join(parts) == b"data: two\n\n"
+            assert served.wait(20) in (0, -number, 128 + number), "the signal is handed on once everything has ended"
 
 
 def answers(port: int) -> bool:

@@ -56,6 +56,18 @@ class Browser:
         self._call("POST", f"/element/{found}/clear")
         self._call("POST", f"/element/{found}/value", text=text)
 
+    def value(self, selector: str) -> str:
+        """What a form's control holds."""
+        return str(self.run("return document.querySelector(arguments[0]).value", selector))
+
+    def choose(self, selector: str, value: str) -> None:
+        """Choose one of a list's values."""
+        script = (
+            "return [...document.querySelector(arguments[0]).options].findIndex((each) => each.value === arguments[1])"
+        )
+        found = self._element(f"{selector} option:nth-child({self.run(script, selector, value) + 1})")
+        self._call("POST", f"/element/{found}/click")
+
     def errors(self) -> list[str]:
         """What the page complained about."""
         found = self._call("POST", "/se/log", type="browser")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from programmable_kv.serve.address import DatabaseAddress
 
 if TYPE_CHECKING:
-    from serve.database import Database
+    from programmable_kv.bench.database_server import Database
 
 
 @dataclass

@@ -16,6 +16,7 @@ from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES
 from programmable_kv.serve.rewriting.rewriter import Rewriter, Rewriting
 from programmable_kv.serve.rewriting.rules import Rules, rules_of
 from programmable_kv.serve.rewriting.store import ConversationStore
+from programmable_kv.serve.rewriting.verdicts import Verdicts
 from programmable_kv.serve.states import open_state
 from serve import places
 
@@ -41,10 +42,10 @@ class Peer:
 
     def __post_init__(self) -> None:
         self.state = open_state(self.place or places.now.at(self.path), durable=False)
-        self.store = ConversationStore(self.state, most=1000)
+        self.store, self.verdicts = ConversationStore(self.state, most=1000), Verdicts(self.state)
         told: Any = lambda *each: self.rebases.append(each)  # noqa: E731
         self.rewriter = Rewriter(
-            self.store, self.rules, self.mode, "http://upstream", rebased=told, rebase_after=self.rebase_after,
+            self.store, self.verdicts, self.rules, self.mode, "http://upstream", rebased=told, rebase_after=self.rebase_after,
             heads=HeadStore(self.state),
         )  # fmt: skip
 

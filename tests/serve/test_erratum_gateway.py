@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from programmable_kv.serve.app import gateway_app
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.rules import rules_of
 from programmable_kv.serve.rewriting.store import ConversationStore
+from programmable_kv.serve.rewriting.verdicts import Verdicts
 from programmable_kv.serve.settings import GatewaySettings
 from serve import places
 from serve.caching_upstream import CachingUpstream
-from serve.http_peers import Running, metric, raw_upstream, running, wait_until
+from serve.http_peers import EVENTS_HEAD, Received, Running, metric, raw_upstream, running, wait_until
 from serve.rewriting_peers import CLOCK, RULES, at, extends
 
 pytestmark = pytest.mark.usefixtures("places")
@@ -246,8 +247,11 @@ def test_a_route_on_which_it_does_not_pay_is_switched_off(tmp_path: Path) -> Non
             assert not has_line(upstream.bodies[-1])
 
 
-@pytest.mark.parametrize("fault", ["candidates", "commit", "decide", "learned"])
-def test_a_fault_of_the_store_harms_no_request(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("of", "fault"),
+    [(ConversationStore, "candidates"), (ConversationStore, "commit"), (Verdicts, "decide"), (Verdicts, "learned")],
+)
+def test_a_fault_of_the_store_harms_no_request(of: type, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk, say: requests go through as they came."""
 
     def breaks(*_: object, **__: object) -> None:
@@ -256,7 +260,7 @@ def test_a_fault_of_the_store_harms_no_request(fault: str, monkeypatch: pytest.M
     upstream = CachingUpstream(refuses=has_late("system"))
     with raw_upstream(upstream) as server, running(settings(server.url)) as gateway:
         talk(gateway, ask_openai, 1)
-        monkeypatch.setattr(ConversationStore, fault, breaks)
+        monkeypatch.setattr(of, fault, breaks)
         talk(gateway, ask_openai, 3, "another")
         said = [{"role": "user", "content": "hi"}]
         got = httpx2.post(f"{gateway.url}{CHAT}", json={"model": "m", "messages": said})
@@ -285,3 +289,62 @@ def test_two_servers_do_not_share_a_file(tmp_path: Path) -> None:
     with running(in_a_file), pytest.raises(InvalidArgumentError, match="another server"):
         gateway_app(in_a_file)
     assert (tmp_path / "state").stat().st_mode & 0o077 == 0, "it holds text of prompts"
+
+
+def test_tools_that_a_client_reorders_no_longer_break_the_prefix() -> None:
+    """The cause that `observe` reports is gone, and the upstream finds what it read in the turn before."""
+    found = {}
+    for mode in (GatewayMode.OBSERVE, GatewayMode.ERRATUM):
+        upstream = CachingUpstream()
+        with raw_upstream(upstream) as server, running(settings(server.url, mode)) as gateway:
+            said: list[Any] = [{"role": "user", "content": "hi"}]
+            tools = [{"type": "function", "function": {"name": name * 9, "description": RULES}} for name in "abc"]
+            for turn in range(3):
+                messages = [{"role": "system", "content": RULES}, *said]
+                body = {"model": "m", "messages": messages, "tools": tools[turn:] + tools[:turn]}
+                assert httpx2.post(f"{gateway.url}{CHAT}", json=body).status_code == 200
+                said += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": f"more {turn}"}]
+            settled(gateway, 3)
+            report = httpx2.get(f"{gateway.url}/pkv/report").json()["routes"][CHAT]
+            found[mode] = ("tools reordered" in report["causes"], report["cached_tokens"] / report["input_tokens"])
+    assert found[GatewayMode.OBSERVE][0]
+    assert found[GatewayMode.OBSERVE][1] < 0.1
+    assert not found[GatewayMode.ERRATUM][0]
+    assert found[GatewayMode.ERRATUM][1] > 0.6
+
+
+@pytest.mark.parametrize("where", ["before its answer", "within an event", "between two events"])
+def test_an_upstream_that_dies_while_it_answers_leaves_the_session_intact(where: str) -> None:
+    """The turn is asked again with the same clock or a later one, and every request extends what the upstream was sent."""
+    upstream = CachingUpstream()
+    dies = {3, 5}
+
+    async def dying(request: Received) -> AsyncIterator[bytes]:
+        parts = [part async for part in upstream(request)]
+        if len(upstream.bodies) not in dies:
+            for part in parts:
+                yield part
+        elif where != "before its answer":
+            yield EVENTS_HEAD
+            yield parts[1] if where == "between two events" else parts[1][:-9]
+
+    with raw_upstream(dying) as server, running(settings(server.url)) as gateway:
+        said: list[Any] = [{"role": "user", "content": "hi"}]
+        failed = 0
+        for turn in range(8):
+            try:
+                got = ask_stream(gateway, at(str(turn)), said)
+            except (openai.APIError, httpx2.TransportError):
+                failed += 1
+                continue
+            assert got == "Yes."
+            said += [{"role": "assistant", "content": got}, {"role": "user", "content": f"more {turn}"}]
+        actions = {name.partition(";")[0]: n for name, n in rewriting(gateway)["routes"][0]["actions"].items()}
+    assert failed == len(dies)
+    assert len(upstream.bodies) == 8
+    for earlier, later in pairwise(upstream.bodies):
+        assert extends(later, earlier), "a line that was sent was lost"
+    assert "reset" not in actions, "no session was begun anew"
+    for turn, body in enumerate(upstream.bodies[1:], start=1):
+        [latest] = [m["content"] for m in body["messages"] if m["role"] == "system"][-1:]
+        assert f'"the time": "10:0{turn}"' in latest

@@ -270,6 +270,29 @@ def test_the_same_values_again_change_nothing_and_versions_are_checked(http: htt
     assert http.get(f"/v1/notebooks/{book['id']}").json()["error"]["code"] == "no_such_notebook"
 
 
+def test_it_says_what_its_fields_may_hold(http: httpx2.Client) -> None:
+    more = {
+        "amount": {"value": 30, "at_least": 0, "at_most": 500.5},
+        "code": {"value": "A-1", "max_length": 8, "charset": "A-Z0-9-"},
+    }
+    book = made(http, messages=[{"role": "system", "content": POLICY + "{code}"}], fields={**FIELDS, **more})
+    assert book["types"] == {
+        "status": {"kind": "enum", "among": ["pending", "shipped", "lost"]},
+        "amount": {"kind": "number", "at_least": 0, "at_most": 500.5},
+        "code": {"kind": "text", "charset": "A-Z0-9-", "max_length": 8},
+    }
+    assert http.get(f"/v1/notebooks/{book['id']}").json()["types"] == book["types"]
+
+
+@pytest.mark.parametrize("bound", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_a_bound_that_no_json_can_tell_is_refused(http: httpx2.Client, bound: str) -> None:
+    fields = json.dumps(FIELDS).replace('"amount": 30', f'"amount": {{"value": 30, "at_most": {bound}}}')
+    body = json.dumps({**BOOK, "fields": {}}).replace('"fields": {}', f'"fields": {fields}')
+    got = http.post("/v1/notebooks", content=body, headers={"content-type": "application/json"})
+    assert (got.status_code, got.json()["error"]["code"]) == (400, "invalid_request")
+    assert http.get("/v1/notebooks").json()["data"] == []
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [

@@ -185,6 +185,40 @@ def test_tenants_compose_under_salts_of_their_own(model: Model, store: Path) -> 
     assert all(salt.startswith("composed:") and len(salt) <= 128 for salt in found)
 
 
+def test_a_tenant_s_own_skills_are_named_by_nobody_else(model: Model, tmp_path: Path) -> None:
+    """By its name or by its key: to others such a skill is one that is not there."""
+    skills = SkillStore(tmp_path / "skills")
+    for name in ("one.secret", "one.more.secret", "published", "oneself"):
+        skills.compile(model, f"Of {name}: {REFUNDS}", name=name)
+    keys = {name: new_key(name) for name in ("one", "one.more", "two")}
+    known = tuple(ApiKey(name, line.partition(":")[2]) for name, (_, line) in keys.items())
+    may = {
+        "one": {"one.secret", "published", "oneself"},
+        "one.more": {"one.more.secret", "published", "oneself"},
+        "two": {"published", "oneself"},
+    }
+    settings = GatewaySettings("http://127.0.0.1:1", port=0, skills=str(tmp_path / "skills"), keys=known)
+    with running(settings) as front, httpx2.Client(base_url=front.url, timeout=30) as http:
+        for tenant, (key, _) in keys.items():
+            for name in ("one.secret", "one.more.secret", "published", "oneself"):
+                for which in (name, skills.entry(name).key):
+                    body = {
+                        "upstream_model": "m",
+                        "messages": [{"role": "system", "content": "{a}"}],
+                        "skills": {"a": which},
+                    }
+                    got = http.post("/v1/notebooks", json=body, headers={"x-pkv-key": key})
+                    if name in may[tenant]:
+                        assert got.status_code == 201, (tenant, name)
+                        continue
+                    error = got.json()["error"]
+                    absent = http.post(
+                        "/v1/notebooks", json={**body, "skills": {"a": "absent"}}, headers={"x-pkv-key": key}
+                    )
+                    assert (got.status_code, error["code"]) == (422, "unknown_skill"), (tenant, name)
+                    assert error["message"].replace(which, "absent") == absent.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [
@@ -211,16 +245,16 @@ def test_a_gateway_without_a_store_says_how_to_get_one(upstream: RenderingUpstre
 def test_what_is_read_is_what_the_store_holds(store: Path, tmp_path: Path) -> None:
     texts, entries = StoredTexts(store), SkillStore(store)
     for name in ("refunds", "returns", "opening"):
-        found, entry = texts.find(name), entries.entry(name)
+        found, entry = texts.find(name, "local"), entries.entry(name)
         assert (found.key, found.text, found.ids) == (entry.key, entry.unit.text, entry.unit.ids)
-        assert texts.find(entry.key) == found
+        assert texts.find(entry.key, "local") == found
     with pytest.raises(UnknownSkillError):
-        texts.find("nothing")
+        texts.find("nothing", "local")
     [key] = [entries.entry("refunds").key]
     body = (store / f"{key}.json").read_bytes()
     (tmp_path / f"{key}.json").write_bytes(body.replace(b"ten days", b"six days"))
     with pytest.raises(CorruptFileError):
-        StoredTexts(tmp_path).find(key)
+        StoredTexts(tmp_path).find(key, "local")
 
 
 def test_names_and_tokens_are_read_without_tensors(store: Path) -> None:
@@ -231,7 +265,7 @@ def test_names_and_tokens_are_read_without_tensors(store: Path) -> None:
         "    sys.modules[name] = None\n"
         "from programmable_kv.serve.notebooks.stored import StoredTexts\n"
         "import programmable_kv.serve.app\n"
-        f"print(len(StoredTexts({str(store)!r}).find('refunds').ids))\n"
+        f"print(len(StoredTexts({str(store)!r}).find('refunds', 'local').ids))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.split() == [str(len(SkillStore(store).entry("refunds").unit.ids))], done.stderr

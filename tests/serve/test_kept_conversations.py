@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from programmable_kv.serve.rewriting import documents
 from programmable_kv.serve.rewriting import store as stores
 from programmable_kv.serve.rewriting.body import read
 from programmable_kv.serve.rewriting.conversation import Texts, keys_of
@@ -32,7 +33,7 @@ def count(peer: Peer, table: str) -> int:
 @given(before=texts, after=texts)
 def test_a_text_that_is_kept_as_its_difference_comes_back(before: str, after: str) -> None:
     kept = Texts("frame", {"": before, "1": "same"}, {"": after, "1": "same"})
-    assert stores._texts(json.loads(json.dumps(stores._written(kept)))) == kept
+    assert documents._texts(json.loads(json.dumps(documents._written(kept)))) == kept
 
 
 def test_a_long_system_prompt_is_not_kept_twice() -> None:
@@ -47,7 +48,22 @@ def test_a_long_system_prompt_is_not_kept_twice() -> None:
 
 def test_states_of_earlier_versions_are_read() -> None:
     """They hold the client's last texts whole."""
-    assert stores._texts(["f", {"": "one"}, {"": "two"}]) == Texts("f", {"": "one"}, {"": "two"})
+    assert documents._texts(["f", {"": "one"}, {"": "two"}]) == Texts("f", {"": "one"}, {"": "two"})
+
+
+def test_of_earlier_versions_the_order_of_tools_is_not_known() -> None:
+    """Their conversations go on as long as the tools stay in their order."""
+    peer, tools = Peer(), [{"name": "a"}, {"name": "b"}]
+    peer.send(body(1, "hi") | {"tools": tools}, session="s")
+    with peer.state.write() as run:
+        [(document,)] = run.execute("SELECT document FROM conversations").fetchall()
+        given = json.loads(document)
+        assert len(given.pop("order")) == 2
+        run.execute("UPDATE conversations SET document = ?", (json.dumps(given),))
+    peer.send(body(2, "hi") | {"tools": tools}, session="s")
+    assert peer.action == "erratum"
+    got = peer.send(body(2, "hi") | {"tools": tools[::-1]}, session="s")
+    assert (peer.action, peer.why, got["tools"]) == ("reset", "the tools changed", tools[::-1])
 
 
 def test_the_conversations_that_were_silent_longest_are_forgotten_with_all_that_is_theirs(

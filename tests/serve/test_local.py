@@ -19,6 +19,7 @@ from programmable_kv.serve.local.server import local_app
 from programmable_kv.serve.settings import Limits, LocalSettings
 from serve.http_peers import Running, running, wait_until
 
+pytest_plugins = ["serve.local_clients"]
 ASKED = [{"role": "system", "content": "A rule with {braces}."}, {"role": "user", "content": "Is it so?"}]
 MESSAGES = [{"role": "system", "content": "The order is {status}, for {amount} euros. Shipped orders stay."}]
 FIELDS = {"status": {"value": "pending", "kind": "enum", "among": ["pending", "shipped"]}, "amount": 30}
@@ -45,11 +46,6 @@ def http(server: Running) -> Iterator[httpx2.Client]:
             found.delete(f"/v1/notebooks/{each['id']}")
 
 
-@pytest.fixture(scope="module")
-def client(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0)
-
-
 def made(http: httpx2.Client, **more: Any) -> dict[str, Any]:
     got = http.post("/v1/notebooks", json={"messages": MESSAGES, "fields": FIELDS, **more})
     assert got.status_code == 201, got.text
@@ -63,10 +59,10 @@ def library_s(model: Model, **fields: Any) -> Notebook:
     return notebook
 
 
-def test_an_answer_is_the_library_s(client: openai.OpenAI, model: Model) -> None:
+def test_an_answer_is_the_library_s(openai_client: openai.OpenAI, model: Model) -> None:
     notebook = Notebook.from_messages(model, ASKED)
     notebook.prefill()
-    got = client.chat.completions.create(model=model.name, messages=ASKED, **GREEDY)  # type: ignore[call-overload]
+    got = openai_client.chat.completions.create(model=model.name, messages=ASKED, **GREEDY)  # type: ignore[call-overload]
     assert got.choices[0].message.content == "".join(notebook.generate(max_new_tokens=8))
     assert got.choices[0].finish_reason == "length"
     assert got.usage.prompt_tokens == len(notebook)
@@ -74,10 +70,10 @@ def test_an_answer_is_the_library_s(client: openai.OpenAI, model: Model) -> None
     assert got.usage.total_tokens == got.usage.prompt_tokens + got.usage.completion_tokens
 
 
-def test_a_stream_says_the_same(client: openai.OpenAI, model: Model) -> None:
-    whole = client.chat.completions.create(model=model.name, messages=ASKED, **GREEDY)  # type: ignore[call-overload]
+def test_a_stream_says_the_same(openai_client: openai.OpenAI, model: Model) -> None:
+    whole = openai_client.chat.completions.create(model=model.name, messages=ASKED, **GREEDY)  # type: ignore[call-overload]
     parts = list(
-        client.chat.completions.create(  # type: ignore[call-overload]
+        openai_client.chat.completions.create(  # type: ignore[call-overload]
             model=model.name, messages=ASKED, stream=True, stream_options={"include_usage": True}, **GREEDY
         )
     )
@@ -87,15 +83,15 @@ def test_a_stream_says_the_same(client: openai.OpenAI, model: Model) -> None:
     assert parts[-1].usage == whole.usage
 
 
-def test_stop_and_sampling_are_the_library_s(client: openai.OpenAI, model: Model) -> None:
+def test_stop_and_sampling_are_the_library_s(openai_client: openai.OpenAI, model: Model) -> None:
     notebook = Notebook.from_messages(model, ASKED)
     notebook.prefill()
     expected = "".join(notebook.generate(max_new_tokens=12, temperature=0.9, top_p=0.8, seed=5))
     options = {"max_completion_tokens": 12, "temperature": 0.9, "top_p": 0.8, "seed": 5}
-    got = client.chat.completions.create(model=model.name, messages=ASKED, **options)  # type: ignore[call-overload]
+    got = openai_client.chat.completions.create(model=model.name, messages=ASKED, **options)  # type: ignore[call-overload]
     assert got.choices[0].message.content == expected
     stop = expected[3:5]
-    got = client.chat.completions.create(model=model.name, messages=ASKED, stop=stop, **options)  # type: ignore[call-overload]
+    got = openai_client.chat.completions.create(model=model.name, messages=ASKED, stop=stop, **options)  # type: ignore[call-overload]
     assert got.choices[0].message.content == expected.partition(stop)[0]
     assert got.choices[0].finish_reason == "stop"
 
@@ -141,7 +137,7 @@ def test_what_asks_for_nothing_is_taken(http: httpx2.Client, model: Model) -> No
     assert got.status_code == 200
 
 
-def test_a_notebook_is_edited_in_the_cache(http: httpx2.Client, client: openai.OpenAI, model: Model) -> None:
+def test_a_notebook_is_edited_in_the_cache(http: httpx2.Client, openai_client: openai.OpenAI, model: Model) -> None:
     book = made(http)
     assert book["fields"] == {"status": "pending", "amount": "30"}
     assert book["account"]["tokens_computed"] == book["tokens"]
@@ -153,7 +149,7 @@ def test_a_notebook_is_edited_in_the_cache(http: httpx2.Client, client: openai.O
     twin = library_s(model)
     twin.edit(status="shipped")
     twin.add("user", "May it stay?")
-    answer = client.chat.completions.create(  # type: ignore[call-overload]
+    answer = openai_client.chat.completions.create(  # type: ignore[call-overload]
         model=book["model"], messages=[{"role": "user", "content": "May it stay?"}], **GREEDY
     )
     assert answer.choices[0].message.content == "".join(twin.generate(max_new_tokens=8))
@@ -217,6 +213,14 @@ def test_a_notebook_that_cannot_be_made_is_refused(http: httpx2.Client, change: 
     got = http.post("/v1/notebooks", json={"messages": MESSAGES, "fields": FIELDS, **change})
     assert got.status_code == 400, got.text
     assert http.get("/v1/notebooks").json()["data"] == []
+
+
+def test_it_says_what_its_fields_may_hold(http: httpx2.Client) -> None:
+    fields = {"status": {"value": "pending", "kind": "enum", "among": ["pending", "shipped"]}, "amount": 30}
+    book = http.post("/v1/notebooks", json={"messages": MESSAGES, "fields": fields}).json()
+    assert book["types"] == {"status": {"kind": "enum", "among": ["pending", "shipped"]}, "amount": {"kind": "number"}}
+    edited = http.patch(f"/v1/notebooks/{book['id']}/fields", json={"status": "shipped"}).json()
+    assert edited["types"] == book["types"]
 
 
 def test_a_fork_goes_its_own_way(http: httpx2.Client) -> None:
@@ -363,8 +367,8 @@ def test_other_routes_and_bodies_are_typed_errors(http: httpx2.Client) -> None:
     assert http.get("/healthz").json() == {"status": "ok"}
 
 
-def test_the_model_is_listed(client: openai.OpenAI, model: Model) -> None:
-    assert [each.id for each in client.models.list()] == [model.name]
+def test_the_model_is_listed(openai_client: openai.OpenAI, model: Model) -> None:
+    assert [each.id for each in openai_client.models.list()] == [model.name]
 
 
 def test_the_page_s_code_runs(server: Running, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,10 @@ import pytest
 from programmable_kv import Model, Notebook
 from programmable_kv.bench.tiny_chat import tiny_chat_model
 from programmable_kv.errors import ContextOverflowError
-from programmable_kv.serve.local.server import FORMS, local_app
-from programmable_kv.serve.settings import LocalSettings
-from serve.http_peers import Running, running
+from programmable_kv.serve.local.server import FORMS
+from serve.http_peers import Running
 
+pytest_plugins = ["serve.local_clients"]
 SYSTEM = "The order is {status}. Shipped orders stay."
 SAID = [
     {"role": "user", "content": "Is it so?"},
@@ -38,23 +38,6 @@ LEAST = {
 @pytest.fixture(scope="module")
 def model() -> Model:
     return tiny_chat_model(1024)
-
-
-@pytest.fixture(scope="module")
-def server(model: Model) -> Iterator[Running]:
-    settings = LocalSettings(port=0)
-    with running(settings, local_app(model, settings)) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def openai_client(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def claude(server: Running) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=server.url, api_key="k", max_retries=0)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -21,6 +20,7 @@ from programmable_kv.serve.settings import LocalSettings
 from serve.calling_model import CALL, QWEN, SAID, TOOL, taught, templated
 from serve.http_peers import Running, running
 
+pytest_plugins = ["serve.local_clients"]
 ASK = [{"role": "user", "content": "What is on A1?"}]
 RESULT = "Three boxes."
 ANSWER = "There are three boxes."
@@ -40,26 +40,9 @@ def model() -> Model:
     return taught([(ASK, SAID + CALL), (WITH_RESULT, ANSWER)], [TOOL])
 
 
-@pytest.fixture(scope="module")
-def server(model: Model) -> Iterator[Running]:
-    settings = LocalSettings(port=0)
-    with running(settings, local_app(model, settings)) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def claude(server: Running) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=server.url, api_key="k", max_retries=0)
-
-
-def test_chat_calls_a_tool_and_reads_its_result(client: openai.OpenAI, model: Model) -> None:
+def test_chat_calls_a_tool_and_reads_its_result(openai_client: openai.OpenAI, model: Model) -> None:
     ask: Any = {"model": model.name, "tools": [TOOL], "temperature": 0}
-    got = client.chat.completions.create(**ask, messages=ASK).choices[0]
+    got = openai_client.chat.completions.create(**ask, messages=ASK).choices[0]
     assert got.finish_reason == "tool_calls"
     assert got.message.content == SAID
     [call] = got.message.tool_calls
@@ -69,13 +52,13 @@ def test_chat_calls_a_tool_and_reads_its_result(client: openai.OpenAI, model: Mo
         {**got.message.model_dump(exclude_none=True), "content": SAID.strip()},
         {"role": "tool", "tool_call_id": call.id, "content": RESULT},
     ]
-    answer = client.chat.completions.create(**ask, messages=said).choices[0]
+    answer = openai_client.chat.completions.create(**ask, messages=said).choices[0]
     assert (answer.message.content, answer.finish_reason) == (ANSWER, "stop")
 
 
-def test_chat_streams_a_call(client: openai.OpenAI, model: Model) -> None:
+def test_chat_streams_a_call(openai_client: openai.OpenAI, model: Model) -> None:
     ask: Any = {"model": model.name, "tools": [TOOL], "temperature": 0, "stream": True}
-    parts = [part.choices[0] for part in client.chat.completions.create(**ask, messages=ASK)]
+    parts = [part.choices[0] for part in openai_client.chat.completions.create(**ask, messages=ASK)]
     assert "".join(part.delta.content or "" for part in parts) == SAID
     [call] = [call for part in parts for call in part.delta.tool_calls or ()]
     assert (call.index, call.function.name, json.loads(call.function.arguments)) == (0, "look", {"shelf": "A1"})
@@ -104,10 +87,10 @@ def test_messages_call_a_tool_and_read_its_result(claude: anthropic.Anthropic, m
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_responses_call_a_tool_and_read_its_result(client: openai.OpenAI, model: Model, stream: bool) -> None:
+def test_responses_call_a_tool_and_read_its_result(openai_client: openai.OpenAI, model: Model, stream: bool) -> None:
     ask: Any = {"model": model.name, "tools": FOR_RESPONSES, "temperature": 0}
     if stream:
-        events = list(client.responses.create(**ask, input=ASK, stream=True))
+        events = list(openai_client.responses.create(**ask, input=ASK, stream=True))
         kinds = [event.type.removeprefix("response.") for event in events]
         assert kinds[-5:] == [
             "output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done",
@@ -115,7 +98,7 @@ def test_responses_call_a_tool_and_read_its_result(client: openai.OpenAI, model:
         ]  # fmt: skip
         got = events[-1].response
     else:
-        got = client.responses.create(**ask, input=ASK)
+        got = openai_client.responses.create(**ask, input=ASK)
     message, call = got.output
     assert (message.content[0].text, call.name, json.loads(call.arguments)) == (SAID, "look", {"shelf": "A1"})
     said = [
@@ -124,27 +107,27 @@ def test_responses_call_a_tool_and_read_its_result(client: openai.OpenAI, model:
         {"type": "function_call", "call_id": call.call_id, "name": "look", "arguments": call.arguments},
         {"type": "function_call_output", "call_id": call.call_id, "output": RESULT},
     ]
-    assert client.responses.create(**ask, input=said).output_text == ANSWER
+    assert openai_client.responses.create(**ask, input=said).output_text == ANSWER
 
 
-def test_where_no_call_is_allowed_the_model_is_shown_no_tools(client: openai.OpenAI, model: Model) -> None:
-    plain = client.chat.completions.create(model=model.name, messages=ASK, temperature=0, max_tokens=4)  # type: ignore[arg-type]
+def test_where_no_call_is_allowed_the_model_is_shown_no_tools(openai_client: openai.OpenAI, model: Model) -> None:
+    plain = openai_client.chat.completions.create(model=model.name, messages=ASK, temperature=0, max_tokens=4)  # type: ignore[arg-type]
     ask: Any = {"tools": [TOOL], "tool_choice": "none", "temperature": 0, "max_tokens": 4}
-    got = client.chat.completions.create(model=model.name, messages=ASK, **ask)  # type: ignore[arg-type]
+    got = openai_client.chat.completions.create(model=model.name, messages=ASK, **ask)  # type: ignore[arg-type]
     assert got.usage == plain.usage
 
 
-def test_a_notebook_keeps_its_tools(server: Running, client: openai.OpenAI) -> None:
+def test_a_notebook_keeps_its_tools(server: Running, openai_client: openai.OpenAI) -> None:
     body = {"messages": ASK, "tools": [TOOL]}
     book = httpx2.post(f"{server.url}/v1/notebooks", json=body, timeout=30).json()
     with_tools = httpx2.post(f"{server.url}/v1/notebooks", json={"messages": ASK}, timeout=30).json()
     assert book["tokens"] > with_tools["tokens"]
     said: Any = [{"role": "assistant", "content": "So."}, {"role": "user", "content": "hi"}]
-    client.chat.completions.create(model=book["model"], messages=said, tools=[TOOL], max_tokens=2)  # type: ignore[list-item]
+    openai_client.chat.completions.create(model=book["model"], messages=said, tools=[TOOL], max_tokens=2)  # type: ignore[list-item]
     for model in (book["model"], with_tools["model"]):
         other: Any = [{**TOOL, "function": {**TOOL["function"], "name": "other"}}]
         with pytest.raises(openai.BadRequestError, match="when it is made"):
-            client.chat.completions.create(model=model, messages=said, tools=other)
+            openai_client.chat.completions.create(model=model, messages=said, tools=other)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/notebooks"])

@@ -18,6 +18,7 @@ from programmable_kv.serve.refusal import RefusedError
 from programmable_kv.serve.rewriting.body import read
 from programmable_kv.serve.rewriting.plan import Action
 from programmable_kv.serve.rewriting.store import ConversationStore
+from programmable_kv.serve.rewriting.verdicts import Verdicts
 from programmable_kv.serve.rewriting.wording import new_token
 from programmable_kv.serve.states import open_state
 from serve.rewriting_peers import CHAT, MESSAGES, RESPONSES, RULES, extends
@@ -37,7 +38,9 @@ class Peer:
     def __init__(self, route: str, system: str = SYSTEM, rebase_after: int = 64) -> None:
         self.state = open_state(None, durable=False)
         self.shelf = BookShelf(self.state, most=9)
-        self.rewriter = BookRewriter(ConversationStore(self.state, most=99), "u", rebase_after=rebase_after)
+        self.rewriter = BookRewriter(
+            ConversationStore(self.state, most=99), Verdicts(self.state), "u", rebase_after=rebase_after
+        )
         self.route = route
         source = {
             "messages": [{"role": "system", "content": system}], "fields": {"one": "a", "two": "b"}, "tools": None,

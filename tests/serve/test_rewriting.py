@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -160,6 +161,72 @@ def test_any_other_change_is_forwarded_as_it_came(later: Any, why: str) -> None:
     assert (peer.action, peer.why) == ("reset", why)
     assert json.dumps(later["messages"][1:]) == json.dumps(got["messages"][1:])
     assert got["messages"][0] != later["messages"][0], "the new beginning announces its lines again"
+
+
+def tool(name: str, **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "description": f"Looks up {name}."}, **more}
+
+
+@pytest.mark.parametrize("system", [at, lambda _: RULES], ids=["a clock", "nothing volatile"])
+def test_the_same_tools_in_another_order_are_sent_in_the_earlier_one(system: Callable[[str], str]) -> None:
+    peer = Peer()
+    tools = [tool("a"), tool("b"), tool("b"), tool("c")]
+    first = peer.send(chat(system("1"), "hi", tools=tools))
+    second = peer.send(chat(system("1"), "hi", "Yes.", "so", tools=tools[::-1]))
+    assert (peer.action, peer.why) == ("replayed", "the tools are in their earlier order")
+    assert second["tools"] == tools
+    assert extends(second, first)
+    plan = peer.works[-1].plan
+    assert plan.saved_bytes == plan.head_bytes + plan.turns_bytes - len("[]")
+    third = peer.send(chat(system("2"), "hi", "Yes.", "so", "Yes.", "more", tools=[tools[1], *tools]))
+    assert (peer.action, peer.why) == ("reset", "the tools changed"), "one more of them is another list"
+    fourth = peer.send(chat(system("2"), "hi", "Yes.", "so", "Yes.", "more", "Yes.", "then", tools=[*tools, tools[1]]))
+    assert extends(fourth, third)
+
+
+def test_tools_in_another_order_and_a_clock_are_both_kept() -> None:
+    peer = Peer()
+    first = peer.send(chat(at("1"), "hi", tools=[tool("a"), tool("b")]))
+    second = peer.send(chat(at("2"), "hi", "Yes.", "so", tools=[tool("b"), tool("a")]))
+    assert peer.action == "erratum"
+    assert extends(second, first)
+    assert '"10:02"' in peer.line
+    third = peer.send(chat(at("2"), "hi", "Yes.", "so", "Yes.", "more", tools=[tool("a"), tool("b")]))
+    assert (peer.action, peer.why) == ("replayed", "")
+    assert extends(third, second)
+
+
+def test_markers_stay_at_their_places_and_other_bytes_of_tools_as_they_came() -> None:
+    peer = Peer()
+    marker = {"cache_control": {"type": "ephemeral"}}
+    spaced = '{ "name" : "a" , "input_schema" : { "type":"object"} , "description":"\\u00e9" }'
+    one, other = json.loads(spaced), {"name": "b", "input_schema": {"type": "object"}}
+    peer.send(claude(RULES, "hi", tools=[one, {**other, **marker}]), route=MESSAGES)
+    later = claude(RULES, "hi", "Yes.", "so", tools="TOOLS")
+    body = json.dumps(later).replace('"TOOLS"', f"[{json.dumps(other)}, {spaced[:-1]}, {json.dumps(marker)[1:-1]} }}]")
+    got = peer.send(body.encode(), route=MESSAGES)
+    assert got["tools"] == [one, {**other, **marker}], "the last one has the marker, as the client asked"
+    peer.send(claude(RULES, "so", tools=[one, other]), route=MESSAGES)
+    unmarked = json.dumps(claude(RULES, "so", "Yes.", "and", tools="TOOLS"))
+    peer.send(unmarked.replace('"TOOLS"', f"[{json.dumps(other)}, {spaced}]").encode(), route=MESSAGES)
+    assert peer.action == "replayed"
+    assert spaced.encode() in peer.works[-1].body
+
+
+@pytest.mark.parametrize("tools", [{}, [], None, "x", [1, [], None], {"a": 1}])
+def test_what_is_no_list_of_tools_goes_through(tools: Any) -> None:
+    peer = Peer()
+    peer.send(chat(at("1"), "hi", tools=tools))
+    got = peer.send(chat(at("1"), "hi", "Yes.", "so", tools=tools))
+    assert (peer.action, got["tools"]) == ("replayed", tools)
+
+
+def test_a_changed_tool_is_another_one() -> None:
+    peer = Peer()
+    peer.send(chat(at("1"), "hi", tools=[tool("a"), tool("b")]))
+    changed = tool("a") | {"strict": True}
+    got = peer.send(chat(at("1"), "hi", "Yes.", "so", tools=[tool("b"), changed]))
+    assert (peer.action, peer.why, got["tools"]) == ("reset", "the tools changed", [tool("b"), changed])
 
 
 def test_an_edited_message_is_a_new_beginning() -> None:

@@ -22,7 +22,7 @@ from programmable_kv.serve.rewriting.wording import quoted
 from serve.rewriting_peers import CHAT, MESSAGES, RESPONSES, RULES, Peer, chat, claude, codex, extends, prefix
 
 if TYPE_CHECKING:
-    from serve.database import Database
+    from programmable_kv.bench.database_server import Database
 
 BROKEN = ("reset", "rebase")
 NEW = ("forwarded", "announced", "hoisted", "shared")
@@ -36,6 +36,7 @@ class Client:
         self.route = route
         self.clock, self.left, self.extra, self.number = 0, 9, "", 0
         self.said: list[Any] = ["hi"]
+        self.tools = [{"name": name, "input_schema": {"type": "object"}} for name in "abc"]
 
     def step(self, step: str) -> None:
         self.number += 1
@@ -59,6 +60,8 @@ class Client:
             use = {"type": "tool_use", "id": f"c{self.number}", "name": "f", "input": {}}
             found = {"type": "tool_result", "tool_use_id": f"c{self.number}", "content": "found"}
             self.said += [{"role": "assistant", "content": [use]}, {"role": "user", "content": [found]}]
+        elif step == "reorder":
+            self.tools = [*self.tools[1:], self.tools[0]]
         elif step == "other":
             self.extra += "Another rule.\n"
         elif step == "edit":
@@ -73,7 +76,7 @@ class Client:
         ]
         said[0]["content"] = f"hi <left>{self.left}</left>"
         make = {CHAT: chat, MESSAGES: claude, RESPONSES: codex}[self.route]
-        return make(f"Now: 10:{self.clock:02}:00\n{RULES}{self.extra}", *said)
+        return make(f"Now: 10:{self.clock:02}:00\n{RULES}{self.extra}", *said, tools=self.tools)
 
     def _role(self, at: int) -> str:
         return "assistant" if str(self.said[at]).startswith("answer") else "user"
@@ -81,7 +84,22 @@ class Client:
 
 STEPS = st.lists(
     st.sampled_from(
-        ["clock", "clock", "back", "left", "turn", "turn", "tools", "retry", "other", "edit", "trim", "warmed", "lost"]
+        [
+            "clock",
+            "clock",
+            "back",
+            "left",
+            "turn",
+            "turn",
+            "tools",
+            "reorder",
+            "retry",
+            "other",
+            "edit",
+            "trim",
+            "warmed",
+            "lost",
+        ],
     ),
     min_size=1,
     max_size=18,
@@ -120,7 +138,7 @@ def _check(
     peer = Peer(mode=mode, rules=rules_of(RULESET), rebase_after=rebase_after, place=place)
     other = Peer(mode=mode, rules=rules_of(RULESET), rebase_after=rebase_after, place=place) if place else peer
     for form in refused:
-        peer.rewriter._decided(route, "m", form, "refused")
+        peer.rewriter.accepted.decide(route, "m", form, "refused")
     client = Client(route)
     latest: dict[str, Any] = {}
     """by conversation, as the gateway knows them: without a session's name, requests that begin alike may be several"""

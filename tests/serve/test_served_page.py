@@ -20,6 +20,7 @@ from serve.caching_upstream import CachingUpstream
 from serve.http_peers import raw_upstream, running, wait_until
 from serve.rewriting_peers import CLOCK, RULES, at, chat
 
+PAGE = Path(__file__).parents[2] / "src/programmable_kv/serve/page"
 HOSTILE = "<img src=x onerror=document.title='hit'><script>document.title='hit'</script>"
 in_browser = [
     pytest.mark.slow,
@@ -39,18 +40,22 @@ def test_the_files_come_with_the_package_and_hold_no_data() -> None:
             assert path in page.text
             assert httpx2.get(gateway.url + path).status_code == 200
         assert "style=" not in page.text, "the policy forbids styles in the page"
-        script = httpx2.get(f"{gateway.url}/pkv/page.js").text
-        assert "innerHTML" not in script, "text of prompts is never read as HTML"
+        scripts = sorted(path.name for path in PAGE.glob("*.js"))
+        assert "notebooks.js" in scripts
+        for name in scripts:
+            script = httpx2.get(f"{gateway.url}/pkv/{name}")
+            assert script.headers["content-type"] == "text/javascript; charset=utf-8"
+            assert "innerHTML" not in script.text, "text of prompts is never read as HTML"
         assert httpx2.get(f"{gateway.url}/pkv/miss").json() == {}
 
 
 def test_every_state_has_a_colour() -> None:
-    css = (Path(__file__).parents[2] / "src/programmable_kv/serve/page/page.css").read_text(encoding="utf-8")
+    css = (PAGE / "page.css").read_text(encoding="utf-8")
     assert [state for state in TokenState if f".{state.replace(' ', '-')} {{" not in css] == []
 
 
 def test_the_page_offers_every_mode_of_an_edit() -> None:
-    page = (Path(__file__).parents[2] / "src/programmable_kv/serve/page/index.html").read_text(encoding="utf-8")
+    page = (PAGE / "index.html").read_text(encoding="utf-8")
     assert [mode for mode in Mode if f"<option>{mode}</option>" not in page] == []
 
 
@@ -156,7 +161,7 @@ class TestInBrowser:
             browser.wait_for("#legend", "exact")
             browser.type("#field-status", "shipped")
             browser.run("document.querySelector('#mode').value = 'field_erratum'")
-            browser.click("#fields button")
+            browser.click("#edit")
             browser.wait_for("#account", "tokens computed")
             browser.wait_for("#notebook-name", "version 2")
             browser.wait_for("#legend", "stale")
@@ -174,3 +179,96 @@ class TestInBrowser:
             assert browser.run("return document.querySelector('#field-status').value") == "returned"
             assert browser.run("return document.title") == "pkv serve"
             assert browser.errors() == []
+
+    def test_a_notebook_of_an_upstream_is_edited_and_deleted_in_the_page(self, tmp_path: Path) -> None:
+        upstream_script = CachingUpstream()
+        hostile = HOSTILE.replace("<script>", "").replace("</script>", "")
+        with (
+            raw_upstream(upstream_script) as upstream,
+            running(GatewaySettings(upstream.url, port=0)) as gateway,
+            chromium(tmp_path / "profile") as browser,
+            httpx2.Client(base_url=gateway.url, timeout=30) as http,
+        ):
+            browser.open(gateway.url)
+            browser.wait_for("#notebooks", "None yet")
+            book = gateway_notebook(http, hostile)
+            other = gateway_notebook(http, "someone")
+            browser.wait_for("#notebooks", f"{other} (the-model)")
+            browser.click("#notebooks button")
+            browser.wait_for("#notebook-name", f"notebook:{book}, version 1")
+            assert "number, at least 0, at most 500" in browser.text("#values")
+            kinds = "return [...document.querySelectorAll('#values > :not(label)')].map((each) => each.type)"
+            assert browser.run(kinds) == ["select-one", "text", "date", "textarea", "textarea", "text", "select-one"]
+            assert browser.value("#field-customer") == hostile
+            assert "coloured by state on a local server only" in browser.text("#notebook")
+            assert browser.run("return document.querySelector('#tokens').checkVisibility()") is False
+            modes = "return [...document.querySelectorAll('#mode option')].map((each) => each.value)"
+            assert browser.run(modes) == ["", "erratum", "full"]
+
+            browser.type("#field-amount", "501")
+            browser.click("#edit")
+            browser.wait_for("#account", "the value of amount must be at most 500; got 501")
+            assert http.get(f"/v1/notebooks/{book}").json()["version"] == 1
+
+            browser.choose("#field-status", "shipped")
+            browser.type("#field-amount", "31")
+            browser.type("#field-todo", "call back\nwrite")
+            browser.type("#field-record", '{"id": 12345678901234567890, "tags": ["a"]}')
+            browser.click("#edit")
+            browser.wait_for("#account", "erratum: a line of ")
+            browser.wait_for("#notebook-name", "version 2")
+            found = http.get(f"/v1/notebooks/{book}").json()["fields"]
+            assert found == {
+                "status": "shipped", "amount": "31", "due": "2026-11-26", "todo": "call back\nwrite",
+                "record": '{"id": 12345678901234567890, "tags": ["a"]}', "customer": hostile, "paid": "false",
+            }  # fmt: skip
+
+            browser.type("#field-record", "{")
+            browser.click("#edit")
+            browser.wait_for("#account", "the value of record is no JSON")
+            browser.type("#field-record", '{"id": 1}')
+            browser.choose("#mode", "full")
+            browser.click("#edit")
+            browser.wait_for("#account", "full: a new conversation begins with the latest values")
+            asked = {"model": f"notebook:{book}", "messages": [{"role": "user", "content": "and?"}]}
+            assert http.post("/v1/chat/completions", json=asked).status_code == 200
+            assert "The order is shipped, 31 euros" in upstream_script.bodies[-1]["messages"][0]["content"]
+            browser.wait_for("#usage", "1 requests since this gateway started")
+
+            assert http.patch(f"/v1/notebooks/{book}/fields", json={"paid": True}).status_code == 200
+            browser.choose("#field-status", "pending")
+            browser.click("#edit")
+            browser.wait_for("#account", "the notebook is at version 4 now: read it, and decide again")
+            browser.wait_for("#notebook-name", "version 4")
+            assert browser.value("#field-paid") == "true"
+            assert browser.value("#field-status") == "shipped", "what the notebook holds, not what was refused"
+            browser.picture(tmp_path / "notebook.png")
+
+            browser.click("#delete")
+            assert browser.text("#delete") == "Delete it for good"
+            assert http.get(f"/v1/notebooks/{book}").status_code == 200, "one click deletes nothing"
+            browser.click("#delete")
+            wait_until(lambda: book not in browser.text("#notebooks"))
+            assert [each["id"] for each in http.get("/v1/notebooks").json()["data"]] == [other]
+            assert browser.run("return document.querySelector('#notebook').hidden")
+            assert browser.run("return document.title") == "pkv serve", "a value is not run"
+            errors = [error for error in browser.errors() if "status of 4" not in error]
+            assert errors == []
+
+
+def gateway_notebook(http: httpx2.Client, customer: str) -> str:
+    """One with a field of every kind that has a form of its own in the page. Returns its id."""
+    text = "The order is {status}, {amount} euros, due {due}.\nTodo:\n{todo}\nRecord: {record}\nFor {customer}. Paid: {paid}."
+    fields = {
+        "status": {"value": "pending", "kind": "enum", "among": ["pending", "shipped"]},
+        "amount": {"value": 30, "at_least": 0, "at_most": 500},
+        "due": {"value": "2026-11-26", "kind": "date"},
+        "todo": {"value": "call\nwrite", "kind": "block"},
+        "record": {"value": {"id": 1}, "kind": "json"},
+        "customer": customer,
+        "paid": False,
+    }
+    messages = [{"role": "system", "content": RULES + text}]
+    got = http.post("/v1/notebooks", json={"upstream_model": "the-model", "messages": messages, "fields": fields})
+    assert got.status_code == 201, got.text
+    return str(got.json()["id"])

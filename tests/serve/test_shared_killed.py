@@ -19,7 +19,7 @@ from serve.rewriting_peers import CHAT, RULES
 from serve.test_killed import CLOCK_RULES
 
 if TYPE_CHECKING:
-    from serve.database import Database
+    from programmable_kv.bench.database_server import Database
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("postgres")]
 ALLOWED = {"upstream_unreachable", "upstream_died", "upstream_error"}
@@ -29,16 +29,19 @@ ALLOWED = {"upstream_unreachable", "upstream_died", "upstream_error"}
 class Client(threading.Thread):
     """One conversation whose clock moves at every request. Its turns go to the gateways in turn; it repeats what failed."""
 
-    def __init__(self, ports: list[int], number: int, stop: threading.Event) -> None:
+    def __init__(self, ports: list[int], number: int, stop: threading.Event, *, named: bool = True) -> None:
         super().__init__(daemon=True)
         self.ports, self.number, self.stop = ports, number, stop
+        self.headers = {"x-session-id": f"{number}"} if named else {}
         self.said: list[Any] = [{"role": "user", "content": f"client {number}: what time is it?"}]
         self.answered = 0
         self.actions: list[str] = []
         self.refused: list[str] = []
         self.wrong: list[tuple[str, str]] = []
         self.uncached: list[int] = []
-        """characters of each prompt that the upstream had not read before, about"""
+        """blocks of each prompt that the upstream had not read before"""
+        self.places: list[str] = []
+        """of several upstreams, which one gave each answer"""
 
     def run(self) -> None:
         tries = 0
@@ -48,9 +51,7 @@ class Client(threading.Thread):
             body = {"model": "m", "messages": [{"role": "system", "content": f"Now: {now}\n{RULES}"}, *self.said]}
             port = self.ports[(tries + self.number) % len(self.ports)]
             try:
-                got = httpx2.post(
-                    f"http://127.0.0.1:{port}{CHAT}", json=body, headers={"x-session-id": f"{self.number}"}, timeout=20
-                )
+                got = httpx2.post(f"http://127.0.0.1:{port}{CHAT}", json=body, headers=self.headers, timeout=20)
             except httpx2.HTTPError:
                 time.sleep(0.05)
                 continue
@@ -65,6 +66,7 @@ class Client(threading.Thread):
             usage = reply["usage"]
             self.uncached.append(usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"])
             self.actions.append(got.headers["x-pkv-action"])
+            self.places.append(got.headers.get("x-pkv-upstream", ""))
             self.answered += 1
             self.said += [{"role": "assistant", "content": said}, {"role": "user", "content": f"and {self.answered}?"}]
             time.sleep(0.02)

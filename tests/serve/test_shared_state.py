@@ -34,8 +34,8 @@ from serve.rewriting_peers import CHAT, CLOCK, RULES, Peer, at, chat, extends
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed: it is in the extra `dev`")
 
+from programmable_kv.bench.database_server import PASSWORD, Database  # noqa: E402
 from programmable_kv.serve.postgres import PostgresState  # noqa: E402
-from serve.database import PASSWORD, Database  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("postgres")
 AWAY = "forwarded; why=the state cannot be reached"
@@ -140,19 +140,19 @@ def test_a_request_that_is_taken_back_does_not_come_back_by_its_number(database:
 
 def test_what_one_gateway_finds_out_the_others_know(database: Database) -> None:
     one, other = peers(database)
-    one.rewriter._decided(CHAT, "m", Form.SYSTEM, "refused")
-    assert other.rewriter._verdict(CHAT, "m", Form.SYSTEM) == "refused"
+    one.rewriter.accepted.decide(CHAT, "m", Form.SYSTEM, "refused")
+    assert other.rewriter.accepted.verdict(CHAT, "m", Form.SYSTEM) == "refused"
     strange = "a\x00 \ud800model"
-    one.rewriter._decided(CHAT, strange, Form.SYSTEM, "refused")
-    assert other.rewriter._verdict(CHAT, strange, Form.SYSTEM) == "refused"
-    one.store.decide("u", "off", "it lost", for_s=0.05)
-    assert other.store.verdicts("u") == {"off": "it lost"}
+    one.rewriter.accepted.decide(CHAT, strange, Form.SYSTEM, "refused")
+    assert other.rewriter.accepted.verdict(CHAT, strange, Form.SYSTEM) == "refused"
+    one.verdicts.decide("u", "off", "it lost", for_s=0.05)
+    assert other.verdicts.of("u") == {"off": "it lost"}
     time.sleep(0.1)
-    assert other.store.verdicts("u") == {}
-    one.store.learn("o", ["a", "b"])
-    assert other.store.learned("o") == frozenset()
-    other.store.learn("o", ["a"])
-    assert one.store.learned("o") == {"a"}
+    assert other.verdicts.of("u") == {}
+    one.verdicts.learn("o", ["a", "b"])
+    assert other.verdicts.learned("o") == frozenset()
+    other.verdicts.learn("o", ["a"])
+    assert one.verdicts.learned("o") == {"a"}
     assert secret_of(one.state) == secret_of(other.state)
     assert one.rewriter.as_json("t") == other.rewriter.as_json("t")
 

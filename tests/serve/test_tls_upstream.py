@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+import socket
 import ssl
 import subprocess
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import httpx2
 import pytest
 
 from programmable_kv.serve.settings import GatewaySettings
-from serve.http_peers import EVENTS_HEAD, LAST, Received, answer, chunk, raw_upstream, running
+from serve.http_peers import EVENTS_HEAD, LAST, Received, answer, chunk, listening, raw_upstream, running
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
 PATH = "/v1/chat/completions"
@@ -48,9 +51,13 @@ def of_another(folders: Path) -> ssl.SSLContext:
 
 
 @pytest.fixture
-def trusted(folders: Path, fitting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gateway trusts the fitting certificate and no other."""
-    monkeypatch.setenv("SSL_CERT_FILE", str(folders / "fitting" / "cert.pem"))
+def trusted(
+    folders: Path, fitting: ssl.SSLContext, of_another: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway trusts both certificates: the other one is refused for its name only."""
+    bundle = folders / "both.pem"
+    bundle.write_text("".join((folders / name / "cert.pem").read_text() for name in ("fitting", "of_another")))
+    monkeypatch.setenv("SSL_CERT_FILE", str(bundle))
 
 
 async def whole(request: Received) -> AsyncIterator[bytes]:
@@ -83,18 +90,77 @@ def test_streams_arrive_whole(fitting: ssl.SSLContext) -> None:
 
 
 @pytest.mark.usefixtures("trusted")
-def test_a_certificate_of_another_host_is_refused(of_another: ssl.SSLContext) -> None:
-    refused(of_another)
+def test_a_certificate_of_another_host_is_refused(of_another: ssl.SSLContext, caplog: pytest.LogCaptureFixture) -> None:
+    refused(of_another, "IP address mismatch", caplog)
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(fitting: ssl.SSLContext) -> None:
-    refused(fitting)
+def test_a_certificate_that_nobody_vouches_for_is_refused(
+    fitting: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused(fitting, "self-signed certificate", caplog)
 
 
-def refused(tls: ssl.SSLContext) -> None:
-    """The gateway says that it did not reach the upstream, which got no request."""
+def refused(tls: ssl.SSLContext, why: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The gateway says why it did not reach the upstream, which got no request. Nobody is told the address."""
     with raw_upstream(whole, tls) as upstream, running(GatewaySettings(upstream.url, port=0)) as gateway:
         answered = httpx2.post(f"{gateway.url}{PATH}", content=b"{}", timeout=30)
         assert answered.status_code == 502
-        assert answered.json()["error"]["code"] == "upstream_unreachable"
+        error = answered.json()["error"]
+        assert error["code"] == "upstream_unreachable"
+        assert f"its TLS certificate is refused ({why})" in error["message"]
+        assert "127.0.0.1" not in error["message"]
+        assert f"POST {PATH}: {error['message']}" in caplog.messages
         assert upstream.received == []
+
+
+def test_an_upstream_without_tls_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    async def says_no(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(b"{}", "400 Bad Request"))
+        await writer.drain()
+        writer.close()
+
+    with listening(says_no) as port, running(GatewaySettings(f"https://127.0.0.1:{port}", port=0)) as gateway:
+        error = httpx2.post(f"{gateway.url}{PATH}", content=b"{}", timeout=30).json()["error"]
+    assert error["code"] == "upstream_unreachable"
+    assert "TLS failed (wrong version number). Is its address one of https?" in error["message"]
+    assert error["message"] in caplog.text
+
+
+def test_an_upstream_that_asks_for_a_certificate_is_named(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A connection seems to be made: the upstream says no where the client sends its request."""
+    asks = certificate(folders / "asks", "IP:127.0.0.1")
+    asks.load_verify_locations(folders / "asks" / "cert.pem")
+    asks.verify_mode = ssl.CERT_REQUIRED
+    monkeypatch.setenv("SSL_CERT_FILE", str(folders / "asks" / "cert.pem"))
+
+    def serve(server: socket.socket) -> None:  # asyncio's servers close without the word of TLS that says why
+        with server.accept()[0] as plain, pytest.raises(ssl.SSLError):
+            asks.wrap_socket(plain, server_side=True)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve, args=(server,), daemon=True)
+        thread.start()
+        with running(GatewaySettings(f"https://127.0.0.1:{server.getsockname()[1]}", port=0)) as gateway:
+            answered = httpx2.post(f"{gateway.url}{PATH}", content=b"{}", timeout=30)
+        thread.join(10)
+    error = answered.json()["error"]
+    assert (answered.status_code, error["code"]) == (502, "upstream_error")
+    assert "does it ask for a client's certificate?" in error["message"]
+    assert error["message"] in caplog.text
+
+
+@pytest.mark.usefixtures("trusted")
+def test_of_several_the_log_says_which_one_is_refused_and_why(
+    fitting: ssl.SSLContext, of_another: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    with raw_upstream(whole, of_another) as bad, raw_upstream(whole, fitting) as good:
+        settings = GatewaySettings(bad.url, port=0, more_upstreams=(good.url,))
+        with running(settings) as gateway:
+            for number in range(8):
+                body = {"messages": [{"role": "user", "content": f"{number}"}]}
+                assert httpx2.post(f"{gateway.url}{PATH}", json=body, timeout=30).status_code == 200
+    [told] = [message for message in caplog.messages if message.startswith("upstream 1 is left out")]
+    assert "its TLS certificate is refused (IP address mismatch)" in told
+    assert "127.0.0.1" not in told

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from programmable_kv import Notebook, SeamRepair
+from programmable_kv.bench.vllm_asking import BLOCK_SIZE
 from programmable_kv.bench.vllm_cases import TOPICS, Case, Shop, policy
 from programmable_kv.bench.vllm_cases import answered as library_answer
 from programmable_kv.lab.obedience import policies
@@ -35,7 +36,7 @@ from programmable_kv.skills.store import SkillStore
 from programmable_kv.storage.files import blobs_at
 from programmable_kv.vllm_plugin.prepare import certify, compile_opening
 from serve.http_peers import running
-from vllm_plugin.real_engine import BLOCK_SIZE, PATIENCE_S, VARIABLE, Completion, Engine, engine
+from vllm_plugin.real_engine import PATIENCE_S, VARIABLE, Completion, Engine, engine
 
 PYTHON = os.environ.get(VARIABLE, "")
 pytestmark = [

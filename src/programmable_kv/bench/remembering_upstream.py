@@ -18,7 +18,8 @@ BLOCK = 64
 """characters"""
 _CAPACITY = 400_000
 """blocks"""
-_TIME = re.compile(r"Now: ([0-9:]+)|\\?\"the time\\?\": \\?\"([0-9:]+)\\?\"")
+_TIME = re.compile(r"Now: ([0-9:]+)|\\?\"(?:the time|now)\\?\": \\?\"([0-9:]+)\\?\"")
+"""as it stands in a system prompt; in a line of the gateway's; in one about a notebook's field"""
 _LONGEST_HEAD = 64 * 2**10
 _HEALTHY = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 

@@ -1,39 +1,40 @@
-"""A gateway, or several with one state, under load for a long time: clocks that move at every turn, gateways that are killed.
+"""A gateway, or several with one state, under load for a long time, while gateways and their database are killed.
 
 The upstream answers with the time that it read last, so that a lost or outdated value is seen by the client that sent it. What
 is watched in each stretch of the run: the share of the prompt that the upstream found in its cache, latency, the gateway's
-memory, wrong answers. Requests that fail while a gateway restarts are sent again, as clients do.
+memory, wrong answers, and edits of notebooks that were acknowledged and lost. Requests that fail while something restarts are
+sent again, as clients do.
 """
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
-import random
 import signal
 import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from programmable_kv.bench.serve_peers import Peer, gateway, peer_of
+from programmable_kv.bench.serve_peers import Peer, free_port, gateway, peer_of
+from programmable_kv.bench.soak_clients import PATIENCE_S, TURNS, Client, Editor, Talker
 from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.records import Record, Recorder, digest_of
 from programmable_kv.scenarios.plain_text import documents
 from programmable_kv.serve.address import DatabaseAddress, place_of
 
+if TYPE_CHECKING:
+    from programmable_kv.bench.database_server import Database
+
 MODE = "erratum"
 _HEAD = 6000
 """characters of a system prompt"""
-_TURNS = 60
-"""requests of one conversation, before the client begins another"""
-_PATIENCE_S = 20.0
+_AWAY_S = 2.0
+"""a killed database is started again after so long"""
 
 
 def run(
@@ -48,6 +49,8 @@ def run(
     observe_mib: int = 8,
     gateways: int = 1,
     state: str = "",
+    editors: int = 0,
+    database_kills: int = 0,
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
@@ -63,12 +66,20 @@ def run(
             memory that grows on is a leak.
         gateways: how many there are. A conversation's turns go to them in turn, and they are killed in turn.
         state: what `pkv serve --state` takes, a database's URL where there are several gateways; empty: a file.
+        editors: further clients, each with a notebook whose field it edits. All of them edit once in a second, about.
+        database_kills: how often the database and all its processes are killed (SIGKILL) and started again, spread over the
+            time. It is a PostgreSQL server of the run's own, for which `state` stays empty.
 
     Raises:
-        InvalidArgumentError: several gateways without a database.
+        InvalidArgumentError: several gateways without a database, or a database that is not the run's own is to be killed.
+        ExperimentError: a database is to be killed, and no PostgreSQL server is here.
     """
-    if gateways > 1 and not isinstance(place_of(state), DatabaseAddress):
-        raise InvalidArgumentError("several gateways share a database: give --state postgresql://...")
+    if database_kills and state:
+        raise InvalidArgumentError("the database that is killed is the run's own: leave --state out")
+    if gateways > 1 and not database_kills and not isinstance(place_of(state), DatabaseAddress):
+        raise InvalidArgumentError(
+            "several gateways share a database: give --state postgresql://..., or --database-kills"
+        )
     text = " ".join(documents("held_out"))[:_HEAD]
     recorder = Recorder(
         path,
@@ -82,39 +93,66 @@ def run(
         seeds=[0],
         settings={
             "minutes": minutes, "stretches": stretches, "clients": clients, "per_second": per_second, "kills": kills,
-            "rebase_after": rebase_after, "observe_mib": observe_mib, "mode": MODE, "turns": _TURNS,
-            "gateways": gateways, "state": "PostgreSQL" if isinstance(place_of(state), DatabaseAddress) else "SQLite",
+            "rebase_after": rebase_after, "observe_mib": observe_mib, "mode": MODE, "turns": TURNS, "gateways": gateways,
+            "state": "PostgreSQL" if database_kills or isinstance(place_of(state), DatabaseAddress) else "SQLite",
+            "editors": editors, "database_kills": database_kills,
         },
     )  # fmt: skip
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         upstream = stack.enter_context(peer_of("programmable_kv.bench.remembering_upstream", folder / "upstream.log"))
+        database = _database(stack) if database_kills else None
+        state = state if database is None else database.new().url
         more = ["--rebase-after", str(rebase_after), "--observe-mib", str(observe_mib)]
         served = _Served(upstream.port, folder, [*more, *(["--state", state] if state else [])], gateways)
         stack.callback(served.stop)
         stopped = threading.Event()
         stack.callback(stopped.set)
-        talkers = [_Talker(served, text, number, clients / per_second, stopped) for number in range(clients)]
-        for talker in talkers:
-            talker.start()
+        working: list[Client] = [
+            Talker(served, text, number, clients / per_second, stopped) for number in range(clients)
+        ]
+        working += [Editor(served, text, clients + number, editors, stopped) for number in range(editors)]
+        for client in working:
+            client.start()
         began = time.monotonic()
-        died = 0
         for stretch in range(stretches):
             until = began + 60 * minutes * (stretch + 1) / stretches
-            due = round(kills * (stretch + 1) / stretches)
-            restarted = due - died
-            while died < due:
-                time.sleep(max(0.0, (until - time.monotonic()) / (2 * (due - died))))
-                served.kill()
-                died += 1
+            gateway_kills, kills_of_database = (_due(each, stretch, stretches) for each in (kills, database_kills))
+            killing: list[Callable[[], object]] = [served.kill] * gateway_kills
+            killing += [] if database is None else [partial(_restart, database)] * kills_of_database
+            while killing:
+                time.sleep(max(0.0, (until - time.monotonic()) / (2 * len(killing))))
+                killing.pop(0)()
             time.sleep(max(0.0, until - time.monotonic()))
-            recorder.add({"stretch": stretch, "kills": restarted, **_row(talkers, served.peers)})
+            killed = {"kills": gateway_kills, "database_kills": kills_of_database}
+            recorder.add({"stretch": stretch, **killed, **_row(working, served.peers)})
             if report is not None:
                 report(stretch + 1, stretches)
         stopped.set()
-        for talker in talkers:
-            talker.join(_PATIENCE_S)
+        for client in working:
+            client.join(PATIENCE_S)
     return recorder.finish(summarise(recorder.rows))
+
+
+def _due(kills: int, stretch: int, stretches: int) -> int:
+    """How many of all kills are of one stretch."""
+    return round(kills * (stretch + 1) / stretches) - round(kills * stretch / stretches)
+
+
+def _database(stack: ExitStack) -> Database:
+    """A server of its own, with the settings of one that must not lose anything; removed with the stack."""
+    from programmable_kv.bench.database_server import Database
+
+    found = Database(free_port(), synced=True)
+    stack.callback(found.remove)
+    return found
+
+
+def _restart(database: Database) -> None:
+    """Kill it, and start it again."""
+    database.kill()
+    time.sleep(_AWAY_S)
+    database.start()
 
 
 class _Served:
@@ -147,88 +185,8 @@ class _Served:
             stack.close()
 
 
-@dataclass(slots=True)
-class _Seen:
-    """What one client saw since it was last asked."""
-
-    milliseconds: list[float] = field(default_factory=list)
-    blocks: int = 0
-    cached: int = 0
-    wrong: int = 0
-    repeated: int = 0
-    actions: dict[str, int] = field(default_factory=dict)
-
-
-class _Talker(threading.Thread):
-    """A client with one conversation after another, whose clock moves at every request."""
-
-    def __init__(self, served: _Served, text: str, number: int, pause_s: float, stopped: threading.Event) -> None:
-        super().__init__(daemon=True)
-        self._served, self._text, self._number = served, text, number
-        self._pause_s, self._stopped = pause_s, stopped
-        self._random = random.Random(number)
-        self._lock = threading.Lock()
-        self._seen = _Seen()
-        self._tries = 0
-
-    def run(self) -> None:
-        conversation = 0
-        while not self._stopped.is_set():
-            conversation += 1
-            name = f"client-{self._number}-{conversation}"
-            said = [{"role": "user", "content": f"{name}: what time is it?"}]
-            for turn in range(_TURNS):
-                if self._stopped.is_set():
-                    return
-                answer = self._ask(name, said, f"{10 + turn // 60}:{turn % 60:02}:{self._random.randrange(60):02}")
-                said += [{"role": "assistant", "content": answer}, {"role": "user", "content": f"and now ({turn})?"}]
-                self._stopped.wait(self._random.expovariate(1 / self._pause_s))
-
-    def _ask(self, name: str, said: list[dict[str, str]], now: str) -> str:
-        system = {"role": "system", "content": f"Now: {now}\nYou answer with the time.\n{self._text}"}
-        body = json.dumps({"model": "remembering", "messages": [system, *said]}).encode()
-        headers = {"content-type": "application/json", "x-session-id": name}
-        while not self._stopped.is_set():
-            began = time.perf_counter()
-            self._tries += 1
-            peer = self._served.peers[(self._number + self._tries) % len(self._served.peers)]
-            connection = http.client.HTTPConnection("127.0.0.1", peer.port, timeout=_PATIENCE_S)
-            try:
-                connection.request("POST", "/v1/chat/completions", body, headers)
-                response = connection.getresponse()
-                content = response.read()
-                if response.status != 200:
-                    raise OSError(f"status {response.status}: {content[:200]!r}")
-                action = response.headers.get("x-pkv-action", "")
-            except (OSError, http.client.HTTPException):
-                with self._lock:
-                    self._seen.repeated += 1
-                self._stopped.wait(0.1)
-                continue
-            finally:
-                connection.close()
-            reply = json.loads(content)
-            answer = str(reply["choices"][0]["message"]["content"])
-            usage = reply["usage"]
-            with self._lock:
-                seen = self._seen
-                seen.milliseconds.append(1e3 * (time.perf_counter() - began))
-                seen.blocks += usage["prompt_tokens"]
-                seen.cached += usage["prompt_tokens_details"]["cached_tokens"]
-                seen.wrong += answer != now
-                seen.actions[action] = seen.actions.get(action, 0) + 1
-            return answer
-        return ""
-
-    def taken(self) -> _Seen:
-        """What was seen since the last time."""
-        with self._lock:
-            seen, self._seen = self._seen, _Seen()
-        return seen
-
-
-def _row(talkers: list[_Talker], peers: Sequence[Peer]) -> dict[str, Any]:
-    seen = [talker.taken() for talker in talkers]
+def _row(clients: Sequence[Client], peers: Sequence[Peer]) -> dict[str, Any]:
+    seen = [client.taken() for client in clients]
     times = sorted(ms for one in seen for ms in one.milliseconds)
     actions: dict[str, int] = {}
     for one in seen:
@@ -240,6 +198,8 @@ def _row(talkers: list[_Talker], peers: Sequence[Peer]) -> dict[str, Any]:
         "requests": len(times),
         "repeated": sum(one.repeated for one in seen),
         "wrong": sum(one.wrong for one in seen),
+        "edits": sum(one.edits for one in seen),
+        "lost": sum(one.lost for one in seen),
         "hit_rate": round(sum(one.cached for one in seen) / max(1, sum(one.blocks for one in seen)), 4),
         "p50_ms": round(statistics.median(times), 2) if times else None,
         "p99_ms": round(times[int(0.99 * (len(times) - 1))], 2) if times else None,
@@ -258,6 +218,9 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "wrong": sum(row["wrong"] for row in rows),
         "repeated": sum(row["repeated"] for row in rows),
         "kills": sum(row["kills"] for row in rows),
+        "database_kills": sum(row["database_kills"] for row in rows),
+        "edits": sum(row["edits"] for row in rows),
+        "lost": sum(row["lost"] for row in rows),
         "hit_rate": round(sum(row["hit_rate"] * row["requests"] for row in rows) / max(1, requests), 4),
         **{
             f"{name}_{figure}": _mean([row[figure] for row in some])

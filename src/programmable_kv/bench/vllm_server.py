@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from programmable_kv.models.source import find_source
 
 SERVED = "served"
 """the model's name in requests"""
+LOG = "vllm.log"
 _START_S = 300.0
 _STOP_S = 60.0
 _COUNTERS = {
@@ -40,13 +41,25 @@ def served_folder(model: str) -> Path:
 
 
 @contextmanager
-def serving(python: str, folder: Path, scratch: Path, *, skills: Path | None = None) -> Iterator[Peer]:
+def serving(
+    python: str,
+    folder: Path,
+    scratch: Path,
+    *,
+    skills: Path | None = None,
+    more: Sequence[str] = (),
+    cache_gib: int = 3,
+    start_s: float = _START_S,
+) -> Iterator[Peer]:
     """A vLLM that serves a folder, ready for requests.
 
     Args:
         python: the interpreter of the environment with vLLM.
         scratch: where its log goes.
         skills: a store that this package's plugin loads from; None serves without the plugin.
+        more: further options of vLLM. Where one is among those that are always given, this one counts.
+        cache_gib: memory for cached keys and values.
+        start_s: it may take so long to start.
 
     Raises:
         ExperimentError: it did not start.
@@ -66,15 +79,16 @@ def serving(python: str, folder: Path, scratch: Path, *, skills: Path | None = N
             "kv_connector_extra_config": {"store": str(skills)},
         }
         line += ["--kv-transfer-config", json.dumps(connector)]
+    line += more
     environment = {
         **os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "3", "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_KVCACHE_SPACE": str(cache_gib), "VLLM_LOGGING_LEVEL": "WARNING",
     }  # fmt: skip
-    log = scratch / "vllm.log"
+    log = scratch / LOG
     with log.open("wb") as output:
         running = subprocess.Popen(line, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        end = time.monotonic() + _START_S
+        end = time.monotonic() + start_s
         while not _healthy(port):
             if running.poll() is not None or time.monotonic() > end:
                 said = log.read_text(encoding="utf-8", errors="replace")

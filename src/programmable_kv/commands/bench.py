@@ -253,21 +253,33 @@ def bench_soak(
     kills: Annotated[int, typer.Option(min=0, help="how often the gateway is killed and started again")] = 5,
     rebase_after: Annotated[int, typer.Option(min=1, help="lines after which a prefix is renewed")] = 12,
     observe_mib: Annotated[int, typer.Option(min=1, help="text of earlier requests that the gateway keeps")] = 8,
-    gateways: Annotated[int, typer.Option(min=1, help="how many there are, killed in turn; several need --state")] = 1,
+    gateways: Annotated[
+        int, typer.Option(min=1, help="how many there are, killed in turn; several need a database")
+    ] = 1,
     state: Annotated[str, typer.Option(help="a database for the state: postgresql://USER@HOST/DATABASE")] = "",
+    editors: Annotated[int, typer.Option(min=0, help="clients that edit a notebook, and look for lost edits")] = 0,
+    database_kills: Annotated[
+        int,
+        typer.Option(
+            min=0, help="how often a database of the run's own is killed (needs a PostgreSQL server's programs)"
+        ),
+    ] = 0,
     out_path: OutOption = None,
 ) -> None:
     """A gateway under load for a long time, killed now and then: hit rate, latency, memory, lost values (no model)."""
     from programmable_kv.extras import require_extra
 
     require_extra("serve", "starlette", "uvicorn", "httptools", "prometheus_client")
+    if database_kills:
+        require_extra("postgres", "psycopg")
     from programmable_kv.bench.soak import run
 
     path = record_path(out_path, "soak")
     with progress("Stretches", stretches) as report:
         record = run(
             path, minutes=minutes, stretches=stretches, clients=clients, per_second=per_second, kills=kills,
-            rebase_after=rebase_after, observe_mib=observe_mib, gateways=gateways, state=state, report=report,
+            rebase_after=rebase_after, observe_mib=observe_mib, gateways=gateways, state=state, editors=editors,
+            database_kills=database_kills, report=report,
             command=command().replace(state, "postgresql://USER@HOST/DATABASE") if state else command(),  # no password
         )  # fmt: skip
     print_summary(record)

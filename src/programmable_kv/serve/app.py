@@ -19,6 +19,7 @@ from programmable_kv.serve.access import Access
 from programmable_kv.serve.address import Address
 from programmable_kv.serve.admission import Admission
 from programmable_kv.serve.aside import Aside
+from programmable_kv.serve.endpoint import Routing
 from programmable_kv.serve.fleet import Fleet
 from programmable_kv.serve.forward import Forwarder
 from programmable_kv.serve.metrics import Metrics
@@ -35,6 +36,7 @@ from programmable_kv.serve.refusal import RefusedError
 from programmable_kv.serve.rewriting.heads import HeadStore
 from programmable_kv.serve.rewriting.rewriter import Rewriter
 from programmable_kv.serve.rewriting.store import ConversationStore
+from programmable_kv.serve.rewriting.verdicts import Verdicts
 from programmable_kv.serve.routes import Dialect, route_of
 from programmable_kv.serve.salt import TenantSalt, secret_of
 from programmable_kv.serve.settings import GatewaySettings, Limits
@@ -64,19 +66,20 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
     rewriter = None
     aside = Aside(state)
     salt = TenantSalt(secret_of(state)) if settings.salts else None
-    store = ConversationStore(state, most=limits.conversations)
+    store, verdicts = ConversationStore(state, most=limits.conversations), Verdicts(state)
     metrics.watch("conversations", "conversations that are kept", lambda: counted(store))
     if settings.rewrites:
         rewriter = Rewriter(
-            store, settings.rules, settings.mode, _subject(settings), metrics.tell_gain, metrics.tell_rebase,
+            store, verdicts, settings.rules, settings.mode, _subject(settings), metrics.tell_gain, metrics.tell_rebase,
             rebase_after=settings.rebase_after, heads=HeadStore(state),
         )  # fmt: skip
     teller = BookRewriter(
-        store, _subject(settings), metrics.tell_gain, metrics.tell_rebase, rebase_after=settings.rebase_after
+        store, verdicts, _subject(settings), metrics.tell_gain, metrics.tell_rebase, rebase_after=settings.rebase_after
     )
     shelf = BookShelf(state, most=settings.max_notebooks)
     metrics.watch("notebooks", "notebooks that are kept", lambda: counted(shelf))
-    stored = StoredTexts(settings.skills) if settings.skills is not None else None
+    tenants = {key.name for key in settings.keys}
+    stored = StoredTexts(settings.skills, tenants) if settings.skills is not None else None
     books = Asking(shelf, teller, aside, Composer(stored) if stored is not None else None)
     forwarder = Forwarder(settings, fleet, access, admission, metrics, observer, rewriter, salt, aside, books)
 
@@ -126,7 +129,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
         forwarder,
         routes=[
             *page_routes(),
-            *book_routes(BookResource(shelf, teller, stored), access, limits, metrics, forwarder.rates),
+            *book_routes(BookResource(shelf, teller, stored), Routing(access, limits, metrics, forwarder.rates)),
             Route("/v1/{rest:path}", forwarder),
             Route("/healthz", lambda _: _health(fleet)),
             Route("/metrics", told(lambda _: Response(metrics.text(), media_type=_PROMETHEUS))),

@@ -11,6 +11,7 @@ import httptools
 
 from programmable_kv.serve.headers import Headers, value_of
 from programmable_kv.serve.refusal import UPSTREAM_BROKEN, UPSTREAM_DIED, UPSTREAM_SILENT, Refusal, RefusedError
+from programmable_kv.serve.unreachable import broken_off
 
 _MOST_HEAD = 128 * 2**10
 """bytes that an upstream may send before its headers are complete"""
@@ -164,7 +165,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         if self._begun and self._answered and not self._complete and error is None and not _is_framed(self.headers):
             self._complete = True  # the end of the connection is the end of such a body
-        self._fail(UPSTREAM_DIED if self._answered else UPSTREAM_BROKEN)
+        self._fail(UPSTREAM_DIED if self._answered else broken_off(error))
 
     def _broken(self) -> None:
         self._fail(UPSTREAM_DIED if self._answered else UPSTREAM_BROKEN)

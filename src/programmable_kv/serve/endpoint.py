@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from programmable_kv.errors import (
@@ -22,7 +23,7 @@ from programmable_kv.serve.access import Access
 from programmable_kv.serve.incoming import check_length, read_body, while_connected
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.rates import Rates
-from programmable_kv.serve.refusal import STATE_UNAVAILABLE, Refusal, RefusedError
+from programmable_kv.serve.refusal import NO_SUCH_ROUTE, STATE_UNAVAILABLE, Refusal, RefusedError
 from programmable_kv.serve.reply import ClientGoneError, Reply
 from programmable_kv.serve.routes import route_of
 from programmable_kv.serve.settings import Limits
@@ -103,6 +104,31 @@ class Endpoint:
 
     async def _answer(self, call: Call, answered: list[Response]) -> None:
         answered.append(await self.handle(call))
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Makes the routes of one server: all are let in, limited and counted alike."""
+
+    access: Access
+    limits: Limits
+    metrics: Metrics
+    rates: Rates
+
+    def route(self, method: str, path: str, handle: Handler) -> Route:
+        """One route for one method."""
+        return Route(path, self._endpoint(path, handle), methods=[method])
+
+    def nothing(self, path: str, label: str) -> Route:
+        """A route, for every method, that answers that there is none."""
+        return Route(path, self._endpoint(label, _nothing))
+
+    def _endpoint(self, label: str, handle: Handler) -> Endpoint:
+        return Endpoint(label, handle, self.access, self.limits, self.metrics, self.rates)
+
+
+async def _nothing(_: Call) -> Response:
+    raise RefusedError(NO_SUCH_ROUTE)
 
 
 def _check_text(body: Any, data: bytes) -> None:

@@ -95,9 +95,9 @@ class Fleet:
             try:
                 answer = await member.client.send(build(member.address))
             except RefusedError as error:
-                if error.refusal is not UPSTREAM_UNREACHABLE:
+                if error.refusal.code != UPSTREAM_UNREACHABLE.code:
                     raise
-                self._unreachable(member)
+                self._unreachable(member, error.refusal.message)
                 refusal = error
                 continue
             self._reached(member)
@@ -126,10 +126,10 @@ class Fleet:
             member.reachable = True
             _LOG.warning("upstream %d can be reached again", member.number)
 
-    def _unreachable(self, member: Member) -> None:
+    def _unreachable(self, member: Member, why: str) -> None:
         self._metrics.upstream_unreachable.labels(str(member.number)).inc()
         if member.reachable and self.several:
-            _LOG.warning("upstream %d cannot be reached; it is left out for %.0f s at a time", member.number, SKIP_S)
+            _LOG.warning("upstream %d is left out for %.0f s at a time: %s", member.number, SKIP_S, why)
         member.reachable = False
         member.skip(time.monotonic())
 

@@ -96,9 +96,14 @@ _MADE_OF: Mapping[str, Schema] = {
 }
 SOURCE = record(_MADE_OF, "fields", "tools", "template_kwargs")
 """what a notebook is made from"""
+_LIMITS: Mapping[str, Schema] = {
+    "among": listed(TEXT), "at_least": {"type": "number"}, "at_most": {"type": "number"}, "charset": TEXT, "max_length": COUNT,
+}  # fmt: skip
+_TYPE = record({"kind": TEXT, **_LIMITS}, *_LIMITS)
 _SHOWN: Mapping[str, Schema] = {
     "id": TEXT, "object": {"const": "notebook"}, "model": TEXT, "version": COUNT,
-    "fields": {"type": "object", "additionalProperties": TEXT}, "account": ANY,
+    "fields": {"type": "object", "additionalProperties": TEXT},
+    "types": {"type": "object", "additionalProperties": _TYPE}, "account": ANY,
 }  # fmt: skip
 NOTEBOOK = record({**_SHOWN, "tokens": COUNT}, "account")
 _GATEWAY_SOURCE = record(

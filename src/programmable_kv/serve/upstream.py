@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from programmable_kv.serve.connection import Connection
 from programmable_kv.serve.headers import Headers
-from programmable_kv.serve.refusal import UPSTREAM_UNREACHABLE, RefusedError
+from programmable_kv.serve.refusal import RefusedError
+from programmable_kv.serve.unreachable import not_connected
 
 _KEEP_S = 4.0
 """an idle connection is kept for less than the five seconds after which uvicorn, and so vLLM, closes it"""
@@ -128,8 +129,8 @@ class HttpUpstream:
                 _, connection = await loop.create_connection(
                     lambda: Connection(self._read_s), self._host, self._port, ssl=self._tls
                 )
-        except (OSError, TimeoutError) as error:
-            raise RefusedError(UPSTREAM_UNREACHABLE) from error
+        except OSError as error:
+            raise RefusedError(not_connected(error)) from error
         return connection
 
 

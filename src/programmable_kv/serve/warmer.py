@@ -67,7 +67,7 @@ class Warmer:
             finally:
                 self._admission.leave()
         except RefusedError as error:
-            _LOG.warning("%s: a prefix could not be warmed (%s)", work.route, error.refusal.code)
+            _LOG.warning("%s: a prefix could not be warmed: %s", work.route, error.refusal.message)
         finally:
             await self._ended(work, done=done, usage=usage)
 

@@ -24,6 +24,7 @@ from programmable_kv.serve.notebooks.source import (
     no_such_notebook,
     source_of,
     tools_differ,
+    types_told,
 )
 from programmable_kv.serve.refusal import Refusal, RefusedError
 
@@ -79,6 +80,7 @@ class Entry:
             "model": f"notebook:{self.identity}",
             "version": self.version,
             "fields": dict(self.kept.shown),
+            "types": types_told(self.kept.source),
             "tokens": self.kept.tokens,
         }
         return (

@@ -21,7 +21,7 @@ from programmable_kv.models.load import Model
 from programmable_kv.notebook.html import MEANINGS, token_runs
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.serve.access import Access, rates_of
-from programmable_kv.serve.endpoint import Call, Endpoint, Handler, refusal_of
+from programmable_kv.serve.endpoint import Call, Handler, Routing, refusal_of
 from programmable_kv.serve.local.answers import Answer, Piece
 from programmable_kv.serve.local.chat import ChatForm
 from programmable_kv.serve.local.completions import CompletionForm
@@ -32,9 +32,10 @@ from programmable_kv.serve.local.notebooks import Entry, NotebookStore
 from programmable_kv.serve.local.openapi import local_document
 from programmable_kv.serve.local.responses import ResponseForm
 from programmable_kv.serve.metrics import Metrics
+from programmable_kv.serve.notebooks.routes import notebook_routes
 from programmable_kv.serve.page import page_routes
 from programmable_kv.serve.rates import Rates
-from programmable_kv.serve.refusal import NO_SUCH_ROUTE, Refusal, RefusedError
+from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.routes import OTHER, route_of
 from programmable_kv.serve.routes import Route as ApiRoute
 from programmable_kv.serve.settings import LocalSettings
@@ -211,8 +212,8 @@ def local_app(model: Model, settings: LocalSettings) -> Starlette:
         finally:
             await asyncio.to_thread(server.close)
 
-    def route(method: str, path: str, handle: Handler) -> Route:
-        return Route(path, Endpoint(path, handle, access, settings.limits, metrics, rates), methods=[method])
+    routing = Routing(access, settings.limits, metrics, rates)
+    route = routing.route
 
     async def measured(_: Call) -> Response:
         return Response(await asyncio.to_thread(metrics.text), media_type=_PROMETHEUS)
@@ -220,26 +221,18 @@ def local_app(model: Model, settings: LocalSettings) -> Starlette:
     async def described(_: Call) -> Response:
         return JSONResponse(local_document())
 
-    async def nothing(_: Call) -> Response:
-        raise RefusedError(NO_SUCH_ROUTE)
-
     return Starlette(
         routes=[
             *page_routes(local=True),
             route("GET", "/v1/models", server.models),
             route("GET", "/v1/models/{name:path}", server.model),
             *(route("POST", path, server.answering(form)) for path, form in FORMS.items()),
-            route("POST", "/v1/notebooks", server.create),
-            route("GET", "/v1/notebooks", server.listed),
-            route("GET", "/v1/notebooks/{id}", server.read),
-            route("DELETE", "/v1/notebooks/{id}", server.delete),
+            *notebook_routes(server, routing),
             route("GET", "/v1/notebooks/{id}/tokens", server.tokens),
-            route("PATCH", "/v1/notebooks/{id}/fields", server.edit),
-            route("POST", "/v1/notebooks/{id}/fork", server.fork),
             route("GET", "/metrics", measured),
             route("GET", "/openapi.json", described),
             Route("/healthz", _healthy),
-            Route("/v1/{rest:path}", Endpoint(OTHER.label, nothing, access, settings.limits, metrics, rates)),
+            routing.nothing("/v1/{rest:path}", OTHER.label),
         ],
         lifespan=lifespan,
         exception_handlers={404: no_such_route, 405: no_such_route},

@@ -14,7 +14,7 @@ from programmable_kv.prompt.parts import Text
 from programmable_kv.prompt.values import check_name
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
 from programmable_kv.prompt.written import places_in_json
-from programmable_kv.serve.notebooks.source import etag_of, field_of
+from programmable_kv.serve.notebooks.source import etag_of, field_of, types_told
 
 HEAD_ROLES = ("system", "developer")
 _ROLES = (*HEAD_ROLES, "user", "assistant", "tool")
@@ -76,6 +76,7 @@ class Book:
             "upstream_model": self.upstream_model,
             "version": self.version,
             "fields": {name: types[name].shown(text) for name, text in self.texts.items()},
+            "types": types_told(self.source),
             "skills": {name: skill["skill"] for name, skill in (self.source.get("skills") or {}).items()},
             **more,
         }

@@ -11,19 +11,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from programmable_kv.errors import InvalidArgumentError
-from programmable_kv.serve.access import Access
-from programmable_kv.serve.endpoint import Call, Endpoint, Handler
-from programmable_kv.serve.metrics import Metrics
+from programmable_kv.serve.endpoint import Call, Routing
 from programmable_kv.serve.notebooks.book import Book, changed, check_messages, declared, guard
 from programmable_kv.serve.notebooks.opening import check_tools
+from programmable_kv.serve.notebooks.routes import notebook_routes
 from programmable_kv.serve.notebooks.shelf import BookShelf
 from programmable_kv.serve.notebooks.source import check_version, invalid, new_identity, source_of
 from programmable_kv.serve.notebooks.stored import StoredTexts
 from programmable_kv.serve.notebooks.telling import BookRewriter, line_bytes
-from programmable_kv.serve.rates import Rates
-from programmable_kv.serve.refusal import NO_SUCH_ROUTE, Refusal, RefusedError
+from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.rewriting.wording import new_token
-from programmable_kv.serve.settings import Limits
 
 _TRIES = 8
 """how often an edit that others overtook is made again"""
@@ -52,7 +49,7 @@ class BookResource:
         check_messages(source["messages"])
         check_tools(source["tools"])
         source["upstream_model"] = model
-        source["skills"] = await asyncio.to_thread(self._skills, call.body.get("skills"))
+        source["skills"] = await asyncio.to_thread(self._skills, call.body.get("skills"), call.tenant)
         texts, types = declared(source)
         guard(texts, types, texts)
         book = Book(new_identity(), call.tenant, 1, source, new_token(), texts, texts)
@@ -104,12 +101,12 @@ class BookResource:
                 return Response(status_code=204)
         raise _busy()
 
-    def _skills(self, given: Any) -> dict[str, Any]:
+    def _skills(self, given: Any, tenant: str) -> dict[str, Any]:
         """The skills that a notebook names, by their placeholders: found in the store now, and the same from then on.
 
         Raises:
             RefusedError: they are not named as they must be, or this gateway has no store.
-            UnknownSkillError: the store has no such skill.
+            UnknownSkillError: the store has no such skill that the tenant may name.
         """
         if given is None or given == {}:
             return {}
@@ -117,7 +114,7 @@ class BookResource:
             raise invalid('skills is an object: {"PLACEHOLDER": "a skill\'s name or key"}')
         if self._stored is None:
             raise invalid("this gateway has no store of skills: start it with --skills STORE")
-        found = {name: self._stored.find(which) for name, which in given.items()}
+        found = {name: self._stored.find(which, tenant) for name, which in given.items()}
         return {name: {"skill": given[name], "key": skill.key, "text": skill.text} for name, skill in found.items()}
 
     async def _book(self, call: Call) -> Book:
@@ -130,26 +127,13 @@ class BookResource:
         return JSONResponse(self._as_json(book, **more), status, {"etag": book.etag})
 
 
-def book_routes(books: BookResource, access: Access, limits: Limits, metrics: Metrics, rates: Rates) -> list[Route]:
+def book_routes(books: BookResource, routing: Routing) -> list[Route]:
     """The routes of a gateway's notebooks. Whatever else there is below them is nothing."""
-
-    async def nothing(_: Call) -> Response:
-        raise RefusedError(NO_SUCH_ROUTE)
-
-    def route(method: str, path: str, handle: Handler) -> Route:
-        return Route(path, Endpoint(path, handle, access, limits, metrics, rates), methods=[method])
-
     below = "/v1/notebooks/{rest:path}"
-    no_more = Endpoint(below, nothing, access, limits, metrics, rates)
     return [
-        route("POST", "/v1/notebooks", books.create),
-        route("GET", "/v1/notebooks", books.listed),
-        route("GET", "/v1/notebooks/{id}", books.read),
-        route("DELETE", "/v1/notebooks/{id}", books.delete),
-        route("PATCH", "/v1/notebooks/{id}/fields", books.edit),
-        route("POST", "/v1/notebooks/{id}/fork", books.fork),
-        Route("/v1/notebooks", no_more),
-        Route(below, no_more),
+        *notebook_routes(books, routing),
+        routing.nothing("/v1/notebooks", below),
+        routing.nothing(below, below),
     ]
 
 

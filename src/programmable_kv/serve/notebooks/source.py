@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping
 from types import NoneType
 from typing import Any
 
-from programmable_kv.prompt.fields import Field
+from programmable_kv.prompt.fields import Field, FieldType, type_of
 from programmable_kv.serve.checks import checked_messages
 from programmable_kv.serve.refusal import Refusal, RefusedError
 
@@ -17,6 +18,8 @@ _OF_FIELD: Mapping[str, type] = {
     "value": object, "kind": str, "among": list, "at_least": float, "at_most": float, "charset": str, "max_length": int,
 }  # fmt: skip
 """what may be said about a field. Whether the guard reads its values is not for a client to say"""
+_LIMITS = ("among", "at_least", "at_most", "charset", "max_length")
+_NO_LIMITS = FieldType()
 _OF_BODY = ("messages", "fields", "tools", "template_kwargs")
 
 
@@ -56,6 +59,16 @@ def field_of(name: str, value: Any) -> Any:
     if "value" not in value or not all(_fits(key, each) for key, each in value.items()):
         raise invalid(f"the field {name!r:.60} is a value, or an object with {', '.join(_OF_FIELD)}, each of its type")
     return Field(**value)
+
+
+def types_told(source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The types of a notebook's fields, as they were declared: the kind of each, and its limits.
+
+    Args:
+        source: the request it was made from.
+    """
+    declared = {name: type_of(field_of(name, value)) for name, value in (source.get("fields") or {}).items()}
+    return {name: _type_told(found) for name, found in declared.items()}
 
 
 def check_version(version: int, if_match: str | None) -> None:
@@ -114,4 +127,11 @@ def _fits(key: str, value: Any) -> bool:
     kind = _OF_FIELD.get(key)
     if kind is None or (isinstance(value, bool) and kind in (int, float)):
         return False
-    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    if kind is float:  # JSON as Python reads it has NaN and Infinity, which nobody else reads
+        return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    return isinstance(value, kind)
+
+
+def _type_told(found: FieldType) -> dict[str, Any]:
+    limits = {name: getattr(found, name) for name in _LIMITS if getattr(found, name) != getattr(_NO_LIMITS, name)}
+    return {"kind": found.kind.value, **limits}

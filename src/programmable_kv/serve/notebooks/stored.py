@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,26 +31,30 @@ class StoredText:
 class StoredTexts:
     """The skills of a store. A manifest's name is a digest of its content, so that each is read once."""
 
-    def __init__(self, where: str | Path | Blobs) -> None:
+    def __init__(self, where: str | Path | Blobs, tenants: Collection[str] = ()) -> None:
         """
+        Args:
+            tenants: all there are. A skill whose name begins with one of them and a dot is that tenant's alone; the others are
+                published.
+
         Raises:
             StorageError: a URL's driver is not installed or cannot connect.
         """
         self._blobs = blobs_at(where)
+        self._tenants = sorted(tenants, key=len, reverse=True)
         self._read: dict[str, StoredText] = {}
 
-    def find(self, which: str) -> StoredText:
-        """A skill by its key or its name.
+    def find(self, which: str, tenant: str) -> StoredText:
+        """A skill by its key or its name, for a tenant.
 
         Raises:
-            UnknownSkillError: there is none, or more than one.
+            UnknownSkillError: there is none that the tenant may name, or more than one.
             CorruptFileError: its manifest is damaged.
             StorageError: the store cannot be read.
         """
         keys = self._keys()
-        if which in keys:
-            return self.of_key(which)
-        found = self.named(which)
+        found = [self.of_key(which)] if which in keys else self.named(which)
+        found = [each for each in found if self._owner(each.name) in (None, tenant)]
         if len(found) != 1:
             raise UnknownSkillError(
                 f"there are {len(found)} skills called {which!r:.80} in the gateway's store: give a name that is there once, "
@@ -79,6 +84,10 @@ class StoredTexts:
                 raise UnknownSkillError(f"skill {key} is not in the gateway's store any more: compile it again")
             self._read[key] = _text_of(body, key)
         return self._read[key]
+
+    def _owner(self, name: str) -> str | None:
+        """Whose alone a skill is."""
+        return next((tenant for tenant in self._tenants if name.startswith(f"{tenant}.")), None)
 
     def _keys(self) -> list[str]:
         matches = (_MANIFEST.fullmatch(blob.name) for blob in self._blobs.list())

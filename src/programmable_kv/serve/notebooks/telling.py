@@ -24,12 +24,13 @@ from programmable_kv.serve.rewriting.changes import Change
 from programmable_kv.serve.rewriting.conversation import Conversation, Texts, keys_of
 from programmable_kv.serve.rewriting.judge import Gain
 from programmable_kv.serve.rewriting.matching import Known, Match
-from programmable_kv.serve.rewriting.plan import FORMS, Action, Plan, plan, switched
+from programmable_kv.serve.rewriting.plan import Action, Plan, plan, switched
 from programmable_kv.serve.rewriting.prompt import Prompt, Unit, prompt_of
 from programmable_kv.serve.rewriting.rebase import LINES, Outcome
-from programmable_kv.serve.rewriting.rewriter import OFF, REFUSED, Rewriter, Rewriting, about
+from programmable_kv.serve.rewriting.rewriter import Rewriter, Rewriting
 from programmable_kv.serve.rewriting.rules import Rule, Rules
 from programmable_kv.serve.rewriting.store import ConversationStore
+from programmable_kv.serve.rewriting.verdicts import Verdicts
 from programmable_kv.serve.rewriting.wording import line_of
 
 _MOST_COUNTED = 10_000
@@ -62,6 +63,7 @@ class BookRewriter(Rewriter):
     def __init__(
         self,
         store: ConversationStore,
+        verdicts: Verdicts,
         upstream: str,
         tell: Callable[[str, int], None] = lambda _, __: None,
         rebased: Callable[[str, Outcome], None] = lambda _, __: None,
@@ -70,7 +72,7 @@ class BookRewriter(Rewriter):
     ) -> None:
         """As a `Rewriter`, without rules and mode."""
         super().__init__(
-            store, Rules(learn=False), GatewayMode.ERRATUM, f"notebooks at {upstream}", tell, rebased,
+            store, verdicts, Rules(learn=False), GatewayMode.ERRATUM, f"notebooks at {upstream}", tell, rebased,
             rebase_after=rebase_after,
         )  # fmt: skip
         self._counted: dict[str, Counted] = {}
@@ -91,8 +93,8 @@ class BookRewriter(Rewriter):
         work.prompt = prompt
         sent = {"headers": readable(headers)}
         work.session = session_name(sent, body.data)
-        verdicts = self._store.verdicts(self._subject(route, prompt.model))
-        if OFF in verdicts:
+        forms = self.accepted.forms(route, prompt.model)
+        if forms is None:
             return work
         own = _Renderings(route, body, book)
         if not own.steady:
@@ -102,7 +104,6 @@ class BookRewriter(Rewriter):
         salt = str(body.data.get("cache_salt") or "")
         keys = keys_of(prompt, rules, book.tenant, route, prompt.model, work.session, salt, book.identity)
         work.beginning = keys[0] if keys else ""
-        forms = [form for form in FORMS[route] if verdicts.get(about(form)) not in REFUSED]
         work.known = known = Known(rules, keys, bool(work.session), forms=forms, rebase_after=self._rebase_after)
         matches = [own.match(each, prompt) for each in self._store.candidates(keys)]
         found = next((each for each in matches if not each.refused), None)

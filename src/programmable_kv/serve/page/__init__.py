@@ -9,10 +9,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+_SCRIPTS = ("page.js", "gateway.js", "notebooks.js", "parts.js")
 _FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/pkv/page.css": ("page.css", "text/css; charset=utf-8"),
-    "/pkv/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    **{f"/pkv/{name}": (name, "text/javascript; charset=utf-8") for name in _SCRIPTS},
 }
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-LISTS = ("messages", "input")
+LISTS = ("messages", "input", "tools")
 """members whose elements are known by their places"""
 _BLANK = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
@@ -31,7 +31,7 @@ class Body:
     spots: Mapping[str, Spot] = field(repr=False)
     """where each member's value stands"""
     items: Mapping[str, tuple[Spot, ...]] = field(repr=False)
-    """where each message stands, in each of the lists that hold them"""
+    """where each element stands, in each of `LISTS`"""
 
     def spliced(self, changes: Iterable[tuple[Spot, str]]) -> bytes:
         """The body with other text at some places. Everything else stays byte for byte."""

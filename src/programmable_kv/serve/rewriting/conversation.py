@@ -12,6 +12,7 @@ from typing import Any
 from programmable_kv.explain.difference import common_length
 from programmable_kv.serve.rewriting.prompt import Prompt, Unit, rewritten, with_texts
 from programmable_kv.serve.rewriting.rules import Rules
+from programmable_kv.serve.rewriting.tools import are_the_same, bytes_moved
 from programmable_kv.serve.rewriting.wording import announcement
 
 
@@ -58,6 +59,7 @@ class Conversation:
     """names tenant, route, model, session and all turns so far"""
     turns: int
     tools: str
+    """a digest of the tools as they are sent"""
     head: tuple[Texts, ...]
     token: str = field(default="", repr=False)
     """announced in the system prompt; empty where nothing was, and no line may follow"""
@@ -74,6 +76,8 @@ class Conversation:
     """the notebook that it goes on with"""
     values: Mapping[str, str] = field(default_factory=dict, repr=False)
     """the notebook's fields as they were told last, as they stand in its text"""
+    order: tuple[str, ...] = ()
+    """a digest of each tool, in the order in which they are sent"""
 
     @property
     def plain(self) -> bool:
@@ -113,7 +117,9 @@ def begun(
     head = tuple(Texts(unit.frame, unit.texts, unit.texts) for unit in prompt.head)
     identity = secrets.token_hex(8)
     origin = identity if replaced is None else replaced.origin
-    found = Conversation(identity, 1, keys[-1], len(keys), prompt.tools, head, token, named, origin=origin)
+    found = Conversation(
+        identity, 1, keys[-1], len(keys), prompt.tools, head, token, named, origin=origin, order=prompt.order
+    )
     return _with_turns(found, prompt, rules)
 
 
@@ -134,13 +140,22 @@ def sent(conversation: Conversation, prompt: Prompt) -> bytes | None:
         value = with_texts(prompt.value(unit), other, more, route=prompt.route) if other or more else None
         if value is not None or behind:
             changes[place] = (value, behind)
-    return rewritten(prompt, changes) if changes else None
+    order = conversation.order if moves_tools(conversation, prompt) else ()
+    return rewritten(prompt, changes, order) if changes or order else None
+
+
+def moves_tools(conversation: Conversation, prompt: Prompt) -> bool:
+    """Whether the same tools are sent in another order than they came."""
+    return conversation.order != prompt.order and are_the_same(prompt.order, conversation.order)
 
 
 def kept_bytes(conversation: Conversation, prompt: Prompt) -> int:
     """Bytes of the request, as a model reads it, from the first place that differs from what was sent to the end of that."""
     head = len(prompt.head)
     sent_before = head + conversation.turns
+    if moves_tools(conversation, prompt):
+        moved = bytes_moved(prompt.body, prompt.order, conversation.order)
+        return moved + prompt.size(*prompt.units[:sent_before])
     firsts = {head + note.after: 0 for note in conversation.notes}
     for place, unit, kept, _, _ in _sent_units(conversation, prompt):
         if any(unit.texts[at] != text for at, text in kept.items()):

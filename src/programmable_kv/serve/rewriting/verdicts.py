@@ -1,0 +1,62 @@
+"""What was found out: about upstreams, and about lines of prompts that change. Several gateways may share it.
+
+Nothing is remembered here between two calls: another gateway may have written meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from programmable_kv.serve.state import State
+
+_OFTEN = 2
+"""changes of one line after which it counts as one that changes repeatedly"""
+
+
+class Verdicts:
+    """What a rewriting gateway found out. Each write is one transaction."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def learned(self, owner: str) -> frozenset[str]:
+        """Lines that changed repeatedly."""
+        found = self._state.rows("SELECT template FROM templates WHERE owner = ? AND seen >= ?", (owner, _OFTEN))
+        return frozenset(template for (template,) in found)
+
+    def learn(self, owner: str, templates: Sequence[str], *, most: int = 200) -> None:
+        """Count a change of each line."""
+        known = dict(self._state.rows("SELECT template, seen FROM templates WHERE owner = ?", (owner,)))
+        counted = [each for each in templates if known.get(each, 0) < _OFTEN and (each in known or len(known) < most)]
+        if not counted:
+            return
+        with self._state.write() as run:
+            for template in sorted(counted):
+                run.execute(
+                    "INSERT INTO templates VALUES (?, ?, 1) "
+                    "ON CONFLICT (owner, template) DO UPDATE SET seen = templates.seen + 1",
+                    (owner, template),
+                )
+
+    def of(self, subject: str) -> dict[str, str]:
+        """What was found out about a subject, and holds now: about what, and the verdict."""
+        found = self._state.rows(
+            "SELECT about, verdict FROM verdicts WHERE subject = ? AND (until IS NULL OR until > epoch())", (subject,)
+        )
+        return dict(found)
+
+    def decide(self, subject: str, about: str, verdict: str, *, for_s: float | None = None) -> None:
+        """Remember what was found out, for a time or for good."""
+        with self._state.write() as run:
+            run.execute(
+                "INSERT INTO verdicts VALUES (?, ?, ?, epoch() + ?) "
+                "ON CONFLICT (subject, about) DO UPDATE SET verdict = excluded.verdict, until = excluded.until",
+                (subject, about, verdict, for_s),
+            )
+
+    def all(self) -> list[tuple[str, str, str]]:
+        """All that holds now: subject, what about it, and the verdict."""
+        found = self._state.rows(
+            "SELECT subject, about, verdict FROM verdicts WHERE until IS NULL OR until > epoch() ORDER BY subject, about"
+        )
+        return [(subject, about, verdict) for subject, about, verdict in found]
