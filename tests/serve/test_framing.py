@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -51,6 +52,48 @@ def test_a_body_keeps_its_length_whatever_connection_names(named: bytes) -> None
         talk(port, [post(b"Connection: " + named, b"Content-Length: %d" % len(BODY), body=BODY)])
         assert [each.body for each in upstream.received] == [BODY]
         assert upstream.received[0].header(b"content-length") == [str(len(BODY)).encode()]
+
+
+@pytest.mark.parametrize("upgrade", [b"h2c", b"websocket"])
+@pytest.mark.parametrize("cut", [0, 20, 60, 150, None])
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_request_that_asks_for_another_protocol_keeps_its_body(upgrade: bytes, cut: int | None, before: int) -> None:
+    """Java's client asks for HTTP/2 so, with every request."""
+    headers = [b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: " + upgrade, b"HTTP2-Settings: AAE"]
+    whole = post(*headers, b"Content-Length: %d" % len(BODY), body=BODY)
+    at = len(whole) - len(BODY) if cut is None else cut
+    with gateway() as (upstream, port), socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(before):
+            client.sendall(post(b"Content-Length: 2"))
+            read_answer(client)
+        client.sendall(whole[:at])
+        time.sleep(0.05)
+        client.sendall(whole[at:])
+        assert read_answer(client).startswith(b"HTTP/1.1 200 ")
+        client.sendall(post(b"Content-Length: 2"))
+        assert read_answer(client).startswith(b"HTTP/1.1 200 "), "and the connection goes on"
+        assert [each.body for each in upstream.received] == [*[b"{}"] * before, BODY, b"{}"]
+        assert not any(each.header(b"upgrade") or each.header(b"http2-settings") for each in upstream.received)
+
+
+def test_one_that_asks_for_another_protocol_behind_a_request_that_is_not_answered_is_not_read() -> None:
+    upgrade = post(b"Connection: Upgrade", b"Upgrade: h2c", b"Content-Length: %d" % len(BODY), body=BODY)
+    with gateway() as (upstream, port), socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(post(b"Content-Length: 2") + upgrade)
+        while client.recv(65536):
+            pass
+        assert [each.body for each in upstream.received] in ([], [b"{}"])
+
+
+def read_answer(client: socket.socket) -> bytes:
+    """One answer in chunks or of a known length."""
+    found = b""
+    while not (found.endswith((b"\r\n0\r\n\r\n", b"{}"))):
+        data = client.recv(65536)
+        assert data, found
+        found += data
+    return found
 
 
 @pytest.mark.parametrize("rewritten", [False, True])

@@ -9,8 +9,9 @@ import socket
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from hashlib import sha256
 
 import anthropic
 import httpx2
@@ -18,6 +19,7 @@ import openai
 import pytest
 
 from programmable_kv.errors import InvalidArgumentError
+from programmable_kv.serve.access import ApiKey
 from programmable_kv.serve.admission import Admission
 from programmable_kv.serve.refusal import RefusedError
 from programmable_kv.serve.settings import GatewaySettings, Limits
@@ -239,6 +241,25 @@ def test_too_many_requests_are_refused_and_the_others_are_served() -> None:
             go.set()
             assert [each.result().status_code for each in admitted] == [200, 200, 200]
         assert metric(gateway.url, "pkv_running") == 0
+
+
+def test_one_who_sends_bodies_slowly_takes_no_place_from_others() -> None:
+    keys = tuple(ApiKey(name, sha256(name.encode()).hexdigest()) for name in ("slow", "quick"))
+    settings = GatewaySettings("http://127.0.0.1:1", port=0, keys=keys, limits=Limits(max_running=2, max_waiting=1))
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer slow\r\ncontent-length: 9\r\n\r\n"
+    )
+    with raw_upstream(answers) as upstream, running(replace(settings, upstream=upstream.url)) as gateway:
+
+        def ask(key: str) -> httpx2.Response:
+            return httpx2.post(f"{gateway.url}/v1/messages", json=CHAT, headers={"x-api-key": key})
+
+        with ExitStack() as slow:
+            for _ in range(3):
+                slow.enter_context(socket.create_connection(("127.0.0.1", gateway.port))).sendall(head)
+            wait_until(lambda: ask("slow").status_code == 429)
+            assert ask("quick").status_code == 200
+        wait_until(lambda: ask("slow").status_code == 200)
 
 
 def test_waiting_ends_with_a_typed_error() -> None:

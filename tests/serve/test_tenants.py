@@ -152,6 +152,25 @@ def test_what_cannot_be_salted_is_refused(upstream: RawUpstream, body: bytes, he
         assert upstream.received == []
 
 
+@pytest.mark.parametrize("path", ["embeddings", "score", "chat/completions/batch", "later/inventions"])
+def test_so_is_all_else_that_may_be_computed(upstream: RawUpstream, path: str) -> None:
+    with running(GatewaySettings(upstream.url, port=0, keys=KEYS, salts=True)) as gateway:
+        for key in MADE.values():
+            headers = {"x-api-key": key[0]}
+            assert httpx2.post(f"{gateway.url}/v1/{path}", json={"model": "m"}, headers=headers).status_code == 200
+        one, other = (each.json["cache_salt"] for each in upstream.received)
+        assert one != other
+        assert httpx2.post(f"{gateway.url}/v1/{path}", content=b"[1]", headers=headers).status_code == 400
+
+
+def test_what_computes_nothing_is_not(upstream: RawUpstream) -> None:
+    headers = {"x-api-key": MADE["one"][0]}
+    with running(GatewaySettings(upstream.url, port=0, keys=KEYS, salts=True)) as gateway:
+        for path, body in (("responses/r1/cancel", b""), ("messages/count_tokens", b'{"model": "m"}')):
+            assert httpx2.post(f"{gateway.url}/v1/{path}", content=body, headers=headers).status_code == 200
+            assert upstream.received[-1].body == body
+
+
 def test_a_client_s_own_salt_stays_within_its_tenant(upstream: RawUpstream) -> None:
     with running(GatewaySettings(upstream.url, port=0, keys=KEYS, salts=True)) as gateway:
         found: list[Any] = []

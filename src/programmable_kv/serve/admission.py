@@ -1,9 +1,11 @@
-"""How many requests are with the upstream at one time; how many may wait; the rest are refused."""
+"""How many requests are with the upstream at one time, and how many may wait; how many bodies a tenant sends at one time."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from programmable_kv.serve.refusal import Refusal, RefusedError
 
@@ -60,3 +62,30 @@ class Admission:
                 turn.set_result(None)
                 return
         self.running -= 1
+
+
+class Uploads:
+    """How many bodies are being read of each tenant. One that sends them slowly takes no place from another tenant."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._reading: Counter[str] = Counter()
+
+    @contextmanager
+    def one(self, tenant: str) -> Iterator[None]:
+        """While one body is read.
+
+        Raises:
+            RefusedError: too many of this tenant's are being read already.
+        """
+        if self._reading[tenant] >= self._most:
+            raise RefusedError(
+                Refusal(429, "gateway_full", "too many bodies of yours are on their way to this gateway: try again", 1)
+            )
+        self._reading[tenant] += 1
+        try:
+            yield
+        finally:
+            self._reading[tenant] -= 1
+            if not self._reading[tenant]:
+                del self._reading[tenant]

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from programmable_kv.explain.pieces import Usage
 from programmable_kv.serve.access import Access, Admitted, rates_of
 from programmable_kv.serve.address import Address
-from programmable_kv.serve.admission import Admission
+from programmable_kv.serve.admission import Admission, Uploads
 from programmable_kv.serve.affinity import key_of_request, key_of_rewriting
 from programmable_kv.serve.aside import Aside
 from programmable_kv.serve.capture import Capture
@@ -86,6 +86,7 @@ class Forwarder:
         self._fleet = fleet
         self._access = access
         self._admission = admission
+        self._uploads = Uploads(settings.limits.max_running + settings.limits.max_waiting)
         self._metrics = metrics
         self._observer = observer
         self._rewriter = rewriter
@@ -116,11 +117,11 @@ class Forwarder:
         self.rates.take(admitted.tenant)
         _check_path(job.scope["path"])
         check_length(job.headers, self._limits.max_body_bytes)
+        with self._uploads.one(admitted.tenant), job.watch.waiting("body"):
+            body = await read_body(receive, self._limits.max_body_bytes, self._limits.body_s)
         with job.watch.waiting("place"):
             await self._admission.enter()
         try:
-            with job.watch.waiting("body"):
-                body = await read_body(receive, self._limits.max_body_bytes, self._limits.body_s)
             await while_connected(self._exchange(job, admitted, body), receive, job.reply)
         finally:
             self._admission.leave()
@@ -147,19 +148,17 @@ class Forwarder:
         if status not in _SUCCESS:
             self._warmer.give_up(work)
             return
-        data = self._salted(job, admitted, work.warming.body) or work.warming.body
+        data = self._salting(job, admitted)(work.warming.body) or work.warming.body
         self._warmer.warm(work, job.key, partial(_request, job.scope, admitted.headers, data, True))
 
-    def _salted(self, job: _Job, admitted: Admitted, data: bytes) -> bytes | None:
-        """A body with the tenant's salt; None where it gets none.
-
-        Raises:
-            RefusedError: it cannot be salted.
-        """
-        if self._salt is None or not job.route.observed or job.scope["method"] != "POST":
-            return None
+    def _salting(self, job: _Job, admitted: Admitted) -> Callable[[bytes], bytes | None]:
+        """What puts the tenant's salt into a body; it gives None where it gets none. Raises as `TenantSalt.salted`."""
+        salt = self._salt
+        if salt is None or not job.route.salted or job.scope["method"] != "POST":
+            return lambda _: None
         packed = value_of(job.headers, b"content-encoding") not in (None, b"identity")
-        return self._salt.salted(data, admitted.tenant, packed=packed)
+        empty = not job.route.observed  # nothing is computed for an empty request that, say, cancels another
+        return lambda data: None if empty and not data else salt.salted(data, admitted.tenant, packed=packed)
 
     async def close(self) -> None:
         """Stop what runs in the background."""
@@ -195,7 +194,8 @@ class Forwarder:
             data = body if work is None else work.body
             if work is not None:
                 data = await self._books.composed(work, data, partial(self._asked, job, admitted))
-            salted = self._salted(job, admitted, data)
+            salting = self._salting(job, admitted)
+            salted = await asyncio.to_thread(salting, data) if len(data) > _LONG_BODY else salting(data)
             rewritten = salted is not None or data is not body
             build = partial(_request, job.scope, admitted.headers, data if salted is None else salted, rewritten)
             with job.watch.waiting("upstream"):

@@ -1,4 +1,5 @@
-"""How clients are read: uvicorn's protocol on httptools, with a bound on headers, and h11 for clients of HTTP/1.0."""
+"""How clients are read: uvicorn's protocol on httptools, with a bound on headers; h11 for clients of HTTP/1.0, and for requests
+that ask to change the protocol."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ MOST_HEAD = 64 * 2**10
 class ClientProtocol(HttpToolsProtocol):
     """One connection of a client.
 
-    httptools reads headers of any length, and uvicorn answers in chunks on it, which a client of HTTP/1.0 does not know.
+    httptools reads headers of any length, and uvicorn answers in chunks on it, which a client of HTTP/1.0 does not know. And
+    it skips the body of a request that asks to change the protocol (`Upgrade: h2c`, as Java's client does): what comes behind
+    the headers would be read as another request.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -27,6 +30,12 @@ class ClientProtocol(HttpToolsProtocol):
         """of the line and the headers that were told"""
         self._within_head = 0
         """of what came in the midst of them, told or not"""
+        self._in_message = False
+        self._came = b""
+        """what came since the headers began that are read now, and perhaps before them"""
+        self._messages_in_it = 0
+        """requests that begin or go on in it"""
+        self._asks_to_upgrade = False
 
     def data_received(self, data: bytes) -> None:
         if self._first is not None:
@@ -39,7 +48,14 @@ class ClientProtocol(HttpToolsProtocol):
                 self._hand_over(data.lstrip(b"\r\n"))
                 return
         continues = self._in_head
+        if continues:
+            self._came += data
+        else:
+            self._came, self._messages_in_it = data, int(self._in_message)
         super().data_received(data)
+        if self._asks_to_upgrade:
+            self._stay()
+            return
         if continues and self._in_head:  # a header that does not end is not told until it does
             self._within_head += len(data)
             if self._within_head > MOST_HEAD and not self.transport.is_closing():
@@ -47,6 +63,8 @@ class ClientProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._in_message = True
+        self._messages_in_it += 1
         self._in_head, self._head_bytes, self._within_head = True, 0, 0
 
     def on_url(self, url: bytes) -> None:
@@ -62,7 +80,30 @@ class ClientProtocol(HttpToolsProtocol):
         self._in_head = False
         if self.parser.get_http_version() == "1.0":
             raise httptools.HttpParserError("HTTP/1.0 is told by the first bytes")
+        if self.parser.should_upgrade():
+            self._asks_to_upgrade = True
+            return
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._asks_to_upgrade:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_message = False
+        if not self._asks_to_upgrade:
+            super().on_message_complete()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: such a request is answered as any other."""
+
+    def _stay(self) -> None:
+        """Answer a request that asks to change the protocol in this one. Where others stand before it, it is not answered."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if self._messages_in_it == 1 and not answering and not self.transport.is_closing():
+            self._hand_over(self._came)
+        else:
+            self.transport.close()
 
     def _count(self, nbytes: int) -> None:
         self._head_bytes += nbytes
@@ -70,8 +111,9 @@ class ClientProtocol(HttpToolsProtocol):
             raise httptools.HttpParserError("too long")
 
     def _hand_over(self, data: bytes) -> None:
-        """Go on with h11, which closes the connection behind an answer of unknown length."""
+        """Go on with h11, which closes the connection behind an answer of unknown length to HTTP/1.0."""
         self.connections.discard(self)
+        self._unset_keepalive_if_required()
         other = H11Protocol(self.config, self.server_state, self.app_state)
         other.connection_made(self.transport)
         self.transport.set_protocol(other)

@@ -21,9 +21,11 @@ class Route:
     """what metrics and reports call it; the number of labels is fixed"""
     dialect: Dialect = Dialect.OPENAI
     observed: bool = False
-    """whether its requests hold a prompt"""
+    """whether its requests hold a prompt that is looked at"""
     typed_events: bool = False
     """whether the events of its streams have names"""
+    salted: bool = True
+    """whether its requests may make the upstream compute and cache a prompt, as those of unknown routes may"""
 
 
 OTHER = Route("/v1/*")
@@ -34,7 +36,7 @@ _ROUTES = {
         Route("/v1/completions", observed=True),
         Route("/v1/responses", observed=True, typed_events=True),
         Route("/v1/messages", Dialect.ANTHROPIC, observed=True, typed_events=True),
-        Route("/v1/messages/count_tokens", Dialect.ANTHROPIC),
+        Route("/v1/messages/count_tokens", Dialect.ANTHROPIC, salted=False),
         Route("/v1/embeddings"),
         Route("/v1/models"),
     )
