@@ -153,18 +153,19 @@ def test_a_model_that_must_think_first_is_not_asked_for_one_token() -> None:
 def test_a_client_that_compacts_keeps_its_system_prompt_and_is_rebased(route: str) -> None:
     peer = Peer()
     said = ["hi", "Yes.", "so", "Yes.", "and"]
-    first = peer.send(MAKE[route](at("1"), *said[:1]), session="s", route=route)
+    tools = [{"type": "function", "name": name} for name in "ab"]
+    first = peer.send(MAKE[route](at("1"), *said[:1], tools=tools), session="s", route=route)
     for minute, turns in ((2, 3), (3, 5)):
-        peer.send(MAKE[route](at(str(minute)), *said[:turns]), session="s", route=route)
+        peer.send(MAKE[route](at(str(minute)), *said[:turns], tools=tools), session="s", route=route)
     summary = ["A summary of what was said."]
-    got = peer.send(MAKE[route](at("4"), *summary), session="s", route=route)
+    got = peer.send(MAKE[route](at("4"), *summary, tools=tools[::-1]), session="s", route=route)
     assert (peer.action, peer.why) == ("rebase", "the turns are new in this session")
     system = 2 if route != CHAT else 1
     assert prefix(got)[: system + 1] == prefix(first)[: system + 1], "the system prompt is read from the cache"
     assert '"the time": "10:04"' in peer.line
     warm = peer.warmed()
     assert "Now: 10:04" in json.dumps(warm)
-    more = peer.send(MAKE[route](at("5"), *summary, "Yes.", "go on"), session="s", route=route)
+    more = peer.send(MAKE[route](at("5"), *summary, "Yes.", "go on", tools=tools), session="s", route=route)
     assert (peer.action, peer.why) == ("rebase", "warmed in the background")
     assert extends(more, warm)
 
