@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from programmable_kv.serve.rewriting.body import Body, Spot, written
+from programmable_kv.serve.rewriting.body import Body, Spot, read, written
 
 MARKER = "cache_control"
 _TOOLS = "tools"
@@ -34,11 +34,9 @@ def in_order(body: Body, came: Sequence[str], order: Sequence[str]) -> tuple[Spo
     tools, spots = body.data[_TOOLS], body.items[_TOOLS]
     parts = []
     for place, at in enumerate(_places(came, order)):
+        text = body.text[spots[at].start : spots[at].stop]
         marker = _marker(tools[place])
-        if marker == _marker(tools[at]):
-            parts.append(body.text[spots[at].start : spots[at].stop])
-        else:
-            parts.append(written({**plain(tools[at]), **marker}))
+        parts.append(text if marker == _marker(tools[at]) else _marked(text, tools[at], marker))
     return body.spots[_TOOLS], f"[{','.join(parts)}]"
 
 
@@ -71,6 +69,27 @@ def _places(came: Sequence[str], order: Sequence[str]) -> list[int]:
 
 def _marker(tool: Any) -> dict[str, Any]:
     return {MARKER: tool[MARKER]} if isinstance(tool, Mapping) and MARKER in tool else {}
+
+
+def _marked(text: str, tool: Mapping[str, Any], marker: Mapping[str, Any]) -> str:
+    """A tool with another marker, or none. Its other bytes stay: read and written again, a number may lose digits."""
+    if MARKER in tool:
+        known = read(text.encode("utf-8", "surrogatepass"))
+        key = f'"{MARKER}"'
+        if known is None or key not in text:  # a name that is given twice, or is written with escapes
+            return written({**plain(tool), **marker})
+        spot = known.spots[MARKER]
+        before, behind = text[: text.rindex(key, 0, spot.start)].rstrip(), text[spot.stop :].lstrip()
+        if behind.startswith(","):
+            behind = behind[1:].lstrip()
+        else:
+            before = before.removesuffix(",").rstrip()
+        text = before + behind
+    if not marker:
+        return text
+    rest = text[1:].lstrip()
+    between = "" if rest == "}" else ","
+    return f"{{{written(marker)[1:-1]}{between}{rest}"
 
 
 def _digest(text: str) -> str:
