@@ -67,7 +67,7 @@ POLICIES = (
         7,  # about 1,500 tokens
         (Load("light", 0.125, 4, 4), Load("busy", 0.25, 12, 12), Load("saturated", 0.5, 32, 32)),
     ),
-    Policy("long", 28, (Load("saturated", 0.5, 32, 8),)),  # about 6,000 tokens
+    Policy("long", 28, (Load("light", 0.05, 4, 4), Load("saturated", 1.5, 48, 48))),  # about 6,000 tokens
     Policy("retail", 0, (Load("saturated", 0.5, 16, 16),)),
 )
 QUICK = (

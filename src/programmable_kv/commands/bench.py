@@ -212,7 +212,7 @@ def bench_serve_vllm(
 ) -> None:
     """A real vLLM: a clock in the prompt under load, with and without the gateway; decisions; skills; traces of agents.
 
-    The whole load takes about 40 minutes on two cores. A run that was interrupted goes on where it was.
+    The whole load takes about an hour on two cores. A run that was interrupted goes on where it was.
     """
     from programmable_kv.extras import require_extra
 
