@@ -24,7 +24,7 @@ BARS = [
     ("edit-modes", "asked_after.counted", AT_LEAST, 200),
     ("edit-modes", "think.counted", AT_LEAST, 200),
     ("readers", "all.asked_before.readers.agreement.value", AT_LEAST, 0.98),
-    ("readers", "all.asked_before.readers.agreement.n", AT_LEAST, 200),
+    ("readers", "all.asked_before.readers.agreement.n", AT_LEAST, 500),
     ("readers", "all.asked_before.random_lines_same_budget.agreement.value", AT_MOST, 0.03),
     ("long-readers", "all.readers.agreement.value", AT_LEAST, 0.98),
     ("long-readers", "all.readers.share_of_tokens", AT_MOST, 0.03),
