@@ -20,7 +20,7 @@ from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.conversation import Form
 from programmable_kv.serve.rewriting.heads import key_of
 from programmable_kv.serve.rewriting.rules import rules_of
-from serve.rewriting_peers import CHAT, MESSAGES, RESPONSES, RULES, Peer, at, chat, claude, codex, prefix
+from serve.rewriting_peers import CHAT, MESSAGES, RESPONSES, RULES, Peer, at, chat, claude, codex, extends, prefix
 
 MAKE = {CHAT: chat, MESSAGES: claude, RESPONSES: codex}
 CHANNEL = "Some values in this conversation are kept up to date."
@@ -54,6 +54,36 @@ def test_another_conversation_begins_with_the_same_bytes_and_tells_its_own_value
     assert peer.works[-1].plan.saved_bytes > len(RULES)
     third = peer.send(make(at("3"), "Can I return it?", "Yes.", "Sure?"), session="two", route=route)
     assert (peer.action, head_of(third)) == ("erratum", head_of(first)), "and it goes on like any other"
+
+
+@pytest.mark.parametrize("minute", ["1", "2"])
+def test_a_conversation_whose_tools_stand_in_another_order_begins_with_the_same_bytes(minute: str) -> None:
+    peer = Peer()
+    tools = [{"type": "function", "function": {"name": name}} for name in "abc"]
+    first = peer.send(chat(at("1"), "one", tools=tools), session="one")
+    second = peer.send(chat(at(minute), "two", tools=tools[::-1]), session="two")
+    assert peer.action == "shared"
+    assert head_of(second) == head_of(first)
+    assert bool(peer.line) == (minute == "2"), "the order needs no line"
+    third = peer.send(chat(at(minute), "two", "Yes.", "so", tools=tools), session="two")
+    assert (peer.action, peer.why, peer.works[-1].plan.body is None) == ("replayed", "", False)
+    assert extends(third, second)
+    fourth = peer.send(
+        chat(at(minute), "two", "Yes.", "so", "Yes.", "then", tools=tools[1:] + tools[:1]), session="two"
+    )
+    assert (peer.action, peer.why) == ("replayed", "the tools are in their earlier order")
+    assert extends(fourth, third)
+
+
+def test_heads_of_earlier_versions_are_read() -> None:
+    """Theirs are lists of texts. Where there are tools, they are under keys of their own, and not found."""
+    peer = Peer()
+    first = peer.send(chat(at("1"), "one"), session="one")
+    with peer.state.write() as run:
+        [(document,)] = run.execute("SELECT document FROM heads").fetchall()
+        run.execute("UPDATE heads SET document = ?", (json.dumps(json.loads(document)["texts"]),))
+    second = peer.send(chat(at("2"), "two"), session="two")
+    assert (peer.action, head_of(second)) == ("shared", head_of(first))
 
 
 def test_the_same_values_need_no_line() -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MODE = "erratum"
 _HEAD = 6000
 """characters of a system prompt"""
-_AWAY_S = 2.0
+_AWAY_S = 1.0
 """a killed database is started again after so long"""
 
 

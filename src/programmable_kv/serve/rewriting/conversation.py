@@ -49,6 +49,15 @@ class Texts:
 
 
 @dataclass(frozen=True, slots=True)
+class Head:
+    """Tools and system prompt as they were sent."""
+
+    texts: tuple[Texts, ...] = field(repr=False)
+    order: tuple[str, ...] = ()
+    """a digest of each tool, in the order in which they are sent"""
+
+
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """One conversation. A new request gives a new value; nothing in it is changed."""
 
@@ -142,6 +151,11 @@ def sent(conversation: Conversation, prompt: Prompt) -> bytes | None:
             changes[place] = (value, behind)
     order = conversation.order if moves_tools(conversation, prompt) else ()
     return rewritten(prompt, changes, order) if changes or order else None
+
+
+def has_its_tools(conversation: Conversation, prompt: Prompt) -> bool:
+    """Whether a request has the tools of a conversation, in any order."""
+    return conversation.tools == prompt.tools or are_the_same(prompt.order, conversation.order)
 
 
 def moves_tools(conversation: Conversation, prompt: Prompt) -> bool:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 
 from programmable_kv.serve.rewriting.changes import may_hold
-from programmable_kv.serve.rewriting.conversation import Texts
+from programmable_kv.serve.rewriting.conversation import Head, Texts
 from programmable_kv.serve.rewriting.prompt import Prompt, Unit, digest
 from programmable_kv.serve.rewriting.rules import Found, Rules, Sharing
 from programmable_kv.serve.state import State
@@ -27,14 +27,18 @@ class HeadStore:
         self._state = state
         self._kept = 0
 
-    def find(self, key: str) -> tuple[Texts, ...]:
-        """The head that was sent under a key in the last day; empty where there is none."""
+    def find(self, key: str) -> Head | None:
+        """The head that was sent under a key in the last day; None where there is none."""
         rows = self._state.rows("SELECT document FROM heads WHERE key = ? AND made > epoch() - ?", (key, _KEPT_S))
-        return tuple(Texts(frame, base, base) for frame, base in json.loads(rows[0][0])) if rows else ()
+        if not rows:
+            return None
+        given = json.loads(rows[0][0])
+        whole = given if isinstance(given, dict) else {"texts": given, "order": []}  # of an earlier version: no tools
+        return Head(tuple(Texts(frame, base, base) for frame, base in whole["texts"]), tuple(whole["order"]))
 
-    def keep(self, key: str, head: tuple[Texts, ...]) -> None:
+    def keep(self, key: str, head: Head) -> None:
         """Remember a head that an upstream took."""
-        document = json.dumps([[texts.frame, dict(texts.base)] for texts in head])
+        document = json.dumps({"texts": [[texts.frame, dict(texts.base)] for texts in head.texts], "order": head.order})
         with self._state.write() as run:
             run.execute(
                 "INSERT INTO heads VALUES (?, ?, epoch()) "
@@ -49,8 +53,9 @@ class HeadStore:
 
 
 def key_of(prompt: Prompt, rules: Rules, learned: Collection[str], *whose: str) -> str:
-    """Names all that two heads must have in common so that one may stand for the other: everything but values that may be
-    shared. A value that is shared as a clock only counts without its digits, so that two people's names give two keys.
+    """Names all that two heads must have in common so that one may stand for the other: everything but the order of the tools
+    and values that may be shared. A value that is shared as a clock only counts without its digits, so that two people's names
+    give two keys.
 
     Args:
         learned: templates of lines that were seen to change repeatedly.
@@ -62,7 +67,7 @@ def key_of(prompt: Prompt, rules: Rules, learned: Collection[str], *whose: str) 
         for unit in prompt.head
         for place, text in unit.texts.items()
     ]
-    return digest([whose, prompt.tools, texts])
+    return digest([whose, sorted(prompt.order) or prompt.tools, texts])
 
 
 def _skeleton(unit: Unit, place: str, text: str, rules: Rules, learned: Collection[str]) -> str:

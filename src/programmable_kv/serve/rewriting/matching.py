@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from programmable_kv.serve.rewriting.changes import Change, Compared, compare
-from programmable_kv.serve.rewriting.conversation import Conversation, Form, Texts, moves_tools
+from programmable_kv.serve.rewriting.conversation import Conversation, Form, Head, has_its_tools
 from programmable_kv.serve.rewriting.prompt import Prompt
 from programmable_kv.serve.rewriting.rebase import LINES
 from programmable_kv.serve.rewriting.rules import Rules
@@ -42,13 +42,13 @@ class Known:
     """lines after which a conversation is rebased"""
     whose: str = ""
     """a digest of tenant, route, model, session and salt"""
-    shared: tuple[Texts, ...] = field(default=(), repr=False)
+    shared: Head | None = field(default=None, repr=False)
     """the head of an earlier conversation, which a new one may begin with"""
 
 
 def match(conversation: Conversation, prompt: Prompt, known: Known) -> Match:
     """Compare a request with a conversation whose turns it begins with."""
-    if conversation.tools != prompt.tools and not moves_tools(conversation, prompt):
+    if not has_its_tools(conversation, prompt):
         return Match(conversation, refused="the tools changed")
     if [kept.frame for kept in conversation.head] != [unit.frame for unit in prompt.head]:
         return Match(conversation, refused="the system prompt changed")

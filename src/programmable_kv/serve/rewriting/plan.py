@@ -156,13 +156,14 @@ def _shared(prompt: Prompt, known: Known) -> Plan | None:
     """A conversation that begins with the head that an earlier one sent; its own values, where they differ, are told in one
     line. The token is its own: it is announced behind the head. None where that cannot be said, or does not pay.
     """
-    if not known.shared or holds_thinking(prompt):  # reasoning is bound to the head that it was made behind
+    if known.shared is None or holds_thinking(prompt):  # reasoning is bound to the head that it was made behind
         return None
     made = begun(prompt, known.rules, known.keys, token=new_token(), named=known.named)
-    old = replace(made, head=known.shared, inside={}, turns=0)
+    old = replace(made, head=known.shared.texts, order=known.shared.order, inside={}, turns=0)
     learned = known.learned if known.rules.sharing is Sharing.LEARNED else ()
     found = match(old, prompt, replace(known, learned=learned))
-    if found.refused or not found.changes or not all(change.shareable for change in found.changes):
+    differs = found.changes or moves_tools(old, prompt)
+    if found.refused or not differs or not all(change.shareable for change in found.changes):
         return None
     planned = _behind_head(Action.SHARED, prompt, known, found)
     if planned is None or planned.added_bytes > _SHARED_BUDGET * planned.saved_bytes:

@@ -13,7 +13,7 @@ from programmable_kv.serve.headers import Headers, readable, value_of
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.accepted import Accepted
 from programmable_kv.serve.rewriting.body import read
-from programmable_kv.serve.rewriting.conversation import Conversation, Form, keys_of
+from programmable_kv.serve.rewriting.conversation import Conversation, Form, Head, keys_of
 from programmable_kv.serve.rewriting.heads import HeadStore, key_of
 from programmable_kv.serve.rewriting.judge import Gain, Judge
 from programmable_kv.serve.rewriting.matching import Known, Match, choose, match
@@ -207,7 +207,8 @@ class Rewriter:
             and work.plan.action is Action.ANNOUNCED
             and work.plan.after is not None
         ):
-            self._heads.keep(work.head, work.plan.after.head)
+            after = work.plan.after
+            self._heads.keep(work.head, Head(after.head, after.order))
         if work.announcement_refused:
             self.accepted.refused_announcement(work.route, work.model)
         self.judge.acted(work.tenant, work.route, work.model, work.plan)
