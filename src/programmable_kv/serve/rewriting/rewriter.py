@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from programmable_kv.explain.logs import session_name
+from programmable_kv.explain.logs import conversation_name, session_name
 from programmable_kv.explain.pieces import Usage
 from programmable_kv.serve.headers import Headers, readable, value_of
 from programmable_kv.serve.modes import GatewayMode
@@ -37,8 +37,6 @@ _OFF_S = 86400.0
 REFUSED = ("refused", "folded")
 _TAKEN = "taken"
 """not refused; whether it is folded into the head is not known yet"""
-_SHARED_NAMES = ("prompt_cache_key", "metadata")
-"""where a client's name often stands for more than one conversation: it parts them, and does not tell one from another"""
 
 
 @dataclass(slots=True)
@@ -144,7 +142,7 @@ class Rewriter:
         work.prompt, work.model = prompt, prompt.model
         sent = {"headers": readable(headers)}
         work.session = session = session_name(sent, body.data)
-        own = session_name(sent, {key: value for key, value in body.data.items() if key not in _SHARED_NAMES})
+        own = conversation_name(sent, body.data)  # another name parts conversations, and does not tell one from another
         work.salt = salt = str(body.data.get("cache_salt") or "")
         whose = (tenant, route, prompt.model, session, salt)
         keys = keys_of(prompt, self._rules, *whose)
@@ -259,7 +257,7 @@ class Rewriter:
         candidates = self._store.candidates(known.keys)
         others = self._store.begun(known.keys)
         matches = [match(each, prompt, known) for each in candidates]
-        found, why = choose(matches, alone=others <= 1)
+        found, why = choose(matches, alone=others == 1, named=known.named, turns=len(known.keys))
         if not why and found is None and others:
             why = "an earlier message changed, or a conversation begins like another"
         templates = next((each.templates for each in matches if each.templates), ())

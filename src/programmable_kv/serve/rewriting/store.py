@@ -26,6 +26,10 @@ _NOTEBOOK = "UPDATE gateway_notebooks SET number = number WHERE identity = ?"
 """finds out whether a notebook is there, and keeps it from being deleted meanwhile"""
 _OF_NOTEBOOK = "INSERT INTO notebook_conversations VALUES (?, ?) ON CONFLICT (notebook, conversation) DO NOTHING"
 _FORGET_REBASE = "DELETE FROM renewals WHERE conversation = ?"
+_BEGINS = (
+    "INSERT INTO beginnings VALUES (?, ?, epoch()) ON CONFLICT (key) DO UPDATE SET "
+    "conversations = beginnings.conversations + 1, used = excluded.used"
+)
 _NEW = "INSERT INTO conversations VALUES (?, ?, ?, ?, epoch())"
 _LINE = "INSERT INTO errata VALUES (?, ?, ?, ?, ?)"
 _ENDED = ""
@@ -67,7 +71,8 @@ class ConversationStore:
         return [each for each in rows if length[each.key] == longest]
 
     def begun(self, keys: Sequence[str]) -> int:
-        """How many conversations were first seen with the same turns: the most, over all beginnings of this one."""
+        """How many conversations were first seen with the same turns: the most, over all beginnings of this one. At least: 0
+        where it was forgotten."""
         marks = ",".join("?" * len(keys[:_MOST_KEYS]))
         statement = f"SELECT max(conversations) FROM beginnings WHERE key IN ({marks})"
         return int(self._state.rows(statement, keys[:_MOST_KEYS])[0][0] or 0)
@@ -91,12 +96,6 @@ class ConversationStore:
                 return False  # it was deleted meanwhile: nothing of it is kept
             if before is None:
                 run.execute(_NEW, (after.identity, after.key, after.version, document_of(after)))
-                if after.origin == after.identity:
-                    run.execute(
-                        "INSERT INTO beginnings VALUES (?, 1, epoch()) ON CONFLICT (key) DO UPDATE SET "
-                        "conversations = beginnings.conversations + 1, used = excluded.used",
-                        (after.key,),
-                    )
             else:
                 changed = run.execute(
                     "UPDATE conversations SET key = ?, version = ?, document = ?, used = epoch() "
@@ -105,6 +104,8 @@ class ConversationStore:
                 ).rowcount
                 if not changed:
                     return False
+            if _begins(before, after):
+                run.execute(_BEGINS, (after.key, 1 if before is None else 2))  # that which it may go on with is one
             if plan.replaced is not None:
                 run.execute(_SET_KEY, (_ENDED, plan.replaced.identity))
                 run.execute(_FORGET_REBASE, (plan.replaced.identity,))
@@ -147,7 +148,7 @@ class ConversationStore:
             if before is None:
                 for table in OF_CONVERSATIONS:
                     run.execute(f"DELETE FROM {table} WHERE conversation = ?", (after.identity,))
-            if before is None and after.origin == after.identity:
+            if _begins(before, after):
                 run.execute("UPDATE beginnings SET conversations = conversations - 1 WHERE key = ?", (after.key,))
             if plan.note is not None:
                 run.execute(
@@ -252,3 +253,11 @@ class ConversationStore:
                 run.execute(
                     f"DELETE FROM {table} WHERE NOT EXISTS (SELECT 1 FROM conversations WHERE identity = {table}.conversation)"
                 )
+
+
+def _begins(before: Conversation | None, after: Conversation) -> bool:
+    """Whether a request may be the first one of a conversation. One without a name that adds no turn to what was sent may be sent
+    again, or be another conversation that begins alike."""
+    if before is None:
+        return after.origin == after.identity
+    return before.turns == after.turns and not after.named and not after.notebook

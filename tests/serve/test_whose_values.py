@@ -1,0 +1,121 @@
+"""No conversation is told another one's values, or begins with them: what names one, what is a clock, and what was declared
+to be kept apart. The oracle is the list of what was sent."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from programmable_kv.serve.modes import GatewayMode
+from programmable_kv.serve.rewriting.prompt import CHAT
+from programmable_kv.serve.rewriting.rules import rules_of
+from serve.rewriting_peers import RULES, Peer, chat
+
+pytestmark = pytest.mark.usefixtures("places")
+CUSTOMER = {"volatile": [{"name": "the customer", "pattern": "^Customer: (.*)$"}]}
+ALICE, BOB = "Alice, 12 Elm St", "Bob"
+
+
+def of(customer: str) -> str:
+    return f"Customer: {customer}\n{RULES}"
+
+
+def sent(peer: Peer, body: Any, headers: Any = ()) -> str:
+    """What the upstream gets, as text."""
+    work = peer.rewriter.begin("t", CHAT, headers, json.dumps(body).encode())
+    peer.rewriter.answered(work, 200)
+    peer.works.append(work)
+    return work.body.decode()
+
+
+SHARED_NAMES: list[tuple[dict[str, Any], Any]] = [
+    ({"user_id": "app"}, ()),
+    ({}, ((b"user_id", b"app"),)),
+    ({"user": "app"}, ()),
+    ({"safety_identifier": "app"}, ()),
+    ({"metadata": {"user_id": "app", "session_id": "app"}}, ()),
+    ({"prompt_cache_key": "app"}, ()),
+]
+
+
+@pytest.mark.parametrize("share", ["declared", "none"])
+@pytest.mark.parametrize(("named", "headers"), SHARED_NAMES)
+def test_a_users_or_an_applications_name_is_no_conversations_name(
+    named: dict[str, Any], headers: Any, share: str
+) -> None:
+    for first in ("hi", "Where is my parcel?"):
+        peer = Peer(rules=rules_of({**CUSTOMER, "share": share}))
+        sent(peer, chat(of(ALICE), "hi", **named), headers)
+        got = sent(peer, chat(of(BOB), first, **named), headers)
+        assert ALICE not in got
+        assert f"Customer: {BOB}" in json.loads(got)["messages"][0]["content"]
+
+
+def test_beside_a_users_name_a_sessions_name_still_names_one_conversation() -> None:
+    """Also where the user's name stands in a header, and the session's in the body."""
+    peer, headers = Peer(rules=rules_of(CUSTOMER)), ((b"user_id", b"app"),)
+    sent(peer, chat(of(ALICE), "hi", session_id="1"), headers)
+    got = sent(peer, chat(of(BOB), "hi", session_id="2"), headers)
+    assert ALICE not in got
+    got = sent(peer, chat(of("Alice, 7 Oak Rd"), "hi", "Yes.", "so", session_id="1"), headers)
+    assert peer.action == "erratum"
+    assert '"the customer": "Alice, 7 Oak Rd"' in peer.line
+
+
+def test_a_sessions_name_and_a_users_of_the_same_letters_do_not_meet() -> None:
+    peer = Peer(rules=rules_of(CUSTOMER))
+    sent(peer, chat(of(ALICE), "hi", session_id="x"))
+    assert ALICE not in sent(peer, chat(of(BOB), "hi", user_id="x"))
+    other = Peer(rules=rules_of(CUSTOMER))
+    sent(other, chat(of(ALICE), "hi", user_id="x"))
+    assert ALICE not in sent(other, chat(of(BOB), "hi", session_id="x"))
+
+
+def test_who_begins_with_equal_values_is_another_conversation_all_the_same() -> None:
+    """Alice and Bob say hello before anything is known of either. Later each has a value of their own."""
+    peer = Peer(rules=rules_of(CUSTOMER))
+    sent(peer, chat(of("(not known)"), "hi"))
+    sent(peer, chat(of("(not known)"), "hi"))
+    said = ["hi", "Hello!", "Where is my order?"]
+    sent(peer, chat(of(ALICE), *said))
+    got = sent(peer, chat(of(BOB), *said))
+    assert ALICE not in got
+    for more in (["There.", "When?"], ["There.", "When?", "Soon.", "Thanks."]):
+        assert ALICE not in sent(peer, chat(of(BOB), *said, *more))
+        assert BOB not in sent(peer, chat(of(ALICE), *said, *more))
+
+
+def test_a_greeting_that_every_conversation_begins_with_is_no_proof_that_it_goes_on() -> None:
+    peer = Peer(rules=rules_of(CUSTOMER))
+    greeted = [{"role": "assistant", "content": "How can I help?"}, {"role": "user", "content": "Where is it?"}]
+    sent(peer, chat(of(ALICE), *greeted))
+    assert ALICE not in sent(peer, chat(of(BOB), *greeted))
+
+
+def test_one_conversation_without_a_name_is_told_as_long_as_it_is_alone() -> None:
+    peer, said = Peer(rules=rules_of(CUSTOMER)), ["hi", "Hello!", "so"]
+    sent(peer, chat(of(ALICE), *said))
+    sent(peer, chat(of("Alice, 7 Oak Rd"), *said, "Yes.", "and"))
+    assert peer.action == "erratum"
+    sent(peer, chat(of("Alice, 7 Oak Rd"), *said, "Yes.", "and"))
+    assert peer.action == "replayed", "the same again: it may be another one"
+    sent(peer, chat(of("Alice, 9 Oak Rd"), *said, "Yes.", "and", "Yes.", "more"))
+    assert (peer.action, peer.why) == ("reset", "it may be another conversation")
+
+
+def test_a_beginning_that_was_forgotten_is_no_proof_that_it_is_alone() -> None:
+    peer, said = Peer(rules=rules_of(CUSTOMER)), ["hi", "Hello!", "so"]
+    sent(peer, chat(of(ALICE), *said))
+    with peer.state.write() as run:
+        run.execute("DELETE FROM beginnings")
+    assert ALICE not in sent(peer, chat(of(BOB), *said, "Yes.", "and"))
+
+
+def test_a_request_that_was_refused_is_not_counted() -> None:
+    peer, said = Peer(rules=rules_of(CUSTOMER)), ["hi", "Hello!", "so"]
+    sent(peer, chat(of(ALICE), *said))
+    before = peer.state.rows("SELECT key, conversations FROM beginnings")
+    peer.send(chat(of(ALICE), *said), status=400)
+    assert peer.state.rows("SELECT key, conversations FROM beginnings") == before
