@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from programmable_kv.serve.modes import GatewayMode
+from programmable_kv.serve.rewriting.changes import kind_of
 from programmable_kv.serve.rewriting.prompt import CHAT
 from programmable_kv.serve.rewriting.rules import rules_of
 from serve.rewriting_peers import RULES, Peer, chat
@@ -119,3 +120,79 @@ def test_a_request_that_was_refused_is_not_counted() -> None:
     before = peer.state.rows("SELECT key, conversations FROM beginnings")
     peer.send(chat(of(ALICE), *said), status=400)
     assert peer.state.rows("SELECT key, conversations FROM beginnings") == before
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_clock"),
+    [
+        ("10:00", "10:01", True),
+        ("11:59 AM", "12:01 PM", True),
+        ("11:59 a.m.", "12:01 p.m.", True),
+        ("2026-11-26T10:00:00.123456+00:00", "2026-11-26T10:00:07+00:00", True),
+        ("Thu Nov 26 2026", "Fri Dec 4 2026", True),
+        ("Thursday, 26 November 2026, 10:00", "Friday, 27 November 2026, 9:01", True),
+        ("November 21st", "November 22nd", True),
+        ("the 3rd of May", "the 4th of June", True),
+        ("26 Nov. 2026", "1 Dec. 2026", True),
+        ("Monday", "Tuesday", True),
+        ("26.11.2026", "27.11.2026", True),
+        ("10:00, customer 4711", "10:01, customer 4711", True),
+        ("10:00, customer 4711", "10:01, customer 4712", False),
+        ("Julia", "Martin", False),
+        ("Julia Roberts", "Martin Roberts", False),
+        ("April Roberts", "June Roberts", False),
+        ("April Roberts, 12 Elm St", "June Roberts, 12 Elm St", False),
+        ("Jan", "Mark", False),
+        ("Jan", "May", False),
+        ("Augusto", "Declan", False),
+        ("Novartis", "Octopus", False),
+        ("Deco Ltd", "Marco Ltd", False),
+        ("10:00 ACME", "10:01 IBM", False),
+        ("12:30 PM ABC", "12:31 PM XYZ", False),
+        ("Julia born 1980-01-02", "Martin born 1990-03-04", False),
+        ("10.20.30.40", "10.20.31.40", False),
+    ],
+)
+def test_peoples_names_are_no_clocks(one: str, other: str, is_clock: bool) -> None:
+    assert (kind_of(one, other) == "clock") is (kind_of(other, one) == "clock") is is_clock
+    peer = Peer(rules=rules_of(CUSTOMER))
+    sent(peer, chat(of(one), "hi"))
+    got = sent(peer, chat(of(other), "hi"))
+    assert (f"Customer: {one}\\n" in got) is is_clock
+
+
+@pytest.mark.parametrize("mode", [GatewayMode.ERRATUM, GatewayMode.HOIST])
+@pytest.mark.parametrize(
+    ("more", "share", "apart"),
+    [
+        ({"share": False}, "declared", True),
+        ({}, "none", True),
+        ({"share": False}, "none", True),
+        ({}, "declared", False),
+    ],
+)
+@pytest.mark.parametrize("first", ["hi", "Another question"])
+def test_what_is_declared_to_be_kept_apart_is(
+    mode: GatewayMode, more: dict[str, Any], share: str, apart: bool, first: str
+) -> None:
+    """A date of birth is a clock to the gateway, and somebody's own."""
+    rules = {"volatile": [{"name": "born", "pattern": "^Born: (.*)$", **more}], "share": share}
+    peer = Peer(mode=mode, rules=rules_of(rules))
+    one, other = "1980-01-02", "1990-03-04"
+    sent(peer, chat(f"Born: {one}\n{RULES}", "hi"))
+    got = sent(peer, chat(f"Born: {other}\n{RULES}", first))
+    assert other in got
+    assert (one not in got) is (apart or (mode is GatewayMode.HOIST and first != "hi"))
+
+
+def test_learned_clocks_are_kept_apart_too_where_nothing_is_shared() -> None:
+    for share, apart in (("none", True), ("declared", False)):
+        peer = Peer(rules=rules_of({"share": share}))
+        system = "The appointment is at 10:0{}.\n" + RULES
+        for minute in range(4):
+            said = [text for turn in range(minute) for text in ("Yes.", f"turn {turn}")]
+            sent(peer, chat(system.format(minute), "one", *said, session_id="s"))
+        assert peer.action == "erratum", "it is learned"
+        sent(peer, chat(system.format(7), "hi"))
+        got = sent(peer, chat(system.format(8), "hi"))
+        assert ("10:07" not in got) is apart

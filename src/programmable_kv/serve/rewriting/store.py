@@ -256,8 +256,8 @@ class ConversationStore:
 
 
 def _begins(before: Conversation | None, after: Conversation) -> bool:
-    """Whether a request may be the first one of a conversation. One without a name that adds no turn to what was sent may be sent
-    again, or be another conversation that begins alike."""
+    """Whether a request may be the first one of a conversation. One without a name that adds no turn to what was sent is sent
+    again, or belongs to another conversation that begins alike: nobody can tell."""
     if before is None:
         return after.origin == after.identity
     return before.turns == after.turns and not after.named and not after.notebook
