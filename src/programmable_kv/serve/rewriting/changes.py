@@ -35,6 +35,8 @@ class Change:
     """whether it stands in the system prompt"""
     share: bool | None = None
     """what was declared about sharing it between conversations; False also where nothing is to be shared"""
+    learned: bool = False
+    """whether nobody declared it"""
 
     @property
     def harmless(self) -> bool:
@@ -120,12 +122,12 @@ def _line_change(before: str, after: str) -> tuple[str, Change] | None:
     one, other = _NAMED.match(before), _NAMED.match(after)
     if one is not None and other is not None and one[1] == other[1] and other[2]:
         name = one[1].strip().lstrip("-* ").rstrip(" :=").strip("\"'")
-        return json.dumps([one[1], ""]), Change(name, other[2], True, kind_of(one[2], other[2]))
+        return json.dumps([one[1], ""]), Change(name, other[2], True, kind_of(one[2], other[2]), learned=True)
     found = _template(before, after)
     if found is None or not found[0][0].strip():
         return None  # nothing stays that it could be called by
     head = found[0][0].strip()
-    return json.dumps(found[0]), Change(head[:_SHOWN], after.strip(), False, found[1])
+    return json.dumps(found[0]), Change(head[:_SHOWN].rstrip(), after.strip(), False, found[1], learned=True)
 
 
 def _template(before: str, after: str) -> tuple[list[str], str] | None:
