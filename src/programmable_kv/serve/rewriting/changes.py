@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from programmable_kv.explain.difference import common_length
 from programmable_kv.explain.volatile import volatile_at
@@ -110,9 +111,29 @@ def kind_of(before: str, after: str) -> str:
 
 
 def may_hold(text: str, templates: Collection[str]) -> bool:
-    """Whether a line of a text has the form of one of the templates."""
-    forms = [re.compile(".+?".join(map(re.escape, json.loads(each)))) for each in templates]
-    return any(form.fullmatch(line) for line in text.split("\n") for form in forms)
+    """Whether a line of a text has the form of one of the templates: their parts in order, and something between each two."""
+    forms = [_parts_of(each) for each in templates]
+    return any(_has_form(line, form) for line in text.split("\n") for form in forms)
+
+
+@lru_cache(maxsize=1024)
+def _parts_of(template: str) -> tuple[str, ...]:
+    return tuple(json.loads(template))
+
+
+def _has_form(line: str, parts: tuple[str, ...]) -> bool:
+    """Each part is looked for behind the one before it, and taken where it stands first: what fits at a later place fits there,
+    too. A regular expression would try every place of every part."""
+    first, *inner, last = parts
+    if not line.startswith(first) or not line.endswith(last):
+        return False
+    at = len(first)
+    for part in inner:
+        found = line.find(part, at + 1)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return at + 1 <= len(line) - len(last)
 
 
 def _line_change(before: str, after: str) -> tuple[str, Change] | None:
