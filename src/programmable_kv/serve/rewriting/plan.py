@@ -22,6 +22,7 @@ from programmable_kv.serve.rewriting.naming import are_clear, declared_values
 from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES, Prompt, holds_thinking, open_calls
 from programmable_kv.serve.rewriting.rebase import Warming, warming
 from programmable_kv.serve.rewriting.rules import Sharing
+from programmable_kv.serve.rewriting.tools import may_act
 from programmable_kv.serve.rewriting.wording import line_of, new_token, placeholder
 
 _LEAST_BUDGET = 8192
@@ -195,10 +196,12 @@ def _behind_head(action: Action, prompt: Prompt, known: Known, found: Match) -> 
 
 def _with_warming(made: Plan, prompt: Prompt, known: Known, old: Conversation) -> Plan:
     """The plan; and where the lines became many, what is to be computed without them. A conversation whose reasoning is bound
-    to what stands before it keeps its lines."""
+    to what stands before it keeps its lines. So does one with tools that the server runs: they could act twice."""
     lines = len(made.after.notes) if made.after is not None else 0
     budget = max(_LEAST_BUDGET, _BUDGET * len(prompt.body.text)) / 2
-    if not lines or (lines < known.rebase_after and made.added_bytes <= budget) or holds_thinking(prompt):
+    if not lines or (lines < known.rebase_after and made.added_bytes <= budget):
+        return made
+    if holds_thinking(prompt) or may_act(prompt.body):
         return made
     anew = _afresh(prompt, known, Action.REBASE, "", old)
     assert anew.after is not None, "a conversation begins"
