@@ -152,8 +152,8 @@ def open_calls(prompt: Prompt) -> bool:
 
 
 def holds_thinking(prompt: Prompt) -> bool:
-    """Whether the conversation holds reasoning, or results of a server's own tools, that is bound to what stands before it. It is
-    told by the members of the model's own blocks, never by what somebody wrote."""
+    """Whether the conversation holds reasoning, or results of a server's own tools, that are bound to what stands before them:
+    as the members of the model's own blocks say, never the words of a text."""
     for unit in prompt.turns:
         value = prompt.value(unit)
         if _is_bound(value):

@@ -6,13 +6,13 @@ Nothing is remembered here between two calls: another gateway may have written m
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from programmable_kv.serve.rewriting.conversation import Conversation, Form, Note
 from programmable_kv.serve.rewriting.documents import conversation_of, document_of
 from programmable_kv.serve.rewriting.plan import Plan
-from programmable_kv.serve.state import State
+from programmable_kv.serve.state import State, Transaction
 
 _LOG = logging.getLogger("programmable_kv.serve")
 _MOST_KEYS = 500
@@ -40,6 +40,10 @@ WARMING_S = 300.0
 _CONVERSATIONS_S = 7 * 86400.0
 """what was silent for longer is forgotten"""
 _BEGINNINGS_S = 30 * 86400.0
+_BEGINNINGS = 4
+"""beginnings that are kept, for each conversation that may be. Where one is forgotten, nobody is taken to be alone with it"""
+_FORGET_BEGINNINGS_EVERY = 1024
+"""new conversations between two clean-ups of beginnings: to count them takes some time"""
 
 
 class ConversationStore:
@@ -57,6 +61,7 @@ class ConversationStore:
             with state.write() as run:  # whoever computed it is gone
                 run.execute("DELETE FROM renewals WHERE state = ?", (_WARMING,))
         self._forget()
+        self._forget_beginnings()
         self._forget_orphans()
 
     def __len__(self) -> int:
@@ -125,6 +130,8 @@ class ConversationStore:
             if self._made % _FORGET_EVERY == 0:
                 try:
                     self._forget()
+                    if self._made % _FORGET_BEGINNINGS_EVERY == 0:
+                        self._forget_beginnings()
                 except Exception as error:  # the request is remembered, and goes out
                     _LOG.warning("old conversations could not be forgotten (%s)", type(error).__name__)
         return True
@@ -230,21 +237,17 @@ class ConversationStore:
         """Forget the conversations that were silent longest, and their lines. What stays is not looked through: there may be
         a hundred thousand, and clients wait."""
         with self._state.write() as run:
-            silent = "SELECT identity FROM conversations WHERE used < epoch() - ?"
-            gone = [identity for (identity,) in run.execute(silent, (_CONVERSATIONS_S,)).fetchall()]
-            [(kept,)] = run.execute("SELECT count(*) FROM conversations").fetchall()
-            over = kept - len(gone) - self._most
-            if over > 0:
-                longest = "SELECT identity FROM conversations WHERE used >= epoch() - ? ORDER BY used LIMIT ?"
-                gone += [identity for (identity,) in run.execute(longest, (_CONVERSATIONS_S, over)).fetchall()]
-            gone.sort()  # whoever else forgets locks rows in the same order
-            for at in range(0, len(gone), _MOST_KEYS):
-                lot = gone[at : at + _MOST_KEYS]
+            for lot in _silent(run, "conversations", "identity", _CONVERSATIONS_S, self._most):
                 marks = ",".join("?" * len(lot))
                 run.execute(f"DELETE FROM conversations WHERE identity IN ({marks})", lot)
                 for table in OF_CONVERSATIONS:
                     run.execute(f"DELETE FROM {table} WHERE conversation IN ({marks})", lot)
-            run.execute("DELETE FROM beginnings WHERE used < epoch() - ?", (_BEGINNINGS_S,))
+
+    def _forget_beginnings(self) -> None:
+        """Forget the beginnings that were seen last the longest time ago."""
+        with self._state.write() as run:
+            for lot in _silent(run, "beginnings", "key", _BEGINNINGS_S, self._most * _BEGINNINGS):
+                run.execute(f"DELETE FROM beginnings WHERE key IN ({','.join('?' * len(lot))})", lot)
 
     def _forget_orphans(self) -> None:
         """Forget what belongs to conversations that are not there: those whose first request was refused leave it."""
@@ -253,6 +256,18 @@ class ConversationStore:
                 run.execute(
                     f"DELETE FROM {table} WHERE NOT EXISTS (SELECT 1 FROM conversations WHERE identity = {table}.conversation)"
                 )
+
+
+def _silent(run: Transaction, table: str, name: str, silent_s: float, most: int) -> Iterator[list[str]]:
+    """What of a table was not used for so long, or is too much: found by an index, in lots."""
+    rows = run.execute(f"SELECT {name} FROM {table} WHERE used < epoch() - ?", (silent_s,)).fetchall()
+    [(kept,)] = run.execute(f"SELECT count(*) FROM {table}").fetchall()
+    over = kept - len(rows) - most
+    if over > 0:
+        longest = f"SELECT {name} FROM {table} WHERE used >= epoch() - ? ORDER BY used LIMIT ?"
+        rows += run.execute(longest, (silent_s, over)).fetchall()
+    gone = sorted(each for (each,) in rows)  # whoever else forgets locks rows in the same order
+    yield from (gone[at : at + _MOST_KEYS] for at in range(0, len(gone), _MOST_KEYS))
 
 
 def _begins(before: Conversation | None, after: Conversation) -> bool:
