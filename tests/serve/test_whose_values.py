@@ -88,6 +88,21 @@ def test_who_begins_with_equal_values_is_another_conversation_all_the_same() -> 
         assert BOB not in sent(peer, chat(of(ALICE), *said, *more))
 
 
+def test_so_is_one_whose_first_request_could_not_go_on_with_what_was_sent() -> None:
+    """Between a call and its result there is no place for a line: the second one's prompt is sent as it came."""
+    rules = {"volatile": [*CUSTOMER["volatile"], {"name": "the time", "pattern": "^Now: (.*)$"}]}
+    peer = Peer(rules=rules_of(rules))
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    said = ["hi", {"role": "assistant", "content": None, "tool_calls": [call]}]
+    sent(peer, chat(f"Now: 10:00\n{of('(not known)')}", *said))
+    sent(peer, chat(f"Now: 10:01\n{of('(not known)')}", *said))
+    assert (peer.action, peer.why) == ("reset", "there is no place for a line")
+    said.append({"role": "tool", "tool_call_id": "c", "content": "It is there."})
+    sent(peer, chat(f"Now: 10:01\n{of(ALICE)}", *said))
+    assert (peer.action, peer.why) == ("reset", "it may be another conversation")
+    assert ALICE not in sent(peer, chat(f"Now: 10:01\n{of(BOB)}", *said))
+
+
 def test_a_greeting_that_every_conversation_begins_with_is_no_proof_that_it_goes_on() -> None:
     peer = Peer(rules=rules_of(CUSTOMER))
     greeted = [{"role": "assistant", "content": "How can I help?"}, {"role": "user", "content": "Where is it?"}]

@@ -265,7 +265,7 @@ class Rewriter:
             self._verdicts.learn(owner, templates)
             known = work.known = replace(known, learned=self._verdicts.learned(owner))
         if found is None and matches and known.named:
-            work.replaced = matches[0].conversation
+            work.replaced = next((each.conversation for each in matches if each.conversation.named), None)
         if found is None and not why and self._heads is not None and _shares(known):
             work.head = key_of(prompt, known.rules, known.learned, work.tenant, work.route, work.model, work.salt)
             known = work.known = replace(known, shared=self._heads.find(work.head))

@@ -109,8 +109,9 @@ class ConversationStore:
                 ).rowcount
                 if not changed:
                     return False
-            if _begins(before, after):
-                run.execute(_BEGINS, (after.key, 1 if before is None else 2))  # that which it may go on with is one
+            if _begins(plan, after):
+                first = after.origin == after.identity and before is None
+                run.execute(_BEGINS, (after.key, 1 if first else 2))  # that which it may go on with is one, too
             if plan.replaced is not None:
                 run.execute(_SET_KEY, (_ENDED, plan.replaced.identity))
                 run.execute(_FORGET_REBASE, (plan.replaced.identity,))
@@ -155,7 +156,7 @@ class ConversationStore:
             if before is None:
                 for table in OF_CONVERSATIONS:
                     run.execute(f"DELETE FROM {table} WHERE conversation = ?", (after.identity,))
-            if _begins(before, after):
+            if _begins(plan, after):
                 run.execute("UPDATE beginnings SET conversations = conversations - 1 WHERE key = ?", (after.key,))
             if plan.note is not None:
                 run.execute(
@@ -270,9 +271,10 @@ def _silent(run: Transaction, table: str, name: str, silent_s: float, most: int)
     yield from (gone[at : at + _MOST_KEYS] for at in range(0, len(gone), _MOST_KEYS))
 
 
-def _begins(before: Conversation | None, after: Conversation) -> bool:
+def _begins(plan: Plan, after: Conversation) -> bool:
     """Whether a request may be the first one of a conversation. One without a name that adds no turn to what was sent is sent
     again, or belongs to another conversation that begins alike: nobody can tell."""
-    if before is None:
+    old = plan.before or plan.replaced
+    if old is None:
         return after.origin == after.identity
-    return before.turns == after.turns and not after.named and not after.notebook
+    return old.turns == after.turns and not after.named and not after.notebook
