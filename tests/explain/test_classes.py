@@ -11,7 +11,7 @@ from explain.corpus import ASKED, QUIET, RULES, SHAPES, Shape, chat
 from programmable_kv import explain_miss
 from programmable_kv.explain.classes import CLASSES
 from programmable_kv.explain.difference import common_length
-from programmable_kv.explain.volatile import volatile_at
+from programmable_kv.explain.volatile import labels_before, volatile_at
 
 WITHOUT_SHAPE = {
     "unknown (hashes only)": "test_traces.py",
@@ -175,6 +175,9 @@ def test_a_subagent_between_two_turns_does_not_hide_what_they_share() -> None:
         ("decade", "facade", None),
         ("I like cats", "I like dogs", None),
         ("May I go", "Can I go", None),
+        ("Julia Roberts", "Martin Roberts", None),
+        ("Maria", "Augusto", None),
+        ("Sunny", "Monty", None),
         ("version", "version 2", None),
         ("1", "1:", None),
     ],
@@ -186,9 +189,22 @@ def test_a_volatile_value_is_told_by_its_form(one: str, other: str, name: str | 
 
 def test_hostile_texts_take_no_long_time() -> None:
     """One long line, full of what the patterns look for."""
-    for filler in ("12:30 Mon Jun 9, ", "a/b.c/", "<think>", "<a ", "# x\n", "1 1 1 1 "):
+    for filler in ("12:30 Mon Jun 9, ", "a/b.c/", "<think>", "<a ", "# x\n", "1 1 1 1 ", "<a></b>"):
         text = filler * (200_000 // len(filler))
         started = time.perf_counter()
         explain_miss(chat(f"{text}x{text}", ASKED), chat(f"{text}y{text}", ASKED))
         explain_miss(chat(RULES, f"{text}x{text}", ASKED), chat(RULES, f"{text}y{text}", ASKED))
         assert time.perf_counter() - started < 5, filler
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("<a><b></b><c>", ("a", "c")),
+        ("<a><a></a>", ("a",)),
+        ("</b></b><b><b></a><c>", ("b", "b", "c")),
+        ("<a></b></b></a>\n# Status\n", ("Status",)),
+    ],
+)
+def test_the_tags_that_are_open_at_a_place(text: str, labels: tuple[str, ...]) -> None:
+    assert labels_before(f"{text}x", len(text)) == labels

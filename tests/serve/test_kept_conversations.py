@@ -98,6 +98,55 @@ def test_what_was_silent_for_days_is_forgotten_without_a_limit() -> None:
     assert len(peer.store) == count(peer, "sessions") == 1
 
 
+@pytest.mark.usefixtures("places")
+def test_beginnings_are_bounded_and_the_latest_are_kept() -> None:
+    peer = Peer()
+    with peer.state.write() as run:
+        for age in range(3 * stores._MOST_KEYS):
+            run.execute("INSERT INTO beginnings VALUES (?, 1, epoch() - ?)", (f"key {age}", float(age)))
+        run.execute("INSERT INTO beginnings VALUES ('old', 1, epoch() - ?)", (31 * 86400.0,))
+    stores.ConversationStore(peer.state, most=1000)
+    assert count(peer, "beginnings") == 3 * stores._MOST_KEYS, "the old one is gone"
+    stores.ConversationStore(peer.state, most=50)
+    left = {key for (key,) in peer.state.rows("SELECT key FROM beginnings")}
+    assert left == {f"key {age}" for age in range(50 * stores._BEGINNINGS)}
+
+
+def test_beginnings_are_forgotten_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "_FORGET_EVERY", 2)
+    monkeypatch.setattr(stores, "_FORGET_BEGINNINGS_EVERY", 4)
+    peer = Peer()
+    peer.store._most = 3
+    found = []
+    for number in range(24):
+        peer.send(body(1, f"question {number}"), session=f"s{number}")
+        found.append(count(peer, "beginnings"))
+    assert max(found) < 3 * stores._BEGINNINGS + 4
+    assert len(peer.store) <= 4
+
+
+@pytest.mark.usefixtures("places")
+def test_a_state_that_was_made_before_finds_old_beginnings_by_an_index_too(tmp_path: Path) -> None:
+    peer = Peer(path=tmp_path / "state")
+    peer.send(body(1, "hi"), session="s")
+    with peer.state.write() as run:
+        run.execute("DROP INDEX beginnings_by_use")
+    peer.state.close()
+    again = Peer(path=tmp_path / "state")
+    indexes = (
+        "SELECT indexname FROM pg_indexes WHERE schemaname = current_schema()"
+        if again.state.remote
+        else "SELECT name FROM sqlite_master WHERE type = 'index'"
+    )
+    assert ("beginnings_by_use",) in again.state.rows(indexes)
+    assert count(again, "beginnings") == 1
+    if not again.state.remote:
+        plan = again.state.rows("EXPLAIN QUERY PLAN SELECT key FROM beginnings WHERE used < epoch() - 5")
+        assert "beginnings_by_use" in str(plan)
+    again.send(body(2, "hi"), session="s")
+    assert again.action == "erratum"
+
+
 def test_what_belongs_to_no_conversation_goes_at_the_next_start(tmp_path: Path) -> None:
     peer = Peer(path=tmp_path / "state")
     peer.send(body(1, "hi"), session="s")

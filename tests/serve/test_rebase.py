@@ -141,6 +141,81 @@ def test_bound_reasoning_is_never_rebased() -> None:
     assert peer.action == "erratum"
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "thinking", "thinking": "hm", "signature": "s"},
+        {"type": "redacted_thinking", "data": "s"},
+        {"type": "web_search_tool_result", "tool_use_id": "1", "content": [{"url": "u", "encrypted_content": "s"}]},
+        {"type": "text", "text": "It is so.", "citations": [{"url": "u", "encrypted_index": "s"}]},
+    ],
+)
+def test_what_a_server_takes_back_only_in_its_place_is_not_rebased(block: Any) -> None:
+    peer, said = Peer(rebase_after=2), ["hi", {"role": "assistant", "content": [block]}, "so"]
+    for minute in range(5):
+        peer.send(claude(at(str(minute)), *said), route=MESSAGES)
+        assert peer.works[-1].warming is None
+    assert peer.action == "erratum"
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "text", "text": "Is my disk encrypted? The signature, encrypted_content."},
+        {"type": "tool_result", "tool_use_id": "1", "content": '{"encrypted_content": "x", "signature": 1}'},
+        {"type": "image", "source": {"type": "url", "url": "http://encrypted/redacted_thinking"}},
+    ],
+)
+def test_words_of_a_user_are_no_bound_reasoning(block: Any) -> None:
+    call = {"type": "tool_use", "id": "1", "name": "encrypted", "input": {"signature": "encrypted_content"}}
+    peer, said = (
+        Peer(rebase_after=2),
+        ["hi", {"role": "assistant", "content": [call]}, {"role": "user", "content": [block]}],
+    )
+    if block["type"] != "tool_result":
+        said[1] = "Yes."
+    for minute in range(3):
+        peer.send(claude(at(str(minute)), *said), route=MESSAGES)
+    assert peer.works[-1].warming is not None
+
+
+HOSTED: list[tuple[str, dict[str, Any]]] = [
+    (RESPONSES, {"tools": [{"type": "function", "name": "f"}, {"type": "mcp", "server_url": "http://x"}]}),
+    (RESPONSES, {"tools": [{"type": "web_search"}]}),
+    (RESPONSES, {"tools": [{"type": "code_interpreter", "container": {"type": "auto"}}]}),
+    (RESPONSES, {"tools": "unheard of"}),
+    (RESPONSES, {"prompt": {"id": "p"}}),
+    (CHAT, {"web_search_options": {}}),
+    (CHAT, {"tools": [{"type": "web_search"}]}),
+    (CHAT, {"plugins": [{"id": "web"}]}),
+    (MESSAGES, {"tools": [{"name": "web_search", "type": "web_search_20250305"}]}),
+    (MESSAGES, {"mcp_servers": [{"type": "url", "url": "http://x"}]}),
+    (MESSAGES, {"container": "c"}),
+]
+OWN: list[tuple[str, dict[str, Any]]] = [
+    (RESPONSES, {"tools": [{"type": "function", "name": "f"}, {"type": "custom", "name": "g"}], "prompt": None}),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}], "web_search_options": None}),
+    (MESSAGES, {"tools": [{"name": "f", "input_schema": {}}, {"type": "custom", "name": "g"}], "mcp_servers": []}),
+    (CHAT, {"tools": None}),
+    (CHAT, {"tools": []}),
+]
+
+
+@pytest.mark.parametrize(
+    ("route", "more", "hosted"), [*((*each, True) for each in HOSTED), *((*each, False) for each in OWN)]
+)
+def test_nothing_is_computed_in_the_background_where_the_server_could_act(
+    route: str, more: dict[str, Any], hosted: bool
+) -> None:
+    peer = Peer(rebase_after=2)
+    talk = Talk(peer, route, **more)
+    for _ in range(5):
+        talk.turn()
+        if peer.works[-1].warming is not None:
+            break
+    assert (peer.action, peer.works[-1].warming is None) == ("erratum", hosted)
+
+
 def test_a_model_that_must_think_first_is_not_asked_for_one_token() -> None:
     peer = Peer(rebase_after=2)
     talk = Talk(peer, MESSAGES, thinking={"type": "enabled", "budget_tokens": 2000})

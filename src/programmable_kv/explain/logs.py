@@ -30,6 +30,9 @@ _STREAMS = ("body_raw", "body", "text", "content")
 _TIMES = ("timestamp", "time", "ts", "created_at", "startTime", "start_time", "started_at", "date")
 _ROUTES = ("url", "path", "route", "endpoint", "uri")
 _SESSIONS = ("x-claude-code-session-id", "session_id", "session-id", "conversation_id", "x-session-id")
+"""names of one conversation"""
+_USER = "user_id"
+"""a name that often stands for more than one: of a user, or of an application"""
 _MILLISECONDS = 1e11
 """a number of seconds this large would be thousands of years away: it counts milliseconds"""
 _DEPTH = 3
@@ -215,14 +218,29 @@ def _usage(entry: Mapping[str, Any], answer: Mapping[str, Any]) -> Usage | None:
 
 
 def session_name(entry: Mapping[str, Any], body: Mapping[str, Any]) -> str:
-    """The client's own name for the conversation: in the headers, the entry or the body; empty where there is none."""
-    headers = [_object(holder.get("headers")) for holder in (entry, _object(entry.get("request")))]
-    lowered = [{str(key).lower(): value for key, value in each.items()} for each in headers]
-    for held in (*lowered, entry, body, _object(body.get("metadata"))):
-        for key in (*_SESSIONS, "user_id") if held is not entry else _SESSIONS:
-            if isinstance(held.get(key), str) and held[key]:
-                return str(held[key])
-    return str(body.get("prompt_cache_key") or "")
+    """The client's own name for the conversation, or else for whoever has it: in the headers, the entry or the body; empty
+    where there is none."""
+    metadata = _object(body.get("metadata"))
+    named = conversation_name(entry, body) or _first((metadata,), _SESSIONS)
+    own = () if body is entry else (body,)  # a line of a log has a user of its own
+    return named or _first((*_headers(entry), *own, metadata), (_USER,)) or str(body.get("prompt_cache_key") or "")
+
+
+def conversation_name(entry: Mapping[str, Any], body: Mapping[str, Any]) -> str:
+    """A name that says of itself that it is one conversation's: a user's or an application's name may stand for many of them,
+    and so may what stands in `metadata`. Empty where there is none."""
+    return _first((*_headers(entry), entry, body), _SESSIONS)
+
+
+def _headers(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    held = [_object(holder.get("headers")) for holder in (entry, _object(entry.get("request")))]
+    return [{str(key).lower(): value for key, value in each.items()} for each in held]
+
+
+def _first(holders: Iterable[Mapping[str, Any]], names: Iterable[str]) -> str:
+    """The first text that one of the holders has under one of the names."""
+    found = (held.get(name) for held in holders for name in names)
+    return next((each for each in found if isinstance(each, str) and each), "")
 
 
 def _time(entry: Mapping[str, Any]) -> float | None:

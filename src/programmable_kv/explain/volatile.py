@@ -5,15 +5,20 @@ same is never taken for one.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Sept|Oct|Nov|Dec)[a-z]*\.?"
-_WEEKDAY = r"(?:Mon|Tue|Tues|Wed|Wednes|Thu|Thur|Thurs|Fri|Sat|Satur|Sun)(?:day)?\.?"
+MONTH = (
+    r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?|September|Oct(?:ober)?|"
+    r"Nov(?:ember)?|Dec(?:ember)?)\b\.?"
+)
+"""whole words: Martin and Julia are people"""
+WEEKDAY = r"(?:(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|Mon|Tues?|Wed|Thu(?:rs?)?|Fri|Sat|Sun)\b\.?"
 _ISO = r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}"
 _SLASHED = r"\d{1,2}[/.]\d{1,2}[/.]\d{2,4}"
 _TIME = r"\d{1,2}:\d{2}(?::\d{2})?(?:[.,]\d+)?"
-_STRONG = rf"(?:{_WEEKDAY}|{_MONTH}|{_ISO}|{_SLASHED}|{_TIME})"
+_STRONG = rf"(?:{WEEKDAY}|{MONTH}|{_ISO}|{_SLASHED}|{_TIME})"
 _WEAK = r"(?:[AaPp]\.?[Mm]\.?|[A-Z]{3,4}|Z|[+-]\d{2}:?\d{2}|(?:19|20)\d{2}|\d{1,2}(?:st|nd|rd|th)?|at|of)"
 _ATOM = rf"(?:{_STRONG}|{_WEAK})(?![A-Za-z0-9])"
 _ISO_TIME = rf"{_ISO}T{_TIME}(?:Z|[+-]\d{{2}}:?\d{{2}})?"
@@ -80,13 +85,13 @@ def labels_before(text: str, offset: int) -> tuple[str, ...]:
     """What a place stands under: the tags that are open there, the outermost first; the heading above it where none is."""
     head = text[:offset]
     tags = list(_TAG.finditer(head))
-    closed: list[str] = []
+    closed: Counter[str] = Counter()
     opened: list[str] = []
     for match in reversed(tags):
         if match[1]:
-            closed.append(match[2])
-        elif match[2] in closed:
-            closed.remove(match[2])
+            closed[match[2]] += 1
+        elif closed[match[2]]:
+            closed[match[2]] -= 1
         else:
             opened.append(match[2])
     if opened:

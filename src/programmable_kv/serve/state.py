@@ -34,6 +34,7 @@ CREATE TABLE errata (
     PRIMARY KEY (conversation, number)
 ) WITHOUT ROWID;
 CREATE TABLE beginnings (key TEXT PRIMARY KEY, conversations INTEGER NOT NULL, used DOUBLE PRECISION NOT NULL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS beginnings_by_use ON beginnings (used);
 CREATE TABLE templates (
     owner TEXT NOT NULL, template TEXT NOT NULL, seen INTEGER NOT NULL, PRIMARY KEY (owner, template)
 ) WITHOUT ROWID;

@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from programmable_kv.explain.difference import common_length
 from programmable_kv.explain.volatile import volatile_at
+from programmable_kv.serve.rewriting.moments import differ_as_moments, is_plain
 from programmable_kv.serve.rewriting.prompt import Unit
-from programmable_kv.serve.rewriting.rules import Rules
+from programmable_kv.serve.rewriting.rules import Rules, Sharing
 
 _NAME = r"\s*(?:[-*] )?[\w\"'][\w \"'./()-]{0,59}(?:\s*:\s+|\s*=\s*)"
 _NAMED = re.compile(f"^({_NAME})(\\S.{{0,199}}|)$")
-_MOMENT = re.compile(
-    r"\d{1,2}:\d{2}(?!\d)|\d{4}-\d{2}-\d{2}|(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\b"
-)
-"""a time or a date as nobody writes anything else; three numbers with dots between them may be an address"""
-_LONG_NUMBER = re.compile(r"\d{9,}")
-"""seconds since 1970, or somebody's number"""
 _MOST_VALUES = 8
 """values that are followed in one line"""
 _SHOWN = 60
@@ -39,19 +35,21 @@ class Change:
     trusted: bool = True
     """whether it stands in the system prompt"""
     share: bool | None = None
-    """what was declared about sharing it between conversations"""
+    """what was declared about sharing it between conversations; False also where nothing is to be shared"""
+    learned: bool = False
+    """whether nobody declared it"""
 
     @property
     def harmless(self) -> bool:
         """Whether it tells one conversation's reader nothing about another's."""
-        return self.kind == "clock"
+        return self.kind == "clock" and self.share is not False
 
     @property
     def shareable(self) -> bool:
         """Whether the earlier value may stay readable in the system prompt of another conversation of the same tenant."""
         if self.share is not None:
             return self.share
-        return self.harmless and _MOMENT.search(self.value) is not None and _LONG_NUMBER.search(self.value) is None
+        return self.harmless and is_plain(self.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +75,15 @@ def compare(unit: Unit, place: str, before: str, after: str, rules: Rules, learn
     one, other = rules.mask(unit, place, before), rules.mask(unit, place, after)
     if [each.rule.name for each in one.values] != [each.rule.name for each in other.values]:
         return Compared(explained=False)
+    apart = rules.sharing is Sharing.NONE
     changes = [
-        Change(new.rule.name, new.value, True, kind_of(old.value, new.value), new.rule.tell, unit.head, new.rule.share)
+        Change(
+            new.rule.name, new.value, True, kind_of(old.value, new.value), new.rule.tell, unit.head,
+            False if apart else new.rule.share,
+        )
         for old, new in zip(one.values, other.values, strict=True)
         if old.value != new.value
-    ]
+    ]  # fmt: skip
     if one.text == other.text:
         return Compared(tuple(changes))
     lines, lines_after = one.text.split("\n"), other.text.split("\n")
@@ -97,7 +99,7 @@ def compare(unit: Unit, place: str, before: str, after: str, rules: Rules, learn
             return Compared(explained=False)
         template, change = found
         templates.append(template)
-        changes.append(change)
+        changes.append(replace(change, share=False) if apart else change)
         explained = explained and template in learned
     return Compared(tuple(changes), tuple(templates), explained)
 
@@ -109,9 +111,29 @@ def kind_of(before: str, after: str) -> str:
 
 
 def may_hold(text: str, templates: Collection[str]) -> bool:
-    """Whether a line of a text has the form of one of the templates."""
-    forms = [re.compile(".+?".join(map(re.escape, json.loads(each)))) for each in templates]
-    return any(form.fullmatch(line) for line in text.split("\n") for form in forms)
+    """Whether a line of a text has the form of one of the templates: their parts in order, and something between each two."""
+    forms = [_parts_of(each) for each in templates]
+    return any(_has_form(line, form) for line in text.split("\n") for form in forms)
+
+
+@lru_cache(maxsize=1024)
+def _parts_of(template: str) -> tuple[str, ...]:
+    return tuple(json.loads(template))
+
+
+def _has_form(line: str, parts: tuple[str, ...]) -> bool:
+    """Each part is looked for behind the one before it, and taken where it stands first: what fits at a later place fits there,
+    too. A regular expression would try every place of every part."""
+    first, *inner, last = parts
+    if not line.startswith(first) or not line.endswith(last):
+        return False
+    at = len(first)
+    for part in inner:
+        found = line.find(part, at + 1)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return at + 1 <= len(line) - len(last)
 
 
 def _line_change(before: str, after: str) -> tuple[str, Change] | None:
@@ -121,16 +143,17 @@ def _line_change(before: str, after: str) -> tuple[str, Change] | None:
     one, other = _NAMED.match(before), _NAMED.match(after)
     if one is not None and other is not None and one[1] == other[1] and other[2]:
         name = one[1].strip().lstrip("-* ").rstrip(" :=").strip("\"'")
-        return json.dumps([one[1], ""]), Change(name, other[2], True, kind_of(one[2], other[2]))
+        return json.dumps([one[1], ""]), Change(name, other[2], True, kind_of(one[2], other[2]), learned=True)
     found = _template(before, after)
     if found is None or not found[0][0].strip():
         return None  # nothing stays that it could be called by
     head = found[0][0].strip()
-    return json.dumps(found[0]), Change(head[:_SHOWN], after.strip(), False, found[1])
+    return json.dumps(found[0]), Change(head[:_SHOWN].rstrip(), after.strip(), False, found[1], learned=True)
 
 
 def _template(before: str, after: str) -> tuple[list[str], str] | None:
     """The parts of two texts that stay, where they differ in clocks, ids and counters only; and the gravest kind."""
+    whole = before, after
     parts: list[str] = []
     kinds: list[str] = []
     for start, stop, one, other, kind in _values(before, after):
@@ -142,6 +165,8 @@ def _template(before: str, after: str) -> tuple[list[str], str] | None:
     if not kinds:
         return None
     gravest = next((kind for kind in ("value", "id", "counter", "clock") if kind in kinds), "value")
+    if gravest == "clock" and not differ_as_moments(*whole):
+        gravest = "value"  # what looks like a zone of time behind a clock may be a name
     return [*parts, after], gravest
 
 

@@ -68,18 +68,20 @@ def match(conversation: Conversation, prompt: Prompt, known: Known) -> Match:
     return Match(conversation, changes, (), "other text changed")
 
 
-def choose(matches: Sequence[Match], alone: bool) -> tuple[Match | None, str]:
+def choose(matches: Sequence[Match], *, alone: bool, named: bool, turns: int) -> tuple[Match | None, str]:
     """The conversation that a request goes on with; or None, and why. One that was told of lines goes before one that was not.
 
     Args:
         matches: in the order in which they were last used, the latest first.
         alone: whether no other conversation ever began with the same turns.
+        named: whether the client names its conversation.
+        turns: of the request.
     """
     fitting = [each for each in matches if not each.refused]
     if not fitting:
         refused = [each.refused for each in matches]
         return None, refused[0] if refused else ""
-    certain = [each for each in fitting if _is_certain(each, alone)]
+    certain = [each for each in fitting if _is_certain(each, alone, named, turns)]
     if not certain:
         return None, "it may be another conversation"
     least = min(len(each.changes) for each in certain)
@@ -89,7 +91,8 @@ def choose(matches: Sequence[Match], alone: bool) -> tuple[Match | None, str]:
     return next((each for each in nearest if each.conversation.token), nearest[0]), ""
 
 
-def _is_certain(found: Match, alone: bool) -> bool:
+def _is_certain(found: Match, alone: bool, named: bool, turns: int) -> bool:
     """Whether no other conversation's values would be told by mistake."""
-    named, spoke = found.conversation.named, found.conversation.spoke
-    return named or (alone and spoke) or all(change.harmless for change in found.changes)
+    old = found.conversation
+    grew = old.spoke and turns > old.turns  # the same turns again may be another conversation that begins like it
+    return (named and old.named) or (alone and grew) or all(change.harmless for change in found.changes)

@@ -18,9 +18,11 @@ from programmable_kv.serve.rewriting.conversation import (
     sent,
 )
 from programmable_kv.serve.rewriting.matching import Known, Match, match
+from programmable_kv.serve.rewriting.naming import are_clear, declared_values
 from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES, Prompt, holds_thinking, open_calls
 from programmable_kv.serve.rewriting.rebase import Warming, warming
 from programmable_kv.serve.rewriting.rules import Sharing
+from programmable_kv.serve.rewriting.tools import may_act
 from programmable_kv.serve.rewriting.wording import line_of, new_token, placeholder
 
 _LEAST_BUDGET = 8192
@@ -31,6 +33,7 @@ _SHARED_BUDGET = 0.125
 """the part of what is saved that the line behind a shared head may take; where it is longer, a head is sent anew"""
 
 
+_UNCLEAR = "a name stands at several places, with different values"
 _REORDERED = "the tools are in their earlier order"
 FORMS = {
     CHAT: (Form.SYSTEM, Form.USER, Form.INLINE),
@@ -111,6 +114,8 @@ def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: 
     if not told:
         replayed = replace(_planned(Action.REPLAYED, prompt, old, new, None), why=_REORDERED if moved else "")
         return _with_warming(replayed, prompt, known, old)
+    if not are_clear(told, prompt, known.rules):
+        return _afresh(prompt, known, Action.RESET, _UNCLEAR, old)
     if not _has_place(prompt):
         return _afresh(prompt, known, Action.RESET, "there is no place for a line", old)
     form = _form(prompt, known, told, old.notes)
@@ -180,7 +185,7 @@ def _behind_head(action: Action, prompt: Prompt, known: Known, found: Match) -> 
     old = found.conversation
     told = [change for change in found.changes if change.tell]
     form = _form(prompt, known, told)
-    if told and (form is None or not _has_place(prompt)):
+    if told and (form is None or not _has_place(prompt) or not are_clear(told, prompt, known.rules)):
         return None
     made = begun(prompt, known.rules, known.keys, token=old.token, named=known.named)
     made = replace(made, tools=old.tools, order=old.order)
@@ -192,10 +197,12 @@ def _behind_head(action: Action, prompt: Prompt, known: Known, found: Match) -> 
 
 def _with_warming(made: Plan, prompt: Prompt, known: Known, old: Conversation) -> Plan:
     """The plan; and where the lines became many, what is to be computed without them. A conversation whose reasoning is bound
-    to what stands before it keeps its lines."""
+    to what stands before it keeps its lines. So does one with tools that the server runs: they could act twice."""
     lines = len(made.after.notes) if made.after is not None else 0
     budget = max(_LEAST_BUDGET, _BUDGET * len(prompt.body.text)) / 2
-    if not lines or (lines < known.rebase_after and made.added_bytes <= budget) or holds_thinking(prompt):
+    if not lines or (lines < known.rebase_after and made.added_bytes <= budget):
+        return made
+    if holds_thinking(prompt) or may_act(prompt.body):
         return made
     anew = _afresh(prompt, known, Action.REBASE, "", old)
     assert anew.after is not None, "a conversation begins"
@@ -239,17 +246,19 @@ def _may_change(prompt: Prompt, known: Known) -> bool:
 
 
 def _hoisted(made: Conversation, prompt: Prompt, known: Known) -> Conversation | None:
-    """The conversation with its declared values at the end instead of in the system prompt; None where it has none."""
+    """The conversation with its declared values at the end instead of in the system prompt; None where it has none. A name with
+    several values stays where it is: at the end nobody could tell which is which."""
+    several = {name for name, values in declared_values(prompt, known.rules).items() if len(values) > 1}
     head = []
     told: list[Change] = []
     for kept, unit in zip(made.head, prompt.head, strict=True):
         base = dict(kept.base)
         for place, text in unit.texts.items():
             masked = known.rules.mask(unit, place, text)
-            for value in reversed(masked.values):
-                if value.rule.tell:
-                    base[place] = base[place][: value.start] + placeholder(value.rule.name) + base[place][value.stop :]
-            told += [Change(each.rule.name, each.value, True, "value") for each in masked.values if each.rule.tell]
+            moved = [each for each in masked.values if each.rule.tell and each.rule.name not in several]
+            for value in reversed(moved):
+                base[place] = base[place][: value.start] + placeholder(value.rule.name) + base[place][value.stop :]
+            told += [Change(each.rule.name, each.value, True, "value") for each in moved]
         head.append(replace(kept, base=base))
     form = _form(prompt, known, told)
     if not told or form is None:

@@ -22,6 +22,10 @@ _LIST = {CHAT: "messages", MESSAGES: "messages", RESPONSES: "input"}
 """the member that holds the messages"""
 _STORED = ("previous_response_id", "conversation")
 """members that name a conversation that the server holds"""
+_BOUND = ("redacted_thinking",)
+"""types of blocks that a server takes back only behind what they were made behind"""
+_SIGNED = ("signature", "encrypted_content", "encrypted_index", "encrypted_stdout")
+"""members of blocks and items of which the same holds"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,16 +152,34 @@ def open_calls(prompt: Prompt) -> bool:
 
 
 def holds_thinking(prompt: Prompt) -> bool:
-    """Whether the conversation holds reasoning that is bound to what stands before it."""
-    if any("encrypted_content" in prompt.value(unit) for unit in prompt.turns):
-        return True
-    blocks = (
-        block
-        for unit in prompt.turns
-        if isinstance(content := prompt.value(unit).get("content"), list)
-        for block in content
-    )
-    return any(isinstance(block, Mapping) and ("signature" in block or "encrypted" in str(block)) for block in blocks)
+    """Whether the conversation holds reasoning, or results of a server's own tools, that are bound to what stands before them:
+    as the members of the model's own blocks say, never the words of a text."""
+    for unit in prompt.turns:
+        value = prompt.value(unit)
+        if _is_bound(value):
+            return True
+        content = value.get("content")
+        if unit.role == "assistant" and isinstance(content, list) and any(map(_holds_bound, content)):
+            return True
+    return False
+
+
+def _holds_bound(block: Any) -> bool:
+    """Whether a block is bound, or one of its results or citations is."""
+    if not isinstance(block, Mapping):
+        return False
+    inner = [each for name in ("content", "citations") for each in _items(block.get(name))]
+    return _is_bound(block) or any(map(_is_bound, inner))
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_bound(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    return value.get("type") in _BOUND or any(name in value for name in _SIGNED)
 
 
 def digest(value: Any) -> str:

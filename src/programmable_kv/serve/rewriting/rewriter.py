@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from programmable_kv.explain.logs import session_name
+from programmable_kv.explain.logs import conversation_name, session_name
 from programmable_kv.explain.pieces import Usage
 from programmable_kv.serve.headers import Headers, readable, value_of
 from programmable_kv.serve.modes import GatewayMode
@@ -30,8 +30,6 @@ _REWRITES = (GatewayMode.ERRATUM, GatewayMode.HOIST)
 REFUSALS = (400, 422, 500)
 """statuses with which servers refuse a role; llama-server says 500 where a template raises"""
 _FAULT = 500
-_SHARED_NAMES = ("prompt_cache_key", "metadata")
-"""where a client's name often stands for more than one conversation: it parts them, and does not tell one from another"""
 
 
 @dataclass(slots=True)
@@ -135,7 +133,7 @@ class Rewriter:
         work.prompt, work.model = prompt, prompt.model
         sent = {"headers": readable(headers)}
         work.session = session = session_name(sent, body.data)
-        own = session_name(sent, {key: value for key, value in body.data.items() if key not in _SHARED_NAMES})
+        own = conversation_name(sent, body.data)  # another name parts conversations, and does not tell one from another
         work.salt = salt = str(body.data.get("cache_salt") or "")
         whose = (tenant, route, prompt.model, session, salt)
         keys = keys_of(prompt, self._rules, *whose)
@@ -245,7 +243,7 @@ class Rewriter:
         candidates = self._store.candidates(known.keys)
         others = self._store.begun(known.keys)
         matches = [match(each, prompt, known) for each in candidates]
-        found, why = choose(matches, alone=others <= 1)
+        found, why = choose(matches, alone=others == 1, named=known.named, turns=len(known.keys))
         if not why and found is None and others:
             why = "an earlier message changed, or a conversation begins like another"
         templates = next((each.templates for each in matches if each.templates), ())
@@ -253,7 +251,7 @@ class Rewriter:
             self._verdicts.learn(owner, templates)
             known = work.known = replace(known, learned=self._verdicts.learned(owner))
         if found is None and matches and known.named:
-            work.replaced = matches[0].conversation
+            work.replaced = next((each.conversation for each in matches if each.conversation.named), None)
         if found is None and not why and self._heads is not None and _shares(known):
             work.head = key_of(prompt, known.rules, known.learned, work.tenant, work.route, work.model, work.salt)
             known = work.known = replace(known, shared=self._heads.find(work.head))

@@ -6,13 +6,13 @@ Nothing is remembered here between two calls: another gateway may have written m
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from programmable_kv.serve.rewriting.conversation import Conversation, Form, Note
 from programmable_kv.serve.rewriting.documents import conversation_of, document_of
 from programmable_kv.serve.rewriting.plan import Plan
-from programmable_kv.serve.state import State
+from programmable_kv.serve.state import State, Transaction
 
 _LOG = logging.getLogger("programmable_kv.serve")
 _MOST_KEYS = 500
@@ -26,6 +26,10 @@ _NOTEBOOK = "UPDATE gateway_notebooks SET number = number WHERE identity = ?"
 """finds out whether a notebook is there, and keeps it from being deleted meanwhile"""
 _OF_NOTEBOOK = "INSERT INTO notebook_conversations VALUES (?, ?) ON CONFLICT (notebook, conversation) DO NOTHING"
 _FORGET_REBASE = "DELETE FROM renewals WHERE conversation = ?"
+_BEGINS = (
+    "INSERT INTO beginnings VALUES (?, ?, epoch()) ON CONFLICT (key) DO UPDATE SET "
+    "conversations = beginnings.conversations + 1, used = excluded.used"
+)
 _NEW = "INSERT INTO conversations VALUES (?, ?, ?, ?, epoch())"
 _LINE = "INSERT INTO errata VALUES (?, ?, ?, ?, ?)"
 _ENDED = ""
@@ -36,6 +40,10 @@ WARMING_S = 300.0
 _CONVERSATIONS_S = 7 * 86400.0
 """what was silent for longer is forgotten"""
 _BEGINNINGS_S = 30 * 86400.0
+_BEGINNINGS = 4
+"""beginnings that are kept, for each conversation that may be. Where one is forgotten, nobody is taken to be alone with it"""
+_FORGET_BEGINNINGS_EVERY = 1024
+"""new conversations between two clean-ups of beginnings: to count them takes some time"""
 
 
 class ConversationStore:
@@ -53,6 +61,7 @@ class ConversationStore:
             with state.write() as run:  # whoever computed it is gone
                 run.execute("DELETE FROM renewals WHERE state = ?", (_WARMING,))
         self._forget()
+        self._forget_beginnings()
         self._forget_orphans()
 
     def __len__(self) -> int:
@@ -67,7 +76,8 @@ class ConversationStore:
         return [each for each in rows if length[each.key] == longest]
 
     def begun(self, keys: Sequence[str]) -> int:
-        """How many conversations were first seen with the same turns: the most, over all beginnings of this one."""
+        """How many conversations were first seen with the same turns: the most, over all beginnings of this one. At least: 0
+        where it was forgotten."""
         marks = ",".join("?" * len(keys[:_MOST_KEYS]))
         statement = f"SELECT max(conversations) FROM beginnings WHERE key IN ({marks})"
         return int(self._state.rows(statement, keys[:_MOST_KEYS])[0][0] or 0)
@@ -91,12 +101,6 @@ class ConversationStore:
                 return False  # it was deleted meanwhile: nothing of it is kept
             if before is None:
                 run.execute(_NEW, (after.identity, after.key, after.version, document_of(after)))
-                if after.origin == after.identity:
-                    run.execute(
-                        "INSERT INTO beginnings VALUES (?, 1, epoch()) ON CONFLICT (key) DO UPDATE SET "
-                        "conversations = beginnings.conversations + 1, used = excluded.used",
-                        (after.key,),
-                    )
             else:
                 changed = run.execute(
                     "UPDATE conversations SET key = ?, version = ?, document = ?, used = epoch() "
@@ -105,6 +109,9 @@ class ConversationStore:
                 ).rowcount
                 if not changed:
                     return False
+            if _begins(plan, after):
+                first = after.origin == after.identity and before is None
+                run.execute(_BEGINS, (after.key, 1 if first else 2))  # that which it may go on with is one, too
             if plan.replaced is not None:
                 run.execute(_SET_KEY, (_ENDED, plan.replaced.identity))
                 run.execute(_FORGET_REBASE, (plan.replaced.identity,))
@@ -124,6 +131,8 @@ class ConversationStore:
             if self._made % _FORGET_EVERY == 0:
                 try:
                     self._forget()
+                    if self._made % _FORGET_BEGINNINGS_EVERY == 0:
+                        self._forget_beginnings()
                 except Exception as error:  # the request is remembered, and goes out
                     _LOG.warning("old conversations could not be forgotten (%s)", type(error).__name__)
         return True
@@ -147,7 +156,7 @@ class ConversationStore:
             if before is None:
                 for table in OF_CONVERSATIONS:
                     run.execute(f"DELETE FROM {table} WHERE conversation = ?", (after.identity,))
-            if before is None and after.origin == after.identity:
+            if _begins(plan, after):
                 run.execute("UPDATE beginnings SET conversations = conversations - 1 WHERE key = ?", (after.key,))
             if plan.note is not None:
                 run.execute(
@@ -229,21 +238,17 @@ class ConversationStore:
         """Forget the conversations that were silent longest, and their lines. What stays is not looked through: there may be
         a hundred thousand, and clients wait."""
         with self._state.write() as run:
-            silent = "SELECT identity FROM conversations WHERE used < epoch() - ?"
-            gone = [identity for (identity,) in run.execute(silent, (_CONVERSATIONS_S,)).fetchall()]
-            [(kept,)] = run.execute("SELECT count(*) FROM conversations").fetchall()
-            over = kept - len(gone) - self._most
-            if over > 0:
-                longest = "SELECT identity FROM conversations WHERE used >= epoch() - ? ORDER BY used LIMIT ?"
-                gone += [identity for (identity,) in run.execute(longest, (_CONVERSATIONS_S, over)).fetchall()]
-            gone.sort()  # whoever else forgets locks rows in the same order
-            for at in range(0, len(gone), _MOST_KEYS):
-                lot = gone[at : at + _MOST_KEYS]
+            for lot in _silent(run, "conversations", "identity", _CONVERSATIONS_S, self._most):
                 marks = ",".join("?" * len(lot))
                 run.execute(f"DELETE FROM conversations WHERE identity IN ({marks})", lot)
                 for table in OF_CONVERSATIONS:
                     run.execute(f"DELETE FROM {table} WHERE conversation IN ({marks})", lot)
-            run.execute("DELETE FROM beginnings WHERE used < epoch() - ?", (_BEGINNINGS_S,))
+
+    def _forget_beginnings(self) -> None:
+        """Forget the beginnings that were seen last the longest time ago."""
+        with self._state.write() as run:
+            for lot in _silent(run, "beginnings", "key", _BEGINNINGS_S, self._most * _BEGINNINGS):
+                run.execute(f"DELETE FROM beginnings WHERE key IN ({','.join('?' * len(lot))})", lot)
 
     def _forget_orphans(self) -> None:
         """Forget what belongs to conversations that are not there: those whose first request was refused leave it."""
@@ -252,3 +257,24 @@ class ConversationStore:
                 run.execute(
                     f"DELETE FROM {table} WHERE NOT EXISTS (SELECT 1 FROM conversations WHERE identity = {table}.conversation)"
                 )
+
+
+def _silent(run: Transaction, table: str, name: str, silent_s: float, most: int) -> Iterator[list[str]]:
+    """What of a table was not used for so long, or is too much: found by an index, in lots."""
+    rows = run.execute(f"SELECT {name} FROM {table} WHERE used < epoch() - ?", (silent_s,)).fetchall()
+    [(kept,)] = run.execute(f"SELECT count(*) FROM {table}").fetchall()
+    over = kept - len(rows) - most
+    if over > 0:
+        longest = f"SELECT {name} FROM {table} WHERE used >= epoch() - ? ORDER BY used LIMIT ?"
+        rows += run.execute(longest, (silent_s, over)).fetchall()
+    gone = sorted(each for (each,) in rows)  # whoever else forgets locks rows in the same order
+    yield from (gone[at : at + _MOST_KEYS] for at in range(0, len(gone), _MOST_KEYS))
+
+
+def _begins(plan: Plan, after: Conversation) -> bool:
+    """Whether a request may be the first one of a conversation. One without a name that adds no turn to what was sent is sent
+    again, or belongs to another conversation that begins alike: nobody can tell."""
+    old = plan.before or plan.replaced
+    if old is None:
+        return after.origin == after.identity
+    return old.turns == after.turns and not after.named and not after.notebook

@@ -13,6 +13,21 @@ MARKER = "cache_control"
 _TOOLS = "tools"
 
 
+_CLIENTS = ("function", "custom")
+"""types of tools that the client runs, as it does those of Messages that have none. Any other may be the server's own"""
+_HOSTED = ("mcp_servers", "web_search_options", "container", "plugins", "prompt")
+"""members with which a server may run something by itself, or that name a stored prompt, which may have tools"""
+
+
+def may_act(body: Body) -> bool:
+    """Whether a server that takes a request may do more than answer it: search, run code, call a server of somebody's."""
+    tools = body.data.get(_TOOLS) or []
+    return any(body.data.get(name) not in (None, False, "", []) for name in _HOSTED) or not (
+        isinstance(tools, list)
+        and all(isinstance(tool, Mapping) and tool.get("type", "custom") in _CLIENTS for tool in tools)
+    )
+
+
 def digests_of(body: Body) -> tuple[str, tuple[str, ...]]:
     """A digest of all tools, and one of each in their order. The order of keys counts: a template writes them in that order."""
     tools = plain(body.data.get(_TOOLS))

@@ -35,7 +35,7 @@ def line_of(token: str, changes: Iterable[Change]) -> str:
             said.append(f"{quoted(change.name)}: {quoted(change.value)}")
         else:
             said.append(f"The line that begins with {quoted(change.name)} reads {quoted(change.value)}")
-    return f"[state {token}] {'; '.join(said)}."
+    return f"[state {token}] {'; '.join(dict.fromkeys(said))}."  # what stands at two places is said once
 
 
 def placeholder(name: str) -> str:
