@@ -1,4 +1,4 @@
-"""Requests and edits of one notebook at the same time: whatever comes between two steps of a request, no old value follows a new one."""
+"""Requests and edits of one notebook at the same time: whatever comes in between, no old value follows a new one."""
 
 from __future__ import annotations
 
