@@ -11,6 +11,7 @@ from programmable_kv.serve.notebooks.composing import Ask, Composer
 from programmable_kv.serve.notebooks.shelf import BookShelf
 from programmable_kv.serve.notebooks.source import PREFIX, busy, invalid
 from programmable_kv.serve.notebooks.telling import BookRewriter, BookRewriting
+from programmable_kv.serve.reading import collector_paused
 from programmable_kv.serve.refusal import STATE_UNAVAILABLE, Refusal, RefusedError
 from programmable_kv.serve.rewriting.body import Body, read
 from programmable_kv.serve.rewriting.prompt import ROUTES
@@ -52,7 +53,8 @@ class Asking:
         return await self._composer.composed(work, data, ask)
 
     def _begun(self, tenant: str, route: str, headers: Headers, data: bytes) -> Rewriting | None:
-        body = read(data)
+        with collector_paused():
+            body = read(data)
         model = body.data.get("model") if body is not None else None
         if body is None or not isinstance(model, str) or not model.startswith(PREFIX):
             return None
