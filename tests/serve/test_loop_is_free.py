@@ -7,6 +7,7 @@ import gc
 import sqlite3
 import threading
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -65,10 +66,12 @@ def test_a_state_whose_long_work_fails_is_free_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("long", [False, True])
 def test_long_bodies_are_read_beside_the_loop(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[str] = []
-    read = endpoint.json_of
-    monkeypatch.setattr(
-        endpoint, "json_of", lambda data: (threads.append(threading.current_thread().name), read(data))[1]
-    )
+
+    def read(data: bytes) -> Any:
+        threads.append(threading.current_thread().name)
+        return json_of(data)
+
+    monkeypatch.setattr(endpoint, "json_of", read)
     body = b'{"messages": [], "x": "%b"}' % (b"x" * LONG_BODY * long)
     with running(GatewaySettings("http://127.0.0.1:9", port=0)) as front:
         got = httpx2.post(f"{front.url}/v1/notebooks", content=body)

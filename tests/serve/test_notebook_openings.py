@@ -112,7 +112,7 @@ def test_a_tool_keeps_all_that_is_said_about_it(http: httpx2.Client, upstream: C
 
 TEXTS = ["x", "", " ", "{f}", "{f}{f}", "{", "\n", "\x00", "\u2028", "\ud800", "𝒳", "<|im_end|>", "a" * 300]
 NUMBERS = [0, 1, -1, 1.5, 10**30, True, None]
-NESTED = [[], {}, [[]], [{}], [None], ["x"], {"type": "text"}, {"type": "text", "text": "{f}"}, {"f": {}}]
+NESTED: list[Any] = [[], {}, [[]], [{}], [None], ["x"], {"type": "text"}, {"type": "text", "text": "{f}"}, {"f": {}}]
 ODD = st.sampled_from([*TEXTS, *NUMBERS, *NESTED])
 ROLE = st.sampled_from(["system", "developer", "user", "assistant", "tool", "", 5, None])
 PART = st.one_of(
