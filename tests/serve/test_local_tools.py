@@ -22,6 +22,7 @@ from serve.http_peers import Running, running
 
 pytest_plugins = ["serve.local_clients"]
 ASK = [{"role": "user", "content": "What is on A1?"}]
+SHELVES = {"role": "system", "content": "Mind the shelves."}
 RESULT = "Three boxes."
 ANSWER = "There are three boxes."
 WITH_RESULT = [
@@ -37,7 +38,7 @@ FOR_RESPONSES: Any = [{"type": "function", **TOOL["function"]}]
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return taught([(ASK, SAID + CALL), (WITH_RESULT, ANSWER)], [TOOL])
+    return taught([(ASK, SAID + CALL), (WITH_RESULT, ANSWER), ([SHELVES, *ASK], SAID + CALL + CALL)], [TOOL])
 
 
 def test_chat_calls_a_tool_and_reads_its_result(openai_client: openai.OpenAI, model: Model) -> None:
@@ -128,6 +129,66 @@ def test_a_notebook_keeps_its_tools(server: Running, openai_client: openai.OpenA
         other: Any = [{**TOOL, "function": {**TOOL["function"], "name": "other"}}]
         with pytest.raises(openai.BadRequestError, match="when it is made"):
             openai_client.chat.completions.create(model=model, messages=said, tools=other)
+
+
+def called(server: Running, path: str, **more: Any) -> tuple[str, list[str], str]:
+    """What a notebook with a tool answers: its text, the tools that it calls, and why it ended."""
+    body = {"messages": [SHELVES], "tools": [TOOL]}
+    book = httpx2.post(f"{server.url}/v1/notebooks", json=body, timeout=30).json()
+    asked = {"input": ASK} if path == "/v1/responses" else {"messages": ASK}
+    limit = {"max_tokens": 90} if path == "/v1/messages" else {}
+    got = httpx2.post(
+        f"{server.url}{path}", json={"model": book["model"], "temperature": 0, **asked, **limit, **more}, timeout=30
+    )
+    assert got.status_code == 200, got.text
+    found = got.json()
+    if path == "/v1/messages":
+        blocks = found["content"]
+        said = "".join(each["text"] for each in blocks if each["type"] == "text")
+        return said, [each["name"] for each in blocks if each["type"] == "tool_use"], found["stop_reason"]
+    if path == "/v1/responses":
+        parts = [part for each in found["output"] if each["type"] == "message" for part in each["content"]]
+        calls = [each["name"] for each in found["output"] if each["type"] == "function_call"]
+        return "".join(part["text"] for part in parts), calls, found["status"]
+    message, why = found["choices"][0]["message"], found["choices"][0]["finish_reason"]
+    return message["content"], [each["function"]["name"] for each in message.get("tool_calls", ())], why
+
+
+NO_CALL, ONE_CALL = {"tool_choice": "none"}, {"parallel_tool_calls": False}
+CLAUDES_NO_CALL: Any = {"tool_choice": {"type": "none"}}
+CLAUDES_ONE_CALL: Any = {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}
+
+
+@pytest.mark.parametrize(
+    ("path", "none", "one", "ends"),
+    [
+        ("/v1/chat/completions", NO_CALL, ONE_CALL, ("stop", "tool_calls")),
+        ("/v1/responses", NO_CALL, ONE_CALL, ("completed", "completed")),
+        ("/v1/messages", CLAUDES_NO_CALL, CLAUDES_ONE_CALL, ("end_turn", "tool_use")),
+    ],
+)
+def test_a_notebook_calls_as_many_tools_as_the_request_allows(
+    path: str, none: Any, one: Any, ends: tuple[str, str], server: Running
+) -> None:
+    assert called(server, path) == (SAID, ["look", "look"], ends[1])
+    assert called(server, path, **one) == (SAID, ["look"], ends[1])
+    text, calls, why = called(server, path, **none)
+    assert (calls, why) == ([], ends[0])
+    assert text == SAID + CALL + CALL, "its cached text names the tools: what it says is text"
+
+
+def test_what_cannot_be_kept_is_refused_of_a_notebook_s_tools_too(server: Running) -> None:
+    strict = {**TOOL, "function": {**TOOL["function"], "strict": True}}
+    got = httpx2.post(f"{server.url}/v1/notebooks", json={"messages": ASK, "tools": [strict]}, timeout=30)
+    assert (got.status_code, got.json()["error"]["code"]) == (400, "unsupported_parameter")
+
+
+def test_tools_that_may_not_be_called_must_be_the_notebook_s_too(server: Running) -> None:
+    book = httpx2.post(f"{server.url}/v1/notebooks", json={"messages": ASK, "tools": [TOOL]}, timeout=30).json()
+    other = {**TOOL, "function": {**TOOL["function"], "name": "other"}}
+    body = {"model": book["model"], "messages": ASK, "tools": [other], "tool_choice": "none"}
+    got = httpx2.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
+    assert (got.status_code, got.json()["error"]["code"]) == (400, "tools_differ")
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/notebooks"])

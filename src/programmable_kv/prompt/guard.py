@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from programmable_kv.cache.span import Span
@@ -35,6 +36,8 @@ _MARKERS = re.compile(
 _LONG_RUN = re.compile(r"\W{64,}")
 _REPEATED = re.compile(r"(\W)\1+")
 _LONGEST_RUN = 128
+_NAMES = 4096
+"""names of fields whose patterns are kept: each value is read for each other field's name"""
 _SQUEEZED = re.compile(r"\s*([<>\[\]|/_])\s*")
 _ROLE = r"(?:system|assistant|developer|user|tool|human|ai)"
 _ROLE_LINE = re.compile(
@@ -85,16 +88,18 @@ def check_value(
     if hidden is not None:
         _refuse_character(name, hidden)
     plain = folded(text)
+    spelled = spelled_together(plain)
     _check_markers(name, plain, tokenizer)
-    for form in map(_without_long_runs, {plain, spelled_together(plain)}):
+    for form in map(_without_long_runs, {plain, spelled}):
         if _ROLE_LINE.search(form) or _ROLE_TAG.search(form):
             raise InvalidValueError(
                 f"the value of {name} contains a role marker ('system:' or similar): {_shown(text)}"
             )
     _check_no_erratum(name, text, template)
     for other in names:
-        if other != name:
-            _check_other(name, text, plain, other)
+        parts = _parts_of(other)
+        if parts and (parts[0] in plain or parts[0] in spelled) and other != name:  # few are: there may be many names
+            _check_other(name, text, (plain, spelled), other)
 
 
 def check_text(name: str, text: str, kind: FieldType, tokenizer: Any, template: str, names: Iterable[str] = ()) -> None:
@@ -185,16 +190,14 @@ def _check_no_erratum(name: str, text: str, template: str) -> None:
         )
 
 
-def _check_other(name: str, text: str, plain: str, other: str) -> None:
+def _check_other(name: str, text: str, forms: tuple[str, str], other: str) -> None:
     """A value must not say what another field is. To mention it is fine."""
-    parts = words_of(other).split()
-    if not parts or not all(part in plain for part in parts):
-        spelled = spelled_together(plain)
-        if not parts or not all(part in spelled for part in parts):
-            return
+    parts = _parts_of(other)
+    if not any(all(part in form for part in parts) for form in forms):
+        return
     called = r"[\W_]*".join(map(re.escape, parts))
-    own = r"[\W_]*".join(map(re.escape, words_of(name).split()))
-    for form in {plain, spelled_together(plain)}:
+    own = r"[\W_]*".join(map(re.escape, _parts_of(name)))
+    for form in set(forms):
         form = re.sub(rf"(?<![^\W_]){own}(?![^\W_])", "\ue00f", form) if called in own and own != called else form
         if _tells(called).search(form):
             raise InvalidValueError(
@@ -203,6 +206,12 @@ def _check_other(name: str, text: str, plain: str, other: str) -> None:
             )
 
 
+@lru_cache(maxsize=_NAMES)
+def _parts_of(name: str) -> tuple[str, ...]:
+    return tuple(words_of(name).split())
+
+
+@lru_cache(maxsize=_NAMES)
 def _tells(called: str) -> re.Pattern[str]:
     """What says something about a field of that name, in folded text."""
     it = rf"(?<![^\W_]){called}(?![^\W_])[\"'`*)\]]*"

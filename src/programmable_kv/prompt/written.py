@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from datetime import date, datetime, time
 from decimal import Decimal
 from enum import Enum
@@ -21,6 +22,13 @@ _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 _IN_JSON = re.compile(r'[:,\[{]\s*"(?:[^"\\\n]|\\.)*\Z')
 _STRING_ENDS = re.compile(r'(?:[^"\\\n]|\\.)*"\s*[,:}\]\n]|(?:[^"\\\n]|\\.)*"\s*\Z')
+_NEAR = 2000
+"""characters around a place that are looked at"""
+_QUOTED = re.compile(r'"([^"\\\n]*(?:\\.[^"\\\n]*)*)')
+_ENDS = re.compile(r'"\s*(?:[,:}\]\n]|\Z)')
+PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+"""what may stand for a field: its name is looked up"""
+_OF_STRING = re.compile(rf"\\.|{PLACEHOLDER.pattern}")
 
 
 def rendered(name: str, value: Any) -> str:
@@ -66,18 +74,39 @@ def _unescaped(code: str) -> str:
 
 def in_json_string(before: str, after: str) -> bool:
     """Whether something between these texts stands inside of a JSON string: `{"status": "` and `"}`."""
-    return _IN_JSON.search(before[-2000:]) is not None and _STRING_ENDS.match(after[:2000]) is not None
+    return _IN_JSON.search(before[-_NEAR:]) is not None and _STRING_ENDS.match(after[:_NEAR]) is not None
 
 
 def places_in_json(content: str, names: Iterable[str]) -> dict[str, bool | None]:
     """Whether each field's placeholders stand inside of JSON strings; None if some do and some do not.
 
-    Fields without a placeholder in the content are left out.
+    Fields without a placeholder in the content are left out. The content is read once, however many placeholders it has.
     """
-    found: dict[str, bool | None] = {}
-    for name in names:
-        pieces = content.split("{" + name + "}")
-        quoted = {in_json_string("".join(pieces[:at]), "".join(pieces[at:])) for at in range(1, len(pieces))}
-        if quoted:
-            found[name] = None if len(quoted) > 1 else quoted.pop()
-    return found
+    wanted = set(names)
+    total = Counter(match[1] for match in PLACEHOLDER.finditer(content) if match[1] in wanted)
+    quoted = Counter(name for name in _quoted(content) if name in wanted) if total else Counter[str]()
+    return {name: None if 0 < quoted[name] < count else bool(quoted[name]) for name, count in total.items()}
+
+
+def _quoted(content: str) -> Iterator[str]:
+    """What is named by each placeholder inside of a JSON string, of which both ends are near.
+
+    A quote that is not visited here is escaped, as one that begins a JSON string never is.
+    """
+    for string in _QUOTED.finditer(content):
+        start, stop = string.span(1)
+        ends = _ENDS.match(content, stop)
+        before = _last_sign(content, start - 1)
+        if ends is None or before < 0 or content[before] not in ":,[{":
+            continue
+        for match in _OF_STRING.finditer(content, start, stop):
+            if match[1] is not None and match.start() - before <= _NEAR and ends.end() - match.end() <= _NEAR:
+                yield match[1]
+
+
+def _last_sign(content: str, stop: int) -> int:
+    """The place of the last character before a place that is no white space; -1 where there is none."""
+    at = stop - 1
+    while at >= 0 and content[at].isspace():
+        at -= 1
+    return at

@@ -81,6 +81,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
     tenants = {key.name for key in settings.keys}
     stored = StoredTexts(settings.skills, tenants) if settings.skills is not None else None
     books = Asking(shelf, teller, aside, Composer(stored) if stored is not None else None)
+    resource = BookResource(shelf, teller, stored, most_bytes=limits.max_body_bytes)
     forwarder = Forwarder(settings, fleet, access, admission, metrics, observer, rewriter, salt, aside, books)
 
     @asynccontextmanager
@@ -129,7 +130,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
         forwarder,
         routes=[
             *page_routes(),
-            *book_routes(BookResource(shelf, teller, stored), Routing(access, limits, metrics, forwarder.rates)),
+            *book_routes(resource, Routing(access, limits, metrics, forwarder.rates)),
             Route("/v1/{rest:path}", forwarder),
             Route("/healthz", lambda _: _health(fleet)),
             Route("/metrics", told(lambda _: Response(metrics.text(), media_type=_PROMETHEUS))),

@@ -1,4 +1,4 @@
-"""Calls that ask the state: made at once where that is a file, and beside the event loop where it is a database."""
+"""Calls that ask the state: made at once where that is a file that nothing waits for, and beside the event loop otherwise."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Aside:
 
     @property
     def waits(self) -> bool:
-        """Whether calls wait for a network."""
-        return self._pool is not None
+        """Whether calls wait for a network, or for a file's disk."""
+        return self._pool is not None or (self._state is not None and self._state.busy)
 
     async def run(self, call: Callable[P, T], *given: P.args, **named: P.kwargs) -> T:
         """Make a call. If the caller is cancelled, it ends all the same."""
-        if self._pool is None:
+        if not self.waits:
             return call(*given, **named)
         return await asyncio.shield(self._begun(lambda: call(*given, **named)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
@@ -23,6 +24,7 @@ from programmable_kv.serve.access import Access
 from programmable_kv.serve.incoming import check_length, read_body, while_connected
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.rates import Rates
+from programmable_kv.serve.reading import LONG_BODY, json_of
 from programmable_kv.serve.refusal import NO_SUCH_ROUTE, STATE_UNAVAILABLE, Refusal, RefusedError
 from programmable_kv.serve.reply import ClientGoneError, Reply
 from programmable_kv.serve.routes import route_of
@@ -91,15 +93,7 @@ class Endpoint:
         self.rates.take(tenant)
         check_length(headers, self.limits.max_body_bytes)
         data = await read_body(receive, self.limits.max_body_bytes, self.limits.body_s)
-        body: Any = {}
-        if data:
-            try:
-                body = json.loads(data)
-            except (ValueError, RecursionError) as error:
-                raise RefusedError(Refusal(400, "invalid_json", "the body is not JSON")) from error
-            _check_text(body, data)
-        if not isinstance(body, Mapping):
-            raise RefusedError(Refusal(400, "invalid_request", "the body is a JSON object"))
+        body = await asyncio.to_thread(_object_of, data) if len(data) > LONG_BODY else _object_of(data)
         return Call(tenant, Request(scope), body)
 
     async def _answer(self, call: Call, answered: list[Response]) -> None:
@@ -129,6 +123,23 @@ class Routing:
 
 async def _nothing(_: Call) -> Response:
     raise RefusedError(NO_SUCH_ROUTE)
+
+
+def _object_of(data: bytes) -> Mapping[str, Any]:
+    """
+    Raises:
+        RefusedError: it is no JSON object, or holds half of a character.
+    """
+    body: Any = {}
+    if data:
+        try:
+            body = json_of(data)
+        except (ValueError, RecursionError) as error:
+            raise RefusedError(Refusal(400, "invalid_json", "the body is not JSON")) from error
+        _check_text(body, data)
+    if not isinstance(body, Mapping):
+        raise RefusedError(Refusal(400, "invalid_request", "the body is a JSON object"))
+    return body
 
 
 def _check_text(body: Any, data: bytes) -> None:

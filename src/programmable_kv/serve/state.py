@@ -99,6 +99,8 @@ class State(ABC):
     """whether it is reached over a network, so that its calls may take long"""
     alone: bool
     """whether no other server uses it"""
+    busy: bool = False
+    """whether something runs that keeps all others waiting for the disk"""
 
     @abstractmethod
     def rows(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
@@ -177,10 +179,12 @@ class FileState(State):
         with self._lock:
             if durable and not self._durable:
                 self._connection.execute("PRAGMA synchronous = FULL")
+                self.busy = True
                 try:
                     with self.write() as run:
                         yield run
                 finally:
+                    self.busy = False
                     self._connection.execute("PRAGMA synchronous = NORMAL")
                 return
             self._connection.execute("BEGIN IMMEDIATE")
@@ -195,7 +199,11 @@ class FileState(State):
     def scrub(self) -> None:
         """See `State.scrub`: it is overwritten, and so is the log that the file is written from."""
         with self._lock:
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self.busy = True
+            try:
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                self.busy = False
 
     def close(self) -> None:
         """See `State.close`."""

@@ -84,11 +84,12 @@ class Answer:
         if ask.raw is not None:
             notebook = Notebook(model).text(ask.raw)
         else:
-            notebook = Notebook.from_messages(model, ask.messages, tools=ask.tools or None)
-            if ask.tools:
-                check_tools(model, ask.tools)
+            tools = ask.tools if ask.most_calls != 0 else ()
+            notebook = Notebook.from_messages(model, ask.messages, tools=tools or None)
+            if tools:
+                check_tools(model, tools)
         notebook.prefill()
-        yield from self._read(notebook, bool(ask.tools))
+        yield from self._read(notebook)
 
     def of_notebook(self, notebook: Notebook) -> Iterator[Piece]:
         """Pieces of an answer to messages behind a notebook. Afterwards the notebook is unchanged."""
@@ -97,13 +98,15 @@ class Answer:
         try:
             for message in self.ask.messages:
                 _add(notebook, message)
-            yield from self._read(notebook, bool(notebook.prompt.template.tools))
+            yield from self._read(notebook)
         finally:
             notebook.rollback(mark)
 
-    def _read(self, notebook: Notebook, calls: bool) -> Iterator[Piece]:
-        """The pieces that a client sees as text. Calls of tools are taken out and kept for the end."""
-        if not calls:
+    def _read(self, notebook: Notebook) -> Iterator[Piece]:
+        """The pieces that a client sees as text. Calls of tools are taken out and kept for the end; where none may be called,
+        there are none: what the model says is text."""
+        most = self.ask.most_calls
+        if most == 0 or not notebook.prompt.template.tools:
             yield from self._drawn(notebook)
             return
         whole, shown = "", ""
@@ -117,7 +120,8 @@ class Answer:
             if passed:
                 yield Piece(passed, tuple(held))
                 held.clear()
-        said, self.calls = split(whole)
+        said, calls = split(whole)
+        self.calls = calls[:most]
         if self.calls:
             self.end = End.CALLS
         rest = said[len(shown) :] if said.startswith(shown) else ""

@@ -25,7 +25,9 @@ class Ask:
     """keyword arguments of `Notebook.generate`"""
     stream: bool = False
     tools: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
-    """as Chat Completions takes them"""
+    """as Chat Completions takes them, also where none may be called"""
+    most_calls: int | None = None
+    """how many tools the answer may call; None is any number"""
     likeliest: int | None = None
     """how many tokens to tell at each place beside the drawn one, with log-probabilities; None tells none"""
     raw: str | None = field(default=None, repr=False)
@@ -71,6 +73,17 @@ def sampling_of(body: Mapping[str, Any], limit: int, stop: Any) -> dict[str, Any
     if body.get("top_p") is not None:
         found["top_p"] = number(body, "top_p", 1.0)
     return found
+
+
+def calls_of(allowed: bool, parallel: bool) -> int | None:
+    """How many tools an answer may call.
+
+    Args:
+        parallel: whether there may be more than one call.
+    """
+    if not allowed:
+        return 0
+    return None if parallel else 1
 
 
 def model_of(body: Mapping[str, Any]) -> str:

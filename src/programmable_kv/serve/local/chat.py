@@ -12,6 +12,7 @@ from programmable_kv.serve.local.asks import (
     DEFAULT_TOKENS,
     Ask,
     at_most,
+    calls_of,
     check_known,
     count,
     flag,
@@ -58,7 +59,8 @@ class ChatForm:
             messages,
             sampling_of(body, limit, body.get("stop")),
             flag(body, "stream"),
-            chosen(_tools(body.get("tools")), body.get("tool_choice")),
+            _tools(body.get("tools")),
+            calls_of(may_call(body.get("tool_choice")), body.get("parallel_tool_calls") is not False),
             likeliest if tells else None,
         )
         self._usage = flag(options, "include_usage")
@@ -118,15 +120,15 @@ def usage_of(answer: Answer) -> dict[str, Any]:
     }
 
 
-def chosen(tools: tuple[Mapping[str, Any], ...], choice: Any) -> tuple[Mapping[str, Any], ...]:
-    """The tools that the model is shown: none where none may be called.
+def may_call(choice: Any) -> bool:
+    """Whether the model may call a tool.
 
     Raises:
         RefusedError: a call is demanded, which nothing here can enforce.
     """
     if choice not in (None, "auto", "none"):
         refuse("unsupported_parameter", "tool_choice is 'auto' or 'none' here: a call cannot be enforced")
-    return () if choice == "none" else tools
+    return bool(choice != "none")
 
 
 def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from programmable_kv.prompt.fields import type_of
+from programmable_kv.serve.notebooks.source import field_of
 from programmable_kv.serve.state import State
 
 
@@ -29,11 +31,13 @@ class KeptNotebook:
     tokens: int = 0
 
     def request(self) -> dict[str, Any]:
-        """The request that makes it with its latest values."""
+        """The request that makes it with its latest values. Each field keeps the kind that its first value declared: the number
+        5 in a field of text is text."""
         given = dict(self.source.get("fields") or {})
         for name, value in self.values.items():
-            known = given.get(name)
-            given[name] = {**known, "value": value} if isinstance(known, Mapping) else value
+            known = given[name]
+            kind = type_of(field_of(name, known)).kind.value
+            given[name] = {**(known if isinstance(known, Mapping) else {}), "value": value, "kind": kind}
         return {**self.source, "fields": given}
 
 

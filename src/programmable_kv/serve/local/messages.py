@@ -11,6 +11,7 @@ from programmable_kv.serve.checks import refuse
 from programmable_kv.serve.local.answers import Answer, End, Piece
 from programmable_kv.serve.local.asks import (
     Ask,
+    calls_of,
     check_known,
     count,
     flag,
@@ -48,15 +49,15 @@ class MessageForm:
         if body.get("top_k") is not None:
             sampling["top_k"] = count(body, "top_k", 1)
         messages: list[Mapping[str, Any]] = []
-        if body.get("system"):
+        if body.get("system") not in (None, "", []):
             messages.append({"role": "system", "content": _text(body["system"], "system")})
         given = list(mappings(body.get("messages"), "messages"))
         if not given:
             refuse("invalid_request", "messages is a list of at least one message")
         for message in given:
             messages += _messages(message)
-        tools = _chosen(_tools(body.get("tools")), body.get("tool_choice"))
-        self.ask = Ask(model_of(body), messages, sampling, flag(body, "stream"), tools)
+        tools, most_calls = _tools(body.get("tools")), _most_calls(body.get("tool_choice"))
+        self.ask = Ask(model_of(body), messages, sampling, flag(body, "stream"), tools, most_calls)
         self._identity = f"msg_{secrets.token_hex(12)}"
         self._open = False
         """whether the block of text has begun"""
@@ -183,13 +184,13 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     return tuple(found)
 
 
-def _chosen(tools: tuple[Mapping[str, Any], ...], choice: Any) -> tuple[Mapping[str, Any], ...]:
+def _most_calls(choice: Any) -> int | None:
     if choice is None:
-        return tools
+        return None
     kind = choice.get("type") if isinstance(choice, Mapping) else None
     if kind not in ("auto", "none"):
         refuse("unsupported_parameter", "tool_choice is of type auto or none here: a call cannot be enforced")
-    return () if kind == "none" else tools
+    return calls_of(kind == "auto", not flag(choice, "disable_parallel_tool_use"))
 
 
 def _uses(answer: Answer) -> list[dict[str, Any]]:

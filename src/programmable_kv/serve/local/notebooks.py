@@ -12,6 +12,7 @@ from programmable_kv.account import Account
 from programmable_kv.model_queue import ModelQueue
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.notebook import Notebook
+from programmable_kv.serve.local.chat import refuse_strict
 from programmable_kv.serve.local.kept import KeptNotebook, NotebookShelf
 from programmable_kv.serve.local.tools import check_tools
 from programmable_kv.serve.notebooks.source import (
@@ -145,6 +146,10 @@ class NotebookStore:
             ProgrammableKVError: the messages, fields or tools are refused.
         """
         given = source_of(body)
+        for tool in given["tools"] or ():
+            function = tool.get("function") if isinstance(tool, Mapping) else None
+            if isinstance(function, Mapping):
+                refuse_strict(function)
         identity = new_identity()
         async with self._room():
             notebook = await self._queue.run(_made, self._model, given)

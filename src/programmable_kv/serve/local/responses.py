@@ -12,6 +12,7 @@ from programmable_kv.serve.local.asks import (
     DEFAULT_TOKENS,
     Ask,
     at_most,
+    calls_of,
     check_known,
     count,
     flag,
@@ -19,7 +20,7 @@ from programmable_kv.serve.local.asks import (
     model_of,
     sampling_of,
 )
-from programmable_kv.serve.local.chat import chosen, refuse_strict
+from programmable_kv.serve.local.chat import may_call, refuse_strict
 from programmable_kv.serve.local.forms import event, shares_of, text_of, tokens_of
 
 _READ = (
@@ -55,9 +56,9 @@ class ResponseForm:
         messages += _messages(body.get("input"))
         sampling = sampling_of({**body, "seed": None}, count(body, "max_output_tokens", DEFAULT_TOKENS), None)
         tools = _tools(body.get("tools"))
-        shown = chosen(tools, body.get("tool_choice"))
+        most_calls = calls_of(may_call(body.get("tool_choice")), body.get("parallel_tool_calls") is not False)
         shares = likeliest if include or likeliest else None
-        self.ask = Ask(model_of(body), messages, sampling, flag(body, "stream"), shown, shares)
+        self.ask = Ask(model_of(body), messages, sampling, flag(body, "stream"), tools, most_calls, shares)
         self._body = body
         self._identity = f"resp_{secrets.token_hex(12)}"
         self._message = f"msg_{secrets.token_hex(12)}"

@@ -9,16 +9,19 @@ from programmable_kv.serve.aside import Aside
 from programmable_kv.serve.headers import Headers
 from programmable_kv.serve.notebooks.composing import Ask, Composer
 from programmable_kv.serve.notebooks.shelf import BookShelf
-from programmable_kv.serve.notebooks.source import PREFIX, invalid
+from programmable_kv.serve.notebooks.source import PREFIX, busy, invalid
 from programmable_kv.serve.notebooks.telling import BookRewriter, BookRewriting
+from programmable_kv.serve.reading import collector_paused
 from programmable_kv.serve.refusal import STATE_UNAVAILABLE, Refusal, RefusedError
-from programmable_kv.serve.rewriting.body import read
+from programmable_kv.serve.rewriting.body import Body, read
 from programmable_kv.serve.rewriting.prompt import ROUTES
 from programmable_kv.serve.rewriting.rewriter import Rewriting
 from programmable_kv.serve.state import StateUnavailableError
 
 _LOG = logging.getLogger("programmable_kv.serve")
 _NAMED = PREFIX.encode()
+_TRIES = 8
+"""how often a request that edits overtake is planned again"""
 
 
 class Asking:
@@ -50,7 +53,8 @@ class Asking:
         return await self._composer.composed(work, data, ask)
 
     def _begun(self, tenant: str, route: str, headers: Headers, data: bytes) -> Rewriting | None:
-        body = read(data)
+        with collector_paused():
+            body = read(data)
         model = body.data.get("model") if body is not None else None
         if body is None or not isinstance(model, str) or not model.startswith(PREFIX):
             return None
@@ -61,8 +65,7 @@ class Asking:
                 )
             )
         try:
-            book = self._shelf.get(tenant, model.removeprefix(PREFIX))
-            return self._rewriter.ask(route, headers, body, book)
+            return self._planned(tenant, route, headers, body, model.removeprefix(PREFIX))
         except RefusedError:
             raise
         except StateUnavailableError as error:
@@ -72,6 +75,21 @@ class Asking:
         except Exception as error:  # a fault of ours: the client gets a typed error, the log its class and no text
             _LOG.error("a request to a notebook failed (%s)", type(error).__name__)
             raise RefusedError(Refusal(500, "internal_error", "the gateway failed at this request")) from error
+
+    def _planned(self, tenant: str, route: str, headers: Headers, body: Body, identity: str) -> BookRewriting:
+        """The plan for a request. The notebook is read, and then its conversation. Where it is edited in between, both are
+        read again: another request may have told the new values in the conversation, and the old ones would follow them.
+        """
+        book = self._shelf.get(tenant, identity)
+        for _ in range(_TRIES):
+            work = self._rewriter.ask(route, headers, body, book)
+            if not work.overtaken:
+                return work
+            latest = self._shelf.get(tenant, identity)
+            if latest.version == book.version:
+                return work  # another request went on with the conversation: this one tells nothing in it
+            book = latest
+        raise busy()
 
 
 def _abandoned(work: Rewriting | None) -> None:

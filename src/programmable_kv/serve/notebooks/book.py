@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +11,10 @@ from typing import Any
 from programmable_kv.errors import InvalidValueError, UnknownFieldError
 from programmable_kv.prompt.fields import FieldType, declare, edited
 from programmable_kv.prompt.guard import check_text
-from programmable_kv.prompt.parts import Text
 from programmable_kv.prompt.values import check_name
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
-from programmable_kv.prompt.written import places_in_json
-from programmable_kv.serve.notebooks.source import etag_of, field_of, types_told
+from programmable_kv.prompt.written import PLACEHOLDER, places_in_json
+from programmable_kv.serve.notebooks.source import etag_of, field_of, too_large, types_told
 
 HEAD_ROLES = ("system", "developer")
 _ROLES = (*HEAD_ROLES, "user", "assistant", "tool")
@@ -89,18 +89,28 @@ def declared(source: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Field
         UnknownFieldError: a field has no placeholder in any message.
         InvalidValueError: a name is not plain, or a value not of its type.
     """
-    fields = {name: field_of(name, value) for name, value in (source.get("fields") or {}).items()}
-    for name in fields:
+    places = source["places"] if "places" in source else located(source)
+    return declare(_fields(source), places)
+
+
+def located(source: Mapping[str, Any]) -> dict[str, bool | None]:
+    """Where each field stands: inside of JSON strings, outside of them, or (None) both. It is kept as `places` in the source,
+    so that the messages are not searched again for each request.
+
+    Raises:
+        UnknownFieldError: a field has no placeholder in any message.
+        InvalidValueError: a name is not plain, or a skill has not one placeholder of its own.
+    """
+    fields, skills = _fields(source), source.get("skills") or {}
+    for name in (*fields, *skills):
         check_name(name)
     places: dict[str, bool | None] = {}
     for text in _texts(source["messages"]):
         for name, inside in places_in_json(text, fields).items():
             places[name] = inside if places.get(name, inside) is inside else None
-    skills = source.get("skills") or {}
+    times = Counter(_placeholders(source["messages"])) if skills else Counter[str]()
     for name in skills:
-        check_name(name)
-        times = sum(text.count("{" + name + "}") for text in _texts(source["messages"]))
-        if times != 1 or name in fields:
+        if times[name] != 1 or name in fields:
             raise InvalidValueError(f"the skill {{{name}}} has one placeholder in the messages, and a name of its own")
     missing = [name for name in fields if name not in places]
     if missing:
@@ -108,7 +118,18 @@ def declared(source: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Field
             f"no message has the placeholder {{{missing[0]}}}. Write it where the value belongs, or do not declare the field. "
             "(In front of an upstream, fields stand in messages, not in tools or template variables.)"
         )
-    return declare(fields, places)
+    return places
+
+
+def check_size(messages: Sequence[Mapping[str, Any]], texts: Mapping[str, str], most_bytes: int) -> None:
+    """Check that no short request makes a long prompt: a value stands wherever its placeholder does.
+
+    Raises:
+        RefusedError: all values in all of their places take more bytes than a request may have.
+    """
+    nbytes = {name: len(text.encode()) for name, text in texts.items()}
+    if sum(nbytes.get(name, 0) for name in _placeholders(messages)) > most_bytes:
+        raise too_large(most_bytes)
 
 
 def changed(book: Book, values: Mapping[str, Any]) -> dict[str, str]:
@@ -135,16 +156,15 @@ def guard(texts: Mapping[str, str], types: Mapping[str, FieldType], names: Mappi
         InvalidValueError: one may.
     """
     for name, text in texts.items():
-        for template in (DEFAULT_TEMPLATE, _STATE_LINE):
-            check_text(name, text, types[name], None, template, names)
+        check_text(name, text, types[name], None, DEFAULT_TEMPLATE, names)
+        check_text(name, text, types[name], None, _STATE_LINE)
 
 
 def filled(messages: Sequence[Mapping[str, Any]], texts: Mapping[str, str]) -> list[dict[str, Any]]:
     """The messages with values in place."""
-    names = tuple(texts)
 
     def write(text: str) -> str:
-        return _with_fields(text, names).filled(texts)
+        return PLACEHOLDER.sub(lambda match: texts.get(match[1], match[0]), text)
 
     found = []
     for message in messages:
@@ -193,8 +213,15 @@ def _is_whole(call: Mapping[str, Any]) -> bool:
     return isinstance(call.get("id"), str) and isinstance(arguments, Mapping)
 
 
-def _with_fields(text: str, names: tuple[str, ...]) -> Text:
-    return Text(text, tuple(name for name in names if "{" + name + "}" in text))
+def _fields(source: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: field_of(name, value) for name, value in (source.get("fields") or {}).items()}
+
+
+def _placeholders(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The name in each placeholder."""
+    for text in _texts(messages):
+        for match in PLACEHOLDER.finditer(text):
+            yield match[1]
 
 
 def _texts(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:

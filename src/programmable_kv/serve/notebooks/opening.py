@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from programmable_kv.serve.notebooks.book import HEAD_ROLES, Book, filled
@@ -128,9 +129,12 @@ def _own(route: str, body: Body, book: Book, texts: Mapping[str, str]) -> tuple[
     if route == CHAT:
         return None, [*head, *rest]
     client = body.data.get(_SYSTEM[route])
+    if not isinstance(client, str | NoneType) and not (route == MESSAGES and isinstance(client, list)):
+        of = "text, or a list of blocks of text" if route == MESSAGES else "text"
+        raise invalid(f"{_SYSTEM[route]} is {of}: it is put behind the notebook's own")
     if route == MESSAGES:
         blocks = [block for each in head for block in _blocks(each["content"])]
-        given = _blocks(client) if client else []
+        given = client if isinstance(client, list) else _blocks(client)
         return ([*blocks, *given] if head else None), _as_claude(rest)
     parts = ["".join(block["text"] for block in _blocks(each["content"])) for each in head]
     given = [client] if isinstance(client, str) and client else []
@@ -140,7 +144,12 @@ def _own(route: str, body: Body, book: Book, texts: Mapping[str, str]) -> tuple[
 def _blocks(content: Any) -> list[Any]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
-    return list(content) if isinstance(content, list) else []
+    return [_block(part) for part in content] if isinstance(content, list) else []
+
+
+def _block(part: Any) -> Any:
+    """A part of a notebook's content, which may leave out that it is text."""
+    return {"type": "text", **part} if isinstance(part, Mapping) and "type" not in part else part
 
 
 def _as_claude(messages: Messages) -> Messages:
@@ -149,7 +158,7 @@ def _as_claude(messages: Messages) -> Messages:
         role, blocks = message["role"], _blocks(message["content"])
         if role == "tool":
             result = {"type": "tool_result", "tool_use_id": message["tool_call_id"], "content": blocks}
-            if found and found[-1]["role"] == "user" and found[-1]["content"][-1]["type"] == "tool_result":
+            if found and found[-1]["role"] == "user" and _is_result(found[-1]["content"][-1:]):
                 found[-1]["content"].append(result)  # results of one turn stand in one message
                 continue
             role, blocks = "user", [result]
@@ -158,6 +167,10 @@ def _as_claude(messages: Messages) -> Messages:
             blocks.append({"type": "tool_use", "id": call["id"], "name": call["function"]["name"], "input": given})
         found.append({"role": role, "content": blocks})
     return found
+
+
+def _is_result(blocks: Messages) -> bool:
+    return any(block["type"] == "tool_result" for block in blocks)
 
 
 def _as_items(message: Mapping[str, Any]) -> Messages:
@@ -178,7 +191,8 @@ def _tool(route: str, tool: Mapping[str, Any]) -> Any:
     function = tool["function"]
     if route == CHAT:
         return tool
+    rest = {key: value for key, value in tool.items() if key not in ("type", "function")}
     if route == RESPONSES:
-        return {"type": "function", **function}
-    rest = {key: function[key] for key in ("name", "description") if key in function}
+        return {"type": "function", **function, **rest}
+    rest = {key: value for key, value in function.items() if key != "parameters"} | rest
     return {**rest, "input_schema": function.get("parameters") or {"type": "object", "properties": {}}}

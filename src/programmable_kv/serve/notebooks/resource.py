@@ -12,14 +12,21 @@ from starlette.routing import Route
 
 from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.serve.endpoint import Call, Routing
-from programmable_kv.serve.notebooks.book import Book, changed, check_messages, declared, guard
+from programmable_kv.serve.notebooks.book import (
+    Book,
+    changed,
+    check_messages,
+    check_size,
+    declared,
+    guard,
+    located,
+)
 from programmable_kv.serve.notebooks.opening import check_tools
 from programmable_kv.serve.notebooks.routes import notebook_routes
 from programmable_kv.serve.notebooks.shelf import BookShelf
-from programmable_kv.serve.notebooks.source import check_version, invalid, new_identity, source_of
+from programmable_kv.serve.notebooks.source import busy, check_version, invalid, new_identity, source_of
 from programmable_kv.serve.notebooks.stored import StoredTexts
 from programmable_kv.serve.notebooks.telling import BookRewriter, line_bytes
-from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.rewriting.wording import new_token
 
 _TRIES = 8
@@ -29,41 +36,32 @@ _MODES = ("erratum", "full")
 
 
 class BookResource:
-    """The handlers of the notebooks' routes."""
+    """The handlers of the notebooks' routes. Each does its work in a thread: a notebook may be as long as a request."""
 
-    def __init__(self, shelf: BookShelf, rewriter: BookRewriter, stored: StoredTexts | None = None) -> None:
+    def __init__(
+        self, shelf: BookShelf, rewriter: BookRewriter, stored: StoredTexts | None = None, *, most_bytes: int
+    ) -> None:
         """
         Args:
             stored: the skills that notebooks may name.
+            most_bytes: how long the values of one may be, each as often as it stands in the text.
         """
         self._shelf = shelf
         self._rewriter = rewriter
         self._stored = stored
+        self._most_bytes = most_bytes
 
     async def create(self, call: Call) -> Response:
         """`POST /v1/notebooks`."""
-        source = source_of(call.body, "upstream_model", "skills")
-        model = call.body.get("upstream_model")
-        if not isinstance(model, str) or not model:
-            raise invalid("upstream_model is the name of the model at the upstream, as GET /v1/models lists it")
-        check_messages(source["messages"])
-        check_tools(source["tools"])
-        source["upstream_model"] = model
-        source["skills"] = await asyncio.to_thread(self._skills, call.body.get("skills"), call.tenant)
-        texts, types = declared(source)
-        guard(texts, types, texts)
-        book = Book(new_identity(), call.tenant, 1, source, new_token(), texts, texts)
-        await asyncio.to_thread(self._shelf.add, book)
-        return self._told(book, 201)
+        return await asyncio.to_thread(self._created, call)
 
     async def listed(self, call: Call) -> Response:
         """`GET /v1/notebooks`."""
-        found = [self._as_json(book) for book in await asyncio.to_thread(self._shelf.of_tenant, call.tenant)]
-        return JSONResponse({"object": "list", "data": found})
+        return await asyncio.to_thread(self._all, call)
 
     async def read(self, call: Call) -> Response:
         """`GET /v1/notebooks/{id}`."""
-        return self._told(await self._book(call))
+        return await asyncio.to_thread(lambda: self._told(self._book(call)))
 
     async def edit(self, call: Call) -> Response:
         """`PATCH /v1/notebooks/{id}/fields`."""
@@ -73,33 +71,68 @@ class BookResource:
                 f"in front of an upstream an edit's mode is one of {', '.join(_MODES)}, got {mode!r:.40}: leave it out"
             )
         for _ in range(_TRIES):
-            before = await self._book(call)
-            check_version(before.version, call.request.headers.get("if-match"))
-            texts = changed(before, call.body)
-            if texts == before.texts and (mode != "full" or before.base == texts):
-                return self._told(before, account=_account(mode, "none", "these are its values", before))
-            book, used, why = _settled(replace(before, texts=texts), mode)
-            changes = (book.texts, book.base) != (before.texts, before.base)
-            book = replace(book, version=before.version + changes)
-            # Shielded: an edit that has begun runs to its end, whether or not the client stays.
-            if await asyncio.shield(asyncio.to_thread(self._shelf.change, book, before)):
-                return self._told(book, account=_account(mode, used, why, book))
-        raise _busy()
+            # An edit that has begun runs to its end, whether or not the client stays: nothing stops a thread.
+            found = await asyncio.to_thread(self._edited, call, mode)
+            if found is not None:
+                return found
+        raise busy()
 
     async def fork(self, call: Call) -> Response:
         """`POST /v1/notebooks/{id}/fork`."""
-        book = replace(await self._book(call), identity=new_identity())
-        await asyncio.to_thread(self._shelf.add, book)
-        return self._told(book, 201)
+        return await asyncio.to_thread(self._forked, call)
 
     async def delete(self, call: Call) -> Response:
         """`DELETE /v1/notebooks/{id}`."""
         for _ in range(_TRIES):
-            book = await self._book(call)
-            check_version(book.version, call.request.headers.get("if-match"))
-            if await asyncio.shield(asyncio.to_thread(self._shelf.remove, book)):
+            if await asyncio.to_thread(self._removed, call):
                 return Response(status_code=204)
-        raise _busy()
+        raise busy()
+
+    def _created(self, call: Call) -> Response:
+        source = source_of(call.body, "upstream_model", "skills")
+        model = call.body.get("upstream_model")
+        if not isinstance(model, str) or not model:
+            raise invalid("upstream_model is the name of the model at the upstream, as GET /v1/models lists it")
+        check_messages(source["messages"])
+        check_tools(source["tools"])
+        source["upstream_model"] = model
+        source["skills"] = self._skills(call.body.get("skills"), call.tenant)
+        source["places"] = located(source)
+        texts, types = declared(source)
+        guard(texts, types, texts)
+        book = Book(new_identity(), call.tenant, 1, source, new_token(), texts, texts)
+        check_size(book.messages, {**texts, **book.skills}, self._most_bytes)
+        self._shelf.add(book)
+        return self._told(book, 201)
+
+    def _all(self, call: Call) -> Response:
+        found = [self._as_json(book) for book in self._shelf.of_tenant(call.tenant)]
+        return JSONResponse({"object": "list", "data": found})
+
+    def _edited(self, call: Call, mode: str) -> Response | None:
+        """The answer to an edit of the latest version; None where another edit was faster."""
+        before = self._book(call)
+        check_version(before.version, call.request.headers.get("if-match"))
+        texts = changed(before, call.body)
+        if texts == before.texts and (mode != "full" or before.base == texts):
+            return self._told(before, account=_account(mode, "none", "these are its values", before))
+        check_size(before.messages, {**texts, **before.skills}, self._most_bytes)
+        book, used, why = _settled(replace(before, texts=texts), mode)
+        changes = (book.texts, book.base) != (before.texts, before.base)
+        book = replace(book, version=before.version + changes)
+        if not self._shelf.change(book, before):
+            return None
+        return self._told(book, account=_account(mode, used, why, book))
+
+    def _forked(self, call: Call) -> Response:
+        book = replace(self._book(call), identity=new_identity())
+        self._shelf.add(book)
+        return self._told(book, 201)
+
+    def _removed(self, call: Call) -> bool:
+        book = self._book(call)
+        check_version(book.version, call.request.headers.get("if-match"))
+        return self._shelf.remove(book)
 
     def _skills(self, given: Any, tenant: str) -> dict[str, Any]:
         """The skills that a notebook names, by their placeholders: found in the store now, and the same from then on.
@@ -114,11 +147,13 @@ class BookResource:
             raise invalid('skills is an object: {"PLACEHOLDER": "a skill\'s name or key"}')
         if self._stored is None:
             raise invalid("this gateway has no store of skills: start it with --skills STORE")
-        found = {name: self._stored.find(which, tenant) for name, which in given.items()}
-        return {name: {"skill": given[name], "key": skill.key, "text": skill.text} for name, skill in found.items()}
+        found = {which: self._stored.find(which, tenant) for which in set(given.values())}
+        return {
+            name: {"skill": which, "key": found[which].key, "text": found[which].text} for name, which in given.items()
+        }
 
-    async def _book(self, call: Call) -> Book:
-        return await asyncio.to_thread(self._shelf.get, call.tenant, call.request.path_params["id"])
+    def _book(self, call: Call) -> Book:
+        return self._shelf.get(call.tenant, call.request.path_params["id"])
 
     def _as_json(self, book: Book, **more: Any) -> dict[str, Any]:
         return book.as_json(usage=asdict(self._rewriter.counted(book)), **more)
@@ -155,7 +190,3 @@ def _settled(book: Book, mode: str) -> tuple[Book, str, str]:
 def _account(asked: str, used: str, why: str, book: Book) -> dict[str, Any]:
     """What an edit did. Nothing is sent before the next request."""
     return {"mode_asked": asked, "mode_used": used, "why": why, "line_bytes": line_bytes(book)}
-
-
-def _busy() -> RefusedError:
-    return RefusedError(Refusal(503, "notebook_busy", "the notebook is in use: try again", 1))

@@ -111,6 +111,23 @@ def full(most: int) -> RefusedError:
     )
 
 
+def too_large(most_bytes: int) -> RefusedError:
+    """Its text with all values in their places is too long."""
+    return RefusedError(
+        Refusal(
+            413,
+            "notebook_too_large",
+            f"the values, each as often as its placeholder stands there, take more than the {most_bytes} bytes that a request "
+            "may have here: use shorter values, or fewer placeholders",
+        )
+    )
+
+
+def busy() -> RefusedError:
+    """Others change it all the time."""
+    return RefusedError(Refusal(503, "notebook_busy", "the notebook is in use: try again", 1))
+
+
 def tools_differ() -> RefusedError:
     """A request names other tools than its notebook, whose text names them already."""
     return RefusedError(

@@ -54,6 +54,8 @@ class BookRewriting(Rewriting):
     book: Book | None = field(default=None, repr=False)
     root: Conversation | None = field(default=None, repr=False)
     """the notebook as a conversation without turns of a client: each new conversation goes on with it"""
+    overtaken: bool = False
+    """whether the notebook or the conversation was changed after they were read, so that the plan was given up"""
 
 
 class BookRewriter(Rewriter):
@@ -141,6 +143,12 @@ class BookRewriter(Rewriter):
     def counted(self, book: Book) -> Counted:
         """What the upstream counted for a notebook's requests."""
         return self._counted.get(book.identity, Counted())
+
+    def _commit(self, work: Rewriting, session: str = "") -> None:
+        assert isinstance(work, BookRewriting)
+        planned = work.plan
+        Rewriter._commit(self, work, session)
+        work.overtaken = work.plan is not planned
 
     def _planned(self, work: Rewriting) -> Plan:
         assert isinstance(work, BookRewriting)
@@ -241,6 +249,7 @@ def _of_book(made: Plan, book: Book) -> Plan:
     if made.after is None:
         return made
     after = replace(made.after, notebook=book.identity, values=book.texts)
+    made = replace(made, notebook_version=book.version)
     if made.warming is None or book.skills:  # a prefix with skills is not warmed: they are loaded
         return replace(made, after=after, warming=None)
     conversation = replace(made.warming.conversation, notebook=book.identity, values=book.texts)

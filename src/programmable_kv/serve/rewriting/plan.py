@@ -88,6 +88,8 @@ class Plan:
     """the conversation that ends here, and goes on as `after`"""
     warming: Warming | None = field(default=None, repr=False)
     """what is to be computed in the background, for the conversation to go on with later"""
+    notebook_version: int = 0
+    """the version of the notebook whose values it tells, of a request to one: no other may be the latest when it is kept"""
 
 
 def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: Conversation | None = None) -> Plan:

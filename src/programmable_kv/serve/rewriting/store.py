@@ -24,6 +24,8 @@ OF_CONVERSATIONS = ("sessions", "renewals", "errata", "notebook_conversations")
 _SET_KEY = "UPDATE conversations SET key = ? WHERE identity = ?"
 _NOTEBOOK = "UPDATE gateway_notebooks SET number = number WHERE identity = ?"
 """finds out whether a notebook is there, and keeps it from being deleted meanwhile"""
+_NOTEBOOK_AT = f"{_NOTEBOOK} AND version = ?"
+"""and whether its values are still those that are told"""
 _OF_NOTEBOOK = "INSERT INTO notebook_conversations VALUES (?, ?) ON CONFLICT (notebook, conversation) DO NOTHING"
 _FORGET_REBASE = "DELETE FROM renewals WHERE conversation = ?"
 _BEGINS = (
@@ -88,7 +90,8 @@ class ConversationStore:
         return rows[0] if rows else None
 
     def commit(self, plan: Plan, session: str = "") -> bool:
-        """Remember what is about to be sent. False where another request went on with the conversation meanwhile.
+        """Remember what is about to be sent. False where another request went on with the conversation meanwhile, or
+        its notebook was edited or deleted.
 
         Args:
             session: under which name the conversation is found again when its turns are new; empty: under none.
@@ -97,8 +100,8 @@ class ConversationStore:
         if after is None:
             return True
         with self._state.write() as run:
-            if after.notebook and not run.execute(_NOTEBOOK, (after.notebook,)).rowcount:
-                return False  # it was deleted meanwhile: nothing of it is kept
+            if after.notebook and not run.execute(_NOTEBOOK_AT, (after.notebook, plan.notebook_version)).rowcount:
+                return False  # it was deleted meanwhile: nothing of it is kept; or edited: no old value is told after a new one
             if before is None:
                 run.execute(_NEW, (after.identity, after.key, after.version, document_of(after)))
             else:
