@@ -37,7 +37,11 @@ class Known:
     learned: Collection[str] = field(default=(), repr=False)
     hoist: bool = False
     forms: Sequence[Form] = (Form.SYSTEM,)
-    """in which form a line may stand, the best first"""
+    """in which form a line may stand at the end of this request, the best first"""
+    open: bool = True
+    """whether the upstream takes lines at all, here or elsewhere in the conversation"""
+    lost: Collection[Form] = ()
+    """forms whose earlier lines do not reach the model"""
     rebase_after: int = LINES
     """lines after which a conversation is rebased"""
     whose: str = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,12 +14,22 @@ from programmable_kv.serve.headers import Headers, readable, value_of
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.body import read
 from programmable_kv.serve.rewriting.conversation import Conversation, Form, keys_of
+from programmable_kv.serve.rewriting.forms import (
+    LineRole,
+    about,
+    forms_of,
+    head_role,
+    is_behind_tool,
+    lost_forms,
+    open_to_lines,
+)
 from programmable_kv.serve.rewriting.heads import HeadStore, key_of
 from programmable_kv.serve.rewriting.judge import Gain, Judge
 from programmable_kv.serve.rewriting.matching import Known, Match, choose, match
-from programmable_kv.serve.rewriting.plan import FORMS, Action, Plan, compacted, plan, switched
+from programmable_kv.serve.rewriting.plan import Action, Plan, compacted, plan, switched
 from programmable_kv.serve.rewriting.prompt import ROUTES, Prompt, digest, prompt_of
 from programmable_kv.serve.rewriting.rebase import LINES, Outcome, Warming
+from programmable_kv.serve.rewriting.rendering import Probe
 from programmable_kv.serve.rewriting.rules import Rules, Sharing
 from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.rewriting.verdicts import Verdicts
@@ -32,9 +42,10 @@ REFUSALS = (400, 422, 500)
 _FAULT = 500
 OFF = "off"
 _STRIKES = 3
-"""refused announcements after which none is tried: one may have been too long for the model's context"""
-_OFF_S = 86400.0
-REFUSED = ("refused", "folded")
+"""requests in a row that the upstream takes only as they came, after which no more are tried: one may have been too long for
+the model's context"""
+_DAY_S = 86400.0
+"""how long what was found out is relied on"""
 _TAKEN = "taken"
 """not refused; whether it is folded into the head is not known yet"""
 _SHARED_NAMES = ("prompt_cache_key", "metadata")
@@ -65,6 +76,8 @@ class Rewriting:
     refused: list[Form] = field(default_factory=list)
     """forms of a new line that the upstream refused in this request"""
     announcement_refused: bool = False
+    as_it_came: bool = False
+    """after a refusal: the upstream may take it without anything of the gateway's"""
     warming: Warming | None = field(default=None, repr=False)
     """what is to be computed in the background once this request is answered"""
     skills: str = ""
@@ -99,6 +112,7 @@ class Rewriter:
         *,
         rebase_after: int = LINES,
         heads: HeadStore | None = None,
+        line_role: LineRole = LineRole.AUTO,
     ) -> None:
         """
         Args:
@@ -108,7 +122,9 @@ class Rewriter:
             rebased: told a route, and what became of a rebase there.
             rebase_after: lines after which a conversation is rebased.
             heads: what conversations may begin with; where None, each begins with its own.
+            line_role: in which role lines are sent.
         """
+        self._line_role = line_role
         self._heads = heads
         self._rebased = rebased
         self._rebase_after = rebase_after
@@ -118,8 +134,10 @@ class Rewriter:
         self._mode = mode
         self._upstream = upstream
         self._tell = tell
-        self._strikes: dict[tuple[str, str], int] = {}
-        """route and model -> announcements that were refused"""
+        self._strikes: dict[tuple[str, str, str, str], int] = {}
+        """tenant, route, model and what was refused -> how often"""
+        self._announced: set[tuple[str, str]] = set()
+        """routes and models where an announcement was taken: a refused one has other reasons"""
         self.judge = Judge(self._decided, self._switch_off)
 
     def mode_of(self, route: str) -> GatewayMode:
@@ -161,14 +179,39 @@ class Rewriter:
 
     def _begin(self, work: Rewriting, known: Known) -> None:
         """Plan a request with what is known about its upstream and its tenant."""
-        verdicts = self._verdicts.of(self._subject(work.route, work.model))
+        verdicts = self._found_out(work.tenant, work.route, work.model)
         if OFF in verdicts:
             work.plan = Plan(Action.FORWARDED, "switched off: it did not pay here")
             return
         owner = self._owner(work.tenant, work.route)
-        forms = [form for form in FORMS[work.route] if verdicts.get(about(form)) not in REFUSED]
-        work.known = replace(known, forms=forms, learned=self._verdicts.learned(owner))
+        known = replace(known, learned=self._verdicts.learned(owner))
+        work.known = self._with_forms(known, work, verdicts)
         self._plan(work, owner)
+
+    def _with_forms(self, known: Known, work: Rewriting, verdicts: Mapping[str, str]) -> Known:
+        """What is known, and in which forms a line may stand in a request."""
+        assert work.prompt is not None
+        forms = forms_of(work.prompt, verdicts, self._line_role)
+        lost = lost_forms(work.prompt, verdicts)
+        return replace(known, forms=forms, lost=lost, open=open_to_lines(work.prompt, verdicts, self._line_role))
+
+    def probe_of(self, work: Rewriting) -> Probe | None:
+        """What has to be known of the upstream of a conversation that may be told of changes. None where the role of lines is
+        declared, or nothing can change.
+        """
+        after = work.plan.after
+        if self._line_role is not LineRole.AUTO or work.prompt is None or after is None or after.plain:
+            return None
+        return Probe(work.route, work.model, head_role(work.prompt))
+
+    def rendered(self, route: str, model: str, found: Mapping[str, str]) -> None:
+        """Remember what renderings showed. For any thread.
+
+        Args:
+            found: about what, and the verdict.
+        """
+        for what, verdict in found.items():
+            self._verdicts.decide(self._subject(route, model), what, verdict, for_s=_DAY_S)
 
     def abandoned(self, work: Rewriting) -> None:
         """Nothing was sent: the client left before that."""
@@ -181,7 +224,7 @@ class Rewriter:
         if not work.rewritten or status not in REFUSALS or work.prompt is None or work.known is None:
             return False
         note = work.plan.note
-        proven = note is None or self._verdict(work.route, work.model, note.form) in (_TAKEN, "accepted")
+        proven = note is None or self._verdict_here(work, note.form) in (_TAKEN, "accepted")
         if status == _FAULT and proven:
             return False  # a fault of the server's own
         if not self._store.take_back(work.plan):
@@ -196,18 +239,24 @@ class Rewriter:
                 return True
         before = work.plan.before
         work.announcement_refused = before is None and not work.refused
+        work.as_it_came = True
         work.plan = Plan(Action.RESET, "the upstream refused what was rewritten", None, before)
         return True
 
     def answered(self, work: Rewriting, status: int) -> None:
-        """The upstream took the request. What it refused before, it refuses for good; the original went through."""
+        """The upstream took the request. A form that it refused before was refused for its role, if the same line was taken in
+        another form; where only the client's own request was taken, that request may be the reason."""
         if not 200 <= status < 300 or work.prompt is None:
             return
         for form in work.refused:
-            self._decided(work.route, work.model, form, "refused")
+            what = about(form, behind_tool=is_behind_tool(work.prompt))
+            if not work.as_it_came:
+                self._decide(work.route, work.model, what, "refused", for_s=_DAY_S)
+            elif self._strikes_out(work, what):
+                self._decide(work.route, work.model, what, "refused", for_s=_DAY_S, tenant=work.tenant)
         note = work.plan.note
-        if note is not None and not self._verdict(work.route, work.model, note.form):
-            self._decided(work.route, work.model, note.form, _TAKEN)
+        if note is not None and not self._verdict_here(work, note.form):
+            self._decide(work.route, work.model, about(note.form, behind_tool=is_behind_tool(work.prompt)), _TAKEN)
         if work.plan.after is None and work.plan.before is not None:
             self._store.end(work.plan.before)
         if work.plan.action is Action.REBASE and work.plan.before is not None:
@@ -219,12 +268,11 @@ class Rewriter:
             and work.plan.after is not None
         ):
             self._heads.keep(work.head, work.plan.after.head)
-        if work.announcement_refused:
-            place = (work.route, work.model)
-            self._strikes[place] = self._strikes.get(place, 0) + 1
-            if self._strikes[place] >= _STRIKES:
-                subject = self._subject(*place)
-                self._verdicts.decide(subject, OFF, "the announcement is refused", for_s=_OFF_S)
+        place = (work.route, work.model)
+        if work.plan.before is None and work.plan.after is not None and work.plan.after.token:
+            self._announced.add(place)
+        if work.announcement_refused and place not in self._announced and self._strikes_out(work, OFF):
+            self._decide(*place, OFF, "the announcement is refused", for_s=_DAY_S, tenant=work.tenant)
         self.judge.acted(work.tenant, work.route, work.model, work.plan)
 
     def settle(self, work: Rewriting, usage: Usage | None) -> Gain | None:
@@ -239,13 +287,14 @@ class Rewriter:
         return gain
 
     def as_json(self, tenant: str) -> dict[str, Any]:
-        """What was done here for one tenant, and what was found out about the upstream."""
+        """What was done here for one tenant, and what was found out about the models that it used."""
         found = {"routes": self.judge.as_json(tenant), "gained_money_estimate": self.judge.money(tenant)}
         try:
             return found | {
                 "upstream": [
-                    {"of": subject, "about": about, "verdict": verdict}
-                    for subject, about, verdict in self._verdicts.all()
+                    {"of": f"{route} {_printable(model)}", "about": what, "verdict": verdict}
+                    for route, model in self.judge.used(tenant)
+                    for what, verdict in sorted(self._found_out(tenant, route, model).items())
                 ],
                 "learned": sum(len(self._verdicts.learned(self._owner(tenant, route))) for route in ROUTES),
             }
@@ -321,24 +370,54 @@ class Rewriter:
         return f"{tenant}\n{route}"
 
     def _subject(self, route: str, model: str) -> str:
-        return f"{self._upstream} {route} {json.dumps(model, ensure_ascii=not model.isprintable())[1:-1]}"
+        return f"{self._upstream} {route} {_printable(model)}"
+
+    def _found_out(self, tenant: str, route: str, model: str) -> dict[str, str]:
+        """What holds for a tenant: what was found out about the upstream, and by this tenant's own requests."""
+        subject = self._subject(route, model)
+        return self._verdicts.of(subject, f"{tenant}\n{subject}")
+
+    def _verdict_here(self, work: Rewriting, form: Form) -> str:
+        """Whether the upstream takes a form at the end of a request."""
+        assert work.prompt is not None
+        what = about(form, behind_tool=is_behind_tool(work.prompt))
+        return self._found_out(work.tenant, work.route, work.model).get(what, "")
 
     def _verdict(self, route: str, model: str, form: Form) -> str:
         return self._verdicts.of(self._subject(route, model)).get(about(form), "")
 
     def _decided(self, route: str, model: str, form: Form, verdict: str) -> None:
         if self._verdict(route, model, form) != verdict:
-            self._verdicts.decide(self._subject(route, model), about(form), verdict)
-            _LOG.warning("%s: a line as %s is %s by the upstream", route, form, verdict)
+            self._decide(route, model, about(form), verdict)
 
-    def _switch_off(self, route: str, model: str) -> None:
-        self._verdicts.decide(self._subject(route, model), OFF, "rewriting lost tokens", for_s=_OFF_S)
-        _LOG.warning("%s: rewriting is switched off for a day, because it lost tokens", route)
+    def _decide(
+        self, route: str, model: str, what: str, verdict: str, *, for_s: float | None = None, tenant: str = ""
+    ) -> None:
+        """Remember what was found out.
+
+        Args:
+            tenant: for which alone it holds.
+        """
+        subject = self._subject(route, model)
+        self._verdicts.decide(f"{tenant}\n{subject}" if tenant else subject, what, verdict, for_s=for_s)
+        _LOG.warning("%s: %s: %s", route, what, verdict)
+
+    def _strikes_out(self, work: Rewriting, what: str) -> bool:
+        """Count a refusal that a tenant's own requests may be the reason of. Whether there were enough."""
+        key = (work.tenant, work.route, work.model, what)
+        self._strikes[key] = self._strikes.get(key, 0) + 1
+        if self._strikes[key] < _STRIKES:
+            return False
+        del self._strikes[key]
+        return True
+
+    def _switch_off(self, tenant: str, route: str, model: str) -> None:
+        self._decide(route, model, OFF, "rewriting lost tokens", for_s=_DAY_S, tenant=tenant)
 
 
-def about(form: Form) -> str:
-    """Under what name it is remembered whether the upstream takes a form."""
-    return f"line as {form}"
+def _printable(model: str) -> str:
+    """A model's name, which a client may have made up."""
+    return json.dumps(model, ensure_ascii=not model.isprintable())[1:-1]
 
 
 def _shares(known: Known) -> bool:
