@@ -17,7 +17,7 @@ from programmable_kv.serve.rewriting.forms import LineRole
 from programmable_kv.serve.settings import GatewaySettings
 from serve.caching_upstream import CachingUpstream
 from serve.http_peers import Running, raw_upstream, running, wait_until
-from serve.rewriting_peers import CHAT, CLOCK, Peer, at, chat, claude, codex, extends
+from serve.rewriting_peers import CHAT, CLOCK, RULES, Peer, at, chat, claude, codex, extends
 from serve.templated_upstream import TEMPLATES, TemplatedUpstream
 
 FAMILIES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
@@ -48,6 +48,12 @@ def find_out(peer: Peer, upstream: TemplatedUpstream) -> dict[str, str]:
     found = asyncio.run(renderings(probe, upstream.ask))
     peer.rewriter.rendered(work.route, work.model, found)
     return found
+
+
+def form_of(peer: Peer) -> Form:
+    note = peer.works[-1].plan.note
+    assert note is not None
+    return note.form
 
 
 def expect(family: str) -> Form:
@@ -136,10 +142,10 @@ def test_tools_may_bring_another_template() -> None:
     peer.send(chat(at("0"), "question0", tools=TOOLS))
     assert find_out(peer, upstream) == {"line as system, rendered": "intact", "line as user, rendered": "intact"}
     peer.send(chat(at("1"), "question0", "answer0", "question1", tools=TOOLS))
-    assert peer.works[-1].plan.note.form is Form.INLINE  # type: ignore[union-attr]
+    assert form_of(peer) is Form.INLINE
     peer.send(chat(at("1"), "other"))
     peer.send(chat(at("2"), "other", "answer0", "question1"))
-    assert peer.works[-1].plan.note.form is Form.SYSTEM  # type: ignore[union-attr]
+    assert form_of(peer) is Form.SYSTEM
 
 
 def test_until_it_is_known_a_line_is_part_of_a_users_message() -> None:
@@ -158,7 +164,7 @@ def test_a_request_with_a_template_of_its_own_is_not_what_was_rendered() -> None
     peer.send(chat(at("0"), "question0"))
     find_out(peer, upstream)
     peer.send(chat(at("1"), "question0", "answer0", "question1", chat_template="{{ messages }}"))
-    assert peer.works[-1].plan.note.form is Form.INLINE  # type: ignore[union-attr]
+    assert form_of(peer) is Form.INLINE
 
 
 def test_another_role_of_the_system_prompt_is_looked_at_for_itself() -> None:
@@ -177,7 +183,7 @@ def test_another_role_of_the_system_prompt_is_looked_at_for_itself() -> None:
     find_out(peer, upstream)
     peer.send(developed("0", "other"))
     peer.send(developed("1", "other", "answer0", "question1"))
-    assert peer.works[-1].plan.note.form is not Form.SYSTEM  # type: ignore[union-attr]
+    assert form_of(peer) is not Form.SYSTEM
 
 
 def test_lines_of_an_earlier_template_are_not_sent_again() -> None:
@@ -298,3 +304,26 @@ def test_each_protocol_is_proven_by_its_own_rendering(path: str, make: Any) -> N
         last = body["messages" if path.endswith("messages") else "input"][-1]
         assert last["role"] == role, (kind, found)
         assert "[state " in json.dumps(last)
+
+
+@pytest.mark.parametrize("family", ["deepseek_r1", "llama2", "mistral_v3", "qwen25", "yi"])
+def test_an_edit_of_a_notebook_reaches_the_model(family: str) -> None:
+    """In every mode, from the first question on: also before anything is known about the template."""
+    upstream = TemplatedUpstream(family)
+    with raw_upstream(upstream) as server, running(GatewaySettings(server.url, port=0)) as gateway:
+        system = {"role": "system", "content": f"The order is {{status}}.\n{RULES}"}
+        book = httpx2.post(
+            f"{gateway.url}/v1/notebooks",
+            json={"upstream_model": "m", "messages": [system], "fields": {"status": "pending"}},
+        ).json()
+        said: list[dict[str, str]] = []
+        for turn, status in enumerate(("shipped", "delayed", "lost")):
+            got = httpx2.patch(f"{gateway.url}/v1/notebooks/{book['id']}/fields", json={"status": status})
+            assert got.status_code == 200
+            said.append({"role": "user", "content": f"question{turn}"})
+            ask(gateway, CHAT, {"model": book["model"], "messages": said})
+            read = upstream.render(upstream.bodies[-1])
+            assert read.count("You are a shop's agent.") == 1
+            assert read.find(f'"{status}"') > read.find(f"question{turn}") > 0
+            said.append({"role": "assistant", "content": "Yes."})
+            wait_until(lambda: len(server.rendered) >= 6)
