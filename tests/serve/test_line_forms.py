@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
 
+from programmable_kv.serve.aside import Aside
 from programmable_kv.serve.modes import GatewayMode
-from programmable_kv.serve.prober import renderings
+from programmable_kv.serve.prober import Prober, renderings
+from programmable_kv.serve.refusal import UPSTREAM_UNREACHABLE, RefusedError
 from programmable_kv.serve.rewriting.conversation import Form
 from programmable_kv.serve.rewriting.forms import LineRole
 from programmable_kv.serve.settings import GatewaySettings
@@ -221,6 +224,50 @@ def test_an_answer_that_proves_nothing_is_no_verdict() -> None:
             return 200, answer.encode()
 
         assert asyncio.run(renderings(probe, says)) == {}
+
+
+def test_it_is_asked_once_in_a_while_and_soon_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    upstream, peer = TemplatedUpstream("qwen25"), Peer(line_role=LineRole.AUTO)
+    peer.send(chat(at("0"), "question0"))
+    asked: list[str] = []
+    now = [1000.0]
+    monkeypatch.setattr("programmable_kv.serve.prober.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def answers(path: str, data: bytes) -> tuple[int, bytes]:
+        asked.append(path)
+        return await upstream.ask(path, data)
+
+    async def fails(path: str, _: bytes) -> tuple[int, bytes]:
+        asked.append(path)
+        raise RefusedError(UPSTREAM_UNREACHABLE)
+
+    async def main() -> None:
+        prober = Prober(Aside(None))
+
+        async def looked(ask: Any, *, after_s: float, times: int = 3) -> int:
+            now[0] += after_s
+            asked.clear()
+            for _ in range(times):
+                prober.look(peer.works[-1], ask)
+                await asyncio.sleep(0)
+            await asyncio.gather(*prober._running)
+            return len(asked)
+
+        assert await looked(fails, after_s=0) == 1
+        assert await looked(answers, after_s=59) == 0
+        assert await looked(answers, after_s=2) == 12, "six conversations, each rendered and read"
+        assert await looked(answers, after_s=3500) == 0
+        assert await looked(answers, after_s=200) == 12
+        await prober.close()
+
+    asyncio.run(main())
+    assert set(peer.rewriter.as_json("t")["upstream"][0]) == {"of", "about", "verdict"}
+    declared = Peer(line_role=LineRole.USER)
+    declared.send(chat(at("0"), "question0"))
+    frozen = Peer(line_role=LineRole.AUTO)
+    frozen.send(chat(RULES, "question0"))
+    for each in (declared, frozen):
+        assert each.rewriter.probe_of(each.works[-1]) is None, "there is nothing to find out"
 
 
 # -- over sockets -------------------------------------------------------------------------------------------------------
