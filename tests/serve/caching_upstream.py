@@ -8,6 +8,13 @@ from typing import Any
 
 from serve.http_peers import EVENTS_HEAD, LAST, Received, answer, chunk
 
+RENDERS = (
+    b"/tokenize",
+    b"/detokenize",
+    b"/apply-template",
+    *(b"/v1/%b/render" % name for name in (b"messages", b"responses")),
+)
+"""where servers render prompts"""
 BLOCK = 16
 """characters that are cached or not; each counts as one token"""
 
@@ -34,6 +41,10 @@ class CachingUpstream:
         self.refused = 0
 
     async def __call__(self, request: Received) -> AsyncIterator[bytes]:
+        if request.target in RENDERS:
+            for part in self.rendering(request):
+                yield part
+            return
         body = request.json
         if self.refuses(body):
             self.refused += 1
@@ -53,6 +64,11 @@ class CachingUpstream:
             yield chunk(b"data: [DONE]\n\n") + LAST
         else:
             yield answer(json.dumps(_completion(total, cached) if chat else _message(total, cached)).encode())
+
+    def rendering(self, request: Received) -> list[bytes]:
+        """The answer to a request to render a prompt. A hosted API knows none."""
+        del request
+        return [answer(b'{"detail": "Not Found"}', "404 Not Found")]
 
     def _rendered(self, body: Any) -> str:
         messages = list(body.get("messages") or body["input"])

@@ -38,6 +38,7 @@ class Received:
 
 
 Script = Callable[[Received], AsyncIterator[bytes]]
+_RENDERS = (b"/tokenize", b"/detokenize", b"/apply-template", b"/render")
 
 
 @dataclass
@@ -46,6 +47,8 @@ class RawUpstream:
 
     script: Script
     received: list[Received] = field(default_factory=list)
+    rendered: list[Received] = field(default_factory=list)
+    """requests to render a prompt, which a gateway makes by itself"""
     left: threading.Event = field(default_factory=threading.Event)
     """a client closed its connection while the script was not done"""
     port: int = 0
@@ -66,7 +69,7 @@ class RawUpstream:
         headers = tuple((k, v.strip()) for k, _, v in (each.partition(b":") for each in fields))
         length = next((int(v) for k, v in headers if k.lower() == b"content-length"), 0)
         request = Received(method.decode(), target, headers, await reader.readexactly(length))
-        self.received.append(request)
+        (self.rendered if target.endswith(_RENDERS) else self.received).append(request)
         work = asyncio.ensure_future(self._answer(request, writer))
         gone = asyncio.ensure_future(reader.read(1))
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)

@@ -11,6 +11,7 @@ from typing import Any
 from programmable_kv.explain.pieces import Usage
 from programmable_kv.serve.address import DatabaseAddress
 from programmable_kv.serve.modes import GatewayMode
+from programmable_kv.serve.rewriting.forms import LineRole
 from programmable_kv.serve.rewriting.heads import HeadStore
 from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES
 from programmable_kv.serve.rewriting.rewriter import Rewriter, Rewriting
@@ -39,6 +40,8 @@ class Peer:
     works: list[Rewriting] = field(default_factory=list)
     rebase_after: int = 64
     rebases: list[tuple[str, str]] = field(default_factory=list)
+    line_role: LineRole = LineRole.SYSTEM
+    """there is nobody here whom it could be found out from"""
 
     def __post_init__(self) -> None:
         self.state = open_state(self.place or places.now.at(self.path), durable=False)
@@ -46,7 +49,7 @@ class Peer:
         told: Any = lambda *each: self.rebases.append(each)  # noqa: E731
         self.rewriter = Rewriter(
             self.store, self.verdicts, self.rules, self.mode, "http://upstream", rebased=told, rebase_after=self.rebase_after,
-            heads=HeadStore(self.state),
+            heads=HeadStore(self.state), line_role=self.line_role,
         )  # fmt: skip
 
     def send(

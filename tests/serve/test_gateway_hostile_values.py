@@ -9,6 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from programmable_kv.serve.rewriting.forms import LineRole
 from programmable_kv.serve.settings import GatewaySettings
 from serve.caching_upstream import CachingUpstream
 from serve.hostile import hostile
@@ -36,7 +37,7 @@ def upstream() -> CachingUpstream:
 def http(upstream: CachingUpstream) -> Iterator[httpx2.Client]:
     with (
         raw_upstream(upstream) as server,
-        running(GatewaySettings(server.url, port=0)) as front,
+        running(GatewaySettings(server.url, port=0, line_role=LineRole.SYSTEM)) as front,
         httpx2.Client(base_url=front.url, timeout=60) as found,
     ):
         yield found

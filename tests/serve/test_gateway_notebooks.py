@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from programmable_kv.serve.access import ApiKey, new_key
+from programmable_kv.serve.rewriting.forms import LineRole
 from programmable_kv.serve.settings import GatewaySettings
 from serve.caching_upstream import CachingUpstream
 from serve.http_peers import raw_upstream, running
@@ -35,7 +36,7 @@ def upstream() -> Iterator[tuple[CachingUpstream, str]]:
 
 @pytest.fixture
 def front(upstream: tuple[CachingUpstream, str]) -> Iterator[str]:
-    with running(GatewaySettings(upstream[1], port=0)) as found:
+    with running(GatewaySettings(upstream[1], port=0, line_role=LineRole.SYSTEM)) as found:
         yield found.url
 
 
@@ -349,7 +350,7 @@ def test_an_upstream_that_refuses_a_role_gets_another_form() -> None:
     for script, told in ((strict, True), (nothing, False)):
         with (
             raw_upstream(script) as server,
-            running(GatewaySettings(server.url, port=0)) as front,
+            running(GatewaySettings(server.url, port=0, line_role=LineRole.SYSTEM)) as front,
             httpx2.Client(base_url=front.url, timeout=30) as http,
         ):
             book = made(http)
@@ -364,7 +365,8 @@ def test_an_upstream_that_refuses_a_role_gets_another_form() -> None:
 
 def test_many_lines_end_in_a_rebase_in_the_background(upstream: tuple[CachingUpstream, str]) -> None:
     script, url = upstream
-    with running(GatewaySettings(url, port=0, rebase_after=3)) as front, httpx2.Client(base_url=front.url) as http:
+    settings = GatewaySettings(url, port=0, rebase_after=3, line_role=LineRole.SYSTEM)
+    with running(settings) as front, httpx2.Client(base_url=front.url) as http:
         book = made(http)
         said_ = ["0?"]
         for turn in range(1, 8):

@@ -17,6 +17,7 @@ from programmable_kv.bench.tiny_chat import tiny_chat_model
 from programmable_kv.errors import CorruptFileError, UnknownSkillError
 from programmable_kv.serve.access import ApiKey, new_key
 from programmable_kv.serve.notebooks.stored import StoredTexts
+from programmable_kv.serve.rewriting.forms import LineRole
 from programmable_kv.serve.settings import GatewaySettings
 from programmable_kv.vllm_plugin.marks import parse_marks
 from programmable_kv.vllm_plugin.matching import place
@@ -87,7 +88,7 @@ def upstream(model: Model) -> RenderingUpstream:
 def http(upstream: RenderingUpstream, store: Path) -> Iterator[httpx2.Client]:
     with (
         raw_upstream(upstream) as server,
-        running(GatewaySettings(server.url, port=0, skills=str(store))) as front,
+        running(GatewaySettings(server.url, port=0, skills=str(store), line_role=LineRole.SYSTEM)) as front,
         httpx2.Client(base_url=front.url, timeout=30) as found,
     ):
         yield found

@@ -16,6 +16,7 @@ from programmable_kv.serve.notebooks.shelf import BookShelf
 from programmable_kv.serve.notebooks.telling import BookRewriter
 from programmable_kv.serve.refusal import RefusedError
 from programmable_kv.serve.rewriting.body import read
+from programmable_kv.serve.rewriting.forms import LineRole
 from programmable_kv.serve.rewriting.plan import Action
 from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.rewriting.verdicts import Verdicts
@@ -35,11 +36,17 @@ STEPS = st.lists(
 class Peer:
     """A notebook, and what is sent for it."""
 
-    def __init__(self, route: str, system: str = SYSTEM, rebase_after: int = 64) -> None:
+    def __init__(
+        self, route: str, system: str = SYSTEM, rebase_after: int = 64, line_role: LineRole = LineRole.AUTO
+    ) -> None:
         self.state = open_state(None, durable=False)
         self.shelf = BookShelf(self.state, most=9)
         self.rewriter = BookRewriter(
-            ConversationStore(self.state, most=99), Verdicts(self.state), "u", rebase_after=rebase_after
+            ConversationStore(self.state, most=99),
+            Verdicts(self.state),
+            "u",
+            rebase_after=rebase_after,
+            line_role=line_role,
         )
         self.route = route
         source = {

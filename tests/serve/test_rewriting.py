@@ -114,6 +114,20 @@ def test_a_line_never_parts_a_call_from_its_result(route: str) -> None:
     assert "[state" in json.dumps(closed["messages"][-1])
 
 
+def test_a_message_that_the_model_goes_on_with_gets_no_line() -> None:
+    """vLLM goes on with the last message where it is asked to: that must be the client's own."""
+    peer = Peer()
+    open_ended: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
+    peer.send(chat(at("1"), "hi"))
+    got = peer.send(chat(at("2"), "hi", "Yes.", "I would like to", **open_ended))
+    assert (peer.action, peer.why) == ("reset", "there is no place for a line")
+    assert got["messages"][-1] == {"role": "user", "content": "I would like to"}
+    assert got["messages"][0]["content"].startswith(at("2"))
+    hoisting = Peer(mode=GatewayMode.HOIST)
+    got = hoisting.send(chat(at("1"), "I would like to", **open_ended))
+    assert got["messages"][-1] == {"role": "user", "content": "I would like to"}
+
+
 def test_responses_with_items() -> None:
     """Each call is an item of its own; `instructions` is the head; what the server holds is left alone."""
     peer = Peer()

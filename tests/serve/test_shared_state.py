@@ -154,7 +154,10 @@ def test_what_one_gateway_finds_out_the_others_know(database: Database) -> None:
     other.verdicts.learn("o", ["a"])
     assert one.verdicts.learned("o") == {"a"}
     assert secret_of(one.state) == secret_of(other.state)
-    assert one.rewriter.as_json("t") == other.rewriter.as_json("t")
+    for peer in (one, other):
+        peer.send(chat(at("1"), "hi"), session=str(id(peer)))
+        told = peer.rewriter.as_json("t")["upstream"]
+        assert told == [{"of": f"{CHAT} m", "about": "line as system", "verdict": "refused"}]
 
 
 def test_a_rebase_whose_gateway_died_is_done_again_by_another(database: Database) -> None:

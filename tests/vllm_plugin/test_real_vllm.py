@@ -35,7 +35,7 @@ from programmable_kv.serve.settings import GatewaySettings
 from programmable_kv.skills.store import SkillStore
 from programmable_kv.storage.files import blobs_at
 from programmable_kv.vllm_plugin.prepare import certify, compile_opening
-from serve.http_peers import running
+from serve.http_peers import running, wait_until
 from vllm_plugin.real_engine import PATIENCE_S, VARIABLE, Completion, Engine, engine
 
 PYTHON = os.environ.get(VARIABLE, "")
@@ -255,6 +255,11 @@ def test_in_mode_erratum_a_turn_after_a_change_reads_the_head_from_the_cache(
     settings = GatewaySettings(vllm.url, port=0, mode=GatewayMode.ERRATUM, rules=rules)
     with running(settings) as front, httpx2.Client(base_url=front.url, timeout=PATIENCE_S) as http:
         found = []
+
+        def told() -> dict[str, str]:
+            rows = http.get("/pkv/report").json()["rewriting"]["upstream"]
+            return {row["about"]: row["verdict"] for row in rows}
+
         for value in (old, new):
             system = scenario.prompt.format(**{**scenario.values, gate.field: value})
             messages = [{"role": "system", "content": system}, {"role": "user", "content": said}]
@@ -262,6 +267,8 @@ def test_in_mode_erratum_a_turn_after_a_change_reads_the_head_from_the_cache(
             got = http.post("/v1/chat/completions", json=body, headers={"x-session-id": "one"})
             assert got.status_code == 200, got.text
             found.append((got.headers["x-pkv-action"], got.json()["usage"]))
+            wait_until(lambda: told().get("line as system, rendered") == "intact")
+        assert told()["line as system"] in ("taken", "accepted"), "its own rendering proved that it may stand there"
     assert [action for action, _ in found] == ["announced", "erratum"]
     usage = found[1][1]
     assert usage["prompt_tokens_details"]["cached_tokens"] >= usage["prompt_tokens"] - 5 * BLOCK_SIZE

@@ -24,7 +24,7 @@ from programmable_kv.bench.http_client import Client, Timed
 from programmable_kv.bench.serve_load import TURNS, conversation
 from programmable_kv.bench.serve_open import CLIENTS as OPEN_CLIENTS
 from programmable_kv.bench.serve_open import step
-from programmable_kv.bench.serve_peers import gateway, litellm, litellm_version, upstream
+from programmable_kv.bench.serve_peers import LINES, gateway, litellm, litellm_version, upstream
 from programmable_kv.bench.serve_ways import DIRECT, LITELLM, MODES, Way, checked_text, percentiles
 from programmable_kv.records import Record, Recorder, digest_of
 
@@ -109,7 +109,7 @@ def run(
         folder = Path(name)
         server = peers.enter_context(upstream(folder))
         ways = [Way(DIRECT, server)]
-        ways += [Way(mode, peers.enter_context(gateway(mode, server.port, folder))) for mode in MODES]
+        ways += [Way(mode, peers.enter_context(gateway(mode, server.port, folder, more=LINES))) for mode in MODES]
         if litellm_python is not None:
             ways.append(Way(LITELLM, peers.enter_context(litellm(litellm_python, server.port, folder)), checked_text))
         for number, (key, measure) in enumerate(steps, start=1):

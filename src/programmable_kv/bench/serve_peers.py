@@ -22,6 +22,8 @@ _STOP_S = 10.0
 _QUIET_S = 60.0
 VOLATILE = {"volatile": [{"name": "the time", "pattern": "^Now: (.*)$"}]}
 """what a gateway that rewrites is told: the clock of `serve_load`"""
+LINES = ("--line-role", "system")
+"""of gateways in front of an upstream that is no model: it renders no prompts, and takes any role"""
 _LITELLM = {
     "LITELLM_MODE": "PRODUCTION",
     "LITELLM_LOG": "ERROR",

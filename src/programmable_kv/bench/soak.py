@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from programmable_kv.bench.serve_peers import Peer, free_port, gateway, peer_of
+from programmable_kv.bench.serve_peers import LINES, Peer, free_port, gateway, peer_of
 from programmable_kv.bench.soak_clients import PATIENCE_S, TURNS, Client, Editor, Talker
 from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.records import Record, Recorder, digest_of
@@ -170,7 +170,9 @@ class _Served:
     def _started(self, at: int, port: int | None) -> Peer:
         folder = self._folder / f"gateway-{at}"
         folder.mkdir(exist_ok=True)
-        return self._stacks[at].enter_context(gateway(MODE, self._upstream_port, folder, port=port, more=self._more))
+        return self._stacks[at].enter_context(
+            gateway(MODE, self._upstream_port, folder, port=port, more=(*LINES, *self._more))
+        )
 
     def kill(self) -> None:
         at = self._kills % len(self.peers)

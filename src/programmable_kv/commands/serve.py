@@ -79,6 +79,13 @@ def serve(
             help="with 'erratum': lines after which the prefix with the new values is computed in the background"
         ),
     ] = 64,
+    line_role: Annotated[
+        str,
+        typer.Option(
+            help="with 'erratum', 'hoist' and notebooks: lines are 'system' messages, 'user' messages, or 'inline' in the "
+            "newest one; 'auto' finds out what reaches the model"
+        ),
+    ] = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", help="log a line for each request; never its text")] = False,
 ) -> None:
     """A gateway in front of a model server (--upstream), or a server of a model. Both have notebooks, whose fields are edited.
@@ -96,12 +103,15 @@ def serve(
     from programmable_kv.serve.access import read_keys
     from programmable_kv.serve.address import place_of
     from programmable_kv.serve.modes import GatewayMode
+    from programmable_kv.serve.rewriting.forms import LineRole
     from programmable_kv.serve.rewriting.rules import Rules, read_rules
     from programmable_kv.serve.run import run_gateway, run_local
     from programmable_kv.serve.settings import GatewaySettings, Limits, LocalSettings, default_state
 
     if mode not in tuple(GatewayMode):
         raise InvalidArgumentError(f"--mode is one of {', '.join(GatewayMode)}, got {mode!r}")
+    if line_role not in tuple(LineRole):
+        raise InvalidArgumentError(f"--line-role is one of {', '.join(LineRole)}, got {line_role!r}")
     limits = Limits(
         max_body_bytes=max_body_mib * _MIB,
         max_running=max_running,
@@ -127,7 +137,7 @@ def serve(
     first, *others = upstream
     gateway = GatewaySettings(
         first, host, port, GatewayMode(mode), limits, keys, secret, rules, kept, cache_salt, tuple(others), rebase_after,
-        10_000 if max_notebooks is None else max_notebooks, skills,
+        10_000 if max_notebooks is None else max_notebooks, skills, LineRole(line_role),
     )  # fmt: skip
     _say(f"{here}/v1 forwards to {', '.join(upstream)}; report at {here}/pkv/report")
     run_gateway(gateway)

@@ -71,11 +71,12 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
     if settings.rewrites:
         rewriter = Rewriter(
             store, verdicts, settings.rules, settings.mode, _subject(settings), metrics.tell_gain, metrics.tell_rebase,
-            rebase_after=settings.rebase_after, heads=HeadStore(state),
+            rebase_after=settings.rebase_after, heads=HeadStore(state), line_role=settings.line_role,
         )  # fmt: skip
     teller = BookRewriter(
-        store, verdicts, _subject(settings), metrics.tell_gain, metrics.tell_rebase, rebase_after=settings.rebase_after
-    )
+        store, verdicts, _subject(settings), metrics.tell_gain, metrics.tell_rebase, rebase_after=settings.rebase_after,
+        line_role=settings.line_role,
+    )  # fmt: skip
     shelf = BookShelf(state, most=settings.max_notebooks)
     metrics.watch("notebooks", "notebooks that are kept", lambda: counted(shelf))
     tenants = {key.name for key in settings.keys}

@@ -27,6 +27,7 @@ from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.notebooks.asking import Asking
 from programmable_kv.serve.observer import Observer
+from programmable_kv.serve.prober import Prober
 from programmable_kv.serve.rates import Rates
 from programmable_kv.serve.refusal import Refusal, RefusedError
 from programmable_kv.serve.reply import ClientGoneError, Reply
@@ -93,6 +94,7 @@ class Forwarder:
         self._aside = aside
         self._books = books
         self._warmer = Warmer(fleet, admission, aside)
+        self._prober = Prober(aside)
         self._salt = salt
         self.rates = Rates(settings.limits.per_minute, rates_of(settings.keys))
 
@@ -162,6 +164,7 @@ class Forwarder:
 
     async def close(self) -> None:
         """Stop what runs in the background."""
+        await self._prober.close()
         await self._warmer.close()
 
     async def _begun(self, tenant: str, job: _Job, body: bytes) -> Rewriting | None:
@@ -190,6 +193,8 @@ class Forwarder:
         """Send a request; and where the upstream refuses what was rewritten, in another form, and last as it came."""
         work = job.work
         job.key = await self._key(job, admitted, body) if self._fleet.several else b""
+        if work is not None:
+            self._prober.look(work, partial(self._told_by, job, admitted))
         while True:
             data = body if work is None else work.body
             if work is not None:
@@ -221,14 +226,24 @@ class Forwarder:
 
     async def _asked(self, job: _Job, admitted: Admitted, path: str, data: bytes) -> bytes | None:
         """The upstream's answer to a request of the gateway's own; None where it is an error."""
+        status, found = await self._told_by(job, admitted, path, data)
+        return found if status in _SUCCESS else None
+
+    async def _told_by(self, job: _Job, admitted: Admitted, path: str, data: bytes) -> tuple[int, bytes]:
+        """The status and the body of the upstream's answer to a request of the gateway's own."""
         scope = {**job.scope, "path": path, "raw_path": path.encode(), "query_string": b""}
-        headers = tuple(each for each in admitted.headers if each[0].lower() != b"accept-encoding")  # it is read here
+        own = (
+            b"accept-encoding",
+            b"content-type",
+        )  # it is read here, and it is JSON whatever the client said of its own
+        headers = tuple(each for each in admitted.headers if each[0].lower() not in own)
+        headers += ((b"content-type", b"application/json"),)
         sent = await self._fleet.send(job.key, partial(_request, scope, headers, data, True))
         try:
             found = b"".join([chunk async for chunk in sent.answer.chunks()])
         finally:
             await sent.answer.close()
-        return found if sent.answer.status in _SUCCESS else None
+        return sent.answer.status, found
 
     async def _pass_on(self, job: _Job, answer: UpstreamAnswer, tenant: str, body: bytes) -> None:
         capture = Capture()

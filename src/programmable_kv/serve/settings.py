@@ -10,6 +10,7 @@ from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.serve.access import ApiKey, is_loopback
 from programmable_kv.serve.address import Address, DatabaseAddress
 from programmable_kv.serve.modes import GatewayMode
+from programmable_kv.serve.rewriting.forms import LineRole
 from programmable_kv.serve.rewriting.rebase import LINES
 from programmable_kv.serve.rewriting.rules import Rules
 
@@ -89,6 +90,8 @@ class GatewaySettings:
     """notebooks that are kept, of all tenants together"""
     skills: str | None = None
     """the store of the plugin inside of the upstream's vLLM, whose skills notebooks may name"""
+    line_role: LineRole = LineRole.AUTO
+    """in which role lines are sent"""
 
     def __post_init__(self) -> None:
         require_count(self.rebase_after, "rebase_after", least=1)

@@ -22,6 +22,7 @@ from programmable_kv.serve.notebooks.source import invalid
 from programmable_kv.serve.rewriting.body import Body
 from programmable_kv.serve.rewriting.changes import Change
 from programmable_kv.serve.rewriting.conversation import Conversation, Texts, keys_of
+from programmable_kv.serve.rewriting.forms import LineRole
 from programmable_kv.serve.rewriting.judge import Gain
 from programmable_kv.serve.rewriting.matching import Known, Match
 from programmable_kv.serve.rewriting.plan import Action, Plan, plan, switched
@@ -71,11 +72,12 @@ class BookRewriter(Rewriter):
         rebased: Callable[[str, Outcome], None] = lambda _, __: None,
         *,
         rebase_after: int = LINES,
+        line_role: LineRole = LineRole.AUTO,
     ) -> None:
         """As a `Rewriter`, without rules and mode."""
         super().__init__(
             store, verdicts, Rules(learn=False), GatewayMode.ERRATUM, f"notebooks at {upstream}", tell, rebased,
-            rebase_after=rebase_after,
+            rebase_after=rebase_after, line_role=line_role,
         )  # fmt: skip
         self._counted: dict[str, Counted] = {}
         self._lock = threading.Lock()
@@ -95,8 +97,8 @@ class BookRewriter(Rewriter):
         work.prompt = prompt
         sent = {"headers": readable(headers)}
         work.session = session_name(sent, body.data)
-        forms = self.accepted.forms(route, prompt.model)
-        if forms is None:
+        verdicts = self.accepted.found_out(book.tenant, route, prompt.model)
+        if self.accepted.is_off(verdicts):
             return work
         own = _Renderings(route, body, book)
         if not own.steady:
@@ -106,7 +108,8 @@ class BookRewriter(Rewriter):
         salt = str(body.data.get("cache_salt") or "")
         keys = keys_of(prompt, rules, book.tenant, route, prompt.model, work.session, salt, book.identity)
         work.beginning = keys[0] if keys else ""
-        work.known = known = Known(rules, keys, bool(work.session), forms=forms, rebase_after=self._rebase_after)
+        known = Known(rules, keys, bool(work.session), rebase_after=self._rebase_after)
+        work.known = known = self._with_forms(known, work, verdicts)
         matches = [own.match(each, prompt) for each in self._store.candidates(keys)]
         found = next((each for each in matches if not each.refused), None)
         if found is not None:

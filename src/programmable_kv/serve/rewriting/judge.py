@@ -64,11 +64,13 @@ class RouteGains:
 class Judge:
     """Adds up what rewriting brought. For several threads."""
 
-    def __init__(self, decide: Callable[[str, str, Form, str], None], switch_off: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, decide: Callable[[str, str, Form, str], None], switch_off: Callable[[str, str, str], None]
+    ) -> None:
         """
         Args:
             decide: told when a form was accepted, or is folded into the head: route, model, form, verdict.
-            switch_off: told a route and a model on which rewriting loses.
+            switch_off: told a tenant, a route and a model for which rewriting loses.
         """
         self._decide = decide
         self._switch_off = switch_off
@@ -115,7 +117,7 @@ class Judge:
         if verdict and plan.note is not None:
             self._decide(route, model, plan.note.form, verdict)
         if loses:
-            self._switch_off(route, model)
+            self._switch_off(tenant, route, model)
         return gain
 
     def spent(self, tenant: str, route: str, model: str, tokens: int) -> None:
@@ -149,6 +151,11 @@ class Judge:
                 if owner == tenant and price is not None:
                     worth += gains.gained * (price.input - price.read) / self._prices.per_tokens
             return {self._prices.currency: round(worth, 6)}
+
+    def used(self, tenant: str) -> list[tuple[str, str]]:
+        """Routes and models that a tenant used."""
+        with self._lock:
+            return sorted((route, model) for owner, route, model in self._gains if owner == tenant)
 
     def as_json(self, tenant: str) -> list[dict[str, Any]]:
         """What rewriting brought for one tenant."""

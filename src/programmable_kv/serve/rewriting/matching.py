@@ -37,13 +37,17 @@ class Known:
     learned: Collection[str] = field(default=(), repr=False)
     hoist: bool = False
     forms: Sequence[Form] = (Form.SYSTEM,)
-    """in which form a line may stand, the best first"""
+    """in which form a line may stand at the end of this request, the best first"""
     rebase_after: int = LINES
     """lines after which a conversation is rebased"""
     whose: str = ""
     """a digest of tenant, route, model, session and salt"""
     shared: Head | None = field(default=None, repr=False)
     """the head of an earlier conversation, which a new one may begin with"""
+    open: bool = True
+    """whether the upstream takes lines at all, here or elsewhere in the conversation"""
+    lost: Collection[Form] = ()
+    """forms whose earlier lines do not reach the model"""
 
 
 def match(conversation: Conversation, prompt: Prompt, known: Known) -> Match:

@@ -19,7 +19,7 @@ from programmable_kv.serve.rewriting.conversation import (
 )
 from programmable_kv.serve.rewriting.matching import Known, Match, match
 from programmable_kv.serve.rewriting.naming import are_clear, declared_values
-from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES, Prompt, holds_thinking, open_calls
+from programmable_kv.serve.rewriting.prompt import Prompt, holds_thinking, open_calls
 from programmable_kv.serve.rewriting.rebase import Warming, warming
 from programmable_kv.serve.rewriting.rules import Sharing
 from programmable_kv.serve.rewriting.tools import may_act
@@ -35,12 +35,6 @@ _SHARED_BUDGET = 0.125
 
 _UNCLEAR = "a name stands at several places, with different values"
 _REORDERED = "the tools are in their earlier order"
-FORMS = {
-    CHAT: (Form.SYSTEM, Form.USER, Form.INLINE),
-    RESPONSES: (Form.SYSTEM, Form.USER, Form.INLINE),
-    MESSAGES: (Form.SYSTEM, Form.INLINE),  # two user turns in a row are one there: a block does the same
-}
-"""in which forms a line may stand, the best first"""
 
 
 class Action(StrEnum):
@@ -109,6 +103,8 @@ def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: 
     new = continued(old, prompt, known.rules, known.keys)
     told = [change for change in found.changes if change.tell]
     moved = moves_tools(old, prompt)
+    if any(note.form in known.lost for note in old.notes):
+        return _afresh(prompt, known, Action.RESET, "an earlier line does not reach the model", old)
     if old.plain and not (moved and not found.changes):
         if not found.changes:
             return Plan(Action.FORWARDED, "", None, old, new)
@@ -232,7 +228,7 @@ def _afresh(prompt: Prompt, known: Known, action: Action, why: str, replaced: Co
 def _may_change(prompt: Prompt, known: Known) -> bool:
     """Whether a piece that is declared or learned stands in the prompt, and there is a place to announce lines."""
     head = prompt.head
-    if not head or not known.forms:
+    if not head or not known.open:
         return False
     value = prompt.value(head[-1])
     content = value.get("content") if head[-1].index is not None else value
@@ -289,7 +285,10 @@ def _added(conversation: Conversation) -> int:
 
 
 def _has_place(prompt: Prompt) -> bool:
-    """Whether a line may stand at the end: not between a tool's call and its result, and not in the model's own words."""
+    """Whether a line may stand at the end: not between a tool's call and its result, not in the model's own words, and not in a
+    message that the model is to go on with."""
+    if prompt.body.data.get("continue_final_message"):
+        return False
     return prompt.units[-1].role in ("user", "tool") and not open_calls(prompt)
 
 

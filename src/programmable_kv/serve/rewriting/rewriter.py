@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,12 +14,22 @@ from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.accepted import Accepted
 from programmable_kv.serve.rewriting.body import read
 from programmable_kv.serve.rewriting.conversation import Conversation, Form, Head, keys_of
+from programmable_kv.serve.rewriting.forms import (
+    LineRole,
+    about,
+    forms_of,
+    head_role,
+    is_behind_tool,
+    lost_forms,
+    open_to_lines,
+)
 from programmable_kv.serve.rewriting.heads import HeadStore, key_of
 from programmable_kv.serve.rewriting.judge import Gain, Judge
 from programmable_kv.serve.rewriting.matching import Known, Match, choose, match
 from programmable_kv.serve.rewriting.plan import Action, Plan, compacted, plan, switched
 from programmable_kv.serve.rewriting.prompt import ROUTES, Prompt, digest, prompt_of
 from programmable_kv.serve.rewriting.rebase import LINES, Outcome, Warming
+from programmable_kv.serve.rewriting.rendering import Probe
 from programmable_kv.serve.rewriting.rules import Rules, Sharing
 from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.rewriting.verdicts import Verdicts
@@ -56,6 +66,8 @@ class Rewriting:
     refused: list[Form] = field(default_factory=list)
     """forms of a new line that the upstream refused in this request"""
     announcement_refused: bool = False
+    as_it_came: bool = False
+    """after a refusal: the upstream may take it without anything of the gateway's"""
     warming: Warming | None = field(default=None, repr=False)
     """what is to be computed in the background once this request is answered"""
     skills: str = ""
@@ -64,6 +76,11 @@ class Rewriting:
     """the client's own `cache_salt`"""
     head: str = ""
     """the key of the head with which a conversation begins, where others may begin with it"""
+
+    @property
+    def whose(self) -> tuple[str, str, str]:
+        """Tenant, route and model."""
+        return self.tenant, self.route, self.model
 
     @property
     def body(self) -> bytes:
@@ -90,6 +107,7 @@ class Rewriter:
         *,
         rebase_after: int = LINES,
         heads: HeadStore | None = None,
+        line_role: LineRole = LineRole.AUTO,
     ) -> None:
         """
         Args:
@@ -99,7 +117,9 @@ class Rewriter:
             rebased: told a route, and what became of a rebase there.
             rebase_after: lines after which a conversation is rebased.
             heads: what conversations may begin with; where None, each begins with its own.
+            line_role: in which role lines are sent.
         """
+        self._line_role = line_role
         self._heads = heads
         self._rebased = rebased
         self._rebase_after = rebase_after
@@ -150,13 +170,30 @@ class Rewriter:
 
     def _begin(self, work: Rewriting, known: Known) -> None:
         """Plan a request with what is known about its upstream and its tenant."""
-        forms = self.accepted.forms(work.route, work.model)
-        if forms is None:
+        verdicts = self.accepted.found_out(work.tenant, work.route, work.model)
+        if self.accepted.is_off(verdicts):
             work.plan = Plan(Action.FORWARDED, "switched off: it did not pay here")
             return
         owner = self._owner(work.tenant, work.route)
-        work.known = replace(known, forms=forms, learned=self._verdicts.learned(owner))
+        known = replace(known, learned=self._verdicts.learned(owner))
+        work.known = self._with_forms(known, work, verdicts)
         self._plan(work, owner)
+
+    def _with_forms(self, known: Known, work: Rewriting, verdicts: Mapping[str, str]) -> Known:
+        """What is known, and in which forms a line may stand in a request."""
+        assert work.prompt is not None
+        forms = forms_of(work.prompt, verdicts, self._line_role)
+        lost = lost_forms(work.prompt, verdicts)
+        return replace(known, forms=forms, lost=lost, open=open_to_lines(work.prompt, verdicts, self._line_role))
+
+    def probe_of(self, work: Rewriting) -> Probe | None:
+        """What has to be known of the upstream of a conversation that may be told of changes. None where the role of lines is
+        declared, or nothing can change.
+        """
+        after = work.plan.after
+        if self._line_role is not LineRole.AUTO or work.prompt is None or after is None or after.plain:
+            return None
+        return Probe(work.route, work.model, head_role(work.prompt))
 
     def abandoned(self, work: Rewriting) -> None:
         """Nothing was sent: the client left before that."""
@@ -169,7 +206,7 @@ class Rewriter:
         if not work.rewritten or status not in REFUSALS or work.prompt is None or work.known is None:
             return False
         note = work.plan.note
-        proven = note is None or self.accepted.is_proven(work.route, work.model, note.form)
+        proven = note is None or self.accepted.is_proven(*work.whose, _about(work, note.form))
         if status == _FAULT and proven:
             return False  # a fault of the server's own
         if not self._store.take_back(work.plan):
@@ -184,17 +221,20 @@ class Rewriter:
                 return True
         before = work.plan.before
         work.announcement_refused = before is None and not work.refused
+        work.as_it_came = True
         work.plan = Plan(Action.RESET, "the upstream refused what was rewritten", None, before)
         return True
 
     def answered(self, work: Rewriting, status: int) -> None:
-        """The upstream took the request. What it refused before, it refuses for good; the original went through."""
+        """The upstream took the request. A form that it refused before was refused for its role, if the same line was taken in
+        another form; where only the client's own request was taken, that request may be the reason."""
         if not 200 <= status < 300 or work.prompt is None:
             return
         for form in work.refused:
-            self.accepted.decide(work.route, work.model, form, "refused")
-        if work.plan.note is not None:
-            self.accepted.took(work.route, work.model, work.plan.note.form)
+            self.accepted.refused(*work.whose, _about(work, form), as_it_came=work.as_it_came)
+        note = work.plan.note
+        if note is not None:
+            self.accepted.took(*work.whose, _about(work, note.form))
         if work.plan.after is None and work.plan.before is not None:
             self._store.end(work.plan.before)
         if work.plan.action is Action.REBASE and work.plan.before is not None:
@@ -207,8 +247,10 @@ class Rewriter:
         ):
             after = work.plan.after
             self._heads.keep(work.head, Head(after.head, after.order))
+        if work.plan.before is None and work.plan.after is not None and work.plan.after.token:
+            self.accepted.took_announcement(work.route, work.model)
         if work.announcement_refused:
-            self.accepted.refused_announcement(work.route, work.model)
+            self.accepted.refused_announcement(*work.whose)
         self.judge.acted(work.tenant, work.route, work.model, work.plan)
 
     def settle(self, work: Rewriting, usage: Usage | None) -> Gain | None:
@@ -223,14 +265,11 @@ class Rewriter:
         return gain
 
     def as_json(self, tenant: str) -> dict[str, Any]:
-        """What was done here for one tenant, and what was found out about the upstream."""
+        """What was done here for one tenant, and what was found out about the models that it used."""
         found = {"routes": self.judge.as_json(tenant), "gained_money_estimate": self.judge.money(tenant)}
         try:
             return found | {
-                "upstream": [
-                    {"of": subject, "about": about, "verdict": verdict}
-                    for subject, about, verdict in self._verdicts.all()
-                ],
+                "upstream": self.accepted.as_json(tenant, self.judge.used(tenant)),
                 "learned": sum(len(self._verdicts.learned(self._owner(tenant, route))) for route in ROUTES),
             }
         except StateUnavailableError:
@@ -303,6 +342,11 @@ class Rewriter:
 
     def _owner(self, tenant: str, route: str) -> str:
         return f"{tenant}\n{route}"
+
+
+def _about(work: Rewriting, form: Form) -> str:
+    """What a verdict about a line at the end of a request is about."""
+    return about(form, behind_tool=work.prompt is not None and is_behind_tool(work.prompt))
 
 
 def _shares(known: Known) -> bool:

@@ -38,12 +38,19 @@ class Verdicts:
                     (owner, template),
                 )
 
-    def of(self, subject: str) -> dict[str, str]:
-        """What was found out about a subject, and holds now: about what, and the verdict."""
+    def of(self, subject: str, *others: str) -> dict[str, str]:
+        """What was found out about a subject, and holds now: about what, and the verdict.
+
+        Args:
+            others: subjects whose verdicts go before it.
+        """
+        subjects = (subject, *others)
         found = self._state.rows(
-            "SELECT about, verdict FROM verdicts WHERE subject = ? AND (until IS NULL OR until > epoch())", (subject,)
+            f"SELECT subject, about, verdict FROM verdicts WHERE subject IN ({', '.join('?' * len(subjects))}) "
+            "AND (until IS NULL OR until > epoch())",
+            subjects,
         )
-        return dict(found)
+        return {about: verdict for _, about, verdict in sorted(found, key=lambda row: subjects.index(row[0]))}
 
     def decide(self, subject: str, about: str, verdict: str, *, for_s: float | None = None) -> None:
         """Remember what was found out, for a time or for good."""
@@ -53,10 +60,3 @@ class Verdicts:
                 "ON CONFLICT (subject, about) DO UPDATE SET verdict = excluded.verdict, until = excluded.until",
                 (subject, about, verdict, for_s),
             )
-
-    def all(self) -> list[tuple[str, str, str]]:
-        """All that holds now: subject, what about it, and the verdict."""
-        found = self._state.rows(
-            "SELECT subject, about, verdict FROM verdicts WHERE until IS NULL OR until > epoch() ORDER BY subject, about"
-        )
-        return [(subject, about, verdict) for subject, about, verdict in found]

@@ -1,0 +1,76 @@
+"""An upstream with a real chat template, which transformers renders: where a line stands in what the model would read."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from programmable_kv.bench.tiny_chat import tiny_chat_model
+from serve.caching_upstream import CachingUpstream
+from serve.http_peers import Received, answer
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
+
+@cache
+def _tokenizer() -> Any:
+    return tiny_chat_model(1024).tokenizer
+
+
+class TemplatedUpstream(CachingUpstream):
+    """Renders Chat Completions as vLLM does, at `/tokenize`; or as llama-server does, at `/apply-template`."""
+
+    def __init__(self, family: str, *, like: str = "vllm", **more: Any) -> None:
+        super().__init__(**more)
+        self.tokenizer = copy.copy(_tokenizer())
+        self.tokenizer.chat_template = (TEMPLATES / f"{family}.jinja").read_text(encoding="utf-8")
+        self.like = like
+
+    def render(self, body: Any) -> str:
+        """What the model reads. Tool calls are given to the template as data, as servers do.
+
+        Raises:
+            Exception: the template refuses the conversation.
+        """
+        messages = json.loads(json.dumps(body["messages"]))
+        for message in messages:
+            for call in message.get("tool_calls") or ():
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+        text: str = self.tokenizer.apply_chat_template(
+            messages,
+            tools=body.get("tools"),
+            tokenize=False,
+            add_generation_prompt=True,
+            bos_token="<s>",
+            eos_token="</s>",
+        )
+        return text
+
+    def rendering(self, request: Received) -> list[bytes]:
+        """See `CachingUpstream.rendering`."""
+        status, found = self.told(request.target.decode(), request.json)
+        return [answer(json.dumps(found).encode(), f"{status} Told")]
+
+    def told(self, path: str, body: Any) -> tuple[int, Any]:
+        """The answer to a request to render."""
+        if self.like == "vllm" and path == "/detokenize":
+            return 200, {"prompt": self.tokenizer.decode(body["tokens"])}
+        if self.like == "llama-server" and path == "/tokenize":
+            return 200, {"tokens": []}  # it reads `content`, and there is none
+        if path != {"vllm": "/tokenize", "llama-server": "/apply-template"}.get(self.like):
+            return 404, {"detail": "Not Found"}
+        try:
+            text = self.render(body)
+        except Exception as error:
+            return (400 if self.like == "vllm" else 500), {"error": {"message": str(error)}}
+        if self.like == "llama-server":
+            return 200, {"prompt": text}
+        return 200, {"tokens": self.tokenizer(text, add_special_tokens=False)["input_ids"]}
+
+    async def ask(self, path: str, data: bytes) -> tuple[int, bytes]:
+        """As a gateway asks, without sockets."""
+        status, found = self.told(path, json.loads(data))
+        return status, json.dumps(found).encode()
