@@ -70,7 +70,7 @@ def test_a_killed_gateway_goes_on_with_every_conversation(tmp_path: Path) -> Non
     with raw_upstream(upstream) as server:
         words = [
             "-m", "programmable_kv", "serve", "--upstream", server.url, "--port", str(port), "--mode", "erratum",
-            "--volatile", str(rules), "--state", places.now.option(tmp_path / "state"),
+            "--line-role", "system", "--volatile", str(rules), "--state", places.now.option(tmp_path / "state"),
         ]  # fmt: skip
         talkers = [Talker(port, number, stop) for number in range(4)]
         for kill in range(kills() + 1):

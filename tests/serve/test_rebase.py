@@ -396,6 +396,7 @@ def test_a_gateway_that_is_killed_while_it_rebases_loses_no_line(tmp_path: Path)
     with raw_upstream(upstream) as server:
         words = [
             "-m", "programmable_kv", "serve", "--upstream", server.url, "--port", str(port), "--mode", "erratum",
+            "--line-role", "system",
             "--volatile", str(rules), "--state", places.now.option(tmp_path / "state"), "--rebase-after", "2",
         ]  # fmt: skip
         talkers = [Talker(port, number, stop) for number in range(3)]

@@ -81,6 +81,7 @@ def test_whatever_is_killed_the_conversations_go_on(database: Database, tmp_path
 
     def gateway(port: int) -> Any:
         words = ["serve", "--upstream", f"http://127.0.0.1:{upstream_port}", "--port", str(port), "--mode", "erratum"]
+        words += ["--line-role", "system"]
         words += ["--volatile", str(rules), "--state", place.url, "--rebase-after", "8"]
         return process("-m", "programmable_kv", *words, port=port)
 

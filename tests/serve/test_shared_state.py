@@ -22,6 +22,7 @@ from programmable_kv.serve.address import DatabaseAddress, place_of
 from programmable_kv.serve.local.server import local_app
 from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.conversation import Form
+from programmable_kv.serve.rewriting.forms import LineRole
 from programmable_kv.serve.rewriting.rules import rules_of
 from programmable_kv.serve.rewriting.store import ConversationStore
 from programmable_kv.serve.salt import secret_of
@@ -296,7 +297,9 @@ def test_a_database_of_others_is_left_alone(database: Database) -> None:
 
 
 def gateway(url: str, place: DatabaseAddress, **more: Any) -> GatewaySettings:
-    return GatewaySettings(url, port=0, mode=GatewayMode.ERRATUM, rules=CLOCK, state=place, **more)
+    return GatewaySettings(
+        url, port=0, mode=GatewayMode.ERRATUM, rules=CLOCK, state=place, line_role=LineRole.SYSTEM, **more
+    )
 
 
 def ask(front: Running, said: list[Any], minute: int, session: str = "s") -> httpx2.Response:
