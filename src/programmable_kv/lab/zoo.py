@@ -286,8 +286,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "causal": counts(causal),
         "others": counts([row for row in rows if row["side"] != "causal LM"]),
         "kinds": {
-            name: counts([row for row in rows if words in row.get(where, "")])
-            for name, (where, words) in KINDS.items()
+            name: counts([row for row in rows if words in row.get(where, "")]) for name, (where, words) in KINDS.items()
         },
     }
 

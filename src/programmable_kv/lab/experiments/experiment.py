@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from programmable_kv.lab.experiments.cases import RANKING_SEED, SEED, Case, cases, domain_names
+from programmable_kv.lab.experiments.cases import FILLERS, RANKING_SEED, SEED, Case, cases, domain_names
 from programmable_kv.lab.experiments.control import RANDOM_WEIGHTS
 from programmable_kv.lab.experiments.pair import Pair, pair_of
 from programmable_kv.models.load import Model
@@ -43,15 +44,18 @@ class Experiment:
     """sets of rules in a policy, each about a field of its own; the question's topic says which of them counts"""
     values: int | None = None
     """values that a set of rules tells apart (None: two to four)"""
+    fillers: int = FILLERS
+    """rules about other things in a policy"""
+    wrong_too: bool = False
+    """whether cases are measured too that a full prefill decides wrongly: where it is asked how often it is right"""
 
     def cases(self, count: int, *, everyday: bool = False) -> list[tuple[str, Case]]:
         """Every case with what it is for, `ranking` or `scoring`."""
-        ranked = (
-            cases(min(self.ranking, count), RANKING_SEED, everyday=everyday, sets=self.sets, values=self.values)
-            if self.rank is not None
-            else []
-        )
-        scored = cases(count, SEED, everyday=everyday, sets=self.sets, values=self.values)
+        drawn = partial(
+            cases, everyday=everyday, sets=self.sets, values=self.values, fillers=self.fillers
+        )  # fmt: skip
+        ranked = drawn(min(self.ranking, count), RANKING_SEED) if self.rank is not None else []
+        scored = drawn(count, SEED)
         return [("ranking", case) for case in ranked] + [("scoring", case) for case in scored]
 
 
@@ -68,8 +72,8 @@ def run(
 ) -> Record:  # fmt: skip
     """Measure `count` cases and summarise what was found.
 
-    A case counts where both full prefills decide as the policy says. With random weights none does, and all are measured: what
-    is of interest there is how little anything does.
+    A case counts where both full prefills decide as the policy says, unless `wrong_too`. With random weights none does, and all
+    are measured: what is of interest there is how little anything does.
     """
     drawn = experiment.cases(count, everyday=everyday)
     recorder = Recorder(
@@ -92,7 +96,7 @@ def run(
         pair = pair_of(model, case)
         if isinstance(pair, str):
             return known | {"skipped": pair}
-        if not pair.scale.valid and model.name != RANDOM_WEIGHTS:
+        if not pair.scale.valid and not experiment.wrong_too and model.name != RANDOM_WEIGHTS:
             return known | {"skipped": WRONG}
         if part == "ranking":
             assert experiment.rank is not None

@@ -1,0 +1,303 @@
+"""Is a memory edited like any other text? A block of facts above the rules that speak of it or below them, prefilled where it
+stands or compiled alone and spliced.
+
+The memory is the policy's own block of facts, one of which changes. `recomputed`: everything has read what stands before it.
+`spliced`: the memory has read itself alone, and what follows it has read everything. On both, the same edits are really made,
+with the question asked after them: the fact's tokens computed again in their place, a line that states the new value, and the
+fact with the rules that name it. A third of the spliced memories above their rules is also edited with a line of thought.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.cache.masks import PartReads
+from programmable_kv.cache.span import Span
+from programmable_kv.edits.modes import Mode
+from programmable_kv.engine import Engine, Rows
+from programmable_kv.lab.experiments.boundary import Setting, in_setting
+from programmable_kv.lab.experiments.experiment import Experiment, Row
+from programmable_kv.lab.experiments.pair import Pair
+from programmable_kv.lab.experiments.prevention import decided, tail_of
+from programmable_kv.lab.experiments.summaries import mean_by_domain, share
+from programmable_kv.lab.experiments.written import RULES, Written
+from programmable_kv.lab.statistics.intervals import cluster_interval
+from programmable_kv.lab.statistics.many_tests import benjamini_hochberg
+from programmable_kv.lab.statistics.paired import PairedCounts, mcnemar
+from programmable_kv.lab.tools.hooks import taken_back
+from programmable_kv.lab.tools.readouts import Scale
+from programmable_kv.notebook.notebook import Notebook
+from programmable_kv.prompt.chat import thought_closed
+from programmable_kv.prompt.parts import Rendered
+from programmable_kv.prompt.units import Kind, tokenised
+from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, THINK_INSTRUCTION, statement
+from programmable_kv.skills.skill import Skill
+
+EARLY, LATE = "early", "late"
+"""the memory above the rules, and below them"""
+RECOMPUTED, SPLICED = "recomputed", "spliced"
+WAYS = (RECOMPUTED, SPLICED)
+IN_PLACE, ERRATUM, READERS = "in_place", "erratum", "readers"
+ARMS = (IN_PLACE, ERRATUM, READERS)
+THOUGHT_EVERY = 3
+"""of the cases, every such one is also edited with a thought"""
+THOUGHT_ARMS = (Mode.IN_PLACE, Mode.ERRATUM)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """A policy with its memory in one place, under the old value and the new one."""
+
+    pair: Pair
+    system: str
+    """the template of the policy"""
+    memory: Span
+    """the slots of the memory"""
+
+
+def places(pair: Pair) -> Iterator[tuple[str, Placed]]:
+    """By name, the same policy with its memory where it is, and below the rules (if that text can be measured)."""
+    first, memory, *rest = pair.case.scenario.prompt.split("\n\n")
+    for name, system in ((EARLY, pair.case.scenario.prompt), (LATE, "\n\n".join([first, *rest, memory]))):
+        found = pair if name == EARLY else in_setting(pair, Setting(name, system, pair.case.asked))
+        if isinstance(found, Pair):
+            block = memory.format_map(dict(found.case.values(found.change[0])))
+            yield name, Placed(found, system, slots_of(found.text, block))
+
+
+def slots_of(text: Written, block: str) -> Span:
+    """The tokens that begin inside a block of the text."""
+    begins = "".join(text.tokens).index(block)
+    starts = list(accumulate((len(token) for token in text.tokens), initial=0))[:-1]
+    inside = [slot for slot, start in enumerate(starts) if begins <= start < begins + len(block)]
+    return Span(inside[0], inside[-1] + 1)
+
+
+def spliced(engine: Engine, text: Written, memory: Span) -> KVBuffer:
+    """A buffer with all of a text but its last token, in which the memory has read itself alone."""
+    part_of = torch.zeros(len(text.ids), dtype=torch.long)
+    part_of[memory.start : memory.stop] = 1
+    part_of[memory.stop :] = 2
+    reads = torch.tensor([[True, False, False], [False, True, False], [True, True, True]])
+    buffer = engine.new_buffer(2 * len(text.ids))
+    slots = tuple(range(text.last))
+    engine.compute(buffer, Rows(text.ids[:-1], slots, slots), logits=0, reads=PartReads(part_of, reads))
+    return buffer
+
+
+def measure(pair: Pair, _: Sequence[Row]) -> Row:
+    """In each place, by each way, what is decided before and after the edits; and some edits with a thought."""
+    found = dict(places(pair))
+    row: Row = {"right": list(pair.actions), "places": {name: edited(placed) for name, placed in found.items()}}
+    if pair.case.number % THOUGHT_EVERY == 0:
+        row["thought"] = thoughts(found[EARLY])
+    return row
+
+
+def edited(placed: Placed) -> dict[str, Any]:
+    """By way, the decision under both values, and after each edit of the old one. All question tokens are computed anew."""
+    pair = placed.pair
+    field, tail = tuple(pair.text.field.range), tail_of(pair.text)
+    chosen = {IN_PLACE: (*field, *tail), READERS: (*field, *pair.text.of(*RULES), *tail)}
+    line = with_line(placed)
+    found: dict[str, Any] = {"memory": len(placed.memory), "tokens": len(pair.text.ids)}
+    for way in WAYS:
+        old, new = (
+            (pair.old, pair.fresh)
+            if way == RECOMPUTED
+            else (spliced(pair.engine, text, placed.memory) for text in (pair.text, pair.new_text))
+        )
+        found[way] = {
+            "old": decided(pair, old, pair.text, ()),
+            "new": decided(pair, new, pair.new_text, ()),
+            **{arm: decided(pair, old, pair.new_text, slots) for arm, slots in chosen.items()},
+            ERRATUM: decided_after(pair, old, line),
+        }
+    return found
+
+
+def with_line(placed: Placed) -> tuple[int, ...]:
+    """The tokens of the context with the old value and, before the question, the line that states the new one."""
+    pair = placed.pair
+    field, (old, new) = pair.case.gate.field, pair.change
+    notebook = Notebook(pair.model).message("system", placed.system, **pair.case.values(old))
+    notebook.message("system", statement(DEFAULT_TEMPLATE, field, new)).message("user", pair.case.asked)
+    conversation = notebook.prompt.conversation()
+    assert conversation is not None
+    opening = thought_closed(conversation.continued([], prompt_for_answer=True).added)
+    return (
+        *tokenised(pair.model.tokenizer, notebook.rendered(), Kind.PREFILL).ids,
+        *tokenised(pair.model.tokenizer, Rendered(opening), Kind.TURN).ids,
+    )
+
+
+def decided_after(pair: Pair, buffer: KVBuffer, ids: Sequence[int]) -> dict[str, Any]:
+    """What is decided if the context goes on like this from the first other token on. The buffer is unchanged."""
+    own = pair.text.ids
+    start = next(slot for slot, (a, b) in enumerate(zip(own, ids, strict=False)) if a != b)
+    slots = tuple(range(start, len(ids)))
+    with taken_back(buffer):
+        logits = pair.engine.compute(buffer, Rows(tuple(ids[start:]), slots, slots))[-1]
+    return {"gap": round(float(pair.gap_in(logits)), 4), "choice": pair.decides(logits)}
+
+
+def thoughts(placed: Placed) -> dict[str, str]:
+    """What a spliced memory's edit decides after a line of thought: by mode, as a user makes it, and without an edit."""
+    pair = placed.pair
+    case, (old, new) = pair.case, pair.change
+    values = dict(case.values(old))
+    first, memory, *rest = placed.system.split("\n\n")
+    own = {name: value for name, value in values.items() if "{" + name + "}" in memory}
+    skill = Skill.compile(pair.model, f"{memory}\n\n", name="memory", **own)
+    template = "\n\n".join([first, "{memory}" + "\n\n".join(rest)])
+    notebook = Notebook(pair.model).message("system", template, memory=skill)
+    notebook.prefill()
+    asked = f"{case.asked} {THINK_INSTRUCTION}"
+
+    def ask(edits: Mapping[str, str], mode: Mode) -> str:
+        mark = notebook.mark()
+        try:
+            return notebook.decide(asked, list(pair.first_tokens), edits=edits or None, mode=mode, think=True).choice
+        finally:
+            notebook.rollback(mark)
+
+    found = {str(mode): ask({case.gate.field: new}, mode) for mode in THOUGHT_ARMS}
+    return {"before": ask({}, Mode.STALE), **found, "full": ask({case.gate.field: new}, Mode.FULL)}
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """By place: how often prefills are right; where both ways are right under both values, what each edit does in each way.
+
+    `paired`: exact tests on the same items. `placement`: whether prefills are right as often in both places, with the
+    p-values corrected for their number. `slope`: of spliced recovery on recomputed recovery, over edits and places.
+    """
+    summary: dict[str, Any] = {"placement": _placement(rows), "places": {}}
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name in (EARLY, LATE):
+        own = [_flat(row, name) for row in rows if name in row["places"]]
+        both = [row for row in own if all(_scale(row, way).valid for way in WAYS)]
+        part: dict[str, Any] = {"counted": len(both)}
+        for way in WAYS:
+            arms = {arm: _arm(both, way, arm) for arm in ARMS}
+            part[way] = {"right": share(own, partial(_right_both, way)), **arms}
+        part["same"] = {arm: share(both, partial(_same, arm)) for arm in ARMS}
+        part["paired"] = {
+            **{arm: _tested(both, (RECOMPUTED, arm), (SPLICED, arm)) for arm in ARMS},
+            **{f"{IN_PLACE}_{ERRATUM}_{way}": _tested(both, (way, IN_PLACE), (way, ERRATUM)) for way in WAYS},
+        }
+        summary["places"][name] = part
+        for row in both:
+            points.setdefault(row["domain"], []).extend(tuple(_recovery(way, arm, row) for way in WAYS) for arm in ARMS)  # type: ignore[misc]
+    summary["edited"] = sum(part["counted"] for part in summary["places"].values()) * len(WAYS)
+    summary["points"] = sum(map(len, points.values()))
+    summary["slope"] = cluster_interval(points, slope).model_dump() if len(points) > 1 else None
+    return summary | {"thought": _thought(rows)}
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """The least-squares slope of the second number on the first, over all points; 0 where the first never differs."""
+    first, second = (torch.tensor(each, dtype=torch.float64) for each in zip(*points, strict=True))
+    centred = first - first.mean()
+    spread = float(centred.square().sum())
+    return float((centred * second).sum()) / spread if spread > 0 else 0.0
+
+
+def _flat(row: Row, name: str) -> dict[str, Any]:
+    return {"domain": row["domain"], "right": row["right"], **row["places"][name]}
+
+
+def _scale(row: Row, way: str) -> Scale:
+    return Scale(row[way]["old"]["gap"], row[way]["new"]["gap"])
+
+
+def _right(way: str, value: str, row: Row) -> bool:
+    return bool(row[way][value]["choice"] == row["right"][value != "old"])
+
+
+def _right_both(way: str, row: Row) -> bool:
+    return _right(way, "old", row) and _right(way, "new", row)
+
+
+def _same(arm: str, row: Row) -> bool:
+    return bool(row[RECOMPUTED][arm]["choice"] == row[SPLICED][arm]["choice"])
+
+
+def _recovery(way: str, arm: str, row: Row) -> float:
+    return _scale(row, way).recovery(row[way][arm]["gap"])
+
+
+def _arm(rows: Sequence[Row], way: str, arm: str) -> dict[str, Any]:
+    """Recovery between the two decisions of the same way, and how often the new value's action is chosen."""
+    return {
+        "recovery": mean_by_domain(rows, partial(_recovery, way, arm)),
+        "right": share(rows, partial(_right, way, arm)),
+    }
+
+
+def _tested(rows: Sequence[Row], first: tuple[str, str], second: tuple[str, str]) -> dict[str, Any]:
+    counts = PairedCounts.of(*([_right(*arm, row) for row in rows] for arm in (first, second)))
+    return {"only_first": counts.only_first, "only_second": counts.only_second, "p": mcnemar(counts)}
+
+
+def _placement(rows: Sequence[Row]) -> dict[str, Any]:
+    """Of the policies that can be written both ways, how often the memory's place decides whether a prefill is right."""
+    both = [row for row in rows if all(name in row["places"] for name in (EARLY, LATE))]
+    found: dict[str, Any] = {"policies": len(both)}
+    for way in WAYS:
+        answers = {
+            name: [_right(way, value, _flat(row, name)) for row in both for value in ("old", "new")]
+            for name in (EARLY, LATE)
+        }
+        counts = PairedCounts.of(answers[EARLY], answers[LATE])
+        found[way] = {name: _of_domains(both, way, name) for name in (EARLY, LATE)}
+        found[way] |= {"only_early": counts.only_first, "only_late": counts.only_second, "p": mcnemar(counts)}
+    for way, p in zip(WAYS, benjamini_hochberg([found[way]["p"] for way in WAYS]), strict=True):
+        found[way]["p_corrected"] = float(p)
+    return found
+
+
+def _of_domains(rows: Sequence[Row], way: str, name: str) -> dict[str, Any]:
+    """The share of prefills that are right, under either value; domains are resampled."""
+
+    def right(row: Row) -> float:
+        flat = _flat(row, name)
+        return (_right(way, "old", flat) + _right(way, "new", flat)) / 2
+
+    return mean_by_domain(rows, right)
+
+
+def _thought(rows: Sequence[Row]) -> dict[str, Any]:
+    """Of the memories that a full prefill decides rightly after a thought, under both values: how often edits are right."""
+    asked = [row for row in rows if "thought" in row]
+    counted = [row for row in asked if [row["thought"]["before"], row["thought"]["full"]] == row["right"]]
+    modes = [str(mode) for mode in THOUGHT_ARMS]
+    right = {mode: [row["thought"][mode] == row["right"][1] for row in counted] for mode in modes}
+    return {
+        "asked": len(asked),
+        "counted": len(counted),
+        **{mode: share(counted, partial(_thought_right, mode)) for mode in modes},
+        "p": mcnemar(PairedCounts.of(*right.values())),
+    }
+
+
+def _thought_right(mode: str, row: Row) -> bool:
+    return bool(row["thought"][mode] == row["right"][1])
+
+
+MEMORY = Experiment(
+    name="memory",
+    version=1,
+    title="A memory edited where it stands: above its rules or below them, recomputed or compiled alone and spliced",
+    measure=measure,
+    summarise=summarise,
+    scenarios=112,
+    fillers=4,
+    wrong_too=True,
+)
