@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from programmable_kv.edits.modes import Mode
-from programmable_kv.lab.experiments import boundary, conclusion, errata, prevention, seam, skills
+from programmable_kv.lab.experiments import boundary, conclusion, errata, families, memory, prevention, seam, skills
 from programmable_kv.lab.experiments.cases import cases
 from programmable_kv.lab.experiments.experiment import Row, of_other_domains
 from programmable_kv.lab.experiments.pair import Pair, pair_of
@@ -55,9 +55,18 @@ def without_learning(pair: Pair) -> Row:
     return conclusion.measure(pair, [])
 
 
+def early_memory(pair: Pair) -> Row:
+    return {"places": {memory.EARLY: memory.edited(dict(memory.places(pair))[memory.EARLY])}}
+
+
+def two_texts(pair: Pair) -> Row:
+    texts = families.written_as(pair)
+    return {"texts": {name: families.carried(texts[name]) for name in (families.LIST, "prose")}}
+
+
 PARTS: dict[str, Callable[[Pair], Row]] = {
     "prevention": few_arms, "seam": one_skill, "boundary": two_settings, "errata": default_wording,
-    "conclusion": without_learning,
+    "conclusion": without_learning, "memory": early_memory, "families": two_texts,
 }  # fmt: skip
 """of experiments that take long, what is measured again"""
 RECORDED = [name for name in EXPERIMENTS if (RESULTS / f"{name}.json").exists()]

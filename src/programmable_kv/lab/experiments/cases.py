@@ -20,7 +20,7 @@ SEED = 94_000
 RANKING_SEED = 95_000
 """of the policies on which positions are ranked; they are scored on others, of other domains"""
 FILLERS = 8
-"""rules about other things, unless an experiment has shorter policies"""
+"""rules about other things"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +47,15 @@ class Case:
 
 
 def cases(
-    count: int, seed: int = SEED, *, everyday: bool = False, sets: int = 1, values: int | None = None,
-    fillers: int = FILLERS,
-) -> list[Case]:  # fmt: skip
+    count: int, seed: int = SEED, *, everyday: bool = False, sets: int = 1, values: int | None = None
+) -> list[Case]:
     """`count` cases, from each held-out domain in turn. A longer draw begins with a shorter one.
 
     `everyday`: short policies in everyday words, which models that were not trained on the grammar solve; their domains are
     their fields. `sets`: of rules, in each policy that is not an everyday one; the question is about one of them. `values`:
-    that each of these sets tells apart (None: two to four); everyday ones tell two apart. `fillers`: rules about other things,
-    in a policy that is not an everyday one.
+    that each of these sets tells apart (None: two to four); everyday ones tell two apart.
     """
-    return _everyday(count, seed) if everyday else _held_out(count, seed, sets, values, fillers)
+    return _everyday(count, seed) if everyday else _held_out(count, seed, sets, values)
 
 
 def domain_names() -> list[str]:
@@ -65,13 +63,13 @@ def domain_names() -> list[str]:
     return [domain.name for domain in held_out_domains()] + sorted(FIELDS)
 
 
-def _held_out(count: int, seed: int, sets: int, values: int | None, fillers: int) -> list[Case]:
+def _held_out(count: int, seed: int, sets: int, values: int | None) -> list[Case]:
     domains = held_out_domains()
     drawn = []
     for number in range(count):
         rng = random.Random(f"{seed}/{number}")
         scenario = make_scenario(
-            rng, "held_out", gates=sets, two_hop=False, gated_values=values, fillers=fillers,
+            rng, "held_out", gates=sets, two_hop=False, gated_values=values, fillers=FILLERS,
             domain=domains[number % len(domains)],
         )  # fmt: skip
         gate = scenario.gates[0] if sets == 1 else rng.choice(scenario.gates)

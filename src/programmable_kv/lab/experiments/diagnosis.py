@@ -105,7 +105,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     flagged = [
         (edit, published(edit, margin)) for half, margin in zip(halves[::-1], margins, strict=True) for edit in half
     ]
-    summary["margins"] = margins
+    summary["margins"] = dict(zip(("from_first_half", "from_second_half"), margins, strict=True))
     summary["rules"] = {
         "published": _scored([(edit, published(edit, PUBLISHED)) for edit in edited]),
         "calibrated": _scored(flagged),
@@ -164,5 +164,4 @@ DIAGNOSIS = Experiment(
     summarise=summarise,
     scenarios=112,
     sets=2,
-    fillers=4,
 )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from programmable_kv.lab.experiments.cases import FILLERS, RANKING_SEED, SEED, Case, cases, domain_names
+from programmable_kv.lab.experiments.cases import RANKING_SEED, SEED, Case, cases, domain_names
 from programmable_kv.lab.experiments.control import RANDOM_WEIGHTS
 from programmable_kv.lab.experiments.pair import Pair, pair_of
 from programmable_kv.models.load import Model
@@ -44,18 +43,17 @@ class Experiment:
     """sets of rules in a policy, each about a field of its own; the question's topic says which of them counts"""
     values: int | None = None
     """values that a set of rules tells apart (None: two to four)"""
-    fillers: int = FILLERS
-    """rules about other things in a policy"""
     wrong_too: bool = False
     """whether cases are measured too that a full prefill decides wrongly: where it is asked how often it is right"""
 
     def cases(self, count: int, *, everyday: bool = False) -> list[tuple[str, Case]]:
         """Every case with what it is for, `ranking` or `scoring`."""
-        drawn = partial(
-            cases, everyday=everyday, sets=self.sets, values=self.values, fillers=self.fillers
-        )  # fmt: skip
-        ranked = drawn(min(self.ranking, count), RANKING_SEED) if self.rank is not None else []
-        scored = drawn(count, SEED)
+        ranked = (
+            cases(min(self.ranking, count), RANKING_SEED, everyday=everyday, sets=self.sets, values=self.values)
+            if self.rank is not None
+            else []
+        )
+        scored = cases(count, SEED, everyday=everyday, sets=self.sets, values=self.values)
         return [("ranking", case) for case in ranked] + [("scoring", case) for case in scored]
 
 

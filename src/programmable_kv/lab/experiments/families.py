@@ -68,15 +68,16 @@ def settings(case: Case, change: tuple[str, str]) -> list[Setting]:
 
 def measure(pair: Pair, _: Sequence[Row]) -> Row:
     """In each text, the gap after sets of tokens were patched, and after some were computed again."""
-    row: Row = {"texts": {LIST: carried(pair)}}
+    return {"texts": {name: carried(each) for name, each in written_as(pair).items()}}
+
+
+def written_as(pair: Pair) -> dict[str, Pair]:
+    """The same change of the same decision, in each text in which it is of as many tokens."""
     two = {value: pair.case.gate.actions[value] for value in pair.change}
     gate = replace(pair.case.gate, actions=two)
-    short = replace(pair.case, gate=gate, scenario=replace(pair.case.scenario, gates=(gate,)))
-    for setting in settings(pair.case, pair.change):
-        found = in_setting(replace(pair, case=short), setting)
-        if isinstance(found, Pair):
-            row["texts"][setting.name] = carried(found)
-    return row
+    case = replace(pair.case, gate=gate, scenario=replace(pair.case.scenario, gates=(gate,)))
+    found = {each.name: in_setting(replace(pair, case=case), each) for each in settings(pair.case, pair.change)}
+    return {LIST: pair} | {name: each for name, each in found.items() if isinstance(each, Pair)}
 
 
 def carried(pair: Pair) -> dict[str, Any]:
@@ -136,5 +137,4 @@ FAMILIES = Experiment(
     measure=measure,
     summarise=summarise,
     scenarios=80,
-    fillers=4,
 )

@@ -4,7 +4,8 @@ stands or compiled alone and spliced.
 The memory is the policy's own block of facts, one of which changes. `recomputed`: everything has read what stands before it.
 `spliced`: the memory has read itself alone, and what follows it has read everything. On both, the same edits are really made,
 with the question asked after them: the fact's tokens computed again in their place, a line that states the new value, and the
-fact with the rules that name it. A third of the spliced memories above their rules is also edited with a line of thought.
+fact with the rules that name it. Some of the spliced memories above their rules are edited with a line of thought, too. A third
+place is not edited: between the rules and the lines about other things, so that these stand between memory and question.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, combinations
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from programmable_kv.lab.experiments.experiment import Experiment, Row
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.prevention import decided, tail_of
 from programmable_kv.lab.experiments.summaries import mean_by_domain, share
-from programmable_kv.lab.experiments.written import RULES, Written
+from programmable_kv.lab.experiments.written import RULES, Written, ruled
 from programmable_kv.lab.statistics.intervals import cluster_interval
 from programmable_kv.lab.statistics.many_tests import benjamini_hochberg
 from programmable_kv.lab.statistics.paired import PairedCounts, mcnemar
@@ -40,14 +42,17 @@ from programmable_kv.prompt.units import Kind, tokenised
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, THINK_INSTRUCTION, statement
 from programmable_kv.skills.skill import Skill
 
-EARLY, LATE = "early", "late"
-"""the memory above the rules, and below them"""
+EARLY, LATE, BETWEEN = "early", "late", "between"
+"""the memory above the rules; below them, before the question; and below them, with the lines about other things behind it"""
+PLACES = (EARLY, LATE, BETWEEN)
+EDITED = (EARLY, LATE)
 RECOMPUTED, SPLICED = "recomputed", "spliced"
 WAYS = (RECOMPUTED, SPLICED)
 IN_PLACE, ERRATUM, READERS = "in_place", "erratum", "readers"
 ARMS = (IN_PLACE, ERRATUM, READERS)
-THOUGHT_EVERY = 3
-"""of the cases, every such one is also edited with a thought"""
+THOUGHT_OF_THREE = 2
+"""of three cases, how many are also edited with a thought"""
+VALUES = ("old", "new")
 THOUGHT_ARMS = (Mode.IN_PLACE, Mode.ERRATUM)
 
 
@@ -63,12 +68,21 @@ class Placed:
 
 
 def places(pair: Pair) -> Iterator[tuple[str, Placed]]:
-    """By name, the same policy with its memory where it is, and below the rules (if that text can be measured)."""
-    first, memory, *rest = pair.case.scenario.prompt.split("\n\n")
-    for name, system in ((EARLY, pair.case.scenario.prompt), (LATE, "\n\n".join([first, *rest, memory]))):
-        found = pair if name == EARLY else in_setting(pair, Setting(name, system, pair.case.asked))
+    """By name, the same policy with its memory where it is, and in the other places (if that text can be measured)."""
+    case = pair.case
+    first, memory, rules, *rest = case.scenario.prompt.split("\n\n")
+    heading, *lines = rules.splitlines()
+    named = [line for line in lines if ruled(line, case) is not None]
+    others = [line for line in lines if ruled(line, case) is None]
+    systems = {
+        EARLY: case.scenario.prompt,
+        LATE: "\n\n".join([first, rules, *rest, memory]),
+        BETWEEN: "\n\n".join([first, "\n".join([heading, *named]), memory, "\n".join(others), *rest]),
+    }
+    for name, system in systems.items():
+        found = pair if name == EARLY else in_setting(pair, Setting(name, system, case.asked))
         if isinstance(found, Pair):
-            block = memory.format_map(dict(found.case.values(found.change[0])))
+            block = memory.format_map(dict(case.values(found.change[0])))
             yield name, Placed(found, system, slots_of(found.text, block))
 
 
@@ -95,10 +109,20 @@ def spliced(engine: Engine, text: Written, memory: Span) -> KVBuffer:
 def measure(pair: Pair, _: Sequence[Row]) -> Row:
     """In each place, by each way, what is decided before and after the edits; and some edits with a thought."""
     found = dict(places(pair))
-    row: Row = {"right": list(pair.actions), "places": {name: edited(placed) for name, placed in found.items()}}
-    if pair.case.number % THOUGHT_EVERY == 0:
+    row: Row = {
+        "right": list(pair.actions),
+        "prefilled": {name: prefills(placed.pair) for name, placed in found.items()},
+        "places": {name: edited(placed) for name, placed in found.items() if name in EDITED},
+    }
+    if pair.case.number % 3 < THOUGHT_OF_THREE:
         row["thought"] = thoughts(found[EARLY])
     return row
+
+
+def prefills(pair: Pair) -> dict[str, bool]:
+    """Whether full prefills are right, by value."""
+    found = decided(pair, pair.old, pair.text, ()), decided(pair, pair.fresh, pair.new_text, ())
+    return {value: each["choice"] == right for value, each, right in zip(VALUES, found, pair.actions, strict=True)}
 
 
 def edited(placed: Placed) -> dict[str, Any]:
@@ -175,12 +199,12 @@ def thoughts(placed: Placed) -> dict[str, str]:
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """By place: how often prefills are right; where both ways are right under both values, what each edit does in each way.
 
-    `paired`: exact tests on the same items. `placement`: whether prefills are right as often in both places, with the
-    p-values corrected for their number. `slope`: of spliced recovery on recomputed recovery, over edits and places.
+    `paired`: exact tests on the same items. `placement`: how often prefills are right by the memory's place, with the p-values
+    of exact tests corrected for their number. `slope`: of spliced recovery on recomputed recovery, over edits and places.
     """
     summary: dict[str, Any] = {"placement": _placement(rows), "places": {}}
     points: dict[str, list[tuple[float, float]]] = {}
-    for name in (EARLY, LATE):
+    for name in EDITED:
         own = [_flat(row, name) for row in rows if name in row["places"]]
         both = [row for row in own if all(_scale(row, way).valid for way in WAYS)]
         part: dict[str, Any] = {"counted": len(both)}
@@ -197,7 +221,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
             points.setdefault(row["domain"], []).extend(tuple(_recovery(way, arm, row) for way in WAYS) for arm in ARMS)  # type: ignore[misc]
     summary["edited"] = sum(part["counted"] for part in summary["places"].values()) * len(WAYS)
     summary["points"] = sum(map(len, points.values()))
-    summary["slope"] = cluster_interval(points, slope).model_dump() if len(points) > 1 else None
+    if len(points) > 1:
+        summary["slope"] = cluster_interval(points, slope).model_dump()
     return summary | {"thought": _thought(rows)}
 
 
@@ -247,30 +272,21 @@ def _tested(rows: Sequence[Row], first: tuple[str, str], second: tuple[str, str]
 
 
 def _placement(rows: Sequence[Row]) -> dict[str, Any]:
-    """Of the policies that can be written both ways, how often the memory's place decides whether a prefill is right."""
-    both = [row for row in rows if all(name in row["places"] for name in (EARLY, LATE))]
-    found: dict[str, Any] = {"policies": len(both)}
-    for way in WAYS:
-        answers = {
-            name: [_right(way, value, _flat(row, name)) for row in both for value in ("old", "new")]
-            for name in (EARLY, LATE)
-        }
-        counts = PairedCounts.of(answers[EARLY], answers[LATE])
-        found[way] = {name: _of_domains(both, way, name) for name in (EARLY, LATE)}
-        found[way] |= {"only_early": counts.only_first, "only_late": counts.only_second, "p": mcnemar(counts)}
-    for way, p in zip(WAYS, benjamini_hochberg([found[way]["p"] for way in WAYS]), strict=True):
-        found[way]["p_corrected"] = float(p)
+    """Of the policies that can be written in all places: how often prefills are right, and each two places compared."""
+    all_three = [row for row in rows if len(row["prefilled"]) == len(PLACES)]
+    found: dict[str, Any] = {"policies": len(all_three)}
+    found |= {name: mean_by_domain(all_three, partial(_rightness, name)) for name in PLACES}
+    tests = list(combinations(PLACES, 2))
+    answers = {name: [row["prefilled"][name][value] for row in all_three for value in VALUES] for name in PLACES}
+    counts = [PairedCounts.of(answers[first], answers[second]) for first, second in tests]
+    corrected = benjamini_hochberg([mcnemar(each) for each in counts])
+    for (first, second), each, p in zip(tests, counts, corrected, strict=True):
+        found[f"{first}_{second}"] = {"only_first": each.only_first, "only_second": each.only_second, "p": float(p)}
     return found
 
 
-def _of_domains(rows: Sequence[Row], way: str, name: str) -> dict[str, Any]:
-    """The share of prefills that are right, under either value; domains are resampled."""
-
-    def right(row: Row) -> float:
-        flat = _flat(row, name)
-        return (_right(way, "old", flat) + _right(way, "new", flat)) / 2
-
-    return mean_by_domain(rows, right)
+def _rightness(name: str, row: Row) -> float:
+    return fmean(row["prefilled"][name][value] for value in VALUES)
 
 
 def _thought(rows: Sequence[Row]) -> dict[str, Any]:
@@ -297,7 +313,6 @@ MEMORY = Experiment(
     title="A memory edited where it stands: above its rules or below them, recomputed or compiled alone and spliced",
     measure=measure,
     summarise=summarise,
-    scenarios=112,
-    fillers=4,
+    scenarios=88,
     wrong_too=True,
 )
