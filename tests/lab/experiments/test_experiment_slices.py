@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 
 from programmable_kv.edits.modes import Mode
-from programmable_kv.lab.experiments import boundary, conclusion, errata, families, memory, prevention, seam, skills
+from programmable_kv.lab.experiments import (
+    boundary,
+    conclusion,
+    errata,
+    families,
+    memory,
+    placed,
+    prevention,
+    seam,
+    skills,
+)
 from programmable_kv.lab.experiments.cases import cases
 from programmable_kv.lab.experiments.experiment import Row, of_other_domains
 from programmable_kv.lab.experiments.pair import Pair, pair_of
@@ -56,7 +66,7 @@ def without_learning(pair: Pair) -> Row:
 
 
 def early_memory(pair: Pair) -> Row:
-    return {"places": {memory.EARLY: memory.edited(dict(memory.places(pair))[memory.EARLY])}}
+    return {"places": {placed.EARLY: memory.edited(dict(placed.places(pair))[placed.EARLY])}}
 
 
 def two_texts(pair: Pair) -> Row:

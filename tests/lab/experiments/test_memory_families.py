@@ -12,7 +12,7 @@ import torch
 from conftest import tiny
 from programmable_kv.edits.modes import Mode
 from programmable_kv.engine import Rows
-from programmable_kv.lab.experiments import diagnosis, families, memory
+from programmable_kv.lab.experiments import diagnosis, families, memory, placed
 from programmable_kv.lab.experiments.cases import cases
 from programmable_kv.lab.experiments.dose import cached
 from programmable_kv.lab.experiments.pair import Pair, pair_of, prefilled
@@ -28,7 +28,7 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def pair(model: Any) -> Pair:
     found = (pair_of(model, case) for case in cases(64))
-    return next(pair for pair in found if isinstance(pair, Pair) and len(dict(memory.places(pair))) == 3)
+    return next(pair for pair in found if isinstance(pair, Pair) and len(dict(placed.places(pair))) == 3)
 
 
 @pytest.fixture(scope="module")
@@ -38,34 +38,32 @@ def two_sets(model: Any) -> Pair:
 
 
 def test_the_memory_stands_above_the_rules_or_below_them(pair: Pair) -> None:
-    found = dict(memory.places(pair))
-    early, late, between = (found[name] for name in memory.PLACES)
+    found = dict(placed.places(pair))
+    early, late, between = (found[name] for name in placed.PLACES)
     assert len(early.memory) == pytest.approx(len(late.memory), abs=2)
     assert late.pair.text.last - late.memory.stop < between.pair.text.last - between.memory.stop
-    for placed in (early, late, between):
-        text = placed.pair.text
-        assert placed.memory.start < text.field.start
-        assert text.field.stop <= placed.memory.stop <= tail_of(text)[0]
+    for it in (early, late, between):
+        text = it.pair.text
+        assert it.memory.start < text.field.start
+        assert text.field.stop <= it.memory.stop <= tail_of(text)[0]
     assert early.pair.text.of(*RULES)
-    for placed in (late, between):
-        assert placed.pair.text.of(*RULES) == (), "no rule stands behind the field"
-        whole, other = (
-            "".join(each.pair.text.tokens).replace("<|im_end|>", "\n").split("\n") for each in (early, placed)
-        )
+    for it in (late, between):
+        assert it.pair.text.of(*RULES) == (), "no rule stands behind the field"
+        whole, other = ("".join(each.pair.text.tokens).replace("<|im_end|>", "\n").split("\n") for each in (early, it))
         assert Counter(filter(None, whole)) == Counter(filter(None, other)), "the same lines, in another order"
 
 
 def test_a_spliced_memory_is_what_is_compiled_alone_and_the_rest_reads_everything(pair: Pair) -> None:
-    placed = dict(memory.places(pair))[memory.EARLY]
-    text, engine, chunk = pair.text, pair.engine, placed.memory
-    found = memory.spliced(engine, text, chunk)
+    it = dict(placed.places(pair))[placed.EARLY]
+    text, engine, chunk = pair.text, pair.engine, it.memory
+    found = placed.spliced(engine, text, chunk)
     lone = engine.new_buffer(len(chunk))
     engine.compute(
         lone, Rows(text.ids[chunk.start : chunk.stop], tuple(range(len(chunk))), tuple(chunk.range)), logits=0
     )
     rest = tuple(range(chunk.stop, text.last))
     engine.compute(found, Rows(tuple(text.ids[slot] for slot in rest), rest, rest), logits=0)
-    again = memory.spliced(engine, text, chunk)
+    again = placed.spliced(engine, text, chunk)
     for layer in range(len(found)):
         for mine, theirs in ((found.keys(layer), lone.keys(layer)), (found.values(layer), lone.values(layer))):
             assert torch.allclose(mine[:, :, chunk.start : chunk.stop], theirs, atol=1e-9)
@@ -77,18 +75,18 @@ def test_a_spliced_memory_is_what_is_compiled_alone_and_the_rest_reads_everythin
 
 
 def test_with_everything_computed_again_a_spliced_memory_is_a_full_prefill(pair: Pair) -> None:
-    for placed in dict(memory.places(pair)).values():
-        own = placed.pair
-        buffer = memory.spliced(own.engine, own.text, placed.memory)
-        everything = range(placed.memory.start, own.text.last)
+    for it in dict(placed.places(pair)).values():
+        own = it.pair
+        buffer = placed.spliced(own.engine, own.text, it.memory)
+        everything = range(it.memory.start, own.text.last)
         full = decided(own, own.fresh, own.new_text, ())
         assert decided(own, buffer, own.new_text, everything)["gap"] == pytest.approx(full["gap"], abs=1e-4)
         assert decided(own, buffer, own.new_text, own.text.field.range)["gap"] != pytest.approx(full["gap"], abs=1e-4)
 
 
 def test_a_line_is_appended_to_what_is_cached_and_read(pair: Pair) -> None:
-    placed = dict(memory.places(pair))[memory.EARLY]
-    ids = memory.with_line(placed)
+    it = dict(placed.places(pair))[placed.EARLY]
+    ids = memory.with_line(it)
     whole = prefilled(pair.engine, replace(pair.text, ids=ids))
     last = Rows((ids[-1],), (len(ids) - 1,), (len(ids) - 1,))
     expected = float(pair.gap_in(pair.engine.compute(whole, last)[-1]))
@@ -100,15 +98,15 @@ def test_a_line_is_appended_to_what_is_cached_and_read(pair: Pair) -> None:
 
 def test_a_memory_row_is_summarised(pair: Pair) -> None:
     row: Any = {"domain": "a", **memory.measure(pair, [])}
-    assert ("thought" in row) == (pair.case.number % 3 < memory.THOUGHT_OF_THREE)
-    assert set(memory.thoughts(dict(memory.places(pair))[memory.EARLY])) == {"before", "in_place", "erratum", "full"}
+    assert ("thought" in row) == (pair.case.number % memory.THOUGHT_EVERY == 0)
+    assert set(memory.thoughts(dict(placed.places(pair))[placed.EARLY])) == {"before", "in_place", "erratum", "full"}
     for place in row["places"].values():
         for way in memory.WAYS:
             place[way]["old"] |= {"gap": -2.0, "choice": row["right"][0]}
             place[way]["new"] |= {"gap": 2.0, "choice": row["right"][1]}
             for arm, gap in zip(memory.ARMS, (-2.0, 0.0, 2.0), strict=True):
                 place[way][arm] = {"gap": gap, "choice": row["right"][gap > 0]}
-    row["prefilled"] = {name: {"old": True, "new": name != "between"} for name in memory.PLACES}
+    row["prefilled"] = {name: {"old": True, "new": name != "between"} for name in placed.PLACES}
     wrong = {**row, "domain": "b"}
     wrong["places"] = {name: {**place} for name, place in row["places"].items()}
     late = wrong["places"]["late"]
@@ -124,7 +122,7 @@ def test_a_memory_row_is_summarised(pair: Pair) -> None:
     tested = found["places"]["early"]["paired"]["in_place_erratum_spliced"]
     assert (tested["only_first"], tested["only_second"], tested["p"]) == (0, 0, 1.0)
     placement = found["placement"]
-    assert [placement[name]["value"] for name in memory.PLACES] == [1, 1, 0.5]
+    assert [placement[name]["value"] for name in placed.PLACES] == [1, 1, 0.5]
     assert placement["early_between"] == {"only_first": 2, "only_second": 0, "p": pytest.approx(0.75)}
     assert placement["early_late"] == {"only_first": 0, "only_second": 0, "p": 1.0}
 

@@ -162,6 +162,6 @@ DIAGNOSIS = Experiment(
     title="Whether it can be told which edits need more than the field itself",
     measure=measure,
     summarise=summarise,
-    scenarios=112,
+    scenarios=128,
     sets=2,
 )

@@ -136,5 +136,5 @@ FAMILIES = Experiment(
     title="Whether notes are taken in other texts: lookups, prose, retrieved passages",
     measure=measure,
     summarise=summarise,
-    scenarios=80,
+    scenarios=72,
 )

@@ -10,26 +10,23 @@ place is not edited: between the rules and the lines about other things, so that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import accumulate, combinations
+from itertools import combinations
 from statistics import fmean
 from typing import Any
 
 import torch
 
 from programmable_kv.cache.buffer import KVBuffer
-from programmable_kv.cache.masks import PartReads
-from programmable_kv.cache.span import Span
 from programmable_kv.edits.modes import Mode
-from programmable_kv.engine import Engine, Rows
-from programmable_kv.lab.experiments.boundary import Setting, in_setting
+from programmable_kv.engine import Rows
 from programmable_kv.lab.experiments.experiment import Experiment, Row
 from programmable_kv.lab.experiments.pair import Pair
+from programmable_kv.lab.experiments.placed import EARLY, LATE, PLACES, Placed, places, spliced
 from programmable_kv.lab.experiments.prevention import decided, tail_of
 from programmable_kv.lab.experiments.summaries import mean_by_domain, share
-from programmable_kv.lab.experiments.written import RULES, Written, ruled
+from programmable_kv.lab.experiments.written import RULES
 from programmable_kv.lab.statistics.intervals import cluster_interval
 from programmable_kv.lab.statistics.many_tests import benjamini_hochberg
 from programmable_kv.lab.statistics.paired import PairedCounts, mcnemar
@@ -42,68 +39,17 @@ from programmable_kv.prompt.units import Kind, tokenised
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, THINK_INSTRUCTION, statement
 from programmable_kv.skills.skill import Skill
 
-EARLY, LATE, BETWEEN = "early", "late", "between"
-"""the memory above the rules; below them, before the question; and below them, with the lines about other things behind it"""
-PLACES = (EARLY, LATE, BETWEEN)
 EDITED = (EARLY, LATE)
 RECOMPUTED, SPLICED = "recomputed", "spliced"
 WAYS = (RECOMPUTED, SPLICED)
 IN_PLACE, ERRATUM, READERS = "in_place", "erratum", "readers"
 ARMS = (IN_PLACE, ERRATUM, READERS)
-THOUGHT_OF_THREE = 2
-"""of three cases, how many are also edited with a thought"""
-VALUES = ("old", "new")
+OLD, NEW = "old", "new"
+UNEDITED = (OLD, NEW)
+"""prefilled with the old value, and with the new one"""
+THOUGHT_EVERY = 5
+"""of so many cases, one is also edited with a thought"""
 THOUGHT_ARMS = (Mode.IN_PLACE, Mode.ERRATUM)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Placed:
-    """A policy with its memory in one place, under the old value and the new one."""
-
-    pair: Pair
-    system: str
-    """the template of the policy"""
-    memory: Span
-    """the slots of the memory"""
-
-
-def places(pair: Pair) -> Iterator[tuple[str, Placed]]:
-    """By name, the same policy with its memory where it is, and in the other places (if that text can be measured)."""
-    case = pair.case
-    first, memory, rules, *rest = case.scenario.prompt.split("\n\n")
-    heading, *lines = rules.splitlines()
-    named = [line for line in lines if ruled(line, case) is not None]
-    others = [line for line in lines if ruled(line, case) is None]
-    systems = {
-        EARLY: case.scenario.prompt,
-        LATE: "\n\n".join([first, rules, *rest, memory]),
-        BETWEEN: "\n\n".join([first, "\n".join([heading, *named]), memory, "\n".join(others), *rest]),
-    }
-    for name, system in systems.items():
-        found = pair if name == EARLY else in_setting(pair, Setting(name, system, case.asked))
-        if isinstance(found, Pair):
-            block = memory.format_map(dict(case.values(found.change[0])))
-            yield name, Placed(found, system, slots_of(found.text, block))
-
-
-def slots_of(text: Written, block: str) -> Span:
-    """The tokens that begin inside a block of the text."""
-    begins = "".join(text.tokens).index(block)
-    starts = list(accumulate((len(token) for token in text.tokens), initial=0))[:-1]
-    inside = [slot for slot, start in enumerate(starts) if begins <= start < begins + len(block)]
-    return Span(inside[0], inside[-1] + 1)
-
-
-def spliced(engine: Engine, text: Written, memory: Span) -> KVBuffer:
-    """A buffer with all of a text but its last token, in which the memory has read itself alone."""
-    part_of = torch.zeros(len(text.ids), dtype=torch.long)
-    part_of[memory.start : memory.stop] = 1
-    part_of[memory.stop :] = 2
-    reads = torch.tensor([[True, False, False], [False, True, False], [True, True, True]])
-    buffer = engine.new_buffer(2 * len(text.ids))
-    slots = tuple(range(text.last))
-    engine.compute(buffer, Rows(text.ids[:-1], slots, slots), logits=0, reads=PartReads(part_of, reads))
-    return buffer
 
 
 def measure(pair: Pair, _: Sequence[Row]) -> Row:
@@ -114,7 +60,7 @@ def measure(pair: Pair, _: Sequence[Row]) -> Row:
         "prefilled": {name: prefills(placed.pair) for name, placed in found.items()},
         "places": {name: edited(placed) for name, placed in found.items() if name in EDITED},
     }
-    if pair.case.number % 3 < THOUGHT_OF_THREE:
+    if pair.case.number % THOUGHT_EVERY == 0:
         row["thought"] = thoughts(found[EARLY])
     return row
 
@@ -122,7 +68,7 @@ def measure(pair: Pair, _: Sequence[Row]) -> Row:
 def prefills(pair: Pair) -> dict[str, bool]:
     """Whether full prefills are right, by value."""
     found = decided(pair, pair.old, pair.text, ()), decided(pair, pair.fresh, pair.new_text, ())
-    return {value: each["choice"] == right for value, each, right in zip(VALUES, found, pair.actions, strict=True)}
+    return {value: each["choice"] == right for value, each, right in zip(UNEDITED, found, pair.actions, strict=True)}
 
 
 def edited(placed: Placed) -> dict[str, Any]:
@@ -139,8 +85,8 @@ def edited(placed: Placed) -> dict[str, Any]:
             else (spliced(pair.engine, text, placed.memory) for text in (pair.text, pair.new_text))
         )
         found[way] = {
-            "old": decided(pair, old, pair.text, ()),
-            "new": decided(pair, new, pair.new_text, ()),
+            OLD: decided(pair, old, pair.text, ()),
+            NEW: decided(pair, new, pair.new_text, ()),
             **{arm: decided(pair, old, pair.new_text, slots) for arm, slots in chosen.items()},
             ERRATUM: decided_after(pair, old, line),
         }
@@ -197,28 +143,28 @@ def thoughts(placed: Placed) -> dict[str, str]:
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """By place: how often prefills are right; where both ways are right under both values, what each edit does in each way.
+    """By place, of the policies that full prefills decide rightly under both values: what is decided on either cache.
 
-    `paired`: exact tests on the same items. `placement`: how often prefills are right by the memory's place, with the p-values
-    of exact tests corrected for their number. `slope`: of spliced recovery on recomputed recovery, over edits and places.
+    Recoveries are on the scale of the full prefills of that place, for both ways. `paired`: exact tests on the same items.
+    `placement`: how often prefills are right by the memory's place, with the p-values of the tests corrected for their number.
+    `slope`: of spliced recovery on recomputed recovery, over edits and places.
     """
     summary: dict[str, Any] = {"placement": _placement(rows), "places": {}}
     points: dict[str, list[tuple[float, float]]] = {}
     for name in EDITED:
-        own = [_flat(row, name) for row in rows if name in row["places"]]
-        both = [row for row in own if all(_scale(row, way).valid for way in WAYS)]
-        part: dict[str, Any] = {"counted": len(both)}
+        counted = [row for row in (_flat(each, name) for each in rows if name in each["places"]) if _counts(row)]
+        part: dict[str, Any] = {"counted": len(counted)}
         for way in WAYS:
-            arms = {arm: _arm(both, way, arm) for arm in ARMS}
-            part[way] = {"right": share(own, partial(_right_both, way)), **arms}
-        part["same"] = {arm: share(both, partial(_same, arm)) for arm in ARMS}
+            part[way] = {which: _arm(counted, way, which) for which in (*UNEDITED, *ARMS)}
+        part["same"] = {which: share(counted, partial(_same, which)) for which in (*UNEDITED, *ARMS)}
         part["paired"] = {
-            **{arm: _tested(both, (RECOMPUTED, arm), (SPLICED, arm)) for arm in ARMS},
-            **{f"{IN_PLACE}_{ERRATUM}_{way}": _tested(both, (way, IN_PLACE), (way, ERRATUM)) for way in WAYS},
+            **{arm: _tested(counted, (RECOMPUTED, arm), (SPLICED, arm)) for arm in ARMS},
+            **{f"{IN_PLACE}_{ERRATUM}_{way}": _tested(counted, (way, IN_PLACE), (way, ERRATUM)) for way in WAYS},
         }
         summary["places"][name] = part
-        for row in both:
-            points.setdefault(row["domain"], []).extend(tuple(_recovery(way, arm, row) for way in WAYS) for arm in ARMS)  # type: ignore[misc]
+        for row in counted:
+            first, second = ([_recovery(way, arm, row) for arm in ARMS] for way in WAYS)
+            points.setdefault(row["domain"], []).extend(zip(first, second, strict=True))
     summary["edited"] = sum(part["counted"] for part in summary["places"].values()) * len(WAYS)
     summary["points"] = sum(map(len, points.values()))
     if len(points) > 1:
@@ -238,31 +184,32 @@ def _flat(row: Row, name: str) -> dict[str, Any]:
     return {"domain": row["domain"], "right": row["right"], **row["places"][name]}
 
 
-def _scale(row: Row, way: str) -> Scale:
-    return Scale(row[way]["old"]["gap"], row[way]["new"]["gap"])
+def _scale(row: Row) -> Scale:
+    """Between the full prefills under the two values."""
+    return Scale(row[RECOMPUTED][OLD]["gap"], row[RECOMPUTED][NEW]["gap"])
 
 
-def _right(way: str, value: str, row: Row) -> bool:
-    return bool(row[way][value]["choice"] == row["right"][value != "old"])
+def _counts(row: Row) -> bool:
+    return _scale(row).valid and all(_right(RECOMPUTED, value, row) for value in UNEDITED)
 
 
-def _right_both(way: str, row: Row) -> bool:
-    return _right(way, "old", row) and _right(way, "new", row)
+def _right(way: str, which: str, row: Row) -> bool:
+    """Whether the old value's action is chosen without an edit, or the new one's with one."""
+    return bool(row[way][which]["choice"] == row["right"][which != OLD])
 
 
-def _same(arm: str, row: Row) -> bool:
-    return bool(row[RECOMPUTED][arm]["choice"] == row[SPLICED][arm]["choice"])
+def _same(which: str, row: Row) -> bool:
+    return bool(row[RECOMPUTED][which]["choice"] == row[SPLICED][which]["choice"])
 
 
-def _recovery(way: str, arm: str, row: Row) -> float:
-    return _scale(row, way).recovery(row[way][arm]["gap"])
+def _recovery(way: str, which: str, row: Row) -> float:
+    return _scale(row).recovery(row[way][which]["gap"])
 
 
-def _arm(rows: Sequence[Row], way: str, arm: str) -> dict[str, Any]:
-    """Recovery between the two decisions of the same way, and how often the new value's action is chosen."""
+def _arm(rows: Sequence[Row], way: str, which: str) -> dict[str, Any]:
     return {
-        "recovery": mean_by_domain(rows, partial(_recovery, way, arm)),
-        "right": share(rows, partial(_right, way, arm)),
+        "recovery": mean_by_domain(rows, partial(_recovery, way, which)),
+        "right": share(rows, partial(_right, way, which)),
     }
 
 
@@ -277,7 +224,7 @@ def _placement(rows: Sequence[Row]) -> dict[str, Any]:
     found: dict[str, Any] = {"policies": len(all_three)}
     found |= {name: mean_by_domain(all_three, partial(_rightness, name)) for name in PLACES}
     tests = list(combinations(PLACES, 2))
-    answers = {name: [row["prefilled"][name][value] for row in all_three for value in VALUES] for name in PLACES}
+    answers = {name: [row["prefilled"][name][value] for row in all_three for value in UNEDITED] for name in PLACES}
     counts = [PairedCounts.of(answers[first], answers[second]) for first, second in tests]
     corrected = benjamini_hochberg([mcnemar(each) for each in counts])
     for (first, second), each, p in zip(tests, counts, corrected, strict=True):
@@ -286,7 +233,7 @@ def _placement(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _rightness(name: str, row: Row) -> float:
-    return fmean(row["prefilled"][name][value] for value in VALUES)
+    return fmean(row["prefilled"][name][value] for value in UNEDITED)
 
 
 def _thought(rows: Sequence[Row]) -> dict[str, Any]:
@@ -313,6 +260,6 @@ MEMORY = Experiment(
     title="A memory edited where it stands: above its rules or below them, recomputed or compiled alone and spliced",
     measure=measure,
     summarise=summarise,
-    scenarios=88,
+    scenarios=192,
     wrong_too=True,
 )
