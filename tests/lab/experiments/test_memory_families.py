@@ -13,6 +13,7 @@ from conftest import tiny
 from programmable_kv.edits.modes import Mode
 from programmable_kv.engine import Rows
 from programmable_kv.lab.experiments import diagnosis, families, memory, placed
+from programmable_kv.lab.experiments.blast_radius import distances
 from programmable_kv.lab.experiments.cases import cases
 from programmable_kv.lab.experiments.dose import cached
 from programmable_kv.lab.experiments.pair import Pair, pair_of, prefilled
@@ -140,10 +141,13 @@ def test_other_texts_say_the_same_and_their_arms_end_where_they_must(pair: Pair)
     assert isinstance(in_question, Pair)
     everything = in_question.recomputed((*in_question.text.field.range, *in_question.text.later))
     assert everything == pytest.approx(in_question.scale.new, abs=1e-4)
-    farthest = families.deviating(pair, 5)
-    assert len(farthest) == 5
-    assert families.deviating(pair, 10**6) == pair.text.later
-    assert families.deviating(pair, -1) == ()
+    later = pair.text.later
+    assert len(families.deviating(pair, 5, later)) == 5
+    assert families.deviating(pair, 10**6, later) == later
+    assert families.deviating(pair, -1, later) == ()
+    apart = {name: each[1] for name, each in distances(pair.old, pair.fresh).items()}
+    (first,) = families.deviating(pair, 1, later, layers=(1,))
+    assert first == max(later, key=lambda slot: float(apart["keys"][slot] + apart["values"][slot]))
 
 
 def test_edits_of_three_kinds_are_diagnosed_by_what_they_do(two_sets: Pair) -> None:

@@ -1,8 +1,10 @@
 """Are notes taken in other texts? Rules with a lookup, running prose and retrieved passages, beside a list of rules; and
 passages whose rule the question brings, so that nothing can be concluded before it is asked.
 
-In each, what the field alone carries, what the later text carries, and what a real recompute of a part brings back. `share_15`
-is CacheBlend's choice at the published share: the tokens whose keys and values differ most from a full prefill's.
+In each, what the field alone carries, what the later text carries, and what a real recompute of a part brings back. Two parts
+are chosen as CacheBlend does, at the published share: `blend_15` are the tokens whose keys and values differ most in the second
+layer, where a full prefill would first show it, with the question, which that method always computes; `share_15` are those that
+differ most over all layers, without it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from programmable_kv.lab.tools.together import Probe
 from programmable_kv.scenarios.everyday import OTHERS
 
 SHARE = 0.15
-"""of the context's tokens: the published share"""
+"""of the context's tokens, the field's among them: the published share"""
 LEVELS = ("north", "south", "east", "west")
 """groups of a lookup; no policy uses these words"""
 ANSWER = "Answer with the action only."
@@ -87,8 +89,14 @@ def carried(pair: Pair) -> dict[str, Any]:
     patched = {"field": field, "later": later, "last_half": later[len(later) // 2 :], "tail": tail}
     gaps = pair.gaps([Probe(slots) for slots in patched.values()])
     count = round(SHARE * len(text.ids)) - len(field)
-    farthest = deviating(pair, count)
-    recomputed = {"asked_again": (*field, *tail), "share_15": (*field, *farthest)}
+    farthest = deviating(pair, count, later)
+    before = [slot for slot in later if slot < tail[0]]
+    blended = deviating(pair, count, before, layers=(1,))
+    recomputed = {
+        "asked_again": (*field, *tail),
+        "share_15": (*field, *farthest),
+        "blend_15": (*field, *blended, *tail),
+    }
     drawn = matched(farthest, later, random.Random(f"{SEED}/families/random/{pair.case.number}"))
     if drawn is not None:
         recomputed["random_15"] = (*field, *drawn[0])
@@ -103,10 +111,12 @@ def carried(pair: Pair) -> dict[str, Any]:
     }
 
 
-def deviating(pair: Pair, count: int) -> tuple[int, ...]:
-    """So many later slots, those whose keys and values differ most between the contexts: the mean over layers of both."""
-    apart = torch.stack([each.mean(dim=0) for each in distances(pair.old, pair.fresh).values()]).sum(dim=0)
-    return tuple(sorted(sorted(pair.text.later, key=lambda slot: -float(apart[slot]))[: max(0, count)]))
+def deviating(pair: Pair, count: int, among: Sequence[int], layers: Sequence[int] | None = None) -> tuple[int, ...]:
+    """So many of these slots, whose keys and values differ most between the contexts, on average over layers (None: all)."""
+    apart = distances(pair.old, pair.fresh)
+    chosen = list(range(len(pair.old)) if layers is None else layers)
+    moved = torch.stack([each[chosen].mean(dim=0) for each in apart.values()]).sum(dim=0)
+    return tuple(sorted(sorted(among, key=lambda slot: -float(moved[slot]))[: max(0, count)]))
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
