@@ -16,7 +16,6 @@ from programmable_kv.lab.experiments import (
     errata,
     families,
     memory,
-    placed,
     prevention,
     seam,
     skills,
@@ -65,18 +64,10 @@ def without_learning(pair: Pair) -> Row:
     return conclusion.measure(pair, [])
 
 
-def early_memory(pair: Pair) -> Row:
-    return {"places": {placed.EARLY: memory.edited(dict(placed.places(pair))[placed.EARLY])}}
-
-
-def two_texts(pair: Pair) -> Row:
-    texts = families.written_as(pair)
-    return {"texts": {name: families.carried(texts[name]) for name in (families.LIST, "prose")}}
-
-
 PARTS: dict[str, Callable[[Pair], Row]] = {
     "prevention": few_arms, "seam": one_skill, "boundary": two_settings, "errata": default_wording,
-    "conclusion": without_learning, "memory": early_memory, "families": two_texts,
+    "conclusion": without_learning, "memory": partial(memory.measure, _=[], brief=True),
+    "families": partial(families.measure, _=[], texts=("list", "prose")),
 }  # fmt: skip
 """of experiments that take long, what is measured again"""
 RECORDED = [name for name in EXPERIMENTS if (RESULTS / f"{name}.json").exists()]

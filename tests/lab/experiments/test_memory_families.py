@@ -99,6 +99,7 @@ def test_a_line_is_appended_to_what_is_cached_and_read(pair: Pair) -> None:
 
 def test_a_memory_row_is_summarised(pair: Pair) -> None:
     row: Any = {"domain": "a", **memory.measure(pair, [])}
+    assert memory.measure(pair, [], brief=True) == {"places": {"early": row["places"]["early"]}}
     assert ("thought" in row) == (pair.case.number % memory.THOUGHT_EVERY == 0)
     assert set(memory.thoughts(dict(placed.places(pair))[placed.EARLY])) == {"before", "in_place", "erratum", "full"}
     for place in row["places"].values():
@@ -130,6 +131,7 @@ def test_a_memory_row_is_summarised(pair: Pair) -> None:
 
 def test_other_texts_say_the_same_and_their_arms_end_where_they_must(pair: Pair) -> None:
     row = families.measure(pair, [])
+    assert families.measure(pair, [], texts=("prose",)) == {"texts": {"prose": row["texts"]["prose"]}}
     assert set(row["texts"]) == {families.LIST, "two_hops", "prose", "passages", "rule_in_question"}
     for setting in families.settings(pair.case, pair.change):
         said = f"{setting.system} {setting.asked}"

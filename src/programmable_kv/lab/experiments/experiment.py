@@ -35,6 +35,8 @@ class Experiment:
     """from the rows of `measure`, those of skipped cases left out"""
     rank: Callable[[Pair], Row] | None = None
     """what is found out on other policies first; positions are never chosen on the policy on which they are scored"""
+    wrong_too: bool = False
+    """whether cases are measured too that a full prefill decides wrongly: where it is asked how often it is right"""
     scenarios: int = 320
     """cases that are drawn by default; about two thirds have two values that are equally many tokens long"""
     ranking: int = RANKING
@@ -43,8 +45,6 @@ class Experiment:
     """sets of rules in a policy, each about a field of its own; the question's topic says which of them counts"""
     values: int | None = None
     """values that a set of rules tells apart (None: two to four)"""
-    wrong_too: bool = False
-    """whether cases are measured too that a full prefill decides wrongly: where it is asked how often it is right"""
 
     def cases(self, count: int, *, everyday: bool = False) -> list[tuple[str, Case]]:
         """Every case with what it is for, `ranking` or `scoring`."""

@@ -68,9 +68,10 @@ def settings(case: Case, change: tuple[str, str]) -> list[Setting]:
     ]
 
 
-def measure(pair: Pair, _: Sequence[Row]) -> Row:
-    """In each text, the gap after sets of tokens were patched, and after some were computed again."""
-    return {"texts": {name: carried(each) for name, each in written_as(pair).items()}}
+def measure(pair: Pair, _: Sequence[Row], *, texts: Sequence[str] | None = None) -> Row:
+    """In each text (or some of them), the gap after sets of tokens were patched, and after some were computed again."""
+    found = {name: each for name, each in written_as(pair).items() if texts is None or name in texts}
+    return {"texts": {name: carried(each) for name, each in found.items()}}
 
 
 def written_as(pair: Pair) -> dict[str, Pair]:

@@ -52,13 +52,19 @@ THOUGHT_EVERY = 5
 THOUGHT_ARMS = (Mode.IN_PLACE, Mode.ERRATUM)
 
 
-def measure(pair: Pair, _: Sequence[Row]) -> Row:
-    """In each place, by each way, what is decided before and after the edits; and some edits with a thought."""
+def measure(pair: Pair, _: Sequence[Row], *, brief: bool = False) -> Row:
+    """In each place, by each way, what is decided before and after the edits; and some edits with a thought.
+
+    `brief`: the edits of the memory above its rules alone.
+    """
     found = dict(places(pair))
+    edits = {name: edited(placed) for name, placed in found.items() if name in (EDITED[:1] if brief else EDITED)}
+    if brief:
+        return {"places": edits}
     row: Row = {
         "right": list(pair.actions),
         "prefilled": {name: prefills(placed.pair) for name, placed in found.items()},
-        "places": {name: edited(placed) for name, placed in found.items() if name in EDITED},
+        "places": edits,
     }
     if pair.case.number % THOUGHT_EVERY == 0:
         row["thought"] = thoughts(found[EARLY])
