@@ -100,8 +100,6 @@ def test_a_line_is_appended_to_what_is_cached_and_read(pair: Pair) -> None:
 def test_a_memory_row_is_summarised(pair: Pair) -> None:
     row: Any = {"domain": "a", **memory.measure(pair, [])}
     assert memory.measure(pair, [], brief=True) == {"places": {"early": row["places"]["early"]}}
-    assert ("thought" in row) == (pair.case.number % memory.THOUGHT_EVERY == 0)
-    assert set(memory.thoughts(dict(placed.places(pair))[placed.EARLY])) == {"before", "in_place", "erratum", "full"}
     for place in row["places"].values():
         for way in memory.WAYS:
             place[way]["old"] |= {"gap": -2.0, "choice": row["right"][0]}

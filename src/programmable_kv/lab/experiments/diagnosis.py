@@ -162,6 +162,6 @@ DIAGNOSIS = Experiment(
     title="Whether it can be told which edits need more than the field itself",
     measure=measure,
     summarise=summarise,
-    scenarios=128,
+    scenarios=48,
     sets=2,
 )

@@ -147,5 +147,5 @@ FAMILIES = Experiment(
     title="Whether notes are taken in other texts: lookups, prose, retrieved passages",
     measure=measure,
     summarise=summarise,
-    scenarios=72,
+    scenarios=48,
 )

@@ -4,13 +4,13 @@ stands or compiled alone and spliced.
 The memory is the policy's own block of facts, one of which changes. `recomputed`: everything has read what stands before it.
 `spliced`: the memory has read itself alone, and what follows it has read everything. On both, the same edits are really made,
 with the question asked after them: the fact's tokens computed again in their place, a line that states the new value, and the
-fact with the rules that name it. Some of the spliced memories above their rules are edited with a line of thought, too. A third
-place is not edited: between the rules and the lines about other things, so that these stand between memory and question.
+fact with the rules that name it. In a third place nothing is edited: between the rules and the lines about other things, so that
+these stand between memory and question.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
 from statistics import fmean
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from programmable_kv.cache.buffer import KVBuffer
-from programmable_kv.edits.modes import Mode
 from programmable_kv.engine import Rows
 from programmable_kv.lab.experiments.experiment import Experiment, Row
 from programmable_kv.lab.experiments.pair import Pair
@@ -36,8 +35,7 @@ from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.chat import thought_closed
 from programmable_kv.prompt.parts import Rendered
 from programmable_kv.prompt.units import Kind, tokenised
-from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, THINK_INSTRUCTION, statement
-from programmable_kv.skills.skill import Skill
+from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, statement
 
 EDITED = (EARLY, LATE)
 RECOMPUTED, SPLICED = "recomputed", "spliced"
@@ -47,13 +45,10 @@ ARMS = (IN_PLACE, ERRATUM, READERS)
 OLD, NEW = "old", "new"
 UNEDITED = (OLD, NEW)
 """prefilled with the old value, and with the new one"""
-THOUGHT_EVERY = 5
-"""of so many cases, one is also edited with a thought"""
-THOUGHT_ARMS = (Mode.IN_PLACE, Mode.ERRATUM)
 
 
 def measure(pair: Pair, _: Sequence[Row], *, brief: bool = False) -> Row:
-    """In each place, by each way, what is decided before and after the edits; and some edits with a thought.
+    """In each place, by each way, what is decided before and after the edits.
 
     `brief`: the edits of the memory above its rules alone.
     """
@@ -61,14 +56,8 @@ def measure(pair: Pair, _: Sequence[Row], *, brief: bool = False) -> Row:
     edits = {name: edited(placed) for name, placed in found.items() if name in (EDITED[:1] if brief else EDITED)}
     if brief:
         return {"places": edits}
-    row: Row = {
-        "right": list(pair.actions),
-        "prefilled": {name: prefills(placed.pair) for name, placed in found.items()},
-        "places": edits,
-    }
-    if pair.case.number % THOUGHT_EVERY == 0:
-        row["thought"] = thoughts(found[EARLY])
-    return row
+    prefilled = {name: prefills(placed.pair) for name, placed in found.items()}
+    return {"right": list(pair.actions), "prefilled": prefilled, "places": edits}
 
 
 def prefills(pair: Pair) -> dict[str, bool]:
@@ -124,30 +113,6 @@ def decided_after(pair: Pair, buffer: KVBuffer, ids: Sequence[int]) -> dict[str,
     return {"gap": round(float(pair.gap_in(logits)), 4), "choice": pair.decides(logits)}
 
 
-def thoughts(placed: Placed) -> dict[str, str]:
-    """What a spliced memory's edit decides after a line of thought: by mode, as a user makes it, and without an edit."""
-    pair = placed.pair
-    case, (old, new) = pair.case, pair.change
-    values = dict(case.values(old))
-    first, memory, *rest = placed.system.split("\n\n")
-    own = {name: value for name, value in values.items() if "{" + name + "}" in memory}
-    skill = Skill.compile(pair.model, f"{memory}\n\n", name="memory", **own)
-    template = "\n\n".join([first, "{memory}" + "\n\n".join(rest)])
-    notebook = Notebook(pair.model).message("system", template, memory=skill)
-    notebook.prefill()
-    asked = f"{case.asked} {THINK_INSTRUCTION}"
-
-    def ask(edits: Mapping[str, str], mode: Mode) -> str:
-        mark = notebook.mark()
-        try:
-            return notebook.decide(asked, list(pair.first_tokens), edits=edits or None, mode=mode, think=True).choice
-        finally:
-            notebook.rollback(mark)
-
-    found = {str(mode): ask({case.gate.field: new}, mode) for mode in THOUGHT_ARMS}
-    return {"before": ask({}, Mode.STALE), **found, "full": ask({case.gate.field: new}, Mode.FULL)}
-
-
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """By place, of the policies that full prefills decide rightly under both values: what is decided on either cache.
 
@@ -175,7 +140,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     summary["points"] = sum(map(len, points.values()))
     if len(points) > 1:
         summary["slope"] = cluster_interval(points, slope).model_dump()
-    return summary | {"thought": _thought(rows)}
+    return summary
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
@@ -242,30 +207,12 @@ def _rightness(name: str, row: Row) -> float:
     return fmean(row["prefilled"][name][value] for value in UNEDITED)
 
 
-def _thought(rows: Sequence[Row]) -> dict[str, Any]:
-    """Of the memories that a full prefill decides rightly after a thought, under both values: how often edits are right."""
-    asked = [row for row in rows if "thought" in row]
-    counted = [row for row in asked if [row["thought"]["before"], row["thought"]["full"]] == row["right"]]
-    modes = [str(mode) for mode in THOUGHT_ARMS]
-    right = {mode: [row["thought"][mode] == row["right"][1] for row in counted] for mode in modes}
-    return {
-        "asked": len(asked),
-        "counted": len(counted),
-        **{mode: share(counted, partial(_thought_right, mode)) for mode in modes},
-        "p": mcnemar(PairedCounts.of(*right.values())),
-    }
-
-
-def _thought_right(mode: str, row: Row) -> bool:
-    return bool(row["thought"][mode] == row["right"][1])
-
-
 MEMORY = Experiment(
     name="memory",
     version=1,
     title="A memory edited where it stands: above its rules or below them, recomputed or compiled alone and spliced",
     measure=measure,
     summarise=summarise,
-    scenarios=192,
+    scenarios=64,
     wrong_too=True,
 )
