@@ -4,8 +4,8 @@ stands or compiled alone and spliced.
 The memory is the policy's own block of facts, one of which changes. `recomputed`: everything has read what stands before it.
 `spliced`: the memory has read itself alone, and what follows it has read everything. On both, the same edits are really made,
 with the question asked after them: the fact's tokens computed again in their place, a line that states the new value, and the
-fact with the rules that name it. In a third place nothing is edited: between the rules and the lines about other things, so that
-these stand between memory and question.
+fact with the rules that name it. In a third place nothing is edited: between the rules and the lines about other things, which
+stand between memory and question there.
 """
 
 from __future__ import annotations
