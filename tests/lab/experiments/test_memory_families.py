@@ -14,7 +14,8 @@ from programmable_kv.edits.modes import Mode
 from programmable_kv.engine import Rows
 from programmable_kv.lab.experiments import diagnosis, families, memory, placed
 from programmable_kv.lab.experiments.blast_radius import distances
-from programmable_kv.lab.experiments.cases import cases
+from programmable_kv.lab.experiments.boundary import in_setting
+from programmable_kv.lab.experiments.cases import cases, domain_names
 from programmable_kv.lab.experiments.dose import cached
 from programmable_kv.lab.experiments.pair import Pair, pair_of, prefilled
 from programmable_kv.lab.experiments.prevention import decided, tail_of
@@ -137,7 +138,7 @@ def test_other_texts_say_the_same_and_their_arms_end_where_they_must(pair: Pair)
     for name, text in row["texts"].items():
         assert text["patched"]["field"] != pytest.approx(text["old_gap"], abs=1e-6), name
         assert text["share"] == pytest.approx(families.SHARE, abs=0.02)
-    in_question = families.in_setting(pair, families.settings(pair.case, pair.change)[-1])
+    in_question = in_setting(pair, families.settings(pair.case, pair.change)[-1])
     assert isinstance(in_question, Pair)
     everything = in_question.recomputed((*in_question.text.field.range, *in_question.text.later))
     assert everything == pytest.approx(in_question.scale.new, abs=1e-4)
@@ -174,8 +175,8 @@ def edit(alone: str, both: str, full: str, p: float, *, domain: str, named: bool
 
 
 def test_rules_are_scored_against_a_full_prefill_and_margins_chosen_on_other_domains() -> None:
-    domains = diagnosis.domain_names()[:2]
-    rows = [
+    domains = domain_names()[:2]
+    rows: list[dict[str, Any]] = [
         {
             "domain": domain, "before": "stay",
             "edits": {
@@ -195,4 +196,4 @@ def test_rules_are_scored_against_a_full_prefill_and_margins_chosen_on_other_dom
     assert found["rules"]["named"]["precision"]["value"] == 0.5
     assert found["rules"]["named"]["recall"]["value"] == 1
     assert found["rules"]["always"]["precision"]["value"] == pytest.approx(1 / 3)
-    assert not diagnosis.published({**rows[0]["edits"]["asked"], "before": "stay"}, 0.7)  # type: ignore[index,dict-item]
+    assert not diagnosis.published({**rows[0]["edits"]["asked"], "before": "stay"}, 0.7)
