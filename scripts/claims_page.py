@@ -13,12 +13,12 @@ from programmable_kv.records import Record, all_records
 _TEXT = f"""# Published claims, and what is known here
 
 The idea that this package rests on was published in *Models Take Notes at Prefill* (arXiv 2606.17107), with its code and
-records. This page lists what was claimed there, and what our own records say of it. Most has not been measured here yet.
+records. This page lists what was claimed there, and what our own records say of it.
 
 - **{Status.REPRODUCED}**: it holds here, by our own measure. **{Status.BOUNDED}**: it holds within limits that are stated.
   **{Status.REFUTED}**: measured as it should be, it does not hold here.
 - **{Status.NOT_TESTED}**: no record of ours settles it.
-- **{Status.NOT_TESTABLE}**: none can, on the machines that this project is for.
+- **{Status.NOT_TESTABLE}**: none can, on the machines and with the tools that this project is for.
 
 A status that rests on records is a set of conditions on them, in brackets: a test fails when a record says otherwise. A
 condition is on the end of the interval at which it is hardest to meet. A status is of the models named, which are small.

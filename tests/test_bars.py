@@ -130,6 +130,12 @@ BARS = [
     ("serve-vllm-decisions", "erratum_shared.decided.value", AT_LEAST, 0.97),
     ("serve-vllm-decisions", "hoist.decided.value", AT_LEAST, 0.97),
     ("dose", "repaired.all.readers.right.value", AT_LEAST, 0.97),
+    ("families", "texts.two_hops.patched.field.recovery.high", AT_MOST, 0.03),
+    ("families", "texts.prose.patched.field.recovery.high", AT_MOST, 0.03),
+    ("families", "texts.passages.patched.field.recovery.high", AT_MOST, 0.03),
+    ("memory", "points", AT_LEAST, 200),
+    ("memory", "places.early.spliced.in_place.right.value", AT_MOST, 0.03),
+    ("memory", "places.late.recomputed.in_place.right.value", AT_LEAST, 0.97),
 ]
 SHORT = [
     ("adapter-held-out", "direct.value", AT_LEAST, 0.97),

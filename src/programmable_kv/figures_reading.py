@@ -1,4 +1,4 @@
-"""The figures of `docs/mechanism.md` on who reads what: prevention, the place of a field, skills compiled alone."""
+"""The figures of `docs/mechanism.md` on who reads what: prevention, the place of a field, other texts, memories and skills."""
 
 from __future__ import annotations
 
@@ -34,6 +34,25 @@ _PATCHED = (
     ("actions", "actions of the rules behind it", ORANGE),
     ("tail", "question and template", GREY),
 )
+_TEXTS = {
+    "list": "a list\nof rules",
+    "two_hops": "rules with\na lookup",
+    "prose": "running\nprose",
+    "passages": "retrieved\npassages",
+    "rule_in_question": "the rule in\nthe question",
+}
+_IN_TEXTS = (
+    ("patched", "field", "the field's own keys and values", BLUE),
+    ("patched", "last_half", "the last half of what follows", ORANGE),
+    ("patched", "tail", "question and template", GREY),
+)
+_WAYS = (("recomputed", "prefilled where it stands", BLUE), ("spliced", "compiled alone and spliced", ORANGE))
+_EDITS = {
+    "new": "prefilled with\nthe new value",
+    "in_place": "edited\nin place",
+    "erratum": "erratum",
+    "readers": "readers",
+}
 _DEVIATIONS = (
     ("alone", "compiled alone", ORANGE),
     ("null", "in the context, behind other lines", GREY),
@@ -107,9 +126,38 @@ def _competing(axes: Any, record: Record) -> None:
     axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
+def _families(axes: Any, record: Record) -> None:
+    """Recovery of the field alone, the last half of what follows it, and the question patched, by text."""
+    texts: Any = record.summary["texts"]
+    for number, (kind, key, label, colour) in enumerate(_IN_TEXTS):
+        bars(axes, [texts[name][kind][key]["recovery"] for name in _TEXTS], number, len(_IN_TEXTS), label, colour)
+    axes.set_xticks(range(len(_TEXTS)), list(_TEXTS.values()), fontsize=9)
+    axes.set_ylabel("recovery of the new decision")
+    axes.set_ylim(-0.05, 1.45)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def _memory(axes: Any, record: Record) -> None:
+    """Right decisions by edit, with the memory above its rules and below them, prefilled and spliced."""
+    places: Any = record.summary["places"]
+    names = [(place, edit) for place in ("early", "late") for edit in _EDITS]
+    for number, (way, label, colour) in enumerate(_WAYS):
+        bars(axes, [places[place][way][edit]["right"] for place, edit in names], number, len(_WAYS), label, colour)
+    axes.axvline(len(_EDITS) - 0.5, color=GREY, lw=0.8)
+    axes.set_xticks(range(len(names)), [_EDITS[edit] for _, edit in names], fontsize=7)
+    axes.set_xlabel("the memory above the rules (left), and below them (right)")
+    axes.set_ylabel("right decisions")
+    axes.set_ylim(0, 1.35)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
+
+
 FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "prevention": ("prevention", _prevention),
     "boundary": ("boundary", _boundary),
+    "families": ("families", _families),
+    "memory": ("memory", _memory),
     "seam": ("seam", _seam),
     "competing": ("seam", _competing),
 }

@@ -49,6 +49,12 @@ VERSION = 1
 NOT_BUILT = "not built"
 _TIMEOUT_SECONDS = 90
 _TEXT_SIDE = "text side"
+KINDS = {
+    "latent": ("family", "beside a latent"),
+    "three_axes": ("family", "3 axes"),
+    "state_alone": ("reason", "its whole past is a state"),
+}
+"""kinds of cache that are counted by themselves, by what a row says of them: MLA, M-RoPE, and models without attention"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,14 +273,21 @@ def run(
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How many types got each verdict; causal LM types counted apart from the rest."""
-    causal = Counter(row["verdict"] for row in rows if row["side"] == "causal LM")
-    others = Counter(row["verdict"] for row in rows if row["side"] != "causal LM")
+    """How many types got each verdict; causal LM types counted apart from the rest, and some kinds of cache by themselves."""
     verdicts = [*(str(verdict) for verdict in Verdict), NOT_BUILT]
+
+    def counts(some: Sequence[dict[str, Any]]) -> dict[str, int]:
+        found = Counter(row["verdict"] for row in some)
+        return {_key(verdict): found[verdict] for verdict in verdicts}
+
+    causal = [row for row in rows if row["side"] == "causal LM"]
     return {
-        "types": sum(causal.values()),
-        "causal": {_key(verdict): causal[verdict] for verdict in verdicts},
-        "others": {_key(verdict): others[verdict] for verdict in verdicts},
+        "types": len(causal),
+        "causal": counts(causal),
+        "others": counts([row for row in rows if row["side"] != "causal LM"]),
+        "kinds": {
+            name: counts([row for row in rows if words in row.get(where, "")]) for name, (where, words) in KINDS.items()
+        },
     }
 
 

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from programmable_kv.edits.modes import Mode
-from programmable_kv.lab.experiments import boundary, conclusion, errata, prevention, seam, skills
+from programmable_kv.lab.experiments import (
+    boundary,
+    conclusion,
+    errata,
+    families,
+    memory,
+    prevention,
+    seam,
+    skills,
+)
 from programmable_kv.lab.experiments.cases import cases
 from programmable_kv.lab.experiments.experiment import Row, of_other_domains
 from programmable_kv.lab.experiments.pair import Pair, pair_of
@@ -57,7 +66,8 @@ def without_learning(pair: Pair) -> Row:
 
 PARTS: dict[str, Callable[[Pair], Row]] = {
     "prevention": few_arms, "seam": one_skill, "boundary": two_settings, "errata": default_wording,
-    "conclusion": without_learning,
+    "conclusion": without_learning, "memory": partial(memory.measure, _=[], brief=True),
+    "families": partial(families.measure, _=[], texts=("list", "prose")),
 }  # fmt: skip
 """of experiments that take long, what is measured again"""
 RECORDED = [name for name in EXPERIMENTS if (RESULTS / f"{name}.json").exists()]

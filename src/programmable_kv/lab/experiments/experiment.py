@@ -35,6 +35,8 @@ class Experiment:
     """from the rows of `measure`, those of skipped cases left out"""
     rank: Callable[[Pair], Row] | None = None
     """what is found out on other policies first; positions are never chosen on the policy on which they are scored"""
+    wrong_too: bool = False
+    """whether cases are measured too that a full prefill decides wrongly: where it is asked how often it is right"""
     scenarios: int = 320
     """cases that are drawn by default; about two thirds have two values that are equally many tokens long"""
     ranking: int = RANKING
@@ -68,8 +70,8 @@ def run(
 ) -> Record:  # fmt: skip
     """Measure `count` cases and summarise what was found.
 
-    A case counts where both full prefills decide as the policy says. With random weights none does, and all are measured: what
-    is of interest there is how little anything does.
+    A case counts where both full prefills decide as the policy says, unless `wrong_too`. With random weights none does, and all
+    are measured: what is of interest there is how little anything does.
     """
     drawn = experiment.cases(count, everyday=everyday)
     recorder = Recorder(
@@ -92,7 +94,7 @@ def run(
         pair = pair_of(model, case)
         if isinstance(pair, str):
             return known | {"skipped": pair}
-        if not pair.scale.valid and model.name != RANDOM_WEIGHTS:
+        if not pair.scale.valid and not experiment.wrong_too and model.name != RANDOM_WEIGHTS:
             return known | {"skipped": WRONG}
         if part == "ranking":
             assert experiment.rank is not None

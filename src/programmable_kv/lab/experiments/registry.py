@@ -7,12 +7,15 @@ from programmable_kv.lab.experiments.attribution import ATTRIBUTION
 from programmable_kv.lab.experiments.blast_radius import BLAST_RADIUS
 from programmable_kv.lab.experiments.boundary import BOUNDARY
 from programmable_kv.lab.experiments.conclusion import CONCLUSION
+from programmable_kv.lab.experiments.diagnosis import DIAGNOSIS
 from programmable_kv.lab.experiments.dissociation import DISSOCIATION
 from programmable_kv.lab.experiments.dose import DOSE
 from programmable_kv.lab.experiments.errata import ERRATA
 from programmable_kv.lab.experiments.experiment import Experiment
+from programmable_kv.lab.experiments.families import FAMILIES
 from programmable_kv.lab.experiments.knock_out import KNOCK_OUT
 from programmable_kv.lab.experiments.locality import LOCALITY
+from programmable_kv.lab.experiments.memory import MEMORY
 from programmable_kv.lab.experiments.path_closure import PATH_CLOSURE
 from programmable_kv.lab.experiments.prediction import PREDICTION
 from programmable_kv.lab.experiments.prevention import PREVENTION
@@ -38,6 +41,9 @@ EXPERIMENTS = {
         CONCLUSION,
         DOSE,
         REASONING,
+        DIAGNOSIS,
+        FAMILIES,
+        MEMORY,
     )
 }
 

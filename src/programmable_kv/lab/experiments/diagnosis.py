@@ -1,0 +1,167 @@
+"""Which edits need more than the field itself? Three fields of a policy are edited: the one that the question is about, one of
+another set of rules, and one that no rule names. What the edit does to the decision is known; can it be told?
+
+An edit needs more where a decision after it, made in place, is not a full prefill's. The published rule compares cheap edits:
+where the field with an erratum decides otherwise than the stale cache, by a margin, and otherwise than the field alone, the
+erratum is needed. The other rule costs nothing: some line behind the field names it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from programmable_kv.edits.modes import Mode
+from programmable_kv.lab.experiments.cases import SEED, domain_names
+from programmable_kv.lab.experiments.dose import cached
+from programmable_kv.lab.experiments.experiment import Experiment, Row
+from programmable_kv.lab.experiments.pair import Pair
+from programmable_kv.lab.experiments.summaries import share
+from programmable_kv.notebook.notebook import Notebook
+from programmable_kv.prompt.readers import Why
+from programmable_kv.scenarios.grammar import other_value
+
+ASKED, OTHER, UNREAD = "asked", "other", "unread"
+KINDS = (ASKED, OTHER, UNREAD)
+MODES = (Mode.IN_PLACE, Mode.FIELD_ERRATUM, Mode.FULL)
+MARGINS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
+PUBLISHED = 0.2
+"""the published margin"""
+Edit = Mapping[str, Any]
+
+
+def edits(pair: Pair) -> Iterator[tuple[str, str, str]]:
+    """Kind, field and new value of each edit; a kind that the policy has no field for is left out."""
+    rng, case = random.Random(f"{SEED}/diagnosis/{pair.case.number}"), pair.case
+    yield ASKED, case.gate.field, pair.change[1]
+    for gate in case.scenario.gates:
+        if gate.field != case.gate.field:
+            yield OTHER, gate.field, other_value(rng, gate, case.scenario.values[gate.field])
+            break
+    for name, values in sorted(case.scenario.irrelevant.items()):
+        if values:
+            yield UNREAD, name, rng.choice(list(values))
+            break
+
+
+def measure(pair: Pair, _: Sequence[Row]) -> Row:
+    """By kind of edit, what each mode decides, and how sure it is of that and of the stale decision."""
+    notebook = cached(pair)
+    opening = pair.text.ids[len(notebook) :]
+    stale = likelihoods(pair, notebook, opening)
+    before = max(stale, key=lambda action: stale[action])
+    row: Row = {"right": pair.actions[0], "before": before, "edits": {}}
+    for kind, name, value in edits(pair):
+        found: dict[str, Any] = {"named": named(notebook, name)}
+        for mode in MODES:
+            mark = notebook.mark()
+            notebook.edit({name: value}, mode=mode)
+            scores = likelihoods(pair, notebook, opening)
+            notebook.rollback(mark)
+            choice = max(scores, key=lambda action: scores[action])
+            found[str(mode)] = {"choice": choice, "p": round(scores[choice], 5), "stale": round(scores[before], 5)}
+        row["edits"][kind] = found
+    return row
+
+
+def likelihoods(pair: Pair, notebook: Notebook, opening: Sequence[int]) -> dict[str, float]:
+    """The probability of each action's first token behind an answer's opening, of all tokens. The notebook is unchanged."""
+    mark = notebook.mark()
+    logits = notebook.model.engine.append(notebook.cache, opening)[-1]
+    notebook.rollback(mark)
+    found = torch.softmax(logits.cpu().double(), dim=-1)
+    return {action: float(found[token]) for action, token in pair.first_tokens.items()}
+
+
+def named(notebook: Notebook, name: str) -> bool:
+    """Whether a line behind the field mentions it."""
+    return any(reader.why is Why.MENTIONS for reader in notebook.readers(name))
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """How often each kind of edit needs more than the field, and how well each rule tells.
+
+    `calibrated`: the published rule, its margin chosen on the domains of one half and scored on those of the other, both ways.
+    """
+    edited = [
+        {"domain": row["domain"], "kind": kind, "before": row["before"], **edit}
+        for row in rows
+        for kind, edit in row["edits"].items()
+    ]
+    summary: dict[str, Any] = {"edits": len(edited), "kinds": {}}
+    for kind in KINDS:
+        own = [edit for edit in edited if edit["kind"] == kind]
+        summary["kinds"][kind] = {
+            "needs": share(own, needs),
+            "erratum_suffices": share(own, suffices),
+            "named": share(own, lambda edit: bool(edit["named"])),
+        }
+    halves = _halves(edited)
+    margins = [chosen(half) for half in halves]
+    flagged = [
+        (edit, published(edit, margin)) for half, margin in zip(halves[::-1], margins, strict=True) for edit in half
+    ]
+    summary["margins"] = dict(zip(("from_first_half", "from_second_half"), margins, strict=True))
+    summary["rules"] = {
+        "published": _scored([(edit, published(edit, PUBLISHED)) for edit in edited]),
+        "calibrated": _scored(flagged),
+        "named": _scored([(edit, bool(edit["named"])) for edit in edited]),
+        "always": _scored([(edit, True) for edit in edited]),
+    }
+    return summary
+
+
+def needs(edit: Edit) -> bool:
+    """The truth: made in place, the edit is decided otherwise than by a full prefill."""
+    return bool(edit[Mode.IN_PLACE]["choice"] != edit[Mode.FULL]["choice"])
+
+
+def suffices(edit: Edit) -> bool:
+    """Whether the field with an erratum is decided as by a full prefill."""
+    return bool(edit[Mode.FIELD_ERRATUM]["choice"] == edit[Mode.FULL]["choice"])
+
+
+def published(edit: Edit, margin: float) -> bool:
+    """The published rule's answer, from edits that need no full prefill."""
+    both, alone = edit[Mode.FIELD_ERRATUM], edit[Mode.IN_PLACE]
+    surer = both["choice"] != edit["before"] and both["p"] - both["stale"] > margin
+    return bool(surer and alone["choice"] != both["choice"])
+
+
+def chosen(edited: Sequence[Edit]) -> float:
+    """The margin that is right most often; of equals, the smallest."""
+    return max(MARGINS, key=lambda margin: (sum(published(edit, margin) == needs(edit) for edit in edited), -margin))
+
+
+def _halves(edited: Sequence[Edit]) -> list[list[Edit]]:
+    half = {name: number % 2 for number, name in enumerate(domain_names())}
+    return [[edit for edit in edited if half[edit["domain"]] == which] for which in range(2)]
+
+
+def _scored(flagged: Sequence[tuple[Edit, bool]]) -> dict[str, Any]:
+    """Precision, recall and accuracy, each a share with its interval."""
+    pairs = [{"needs": needs(edit), "flagged": flag} for edit, flag in flagged]
+    return {
+        "precision": share(pairs, partial(_given, "flagged", "needs")),
+        "recall": share(pairs, partial(_given, "needs", "flagged")),
+        "accuracy": share(pairs, lambda each: bool(each["needs"] == each["flagged"])),
+    }
+
+
+def _given(condition: str, outcome: str, each: Mapping[str, bool]) -> bool | None:
+    return each[outcome] if each[condition] else None
+
+
+DIAGNOSIS = Experiment(
+    name="diagnosis",
+    version=1,
+    title="Whether it can be told which edits need more than the field itself",
+    measure=measure,
+    summarise=summarise,
+    scenarios=48,
+    sets=2,
+)

@@ -1,0 +1,151 @@
+"""Are notes taken in other texts? Rules with a lookup, running prose and retrieved passages, beside a list of rules; and
+passages whose rule the question brings, so that nothing can be concluded before it is asked.
+
+In each, what the field alone carries, what the later text carries, and what a real recompute of a part brings back. Two parts
+are chosen as CacheBlend does, at the published share: `blend_15` are the tokens whose keys and values differ most in the second
+layer, where a full prefill would first show it, with the question, which that method always computes; `share_15` are those that
+differ most over all layers, without it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from programmable_kv.lab.experiments.blast_radius import distances
+from programmable_kv.lab.experiments.boundary import Setting, in_setting
+from programmable_kv.lab.experiments.cases import SEED, Case
+from programmable_kv.lab.experiments.experiment import Experiment, Row
+from programmable_kv.lab.experiments.nulls import matched
+from programmable_kv.lab.experiments.pair import Pair
+from programmable_kv.lab.experiments.prevention import tail_of
+from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, share
+from programmable_kv.lab.tools.together import Probe
+from programmable_kv.scenarios.everyday import OTHERS
+
+SHARE = 0.15
+"""of the context's tokens, the field's among them: the published share"""
+LEVELS = ("north", "south", "east", "west")
+"""groups of a lookup; no policy uses these words"""
+ANSWER = "Answer with the action only."
+LIST = "list"
+"""the policy as it is: a list of rules"""
+
+
+def settings(case: Case, change: tuple[str, str]) -> list[Setting]:
+    """The same decision in other texts, with the rules of the two values only."""
+    rng = random.Random(f"{SEED}/families/{case.number}")
+    field, actions = case.gate.field, {value: case.gate.actions[value] for value in change}
+    values = rng.sample(change, 2)
+    others = rng.sample(OTHERS, 4)
+    asked = f"What is the action for the current {field}?"
+    groups = dict(zip(values, rng.sample(LEVELS, 2), strict=True))
+    lookups = [f"A {field} of {value} belongs to the {groups[value]} group." for value in values]
+    by_group = [f"For the {groups[value]} group, the action is {actions[value]}." for value in values]
+    hops = "\n".join(f"- {line}" for line in (others[0], *lookups, others[1], *by_group[::-1], others[2]))
+    one, two = values
+    prose = (
+        f"{others[0]} What is done depends on the {field}. When the {field} turns out to be {one}, people here have always "
+        f"chosen {actions[one]}, and that has served them well. {others[1]} With {two} it is another matter: in that case they "
+        f"settle on {actions[two]}, and nobody has ever complained. {others[2]}"
+    )
+    fact = f"Passage 1, from the record:\nThe case was opened on Monday. Its {field} is {{{field}}}. {others[0]}"
+    manual = (
+        f"Passage 2, from the manual:\n{others[1]} If the {field} is {one}, the action is {actions[one]}. {others[2]} "
+        f"If the {field} is {two}, the action is {actions[two]}."
+    )
+    rule = f"If the {field} is {one}, the action is {actions[one]}; if it is {two}, the action is {actions[two]}."
+    head = "You are a support agent."
+    return [
+        Setting("two_hops", f"{head}\n\n{field}: {{{field}}}\n\nRules:\n{hops}\n\n{ANSWER}", asked),
+        Setting("prose", f"{head} At the moment the {field} is {{{field}}}.\n\n{prose}\n\n{ANSWER}", asked),
+        Setting("passages", f"{head}\n\n{fact}\n\n{manual}\n\n{ANSWER}", asked),
+        Setting("rule_in_question", f"{head}\n\n{fact}\n\n{ANSWER}", f"{rule} {asked}"),
+    ]
+
+
+def measure(pair: Pair, _: Sequence[Row], *, texts: Sequence[str] | None = None) -> Row:
+    """In each text (or some of them), the gap after sets of tokens were patched, and after some were computed again."""
+    found = {name: each for name, each in written_as(pair).items() if texts is None or name in texts}
+    return {"texts": {name: carried(each) for name, each in found.items()}}
+
+
+def written_as(pair: Pair) -> dict[str, Pair]:
+    """The same change of the same decision, in each text in which it is of as many tokens."""
+    two = {value: pair.case.gate.actions[value] for value in pair.change}
+    gate = replace(pair.case.gate, actions=two)
+    case = replace(pair.case, gate=gate, scenario=replace(pair.case.scenario, gates=(gate,)))
+    found = {each.name: in_setting(replace(pair, case=case), each) for each in settings(pair.case, pair.change)}
+    return {LIST: pair} | {name: each for name, each in found.items() if isinstance(each, Pair)}
+
+
+def carried(pair: Pair) -> dict[str, Any]:
+    """Gaps: of both contexts, after patches, and after real recomputes (the field always among what is computed)."""
+    text, tail = pair.text, tail_of(pair.text)
+    field, later = tuple(text.field.range), text.later
+    patched = {"field": field, "later": later, "last_half": later[len(later) // 2 :], "tail": tail}
+    gaps = pair.gaps([Probe(slots) for slots in patched.values()])
+    count = round(SHARE * len(text.ids)) - len(field)
+    farthest = deviating(pair, count, later)
+    before = [slot for slot in later if slot < tail[0]]
+    blended = deviating(pair, count, before, layers=(1,))
+    recomputed = {
+        "asked_again": (*field, *tail),
+        "share_15": (*field, *farthest),
+        "blend_15": (*field, *blended, *tail),
+    }
+    drawn = matched(farthest, later, random.Random(f"{SEED}/families/random/{pair.case.number}"))
+    if drawn is not None:
+        recomputed["random_15"] = (*field, *drawn[0])
+    return {
+        "old_gap": round(pair.scale.old, 4),
+        "new_gap": round(pair.scale.new, 4),
+        "valid": pair.scale.valid,
+        "later": len(later),
+        "share": round((count + len(field)) / len(text.ids), 4),
+        "patched": {name: round(gap, 4) for name, gap in zip(patched, gaps, strict=True)},
+        "recomputed": {name: round(pair.recomputed(slots), 4) for name, slots in recomputed.items()},
+    }
+
+
+def deviating(pair: Pair, count: int, among: Sequence[int], layers: Sequence[int] | None = None) -> tuple[int, ...]:
+    """So many of these slots, whose keys and values differ most between the contexts, on average over layers (None: all)."""
+    apart = distances(pair.old, pair.fresh)
+    chosen = list(range(len(pair.old)) if layers is None else layers)
+    moved = torch.stack([each[chosen].mean(dim=0) for each in apart.values()]).sum(dim=0)
+    return tuple(sorted(sorted(among, key=lambda slot: -float(moved[slot]))[: max(0, count)]))
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """By text: how often it is decided correctly under both values; of these, what each set recovers and flips."""
+    summary: dict[str, Any] = {"texts": {}}
+    for name in dict.fromkeys(name for row in rows for name in row["texts"]):
+        found = [_flat(row, name) for row in rows if name in row["texts"]]
+        right = [row for row in found if row["valid"]]
+        part: dict[str, Any] = {"right": share(found, lambda row: bool(row["valid"])), "counted": len(right)}
+        part["later"] = mean_by_domain(right, at("later"))["value"]
+        part["share"] = mean_by_domain(right, at("share"))["value"]
+        for kind in ("patched", "recomputed"):
+            arms = dict.fromkeys(each for row in found for each in row[kind])
+            part[kind] = {each: arm(right, at(f"{kind}.{each}")) for each in arms}
+        summary["texts"][name] = part
+    return summary
+
+
+def _flat(row: Row, name: str) -> dict[str, Any]:
+    text: Mapping[str, Any] = row["texts"][name]
+    return {"domain": row["domain"], **text}
+
+
+FAMILIES = Experiment(
+    name="families",
+    version=1,
+    title="Whether notes are taken in other texts: lookups, prose, retrieved passages",
+    measure=measure,
+    summarise=summarise,
+    scenarios=48,
+)

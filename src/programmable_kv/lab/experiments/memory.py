@@ -1,0 +1,218 @@
+"""Is a memory edited like any other text? A block of facts above the rules that speak of it or below them, prefilled where it
+stands or compiled alone and spliced.
+
+The memory is the policy's own block of facts, one of which changes. `recomputed`: everything has read what stands before it.
+`spliced`: the memory has read itself alone, and what follows it has read everything. On both, the same edits are really made,
+with the question asked after them: the fact's tokens computed again in their place, a line that states the new value, and the
+fact with the rules that name it. In a third place nothing is edited: between the rules and the lines about other things, which
+stand between memory and question there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.engine import Rows
+from programmable_kv.lab.experiments.experiment import Experiment, Row
+from programmable_kv.lab.experiments.pair import Pair
+from programmable_kv.lab.experiments.placed import EARLY, LATE, PLACES, Placed, places, spliced
+from programmable_kv.lab.experiments.prevention import decided, tail_of
+from programmable_kv.lab.experiments.summaries import mean_by_domain, share
+from programmable_kv.lab.experiments.written import RULES
+from programmable_kv.lab.statistics.intervals import cluster_interval
+from programmable_kv.lab.statistics.many_tests import benjamini_hochberg
+from programmable_kv.lab.statistics.paired import PairedCounts, mcnemar
+from programmable_kv.lab.tools.hooks import taken_back
+from programmable_kv.lab.tools.readouts import Scale
+from programmable_kv.notebook.notebook import Notebook
+from programmable_kv.prompt.chat import thought_closed
+from programmable_kv.prompt.parts import Rendered
+from programmable_kv.prompt.units import Kind, tokenised
+from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, statement
+
+EDITED = (EARLY, LATE)
+RECOMPUTED, SPLICED = "recomputed", "spliced"
+WAYS = (RECOMPUTED, SPLICED)
+IN_PLACE, ERRATUM, READERS = "in_place", "erratum", "readers"
+ARMS = (IN_PLACE, ERRATUM, READERS)
+OLD, NEW = "old", "new"
+UNEDITED = (OLD, NEW)
+"""prefilled with the old value, and with the new one"""
+
+
+def measure(pair: Pair, _: Sequence[Row], *, brief: bool = False) -> Row:
+    """In each place, by each way, what is decided before and after the edits.
+
+    `brief`: the edits of the memory above its rules alone.
+    """
+    found = dict(places(pair))
+    edits = {name: edited(placed) for name, placed in found.items() if name in (EDITED[:1] if brief else EDITED)}
+    if brief:
+        return {"places": edits}
+    prefilled = {name: prefills(placed.pair) for name, placed in found.items()}
+    return {"right": list(pair.actions), "prefilled": prefilled, "places": edits}
+
+
+def prefills(pair: Pair) -> dict[str, bool]:
+    """Whether full prefills are right, by value."""
+    found = decided(pair, pair.old, pair.text, ()), decided(pair, pair.fresh, pair.new_text, ())
+    return {value: each["choice"] == right for value, each, right in zip(UNEDITED, found, pair.actions, strict=True)}
+
+
+def edited(placed: Placed) -> dict[str, Any]:
+    """By way, the decision under both values, and after each edit of the old one. All question tokens are computed anew."""
+    pair = placed.pair
+    field, tail = tuple(pair.text.field.range), tail_of(pair.text)
+    chosen = {IN_PLACE: (*field, *tail), READERS: (*field, *pair.text.of(*RULES), *tail)}
+    line = with_line(placed)
+    found: dict[str, Any] = {"memory": len(placed.memory), "tokens": len(pair.text.ids)}
+    for way in WAYS:
+        old, new = (
+            (pair.old, pair.fresh)
+            if way == RECOMPUTED
+            else (spliced(pair.engine, text, placed.memory) for text in (pair.text, pair.new_text))
+        )
+        found[way] = {
+            OLD: decided(pair, old, pair.text, ()),
+            NEW: decided(pair, new, pair.new_text, ()),
+            **{arm: decided(pair, old, pair.new_text, slots) for arm, slots in chosen.items()},
+            ERRATUM: decided_after(pair, old, line),
+        }
+    return found
+
+
+def with_line(placed: Placed) -> tuple[int, ...]:
+    """The tokens of the context with the old value and, before the question, the line that states the new one."""
+    pair = placed.pair
+    field, (old, new) = pair.case.gate.field, pair.change
+    notebook = Notebook(pair.model).message("system", placed.system, **pair.case.values(old))
+    notebook.message("system", statement(DEFAULT_TEMPLATE, field, new)).message("user", pair.case.asked)
+    conversation = notebook.prompt.conversation()
+    assert conversation is not None
+    opening = thought_closed(conversation.continued([], prompt_for_answer=True).added)
+    return (
+        *tokenised(pair.model.tokenizer, notebook.rendered(), Kind.PREFILL).ids,
+        *tokenised(pair.model.tokenizer, Rendered(opening), Kind.TURN).ids,
+    )
+
+
+def decided_after(pair: Pair, buffer: KVBuffer, ids: Sequence[int]) -> dict[str, Any]:
+    """What is decided if the context goes on like this from the first other token on. The buffer is unchanged."""
+    own = pair.text.ids
+    start = next(slot for slot, (a, b) in enumerate(zip(own, ids, strict=False)) if a != b)
+    slots = tuple(range(start, len(ids)))
+    with taken_back(buffer):
+        logits = pair.engine.compute(buffer, Rows(tuple(ids[start:]), slots, slots))[-1]
+    return {"gap": round(float(pair.gap_in(logits)), 4), "choice": pair.decides(logits)}
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """By place, of the policies that full prefills decide rightly under both values: what is decided on either cache.
+
+    Recoveries are on the scale of the full prefills of that place, for both ways. `paired`: exact tests on the same items.
+    `placement`: how often prefills are right by the memory's place, with the p-values of the tests corrected for their number.
+    `slope`: of spliced recovery on recomputed recovery, over edits and places.
+    """
+    summary: dict[str, Any] = {"placement": _placement(rows), "places": {}}
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name in EDITED:
+        counted = [row for row in (_flat(each, name) for each in rows if name in each["places"]) if _counts(row)]
+        part: dict[str, Any] = {"counted": len(counted)}
+        for way in WAYS:
+            part[way] = {which: _arm(counted, way, which) for which in (*UNEDITED, *ARMS)}
+        part["same"] = {which: share(counted, partial(_same, which)) for which in (*UNEDITED, *ARMS)}
+        part["paired"] = {
+            **{arm: _tested(counted, (RECOMPUTED, arm), (SPLICED, arm)) for arm in ARMS},
+            **{f"{IN_PLACE}_{ERRATUM}_{way}": _tested(counted, (way, IN_PLACE), (way, ERRATUM)) for way in WAYS},
+        }
+        summary["places"][name] = part
+        for row in counted:
+            first, second = ([_recovery(way, arm, row) for arm in ARMS] for way in WAYS)
+            points.setdefault(row["domain"], []).extend(zip(first, second, strict=True))
+    summary["edited"] = sum(part["counted"] for part in summary["places"].values()) * len(WAYS)
+    summary["points"] = sum(map(len, points.values()))
+    if len(points) > 1:
+        summary["slope"] = cluster_interval(points, slope).model_dump()
+    return summary
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """The least-squares slope of the second number on the first, over all points; 0 where the first never differs."""
+    first, second = (torch.tensor(each, dtype=torch.float64) for each in zip(*points, strict=True))
+    centred = first - first.mean()
+    spread = float(centred.square().sum())
+    return float((centred * second).sum()) / spread if spread > 0 else 0.0
+
+
+def _flat(row: Row, name: str) -> dict[str, Any]:
+    return {"domain": row["domain"], "right": row["right"], **row["places"][name]}
+
+
+def _scale(row: Row) -> Scale:
+    """Between the full prefills under the two values."""
+    return Scale(row[RECOMPUTED][OLD]["gap"], row[RECOMPUTED][NEW]["gap"])
+
+
+def _counts(row: Row) -> bool:
+    return _scale(row).valid and all(_right(RECOMPUTED, value, row) for value in UNEDITED)
+
+
+def _right(way: str, which: str, row: Row) -> bool:
+    """Whether the old value's action is chosen without an edit, or the new one's with one."""
+    return bool(row[way][which]["choice"] == row["right"][which != OLD])
+
+
+def _same(which: str, row: Row) -> bool:
+    return bool(row[RECOMPUTED][which]["choice"] == row[SPLICED][which]["choice"])
+
+
+def _recovery(way: str, which: str, row: Row) -> float:
+    return _scale(row).recovery(row[way][which]["gap"])
+
+
+def _arm(rows: Sequence[Row], way: str, which: str) -> dict[str, Any]:
+    return {
+        "recovery": mean_by_domain(rows, partial(_recovery, way, which)),
+        "right": share(rows, partial(_right, way, which)),
+    }
+
+
+def _tested(rows: Sequence[Row], first: tuple[str, str], second: tuple[str, str]) -> dict[str, Any]:
+    counts = PairedCounts.of(*([_right(*arm, row) for row in rows] for arm in (first, second)))
+    return {"only_first": counts.only_first, "only_second": counts.only_second, "p": mcnemar(counts)}
+
+
+def _placement(rows: Sequence[Row]) -> dict[str, Any]:
+    """Of the policies that can be written in all places: how often prefills are right, and each two places compared."""
+    all_three = [row for row in rows if len(row["prefilled"]) == len(PLACES)]
+    found: dict[str, Any] = {"policies": len(all_three)}
+    found |= {name: mean_by_domain(all_three, partial(_rightness, name)) for name in PLACES}
+    tests = list(combinations(PLACES, 2))
+    answers = {name: [row["prefilled"][name][value] for row in all_three for value in UNEDITED] for name in PLACES}
+    counts = [PairedCounts.of(answers[first], answers[second]) for first, second in tests]
+    corrected = benjamini_hochberg([mcnemar(each) for each in counts])
+    for (first, second), each, p in zip(tests, counts, corrected, strict=True):
+        found[f"{first}_{second}"] = {"only_first": each.only_first, "only_second": each.only_second, "p": float(p)}
+    return found
+
+
+def _rightness(name: str, row: Row) -> float:
+    return fmean(row["prefilled"][name][value] for value in UNEDITED)
+
+
+MEMORY = Experiment(
+    name="memory",
+    version=1,
+    title="A memory edited where it stands: above its rules or below them, recomputed or compiled alone and spliced",
+    measure=measure,
+    summarise=summarise,
+    scenarios=64,
+    wrong_too=True,
+)

@@ -1,0 +1,71 @@
+"""A policy with its memory, the block of facts in it, in one of three places; prefilled where it stands, or spliced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.cache.masks import PartReads
+from programmable_kv.cache.span import Span
+from programmable_kv.engine import Engine, Rows
+from programmable_kv.lab.experiments.boundary import Setting, in_setting
+from programmable_kv.lab.experiments.pair import Pair
+from programmable_kv.lab.experiments.written import Written, ruled
+
+EARLY, LATE, BETWEEN = "early", "late", "between"
+"""the memory above the rules; below them, before the question; and below them, with the lines about other things behind it"""
+PLACES = (EARLY, LATE, BETWEEN)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """A policy with its memory in one place, under the old value and the new one."""
+
+    pair: Pair
+    system: str
+    """the template of the policy"""
+    memory: Span
+    """the slots of the memory"""
+
+
+def places(pair: Pair) -> Iterator[tuple[str, Placed]]:
+    """By name, the same policy with its memory where it is, and in the other places (if that text can be measured)."""
+    case = pair.case
+    first, memory, rules, *rest = case.scenario.prompt.split("\n\n")
+    heading, *lines = rules.splitlines()
+    named = [line for line in lines if ruled(line, case) is not None]
+    others = [line for line in lines if ruled(line, case) is None]
+    systems = {
+        EARLY: case.scenario.prompt,
+        LATE: "\n\n".join([first, rules, *rest, memory]),
+        BETWEEN: "\n\n".join([first, "\n".join([heading, *named]), memory, "\n".join(others), *rest]),
+    }
+    for name, system in systems.items():
+        found = pair if name == EARLY else in_setting(pair, Setting(name, system, case.asked))
+        if isinstance(found, Pair):
+            block = memory.format_map(dict(case.values(found.change[0])))
+            yield name, Placed(found, system, slots_of(found.text, block))
+
+
+def slots_of(text: Written, block: str) -> Span:
+    """The tokens that begin inside a block of the text."""
+    begins = "".join(text.tokens).index(block)
+    starts = list(accumulate((len(token) for token in text.tokens), initial=0))[:-1]
+    inside = [slot for slot, start in enumerate(starts) if begins <= start < begins + len(block)]
+    return Span(inside[0], inside[-1] + 1)
+
+
+def spliced(engine: Engine, text: Written, memory: Span) -> KVBuffer:
+    """A buffer with all of a text but its last token, in which the memory has read itself alone."""
+    part_of = torch.zeros(len(text.ids), dtype=torch.long)
+    part_of[memory.start : memory.stop] = 1
+    part_of[memory.stop :] = 2
+    reads = torch.tensor([[True, False, False], [False, True, False], [True, True, True]])
+    buffer = engine.new_buffer(2 * len(text.ids))
+    slots = tuple(range(text.last))
+    engine.compute(buffer, Rows(text.ids[:-1], slots, slots), logits=0, reads=PartReads(part_of, reads))
+    return buffer
