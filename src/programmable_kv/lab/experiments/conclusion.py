@@ -8,19 +8,18 @@ another context: one where the field is changed, the rules, or both. What carrie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from statistics import fmean
 from typing import Any
 
 import torch
 
 from programmable_kv.engine import Rows
-from programmable_kv.lab.experiments.cases import RANKING_SEED, cases
 from programmable_kv.lab.experiments.dissociation import donors
 from programmable_kv.lab.experiments.experiment import Experiment, Row
-from programmable_kv.lab.experiments.learned import DIMENSIONS, Examples, Learned
+from programmable_kv.lab.experiments.kept import Kept
+from programmable_kv.lab.experiments.learned import DIMENSIONS, Example, Learned
 from programmable_kv.lab.experiments.note_rows import NoteRows, shifted
-from programmable_kv.lab.experiments.pair import Pair, pair_of
+from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, nested, rounded
 from programmable_kv.lab.tools.changes import interchanged, projected_out, replaced
 from programmable_kv.lab.tools.lens import logit_lens
@@ -33,7 +32,7 @@ SITE = 0.77
 READABLE = 0.9
 """accuracy from which a conclusion counts as readable, as published"""
 DRAWS = 2
-_EXAMPLES = Examples()
+_EXAMPLES = Kept(Example.of, Learned)
 
 
 def layers(pair: Pair) -> list[int]:
@@ -61,19 +60,11 @@ def measure(pair: Pair, others: Sequence[Row]) -> Row:
     # The conclusion is not told from the field by a policy that stands alone: nothing is learnt without others.
     if not others:
         return row
-    learned = _EXAMPLES.of(pair.model.fingerprint, [each["number"] for each in others], partial(_again, pair))
-    labels = [*notes.applies["old"], *notes.applies["new"]]
-    read = learned.read(torch.cat((old, new), dim=1), labels, [*pair.actions, *pair.actions], pair.case.number)
+    learned = _EXAMPLES.learnt(pair, others)
+    read = learned.probes.read(notes.items(old, new), pair.case.number)
     row["read"] = {name: [round(each, 4) for each in found] for name, found in read.items()}
     site = _site(pair, others)
     return row | {"site": site} | _exchanged(pair, notes, learned, site, new)
-
-
-def _again(pair: Pair, number: int) -> Pair:
-    everyday = pair.case.scenario.domain == pair.case.gate.field
-    found = pair_of(pair.model, cases(number + 1, RANKING_SEED, everyday=everyday)[number])
-    assert isinstance(found, Pair)
-    return found
 
 
 def _site(pair: Pair, others: Sequence[Row]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,14 @@ class Experiment:
     """sets of rules in a policy, each about a field of its own; the question's topic says which of them counts"""
     values: int | None = None
     """values that a set of rules tells apart (None: two to four)"""
+    minutes: int = 0
+    """what all of it takes for the embedded model on one core, about"""
+    quick: Callable[[Pair, Sequence[Row]], Row] | None = None
+    """a part of what `measure` does, where that takes long: for `briefly`"""
+
+    def briefly(self) -> Experiment:
+        """The same experiment with less of it in each row: does everything still run?"""
+        return self if self.quick is None else replace(self, measure=self.quick)
 
     def cases(self, count: int, *, everyday: bool = False) -> list[tuple[str, Case]]:
         """Every case with what it is for, `ranking` or `scoring`."""

@@ -10,6 +10,7 @@ from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.engine import Rows
 from programmable_kv.lab.experiments.heads import note_sets
 from programmable_kv.lab.experiments.pair import Pair
+from programmable_kv.lab.experiments.read_by_layer import Items
 from programmable_kv.lab.experiments.written import Text
 from programmable_kv.lab.tools.hooks import Change, taken_back
 from programmable_kv.lab.tools.sites import Place, Site, changed, recorded
@@ -36,6 +37,11 @@ class NoteRows:
         with recorded(self.pair.engine, buffer, sites, self.slots) as found:
             self.pair.engine.compute(buffer, Rows(self.ids, self.slots, self.slots))
         return torch.stack([found[site] for site in sites])
+
+    def items(self, old: torch.Tensor, new: torch.Tensor) -> Items:
+        """The notes of both contexts, from their streams: does their rule apply? An item's kind is its action."""
+        applies = (*self.applies["old"], *self.applies["new"])
+        return Items(torch.cat((old, new), dim=1), applies, (*self.pair.actions, *self.pair.actions))
 
     def gap(self, layer: int, change: Change | None, *, noising: bool = False) -> float:
         """The gap where the notes' rows are computed again in the old context, their stream changed before a layer.
