@@ -21,6 +21,7 @@ from programmable_kv.lab.experiments.registry import EXPERIMENTS, experiment
 from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, share
 from programmable_kv.lab.experiments.written import TAIL, Part
 from programmable_kv.lab.tools.knockout import Knockout
+from programmable_kv.records import read_record
 
 CLOSE = {"rel": 1e-9, "abs": 1e-9}
 
@@ -135,7 +136,7 @@ def test_what_the_donor_shares_with_the_context_changes_nothing(pair: Pair) -> N
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS))
 def test_a_record_of_it(name: str, model: Any, tmp_path: Path) -> None:
     chosen = EXPERIMENTS[name]
-    short = Experiment(name, 1, chosen.title, chosen.measure, chosen.summarise, chosen.rank)
+    short = Experiment(name, 1, chosen.title, chosen.briefly().measure, chosen.summarise, chosen.rank)
     control = randomised(model)
     seen: list[tuple[int, int]] = []
     record = run(short, control, 12, tmp_path / f"{name}.json", report=lambda *done: seen.append(done))
@@ -159,6 +160,16 @@ def test_a_case_that_the_model_decides_wrongly_is_not_measured(model: Any, tmp_p
     assert wrong
     assert record.figure("aligned") == len(wrong) + record.figure("counted")
     assert record.figure("right_both_ways") == record.figure("counted")
+
+
+def test_estimates_are_about_what_the_records_took() -> None:
+    results = Path(__file__).parents[3] / "results"
+    records = {name: results / f"{name}.json" for name in EXPERIMENTS if (results / f"{name}.json").exists()}
+    assert len(records) > 10
+    for name, path in records.items():
+        record, estimate = read_record(path), EXPERIMENTS[name].seconds
+        took = record.wall_seconds / record.settings["scenarios"]
+        assert took / 2 < estimate < 2 * took, f"{name}: {took:.1f} s a case, estimated {estimate}"
 
 
 def test_an_unknown_experiment_is_named() -> None:

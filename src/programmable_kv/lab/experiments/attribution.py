@@ -200,4 +200,5 @@ ATTRIBUTION = Experiment(
     measure=measure,
     summarise=summarise,
     scenarios=340,
+    seconds=25.0,
 )

@@ -128,4 +128,5 @@ BOUNDARY = Experiment(
     measure=measure,
     summarise=summarise,
     scenarios=24,
+    seconds=16.5,
 )

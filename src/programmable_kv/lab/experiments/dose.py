@@ -202,4 +202,5 @@ DOSE = Experiment(
     rank=rank,
     scenarios=160,
     values=3,
+    seconds=29.0,
 )

@@ -120,4 +120,5 @@ ERRATA = Experiment(
     measure=measure,
     summarise=summarise,
     scenarios=64,
+    seconds=28.0,
 )

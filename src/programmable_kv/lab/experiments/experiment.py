@@ -43,10 +43,15 @@ class Experiment:
     """sets of rules in a policy, each about a field of its own; the question's topic says which of them counts"""
     values: int | None = None
     """values that a set of rules tells apart (None: two to four)"""
-    minutes: int = 0
-    """what all of it takes for the embedded model on one core, about"""
+    seconds: float = 0.0
+    """what a drawn case takes for the embedded model on one core, about; of all parts of the experiment"""
     quick: Callable[[Pair, Sequence[Row]], Row] | None = None
     """a part of what `measure` does, where that takes long: for `briefly`"""
+
+    @property
+    def minutes(self) -> float:
+        """What all of it takes for the embedded model on one core, about."""
+        return self.seconds * self.scenarios / 60
 
     def briefly(self) -> Experiment:
         """The same experiment with less of it in each row: does everything still run?"""

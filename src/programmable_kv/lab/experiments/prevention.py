@@ -224,4 +224,5 @@ PREVENTION = Experiment(
     measure=measure,
     summarise=summarise,
     scenarios=96,
+    seconds=17.0,
 )

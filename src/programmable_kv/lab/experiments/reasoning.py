@@ -220,4 +220,5 @@ REASONING = Experiment(
     measure=measure,
     summarise=summarise,
     scenarios=160,
+    seconds=9.6,
 )

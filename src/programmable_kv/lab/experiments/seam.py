@@ -178,4 +178,5 @@ SEAM = Experiment(
     measure=measure,
     summarise=summarise,
     scenarios=28,
+    seconds=21.0,
 )

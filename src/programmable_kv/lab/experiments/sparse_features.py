@@ -214,4 +214,5 @@ SPARSE_FEATURES = Experiment(
     rank=rank,
     scenarios=56,
     quick=partial(measure, effort=BRIEF),
+    seconds=12.0,
 )

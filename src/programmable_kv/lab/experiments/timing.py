@@ -200,4 +200,5 @@ TIMING = Experiment(
     scenarios=56,
     ranking=64,
     quick=partial(measure, every=5),
+    seconds=6.0,
 )
