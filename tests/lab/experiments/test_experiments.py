@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from conftest import tiny
+from leaves import leaves
 from programmable_kv.engine import Rows
 from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.lab.experiments import blast_radius, dissociation, knock_out, locality, where
@@ -136,7 +137,9 @@ def test_what_the_donor_shares_with_the_context_changes_nothing(pair: Pair) -> N
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS))
 def test_a_record_of_it(name: str, model: Any, tmp_path: Path) -> None:
     chosen = EXPERIMENTS[name]
-    short = Experiment(name, 1, chosen.title, chosen.briefly().measure, chosen.summarise, chosen.rank)
+    # Autoencoders are trained for minutes where they are trained at length.
+    measured = chosen.briefly().measure if name == "sparse-features" else chosen.measure
+    short = Experiment(name, 1, chosen.title, measured, chosen.summarise, chosen.rank)
     control = randomised(model)
     seen: list[tuple[int, int]] = []
     record = run(short, control, 12, tmp_path / f"{name}.json", report=lambda *done: seen.append(done))
@@ -149,6 +152,26 @@ def test_a_record_of_it(name: str, model: Any, tmp_path: Path) -> None:
         "no two values are equally many tokens long",
         "two actions begin with one token",
     }
+
+
+@pytest.mark.parametrize("name", sorted(name for name, each in EXPERIMENTS.items() if each.quick is not None))
+def test_less_of_it_is_a_part_of_it(name: str, model: Any, tmp_path: Path) -> None:
+    chosen, control = EXPERIMENTS[name], randomised(model)
+    count = 20 if name == "conclusion" else 6  # one that has others to learn from
+    brief = run(chosen.briefly(), control, count, tmp_path / "brief.json")
+    assert brief.figure("counted") > 0
+    if name == "sparse-features":
+        return
+    whole = run(chosen, control, count, tmp_path / "whole.json")
+    differs = {"seconds", "projected_out_learned"}  # measured anew, and of as many dimensions as are learnt
+    smaller = False
+    for some, every in zip(brief.rows, whole.rows, strict=True):
+        few, many = (
+            {path: value for path, value in leaves(row) if not differs & set(path.split("."))} for row in (some, every)
+        )
+        smaller |= len(few) < len(many)
+        assert few == {path: many[path] for path in few}
+    assert smaller
 
 
 def test_a_case_that_the_model_decides_wrongly_is_not_measured(model: Any, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_row_with_others_reads_both_places(pairs: list[Pair], monkeypatch: pyt
     monkeypatch.setattr(timing, "_ITEMS", Kept(timing._ITEMS._take, timing._ITEMS._learn))
     first, *rest = pairs
     others: Any = [timing.rank(pair) | {"number": pair.case.number, "domain": pair.case.domain} for pair in rest]
-    row: Any = timing.measure(first, others, every=2)
+    row: Any = timing.measure(first, others)
     layers = len(first.old)
     for place in ("notes", "last"):
         assert len(row["probes"][place]["applies"]) == len(row["probes"][place]["control"]) == layers + 1

@@ -8,6 +8,7 @@ another context: one where the field is changed, the rules, or both. What carrie
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -49,7 +50,7 @@ def rank(pair: Pair) -> Row:
     return {"whole": {layer: round((gap - pair.scale.old) / span, 4) for layer, gap in gaps.items()}}
 
 
-def measure(pair: Pair, others: Sequence[Row]) -> Row:
+def measure(pair: Pair, others: Sequence[Row], dimensions: Sequence[int] = DIMENSIONS) -> Row:
     """How well the conclusion is read by layer, and what exchanges along directions and subspaces do."""
     notes = NoteRows(pair)
     old, new = notes.streams(pair.old), notes.streams(pair.fresh)
@@ -64,7 +65,7 @@ def measure(pair: Pair, others: Sequence[Row]) -> Row:
     read = learned.probes.read(notes.items(old, new), pair.case.number)
     row["read"] = {name: [round(each, 4) for each in found] for name, found in read.items()}
     site = _site(pair, others)
-    return row | {"site": site} | _exchanged(pair, notes, learned, site, new)
+    return row | {"site": site} | _exchanged(pair, notes, learned, site, new, dimensions)
 
 
 def _site(pair: Pair, others: Sequence[Row]) -> int:
@@ -82,7 +83,9 @@ def _committed(pair: Pair) -> float:
     return round((max(wrong, default=-1) + 1) / (len(found) - 1), 4)
 
 
-def _exchanged(pair: Pair, notes: NoteRows, learned: Learned, site: int, new: torch.Tensor) -> Row:
+def _exchanged(
+    pair: Pair, notes: NoteRows, learned: Learned, site: int, new: torch.Tensor, dimensions: Sequence[int]
+) -> Row:
     """Gaps after exchanges along the mean direction by layer, and along it and learned subspaces by donor at the site."""
     row: Row = {"along": {}, "random": {}}
     for layer in layers(pair):
@@ -90,9 +93,9 @@ def _exchanged(pair: Pair, notes: NoteRows, learned: Learned, site: int, new: to
         row["along"][str(layer)] = notes.gap(layer, interchanged(new[layer], unit))
     unit, apart, middle = learned.direction(site)
     covariance = learned.covariance(site)
-    spaces = {"mean": unit[:, None]} | {f"learned_{k}": learned.subspace(pair.engine, site, k) for k in DIMENSIONS}
-    spaces |= {f"changes_{k}": learned.changes(site, k) for k in DIMENSIONS[1:]}
-    for k in DIMENSIONS:
+    spaces = {"mean": unit[:, None]} | {f"learned_{k}": learned.subspace(pair.engine, site, k) for k in dimensions}
+    spaces |= {f"changes_{k}": learned.changes(site, k) for k in dimensions[1:]}
+    for k in dimensions:
         drawn = [random_basis(spaces[f"learned_{k}"], seed, covariance=covariance) for seed in range(DRAWS)]
         row["random"][f"{k}"] = fmean(notes.gap(site, interchanged(new[site], each)) for each in drawn)
     signs = [-1.0 if applies else 1.0 for applies in notes.applies["old"]]
@@ -101,7 +104,7 @@ def _exchanged(pair: Pair, notes: NoteRows, learned: Learned, site: int, new: to
         "added_twice": notes.gap(site, shifted(unit, [2 * sign * apart for sign in signs])),
         "projected_out": notes.gap(site, projected_out(unit[:, None], middle), noising=True),
         "projected_out_learned": notes.gap(
-            site, projected_out(spaces[f"learned_{DIMENSIONS[-1]}"], middle), noising=True
+            site, projected_out(spaces[f"learned_{dimensions[-1]}"], middle), noising=True
         ),
     }
     for name, donor in donors(pair).items():
@@ -139,4 +142,5 @@ CONCLUSION = Experiment(
     scenarios=96,
     ranking=16,
     seconds=52.0,
+    quick=partial(measure, dimensions=DIMENSIONS[:1]),
 )

@@ -79,7 +79,8 @@ def measure(pair: Pair, others: Sequence[Row], *, every: int = 1) -> Row:
     """By layer: gaps after the three exchanges, the lens in both contexts, and how well the conclusion is read.
 
     Args:
-        every: the notes' streams are exchanged before each layer whose number is a multiple of it.
+        every: the notes' streams are exchanged before each layer whose number is a multiple of it; with all of them
+            there are depths.
     """
     streams, layers = Streams(pair), len(pair.old)
     notes, text = streams.notes, pair.text
@@ -97,7 +98,8 @@ def measure(pair: Pair, others: Sequence[Row], *, every: int = 1) -> Row:
         "committed": _numbered(range(layers + 1), deciding(pair, streams.last["new"])),
         "lens": {name: _numbered(range(layers + 1), gaps) for name, gaps in zip(("old", "new"), lens, strict=True)},
     }
-    row["depth"] = _depths(pair, row)
+    if every == 1:
+        row["depth"] = _depths(pair, row)
     if others:
         probes = _ITEMS.learnt(pair, others)
         row["probes"] = {
