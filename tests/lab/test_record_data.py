@@ -28,6 +28,7 @@ from programmable_kv.lab.composing.experiment import texts_of
 from programmable_kv.lab.composing.suites.catalogue import Catalogue
 from programmable_kv.lab.composing.suites.composing import Composing
 from programmable_kv.lab.composing.suites.prefaces import Prefaces
+from programmable_kv.lab.experiments.cases import cases as experiment_cases
 from programmable_kv.lab.experiments.registry import EXPERIMENTS
 from programmable_kv.lab.toy.emergence import probed_policies
 from programmable_kv.records import digest_of, read_record
@@ -70,6 +71,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "edit-ttft": lambda _: [policy(), *VALUES.values()],
     "compose-embedded": lambda settings: suite_texts(Composing, settings),
     "preface-embedded": lambda settings: suite_texts(Prefaces, settings),
+    "along-adapter": lambda settings: (case.text() for case in experiment_cases(settings["scenarios"])),
     "emergence": lambda _: (str(policy.ids()) for policy in probed_policies()),
     "catalogue-embedded": lambda settings: suite_texts(Catalogue, settings),
 }

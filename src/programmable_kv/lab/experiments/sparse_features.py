@@ -28,7 +28,7 @@ from programmable_kv.lab.experiments.learned import along_means
 from programmable_kv.lab.experiments.note_rows import NoteRows
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.read_by_layer import Items
-from programmable_kv.lab.experiments.summaries import arm, at, nested, rounded
+from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, nested, rounded
 from programmable_kv.lab.tools.changes import interchanged, replaced
 from programmable_kv.lab.tools.sparse_autoencoder import SparseAutoencoder, train
 from programmable_kv.models.load import Model
@@ -192,9 +192,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     summary["learned"] = len(learned)
     if not learned:
         return summary
-    summary["mean"] = arm(learned, at("mean.gap")) | {"auc": nested(learned, "mean")["auc"]}
+    summary["mean"] = arm(learned, at("mean.gap")) | {"auc": mean_by_domain(learned, at("mean.auc"))}
     for kind in KINDS:
-        part: dict[str, Any] = {"auc": nested(learned, kind)["auc"]}
+        part: dict[str, Any] = {"auc": mean_by_domain(learned, at(f"{kind}.auc"))}
         for change in ("exchanged", "random", "ablated", "random_ablated", "donors"):
             names = dict.fromkeys(name for row in learned for name in row[kind].get(change, ()))
             part[change] = {name: arm(learned, at(f"{kind}.{change}.{name}")) for name in names}
