@@ -1,4 +1,4 @@
-"""The figures of `docs/mechanism.md` by layer, by feature, and by the share of the adapter."""
+"""The figures of `docs/mechanism.md` by layer, by feature, and along the adapter and its training."""
 
 from __future__ import annotations
 
@@ -73,8 +73,19 @@ def _sparse_features(axes: Any, record: Record) -> None:
 
 def _along_adapter(axes: Any, record: Record) -> None:
     """By the share of the adapter's change: right decisions, what carries them, and how well notes say the conclusion."""
-    summary: Any = record.summary
-    parts = {int(name.removeprefix("at_")): each for name, each in summary.items()}
+    places = _along(axes, record)
+    axes.set_xticks(places, [f"{each}%" for each in places])
+    axes.set_xlabel("share of the adapter's change")
+
+
+def _along_training(axes: Any, record: Record) -> None:
+    """The same by steps of training."""
+    _along(axes, record)
+    axes.set_xlabel("steps of training")
+
+
+def _along(axes: Any, record: Record) -> list[int]:
+    parts: Any = {int(name[3:]): each for name, each in record.summary.items() if name.startswith("at_")}
     places = sorted(parts)
     curve(axes, places, [parts[each]["right"] for each in places], "right under both values", GREEN)
     best = [max((it["accuracy"] for it in parts[each]["read"].values()), key=lambda it: it["value"]) for each in places]
@@ -82,9 +93,8 @@ def _along_adapter(axes: Any, record: Record) -> None:
     for name, label, colour in _CARRIED:
         able = [each for each in places if parts[each][name]["recovery"]["n"]]
         curve(axes, able, [parts[each][name]["recovery"] for each in able], label, colour, "--")
-    axes.set_xticks(places, [f"{each}%" for each in places])
-    axes.set_xlabel("share of the adapter's change")
     shares(axes, "share, accuracy, recovery (dashed)", low=-0.1, top=1.5, legend="upper left", ncols=2)
+    return places
 
 
 FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
@@ -92,5 +102,6 @@ FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "timing": ("timing", _timing),
     "sparse-features": ("sparse-features", _sparse_features),
     "along-adapter": ("along-adapter", _along_adapter),
+    "along-training": ("along-training", _along_training),
 }
 """each figure's record, and what draws it"""

@@ -97,7 +97,7 @@ def test_what_is_kept_and_carried_counts_where_both_prefills_are_right() -> None
         row("b", valid=True, field=1.0, actions=2.0),
         row("b", valid=False, field=2.0, actions=-2.0),
     ]
-    found = along_adapter.summarise([{"share": 0.25, "policies": policies, "read": {}}])["at_25"]
+    found = along_adapter.summed({"policies": policies, "read": {}})
     assert found["right"]["value"] == pytest.approx(2 / 3)
     assert found["kept"]["value"] == 0.5
     assert found["actions"]["recovery"]["value"] == pytest.approx((0.75 + 1) / 2)

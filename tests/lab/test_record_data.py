@@ -33,6 +33,7 @@ from programmable_kv.lab.experiments.registry import EXPERIMENTS
 from programmable_kv.lab.toy.emergence import probed_policies
 from programmable_kv.records import digest_of, read_record
 from programmable_kv.scenarios.held_out import held_out_scenarios
+from training import emergence as along_training
 
 RESULTS = Path(__file__).parent.parent.parent / "results"
 
@@ -72,6 +73,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "compose-embedded": lambda settings: suite_texts(Composing, settings),
     "preface-embedded": lambda settings: suite_texts(Prefaces, settings),
     "along-adapter": lambda settings: (case.text() for case in experiment_cases(settings["scenarios"])),
+    "along-training": lambda settings: (case.text() for case in along_training.drawn(settings["scenarios"])),
     "emergence": lambda _: (str(policy.ids()) for policy in probed_policies()),
     "catalogue-embedded": lambda settings: suite_texts(Catalogue, settings),
 }

@@ -66,9 +66,9 @@ def run(
         settings={"scenarios": count, "shares": list(SHARES)},
     )
     recorder.collect(
-        list(SHARES), lambda each: {"share": each}, lambda each: looked_at(make(each), drawn, each), report
+        list(SHARES), lambda each: {"share": each}, lambda each: {"share": each, **looked_at(make(each), drawn)}, report
     )
-    return recorder.finish(summarise(recorder.rows))
+    return recorder.finish({f"at_{round(100 * row['share'])}": summed(row) for row in recorder.rows})
 
 
 def at_share(part: float) -> Model:
@@ -77,12 +77,21 @@ def at_share(part: float) -> Model:
     Raises:
         ModelUnavailableError: the base could not be had.
     """
-    base = load_model(base_folder())
-    joined = merged(base.engine.model, adapter_folder(), part).to(torch.float16).to(torch.float32)
-    return replace(wrap_model(joined.eval(), base.tokenizer), name=f"embedded, {part:.0%} of the adapter")
+    return with_adapter(base_folder(), adapter_folder(), part)
 
 
-def looked_at(model: Model, drawn: Sequence[Case], part: float) -> Row:
+def with_adapter(base: Path, adapter: Path, part: float = 1.0) -> Model:
+    """The model in a folder, in float32, with (a share of) the adapter in another one; rounded as embedded weights are stored.
+
+    Raises:
+        ModelUnavailableError: the model could not be loaded, or the adapter does not fit it.
+    """
+    loaded = load_model(base)
+    joined = merged(loaded.engine.model, adapter, part).to(torch.float16).to(torch.float32)
+    return replace(wrap_model(joined.eval(), loaded.tokenizer), name=f"{base.name}, {part:.0%} of {adapter.name}")
+
+
+def looked_at(model: Model, drawn: Sequence[Case]) -> Row:
     """What a model decides and carries, policy by policy; and from which layer its notes say whether their rule applies."""
     rows: list[Row] = []
     groups: list[str] = []
@@ -94,7 +103,7 @@ def looked_at(model: Model, drawn: Sequence[Case], part: float) -> Row:
             notes = NoteRows(pair)
             noted.append(notes.items(notes.streams(pair.old), notes.streams(pair.fresh)))
             groups += [case.domain] * len(noted[-1].labels)
-    return {"share": part, "policies": rows, "read": _read(Items.together(noted), groups)}
+    return {"policies": rows, "read": _read(Items.together(noted), groups)}
 
 
 def _one(pair: Pair) -> Row:
@@ -129,20 +138,18 @@ def _read(items: Items, groups: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """By share of the adapter, in hundredths: right decisions, spans, and what each set of tokens carries."""
-    summary: dict[str, Any] = {}
-    for row in rows:
-        found = row["policies"]
-        valid = [each for each in found if each["valid"]]
-        part: dict[str, Any] = {
-            "policies": len(found),
-            "right": share(found, lambda each: each["valid"]),
-            "span": mean_by_domain(found, lambda each: each["new_gap"] - each["old_gap"]),
-            "kept": share(valid, lambda each: each["patched"]["field"] < 0),
-            "read": row["read"],
-        }
-        names = dict.fromkeys(name for each in found for name in each["patched"])
-        part |= {name: arm(found, at(f"patched.{name}")) for name in names}
-        summary[f"at_{round(100 * row['share'])}"] = part
-    return summary
+def summed(row: Row) -> dict[str, Any]:
+    """Of a model that was looked at: right decisions, spans, and what each set of tokens carries where both prefills are right.
+
+    `kept`: of these, how often the stale decision stays where the field alone is new.
+    """
+    found = row["policies"]
+    valid = [each for each in found if each["valid"]]
+    names = dict.fromkeys(name for each in found for name in each["patched"])
+    return {
+        "policies": len(found),
+        "right": share(found, lambda each: each["valid"]),
+        "span": mean_by_domain(found, lambda each: each["new_gap"] - each["old_gap"]),
+        "kept": share(valid, lambda each: each["patched"]["field"] < 0),
+        "read": row["read"],
+    } | {name: arm(found, at(f"patched.{name}")) for name in names}
