@@ -100,7 +100,7 @@ def test_items_say_which_rule_applies(pair: Pair) -> None:
 
 def test_a_row_with_others_reads_both_places(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
-    monkeypatch.setattr(timing, "_ITEMS", Kept(timing._ITEMS._take, timing._ITEMS._learn))
+    monkeypatch.setattr(timing, "_ITEMS", Kept(timing._items_of, timing._probes_of))
     first, *rest = pairs
     others: Any = [timing.rank(pair) | {"number": pair.case.number, "domain": pair.case.domain} for pair in rest]
     row: Any = timing.measure(first, others)

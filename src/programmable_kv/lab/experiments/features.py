@@ -88,7 +88,8 @@ class Chosen:
         """The null of an exchange: as many others that are as often active, and each note is moved as far."""
         far = self.change(here, there, features).norm(dim=1, keepdim=True)
         other = self.change(here, there, self.matched(features, rng))
-        return here + (torch.nn.functional.normalize(other, dim=1) * far).to(here)
+        as_far: torch.Tensor = torch.nn.functional.normalize(other, dim=1) * far
+        return here + as_far.to(here)
 
     def matched(self, features: Sequence[int], rng: random.Random) -> tuple[int, ...]:
         """As many random features, none of these, each of about the frequency of one of them."""

@@ -7,7 +7,7 @@ decided by then?). What counts as written, read and committed is fixed below. Pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from programmable_kv.lab.experiments.kept import Kept
 from programmable_kv.lab.experiments.note_rows import NoteRows
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.read_by_layer import Items, LayerProbes
-from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, nested, share
+from programmable_kv.lab.experiments.summaries import Value, arm, at, mean_by_domain, nested, share
 from programmable_kv.lab.tools.changes import replaced
 from programmable_kv.lab.tools.lens import logit_lens
 from programmable_kv.lab.tools.sites import Place, Site, changed, recorded
@@ -61,12 +61,15 @@ def last_streams(pair: Pair, buffer: KVBuffer) -> torch.Tensor:
     return torch.stack([found[site] for site in sites])
 
 
-_ITEMS = Kept(
-    lambda pair: Streams(pair).items,
-    lambda several: {
-        place: LayerProbes(Items.together([each[place] for each in several])) for place in ("notes", "last")
-    },
-)
+def _items_of(pair: Pair) -> dict[str, Items]:
+    return Streams(pair).items
+
+
+def _probes_of(several: Sequence[dict[str, Items]]) -> dict[str, LayerProbes]:
+    return {place: LayerProbes(Items.together([each[place] for each in several])) for place in ("notes", "last")}
+
+
+_ITEMS = Kept(_items_of, _probes_of)
 
 
 def rank(pair: Pair) -> Row:
@@ -126,7 +129,7 @@ def deciding(pair: Pair, streams: torch.Tensor) -> list[float]:
     return [float(each) for each in pair.gap_in(found)]
 
 
-def _numbered(layers: Sequence[int] | range, gaps: Sequence[float]) -> dict[str, float]:
+def _numbered(layers: Sequence[int], gaps: Sequence[float]) -> dict[str, float]:
     return {str(layer): round(gap, 4) for layer, gap in zip(layers, gaps, strict=True)}
 
 
@@ -177,19 +180,19 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     return summary
 
 
-def _lens_moved(layer: str) -> Any:
+def _lens_moved(layer: str) -> Value:
     """How far the lens tells the two contexts apart before a layer, where 1 is as far as the model's own output."""
 
     def moved(row: Row) -> float | None:
-        span = row["new_gap"] - row["old_gap"]
-        return (row["lens"]["new"][layer] - row["lens"]["old"][layer]) / span if row["valid"] else None
+        apart = float(row["lens"]["new"][layer]) - float(row["lens"]["old"][layer])
+        return apart / (row["new_gap"] - row["old_gap"]) if row["valid"] else None
 
     return moved
 
 
-def _lens_right(layer: str) -> Any:
+def _lens_right(layer: str) -> Callable[[Row], bool]:
     """Whether the lens decides rightly in both contexts: of a sign that is the same in both, never."""
-    return lambda row: row["lens"]["old"][layer] < 0 < row["lens"]["new"][layer]
+    return lambda row: bool(row["lens"]["old"][layer] < 0 < row["lens"]["new"][layer])
 
 
 TIMING = Experiment(
