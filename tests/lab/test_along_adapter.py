@@ -17,6 +17,7 @@ from programmable_kv.lab.experiments.control import randomised
 from programmable_kv.lab.experiments.pair import Pair, pair_of
 from programmable_kv.models.fetch import merged
 from programmable_kv.models.load import Model
+from programmable_kv.records import read_record
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +104,16 @@ def test_what_is_kept_and_carried_counts_where_both_prefills_are_right() -> None
     assert found["actions"]["recovery"]["value"] == pytest.approx((0.75 + 1) / 2)
     assert found["field"]["recovery"]["value"] == pytest.approx((0 + 0.75) / 2)
     assert found["span"]["value"] == 4.0
+
+
+def test_all_of_the_adapter_decided_as_the_embedded_model_did() -> None:
+    """The same policies in two records: the base with all of its adapter, and the shipped weights."""
+    results = Path(__file__).parents[2] / "results"
+    joined, shipped = (read_record(results / f"{name}.json") for name in ("along-adapter", "where-notes-are"))
+    (whole,) = (row for row in joined.rows if row["share"] == 1.0)
+    known = {row["number"]: row for row in shipped.rows if row["part"] == "scoring" and "skipped" not in row}
+    shared = [each for each in whole["policies"] if each["number"] in known]
+    assert len(shared) > 10
+    for each in shared:
+        assert each["old_gap"] == pytest.approx(known[each["number"]]["old_gap"], abs=0.05, rel=0.01)
+        assert each["new_gap"] == pytest.approx(known[each["number"]]["new_gap"], abs=0.05, rel=0.01)
