@@ -53,7 +53,7 @@ class Effort:
 
 
 FULL = Effort(Amount(240, 120), Amount(24, 24), 1200)
-BRIEF = Effort(Amount(12, 4), Amount(2, 2), 40)
+BRIEF = Effort(Amount(6, 2), Amount(1, 1), 20)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
