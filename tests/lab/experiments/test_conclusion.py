@@ -16,6 +16,7 @@ from programmable_kv.lab.experiments.note_rows import NoteRows, shifted
 from programmable_kv.lab.experiments.pair import Pair, appended_last, pair_of
 from programmable_kv.lab.experiments.written import Text
 from programmable_kv.lab.tools.changes import interchanged, replaced
+from programmable_kv.lab.tools.copies import Exchanged
 from programmable_kv.lab.tools.together import Probe
 
 CLOSE: Any = {"rel": 1e-9, "abs": 1e-9}
@@ -57,6 +58,17 @@ def test_notes_exchanged_whole_from_the_first_layer_on_are_patched_notes(pair: P
     patched = pair.gaps([Probe(notes.slots, layers=(1,))])[0]
     assert notes.gap(1, replaced(new[1])) == pytest.approx(patched, **CLOSE)
     assert all(torch.equal(a, b) for a, b in zip(before, pair.old.tensors().values(), strict=True))
+
+
+def test_many_exchanges_in_one_forward_are_each_of_them_alone(pair: Pair) -> None:
+    notes = NoteRows(pair)
+    old, new = notes.streams(pair.old), notes.streams(pair.fresh)
+    every = [Exchanged(0, new[0]), Exchanged(1, new[1]), Exchanged(1, old[1]), Exchanged(1, 2 * new[1] - old[1])]
+    for noising in (False, True):
+        alone = [notes.gap(each.layer, replaced(each.streams), noising=noising) for each in every]
+        assert notes.gaps(every, noising=noising) == pytest.approx(alone, **CLOSE)
+    assert notes.gaps(every)[2] == pytest.approx(pair.scale.old, **CLOSE)
+    assert notes.gaps([]) == []
 
 
 def test_along_every_dimension_is_the_whole_and_along_two_halves_too(pair: Pair) -> None:

@@ -12,6 +12,7 @@ from programmable_kv.lab.experiments.heads import note_sets
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.read_by_layer import Items
 from programmable_kv.lab.experiments.written import Text
+from programmable_kv.lab.tools.copies import Exchanged, computed_in_copies
 from programmable_kv.lab.tools.hooks import Change, taken_back
 from programmable_kv.lab.tools.sites import Place, Site, changed, recorded
 
@@ -57,6 +58,14 @@ class NoteRows:
                 return float(pair.gap_in(pair.engine.compute(here, rows)[-1]))
         with changed(pair.engine, here, Site(Place.RESIDUAL, layer), change, self.slots):
             return float(pair.gap_in(pair.engine.compute(here, rows)[-1]))
+
+    def gaps(self, exchanges: Sequence[Exchanged], *, noising: bool = False) -> list[float]:
+        """The gap under each of several exchanges of the notes' streams, all in one forward: what `gap` gives one by one."""
+        pair = self.pair
+        slots = (*self.slots, pair.text.last)
+        rows = Rows((*self.ids, pair.token), slots, slots)
+        found = computed_in_copies(pair.engine, pair.fresh if noising else pair.old, rows, exchanges)
+        return [float(each) for each in pair.gap_in(found)] if exchanges else []
 
 
 def shifted(direction: torch.Tensor, sizes: Sequence[float]) -> Change:

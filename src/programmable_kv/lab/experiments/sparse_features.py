@@ -30,6 +30,7 @@ from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.read_by_layer import Items
 from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, nested, rounded
 from programmable_kv.lab.tools.changes import interchanged, replaced
+from programmable_kv.lab.tools.copies import Exchanged
 from programmable_kv.lab.tools.sparse_autoencoder import SparseAutoencoder, train
 from programmable_kv.models.load import Model
 
@@ -105,14 +106,13 @@ def measure(pair: Pair, others: Sequence[Row], effort: Effort = FULL) -> Row:
     }
     trained = _trained(pair.model, layer, effort)
     dictionaries: dict[str, Dictionary] = {**trained.dictionaries, "coordinates": Coordinates(rows.shape[1])}
+    there = {name: notes.streams(donor)[layer] for name, donor in donors(pair).items() if name != "field"}
     for kind, dictionary in dictionaries.items():
         chosen = Chosen.of(dictionary, rows, labels)
-        row[kind] = _changed(pair, notes, layer, chosen, old, new) | {"auc": chosen.read(here, marks)}
-        if isinstance(dictionary, SparseAutoencoder):
-            rebuilt = dictionary.decoded(dictionary.codes(new)).to(new)
-            row[kind]["rebuilt"] = round(notes.gap(layer, replaced(rebuilt), noising=True), 4)
+        row[kind] = _changed(notes, layer, _exchanges(pair, chosen, old, new, there), _ablations(pair, chosen, new))
+        row[kind]["auc"] = chosen.read(here, marks)
+        if kind in trained.held_out:
             row[kind]["held_out"] = trained.held_out[kind]
-            row[kind]["donors"] = _from_donors(pair, notes, layer, chosen, old)
     return row
 
 
@@ -130,31 +130,52 @@ class _Line:
         return rows @ self.unit
 
 
-def _changed(pair: Pair, notes: NoteRows, layer: int, chosen: Chosen, old: torch.Tensor, new: torch.Tensor) -> Row:
-    """Gaps by number of features: exchanged, and ablated in the new context; each beside random features."""
+Notes = dict[tuple[str, str], torch.Tensor]
+"""by (arm, number of features or donor), notes [n, d] that are put in place of a context's own"""
+
+
+def _exchanges(
+    pair: Pair, chosen: Chosen, old: torch.Tensor, new: torch.Tensor, there: dict[str, torch.Tensor]
+) -> Notes:
+    """The old context's notes with features of the new one, beside random ones; and with those of other donors."""
     rng = random.Random(f"{SEED}/sparse-features/{pair.case.number}")
-    row: Row = {"exchanged": {}, "random": {}, "ablated": {}, "random_ablated": {}}
-    for count in (each for each in COUNTS if 2 * each <= len(chosen.order)):
+    found: Notes = {}
+    for count in _counts(chosen):
         first = chosen.order[:count]
-        drawn = [chosen.randomly_exchanged(old, new, first, rng) for _ in range(DRAWS)]
-        row["exchanged"][str(count)] = notes.gap(layer, replaced(chosen.exchanged(old, new, first)))
-        row["random"][str(count)] = fmean(notes.gap(layer, replaced(each)) for each in drawn)
-        row["ablated"][str(count)] = notes.gap(layer, replaced(chosen.ablated(new, first)), noising=True)
-        other = chosen.ablated(new, chosen.matched(first, rng))
-        row["random_ablated"][str(count)] = notes.gap(layer, replaced(other), noising=True)
-    row["exchanged"]["all"] = notes.gap(layer, replaced(chosen.exchanged(old, new, chosen.order)))
-    return {key: rounded(value) for key, value in row.items()}
+        found["exchanged", str(count)] = chosen.exchanged(old, new, first)
+        for draw in range(DRAWS):
+            found["random", f"{count}/{draw}"] = chosen.randomly_exchanged(old, new, first, rng)
+    found["exchanged", "all"] = chosen.exchanged(old, new, chosen.order)
+    most = chosen.order[: _counts(chosen)[-1]]
+    return found | {("donors", name): chosen.exchanged(old, streams, most) for name, streams in there.items()}
 
 
-def _from_donors(pair: Pair, notes: NoteRows, layer: int, chosen: Chosen, old: torch.Tensor) -> Row:
-    """The most features, exchanged with contexts whose rules are exchanged, and whose field is too: is it the conclusion?"""
-    first = chosen.order[: COUNTS[-1]]
-    found = {}
-    for name, donor in donors(pair).items():
-        if name != "field":
-            there = notes.streams(donor)[layer]
-            found[name] = notes.gap(layer, replaced(chosen.exchanged(old, there, first)))
-    return rounded(found)
+def _ablations(pair: Pair, chosen: Chosen, new: torch.Tensor) -> Notes:
+    """The new context's notes with features at their mean, beside random ones; and as an autoencoder rebuilds them."""
+    rng = random.Random(f"{SEED}/sparse-features/ablated/{pair.case.number}")
+    found: Notes = {}
+    for count in _counts(chosen):
+        first = chosen.order[:count]
+        found["ablated", str(count)] = chosen.ablated(new, first)
+        found["random_ablated", str(count)] = chosen.ablated(new, chosen.matched(first, rng))
+    if isinstance(chosen.dictionary, SparseAutoencoder):
+        found["rebuilt", "all"] = chosen.dictionary.decoded(chosen.dictionary.codes(new)).to(new)
+    return found
+
+
+def _counts(chosen: Chosen) -> list[int]:
+    """Of a small dictionary no more than half, so that as many others are left."""
+    return [count for count in COUNTS if 2 * count <= len(chosen.order)]
+
+
+def _changed(notes: NoteRows, layer: int, exchanges: Notes, ablations: Notes) -> Row:
+    """The gap under each, by arm and number: of exchanges in the old context, of ablations in the new one."""
+    drawn: dict[str, dict[str, list[float]]] = {}
+    for part, noising in ((exchanges, False), (ablations, True)):
+        gaps = notes.gaps([Exchanged(layer, streams) for streams in part.values()], noising=noising)
+        for (name, count), gap in zip(part, gaps, strict=True):
+            drawn.setdefault(name, {}).setdefault(count.partition("/")[0], []).append(gap)
+    return {name: {count: round(fmean(each), 4) for count, each in by.items()} for name, by in drawn.items()}
 
 
 def _trained(model: Model, layer: int, effort: Effort) -> Trained:
@@ -195,11 +216,10 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     summary["mean"] = arm(learned, at("mean.gap")) | {"auc": mean_by_domain(learned, at("mean.auc"))}
     for kind in KINDS:
         part: dict[str, Any] = {"auc": mean_by_domain(learned, at(f"{kind}.auc"))}
-        for change in ("exchanged", "random", "ablated", "random_ablated", "donors"):
+        for change in ("exchanged", "random", "ablated", "random_ablated", "donors", "rebuilt"):
             names = dict.fromkeys(name for row in learned for name in row[kind].get(change, ()))
             part[change] = {name: arm(learned, at(f"{kind}.{change}.{name}")) for name in names}
-        if "rebuilt" in learned[0][kind]:
-            part["rebuilt"] = arm(learned, at(f"{kind}.rebuilt"))
+        if "held_out" in learned[0][kind]:
             part["held_out"] = nested(learned, f"{kind}.held_out")
         summary[kind] = part
     return summary
@@ -212,7 +232,6 @@ SPARSE_FEATURES = Experiment(
     measure=measure,
     summarise=summarise,
     rank=rank,
-    scenarios=56,
     quick=partial(measure, effort=BRIEF),
-    seconds=12.0,
+    seconds=3.0,
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.read_by_layer import Items, LayerProbes
 from programmable_kv.lab.experiments.summaries import Value, arm, at, mean_by_domain, nested, share
 from programmable_kv.lab.tools.changes import replaced
+from programmable_kv.lab.tools.copies import Exchanged
 from programmable_kv.lab.tools.lens import logit_lens
 from programmable_kv.lab.tools.sites import Place, Site, changed, recorded
 from programmable_kv.lab.tools.together import Probe, probed
@@ -78,22 +78,18 @@ def rank(pair: Pair) -> Row:
     return {}
 
 
-def measure(pair: Pair, others: Sequence[Row], *, every: int = 1) -> Row:
-    """By layer: gaps after the three exchanges, the lens in both contexts, and how well the conclusion is read.
-
-    Args:
-        every: the notes' streams are exchanged before each layer whose number is a multiple of it; with all of them
-            there are depths.
-    """
+def measure(pair: Pair, others: Sequence[Row]) -> Row:
+    """By layer: gaps after the three exchanges, the lens in both contexts, and how well the conclusion is read."""
     streams, layers = Streams(pair), len(pair.old)
     notes, text = streams.notes, pair.text
     lens = [
         pair.gap_in(logit_lens(pair.engine, buffer, Rows((pair.token,), (text.last,), (text.last,)))[:, -1]).tolist()
         for buffer in (pair.old, pair.fresh)
     ]
-    own = range(0, layers, every)
     row: Row = {
-        "written": _numbered(own, [notes.gap(layer, replaced(streams.new[layer])) for layer in own]),
+        "written": _numbered(
+            range(layers), notes.gaps([Exchanged(layer, streams.new[layer]) for layer in range(layers)])
+        ),
         "read_from": _numbered(
             range(layers + 1),
             pair.gaps([Probe(notes.slots, layers=tuple(range(layer, layers))) for layer in range(layers + 1)]),
@@ -101,8 +97,7 @@ def measure(pair: Pair, others: Sequence[Row], *, every: int = 1) -> Row:
         "committed": _numbered(range(layers + 1), deciding(pair, streams.last["new"])),
         "lens": {name: _numbered(range(layers + 1), gaps) for name, gaps in zip(("old", "new"), lens, strict=True)},
     }
-    if every == 1:
-        row["depth"] = _depths(pair, row)
+    row["depth"] = _depths(pair, row)
     if others:
         probes = _ITEMS.learnt(pair, others)
         row["probes"] = {
@@ -202,8 +197,6 @@ TIMING = Experiment(
     measure=measure,
     summarise=summarise,
     rank=rank,
-    scenarios=56,
     ranking=64,
-    quick=partial(measure, every=5),
-    seconds=6.0,
+    seconds=2.0,
 )
