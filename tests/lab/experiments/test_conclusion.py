@@ -15,8 +15,7 @@ from programmable_kv.lab.experiments.learned import DIMENSIONS, Example, Learned
 from programmable_kv.lab.experiments.note_rows import NoteRows, shifted
 from programmable_kv.lab.experiments.pair import Pair, appended_last, pair_of
 from programmable_kv.lab.experiments.written import Text
-from programmable_kv.lab.tools.changes import interchanged, replaced
-from programmable_kv.lab.tools.copies import Exchanged
+from programmable_kv.lab.tools.changes import interchanged, projected_out, replaced
 from programmable_kv.lab.tools.together import Probe
 
 CLOSE: Any = {"rel": 1e-9, "abs": 1e-9}
@@ -63,10 +62,15 @@ def test_notes_exchanged_whole_from_the_first_layer_on_are_patched_notes(pair: P
 def test_many_exchanges_in_one_forward_are_each_of_them_alone(pair: Pair) -> None:
     notes = NoteRows(pair)
     old, new = notes.streams(pair.old), notes.streams(pair.fresh)
-    every = [Exchanged(0, new[0]), Exchanged(1, new[1]), Exchanged(1, old[1]), Exchanged(1, 2 * new[1] - old[1])]
+    basis = torch.linalg.qr(torch.randn(new.shape[-1], 2, dtype=new.dtype)).Q
+    every = [
+        (0, replaced(new[0])), (1, replaced(new[1])), (1, replaced(old[1])), (1, interchanged(new[1], basis)),
+        (1, projected_out(basis)), (1, shifted(basis[:, 0], [1.0, -2.0])),
+    ]  # fmt: skip
     for noising in (False, True):
-        alone = [notes.gap(each.layer, replaced(each.streams), noising=noising) for each in every]
+        alone = [notes.gap(layer, change, noising=noising) for layer, change in every]
         assert notes.gaps(every, noising=noising) == pytest.approx(alone, **CLOSE)
+        assert len(set(alone)) > 3
     assert notes.gaps(every)[2] == pytest.approx(pair.scale.old, **CLOSE)
     assert notes.gaps([]) == []
 

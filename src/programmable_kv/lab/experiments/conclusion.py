@@ -23,6 +23,7 @@ from programmable_kv.lab.experiments.note_rows import NoteRows, shifted
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, nested, rounded
 from programmable_kv.lab.tools.changes import interchanged, projected_out, replaced
+from programmable_kv.lab.tools.hooks import Change
 from programmable_kv.lab.tools.lens import logit_lens
 from programmable_kv.lab.tools.nulls import random_basis
 
@@ -46,18 +47,14 @@ def rank(pair: Pair) -> Row:
     _EXAMPLES.add(pair)
     notes = NoteRows(pair)
     new, span = notes.streams(pair.fresh), pair.scale.new - pair.scale.old
-    gaps = {str(layer): notes.gap(layer, replaced(new[layer])) for layer in layers(pair)}
-    return {"whole": {layer: round((gap - pair.scale.old) / span, 4) for layer, gap in gaps.items()}}
+    return {"whole": {layer: round((gap - pair.scale.old) / span, 4) for layer, gap in _whole(notes, new).items()}}
 
 
 def measure(pair: Pair, others: Sequence[Row], dimensions: Sequence[int] = DIMENSIONS) -> Row:
     """How well the conclusion is read by layer, and what exchanges along directions and subspaces do."""
     notes = NoteRows(pair)
     old, new = notes.streams(pair.old), notes.streams(pair.fresh)
-    row: Row = {"committed": _committed(pair), "whole": {}}
-    for layer in layers(pair):
-        row["whole"][str(layer)] = notes.gap(layer, replaced(new[layer]))
-    row["whole"] = rounded(row["whole"])
+    row: Row = {"committed": _committed(pair), "whole": rounded(_whole(notes, new))}
     # The conclusion is not told from the field by a policy that stands alone: nothing is learnt without others.
     if not others:
         return row
@@ -66,6 +63,13 @@ def measure(pair: Pair, others: Sequence[Row], dimensions: Sequence[int] = DIMEN
     row["read"] = {name: [round(each, 4) for each in found] for name, found in read.items()}
     site = _site(pair, others)
     return row | {"site": site} | _exchanged(pair, notes, learned, site, new, dimensions)
+
+
+def _whole(notes: NoteRows, new: torch.Tensor) -> dict[str, float]:
+    """The gap where the notes' streams are the new context's, by the layer before which."""
+    every = layers(notes.pair)
+    gaps = notes.gaps([(layer, replaced(new[layer])) for layer in every])
+    return {str(layer): gap for layer, gap in zip(every, gaps, strict=True)}
 
 
 def _site(pair: Pair, others: Sequence[Row]) -> int:
@@ -87,31 +91,34 @@ def _exchanged(
     pair: Pair, notes: NoteRows, learned: Learned, site: int, new: torch.Tensor, dimensions: Sequence[int]
 ) -> Row:
     """Gaps after exchanges along the mean direction by layer, and along it and learned subspaces by donor at the site."""
-    row: Row = {"along": {}, "random": {}}
+    changes: dict[tuple[str, str], tuple[int, Change]] = {}
     for layer in layers(pair):
-        unit = learned.direction(layer)[0][:, None]
-        row["along"][str(layer)] = notes.gap(layer, interchanged(new[layer], unit))
+        along = learned.direction(layer)[0][:, None]
+        changes["along", str(layer)] = (layer, interchanged(new[layer], along))
     unit, apart, middle = learned.direction(site)
     covariance = learned.covariance(site)
     spaces = {"mean": unit[:, None]} | {f"learned_{k}": learned.subspace(pair.engine, site, k) for k in dimensions}
     spaces |= {f"changes_{k}": learned.changes(site, k) for k in dimensions[1:]}
     for k in dimensions:
-        drawn = [random_basis(spaces[f"learned_{k}"], seed, covariance=covariance) for seed in range(DRAWS)]
-        row["random"][f"{k}"] = fmean(notes.gap(site, interchanged(new[site], each)) for each in drawn)
+        for seed in range(DRAWS):
+            drawn = random_basis(spaces[f"learned_{k}"], seed, covariance=covariance)
+            changes["random", f"{k}/{seed}"] = (site, interchanged(new[site], drawn))
     signs = [-1.0 if applies else 1.0 for applies in notes.applies["old"]]
-    row["moved"] = {
-        "added": notes.gap(site, shifted(unit, [sign * apart for sign in signs])),
-        "added_twice": notes.gap(site, shifted(unit, [2 * sign * apart for sign in signs])),
-        "projected_out": notes.gap(site, projected_out(unit[:, None], middle), noising=True),
-        "projected_out_learned": notes.gap(
-            site, projected_out(spaces[f"learned_{dimensions[-1]}"], middle), noising=True
-        ),
-    }
+    for name, times in (("added", 1), ("added_twice", 2)):
+        changes["moved", name] = (site, shifted(unit, [times * sign * apart for sign in signs]))
     for name, donor in donors(pair).items():
         streams = notes.streams(donor)[site]
-        row[name] = {"whole": notes.gap(site, replaced(streams))}
-        row[name] |= {key: notes.gap(site, interchanged(streams, basis)) for key, basis in spaces.items()}
-    return {key: rounded(value) for key, value in row.items()}
+        changes[name, "whole"] = (site, replaced(streams))
+        changes |= {(name, key): (site, interchanged(streams, basis)) for key, basis in spaces.items()}
+    left = {
+        ("moved", "projected_out"): (site, projected_out(unit[:, None], middle)),
+        ("moved", "projected_out_learned"): (site, projected_out(spaces[f"learned_{dimensions[-1]}"], middle)),
+    }
+    found: dict[str, dict[str, list[float]]] = {}
+    for part, noising in ((changes, False), (left, True)):
+        for (name, key), gap in zip(part, notes.gaps(list(part.values()), noising=noising), strict=True):
+            found.setdefault(name, {}).setdefault(key.partition("/")[0], []).append(gap)
+    return {name: rounded({key: fmean(each) for key, each in by.items()}) for name, by in found.items()}
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:

@@ -59,13 +59,17 @@ class NoteRows:
         with changed(pair.engine, here, Site(Place.RESIDUAL, layer), change, self.slots):
             return float(pair.gap_in(pair.engine.compute(here, rows)[-1]))
 
-    def gaps(self, exchanges: Sequence[Exchanged], *, noising: bool = False) -> list[float]:
-        """The gap under each of several exchanges of the notes' streams, all in one forward: what `gap` gives one by one."""
+    def gaps(self, changes: Sequence[tuple[int, Change]], *, noising: bool = False) -> list[float]:
+        """The gap under each of several changes, (layer, change): what `gap` gives one by one, all in one forward."""
         pair = self.pair
+        here = pair.fresh if noising else pair.old
+        if not changes:
+            return []
+        own, every = self.streams(here), torch.arange(len(self.slots))
+        exchanges = [Exchanged(layer, change(own[layer], every)) for layer, change in changes]
         slots = (*self.slots, pair.text.last)
-        rows = Rows((*self.ids, pair.token), slots, slots)
-        found = computed_in_copies(pair.engine, pair.fresh if noising else pair.old, rows, exchanges)
-        return [float(each) for each in pair.gap_in(found)] if exchanges else []
+        found = computed_in_copies(pair.engine, here, Rows((*self.ids, pair.token), slots, slots), exchanges)
+        return [float(each) for each in pair.gap_in(found)]
 
 
 def shifted(direction: torch.Tensor, sizes: Sequence[float]) -> Change:

@@ -30,7 +30,6 @@ from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.read_by_layer import Items
 from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, nested, rounded
 from programmable_kv.lab.tools.changes import interchanged, replaced
-from programmable_kv.lab.tools.copies import Exchanged
 from programmable_kv.lab.tools.sparse_autoencoder import SparseAutoencoder, train
 from programmable_kv.models.load import Model
 
@@ -172,7 +171,7 @@ def _changed(notes: NoteRows, layer: int, exchanges: Notes, ablations: Notes) ->
     """The gap under each, by arm and number: of exchanges in the old context, of ablations in the new one."""
     drawn: dict[str, dict[str, list[float]]] = {}
     for part, noising in ((exchanges, False), (ablations, True)):
-        gaps = notes.gaps([Exchanged(layer, streams) for streams in part.values()], noising=noising)
+        gaps = notes.gaps([(layer, replaced(streams)) for streams in part.values()], noising=noising)
         for (name, count), gap in zip(part, gaps, strict=True):
             drawn.setdefault(name, {}).setdefault(count.partition("/")[0], []).append(gap)
     return {name: {count: round(fmean(each), 4) for count, each in by.items()} for name, by in drawn.items()}

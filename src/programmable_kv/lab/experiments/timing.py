@@ -22,7 +22,6 @@ from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.read_by_layer import Items, LayerProbes
 from programmable_kv.lab.experiments.summaries import Value, arm, at, mean_by_domain, nested, share
 from programmable_kv.lab.tools.changes import replaced
-from programmable_kv.lab.tools.copies import Exchanged
 from programmable_kv.lab.tools.lens import logit_lens
 from programmable_kv.lab.tools.sites import Place, Site, changed, recorded
 from programmable_kv.lab.tools.together import Probe, probed
@@ -88,7 +87,7 @@ def measure(pair: Pair, others: Sequence[Row]) -> Row:
     ]
     row: Row = {
         "written": _numbered(
-            range(layers), notes.gaps([Exchanged(layer, streams.new[layer]) for layer in range(layers)])
+            range(layers), notes.gaps([(layer, replaced(streams.new[layer])) for layer in range(layers)])
         ),
         "read_from": _numbered(
             range(layers + 1),
