@@ -52,7 +52,7 @@ class Effort:
     steps: int
 
 
-FULL = Effort(Amount(240, 120), Amount(24, 24), 1200)
+FULL = Effort(Amount(200, 50), Amount(24, 24), 900)
 BRIEF = Effort(Amount(6, 2), Amount(1, 1), 20)
 
 

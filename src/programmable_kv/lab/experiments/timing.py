@@ -196,6 +196,5 @@ TIMING = Experiment(
     measure=measure,
     summarise=summarise,
     rank=rank,
-    ranking=64,
     seconds=2.0,
 )
