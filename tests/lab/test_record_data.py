@@ -72,13 +72,12 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "edit-ttft": lambda _: [policy(), *VALUES.values()],
     "compose-embedded": lambda settings: suite_texts(Composing, settings),
     "preface-embedded": lambda settings: suite_texts(Prefaces, settings),
-    "along-adapter": lambda settings: (case.text() for case in experiment_cases(settings["scenarios"])),
-    "along-training": lambda settings: (case.text() for case in along_training.drawn(settings["scenarios"])),
     "emergence": lambda _: (str(policy.ids()) for policy in probed_policies()),
     "catalogue-embedded": lambda settings: suite_texts(Catalogue, settings),
 }
-
-
+for name, draw in (("along-adapter", experiment_cases), ("along-training", along_training.drawn)):
+    for path in RESULTS.glob(f"{name}.json"):
+        DRAWN[path.stem] = lambda settings, draw=draw: (case.text() for case in draw(settings["scenarios"]))  # type: ignore[misc]
 for suite in ("stock-readers", "visibilities"):
     for path in RESULTS.glob(f"{suite}-*.json"):
         DRAWN[path.stem] = lambda settings: (case.text() for _, case in stock_readers.cases(settings["count"]))
