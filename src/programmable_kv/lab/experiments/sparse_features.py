@@ -232,5 +232,6 @@ SPARSE_FEATURES = Experiment(
     summarise=summarise,
     rank=rank,
     quick=partial(measure, effort=BRIEF),
-    seconds=3.0,
+    scenarios=96,
+    seconds=12.0,
 )
