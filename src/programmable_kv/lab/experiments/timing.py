@@ -196,5 +196,6 @@ TIMING = Experiment(
     measure=measure,
     summarise=summarise,
     rank=rank,
-    seconds=2.0,
+    scenarios=160,
+    seconds=5.0,
 )
