@@ -1,7 +1,8 @@
-"""What the figures share: colours, and bars with intervals."""
+"""What the figures share: colours, bars and curves with intervals, and axes of shares."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 # Okabe and Ito's palette (2008), which the common colour blindnesses tell apart.
@@ -20,3 +21,23 @@ def bars(axes: Any, shares: list[Any], number: int, of: int, label: str, colour:
         places, [share["value"] for share in shares], yerr=(below, above), fmt="none", ecolor="#222222", elinewidth=1,
         capsize=2,
     )  # fmt: skip
+
+
+def curve(axes: Any, places: Sequence[float], found: Sequence[Any], label: str, colour: str, style: str = "-") -> None:
+    """A line through figures, and behind it the band of their intervals."""
+    axes.fill_between(
+        places, [each["low"] for each in found], [each["high"] for each in found], color=colour, alpha=0.15, lw=0
+    )
+    axes.plot(places, [each["value"] for each in found], style, marker="o", markersize=4, color=colour, label=label)
+
+
+def shares(
+    axes: Any, measure: str, *, low: float = 0.0, top: float, legend: str = "upper right", ncols: int = 1
+) -> None:
+    """What axes of shares have: marks from none to all, room for the legend above them, and a line at nothing."""
+    if low < 0:
+        axes.axhline(0, color="#222222", lw=0.6)
+    axes.set_ylabel(measure)
+    axes.set_ylim(low, top)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.legend(frameon=False, fontsize=8, loc=legend, ncols=ncols)

@@ -9,6 +9,7 @@ from typing import Any
 from programmable_kv.drawing import BLUE, GREEN, GREY, ORANGE, RED, SKY, bars
 from programmable_kv.figures_circuit import FIGURES as CIRCUIT
 from programmable_kv.figures_doses import FIGURES as DOSES
+from programmable_kv.figures_layers import FIGURES as LAYERS
 from programmable_kv.figures_notes import FIGURES
 from programmable_kv.figures_reading import FIGURES as READING
 from programmable_kv.records import Record, read_record, results_folder
@@ -151,5 +152,6 @@ _FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     **FIGURES,
     **READING,
     **CIRCUIT,
+    **LAYERS,
     **DOSES,
 }

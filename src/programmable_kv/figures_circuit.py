@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from programmable_kv.drawing import BLUE, GREEN, GREY, ORANGE, bars
+from programmable_kv.drawing import BLUE, GREEN, GREY, ORANGE, bars, curve, shares
 from programmable_kv.records import Record
 
 _SCORES = {
@@ -34,37 +34,22 @@ def _attribution(axes: Any, record: Record) -> None:
     for number, (key, label, colour) in enumerate(_ALIKE):
         bars(axes, [found[score][key] for score in _SCORES], number, len(_ALIKE), label, colour)
     axes.set_xticks(range(len(_SCORES)), list(_SCORES.values()), fontsize=8)
-    axes.set_ylabel("agreement with exact effects")
-    axes.axhline(0, color="#222222", lw=0.6)
-    axes.set_ylim(-0.1, 1.25)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=3)
+    shares(axes, "agreement with exact effects", low=-0.1, top=1.25, ncols=3)
 
 
 def _path_closure(axes: Any, record: Record) -> None:
     """Recovery by the number of heads that read the notes of both rules, and by those that write the actions."""
     read: Any = record.summary["read"]
     write: Any = record.summary["write"]
-    for arm, label, colour, style in _ARMS:
-        _curve(axes, {int(k): each[arm] for k, each in read["both_rules"].items()}, label, colour, style)
-    _curve(axes, {int(k): each["alone"] for k, each in write.items()}, "these heads write the actions", GREEN, "--")
     counts = sorted(int(k) for k in read["both_rules"])
-    axes.axhline(0, color="#222222", lw=0.6)
+    for arm, label, colour, style in _ARMS:
+        curve(axes, counts, [read["both_rules"][str(k)][arm] for k in counts], label, colour, style)
+    writers = sorted(int(k) for k in write)
+    curve(axes, writers, [write[str(k)]["alone"] for k in writers], "these heads write the actions", GREEN, "--")
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(k) for k in counts])
     axes.set_xlabel("heads")
-    axes.set_ylabel("recovery of the new decision")
-    axes.set_ylim(-0.15, 1.4)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
-
-
-def _curve(axes: Any, found: dict[int, Any], label: str, colour: str, style: str) -> None:
-    counts = sorted(found)
-    axes.fill_between(
-        counts, [found[k]["low"] for k in counts], [found[k]["high"] for k in counts], color=colour, alpha=0.15, lw=0
-    )
-    axes.plot(counts, [found[k]["value"] for k in counts], style, marker="o", markersize=4, color=colour, label=label)
+    shares(axes, "recovery of the new decision", low=-0.15, top=1.4, legend="upper left", ncols=2)
 
 
 FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
-from programmable_kv.drawing import BLUE, GREEN, GREY, ORANGE, RED, SKY, bars
+from programmable_kv.drawing import BLUE, GREEN, GREY, ORANGE, RED, SKY, bars, shares
 from programmable_kv.records import Record
 
 _REPAIRED = {
@@ -42,24 +42,18 @@ def _dose(axes: Any, record: Record) -> None:
         bars(axes, [repaired[dose][mode]["right"] for dose in _REPAIRED], number, len(_REPAIRS), label, colour)
     axes.set_xticks(range(len(_REPAIRED)), list(_REPAIRED.values()), fontsize=8)
     axes.set_xlabel("notes of another value in the cache")
-    axes.set_ylabel("edits that are followed")
-    axes.set_ylim(0, 1.3)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=3)
+    shares(axes, "edits that are followed", top=1.3, ncols=3)
 
 
 def _reasoning(axes: Any, record: Record) -> None:
     """Right decisions after a thought, by what thought or decision could not read, on an edited and on a fresh cache."""
     summary: Any = record.summary
     for number, (cache, label, colour) in enumerate((("in_place", "edited in place", BLUE), ("fresh", "fresh", SKY))):
-        shares = [summary[cache][thought][decision]["right"] for (thought, decision), _ in _BLOCKED]
-        bars(axes, shares, number, 2, label, colour)
+        right = [summary[cache][thought][decision]["right"] for (thought, decision), _ in _BLOCKED]
+        bars(axes, right, number, 2, label, colour)
     axes.set_xticks(range(len(_BLOCKED)), [name for _, name in _BLOCKED], fontsize=7)
     axes.set_xlabel("blocked")
-    axes.set_ylabel("right decisions")
-    axes.set_ylim(0, 1.3)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
+    shares(axes, "right decisions", top=1.3, ncols=2)
 
 
 def _emergence(axes: Any, record: Record) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from programmable_kv.drawing import BLUE, GREEN, GREY, ORANGE, RED, SKY, bars
+from programmable_kv.drawing import BLUE, GREEN, GREY, ORANGE, RED, SKY, bars, curve, shares
 from programmable_kv.records import Record
 
 _COUNTS = (1, 2, 4, 8, 16, 32)
@@ -66,20 +66,12 @@ def _locality(axes: Any, record: Record) -> None:
     patched: Any = record.summary["patched"]
     for arm, (label, colour, style) in _RANKED.items():
         found = [patched[f"{arm}_{k}"]["recovery"] for k in _COUNTS]
-        axes.fill_between(
-            _COUNTS, [each["low"] for each in found], [each["high"] for each in found], color=colour, alpha=0.15, lw=0
-        )
-        axes.plot(
-            _COUNTS, [each["value"] for each in found], style, marker="o", markersize=4, color=colour, label=label
-        )
+        curve(axes, _COUNTS, found, label, colour, style)
     axes.axhline(patched["field"]["recovery"]["value"], color=RED, lw=1, label="the field alone")
     axes.set_xscale("log", base=2)
     axes.set_xticks(_COUNTS, [str(k) for k in _COUNTS])
     axes.set_xlabel("later tokens patched")
-    axes.set_ylabel("recovery of the new decision")
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
-    axes.set_ylim(-0.1, 1.5)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    shares(axes, "recovery of the new decision", low=-0.1, top=1.5, legend="upper left")
 
 
 def _where(axes: Any, record: Record) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from programmable_kv.drawing import BLUE, GREEN, GREY, ORANGE, RED, bars
+from programmable_kv.drawing import BLUE, GREEN, GREY, ORANGE, RED, bars, curve, shares
 from programmable_kv.records import Record
 
 _READERS = {
@@ -67,10 +67,7 @@ def _prevention(axes: Any, record: Record) -> None:
     axes.axhline(record.figure("guess"), color=RED, lw=1, label="a guess")
     axes.set_xticks(range(len(_READERS)), list(_READERS.values()), fontsize=7)
     axes.set_xlabel("what may read the field, beside the question")
-    axes.set_ylabel("right decisions")
-    axes.set_ylim(0, 1.25)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    shares(axes, "right decisions", top=1.25)
 
 
 def _boundary(axes: Any, record: Record) -> None:
@@ -81,10 +78,7 @@ def _boundary(axes: Any, record: Record) -> None:
         bars(axes, found, number, len(_PATCHED), label, colour)
     axes.set_xticks(range(len(_PLACES)), list(_PLACES.values()), fontsize=9)
     axes.set_xlabel("where the field stands")
-    axes.set_ylabel("recovery of the new decision")
-    axes.set_ylim(-0.02, 1.4)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    shares(axes, "recovery of the new decision", low=-0.02, top=1.4)
 
 
 def _seam(axes: Any, record: Record) -> None:
@@ -93,11 +87,7 @@ def _seam(axes: Any, record: Record) -> None:
     positions = list(deviation["alone"]["values"]["position"])
     for name, label, colour in _DEVIATIONS:
         found = [deviation[name]["values"]["position"][position] for position in positions]
-        axes.fill_between(
-            range(len(found)), [each["low"] for each in found], [each["high"] for each in found],
-            color=colour, alpha=0.15, lw=0,
-        )  # fmt: skip
-        axes.plot(range(len(found)), [each["value"] for each in found], "-o", markersize=4, color=colour, label=label)
+        curve(axes, range(len(found)), found, label, colour)
     axes.set_xticks(range(len(positions)), [f"from {position}" for position in positions])
     axes.set_xlabel("position in the skill")
     axes.set_ylabel("relative distance of values")

@@ -29,7 +29,10 @@ def test_the_experiments_are_listed() -> None:
     for arguments in ((), ("--list",)):
         done = pkv(*arguments)
         assert done.exit_code == 0, done.output
-        assert all(name in done.stdout for name in EXPERIMENTS)
+        lines = {line.split()[0]: line.split() for line in done.stdout.splitlines() if "min" in line}
+        assert {*EXPERIMENTS, "all"} == set(lines)
+        assert all(lines[name][1:3] == [f"{each.minutes:.0f}", "min"] for name, each in EXPERIMENTS.items())
+        assert abs(int(lines["all"][3]) - sum(each.minutes for each in EXPERIMENTS.values())) <= 1
     assert json.loads(pkv("--list", "--json").stdout) == {each.name: each.title for each in EXPERIMENTS.values()}
 
 

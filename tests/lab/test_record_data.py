@@ -28,10 +28,12 @@ from programmable_kv.lab.composing.experiment import texts_of
 from programmable_kv.lab.composing.suites.catalogue import Catalogue
 from programmable_kv.lab.composing.suites.composing import Composing
 from programmable_kv.lab.composing.suites.prefaces import Prefaces
+from programmable_kv.lab.experiments.cases import cases as experiment_cases
 from programmable_kv.lab.experiments.registry import EXPERIMENTS
 from programmable_kv.lab.toy.emergence import probed_policies
 from programmable_kv.records import digest_of, read_record
 from programmable_kv.scenarios.held_out import held_out_scenarios
+from training import emergence as along_training
 
 RESULTS = Path(__file__).parent.parent.parent / "results"
 
@@ -73,8 +75,9 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "emergence": lambda _: (str(policy.ids()) for policy in probed_policies()),
     "catalogue-embedded": lambda settings: suite_texts(Catalogue, settings),
 }
-
-
+for name, draw in (("along-adapter", experiment_cases), ("along-training", along_training.drawn)):
+    for path in RESULTS.glob(f"{name}.json"):
+        DRAWN[path.stem] = lambda settings, draw=draw: (case.text() for case in draw(settings["scenarios"]))  # type: ignore[misc]
 for suite in ("stock-readers", "visibilities"):
     for path in RESULTS.glob(f"{suite}-*.json"):
         DRAWN[path.stem] = lambda settings: (case.text() for _, case in stock_readers.cases(settings["count"]))

@@ -43,7 +43,11 @@ def lab_run(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, for other programs")] = False,
     out_path: OutOption = None,
 ) -> None:
-    """What the keys and values of a prefilled context hold: one experiment, one record."""
+    """What the keys and values of a prefilled context hold: one experiment, one record.
+
+    Without a name the experiments are listed, each with about how many minutes it takes, for the embedded model
+    on one core.
+    """
     from programmable_kv.lab.experiments.experiment import record_name, run
     from programmable_kv.lab.experiments.registry import EXPERIMENTS, experiment
 
@@ -51,12 +55,13 @@ def lab_run(
         _quick(load(model), list(EXPERIMENTS) if name is None else [experiment(name).name], everyday=everyday)
         return
     if listed or name is None:
-        titles = {each.name: each.title for each in EXPERIMENTS.values()}
         if as_json:
-            out.print_json(json.dumps(titles))
+            out.print_json(json.dumps({each.name: each.title for each in EXPERIMENTS.values()}))
         else:
-            for each, title in titles.items():
-                out.print(f"{each:18}{title}", highlight=False)
+            for each in EXPERIMENTS.values():
+                out.print(f"{each.name:18}{each.minutes:4.0f} min  {each.title}", highlight=False)
+            total = sum(each.minutes for each in EXPERIMENTS.values())
+            out.print(f"{'all of them':18}{total:4.0f} min", highlight=False)
         return
     chosen = experiment(name)
     loaded = load(model)
@@ -84,7 +89,7 @@ def _quick(model: Model, names: list[str], *, everyday: bool) -> None:
 
     for name in names:
         with TemporaryDirectory() as folder:
-            record = run(experiment(name), model, QUICK, Path(folder) / "it.json", everyday=everyday)
+            record = run(experiment(name).briefly(), model, QUICK, Path(folder) / "it.json", everyday=everyday)
         out.print(f"{name:18}{record.figure('counted'):.0f} policies, {record.wall_seconds:.0f} s", highlight=False)
 
 
@@ -276,6 +281,17 @@ def lab_emergence(
         record = run(ToyRecipe(), seeds, path, report=report, command=command())
     print_figures(record)
     out.print(f"Record: {path}")
+
+
+@app.command("along-adapter")
+def lab_along_adapter(
+    count: Annotated[int, typer.Option(min=1, help="held-out policies; about two thirds can be measured")] = 56,
+    out_path: OutOption = None,
+) -> None:
+    """What decides between the base model and the embedded one, by the share of the adapter that is joined to the base."""
+    from programmable_kv.lab.along_adapter import SHARES, run
+
+    measure(run, load("embedded"), out_path, "along-adapter", "Shares of the adapter", len(SHARES), count=count)
 
 
 @app.command("adapter")

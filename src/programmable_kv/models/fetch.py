@@ -218,13 +218,21 @@ def _write_converted(gguf: Path, target: Path, adapter: Path | None) -> None:
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantised.state_dict())
     if adapter is not None:
-        model = _merged(model, adapter)
+        model = merged(model, adapter)
     model.to(torch.float16).save_pretrained(target)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
 
 
-def _merged(model: Any, adapter: Path) -> Any:
+def merged(model: Any, adapter: Path, share: float = 1.0) -> Any:
+    """A model joined with an adapter, or with a share of what it changes: 0 leaves every weight as it is, 1 is all of it.
+
+    The model's own weights are changed.
+
+    Raises:
+        ModelUnavailableError: the adapter does not fit the model.
+    """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
     from safetensors.torch import load_file
 
     wrapped = get_peft_model(model, LoraConfig.from_pretrained(adapter))
@@ -232,6 +240,9 @@ def _merged(model: Any, adapter: Path) -> Any:
     outcome = set_peft_model_state_dict(wrapped, weights)
     if outcome.unexpected_keys:
         raise ModelUnavailableError(f"the adapter does not fit the base model: {outcome.unexpected_keys[:3]}")
+    for module in wrapped.modules():
+        if isinstance(module, LoraLayer):
+            module.scale_layer(share)
     return wrapped.merge_and_unload()
 
 

@@ -10,11 +10,12 @@ import torch
 from conftest import tiny
 from programmable_kv.lab.experiments import conclusion
 from programmable_kv.lab.experiments.cases import RANKING_SEED, cases
-from programmable_kv.lab.experiments.learned import DIMENSIONS, Example, Examples, Learned
+from programmable_kv.lab.experiments.kept import Kept
+from programmable_kv.lab.experiments.learned import DIMENSIONS, Example, Learned
 from programmable_kv.lab.experiments.note_rows import NoteRows, shifted
 from programmable_kv.lab.experiments.pair import Pair, appended_last, pair_of
 from programmable_kv.lab.experiments.written import Text
-from programmable_kv.lab.tools.changes import interchanged, replaced
+from programmable_kv.lab.tools.changes import interchanged, projected_out, replaced
 from programmable_kv.lab.tools.together import Probe
 
 CLOSE: Any = {"rel": 1e-9, "abs": 1e-9}
@@ -35,12 +36,12 @@ def pair(pairs: list[Pair]) -> Pair:
 
 @pytest.fixture(scope="module")
 def learned(pairs: list[Pair]) -> Learned:
-    return Learned([Example.of(pair, NoteRows(pair)) for pair in pairs])
+    return Learned([Example.of(pair) for pair in pairs])
 
 
 @pytest.fixture(autouse=True)
 def no_examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conclusion, "_EXAMPLES", Examples())
+    monkeypatch.setattr(conclusion, "_EXAMPLES", Kept(Example.of, Learned))
 
 
 def test_notes_exchanged_whole_from_the_first_layer_on_are_patched_notes(pair: Pair) -> None:
@@ -56,6 +57,22 @@ def test_notes_exchanged_whole_from_the_first_layer_on_are_patched_notes(pair: P
     patched = pair.gaps([Probe(notes.slots, layers=(1,))])[0]
     assert notes.gap(1, replaced(new[1])) == pytest.approx(patched, **CLOSE)
     assert all(torch.equal(a, b) for a, b in zip(before, pair.old.tensors().values(), strict=True))
+
+
+def test_many_exchanges_in_one_forward_are_each_of_them_alone(pair: Pair) -> None:
+    notes = NoteRows(pair)
+    old, new = notes.streams(pair.old), notes.streams(pair.fresh)
+    basis = torch.linalg.qr(torch.randn(new.shape[-1], 2, dtype=new.dtype)).Q
+    every = [
+        (0, replaced(new[0])), (1, replaced(new[1])), (1, replaced(old[1])), (1, interchanged(new[1], basis)),
+        (1, projected_out(basis)), (1, shifted(basis[:, 0], [1.0, -2.0])),
+    ]  # fmt: skip
+    for noising in (False, True):
+        alone = [notes.gap(layer, change, noising=noising) for layer, change in every]
+        assert notes.gaps(every, noising=noising) == pytest.approx(alone, **CLOSE)
+        assert len(set(alone)) > 3
+    assert notes.gaps(every)[2] == pytest.approx(pair.scale.old, **CLOSE)
+    assert notes.gaps([]) == []
 
 
 def test_along_every_dimension_is_the_whole_and_along_two_halves_too(pair: Pair) -> None:
@@ -105,13 +122,11 @@ def test_what_an_exchange_learns_from_is_the_new_decision(pair: Pair, learned: L
 
 def test_items_are_balanced_and_a_layer_without_a_conclusion_is_read_by_chance(learned: Learned, pair: Pair) -> None:
     pytest.importorskip("sklearn")
-    streams, labels, kinds = learned.items(0)
+    streams, labels, kinds = learned.items.at(0)
     assert len(streams) == len(labels) == len(kinds) == 4 * len(learned.examples)
     assert sum(labels) == len(labels) / 2
     notes = NoteRows(pair)
-    both = torch.cat((notes.streams(pair.old), notes.streams(pair.fresh)), dim=1)
-    every = [*notes.applies["old"], *notes.applies["new"]]
-    found = learned.read(both, every, [*pair.actions, *pair.actions], 0)
+    found = learned.probes.read(notes.items(notes.streams(pair.old), notes.streams(pair.fresh)), 0)
     # In the first layer a note is its token, the same in both contexts: one of each two labels is right.
     assert found["applies"][0] == 0.5
     assert len(found["applies"]) == len(found["control"]) == len(pair.old) + 1
@@ -123,7 +138,7 @@ def test_learnt_subspaces_are_orthonormal_and_start_where_notes_change(learned: 
         assert torch.allclose(basis.T @ basis, torch.eye(k, dtype=basis.dtype), atol=1e-6)
         assert learned.subspace(pair.engine, 1, k) is basis, "learnt once"
     unit, apart, middle = learned.direction(1)
-    streams, labels, _ = learned.items(1)
+    streams, labels, _ = learned.items.at(1)
     along = streams @ unit
     marked = torch.tensor(labels)
     assert float(along[marked].mean() - along[~marked].mean()) == pytest.approx(apart)
@@ -140,9 +155,10 @@ def test_a_row_with_others_and_one_without(pairs: list[Pair], monkeypatch: pytes
     assert set(alone) == {"committed", "whole"}
     assert row["whole"] == alone["whole"]
     assert row["field"]["whole"] == row["whole"][str(row["site"])]
-    conclusion._EXAMPLES = Examples()  # as after an interruption
+    monkeypatch.setattr(conclusion, "_EXAMPLES", Kept(Example.of, Learned))  # as after an interruption
     monkeypatch.setattr(
-        conclusion, "pair_of", lambda model, case: next(p for p in rest if p.case.number == case.number)
+        "programmable_kv.lab.experiments.kept.pair_of",
+        lambda model, case: next(pair for pair in rest if pair.case.number == case.number),
     )
     again: Any = conclusion.measure(first, others)
     assert again["along"] == row["along"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from conftest import tiny
+from leaves import leaves
 from programmable_kv.engine import Rows
 from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.lab.experiments import blast_radius, dissociation, knock_out, locality, where
@@ -21,6 +22,7 @@ from programmable_kv.lab.experiments.registry import EXPERIMENTS, experiment
 from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, share
 from programmable_kv.lab.experiments.written import TAIL, Part
 from programmable_kv.lab.tools.knockout import Knockout
+from programmable_kv.records import read_record
 
 CLOSE = {"rel": 1e-9, "abs": 1e-9}
 
@@ -135,7 +137,9 @@ def test_what_the_donor_shares_with_the_context_changes_nothing(pair: Pair) -> N
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS))
 def test_a_record_of_it(name: str, model: Any, tmp_path: Path) -> None:
     chosen = EXPERIMENTS[name]
-    short = Experiment(name, 1, chosen.title, chosen.measure, chosen.summarise, chosen.rank)
+    # Autoencoders are trained for minutes where they are trained at length.
+    measured = chosen.briefly().measure if name == "sparse-features" else chosen.measure
+    short = Experiment(name, 1, chosen.title, measured, chosen.summarise, chosen.rank)
     control = randomised(model)
     seen: list[tuple[int, int]] = []
     record = run(short, control, 12, tmp_path / f"{name}.json", report=lambda *done: seen.append(done))
@@ -150,6 +154,26 @@ def test_a_record_of_it(name: str, model: Any, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("name", sorted(name for name, each in EXPERIMENTS.items() if each.quick is not None))
+def test_less_of_it_is_a_part_of_it(name: str, model: Any, tmp_path: Path) -> None:
+    chosen, control = EXPERIMENTS[name], randomised(model)
+    count = 20 if name == "conclusion" else 6  # one that has others to learn from
+    brief = run(chosen.briefly(), control, count, tmp_path / "brief.json")
+    assert brief.figure("counted") > 0
+    if name == "sparse-features":
+        return
+    whole = run(chosen, control, count, tmp_path / "whole.json")
+    differs = {"seconds", "projected_out_learned"}  # measured anew, and of as many dimensions as are learnt
+    smaller = False
+    for some, every in zip(brief.rows, whole.rows, strict=True):
+        few, many = (
+            {path: value for path, value in leaves(row) if not differs & set(path.split("."))} for row in (some, every)
+        )
+        smaller |= len(few) < len(many)
+        assert few == {path: many[path] for path in few}
+    assert smaller
+
+
 def test_a_case_that_the_model_decides_wrongly_is_not_measured(model: Any, tmp_path: Path) -> None:
     chosen = EXPERIMENTS["where-notes-are"]
     record = run(chosen, model, 24, tmp_path / "it.json", everyday=True)
@@ -159,6 +183,16 @@ def test_a_case_that_the_model_decides_wrongly_is_not_measured(model: Any, tmp_p
     assert wrong
     assert record.figure("aligned") == len(wrong) + record.figure("counted")
     assert record.figure("right_both_ways") == record.figure("counted")
+
+
+def test_estimates_are_about_what_the_records_took() -> None:
+    results = Path(__file__).parents[3] / "results"
+    records = {name: results / f"{name}.json" for name in EXPERIMENTS if (results / f"{name}.json").exists()}
+    assert len(records) > 10
+    for name, path in records.items():
+        record, estimate = read_record(path), EXPERIMENTS[name].seconds
+        took = record.wall_seconds / record.settings["scenarios"]
+        assert took / 2 < estimate < 2 * took, f"{name}: {took:.1f} s a case, estimated {estimate}"
 
 
 def test_an_unknown_experiment_is_named() -> None:

@@ -44,15 +44,20 @@ BACKWARD = 2
 """a backward is counted as two forwards"""
 
 
-def measure(pair: Pair, _: Sequence[Row]) -> Row:
-    """Exact and estimated effects of tokens, and of single places, and how alike they rank."""
+def measure(pair: Pair, _: Sequence[Row], *, dropping: bool = True) -> Row:
+    """Exact and estimated effects of tokens and of single places, and how alike they rank; by dropped gradients too, or not."""
     later = list(pair.text.later)
     rng = random.Random(f"{SEED}/attribution/{pair.case.number}")
     rows = Rows((pair.token,), (pair.text.last,), (pair.text.last,))
     exact, slowly = _timed(lambda: pair.gaps([Probe((slot,)) for slot in later]))
     plain, quickly = _timed(lambda: attribute(pair.engine, pair.old, pair.fresh, rows, pair.gap_in))
-    dropped, dropping = _timed(lambda: attribute(pair.engine, pair.old, pair.fresh, rows, pair.gap_in, drop=True))
-    places = {"attributed": plain.rows, "linear": plain.linear, "dropped": dropped.rows}
+    places = {"attributed": plain.rows, "linear": plain.linear}
+    seconds = {"tokens": slowly, "attributed": quickly}
+    if dropping:
+        dropped, seconds["dropped"] = _timed(
+            lambda: attribute(pair.engine, pair.old, pair.fresh, rows, pair.gap_in, drop=True)
+        )
+        places["dropped"] = dropped.rows
     tokens = {name: each.sum(dim=(0, 1))[later].tolist() for name, each in places.items()}
     effects = [gap - pair.scale.old for gap in exact]
     shuffled = rng.sample(tokens["attributed"], len(later))
@@ -73,7 +78,7 @@ def measure(pair: Pair, _: Sequence[Row]) -> Row:
             "attributed": 1 + BACKWARD,
             "dropped": 1 + BACKWARD * (1 + layers),
         },
-        "seconds": rounded({"tokens": slowly, "attributed": quickly, "dropped": dropping}),
+        "seconds": rounded(seconds),
     }
 
 
@@ -200,4 +205,6 @@ ATTRIBUTION = Experiment(
     measure=measure,
     summarise=summarise,
     scenarios=340,
+    seconds=25.0,
+    quick=partial(measure, dropping=False),
 )

@@ -158,4 +158,5 @@ BLAST_RADIUS = Experiment(
     title="How far keys and values of later tokens move when a field changes",
     measure=measure,
     summarise=summarise,
+    seconds=0.8,
 )

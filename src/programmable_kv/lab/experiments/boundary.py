@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from programmable_kv.lab.composing.frame import other_lines
@@ -70,10 +71,14 @@ def sets(text: Written) -> dict[str, tuple[int, ...]]:
     }
 
 
-def measure(pair: Pair, _: Sequence[Row]) -> Row:
-    """In each setting, the gap after sets of tokens were patched, and after the field alone was computed again."""
+def measure(pair: Pair, _: Sequence[Row], *, places: Sequence[str] | None = None) -> Row:
+    """In each setting (or those of some places), the gap after sets of tokens were patched, and after the field alone was
+    computed again.
+    """
     row: Row = {"settings": {}}
     for setting in settings(pair.case):
+        if places is not None and setting.name not in places:
+            continue
         found = pair if setting.name == "above" else in_setting(pair, setting)
         if isinstance(found, Pair):
             row["settings"][setting.name] = patched_in(found)
@@ -128,4 +133,6 @@ BOUNDARY = Experiment(
     measure=measure,
     summarise=summarise,
     scenarios=24,
+    seconds=16.5,
+    quick=partial(measure, places=("above", "below")),
 )

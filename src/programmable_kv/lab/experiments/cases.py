@@ -47,15 +47,22 @@ class Case:
 
 
 def cases(
-    count: int, seed: int = SEED, *, everyday: bool = False, sets: int = 1, values: int | None = None
+    count: int,
+    seed: int = SEED,
+    *,
+    everyday: bool = False,
+    sets: int = 1,
+    values: int | None = None,
+    fillers: int = FILLERS,
 ) -> list[Case]:
     """`count` cases, from each held-out domain in turn. A longer draw begins with a shorter one.
 
     `everyday`: short policies in everyday words, which models that were not trained on the grammar solve; their domains are
     their fields. `sets`: of rules, in each policy that is not an everyday one; the question is about one of them. `values`:
-    that each of these sets tells apart (None: two to four); everyday ones tell two apart.
+    that each of these sets tells apart (None: two to four); everyday ones tell two apart. `fillers`: rules about other things,
+    in each policy that is not an everyday one.
     """
-    return _everyday(count, seed) if everyday else _held_out(count, seed, sets, values)
+    return _everyday(count, seed) if everyday else _held_out(count, seed, sets, values, fillers)
 
 
 def domain_names() -> list[str]:
@@ -63,13 +70,13 @@ def domain_names() -> list[str]:
     return [domain.name for domain in held_out_domains()] + sorted(FIELDS)
 
 
-def _held_out(count: int, seed: int, sets: int, values: int | None) -> list[Case]:
+def _held_out(count: int, seed: int, sets: int, values: int | None, fillers: int) -> list[Case]:
     domains = held_out_domains()
     drawn = []
     for number in range(count):
         rng = random.Random(f"{seed}/{number}")
         scenario = make_scenario(
-            rng, "held_out", gates=sets, two_hop=False, gated_values=values, fillers=FILLERS,
+            rng, "held_out", gates=sets, two_hop=False, gated_values=values, fillers=fillers,
             domain=domains[number % len(domains)],
         )  # fmt: skip
         gate = scenario.gates[0] if sets == 1 else rng.choice(scenario.gates)

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 from programmable_kv.engine import Rows
-from programmable_kv.lab.experiments.cases import RANKING_SEED, cases
 from programmable_kv.lab.experiments.dissociation import donors
 from programmable_kv.lab.experiments.experiment import Experiment, Row
-from programmable_kv.lab.experiments.learned import DIMENSIONS, Examples, Learned
+from programmable_kv.lab.experiments.kept import Kept
+from programmable_kv.lab.experiments.learned import DIMENSIONS, Example, Learned
 from programmable_kv.lab.experiments.note_rows import NoteRows, shifted
-from programmable_kv.lab.experiments.pair import Pair, pair_of
+from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, nested, rounded
 from programmable_kv.lab.tools.changes import interchanged, projected_out, replaced
+from programmable_kv.lab.tools.hooks import Change
 from programmable_kv.lab.tools.lens import logit_lens
 from programmable_kv.lab.tools.nulls import random_basis
 
@@ -33,7 +34,7 @@ SITE = 0.77
 READABLE = 0.9
 """accuracy from which a conclusion counts as readable, as published"""
 DRAWS = 2
-_EXAMPLES = Examples()
+_EXAMPLES = Kept(Example.of, Learned)
 
 
 def layers(pair: Pair) -> list[int]:
@@ -46,34 +47,29 @@ def rank(pair: Pair) -> Row:
     _EXAMPLES.add(pair)
     notes = NoteRows(pair)
     new, span = notes.streams(pair.fresh), pair.scale.new - pair.scale.old
-    gaps = {str(layer): notes.gap(layer, replaced(new[layer])) for layer in layers(pair)}
-    return {"whole": {layer: round((gap - pair.scale.old) / span, 4) for layer, gap in gaps.items()}}
+    return {"whole": {layer: round((gap - pair.scale.old) / span, 4) for layer, gap in _whole(notes, new).items()}}
 
 
-def measure(pair: Pair, others: Sequence[Row]) -> Row:
+def measure(pair: Pair, others: Sequence[Row], dimensions: Sequence[int] = DIMENSIONS) -> Row:
     """How well the conclusion is read by layer, and what exchanges along directions and subspaces do."""
     notes = NoteRows(pair)
     old, new = notes.streams(pair.old), notes.streams(pair.fresh)
-    row: Row = {"committed": _committed(pair), "whole": {}}
-    for layer in layers(pair):
-        row["whole"][str(layer)] = notes.gap(layer, replaced(new[layer]))
-    row["whole"] = rounded(row["whole"])
+    row: Row = {"committed": _committed(pair), "whole": rounded(_whole(notes, new))}
     # The conclusion is not told from the field by a policy that stands alone: nothing is learnt without others.
     if not others:
         return row
-    learned = _EXAMPLES.of(pair.model.fingerprint, [each["number"] for each in others], partial(_again, pair))
-    labels = [*notes.applies["old"], *notes.applies["new"]]
-    read = learned.read(torch.cat((old, new), dim=1), labels, [*pair.actions, *pair.actions], pair.case.number)
+    learned = _EXAMPLES.learnt(pair, others)
+    read = learned.probes.read(notes.items(old, new), pair.case.number)
     row["read"] = {name: [round(each, 4) for each in found] for name, found in read.items()}
     site = _site(pair, others)
-    return row | {"site": site} | _exchanged(pair, notes, learned, site, new)
+    return row | {"site": site} | _exchanged(pair, notes, learned, site, new, dimensions)
 
 
-def _again(pair: Pair, number: int) -> Pair:
-    everyday = pair.case.scenario.domain == pair.case.gate.field
-    found = pair_of(pair.model, cases(number + 1, RANKING_SEED, everyday=everyday)[number])
-    assert isinstance(found, Pair)
-    return found
+def _whole(notes: NoteRows, new: torch.Tensor) -> dict[str, float]:
+    """The gap where the notes' streams are the new context's, by the layer before which."""
+    every = layers(notes.pair)
+    gaps = notes.gaps([(layer, replaced(new[layer])) for layer in every])
+    return {str(layer): gap for layer, gap in zip(every, gaps, strict=True)}
 
 
 def _site(pair: Pair, others: Sequence[Row]) -> int:
@@ -91,33 +87,38 @@ def _committed(pair: Pair) -> float:
     return round((max(wrong, default=-1) + 1) / (len(found) - 1), 4)
 
 
-def _exchanged(pair: Pair, notes: NoteRows, learned: Learned, site: int, new: torch.Tensor) -> Row:
+def _exchanged(
+    pair: Pair, notes: NoteRows, learned: Learned, site: int, new: torch.Tensor, dimensions: Sequence[int]
+) -> Row:
     """Gaps after exchanges along the mean direction by layer, and along it and learned subspaces by donor at the site."""
-    row: Row = {"along": {}, "random": {}}
+    changes: dict[tuple[str, str], tuple[int, Change]] = {}
     for layer in layers(pair):
-        unit = learned.direction(layer)[0][:, None]
-        row["along"][str(layer)] = notes.gap(layer, interchanged(new[layer], unit))
+        along = learned.direction(layer)[0][:, None]
+        changes["along", str(layer)] = (layer, interchanged(new[layer], along))
     unit, apart, middle = learned.direction(site)
     covariance = learned.covariance(site)
-    spaces = {"mean": unit[:, None]} | {f"learned_{k}": learned.subspace(pair.engine, site, k) for k in DIMENSIONS}
-    spaces |= {f"changes_{k}": learned.changes(site, k) for k in DIMENSIONS[1:]}
-    for k in DIMENSIONS:
-        drawn = [random_basis(spaces[f"learned_{k}"], seed, covariance=covariance) for seed in range(DRAWS)]
-        row["random"][f"{k}"] = fmean(notes.gap(site, interchanged(new[site], each)) for each in drawn)
+    spaces = {"mean": unit[:, None]} | {f"learned_{k}": learned.subspace(pair.engine, site, k) for k in dimensions}
+    spaces |= {f"changes_{k}": learned.changes(site, k) for k in dimensions[1:]}
+    for k in dimensions:
+        for seed in range(DRAWS):
+            drawn = random_basis(spaces[f"learned_{k}"], seed, covariance=covariance)
+            changes["random", f"{k}/{seed}"] = (site, interchanged(new[site], drawn))
     signs = [-1.0 if applies else 1.0 for applies in notes.applies["old"]]
-    row["moved"] = {
-        "added": notes.gap(site, shifted(unit, [sign * apart for sign in signs])),
-        "added_twice": notes.gap(site, shifted(unit, [2 * sign * apart for sign in signs])),
-        "projected_out": notes.gap(site, projected_out(unit[:, None], middle), noising=True),
-        "projected_out_learned": notes.gap(
-            site, projected_out(spaces[f"learned_{DIMENSIONS[-1]}"], middle), noising=True
-        ),
-    }
+    for name, times in (("added", 1), ("added_twice", 2)):
+        changes["moved", name] = (site, shifted(unit, [times * sign * apart for sign in signs]))
     for name, donor in donors(pair).items():
         streams = notes.streams(donor)[site]
-        row[name] = {"whole": notes.gap(site, replaced(streams))}
-        row[name] |= {key: notes.gap(site, interchanged(streams, basis)) for key, basis in spaces.items()}
-    return {key: rounded(value) for key, value in row.items()}
+        changes[name, "whole"] = (site, replaced(streams))
+        changes |= {(name, key): (site, interchanged(streams, basis)) for key, basis in spaces.items()}
+    left = {
+        ("moved", "projected_out"): (site, projected_out(unit[:, None], middle)),
+        ("moved", "projected_out_learned"): (site, projected_out(spaces[f"learned_{dimensions[-1]}"], middle)),
+    }
+    found: dict[str, dict[str, list[float]]] = {}
+    for part, noising in ((changes, False), (left, True)):
+        for (name, key), gap in zip(part, notes.gaps(list(part.values()), noising=noising), strict=True):
+            found.setdefault(name, {}).setdefault(key.partition("/")[0], []).append(gap)
+    return {name: rounded({key: fmean(each) for key, each in by.items()}) for name, by in found.items()}
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
@@ -147,4 +148,6 @@ CONCLUSION = Experiment(
     rank=rank,
     scenarios=96,
     ranking=16,
+    seconds=52.0,
+    quick=partial(measure, dimensions=DIMENSIONS[:1]),
 )

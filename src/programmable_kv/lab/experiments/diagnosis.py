@@ -164,4 +164,5 @@ DIAGNOSIS = Experiment(
     summarise=summarise,
     scenarios=48,
     sets=2,
+    seconds=8.0,
 )

@@ -153,4 +153,5 @@ DISSOCIATION = Experiment(
     title="Notes follow what is concluded: field and rules changed one by one, and notes injected",
     measure=measure,
     summarise=summarise,
+    seconds=1.6,
 )

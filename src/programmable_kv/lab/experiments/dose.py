@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -46,8 +47,14 @@ STRONGLY_REPAIRED = (2, 4)
 RANDOM = "random_"
 
 
-def measure(pair: Pair, others: Sequence[Row]) -> Row:
-    """The decision under each dose, and after each repair of it."""
+def measure(
+    pair: Pair,
+    others: Sequence[Row],
+    *,
+    by_number: Sequence[str] = REPAIRED,
+    by_strength: Sequence[int] = STRONGLY_REPAIRED,
+) -> Row:
+    """The decision under each dose, and after each repair of it: of doses by number of tokens, and by strength."""
     order = ranked(pair, others)
     doses = {str(count): tuple(order[:count]) for count in COUNTS} | {ALL: pair.text.later}
     drawn = dict(_random(pair, order))
@@ -59,10 +66,11 @@ def measure(pair: Pair, others: Sequence[Row]) -> Row:
     notebook = cached(pair)
     row["full"] = repaired(pair, notebook, third, Mode.FULL)["right"]
     strong, drawn_as_many = doses[str(STRONG)], drawn.get(f"{RANDOM}{STRONG}/0")
-    row["repaired"] = {dose: _repairs(pair, notebook, third, doses[dose]) for dose in REPAIRED}
-    for times in STRONGLY_REPAIRED:
+    row["repaired"] = {dose: _repairs(pair, notebook, third, doses[dose]) for dose in by_number}
+    for times in by_strength:
         row["repaired"][f"times_{times}"] = _repairs(pair, notebook, third, strong, times)
-    if drawn_as_many is not None:
+    if drawn_as_many is not None and by_strength:
+        times = by_strength[-1]
         row["repaired"][f"{RANDOM}times_{times}"] = _repairs(pair, notebook, third, drawn_as_many, times)
     return row
 
@@ -202,4 +210,6 @@ DOSE = Experiment(
     rank=rank,
     scenarios=160,
     values=3,
+    seconds=29.0,
+    quick=partial(measure, by_number=(str(STRONG),), by_strength=()),
 )

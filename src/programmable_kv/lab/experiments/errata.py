@@ -9,6 +9,7 @@ itself asserts the old conclusion.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,23 +35,40 @@ THOUGHT = (Mode.IN_PLACE, Mode.ERRATUM)
 """with a line of thought before the answer, each with and without the earlier answer"""
 
 
-def measure(pair: Pair, _: Sequence[Row]) -> Row:
+@dataclass(frozen=True, slots=True)
+class Arms:
+    """Which wordings, and which edits in each part."""
+
+    wordings: Sequence[str] = tuple(WORDINGS)
+    back: Sequence[Mode] = BACK
+    thought: Sequence[Mode] = THOUGHT
+    history: Sequence[Mode] = HISTORY
+
+
+ALL = Arms()
+FEW = Arms(("default",), (Mode.ERRATUM,), (), (Mode.ERRATUM,))
+
+
+def measure(pair: Pair, _: Sequence[Row], arms: Arms = ALL) -> Row:
     """What is decided in each arm; right is the new value's action, and the old one's after a way back."""
     notebook = prefilled(pair, DEFAULT_TEMPLATE)
     row: Row = {"right": list(pair.actions), "wording": {}}
-    for name, template in WORDINGS.items():
+    for name in arms.wordings:
+        template = WORDINGS[name]
         other = notebook if template == DEFAULT_TEMPLATE else prefilled(pair, template)
         row["wording"][name] = tried(other, partial(edited, pair, other, Mode.ERRATUM))
     row["wording"]["stale"] = tried(notebook, partial(edited, pair, notebook, Mode.STALE))
     row["full"] = tried(notebook, partial(edited, pair, notebook, Mode.FULL))
     for name, asked in (("back", False), ("back_asked", True)):
-        row[name] = {str(m): tried(notebook, partial(back, pair, notebook, m, asked=asked)) for m in BACK}
-    row["thought"] = {str(mode): tried(notebook, partial(edited, pair, notebook, mode, think=True)) for mode in THOUGHT}
+        row[name] = {str(m): tried(notebook, partial(back, pair, notebook, m, asked=asked)) for m in arms.back}
+    row["thought"] = {
+        str(mode): tried(notebook, partial(edited, pair, notebook, mode, think=True)) for mode in arms.thought
+    }
     before = notebook.decide(pair.case.asked, _options(pair), keep=True).choice
     row["history"] = {"before": before}
-    row["history"] |= {str(mode): tried(notebook, partial(edited, pair, notebook, mode)) for mode in HISTORY}
+    row["history"] |= {str(mode): tried(notebook, partial(edited, pair, notebook, mode)) for mode in arms.history}
     row["history"] |= {
-        f"{mode}_thought": tried(notebook, partial(edited, pair, notebook, mode, think=True)) for mode in THOUGHT
+        f"{mode}_thought": tried(notebook, partial(edited, pair, notebook, mode, think=True)) for mode in arms.thought
     }
     return row
 
@@ -105,7 +123,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         names = [name for name in (right[0][part] if right else {}) if name != "before"]
         summary[part] = {name: share(right, partial(_is, part, name, 1)) for name in names}
     for part in ("back", "back_asked"):
-        summary[part] = {str(mode): share(right, partial(_is, part, str(mode), 0)) for mode in BACK}
+        names = list(right[0][part]) if right else []
+        summary[part] = {name: share(right, partial(_is, part, name, 0)) for name in names}
     return summary
 
 
@@ -120,4 +139,6 @@ ERRATA = Experiment(
     measure=measure,
     summarise=summarise,
     scenarios=64,
+    seconds=28.0,
+    quick=partial(measure, arms=FEW),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,19 @@ class Experiment:
     """sets of rules in a policy, each about a field of its own; the question's topic says which of them counts"""
     values: int | None = None
     """values that a set of rules tells apart (None: two to four)"""
+    seconds: float = 0.0
+    """what a drawn case takes for the embedded model on one core, about; of all parts of the experiment"""
+    quick: Callable[[Pair, Sequence[Row]], Row] | None = None
+    """a part of what `measure` does, where that takes long: for `briefly`"""
+
+    @property
+    def minutes(self) -> float:
+        """What all of it takes for the embedded model on one core, about."""
+        return self.seconds * self.scenarios / 60
+
+    def briefly(self) -> Experiment:
+        """The same experiment with less of it in each row: does everything still run?"""
+        return self if self.quick is None else replace(self, measure=self.quick)
 
     def cases(self, count: int, *, everyday: bool = False) -> list[tuple[str, Case]]:
         """Every case with what it is for, `ranking` or `scoring`."""

@@ -148,4 +148,6 @@ FAMILIES = Experiment(
     measure=measure,
     summarise=summarise,
     scenarios=48,
+    seconds=10.0,
+    quick=partial(measure, texts=(LIST, "prose")),
 )

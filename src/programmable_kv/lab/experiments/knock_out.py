@@ -162,4 +162,5 @@ KNOCK_OUT = Experiment(
     title="What the decision loses when attention to a kind of text is blocked",
     measure=measure,
     summarise=summarise,
+    seconds=6.6,
 )

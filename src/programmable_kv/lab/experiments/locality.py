@@ -162,4 +162,5 @@ LOCALITY = Experiment(
     measure=measure,
     summarise=summarise,
     rank=rank,
+    seconds=4.8,
 )

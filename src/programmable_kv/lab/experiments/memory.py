@@ -215,4 +215,6 @@ MEMORY = Experiment(
     summarise=summarise,
     scenarios=64,
     wrong_too=True,
+    seconds=9.0,
+    quick=partial(measure, brief=True),
 )

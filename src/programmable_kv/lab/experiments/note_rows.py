@@ -10,7 +10,9 @@ from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.engine import Rows
 from programmable_kv.lab.experiments.heads import note_sets
 from programmable_kv.lab.experiments.pair import Pair
+from programmable_kv.lab.experiments.read_by_layer import Items
 from programmable_kv.lab.experiments.written import Text
+from programmable_kv.lab.tools.copies import Exchanged, computed_in_copies
 from programmable_kv.lab.tools.hooks import Change, taken_back
 from programmable_kv.lab.tools.sites import Place, Site, changed, recorded
 
@@ -37,6 +39,11 @@ class NoteRows:
             self.pair.engine.compute(buffer, Rows(self.ids, self.slots, self.slots))
         return torch.stack([found[site] for site in sites])
 
+    def items(self, old: torch.Tensor, new: torch.Tensor) -> Items:
+        """The notes of both contexts, from their streams: does their rule apply? An item's kind is its action."""
+        applies = (*self.applies["old"], *self.applies["new"])
+        return Items(torch.cat((old, new), dim=1), applies, (*self.pair.actions, *self.pair.actions))
+
     def gap(self, layer: int, change: Change | None, *, noising: bool = False) -> float:
         """The gap where the notes' rows are computed again in the old context, their stream changed before a layer.
 
@@ -51,6 +58,18 @@ class NoteRows:
                 return float(pair.gap_in(pair.engine.compute(here, rows)[-1]))
         with changed(pair.engine, here, Site(Place.RESIDUAL, layer), change, self.slots):
             return float(pair.gap_in(pair.engine.compute(here, rows)[-1]))
+
+    def gaps(self, changes: Sequence[tuple[int, Change]], *, noising: bool = False) -> list[float]:
+        """The gap under each of several changes, (layer, change): what `gap` gives one by one, all in one forward."""
+        pair = self.pair
+        here = pair.fresh if noising else pair.old
+        if not changes:
+            return []
+        own, every = self.streams(here), torch.arange(len(self.slots))
+        exchanges = [Exchanged(layer, change(own[layer], every)) for layer, change in changes]
+        slots = (*self.slots, pair.text.last)
+        found = computed_in_copies(pair.engine, here, Rows((*self.ids, pair.token), slots, slots), exchanges)
+        return [float(each) for each in pair.gap_in(found)]
 
 
 def shifted(direction: torch.Tensor, sizes: Sequence[float]) -> Change:

@@ -208,4 +208,5 @@ PATH_CLOSURE = Experiment(
     rank=rank,
     scenarios=128,
     ranking=32,
+    seconds=40.0,
 )

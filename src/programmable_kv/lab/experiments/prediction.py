@@ -162,4 +162,5 @@ PREDICTION = Experiment(
     summarise=summarise,
     scenarios=160,
     sets=3,
+    seconds=4.8,
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -47,6 +48,7 @@ PARTS = {
     "all_but_actions": (Part.NAME, Part.VALUE, Part.LINK, Part.END),
 }
 """which tokens of the field's rules are readers"""
+FEW = ("nobody", "readers", "values_carried_on")
 CARRIED = {"values_carried_on": (Part.LINK, Part.ACTION)}
 """of arms in which the values are readers, the carriers"""
 
@@ -113,14 +115,19 @@ def decided(
     return {"gap": round(float(pair.gap_in(logits)), 4), "choice": pair.decides(logits)}
 
 
-def measure(pair: Pair, _: Sequence[Row]) -> Row:
-    """By arm, the decision under the old value, after an edit, and after an edit that leaves the readers stale."""
+def measure(pair: Pair, _: Sequence[Row], *, few: bool = False) -> Row:
+    """By arm, the decision under the old value, after an edit, and after an edit that leaves the readers stale.
+
+    Few of the arms are those of `FEW`.
+    """
     text, new, tail = pair.text, pair.new_text, tail_of(pair.text)
     field = tuple(text.field.range)
     arms = readers(text)
     rng = random.Random(f"{SEED}/prevention/{pair.case.number}")
     policy = [slot for slot in text.later if slot < tail[0]]
-    for name in ("readers", "actions"):
+    if few:
+        arms = {name: arms[name] for name in FEW}
+    for name in ("readers", "actions") if not few else ():
         drawn = matched([slot for slot in arms[name] if slot in set(policy)], policy, rng)
         if drawn is not None:
             arms[f"random_as_{name}"] = drawn[0]
@@ -224,4 +231,6 @@ PREVENTION = Experiment(
     measure=measure,
     summarise=summarise,
     scenarios=96,
+    seconds=17.0,
+    quick=partial(measure, few=True),
 )

@@ -21,6 +21,8 @@ from programmable_kv.lab.experiments.prediction import PREDICTION
 from programmable_kv.lab.experiments.prevention import PREVENTION
 from programmable_kv.lab.experiments.reasoning import REASONING
 from programmable_kv.lab.experiments.seam import SEAM
+from programmable_kv.lab.experiments.sparse_features import SPARSE_FEATURES
+from programmable_kv.lab.experiments.timing import TIMING
 from programmable_kv.lab.experiments.where import WHERE
 
 EXPERIMENTS = {
@@ -39,6 +41,8 @@ EXPERIMENTS = {
         ATTRIBUTION,
         PATH_CLOSURE,
         CONCLUSION,
+        SPARSE_FEATURES,
+        TIMING,
         DOSE,
         REASONING,
         DIAGNOSIS,

@@ -116,4 +116,5 @@ WHERE = Experiment(
     title="In which texts the notes stand that carry a changed field to the decision",
     measure=measure,
     summarise=summarise,
+    seconds=1.7,
 )

@@ -54,7 +54,7 @@ def each_slot(slots: Sequence[int]) -> list[Probe]:
 
 def each_place(engine: Engine, buffer: KVBuffer, slots: Sequence[int]) -> list[Probe]:
     """One patch for each layer, KV head and slot, in this order."""
-    _require(engine, buffer)
+    require_rotary(engine, buffer)
     heads = buffer.keys(0).shape[1]
     return [
         Probe((slot,), layers=(layer,), heads=(head,))
@@ -75,7 +75,7 @@ def probed(
         InvalidArgumentError: a slot, layer or head does not exist, or the slots of the two contexts stand at other positions.
         UnsupportedModelError: attention depends on positions by more than the keys and the mask (ALiBi), or keys have no heads.
     """
-    _require(engine, buffer)
+    require_rotary(engine, buffer)
     parts = [part for probe in probes for part in probe.parts()]
     patched = tuple(sorted({slot for part in parts for slot in part.patched}))
     _check(engine, buffer, parts, patched, source)
@@ -155,10 +155,12 @@ def _append(buffer: KVBuffer, source: KVBuffer, slots: tuple[int, ...]) -> None:
             layer.update(row.keys, row.values)
 
 
-def _require(engine: Engine, buffer: KVBuffer) -> None:
-    """
+def require_rotary(engine: Engine, buffer: KVBuffer) -> None:
+    """What copies of rows in one forward need: keys that know their positions, and masks for all else.
+
     Raises:
-        UnsupportedModelError: see `probed`.
+        InvalidArgumentError: the buffer is empty.
+        UnsupportedModelError: attention depends on positions by more than the keys and the mask (ALiBi), or keys have no heads.
     """
     proof = engine.relocation
     rotated = {layer.rotated for layer in proof.layout.layers}
