@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from programmable_kv.lab.composing.suites.suite import Suite
     from programmable_kv.models.load import Model
 
-QUICK = 5
-"""policies that `--quick` draws for each experiment; about half of them can be measured"""
+QUICK = 4
+"""policies that `--quick` draws for each experiment; one of them can be measured in most"""
 
 app = typer.Typer(help="Why it works: experiments on the loaded model.", no_args_is_help=True, rich_markup_mode=None)
 
