@@ -21,7 +21,7 @@ from serve.processes import free_port, process
 from serve.rewriting_peers import at, extends
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("places")]
-KILLS = 3
+KILLS = 2
 
 
 def kills() -> int:

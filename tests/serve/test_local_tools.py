@@ -20,6 +20,8 @@ from programmable_kv.serve.settings import LocalSettings
 from serve.calling_model import CALL, QWEN, SAID, TOOL, taught, templated
 from serve.http_peers import Running, running
 
+pytestmark = pytest.mark.xdist_group("tools of the local server")  # whose start takes longest
+
 pytest_plugins = ["serve.local_clients"]
 ASK = [{"role": "user", "content": "What is on A1?"}]
 SHELVES = {"role": "system", "content": "Mind the shelves."}
