@@ -182,3 +182,23 @@ def test_a_skill_whose_first_line_is_cut_is_one_part_still() -> None:
     assert_all_exact(notebook)
     notebook.cut("s")
     assert_all_exact(notebook)
+
+
+@pytest.mark.parametrize("text", ["the zone is {zone}.\nfor zone two ask.\n", "the zone is {zone}", "{zone}"])
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_skill_that_had_read_a_preface_grows_and_shrinks_where_it_stands(text: str, at_end: bool) -> None:
+    """Also as the last unit, behind which nothing can move."""
+    model = tiny()
+    skill = Skill.compile(
+        model, text, name="s", visibility="design", preface="be kind.\n", zone=Field("one", kind="block")
+    )
+    notebook = Notebook(model, visibility="design")
+    if at_end:
+        notebook.message("system", "be polite.\n").prefill()
+        notebook.splice(skill)
+    else:
+        notebook.message("system", "be polite.\n{s}reply only.\n", s=skill).message("user", "refund?").prefill()
+    for zone in ("two three four five six, and more of them than there was room for", "", "seven"):
+        planned = notebook.plan.edit(zone=zone)
+        assert notebook.edit(zone=zone).tokens_computed == planned.tokens_computed
+        assert_all_exact(notebook)

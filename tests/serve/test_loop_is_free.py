@@ -94,6 +94,16 @@ def test_the_collector_goes_on_after_a_pause() -> None:
         gc.enable()
 
 
+def test_the_last_of_several_readers_lets_the_collector_go_on() -> None:
+    first, second = collector_paused(), collector_paused()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not gc.isenabled(), "the second still reads"
+    second.__exit__(None, None, None)
+    assert gc.isenabled()
+
+
 def test_the_collector_looks_at_nothing_while_a_body_is_read() -> None:
     looks: list[str] = []
 

@@ -146,7 +146,7 @@ def _carried_out(
                 step.span.start,
                 segment,
                 layout,
-                replacing=len(step.span),
+                replacing=min(len(step.span), buffer.length - step.span.start),  # it may have grown at the end
                 positions=step.positions,
                 ends=step.ends,
             )

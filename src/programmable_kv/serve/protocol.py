@@ -13,6 +13,13 @@ MOST_HEAD = 64 * 2**10
 """bytes of a request's line and headers"""
 
 
+class _Plain(H11Protocol):
+    """h11, without a warning for each request that asks to change the protocol."""
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: such a request is answered as any other."""
+
+
 class ClientProtocol(HttpToolsProtocol):
     """One connection of a client.
 
@@ -114,7 +121,7 @@ class ClientProtocol(HttpToolsProtocol):
         """Go on with h11, which closes the connection behind an answer of unknown length to HTTP/1.0."""
         self.connections.discard(self)
         self._unset_keepalive_if_required()
-        other = H11Protocol(self.config, self.server_state, self.app_state)
+        other = _Plain(self.config, self.server_state, self.app_state)
         other.connection_made(self.transport)
         self.transport.set_protocol(other)
         other.data_received(data)
