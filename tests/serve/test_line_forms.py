@@ -255,9 +255,9 @@ def test_it_is_asked_once_in_a_while_and_soon_after_a_failure(monkeypatch: pytes
 
         assert await looked(fails, after_s=0) == 1
         assert await looked(answers, after_s=59) == 0
-        assert await looked(answers, after_s=2) == 12, "six conversations, each rendered and read"
+        assert await looked(answers, after_s=2) == 18, "nine conversations, each rendered and read"
         assert await looked(answers, after_s=3500) == 0
-        assert await looked(answers, after_s=200) == 12
+        assert await looked(answers, after_s=200) == 18
         await prober.close()
 
     asyncio.run(main())
@@ -288,11 +288,11 @@ def found_out(gateway: Running) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("like", ["vllm", "llama-server"])
-def test_a_gateway_asks_its_upstream_beside_the_first_request(like: str) -> None:
+def test_a_gateway_asks_its_upstream_when_the_first_request_was_answered(like: str) -> None:
     upstream = TemplatedUpstream("qwen25", like=like)
     with raw_upstream(upstream) as server, running(gateway_of(server.url)) as gateway:
         ask(gateway, CHAT, chat(at("0"), "question0"))
-        wait_until(lambda: len(found_out(gateway)) == 4)
+        wait_until(lambda: len(found_out(gateway)) == 6)
         assert set(found_out(gateway).values()) == {"intact"}
         before = len(server.rendered)
         ask(gateway, CHAT, chat(at("1"), "question0", "answer0", "question1"))

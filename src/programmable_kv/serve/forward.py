@@ -21,7 +21,7 @@ from programmable_kv.serve.aside import Aside
 from programmable_kv.serve.capture import Capture
 from programmable_kv.serve.exchange import Exchange
 from programmable_kv.serve.fleet import Fleet, Sent
-from programmable_kv.serve.headers import Headers, downwards, upwards, value_of
+from programmable_kv.serve.headers import Headers, credentials_of, downwards, upwards, value_of
 from programmable_kv.serve.incoming import check_length, read_body, while_connected
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.modes import GatewayMode
@@ -193,8 +193,6 @@ class Forwarder:
         """Send a request; and where the upstream refuses what was rewritten, in another form, and last as it came."""
         work = job.work
         job.key = await self._key(job, admitted, body) if self._fleet.several else b""
-        if work is not None:
-            self._prober.look(work, partial(self._told_by, job, admitted))
         while True:
             data = body if work is None else work.body
             if work is not None:
@@ -211,6 +209,8 @@ class Forwarder:
             await answer.close()
         if work is not None:
             self._metrics.actions.labels(job.route.label, work.plan.action).inc()
+            if answer.status in _SUCCESS:  # a name that a client made up, or a key that is not taken, begins nothing
+                self._prober.look(work, partial(self._told_by, job, admitted))
         return answer
 
     async def _again(self, work: Rewriting, status: int) -> bool:
@@ -230,14 +230,10 @@ class Forwarder:
         return found if status in _SUCCESS else None
 
     async def _told_by(self, job: _Job, admitted: Admitted, path: str, data: bytes) -> tuple[int, bytes]:
-        """The status and the body of the upstream's answer to a request of the gateway's own."""
+        """The status and the body of the upstream's answer to a request of the gateway's own. It has the client's credentials,
+        and no other header of the client's: those are about the client's request."""
         scope = {**job.scope, "path": path, "raw_path": path.encode(), "query_string": b""}
-        own = (
-            b"accept-encoding",
-            b"content-type",
-        )  # it is read here, and it is JSON whatever the client said of its own
-        headers = tuple(each for each in admitted.headers if each[0].lower() not in own)
-        headers += ((b"content-type", b"application/json"),)
+        headers = (*credentials_of(admitted.headers), (b"content-type", b"application/json"))
         sent = await self._fleet.send(job.key, partial(_request, scope, headers, data, True))
         try:
             found = b"".join([chunk async for chunk in sent.answer.chunks()])

@@ -13,6 +13,7 @@ _HOP_BY_HOP = frozenset(
     )
 )  # fmt: skip
 _LENGTH = b"content-length"
+_CREDENTIALS = (b"authorization", b"x-api-key", b"api-key")
 OWN = b"x-pkv-"
 """what the gateway's own headers begin with: they are for the gateway, or from it"""
 
@@ -44,6 +45,11 @@ def downwards(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
 def value_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
     """The first value of a header; None where it was not sent."""
     return next((value for key, value in headers if key.lower() == name), None)
+
+
+def credentials_of(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """Those that say who asks the upstream."""
+    return tuple((name, value) for name, value in headers if name.lower() in _CREDENTIALS)
 
 
 def readable(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:

@@ -9,12 +9,12 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from programmable_kv.serve.aside import Aside
 from programmable_kv.serve.rewriting.prompt import CHAT
-from programmable_kv.serve.rewriting.rendering import MadeUp, Probe, verdict_of
+from programmable_kv.serve.rewriting.rendering import MadeUp, Probe, thoughts_in, verdict_of
 from programmable_kv.serve.rewriting.rewriter import REFUSALS, Rewriter, Rewriting
 
 _LOG = logging.getLogger("programmable_kv.serve")
@@ -25,7 +25,13 @@ _SOON_S = 60.0
 _WITHIN_S = 60.0
 _AT_ONCE = 4
 _REMEMBERED = 4096
+_LONGEST_NAME = 256
+"""of a model: longer ones are made up"""
 _NOT_THERE = (404, 405, 501)
+_DENIED = (401, 403, 404)
+"""these may be about the credentials of one client"""
+_FAULTS = 500
+"""from here on, statuses tell of faults of the server's own"""
 _SUCCESS = range(200, 300)
 
 Ask = Callable[[str, bytes], Awaitable[tuple[int, bytes]]]
@@ -40,26 +46,42 @@ class _UndecidedError(Exception):
     """The answer says nothing about the template: the server is busy, say."""
 
 
+class _RefusedError(Exception):
+    """The upstream refused what a body says, or could not do it."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+_Key = tuple[type[Rewriter], Probe, str]
+"""what is asked, and the tenant that waits; empty where all do"""
+
+
 class Prober:
     """Finds out which lines reach a model. For one event loop."""
 
     def __init__(self, aside: Aside) -> None:
         self._aside = aside
-        self._next: OrderedDict[tuple[type[Rewriter], Probe], float] = OrderedDict()
+        self._next: OrderedDict[_Key, float] = OrderedDict()
         """when each is asked again"""
         self._running: set[asyncio.Task[None]] = set()
 
     def look(self, work: Rewriting, ask: Ask) -> None:
-        """Begin to find out what a request's conversation needs, unless that was done a short while ago. Returns at once."""
+        """Begin to find out what a request's conversation needs, unless that was done a short while ago. Returns at once.
+
+        Args:
+            work: a request that the upstream answered: there is such a model, and its client may use it.
+        """
         probe = work.by.probe_of(work)
-        if probe is None:
+        if probe is None or len(probe.model) > _LONGEST_NAME or len(self._running) >= _AT_ONCE:
             return
-        key = (type(work.by), probe)
         now = time.monotonic()
-        if now < self._next.get(key, 0.0) or len(self._running) >= _AT_ONCE:
+        shared, own = (type(work.by), probe, ""), (type(work.by), probe, work.tenant)
+        if now < max(self._next.get(key, 0.0) for key in (shared, own)):
             return
-        self._wait(key, now + _WITHIN_S + _SOON_S)
-        task = asyncio.get_running_loop().create_task(self._probe(work.by, probe, ask))
+        self._wait(shared, now + _WITHIN_S + _SOON_S)
+        task = asyncio.get_running_loop().create_task(self._probe(work.by, shared, own, ask))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
@@ -69,23 +91,35 @@ class Prober:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
 
-    def _wait(self, key: tuple[type[Rewriter], Probe], until: float) -> None:
+    def _wait(self, key: _Key, until: float) -> None:
         self._next[key] = until
         self._next.move_to_end(key)
         if len(self._next) > _REMEMBERED:
             self._next.popitem(last=False)
 
-    async def _probe(self, by: Rewriter, probe: Probe, ask: Ask) -> None:
-        wait_s = _SOON_S
+    async def _probe(self, by: Rewriter, shared: _Key, own: _Key, ask: Ask) -> None:
+        probe, wait_s, denied = shared[1], _SOON_S, False
+        found: dict[str, str] = {}
+
+        async def asked(path: str, data: bytes) -> tuple[int, bytes]:
+            nonlocal denied
+            status, answer = await ask(path, data)
+            denied = denied or status in _DENIED
+            return status, answer
+
         try:
             async with asyncio.timeout(_WITHIN_S):
-                found = await renderings(probe, ask)
+                found = await renderings(probe, asked)
             if found:
                 await self._aside.run(by.accepted.rendered, probe.route, probe.model, found)
             wait_s = _AGAIN_S
         except Exception as error:  # lines stay where they are safe, and no request is harmed
             _LOG.info("%s: it was not found out which lines reach the model (%s)", probe.route, type(error).__name__)
-        self._wait((type(by), probe), time.monotonic() + wait_s)
+        if denied and not found:  # another tenant may be allowed to ask
+            self._next.pop(shared, None)
+            self._wait(own, time.monotonic() + _AGAIN_S)
+        else:
+            self._wait(shared, time.monotonic() + wait_s)
 
 
 async def renderings(probe: Probe, ask: Ask) -> dict[str, str]:
@@ -97,53 +131,98 @@ async def renderings(probe: Probe, ask: Ask) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     paths = ("/tokenize", "/apply-template") if probe.route == CHAT else (f"{probe.route}/render",)
+    path = None
     for tools in (False, True):
-        path = await _renderer(probe.without_lines(tools=tools), paths, ask)
-        if path is None:
-            continue
-        for about, made in probe.with_lines(tools=tools):
-            found[about] = verdict_of(made, await _rendering(path, made, ask))
+        plain = probe.without_lines(tools=tools)
+        path, _ = await _renderer(plain, paths, ask)
+        if path is not None:
+            found |= await _verdicts(path, plain, probe.with_lines(tools=tools), ask)
+    thinking = probe.thinking()
+    if path is not None and thinking is not None:
+        path, text = await _renderer(thinking, (path,), ask)
+        if path is not None:
+            found |= await _verdicts(path, thinking, probe.thinking_with_lines(), ask, thoughts=thoughts_in(text))
     return found
 
 
-async def _renderer(plain: MadeUp, paths: tuple[str, ...], ask: Ask) -> str | None:
-    """The path at which the upstream renders a conversation that holds no line; None where there is none."""
+async def _verdicts(
+    path: str, plain: MadeUp, with_lines: Iterable[tuple[str, MadeUp]], ask: Ask, *, thoughts: int = 0
+) -> dict[str, str]:
+    """What the conversations with lines show, about what. A refusal counts where it comes again, and the plain conversation is
+    rendered meanwhile; a fault of the server's never does.
+
+    Raises:
+        _UndecidedError: the plain conversation is refused now too.
+    """
+    found: dict[str, str] = {}
+    for about, made in with_lines:
+        text, statuses = await _twice(path, made, ask)
+        if text is None:
+            if (await _renderer(plain, (path,), ask))[0] is None:
+                raise _UndecidedError(path)
+            if any(status >= _FAULTS for status in statuses):
+                continue
+        found[about] = verdict_of(made, text, thoughts=thoughts)
+    return found
+
+
+async def _renderer(plain: MadeUp, paths: tuple[str, ...], ask: Ask) -> tuple[str | None, str | None]:
+    """The path at which the upstream renders a conversation that holds no line, and the rendering; None where there is none."""
     for path in paths:
         try:
-            text = await _rendering(path, plain, ask)
+            text, _ = await _twice(path, plain, ask)
         except _NoRendererError:
             continue
         if text is not None and plain.is_whole(text):
-            return path
-    return None
+            return path, text
+    return None, None
 
 
-async def _rendering(path: str, made: MadeUp, ask: Ask) -> str | None:
-    """A conversation as the model would read it; None where it is refused.
+async def _twice(path: str, made: MadeUp, ask: Ask) -> tuple[str | None, list[int]]:
+    """A rendering, asked for once more where it is refused; None where it is again. And the statuses of the refusals."""
+    statuses: list[int] = []
+    while len(statuses) < 2:
+        try:
+            return await _rendering(path, made, ask), statuses
+        except _RefusedError as error:
+            statuses.append(error.status)
+    return None, statuses
+
+
+async def _rendering(path: str, made: MadeUp, ask: Ask) -> str:
+    """A conversation as the model would read it.
 
     vLLM renders Chat Completions to token ids at `/tokenize`, and the other protocols at paths of their own, where it was
     started with --enable-scale-out. llama-server renders to text.
+
+    Raises:
+        _NoRendererError: the upstream does not render there.
+        _RefusedError: it refused the conversation.
+        _UndecidedError: it is busy, say.
     """
     answer = await _asked(path, made.body, ask)
-    if answer is None:
-        return None
     if isinstance(answer.get("prompt"), str):
         return str(answer["prompt"])
     ids = answer.get("token_ids", answer.get("tokens"))
     if not isinstance(ids, list) or not ids:
         raise _NoRendererError(path)
-    text = await _asked("/detokenize", {"model": made.body["model"], "tokens": ids}, ask)
-    found = text.get("prompt", text.get("content")) if text is not None else None
+    try:
+        text = await _asked("/detokenize", {"model": made.body["model"], "tokens": ids}, ask)
+    except _RefusedError as error:
+        if error.status >= _FAULTS:
+            raise
+        raise _NoRendererError("/detokenize") from error  # it says nothing about the conversation
+    found = text.get("prompt", text.get("content"))
     if not isinstance(found, str):
         raise _NoRendererError("/detokenize")
     return found
 
 
-async def _asked(path: str, body: Mapping[str, Any], ask: Ask) -> dict[str, Any] | None:
-    """The answer as data; None where the upstream refused what the body says."""
+async def _asked(path: str, body: Mapping[str, Any], ask: Ask) -> dict[str, Any]:
+    """The answer as data. Raises as `_rendering`."""
     status, data = await ask(path, json.dumps(body).encode())
     if status in REFUSALS:
-        return None
+        raise _RefusedError(status)
     if status in _NOT_THERE:
         raise _NoRendererError(path)
     if status not in _SUCCESS:

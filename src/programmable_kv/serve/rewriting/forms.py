@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 
 from programmable_kv.serve.rewriting.conversation import Form
-from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES, Prompt
+from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES, Prompt, is_reasoned
 
 FORMS = {
     CHAT: (Form.SYSTEM, Form.USER, Form.INLINE),
@@ -44,7 +44,8 @@ def forms_of(prompt: Prompt, verdicts: Mapping[str, str], role: LineRole) -> tup
 
     A template may drop a message, or put it somewhere else, and the answer is an ordinary one. So a message of its own needs a
     proof. Behind a tool's result there is no user message that a line could be part of: a user message is sent there unless a
-    rendering lost it, because every chat template writes what a user says.
+    rendering lost it, because every chat template writes what a user says. But many show the model's reasoning only behind
+    the last user message: where there is reasoning, that needs a proof too.
     """
     behind = is_behind_tool(prompt)
     return tuple(form for form in FORMS[prompt.route] if _may_stand(form, prompt, verdicts, role, behind=behind))
@@ -75,6 +76,11 @@ def about_rendering(role: str, *, tools: bool) -> str:
     return f"line as {role}{' beside tools' if tools else ''}, rendered"
 
 
+def about_reasoning(role: str) -> str:
+    """Under what name it is remembered whether a line in a role behind a tool's result leaves the reasoning before it there."""
+    return f"line as {role} behind a tool result, reasoning rendered"
+
+
 def is_behind_tool(prompt: Prompt) -> bool:
     """Whether a new line would stand behind a tool's result that is a message of its own."""
     return prompt.units[-1].role == "tool"
@@ -88,6 +94,10 @@ def head_role(prompt: Prompt) -> str:
 def _may_stand(form: Form, prompt: Prompt, verdicts: Mapping[str, str], role: LineRole, *, behind: bool) -> bool:
     if any(verdicts.get(about(form, behind_tool=where)) in REFUSED for where in {False, behind}):
         return False
+    if behind and _may_hide(form, role) and is_reasoned(prompt):
+        kept = _rendered(about_reasoning(_role(form, prompt)), prompt, verdicts)
+        if kept != INTACT:
+            return False
     if role is not LineRole.AUTO:
         return form in _ALLOWED[role]
     if form is Form.INLINE:
@@ -96,12 +106,25 @@ def _may_stand(form: Form, prompt: Prompt, verdicts: Mapping[str, str], role: Li
     return rendered == INTACT or (form is Form.USER and behind and rendered != LOST)
 
 
+def _may_hide(form: Form, role: LineRole) -> bool:
+    """Whether a line may hide what stands before it. An operator's `user` says that a line arrives, and no more than that."""
+    return form is Form.USER or (form is Form.SYSTEM and role is LineRole.AUTO)
+
+
 def _rendering(form: Form, prompt: Prompt, verdicts: Mapping[str, str]) -> str:
     """What a rendering showed of a form; empty where none did, or the request brings its own template."""
-    if form is Form.INLINE or prompt.body.data.get("chat_template"):
+    if form is Form.INLINE:
         return ""
-    role = head_role(prompt) if form is Form.SYSTEM else "user"
-    return verdicts.get(about_rendering(role, tools=_has_tools(prompt)), "")
+    return _rendered(about_rendering(_role(form, prompt), tools=_has_tools(prompt)), prompt, verdicts)
+
+
+def _rendered(what: str, prompt: Prompt, verdicts: Mapping[str, str]) -> str:
+    return "" if prompt.body.data.get("chat_template") else verdicts.get(what, "")
+
+
+def _role(form: Form, prompt: Prompt) -> str:
+    """The role of the message that a line is."""
+    return head_role(prompt) if form is Form.SYSTEM else "user"
 
 
 def _has_tools(prompt: Prompt) -> bool:

@@ -27,6 +27,10 @@ _BOUND = ("redacted_thinking",)
 _SIGNED = ("signature", "encrypted_content", "encrypted_index", "encrypted_stdout")
 """members of blocks and items of which the same holds"""
 
+_REASONING = ("reasoning_content", "reasoning")
+"""members of a message that hold the model's reasoning"""
+_THOUGHT_ENDS = "</think>"
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -160,6 +164,23 @@ def holds_thinking(prompt: Prompt) -> bool:
             return True
         content = value.get("content")
         if unit.role == "assistant" and isinstance(content, list) and any(map(_holds_bound, content)):
+            return True
+    return False
+
+
+def is_reasoned(prompt: Prompt) -> bool:
+    """Whether the model wrote reasoning since the last user message: as members and items of the protocols, or as the tag that
+    chat templates look for."""
+    for unit in reversed(prompt.turns):
+        if unit.role == "user":
+            return False
+        value = prompt.value(unit)
+        content = value.get("content")
+        if unit.role == "assistant" and (
+            value.get("type") == "reasoning"
+            or any(value.get(name) for name in _REASONING)
+            or (isinstance(content, str) and _THOUGHT_ENDS in content)
+        ):
             return True
     return False
 

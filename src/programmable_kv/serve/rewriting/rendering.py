@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from programmable_kv.serve.rewriting.conversation import Form
-from programmable_kv.serve.rewriting.forms import FORMS, INTACT, LOST, about_rendering
+from programmable_kv.serve.rewriting.forms import FORMS, INTACT, LOST, about_reasoning, about_rendering
 from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES
 
 _CALL = "renderone"
@@ -15,6 +15,7 @@ _CALL = "renderone"
 _TOOL = "look_up"
 _HEAD = "qzhead"
 _LINE = "qzline"
+_THOUGHT = "qzthought"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,11 @@ class MadeUp:
         return self.is_whole(text) and places == sorted(places)
 
 
+def thoughts_in(text: str | None) -> int:
+    """How often a rendering has the reasoning; many templates leave it out."""
+    return text.casefold().count(_THOUGHT) if text is not None else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """What is asked of one upstream, model and role of the system prompt."""
@@ -51,10 +57,30 @@ class Probe:
 
     def with_lines(self, *, tools: bool) -> Iterator[tuple[str, MadeUp]]:
         """For each role in which lines may be messages: under what name its verdict is remembered, and a conversation."""
-        roles = [self.head_role] if Form.SYSTEM in FORMS[self.route] else []
-        roles += ["user"] if Form.USER in FORMS[self.route] else []
-        for role in roles:
+        for role in self._roles():
             yield about_rendering(role, tools=tools), self._conversation(role, tools)
+
+    def thinking(self) -> MadeUp | None:
+        """A conversation that ends behind a tool's result, with the reasoning of the call; None where no line stands there."""
+        return self._thinking("") if Form.USER in FORMS[self.route] else None
+
+    def thinking_with_lines(self) -> Iterator[tuple[str, MadeUp]]:
+        """The same with a line at its end, as `with_lines`: many templates show reasoning only behind what they take for the
+        last question.
+        """
+        for role in self._roles():
+            yield about_reasoning(role), self._thinking(role)
+
+    def _roles(self) -> list[str]:
+        roles = [self.head_role] if Form.SYSTEM in FORMS[self.route] else []
+        return roles + (["user"] if Form.USER in FORMS[self.route] else [])
+
+    def _thinking(self, role: str) -> MadeUp:
+        made = _Written(self.route)
+        made.say("user", "qzfirst")
+        made.use("qzresult", thought=f"It is {_THOUGHT} now.")
+        made.line(role)
+        return MadeUp(made.body(self.model, self.head_role, True), (_HEAD, *made.words))
 
     def _conversation(self, role: str, tools: bool) -> MadeUp:
         """With a line behind the first user message, behind a tool's result where there is one, and at the end: what stands at
@@ -72,13 +98,15 @@ class Probe:
         return MadeUp(made.body(self.model, self.head_role, tools), (_HEAD, *made.words))
 
 
-def verdict_of(conversation: MadeUp, text: str | None) -> str:
+def verdict_of(conversation: MadeUp, text: str | None, *, thoughts: int = 0) -> str:
     """What a rendering showed.
 
     Args:
         text: the rendering; None where it was refused.
+        thoughts: how often the rendering without lines has the reasoning.
     """
-    return INTACT if text is not None and conversation.is_intact(text) else LOST
+    whole = text is not None and conversation.is_intact(text) and thoughts_in(text) == thoughts
+    return INTACT if whole else LOST
 
 
 class _Written:
@@ -99,14 +127,14 @@ class _Written:
             self._lines += 1
             self.say(role, f"{_LINE}{'abc'[self._lines - 1]}")
 
-    def use(self, word: str) -> None:
-        """A tool is called, and answers."""
+    def use(self, word: str, thought: str = "") -> None:
+        """A tool is called, perhaps after some reasoning, and answers."""
         self.words.append(word)
         result = f"It is {word} there."
         if self._route == CHAT:
             call = {"id": _CALL, "type": "function", "function": {"name": _TOOL, "arguments": "{}"}}
             self._messages += [
-                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "assistant", "content": "", **_reasoned(thought), "tool_calls": [call]},
                 {"role": "tool", "tool_call_id": _CALL, "name": _TOOL, "content": result},
             ]
         elif self._route == MESSAGES:
@@ -115,7 +143,10 @@ class _Written:
                 {"role": "user", "content": [{"type": "tool_result", "tool_use_id": _CALL, "content": result}]},
             ]
         else:
+            content = [{"type": "reasoning_text", "text": thought}]
+            item = {"type": "reasoning", "id": "rs_renderone", "summary": [], "content": content}
             self._messages += [
+                *([item] if thought else []),
                 {"type": "function_call", "call_id": _CALL, "name": _TOOL, "arguments": "{}"},
                 {"type": "function_call_output", "call_id": _CALL, "output": result},
             ]
@@ -130,6 +161,11 @@ class _Written:
         else:
             found[listed] = [{"role": head_role, "content": head}, *self._messages]
         return found | ({"tools": [_tool(self._route)]} if tools else {})
+
+
+def _reasoned(thought: str) -> dict[str, str]:
+    """Both names that servers know reasoning by."""
+    return {"reasoning_content": thought, "reasoning": thought} if thought else {}
 
 
 def _tool(route: str) -> dict[str, Any]:
