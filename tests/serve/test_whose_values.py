@@ -112,6 +112,7 @@ def test_a_greeting_that_every_conversation_begins_with_is_no_proof_that_it_goes
 
 def test_one_conversation_without_a_name_is_told_as_long_as_it_is_alone() -> None:
     peer, said = Peer(rules=rules_of(CUSTOMER)), ["hi", "Hello!", "so"]
+    sent(peer, chat(of(ALICE), "hi"))
     sent(peer, chat(of(ALICE), *said))
     sent(peer, chat(of("Alice, 7 Oak Rd"), *said, "Yes.", "and"))
     assert peer.action == "erratum"
@@ -121,8 +122,20 @@ def test_one_conversation_without_a_name_is_told_as_long_as_it_is_alone() -> Non
     assert (peer.action, peer.why) == ("reset", "it may be another conversation")
 
 
+@pytest.mark.parametrize("said", [["hi", "Hello!", "so"], ["For example?", "As this.", "hi"]])
+def test_turns_that_a_conversation_is_first_seen_with_are_no_proof(said: list[str]) -> None:
+    """They may be examples that each conversation begins with. What changes is told once the model has spoken behind them."""
+    peer, more = Peer(rules=rules_of(CUSTOMER)), ["Yes.", "and"]
+    sent(peer, chat(of(ALICE), *said))
+    assert ALICE not in sent(peer, chat(of(BOB), *said, *more))
+    assert (peer.action, peer.why) == ("reset", "it may be another conversation")
+    got = sent(peer, chat(of("Bob, 7 Oak Rd"), *said, *more, "Yes.", "more"))
+    assert (peer.action, ALICE in got) == ("erratum", False)
+
+
 def test_a_beginning_that_was_forgotten_is_no_proof_that_it_is_alone() -> None:
     peer, said = Peer(rules=rules_of(CUSTOMER)), ["hi", "Hello!", "so"]
+    sent(peer, chat(of(ALICE), "hi"))
     sent(peer, chat(of(ALICE), *said))
     with peer.state.write() as run:
         run.execute("DELETE FROM beginnings")
