@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from programmable_kv.serve.modes import GatewayMode
-from programmable_kv.serve.rewriting.changes import kind_of
+from programmable_kv.serve.rewriting.changes import Change, kind_of
 from programmable_kv.serve.rewriting.prompt import CHAT
 from programmable_kv.serve.rewriting.rules import rules_of
 from serve.rewriting_peers import RULES, Peer, chat
@@ -112,6 +112,7 @@ def test_a_greeting_that_every_conversation_begins_with_is_no_proof_that_it_goes
 
 def test_one_conversation_without_a_name_is_told_as_long_as_it_is_alone() -> None:
     peer, said = Peer(rules=rules_of(CUSTOMER)), ["hi", "Hello!", "so"]
+    sent(peer, chat(of(ALICE), "hi"))
     sent(peer, chat(of(ALICE), *said))
     sent(peer, chat(of("Alice, 7 Oak Rd"), *said, "Yes.", "and"))
     assert peer.action == "erratum"
@@ -121,8 +122,20 @@ def test_one_conversation_without_a_name_is_told_as_long_as_it_is_alone() -> Non
     assert (peer.action, peer.why) == ("reset", "it may be another conversation")
 
 
+@pytest.mark.parametrize("said", [["hi", "Hello!", "so"], ["For example?", "As this.", "hi"]])
+def test_turns_that_a_conversation_is_first_seen_with_are_no_proof(said: list[str]) -> None:
+    """They may be examples that each conversation begins with. What changes is told once the model has spoken behind them."""
+    peer, more = Peer(rules=rules_of(CUSTOMER)), ["Yes.", "and"]
+    sent(peer, chat(of(ALICE), *said))
+    assert ALICE not in sent(peer, chat(of(BOB), *said, *more))
+    assert (peer.action, peer.why) == ("reset", "it may be another conversation")
+    got = sent(peer, chat(of("Bob, 7 Oak Rd"), *said, *more, "Yes.", "more"))
+    assert (peer.action, ALICE in got) == ("erratum", False)
+
+
 def test_a_beginning_that_was_forgotten_is_no_proof_that_it_is_alone() -> None:
     peer, said = Peer(rules=rules_of(CUSTOMER)), ["hi", "Hello!", "so"]
+    sent(peer, chat(of(ALICE), "hi"))
     sent(peer, chat(of(ALICE), *said))
     with peer.state.write() as run:
         run.execute("DELETE FROM beginnings")
@@ -166,14 +179,57 @@ def test_a_request_that_was_refused_is_not_counted() -> None:
         ("12:30 PM ABC", "12:31 PM XYZ", False),
         ("Julia born 1980-01-02", "Martin born 1990-03-04", False),
         ("10.20.30.40", "10.20.31.40", False),
+        ("Thu Nov 26 23:59:58 2026", "Fri Nov 27 00:00:01 2026", True),
+        ("26 Nov 2026, 10:00:00+0000", "3 Dec 2026, 09:30:00+0000", True),
+        ("2026-11-26 10:00 +01:00", "2026-06-26 09:59 +02:00", True),
+        ("12/31/2026", "1/1/2027", True),
+        ("3 PM", "Monday 4 PM", False),
+        ("1234-56-78", "9876-54-32", False),
+        ("2041-77-19", "2042-88-20", False),
+        ("2026-11-26", "2042-88-20", False),
+        ("12:34:56", "65:43:21", False),
+        ("12:34:98", "12:34:99", False),
+        ("12:34:56:11", "12:34:57:12", False),
+        ("12.34.5678", "98.76.5432", False),
+        ("12/34/5678", "98/76/5432", False),
+        ("06.12.10.11.09", "06.12.11.10.08", False),
+        ("12:30 at 5", "12:30 at 9", False),
+        ("10:01 5", "10:02 77", False),
+        ("10:01 0512", "10:02 0999", False),
+        ("12:30 1999 2001", "12:31 2003 1987", False),
+        ("2026-01-01 10:00 +49:171", "2026-01-01 10:00 +49:172", False),
+        ("1764184001", "1764184999", False),
     ],
 )
-def test_peoples_names_are_no_clocks(one: str, other: str, is_clock: bool) -> None:
+def test_peoples_names_and_numbers_are_no_clocks(one: str, other: str, is_clock: bool) -> None:
     assert (kind_of(one, other) == "clock") is (kind_of(other, one) == "clock") is is_clock
     peer = Peer(rules=rules_of(CUSTOMER))
     sent(peer, chat(of(one), "hi"))
     got = sent(peer, chat(of(other), "hi"))
     assert (f"Customer: {one}\\n" in got) is is_clock
+
+
+NUMBERS = [
+    ("1234-56-78", "9876-54-32"),
+    ("2041-77-19", "2042-88-20"),
+    ("12:34:56", "65:43:21"),
+    ("12.34.5678", "98.76.5432"),
+    ("12/34/5678", "98/76/5432"),
+    ("10:01 5", "10:02 77"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), NUMBERS)
+def test_a_number_that_looks_like_a_moment_is_its_customers_own(one: str, other: str) -> None:
+    assert not Change("the customer", other, True, kind_of(one, other)).harmless
+    assert not Change("the customer", other, True, kind_of(one, other)).shareable
+    for first in ("hi", "Another question"):  # the same beginning without a name, and a new conversation
+        peer = Peer(rules=rules_of(CUSTOMER))
+        peer.send(chat(of(one), "hi"))
+        got = json.dumps(peer.send(chat(of(other), first)))
+        assert one not in got
+        assert f"Customer: {other}" in got
+        assert peer.action in ("reset", "announced")
 
 
 @pytest.mark.parametrize("mode", [GatewayMode.ERRATUM, GatewayMode.HOIST])

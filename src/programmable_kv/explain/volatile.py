@@ -15,15 +15,20 @@ MONTH = (
 )
 """whole words: Martin and Julia are people"""
 WEEKDAY = r"(?:(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|Mon|Tues?|Wed|Thu(?:rs?)?|Fri|Sat|Sun)\b\.?"
-_ISO = r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}"
-_SLASHED = r"\d{1,2}[/.]\d{1,2}[/.]\d{2,4}"
-_TIME = r"\d{1,2}:\d{2}(?::\d{2})?(?:[.,]\d+)?"
-_STRONG = rf"(?:{WEEKDAY}|{MONTH}|{_ISO}|{_SLASHED}|{_TIME})"
+YEAR = r"(?:19[7-9]\d|20\d{2})"
+"""a year in which somebody asks, or is asked about: 1234-56-78 is a number"""
+DAY = r"(?:0?[1-9]|[12]\d|3[01])"
+_MONTH_NUMBER = r"(?:0?[1-9]|1[0-2])"
+ISO = rf"{YEAR}[-/.]{_MONTH_NUMBER}[-/.]{DAY}"
+SLASHED = rf"(?:{DAY}[/.]{_MONTH_NUMBER}|{_MONTH_NUMBER}[/.]{DAY})[/.](?:{YEAR}|\d{{2}})"
+HOURS = r"(?:2[0-3]|[01]?\d):[0-5]\d(?::[0-5]\d)?"
+_TIME = rf"{HOURS}(?:[.,]\d+)?"
+_STRONG = rf"(?:{WEEKDAY}|{MONTH}|{ISO}|{SLASHED}|{_TIME})"
 _WEAK = r"(?:[AaPp]\.?[Mm]\.?|[A-Z]{3,4}|Z|[+-]\d{2}:?\d{2}|(?:19|20)\d{2}|\d{1,2}(?:st|nd|rd|th)?|at|of)"
 _ATOM = rf"(?:{_STRONG}|{_WEAK})(?![A-Za-z0-9])"
-_ISO_TIME = rf"{_ISO}T{_TIME}(?:Z|[+-]\d{{2}}:?\d{{2}})?"
+_ISO_TIME = rf"{ISO}T{_TIME}(?:Z|[+-]\d{{2}}:?\d{{2}})?"
 _CLOCK = re.compile(rf"(?<![A-Za-z0-9])(?:{_ISO_TIME}|(?!at|of){_ATOM})(?:[\s,]{{0,3}}{_ATOM})*")
-_HAS_STRONG = re.compile(rf"(?<![A-Za-z]){_STRONG}(?![A-Za-z])|{_ISO_TIME}")
+_HAS_STRONG = re.compile(rf"(?<![A-Za-z0-9]){_STRONG}(?![A-Za-z0-9])|{_ISO_TIME}")
 _EPOCH = re.compile(r"(?<![\w.])1\d{9}(?:\d{3})?(?:\.\d+)?(?!\w)")
 _WORD = re.compile(r"[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*")
 _NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:[.,_']\d+)*(?!\w)")

@@ -105,7 +105,7 @@ def compare(unit: Unit, place: str, before: str, after: str, rules: Rules, learn
 
 
 def kind_of(before: str, after: str) -> str:
-    """`clock`, `counter` or `id` where two values differ in nothing else; otherwise `value`."""
+    """`clock`, `counter` or `id` where two values differ in nothing else; otherwise `value`, also for seconds since 1970."""
     template = _template(before, after)
     return template[1] if template is not None else "value"
 

@@ -75,7 +75,7 @@ class Conversation:
     named: bool = False
     """whether the client named its session"""
     spoke: bool = False
-    """whether the model has spoken in it"""
+    """whether the model has spoken in it since it was first seen: the turns before that may be examples"""
     origin: str = ""
     """the identity of the conversation that it replaced after a reset, or its own"""
     inside: Mapping[int, Texts] = field(default_factory=dict, repr=False)
@@ -115,12 +115,20 @@ def keys_of(prompt: Prompt, rules: Rules, *whose: str) -> list[str]:
 
 
 def begun(
-    prompt: Prompt, rules: Rules, keys: list[str], *, token: str, named: bool, replaced: Conversation | None = None
+    prompt: Prompt,
+    rules: Rules,
+    keys: list[str],
+    *,
+    token: str,
+    named: bool,
+    seen: int = 0,
+    replaced: Conversation | None = None,
 ) -> Conversation:
     """A conversation whose texts are sent as they are now.
 
     Args:
         token: announced in its system prompt; empty where nothing is to be.
+        seen: its first turns that were sent before, 0 where this is the first request that is seen of it.
         replaced: the same conversation before this request, which does not go on with what was sent.
     """
     head = tuple(Texts(unit.frame, unit.texts, unit.texts) for unit in prompt.head)
@@ -129,7 +137,8 @@ def begun(
     found = Conversation(
         identity, 1, keys[-1], len(keys), prompt.tools, head, token, named, origin=origin, order=prompt.order
     )
-    return _with_turns(found, prompt, rules)
+    spoke = seen > 0 and any(unit.role == "assistant" for unit in prompt.turns[seen:])
+    return replace(_with_turns(found, prompt, rules), spoke=spoke)
 
 
 def continued(conversation: Conversation, prompt: Prompt, rules: Rules, keys: list[str]) -> Conversation:

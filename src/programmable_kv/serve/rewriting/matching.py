@@ -48,6 +48,8 @@ class Known:
     """whether the upstream takes lines at all, here or elsewhere in the conversation"""
     lost: Collection[Form] = ()
     """forms whose earlier lines do not reach the model"""
+    seen: int = 0
+    """turns of the longest beginning that was sent before"""
 
 
 def match(conversation: Conversation, prompt: Prompt, known: Known) -> Match:

@@ -6,34 +6,38 @@ from __future__ import annotations
 
 import re
 
-from programmable_kv.explain.volatile import MONTH, WEEKDAY
+from programmable_kv.explain.volatile import DAY, HOURS, ISO, MONTH, SLASHED, WEEKDAY, YEAR
 
 _GAP = r"[\s,.-]{0,3}"
-_WORD = re.compile(
-    rf"\d+(?:st|nd|rd|th)?{_GAP}(?:of )?{MONTH}|\b{MONTH}{_GAP}\d+(?:st|nd|rd|th)?\b"  # April alone may be somebody
-    rf"|\b(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day\b|\b{WEEKDAY}(?={_GAP}(?:\d|{MONTH}))|(?<=\d){_GAP}\b{WEEKDAY}"
-    r"|(?<=\d)(?: ?[AaPp]\.?[Mm]\b\.?|(?:st|nd|rd|th)\b)"
+_APART = r"[\s,.-]{1,3}"
+_DAY = rf"{DAY}(?:st|nd|rd|th)?"
+_HALF = r" ?[AaPp]\.?[Mm]\b\.?"
+_ZONE = r" ?[+-](?:0\d|1[0-4]):?(?:00|15|30|45)"
+_TIME = rf"{HOURS}(?:(?<=:\d\d:\d\d)[.,]\d{{1,9}})?(?:{_HALF}|Z)?(?:{_ZONE})?"
+_WORDED = (
+    rf"{_DAY}{_GAP}(?:of )?{MONTH}(?:{_GAP}{YEAR})?"
+    rf"|{MONTH}{_GAP}(?:{_DAY}(?:{_APART}{_TIME})?(?:{_APART}{YEAR})?|{YEAR})"
 )
-"""the words of a date or a time, each beside a number where it may mean something else"""
-_ADDRESS = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.])")
-_FRACTION = re.compile(r"(?<=:\d\d)[.,]\d+")
-_NUMBER = re.compile(r"\d+")
-_PLAIN = re.compile(rf"\d{{1,2}}:\d{{2}}(?!\d)|\d{{4}}-\d{{2}}-\d{{2}}|\b{MONTH}")
+"""a month's name beside a number: April alone may be somebody"""
+_WEEKDAY = rf"{WEEKDAY}{_APART}{_DAY}|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|{WEEKDAY}(?={_GAP}(?:\d|{MONTH}))"
+"""the short name of a weekday beside a number or a month: Sun alone may be somebody"""
+_NUMBERS = rf"(?<!\d-)(?:{ISO}(?:T{_TIME})?|{SLASHED})(?!-\d)"
+_MOMENT = re.compile(
+    rf"(?<!\w)(?<!\d[.:/])(?:(?:{WEEKDAY}{_GAP})?(?:{_WORDED})|{_WEEKDAY}|{_NUMBERS}|{_TIME}|(?:1[0-2]|0?[1-9]){_HALF})"
+    rf"(?!\w)(?![.:/]\d)|(?<=\d){_GAP}\b{WEEKDAY}"
+)
+"""a date, a time or a weekday in their usual forms, each number in its range, and no part of a longer row of numbers"""
+_PLAIN = re.compile(rf"(?<!\w){HOURS}(?!\w)|(?<!\w){ISO.replace('[-/.]', '-')}(?!\d)|\b{MONTH}")
 """a time or a date as nobody writes anything else; three numbers with dots between them may be an address"""
 _LONG_NUMBER = re.compile(r"\d{9,}")
 """seconds since 1970, or somebody's number"""
 
 
 def differ_as_moments(before: str, after: str) -> bool:
-    """Whether two values are equal but for numbers and the words of a date or a time. An address on a network is none."""
-    return _skeleton(before) == _skeleton(after)
+    """Whether two values are equal but for their times and dates. Seconds since 1970 may be somebody's number, and are none."""
+    return _MOMENT.sub("\0", before) == _MOMENT.sub("\0", after)
 
 
 def is_plain(value: str) -> bool:
     """Whether a value holds a time or a date that can be taken for nothing else, and no number that may be somebody's."""
     return _PLAIN.search(value) is not None and _LONG_NUMBER.search(value) is None
-
-
-def _skeleton(value: str) -> tuple[str, list[str]]:
-    words = _WORD.sub("#", _FRACTION.sub("", value))
-    return _NUMBER.sub("#", words), _ADDRESS.findall(value)

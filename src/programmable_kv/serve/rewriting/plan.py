@@ -211,7 +211,7 @@ def _with_warming(made: Plan, prompt: Prompt, known: Known, old: Conversation) -
 def _afresh(prompt: Prompt, known: Known, action: Action, why: str, replaced: Conversation | None) -> Plan:
     """The request as it came. Where something in it may change, its system prompt says that lines may follow."""
     token = new_token() if _may_change(prompt, known) else ""
-    made = begun(prompt, known.rules, known.keys, token=token, named=known.named, replaced=replaced)
+    made = begun(prompt, known.rules, known.keys, token=token, named=known.named, seen=known.seen, replaced=replaced)
     note = None
     begins = action is Action.FORWARDED
     if token and known.hoist and _has_place(prompt):

@@ -278,8 +278,9 @@ class Rewriter:
     def _plan(self, work: Rewriting, owner: str) -> None:
         assert work.prompt is not None
         assert work.known is not None
-        prompt, known = work.prompt, work.known
-        candidates = self._store.candidates(known.keys)
+        prompt = work.prompt
+        candidates = self._store.candidates(work.known.keys)
+        known = work.known = replace(work.known, seen=max((each.turns for each in candidates), default=0))
         others = self._store.begun(known.keys)
         matches = [match(each, prompt, known) for each in candidates]
         found, why = choose(matches, alone=others == 1, named=known.named, turns=len(known.keys))
