@@ -47,7 +47,7 @@ def made(http: httpx2.Client, messages: list[Any], **more: Any) -> Any:
 def ask(http: httpx2.Client, route: str, model: str, **more: Any) -> httpx2.Response:
     said = [{"role": "user", "content": "May it be cancelled?"}]
     body = {"model": model, ("input" if route == RESPONSES else "messages"): said, **more}
-    return http.post(route, json=body | ({"max_tokens": 9} if route == MESSAGES else {}))
+    return http.post(route, content=json.dumps({"max_tokens": 9, **body} if route == MESSAGES else body))
 
 
 def error(got: httpx2.Response) -> tuple[int, str]:
@@ -97,6 +97,26 @@ def test_a_system_prompt_of_messages_follows_as_it_came(
     first, *rest = upstream.bodies[-1]["system"]
     assert first["text"] == "The order is new."
     assert [each for each in rest if "BE NICE" in each["text"]] == (value or [])
+
+
+def test_a_client_may_begin_with_a_system_message_of_its_own(http: httpx2.Client, upstream: CachingUpstream) -> None:
+    """It belongs to the head, and another one begins another conversation."""
+    model = made(http, [SYSTEM], fields={"status": "new"})
+    said = [{"role": "system", "content": "Answer in French."}, {"role": "user", "content": "May it be cancelled?"}]
+    assert ask(http, CHAT, model, messages=said).status_code == 200
+    first = upstream.bodies[-1]["messages"]
+    assert [each["role"] for each in first] == ["system", "system", "user"]
+    assert first[1]["content"].startswith("Answer in French.")
+    path = f"/v1/notebooks/{model.partition(':')[2]}/fields"
+    assert http.patch(path, json={"status": "late"}).status_code == 200
+    more = [*said, {"role": "assistant", "content": "Non."}, {"role": "user", "content": "Et maintenant?"}]
+    assert ask(http, CHAT, model, messages=more).status_code == 200
+    second = upstream.bodies[-1]["messages"]
+    assert second[:2] == first[:2]
+    assert "late" in json.dumps(second[2:])
+    more[0] = {"role": "system", "content": "Answer in German."}
+    assert ask(http, CHAT, model, messages=more).status_code == 200
+    assert "Answer in German." in upstream.bodies[-1]["messages"][1]["content"]
 
 
 def test_a_tool_keeps_all_that_is_said_about_it(http: httpx2.Client, upstream: CachingUpstream) -> None:

@@ -55,7 +55,7 @@ def measure(pair: Pair, _: Sequence[Row], *, brief: bool = False) -> Row:
     found = dict(places(pair))
     edits = {name: edited(placed) for name, placed in found.items() if name in (EDITED[:1] if brief else EDITED)}
     if brief:
-        return {"places": edits}
+        return {"right": list(pair.actions), "places": edits}
     prefilled = {name: prefills(placed.pair) for name, placed in found.items()}
     return {"right": list(pair.actions), "prefilled": prefilled, "places": edits}
 
@@ -191,7 +191,7 @@ def _tested(rows: Sequence[Row], first: tuple[str, str], second: tuple[str, str]
 
 def _placement(rows: Sequence[Row]) -> dict[str, Any]:
     """Of the policies that can be written in all places: how often prefills are right, and each two places compared."""
-    all_three = [row for row in rows if len(row["prefilled"]) == len(PLACES)]
+    all_three = [row for row in rows if len(row.get("prefilled", {})) == len(PLACES)]  # a brief row has none
     found: dict[str, Any] = {"policies": len(all_three)}
     found |= {name: mean_by_domain(all_three, partial(_rightness, name)) for name in PLACES}
     tests = list(combinations(PLACES, 2))

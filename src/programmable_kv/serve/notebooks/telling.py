@@ -199,7 +199,7 @@ class _Renderings:
             _frames(own) == _frames(self.of(book.texts))
             and conversation.tools == prompt.tools
             and [(kept.frame, kept.last) for kept in conversation.head]
-            == [(unit.frame, unit.texts) for unit in own.head]
+            == [(unit.frame, unit.texts) for unit in _head(own, prompt)]
             and all(kept.last == own.turns[at].texts for at, kept in conversation.inside.items())
         )
         if not same:
@@ -238,9 +238,14 @@ def _root(own: Own, prompt: Prompt, known: Known, book: Book) -> Conversation:
     count, identity = len(own.turns), secrets.token_hex(8)
     return Conversation(
         identity, version=0, key=known.keys[count - 1] if count else "", turns=count, tools=prompt.tools,
-        head=tuple(map(_texts, own.head)), token=book.token if book.texts else "", named=known.named, inside=inside,
+        head=tuple(map(_texts, _head(own, prompt))), token=book.token if book.texts else "", named=known.named, inside=inside,
         origin=identity,
     )  # fmt: skip
+
+
+def _head(own: Own, prompt: Prompt) -> tuple[Unit, ...]:
+    """What stands before the conversation: the notebook's own, and system messages that the client begins with."""
+    return (*own.head, *prompt.head[len(own.head) :])
 
 
 def _texts(unit: Unit) -> Texts:
