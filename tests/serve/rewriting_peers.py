@@ -117,7 +117,7 @@ def prefix(body: Any) -> list[Any]:
     found = copy.deepcopy(body)
     system = found.get("system") or found.get("instructions")
     blocks = [{"type": "text", "text": system}] if isinstance(system, str) else list(system or [])
-    items: list[Any] = [json.dumps(found.get("tools")), *blocks]
+    items: list[Any] = [json.dumps([found.get("tools"), found.get("chat_template_kwargs")]), *blocks]
     for message in found.get("messages") or found["input"]:
         content = message.pop("content", None)
         items.append(json.dumps(message))

@@ -34,6 +34,7 @@ class Client:
 
     def __init__(self, route: str) -> None:
         self.route = route
+        self.day = 1
         self.clock, self.left, self.extra, self.number = 0, 9, "", 0
         self.said: list[Any] = ["hi"]
         self.tools = [{"name": name, "input_schema": {"type": "object"}} for name in "abc"]
@@ -62,6 +63,8 @@ class Client:
             self.said += [{"role": "assistant", "content": [use]}, {"role": "user", "content": [found]}]
         elif step == "reorder":
             self.tools = [*self.tools[1:], self.tools[0]]
+        elif step == "day":
+            self.day += 1
         elif step == "other":
             self.extra += "Another rule.\n"
         elif step == "edit":
@@ -76,7 +79,16 @@ class Client:
         ]
         said[0]["content"] = f"hi <left>{self.left}</left>"
         make = {CHAT: chat, MESSAGES: claude, RESPONSES: codex}[self.route]
-        return make(f"Now: 10:{self.clock:02}:00\n{RULES}{self.extra}", *said, tools=self.tools)
+        return make(
+            f"Now: 10:{self.clock:02}:00\n{RULES}{self.extra}",
+            *said,
+            tools=self.tools,
+            chat_template_kwargs=self.template,
+        )
+
+    @property
+    def template(self) -> dict[str, Any]:
+        return {"date_string": f"{self.day} Nov 2026", "thinking": False}
 
     def _role(self, at: int) -> str:
         return "assistant" if str(self.said[at]).startswith("answer") else "user"
@@ -94,6 +106,7 @@ STEPS = st.lists(
             "tools",
             "reorder",
             "retry",
+            "day",
             "other",
             "edit",
             "trim",

@@ -198,12 +198,13 @@ class _Renderings:
         same = (
             _frames(own) == _frames(self.of(book.texts))
             and conversation.tools == prompt.tools
+            and dict(conversation.dates.last) == dict(prompt.dates)
             and [(kept.frame, kept.last) for kept in conversation.head]
             == [(unit.frame, unit.texts) for unit in _head(own, prompt)]
             and all(kept.last == own.turns[at].texts for at, kept in conversation.inside.items())
         )
         if not same:
-            return Match(conversation, refused="the system prompt or the tools changed")
+            return Match(conversation, refused="the system prompt, the tools or a date of the template changed")
         return Match(conversation, self.changes(conversation.values))
 
     def _trusted(self, name: str) -> bool:
@@ -239,7 +240,7 @@ def _root(own: Own, prompt: Prompt, known: Known, book: Book) -> Conversation:
     return Conversation(
         identity, version=0, key=known.keys[count - 1] if count else "", turns=count, tools=prompt.tools,
         head=tuple(map(_texts, _head(own, prompt))), token=book.token if book.texts else "", named=known.named, inside=inside,
-        origin=identity,
+        origin=identity, dates=Texts("", prompt.dates, prompt.dates),
     )  # fmt: skip
 
 

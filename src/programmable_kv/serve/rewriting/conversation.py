@@ -48,6 +48,9 @@ class Texts:
     """as the client sent them last; what differs from `base` was told in lines"""
 
 
+NO_DATES = Texts("", {}, {})
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """Tools and system prompt as they were sent."""
@@ -87,6 +90,8 @@ class Conversation:
     """the notebook's fields as they were told last, as they stand in its text"""
     order: tuple[str, ...] = ()
     """a digest of each tool, in the order in which they are sent"""
+    dates: Texts = NO_DATES
+    """of the chat template, by the names of its variables"""
 
     @property
     def plain(self) -> bool:
@@ -135,8 +140,9 @@ def begun(
     identity = secrets.token_hex(8)
     origin = identity if replaced is None else replaced.origin
     found = Conversation(
-        identity, 1, keys[-1], len(keys), prompt.tools, head, token, named, origin=origin, order=prompt.order
-    )
+        identity, 1, keys[-1], len(keys), prompt.tools, head, token, named, origin=origin, order=prompt.order,
+        dates=Texts("", prompt.dates, prompt.dates),
+    )  # fmt: skip
     spoke = seen > 0 and any(unit.role == "assistant" for unit in prompt.turns[seen:])
     return replace(_with_turns(found, prompt, rules), spoke=spoke)
 
@@ -146,7 +152,12 @@ def continued(conversation: Conversation, prompt: Prompt, rules: Rules, keys: li
     head = tuple(replace(kept, last=unit.texts) for kept, unit in zip(conversation.head, prompt.head, strict=True))
     turns = prompt.turns
     inside = {at: replace(kept, last=turns[at].texts) for at, kept in conversation.inside.items()}
-    found = replace(conversation, version=secrets.randbits(62), key=keys[-1], turns=len(keys), head=head, inside=inside)
+    dates = replace(conversation.dates, last=prompt.dates)
+    if not has_its_dates(conversation, prompt):
+        dates = Texts("", prompt.dates, prompt.dates)
+    found = replace(
+        conversation, version=secrets.randbits(62), key=keys[-1], turns=len(keys), head=head, inside=inside, dates=dates
+    )
     return _with_turns(found, prompt, rules, conversation.turns)
 
 
@@ -159,7 +170,18 @@ def sent(conversation: Conversation, prompt: Prompt) -> bytes | None:
         if value is not None or behind:
             changes[place] = (value, behind)
     order = conversation.order if moves_tools(conversation, prompt) else ()
-    return rewritten(prompt, changes, order) if changes or order else None
+    dates = conversation.dates.base if moves_dates(conversation, prompt) else None
+    return rewritten(prompt, changes, order, dates) if changes or order or dates else None
+
+
+def has_its_dates(conversation: Conversation, prompt: Prompt) -> bool:
+    """Whether a request gives the chat template dates by the same names as a conversation."""
+    return conversation.dates.base.keys() == prompt.dates.keys()
+
+
+def moves_dates(conversation: Conversation, prompt: Prompt) -> bool:
+    """Whether the chat template is given earlier dates than came."""
+    return has_its_dates(conversation, prompt) and dict(conversation.dates.base) != dict(prompt.dates)
 
 
 def has_its_tools(conversation: Conversation, prompt: Prompt) -> bool:
@@ -179,6 +201,8 @@ def kept_bytes(conversation: Conversation, prompt: Prompt) -> int:
     if moves_tools(conversation, prompt):
         moved = bytes_moved(prompt.body, prompt.order, conversation.order)
         return moved + prompt.size(*prompt.units[:sent_before])
+    if moves_dates(conversation, prompt):  # templates write them near the top
+        return prompt.size(*prompt.units[:sent_before])
     firsts = {head + note.after: 0 for note in conversation.notes}
     for place, unit, kept, _, _ in _sent_units(conversation, prompt):
         if any(unit.texts[at] != text for at, text in kept.items()):

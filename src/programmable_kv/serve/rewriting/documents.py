@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from programmable_kv.explain.difference import common_length
-from programmable_kv.serve.rewriting.conversation import Conversation, Note, Texts
+from programmable_kv.serve.rewriting.conversation import NO_DATES, Conversation, Note, Texts
 
 
 def conversation_of(identity: str, key: str, version: int, document: str, notes: tuple[Note, ...]) -> Conversation:
@@ -28,6 +28,7 @@ def conversation_of(identity: str, key: str, version: int, document: str, notes:
         given.get("notebook", ""),
         given.get("values", {}),
         tuple(given.get("order", ())),
+        _texts(given["dates"]) if "dates" in given else NO_DATES,
     )
 
 
@@ -38,6 +39,7 @@ def document_of(conversation: Conversation) -> str:
             "turns": conversation.turns,
             "tools": conversation.tools,
             **({"order": conversation.order} if conversation.order else {}),
+            **({"dates": _written(conversation.dates)} if conversation.dates.base else {}),
             "head": [_written(each) for each in conversation.head],
             "token": conversation.token,
             "named": conversation.named,

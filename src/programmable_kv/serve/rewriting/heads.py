@@ -67,7 +67,7 @@ def key_of(prompt: Prompt, rules: Rules, learned: Collection[str], *whose: str) 
         for unit in prompt.head
         for place, text in unit.texts.items()
     ]
-    return digest([whose, sorted(prompt.order) or prompt.tools, texts])
+    return digest([whose, sorted(prompt.order) or prompt.tools, texts, sorted(prompt.dates.items())])
 
 
 def _skeleton(unit: Unit, place: str, text: str, rules: Rules, learned: Collection[str]) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from programmable_kv.serve.rewriting.changes import Change, Compared, compare
-from programmable_kv.serve.rewriting.conversation import Conversation, Form, Head, has_its_tools
+from programmable_kv.serve.rewriting.conversation import Conversation, Form, Head, has_its_dates, has_its_tools
 from programmable_kv.serve.rewriting.prompt import Prompt
 from programmable_kv.serve.rewriting.rebase import LINES
-from programmable_kv.serve.rewriting.rules import Rules
+from programmable_kv.serve.rewriting.rules import Rules, Sharing
 
 SELDOM = "a value changed that was not seen to change repeatedly"
 
@@ -64,7 +64,7 @@ def match(conversation: Conversation, prompt: Prompt, known: Known) -> Match:
     for kept, unit in pairs:
         for place, text in unit.texts.items():
             found.append(compare(unit, place, kept.last[place], text, known.rules, known.learned))
-    changes = tuple(change for each in found for change in each.changes)
+    changes = (*_dates(conversation, prompt, known), *(change for each in found for change in each.changes))
     templates = tuple(dict.fromkeys(template for each in found for template in each.templates))
     unexplained = [each for each in found if not each.explained]
     if not unexplained:
@@ -72,6 +72,15 @@ def match(conversation: Conversation, prompt: Prompt, known: Known) -> Match:
     if all(each.templates for each in unexplained):
         return Match(conversation, changes, templates, SELDOM)
     return Match(conversation, changes, (), "other text changed")
+
+
+def _dates(conversation: Conversation, prompt: Prompt, known: Known) -> Iterator[Change]:
+    """Dates that the client gives to the chat template now, and gave it otherwise before."""
+    if has_its_dates(conversation, prompt):
+        share = False if known.rules.sharing is Sharing.NONE else None
+        for name, value in prompt.dates.items():
+            if conversation.dates.last[name] != value:
+                yield Change(name, value, True, "clock", share=share)
 
 
 def choose(matches: Sequence[Match], *, alone: bool, named: bool, turns: int) -> tuple[Match | None, str]:

@@ -29,6 +29,7 @@ _MOMENT = re.compile(
 """a date, a time or a weekday in their usual forms, each number in its range, and no part of a longer row of numbers"""
 _PLAIN = re.compile(rf"(?<!\w){HOURS}(?!\w)|(?<!\w){ISO.replace('[-/.]', '-')}(?!\d)|\b{MONTH}")
 """a time or a date as nobody writes anything else; three numbers with dots between them may be an address"""
+_WORD = re.compile(r"\w")
 _LONG_NUMBER = re.compile(r"\d{9,}")
 """seconds since 1970, or somebody's number"""
 
@@ -36,6 +37,12 @@ _LONG_NUMBER = re.compile(r"\d{9,}")
 def differ_as_moments(before: str, after: str) -> bool:
     """Whether two values are equal but for their times and dates. Seconds since 1970 may be somebody's number, and are none."""
     return _MOMENT.sub("\0", before) == _MOMENT.sub("\0", after)
+
+
+def is_moment(value: str) -> bool:
+    """Whether a value is a time or a date, and nothing else."""
+    left = _MOMENT.sub("\0", value)
+    return "\0" in left and _WORD.search(left) is None
 
 
 def is_plain(value: str) -> bool:

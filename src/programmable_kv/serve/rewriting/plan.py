@@ -13,6 +13,7 @@ from programmable_kv.serve.rewriting.conversation import (
     Note,
     begun,
     continued,
+    has_its_dates,
     kept_bytes,
     moves_tools,
     sent,
@@ -146,7 +147,8 @@ def compacted(prompt: Prompt, latest: Conversation, known: Known) -> Plan | None
     if not latest.token or latest.token in prompt.body.text:
         return None
     sent_before = tuple(replace(kept, last=kept.base) for kept in latest.head)
-    old = replace(latest, head=sent_before, inside={}, notes=(), turns=0)
+    dates = replace(latest.dates, last=latest.dates.base)
+    old = replace(latest, head=sent_before, dates=dates, inside={}, notes=(), turns=0)
     found = match(old, prompt, known)
     planned = _behind_head(Action.REBASE, prompt, known, found) if not found.refused else None
     if planned is None:
@@ -187,6 +189,8 @@ def _behind_head(action: Action, prompt: Prompt, known: Known, found: Match) -> 
         return None
     made = begun(prompt, known.rules, known.keys, token=old.token, named=known.named)
     made = replace(made, tools=old.tools, order=old.order)
+    if has_its_dates(old, prompt):
+        made = replace(made, dates=replace(made.dates, base=old.dates.base))
     head = tuple(replace(new, base=kept.base) for new, kept in zip(made.head, old.head, strict=True))
     note = Note(made.turns, form, line_of(old.token, told)) if told and form is not None else None
     made = replace(made, head=head, notes=(note,) if note is not None else ())
@@ -234,6 +238,8 @@ def _may_change(prompt: Prompt, known: Known) -> bool:
     content = value.get("content") if head[-1].index is not None else value
     if not isinstance(content, str | list):
         return False
+    if prompt.dates:
+        return True
     for unit in prompt.units:
         for place, text in unit.texts.items():
             if known.rules.mask(unit, place, text).values:

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from typing import Any
 
 from programmable_kv.serve.rewriting.body import Body, Spot, written
+from programmable_kv.serve.rewriting.template_dates import dates_of, with_dates
 from programmable_kv.serve.rewriting.tools import MARKER, digests_of, in_order, plain
 
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
@@ -60,6 +61,8 @@ class Prompt:
     """a digest of the tools"""
     order: tuple[str, ...]
     """a digest of each tool, in their order"""
+    dates: Mapping[str, str]
+    """variables of the chat template that are dates"""
     head: tuple[Unit, ...]
     """what stands before the conversation"""
     turns: tuple[Unit, ...]
@@ -110,7 +113,7 @@ def prompt_of(route: str, body: Body) -> Prompt | None:
         path = f"{_LIST[route]}[{index}].content"
         units.append(_unit(route, {**message, "role": role}, index, head, path))
     before, turns = (tuple(unit for unit in units if unit.head is stands) for stands in (True, False))
-    return Prompt(route, body, model, *digests_of(body), before, turns, (*before, *turns))
+    return Prompt(route, body, model, *digests_of(body), dates_of(body), before, turns, (*before, *turns))
 
 
 def with_texts(value: Any, texts: Mapping[str, str], more: tuple[str, ...], *, route: str) -> Any:
@@ -307,14 +310,21 @@ def _block_with(block: Any, texts: Mapping[str, str], at: str) -> Any:
     return found
 
 
-def rewritten(prompt: Prompt, changes: Mapping[int, tuple[Any, tuple[Any, ...]]], order: tuple[str, ...] = ()) -> bytes:
+def rewritten(
+    prompt: Prompt,
+    changes: Mapping[int, tuple[Any, tuple[Any, ...]]],
+    order: tuple[str, ...] = (),
+    dates: Mapping[str, str] | None = None,
+) -> bytes:
     """The body with some units in another form, and messages put in behind them.
 
     Args:
         changes: a unit's place in `prompt.units` -> its value, and the messages behind it. None leaves it as it came.
         order: that of the tools; empty leaves them as they came.
+        dates: of the chat template; empty leaves them as they came.
     """
     splices: list[tuple[Spot, str]] = [in_order(prompt.body, prompt.order, order)] if order else []
+    splices += [with_dates(prompt.body, dates)] if dates else []
     for place, (value, behind) in changes.items():
         spot = prompt.spot(prompt.units[place])
         if value is not None:
