@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -131,9 +131,11 @@ def test_long_headers_may_come_in_pieces_and_longer_ones_are_refused() -> None:
         data = post(*fields, b"Content-Length: 2")
         return talk(port, [data[at : at + 1448] for at in range(0, len(data), 1448)])
 
-    with gateway() as (_, port):
+    with gateway() as (upstream, port):
         assert asked(MOST_HEAD * 3 // 4).startswith(b"HTTP/1.1 200")
-        assert b" 400 " in asked(3 * MOST_HEAD).partition(b"\r\n")[0]
+        with suppress(ConnectionError):  # it was closed while more was sent, and the answer went with it
+            assert b" 400 " in asked(3 * MOST_HEAD).partition(b"\r\n")[0]
+        assert len(upstream.received) == 1
 
 
 @pytest.mark.parametrize("cut", [1, 10, 30])
