@@ -139,19 +139,7 @@ def _carried_out(
             )
             chosen |= dict.fromkeys(step.selection.choose(engine, buffer, reader), step.origin)
             continue
-        if isinstance(step, Recompile):
-            assert layout is not None, "a plan that relocates was checked with a layout"
-            segment = compile_units(engine, step.units, step.declared)
-            buffer.insert(
-                step.span.start,
-                segment,
-                layout,
-                replacing=min(len(step.span), buffer.length - step.span.start),  # it may have grown at the end
-                positions=step.positions,
-                ends=step.ends,
-            )
-        else:
-            _on_buffer(step, buffer, layout)
+        _on_buffer(step, engine, buffer, layout)
         ledger = on_ledger(step, ledger)
         chosen = {moved: origin for slot, origin in chosen.items() if (moved := _moved(step, slot)) is not None}
         touched = _touched(step, touched, len(ledger))
@@ -181,7 +169,7 @@ def _reads(ledger: AnyLedger, after: Context, computes: Sequence[Compute], follo
     return reads_of(parts, len(after), followed_by) if reads_less(touched) else None
 
 
-def _on_buffer(step: Step, buffer: KVBuffer, layout: KVLayout | None) -> None:
+def _on_buffer(step: Step, engine: Engine, buffer: KVBuffer, layout: KVLayout | None) -> None:
     if isinstance(step, Truncate):
         buffer.truncate(step.length)
     elif isinstance(step, Shift) and step.start == buffer.length:
@@ -197,6 +185,15 @@ def _on_buffer(step: Step, buffer: KVBuffer, layout: KVLayout | None) -> None:
                 step.skill.segment,
                 layout,
                 replacing=step.replacing,
+                positions=step.positions,
+                ends=step.ends,
+            )
+        elif isinstance(step, Recompile):
+            buffer.insert(
+                step.span.start,
+                compile_units(engine, step.units, step.declared),
+                layout,
+                replacing=min(len(step.span), buffer.length - step.span.start),  # it may have grown at the end
                 positions=step.positions,
                 ends=step.ends,
             )

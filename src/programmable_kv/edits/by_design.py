@@ -170,10 +170,9 @@ def _built(state: DesignState, plan: Plan, turns: Turns, *, whole: bool = False)
     spans = build.outdated(plan.after, kept)
     anew = _recompiled(plan.after, spans, build)
     if anew:
-        for step in anew:
-            build = on_ledger(step, build)
         plan = replace(plan, steps=(*plan.steps, *anew))
         for step in anew:
+            build = on_ledger(step, build)
             plan = plan.because(f"skill {step.units[0].name!r} is compiled anew behind the {len(step.units[0].read)} "
                                 "tokens that it reads and does not hold")  # fmt: skip
         spans = build.outdated(plan.after, kept)
