@@ -10,6 +10,7 @@ import typer
 
 from programmable_kv.commands.common import ModelOption, OutOption, command, err, out, progress, record_path
 from programmable_kv.commands.measure import DtypeOption, load, measure, print_figures, print_summary
+from programmable_kv.extras import require_extra
 
 if TYPE_CHECKING:
     from programmable_kv.lab.composing.suites.suite import Suite
@@ -43,7 +44,7 @@ def lab_run(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, for other programs")] = False,
     out_path: OutOption = None,
 ) -> None:
-    """What the keys and values of a prefilled context hold: one experiment, one record.
+    """What the keys and values of a prefilled context hold: one experiment, one record. `pkv lab every` runs them all.
 
     Without a name the experiments are listed, each with about how many minutes it takes, for the embedded model
     on one core.
@@ -79,6 +80,43 @@ def lab_run(
     else:
         print_figures(record)
         out.print(f"Record: {path}")
+
+
+@app.command("every")
+def lab_every(
+    model: ModelOption = "embedded",
+    scenarios: Annotated[
+        int | None,
+        typer.Option(min=1, help="held-out policies to draw [default: each experiment's]", show_default=False),
+    ] = None,
+    everyday: Annotated[bool, typer.Option(help="worded for models that were not trained on the grammar")] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="processes, each with the model [default: one for each core]", show_default=False),
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="make records anew that are there already")] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help="where the records go [default: results/]", show_default=False)
+    ] = None,
+) -> None:
+    """Run every experiment of `pkv lab run`, several at a time, each into its record.
+
+    A record of the same policies and weights that is there already is kept. After an interruption the same command
+    continues.
+    """
+    import os
+
+    from programmable_kv.lab.experiments.every import Every, run_every
+    from programmable_kv.lab.experiments.registry import EXPERIMENTS
+    from programmable_kv.records import results_folder
+
+    require_extra("lab", "scipy", "statsmodels")
+    asked = Every(model, folder or results_folder(), scenarios, everyday, again)
+    with progress("Experiments", len(EXPERIMENTS)) as report:
+        for number, each in enumerate(run_every(asked, workers or os.cpu_count() or 1), start=1):
+            report(number, len(EXPERIMENTS))
+            how = "kept" if each.kept else f"{each.seconds / 60:.1f} min"
+            out.print(f"{each.name:18}{each.counted:4} policies, {how}: {each.path}", highlight=False, soft_wrap=True)
 
 
 def _quick(model: Model, names: list[str], *, everyday: bool) -> None:

@@ -69,6 +69,10 @@ class Experiment:
         scored = cases(count, SEED, everyday=everyday, sets=self.sets, values=self.values)
         return [("ranking", case) for case in ranked] + [("scoring", case) for case in scored]
 
+    def digest(self, count: int, *, everyday: bool = False) -> str:
+        """Of the text of every case, by which a record says what it was made on."""
+        return digest_of(case.text() for _, case in self.cases(count, everyday=everyday))
+
 
 def record_name(experiment: Experiment, model: Model) -> str:
     """The embedded model's record has the experiment's name, any other's the model's too."""
@@ -95,7 +99,7 @@ def run(
         command=command,
         model=Path(model.name).name,
         model_fingerprint=model.fingerprint,
-        data_digest=digest_of(case.text() for _, case in drawn),
+        data_digest=experiment.digest(count, everyday=everyday),
         seeds=[SEED] + [RANKING_SEED] * (experiment.rank is not None),
         settings={"scenarios": count} | ({"everyday": True} if everyday else {}),
     )
