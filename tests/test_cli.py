@@ -14,6 +14,8 @@ import torch
 
 from conftest import tiny_model, tokenizer
 from programmable_kv import Mode
+from programmable_kv.demo import demo
+from programmable_kv.notebook.html import ERRATUM_STYLE
 
 POLICY = """You are the support agent of an online shop.
 
@@ -220,14 +222,20 @@ def test_an_interrupt_is_one_line(policy: str) -> None:
 
 
 @pytest.mark.weights
-def test_demo_writes_its_page(tmp_path: Path) -> None:
+def test_demo_writes_its_page_which_needs_nothing_else(tmp_path: Path) -> None:
     done = pkv("demo", "--page", "page.html", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "account_role: verified_admin → suspended_user" in done.stdout
     assert "order_status" in done.stdout
     assert is_whole(done.stdout.rpartition("\n\n")[0] or done.stdout)
     assert done.stderr == ""
-    assert (tmp_path / "page.html").stat().st_size > 10_000
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert "http" not in page
+    assert "<script" not in page
+    assert page.count("<details>") == len(demo.CASES) * (len(demo.MODES) + 1)
+    for state in ("stale", "after edit", "refreshed", "exact"):
+        assert f'title="{state}"' in page
+    assert ERRATUM_STYLE in page
 
 
 def test_results_lists_the_records() -> None:

@@ -5,22 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from transformers import DynamicCache
 
 from programmable_kv import Mode, Notebook
 from programmable_kv.bench import endurance
 from programmable_kv.demo import demo
-from programmable_kv.notebook.html import ERRATUM_STYLE
 from programmable_kv.records import read_record
 
 RESULTS = Path(__file__).parent.parent / "results"
-
-
-@pytest.fixture(scope="module")
-def demo_results(embedded: Any) -> Any:
-    return list(demo.run(embedded))
 
 
 def test_greedy_output_equals_transformers_own(embedded: Any) -> None:
@@ -41,10 +34,9 @@ def test_greedy_output_equals_transformers_own(embedded: Any) -> None:
     assert text == own
 
 
-@pytest.mark.xdist_group("demo")  # its cases are computed once
-def test_the_demo_shows_the_discovery(demo_results: Any) -> None:
+def test_the_demo_shows_the_discovery(embedded: Any) -> None:
     """Stale and in-place keep the old decision; an erratum, and recomputing, decide as a full prefill does."""
-    for case, before, outcomes in demo_results:
+    for case, before, outcomes in demo.run(embedded):
         assert before.choice == case.before, case.field
         by_mode = {outcome.mode: outcome for outcome in outcomes}
         assert by_mode[Mode.FULL].decision.choice == case.after, case.field
@@ -53,17 +45,6 @@ def test_the_demo_shows_the_discovery(demo_results: Any) -> None:
         for mode in (Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.SUFFIX):
             assert by_mode[mode].agrees, (case.field, mode)
         assert by_mode[Mode.FIELD_ERRATUM].decision.account.tokens_computed < 80
-
-
-@pytest.mark.xdist_group("demo")  # its cases are computed once
-def test_the_demo_page_is_self_contained(demo_results: Any) -> None:
-    page = demo.html_page("embedded", demo_results)
-    assert "http" not in page
-    assert "<script" not in page
-    assert page.count("<details>") == len(demo.CASES) * (len(demo.MODES) + 1)
-    for state in ("stale", "after edit", "refreshed", "exact"):
-        assert f'title="{state}"' in page
-    assert ERRATUM_STYLE in page
 
 
 def test_the_demos_policy_is_about_nine_hundred_tokens(embedded: Any) -> None:
