@@ -57,7 +57,7 @@ def test_the_last_texts_computed_again_are_a_prefill_where_nothing_else_is_behin
 
 
 def test_a_way_back_in_place_leaves_no_trace_and_a_stale_cache_decides_as_before(pair: Pair) -> None:
-    notebook = errata.prefilled(pair, errata.DEFAULT_TEMPLATE)
+    notebook = errata.prefilled(pair.model, pair, errata.DEFAULT_TEMPLATE)
     gaps = {}
     for mode, asked in ((Mode.IN_PLACE, False), (Mode.ERRATUM, False), (Mode.ERRATUM, True)):
         mark = notebook.mark()

@@ -17,6 +17,9 @@ from programmable_kv.edits.modes import Mode
 from programmable_kv.lab.experiments.experiment import Experiment, Row
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.summaries import share
+from programmable_kv.lab.tools.naming import naming, settled
+from programmable_kv.lab.tools.shared_rows import SharedRows
+from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, THINK_INSTRUCTION
@@ -31,8 +34,10 @@ WORDINGS = {
 }
 BACK = (Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.READERS, Mode.IN_PLACE)
 HISTORY = (Mode.IN_PLACE, Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.READERS, Mode.SUFFIX)
-THOUGHT = (Mode.IN_PLACE, Mode.ERRATUM)
+THINKING = (Mode.IN_PLACE, Mode.ERRATUM)
 """with a line of thought before the answer, each with and without the earlier answer"""
+THOUGHT = "{name} is {value}, so"
+"""what is mostly thought: guessed, and checked in one forward"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,7 @@ class Arms:
 
     wordings: Sequence[str] = tuple(WORDINGS)
     back: Sequence[Mode] = BACK
-    thought: Sequence[Mode] = THOUGHT
+    thought: Sequence[Mode] = THINKING
     history: Sequence[Mode] = HISTORY
 
 
@@ -50,35 +55,60 @@ FEW = Arms(("default",), (Mode.ERRATUM,), (), (Mode.ERRATUM,))
 
 
 def measure(pair: Pair, _: Sequence[Row], arms: Arms = ALL) -> Row:
-    """What is decided in each arm; right is the new value's action, and the old one's after a way back."""
-    notebook = prefilled(pair, DEFAULT_TEMPLATE)
-    row: Row = {"right": list(pair.actions), "wording": {}}
-    for name in arms.wordings:
-        template = WORDINGS[name]
-        other = notebook if template == DEFAULT_TEMPLATE else prefilled(pair, template)
-        row["wording"][name] = tried(other, partial(edited, pair, other, Mode.ERRATUM))
-    row["wording"]["stale"] = tried(notebook, partial(edited, pair, notebook, Mode.STALE))
-    row["full"] = tried(notebook, partial(edited, pair, notebook, Mode.FULL))
-    for name, asked in (("back", False), ("back_asked", True)):
-        row[name] = {str(m): tried(notebook, partial(back, pair, notebook, m, asked=asked)) for m in arms.back}
-    row["thought"] = {
-        str(mode): tried(notebook, partial(edited, pair, notebook, mode, think=True)) for mode in arms.thought
+    """What is decided in each arm; right is the new value's action, and the old one's after a way back.
+
+    The notebook's own operations, all of them; but their rows are computed together (`naming`).
+    """
+    shared = SharedRows(pair.engine)
+    for text, buffer in ((pair.old_text, pair.old), (pair.new_text, pair.fresh)):
+        shared.add(text.ids, buffer)
+    model, engine = naming(pair.model, shared)
+    notebook = prefilled(model, pair, DEFAULT_TEMPLATE)
+    thought = pair.model.tokenizer.encode(
+        THOUGHT.format(name=pair.case.gate.field, value=pair.change[1]), add_special_tokens=False
+    )
+    engine.follows[pair.token] = thought[0]
+    notebook._thoughts = [thought]
+    worded = {name: prefilled(model, pair, WORDINGS[name]) for name in arms.wordings}
+    asks: dict[str, Callable[[], str]] = {
+        f"wording.{name}": _edited(pair, other, Mode.ERRATUM) for name, other in worded.items()
     }
-    before = notebook.decide(pair.case.asked, _options(pair), keep=True).choice
-    row["history"] = {"before": before}
-    row["history"] |= {str(mode): tried(notebook, partial(edited, pair, notebook, mode)) for mode in arms.history}
-    row["history"] |= {
-        f"{mode}_thought": tried(notebook, partial(edited, pair, notebook, mode, think=True)) for mode in arms.thought
+    asks |= {"wording.stale": _edited(pair, notebook, Mode.STALE), "full": _edited(pair, notebook, Mode.FULL)}
+    asks |= {f"back.{mode}": partial(tried, notebook, partial(back, pair, notebook, mode)) for mode in arms.back}
+    asks |= {f"first.{mode}": _edited(pair, notebook, mode) for mode in arms.back}
+    asks |= {f"thought.{mode}": _edited(pair, notebook, mode, think=True) for mode in arms.thought}
+    before = partial(notebook.decide, pair.case.asked, _options(pair))
+    asks["history.before"] = partial(tried, notebook, before)
+    found = settled(engine, asks)
+    # What was answered first is known now: in what follows it is no guess.
+    answered = prefilled(model, pair, DEFAULT_TEMPLATE)
+    answered._thoughts = [thought]
+    answered.decide(pair.case.asked, _options(pair), keep=True)
+    asks = {
+        f"back_asked.{mode}": partial(tried, notebook, partial(back, pair, notebook, mode, asked=True))
+        for mode in arms.back
     }
+    asks |= {f"history.{mode}": _edited(pair, answered, mode) for mode in arms.history}
+    asks |= {f"history.{mode}_thought": _edited(pair, answered, mode, think=True) for mode in arms.thought}
+    found |= settled(engine, asks)
+    row: Row = {"right": list(pair.actions), "full": found["full"]}
+    for part in ("wording", "back", "back_asked", "thought", "history"):
+        row[part] = {
+            name.removeprefix(f"{part}."): choice for name, choice in found.items() if name.startswith(f"{part}.")
+        }
     return row
 
 
-def prefilled(pair: Pair, template: str) -> Notebook:
+def prefilled(model: Model, pair: Pair, template: str) -> Notebook:
     """The policy with the old value, prefilled; `template` words its errata."""
     case = pair.case
-    notebook = Notebook(pair.model, erratum_template=template)
+    notebook = Notebook(model, erratum_template=template)
     notebook.message("system", case.scenario.prompt, **case.values(pair.change[0])).prefill()
     return notebook
+
+
+def _edited(pair: Pair, notebook: Notebook, mode: Mode, *, think: bool = False) -> Callable[[], str]:
+    return partial(tried, notebook, partial(edited, pair, notebook, mode, think=think))
 
 
 def _options(pair: Pair) -> list[str]:
@@ -138,7 +168,7 @@ ERRATA = Experiment(
     title="What an appended line does: its wording, a way back, and an earlier answer that contradicts it",
     measure=measure,
     summarise=summarise,
-    scenarios=64,
-    seconds=28.0,
+    scenarios=336,
+    seconds=2.3,
     quick=partial(measure, arms=FEW),
 )

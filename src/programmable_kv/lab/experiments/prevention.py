@@ -3,7 +3,7 @@
 The context is prefilled under a mask. Turns read everything. Of the text, only chosen tokens, the *readers*, read the field and
 each other; *carriers* read the readers and not the field; all other text reads text alone. So nothing that the field says can
 reach any other place. An edit then computes the field, the readers, the carriers and the question again; it equals a prefill of
-the new text under the same mask.
+the new text under the same mask. Rows that several arms have in common are computed once.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.summaries import Value, at, mean_by_domain
 from programmable_kv.lab.experiments.written import RULES, TAIL, Part, Written
 from programmable_kv.lab.tools.hooks import taken_back
+from programmable_kv.lab.tools.shared_rows import NOTHING, SharedRows
 
 TEXT, FIELD, READER, CARRIER, TURN = range(5)
 READS = (
@@ -118,7 +119,7 @@ def decided(
 def measure(pair: Pair, _: Sequence[Row], *, few: bool = False) -> Row:
     """By arm, the decision under the old value, after an edit, and after an edit that leaves the readers stale.
 
-    Few of the arms are those of `FEW`.
+    Few of the arms are those of `FEW`. `edit_from_prefill` compares one edit with a prefill that shares no row with it.
     """
     text, new, tail = pair.text, pair.new_text, tail_of(pair.text)
     field = tuple(text.field.range)
@@ -132,40 +133,77 @@ def measure(pair: Pair, _: Sequence[Row], *, few: bool = False) -> Row:
         if drawn is not None:
             arms[f"random_as_{name}"] = drawn[0]
     row: Row = {"options": len(pair.first_tokens), "right": list(pair.actions)}
-    row["arms"] = by_arm(pair, arms)
+    shared = SharedRows(pair.engine)
+    for known, buffer in ((text, pair.old), (new, pair.fresh)):
+        shared.add(known.ids, buffer)
+    asked = {name: arm(shared, pair, chosen, carriers(text, name)) for name, chosen in arms.items()}
+    for name in ("nobody", "readers"):
+        asked[name]["stale_readers"] = named(
+            shared, new, reads(text, arms[name]), edit_of(asked[name]["old"], (*field, *tail))
+        )
+    everything = reads(text, text.later)
+    old = named(shared, text, everything)
+    asked["causal"] = {
+        "old": old,
+        "edited": named(shared, new, everything),
+        "stale_readers": named(shared, new, everything, edit_of(old, (*field, *tail))),
+        "readers_again": named(shared, new, everything, edit_of(old, (*field, *arms["readers"], *tail))),
+    }
+    for each in asked.values():
+        for names in each.values():
+            shared.logits(names[-1])
+    shared.compute()
+    tokens = {**{name: len(chosen) for name, chosen in arms.items()}, "causal": len(text.later)}
+    row["arms"] = {
+        name: {"tokens": tokens[name], **{ask: _decision(pair, shared, names[-1]) for ask, names in each.items()}}
+        for name, each in asked.items()
+    }
     rule = reads(text, arms["readers"])
     again = decided(pair, prefilled_under(pair, new, rule), new, (), rule)
     row["edit_from_prefill"] = abs(round(again["gap"] - row["arms"]["readers"]["edited"]["gap"], 4))
-    row["arms"]["causal"] = {
-        "tokens": len(text.later),
-        "old": decided(pair, pair.old, text, ()),
-        "edited": decided(pair, pair.fresh, new, ()),
-        "stale_readers": decided(pair, pair.old, new, (*field, *tail)),
-        "readers_again": decided(pair, pair.old, new, (*field, *arms["readers"], *tail)),
-    }
     return row
 
 
-def by_arm(pair: Pair, arms: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """What is decided where the given tokens are readers."""
-    text, new, tail = pair.text, pair.new_text, tail_of(pair.text)
-    field = tuple(text.field.range)
-    buffer = prefilled_under(pair, text, reads(text, ()))
-    found: dict[str, Any] = {}
-    for name, chosen in arms.items():
-        carrying = carriers(text, name)
-        rule = reads(text, chosen, carrying)
-        with taken_back(buffer):
-            if chosen:
-                compute_from(pair, buffer, text, min(chosen), rule)
-            found[name] = {
-                "tokens": len(chosen),
-                "old": decided(pair, buffer, text, (), rule),
-                "edited": decided(pair, buffer, new, (*field, *chosen, *carrying, *tail), rule),
-            }
-            if name in ("nobody", "readers"):
-                found[name]["stale_readers"] = decided(pair, buffer, new, (*field, *tail), rule)
-    return found
+def arm(shared: SharedRows, pair: Pair, chosen: Sequence[int], carrying: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """The rows of a text where the given tokens are readers: under the old value, and after an edit of it."""
+    text, new = pair.text, pair.new_text
+    rule = reads(text, chosen, carrying)
+    field, tail = tuple(text.field.range), tail_of(text)
+    old = named(shared, text, rule)
+    return {
+        "old": old,
+        "edited": named(shared, new, rule, edit_of(old, (*field, *chosen, *carrying, *tail))),
+    }
+
+
+def edit_of(names: Sequence[int], slots: Sequence[int]) -> dict[int, int]:
+    """The rows that stay, by slot, where the rows of these slots, and the last one, are computed again."""
+    again = {*slots, len(names) - 1}
+    return {slot: name for slot, name in enumerate(names) if slot not in again}
+
+
+def named(
+    shared: SharedRows, text: Written, rule: PartReads, stays: Mapping[int, int] | None = None
+) -> tuple[int, ...]:
+    """The row of each slot of a text, by name, where each reads what it may; some of them stay as they are."""
+    kinds = rule.part_of.tolist()
+    readers_of = [rule.reads[:, kind].nonzero().flatten().tolist() for kind in range(len(READS))]
+    seen = [NOTHING] * len(READS)
+    """by kind, what the next row of it sees"""
+    names = []
+    for slot, (token, kind) in enumerate(zip(text.ids, kinds, strict=True)):
+        kept = None if stays is None else stays.get(slot)
+        name = shared.name(token, slot, seen[kind]) if kept is None else kept
+        for reader in readers_of[kind]:
+            seen[reader] = shared.longer(seen[reader], name)
+        names.append(name)
+    return tuple(names)
+
+
+def _decision(pair: Pair, shared: SharedRows, name: int) -> dict[str, Any]:
+    logits = shared.logits(name)
+    assert logits is not None, "it was asked for before the rows were computed"
+    return {"gap": round(float(pair.gap_in(logits)), 4), "choice": pair.decides(logits)}
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
@@ -230,7 +268,7 @@ PREVENTION = Experiment(
     title="Which tokens have to read a field for the decision to be right, and for an edit to work",
     measure=measure,
     summarise=summarise,
-    scenarios=96,
-    seconds=17.0,
+    scenarios=336,
+    seconds=3.4,
     quick=partial(measure, few=True),
 )

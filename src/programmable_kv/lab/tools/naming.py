@@ -1,0 +1,146 @@
+"""Many questions to notebooks, answered in a few large forwards.
+
+A notebook on a `NamingEngine` holds the names of rows (`SharedRows`) in its cache, where others hold keys and values. It works
+as any notebook does; what it asks to be computed is put off, and logits that are not known yet are guesses. `settled` asks many
+questions in this way, computes all their rows together, and asks again those that were answered by guesses, until none are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.cache.layout import KVLayout
+from programmable_kv.cache.masks import PartReads
+from programmable_kv.cache.origins import Slots
+from programmable_kv.engine import Engine, Rows
+from programmable_kv.errors import InvalidArgumentError
+from programmable_kv.lab.tools.shared_rows import NOTHING, SharedRows
+from programmable_kv.models.load import Model
+from programmable_kv.models.loaded import remember
+from programmable_kv.verify.relocation import RelocationProof
+from programmable_kv.verify.rows import RowsProof
+
+Answer = TypeVar("Answer")
+
+
+class NamedBuffer(KVBuffer):
+    """A buffer with the name of each slot's row as its only key."""
+
+    def __init__(self, shared: SharedRows, layout: KVLayout, capacity: int) -> None:
+        super().__init__(replace(layout, layers=layout.layers[:1]), capacity=capacity)
+        self._shared = shared
+
+    @property
+    def names(self) -> list[int]:
+        """Of the rows in use, in slot order."""
+        return [int(name) for name in self.keys(0)[0, 0, :, 0]] if self.length else []
+
+    def name(self, names: Sequence[int]) -> None:
+        """Inside `writing`: these are the rows written."""
+        self.layers[0].update(*[torch.tensor(names)[None, None, :, None]] * 2)
+
+    def _move(self, old: Slots, new: slice, positions: torch.Tensor, layout: KVLayout) -> None:
+        standing = self.layers[0].keys[0, 0, old, 0].tolist()
+        names = [self._shared.moved(*each) for each in zip(standing, positions.tolist(), strict=True)]
+        self.layers[0].keys[0, 0, new, 0] = torch.tensor(names)
+        self._positions[new] = positions
+        self.meter.count(relocated=len(names))
+
+
+class NamingEngine(Engine):
+    """Names rows in place of computing them.
+
+    Logits that are not known yet are guesses: the next row's token follows, and on the last row of a computation the token that
+    `follows` gives, or the end of a text.
+    """
+
+    def __init__(self, shared: SharedRows, end: int) -> None:
+        """`end`: the token that ends a text."""
+        super().__init__(shared.engine.model)
+        self.shared, self.end = shared, end
+        self.follows: dict[int, int] = {}
+        """what is guessed to follow a token"""
+        self.guessed = False
+        """whether logits were guessed since this was set to False"""
+
+    @property
+    def relocation(self) -> RelocationProof:
+        return self.shared.engine.relocation
+
+    @property
+    def rows(self) -> RowsProof:
+        return self.shared.engine.rows
+
+    def new_buffer(self, capacity: int = 0) -> KVBuffer:
+        return NamedBuffer(self.shared, self.layout, capacity)
+
+    def _compute_some(
+        self, buffer: KVBuffer, ids: torch.Tensor, rows: Rows, logits: int, reads: PartReads | None
+    ) -> torch.Tensor:
+        """
+        Raises:
+            InvalidArgumentError: this is another engine's buffer, or the rows do not read all that stands before them.
+        """
+        if not isinstance(buffer, NamedBuffer) or reads is not None:
+            raise InvalidArgumentError("rows are named in a buffer of this engine, each of them reading all before it")
+        standing = buffer.names
+        tokens = dict(zip(rows.slots, zip(rows.ids, rows.positions, strict=True), strict=True))
+        sees, names = NOTHING, []
+        for slot in range(rows.slots[-1] + 1):
+            if slot in tokens:
+                name = self.shared.name(*tokens[slot], sees)
+                names.append(name)
+            else:
+                name = standing[slot]
+            sees = self.shared.longer(sees, name)
+        with buffer.writing(rows.slots, rows.positions):
+            buffer.name(names)
+        buffer.meter.count(computed=len(rows))
+        asked = len(rows) - logits
+        nexts = [*rows.ids[asked + 1 :], self.follows.get(rows.ids[-1], self.end)]
+        found = [self._logits(*each) for each in zip(names[asked:], nexts, strict=False)]
+        return torch.stack(found) if found else torch.empty(0)
+
+    def _logits(self, name: int, follows: int) -> torch.Tensor:
+        known = self.shared.logits(name)
+        if known is None:
+            self.guessed = True
+            known = torch.zeros(self.vocabulary, dtype=self.dtype)
+            known[follows] = 1
+        return known
+
+    def _forward(self, *_: Any, **__: Any) -> Any:
+        """
+        Raises:
+            InvalidArgumentError: always.
+        """
+        raise InvalidArgumentError(
+            "rows that are only named have no attention and no activations: use the model's own engine"
+        )
+
+
+def naming(model: Model, shared: SharedRows) -> tuple[Model, NamingEngine]:
+    """A model whose notebooks name their rows, and its engine."""
+    engine = NamingEngine(shared, model.tokenizer.eos_token_id)
+    named = replace(model, engine=engine)
+    remember(model)  # a notebook that is read from a file goes to the model that computes
+    return named, engine
+
+
+def settled(engine: NamingEngine, asks: Mapping[str, Callable[[], Answer]]) -> dict[str, Answer]:
+    """The answer to each question. Each has to leave what it is asked of unchanged: it may be asked several times."""
+    found: dict[str, Answer] = {}
+    while len(found) < len(asks):
+        for name, ask in asks.items():
+            if name not in found:
+                engine.guessed = False
+                answer = ask()
+                if not engine.guessed:
+                    found[name] = answer
+        engine.shared.compute()
+    return {name: found[name] for name in asks}
