@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
+from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.edits.modes import Mode
 from programmable_kv.lab.experiments.cases import SEED
 from programmable_kv.lab.experiments.experiment import Experiment, Row
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.summaries import at, mean_by_domain, share
 from programmable_kv.lab.experiments.written import RULES, TAIL, Written, written
-from programmable_kv.lab.tools.knockout import blinded
-from programmable_kv.lab.tools.together import Probe, probed
+from programmable_kv.lab.tools.branches import Branch, Grown, branching
 from programmable_kv.notebook.asking import THOUGHT_ENDS, THOUGHT_LIMIT, stop_ids
 from programmable_kv.notebook.decision import option_ids
 from programmable_kv.notebook.notebook import Notebook
@@ -47,6 +47,31 @@ BLIND_DECISIONS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 """what the row that decides cannot read, for each of them"""
 
 
+Rules = Mapping[str, Callable[[Sequence[int]], Collection[int]]]
+
+
+@dataclass(slots=True)
+class _Thought:
+    """A thought that is being written."""
+
+    blind: frozenset[int]
+    known: list[int]
+    """tokens that are to be computed next"""
+    drawn: list[int] = field(default_factory=list)
+    """its tokens, the opening's not among them"""
+    slots: tuple[int, ...] = ()
+    """of the rows that are computed, the opening's among them"""
+    text: str = ""
+    ended: bool = False
+
+    def branch(self, buffer: KVBuffer, used: int, first: int, rest: Sequence[int]) -> Branch:
+        """Its next tokens, and those that are guessed to follow; of all slots but the context's it sees its own."""
+        at = first + len(self.slots)
+        others = set(range(used, buffer.length)) - set(self.slots)
+        ids = (*self.known, *rest)
+        return Branch(ids, tuple(range(at, at + len(ids))), absent=tuple(sorted(self.blind | others)))
+
+
 @dataclass(slots=True)
 class Thinking:
     """A cached policy and question, on which a thought is written and a decision made, again and again."""
@@ -58,67 +83,90 @@ class Thinking:
     drawn: list[list[int]] = field(default_factory=list)
     """earlier thoughts, which a new one may begin like"""
 
-    def decided(
-        self, blind_thought: Collection[int], decisions: Mapping[str, Callable[[Sequence[int]], Collection[int]]]
-    ) -> tuple[str, dict[str, dict[str, float]]]:
+    def decided(self, blind_thought: Collection[int], decisions: Rules) -> tuple[str, dict[str, dict[str, float]]]:
         """The thought, and under each decision's rule the score of each option's first token. The cache is unchanged.
 
         Args:
             blind_thought: slots that the opening's and the thought's rows cannot read.
             decisions: by name, from the thought's slots the slots that the deciding row cannot read.
         """
+        return self.decided_each([(blind_thought, decisions)])[0]
+
+    def decided_each(
+        self, arms: Sequence[tuple[Collection[int], Rules]]
+    ) -> list[tuple[str, dict[str, dict[str, float]]]]:
+        """What `decided` gives, of several pairs of its arguments: their thoughts are written side by side."""
         engine, buffer = self.notebook.model.engine, self.notebook.cache
-        with blinded(engine, buffer, lambda _: blind_thought):
-            start = buffer.length + len(self.opening)
-            ids, text = self._thought()
-            tokens = option_ids(self.notebook.model.tokenizer, text, self.options, None)
-            buffer.truncate(start + len(ids) - 1)
-            slots = range(start, buffer.length)
-            # The masks of the copies of this row are made anew: they do not share what the thought's rows cannot read.
-            probes = [Probe(blocked=tuple(sorted(rule(slots)))) for rule in decisions.values()]
-            found = torch.log_softmax(probed(engine, buffer, ids[-1], probes).cpu().double(), dim=-1)
-        scores = {
-            name: {option: float(row[each[0]]) for option, each in zip(self.options, tokens, strict=True)}
-            for name, row in zip(decisions, found, strict=True)
-        }
-        return text, scores
+        used, first = buffer.length, buffer.next_position
+        with branching(engine, buffer) as branches:
+            thoughts = [_Thought(frozenset(blind), list(self.opening)) for blind, _ in arms]
+            while open_ones := [each for each in thoughts if not each.ended]:
+                asked = [(each, self._guess(each.drawn)) for each in open_ones]
+                grown = branches.grown([each.branch(buffer, used, first, rest) for each, rest in asked])
+                for (each, rest), found in zip(asked, grown, strict=True):
+                    self._go_on(each, rest, found)
+            for each in thoughts:
+                self._close(each)
+            # The deciding row is the last token's: all before it are computed, and it is computed again under each rule.
+            behind = [each for each in thoughts if each.known]
+            if behind:
+                grown = branches.grown([each.branch(buffer, used, first, ()) for each in behind], every=False)
+                for each, found in zip(behind, grown, strict=True):
+                    each.slots += found.slots
+            copies = []
+            for each, (_, rules) in zip(thoughts, arms, strict=True):
+                own = each.slots[: len(self.opening) + len(each.drawn) - 1]
+                absent = tuple(sorted(set(range(used, buffer.length)) - set(own)))
+                at = first + len(self.opening) + len(each.drawn) - 1
+                for rule in rules.values():
+                    unread = tuple(sorted(rule(own[len(self.opening) :])))
+                    copies.append(Branch((each.drawn[-1],), (at,), unread=unread, absent=absent))
+            logits = iter(torch.log_softmax(branches.last(copies).cpu().double(), dim=-1))
+        result = []
+        for each, (_, rules) in zip(thoughts, arms, strict=True):
+            tokens = option_ids(self.notebook.model.tokenizer, each.text, self.options, None)
+            scores = {}
+            for name in rules:
+                row = next(logits)
+                scores[name] = {option: float(row[ids[0]]) for option, ids in zip(self.options, tokens, strict=True)}
+            result.append((each.text, scores))
+        return result
 
-    def _thought(self) -> tuple[list[int], str]:
-        """Greedy tokens up to the words that announce the decision, which close a thought that ends otherwise.
+    def _guess(self, drawn: list[int]) -> list[int]:
+        """How an earlier thought goes on that begins like this one."""
+        return next((each[len(drawn) :] for each in self.drawn if each[: len(drawn)] == drawn), [])
 
-        They are appended behind the opening. Thoughts of one cache are much alike, so an earlier one is guessed and checked in
-        one forward: the same greedy tokens, sooner.
-        """
-        engine, buffer, tokenizer = self.notebook.model.engine, self.notebook.cache, self.notebook.model.tokenizer
-        drawn: list[int] = []
-        known, text = list(self.opening), ""
-        while True:
-            rest = next((each[len(drawn) :] for each in self.drawn if each[: len(drawn)] == drawn), [])
-            before = buffer.length
-            logits = engine.append(buffer, [*known, *rest], logits=len(rest) + 1)
-            wanted = logits.argmax(dim=-1).tolist()
-            kept = next((n for n, token in enumerate(rest) if token != wanted[n]), len(rest))
-            buffer.truncate(before + len(known) + kept)
-            drawn += rest[:kept]
-            text = tokenizer.decode(drawn, skip_special_tokens=True)
-            ended = (
-                len(drawn) >= THOUGHT_LIMIT or text.endswith(THOUGHT_ENDS) or wanted[kept] in stop_ids(self.notebook)
-            )
-            if ended:
-                break
-            known = [wanted[kept]]
-            drawn += known
-            text = tokenizer.decode(drawn, skip_special_tokens=True)
-            if text.endswith(THOUGHT_ENDS) or len(drawn) >= THOUGHT_LIMIT:
-                engine.append(buffer, known, logits=0)
-                break
-        if drawn not in self.drawn:
-            self.drawn.insert(0, list(drawn))
-        if not text.endswith(THOUGHT_ENDS):
-            closing = tokenizer.encode(THOUGHT_ENDS, add_special_tokens=False)
-            engine.append(buffer, closing, logits=0)
-            drawn, text = [*drawn, *closing], text + THOUGHT_ENDS
-        return drawn, text
+    def _go_on(self, thought: _Thought, rest: Sequence[int], found: Grown) -> None:
+        """Greedy tokens up to the words that announce the decision: of what was guessed, what the model would write."""
+        tokenizer = self.notebook.model.tokenizer
+        wanted = found.logits[-len(rest) - 1 :].argmax(dim=-1).tolist()
+        kept = next((n for n, token in enumerate(rest) if token != wanted[n]), len(rest))
+        thought.slots += found.slots[: len(thought.known) + kept]
+        thought.drawn += rest[:kept]
+        thought.known = []
+        thought.text = tokenizer.decode(thought.drawn, skip_special_tokens=True)
+        if (
+            len(thought.drawn) >= THOUGHT_LIMIT
+            or thought.text.endswith(THOUGHT_ENDS)
+            or wanted[kept] in stop_ids(self.notebook)
+        ):
+            thought.ended = True
+            return
+        thought.known = [wanted[kept]]
+        thought.drawn += thought.known
+        thought.text = tokenizer.decode(thought.drawn, skip_special_tokens=True)
+        thought.ended = thought.text.endswith(THOUGHT_ENDS) or len(thought.drawn) >= THOUGHT_LIMIT
+
+    def _close(self, thought: _Thought) -> None:
+        """The words that announce the decision close a thought that ends otherwise."""
+        if thought.drawn not in self.drawn:
+            self.drawn.insert(0, list(thought.drawn))
+        if not thought.text.endswith(THOUGHT_ENDS):
+            closing = self.notebook.model.tokenizer.encode(THOUGHT_ENDS, add_special_tokens=False)
+            thought.known += closing
+            thought.drawn += closing
+            thought.text += THOUGHT_ENDS
+        thought.known = thought.known[:-1]
 
 
 def measure(pair: Pair, _: Sequence[Row], *, blinded_from: Sequence[str] = BLIND_THOUGHTS) -> Row:
@@ -127,14 +175,19 @@ def measure(pair: Pair, _: Sequence[Row], *, blinded_from: Sequence[str] = BLIND
     text = written(pair.model, case, pair.change, case.values(pair.change[0]))
     sets = blocked(text, pair.case.number)
     row: Row = {"right": list(pair.actions), "tokens": {name: len(slots) for name, slots in sets.items()}}
+    # Most thoughts are of this form. A guess makes them no other: it is checked, and the same greedy tokens are found sooner.
+    drawn = [
+        pair.model.tokenizer.encode(f"{case.gate.field} is {value}{THOUGHT_ENDS}", add_special_tokens=False)
+        for value in (pair.change[1], pair.change[0])
+    ]
     for name, edited in (("in_place", True), ("fresh", False)):
         notebook = Notebook(pair.model)
         notebook.message("system", case.scenario.prompt, **case.values(pair.change[0 if edited else 1]))
         notebook.message("user", case.asked).prefill()
         if edited:
             notebook.edit({case.gate.field: pair.change[1]}, mode=Mode.IN_PLACE)
-        thinking = Thinking(notebook, text.ids[len(notebook) :], list(pair.first_tokens))
-        row[name] = {which: _under(pair, thinking, which, sets) for which in blinded_from}
+        thinking = Thinking(notebook, text.ids[len(notebook) :], list(pair.first_tokens), drawn)
+        row[name] = _under(pair, thinking, blinded_from, sets)
     return row
 
 
@@ -153,20 +206,27 @@ def blocked(text: Written, number: int) -> dict[str, tuple[int, ...]]:
     return {**own, **drawn, AS_THOUGHT: tuple(rng.sample(others, len(others)))}
 
 
-def _under(pair: Pair, thinking: Thinking, which: str, sets: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What is decided behind the thought that could not read one set."""
+def _under(
+    pair: Pair, thinking: Thinking, blinded_from: Sequence[str], sets: Mapping[str, tuple[int, ...]]
+) -> dict[str, dict[str, Any]]:
+    """What is decided behind the thoughts that could not read one set each."""
 
     def unread(names: Sequence[str], thought: Sequence[int]) -> Collection[int]:
         found = {**sets, THOUGHT: tuple(thought), AS_THOUGHT: sets[AS_THOUGHT][: len(thought)]}
         return {slot for name in names for slot in found[name]}
 
-    rules = {"+".join(names) or NOTHING: partial(unread, names) for names in BLIND_DECISIONS[which]}
-    text, scores = thinking.decided(sets.get(which, ()), rules)
+    arms = [
+        (sets.get(which, ()), {"+".join(names) or NOTHING: partial(unread, names) for names in BLIND_DECISIONS[which]})
+        for which in blinded_from
+    ]
     new, old = (pair.change[1], pair.change[0])
     return {
-        "thought": text,
-        "says": "new" if new in text else "old" if old in text else "neither",
-        "decided": {name: _outcome(pair, each) for name, each in scores.items()},
+        which: {
+            "thought": text,
+            "says": "new" if new in text else "old" if old in text else "neither",
+            "decided": {name: _outcome(pair, each) for name, each in scores.items()},
+        }
+        for which, (text, scores) in zip(blinded_from, thinking.decided_each(arms), strict=True)
     }
 
 
@@ -219,7 +279,7 @@ REASONING = Experiment(
     title="Why a thought repairs an edit in place: what thought and decision read, blocked one by one",
     measure=measure,
     summarise=summarise,
-    scenarios=160,
-    seconds=9.6,
+    scenarios=336,
+    seconds=2.0,
     quick=partial(measure, blinded_from=(NOTHING, "field")),
 )
