@@ -7,7 +7,8 @@ rows in their places, one intervention after the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -145,14 +146,35 @@ def _taking(outputs: torch.Tensor, taken: torch.Tensor) -> Change:
 def _in_one_forward(
     engine: Engine, buffer: KVBuffer, copies: _Copies, edits: Sequence[_Edit], seen: _Seen
 ) -> torch.Tensor:
+    with _seeing(engine, buffer, copies, seen), all_changed(engine, buffer, edits):
+        return engine.compute(buffer, copies.every, logits=copies.count, chunk=len(copies.every))
+
+
+@contextmanager
+def copied(engine: Engine, buffer: KVBuffer, rows: Rows, count: int) -> Iterator[Rows]:
+    """Copies of some rows, all copies of the first one first, each of which sees the context and itself alone inside the block.
+
+    For a forward of the caller's own, of all of them at once. Then all is taken back.
+
+    Raises:
+        UnsupportedModelError: attention depends on positions by more than the keys and the mask.
+    """
+    require_rotary(engine, buffer)
+    copies = _Copies(buffer, rows, count)
+    with _seeing(engine, buffer, copies, _Seen(buffer, copies)):
+        yield copies.every
+
+
+@contextmanager
+def _seeing(engine: Engine, buffer: KVBuffer, copies: _Copies, seen: _Seen) -> Iterator[None]:
     reached = Reached(copies.every.slots)
 
     def allowed(layer: int, slots: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         reached.met.update(slots.tolist())
         return seen.by(layer).to(engine.device)
 
-    with masked(engine, buffer, allowed, range(len(buffer)), reached), all_changed(engine, buffer, edits):
-        return engine.compute(buffer, copies.every, logits=copies.count, chunk=len(copies.every))
+    with masked(engine, buffer, allowed, range(len(buffer)), reached):
+        yield
 
 
 class _Seen:
