@@ -10,6 +10,7 @@ import torch
 from conftest import tiny
 from programmable_kv.lab.experiments import conclusion
 from programmable_kv.lab.experiments.cases import RANKING_SEED, cases
+from programmable_kv.lab.experiments.dissociation import donors, exchanged_texts
 from programmable_kv.lab.experiments.kept import Kept
 from programmable_kv.lab.experiments.learned import DIMENSIONS, Example, Learned
 from programmable_kv.lab.experiments.note_rows import NoteRows, shifted
@@ -73,6 +74,20 @@ def test_many_exchanges_in_one_forward_are_each_of_them_alone(pair: Pair) -> Non
         assert len(set(alone)) > 3
     assert notes.gaps(every)[2] == pytest.approx(pair.scale.old, **CLOSE)
     assert notes.gaps([]) == []
+
+
+def test_another_text_is_computed_from_where_it_differs_and_is_what_its_prefill_gives(pair: Pair) -> None:
+    notes, texts = NoteRows(pair), exchanged_texts(pair)
+    prefills = donors(pair)
+    assert set(texts) == {"rules", "both"}
+    before = [each.clone() for each in pair.fresh.tensors().values()]
+    for name, text in texts.items():
+        for noising in (False, True):
+            found = notes.streams_of(text, noising=noising)
+            assert torch.allclose(found, notes.streams(prefills[name]), rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(notes.streams_of(text)[-1], notes.streams(pair.old)[-1], rtol=1e-9, atol=1e-9)
+    assert torch.allclose(notes.streams_of(pair.new_text), notes.streams(pair.fresh), rtol=1e-9, atol=1e-9)
+    assert all(torch.equal(a, b) for a, b in zip(before, pair.fresh.tensors().values(), strict=True))
 
 
 def test_along_every_dimension_is_the_whole_and_along_two_halves_too(pair: Pair) -> None:

@@ -17,6 +17,7 @@ from programmable_kv.lab.experiments.cases import cases
 from programmable_kv.lab.experiments.nulls import matched_heads
 from programmable_kv.lab.experiments.pair import Pair, appended_last, pair_of
 from programmable_kv.lab.experiments.shares import added, shares_by_layer
+from programmable_kv.lab.tools.copies import Rewritten
 from programmable_kv.lab.tools.head_outputs import head_outputs, head_slopes, heads_from
 from programmable_kv.lab.tools.together import Probe
 
@@ -113,6 +114,27 @@ def test_all_heads_write_the_notes_and_none_writes_nothing(
     )
     after = [each for buffer in (pair.old, pair.fresh) for each in buffer.tensors().values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("noising", [False, True])
+def test_many_writings_in_one_forward_are_each_of_them_alone(
+    pair: Pair, notes: dict[str, tuple[int, ...]], noising: bool
+) -> None:
+    writing, every = paths.Writing(pair, notes["actions"], noising=noising), tuple(paths.all_heads(pair))
+    some, others = every[::3], every[1::2]
+    asked = [
+        Rewritten(()), Rewritten(every), Rewritten(some), Rewritten(some, readers=others), Rewritten(every, readers=()),
+        Rewritten(every, readers=some), Rewritten(others, readers=every),
+    ]  # fmt: skip
+    alone = [
+        writing.gap(each.heads) if each.readers is None else writing.read(each.heads, each.readers) for each in asked
+    ]
+    before = [each.clone() for each in writing.here.tensors().values()]
+    assert writing.gaps(asked) == pytest.approx(alone, **CLOSE)
+    assert len({round(each, 9) for each in alone}) == len(asked) - 1, "only two of them write nothing that is read"
+    assert all(torch.equal(a, b) for a, b in zip(before, writing.here.tensors().values(), strict=True))
+    with pytest.raises(InvalidArgumentError, match="layers of"):
+        writing.gaps([Rewritten(some, readers=((0, 99),))])
 
 
 def test_slopes_are_those_of_small_writings(pair: Pair, notes: dict[str, tuple[int, ...]]) -> None:

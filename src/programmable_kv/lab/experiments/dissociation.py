@@ -59,11 +59,17 @@ def exchanged_rules(pair: Pair) -> str:
 
 def donors(pair: Pair) -> dict[str, KVBuffer]:
     """The contexts that keys and values are taken from; those with exchanged rules only where tokens stay in their places."""
-    found, system = {"field": pair.fresh}, exchanged_rules(pair)
+    prefilled_texts = {name: prefilled(pair.engine, text) for name, text in exchanged_texts(pair).items()}
+    return {"field": pair.fresh} | prefilled_texts
+
+
+def exchanged_texts(pair: Pair) -> dict[str, Written]:
+    """Contexts with exchanged rules, where tokens stay in their places: `rules` with the old value, `both` with the new one."""
+    found, system = {}, exchanged_rules(pair)
     for name, value in zip(EXCHANGED, pair.change, strict=True):
         text = written(pair.model, pair.case, pair.change, pair.case.values(value), system=system)
         if len(text.ids) == len(pair.text.ids) and _same_outside_values(text, pair.text):
-            found[name] = prefilled(pair.engine, text)
+            found[name] = text
     return found
 
 

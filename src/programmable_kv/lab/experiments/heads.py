@@ -10,6 +10,7 @@ from programmable_kv.lab.experiments.experiment import Row
 from programmable_kv.lab.experiments.pair import Pair, appended_last
 from programmable_kv.lab.experiments.written import TAIL, Part, Text
 from programmable_kv.lab.statistics.ranks import spearman
+from programmable_kv.lab.tools.copies import Rewritten, rewritten_in_copies
 from programmable_kv.lab.tools.head_outputs import Head, head_outputs, head_slopes, heads_from
 from programmable_kv.lab.tools.readouts import split_in_half
 from programmable_kv.lab.tools.together import Probe, probed
@@ -55,6 +56,12 @@ class Writing:
         self.pair, self.notes = pair, tuple(sorted(notes))
         self.here, donor = (pair.fresh, pair.old) if noising else (pair.old, pair.fresh)
         self.outputs = head_outputs(pair.engine, donor, _rows_of(pair, self.notes), self.notes)
+
+    def gaps(self, several: Sequence[Rewritten]) -> list[float]:
+        """What `gap` gives of each of several sets of heads, or `read` where it has readers, all in one forward."""
+        rows = _rows_of(self.pair, self.notes)
+        logits = rewritten_in_copies(self.pair.engine, self.here, rows, self.outputs, several)
+        return [float(each) for each in self.pair.gap_in(logits)]
 
     def gap(self, heads: Sequence[Head]) -> float:
         """The gap where these heads write the other context's notes. The contexts are unchanged."""

@@ -13,6 +13,7 @@ from programmable_kv.lab.experiments.pair import Pair, appended_last
 from programmable_kv.lab.experiments.read_by_layer import Items, LayerProbes
 from programmable_kv.lab.tools.alignment import Exchange, align
 from programmable_kv.lab.tools.linear_probes import mean_direction
+from programmable_kv.lab.tools.nulls import random_basis
 from programmable_kv.lab.tools.sites import Place, Site
 
 DIMENSIONS = (1, 2, 4, 8)
@@ -57,6 +58,8 @@ class Learned:
         self.items = Items.together([each.notes for each in examples])
         self.probes = LayerProbes(self.items)
         self._subspaces: dict[tuple[int, int], torch.Tensor] = {}
+        self._changes: dict[tuple[int, int], torch.Tensor] = {}
+        self._random: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def direction(self, layer: int) -> tuple[torch.Tensor, float, torch.Tensor]:
         """From what does not apply to what does: the unit vector [d], the distance of the means, and their midpoint."""
@@ -69,6 +72,19 @@ class Learned:
 
     def changes(self, layer: int, dimensions: int) -> torch.Tensor:
         """The subspace [d, k] in which most of what changes between the contexts lies; of few examples, filled up."""
+        if (layer, dimensions) not in self._changes:
+            self._changes[layer, dimensions] = self._most_of_changes(layer, dimensions)
+        return self._changes[layer, dimensions]
+
+    def random(self, layer: int, dimensions: int, seed: int) -> torch.Tensor:
+        """A random subspace [d, k], drawn as likely as streams vary along it."""
+        key = (layer, dimensions, seed)
+        if key not in self._random:
+            shaped = self.changes(layer, dimensions)
+            self._random[key] = random_basis(shaped, seed, covariance=self.covariance(layer))
+        return self._random[key]
+
+    def _most_of_changes(self, layer: int, dimensions: int) -> torch.Tensor:
         apart = torch.cat([each.new[layer] - each.old[layer] for each in self.examples])
         found = torch.linalg.svd(apart.to("cpu", torch.float64), full_matrices=False).Vh[:dimensions].T
         filling = torch.randn(len(found), dimensions, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -11,7 +11,7 @@ from programmable_kv.engine import Rows
 from programmable_kv.lab.experiments.heads import note_sets
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.read_by_layer import Items
-from programmable_kv.lab.experiments.written import Text
+from programmable_kv.lab.experiments.written import Text, Written
 from programmable_kv.lab.tools.copies import Exchanged, computed_in_copies
 from programmable_kv.lab.tools.hooks import Change, taken_back
 from programmable_kv.lab.tools.sites import Place, Site, changed, recorded
@@ -25,6 +25,7 @@ class NoteRows:
         actions = note_sets(pair)["actions"]
         self.slots = tuple(slot for slot in actions if slot - 1 not in set(actions))
         self.ids = tuple(pair.text.ids[slot] for slot in self.slots)
+        self._own: dict[bool, torch.Tensor] = {}
 
     @property
     def applies(self) -> dict[str, list[bool]]:
@@ -34,9 +35,22 @@ class NoteRows:
 
     def streams(self, buffer: KVBuffer) -> torch.Tensor:
         """The residual stream of the notes' rows before each layer, and after the last one: [L + 1, notes, d]."""
+        return self._recorded(buffer, Rows(self.ids, self.slots, self.slots))
+
+    def streams_of(self, text: Written, *, noising: bool = False) -> torch.Tensor:
+        """The same where another text stands in the old context's place, or with `noising` in the new one's.
+
+        From the first token that differs to the last note all is computed again. The contexts are unchanged.
+        """
+        here, own = (self.pair.fresh, self.pair.new_text) if noising else (self.pair.old, self.pair.old_text)
+        differ = (slot for slot, (a, b) in enumerate(zip(text.ids, own.ids, strict=True)) if a != b)
+        slots = tuple(range(min(next(differ, self.slots[0]), self.slots[0]), self.slots[-1] + 1))
+        return self._recorded(here, Rows(tuple(text.ids[slot] for slot in slots), slots, slots))
+
+    def _recorded(self, buffer: KVBuffer, rows: Rows) -> torch.Tensor:
         sites = [Site(Place.RESIDUAL, layer) for layer in range(len(buffer) + 1)]
         with recorded(self.pair.engine, buffer, sites, self.slots) as found:
-            self.pair.engine.compute(buffer, Rows(self.ids, self.slots, self.slots))
+            self.pair.engine.compute(buffer, rows, logits=0)
         return torch.stack([found[site] for site in sites])
 
     def items(self, old: torch.Tensor, new: torch.Tensor) -> Items:
@@ -65,7 +79,9 @@ class NoteRows:
         here = pair.fresh if noising else pair.old
         if not changes:
             return []
-        own, every = self.streams(here), torch.arange(len(self.slots))
+        if noising not in self._own:
+            self._own[noising] = self.streams(here)
+        own, every = self._own[noising], torch.arange(len(self.slots))
         exchanges = [Exchanged(layer, change(own[layer], every)) for layer, change in changes]
         slots = (*self.slots, pair.text.last)
         found = computed_in_copies(pair.engine, here, Rows((*self.ids, pair.token), slots, slots), exchanges)

@@ -32,6 +32,7 @@ from programmable_kv.lab.experiments.nulls import matched_heads
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.shares import shares_by_layer
 from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, nested, rounded, share
+from programmable_kv.lab.tools.copies import Rewritten
 from programmable_kv.lab.tools.head_outputs import Head
 from programmable_kv.lab.tools.together import Probe
 
@@ -40,7 +41,11 @@ WRITERS = (1, 2, 4, 8, 12, 16)
 CIRCUIT = {"read": 24, "write": 12}
 """heads of the circuit that is taken apart"""
 DRAWS = 2
-"""random sets of reading heads for each size; of writing heads, each a forward of its own, one"""
+"""random sets of reading heads for each size; of writing heads, each of them many rows, one"""
+LEFT = "left"
+"""an arm of the new context, in which the old one's is written"""
+Name = tuple[str, ...]
+"""of a measurement: where in the row it stands"""
 MATTERS = 0.005
 """a head without which the circuit recovers less than this less is no part of it"""
 
@@ -63,15 +68,25 @@ def measure(pair: Pair, others: Sequence[Row]) -> Row:
     """What the heads ranked on other policies do together, and what is left beside them."""
     heads, notes = all_heads(pair), note_sets(pair)
     ranked = {part: strongest([row[part] for row in others], heads, len(heads)) for part in CIRCUIT}
+    chosen = {part: ranked[part][: circuit(heads, part)] for part in CIRCUIT}
     rng = random.Random(f"{SEED}/path-closure/{pair.case.number}")
-    row: Row = {"notes": _notes(pair, notes), "read": _reading(pair, notes, ranked["read"], rng)}
-    row["write"] = _writing(pair, notes["actions"], ranked["write"], rng)
-    row["whole"] = _whole(pair, notes["actions"], ranked)
-    row["without_one"] = _without_one(pair, notes["both_rules"], ranked["read"][: circuit(heads, "read")], rng)
+    # All is drawn first. Then what the deciding row reads is computed in one forward, what is written in one for each context.
+    probes = _notes(pair, notes) | _reading(pair, notes, ranked["read"], rng)
+    writings = _writing(pair, ranked["write"], rng) | _whole(chosen)
+    alone = _without_one(pair, notes["both_rules"], chosen["read"], rng)
+    gaps = _by_name(pair, probes | alone)
+    row: Row = {}
+    found = {name: fmean(gaps[name]) for name in probes} | _written(pair, notes["actions"], writings)
+    for (*path, last), gap in found.items():
+        inner = row
+        for key in path:
+            inner = inner.setdefault(key, {})
+        inner[last] = round(gap, 4)
+    for name, slots in notes.items():
+        row["notes"][name]["tokens"] = len(slots)
+    row["without_one"] = {name: _lost(pair, gaps["without_one", name]) for _, name in alone}
     row["stable"] = {part: rounded(stability(others, part, heads, circuit(heads, part))) for part in CIRCUIT}
-    row["depth"] = rounded(
-        {part: depth([each[part] for each in others], heads, ranked[part][: circuit(heads, part)]) for part in CIRCUIT}
-    )
+    row["depth"] = rounded({part: depth([each[part] for each in others], heads, chosen[part]) for part in CIRCUIT})
     row["shares"] = shares_by_layer(pair, _firsts(pair, notes["actions"]))
     return row
 
@@ -80,78 +95,89 @@ def _firsts(pair: Pair, actions: Sequence[int]) -> tuple[int, ...]:
     return tuple(slot for slot in actions if slot - 1 not in set(actions))
 
 
-def _notes(pair: Pair, notes: dict[str, tuple[int, ...]]) -> Row:
+def _by_name(pair: Pair, probes: dict[Name, list[Probe]]) -> dict[Name, list[float]]:
+    """The gaps under the probes of each name, all in one forward."""
+    gaps = iter(pair.gaps([probe for each in probes.values() for probe in each]))
+    return {name: [next(gaps) for _ in each] for name, each in probes.items()}
+
+
+def _notes(pair: Pair, notes: dict[str, tuple[int, ...]]) -> dict[Name, list[Probe]]:
     """Each set of notes alone, and everything but it."""
-    alone = pair.gaps([Probe(slots) for slots in notes.values()])
-    rest = pair.gaps([Probe(all_but(pair, slots)) for slots in notes.values()])
-    return {
-        name: rounded({"alone": a, "rest": b}) | {"tokens": len(notes[name])}
-        for name, a, b in zip(notes, alone, rest, strict=True)
-    }
+    probes: dict[Name, list[Probe]] = {}
+    for name, slots in notes.items():
+        probes["notes", name, "alone"] = [Probe(slots)]
+        probes["notes", name, "rest"] = [Probe(all_but(pair, slots))]
+    return probes
 
 
-def _reading(pair: Pair, notes: dict[str, tuple[int, ...]], ranked: Sequence[Head], rng: random.Random) -> Row:
+def _reading(
+    pair: Pair, notes: dict[str, tuple[int, ...]], ranked: Sequence[Head], rng: random.Random
+) -> dict[Name, list[Probe]]:
     """The first heads of the ranking, by number and notes: alone, the rest, and both for random heads."""
     layers, width = len(pair.old), max(head for _, head in ranked) + 1
-    probes: dict[tuple[str, str, str], list[Probe]] = {}
+    probes: dict[Name, list[Probe]] = {}
     for name, sizes in READERS.items():
         for count in (k for k in sizes if 2 * k <= len(ranked)):
             chosen, slots = ranked[:count], notes[name]
             drawn = [matched_heads(chosen, layers, width, rng) for _ in range(DRAWS)]
             probes |= {
-                (name, str(count), "alone"): [read_by(pair, slots, chosen)],
-                (name, str(count), "rest"): [read_elsewhere(pair, slots, chosen)],
-                (name, str(count), "random"): [read_by(pair, slots, each) for each in drawn],
+                ("read", name, str(count), "alone"): [read_by(pair, slots, chosen)],
+                ("read", name, str(count), "rest"): [read_elsewhere(pair, slots, chosen)],
+                ("read", name, str(count), "random"): [read_by(pair, slots, each) for each in drawn],
             }
             if count == CIRCUIT["read"]:
-                probes[name, str(count), "random_rest"] = [read_elsewhere(pair, slots, each) for each in drawn]
-    # All in one forward.
-    gaps = iter(pair.gaps([probe for each in probes.values() for probe in each]))
-    row: Row = {}
-    for (name, size, arm_name), each in probes.items():
-        found = fmean(next(gaps) for _ in each)
-        row.setdefault(name, {}).setdefault(size, {})[arm_name] = round(found, 4)
-    return row
+                probes["read", name, str(count), "random_rest"] = [read_elsewhere(pair, slots, each) for each in drawn]
+    return probes
 
 
-def _writing(pair: Pair, slots: Sequence[int], ranked: Sequence[Head], rng: random.Random) -> Row:
+def _writing(pair: Pair, ranked: tuple[Head, ...], rng: random.Random) -> dict[Name, Rewritten]:
     """The first heads of the ranking, by number: alone, beside random ones, and what is left without them."""
-    into_old, into_new = Writing(pair, slots), Writing(pair, slots, noising=True)
     layers, width = len(pair.old), max(head for _, head in ranked) + 1
-    row: Row = {}
+    writings: dict[Name, Rewritten] = {}
     for count in (k for k in WRITERS if 2 * k <= len(ranked)):
         chosen = ranked[:count]
-        row[str(count)] = {"alone": into_old.gap(chosen)}
+        writings["write", str(count), "alone"] = Rewritten(chosen)
         if count <= CIRCUIT["write"]:
-            row[str(count)]["random"] = into_old.gap(matched_heads(chosen, layers, width, rng))
+            writings["write", str(count), "random"] = Rewritten(matched_heads(chosen, layers, width, rng))
         if count == CIRCUIT["write"]:
-            row[str(count)]["left"] = into_new.gap(chosen)
-        row[str(count)] = rounded(row[str(count)])
-    return row
+            writings["write", str(count), LEFT] = Rewritten(chosen)
+    return writings
 
 
-def _whole(pair: Pair, slots: Sequence[int], ranked: dict[str, tuple[Head, ...]]) -> Row:
+def _whole(chosen: dict[str, tuple[Head, ...]]) -> dict[Name, Rewritten]:
     """The whole path: the writing heads write the actions, and only the reading heads read what they wrote."""
-    writers, readers = (ranked[part][: circuit(ranked[part], part)] for part in ("write", "read"))
-    return rounded(
-        {
-            "alone": Writing(pair, slots).read(writers, readers),
-            "left": Writing(pair, slots, noising=True).read(writers, readers),
-        }
-    )
+    whole = Rewritten(chosen["write"], readers=chosen["read"])
+    return {("whole", "alone"): whole, ("whole", LEFT): whole}
 
 
-def _without_one(pair: Pair, slots: Sequence[int], chosen: Sequence[Head], rng: random.Random) -> Row:
-    """Is any head of the reading circuit too many? What is recovered less without each, and without one of a random circuit."""
+def _written(pair: Pair, slots: Sequence[int], writings: dict[Name, Rewritten]) -> dict[Name, float]:
+    """The gap under each: written in the old context, and what is left of the new one where the old one's is written."""
+    found: dict[Name, float] = {}
+    for noising in (False, True):
+        some = {name: each for name, each in writings.items() if (name[-1] == LEFT) is noising}
+        if some:
+            gaps = Writing(pair, slots, noising=noising).gaps(list(some.values()))
+            found |= dict(zip(some, gaps, strict=True))
+    return found
+
+
+def _without_one(
+    pair: Pair, slots: Sequence[int], chosen: Sequence[Head], rng: random.Random
+) -> dict[Name, list[Probe]]:
+    """The reading circuit and a random one: all of it, and all of it but each head in turn."""
     layers, width = len(pair.old), max(head for _, head in all_heads(pair)) + 1
-    span = pair.scale.new - pair.scale.old
-    row: Row = {}
+    probes: dict[Name, list[Probe]] = {}
     for name, whole in (("chosen", tuple(chosen)), ("random", matched_heads(chosen, layers, width, rng))):
-        smaller = [[head for head in whole if head != each] for each in whole]
-        together, *gaps = pair.gaps([read_by(pair, slots, each) for each in (whole, *smaller)])
-        lost = [abs(together - gap) / span for gap in gaps]
-        row[name] = {"lost": round(fmean(lost), 4), "needed": sum(each > MATTERS for each in lost) / len(lost)}
-    return row
+        smaller = [tuple(head for head in whole if head != each) for each in whole]
+        probes["without_one", name] = [read_by(pair, slots, each) for each in (whole, *smaller)]
+    return probes
+
+
+def _lost(pair: Pair, gaps: Sequence[float]) -> Row:
+    """Is any head of a circuit too many? What is recovered less without each, on average, and how many that matters for."""
+    together, *without = gaps
+    lost = [abs(together - gap) / (pair.scale.new - pair.scale.old) for gap in without]
+    return {"lost": round(fmean(lost), 4), "needed": sum(each > MATTERS for each in lost) / len(lost)}
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
@@ -206,7 +232,7 @@ PATH_CLOSURE = Experiment(
     measure=measure,
     summarise=summarise,
     rank=rank,
-    scenarios=128,
+    scenarios=336,
     ranking=32,
-    seconds=40.0,
+    seconds=1.6,
 )

@@ -29,6 +29,7 @@ from programmable_kv.lab.experiments.skills import (
     compiled,
     layout,
     prefilled_as,
+    read_as,
     repaired_rows,
 )
 from programmable_kv.lab.experiments.summaries import nested
@@ -64,7 +65,8 @@ def compared(
     `stranger`: tokens of a third policy, as another preface.
     """
     engine = pair.engine
-    full, alone = prefilled_as(engine, skills, None), prefilled_as(engine, skills, skills.alone())
+    full = prefilled_as(engine, skills, None)
+    alone = read_as(engine, full, skills, skills.alone())
     expected = _logits(pair, full, skills, ())
     rng = random.Random(f"{OTHERS_SEED}/random/{pair.case.number}")
     row: Row = {"right": _choice(expected, tokens) == pair.actions[0], "arms": {}, "attention": {}}
@@ -75,9 +77,9 @@ def compared(
         row["arms"][name] = _outcome(pair, expected, _logits(pair, alone, skills, chosen), tokens)
     row["attention"]["alone"] = _attention(pair, alone, skills, skills.tail)
     if len(skills.chunks) > 1:
-        together = prefilled_as(engine, skills, skills.together())
+        together = read_as(engine, full, skills, skills.together())
         row["arms"]["together"] = _outcome(pair, expected, _logits(pair, together, skills, ()), tokens)
-        row["attention"]["together"] = _attention(pair, together, skills)
+        row["attention"]["together"] = _attention(pair, together, skills, skills.tail)
     if deviates:
         row["deviation"] = {"alone": _deviation(full, alone, skills.own)}
         other = layout(pair, [], shift=SHIFT)
@@ -180,7 +182,7 @@ SEAM = Experiment(
     title="What differs inside a skill that was compiled alone, what repair mends, and why skills compete",
     measure=measure,
     summarise=summarise,
-    scenarios=28,
-    seconds=21.0,
+    scenarios=336,
+    seconds=6.3,
     quick=partial(measure, by_itself=True),
 )

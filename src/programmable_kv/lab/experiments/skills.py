@@ -166,6 +166,16 @@ def prefilled_as(engine: Engine, skills: Skills, rule: PartReads | None) -> KVBu
     return buffer
 
 
+def read_as(engine: Engine, full: KVBuffer, skills: Skills, rule: PartReads) -> KVBuffer:
+    """A copy of a buffer in which everything read everything, its skills computed again by a rule of what may read what.
+
+    The prefix is the same by any rule, and what follows the skills is left as it was: whoever reads it computes it first.
+    """
+    buffer, slots = full.fork(), tuple(range(skills.prefix, skills.tail))
+    engine.compute(buffer, Rows(tuple(skills.ids[slot] for slot in slots), slots, slots), logits=0, reads=rule)
+    return buffer
+
+
 def compiled(engine: Engine, skills: Skills, chunk: Span, preface: Sequence[int]) -> tuple[KVBuffer, Span]:
     """A skill behind a preface, at the positions that it has in the context; and where it lies in that buffer.
 

@@ -4,7 +4,7 @@ One forward and one backward rank every (layer, KV head, slot) at once; the exac
 ranking only. What is first-order is the effect of a layer's attention output on the decision. What a patch does to that output
 is exact: the softmax is computed anew, as a saturated one hides what a gradient through it would miss.
 
-With `drop`, one more backward for each layer: in each, no gradient passes through what one layer adds, and the score is the
+With `drop`, one more gradient for each layer: in each, no gradient passes through what one layer adds, and the score is the
 mean of the absolute effects. An effect that another one cancels shows then.
 Source: Kramar et al., AtP* (arXiv 2403.00745), sections 3.1 and 3.2.
 """
@@ -24,6 +24,7 @@ from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.modules import DecoderModules
 from programmable_kv.engine import Engine, Graph, Rows
 from programmable_kv.errors import InvalidArgumentError, UnsupportedModelError
+from programmable_kv.lab.tools.copies import copied
 
 Target = Callable[[torch.Tensor], torch.Tensor]
 """logits of the last row [vocabulary] -> the number that is to be explained (a gap)"""
@@ -74,7 +75,7 @@ def attribute(
     layers = len(buffer)
     if any(layer.rotated != "keys" for layer in engine.relocation.layout.layers):
         raise UnsupportedModelError(f"{engine.layout.model_type} caches something else than its attention reads (MLA)")
-    with _watched(engine, buffer, gated=drop) as watched, engine.graph(buffer, rows) as graph:
+    with _watched(engine, buffer) as watched, engine.graph(buffer, rows) as graph:
         if graph.last[0].query.shape[-1] != graph.keys[0].shape[-1]:
             raise UnsupportedModelError(
                 f"{engine.layout.model_type} caches something else than its attention reads (MLA)"
@@ -83,32 +84,43 @@ def attribute(
         kept = graph.keys[0].shape[1]
         value = target(graph.logits[-1])
         wanted = [*watched.heads, *graph.keys, *graph.values]
-        plain = torch.autograd.grad(value, wanted, retain_graph=True)
-        by_row = torch.stack([_effects(g, c, kept) for g, c in zip(plain[:layers], changes, strict=True)])
+        plain = torch.autograd.grad(value, wanted)
+        slopes = [each[0, -1:] for each in plain[:layers]]
+        by_row = torch.stack([_effects(g, c, kept)[0] for g, c in zip(slopes, changes, strict=True)])
         linear = torch.stack([_linear(plain, graph, source, layer) for layer in range(layers)])
         heads = None if head_outputs is None else _head_effects(plain, watched, head_outputs)
-        if drop:
-            by_row = torch.zeros_like(by_row)
-            for layer in range(layers):
-                watched.dropped = layer
-                gradients = torch.autograd.grad(value, watched.heads, retain_graph=True)
-                # A layer that is dropped shows no effect of its own, so each layer's mean is over the others.
-                by_row += torch.stack([_effects(g, c, kept) for g, c in zip(gradients, changes, strict=True)]).abs()
-            by_row /= max(1, layers - 1)
+    if drop:
+        # A layer that is dropped shows no effect of its own, so each layer's mean is over the others.
+        slopes = _dropped(engine, buffer, rows, target)
+        every = [_effects(g, c, kept).abs().sum(dim=0) for g, c in zip(slopes, changes, strict=True)]
+        by_row = torch.stack(every) / max(1, layers - 1)
     return Attribution(by_row, linear, heads)
 
 
-@dataclass(slots=True, eq=False)
+def _dropped(engine: Engine, buffer: KVBuffer, rows: Rows, target: Target) -> list[torch.Tensor]:
+    """The gradients [dropped layers, heads * D_v] of each layer's heads in the last row, one layer after the other dropped.
+
+    All in one forward and one backward: for each dropped layer a copy of the rows, through which no gradient passes there.
+    """
+    count = len(buffer)
+    with (
+        copied(engine, buffer, rows, count) as copies,
+        _watched(engine, buffer, copies=count) as watched,
+        engine.graph(buffer, copies) as graph,
+    ):
+        value = torch.stack([target(each) for each in graph.logits[-count:]]).sum()
+        return [each[0, -count:] for each in torch.autograd.grad(value, watched.heads)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Watched:
     heads: list[torch.Tensor]
     """the input of each layer's output projection, [1, T, heads * D_v]"""
-    dropped: int | None = None
-    """the layer through which no gradient passes in the backward that runs"""
 
 
 @contextmanager
-def _watched(engine: Engine, buffer: KVBuffer, *, gated: bool) -> Iterator[_Watched]:
-    """Keep the heads' outputs of this buffer's forward, and let gradients be dropped at layers."""
+def _watched(engine: Engine, buffer: KVBuffer, *, copies: int = 0) -> Iterator[_Watched]:
+    """Keep the heads' outputs of this buffer's forward; of copies of rows, let no gradient pass what layer i adds in copy i."""
     modules = DecoderModules.of(engine.model)
     watched = _Watched([])
     handles = []
@@ -124,8 +136,10 @@ def _watched(engine: Engine, buffer: KVBuffer, *, gated: bool) -> Iterator[_Watc
             whole = output[0] if isinstance(output, tuple) else output
             before = args[0] if args else kwargs["hidden_states"]
             added = whole - before
+            passes = torch.ones_like(added)
+            passes[:, layer::copies] = 0
             if added.requires_grad:
-                added.register_hook(lambda gradient: gradient * 0 if watched.dropped == layer else gradient)
+                added.register_hook(lambda gradient: gradient * passes)
             return (before + added, *output[1:]) if isinstance(output, tuple) else before + added
 
         return after
@@ -133,7 +147,7 @@ def _watched(engine: Engine, buffer: KVBuffer, *, gated: bool) -> Iterator[_Watc
     try:
         for index, (layer, projection) in enumerate(zip(modules.layers, modules.projections, strict=True)):
             handles.append(projection.register_forward_pre_hook(keep))
-            if gated:
+            if copies:
                 handles.append(layer.register_forward_hook(gate(index), with_kwargs=True))
         yield watched
     finally:
@@ -191,12 +205,12 @@ def _scores(last: LastRow, keys: torch.Tensor) -> torch.Tensor:
     return scores if last.softcap is None else torch.tanh(scores / last.softcap) * last.softcap
 
 
-def _effects(gradient: torch.Tensor, changes: torch.Tensor, kept_heads: int) -> torch.Tensor:
-    """[H, S] effects by KV head, from a gradient [1, T, heads * D_v] and changes [heads, S, D_v] of the last row."""
+def _effects(gradients: torch.Tensor, changes: torch.Tensor, kept_heads: int) -> torch.Tensor:
+    """[n, H, S] effects by KV head, from gradients [n, heads * D_v] and changes [heads, S, D_v] of the last row."""
     heads, past, width = changes.shape
-    slopes = gradient[0, -1].view(heads, width).to(changes.dtype)
-    by_query_head = torch.einsum("hd,hsd->hs", slopes, changes)
-    return by_query_head.view(kept_heads, heads // kept_heads, past).sum(dim=1)
+    slopes = gradients.view(-1, heads, width).to(changes.dtype)
+    by_query_head = torch.einsum("nhd,hsd->nhs", slopes, changes)
+    return by_query_head.view(-1, kept_heads, heads // kept_heads, past).sum(dim=2)
 
 
 def _linear(gradients: Sequence[torch.Tensor], graph: Graph, source: KVBuffer, layer: int) -> torch.Tensor:

@@ -7,8 +7,8 @@ rows in their places, one intervention after the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +18,15 @@ from programmable_kv.cache.masks import visible
 from programmable_kv.engine import Engine, Rows
 from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.lab.tools.changes import replaced
-from programmable_kv.lab.tools.hooks import Reached, taken_back
+from programmable_kv.lab.tools.head_outputs import Head, require_heads
+from programmable_kv.lab.tools.hooks import Change, Reached
 from programmable_kv.lab.tools.masks import masked
-from programmable_kv.lab.tools.sites import Place, Site, changed
+from programmable_kv.lab.tools.sites import Place, Site, all_changed
 from programmable_kv.lab.tools.together import require_rotary
 
 _ROWS = 192
 """of one forward"""
+_Edit = tuple[Site, Change, Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,6 +35,15 @@ class Exchanged:
 
     layer: int
     streams: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """Of one copy: which heads have read something else in all rows but the last, and which heads of the last row read that."""
+
+    heads: tuple[Head, ...]
+    readers: tuple[Head, ...] | None = None
+    """these heads of the last row read the copy's rows, all others the rows that they stand for; None: all read the copy's"""
 
 
 def computed_in_copies(engine: Engine, buffer: KVBuffer, rows: Rows, exchanges: Sequence[Exchanged]) -> torch.Tensor:
@@ -47,53 +58,158 @@ def computed_in_copies(engine: Engine, buffer: KVBuffer, rows: Rows, exchanges: 
     require_rotary(engine, buffer)
     if len(rows) < 2 or any(len(each.streams) != len(rows) - 1 for each in exchanges):
         raise InvalidArgumentError(f"of {len(rows)} rows all but the last are exchanged, so there must be two or more")
-    some = max(1, _ROWS // len(rows))
-    found = [
-        _in_one_forward(engine, buffer, rows, exchanges[start : start + some])
-        for start in range(0, len(exchanges), some)
-    ]
+    found = []
+    for start, stop in _forwards(len(exchanges), len(rows)):
+        copies = _Copies(buffer, rows, stop - start)
+        edits: list[_Edit] = []
+        for layer in sorted({each.layer for each in exchanges[start:stop]}):
+            which = [number for number, each in enumerate(exchanges[start:stop]) if each.layer == layer]
+            streams = torch.cat([exchanges[start + number].streams for number in which])
+            edits.append((Site(Place.RESIDUAL, layer), replaced(streams), copies.slots_of(which)))
+        found.append(_in_one_forward(engine, buffer, copies, edits, _Seen(buffer, copies)))
     return torch.cat(found) if found else torch.empty(0)
 
 
-def _in_one_forward(engine: Engine, buffer: KVBuffer, rows: Rows, exchanges: Sequence[Exchanged]) -> torch.Tensor:
+def rewritten_in_copies(
+    engine: Engine, buffer: KVBuffer, rows: Rows, outputs: torch.Tensor, several: Sequence[Rewritten]
+) -> torch.Tensor:
+    """The logits of the last of some rows where heads of the others have read what `outputs` says, [several, vocabulary].
+
+    Args:
+        rows: they are in use, but the last one may stand behind the context.
+        outputs: what heads have read in all rows but the last, [L, rows - 1, heads, D_v]; taken where a copy names the head.
+
+    The buffer is unchanged.
+
+    Raises:
+        InvalidArgumentError: there is one row only, outputs of another number of rows, or a head does not exist.
+        UnsupportedModelError: attention depends on positions by more than the keys and the mask.
+    """
+    require_rotary(engine, buffer)
+    if len(rows) < 2 or outputs.shape[1] != len(rows) - 1:
+        raise InvalidArgumentError(f"of {len(rows)} rows all but the last are written, so there must be two or more")
+    for each in several:
+        require_heads(outputs, (*each.heads, *(each.readers or ())))
+    found = []
+    for start, stop in _forwards(len(several), len(rows)):
+        some, copies = several[start:stop], _Copies(buffer, rows, stop - start)
+        readers = [each.readers for each in some]
+        seen = _Seen(buffer, copies, readers=readers, heads=outputs.shape[2])
+        found.append(_in_one_forward(engine, buffer, copies, _writings(copies, outputs, some), seen))
+    return torch.cat(found) if found else torch.empty(0)
+
+
+def _forwards(count: int, rows: int) -> list[tuple[int, int]]:
+    """(first, stop) of the copies of each forward."""
+    some = max(1, _ROWS // rows)
+    return [(start, min(start + some, count)) for start in range(0, count, some)]
+
+
+class _Copies:
     """Row by row all copies of it, so that positions ascend and the last rows come last."""
-    count, past = len(exchanges), buffer.length
-    every = Rows(
-        tuple(token for token in rows.ids for _ in range(count)),
-        tuple(range(past, past + count * len(rows))),
-        tuple(position for position in rows.positions for _ in range(count)),
-    )
-    reached = Reached(every.slots)
-    seen = _Seen(buffer, rows, every, count)
+
+    def __init__(self, buffer: KVBuffer, rows: Rows, count: int) -> None:
+        self.rows, self.count, self.past = rows, count, buffer.length
+        self.every = Rows(
+            tuple(token for token in rows.ids for _ in range(count)),
+            tuple(range(self.past, self.past + count * len(rows))),
+            tuple(position for position in rows.positions for _ in range(count)),
+        )
+
+    def slots_of(self, which: Sequence[int]) -> list[int]:
+        """Where all rows but the last of some copies stand, copy by copy."""
+        return [self.past + row * self.count + number for number in which for row in range(len(self.rows) - 1)]
+
+
+def _writings(copies: _Copies, outputs: torch.Tensor, some: Sequence[Rewritten]) -> list[_Edit]:
+    edits: list[_Edit] = []
+    for layer in sorted({layer for each in some for layer, _ in each.heads}):
+        which = [number for number, each in enumerate(some) if any(at == layer for at, _ in each.heads)]
+        taken = torch.zeros(len(which), outputs.shape[2], dtype=torch.bool)
+        for index, number in enumerate(which):
+            taken[index, [head for at, head in some[number].heads if at == layer]] = True
+        taken = taken.repeat_interleave(outputs.shape[1], dim=0)
+        edits.append((Site(Place.HEADS, layer), _taking(outputs[layer], taken), copies.slots_of(which)))
+    return edits
+
+
+def _taking(outputs: torch.Tensor, taken: torch.Tensor) -> Change:
+    """Of copies of rows, one copy after the other: the outputs [rows, heads, D_v] where `taken` [copies * rows, heads]."""
+
+    def change(rows: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+        here = taken[which].to(rows.device)[:, :, None]
+        return torch.where(here, outputs.to(rows)[which % len(outputs)], rows)
+
+    return change
+
+
+def _in_one_forward(
+    engine: Engine, buffer: KVBuffer, copies: _Copies, edits: Sequence[_Edit], seen: _Seen
+) -> torch.Tensor:
+    with _seeing(engine, buffer, copies, seen), all_changed(engine, buffer, edits):
+        return engine.compute(buffer, copies.every, logits=copies.count, chunk=len(copies.every))
+
+
+@contextmanager
+def copied(engine: Engine, buffer: KVBuffer, rows: Rows, count: int) -> Iterator[Rows]:
+    """Copies of some rows, all copies of the first one first, each of which sees the context and itself alone inside the block.
+
+    For a forward of the caller's own, of all of them at once. Then all is taken back.
+
+    Raises:
+        UnsupportedModelError: attention depends on positions by more than the keys and the mask.
+    """
+    require_rotary(engine, buffer)
+    copies = _Copies(buffer, rows, count)
+    with _seeing(engine, buffer, copies, _Seen(buffer, copies)):
+        yield copies.every
+
+
+@contextmanager
+def _seeing(engine: Engine, buffer: KVBuffer, copies: _Copies, seen: _Seen) -> Iterator[None]:
+    reached = Reached(copies.every.slots)
 
     def allowed(layer: int, slots: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         reached.met.update(slots.tolist())
         return seen.by(layer).to(engine.device)
 
-    with taken_back(buffer), ExitStack() as stack:
-        stack.enter_context(masked(engine, buffer, allowed, range(len(buffer)), reached))
-        for layer in sorted({each.layer for each in exchanges}):
-            which = [number for number, each in enumerate(exchanges) if each.layer == layer]
-            slots = [past + row * count + number for number in which for row in range(len(rows) - 1)]
-            streams = torch.cat([exchanges[number].streams for number in which])
-            stack.enter_context(changed(engine, buffer, Site(Place.RESIDUAL, layer), replaced(streams), slots))
-        return engine.compute(buffer, every, logits=count, chunk=len(every))
+    with masked(engine, buffer, allowed, range(len(buffer)), reached):
+        yield
 
 
 class _Seen:
-    """What each copy of a row sees: [1, T, S], the context first and then the copies."""
+    """What each copy of a row sees: [1 or heads, T, S], the context first and then the copies."""
 
-    def __init__(self, buffer: KVBuffer, rows: Rows, every: Rows, count: int) -> None:
-        self._layout, self._past = buffer.layout, buffer.length
-        self._queries = torch.tensor(every.positions)
+    def __init__(
+        self, buffer: KVBuffer, copies: _Copies, *, readers: Sequence[tuple[Head, ...] | None] = (), heads: int = 1
+    ) -> None:
+        self._layout, self._past, self._count = buffer.layout, buffer.length, copies.count
+        self._queries = torch.tensor(copies.every.positions)
         self._keys = torch.cat((buffer.positions, self._queries))
-        self._replaced = [slot for slot in rows.slots if slot < self._past]
-        copy = torch.arange(len(every)) % count
+        self._replaced = [slot for slot in copies.rows.slots if slot < self._past]
+        self._own = copies.rows.slots[-1]
+        copy = torch.arange(len(copies.every)) % copies.count
         self._together = copy[:, None] == copy[None, :]
+        self._readers, self._heads = dict(enumerate(readers)), heads
 
     def by(self, layer: int) -> torch.Tensor:
         rule = self._layout.layers[layer]
-        seen = visible(self._queries, self._keys, rule.reach, rule.window)
+        context = visible(self._queries, self._keys, rule.reach, rule.window)
+        seen = context.clone()
         seen[:, self._replaced] = False
         seen[:, self._past :] &= self._together
-        return seen[None]
+        if all(readers is None for readers in self._readers.values()):
+            return seen[None]
+        by_head = seen.expand(self._heads, -1, -1).clone()
+        last = len(seen) - self._count
+        for number, readers in self._readers.items():
+            if readers is not None:
+                elsewhere = torch.ones(self._heads, dtype=torch.bool)
+                elsewhere[[head for at, head in readers if at == layer]] = False
+                # The row itself stays, and of the context what it sees without a copy.
+                unread = context[last + number].clone()
+                unread[[slot for slot in self._replaced if slot == self._own]] = False
+                unread[self._past :] = False
+                unread[self._past + last + number] = True
+                by_head[elsewhere, last + number] = unread
+        return by_head

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 
@@ -12,7 +12,7 @@ from programmable_kv.engine import Engine, Rows
 from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.lab.tools.changes import of_heads, replaced
 from programmable_kv.lab.tools.hooks import taken_back
-from programmable_kv.lab.tools.sites import Place, Site, changed, recorded
+from programmable_kv.lab.tools.sites import Place, Site, all_changed, recorded
 
 Head = tuple[int, int]
 """(layer, query head)"""
@@ -39,11 +39,9 @@ def head_slopes(
         leaves.append(torch.zeros_like(read, requires_grad=True))
         return read + leaves[-1]
 
-    with ExitStack() as stack:
-        for layer in range(len(buffer)):
-            stack.enter_context(changed(engine, buffer, Site(Place.HEADS, layer), watch, slots))
-        with engine.graph(buffer, rows) as graph:
-            found = torch.autograd.grad(target(graph.logits[-1]), leaves)
+    watched = [(Site(Place.HEADS, layer), watch, slots) for layer in range(len(buffer))]
+    with all_changed(engine, buffer, watched), engine.graph(buffer, rows) as graph:
+        found = torch.autograd.grad(target(graph.logits[-1]), leaves)
     return torch.stack(found)
 
 
@@ -58,14 +56,23 @@ def heads_from(
     Raises:
         InvalidArgumentError: a layer or head does not exist, or the block computed no row of some slot.
     """
-    layers, width = outputs.shape[0], outputs.shape[2]
-    if any(not (0 <= layer < layers and 0 <= head < width) for layer, head in heads):
-        raise InvalidArgumentError(f"there are {layers} layers of {width} heads; got {list(heads)[:8]}...")
+    require_heads(outputs, heads)
     by_layer: dict[int, list[int]] = {}
     for layer, head in sorted(set(heads)):
         by_layer.setdefault(layer, []).append(head)
-    with taken_back(buffer), ExitStack() as stack:
-        for layer, which in by_layer.items():
-            change = of_heads(replaced(outputs[layer][:, which]), which)
-            stack.enter_context(changed(engine, buffer, Site(Place.HEADS, layer), change, slots))
+    changes = [
+        (Site(Place.HEADS, layer), of_heads(replaced(outputs[layer][:, which]), which), slots)
+        for layer, which in by_layer.items()
+    ]
+    with taken_back(buffer), all_changed(engine, buffer, changes):
         yield
+
+
+def require_heads(outputs: torch.Tensor, heads: Sequence[Head]) -> None:
+    """
+    Raises:
+        InvalidArgumentError: a layer or head is not among those of the outputs [L, slots, heads, D_v].
+    """
+    layers, width = outputs.shape[0], outputs.shape[2]
+    if any(not (0 <= layer < layers and 0 <= head < width) for layer, head in heads):
+        raise InvalidArgumentError(f"there are {layers} layers of {width} heads; got {list(heads)[:8]}...")

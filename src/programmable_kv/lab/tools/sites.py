@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -44,7 +44,30 @@ def changed(engine: Engine, buffer: KVBuffer, site: Site, change: Change, slots:
     Raises:
         InvalidArgumentError: there is no such layer, or the block computed no row of some slot.
     """
+    with all_changed(engine, buffer, [(site, change, slots)]):
+        yield
+
+
+@contextmanager
+def all_changed(
+    engine: Engine, buffer: KVBuffer, changes: Sequence[tuple[Site, Change, Sequence[int]]]
+) -> Iterator[None]:
+    """Several changes at once, each in the rows of its own slots. The model's modules are looked for once.
+
+    Raises:
+        InvalidArgumentError: there is no such layer, or the block computed no row of some slot.
+    """
     modules = DecoderModules.of(engine.model)
+    with ExitStack() as stack:
+        for site, change, slots in changes:
+            stack.enter_context(_changed(modules, buffer, site, change, slots))
+        yield
+
+
+@contextmanager
+def _changed(
+    modules: DecoderModules, buffer: KVBuffer, site: Site, change: Change, slots: Sequence[int]
+) -> Iterator[None]:
     module, heads = _module(modules, site)
     wanted, reached = torch.tensor(list(slots)), Reached(tuple(slots))
 
@@ -95,20 +118,8 @@ def recorded(
 
         return change
 
-    with _all(engine, buffer, [(site, keep(site)) for site in sites], slots):
+    with all_changed(engine, buffer, [(site, keep(site), slots) for site in sites]):
         yield found
-
-
-@contextmanager
-def _all(
-    engine: Engine, buffer: KVBuffer, changes: Sequence[tuple[Site, Change]], slots: Sequence[int]
-) -> Iterator[None]:
-    if not changes:
-        yield
-        return
-    site, change = changes[0]
-    with changed(engine, buffer, site, change, slots), _all(engine, buffer, changes[1:], slots):
-        yield
 
 
 @contextmanager
