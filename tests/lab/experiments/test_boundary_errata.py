@@ -10,7 +10,7 @@ from conftest import tiny
 from programmable_kv.edits.modes import Mode
 from programmable_kv.lab.experiments import boundary, errata, prediction
 from programmable_kv.lab.experiments.cases import cases
-from programmable_kv.lab.experiments.pair import Pair, pair_of
+from programmable_kv.lab.experiments.pair import Pair, Texts, both_prefilled, pair_of
 from programmable_kv.lab.experiments.prevention import tail_of
 from programmable_kv.lab.experiments.written import RULES, Text
 
@@ -22,9 +22,9 @@ def pair() -> Pair:
     return next(pair for pair in found if isinstance(pair, Pair))
 
 
-def in_settings(pair: Pair) -> dict[str, Pair]:
+def in_settings(pair: Pair) -> dict[str, Texts]:
     found = {each.name: boundary.in_setting(pair, each) for each in boundary.settings(pair.case)}
-    return {name: each for name, each in found.items() if isinstance(each, Pair)}
+    return {name: each for name, each in found.items() if isinstance(each, Texts)}
 
 
 def test_the_field_stands_where_the_setting_says(pair: Pair) -> None:
@@ -49,9 +49,10 @@ def test_the_field_stands_where_the_setting_says(pair: Pair) -> None:
 def test_the_last_texts_computed_again_are_a_prefill_where_nothing_else_is_behind_the_field(pair: Pair) -> None:
     written = in_settings(pair)["in_question"]
     assert tail_of(written.text)[0] == written.text.field.stop
-    found = boundary.patched_in(written)
+    row = boundary.measure(pair, [])["settings"]
+    found, above = row["in_question"], row["above"]
+    assert found["new_gap"] == pytest.approx(both_prefilled(written).scale.new, abs=1e-4)
     assert found["asked_again"] == pytest.approx(found["new_gap"], abs=1e-4)
-    above = boundary.patched_in(pair)
     assert above["asked_again"] != pytest.approx(above["new_gap"], abs=1e-3)
     assert above["patched"]["field"] != pytest.approx(above["old_gap"], abs=1e-6)
 

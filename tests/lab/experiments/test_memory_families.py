@@ -17,9 +17,11 @@ from programmable_kv.lab.experiments.blast_radius import distances
 from programmable_kv.lab.experiments.boundary import in_setting
 from programmable_kv.lab.experiments.cases import cases, domain_names
 from programmable_kv.lab.experiments.dose import cached
-from programmable_kv.lab.experiments.pair import Pair, pair_of, prefilled
+from programmable_kv.lab.experiments.named_pair import known_of, named_pair
+from programmable_kv.lab.experiments.pair import Pair, Texts, both_prefilled, pair_of, prefilled
 from programmable_kv.lab.experiments.prevention import decided, tail_of
 from programmable_kv.lab.experiments.written import RULES
+from programmable_kv.lab.tools.together import Probe
 
 
 @pytest.fixture(scope="module")
@@ -43,29 +45,32 @@ def test_the_memory_stands_above_the_rules_or_below_them(pair: Pair) -> None:
     found = dict(placed.places(pair))
     early, late, between = (found[name] for name in placed.PLACES)
     assert len(early.memory) == pytest.approx(len(late.memory), abs=2)
-    assert late.pair.text.last - late.memory.stop < between.pair.text.last - between.memory.stop
+    assert late.texts.text.last - late.memory.stop < between.texts.text.last - between.memory.stop
     for it in (early, late, between):
-        text = it.pair.text
+        text = it.texts.text
         assert it.memory.start < text.field.start
         assert text.field.stop <= it.memory.stop <= tail_of(text)[0]
-    assert early.pair.text.of(*RULES)
+    assert early.texts.text.of(*RULES)
     for it in (late, between):
-        assert it.pair.text.of(*RULES) == (), "no rule stands behind the field"
-        whole, other = ("".join(each.pair.text.tokens).replace("<|im_end|>", "\n").split("\n") for each in (early, it))
+        assert it.texts.text.of(*RULES) == (), "no rule stands behind the field"
+        whole, other = ("".join(each.texts.text.tokens).replace("<|im_end|>", "\n").split("\n") for each in (early, it))
         assert Counter(filter(None, whole)) == Counter(filter(None, other)), "the same lines, in another order"
 
 
 def test_a_spliced_memory_is_what_is_compiled_alone_and_the_rest_reads_everything(pair: Pair) -> None:
     it = dict(placed.places(pair))[placed.EARLY]
     text, engine, chunk = pair.text, pair.engine, it.memory
-    found = placed.spliced(engine, text, chunk)
+    shared = known_of(pair)
+    old, _ = memory.spliced(named_pair(pair, shared), chunk)
+    shared.compute()
+    found = shared.buffer(old[:-1])
     lone = engine.new_buffer(len(chunk))
     engine.compute(
         lone, Rows(text.ids[chunk.start : chunk.stop], tuple(range(len(chunk))), tuple(chunk.range)), logits=0
     )
+    again = shared.buffer(old[:-1])
     rest = tuple(range(chunk.stop, text.last))
-    engine.compute(found, Rows(tuple(text.ids[slot] for slot in rest), rest, rest), logits=0)
-    again = placed.spliced(engine, text, chunk)
+    engine.compute(again, Rows(tuple(text.ids[slot] for slot in rest), rest, rest), logits=0)
     for layer in range(len(found)):
         for mine, theirs in ((found.keys(layer), lone.keys(layer)), (found.values(layer), lone.values(layer))):
             assert torch.allclose(mine[:, :, chunk.start : chunk.stop], theirs, atol=1e-9)
@@ -77,13 +82,17 @@ def test_a_spliced_memory_is_what_is_compiled_alone_and_the_rest_reads_everythin
 
 
 def test_with_everything_computed_again_a_spliced_memory_is_a_full_prefill(pair: Pair) -> None:
+    shared = known_of(pair)
     for it in dict(placed.places(pair)).values():
-        own = it.pair
-        buffer = placed.spliced(own.engine, own.text, it.memory)
-        everything = range(it.memory.start, own.text.last)
-        full = decided(own, own.fresh, own.new_text, ())
-        assert decided(own, buffer, own.new_text, everything)["gap"] == pytest.approx(full["gap"], abs=1e-4)
-        assert decided(own, buffer, own.new_text, own.text.field.range)["gap"] != pytest.approx(full["gap"], abs=1e-4)
+        own = named_pair(it.texts, shared)
+        old, _ = memory.spliced(own, it.memory)
+        everything = own.recomputed(range(it.memory.start, it.texts.text.last), old)
+        field = own.recomputed(it.texts.text.field.range, old)
+        shared.compute()
+        full = both_prefilled(it.texts).scale.new
+        assert own.scale.new == pytest.approx(full, abs=1e-9)
+        assert own.gap(everything) == pytest.approx(full, abs=1e-9)
+        assert own.gap(field) != pytest.approx(full, abs=1e-4)
 
 
 def test_a_line_is_appended_to_what_is_cached_and_read(pair: Pair) -> None:
@@ -92,10 +101,21 @@ def test_a_line_is_appended_to_what_is_cached_and_read(pair: Pair) -> None:
     whole = prefilled(pair.engine, replace(pair.text, ids=ids))
     last = Rows((ids[-1],), (len(ids) - 1,), (len(ids) - 1,))
     expected = float(pair.gap_in(pair.engine.compute(whole, last)[-1]))
-    before = pair.old.length
-    assert memory.decided_after(pair, pair.old, ids)["gap"] == pytest.approx(expected, abs=1e-4)
-    assert pair.old.length == before
-    assert decided(pair, pair.old, pair.text, ())["gap"] == pytest.approx(pair.scale.old, abs=1e-4)
+    own = named_pair(pair, known_of(pair))
+    appended = memory.continued(own, own.old, ids)
+    own.shared.compute()
+    assert own.gap(appended) == pytest.approx(expected, abs=1e-9)
+    assert own.scale.old == pytest.approx(pair.scale.old, abs=1e-9)
+
+
+def test_what_is_asked_by_names_is_what_a_forward_of_its_own_decides(pair: Pair) -> None:
+    own, tail = named_pair(pair, known_of(pair)), tail_of(pair.text)
+    chosen = (*pair.text.field.range, *tail)
+    patched, recomputed = own.patched(tail), own.recomputed(chosen)
+    own.shared.compute()
+    assert own.gap(patched) == pytest.approx(pair.gaps([Probe(tail)])[0], abs=1e-9)
+    assert own.gap(recomputed) == pytest.approx(pair.recomputed(chosen), abs=1e-9)
+    assert own.decision(own.fresh[-1]) == decided(pair, pair.fresh, pair.new_text, ())
 
 
 def test_a_memory_row_is_summarised(pair: Pair) -> None:
@@ -140,15 +160,16 @@ def test_other_texts_say_the_same_and_their_arms_end_where_they_must(pair: Pair)
         assert text["patched"]["field"] != pytest.approx(text["old_gap"], abs=1e-6), name
         assert text["share"] == pytest.approx(families.SHARE, abs=0.02)
     in_question = in_setting(pair, families.settings(pair.case, pair.change)[-1])
-    assert isinstance(in_question, Pair)
+    assert isinstance(in_question, Texts)
+    in_question = both_prefilled(in_question)
     everything = in_question.recomputed((*in_question.text.field.range, *in_question.text.later))
     assert everything == pytest.approx(in_question.scale.new, abs=1e-4)
-    later = pair.text.later
-    assert len(families.deviating(pair, 5, later)) == 5
-    assert families.deviating(pair, 10**6, later) == later
-    assert families.deviating(pair, -1, later) == ()
-    apart = {name: each[1] for name, each in distances(pair.old, pair.fresh).items()}
-    (first,) = families.deviating(pair, 1, later, layers=(1,))
+    later, far = pair.text.later, distances(pair.old, pair.fresh)
+    assert len(families.deviating(far, 5, later)) == 5
+    assert families.deviating(far, 10**6, later) == later
+    assert families.deviating(far, -1, later) == ()
+    apart = {name: each[1] for name, each in far.items()}
+    (first,) = families.deviating(far, 1, later, layers=(1,))
     assert first == max(later, key=lambda slot: float(apart["keys"][slot] + apart["values"][slot]))
 
 

@@ -16,11 +16,11 @@ from typing import Any
 from programmable_kv.lab.composing.frame import other_lines
 from programmable_kv.lab.experiments.cases import Case
 from programmable_kv.lab.experiments.experiment import Experiment, Row
-from programmable_kv.lab.experiments.pair import Pair, pair_of
+from programmable_kv.lab.experiments.named_pair import NamedPair, known_of, named_pair
+from programmable_kv.lab.experiments.pair import Pair, Texts, texts_of
 from programmable_kv.lab.experiments.prevention import tail_of
 from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, share
 from programmable_kv.lab.experiments.written import RULES, Part, Text, Written, ruled
-from programmable_kv.lab.tools.together import Probe
 
 LOOKUP = "What is the {field}? Reply with the value only."
 MORE = 8
@@ -74,35 +74,51 @@ def sets(text: Written) -> dict[str, tuple[int, ...]]:
 def measure(pair: Pair, _: Sequence[Row], *, places: Sequence[str] | None = None) -> Row:
     """In each setting (or those of some places), the gap after sets of tokens were patched, and after the field alone was
     computed again.
+
+    Rows that several settings have in common are computed once, and those of all settings together.
     """
-    row: Row = {"settings": {}}
+    shared, asked = known_of(pair), {}
     for setting in settings(pair.case):
         if places is not None and setting.name not in places:
             continue
         found = pair if setting.name == "above" else in_setting(pair, setting)
-        if isinstance(found, Pair):
-            row["settings"][setting.name] = patched_in(found)
-    return row
+        if isinstance(found, Texts):
+            asked[setting.name] = _Asked.of(named_pair(found, shared))
+    shared.compute()
+    return {"settings": {name: each.described() for name, each in asked.items()}}
 
 
-def in_setting(pair: Pair, setting: Setting) -> Pair | str:
+def in_setting(pair: Texts, setting: Setting) -> Texts | str:
     """The same change of the same case, written in another way; or why that is not possible."""
     case = replace(pair.case, changes=(pair.change,), asked=setting.asked)
-    return pair_of(pair.model, case, system=setting.system, asks_value=setting.asks_value)
+    return texts_of(pair.model, case, system=setting.system, asks_value=setting.asks_value)
 
 
-def patched_in(pair: Pair) -> dict[str, Any]:
-    """The gap after each set was patched, and after the field and the question were computed again."""
-    chosen = {name: slots for name, slots in sets(pair.text).items() if slots}
-    gaps = pair.gaps([Probe(slots) for slots in chosen.values()])
-    return {
-        "old_gap": round(pair.scale.old, 4),
-        "new_gap": round(pair.scale.new, 4),
-        "valid": pair.scale.valid,
-        "between": pair.text.last - pair.text.field.stop,
-        "patched": {name: round(gap, 4) for name, gap in zip(chosen, gaps, strict=True)},
-        "asked_again": round(pair.recomputed((*pair.text.field.range, *tail_of(pair.text))), 4),
-    }
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """What is asked in one setting, by the rows that decide."""
+
+    pair: NamedPair
+    patched: Mapping[str, int]
+    asked_again: int
+
+    @classmethod
+    def of(cls, pair: NamedPair) -> _Asked:
+        text = pair.texts.text
+        patched = {name: pair.patched(slots) for name, slots in sets(text).items() if slots}
+        return cls(pair, patched, pair.recomputed((*text.field.range, *tail_of(text))))
+
+    def described(self) -> dict[str, Any]:
+        """The gap after each set was patched, and after the field and the question were computed again."""
+        text, scale = self.pair.texts.text, self.pair.scale
+        return {
+            "old_gap": round(scale.old, 4),
+            "new_gap": round(scale.new, 4),
+            "valid": scale.valid,
+            "between": text.last - text.field.stop,
+            "patched": {name: round(self.pair.gap(each), 4) for name, each in self.patched.items()},
+            "asked_again": round(self.pair.gap(self.asked_again), 4),
+        }
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
@@ -132,7 +148,7 @@ BOUNDARY = Experiment(
     title="Where notes are taken: by the place of the field, when the question is known, and what it asks",
     measure=measure,
     summarise=summarise,
-    scenarios=24,
-    seconds=16.5,
+    scenarios=336,
+    seconds=2.5,
     quick=partial(measure, places=("above", "below")),
 )

@@ -21,11 +21,11 @@ from programmable_kv.lab.experiments.blast_radius import distances
 from programmable_kv.lab.experiments.boundary import Setting, in_setting
 from programmable_kv.lab.experiments.cases import SEED, Case
 from programmable_kv.lab.experiments.experiment import Experiment, Row
+from programmable_kv.lab.experiments.named_pair import NamedPair, known_of, named_pair
 from programmable_kv.lab.experiments.nulls import matched
-from programmable_kv.lab.experiments.pair import Pair
+from programmable_kv.lab.experiments.pair import Pair, Texts
 from programmable_kv.lab.experiments.prevention import tail_of
 from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, share
-from programmable_kv.lab.tools.together import Probe
 from programmable_kv.scenarios.everyday import OTHERS
 
 SHARE = 0.15
@@ -70,55 +70,90 @@ def settings(case: Case, change: tuple[str, str]) -> list[Setting]:
 
 
 def measure(pair: Pair, _: Sequence[Row], *, texts: Sequence[str] | None = None) -> Row:
-    """In each text (or some of them), the gap after sets of tokens were patched, and after some were computed again."""
-    found = {name: each for name, each in written_as(pair).items() if texts is None or name in texts}
-    return {"texts": {name: carried(each) for name, each in found.items()}}
+    """In each text (or some of them), the gap after sets of tokens were patched, and after some were computed again.
+
+    Rows that several arms have in common are computed once, and those of all texts together.
+    """
+    shared = known_of(pair)
+    found: dict[str, NamedPair] = {}
+    patched: dict[str, dict[str, int]] = {}
+    for name, each in written_as(pair).items():
+        if texts is None or name in texts:
+            found[name] = named_pair(each, shared)
+            patched[name] = {of: found[name].patched(slots) for of, slots in patches(each).items()}
+    shared.compute()
+    recomputed = {
+        name: {of: each.recomputed(slots) for of, slots in recomputes(each).items()} for name, each in found.items()
+    }
+    shared.compute()
+    return {"texts": {name: _carried(each, patched[name], recomputed[name]) for name, each in found.items()}}
 
 
-def written_as(pair: Pair) -> dict[str, Pair]:
+def written_as(pair: Pair) -> dict[str, Texts]:
     """The same change of the same decision, in each text in which it is of as many tokens."""
     two = {value: pair.case.gate.actions[value] for value in pair.change}
     gate = replace(pair.case.gate, actions=two)
     case = replace(pair.case, gate=gate, scenario=replace(pair.case.scenario, gates=(gate,)))
     found = {each.name: in_setting(replace(pair, case=case), each) for each in settings(pair.case, pair.change)}
-    return {LIST: pair} | {name: each for name, each in found.items() if isinstance(each, Pair)}
+    return {LIST: pair} | {name: each for name, each in found.items() if isinstance(each, Texts)}
 
 
-def carried(pair: Pair) -> dict[str, Any]:
-    """Gaps: of both contexts, after patches, and after real recomputes (the field always among what is computed)."""
-    text, tail = pair.text, tail_of(pair.text)
-    field, later = tuple(text.field.range), text.later
-    patched = {"field": field, "later": later, "last_half": later[len(later) // 2 :], "tail": tail}
-    gaps = pair.gaps([Probe(slots) for slots in patched.values()])
-    count = round(SHARE * len(text.ids)) - len(field)
-    farthest = deviating(pair, count, later)
-    before = [slot for slot in later if slot < tail[0]]
-    blended = deviating(pair, count, before, layers=(1,))
-    recomputed = {
+def patches(texts: Texts) -> dict[str, tuple[int, ...]]:
+    """The sets that the last row alone reads from the new context."""
+    text = texts.text
+    later = text.later
+    return {
+        "field": tuple(text.field.range),
+        "later": later,
+        "last_half": later[len(later) // 2 :],
+        "tail": tail_of(text),
+    }
+
+
+def computed(texts: Texts) -> int:
+    """How many tokens besides the field are computed again, of the published share."""
+    return round(SHARE * len(texts.text.ids)) - len(texts.text.field)
+
+
+def recomputes(pair: NamedPair) -> dict[str, tuple[int, ...]]:
+    """The sets that are computed again, the field always among them. The contexts' rows were computed."""
+    text, tail, later = pair.texts.text, tail_of(pair.texts.text), pair.texts.text.later
+    field, count = tuple(text.field.range), computed(pair.texts)
+    apart = distances(*(pair.shared.buffer(names[:-1]) for names in (pair.old, pair.fresh)))
+    farthest = deviating(apart, count, later)
+    blended = deviating(apart, count, [slot for slot in later if slot < tail[0]], layers=(1,))
+    found = {
         "asked_again": (*field, *tail),
         "share_15": (*field, *farthest),
         "blend_15": (*field, *blended, *tail),
     }
-    drawn = matched(farthest, later, random.Random(f"{SEED}/families/random/{pair.case.number}"))
+    drawn = matched(farthest, later, random.Random(f"{SEED}/families/random/{pair.texts.case.number}"))
     if drawn is not None:
-        recomputed["random_15"] = (*field, *drawn[0])
+        found["random_15"] = (*field, *drawn[0])
+    return found
+
+
+def _carried(pair: NamedPair, patched: Mapping[str, int], recomputed: Mapping[str, int]) -> dict[str, Any]:
+    """Gaps: of both contexts, after patches, and after real recomputes, by the rows that decide."""
+    text, scale = pair.texts.text, pair.scale
     return {
-        "old_gap": round(pair.scale.old, 4),
-        "new_gap": round(pair.scale.new, 4),
-        "valid": pair.scale.valid,
-        "later": len(later),
-        "share": round((count + len(field)) / len(text.ids), 4),
-        "patched": {name: round(gap, 4) for name, gap in zip(patched, gaps, strict=True)},
-        "recomputed": {name: round(pair.recomputed(slots), 4) for name, slots in recomputed.items()},
+        "old_gap": round(scale.old, 4),
+        "new_gap": round(scale.new, 4),
+        "valid": scale.valid,
+        "later": len(text.later),
+        "share": round((computed(pair.texts) + len(text.field)) / len(text.ids), 4),
+        "patched": {name: round(pair.gap(each), 4) for name, each in patched.items()},
+        "recomputed": {name: round(pair.gap(each), 4) for name, each in recomputed.items()},
     }
 
 
-def deviating(pair: Pair, count: int, among: Sequence[int], layers: Sequence[int] | None = None) -> tuple[int, ...]:
-    """So many of these slots, whose keys and values differ most between the contexts, on average over layers (None: all)."""
-    apart = distances(pair.old, pair.fresh)
-    chosen = list(range(len(pair.old)) if layers is None else layers)
-    moved = torch.stack([each[chosen].mean(dim=0) for each in apart.values()]).sum(dim=0)
-    return tuple(sorted(sorted(among, key=lambda slot: -float(moved[slot]))[: max(0, count)]))
+def deviating(
+    apart: Mapping[str, torch.Tensor], count: int, among: Sequence[int], layers: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """So many of these slots, whose keys and values differ most (`distances`), on average over layers (None: all)."""
+    moved = torch.stack([(each if layers is None else each[list(layers)]).mean(dim=0) for each in apart.values()])
+    far = moved.sum(dim=0)
+    return tuple(sorted(sorted(among, key=lambda slot: -float(far[slot]))[: max(0, count)]))
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
@@ -148,7 +183,7 @@ FAMILIES = Experiment(
     title="Whether notes are taken in other texts: lookups, prose, retrieved passages",
     measure=measure,
     summarise=summarise,
-    scenarios=48,
-    seconds=10.0,
+    scenarios=336,
+    seconds=2.4,
     quick=partial(measure, texts=(LIST, "prose")),
 )

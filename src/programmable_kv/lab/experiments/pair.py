@@ -23,8 +23,8 @@ from programmable_kv.notebook.decision import option_ids
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pair:
-    """A cached context with the old value, the same with the new one, both without the last row, and how they decide."""
+class Texts:
+    """A context with the old value and the same with the new one, and how a decision is read from logits behind them."""
 
     case: Case
     change: tuple[str, str]
@@ -32,12 +32,8 @@ class Pair:
     model: Model
     old_text: Written
     new_text: Written
-    old: KVBuffer
-    fresh: KVBuffer
-    """the context with the new value"""
     first_tokens: Mapping[str, int]
     """of each action, the token by which it is told from the others"""
-    scale: Scale
 
     @property
     def engine(self) -> Engine:
@@ -64,6 +60,20 @@ class Pair:
         old, new = self.actions
         return gap(logits, self.first_tokens[new], self.first_tokens[old])
 
+    def decides(self, logits: torch.Tensor) -> str:
+        """The action that logits [V] choose."""
+        return max(self.first_tokens, key=lambda action: float(logits[self.first_tokens[action]]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair(Texts):
+    """Both contexts cached without the last row, and how they decide."""
+
+    old: KVBuffer
+    fresh: KVBuffer
+    """the context with the new value"""
+    scale: Scale
+
     def probe(self, probes: Sequence[Probe], *, noising: bool = False) -> torch.Tensor:
         """The logits of the last row under each probe, [probes, V]: the new context's rows stand in the old one.
 
@@ -86,13 +96,25 @@ class Pair:
             rows = Rows(tuple(self.new_text.ids[slot] for slot in chosen), chosen, chosen)
             return float(self.gap_in(self.engine.compute(self.old, rows)[-1]))
 
-    def decides(self, logits: torch.Tensor) -> str:
-        """The action that logits [V] choose."""
-        return max(self.first_tokens, key=lambda action: float(logits[self.first_tokens[action]]))
-
 
 def pair_of(model: Model, case: Case, *, system: str | None = None, asks_value: bool = False) -> Pair | str:
-    """The two contexts prefilled; or why this model's tokens allow none that differ in the field's tokens alone.
+    """The two contexts of `texts_of`, prefilled; or why there are none."""
+    found = texts_of(model, case, system=system, asks_value=asks_value)
+    return found if isinstance(found, str) else both_prefilled(found)
+
+
+def both_prefilled(texts: Texts) -> Pair:
+    """The pair of two texts."""
+    old, fresh = (prefilled(texts.engine, text) for text in (texts.old_text, texts.new_text))
+    pair = Pair(
+        texts.case, texts.change, texts.model, texts.old_text, texts.new_text, texts.first_tokens,
+        old, fresh, Scale(0.0, 0.0),
+    )  # fmt: skip
+    return replace(pair, scale=Scale(*pair.gaps([Probe()]), *pair.gaps([Probe()], noising=True)))
+
+
+def texts_of(model: Model, case: Case, *, system: str | None = None, asks_value: bool = False) -> Texts | str:
+    """The two contexts; or why this model's tokens allow none that differ in the field's tokens alone.
 
     Args:
         system: another template of the policy.
@@ -110,9 +132,7 @@ def pair_of(model: Model, case: Case, *, system: str | None = None, asks_value: 
     tokens = first_tokens(model, case, before)
     if tokens is None:
         return "two actions begin with one token"
-    old, fresh = (prefilled(model.engine, text) for text in (before, after))
-    pair = Pair(case, change, model, before, after, old, fresh, tokens, Scale(0.0, 0.0))
-    return replace(pair, scale=Scale(*pair.gaps([Probe()]), *pair.gaps([Probe()], noising=True)))
+    return Texts(case, change, model, before, after, tokens)
 
 
 def aligned(first: Written, second: Written) -> bool:

@@ -8,12 +8,10 @@ from itertools import accumulate
 
 import torch
 
-from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.masks import PartReads
 from programmable_kv.cache.span import Span
-from programmable_kv.engine import Engine, Rows
 from programmable_kv.lab.experiments.boundary import Setting, in_setting
-from programmable_kv.lab.experiments.pair import Pair
+from programmable_kv.lab.experiments.pair import Texts
 from programmable_kv.lab.experiments.written import Written, ruled
 
 EARLY, LATE, BETWEEN = "early", "late", "between"
@@ -25,14 +23,14 @@ PLACES = (EARLY, LATE, BETWEEN)
 class Placed:
     """A policy with its memory in one place, under the old value and the new one."""
 
-    pair: Pair
+    texts: Texts
     system: str
     """the template of the policy"""
     memory: Span
     """the slots of the memory"""
 
 
-def places(pair: Pair) -> Iterator[tuple[str, Placed]]:
+def places(pair: Texts) -> Iterator[tuple[str, Placed]]:
     """By name, the same policy with its memory where it is, and in the other places (if that text can be measured)."""
     case = pair.case
     first, memory, rules, *rest = case.scenario.prompt.split("\n\n")
@@ -46,7 +44,7 @@ def places(pair: Pair) -> Iterator[tuple[str, Placed]]:
     }
     for name, system in systems.items():
         found = pair if name == EARLY else in_setting(pair, Setting(name, system, case.asked))
-        if isinstance(found, Pair):
+        if isinstance(found, Texts):
             block = memory.format_map(dict(case.values(found.change[0])))
             yield name, Placed(found, system, slots_of(found.text, block))
 
@@ -59,13 +57,9 @@ def slots_of(text: Written, block: str) -> Span:
     return Span(inside[0], inside[-1] + 1)
 
 
-def spliced(engine: Engine, text: Written, memory: Span) -> KVBuffer:
-    """A buffer with all of a text but its last token, in which the memory has read itself alone."""
+def read_alone(text: Written, memory: Span) -> PartReads:
+    """What may read what, where the memory has read itself alone, and what follows it reads everything."""
     part_of = torch.zeros(len(text.ids), dtype=torch.long)
     part_of[memory.start : memory.stop] = 1
     part_of[memory.stop :] = 2
-    reads = torch.tensor([[True, False, False], [False, True, False], [True, True, True]])
-    buffer = engine.new_buffer(2 * len(text.ids))
-    slots = tuple(range(text.last))
-    engine.compute(buffer, Rows(text.ids[:-1], slots, slots), logits=0, reads=PartReads(part_of, reads))
-    return buffer
+    return PartReads(part_of, torch.tensor([[True, False, False], [False, True, False], [True, True, True]]))

@@ -187,8 +187,8 @@ def named(
 ) -> tuple[int, ...]:
     """The row of each slot of a text, by name, where each reads what it may; some of them stay as they are."""
     kinds = rule.part_of.tolist()
-    readers_of = [rule.reads[:, kind].nonzero().flatten().tolist() for kind in range(len(READS))]
-    seen = [NOTHING] * len(READS)
+    readers_of = [rule.reads[:, kind].nonzero().flatten().tolist() for kind in range(len(rule.reads))]
+    seen = [NOTHING] * len(rule.reads)
     """by kind, what the next row of it sees"""
     names = []
     for slot, (token, kind) in enumerate(zip(text.ids, kinds, strict=True)):

@@ -7,7 +7,7 @@ rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +83,21 @@ class SharedRows:
         if number == len(self._lists):
             self._lists.append((rows, name))
         return number
+
+    def context(self, ids: Sequence[int], stays: Mapping[int, int] | None = None) -> tuple[int, ...]:
+        """The rows of a context, each of which sees all before it; those of `stays`, by slot, are as they are."""
+        sees, names = NOTHING, []
+        for slot, token in enumerate(ids):
+            name = stays[slot] if stays is not None and slot in stays else self.name(token, slot, sees)
+            sees = self.longer(sees, name)
+            names.append(name)
+        return tuple(names)
+
+    def buffer(self, names: Sequence[int]) -> KVBuffer:
+        """A buffer with copies of rows that were computed."""
+        found = self.engine.new_buffer(len(names))
+        self._put(found, names, self._kept, [self._places[name] for name in names])
+        return found
 
     def add(self, ids: Sequence[int], buffer: KVBuffer) -> None:
         """Know the rows of a context that was prefilled with these tokens.
