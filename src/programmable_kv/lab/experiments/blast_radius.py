@@ -32,13 +32,13 @@ THRESHOLD = 0.1
 VARIANTS = ("eager", "bfloat16")
 
 
-def distances(first: KVBuffer, second: KVBuffer) -> dict[str, torch.Tensor]:
-    """For `keys` and `values`, [L, S]: how far a slot's rows lie apart, relative to the size of the first's."""
+def distances(first: KVBuffer, second: KVBuffer, slots: slice = slice(None)) -> dict[str, torch.Tensor]:
+    """For `keys` and `values`, [L, S]: how far a slot's rows lie apart, relative to the size of the first's. By default all."""
     found = {}
     for name, read in (("keys", KVBuffer.keys), ("values", KVBuffer.values)):
         rows = []
         for layer in range(len(first)):
-            here, there = (read(buffer, layer).cpu().double() for buffer in (first, second))
+            here, there = (read(buffer, layer)[:, :, slots].cpu().double() for buffer in (first, second))
             off, size = ((t * t).sum(dim=(0, 1, 3)) for t in (there - here, here))
             rows.append((off / size.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
         found[name] = torch.stack(rows)

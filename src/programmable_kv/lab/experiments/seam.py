@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -24,17 +23,16 @@ from programmable_kv.lab.experiments.experiment import Experiment, Row
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.skills import (
     OTHERS_SEED,
+    Contexts,
     Skills,
     beside,
-    compiled,
     layout,
-    prefilled_as,
-    read_as,
     repaired_rows,
 )
 from programmable_kv.lab.experiments.summaries import nested
+from programmable_kv.lab.tools.branches import Branch, branching
 from programmable_kv.lab.tools.hooks import taken_back
-from programmable_kv.lab.tools.kv import patched
+from programmable_kv.lab.tools.kv import rows_from
 from programmable_kv.lab.tools.readouts import kl
 
 REPAIRED = (0, 1, 2, 4, 8, 16, 32)
@@ -47,60 +45,93 @@ SHIFT = 11
 
 def measure(pair: Pair, _: Sequence[Row], *, by_itself: bool = False) -> Row:
     """The skill by itself, and beside another one unless only the former is asked for."""
-    row: Row = {"one": compared(pair, layout(pair, []), dict(pair.first_tokens), deviates=True)}
+    contexts = Contexts(pair.engine)
+    row: Row = {"one": compared(pair, contexts, layout(pair, []), dict(pair.first_tokens), deviates=True)}
     if by_itself:
         return row
     found, more = beside(pair, 1), beside(pair, 2)
     if found is not None and more is not None:
         others, tokens = found
-        row["two"] = compared(pair, layout(pair, others), tokens, stranger=more[0][1].ids)
+        row["two"] = compared(pair, contexts, layout(pair, others), tokens, stranger=more[0][1].ids)
     return row
 
 
 def compared(
-    pair: Pair, skills: Skills, tokens: dict[str, int], *, deviates: bool = False, stranger: Sequence[int] = ()
+    pair: Pair,
+    contexts: Contexts,
+    skills: Skills,
+    tokens: dict[str, int],
+    *,
+    deviates: bool = False,
+    stranger: Sequence[int] = (),
 ) -> Row:
     """Every way to compile and to repair, beside a full prefill; with `deviates`, how far keys and values are off inside.
 
     `stranger`: tokens of a third policy, as another preface.
     """
-    engine = pair.engine
-    full = prefilled_as(engine, skills, None)
-    alone = read_as(engine, full, skills, skills.alone())
-    expected = _logits(pair, full, skills, ())
+    full = contexts.full(skills)
+    alone = contexts.alone(full, skills)
+    expected, attention = _read(pair, full, skills, skills.last)
     rng = random.Random(f"{OTHERS_SEED}/random/{pair.case.number}")
-    row: Row = {"right": _choice(expected, tokens) == pair.actions[0], "arms": {}, "attention": {}}
-    row["attention"]["full"] = _attention(pair, full, skills)
-    sets: dict[str, list[list[int]]] = {f"first_{k}": [list(c.range)[:k] for c in skills.chunks] for k in REPAIRED}
+    row: Row = {"right": _choice(expected, tokens) == pair.actions[0], "arms": {}, "attention": {"full": attention}}
+
+    def add(name: str, logits: torch.Tensor) -> None:
+        row["arms"][name] = _outcome(pair, expected, logits, tokens)
+
+    def add_read(name: str, buffer: KVBuffer) -> torch.Tensor:
+        logits, row["attention"][name] = _read(pair, buffer, skills, skills.tail)
+        return logits
+
+    sets = {f"first_{k}": [list(c.range)[:k] for c in skills.chunks] for k in REPAIRED if k}
     sets |= {f"random_{k}": [rng.sample(c.range, min(k, len(c))) for c in skills.chunks] for k in RANDOM}
-    for name, chosen in sets.items():
-        row["arms"][name] = _outcome(pair, expected, _logits(pair, alone, skills, chosen), tokens)
-    row["attention"]["alone"] = _attention(pair, alone, skills, skills.tail)
+    add("first_0", add_read("alone", alone))
+    for name, logits in zip(sets, _repaired(pair, full, alone, skills, list(sets.values())), strict=True):
+        add(name, logits)
     if len(skills.chunks) > 1:
-        together = read_as(engine, full, skills, skills.together())
-        row["arms"]["together"] = _outcome(pair, expected, _logits(pair, together, skills, ()), tokens)
-        row["attention"]["together"] = _attention(pair, together, skills, skills.tail)
+        add("together", add_read("together", contexts.together(alone, skills)))
     if deviates:
         row["deviation"] = {"alone": _deviation(full, alone, skills.own)}
-        other = layout(pair, [], shift=SHIFT)
-        row["deviation"]["null"] = _deviation(full, prefilled_as(engine, other, None), skills.own)
+        other = contexts.full(layout(pair, [], shift=SHIFT), skills.tail)
+        row["deviation"]["null"] = _deviation(full, other, skills.own)
     prefaces: dict[str, Sequence[int]] = {"preface": skills.preface} | ({"stranger": stranger} if stranger else {})
     for name, preface in prefaces.items():
-        with ExitStack() as stack:
+        with taken_back(alone):
             for chunk in skills.chunks:
-                source, stands = compiled(engine, skills, chunk, preface)
-                stack.enter_context(patched(alone, source, list(chunk.range), from_slots=list(stands.range)))
-            row["arms"][name] = _outcome(pair, expected, _logits(pair, alone, skills, ()), tokens)
-            row["attention"][name] = _attention(pair, alone, skills, skills.tail)
+                contexts.put(alone, skills, chunk, preface)
+            add(name, add_read(name, alone))
             if deviates:
                 row["deviation"][name] = _deviation(full, alone, skills.own)
     return row
 
 
-def _logits(pair: Pair, buffer: KVBuffer, skills: Skills, chosen: Sequence[Sequence[int]]) -> torch.Tensor:
-    """The last row's logits, some tokens of the skills and the whole question computed again. The buffer is unchanged."""
+def _repaired(
+    pair: Pair, full: KVBuffer, alone: KVBuffer, skills: Skills, sets: Sequence[Sequence[Sequence[int]]]
+) -> torch.Tensor:
+    """The last row's logits, some tokens of the skills and the whole question computed again: [sets, vocabulary].
+
+    Each set is a branch of the skills as they are. The first tokens of the first skill read the prefix and each other only, so
+    that computed again they are what they are in the full prefill: they are put beside the context.
+    """
+    first = skills.chunks[0]
+    known = list(first.range)[: max(REPAIRED)]
+    with branching(pair.engine, alone) as branches:
+        beside = branches.beside(rows_from(full, known), known)
+        several = []
+        for chosen in sets:
+            rows = repaired_rows(skills, chosen)
+            taken = len(chosen[0]) if chosen[0] == list(first.range)[: len(chosen[0])] else 0
+            slots = [slot for slot in rows.slots if slot not in set(known[:taken])]
+            absent = (*(slot for slot in rows.slots if slot < skills.last), *beside[taken:])
+            several.append(Branch(tuple(skills.ids[slot] for slot in slots), tuple(slots), absent=absent))
+        return branches.last(several)
+
+
+def _read(pair: Pair, buffer: KVBuffer, skills: Skills, start: int) -> tuple[torch.Tensor, dict[str, float]]:
+    """The last row's logits, the rows from `start` on computed again, and what it attends to. The buffer is unchanged."""
     with taken_back(buffer):
-        return pair.engine.compute(buffer, repaired_rows(skills, chosen))[-1]
+        slots = tuple(range(start, len(skills.ids)))
+        rows = Rows(tuple(skills.ids[slot] for slot in slots), slots, slots)
+        return pair.engine.compute(buffer, rows)[-1], _attention(pair, buffer, skills)
 
 
 def _choice(logits: torch.Tensor, tokens: dict[str, int]) -> str:
@@ -117,17 +148,9 @@ def _outcome(pair: Pair, expected: torch.Tensor, logits: torch.Tensor, tokens: d
     }
 
 
-def _attention(pair: Pair, buffer: KVBuffer, skills: Skills, start: int | None = None) -> dict[str, float]:
-    """The share of the deciding row's attention, in the last third of the layers, by what it attends to.
-
-    With `start` the rows from there on are computed first, on what the buffer holds now.
-    """
-    with taken_back(buffer):
-        if start is not None:
-            slots = tuple(range(start, skills.last))
-            pair.engine.compute(buffer, Rows(tuple(skills.ids[s] for s in slots), slots, slots), logits=0)
-        row = Rows((skills.ids[-1],), (skills.last,), (skills.last,))
-        weights = pair.engine.attention_weights(buffer, row)
+def _attention(pair: Pair, buffer: KVBuffer, skills: Skills) -> dict[str, float]:
+    """The share of the deciding row's attention, in the last third of the layers, by what it attends to."""
+    weights = pair.engine.attention_weights(buffer, Rows((skills.ids[-1],), (skills.last,), (skills.last,)))
     late = torch.stack([each.mean(dim=0) for each in weights[2 * len(weights) // 3 :]]).mean(dim=0).cpu().double()
     firsts = [chunk.start for chunk in skills.chunks]
     acts = {slot for each in skills.actions for slot in each}
@@ -147,8 +170,7 @@ def _attention(pair: Pair, buffer: KVBuffer, skills: Skills, start: int | None =
 def _deviation(full: KVBuffer, other: KVBuffer, chunk: Span) -> dict[str, Any]:
     """By position in the skill, and by layer, the relative distance of keys and of values."""
     found: dict[str, Any] = {}
-    for name, apart in distances(full, other).items():
-        inside = apart[:, chunk.start : chunk.stop]
+    for name, inside in distances(full, other, slice(chunk.start, chunk.stop)).items():
         found[name] = {
             "position": dict(_by_position(inside)),
             "first_by_layer": [round(float(each), 5) for each in inside[:, 0]],

@@ -18,6 +18,7 @@ from programmable_kv.lab.experiments.cases import Case, cases
 from programmable_kv.lab.experiments.pair import Pair, first_tokens
 from programmable_kv.lab.experiments.prevention import tail_of
 from programmable_kv.lab.experiments.written import Part, Written, written
+from programmable_kv.lab.tools.kv import moved_rows
 from programmable_kv.models.load import Model
 
 OTHERS_SEED = 96_000
@@ -57,23 +58,15 @@ class Skills:
     def own(self) -> Span:
         return self.chunks[self.asked]
 
-    def alone(self) -> PartReads:
-        """What may read what where each skill reads itself alone."""
-        return self._reads(torch.eye(len(self.chunks) + 2, dtype=torch.bool))
-
     def together(self) -> PartReads:
-        """The same where each skill also reads those before it, as if all had been compiled as one text."""
+        """What may read what where each skill reads itself and those before it, as if all had been compiled as one text."""
         table = torch.ones(len(self.chunks) + 2, len(self.chunks) + 2, dtype=torch.bool).tril()
         table[1:, 0] = False
-        return self._reads(table)
-
-    def _reads(self, table: torch.Tensor) -> PartReads:
         count = len(self.chunks)
         part_of = torch.zeros(len(self.ids), dtype=torch.long)
         for number, chunk in enumerate(self.chunks, start=1):
             part_of[chunk.start : chunk.stop] = number
         part_of[self.tail :] = count + 1
-        table[-1] = True
         return PartReads(part_of, table)
 
 
@@ -158,36 +151,57 @@ def _of(pair: Pair, case: Case) -> Written:
     return written(pair.model, case, change, case.values(change[0]))
 
 
-def prefilled_as(engine: Engine, skills: Skills, rule: PartReads | None) -> KVBuffer:
-    """A buffer with all of the tokens but the last; `rule`: what may read what, everything that stands before it when None."""
-    buffer = engine.new_buffer(len(skills.ids))
-    slots = tuple(range(skills.last))
-    engine.compute(buffer, Rows(skills.ids[:-1], slots, slots), logits=0, reads=rule)
-    return buffer
+class Contexts:
+    """A policy's skills in one context or another; what those have in common is computed once."""
 
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._prefaces: dict[tuple[int, ...], KVBuffer] = {}
+        self._compiled: dict[tuple[tuple[int, ...], tuple[int, ...]], KVBuffer] = {}
 
-def read_as(engine: Engine, full: KVBuffer, skills: Skills, rule: PartReads) -> KVBuffer:
-    """A copy of a buffer in which everything read everything, its skills computed again by a rule of what may read what.
+    def full(self, skills: Skills, stop: int | None = None) -> KVBuffer:
+        """A buffer with the tokens up to `stop` (None: all but the last), in which everything reads what stands before it."""
+        buffer = self._behind(skills.ids[: skills.prefix])
+        self._engine.append(buffer, skills.ids[skills.prefix : skills.last if stop is None else stop], logits=0)
+        return buffer
 
-    The prefix is the same by any rule, and what follows the skills is left as it was: whoever reads it computes it first.
-    """
-    buffer, slots = full.fork(), tuple(range(skills.prefix, skills.tail))
-    engine.compute(buffer, Rows(tuple(skills.ids[slot] for slot in slots), slots, slots), logits=0, reads=rule)
-    return buffer
+    def alone(self, full: KVBuffer, skills: Skills) -> KVBuffer:
+        """A copy of a full prefill in which each skill was computed alone. What follows the skills is left as it was."""
+        buffer = full.fork()
+        for chunk in skills.chunks:
+            self.put(buffer, skills, chunk, ())
+        return buffer
 
+    def together(self, alone: KVBuffer, skills: Skills) -> KVBuffer:
+        """A copy of skills that were computed alone, in which each reads those before it: the first one stays."""
+        buffer, slots = alone.fork(), tuple(range(skills.chunks[0].stop, skills.tail))
+        rows = Rows(tuple(skills.ids[slot] for slot in slots), slots, slots)
+        self._engine.compute(buffer, rows, logits=0, reads=skills.together())
+        return buffer
 
-def compiled(engine: Engine, skills: Skills, chunk: Span, preface: Sequence[int]) -> tuple[KVBuffer, Span]:
-    """A skill behind a preface, at the positions that it has in the context; and where it lies in that buffer.
+    def put(self, buffer: KVBuffer, skills: Skills, chunk: Span, preface: Sequence[int]) -> None:
+        """Put a skill into its place as it is behind a preface, which is no longer than the prefix: its last tokens are taken.
 
-    The preface is no longer than the prefix: its last tokens are taken.
-    """
-    preface = tuple(preface)[-skills.prefix :]
-    ids = (*preface, *skills.ids[chunk.start : chunk.stop])
-    first = chunk.start - len(preface)
-    buffer = engine.new_buffer(len(ids))
-    rows = Rows(ids, tuple(range(len(ids))), tuple(range(first, first + len(ids))))
-    engine.compute(buffer, rows, logits=0)
-    return buffer, Span(len(preface), len(ids))
+        It is computed once behind each preface, and its keys are rotated to where it stands.
+        """
+        preface = tuple(preface)[-skills.prefix :]
+        source = self._behind_preface(preface, skills.ids[chunk.start : chunk.stop])
+        slots = list(range(len(preface), source.length))
+        buffer.overwrite(list(chunk.range), moved_rows(self._engine, source, slots, buffer, list(chunk.range)))
+
+    def _behind_preface(self, preface: tuple[int, ...], ids: tuple[int, ...]) -> KVBuffer:
+        if (preface, ids) not in self._compiled:
+            buffer = self._behind(preface) if preface else self._engine.new_buffer(len(ids))
+            self._engine.append(buffer, ids, logits=0)
+            self._compiled[preface, ids] = buffer
+        return self._compiled[preface, ids]
+
+    def _behind(self, first: tuple[int, ...]) -> KVBuffer:
+        """A buffer with these tokens alone, the caller's own."""
+        if first not in self._prefaces:
+            self._prefaces[first] = buffer = self._engine.new_buffer(len(first))
+            self._engine.append(buffer, first, logits=0)
+        return self._prefaces[first].fork()
 
 
 def repaired_rows(skills: Skills, chosen: Sequence[Sequence[int]]) -> Rows:

@@ -15,6 +15,7 @@ from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.layout import KVLayout
 from programmable_kv.cache.overwrite import Overwrite
 from programmable_kv.cache.rotation import Rotation
+from programmable_kv.engine import Engine
 from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.lab.tools.hooks import taken_back
 
@@ -124,6 +125,21 @@ def rows_from(source: KVBuffer, slots: Sequence[int], which: Which = EVERYTHING)
             keys, values = (None if t is None else t[:, list(which.heads)] for t in (keys, values))
         rows.append(Overwrite(layer, keys, values, which.heads))
     return rows
+
+
+def moved_rows(
+    engine: Engine, source: KVBuffer, from_slots: Sequence[int], buffer: KVBuffer, slots: Sequence[int]
+) -> list[Overwrite]:
+    """Copies of a buffer's keys and values as they stand at the positions of another one's slots.
+
+    Raises:
+        InvalidArgumentError: as `patched`.
+        UnsupportedModelError: positions differ, and keys of this model cannot be rotated exactly.
+    """
+    layout = None
+    if bool((buffer.positions[list(slots)] - source.positions[list(from_slots)]).any()):
+        layout = engine.require_relocation()
+    return _moved(rows_from(source, from_slots), source, from_slots, buffer, slots, layout)
 
 
 def _mean(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
