@@ -13,7 +13,7 @@ from programmable_kv.lab.experiments import seam, skills
 from programmable_kv.lab.experiments.blast_radius import distances
 from programmable_kv.lab.experiments.cases import cases
 from programmable_kv.lab.experiments.pair import Pair, pair_of
-from programmable_kv.lab.tools.kv import patched
+from programmable_kv.lab.tools.hooks import taken_back
 
 
 @pytest.fixture(scope="module")
@@ -47,37 +47,49 @@ def test_the_skills_lie_one_after_the_other_between_prefix_and_question(pair: Pa
     assert other.ids[one.prefix :] == one.ids[one.prefix :]
 
 
-def test_alone_under_a_mask_is_what_is_compiled_alone(pair: Pair, two: skills.Skills) -> None:
-    engine = pair.engine
-    masked = skills.prefilled_as(engine, two, two.alone())
+def test_alone_is_what_is_compiled_alone_where_it_stands(pair: Pair, two: skills.Skills) -> None:
+    engine, contexts = pair.engine, skills.Contexts(pair.engine)
+    alone = contexts.alone(contexts.full(two), two)
+    # The angles of rotary keys are float32 in any dtype, so that rotated keys are equal up to that.
+    near = 1e-4
     for chunk in two.chunks:
         lone = engine.new_buffer(len(chunk))
         ids = two.ids[chunk.start : chunk.stop]
         engine.compute(lone, Rows(ids, tuple(range(len(chunk))), tuple(chunk.range)), logits=0)
         for layer in range(len(lone)):
-            assert torch.allclose(masked.keys(layer)[:, :, chunk.start : chunk.stop], lone.keys(layer), atol=1e-9)
-            assert torch.allclose(masked.values(layer)[:, :, chunk.start : chunk.stop], lone.values(layer), atol=1e-9)
+            assert torch.allclose(alone.keys(layer)[:, :, chunk.start : chunk.stop], lone.keys(layer), atol=near)
+            assert torch.allclose(alone.values(layer)[:, :, chunk.start : chunk.stop], lone.values(layer), atol=near)
 
 
 def test_everything_repaired_is_a_full_prefill_and_nothing_repaired_is_not(pair: Pair, two: skills.Skills) -> None:
-    full, alone = (skills.prefilled_as(pair.engine, two, rule) for rule in (None, two.alone()))
-    expected = seam._logits(pair, full, two, ())
-    everything = [list(chunk.range) for chunk in two.chunks]
-    assert torch.allclose(seam._logits(pair, alone, two, everything), expected, atol=1e-9)
-    assert not torch.allclose(seam._logits(pair, alone, two, ()), expected, atol=1e-6)
-    together = skills.prefilled_as(pair.engine, two, two.together())
-    apart = distances(alone, together)["values"].amax(dim=0)
+    contexts = skills.Contexts(pair.engine)
+    full = contexts.full(two)
+    alone = contexts.alone(full, two)
+    expected, _ = seam._read(pair, full, two, two.last)
+    some = [list(chunk.range)[:4] for chunk in two.chunks]
+    middle = [list(chunk.range)[2:6] for chunk in two.chunks]
+    sets = [[list(chunk.range) for chunk in two.chunks], some, middle]
+    everything, *partly = seam._repaired(pair, full, alone, two, sets)
+    assert torch.allclose(everything, expected, atol=1e-9)
+    for chosen, found in zip(sets[1:], partly, strict=True):
+        with taken_back(alone):
+            one_by_one = pair.engine.compute(alone, skills.repaired_rows(two, chosen))[-1]
+        assert torch.allclose(found, one_by_one, atol=1e-9)
+        assert not torch.allclose(found, expected, atol=1e-6)
+    assert not torch.allclose(seam._read(pair, alone, two, two.tail)[0], expected, atol=1e-6)
+    apart = distances(alone, contexts.together(alone, two))["values"].amax(dim=0)
     assert float(apart[: two.chunks[0].stop].max()) < 1e-9
     assert float(apart[two.chunks[1].start : two.tail].max()) > 1e-6
 
 
 def test_behind_the_prefix_itself_a_skill_is_as_in_the_context(pair: Pair) -> None:
-    one = skills.layout(pair, [])
-    full, alone = (skills.prefilled_as(pair.engine, one, rule) for rule in (None, one.alone()))
-    source, stands = skills.compiled(pair.engine, one, one.own, one.ids[: one.prefix])
-    with patched(alone, source, list(one.own.range), from_slots=list(stands.range)):
-        assert all(float(apart[:, : one.tail].max()) < 1e-9 for apart in distances(full, alone).values())
-    assert len(skills.compiled(pair.engine, one, one.own, (*one.preface, *one.ids))[0].positions) <= one.own.stop
+    one, contexts = skills.layout(pair, []), skills.Contexts(pair.engine)
+    full = contexts.full(one)
+    alone = contexts.alone(full, one)
+    assert any(float(apart[:, : one.tail].max()) > 1e-6 for apart in distances(full, alone).values())
+    # Of a longer preface the last tokens are taken.
+    contexts.put(alone, one, one.own, (*one.preface, *one.ids[: one.prefix]))
+    assert all(float(apart[:, : one.tail].max()) < 1e-9 for apart in distances(full, alone).values())
 
 
 def test_a_row_says_what_it_must(pair: Pair) -> None:

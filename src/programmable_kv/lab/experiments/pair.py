@@ -14,6 +14,7 @@ from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.engine import Engine, Rows
 from programmable_kv.lab.experiments.cases import Case
 from programmable_kv.lab.experiments.written import Written, written
+from programmable_kv.lab.tools.branches import Branch, branching
 from programmable_kv.lab.tools.hooks import taken_back
 from programmable_kv.lab.tools.kv import rows_from
 from programmable_kv.lab.tools.readouts import Scale, gap
@@ -95,6 +96,16 @@ class Pair(Texts):
             chosen = (*sorted(slots), self.text.last)
             rows = Rows(tuple(self.new_text.ids[slot] for slot in chosen), chosen, chosen)
             return float(self.gap_in(self.engine.compute(self.old, rows)[-1]))
+
+    def each_recomputed(self, sets: Sequence[Sequence[int]]) -> list[float]:
+        """What `recomputed` gives for each set of slots, as branches of few forwards."""
+        several = []
+        for slots in sets:
+            again = tuple(sorted(slots))
+            chosen = (*again, self.text.last)
+            several.append(Branch(tuple(self.new_text.ids[slot] for slot in chosen), chosen, absent=again))
+        with branching(self.engine, self.old) as branches:
+            return self.gap_in(branches.last(several)).tolist() if several else []
 
 
 def pair_of(model: Model, case: Case, *, system: str | None = None, asks_value: bool = False) -> Pair | str:

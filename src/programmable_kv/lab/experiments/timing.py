@@ -196,6 +196,6 @@ TIMING = Experiment(
     measure=measure,
     summarise=summarise,
     rank=rank,
-    scenarios=160,
-    seconds=5.0,
+    scenarios=336,
+    seconds=1.5,
 )

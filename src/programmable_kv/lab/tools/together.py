@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from programmable_kv.cache.buffer import KVBuffer
+from programmable_kv.cache.layout import Reach
 from programmable_kv.cache.masks import visible
 from programmable_kv.engine import Engine, Rows
 from programmable_kv.errors import InvalidArgumentError, UnsupportedModelError
@@ -103,10 +104,19 @@ class _Table:
         self._past, self._place = past, {slot: past + index for index, slot in enumerate(patched)}
         self._heads, self._groups = _query_heads(engine), _query_heads(engine) // buffer.keys(0).shape[1]
         self._by_head = any(it.heads is not None or it.places is not None for parts in self.probes for it in parts)
+        self._by_layer = any(it.layers is not None or it.places is not None for parts in self.probes for it in parts)
         self._layout = buffer.layout
+        self._known: dict[tuple[Reach, int | None, int | None], torch.Tensor] = {}
 
     def seen(self, layer: int) -> torch.Tensor:
-        """[1 or query heads, T, S] booleans."""
+        """[1 or query heads, T, S] booleans. Layers in which the same is seen share them."""
+        rule = self._layout.layers[layer]
+        key = (rule.reach, rule.window, layer if self._by_layer else None)
+        if key not in self._known:
+            self._known[key] = self._seen(layer)
+        return self._known[key]
+
+    def _seen(self, layer: int) -> torch.Tensor:
         rule, count = self._layout.layers[layer], len(self.probes)
         reads = visible(torch.tensor([self.position]), self.positions, rule.reach, rule.window)[0]
         own = torch.zeros(count, self._past, dtype=torch.bool) | reads[: self._past]
