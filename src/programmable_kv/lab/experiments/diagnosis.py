@@ -190,7 +190,7 @@ DIAGNOSIS = Experiment(
     title="Whether it can be told which edits need more than the field itself",
     measure=measure,
     summarise=summarise,
-    scenarios=336,
+    scenarios=384,
     sets=2,
     seconds=1.9,
 )
