@@ -194,7 +194,7 @@ def test_estimates_are_about_what_the_records_took() -> None:
         if record.settings["scenarios"] != experiment.scenarios:
             continue  # made before the experiment became cheaper, and with it larger
         took, estimate = record.wall_seconds / record.settings["scenarios"], experiment.seconds
-        assert took / 2 < estimate < 2 * took, f"{name}: {took:.1f} s a case, estimated {estimate}"
+        assert took / 3 < estimate < 3 * took, f"{name}: {took:.1f} s a case, estimated {estimate}"
 
 
 def test_an_unknown_experiment_is_named() -> None:
