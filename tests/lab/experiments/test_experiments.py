@@ -21,7 +21,6 @@ from programmable_kv.lab.experiments.pair import Pair, pair_of
 from programmable_kv.lab.experiments.registry import EXPERIMENTS, experiment
 from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, share
 from programmable_kv.lab.experiments.written import TAIL, Part
-from programmable_kv.lab.tools.knockout import Knockout
 from programmable_kv.records import read_record
 
 CLOSE = {"rel": 1e-9, "abs": 1e-9}
@@ -99,9 +98,9 @@ def test_a_knock_out_of_nothing_changes_nothing_and_one_of_all_removes_it(pair: 
     text = pair.text
     tail = tuple(range(min(text.of(*TAIL)), text.last + 1))
     before = [tensor.clone() for tensor in pair.old.tensors().values()]
-    clean = knock_out._tail_logits(pair, tail, None)
+    layers = tuple(range(len(pair.old)))
+    clean, everything = knock_out._tail_logits(pair, tail, [(), (tuple(range(tail[0])), layers)])
     assert float(pair.gap_in(clean)) == pytest.approx(pair.scale.old, **CLOSE)
-    everything = knock_out._tail_logits(pair, tail, Knockout(tail, tuple(range(tail[0]))))
     alone = pair.engine.new_buffer()
     logits = pair.engine.compute(alone, Rows(tuple(text.ids[s] for s in tail), tuple(range(len(tail))), tail))[-1]
     assert torch.allclose(everything, logits, rtol=1e-9, atol=1e-9)
