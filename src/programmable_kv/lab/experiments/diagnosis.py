@@ -20,10 +20,10 @@ from programmable_kv.edits.modes import Mode
 from programmable_kv.lab.experiments.cases import SEED, domain_names
 from programmable_kv.lab.experiments.dose import cached
 from programmable_kv.lab.experiments.experiment import Experiment, Row
+from programmable_kv.lab.experiments.named_pair import known_of
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.summaries import share
 from programmable_kv.lab.tools.naming import naming, settled
-from programmable_kv.lab.tools.shared_rows import SharedRows
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.readers import Why
 from programmable_kv.scenarios.grammar import other_value
@@ -57,9 +57,7 @@ def measure(pair: Pair, _: Sequence[Row]) -> Row:
 
     The notebook's own edits; but their rows are computed together (`naming`).
     """
-    shared = SharedRows(pair.engine)
-    for text, buffer in ((pair.old_text, pair.old), (pair.new_text, pair.fresh)):
-        shared.add(text.ids, buffer)
+    shared = known_of(pair)
     model, engine = naming(pair.model, shared)
     notebook = cached(replace(pair, model=model))
     opening = pair.text.ids[len(notebook) :]

@@ -15,10 +15,10 @@ from typing import Any
 
 from programmable_kv.edits.modes import Mode
 from programmable_kv.lab.experiments.experiment import Experiment, Row
+from programmable_kv.lab.experiments.named_pair import known_of
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.summaries import share
 from programmable_kv.lab.tools.naming import naming, settled
-from programmable_kv.lab.tools.shared_rows import SharedRows
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.notebook import Notebook
@@ -59,9 +59,7 @@ def measure(pair: Pair, _: Sequence[Row], arms: Arms = ALL) -> Row:
 
     The notebook's own operations, all of them; but their rows are computed together (`naming`).
     """
-    shared = SharedRows(pair.engine)
-    for text, buffer in ((pair.old_text, pair.old), (pair.new_text, pair.fresh)):
-        shared.add(text.ids, buffer)
+    shared = known_of(pair)
     model, engine = naming(pair.model, shared)
     notebook = prefilled(model, pair, DEFAULT_TEMPLATE)
     thought = pair.model.tokenizer.encode(

@@ -21,6 +21,7 @@ from programmable_kv.cache.masks import PartReads
 from programmable_kv.engine import Rows
 from programmable_kv.lab.experiments.cases import SEED
 from programmable_kv.lab.experiments.experiment import Experiment, Row
+from programmable_kv.lab.experiments.named_pair import known_of
 from programmable_kv.lab.experiments.nulls import matched
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.summaries import Value, at, mean_by_domain
@@ -133,9 +134,7 @@ def measure(pair: Pair, _: Sequence[Row], *, few: bool = False) -> Row:
         if drawn is not None:
             arms[f"random_as_{name}"] = drawn[0]
     row: Row = {"options": len(pair.first_tokens), "right": list(pair.actions)}
-    shared = SharedRows(pair.engine)
-    for known, buffer in ((text, pair.old), (new, pair.fresh)):
-        shared.add(known.ids, buffer)
+    shared = known_of(pair)
     asked = {name: arm(shared, pair, chosen, carriers(text, name)) for name, chosen in arms.items()}
     for name in ("nobody", "readers"):
         asked[name]["stale_readers"] = named(
