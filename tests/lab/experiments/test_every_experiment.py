@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from typer.testing import CliRunner
 
 from conftest import tiny_model, tokenizer
 from programmable_kv.cli import app
-from programmable_kv.errors import InvalidArgumentError, RecordError
+from programmable_kv.errors import ExperimentError, InvalidArgumentError, RecordError
 from programmable_kv.lab.experiments.every import Every, run_every
 from programmable_kv.lab.experiments.experiment import run
 from programmable_kv.lab.experiments.registry import experiment
@@ -59,6 +61,18 @@ def test_what_a_process_refuses_is_refused_here(asked: Every) -> None:
     first.path.rename(first.path.with_suffix(".partial"))  # as of an interrupted run
     with pytest.raises(RecordError, match="interrupted run with another data_digest, settings"):
         list(run_every(replace(asked, scenarios=2), 1, NAMES[:1]))
+
+
+def test_a_killed_process_is_told(asked: Every) -> None:
+    def kill() -> None:
+        for each in multiprocessing.active_children():
+            each.kill()
+
+    killer = threading.Timer(1.0, kill)
+    killer.start()
+    with pytest.raises(ExperimentError, match=r"was killed, .* run the same again"):
+        list(run_every(asked, 2, NAMES))
+    killer.join()
 
 
 def test_the_command_prints_a_line_for_each(asked: Every, monkeypatch: pytest.MonkeyPatch) -> None:

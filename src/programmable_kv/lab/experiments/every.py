@@ -6,10 +6,11 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from programmable_kv.errors import RecordError
+from programmable_kv.errors import ExperimentError, RecordError
 from programmable_kv.lab.experiments.experiment import Experiment, record_name, run
 from programmable_kv.lab.experiments.registry import EXPERIMENTS, experiment
 from programmable_kv.models.load import Model, load_model
@@ -52,6 +53,7 @@ def run_every(asked: Every, workers: int, names: Sequence[str] | None = None) ->
     Raises:
         InvalidArgumentError: there is no experiment of a name.
         RecordError: a run that was interrupted in this folder had other settings.
+        ExperimentError: a process was killed.
     """
     chosen = sorted(map(experiment, EXPERIMENTS if names is None else names), key=lambda each: -each.minutes)
     if workers == 1:
@@ -67,6 +69,11 @@ def run_every(asked: Every, workers: int, names: Sequence[str] | None = None) ->
         waiting = [pool.submit(_one_here, asked, each.name) for each in chosen]
         for done in as_completed(waiting):
             yield done.result()
+    except BrokenProcessPool:
+        raise ExperimentError(
+            "a process that ran experiments was killed, as where memory runs out. Rows that were measured are kept: run the "
+            "same again, with fewer workers if memory was short"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
