@@ -288,7 +288,7 @@ class Engine:
         """
         layers = self.relocation.layout.layers
         with self._tried(buffer, rows) as (ids, visible):
-            weights = self._last_row_weights(buffer, ids, rows, visible)
+            _, weights = self._last_row_read(buffer, ids, rows, visible)
             influence = torch.zeros(visible, dtype=torch.float32, device=self.device)
             for layer, rule, attention in zip(buffer.layers, layers, weights, strict=True):
                 read = layer.values if rule.rotated == "keys" else layer.keys
@@ -302,8 +302,12 @@ class Engine:
 
         The rows are computed against the buffer, which is unchanged. Only one row's weights are ever held.
         """
+        return self.last_row_read(buffer, rows)[1]
+
+    def last_row_read(self, buffer: KVBuffer, rows: Rows) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The logits of the last of `rows`, [V], and its attention weights as `attention_weights` gives them: one forward."""
         with self._tried(buffer, rows) as (ids, visible):
-            return self._last_row_weights(buffer, ids, rows, visible)
+            return self._last_row_read(buffer, ids, rows, visible)
 
     @contextmanager
     def _tried(self, buffer: KVBuffer, rows: Rows) -> Iterator[tuple[torch.Tensor, int]]:
@@ -330,8 +334,10 @@ class Engine:
             if self.model.config._attn_implementation != usual:
                 self.model.set_attn_implementation(usual)
 
-    def _last_row_weights(self, buffer: KVBuffer, ids: torch.Tensor, rows: Rows, visible: int) -> list[torch.Tensor]:
-        """The last row's attention in each layer, [heads, S], computed while the caller holds the model's lock.
+    def _last_row_read(
+        self, buffer: KVBuffer, ids: torch.Tensor, rows: Rows, visible: int
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The last row's logits, [V], and its attention in each layer, [heads, S]. The caller holds the model's lock.
 
         With this package's attention the forward is the usual one. With another the implementation is switched for the
         forward, which is why the lock is held; eager attention returns its weights by itself.
@@ -339,13 +345,13 @@ class Engine:
         if self.model.config._attn_implementation in (GROUPED_SDPA, "sdpa"):
             register_attention()
             with self._attention_as(GROUPED_SDPA), recording() as found:
-                self._forward(buffer, ids, rows, self._mask(buffer, rows, visible, eager=False), 1)
+                output = self._forward(buffer, ids, rows, self._mask(buffer, rows, visible, eager=False), 1)
             if len(found) == len(buffer.layers):
-                return [each.weights for each in found]
+                return output.logits[0, -1], [each.weights for each in found]
         with self._attention_as("eager"):
             mask = self._mask(buffer, rows, visible, eager=True)
             output = self._forward(buffer, ids, rows, mask, 1, output_attentions=True)
-            return [attention[0, :, -1] for attention in output.attentions]
+            return output.logits[0, -1], [attention[0, :, -1] for attention in output.attentions]
 
     @contextmanager
     def graph(self, buffer: KVBuffer, rows: Rows) -> Iterator[Graph]:

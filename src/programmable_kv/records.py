@@ -159,10 +159,15 @@ class Recorder:
         data_digest: str,
         seeds: Sequence[int],
         settings: dict[str, Any],
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """
+        Args:
+            clock: seconds, by which `wall_seconds` is counted. One that stands still leaves out what else was done meanwhile.
+        """
         self.path = path
         self._partial = path.with_suffix(".partial")
-        self._began = time.perf_counter()
+        self._clock, self._began = clock, clock()
         if not re.match(_NAME, name):
             raise RecordError(
                 f"a record cannot be called {name!r}: write lower-case letters, digits and '-', starting with a letter or digit"
@@ -248,7 +253,7 @@ class Recorder:
         return record
 
     def _write(self, path: Path) -> None:
-        self.record.wall_seconds = round(self._earlier_seconds + time.perf_counter() - self._began, 3)
+        self.record.wall_seconds = round(self._earlier_seconds + self._clock() - self._began, 3)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(_compact_json(self.record), encoding="utf-8")

@@ -49,8 +49,9 @@ def lab_run(
     Without a name the experiments are listed, each with about how many minutes it takes, for the embedded model
     on one core.
     """
-    from programmable_kv.lab.experiments.experiment import record_name, run
+    from programmable_kv.lab.experiments.experiment import record_name
     from programmable_kv.lab.experiments.registry import EXPERIMENTS, experiment
+    from programmable_kv.lab.experiments.runs import run
 
     if quick:
         _quick(load(model), list(EXPERIMENTS) if name is None else [experiment(name).name], everyday=everyday)
@@ -72,7 +73,7 @@ def lab_run(
         loaded = randomised(loaded)
     count = chosen.scenarios if scenarios is None else scenarios
     total = len(chosen.cases(count, everyday=everyday))
-    path = record_path(out_path, record_name(chosen, loaded))
+    path = record_path(out_path, record_name(chosen, loaded.name))
     with progress("Policies", total) as report:
         record = run(chosen, loaded, count, path, everyday=everyday, report=report, command=command())
     if as_json:
@@ -101,7 +102,8 @@ def lab_every(
 ) -> None:
     """Run every experiment of `pkv lab run`, several at a time, each into its record.
 
-    A record of the same policies and weights that is there already is kept. After an interruption the same command
+    The experiments of a process are asked about one policy after the other, so that all their records are ready near
+    the end. A record of the same policies and weights that is there already is kept. After an interruption the same command
     continues.
     """
     import os
@@ -112,9 +114,8 @@ def lab_every(
 
     require_extra("lab", "scipy", "statsmodels")
     asked = Every(model, folder or results_folder(), scenarios, everyday, again)
-    with progress("Experiments", len(EXPERIMENTS)) as report:
-        for number, each in enumerate(run_every(asked, workers or os.cpu_count() or 1), start=1):
-            report(number, len(EXPERIMENTS))
+    with progress("Policies", sum(map(asked.cases, EXPERIMENTS.values()))) as report:
+        for each in run_every(asked, workers or os.cpu_count() or 1, report=report):
             how = "kept" if each.kept else f"{each.seconds / 60:.1f} min"
             out.print(f"{each.name:18}{each.counted:4} policies, {how}: {each.path}", highlight=False, soft_wrap=True)
 
@@ -122,8 +123,8 @@ def lab_every(
 def _quick(model: Model, names: list[str], *, everyday: bool) -> None:
     from tempfile import TemporaryDirectory
 
-    from programmable_kv.lab.experiments.experiment import run
     from programmable_kv.lab.experiments.registry import experiment
+    from programmable_kv.lab.experiments.runs import run
 
     for name in names:
         with TemporaryDirectory() as folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,16 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import tiny_model, tokenizer
-from programmable_kv.cli import app
+from programmable_kv.cli import app, main
 from programmable_kv.errors import ExperimentError, InvalidArgumentError, RecordError
-from programmable_kv.lab.experiments.every import Every, run_every
-from programmable_kv.lab.experiments.experiment import run
-from programmable_kv.lab.experiments.registry import experiment
-from programmable_kv.models.load import load_model
+from programmable_kv.lab.experiments.cases import Case
+from programmable_kv.lab.experiments.control import randomised
+from programmable_kv.lab.experiments.every import Every, balanced, run_every
+from programmable_kv.lab.experiments.experiment import PAIR_SECONDS
+from programmable_kv.lab.experiments.pair import Pair, pair_of
+from programmable_kv.lab.experiments.registry import EXPERIMENTS, experiment
+from programmable_kv.lab.experiments.runs import Run, run, run_together
+from programmable_kv.models.load import Model, load_model
 from programmable_kv.records import read_record
 
 NAMES = ("blast-radius", "boundary")
@@ -41,6 +46,93 @@ def test_two_processes_make_the_records_that_one_makes(asked: Every) -> None:
         assert not each.kept
         assert found.rows == alone.rows
         assert found.command == f"pkv lab run {name} --model {asked.model} --scenarios 3"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_cases_are_told_of_all_experiments_together(asked: Every, workers: int) -> None:
+    told: list[tuple[int, int]] = []
+    list(run_every(asked, workers, NAMES, lambda *some: told.append(some)))
+    assert told == sorted(told)
+    assert {total for _, total in told} == {6}
+    assert told[-1] == (6, 6)
+    list(run_every(asked, workers, NAMES, lambda *some: told.append(some)))
+    assert told[-1] == (6, 6), "what is there is done"
+
+
+def test_a_pair_is_made_once_and_rows_are_those_of_one_experiment_alone(
+    asked: Every, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def counted(model: Model, case: Case) -> Pair | str:
+        made.append(case.text())
+        return pair_of(model, case)
+
+    monkeypatch.setattr("programmable_kv.lab.experiments.runs.pair_of", counted)
+    model = randomised(load_model(asked.model))  # so that what it decides wrongly is measured too
+    chosen = [experiment(name).briefly() for name in ("prevention", "dose", "locality", "errata")]
+
+    def runs(folder: str) -> list[Run]:
+        return [Run(each, model, 3, tmp_path / folder / f"{each.name}.json") for each in chosen]
+
+    began = time.perf_counter()
+    together = {run.experiment.name: record for run, record in run_together(runs("together"))}
+    took = time.perf_counter() - began
+    assert len(made) == len(set(made)), "a pair was made twice"
+    assert {*made} == {case.text() for each in chosen for _, case in each.cases(3)}
+    seconds = [record.wall_seconds for record in together.values()]
+    assert all(each > 0 for each in seconds)
+    assert sum(seconds) < took + 1
+    for each in chosen:
+        alone = run(each, model, 3, tmp_path / "alone" / f"{each.name}.json")
+        assert alone.figure("counted") > 0
+        assert together[each.name].rows == alone.rows
+        assert together[each.name].summary == alone.summary
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(done: int, _: int) -> None:
+        if done == 9:  # within the cases of one pair
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        list(run_together(runs("later"), interrupt))
+    assert not list((tmp_path / "later").glob("*.json"))
+    later = {run.experiment.name: record.rows for run, record in run_together(runs("later"))}
+    assert later == {name: record.rows for name, record in together.items()}
+
+
+def test_shares_take_about_equally_long() -> None:
+    everything = list(EXPERIMENTS.values())
+    for workers in (1, 2, 3, 40):
+        shares = balanced(everything, workers)
+        assert len(shares) == min(workers, len(everything))
+        assert sorted(each.name for share in shares for each in share) == sorted(EXPERIMENTS)
+        minutes = []
+        for share in shares:
+            minutes.append(sum(each.minutes_beside(share[:place]) for place, each in enumerate(share)))
+        assert max(minutes) - min(minutes) < max(each.minutes for each in everything)
+    assert sum(minutes) == pytest.approx(sum(each.minutes for each in everything))
+    (both,) = balanced([experiment("seam"), experiment("prevention")], 1)
+    alike = both[1].minutes_beside(both[:1])
+    assert alike == pytest.approx(both[1].minutes - PAIR_SECONDS * both[1].scenarios / 60)
+    assert experiment("dose").minutes_beside(both) == experiment("dose").minutes, "its policies are others"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_folder_that_cannot_be_written_is_told_as_by_pkv_lab_run(
+    asked: Every, workers: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked.folder.write_text("a file")
+    words = ["lab", "every", "--model", asked.model, "--scenarios", "1", "--workers", str(workers)]
+    monkeypatch.setattr("programmable_kv.lab.experiments.every.EXPERIMENTS", NAMES)
+    monkeypatch.setattr("sys.argv", ["pkv", *words, "--folder", str(asked.folder)])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "error (OS)" in line
+    assert "make room or choose another place" in line
 
 
 def test_records_that_are_there_are_kept_unless_they_are_of_other_policies(asked: Every) -> None:

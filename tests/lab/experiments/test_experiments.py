@@ -16,9 +16,10 @@ from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.lab.experiments import blast_radius, dissociation, knock_out, locality, where
 from programmable_kv.lab.experiments.cases import cases
 from programmable_kv.lab.experiments.control import randomised
-from programmable_kv.lab.experiments.experiment import WRONG, Experiment, of_other_domains, record_name, run
+from programmable_kv.lab.experiments.experiment import Experiment, of_other_domains, record_name
 from programmable_kv.lab.experiments.pair import Pair, pair_of
 from programmable_kv.lab.experiments.registry import EXPERIMENTS, experiment
+from programmable_kv.lab.experiments.runs import WRONG, run
 from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, share
 from programmable_kv.lab.experiments.written import TAIL, Part
 from programmable_kv.records import read_record
@@ -143,7 +144,7 @@ def test_a_record_of_it(name: str, model: Any, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     record = run(short, control, 12, tmp_path / f"{name}.json", report=lambda *done: seen.append(done))
     assert record.complete
-    assert record.name == record_name(chosen, control) == f"{name}-random-weights"
+    assert record.name == record_name(chosen, control.name) == f"{name}-random-weights"
     assert len(record.rows) == len(chosen.cases(12)) == seen[-1][1]
     assert record.figure("drawn") == 12
     assert 0 < record.figure("counted") == record.figure("aligned")  # of the control, every pair counts

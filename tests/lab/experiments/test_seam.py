@@ -48,7 +48,7 @@ def test_the_skills_lie_one_after_the_other_between_prefix_and_question(pair: Pa
 
 
 def test_alone_is_what_is_compiled_alone_where_it_stands(pair: Pair, two: skills.Skills) -> None:
-    engine, contexts = pair.engine, skills.Contexts(pair.engine)
+    engine, contexts = pair.engine, skills.Contexts(pair)
     alone = contexts.alone(contexts.full(two), two)
     # The angles of rotary keys are float32 in any dtype, so that rotated keys are equal up to that.
     near = 1e-4
@@ -62,7 +62,7 @@ def test_alone_is_what_is_compiled_alone_where_it_stands(pair: Pair, two: skills
 
 
 def test_everything_repaired_is_a_full_prefill_and_nothing_repaired_is_not(pair: Pair, two: skills.Skills) -> None:
-    contexts = skills.Contexts(pair.engine)
+    contexts = skills.Contexts(pair)
     full = contexts.full(two)
     alone = contexts.alone(full, two)
     expected, _ = seam._read(pair, full, two, two.last)
@@ -83,7 +83,7 @@ def test_everything_repaired_is_a_full_prefill_and_nothing_repaired_is_not(pair:
 
 
 def test_behind_the_prefix_itself_a_skill_is_as_in_the_context(pair: Pair) -> None:
-    one, contexts = skills.layout(pair, []), skills.Contexts(pair.engine)
+    one, contexts = skills.layout(pair, []), skills.Contexts(pair)
     full = contexts.full(one)
     alone = contexts.alone(full, one)
     assert any(float(apart[:, : one.tail].max()) > 1e-6 for apart in distances(full, alone).values())

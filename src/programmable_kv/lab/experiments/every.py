@@ -1,20 +1,25 @@
-"""Every experiment, in several processes: each loads the model once and takes the next experiment that is left."""
+"""Every experiment, in several processes: each loads the model once and carries out its share case by case."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from programmable_kv.errors import ExperimentError, RecordError
-from programmable_kv.lab.experiments.experiment import Experiment, record_name, run
+from programmable_kv.lab.experiments.experiment import Experiment, record_name
 from programmable_kv.lab.experiments.registry import EXPERIMENTS, experiment
+from programmable_kv.lab.experiments.runs import Report, Run, run_together
 from programmable_kv.models.load import Model, load_model
-from programmable_kv.records import read_record
+from programmable_kv.records import Record, read_record
+
+_LOOK = 0.2
+"""seconds after which it is looked whether a process has told something"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,78 +48,161 @@ class Every:
     again: bool = False
     """whether records that are there are made anew"""
 
+    def count(self, chosen: Experiment) -> int:
+        """Held-out policies that an experiment draws."""
+        return chosen.scenarios if self.scenarios is None else self.scenarios
 
-def run_every(asked: Every, workers: int, names: Sequence[str] | None = None) -> Iterator[Outcome]:
-    """Run every experiment, or those named, the longest first; yields each outcome as it comes. One worker is this process.
+    def cases(self, chosen: Experiment) -> int:
+        """The same, with those on which roles are ranked."""
+        return len(chosen.cases(self.count(chosen), everyday=self.everyday))
 
-    What a process raises is raised here, after what is running has ended. Rows that were measured are kept, and the same call
-    continues from them.
+    def path(self, chosen: Experiment) -> Path:
+        """Where an experiment's record goes."""
+        return self.folder / f"{record_name(chosen, self.model)}.json"
+
+    def there(self, chosen: Experiment) -> Record | None:
+        """An experiment's record, if one is there of the same policies, and is not to be made anew."""
+        try:
+            found = read_record(self.path(chosen))
+        except RecordError:
+            return None
+        digest = chosen.digest(self.count(chosen), everyday=self.everyday)
+        same = found.complete and found.version == chosen.version and found.data_digest == digest
+        return found if same and not self.again else None
+
+
+def run_every(
+    asked: Every, workers: int, names: Sequence[str] | None = None, report: Report | None = None
+) -> Iterator[Outcome]:
+    """Run every experiment, or those named; yields each outcome as it comes. One worker is this process.
+
+    Each process goes through its share of the experiments case by case (`run_together`). What a process raises is raised here,
+    after the others have measured the case that they are at. Rows that were measured are kept, and the same call continues
+    from them.
+
+    Args:
+        report: is told how many cases of all experiments are done, and of how many.
 
     Raises:
         InvalidArgumentError: there is no experiment of a name.
         RecordError: a run that was interrupted in this folder had other settings.
         ExperimentError: a process was killed.
+        OSError: a record cannot be written, as where the disk is full.
     """
-    chosen = sorted(map(experiment, EXPERIMENTS if names is None else names), key=lambda each: -each.minutes)
-    if workers == 1:
-        model = load_model(asked.model)
-        for each in chosen:
-            yield _one(asked, each, model)
-        return
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    chosen = [experiment(name) for name in (EXPERIMENTS if names is None else names)]
+    there = {each.name for each in chosen if asked.there(each) is not None}
+    shares = [
+        [each.name for each in share]
+        for share in balanced([each for each in chosen if each.name not in there], workers)
+    ] or [[]]
+    # What is there costs nothing, if it is of these weights: where is found out by whoever has loaded the model.
+    for number, name in enumerate(sorted(there)):
+        shares[number % len(shares)].append(name)
+    if len(shares) == 1:
+        yield from _outcomes(asked, shares[0], load_model(asked.model), report)
+    else:
+        total = sum(map(asked.cases, chosen))
+        done = [0] * len(shares)
+        for number, told in _in_processes(asked, shares):
+            if isinstance(told, Outcome):
+                yield told
+            else:
+                done[number] = told
+                if report is not None:
+                    report(sum(done), total)
+
+
+def balanced(chosen: Sequence[Experiment], workers: int) -> list[list[Experiment]]:
+    """Experiments in shares that take about equally long, one for each worker at most.
+
+    The longest first, each goes to the share that is the shortest with it.
+    """
+    shares: list[list[Experiment]] = [[] for _ in range(min(workers, len(chosen)))]
+    minutes = [0.0] * len(shares)
+    for each in sorted(chosen, key=lambda each: -each.minutes):
+        longer = [before + each.minutes_beside(share) for before, share in zip(minutes, shares, strict=True)]
+        shortest = longer.index(min(longer))
+        shares[shortest].append(each)
+        minutes[shortest] = longer[shortest]
+    return [share for share in shares if share]
+
+
+def _in_processes(asked: Every, shares: Sequence[Sequence[str]]) -> Iterator[tuple[int, Outcome | int]]:
+    """What each share's process tells: an outcome, or how many of its cases are done."""
+    threads = max(1, (os.cpu_count() or 1) // len(shares))
     # Not forked: threads that torch has started by then do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_load, initargs=(asked.model, threads))
+    told, stop = context.SimpleQueue(), context.Event()
+    pool = ProcessPoolExecutor(len(shares), context, initializer=_begin, initargs=(threads, told, stop))
     try:
-        waiting = [pool.submit(_one_here, asked, each.name) for each in chosen]
-        for done in as_completed(waiting):
-            yield done.result()
+        waiting = {pool.submit(_share, asked, number, names) for number, names in enumerate(shares)}
+        while waiting:
+            ended, waiting = wait(waiting, timeout=_LOOK, return_when=FIRST_COMPLETED)
+            while not told.empty():  # what ended has told everything by now
+                yield told.get()
+            for each in ended:
+                each.result()
     except BrokenProcessPool:
         raise ExperimentError(
             "a process that ran experiments was killed, as where memory runs out. Rows that were measured are kept: run the "
             "same again, with fewer workers if memory was short"
         ) from None
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
 
 
-_LOADED: list[Model] = []
-"""the model of this process"""
+_TOLD: list[Any] = []
+"""this process's end of the queue, and the event that it is to stop"""
 
 
-def _load(model: str, threads: int) -> None:
+def _begin(threads: int, told: Any, stop: Any) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    _LOADED.append(load_model(model))
+    _TOLD.extend((told, stop))
 
 
-def _one_here(asked: Every, name: str) -> Outcome:
-    return _one(asked, experiment(name), _LOADED[0])
+class _StoppedError(Exception):
+    """Another process has failed."""
 
 
-def _one(asked: Every, chosen: Experiment, model: Model) -> Outcome:
-    count = chosen.scenarios if asked.scenarios is None else asked.scenarios
-    path = asked.folder / f"{record_name(chosen, model)}.json"
-    if not asked.again and _is_there(path, chosen, model, count, everyday=asked.everyday):
-        found, kept = read_record(path), True
-    else:
-        command = _command(asked, chosen)
-        found, kept = run(chosen, model, count, path, everyday=asked.everyday, command=command), False
-    return Outcome(chosen.name, int(found.figure("counted")), found.wall_seconds, path, kept)
+def _share(asked: Every, number: int, names: Sequence[str]) -> None:
+    told, stop = _TOLD
+
+    def report(done: int, _: int) -> None:
+        told.put((number, done))
+        if stop.is_set():
+            raise _StoppedError
+
+    for outcome in _outcomes(asked, names, load_model(asked.model), report):
+        told.put((number, outcome))
 
 
-def _is_there(path: Path, chosen: Experiment, model: Model, count: int, *, everyday: bool) -> bool:
-    try:
-        found = read_record(path)
-    except RecordError:
-        return False
-    return (
-        found.complete
-        and found.version == chosen.version
-        and found.model_fingerprint == model.fingerprint
-        and found.data_digest == chosen.digest(count, everyday=everyday)
-    )
+def _outcomes(
+    asked: Every, names: Sequence[str], model: Model, report: Callable[[int, int], None] | None
+) -> Iterator[Outcome]:
+    """What becomes of some experiments on a model."""
+    runs, kept = [], 0
+    for chosen in map(experiment, names):
+        found = asked.there(chosen)
+        if found is not None and found.model_fingerprint == model.fingerprint:
+            kept += asked.cases(chosen)
+            yield _outcome(asked, chosen, found, kept=True)
+        else:
+            count, path, words = asked.count(chosen), asked.path(chosen), _command(asked, chosen)
+            runs.append(Run(chosen, model, count, path, everyday=asked.everyday, command=words))
+
+    def with_kept(done: int, total: int) -> None:
+        if report is not None:
+            report(kept + done, kept + total)
+
+    for run, record in run_together(runs, with_kept):
+        yield _outcome(asked, run.experiment, record, kept=False)
+
+
+def _outcome(asked: Every, chosen: Experiment, record: Record, *, kept: bool) -> Outcome:
+    return Outcome(chosen.name, int(record.figure("counted")), record.wall_seconds, asked.path(chosen), kept)
 
 
 def _command(asked: Every, chosen: Experiment) -> str:

@@ -45,7 +45,7 @@ SHIFT = 11
 
 def measure(pair: Pair, _: Sequence[Row], *, by_itself: bool = False) -> Row:
     """The skill by itself, and beside another one unless only the former is asked for."""
-    contexts = Contexts(pair.engine)
+    contexts = Contexts(pair)
     row: Row = {"one": compared(pair, contexts, layout(pair, []), dict(pair.first_tokens), deviates=True)}
     if by_itself:
         return row
@@ -128,10 +128,10 @@ def _repaired(
 
 def _read(pair: Pair, buffer: KVBuffer, skills: Skills, start: int) -> tuple[torch.Tensor, dict[str, float]]:
     """The last row's logits, the rows from `start` on computed again, and what it attends to. The buffer is unchanged."""
-    with taken_back(buffer):
-        slots = tuple(range(start, len(skills.ids)))
-        rows = Rows(tuple(skills.ids[slot] for slot in slots), slots, slots)
-        return pair.engine.compute(buffer, rows)[-1], _attention(pair, buffer, skills)
+    slots = tuple(range(start, len(skills.ids)))
+    rows = Rows(tuple(skills.ids[slot] for slot in slots), slots, slots)
+    logits, weights = pair.engine.last_row_read(buffer, rows)
+    return logits, _attention(weights, skills)
 
 
 def _choice(logits: torch.Tensor, tokens: dict[str, int]) -> str:
@@ -148,9 +148,8 @@ def _outcome(pair: Pair, expected: torch.Tensor, logits: torch.Tensor, tokens: d
     }
 
 
-def _attention(pair: Pair, buffer: KVBuffer, skills: Skills) -> dict[str, float]:
+def _attention(weights: Sequence[torch.Tensor], skills: Skills) -> dict[str, float]:
     """The share of the deciding row's attention, in the last third of the layers, by what it attends to."""
-    weights = pair.engine.attention_weights(buffer, Rows((skills.ids[-1],), (skills.last,), (skills.last,)))
     late = torch.stack([each.mean(dim=0) for each in weights[2 * len(weights) // 3 :]]).mean(dim=0).cpu().double()
     firsts = [chunk.start for chunk in skills.chunks]
     acts = {slot for each in skills.actions for slot in each}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, chain, takewhile
 
 import torch
 
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.masks import PartReads
 from programmable_kv.cache.span import Span
-from programmable_kv.engine import Engine, Rows
+from programmable_kv.engine import Rows
 from programmable_kv.lab.composing.frame import other_lines
 from programmable_kv.lab.experiments.cases import Case, cases
 from programmable_kv.lab.experiments.pair import Pair, first_tokens
@@ -152,18 +152,18 @@ def _of(pair: Pair, case: Case) -> Written:
 
 
 class Contexts:
-    """A policy's skills in one context or another; what those have in common is computed once."""
+    """A policy's skills in one context or another. What a text has in common with an earlier one, from its first token on, is
+    computed once: rows follow from the tokens before them alone.
+    """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._prefaces: dict[tuple[int, ...], KVBuffer] = {}
-        self._compiled: dict[tuple[tuple[int, ...], tuple[int, ...]], KVBuffer] = {}
+    def __init__(self, pair: Pair) -> None:
+        self._engine = pair.engine
+        self._known: dict[tuple[int, ...], KVBuffer] = {pair.old_text.ids[:-1]: pair.old}
+        """prefilled texts, by their tokens"""
 
     def full(self, skills: Skills, stop: int | None = None) -> KVBuffer:
         """A buffer with the tokens up to `stop` (None: all but the last), in which everything reads what stands before it."""
-        buffer = self._behind(skills.ids[: skills.prefix])
-        self._engine.append(buffer, skills.ids[skills.prefix : skills.last if stop is None else stop], logits=0)
-        return buffer
+        return self._prefilled(skills.ids[: skills.last if stop is None else stop]).fork()
 
     def alone(self, full: KVBuffer, skills: Skills) -> KVBuffer:
         """A copy of a full prefill in which each skill was computed alone. What follows the skills is left as it was."""
@@ -182,26 +182,29 @@ class Contexts:
     def put(self, buffer: KVBuffer, skills: Skills, chunk: Span, preface: Sequence[int]) -> None:
         """Put a skill into its place as it is behind a preface, which is no longer than the prefix: its last tokens are taken.
 
-        It is computed once behind each preface, and its keys are rotated to where it stands.
+        Its keys are rotated to where it stands.
         """
         preface = tuple(preface)[-skills.prefix :]
-        source = self._behind_preface(preface, skills.ids[chunk.start : chunk.stop])
+        source = self._prefilled((*preface, *skills.ids[chunk.start : chunk.stop]))
         slots = list(range(len(preface), source.length))
         buffer.overwrite(list(chunk.range), moved_rows(self._engine, source, slots, buffer, list(chunk.range)))
 
-    def _behind_preface(self, preface: tuple[int, ...], ids: tuple[int, ...]) -> KVBuffer:
-        if (preface, ids) not in self._compiled:
-            buffer = self._behind(preface) if preface else self._engine.new_buffer(len(ids))
-            self._engine.append(buffer, ids, logits=0)
-            self._compiled[preface, ids] = buffer
-        return self._compiled[preface, ids]
+    def _prefilled(self, ids: tuple[int, ...]) -> KVBuffer:
+        """A buffer with these tokens, in which everything reads what stands before it. It stays as it is."""
+        if ids not in self._known:
+            nearest = max(self._known, key=lambda known: _in_common(known, ids))
+            same = _in_common(nearest, ids)
+            buffer = self._known[nearest].fork() if same else self._engine.new_buffer(len(ids))
+            buffer.truncate(same)
+            self._engine.append(buffer, ids[same:], logits=0)
+            self._known[ids] = buffer
+        return self._known[ids]
 
-    def _behind(self, first: tuple[int, ...]) -> KVBuffer:
-        """A buffer with these tokens alone, the caller's own."""
-        if first not in self._prefaces:
-            self._prefaces[first] = buffer = self._engine.new_buffer(len(first))
-            self._engine.append(buffer, first, logits=0)
-        return self._prefaces[first].fork()
+
+def _in_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens that are the same from the beginning on. Those of a text that is the beginning of another one leave it one to
+    compute."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second[:-1], strict=False)))
 
 
 def repaired_rows(skills: Skills, chosen: Sequence[Sequence[int]]) -> Rows:
