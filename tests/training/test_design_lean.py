@@ -58,7 +58,7 @@ def test_losses_and_gradients_are_those_of_the_plain_way() -> None:
         masters = Masters(adapters.trained(model))
         for _ in range(2):
             said, distance = predicted(model, together).loss, divergence(model, text)
-            (said.mean() + distance).backward()
+            (said.mean() + distance).backward()  # type: ignore[no-untyped-call]
             gradients = [weight.grad for weight in adapters.trained(model)]
             assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
             values += [

@@ -38,7 +38,10 @@ def _attend(
     if not torch.is_grad_enabled() or options.get("dropout") or options.get("softcap"):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+        plain: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
+        return plain
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attention(query, key, value, attention_mask, scale).transpose(1, 2), None
 
@@ -51,7 +54,8 @@ def attention(
     Args:
         query: [B, H, T, D].
         key, value: [B, K, T, D]; H is a multiple of K.
-        mask: [B, 1, T, T], True where the row reads the column. Each row reads itself, and none a later column; None: all earlier ones.
+        mask: [B, 1, T, T], True where the row reads the column. Each row must read itself, and none a later column.
+            None: each reads all that are not later.
         scale: of the scores.
     """
     tokens = query.shape[2]

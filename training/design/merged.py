@@ -1,7 +1,8 @@
 """Linear layers with a low-rank adapter, computed as one product.
 
 The adapter is merged into a copy of the weight. peft computes the base's product, the adapter's two thin ones and their sum,
-forward and backward, over all tokens: on a CPU those passes over memory cost more than the arithmetic. The gradients of the two factors are those of the plain way.
+forward and backward, over all tokens: on a CPU those passes over memory cost more than the arithmetic. The gradients of the two
+factors are those of the plain way, but for the rounding of the merged weight.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 
-class MergedLinear(Linear):
-    """peft's linear layer with one adapter, without dropout. The merged weight is made anew when a factor was changed in place."""
+class MergedLinear(Linear):  # type: ignore[misc]
+    """peft's linear layer with one adapter, without dropout. A factor that was changed in place is merged anew."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
