@@ -43,5 +43,6 @@ class Masters:
         return True
 
     def _publish(self) -> None:
-        for master, weight in zip(self.tensors, self._weights, strict=True):
-            weight.data.copy_(master.data)
+        with torch.no_grad():  # not through `data`, whose changes leave no trace in a tensor's version
+            for master, weight in zip(self.tensors, self._weights, strict=True):
+                weight.copy_(master)

@@ -209,6 +209,30 @@ def test_the_command_trains_and_refuses(
         main([*command, "--steps", "0"])
 
 
+def test_families_replace_the_mixture(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = map(str, folders)
+    command = [
+        "--out", str(tmp_path / "out"), "--base", base, "--adapter", adapter, "--device", "cpu", "--steps", "1",
+        "--score-count", "0", "--sequences-per-step", "2", "--longest", "900", "--replay-windows", "0",
+    ]  # fmt: skip
+    families = ["--family", "updates alone=3", "--family", "facts alone=1"]
+    for refused, told in (
+        ("lies alone=1", "names no family"), ("facts alone", "names no family"), ("rule sets alone=0", "above zero"),
+        ("rule sets alone=much", "above zero"), ("rule sets alone=nan", "above zero"), ("facts alone=1", "twice"),
+    ):  # fmt: skip
+        assert main([*command, *families, "--family", refused]) == 1
+        assert told in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    assert main([*command, *families]) == 0
+    found = summary(tmp_path / "out")
+    assert isinstance(found["recipe"], dict)
+    assert found["recipe"]["mixture"] == [["updates alone", 0.75], ["facts alone", 0.25]]
+    assert isinstance(found["curve"], list)
+    assert set(found["curve"][0][3]) <= {"updates alone", "facts alone"}
+
+
 def test_the_command_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "training.design", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from programmable_kv.errors import ProgrammableKVError
-from training.design.recipe import DesignRecipe
+from training.design.recipe import DesignRecipe, mixture_of
 from training.options import positive
 
 
@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = replace(recipe, **chosen)
     score_count = (512 if on_gpu else 24) if given.score_count is None else given.score_count
     try:
+        if given.family:
+            recipe = replace(recipe, mixture=mixture_of(given.family))
         base = given.base or base_folder()
         adapter = given.adapter or adapter_folder()
         if given.rank is not None:
@@ -101,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--replay-every", type=positive)
     parser.add_argument("--longest", type=positive, help="tokens; longer sequences are drawn again")
     parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--family",
+        action="append",
+        metavar="NAME=SHARE",
+        help="a family of sequences and its share of them, as in 'facts alone=0.1'; those given replace the recipe's mixture",
+    )
     return parser
 
 

@@ -11,6 +11,7 @@ import torch
 
 from programmable_kv.cache.layout import KVLayout, Reach
 from programmable_kv.errors import TrainingError
+from training.design import attention as blocks
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -57,12 +58,20 @@ def load(base: Path, adapter: Path, device: torch.device) -> tuple[Any, Any]:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="sdpa")
+    # Elsewhere torch's kernels are the faster ones, and products are bound by their launches.
+    lean = device.type == "cpu"
+    attention = blocks.register() if lean else "sdpa"
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation=attention)
     require_full_reach(model)
     # Only what decides the network: other keys of the file may be unknown to this version of peft.
     found = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     kept = {key: found[key] for key in ("r", "lora_alpha", "target_modules", "task_type")}
-    model = get_peft_model(model, LoraConfig(**kept), autocast_adapter_dtype=False)
+    config = LoraConfig(**kept)
+    if lean:
+        from training.design.merged import MergedLinear
+
+        config._register_custom_module({torch.nn.Linear: MergedLinear})
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
     outcome = set_peft_model_state_dict(model, load_file(adapter / WEIGHTS))
     if outcome.unexpected_keys:
         raise TrainingError(f"{adapter} is no adapter of the model in {base}: it has {outcome.unexpected_keys[0]}")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from programmable_kv.errors import TrainingError
 
 MIXTURE: tuple[tuple[str, float], ...] = (
     ("design policies", 0.29), ("rule sets alone", 0.10), ("rule sets in one", 0.04), ("tools alone", 0.10),
@@ -12,6 +15,36 @@ MIXTURE: tuple[tuple[str, float], ...] = (
 )  # fmt: skip
 """family -> its share of the sequences. Those in one piece, conversations, errata and rewritten policies are causal: a third or
 more, because with a quarter the plain figures fell."""
+
+
+def mixture_of(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """A mixture of `family=share` texts; the shares are divided by their sum.
+
+    Raises:
+        TrainingError: a family is unknown or given twice, or a share is no number above zero.
+    """
+    shares: dict[str, float] = {}
+    for text in texts:
+        family, _, written = text.rpartition("=")
+        family = family.strip()
+        if family not in dict(MIXTURE):
+            known = ", ".join(name for name, _ in MIXTURE)
+            raise TrainingError(
+                f"--family {text!r} names no family of sequences. Write 'name=share', with one of: {known}"
+            )
+        if family in shares:
+            raise TrainingError(f"--family names {family!r} twice: give its share once")
+        try:
+            share = float(written)
+        except ValueError:
+            share = math.nan
+        if not 0 < share < math.inf:
+            raise TrainingError(
+                f"--family {text!r} gives {written!r} as a share: write a number above zero, as in '{family}=0.3'"
+            )
+        shares[family] = share
+    total = sum(shares.values())
+    return tuple((family, share / total) for family, share in shares.items())
 
 
 @dataclass(frozen=True, slots=True)

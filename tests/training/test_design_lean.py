@@ -1,0 +1,115 @@
+"""What a CPU computes in a way of its own gives the losses and gradients of the plain way."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import scaled_dot_product_attention
+
+from conftest import tiny_model, tokenizer
+from training.design import model as adapters
+from training.design.attention import NAME, attention, register
+from training.design.batches import Batch, batches, divergence, predicted
+from training.design.blocks import training_rule_sets, write
+from training.design.merged import MergedLinear
+from training.design.parts import Encoding
+from training.masters import Masters
+
+
+def adapted(lean: bool) -> Any:
+    """A tiny model in float64 whose adapter changes every layer; the same weights both ways."""
+    model = copy.deepcopy(tiny_model("llama", dtype=torch.float64))  # that one is shared by all tests
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    if lean:
+        model.set_attn_implementation(register())
+        config._register_custom_module({torch.nn.Linear: MergedLinear})
+    model = get_peft_model(model, config, autocast_adapter_dtype=False).double()
+    generator = torch.Generator().manual_seed(3)
+    for weight in adapters.trained(model):
+        weight.data.normal_(std=0.2, generator=generator)
+    return model
+
+
+def batch() -> Batch:
+    """Two sequences under design masks, longer than a block of the attention."""
+    encoding = Encoding(tokenizer("byte-level"))
+    rng = random.Random(5)
+    drawn = [write(training_rule_sets(rng), encoding, "rule sets alone", alone=True) for _ in range(2)]
+    (together,) = batches(drawn, 1_000_000)
+    assert together.ids.shape[1] > 128
+    return together
+
+
+def test_losses_and_gradients_are_those_of_the_plain_way() -> None:
+    """Under masks and on plain text, and again after the weights were changed in place."""
+    together, found = batch(), []
+    text = together.ids[:, :80]
+    for lean in (False, True):
+        model = adapted(lean)
+        assert any(isinstance(module, MergedLinear) for module in model.modules()) == lean
+        assert (model.config._attn_implementation == NAME) == lean
+        values: list[torch.Tensor] = []
+        masters = Masters(adapters.trained(model))
+        for _ in range(2):
+            said, distance = predicted(model, together).loss, divergence(model, text)
+            (said.mean() + distance).backward()  # type: ignore[no-untyped-call]
+            gradients = [weight.grad for weight in adapters.trained(model)]
+            assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+            values += [
+                said.detach(),
+                distance.detach(),
+                *(gradient.clone() for gradient in gradients if gradient is not None),
+            ]
+            assert masters.step(1e-2, 1.0)
+        found.append(values)
+    plain, ours = found
+    assert not torch.allclose(plain[0], plain[len(plain) // 2], rtol=1e-3)  # the step changed something
+    for one, other in zip(plain, ours, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [(6, 2), (3, 3)])
+@pytest.mark.parametrize("tokens", [1, 40, 128, 300])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_torchs(heads: tuple[int, int], tokens: int, masked: bool) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    made = [
+        torch.randn(2, tokens, count, 8, generator=generator, dtype=torch.float64).transpose(1, 2).requires_grad_()
+        for count in (heads[0], heads[1], heads[1], heads[0])
+    ]
+    query, key, value, given = made
+    mask = (torch.rand(2, 1, tokens, tokens, generator=generator) < 0.5).tril() | torch.eye(tokens, dtype=torch.bool)
+    plain = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask if masked else None, is_causal=not masked, scale=0.3, enable_gqa=True
+    )
+    ours = attention(query, key, value, mask if masked else None, 0.3)
+    torch.testing.assert_close(ours, plain)
+    for one, other in zip(
+        torch.autograd.grad(plain, (query, key, value), given.detach()),
+        torch.autograd.grad(ours, (query, key, value), given.detach()),
+        strict=True,
+    ):
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-6)  # parts are summed in float32
+
+
+def test_without_the_adapter_it_is_the_base() -> None:
+    model, together = adapted(True), batch()
+    rows = torch.from_numpy(together.ids[:, :20]).long()
+    with torch.no_grad(), model.disable_adapter():
+        off = model(input_ids=rows).logits
+    torch.testing.assert_close(off, tiny_model("llama", dtype=torch.float64)(input_ids=rows).logits)
+
+
+def test_a_cpu_loads_it_lean(tmp_path: Path) -> None:
+    tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path / "base")
+    tokenizer("byte-level").save_pretrained(tmp_path / "base")
+    start = adapters.new_adapter(tmp_path / "base", 4, tmp_path / "start", seed=1)
+    model, _ = adapters.load(tmp_path / "base", start, torch.device("cpu"))
+    assert model.config._attn_implementation == NAME
+    assert sum(isinstance(module, MergedLinear) for module in model.modules()) == len(adapters.trained(model)) // 2
