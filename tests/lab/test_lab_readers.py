@@ -11,9 +11,8 @@ import pytest
 from conftest import tiny
 from programmable_kv import Decision, Mode, Notebook
 from programmable_kv.edits.ranking import AttentionInfluence
-from programmable_kv.lab import readers, same_budget
-from programmable_kv.lab.edit_modes import BUDGETED, LAYOUTS
-from programmable_kv.lab.edit_modes import run as run_edit_modes
+from programmable_kv.lab import edit_modes, readers, same_budget
+from programmable_kv.scenarios.held_out import held_out_scenarios
 from programmable_kv.states import TokenState
 
 OPTIONS = ["deny", "cancel"]
@@ -106,12 +105,26 @@ def test_a_record_of_it(model: Any, tmp_path: Path) -> None:
 
 
 def test_the_record_of_all_modes_holds_the_same_arms(model: Any, tmp_path: Path) -> None:
-    record = run_edit_modes(model, 1, tmp_path / "edit-modes.json")
+    record = edit_modes.run(model, 1, tmp_path / "edit-modes.json")
     (row,) = record.rows
-    for layout in (*LAYOUTS, "think"):
-        assert {*map(str, Mode), *BUDGETED} < set(row[layout])
+    for layout in (*edit_modes.LAYOUTS, edit_modes.THINK):
+        assert [*row[layout]] == [edit_modes.BEFORE, *edit_modes.ARMS]
     part: Any = record.summary["asked_before"]
-    assert set(BUDGETED) < set(part)
+    assert set(same_budget.ARMS) < set(part)
+
+
+def test_modes_whose_rows_are_computed_together_decide_as_on_a_notebook(model: Any) -> None:
+    scenario = held_out_scenarios(1, edit_modes.SEED)[0]
+    row, case = edit_modes._one(model, scenario, 0), edit_modes._Case.of(0, scenario)
+    notebook = edit_modes._prefilled(model, scenario, None)
+    for mode in Mode:
+        mark = notebook.mark()
+        decision = notebook.decide(case.asked, scenario.options, edits={case.gate.field: case.new}, mode=mode)
+        notebook.rollback(mark)
+        found = row["asked after"][mode]
+        assert found["choice"] == decision.choice, mode
+        assert found["gap"] == pytest.approx(decision.gap(row["new"], row["old"]), abs=1e-4), mode
+        assert found["tokens_computed"] == decision.account.tokens_computed, mode
 
 
 def test_agreement_counts_where_full_prefill_is_right_on_both_sides() -> None:

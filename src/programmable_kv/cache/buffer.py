@@ -118,6 +118,11 @@ class KVBuffer(Cache):  # type: ignore[misc]
         """Layer's values in use, [B, H, S, D]; a view."""
         return self.layers[layer].values[:, :, : self.length]  # type: ignore[no-any-return]
 
+    def copied(self, slots: Sequence[int]) -> list[torch.Tensor]:
+        """Keys and values of some slots in use, [B, H, n, D] each, layer by layer: copies."""
+        where = torch.tensor(list(slots), dtype=torch.long, device=self.keys(0).device)
+        return [cached(layer)[:, :, where] for layer in range(len(self)) for cached in (self.keys, self.values)]
+
     # -- frequencies -------------------------------------------------------------------------------------------
 
     @property

@@ -3,21 +3,29 @@
 The discovery this package rests on shows here: refreshing the changed field's own keys and values (`in_place`) leaves
 the decision where it was, because the model decides from what it noted on later tokens at prefill.
 
-For `readers` the words are declared that a policy looks the field up in. Two more arms compute as many other tokens.
+For `readers` the words are declared that a policy looks the field up in. Three more arms compute as many other tokens: those
+that the question attends to most, those that a full prefill moves most (CacheBlend's rule), and random lines. The edits are the
+notebook's own; but their rows are computed together, each once (`naming`).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from programmable_kv.edits.modes import Mode
 from programmable_kv.lab import same_budget
+from programmable_kv.lab.tools.naming import NamingEngine, naming, settled
+from programmable_kv.lab.tools.shared_rows import SharedRows
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.notebook import Notebook
+from programmable_kv.prompt.parts import Rendered
+from programmable_kv.prompt.units import Kind, tokenised
 from programmable_kv.prompt.wording import THINK_INSTRUCTION
 from programmable_kv.records import Record, Recorder, bootstrap_mean, digest_of, wilson
 from programmable_kv.scenarios.grammar import Gate, Scenario, other_value
@@ -28,9 +36,14 @@ SEED = 88_000
 SELECTED = 32
 SMALLEST_GAP = 0.5
 """nats between the full prefills' gaps below which a recovery would divide by noise; such scenarios give none"""
-BUDGETED = (same_budget.ATTENTION, same_budget.RANDOM_LINES)
+BEFORE = "before"
+ARMS = (*map(str, Mode), *same_budget.ARMS)
 LAYOUTS = ("asked before", "asked after")
 """whether the question is part of the cached context, or comes with the decision, after the edit"""
+THINK = "think"
+"""asked before, with a line of thought before the answer"""
+BY_TENSORS = (str(Mode.SELECTIVE), same_budget.ATTENTION, same_budget.DEVIATION)
+"""what these compute follows from keys and values: they are asked last, when most of those are computed"""
 
 
 def run(
@@ -59,26 +72,51 @@ def run(
     return recorder.finish(summarise(recorder.rows))
 
 
-def _one(model: Model, scenario: Scenario, index: int) -> dict[str, Any]:
-    rng = random.Random(f"{SEED}/{index}")
-    gate = rng.choice(scenario.gates)
-    old = scenario.values[gate.field]
-    new = other_value(rng, gate, old)
-    asked = question(rng, PHRASINGS["held_out"], gate.topic, think=False)
-    row: dict[str, Any] = {"field": gate.field, "old": gate.actions[old], "new": gate.actions[new]}
-    row["rule_sets"] = len(scenario.gates)
-    for layout in LAYOUTS:
-        notebook = _prefilled(model, scenario, asked if layout == "asked before" else None)
-        prompt = None if layout == "asked before" else asked
-        row[layout] = {
-            "before": notebook.decide(prompt, scenario.options).choice,
-            **_modes(notebook, prompt, scenario, gate, old, new, index, think=False),
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """A policy, and the one field that changes in it."""
+
+    number: int
+    scenario: Scenario
+    gate: Gate
+    old: str
+    new: str
+    asked: str
+
+    @classmethod
+    def of(cls, number: int, scenario: Scenario) -> _Case:
+        rng = random.Random(f"{SEED}/{number}")
+        gate = rng.choice(scenario.gates)
+        old = scenario.values[gate.field]
+        new = other_value(rng, gate, old)
+        return cls(number, scenario, gate, old, new, question(rng, PHRASINGS["held_out"], gate.topic, think=False))
+
+    def measured(self, decision: Decision) -> dict[str, Any]:
+        return {
+            "choice": decision.choice,
+            "gap": round(decision.gap(self.gate.actions[self.new], self.gate.actions[self.old]), 5),
+            "tokens_computed": decision.account.tokens_computed,
         }
-    notebook = _prefilled(model, scenario, f"{asked} {THINK_INSTRUCTION}")
-    row["think"] = {
-        "before": notebook.decide(None, scenario.options, think=True).choice,
-        **_modes(notebook, None, scenario, gate, old, new, index, think=True),
+
+
+def _one(model: Model, scenario: Scenario, index: int) -> dict[str, Any]:
+    case = _Case.of(index, scenario)
+    gate, asked = case.gate, case.asked
+    named, engine = naming(model, SharedRows(model.engine))
+    asks = {
+        "asked before": dict(_asks(case, _prefilled(named, scenario, asked))),
+        "asked after": dict(_asks(case, _prefilled(named, scenario, None), asked)),
+        THINK: dict(_asks(case, _prefilled(named, scenario, f"{asked} {THINK_INSTRUCTION}"), think=True)),
     }
+    flat = [(arm, f"{layout}/{arm}", ask) for layout, each in asks.items() for arm, ask in each.items()]
+    flat.sort(key=lambda it: it[0] in BY_TENSORS)
+    found = settled(engine, {name: ask for _, name, ask in flat})
+    row: dict[str, Any] = {"field": gate.field, "old": gate.actions[case.old], "new": gate.actions[case.new]}
+    row["rule_sets"] = len(scenario.gates)
+    for layout, each in asks.items():
+        decisions = {arm: found[f"{layout}/{arm}"] for arm in each}
+        row[layout] = {BEFORE: decisions.pop(BEFORE).choice}
+        row[layout] |= {arm: case.measured(decision) for arm, decision in decisions.items()}
     return row
 
 
@@ -94,36 +132,62 @@ def _prefilled(model: Model, scenario: Scenario, asked: str | None) -> Notebook:
     return notebook
 
 
-def _modes(
-    notebook: Notebook,
-    prompt: str | None,
-    scenario: Scenario,
-    gate: Gate,
-    old: str,
-    new: str,
-    index: int,
-    *,
-    think: bool,
-) -> dict[str, dict[str, Any]]:
-    edit = {gate.field: new}
+def _asks(
+    case: _Case, notebook: Notebook, prompt: str | None = None, *, think: bool = False
+) -> Iterator[tuple[str, Callable[[], Decision]]]:
+    """Each arm with its question, which leaves the notebook unchanged: it may be asked several times."""
+    options, edit = case.scenario.options, {case.gate.field: case.new}
+    new, old = (_thoughts(case.gate, value, notebook.model.tokenizer) for value in (case.new, case.old))
+    _expect(notebook, new[0][0])
 
-    def ask(mode: Mode, k: int = SELECTED) -> Decision:
-        return notebook.decide(prompt, scenario.options, edits=edit, mode=mode, k=k, think=think)
+    def ask(mode: Mode | None, k: int = SELECTED) -> Decision:
+        notebook._thoughts = [*old, *new] if mode in (None, Mode.STALE) else [*new, *old]
+        if mode is None:
+            return notebook.decide(prompt, options, think=think)
+        return notebook.decide(prompt, options, edits=edit, mode=mode, k=k, think=think)
 
-    found = {}
-    for mode in Mode:
-        mark = notebook.mark()
-        found[str(mode)] = ask(mode)
+    for arm, mode in ((BEFORE, None), *((str(mode), mode) for mode in Mode)):
+        yield arm, partial(_tried, notebook, partial(ask, mode))
+    for arm in same_budget.ARMS:
+        yield arm, partial(_budgeted, notebook, edit, f"{SEED}/lines/{case.number}", ask, arm)
+
+
+def _thoughts(gate: Gate, value: str, tokenizer: Any) -> list[list[int]]:
+    """What is mostly thought of a value, as tokens; the likeliest first. It is guessed, and checked in one forward."""
+    own = gate.thought(value).removesuffix(gate.actions[value])
+    groups = dict.fromkeys(gate.groups.values()) if gate.groups is not None else ()
+    others = [f"{gate.field} is {value}, {gate.kind} {group}, so" for group in groups]
+    texts = [
+        own.strip(),
+        *others,
+        f"{gate.field} is {value}, {gate.actions[value]}, so",
+        f"{gate.field} is {value}, so",
+    ]
+    return [tokenizer.encode(text, add_special_tokens=False) for text in dict.fromkeys(texts)]
+
+
+def _expect(notebook: Notebook, token: int) -> None:
+    """Guess that an answer begins with this token."""
+    engine, conversation = notebook.model.engine, notebook.prompt.conversation()
+    assert isinstance(engine, NamingEngine)
+    assert conversation is not None
+    opening = conversation.continued([], prompt_for_answer=True).added
+    engine.follows[tokenised(notebook.model.tokenizer, Rendered(opening), Kind.TURN).ids[-1]] = token
+
+
+def _tried(notebook: Notebook, ask: Callable[[], Decision]) -> Decision:
+    mark = notebook.mark()
+    try:
+        return ask()
+    finally:
         notebook.rollback(mark)
-    found |= same_budget.decisions(notebook, edit, random.Random(f"{SEED}/lines/{index}"), ask, BUDGETED)
-    return {
-        arm: {
-            "choice": decision.choice,
-            "gap": round(decision.gap(gate.actions[new], gate.actions[old]), 5),
-            "tokens_computed": decision.account.tokens_computed,
-        }
-        for arm, decision in found.items()
-    }
+
+
+def _budgeted(
+    notebook: Notebook, edit: dict[str, str], seed: str, ask: Callable[[Mode, int], Decision], arm: str
+) -> Decision:
+    ((_, decision),) = same_budget.decisions(notebook, edit, random.Random(seed), ask, [arm])
+    return decision
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -138,10 +202,10 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _by_layout(rows: list[dict[str, Any]]) -> dict[str, Any]:
     parts = {}
-    for layout in (*LAYOUTS, "think"):
+    for layout in (*LAYOUTS, THINK):
         right = [r for r in rows if r[layout]["before"] == r["old"] and r[layout]["full"]["choice"] == r["new"]]
         part: dict[str, Any] = {"counted": len(right)}
-        for mode in (*Mode, *BUDGETED):
+        for mode in ARMS:
             agreed = sum(r[layout][mode]["choice"] == r[layout]["full"]["choice"] for r in right)
             entry: dict[str, Any] = {"agreement": wilson(agreed, len(right)).model_dump()}
             recoveries = [
@@ -153,6 +217,6 @@ def _by_layout(rows: list[dict[str, Any]]) -> dict[str, Any]:
             entry["mean_tokens_computed"] = round(
                 sum(r[layout][mode]["tokens_computed"] for r in right) / max(1, len(right)), 1
             )
-            part[str(mode)] = entry
+            part[mode] = entry
         parts[layout.replace(" ", "_")] = part
     return parts

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.edits.modes import Mode
 from programmable_kv.edits.plan import Plan, Shift, Truncate
 from programmable_kv.prompt.fields import Value
@@ -34,13 +33,13 @@ def movement(notebook: Notebook, name: str, value: Value) -> torch.Tensor:
     pairs = [(old, new) for old, new in _kept(plan) if old >= first]
     if not pairs:
         return moved
-    slots = torch.tensor([new for _, new in pairs])
+    slots = [new for _, new in pairs]
     mark = notebook.mark()
     try:
         notebook.edit({name: value}, mode=Mode.IN_PLACE)
-        stale = _rows(notebook.cache, slots)
-        notebook.recompute(min(new for _, new in pairs))
-        moved[[old for old, _ in pairs]] = _distance(stale, _rows(notebook.cache, slots))
+        stale = notebook.cache.copied(slots)
+        notebook.recompute(min(slots))
+        moved[[old for old, _ in pairs]] = _distance(stale, notebook.cache.copied(slots))
     finally:
         notebook.rollback(mark)
     return moved
@@ -56,12 +55,6 @@ def _kept(plan: Plan) -> Iterator[tuple[int, int]]:
             slots[min(step.start, step.to) : step.start] = [None] * (step.to - step.start)
     computed = {slot for compute in plan.compute for slot in compute.span.range}
     return ((old, new) for new, old in enumerate(slots) if old is not None and new not in computed)
-
-
-def _rows(buffer: KVBuffer, slots: torch.Tensor) -> list[torch.Tensor]:
-    """Keys and values of some slots, [B, H, n, D] each, copied."""
-    slots = slots.to(buffer.keys(0).device)
-    return [cached(layer)[:, :, slots] for layer in range(len(buffer)) for cached in (buffer.keys, buffer.values)]
 
 
 def _distance(stale: list[torch.Tensor], true: list[torch.Tensor]) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """Many questions to notebooks, answered in a few large forwards.
 
 A notebook on a `NamingEngine` holds the names of rows (`SharedRows`) in its cache, where others hold keys and values. It works
-as any notebook does; what it asks to be computed is put off, and logits that are not known yet are guesses. `settled` asks many
-questions in this way, computes all their rows together, and asks again those that were answered by guesses, until none are.
+as any notebook does, and counts the rows that any notebook would compute; what it asks to be computed is put off, and logits
+that are not known yet are guesses. `settled` asks many questions in this way, computes all their rows together, and asks again
+those that were answered by guesses, until none are. What depends on the tensors themselves (attention, and how far keys and
+values moved) is not put off: all that is pending is computed then.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from programmable_kv.account import Meter
 from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.cache.layout import KVLayout
 from programmable_kv.cache.masks import PartReads
@@ -31,8 +34,8 @@ Answer = TypeVar("Answer")
 class NamedBuffer(KVBuffer):
     """A buffer with the name of each slot's row as its only key."""
 
-    def __init__(self, shared: SharedRows, layout: KVLayout, capacity: int) -> None:
-        super().__init__(replace(layout, layers=layout.layers[:1]), capacity=capacity)
+    def __init__(self, shared: SharedRows, layout: KVLayout, capacity: int, meter: Meter | None = None) -> None:
+        super().__init__(replace(layout, layers=layout.layers[:1]), capacity=capacity, meter=meter)
         self._shared = shared
 
     @property
@@ -43,6 +46,12 @@ class NamedBuffer(KVBuffer):
     def name(self, names: Sequence[int]) -> None:
         """Inside `writing`: these are the rows written."""
         self.layers[0].update(*[torch.tensor(names)[None, None, :, None]] * 2)
+
+    def copied(self, slots: Sequence[int]) -> list[torch.Tensor]:
+        """Of the rows that are named. What is pending is computed first."""
+        names = self.names
+        self._shared.compute()
+        return self._shared.buffer([names[slot] for slot in slots]).copied(range(len(slots)))
 
     def _move(self, old: Slots, new: slice, positions: torch.Tensor, layout: KVLayout) -> None:
         standing = self.layers[0].keys[0, 0, old, 0].tolist()
@@ -67,6 +76,8 @@ class NamingEngine(Engine):
         """what is guessed to follow a token"""
         self.guessed = False
         """whether logits were guessed since this was set to False"""
+        self._attended: dict[tuple[int, ...], torch.Tensor] = {}
+        """what the last of these rows attends to"""
 
     @property
     def relocation(self) -> RelocationProof:
@@ -77,7 +88,7 @@ class NamingEngine(Engine):
         return self.shared.engine.rows
 
     def new_buffer(self, capacity: int = 0) -> KVBuffer:
-        return NamedBuffer(self.shared, self.layout, capacity)
+        return NamedBuffer(self.shared, self.layout, capacity, self.meter)
 
     def _compute_some(
         self, buffer: KVBuffer, ids: torch.Tensor, rows: Rows, logits: int, reads: PartReads | None
@@ -88,16 +99,8 @@ class NamingEngine(Engine):
         """
         if not isinstance(buffer, NamedBuffer) or reads is not None:
             raise InvalidArgumentError("rows are named in a buffer of this engine, each of them reading all before it")
-        standing = buffer.names
-        tokens = dict(zip(rows.slots, zip(rows.ids, rows.positions, strict=True), strict=True))
-        sees, names = NOTHING, []
-        for slot in range(rows.slots[-1] + 1):
-            if slot in tokens:
-                name = self.shared.name(*tokens[slot], sees)
-                names.append(name)
-            else:
-                name = standing[slot]
-            sees = self.shared.longer(sees, name)
+        until = self._named(buffer, rows)
+        names = [until[slot] for slot in rows.slots]
         with buffer.writing(rows.slots, rows.positions):
             buffer.name(names)
         buffer.meter.count(computed=len(rows))
@@ -105,6 +108,31 @@ class NamingEngine(Engine):
         nexts = [*rows.ids[asked + 1 :], self.follows.get(rows.ids[-1], self.end)]
         found = [self._logits(*each) for each in zip(names[asked:], nexts, strict=False)]
         return torch.stack(found) if found else torch.empty(0)
+
+    def _named(self, buffer: NamedBuffer, rows: Rows) -> list[int]:
+        """The rows up to the last of these, which are computed against the buffer."""
+        standing = buffer.names
+        tokens = dict(zip(rows.slots, zip(rows.ids, rows.positions, strict=True), strict=True))
+        sees, names = NOTHING, []
+        for slot in range(rows.slots[-1] + 1):
+            name = self.shared.name(*tokens[slot], sees) if slot in tokens else standing[slot]
+            sees = self.shared.longer(sees, name)
+            names.append(name)
+        return names
+
+    def attention_of(self, buffer: KVBuffer, rows: Rows) -> torch.Tensor:
+        """As `Engine.attention_of`. What is pending is computed first; of these rows the last one is computed once more, to see
+        what it attends to.
+        """
+        if not isinstance(buffer, NamedBuffer):
+            raise InvalidArgumentError("rows are named in a buffer of this engine")
+        names = tuple(self._named(buffer, rows))
+        if names not in self._attended:
+            self.shared.compute()
+            last = Rows(rows.ids[-1:], rows.slots[-1:], rows.positions[-1:])
+            self._attended[names] = self.shared.engine.attention_of(self.shared.buffer(names), last)
+        buffer.meter.count(computed=len(rows))
+        return self._attended[names]
 
     def _logits(self, name: int, follows: int) -> torch.Tensor:
         known = self.shared.logits(name)
