@@ -33,7 +33,7 @@ class Experiment:
     """what is found out on other policies first; positions are never chosen on the policy on which they are scored"""
     wrong_too: bool = False
     """whether cases are measured too that a full prefill decides wrongly: where it is asked how often it is right"""
-    scenarios: int = 320
+    scenarios: int = 336
     """cases that are drawn by default; about two thirds have two values that are equally many tokens long"""
     ranking: int = RANKING
     """cases that `rank` is asked about, at most"""
