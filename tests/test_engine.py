@@ -194,7 +194,9 @@ def test_a_wrong_layout_is_caught(fault: str) -> None:
     rotary = engine.layout.layers[1].rotary
     assert rotary is not None
     wrong = Rotary(tuple(f * 1.01 if fault == "theta" else f / 2 for f in rotary.frequencies))
-    proof = prove_relocation(with_rotary(engine.layout, wrong), engine._cached_alone, 512, torch.float64)
+    proof = prove_relocation(
+        with_rotary(engine.layout, wrong), engine._proofs.cached_alone(engine.compute), 512, torch.float64
+    )
     assert not proof.exact
     assert "layer 1" in proof.reason
 
@@ -206,7 +208,9 @@ def test_a_wrong_arrangement_is_put_right(fault: str) -> None:
     rotary = engine.layout.layers[1].rotary
     assert rotary is not None
     wrong = rotary.paired(Pairing.INTERLEAVED) if fault == "pairing" else Rotary(rotary.frequencies[::-1])
-    proof = prove_relocation(with_rotary(engine.layout, wrong), engine._cached_alone, 512, torch.float64)
+    proof = prove_relocation(
+        with_rotary(engine.layout, wrong), engine._proofs.cached_alone(engine.compute), 512, torch.float64
+    )
     assert proof.exact
     assert proof.layout.layers[1].rotary == rotary
 
@@ -287,7 +291,7 @@ def test_which_cached_tensor_turns() -> None:
     assert not replace(both, rotary=None).rotates_more
     engine = Engine(tiny_model("llama"))
     exact = engine.relocation
-    engine._proof = replace(exact, layout=replace(exact.layout, layers=(both, both)))
+    engine._proofs._relocation = replace(exact, layout=replace(exact.layout, layers=(both, both)))
     with pytest.raises(UnverifiedError, match="more than one tensor"):
         engine.require_relocation()
 

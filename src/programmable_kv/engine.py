@@ -26,27 +26,18 @@ from programmable_kv.cache.transformers_api import (
     GROUPED_SDPA,
     Cache,
     DynamicCache,
-    cache_that_drops_nothing,
-    cached_tensors,
     decoder_of,
-    fills_a_cache,
     register_attention,
     reset_frequencies,
-    takes_positions,
 )
-from programmable_kv.errors import (
-    ContextOverflowError,
-    InvalidArgumentError,
-    NonFiniteLogitsError,
-    UnsupportedModelError,
-)
+from programmable_kv.errors import ContextOverflowError, InvalidArgumentError, NonFiniteLogitsError
 from programmable_kv.model_lock import lock_of
-from programmable_kv.verify.failures import is_out_of_memory, may_pass
-from programmable_kv.verify.relocation import CachedLayer, RelocationProof, Verdict, prove_relocation
+from programmable_kv.verify.proofs import Proofs
+from programmable_kv.verify.relocation import RelocationProof
 from programmable_kv.verify.required import require_relocation, require_rows
-from programmable_kv.verify.rows import RowsProof, prove_rows
+from programmable_kv.verify.rows import RowsProof
 
-__all__ = ["CHUNK", "Engine", "Graph", "Progress", "Rows", "greedy", "prefill_alone"]
+__all__ = ["CHUNK", "Engine", "Graph", "Progress", "Rows", "greedy"]
 
 CHUNK = 2048
 """Rows of one forward, at most: a longer prefill can be followed and interrupted between forwards. It costs little: measured in
@@ -99,8 +90,7 @@ class Engine:
         self.meter = Meter()
         """what the calling thread has had done by this engine"""
         self._lock = lock_of(model)
-        self._proof: RelocationProof | None = None
-        self._rows_proof: RowsProof | None = None
+        self._proofs = Proofs(model, self.layout)
 
     @property
     def device(self) -> torch.device:
@@ -109,6 +99,11 @@ class Engine:
     @property
     def dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has an embedding for."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     def new_buffer(self, capacity: int = 0) -> KVBuffer:
         return KVBuffer(self.layout, capacity=capacity, meter=self.meter)
@@ -379,75 +374,21 @@ class Engine:
                 raise InvalidArgumentError(f"{self.layout.model_type} does not run this package's attention")
             yield Graph(logits, keys, values, last, [layer.values.detach() for layer in cache.layers])
 
-    # -- relocation --------------------------------------------------------------------------------------------
+    # -- proofs ------------------------------------------------------------------------------------------------
 
     @property
     def relocation(self) -> RelocationProof:
-        """Whether relocation is exact on these weights, found out once by computing it both ways.
-
-        If the check cannot be run, relocation is refused; for a reason that may pass, the next call tries again.
-
-        Raises:
-            torch.OutOfMemoryError, MemoryError: there was no memory for the check. Nothing was concluded from that.
-        """
-        with self._lock:
-            if self._proof is not None:
-                return self._proof
-            try:
-                proof = prove_relocation(self.layout, self._cached_alone, self.vocabulary, self.dtype)
-            except (ValueError, RuntimeError, IndexError, TypeError, FloatingPointError) as error:
-                if is_out_of_memory(error):
-                    raise
-                reason = f"the check could not be run ({(str(error) or type(error).__name__).splitlines()[0]})"
-                proof = RelocationProof(Verdict.REFUSED, self.layout, float("inf"), reason)
-                if may_pass(error):
-                    return proof
-            self._proof = proof
-            return proof
+        """Whether relocation is exact on these weights: see `Proofs.relocation`."""
+        return self._proofs.relocation(self.compute)
 
     @property
     def rows(self) -> RowsProof:
-        """Whether rows in the middle of a context can be computed again on these weights, found out once.
-
-        A check that cannot be run is treated as in `relocation`.
-        """
-        with self._lock:
-            if self._rows_proof is not None:
-                return self._rows_proof
-            config = self.model.config.get_text_config(decoder=True).to_dict()
-            windows = tuple(v for k, v in config.items() if "window" in k and isinstance(v, int) and v > 1)
-            proof = prove_rows(
-                self.layout, windows, self._prefilled_alone, self._recomputed, self.vocabulary, self.dtype
-            )
-            if proof.settled:
-                self._rows_proof = proof
-            return proof
+        """Whether rows in the middle of a context can be computed again on these weights: see `Proofs.rows`."""
+        return self._proofs.rows(self.compute)
 
     def verify(self) -> None:
         """Do both checks now, if they were not done yet: they take about a second, once. Safe to call from several threads."""
         _ = (self.rows, self.relocation)
-
-    @property
-    def vocabulary(self) -> int:
-        """How many tokens the model has an embedding for."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
-
-    def _recomputed(self, buffer: KVBuffer, ids: tuple[int, ...], slots: tuple[int, ...]) -> torch.Tensor:
-        return self.compute(buffer, Rows(ids, slots, slots))
-
-    def _prefilled_alone(self, ids: tuple[int, ...], positions: tuple[int, ...]) -> KVBuffer:
-        buffer = KVBuffer(self.layout, capacity=len(ids))  # the model's checks are in no operation's account
-        self.compute(buffer, Rows(ids, tuple(range(len(ids))), positions), logits=0)
-        return buffer
-
-    def _cached_alone(
-        self, ids: Sequence[int], positions: torch.Tensor | None, *, padding: int = 0
-    ) -> list[CachedLayer]:
-        """What each layer caches of tokens with nothing before them; through the buffer where positions are given."""
-        if positions is None or positions.ndim > 1:
-            return prefill_alone(self.model, ids, positions, padding=padding)
-        buffer = self._prefilled_alone(tuple(ids), tuple(positions.tolist()))
-        return [{"keys": buffer.keys(index), "values": buffer.values(index)} for index in range(len(buffer))]
 
     def require_rows(self, *, instead: str = "Use the erratum, suffix or full mode, which only append.") -> None:
         """
@@ -466,40 +407,3 @@ class Engine:
             UnverifiedError: keys of this model cannot be moved to another position, or have not been proved to.
         """
         return require_relocation(self.relocation, below, self.layout)
-
-
-@torch.no_grad()
-def prefill_alone(
-    model: Any, ids: Sequence[int], positions: torch.Tensor | None, *, padding: int = 0
-) -> list[CachedLayer]:
-    """Prefill with transformers' own cache, whatever its layers keep; returns all that each layer holds, by name.
-
-    `positions` is [T], [A, T] for A position axes, or None to let the model count. The first `padding` ids are masked
-    out. Tensors come as [B, H, T, D].
-
-    Raises:
-        UnsupportedModelError: the model returns no cache.
-    """
-    device = next(model.parameters()).device
-    mask = torch.ones(1, len(ids), dtype=torch.long, device=device)
-    mask[:, :padding] = 0
-    arguments: dict[str, Any] = {}
-    if positions is not None and takes_positions(model):
-        arguments["position_ids"] = (positions[None] if positions.ndim == 1 else positions[:, None]).to(device)
-    arguments |= {"input_ids": torch.tensor([list(ids)], device=device), "attention_mask": mask, "use_cache": True}
-    empty = cache_that_drops_nothing(model)
-    if empty is not None:
-        arguments["past_key_values"] = empty
-    output = model(**arguments)
-    cache = output.get("past_key_values", output.get("cache_params"))
-    if cache is None and empty is None and fills_a_cache(model):
-        cache = arguments["past_key_values"] = DynamicCache(config=model.config)
-        model(**arguments)
-    if not isinstance(cache, Cache):
-        raise UnsupportedModelError(
-            f"{model.config.model_type} returns no cache of transformers' own kind, so there is nothing to relocate."
-        )
-    return [
-        {name: tensor[:, None] if tensor.ndim == 3 else tensor for name, tensor in layer.items()}
-        for layer in cached_tensors(cache)
-    ]

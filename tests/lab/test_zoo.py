@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from programmable_kv.cache.rotation import rotate
-from programmable_kv.engine import prefill_alone
 from programmable_kv.errors import InvalidOptionsError
 from programmable_kv.lab import zoo, zoo_page
 from programmable_kv.lab.tiny_configs import EXCEPTIONS, tiny_config
 from programmable_kv.lab.zoo import NOT_BUILT, Variant, all_variants, examine, examine_apart, summary, variants_named
 from programmable_kv.records import read_record
+from programmable_kv.verify.alone import prefill_alone
 from programmable_kv.verify.relocation import Verdict, rule_of
 
 ROOT = Path(__file__).parent.parent.parent

@@ -313,7 +313,7 @@ def test_a_splice_and_a_question_in_one_forward(model_type: str, repair: SeamRep
 def test_a_seam_is_refused_where_rows_cannot_be_computed_again() -> None:
     """A model may pass the one check and fail the other: then it takes skills as they are, and no seam."""
     model = tiny()
-    model.engine._rows_proof = replace(model.engine.rows, exact=False, reason="a mask of its own making")
+    model.engine._proofs._rows = replace(model.engine.rows, exact=False, reason="a mask of its own making")
     notebook = Notebook(model).text("the order status is pending. ")
     notebook.prefill()
     skill = Skill.compile(model, REFUNDS, name="refunds")

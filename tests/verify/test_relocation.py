@@ -12,7 +12,8 @@ import torch
 from conftest import frozen, tiny_engine, tiny_model
 from programmable_kv.cache.layout import KVLayout
 from programmable_kv.cache.rotation import Rotary
-from programmable_kv.engine import Engine, prefill_alone
+from programmable_kv.engine import Engine
+from programmable_kv.verify.alone import prefill_alone
 from programmable_kv.verify.relocation import (
     CachedLayer,
     PositionEncoding,

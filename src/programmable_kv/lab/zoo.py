@@ -32,7 +32,6 @@ from transformers.utils import logging as transformers_logging
 from programmable_kv.cache.layout import KVLayout, LayerLayout
 from programmable_kv.cache.rotation import Rotary
 from programmable_kv.cache.transformers_api import decoder_of, rope_types
-from programmable_kv.engine import prefill_alone
 from programmable_kv.errors import InvalidOptionsError, UnsupportedModelError
 from programmable_kv.lab.tiny_configs import (
     ORDINARY_TOKENS,
@@ -43,6 +42,7 @@ from programmable_kv.lab.tiny_configs import (
     tiny_text_config,
 )
 from programmable_kv.records import Record, Recorder, digest_of
+from programmable_kv.verify.alone import prefill_alone
 from programmable_kv.verify.relocation import CachedLayer, PositionEncoding, RelocationProof, Verdict, prove_relocation
 
 VERSION = 1
