@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,6 +168,43 @@ def test_a_killed_process_is_told(asked: Every) -> None:
     with pytest.raises(ExperimentError, match=r"was killed, .* run the same again"):
         list(run_every(asked, 2, NAMES))
     killer.join()
+
+
+def test_processes_end_with_the_one_that_started_them(asked: Every) -> None:
+    words = [sys.executable, "-m", "programmable_kv", "lab", "every", "--model", asked.model, "--workers", "2"]
+    started = subprocess.Popen(
+        [*words, "--folder", str(asked.folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        _wait(lambda: len(list(asked.folder.glob("*.partial"))) > 1, "no rows were measured")
+        children = _children(started.pid)
+        assert len(children) >= 2
+    finally:
+        started.kill()
+        started.wait()
+    _wait(lambda: not children & _running(), "a process goes on without the one that started it")
+
+
+def _children(parent: int) -> set[int]:
+    return {process for process, its_parent in _processes() if its_parent == parent}
+
+
+def _running() -> set[int]:
+    return {process for process, _ in _processes()}
+
+
+def _processes() -> list[tuple[int, int]]:
+    """Every process that has not ended, with its parent."""
+    told = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,state="], capture_output=True, text=True, check=True).stdout
+    lines = [line.split() for line in told.splitlines()]
+    return [(int(process), int(parent)) for process, parent, state in lines if not state.startswith("Z")]
+
+
+def _wait(until: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + 120
+    while not until():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.1)
 
 
 def test_the_command_prints_a_line_for_each(asked: Every, monkeypatch: pytest.MonkeyPatch) -> None:
