@@ -1,8 +1,10 @@
 """Can it be told before an edit whether it will fail? Features of the cached context, and edits that are really made.
 
-Policies of three sets of rules, told apart by the topic that the question names: there, errata fail often enough. A predictor
-is fit on all domains but one and scored on that one. Features are of three kinds: what the prompt is like; what its cache and
-its decision are like; and how strong its notes are, for which the new text has to be prefilled too.
+Policies of three sets of rules, told apart by the topic that the question names: there, errata fail often enough. Each edit is
+made twice: with the question in the context already, and with the question asked after it, where an erratum fails more often on
+stock models. A predictor is fit on all domains but one and scored on that one. Features are of three kinds: what the prompt is
+like; what its cache and its decision are like; and how strong its notes are, for which the new text has to be prefilled too.
+All are of the context with the question in it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from programmable_kv.lab.tools.together import Probe
 from programmable_kv.notebook.notebook import Notebook
 
 MODES = (Mode.ERRATUM, Mode.FIELD_ERRATUM)
+ASKED_AFTER = "_asked_after"
+"""of edits with the question asked after them"""
 KINDS = ("prompt", "before", "notes")
 FEWEST = 8
 """failures, and successes, below which nothing is predicted"""
@@ -105,34 +109,38 @@ def _failures(pair: Pair) -> dict[str, bool]:
     """Of each edit, really made: is the decision another than the new value's?"""
     case = pair.case
     notebook = Notebook(pair.model).message("system", case.scenario.prompt, **case.values(pair.change[0]))
-    notebook.message("user", case.asked).prefill()
-    found = {}
-    for mode in MODES:
-        mark = notebook.mark()
-        edits = {case.gate.field: pair.change[1]}
-        choice = notebook.decide(None, list(pair.first_tokens), edits=edits, mode=mode).choice
-        found[str(mode)] = choice != pair.actions[1]
-        notebook.rollback(mark)
-    return found
+    notebook.prefill()
+    found = {f"{mode}{ASKED_AFTER}": _fails(pair, notebook, mode, case.asked) for mode in MODES}
+    notebook.add("user", case.asked)
+    return {str(mode): _fails(pair, notebook, mode, None) for mode in MODES} | found
+
+
+def _fails(pair: Pair, notebook: Notebook, mode: Mode, asked: str | None) -> bool:
+    """Whether an edit fails; None: the question is there already. The notebook is unchanged."""
+    mark = notebook.mark()
+    edits = {pair.case.gate.field: pair.change[1]}
+    choice = notebook.decide(asked, list(pair.first_tokens), edits=edits, mode=mode).choice
+    notebook.rollback(mark)
+    return choice != pair.actions[1]
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """By mode, how often it fails; how well kinds of features and single ones predict it. And the notes of such policies."""
+    """By edit, how often it fails; how well kinds of features and single ones predict it. And the notes of such policies."""
     right = [row for row in rows if row["right"]]
     summary: dict[str, Any] = {"right": share(rows, lambda row: bool(row["right"])), "predicted": {}, "notes": {}}
     for name in ("actions", "rules", "field", "tail", "lost"):
         summary["notes"][name] = mean_by_domain(right, at(f"notes.{name}"))
-    for mode in map(str, MODES):
-        failed = [bool(row["failed"][mode]) for row in right]
-        part: dict[str, Any] = {"failed": share(right, partial(_failed, mode)), "failures": sum(failed)}
+    for edit in [f"{mode}{order}" for order in ("", ASKED_AFTER) for mode in MODES]:
+        failed = [bool(row["failed"][edit]) for row in right]
+        part: dict[str, Any] = {"failed": share(right, partial(_failed, edit)), "failures": sum(failed)}
         if FEWEST <= sum(failed) <= len(failed) - FEWEST:
             part |= _scores(right, failed)
-        summary["predicted"][mode] = part
+        summary["predicted"][edit] = part
     return summary
 
 
-def _failed(mode: str, row: Row) -> bool:
-    return bool(row["failed"][mode])
+def _failed(edit: str, row: Row) -> bool:
+    return bool(row["failed"][edit])
 
 
 def _scores(rows: Sequence[Row], failed: Sequence[bool]) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def _scores(rows: Sequence[Row], failed: Sequence[bool]) -> dict[str, Any]:
 
 PREDICTION = Experiment(
     name="prediction",
-    version=1,
+    version=2,
     title="Whether it can be told before an edit that it will fail, with three sets of rules",
     measure=measure,
     summarise=summarise,
