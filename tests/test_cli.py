@@ -91,6 +91,12 @@ def test_edit_prints_a_table(policy: str, tiny_folder: str) -> None:
     assert "suffix" not in done.stdout
 
 
+def test_an_edit_to_the_same_value_is_refused(policy: str) -> None:
+    done = pkv("edit", "--prompt", policy, "--field", "status=shipped", "--set", "status=shipped", *ASK)
+    assert done.returncode == 1
+    assert "nothing is edited" in done.stderr
+
+
 def test_edit_reads_standard_input_files_and_answers_with_commas(tiny_folder: str, tmp_path: Path) -> None:
     (tmp_path / "value.txt").write_text("pending\n", encoding="utf-8")
     done = pkv(

@@ -18,7 +18,7 @@ class Account:
 
     `tokens_computed` went through the transformer. `tokens_relocated` were put in place from where they had been computed:
     their keys were rotated (by nothing, where that is the same place). `tokens_reused` were neither. `bytes_moved` counts cache
-    bytes copied or rotated, not those the model wrote.
+    bytes copied or rotated, those of rows that are kept aside for an undo among them, and not those the model wrote.
     """
 
     tokens_computed: int = 0

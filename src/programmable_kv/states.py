@@ -14,7 +14,7 @@ class TokenState(StrEnum):
     """
 
     EXACT = "exact"
-    """a full prefill of this text gives the same numbers"""
+    """a full prefill of these tokens at these positions gives the same numbers"""
     REPAIRED = "repaired"
     """the same, for a spliced skill's first tokens that were computed again in their place"""
     RELOCATED = "relocated"

@@ -189,3 +189,21 @@ def test_no_special_token_is_cut_where_the_turns_begin() -> None:
     whole = tokenizer(made["causal"].rendered().text, add_special_tokens=False)["input_ids"]
     assert found == [token for token in whole if token in special]
     assert {unit.kind for unit in units} >= {Kind.PREFILL, Kind.TURN}  # type: ignore[union-attr]
+
+
+def test_the_room_of_an_earlier_value_stays_and_that_of_an_enum_is_always_the_same() -> None:
+    def written(value: str | Field) -> Notebook:
+        notebook = design().message("system", "status: {status}\nif x deny.\n", status=value).message("user", "ask")
+        notebook.prefill()
+        return notebook
+
+    long = "waiting for a second signature"
+    edited, fresh = written(long), written("x")
+    account = edited.edit(status="x")
+    assert account.exact
+    assert edited.ids == fresh.ids
+    assert edited.cache.positions.tolist() != fresh.cache.positions.tolist()
+    assert_true(edited)
+    of_two = [written(Field.enum(value, among=("x", long))) for value in (long, "x")]
+    of_two[0].edit(status="x")
+    assert of_two[0].cache.positions.tolist() == of_two[1].cache.positions.tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -113,7 +115,14 @@ def test_an_option_that_begins_another_can_lose() -> None:
     assert not any(end in option for option in ids)
 
 
-@pytest.mark.parametrize("options", [[], ["a"], ["a", "a"], ["a", " "]])
-def test_bad_options(options: list[str]) -> None:
+@pytest.mark.parametrize("options", [[], ["a"], ["a", "a"], ["a", " "], [1, 2]])
+def test_bad_options(options: list[Any]) -> None:
     with pytest.raises(InvalidOptionsError):
         build().decide(options=options)
+
+
+def test_a_decision_is_printed_with_its_price() -> None:
+    decision = build().decide(options=["cancel", "deny"])
+    said = str(decision)
+    assert said.startswith(f"{decision.choice} ({decision.choice} {decision.probabilities[decision.choice]:.3f}, ")
+    assert f"{decision.account.tokens_computed} tokens computed" in said

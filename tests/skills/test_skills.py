@@ -532,7 +532,7 @@ class TestErrors:
             assert torch.equal(notebook.cache.keys(layer), before.cache.keys(layer))
 
     def test_no_such_part(self) -> None:
-        self.check(UnknownPartError, "0 skills called", lambda n: n.cut("nothing"))
+        self.check(UnknownPartError, "no skill 'nothing'", lambda n: n.cut("nothing"))
 
     def test_no_such_slot(self) -> None:
         self.check(UnknownPartError, "no slot", lambda n: n.splice(Skill.compile(n.model, DATES), at=10_000))

@@ -22,6 +22,7 @@ from programmable_kv.commands.common import (
     read_bytes,
 )
 from programmable_kv.errors import (
+    InvalidEditError,
     InvalidOptionsError,
     TemplateError,
     UnknownFieldError,
@@ -123,6 +124,10 @@ def edit(
         else:
             table.add_row(*_cells(trial.mode, trial.decision, trial.decision.choice == full.choice))
     out.print(table)
+    if full.choice == before.choice:
+        out.print(
+            "Full prefill decides the same before and after the edit, so this question cannot tell the modes apart."
+        )
     for trial in trials:
         if trial.note:
             out.print(f"{trial.mode}: {trial.note}", markup=False, highlight=False)
@@ -170,6 +175,10 @@ def _check_fields(text: str, fields: dict[str, str], changes: dict[str, str]) ->
     for name in changes:
         if name not in fields:
             raise UnknownFieldError(f"there is no field {name!r} to --set; the fields are: {', '.join(fields)}")
+    if all(fields[name] == value for name, value in changes.items()):
+        raise InvalidEditError(
+            "--set gives the values that --field gives already, so nothing is edited: give another value"
+        )
 
 
 def _modes(names: Iterable[str] | None) -> list[Mode]:

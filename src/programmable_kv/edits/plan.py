@@ -140,7 +140,7 @@ class Plan:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes of cache that are rotated or copied for it."""
+        """Bytes of cache that change their place. An account counts, besides, rows that are kept aside for an undo."""
         return self.tokens_relocated * self.bytes_per_token
 
     @property
@@ -199,8 +199,10 @@ class Plan:
             lines[0] += f", mode {self.used}{instead}"
         lines += [f"  {_described(step)}" for step in self.steps]
         lines += [f"  compute slots [{one.span.start}, {one.span.stop}) ({one.origin})" for one in self.compute]
+        most = "at most " if self.selects else ""
         lines.append(
-            f"  = {self.tokens_computed} tokens computed, {self.tokens_relocated} relocated, {self.bytes_moved:,} bytes moved"
+            f"  = {most}{self.tokens_computed} tokens computed, {self.tokens_relocated} relocated, "
+            f"{self.bytes_moved:,} bytes moved"
         )
         if self.why:
             lines.append(f"  why: {self.why}")

@@ -32,6 +32,14 @@ class Decision:
     scoring: Account
     thought: str = ""
 
+    def __str__(self) -> str:
+        likely = sorted(self.probabilities.items(), key=lambda each: -each[1])
+        thought = f", after the thought {self.thought!r}" if self.thought else ""
+        return (
+            f"{self.choice} ({', '.join(f'{option} {probability:.3f}' for option, probability in likely)}){thought}; "
+            f"{self.account.tokens_computed} tokens computed, {self.ttft_ms:.0f} ms"
+        )
+
     @property
     def ttft_ms(self) -> float:
         """Milliseconds until the logits of the answer's first token were there."""
@@ -51,10 +59,12 @@ def option_ids(tokenizer: Any, prompt_end: str, options: Sequence[str], end_id: 
     without it the shorter one could never lose.
 
     Raises:
-        InvalidOptionsError: fewer than two options, two equal ones, or one that tokenises to nothing.
+        InvalidOptionsError: fewer than two options, two equal ones, one that is no string, or one that tokenises to nothing.
     """
     if isinstance(options, str):
         raise InvalidOptionsError(f"options are a list of strings, got the one string {options!r}")
+    if not all(isinstance(option, str) for option in options):
+        raise InvalidOptionsError(f"options are strings, got {list(options)}")
     if len(options) < 2 or len(set(options)) != len(options) or not all(option.strip() for option in options):
         raise InvalidOptionsError(f"a decision needs at least two different, non-empty options; got {list(options)}")
     tail = prompt_end[-_TAIL_CHARACTERS:]

@@ -434,10 +434,12 @@ class Notebook(Written):
         """Read a notebook that `save` wrote with the same model.
 
         Raises:
+            InvalidArgumentError: this is no model.
             FingerprintMismatchError: it was saved from another model, tokenizer or dtype.
             CorruptFileError: a file is missing, damaged, of another format version, or does not fit the model.
             StorageError: it cannot be read.
         """
+        require(model, Model, "a notebook is loaded onto a Model, as load_model and wrap_model make it")
         with model.engine.meter.measure() as reading:
             notebook = saving.load(cls, where, model)
         notebook._recorded(notebook._unchanged(reading.account, "load"))
@@ -452,6 +454,10 @@ class Notebook(Written):
             NotPrefilledError: there is no cache yet.
         """
         return saving.pickled(self)
+
+    def __repr__(self) -> str:
+        fields = "".join(f", {name}={value!r}" for name, value in self.fields.items())
+        return f"<Notebook on {self.model.name}: {len(self)} cached tokens{fields}>"
 
     def _repr_html_(self) -> str:
         from programmable_kv.notebook.html import tokens_html

@@ -118,10 +118,14 @@ class State:
         named = [(context.units[group.start].name, context.slots_of(group)) for group in context.groups]
         found = [span for known, span in named if known == name]
         if len(found) != 1:
-            known = ", ".join(filter(None, (known for known, _ in named))) or "none"
+            if found:
+                raise UnknownPartError(
+                    f"{len(found)} skills are called {name!r} in this context. Choose from `.parts` and pass the part itself."
+                )
+            known = ", ".join(filter(None, (known for known, _ in named)))
             raise UnknownPartError(
-                f"there are {len(found)} skills called {name!r} in this context; its skills are: {known}. Choose from "
-                "`.parts` and pass the part itself."
+                f"there is no skill {name!r} in this context; "
+                + (f"its skills are: {known}" if known else "it has none")
             )
         return found[0]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
-from programmable_kv.arguments import choice_of, require_fields
+from programmable_kv.arguments import choice_of, require, require_fields
 from programmable_kv.design.build import Build
 from programmable_kv.design.declared import Declared, ReadBy
 from programmable_kv.design.visibility import Visibility
@@ -68,6 +68,7 @@ class Written(Live):
         about it. Where a `Skill` is given instead, the compiled skill is spliced in at its placeholder.
 
         Raises:
+            InvalidArgumentError: role or content is no string.
             UnknownFieldError: a field given here has no placeholder in the content.
             InvalidValueError: a name or value is not plain data, or the content has a special token that this tokenizer cannot
                 write as plain text.
@@ -75,6 +76,8 @@ class Written(Live):
             InvalidEditError: the notebook is made of raw text, a field was declared with another value, or a skill twice.
             AlreadyPrefilledError: the context was computed already.
         """
+        require(role, str, "a message's role is a string")
+        require(content, str, "a message's content is a string")
         values, skills = self._given(fields)
         inside = {name: skill.values for name, skill in skills.items()}
         self.prompt.add_message(role, content, values, inside, types_in(skills.values()))
@@ -83,6 +86,7 @@ class Written(Live):
 
     def text(self, content: str, /, **fields: Value | Skill) -> Self:
         """Add raw text, as the model will read it. Placeholders and errors as in `message`."""
+        require(content, str, "a text is a string")
         values, skills = self._given(fields)
         inside = {name: skill.values for name, skill in skills.items()}
         self.prompt.add_text(content, values, inside, types_in(skills.values()))

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from programmable_kv.arguments import choice_of
+from programmable_kv.arguments import choice_of, require
 from programmable_kv.cache.masks import PartReads
 from programmable_kv.cache.rows import Rows
 from programmable_kv.cache.segment import Segment
@@ -65,6 +65,7 @@ class Draft:
         mentions: Words | None = None,
     ) -> Draft:
         """Arguments and errors as `Skill.compile`."""
+        require(text, str, "a skill's text is a string")
         design = choice_of(Visibility, visibility, "visibility is") is Visibility.DESIGN
         _check_no_option(text, fields, {
             "name": name, "role": role, "preface": preface or None, "visibility": visibility if design else None,
