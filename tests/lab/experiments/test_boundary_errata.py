@@ -80,6 +80,7 @@ def test_features_are_measured_before_the_edit_and_an_edit_is_really_made(pair: 
         / (pair.scale.new - pair.scale.old),
         abs=1e-4,
     )
-    assert set(row["failed"]) == {"erratum", "field_erratum"}
+    edits = ("erratum", "field_erratum")
+    assert set(row["failed"]) == {*edits, *(f"{edit}{prediction.ASKED_AFTER}" for edit in edits)}
     assert row["before"]["entropy"] > 0
     assert all(isinstance(value, float | int) for kind in prediction.KINDS for value in row[kind].values())
