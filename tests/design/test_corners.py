@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from oracle import dense_mask, masked_forward, tokens_of
 from test_exact import atol, exact_slots
 
@@ -204,6 +205,11 @@ def test_the_room_of_an_earlier_value_stays_and_that_of_an_enum_is_always_the_sa
     assert edited.ids == fresh.ids
     assert edited.cache.positions.tolist() != fresh.cache.positions.tolist()
     assert_true(edited)
+    written_anew = edited.edit(status="x", mode="full")
+    assert written_anew.tokens_computed == len(edited)
+    assert edited.cache.positions.tolist() == fresh.cache.positions.tolist(), "full is a new prefill, its room included"
+    for layer in range(len(edited.cache)):
+        torch.testing.assert_close(edited.cache.keys(layer), fresh.cache.keys(layer), rtol=0, atol=1e-9)
     of_two = [written(Field.enum(value, among=("x", long))) for value in (long, "x")]
     of_two[0].edit(status="x")
     assert of_two[0].cache.positions.tolist() == of_two[1].cache.positions.tolist()

@@ -294,6 +294,35 @@ def test_the_last_erratum_replaces_the_one_before() -> None:
     assert abs(len(notebook) - length) <= 8
 
 
+@pytest.mark.parametrize("mode", [Mode.ERRATUM, Mode.FIELD_ERRATUM])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_value_that_the_last_erratum_states_is_not_stated_again(mode: Mode, asked: bool) -> None:
+    notebook = build()
+    notebook.edit(status="pending", mode=mode)
+    if asked:
+        notebook.add("user", "and now?")
+    ids = notebook.ids
+    account = notebook.edit(status="pending", mode=mode)
+    assert (account.tokens_computed, account.tokens_relocated) == (0, 0)
+    assert "states this value" in account.why
+    assert notebook.ids == ids
+    notebook.edit(status="pending", tier="silver", mode=mode)
+    assert notebook.rendered_text.count("is now: pending") == 1
+    assert "tier is now: silver" in notebook.rendered_text
+    notebook.edit(status="shipped", mode=mode)
+    assert "is now: pending" not in notebook.rendered_text, "another value still takes the line back"
+
+
+def test_an_erratum_of_a_value_that_was_left_since_is_stated_again() -> None:
+    notebook = build()
+    notebook.edit(status="pending", mode="erratum")
+    notebook.edit(status="returned", mode="stale")
+    account = notebook.edit(status="pending", mode="erratum")
+    assert notebook.fields["status"] == "pending"
+    assert notebook.rendered_text.count("is now: pending") == 1
+    assert account.tokens_computed > 0
+
+
 def test_an_erratum_inside_the_conversation_is_cut_out() -> None:
     """B's erratum goes, in every mode; the turn that read it is stale, so the modes that state a value state A."""
     for mode in (Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.IN_PLACE):

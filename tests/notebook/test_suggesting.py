@@ -263,3 +263,10 @@ def test_a_rule_that_does_not_name_the_field_is_found(embedded: Any) -> None:
     assert all((line.closes or 0) > 0.1 for line in suggestions.missing)
     notebook.mentions("branch", *suggestions.words)
     assert edited("readers") == "renew_card"
+
+
+def test_the_current_value_moves_nothing_and_the_suggestions_say_why() -> None:
+    notebook = Notebook(tiny()).text("status: {status}\nif the status is one then deny.\n", status="shipped")
+    notebook.prefill()
+    assert "has this value already" in str(notebook.suggest_readers("status", "shipped"))
+    assert "has this value already" not in str(notebook.suggest_readers("status", "pending"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from programmable_kv.cache.span import Span
 from programmable_kv.design.room import room_of
+from programmable_kv.prompt.context import Context
 from programmable_kv.prompt.fields import TEXT, FieldType
 from programmable_kv.prompt.parts import Rendered, unshielded
 from programmable_kv.prompt.prompt import SKILL_MARK
@@ -121,11 +122,24 @@ def _apart(
         value = tokenised(
             tokenizer, Rendered(piece.text[span.start : span.stop], ((name, Span(0, len(span))),)), Kind.PREFILL
         )
-        width = room_of(
-            types.get(name, TEXT), value, lambda text: len(encode(tokenizer, text, [Span(0, len(text))])[0])
-        )
-        yield replace(value, width=width)
+        yield _roomy(value, types.get(name, TEXT), tokenizer)
         start = span.stop
+
+
+def with_first_room(context: Context, tokenizer: Any) -> Context:
+    """The context with the room for each of its own values that a notebook of this text gets when it is prefilled."""
+    units = [
+        _roomy(unit, context.fields[unit.places[0].name].type, tokenizer)
+        if unit.kind is Kind.PREFILL and unit.places
+        else unit
+        for unit in context.units
+    ]
+    return context.with_units(units)
+
+
+def _roomy(value: Unit, kind: FieldType, tokenizer: Any) -> Unit:
+    width = room_of(kind, value, lambda text: len(encode(tokenizer, text, [Span(0, len(text))])[0]))
+    return replace(value, width=width)
 
 
 def _cut(piece: Rendered, start: int, stop: int, *, with_values: bool) -> Rendered:

@@ -14,6 +14,7 @@ from programmable_kv.cache.span import Span
 from programmable_kv.design.build import Build
 from programmable_kv.design.parts import declared_in, parts_of
 from programmable_kv.design.room import room_for, without_trailing_room
+from programmable_kv.design.units import with_first_room
 from programmable_kv.edits.compose import plan_cut, plan_move, plan_splice
 from programmable_kv.edits.entries import on_ledger
 from programmable_kv.edits.modes import Mode
@@ -81,7 +82,7 @@ def check_repair(repair: SeamRepair | None) -> None:
 def plan_design_edit(
     state: DesignState, changes: Mapping[str, str], mode: Mode | None, turns: Turns, tokenizer: Any
 ) -> Plan:
-    """Write values and build again what read them.
+    """Write values and build again what read them; in mode `full` everything, at the positions of a new prefill.
 
     Raises:
         InvalidEditError: that mode is not exact.
@@ -89,7 +90,11 @@ def plan_design_edit(
     check_mode(mode)
     rewritten = {name: value for name, value in changes.items() if state.context.fields[name].written != value}
     written, _ = state.context.write(tokenizer, rewritten)
-    after = without_trailing_room(written.with_units([room_for(unit) for unit in written.units]))
+    if mode is Mode.FULL:
+        roomy = with_first_room(written, tokenizer)
+    else:
+        roomy = written.with_units([room_for(unit) for unit in written.units])
+    after = without_trailing_room(roomy)
     steps: list[Step] = []
     reasons: list[str] = []
     for index in reversed(range(len(after.units))):

@@ -82,11 +82,12 @@ def _planned(context: Context, ledger: Ledger, changes: Mapping[str, str], mode:
     draft = _Draft(context, ledger, context.with_values(changes), tools)
     if strategy.selects:
         draft.select(changes)
+    said = _said_last(context, changes) if strategy.states else set()
     if mode is not Mode.STALE:
-        draft.take_back(changes)
+        draft.take_back({name: value for name, value in changes.items() if name not in said})
     if strategy.writes:
         draft.write(changes, rereads=strategy.rereads)
-    stated = draft.state(changes, wanted=strategy.states) if mode is not Mode.STALE else False
+    stated = draft.state(changes, wanted=strategy.states, said=said) if mode is not Mode.STALE else False
     used = mode
     if not strategy.selects and not draft.rereads:
         used = mode_of(writes=strategy.writes, states=stated) if mode is not Mode.STALE else mode
@@ -200,10 +201,16 @@ class _Draft:
         ]
         return sum(len(span) for span in stale) - _common(stale, joined([Span(0, first), *spans]))
 
-    def state(self, changes: Mapping[str, str], *, wanted: bool) -> bool:
-        """Append a line for each value that later tokens do not know, if it is wanted or an earlier line is in the way."""
+    def state(self, changes: Mapping[str, str], *, wanted: bool, said: Collection[str] = ()) -> bool:
+        """Append a line for each value that later tokens do not know, if it is wanted or an earlier line is in the way.
+
+        `said`: the fields whose last erratum states the value already.
+        """
         stated = False
         for name, value in changes.items():
+            if name in said:
+                self.reasons.append(f"no new erratum: the last one about {name} states this value")
+                continue
             in_the_way = bool(self.after.corrections(name))
             if (wanted and not self._known(name, value)) or in_the_way:
                 start = len(self.after)
@@ -330,6 +337,12 @@ def _told(name: str, readers: Sequence[Reader]) -> str:
     reasons = [] if any(reader.why is Why.MENTIONS for reader in readers) else [f"no later line mentions {name}"]
     reasons.append(f"computed again with {name}: {', '.join(told)}" if told else "only its own tokens are computed")
     return "; ".join(reasons)
+
+
+def _said_last(context: Context, changes: Mapping[str, str]) -> set[str]:
+    """The fields that already have these values, by the last erratum about each."""
+    last = {name: value for index in context.errata for name, value in context.units[index].corrects}
+    return {name for name, value in changes.items() if last.get(name) == value == context.fields[name].current}
 
 
 def _corrects_only(unit: Unit, changes: Mapping[str, str]) -> bool:

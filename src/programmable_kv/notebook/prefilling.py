@@ -65,7 +65,8 @@ def prefill(
         state = State(plan.after, applied.ledger)
         total = total + applied.account
     conversation = prompt.conversation()
-    reasons = (conversation.remarks if conversation is not None else "", trusted_by(types), total.why)
+    told = conversation.remarks if conversation is not None else ""
+    reasons = (prompt.remarks, told, trusted_by(types), total.why)
     account = total.of(operation="prefill", tokens_reused=0, why="; ".join(filter(None, reasons)))
     return replace(state, conversation=conversation), buffer, account
 

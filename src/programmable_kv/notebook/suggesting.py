@@ -76,6 +76,8 @@ class Suggestions:
     threshold: float
     trial: Trial | None
     account: Account
+    unchanged: bool = False
+    """whether the field had the value already, so that nothing could move"""
 
     @property
     def missing(self) -> tuple[SuggestedReader, ...]:
@@ -95,7 +97,13 @@ class Suggestions:
                 f"with the old value: {trial.before}; full prefill of the new one: {trial.full}; readers: {trial.readers}; "
                 f"with the suggested lines: {trial.suggested}"
             )
-        return "\n".join(rows) or f"no line after {self.name} moves"
+        if rows:
+            return "\n".join(rows)
+        return (
+            f"{self.name} has this value already: give another one"
+            if self.unchanged
+            else f"no line after {self.name} moves"
+        )
 
 
 def suggest(
@@ -123,7 +131,7 @@ def suggest(
             lines, trial = _tried(_Asked(trying, name, value, prompt, options, str(wanted)), lines, share)
     account = notebook._unchanged(reading.account, "suggest_readers")
     notebook._recorded(account)
-    return Suggestions(name, tuple(lines), share, trial, account)
+    return Suggestions(name, tuple(lines), share, trial, account, unchanged=not notebook._changed({name: value}))
 
 
 def _ranked(notebook: Notebook, name: str, value: Value, turns: str) -> list[SuggestedReader]:

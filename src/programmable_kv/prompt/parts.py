@@ -18,6 +18,8 @@ from programmable_kv.errors import InvalidValueError, TemplateError, UnknownFiel
 _OPEN, _NAMED, _CLOSE = "\ue000", "\ue001", "\ue002"
 _PLAIN, _PLAIN_ENDS = "\ue00a", "\ue00b"
 """around characters that are plain text, though the tokenizer would read a special token there"""
+_PLACEHOLDER = re.compile(r"(?<![{$])\{([A-Za-z_][A-Za-z0-9_]*)\}(?!\})")
+"""`{name}`; not the `{{name}}` and `${name}` of other template languages"""
 _MARKED = re.compile(f"{_OPEN}(.*?){_NAMED}(.*?){_CLOSE}", re.DOTALL)
 
 
@@ -47,6 +49,11 @@ class Text:
     def placeholders(self) -> list[str]:
         """The field of every placeholder, in order."""
         return [match.group()[1:-1] for match in self._pattern.finditer(self.template)] if self.fields else []
+
+    @property
+    def unfilled(self) -> list[str]:
+        """The names that stand in braces as a placeholder does, and are no fields here."""
+        return [name for name in _PLACEHOLDER.findall(self.template) if name not in self.fields]
 
     @property
     def _pattern(self) -> re.Pattern[str]:

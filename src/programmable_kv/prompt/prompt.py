@@ -151,6 +151,14 @@ class Prompt:
         self.skills.update(skills)
         return text
 
+    @property
+    def remarks(self) -> str:
+        """What of the text its author may not expect; empty if nothing."""
+        texts = [*(message.content for message in self.messages), *self.texts]
+        names = dict.fromkeys(name for text in texts for name in text.unfilled)
+        listed = ", ".join("{" + name + "}" for name in names)
+        return f"no value was given for {listed}, so the model reads it as it stands" if names else ""
+
     def rendered(self) -> Rendered:
         """All of it as the model will read it, with the characters of every field.
 
