@@ -210,6 +210,10 @@ def test_the_room_of_an_earlier_value_stays_and_that_of_an_enum_is_always_the_sa
     assert edited.cache.positions.tolist() == fresh.cache.positions.tolist(), "full is a new prefill, its room included"
     for layer in range(len(edited.cache)):
         torch.testing.assert_close(edited.cache.keys(layer), fresh.cache.keys(layer), rtol=0, atol=1e-9)
+    roomy = [written(Field(value, room=40)) for value in (long, "x")]
+    roomy[0].edit(status="x")
+    assert roomy[0].cache.positions.tolist() == roomy[1].cache.positions.tolist()
+    assert "grew" in written(Field("x", room=1)).edit(status=long).why, "a longer value than was expected still fits"
     of_two = [written(Field.enum(value, among=("x", long))) for value in (long, "x")]
     of_two[0].edit(status="x")
     assert of_two[0].cache.positions.tolist() == of_two[1].cache.positions.tolist()

@@ -101,6 +101,9 @@ def test_a_field_keeps_its_type(declared: Any, fits: list[Any], unfit: list[Any]
         {"kind": "text", "at_least": 1},
         {"kind": "number", "charset": "a"},
         {"kind": "text", "charset": "z-a"},
+        {"kind": "text", "room": -1},
+        {"kind": "text", "room": 1.5},
+        {"kind": "enum", "among": ("a",), "room": 4},
     ],
     ids=repr,
 )

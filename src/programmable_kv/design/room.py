@@ -14,13 +14,16 @@ _STEP = 4
 
 
 def room_of(kind: FieldType, value: Unit, tokens: Callable[[str], int]) -> int:
-    """The positions for a field's place: of an enum or a boolean its longest value; else more than it has now.
+    """The positions for a field's place: as many as were asked for; of an enum or a boolean its longest value; else more than
+    the value has now.
 
     Free positions cost nothing but positions: no token is computed for them, and none is read.
 
     Args:
         tokens: how many tokens a text has.
     """
+    if kind.room is not None:
+        return max(len(value), kind.room)
     texts = {FieldKind.ENUM: kind.among, FieldKind.BOOLEAN: ("true", "false", "null")}.get(kind.kind, ())
     if texts:
         return max(len(value), *map(tokens, texts))

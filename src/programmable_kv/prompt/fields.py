@@ -16,6 +16,7 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
+from programmable_kv.arguments import require_count
 from programmable_kv.errors import InvalidArgumentError, InvalidValueError
 from programmable_kv.prompt.characters import without_byte_order_mark
 from programmable_kv.prompt.written import NOTHING, NUMBER, escaped, rendered, unescaped
@@ -46,6 +47,10 @@ _FREE = (FieldKind.TEXT, FieldKind.BLOCK, FieldKind.JSON)
 """kinds whose values the guard reads: the others hold nothing but what their type allows"""
 
 
+_KNOWN = (FieldKind.ENUM, FieldKind.BOOLEAN)
+"""kinds all of whose values are known"""
+
+
 @dataclass(frozen=True, slots=True)
 class FieldType:
     """What a field's values may be, and how they are written. Values are handed on as the text that stands in the context."""
@@ -57,6 +62,8 @@ class FieldType:
     charset: str = ""
     max_length: int | None = None
     trusted: bool = False
+    room: int | None = None
+    """positions kept for its values under `visibility="design"`; by the first value when None"""
     in_json: bool = False
     """whether it stands inside of JSON strings, so that quotes in it have to be escaped there"""
     mixed: bool = False
@@ -73,6 +80,12 @@ class FieldType:
             raise InvalidArgumentError(f"at_least and at_most go with kind='number', this field's kind is {self.kind}")
         if (self.charset or self.max_length is not None) and self.kind not in _FREE:
             raise InvalidArgumentError(f"charset and max_length go with texts, this field's kind is {self.kind}")
+        if self.room is not None:
+            require_count(self.room, "room, in tokens,")
+            if self.kind in _KNOWN:
+                raise InvalidArgumentError(
+                    f"all values of kind {self.kind} are known, and the longest gives the room: leave room out"
+                )
         if self.charset:
             try:
                 re.compile(f"[{self.charset}]")
@@ -219,6 +232,8 @@ class Field:
         max_length: for a text, in characters.
         trusted: the guard does not read its values: whatever the tokenizer can write as plain text is taken. The account
             of an operation that takes such a value says so.
+        room: under `visibility="design"`, how many tokens the longest expected value has. Values up to this length stand at the
+            same positions, and none of them moves the text that follows.
 
     Raises:
         InvalidArgumentError: the options do not fit the kind.
@@ -232,6 +247,7 @@ class Field:
     charset: str = ""
     max_length: int | None = None
     trusted: bool = False
+    room: int | None = None
 
     def __post_init__(self) -> None:
         _ = self.type
@@ -243,18 +259,23 @@ class Field:
             raise InvalidArgumentError(f"there is no kind of field {kind!r}; the kinds are: {', '.join(FieldKind)}")
         return FieldType(
             FieldKind(kind), tuple(map(str, self.among)), self.at_least, self.at_most, self.charset, self.max_length,
-            self.trusted,
+            self.trusted, self.room,
         )  # fmt: skip
 
     @classmethod
-    def text(cls, value: Value, *, charset: str = "", max_length: int | None = None, trusted: bool = False) -> Field:
+    def text(
+        cls, value: Value, *, charset: str = "", max_length: int | None = None, trusted: bool = False,
+        room: int | None = None,
+    ) -> Field:  # fmt: skip
         """One line of text."""
-        return cls(value, FieldKind.TEXT, charset=charset, max_length=max_length, trusted=trusted)
+        return cls(value, FieldKind.TEXT, charset=charset, max_length=max_length, trusted=trusted, room=room)
 
     @classmethod
-    def block(cls, value: Value, *, max_length: int | None = None, trusted: bool = False) -> Field:
+    def block(
+        cls, value: Value, *, max_length: int | None = None, trusted: bool = False, room: int | None = None
+    ) -> Field:
         """Several lines, or none."""
-        return cls(value, FieldKind.BLOCK, max_length=max_length, trusted=trusted)
+        return cls(value, FieldKind.BLOCK, max_length=max_length, trusted=trusted, room=room)
 
     @classmethod
     def number(cls, value: Value, *, at_least: float | None = None, at_most: float | None = None) -> Field:

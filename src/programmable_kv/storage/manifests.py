@@ -134,6 +134,7 @@ class SavedType(_Strict):
     charset: str = ""
     max_length: int | None = None
     trusted: bool = False
+    room: int | None = None
     in_json: bool = False
     mixed: bool = False
 
