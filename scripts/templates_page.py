@@ -71,6 +71,6 @@ variables they are refused.
 
 
 def templates_page(folder: Path) -> str:
-    """The page, from every `.jinja` file in a folder."""
+    """Return the page, with a row for every `.jinja` file in a folder."""
     rows = {path.stem: survey_of_text(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.jinja"))}
     return _TEXT.format(table="\n".join(page(rows)))

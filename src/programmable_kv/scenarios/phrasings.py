@@ -47,7 +47,7 @@ class Phrasing:
         )
 
 
-# A longer form of the default erratum. The adapter that obeys it obeys the short form too (see `default_update`).
+# The default erratum, longer. An adapter that obeys it also obeys the short form (measured as `default_update`).
 _EMPHATIC_UPDATE = (
     "[STATE UPDATE] {name} is now: {value}. This replaces every earlier value of {name} "
     "and every conclusion drawn from it."
