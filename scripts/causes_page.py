@@ -14,7 +14,7 @@ def causes_page(page: str) -> str:
 
 
 def causes_table() -> str:
-    """Return a table of all causes that cost something, with their fixes. Causes that the texts do not show come last."""
+    """Return a table of all causes that cost something, with their fixes. Causes that texts do not show come last."""
     from programmable_kv.explain.classes import CLASSES
     from programmable_kv.explain.explain import TEMPLATE
     from programmable_kv.explain.upstream import CLASSES as UNREAD

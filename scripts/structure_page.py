@@ -1,4 +1,4 @@
-"""`docs/structure.md`: the layers, from the contract in pyproject.toml, and a line for each module, from its docstring."""
+"""`docs/structure.md`: the layers, from the contract in pyproject.toml, and a line per module, from its docstring."""
 
 from __future__ import annotations
 

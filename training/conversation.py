@@ -27,7 +27,7 @@ GATE_WEIGHTS: dict[Stage, tuple[int, int, int, int]] = {
 }  # fmt: skip
 """relative frequencies of policies with one, two, three and four gates"""
 FIRST_UPDATE_SHARE: dict[Stage, float] = {"settle": 0.85, "obey": 0.85, "looked_up": 0.85}
-"""share of conversations that open with updates; a single first update was obeyed less often than the last of several"""
+"""share of conversations that open with updates; a lone first update was obeyed less often than the last of several"""
 REWRITTEN_SHARE: dict[Stage, float] = {"settle": 0.25, "obey": 0.1, "looked_up": 0.1}
 """share of conversations whose policy shows the current values, followed by answers to earlier values"""
 

@@ -81,7 +81,7 @@ def run(
 
 
 def _trained(base: Path, folder: Path, recipe: TrainingRecipe, step: int) -> float:
-    """Train up to a step if needed, and return the mean decision loss over the last `WINDOW` steps, in nats per token."""
+    """Train up to a step if needed. Return the mean decision loss of the last `WINDOW` steps, in nats per token."""
     from training.train import train
 
     exported = folder / "training.json"

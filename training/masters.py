@@ -19,7 +19,7 @@ class Masters:
         self.restart()
 
     def restart(self) -> None:
-        """Start with a new optimizer and masters copied from the bfloat16 weights. An exported adapter has only these."""
+        """Start with a new optimizer and masters copied from the bfloat16 weights, all that an exported adapter has."""
         self.tensors = [nn.Parameter(weight.detach().float()) for weight in self._weights]
         self.optimizer = torch.optim.AdamW(self.tensors, weight_decay=0.0, betas=(0.9, 0.98))
 

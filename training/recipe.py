@@ -46,12 +46,12 @@ class TrainingRecipe:
     """tokens of plain text replayed in each step of the last three stages"""
     settle_replay_weight: float = 4.0
     obey_replay_weight: float = 1.5
-    """In the last three stages the replayed text is not learned. Instead, the adapted model's distribution over it is drawn to
-    the base's. Learned for thousands of steps, these few documents would be memorised, and other text would become less
-    likely."""
+    """In the last three stages, the replayed text is not learned. Instead, the adapted model's distribution over it is
+    drawn to the base's. When learned for thousands of steps, these few documents are memorised word for word, and other
+    text becomes less likely."""
     max_gradient_norm: float = 1.0
     last_stage_share: float = 0.5
-    """The exported weights are a weighted mean of the weights before and after the last stage; this is the weight of the latter.
+    """The exported weights are a mean of the weights before and after the last stage; this is the share of the latter.
     (Averaging weights of one run: Izmailov et al. 2018, https://arxiv.org/abs/1803.05407)"""
 
     @property
@@ -69,7 +69,7 @@ class TrainingRecipe:
         return second, third, fourth, settling, obeying, obeying + self.obey_steps
 
     def divergence_weight(self, step: int) -> float | None:
-        """Return the weight of the divergence from the base on plain text; None in steps that learn plain text instead."""
+        """Return the weight of the divergence from the base on plain text; None in steps that learn plain text."""
         obey = self.obey_replay_weight
         return {"settle": self.settle_replay_weight, "obey": obey, "looked_up": obey}.get(self.stage(step))
 
@@ -91,7 +91,7 @@ class TrainingRecipe:
         return "full"
 
     def rate(self, step: int) -> float:
-        """Return the learning rate: seven cosines that fall to a twentieth of their peak, each after a linear warm-up."""
+        """Return the learning rate: seven cosines that fall to a twentieth of the peak, each after a linear warm-up."""
         starts = [0, *self.fresh_starts]
         start = max(start for start in starts if start <= step)
         if start == 0:

@@ -110,7 +110,7 @@ class Gradients:
         return total
 
     def _plain_text(self, rng: random.Random, step: int) -> float:
-        """Add the gradients on plain text: to learn it, or in the last stages to minimise the divergence from the base."""
+        """Add the gradients on plain text: of its loss, or in the last stages of the divergence from the base."""
         recipe = self._recipe
         weight = recipe.divergence_weight(step)
         if weight is None:

@@ -20,7 +20,7 @@ from programmable_kv.lab.tools.hooks import Reached, hooked, taken_back
 
 
 def logit_lens(engine: Engine, buffer: KVBuffer, rows: Rows, *, logits: int = 1) -> torch.Tensor:
-    """Return logits [L + 1, logits, vocabulary] of the last `logits` rows, from the residual stream before layer 0 to L.
+    """Return logits [L + 1, logits, vocabulary] of the last `logits` rows, from the stream before layer 0, 1, ..., L.
 
     The last entry is the model's own output. The rows are computed against the buffer, which is unchanged.
     """
