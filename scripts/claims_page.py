@@ -1,4 +1,4 @@
-"""`docs/claims.md`: every published claim with its status, from `lab/claims/claims.toml` and the records in `results/`."""
+"""`docs/claims.md`: every published claim with its status, from `lab/claims/claims.toml` and records in `results/`."""
 
 from __future__ import annotations
 

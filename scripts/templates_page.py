@@ -1,4 +1,4 @@
-"""`docs/templates.md`: what chat templates do with the messages of a notebook, from the templates in `tests/templates/`."""
+"""`docs/templates.md`: what chat templates do with a notebook's messages, from the templates in `tests/templates/`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Train the embedded model for `design` visibility: only its readers read a field, and a skill reads only itself.
 
-Run it as `python -m training.design --out FOLDER`; `python -m training.design --help` lists the options. In reading order:
+Run it as `python -m training.design --out FOLDER`; `python -m training.design --help` lists the options.
+In reading order:
 
     parts.py      a sequence of tokens, each with a part, a position and the index from which it is dead
     masks.py      which tokens read which: for one pair (the reference) and for a whole batch

@@ -1,4 +1,4 @@
-"""The format in which a chat template writes messages, so that training sequences match what the model will read.
+"""How a chat template writes messages, so that training sequences match what the model will read.
 
 The texts that the template puts before and after the text of a message are found by rendering. Sequences for two
 templates differ only in these texts.
@@ -16,7 +16,7 @@ from programmable_kv.prompt.chat import message_alone, opened
 from programmable_kv.prompt.parts import Message, Text
 
 _SAID = ("\ue0f4", "\ue0f5", "\ue0f6", "\ue0f7")
-"""private-use characters, which stand for the texts of messages and are found again in a rendering"""
+"""placeholders for the texts of messages, which are found again in a rendering"""
 _CHATML = re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*)<\|im_end\|>\n\Z", re.DOTALL)
 
 
@@ -119,11 +119,7 @@ def _check_question(tokenizer: Any, written: str) -> None:
 
 
 def _before(tokenizer: Any, role: str) -> str:
-    """Return the text that a template puts before that of a message in mid-conversation.
-
-    Raises:
-        TemplateError: the template drops the message's text, or does not accept the message.
-    """
+    """Return the text that a template puts before that of a message in mid-conversation."""
     before, mark, _ = message_alone(tokenizer, Message(role, Text(_SAID[0])), {}).text.partition(_SAID[0])
     if not mark:
         raise TemplateError(f"the chat template drops what a {role} message says")
@@ -131,11 +127,7 @@ def _before(tokenizer: Any, role: str) -> str:
 
 
 def _rendered(tokenizer: Any, opens: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """Return the text before a conversation's first message text, and role -> the text that closes such a message.
-
-    Raises:
-        TemplateError: the template begins a message in another way after some messages.
-    """
+    """Return the text before a conversation's first message text, and role -> the text that closes such a message."""
     roles = ("system", "user", "assistant", "user")
     rest = opened(tokenizer, [*zip(roles, _SAID, strict=True)], inside=True)
     first, _, rest = rest.partition(_SAID[0])

@@ -37,9 +37,8 @@ _TEXT_WINDOWS = 64
 class Settings:
     """Where and how fast a run computes.
 
-    Only `base`, `adapter` and `stop_after` determine the weights. The other settings change them only by rounding,
-    unless the
-    recipe counts seconds: then a faster run takes more steps.
+    Only `base`, `adapter` and `stop_after` determine the weights. The other settings change them only by rounding; if
+    the recipe counts seconds, also by the number of steps.
     """
 
     base: Path
@@ -65,8 +64,7 @@ def run(settings: Settings, recipe: DesignRecipe, say: Callable[[str], None] = p
         The folder with the adapter's weights, its configuration and `training.json`.
 
     Raises:
-        TrainingError: the folder contains a checkpoint of another recipe or of a finished run, or the model or adapter
-            cannot be trained.
+        TrainingError: the folder has a checkpoint of another recipe or a finished run, or the model cannot be trained.
     """
     return _Run(settings, recipe, say).run()
 

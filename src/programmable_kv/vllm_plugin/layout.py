@@ -1,7 +1,8 @@
 """Writes keys and values into a layer's paged cache in vLLM, in each layout that it knows. Unknown layouts are refused.
 
-Shapes: B blocks, H key-value heads, N tokens of a block, D head dim, n tokens to write. In vLLM 0.32 every backend's cache of a
-layer is one view [B, H, N, C], with any strides, where C = 2 D. Backends differ in how they order these numbers:
+Shapes: B blocks, H key-value heads, N tokens of a block, D head dim, n tokens to write. In vLLM 0.32 the
+cache of a layer is one view [B, H, N, C] in every backend, with any strides, where C = 2 D. Backends differ in how they
+order these numbers:
 
 - *split*: a token's key, then its value. FlashAttention, FlashInfer and Triton attention, on GPUs.
 - *packed*: a block's keys, then the block's values, each in the order that the CPU's kernel reads. Only vLLM's own

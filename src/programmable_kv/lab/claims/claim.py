@@ -19,11 +19,11 @@ class Status(StrEnum):
     """What our records say about a claim."""
 
     REPRODUCED = "reproduced"
-    """the claim is true here, by our own measure"""
+    """true here, by our own measure"""
     BOUNDED = "bounded"
-    """the claim is true within limits that the evidence states"""
+    """true here, within limits that the evidence states"""
     REFUTED = "refuted"
-    """the claim is false here, measured as it should be"""
+    """false here, measured as it should be"""
     NOT_TESTED = "not tested yet"
     NOT_TESTABLE = "not testable here"
 
@@ -111,8 +111,8 @@ def read_claims(text: str | None = None) -> list[Claim]:
     """Read the claims of `claims.toml`, or of a text in the same format.
 
     Raises:
-        ValueError: a status is unknown, an entry is missing, two claims have one id, a status that needs evidence has
-            none, or a status that takes no evidence has some.
+        ValueError: an unknown status, a missing entry, two claims with one id, or a status whose evidence is missing or
+            not allowed.
     """
     if text is None:
         text = files(__package__).joinpath("claims.toml").read_text(encoding="utf-8")

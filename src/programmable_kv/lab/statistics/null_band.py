@@ -1,6 +1,6 @@
 """Null bands: the range of a measure when only the dtype or the attention kernel changes.
 
-A similarity of 0.98 says nothing by itself. If a change of the kernel alone gives 0.999 at worst, then 0.98 is a difference.
+A similarity of 0.98 says nothing by itself. If a change of the kernel alone gives 0.999 at worst, 0.98 is a difference.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Only the `active` largest features of an activation are kept. Compare a trained autoencoder with a frozen one, whose
 decoder stays random and of which only the encoder is trained. A result that the frozen one also gives is no evidence
 for the learned directions.
-Sources: Gao et al., Scaling and Evaluating Sparse Autoencoders (arXiv 2406.04093), section 2.3; Korznikov et al., Sanity Checks
-for Sparse Autoencoders (arXiv 2602.14111), the frozen decoder.
+Sources: Gao et al., Scaling and Evaluating Sparse Autoencoders (arXiv 2406.04093), section 2.3; Korznikov et al.,
+Sanity Checks for Sparse Autoencoders (arXiv 2602.14111), the frozen decoder.
 """
 
 from __future__ import annotations
