@@ -1,1 +1,1 @@
-"""What maintains the repository. Not part of the wheel."""
+"""Scripts that maintain the repository. They are not part of the wheel."""

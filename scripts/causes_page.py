@@ -6,7 +6,7 @@ import re
 
 
 def causes_page(page: str) -> str:
-    """The page with its table of causes replaced; the text around it is kept."""
+    """Return the page with its table of causes replaced. The text around the table is kept."""
     found = re.search(r"<!-- generated: causes -->\n(.*?)<!-- end -->", page, re.DOTALL)
     if found is None:
         raise ValueError("docs/explain-miss.md must hold '<!-- generated: causes -->' with an '<!-- end -->'")
@@ -14,7 +14,7 @@ def causes_page(page: str) -> str:
 
 
 def causes_table() -> str:
-    """Every cause that costs something, with what to do about it; then those that the texts do not show."""
+    """Return a table of all causes that cost something, with their fixes. Causes that texts do not show come last."""
     from programmable_kv.explain.classes import CLASSES
     from programmable_kv.explain.explain import TEMPLATE
     from programmable_kv.explain.upstream import CLASSES as UNREAD

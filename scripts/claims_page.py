@@ -1,4 +1,4 @@
-"""`docs/claims.md`: every published claim with its status, from `lab/claims/claims.toml` and the records in `results/`."""
+"""`docs/claims.md`: every published claim with its status, from `lab/claims/claims.toml` and records in `results/`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ condition is on the end of the interval at which it is hardest to meet. A status
 
 
 def claims_page(results: Path) -> str:
-    """The page, from the records of a folder. Every figure of ours in it is a record's."""
+    """Return the page. Every figure of ours in it is taken from a record in `results`."""
     claims, records = read_claims(), {record.name: record for record in all_records(results)}
     groups = {name: list(each) for name, each in groupby(claims, key=lambda claim: claim.group)}
     sections = [
@@ -68,7 +68,7 @@ def _figure(evidence: Evidence) -> tuple[str, str]:
 
 
 def _measured(conditions: list[Evidence], record: Record) -> str:
-    """One figure with the conditions on it."""
+    """Return the line for one figure, with the conditions on it."""
     evidence = conditions[0]
 
     def quote(path: str, spec: str) -> str:

@@ -14,13 +14,13 @@ Generated from the code by `python -m scripts.write_docs`; a test fails when it 
 
 
 def cli_page() -> str:
-    """The page, one section a command."""
+    """Return the page, with one section for each command."""
     sections = [_section(words, command) for words, command in commands()]
     return HEAD + "".join(f"\n{section}" for section in sections)
 
 
 def commands() -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every command and group of commands: its words after `pkv`, and the command. The app itself comes first."""
+    """Yield every command and group of commands with its words after `pkv`. The app itself comes first."""
     import typer
 
     from programmable_kv.cli import app
@@ -29,7 +29,7 @@ def commands() -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def options_of(command: Any) -> list[str]:
-    """Every spelling of a command's options."""
+    """Return all spellings of a command's options."""
     return [spelling for each in command.params for spelling in (*each.opts, *each.secondary_opts)] + ["--help"]
 
 
@@ -75,5 +75,5 @@ def _default(parameter: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    """One line of plain text for a table: what Markdown would take for markup is escaped."""
+    """Return text as one line for a table, with Markdown characters escaped."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "\\<")

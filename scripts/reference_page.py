@@ -24,7 +24,7 @@ _HEADINGS = {"Args": "Arguments", "Returns": "Returns", "Yields": "Yields", "Rai
 
 
 def reference_page() -> str:
-    """The page, one section a name: classes and functions first, errors last."""
+    """Return the page, with one section for each name: classes and functions first, errors last."""
     public = dict(public_names())
     errors = {name: each for name, each in public.items() if inspect.isclass(each) and issubclass(each, Exception)}
     others = {name: each for name, each in public.items() if name not in errors}
@@ -34,7 +34,7 @@ def reference_page() -> str:
 
 
 def public_names() -> Iterator[tuple[str, Any]]:
-    """The names in `programmable_kv.__all__`, sorted, and what they are; dunder names are left out."""
+    """Yield the names in `programmable_kv.__all__`, sorted, with their objects. Dunder names are left out."""
     import programmable_kv
 
     for name in sorted(programmable_kv.__all__, key=str.lower):
@@ -43,7 +43,10 @@ def public_names() -> Iterator[tuple[str, Any]]:
 
 
 def section(name: str, thing: Any, package: str = _PACKAGE) -> str:
-    """A name's heading, signature and docstring; of a class also its public members, those of bases in `package` included."""
+    """Return a name's heading, signature and docstring, and for a class its public members.
+
+    Members of base classes in `package` are included.
+    """
     parts = [f"## {name}"]
     if not inspect.isclass(thing):
         signed = _signature(name, thing) if callable(thing) else name
@@ -66,7 +69,7 @@ def section(name: str, thing: Any, package: str = _PACKAGE) -> str:
 
 
 def markdown(docstring: str) -> str:
-    """A docstring with its `Args:`, `Returns:` and `Raises:` blocks as lists."""
+    """Return a docstring with its `Args:`, `Returns:`, `Yields:` and `Raises:` blocks in Markdown."""
     found: list[str] = []
     for paragraph in docstring.split("\n\n"):
         head, _, body = paragraph.partition("\n")
@@ -79,7 +82,7 @@ def markdown(docstring: str) -> str:
 
 
 def _items(body: str, *, named: bool) -> str:
-    """The entries of a block, each of which begins at the margin and may continue on indented lines."""
+    """Format the entries of a block. Each entry begins at the margin and may continue on indented lines."""
     entries: list[str] = []
     for line in body.splitlines():
         if line.startswith((" ", "\t")) and entries:
@@ -91,7 +94,7 @@ def _items(body: str, *, named: bool) -> str:
     marked = []
     for entry in entries:
         names, colon, text = entry.partition(": ")
-        # Names only, so that a sentence with a colon in it does not count as a name.
+        # Only plain names count, so that a sentence with a colon in it is not taken for one.
         plain = re.fullmatch(r"[\w*]+(, [\w*]+)*", names) is not None
         quoted = ", ".join(f"`{each}`" for each in names.split(", "))
         marked.append(f"- {quoted}: {text}" if colon and plain else f"- {entry}")
@@ -99,13 +102,13 @@ def _items(body: str, *, named: bool) -> str:
 
 
 def _text(thing: type) -> str:
-    """A class's own docstring; the one that `dataclass` writes for a class without one is a signature, and left out."""
+    """Return a class's own docstring. The one that `dataclass` generates is only a signature and is left out."""
     text = inspect.getdoc(thing) or ""
     return "" if text.startswith(f"{thing.__name__}(") else markdown(text)
 
 
 def _members(thing: type, package: str) -> Iterator[tuple[str, Any]]:
-    """Public methods and properties in the order in which they are defined, those of bases first."""
+    """Yield public methods and properties in the order of their definition. Members of base classes come first."""
     known = {each.name for each in fields(thing)} if is_dataclass(thing) else set()
     seen: set[str] = set()
     for cls in reversed([base for base in thing.__mro__ if base.__module__.startswith(package)]):
@@ -133,7 +136,7 @@ def _member(owner: str, name: str, member: Any) -> str:
 
 
 def _attributes(thing: Any, package: str) -> str:
-    """The fields of a dataclass, with the strings that document them."""
+    """Return the list of a dataclass's fields, with the strings that document them."""
     texts: dict[str, str] = {}
     for cls in reversed(thing.__mro__):
         if cls.__module__.startswith(package):
@@ -157,7 +160,7 @@ def _enum_members(thing: type[enum.Enum]) -> list[str]:
 
 
 def _strings_after_names(thing: type) -> dict[str, str]:
-    """The string literal that follows the assignment of a name in a class body: what documents that name."""
+    """Return name -> attribute docstring: the string literal that follows the name's assignment in a class body."""
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
     except OSError:
@@ -178,7 +181,7 @@ def _strings_after_names(thing: type) -> dict[str, str]:
 
 
 def _signature(name: str, thing: Any, *, skip_first: bool = False) -> str:
-    """A signature as Python would write it, on one line if it fits into 100 columns."""
+    """Return a signature in Python syntax, on one line if it fits into 100 columns."""
     signature = inspect.signature(thing)
     parameters = list(signature.parameters.values())[1 if skip_first else 0 :]
     parts: list[str] = []

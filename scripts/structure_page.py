@@ -1,4 +1,4 @@
-"""`docs/structure.md`: the layers, from the contract in pyproject.toml, and one line a module, from its docstring."""
+"""`docs/structure.md`: the layers, from the contract in pyproject.toml, and a line per module, from its docstring."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PACKAGE = "programmable_kv"
 
 
 def structure_page(page: str, root: Path) -> str:
-    """The page with both generated parts replaced; the text around them is kept.
+    """Return the page with both generated parts replaced. The text around them is kept.
 
     Raises:
         ValueError: a marker is missing from the page, or a module has no docstring.
@@ -21,7 +21,7 @@ def structure_page(page: str, root: Path) -> str:
 
 
 def layers(root: Path) -> list[list[str]]:
-    """The layers of the contract, the highest first; modules of one layer do not import each other."""
+    """Return the layers of the contract, the highest first. Modules of one layer do not import each other."""
     contract = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
         "contracts"
     ][0]
@@ -31,12 +31,12 @@ def layers(root: Path) -> list[list[str]]:
 
 
 def layers_picture(root: Path) -> str:
-    """One layer a line; a module imports only from lines below its own."""
+    """Return a picture with one layer on each line. A module imports only from lines below its own."""
     return "\n".join("  |  ".join(layer) for layer in layers(root))
 
 
 def modules_table(root: Path) -> str:
-    """One row a module, in the order of the layers."""
+    """Return a table with one row for each module, in the order of the layers."""
     package = root / "src" / _PACKAGE
     order = {name: rank for rank, layer in enumerate(layers(root), start=1) for name in layer}
 
@@ -54,7 +54,7 @@ def modules_table(root: Path) -> str:
 
 
 def _first_sentences(path: Path) -> str:
-    """The first paragraph of a module's docstring, on one line."""
+    """Return the first paragraph of a module's docstring as one line."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     if not docstring:
         raise ValueError(f"{path} has no docstring: its first paragraph is its line on the structure page")

@@ -1,4 +1,4 @@
-"""`docs/templates.md`: what chat templates do with the messages of a notebook, from the templates in `tests/templates/`."""
+"""`docs/templates.md`: what chat templates do with a notebook's messages, from the templates in `tests/templates/`."""
 
 from __future__ import annotations
 
@@ -71,6 +71,6 @@ variables they are refused.
 
 
 def templates_page(folder: Path) -> str:
-    """The page, from every `.jinja` file in a folder."""
+    """Return the page, with a row for every `.jinja` file in a folder."""
     rows = {path.stem: survey_of_text(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.jinja"))}
     return _TEXT.format(table="\n".join(page(rows)))

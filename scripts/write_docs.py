@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def generated() -> dict[Path, str]:
-    """Each generated document and what it must hold."""
+    """Return path -> text for every generated document."""
     docs = ROOT / "docs"
     structure, causes = docs / "structure.md", docs / "explain-miss.md"
     return {
@@ -33,7 +33,7 @@ def generated() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Write what differs, and print which files that was."""
+    """Write the documents that differ, and print their paths."""
     for path, text in generated().items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")

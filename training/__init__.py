@@ -1,1 +1,1 @@
-"""Training recipes: what makes the adapters that the package ships. Not part of the wheel."""
+"""Training of the adapters that the package ships. Not part of the wheel."""

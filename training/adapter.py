@@ -1,6 +1,6 @@
 """`python -m training.adapter --out FOLDER`: train the adapter of the embedded model.
 
-It takes about four and a half hours on two cores, and resumes from the last checkpoint in FOLDER.
+Training takes about four and a half hours on two cores. It resumes from the last checkpoint in FOLDER.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from training.recipe import TrainingRecipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, report each step on stderr, and return the exit status."""
+    """Train the adapter, report each step on stderr, and return the exit status."""
     given = _parser().parse_args(arguments)
     recipe = TrainingRecipe()
     if given.seed is not None:

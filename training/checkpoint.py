@@ -1,4 +1,4 @@
-"""How far a training run has come: resumed from a folder, saved in it, and exported as an adapter."""
+"""Checkpoints of a training run: resume from a folder, save to it, and export an adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 @dataclass(slots=True)
 class Progress:
-    """What a run needs, beside its weights, to continue."""
+    """The state of a run, apart from its weights and optimizer, that is needed to continue it."""
 
     step: int = 0
     """steps done"""
@@ -30,16 +30,16 @@ class Progress:
     curve: list[Any] = field(default_factory=list)
     """[step, decision loss, replay loss] of every step"""
     earlier: list[dict[str, Any]] = field(default_factory=list)
-    """other recipes that were followed before, each with the step up to which"""
+    """recipes that were followed before this one, each with its last step"""
     before_last: dict[str, torch.Tensor] | None = None
-    """the adapter before the last stage, once that has begun"""
+    """the adapter before the last stage, once the last stage has begun"""
 
 
 def resume(out: Path, model: Any, masters: Masters, recipe: TrainingRecipe, *, change_recipe: bool) -> Progress:
-    """Load what a folder holds into the model and its masters: a checkpoint, or else an exported adapter, or nothing.
+    """Load a folder's checkpoint into the model and its masters, or else its exported adapter, or else nothing.
 
     Raises:
-        TrainingError: the checkpoint is of another recipe, or the adapter was exported where it cannot be resumed.
+        TrainingError: the checkpoint has another recipe, or the adapter was exported at a step that cannot be resumed.
     """
     checkpoint = out / CHECKPOINT
     if not checkpoint.exists():
@@ -55,14 +55,18 @@ def resume(out: Path, model: Any, masters: Masters, recipe: TrainingRecipe, *, c
             )
         earlier = [*earlier, {"until_step": state["step"], "recipe": state["recipe"]}]
     masters.load(state["masters"], state["optimizer"])
-    # The checkpoint of a recipe without a last stage has no weights from before it.
+    # Checkpoints of a recipe without a last stage have no `before_last`.
     return Progress(state["step"], state["seconds"], state["curve"], earlier, state.get("before_last"))
 
 
 def _from_exported(folder: Path, model: Any, masters: Masters, recipe: TrainingRecipe) -> Progress:
     """Continue from an exported adapter.
 
-    This works only where a new cosine begins: elsewhere the optimizer's state is needed, which is not exported.
+    This works only at a step where a new cosine begins. Elsewhere the optimizer's state is needed, which is not
+    exported.
+
+    Raises:
+        TrainingError: no new cosine begins at the exported step.
     """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -82,7 +86,7 @@ def _from_exported(folder: Path, model: Any, masters: Masters, recipe: TrainingR
 
 
 def save(out: Path, model: Any, masters: Masters, recipe: TrainingRecipe, progress: Progress) -> None:
-    """Write the checkpoint, whole or not at all."""
+    """Write the checkpoint atomically."""
     state = {
         "adapter": adapter_of(model),
         "before_last": progress.before_last,
@@ -101,9 +105,9 @@ def save(out: Path, model: Any, masters: Masters, recipe: TrainingRecipe, progre
 
 
 def export(checkpoint: Path, out: Path) -> Path:
-    """Write a checkpoint's adapter as peft reads it (bfloat16), and `training.json` with recipe and loss curve.
+    """Write a checkpoint's adapter in peft's format (bfloat16), and `training.json` with the recipe and the loss curve.
 
-    Within the last stage the weights are the mean that `TrainingRecipe.last_stage_share` describes.
+    In the last stage, the exported weights are the mean that `TrainingRecipe.last_stage_share` describes.
     """
     from safetensors.torch import save_file
 
@@ -118,7 +122,7 @@ def export(checkpoint: Path, out: Path) -> Path:
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     lora_config(recipe).save_pretrained(out)
     summary = {key: state[key] for key in ("recipe", "earlier", "step", "seconds")}
-    # The replayed text and the English words of the grammar are the running Python's standard library.
+    # The replayed text and the grammar's English words come from the running Python's standard library.
     texts = (*documents("replay"), *documents("replay", 200, packages=True))
     summary |= {"python": platform.python_version(), "text_digest": digest_of(texts)}
     curve = {"columns": ["step", "decision_loss", "replay_loss"], "curve": state["curve"]}
@@ -127,14 +131,14 @@ def export(checkpoint: Path, out: Path) -> Path:
 
 
 def adapter_of(model: Any) -> dict[str, torch.Tensor]:
-    """A copy of the adapter's weights."""
+    """Return a copy of the adapter's weights."""
     from peft import get_peft_model_state_dict
 
     return {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
 
 
 def lora_config(recipe: TrainingRecipe) -> Any:
-    """What peft needs to know about the adapter."""
+    """Return peft's configuration of the adapter."""
     from peft import LoraConfig
 
     return LoraConfig(

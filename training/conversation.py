@@ -1,8 +1,8 @@
-"""From a scenario to the examples the adapter is trained on.
+"""Makes the examples on which the adapter is trained from scenarios.
 
-One example is a conversation over one policy: several questions, with state updates in between
-that must be obeyed (the last one wins) or must not matter. Several supervised decisions share one policy, so a
-token of prefill teaches more. Only the assistant's words carry loss.
+One example is a conversation about one policy: several questions, with state updates in between. An update
+must be obeyed (the last one wins) or makes no difference. Several supervised decisions share one policy, so a
+token of prefill teaches more. Only the assistant's tokens have a loss.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ class Encoder(Protocol):
 
 
 FULL_SHARE: dict[Stage, float] = {"hop": 0.12, "topics": 0.12, "hard": 0.25}
-"""of the conversations of a narrow late stage, how many are of the full mixture"""
+"""share of the conversations of a narrow late stage that come from the full mixture"""
 
 GATE_WEIGHTS: dict[Stage, tuple[int, int, int, int]] = {
     "settle": (11, 4, 3, 2), "obey": (9, 8, 2, 1), "looked_up": (14, 4, 1, 1),
 }  # fmt: skip
-"""how often a policy has one gate, two, three and four"""
+"""relative frequencies of policies with one, two, three and four gates"""
 FIRST_UPDATE_SHARE: dict[Stage, float] = {"settle": 0.85, "obey": 0.85, "looked_up": 0.85}
-"""of the conversations, how many open with updates: a first update alone was obeyed less often than the last of several"""
+"""share of conversations that open with updates; a lone first update was obeyed less often than the last of several"""
 REWRITTEN_SHARE: dict[Stage, float] = {"settle": 0.25, "obey": 0.1, "looked_up": 0.1}
-"""of the conversations, how many show the values of now in the policy, below answers from before"""
+"""share of conversations whose policy shows the current values, followed by answers to earlier values"""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of text; `learned` marks the words the assistant must come to say."""
+    """A run of text. `learned` marks text that the assistant must learn to write."""
 
     text: str
     learned: bool = False
@@ -42,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class TrainingExample:
-    """Token ids and, for each, whether the loss counts it."""
+    """Token ids, and for each token whether it counts in the loss."""
 
     ids: list[int]
     learned: list[bool]
@@ -55,9 +55,9 @@ def _message(role: str, content: str) -> Piece:
 def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "full") -> list[Piece]:
     """Draw a scenario and a conversation about it (ChatML, or plain text for one in eight).
 
-    Training goes through the stages in order. On the full mixture alone, 80 steps left the loss at the plateau where an
-    option is guessed; looking a rule up is found where there is little else to look at, and then carries over. So is
-    choosing between two sets of rules by the topic.
+    Training goes through the stages in order. After 80 steps on only the full mixture, the loss was still at the
+    plateau of guessing an option. The model learns to look a rule up when there is little else in the context, and then
+    does so in longer contexts. The same is true of choosing between two sets of rules by topic.
     """
     phrasing = phrasing_of(split, stage)
     if stage in FULL_SHARE and rng.random() < FULL_SHARE[stage]:
@@ -134,10 +134,10 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
 
 
 def _rewritten(rng: random.Random, phrasing: Phrasing, scenario: Scenario, count: int) -> list[Piece]:
-    """A conversation whose policy shows the current values: earlier answers were right for earlier values.
+    """Draw a conversation whose policy shows the current values, while earlier answers were right for earlier values.
 
-    This is what an agent sees that puts its state into the system message. Only answers that are right for the shown values
-    are learned.
+    An agent that writes its state into the system message sees such conversations. Only answers that are right for the
+    shown values are learned.
     """
     values = dict(scenario.values)
     turns: list[tuple[str, Gate, str]] = []
@@ -180,12 +180,15 @@ def _updates(
     *,
     single: bool = False,
 ) -> list[str]:
-    """Update lines before a question (a `single` one: of the field that decides it); `values` follows them."""
+    """Draw the update lines before a question, and apply them to `values`.
+
+    With `single`, there is one line, which updates the field that decides the question.
+    """
     if single:
         values[gate.field] = other_value(rng, gate, values[gate.field])
         return [update(rng, phrasing, gate.field, values[gate.field])]
     draw = rng.random()
-    # Often another gate's field, or the newest update alone would tell which rules the next question calls for.
+    # Often update another gate's field. Otherwise the latest update would tell which rules the next question is about.
     about = rng.choice(scenario.gates) if rng.random() < 0.5 else gate
     names: list[str] = []
     if draw < 0.5:
@@ -205,7 +208,7 @@ def _updates(
         changed = [value for value in choices if value != values[name]]
         if not changed:
             continue
-        # Prefer a value whose action differs: an update that changes nothing teaches nothing.
+        # Prefer a value with another action: an update that does not change the action teaches nothing.
         if name in by_field:
             actions = by_field[name].actions
             telling = [value for value in changed if actions[value] != actions[values[name]]]
@@ -216,7 +219,7 @@ def _updates(
 
 
 def encode(pieces: list[Piece], tokenizer: Encoder) -> TrainingExample:
-    """Tokenise piece by piece: an answer's tokens never merge with what precedes it, as in decoding."""
+    """Tokenise piece by piece, so that an answer's tokens never merge with the text before it, as in decoding."""
     ids: list[int] = []
     learned: list[bool] = []
     for piece in pieces:

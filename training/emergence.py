@@ -1,7 +1,8 @@
 """`python -m training.emergence --out FOLDER --record FILE`: when do notes appear in the adapter's training?
 
-The first steps of the adapter's recipe again, from the same base and the same data, with held-out policies probed in between:
-two rules, nothing else, as in the recipe's first stage. Some minutes on one core. The same command resumes.
+Repeats the first steps of the adapter's recipe, from the same base and the same data, and probes held-out policies in
+between. These have two rules and nothing else, as in the recipe's first stage. It takes some minutes on one core. The
+same command resumes it.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from training.recipe import TrainingRecipe
 
 STEPS = (0, 10, 20, 30, 40, 60, 80, 120)
 COUNT = 32
-"""policies that are drawn; about two thirds can be probed"""
+"""number of policies drawn; about two thirds can be probed"""
 WINDOW = 10
-"""steps over which a loss is averaged"""
+"""number of steps over which a loss is averaged"""
 COMPETENT = 0.8
-"""right under both values in this share of the policies"""
+"""smallest share of policies, right under both values, at which the model counts as competent"""
 
 
 def drawn(count: int) -> list[Case]:
-    """Policies of two rules and no others."""
+    """Draw policies of two rules and no other lines."""
     return cases(count, values=2, fillers=0)
 
 
@@ -48,10 +49,10 @@ def run(
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
-    """Train up to each of `steps` and look at the model there; checkpoints lie in `folder`, the record in `path`.
+    """Train up to each of `steps` and probe the model there. Checkpoints go to `folder`, the record to `path`.
 
     Raises:
-        TrainingError: the folder holds a checkpoint of another recipe.
+        TrainingError: the folder contains a checkpoint of another recipe.
     """
     policies = drawn(count)
     own = load_model(base)
@@ -80,7 +81,7 @@ def run(
 
 
 def _trained(base: Path, folder: Path, recipe: TrainingRecipe, step: int) -> float:
-    """Train up to a step, where that is not done; the mean loss of decisions over its last steps, in nats a token."""
+    """Train up to a step if needed. Return the mean decision loss of the last `WINDOW` steps, in nats per token."""
     from training.train import train
 
     exported = folder / "training.json"
@@ -91,7 +92,7 @@ def _trained(base: Path, folder: Path, recipe: TrainingRecipe, step: int) -> flo
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """By step what was found; and the first step at which the model is competent."""
+    """Return the results of each step, and the first step at which the model is competent."""
     summary: dict[str, Any] = {f"at_{row['step']}": summed(row) for row in rows}
     for row in rows:
         if "loss" in row:
@@ -101,7 +102,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train and probe, report each look on stderr, and return the exit status."""
+    """Train and probe, report each probe on stderr, and return the exit status."""
     from programmable_kv.models.fetch import base_folder
 
     given = _parser().parse_args(arguments)

@@ -1,4 +1,4 @@
-"""The losses of a training step, and the batches they are computed in."""
+"""The losses of a training step, and the batches on which they are computed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from training.conversation import TrainingExample
 
 
 def passes(drawn: list[TrainingExample], tokens: int) -> list[list[TrainingExample]]:
-    """Examples of similar lengths together, each batch at most `tokens` padded tokens (or one sequence)."""
+    """Batch examples of similar lengths. Each batch has at most `tokens` padded tokens, or only one example."""
     batches: list[list[TrainingExample]] = []
     for example in sorted(drawn, key=lambda example: len(example.ids)):
         if batches and _width([*batches[-1], example]) * (len(batches[-1]) + 1) <= tokens:
@@ -23,14 +23,14 @@ def passes(drawn: list[TrainingExample], tokens: int) -> list[list[TrainingExamp
 
 
 def _width(examples: list[TrainingExample]) -> int:
-    """Padded length. Few distinct widths let the CPU's matrix kernels be prepared once and reused."""
+    """Return the padded length. With few distinct widths, the CPU's matrix kernels are prepared once and reused."""
     return math.ceil(max(len(example.ids) for example in examples) / 64) * 64
 
 
 def summed_loss(model: Any, batch: list[TrainingExample]) -> torch.Tensor:
-    """Cross entropy summed over the learned tokens. The vocabulary projection runs on those rows only.
+    """Return the cross entropy summed over the learned tokens. The vocabulary projection runs only on their rows.
 
-    Padding is on the right, where a causal model's real tokens never look, so no mask is needed.
+    Padding is on the right, where real tokens cannot attend to it in a causal model, so no mask is needed.
     """
     width = _width(batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
@@ -46,7 +46,7 @@ def summed_loss(model: Any, batch: list[TrainingExample]) -> torch.Tensor:
 
 
 def distance_from_base(model: Any, text: list[int]) -> torch.Tensor:
-    """Kullback-Leibler divergence of the adapted model's next-token distributions from the base's, mean over a text."""
+    """Return KL(base || adapted) of the next-token distributions, as the mean over a text's tokens."""
     ids = torch.tensor([text])
     with torch.no_grad(), model.disable_adapter():
         base = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)

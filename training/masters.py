@@ -1,4 +1,4 @@
-"""Float32 masters of the weights that training changes, and their optimizer."""
+"""Float32 master copies of the trained weights, and their optimizer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import nn
 
 
 class Masters:
-    """Float32 masters of bfloat16 weights: a bfloat16 weight would swallow most of its own small updates.
+    """Float32 master copies of bfloat16 weights. In bfloat16 itself, most small updates would be rounded away.
 
-    Computing in bfloat16 throughout makes a step twice as fast as a float32 adapter on a bfloat16 base.
+    Computing in bfloat16 throughout makes a step twice as fast as with a float32 adapter on a bfloat16 base.
     """
 
     def __init__(self, weights: list[nn.Parameter]) -> None:
@@ -19,7 +19,7 @@ class Masters:
         self.restart()
 
     def restart(self) -> None:
-        """A fresh optimizer on the bfloat16 weights: an exported adapter holds nothing more."""
+        """Start with a new optimizer and masters copied from the bfloat16 weights, all that an exported adapter has."""
         self.tensors = [nn.Parameter(weight.detach().float()) for weight in self._weights]
         self.optimizer = torch.optim.AdamW(self.tensors, weight_decay=0.0, betas=(0.9, 0.98))
 
@@ -30,7 +30,7 @@ class Masters:
         self._publish()
 
     def step(self, rate: float, max_gradient_norm: float) -> bool:
-        """Follow the weights' gradients, and clear them. Returns False, and changes nothing, where one is not finite."""
+        """Take an optimizer step and clear the gradients. If one is not finite, return False and leave the weights."""
         for master, weight in zip(self.tensors, self._weights, strict=True):
             assert weight.grad is not None
             master.grad, weight.grad = weight.grad.float(), None
@@ -43,6 +43,6 @@ class Masters:
         return True
 
     def _publish(self) -> None:
-        with torch.no_grad():  # not through `data`, whose changes leave no trace in a tensor's version
+        with torch.no_grad():  # not through `data`, which would not update the tensor's version counter
             for master, weight in zip(self.tensors, self._weights, strict=True):
                 weight.copy_(master)

@@ -1,13 +1,13 @@
-"""What the commands of this folder share in reading their options."""
+"""Argument types that the commands of this folder share."""
 
 from __future__ import annotations
 
 
 def positive(text: str) -> int:
-    """A whole number above zero, as an argparse type.
+    """Parse an integer of at least 1, as an argparse type.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not such an integer.
     """
     number = int(text)
     if number < 1:

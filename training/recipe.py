@@ -10,7 +10,7 @@ from programmable_kv.scenarios.phrasings import Stage
 
 @dataclass(frozen=True, slots=True)
 class TrainingRecipe:
-    """Everything that decides the adapter's weights, apart from the base model and the grammar."""
+    """All settings that determine the adapter's weights, apart from the base model and the grammar."""
 
     seed: int = 20261124
     pair_steps: int = 300
@@ -25,15 +25,15 @@ class TrainingRecipe:
     settle_steps: int = 120
     obey_steps: int = 110
     looked_up_steps: int = 100
-    """steps of each `Stage` of conversations, in this order; in the last three the model is also drawn back to the base"""
+    """Number of steps in each `Stage`, in this order. The last three stages also draw the model back to the base."""
     conversations_per_step: int = 8
     tokens_per_pass: int = 2048
     """padded tokens in one forward and backward; a step takes as many passes as its conversations need"""
     learning_rate: float = 5e-4
     cosine_steps: int = 1200
-    """where the first cosine would end; the wide stage stops before, at about a tenth of the rate"""
+    """step at which the first cosine would end; the wide stage stops earlier, at about a tenth of the rate"""
     later_learning_rate: float = 5e-4
-    """what a cosine of its own starts from at the hop, the topics and the hard stage, with a fresh optimizer"""
+    """peak of the new cosines that begin at the hop, topics and hard stages, each with a new optimizer"""
     settle_learning_rate: float = 3e-4
     obey_learning_rate: float = 5e-4
     warmup_steps: int = 20
@@ -43,15 +43,16 @@ class TrainingRecipe:
     """tokens of plain text replayed in each step"""
     replay_weight: float = 0.6
     settle_replay_tokens: int = 512
-    """in the last three stages"""
+    """tokens of plain text replayed in each step of the last three stages"""
     settle_replay_weight: float = 4.0
     obey_replay_weight: float = 1.5
-    """at the end the replayed text is not learned: the adapted model's distribution over it is drawn to the base's. Learned
-    for thousands of steps, these few documents are remembered word for word, and other text becomes less likely."""
+    """In the last three stages, the replayed text is not learned. Instead, the adapted model's distribution over it is
+    drawn to the base's. When learned for thousands of steps, these few documents are memorised word for word, and other
+    text becomes less likely."""
     max_gradient_norm: float = 1.0
     last_stage_share: float = 0.5
-    """what is exported is the mean of the weights before and after the last stage, the latter counting so much (weights of one
-    run averaged: Izmailov et al. 2018, https://arxiv.org/abs/1803.05407)"""
+    """The exported weights are a mean of the weights before and after the last stage; this is the share of the latter.
+    (Averaging weights of one run: Izmailov et al. 2018, https://arxiv.org/abs/1803.05407)"""
 
     @property
     def steps(self) -> int:
@@ -59,7 +60,7 @@ class TrainingRecipe:
 
     @property
     def fresh_starts(self) -> tuple[int, ...]:
-        """The steps, after the first, at which a new cosine and a new optimizer begin."""
+        """The steps (except step 0) at which a new cosine and a new optimizer begin."""
         second = self.pair_steps + self.short_steps + self.mixed_steps + self.wide_steps
         third = second + self.hop_steps + self.full_steps
         fourth = third + self.topics_steps + self.full_again_steps
@@ -68,7 +69,7 @@ class TrainingRecipe:
         return second, third, fourth, settling, obeying, obeying + self.obey_steps
 
     def divergence_weight(self, step: int) -> float | None:
-        """What the divergence from the base on plain text counts in this step; None where plain text is learned instead."""
+        """Return the weight of the divergence from the base on plain text; None in steps that learn plain text."""
         obey = self.obey_replay_weight
         return {"settle": self.settle_replay_weight, "obey": obey, "looked_up": obey}.get(self.stage(step))
 
@@ -90,7 +91,7 @@ class TrainingRecipe:
         return "full"
 
     def rate(self, step: int) -> float:
-        """Seven cosines towards a twentieth, each after a linear warm-up."""
+        """Return the learning rate: seven cosines that fall to a twentieth of the peak, each after a linear warm-up."""
         starts = [0, *self.fresh_starts]
         start = max(start for start in starts if start <= step)
         if start == 0:

@@ -1,7 +1,7 @@
 """Train the embedded model's adapter: LoRA on generated conversations, with plain text replayed.
 
-Run it as `python -m training.adapter --out FOLDER`. It resumes from the last checkpoint in FOLDER; the data of step
-`n` depends on (seed, n) alone, so a resumed run sees what an uninterrupted one would have seen.
+Run it as `python -m training.adapter --out FOLDER`. It resumes from the last checkpoint in FOLDER. The data of step
+`n` depends only on (seed, n), so a resumed run gets the same data as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ def train(
     """Train (or resume training) the adapter of the model in `base`.
 
     Args:
-        base: a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
+        base: a folder that `AutoModelForCausalLM` and `AutoTokenizer` can load.
         out: where checkpoints and the result go. A checkpoint there is resumed.
         stop_after: stop at this step of the recipe's schedule.
-        change_recipe: continue from a checkpoint of another recipe. Which recipe was followed up to which step is recorded.
-        report: called as `report(step, decision_loss, replay_loss)` after every step. Losses are in nats a token; in the
-            last three stages the second one is the divergence from the base on the replayed text.
+        change_recipe: continue from a checkpoint of another recipe. Earlier recipes are recorded with their last steps.
+        report: called as `report(step, decision_loss, replay_loss)` after every step. Losses are in nats per token. In
+            the last three stages, the second one is the divergence from the base on the replayed text.
 
     Returns:
         The folder with the adapter's weights, its configuration and `training.json`.
 
     Raises:
-        TrainingError: the folder holds a checkpoint of another recipe, an exported adapter that cannot be resumed, or
-            training that is already as far as `stop_after`.
+        TrainingError: the folder contains a checkpoint of another recipe, an exported adapter that cannot be resumed,
+            or training that has already reached the last step; or a step's gradients are not finite.
     """
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -85,7 +85,7 @@ def train(
 
 
 class Gradients:
-    """The data of each step, and the gradients it gives the model's adapter."""
+    """Draws the data of each step and computes the gradients of the model's adapter on it."""
 
     def __init__(self, model: Any, tokenizer: Any, recipe: TrainingRecipe) -> None:
         self._model, self._tokenizer, self._recipe = model, tokenizer, recipe
@@ -93,7 +93,7 @@ class Gradients:
         self._drawn_to_base = documents("replay", 200, packages=True)
 
     def of_step(self, step: int) -> tuple[float, float]:
-        """Add a step's gradients; returns its decision loss and its loss on plain text, in nats a token."""
+        """Add a step's gradients. Returns its decision loss and its loss on plain text, in nats per token."""
         rng = random.Random(f"{self._recipe.seed}/{step}")
         decision_loss = self._decisions(rng, step)
         return decision_loss, self._plain_text(rng, step)
@@ -110,7 +110,7 @@ class Gradients:
         return total
 
     def _plain_text(self, rng: random.Random, step: int) -> float:
-        """Plain text is learned, or in the last stages the divergence from the base on it is minimised."""
+        """Add the gradients on plain text: of its loss, or in the last stages of the divergence from the base."""
         recipe = self._recipe
         weight = recipe.divergence_weight(step)
         if weight is None:
@@ -125,7 +125,7 @@ class Gradients:
 
 
 def _window(rng: random.Random, texts: Sequence[list[int]], tokens: int) -> TrainingExample:
-    """A run of tokens of one of the texts, all of them learned."""
+    """Draw a run of tokens from one of the texts. All of them are learned."""
     ids = rng.choice(texts)
     start = rng.randint(0, max(0, len(ids) - tokens))
     cut = ids[start : start + tokens]

@@ -1,7 +1,7 @@
 """`python -m training.design --out FOLDER`: train the adapter for `design` visibility.
 
-On one data-centre GPU it takes minutes (`--seconds 420 --workers 14`), on two CPU cores hours; it resumes from the last
-checkpoint in FOLDER.
+Training takes minutes on one data-centre GPU (`--seconds 420 --workers 14`), and hours on two CPU cores. It resumes
+from the last checkpoint in FOLDER.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _RECIPE = ("steps", "seed", "sequences_per_step", "learning_rate", "replay_windows", "replay_every", "longest")
-"""the options that are a recipe's own, by name"""
+"""names of the options that set a field of the recipe"""
 
 
 def _parser() -> argparse.ArgumentParser:

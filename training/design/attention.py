@@ -1,6 +1,6 @@
-"""Attention for training on a CPU: torch's forward, and a backward in matrix products of blocks.
+"""Attention for training on a CPU: torch's forward, and a backward as matrix products of blocks.
 
-torch's own backward on a CPU computes the masked upper triangle too, and takes about twice as long.
+torch's own backward on a CPU also computes the masked upper triangle, and takes about twice as long.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "design_blocks"
 _ROWS = 128
-"""queries in one block: the scores of a few heads stay in a core's cache"""
+"""number of queries in one block, so that the scores of a few heads fit into a core's cache"""
 
 
 def register() -> str:
-    """Make the attention known to transformers. Returns its name, for `attn_implementation`."""
+    """Register the attention with transformers, and return its name for `attn_implementation`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -34,7 +34,10 @@ def _attend(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' interface: [B, H, T, D] of queries, fewer heads of keys and values; returns [B, T, H, D]."""
+    """Implement transformers' interface. Queries are [B, H, T, D]; keys and values may have fewer heads.
+
+    Returns [B, T, H, D].
+    """
     if not torch.is_grad_enabled() or options.get("dropout") or options.get("softcap"):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -49,19 +52,19 @@ def _attend(
 def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Causal attention, [B, H, T, D].
+    """Compute causal attention, [B, H, T, D].
 
     Args:
         query: [B, H, T, D].
         key, value: [B, K, T, D]; H is a multiple of K.
-        mask: [B, 1, T, T], True where the row reads the column. Each row must read itself, and none a later column.
-            None: each reads all that are not later.
-        scale: of the scores.
+        mask: [B, 1, T, T], True where the row reads the column. Each row must read itself and no later column.
+            None: each row reads itself and all earlier columns.
+        scale: factor of the scores.
     """
     tokens = query.shape[2]
     if mask is None:
         mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()[None, None]
-    # Added to the scores, and in their type: once here instead of in the forward and in each block.
+    # The mask as a bias that is added to the scores, in their dtype. Made once, not in the forward and in each block.
     bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf"))
     attended: torch.Tensor = _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]
     return attended
@@ -85,7 +88,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Queries that share a key's head are rows of one product, whose sum over rows is the sum over heads."""
+        """Compute the gradients block by block.
+
+        Queries that share a key head are rows of one product, and the product's sum over rows is the sum over heads.
+        """
         query, key, value, bias = ctx.saved_tensors
         (gradient,) = gradients
         batch, heads, tokens, width = query.shape
@@ -93,7 +99,7 @@ class _Attention(torch.autograd.Function):
         keys, values = key.reshape(pairs, tokens, width), value.reshape(pairs, tokens, width)
         scaled = query * ctx.scale
         of_query = torch.empty_like(query)
-        # Summed over blocks in float32 or better
+        # The sum over blocks is in float32 or better.
         wide = torch.promote_types(query.dtype, torch.float32)
         of_key, of_value = (torch.zeros(keys.shape, dtype=wide, device=keys.device) for _ in range(2))
         for start in range(0, tokens, _ROWS):

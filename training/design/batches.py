@@ -1,6 +1,6 @@
-"""Sequences padded into batches, moved to the model's device, and the losses on them.
+"""Pads sequences into batches, moves them to the model's device, and computes the losses on them.
 
-What moves is small: integer columns and each sequence's table of parts. The masks are made on the device.
+Little is moved: integer columns and each sequence's table of parts. The masks are made on the device.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from training.design.masks import visible
 from training.design.parts import NEVER, TokenSequence
 
 _WIDTH = 64
-"""padded lengths are multiples of it: few distinct ones, and what attention kernels want"""
+"""padded lengths are multiples of this, so that there are few distinct ones, and because attention kernels want it"""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded sequences, as numpy arrays so that a worker hands them over through a pipe."""
+    """Padded sequences, as numpy arrays, so that a worker can send them through a pipe."""
 
     ids: NDArray[np.int32]
     positions: NDArray[np.int32]
@@ -36,19 +36,20 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Padded tokens."""
+        """Number of padded tokens."""
         return int(self.ids.size)
 
 
 def batches(drawn: Sequence[TokenSequence], tokens: int) -> list[Batch]:
-    """Sequences of similar lengths together, each batch at most `tokens` padded tokens (or one sequence).
+    """Batch sequences of similar lengths. Each batch has at most `tokens` padded tokens, or only one sequence.
 
-    Of all ways to cut the sequences, sorted by length, the cheapest: padded tokens count, and so does every batch.
+    Of all ways to split the sequences, sorted by length, this is the cheapest. The price counts padded tokens and
+    batches.
     """
     ordered = sorted(drawn, key=len, reverse=True)
-    price_of_batch = tokens / 8  # about what the launches of one more pass cost
+    price_of_batch = tokens / 8  # about the cost of the launches of one more pass
     best: list[tuple[float, int]] = [(0.0, 0)]
-    """for so many of the sequences: their price, and where the last batch begins"""
+    """for the first n sequences, at index n: their price, and the index at which the last batch begins"""
     for stop in range(1, len(ordered) + 1):
         choices = []
         for start in range(stop):
@@ -86,23 +87,23 @@ def _padded_together(group: Sequence[TokenSequence]) -> Batch:
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """What a model says of a batch's learned tokens, of which there are n."""
+    """A model's predictions for the n learned tokens of a batch."""
 
     loss: torch.Tensor
     """[n], cross entropy in nats"""
     right: torch.Tensor
-    """[n], whether the token is the likeliest one"""
+    """[n], whether the token is the most likely one"""
     row: torch.Tensor
-    """[n], the sequence that each belongs to"""
+    """[n], the token's sequence"""
 
 
 def moved(values: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """An array as a tensor on the device, without waiting for what the device is doing."""
+    """Return an array as a tensor on the device, without waiting for the device."""
     return torch.from_numpy(values).to(device, non_blocking=True)
 
 
 def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
-    """[B, T, hidden] of the last layer, under the batch's masks."""
+    """Return the last layer's hidden states [B, T, hidden], under the batch's masks."""
     causal_lm = _causal_lm(model)
     device = next(causal_lm.parameters()).device
     ids, positions, part, dead = (
@@ -116,7 +117,7 @@ def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def predicted(model: Any, batch: Batch) -> Predicted:
-    """The vocabulary projection runs on the rows before learned tokens only."""
+    """Predict a batch's learned tokens. The vocabulary projection runs only on the rows before them."""
     states = hidden_states(model, batch)
     rows, before = (moved(index, states.device) for index in np.nonzero(batch.learned[:, 1:]))
     targets = moved(batch.ids[:, 1:][batch.learned[:, 1:]], states.device).long()
@@ -126,7 +127,7 @@ def predicted(model: Any, batch: Batch) -> Predicted:
 
 
 def divergence(model: Any, windows: NDArray[np.int32]) -> torch.Tensor:
-    """Kullback-Leibler divergence of the adapted next-token distributions from the base's on [W, T] plain text, a token."""
+    """Return KL(base || adapted) of the next-token distributions on plain text [W, T], as the mean per token."""
     causal_lm = _causal_lm(model)
     ids = moved(windows, next(causal_lm.parameters()).device).long()
     with torch.no_grad(), model.disable_adapter():

@@ -1,4 +1,4 @@
-"""Texts that are compiled alone, each reading itself only, or stand in one causal piece: rule sets, facts and updates."""
+"""Rule sets, facts and updates: texts that are compiled alone (each reads only itself) or in one causal piece."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _FOUND = ("Here is what I found:\n", "The lookup returned:\n", "Please read this
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """An opening, blocks of text behind it, and questions about them."""
+    """An opening, the blocks of text after it, and questions about them."""
 
     opening: str
     pieces: tuple[str, ...]
     asked: tuple[tuple[str, str], ...]
     """(question, answer)"""
     found: str = ""
-    """where it is given, the blocks stand in the first question, behind these words"""
+    """if given, the blocks are in the first question, after these words"""
 
 
 def write(blocks: Blocks, encoding: Encoding, family: str, *, alone: bool) -> TokenSequence:
-    """The blocks each alone, or all in one causal piece."""
+    """Write the blocks, each compiled alone or all in one causal piece."""
     writer, chat = Writer(), encoding.chat
     plain = PLAIN if alone else TURNS
     writer.add(encoding.ids(chat.first + (chat.last(blocks.opening) if blocks.found else blocks.opening)), plain)
@@ -54,7 +54,7 @@ def write(blocks: Blocks, encoding: Encoding, family: str, *, alone: bool) -> To
 
 
 def opening(rng: random.Random, split: Split, fillers: int) -> str:
-    """A title, so many rules that no question is about, and an empty line."""
+    """Draw a title, `fillers` rules about which no question is asked, and perhaps an empty line."""
     if split == "held_out":
         lines = [FILLERS[split][i % len(FILLERS[split])] for i in range(fillers)]
         return HELD_OUT_TITLE + "".join(f"{line}\n" for line in lines) + "\n"
@@ -67,7 +67,7 @@ def opening(rng: random.Random, split: Split, fillers: int) -> str:
 
 
 def training_rule_sets(rng: random.Random) -> Blocks:
-    """One to eight sets of rules, some of two hops or a whole policy, and one to four questions."""
+    """Draw one to eight sets of rules, some of them with two hops or as whole policies, and one to four questions."""
     pieces = rng.choices((1, 2, 3, 4, 5, 6, 7, 8), (2, 5, 5, 3, 3, 4, 1, 1))[0]
     whole = rng.random() < 0.12
     scenarios: list[Scenario] = []
@@ -86,7 +86,7 @@ def training_rule_sets(rng: random.Random) -> Blocks:
     form = _form(rng) if rng.random() < 0.5 else None
     texts = [f"{one.text()}\n" if whole else rule_set(one, form or _form(rng)) for one in scenarios]
     phrasing = phrasing_of("train")
-    if whole:  # the topic is not in the policy's own rules
+    if whole:  # the rules of a whole policy do not name the topic
         texts = [f"About {one.gates[0].topic}.\n{text}" for one, text in zip(scenarios, texts, strict=True)]
     chosen = [rng.choice(scenarios) for _ in range(rng.choices((1, 2, 3, 4), (2, 4, 2, 1))[0])]
     asked = [(question(rng, phrasing, one.gates[0].topic, think=False), _answer(one)) for one in chosen]
@@ -96,7 +96,7 @@ def training_rule_sets(rng: random.Random) -> Blocks:
 
 
 def held_out_rule_sets(rng: random.Random, domains: Sequence[Domain]) -> Blocks:
-    """As many sets as domains, in random order; the question is about the first domain's."""
+    """Draw a rule set for each domain, in random order, and a question about the first domain's set."""
     sets = [
         make_scenario(rng, "held_out", domain=domain, gates=1, two_hop=False, fillers=0, gated_values=2)
         for domain in domains
@@ -108,7 +108,7 @@ def held_out_rule_sets(rng: random.Random, domains: Sequence[Domain]) -> Blocks:
 
 
 def rule_set(scenario: Scenario, form: str) -> str:
-    """The field's value, and the rules about one topic; where a group is looked up, the lookups before them."""
+    """Write the field's value, the lookups if there are groups, and the rules about one topic."""
     gate = scenario.gates[0]
     lines = [f"{gate.field}: {scenario.values[gate.field]}"]
     if gate.groups is None:
@@ -148,7 +148,7 @@ _HELD_OUT_ASK = "What is the {field} of case {case}? Reply with the value only."
 
 
 def training_facts(rng: random.Random) -> Blocks:
-    """Facts about two to six cases, one of them perhaps in the opening, and questions about some of them."""
+    """Draw facts about two to six cases, of which the last may be in the opening, and questions about some of them."""
     _, fields, _ = draw_vocabulary(rng, "train", rng.random() < 0.6, None)
     names = rng.sample(sorted(fields), rng.choice((1, 1, 2)))
     say = rng.choice(_SAY)
@@ -165,7 +165,7 @@ def training_facts(rng: random.Random) -> Blocks:
 
 
 def held_out_facts(rng: random.Random, domain: Domain) -> Blocks:
-    """A fact about another case in the opening, and one about the case that is asked for in a block."""
+    """Draw a fact about another case, in the opening, and a fact about the case in question, as a block."""
     field = rng.choice(sorted(domain.fields))
     value, other = rng.sample(list(domain.fields[field]), 2)
     case, another = _cases(rng, 2)
@@ -184,7 +184,7 @@ def _cases(rng: random.Random, count: int) -> list[str]:
 
 
 def training_updates(rng: random.Random) -> Blocks:
-    """A policy in the opening, and one to four updates of its fields as blocks: the last of a field's counts."""
+    """Draw a policy, in the opening, and one to four updates of its fields, as blocks. A field's last update counts."""
     gates = rng.choice((1, 1, 1, 2))
     fillers = min(12, int(rng.expovariate(1 / 3)))
     scenario = make_scenario(rng, "train", gates=gates, fillers=fillers, stage=rng.choice(("looked_up", "full")))
@@ -200,7 +200,7 @@ def training_updates(rng: random.Random) -> Blocks:
 
 
 def held_out_updates(rng: random.Random, domain: Domain) -> Blocks:
-    """A policy in the opening, and two updates of its field, worded as the library words them."""
+    """Draw a policy, in the opening, and two updates of its field in the library's default wording."""
     scenario = make_scenario(rng, "held_out", domain=domain, gates=1)
     (gate,) = scenario.gates
     last = rng.choice(sorted(gate.actions))

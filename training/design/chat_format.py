@@ -1,7 +1,7 @@
-"""How a model's chat template writes messages, so that training sequences are what the model will read.
+"""How a chat template writes messages, so that training sequences match what the model will read.
 
-Found by rendering: the text that the template puts before and behind what a message says. The sequences of one template differ
-from those of another in nothing else.
+The texts that the template puts before and after the text of a message are found by rendering. Sequences for two
+templates differ only in these texts.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from programmable_kv.prompt.chat import message_alone, opened
 from programmable_kv.prompt.parts import Message, Text
 
 _SAID = ("\ue0f4", "\ue0f5", "\ue0f6", "\ue0f7")
-"""texts of messages that are found again"""
+"""placeholders for the texts of messages, which are found again in a rendering"""
 _CHATML = re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*)<\|im_end\|>\n\Z", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """What stands before and behind the text of a message."""
+    """The texts before and after the text of a message."""
 
     first: str
-    """before the text of the system message that begins a conversation"""
+    """text before that of the system message that begins a conversation"""
     opens: Mapping[str, str]
-    """role -> before the text of a later message"""
+    """role -> text before that of a later message"""
     closes: Mapping[str, str]
-    """role -> behind it"""
+    """role -> text after that of a message"""
     answer_ends: str
-    """how much of what stands behind an answer the model says itself"""
+    """the part of the text after an answer that the model writes itself"""
     trims: bool = False
-    """the template takes white space off the ends of a text"""
+    """whether the template strips white space from the ends of a text"""
 
     @classmethod
     def of(cls, tokenizer: Any) -> ChatFormat:
         """
         Raises:
-            TrainingError: the tokenizer has no chat template, or one that takes no system message, user or answer on its own,
-                or that asks for an answer otherwise than it writes answers.
+            TrainingError: the tokenizer has no chat template, or one that does not render system messages, user
+                messages or answers on their own, or whose generation prompt differs from the beginning of its answers.
         """
         if not getattr(tokenizer, "chat_template", None):
             raise TrainingError(
@@ -52,7 +52,7 @@ class ChatFormat:
             first, closes = _rendered(tokenizer, opens)
             try:
                 opens["system"] = _before(tokenizer, "system")
-            except TemplateError:  # then an erratum is a user message, as in a notebook
+            except TemplateError:  # without system messages in mid-conversation, an erratum is a user message
                 opens["system"] = opens["user"]
             spaced = message_alone(tokenizer, Message("user", Text(f"{_SAID[0]}\n")), {}).text
             asked = opened(tokenizer, [("system", _SAID[0]), ("user", _SAID[1])], inside=True)
@@ -65,26 +65,26 @@ class ChatFormat:
         return cls(first, opens, closes, behind[: min(special, default=len(behind))], trims)
 
     def message(self, role: str, text: str) -> str:
-        """A later message."""
+        """Return a later message."""
         return self.opens[role] + (text.strip() if self.trims else text) + self.closes[role]
 
     def system(self, text: str) -> str:
-        """The system message that begins a conversation."""
+        """Return the system message that begins a conversation."""
         return self.first + (text.strip() if self.trims else text) + self.closes["system"]
 
     def last(self, text: str) -> str:
-        """The last text before a message is closed."""
+        """Return the last text of a message as the template writes it."""
         return text.rstrip() if self.trims else text
 
     @property
     def between(self) -> str:
-        """What stands between an answer, with its end, and the next message."""
+        """The text between an answer's end and the next message."""
         return self.closes["assistant"].removeprefix(self.answer_ends)
 
     def of_chatml(self, text: str, *, begins: bool) -> str:
-        """A message, or the part of one around an answer, that was written in ChatML; other text unchanged.
+        """Convert a ChatML message, or the part of one around an answer, to this format. Other text is unchanged.
 
-        `begins`: it is the first of the conversation.
+        `begins`: whether the message is the first of the conversation.
         """
         if whole := _CHATML.match(text):
             role, said = whole.groups()
@@ -107,7 +107,7 @@ CHATML = ChatFormat(
 def _check_question(tokenizer: Any, written: str) -> None:
     """
     Raises:
-        TrainingError: this is not how the template asks for an answer.
+        TrainingError: `written` differs from what the template renders with a generation prompt.
     """
     messages = [{"role": "system", "content": _SAID[0]}, {"role": "user", "content": _SAID[1]}]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -119,7 +119,7 @@ def _check_question(tokenizer: Any, written: str) -> None:
 
 
 def _before(tokenizer: Any, role: str) -> str:
-    """What a template puts before the text of a message in mid-conversation."""
+    """Return the text that a template puts before that of a message in mid-conversation."""
     before, mark, _ = message_alone(tokenizer, Message(role, Text(_SAID[0])), {}).text.partition(_SAID[0])
     if not mark:
         raise TemplateError(f"the chat template drops what a {role} message says")
@@ -127,7 +127,7 @@ def _before(tokenizer: Any, role: str) -> str:
 
 
 def _rendered(tokenizer: Any, opens: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """What stands before a conversation's first text, and role -> what stands behind a message of it, before the next one."""
+    """Return the text before a conversation's first message text, and role -> the text that closes such a message."""
     roles = ("system", "user", "assistant", "user")
     rest = opened(tokenizer, [*zip(roles, _SAID, strict=True)], inside=True)
     first, _, rest = rest.partition(_SAID[0])

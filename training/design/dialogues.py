@@ -1,7 +1,7 @@
-"""Policies with edits between turns, written down in three ways.
+"""Policies with edits between turns, written in three ways.
 
-`under_design`: each edit writes the field and its readers again in place; earlier answers stay as history.
-`with_errata`: causal; each edit is a line that says so. `rewritten`: causal; the last values stand in the policy.
+`under_design`: each edit rewrites the field and its readers in place; earlier answers stay as history.
+`with_errata`: causal; each edit is a line that states it. `rewritten`: causal; the policy has the last values.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ _GATES = ((1, 2, 3, 4), (11, 7, 1, 1))
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """Edits, and then a question with its answer under the values of then."""
+    """Edits, and then a question with its answer under the values at that time."""
 
     edits: tuple[tuple[str, str], ...]
-    """(field, new value), each with a wording of it in `said`"""
+    """(field, new value)"""
     said: tuple[str, ...]
+    """for each edit, a line that states it"""
     asked: str
     answer: str
     gate: Gate
@@ -35,22 +36,22 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A policy and what is asked of it, in turn."""
+    """A policy and the exchanges about it, in order."""
 
     scenario: Scenario
     exchanges: tuple[Exchange, ...]
     spare: int
-    """positions that a field's place has beyond its longest value"""
+    """how many positions are reserved for a field beyond its longest value"""
     spaced: bool
-    """whether the space before a value is a part of it, as where a tokenizer joins the two"""
+    """whether the space before a value belongs to the value's part, as when a tokenizer joins the two"""
 
     @property
     def words(self) -> dict[str, list[str]]:
-        """What an author would declare: the group that a field's value is looked up in."""
+        """The words that an author would declare: the kind of group in which a field's value is looked up."""
         return {gate.field: [gate.kind] for gate in self.scenario.gates if gate.kind is not None}
 
     def possible(self, field: str) -> tuple[str, ...]:
-        """Every value that the field may take."""
+        """Return all values that the field may take."""
         gated = [value for gate in self.scenario.gates if gate.field == field for value in gate.actions]
         return tuple(
             {self.scenario.values[field]: 0} | dict.fromkeys((*self.scenario.irrelevant.get(field, ()), *gated))
@@ -58,7 +59,7 @@ class Dialogue:
 
 
 def training_dialogue(rng: random.Random) -> Dialogue:
-    """A policy of 1 to 4 gates among 0 to 40 unrelated rules, and 2 to 6 questions."""
+    """Draw a policy of 1 to 4 gates among 0 to 40 unrelated rules, and 2 to 6 questions."""
     stage = rng.choice(_STAGES)
     gates = rng.choices(*_GATES)[0]
     two_hop = rng.random() < 0.5 if gates == 1 else None
@@ -71,7 +72,7 @@ def training_dialogue(rng: random.Random) -> Dialogue:
 def held_out_dialogue(
     rng: random.Random, domain: Domain, *, gates: int, two_hop: bool | None, turns: int = 3
 ) -> Dialogue:
-    """A policy of a domain that training never saw; its last question comes after an edit of what decides it."""
+    """Draw a policy from a domain that training never saw. An edit of the deciding field precedes its last question."""
     scenario = make_scenario(rng, "held_out", gates=gates, two_hop=two_hop, domain=domain)
     return _dialogue(rng, scenario, PHRASINGS["held_out"], turns, edited=0.6, split="held_out")
 
@@ -104,10 +105,10 @@ def _edits(
     rng: random.Random, scenario: Scenario, gate: Gate, values: Mapping[str, str], before: Mapping[str, str], *,
     plainly: bool,
 ) -> list[tuple[str, str]]:  # fmt: skip
-    """One or two changed fields: mostly what decides the next question, else another gate's or one that decides nothing."""
+    """Draw one or two edits: mostly of the field that decides the next question, else of another gate or of no gate."""
     draw = 0.0 if plainly else rng.random()
     if draw < 0.2 and not plainly and before[gate.field] != values[gate.field]:
-        return [(gate.field, before[gate.field])]  # back to what it was
+        return [(gate.field, before[gate.field])]  # back to the earlier value
     if draw < 0.62:
         return [(gate.field, other_value(rng, gate, values[gate.field]))]
     if draw < 0.8:
@@ -124,21 +125,21 @@ def _edits(
 
 
 def ask(writer: Writer, encoding: Encoding, asked: str, answer: str, *, learned: bool = True) -> None:
-    """A user's question and the assistant's answer; only the answer is learned."""
+    """Write a user's question and the assistant's answer. Only the answer is learned."""
     chat = encoding.chat
     writer.add(encoding.ids(chat.message("user", asked) + chat.opens["assistant"]), TURNS)
     answer_with(writer, encoding, answer, learned=learned)
 
 
 def answer_with(writer: Writer, encoding: Encoding, answer: str, *, learned: bool = True) -> None:
-    """The assistant's answer, which was opened already, and what stands behind it."""
+    """Write the answer of an assistant message that is already open, and the text between it and the next message."""
     writer.add(encoding.ids(answer + encoding.chat.answer_ends), TURNS, learned=learned)
     writer.add(encoding.ids(encoding.chat.between), TURNS)
 
 
 @dataclass(slots=True)
 class _Copy:
-    """Where the living copy of a run lies, and how to write another."""
+    """The living copy of a run, and what is needed to write another copy."""
 
     part: int
     at: int
@@ -148,7 +149,7 @@ class _Copy:
 
 
 def under_design(dialogue: Dialogue, encoding: Encoding, family: str = "design policies") -> TokenSequence:
-    """Fields and readers as parts of their own; an edit writes them again in place."""
+    """Write a dialogue with fields and readers as separate parts. An edit rewrites them in place."""
     writer = Writer()
     writer.add(encoding.ids(encoding.chat.first), PLAIN)
     fields, readers = _system(writer, dialogue, encoding)
@@ -188,7 +189,7 @@ def _system(writer: Writer, dialogue: Dialogue, encoding: Encoding) -> tuple[dic
 
 
 def _edit(writer: Writer, fields: dict[str, _Copy], readers: list[_Copy], new: Mapping[str, tuple[int, ...]]) -> None:
-    """The fields, their readers, and later readers of what is written again: old copies die, new ones stand in their place."""
+    """Rewrite the fields, their readers, and later readers of these. Old copies die; new ones get their positions."""
     stale: list[_Copy] = []
     for reader in readers:
         if not reader.fields.isdisjoint(new) or any(reader.fields & earlier.fields for earlier in stale):
@@ -206,7 +207,7 @@ def _value_ids(dialogue: Dialogue, encoding: Encoding, value: str) -> tuple[int,
 
 
 def with_errata(dialogue: Dialogue, encoding: Encoding, family: str = "errata policies") -> TokenSequence:
-    """Causal: the policy with its first values, and a line for each edit."""
+    """Write a causal dialogue: the policy with its first values, and a line for each edit."""
     writer = Writer()
     writer.add(encoding.ids(encoding.chat.system(dialogue.scenario.text())), TURNS)
     for exchange in dialogue.exchanges:
@@ -217,7 +218,10 @@ def with_errata(dialogue: Dialogue, encoding: Encoding, family: str = "errata po
 
 
 def rewritten(dialogue: Dialogue, encoding: Encoding, family: str = "rewritten policies") -> TokenSequence:
-    """Causal: the policy with its last values, below it the same turns. Only answers that they make right are learned."""
+    """Write a causal dialogue: the policy with its last values, then the same turns.
+
+    Only answers that are right under the last values are learned.
+    """
     values = dict(dialogue.scenario.values)
     for exchange in dialogue.exchanges:
         values |= exchange.edits

@@ -1,4 +1,4 @@
-"""What a step or a score needs, made in worker processes so that the device never waits."""
+"""Makes the data of steps and scores in worker processes, so that the device never waits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class StepMaker:
 
 
 class _Numbered(Generic[Made]):
-    """A torch data set whose item of a number is made from it."""
+    """A torch dataset that makes each item from its number."""
 
     def __init__(self, make: Callable[[int], Made], stop: int) -> None:
         self._make, self._stop = make, stop
@@ -54,7 +54,7 @@ class _Numbered(Generic[Made]):
 
 
 def feed(make: Callable[[int], Made], numbers: Sequence[int], workers: int) -> Iterator[Made]:
-    """What is made of each number, in order; ahead of time in as many processes, or here and now without."""
+    """Yield the data made from each number, in order: ahead of time in `workers` processes, or in this process if 0."""
     from torch.utils.data import DataLoader
 
     dataset: Any = _Numbered(make, max(numbers, default=0) + 1)

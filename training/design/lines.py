@@ -1,8 +1,8 @@
-"""Which part of a system message each character belongs to: plain text, a field's value, or a reader of fields.
+"""Splits a system message into runs of plain text, values of fields, and readers of fields.
 
-A line that mentions a field behind its value is a reader, with its line break. So is the rest of the line that holds the value;
-the label before it is plain text. A line mentions a field by its name or by one of its declared words, found as the library
-finds them.
+A line after a field's value that mentions the field is a reader, including its line break. So is the rest of the line
+that contains the value; the label before the value is plain text. A line mentions a field by the field's name or by one
+of its declared words. Both are found in the same way as in the library.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run of text of one part: a value (`field`), a reader (`fields` are those it reads), or plain text."""
+    """A run of text of one part: a value (of `field`), a reader (of `fields`), or plain text."""
 
     text: str
     field: str = ""
@@ -27,7 +27,7 @@ class Run:
 
 
 def runs(prompt: str, values: Mapping[str, str], words: Mapping[str, Sequence[str]]) -> list[Run]:
-    """A prompt with `{field}` placeholders, cut into runs. `words` are what else a line says of a field."""
+    """Split a prompt with `{field}` placeholders into runs. `words` has the declared words for each field."""
     patterns = {name: [mention_pattern(word) for word in (name, *words.get(name, ()))] for name in values}
     found: list[Run] = []
     placed: set[str] = set()
@@ -47,7 +47,7 @@ def runs(prompt: str, values: Mapping[str, str], words: Mapping[str, Sequence[st
 
 
 def _joined(found: list[Run]) -> list[Run]:
-    """Plain runs that follow one another are one; a reader is one line."""
+    """Join adjacent plain runs. Each reader stays one line."""
     joined: list[Run] = []
     for run in found:
         if joined and not (run.field or run.fields or joined[-1].field or joined[-1].fields):

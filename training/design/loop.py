@@ -1,4 +1,4 @@
-"""The run: held-out scores before, steps until the schedule is over, the adapter exported, and the scores after."""
+"""The run: scores held-out answers, trains until the schedule is over, exports the adapter, and scores again."""
 
 from __future__ import annotations
 
@@ -35,11 +35,15 @@ _TEXT_WINDOWS = 64
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Where and how fast a run goes. Nothing here decides the weights, but for rounding."""
+    """Where and how fast a run computes.
+
+    Only `base`, `adapter` and `stop_after` determine the weights. The other settings change them only by rounding; if
+    the recipe counts seconds, also by the number of steps.
+    """
 
     base: Path
     adapter: Path
-    """the folder of the adapter that is continued"""
+    """folder of the adapter from which training continues"""
     out: Path
     device: str = "cpu"
     workers: int = 0
@@ -48,7 +52,7 @@ class Settings:
     """held-out cases in each arm; 0: no scores"""
     checkpoint_seconds: float = 60.0
     light: bool = False
-    """checkpoints are the adapter's file alone: small, but not to be resumed"""
+    """whether checkpoints are only the adapter's file, which is small but cannot be resumed"""
     stop_after: int | None = None
     """stop at this step of the schedule"""
 
@@ -60,7 +64,7 @@ def run(settings: Settings, recipe: DesignRecipe, say: Callable[[str], None] = p
         The folder with the adapter's weights, its configuration and `training.json`.
 
     Raises:
-        TrainingError: the folder holds a checkpoint of another recipe, or the run there is over.
+        TrainingError: the folder has a checkpoint of another recipe or a finished run, or the model cannot be trained.
     """
     return _Run(settings, recipe, say).run()
 
@@ -71,7 +75,7 @@ class _Run:
         torch.manual_seed(recipe.seed)
         device = torch.device(settings.device)
         if device.type == "cuda":
-            # Its plans are built for every new shape, and here every step has one.
+            # cuDNN builds a plan for every new shape, and here every step has a new shape.
             torch.backends.cuda.enable_cudnn_sdp(False)
         began = time.perf_counter()
         self._model, tokenizer = adapters.load(settings.base, settings.adapter, device)
@@ -79,7 +83,7 @@ class _Run:
         self._masters = Masters(adapters.trained(self._model))
         settings.out.mkdir(parents=True, exist_ok=True)
         self._progress = resume(settings.out, self._masters, recipe, device)
-        # Read once here, before worker processes are forked that would each read them again.
+        # Read these once, before worker processes are forked. Otherwise each process would read them again.
         documents("replay", 200, packages=True)
         english()
         self._families = {family: row for row, (family, _) in enumerate(recipe.mixture)}
@@ -96,7 +100,7 @@ class _Run:
             progress.before = self._scored("before")
         try:
             self._train()
-        except Exception as error:  # what was learned so far is worth keeping
+        except Exception as error:  # keep what was learned so far
             self._say(f"step {progress.step}: failed, {type(error).__name__}: {error}")
             self._export({})
             raise
@@ -130,7 +134,7 @@ class _Run:
         self._checkpoint()
 
     def _step(self, data: StepData) -> None:
-        """One step of the optimizer on a step's sequences and plain text."""
+        """Take one optimizer step on a step's sequences and plain text."""
         recipe, progress = self._recipe, self._progress
         learned = sum(int(batch.learned[:, 1:].sum()) for batch in data.batches)
         for batch in data.batches:
@@ -183,7 +187,7 @@ class _Run:
             save(self._settings.out, self._masters, self._recipe, self._progress)
 
     def _publish_mean(self) -> None:
-        """The mean of the last weights becomes the model's."""
+        """Set the model's weights to the mean of the last ones."""
         if self._progress.averaged:
             with torch.no_grad():
                 for weight, mean in zip(adapters.trained(self._model), self._progress.mean, strict=True):
@@ -205,7 +209,7 @@ class _Run:
         (self._settings.out / "training.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
 
     def _scored(self, when: str) -> dict[str, Any]:
-        """Held-out scores; what fails here is told, and does not end the run."""
+        """Return held-out scores. A failure here is reported and does not end the run."""
         settings, began = self._settings, time.perf_counter()
         if not settings.score_count:
             return {}
@@ -217,7 +221,7 @@ class _Run:
             count = min(_TEXT_WINDOWS, settings.score_count)
             text = held_out_windows(self._encoding, count, self._recipe.replay_tokens)
             ratio = perplexity_ratio(self._model, text, self._recipe.replay_windows or 1)
-        except Exception as error:  # whatever it is, hours of training are worth more than a score
+        except Exception as error:  # no failed score should end hours of training
             self._say(f"scores {when}: failed, {type(error).__name__}: {error}")
             return {"failed": f"{type(error).__name__}: {error}"}
         self._say(f"scores {when}, in {time.perf_counter() - began:.0f} s; perplexity {ratio:.4f} of the base's")

@@ -1,10 +1,10 @@
-"""Who reads whom. A token reads an earlier, living token that stands no later in position, if its part may read that part.
+"""Attention masks. A token reads an earlier, living token whose position is not later, if its part may read that part.
 
-Which part may read which is a table of the sequence (`TokenSequence.reads`):
+The sequence's table `TokenSequence.reads` says which part may read which:
 
     plain text   plain text
     a field      plain text, itself
-    a reader     plain text, the fields it is a reader of, readers that share a field with it, itself
+    a reader     plain text, the fields that it reads, earlier readers that share a field with it, itself
     a skill      itself
     turns        everything
 """
@@ -17,7 +17,7 @@ from training.design.parts import TokenSequence
 
 
 def allowed(sequence: TokenSequence, query: int, key: int) -> bool:
-    """Whether the token at index `query` reads the one at index `key`. The slow reference."""
+    """Return whether the token at index `query` reads the token at index `key`. This is the slow reference."""
     return bool(
         key <= query
         and sequence.positions[key] <= sequence.positions[query]
@@ -27,13 +27,14 @@ def allowed(sequence: TokenSequence, query: int, key: int) -> bool:
 
 
 def visible(part: torch.Tensor, positions: torch.Tensor, dead: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
-    """The same for a batch: [B, 1, T, T], True where the row's token reads the column's.
+    """Return the mask of a batch, [B, 1, T, T], True where the row's token reads the column's.
+
+    Every token sees itself, including padding, because a row that sees nothing would give NaN.
 
     Args:
-        part, positions, dead: [B, T], int64. A padding token has the last part, which reads nothing and is read by nobody.
+        part, positions, dead: [B, T], int64. Padding tokens have the last part, which reads nothing and which nothing
+            reads.
         reads: [B, P, P], bool.
-
-    Every token sees itself, padding too: a row that sees nothing would be NaN.
     """
     batch, tokens = part.shape
     parts = reads.shape[-1]

@@ -1,8 +1,8 @@
-"""Linear layers with a low-rank adapter, computed as one product.
+"""Linear layers with a low-rank adapter, computed as one matrix product.
 
-The adapter is merged into a copy of the weight. peft computes the base's product, the adapter's two thin ones and their sum,
-forward and backward, over all tokens: on a CPU those passes over memory cost more than the arithmetic. The gradients of the two
-factors are those of the plain way, but for the rounding of the merged weight.
+The adapter is merged into a copy of the weight. peft computes the base's product, the adapter's two thin products and
+their sum over all tokens, forward and backward. On a CPU these passes over memory cost more than the arithmetic. The
+gradients of the two factors equal peft's, except for the rounding of the merged weight.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 
 class MergedLinear(Linear):  # type: ignore[misc]
-    """peft's linear layer with one adapter, without dropout. A factor that was changed in place is merged anew."""
+    """peft's linear layer with one adapter, without dropout. The weight is merged again after an in-place change."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -38,7 +38,7 @@ class MergedLinear(Linear):  # type: ignore[misc]
 
 
 class _Product(torch.autograd.Function):
-    """`x @ (base + scale * up @ down).T + bias`, where the two factors are learned and nothing else is."""
+    """`x @ (base + scale * up @ down).T + bias`, with gradients for `x` and the two factors only."""
 
     @staticmethod
     def forward(

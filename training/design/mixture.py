@@ -1,4 +1,4 @@
-"""The sequences of a training step. Each depends on (seed, step, index) alone, whoever draws it."""
+"""The sequences of a training step. Each depends only on (seed, step, index), in whichever process it is drawn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BLOCKS: dict[str, Callable[[random.Random], Blocks]] = {
 
 
 def draw(recipe: DesignRecipe, encoding: Encoding, step: int, index: int) -> TokenSequence:
-    """One sequence of a step, not longer than the recipe's longest."""
+    """Draw one sequence of a step, of at most `recipe.longest` tokens."""
     for attempt in range(100):
         rng = random.Random(f"{recipe.seed}/{step}/{index}/{attempt}")
         families, weights = zip(*recipe.mixture, strict=True)
@@ -32,7 +32,7 @@ def draw(recipe: DesignRecipe, encoding: Encoding, step: int, index: int) -> Tok
 
 
 def of_family(family: str, rng: random.Random, encoding: Encoding) -> TokenSequence:
-    """A training sequence of one family."""
+    """Draw a training sequence of one family."""
     if family == "conversations":
         return plain(rng, encoding)
     if family == "design policies":
@@ -47,12 +47,12 @@ def of_family(family: str, rng: random.Random, encoding: Encoding) -> TokenSeque
 
 
 def plain(rng: random.Random, encoding: Encoding, *, held_out: bool = False) -> TokenSequence:
-    """A conversation of the shipped adapter's own training, causal; or one in words that it never saw."""
+    """Draw a causal conversation of the shipped adapter's training; with `held_out`, one in words that it never saw."""
     pieces = conversation(rng, "held_out" if held_out else "train", stage="full" if held_out else rng.choice(_STAGES))
     writer, chat = Writer(), encoding.chat
     answered = False
     for piece in pieces:
-        # Behind an answer in ChatML stands a line break of its own.
+        # In ChatML, the line break after an answer is a separate piece.
         behind = answered and piece.text == "\n"
         text = chat.between if behind else chat.of_chatml(piece.text, begins=not len(writer))
         writer.add(encoding.ids(text), TURNS, learned=piece.learned)

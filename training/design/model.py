@@ -1,4 +1,4 @@
-"""The base model with the adapter that is trained: made, loaded, copied, and written as peft reads it."""
+"""The base model with the adapter that is trained: creates, loads and writes the adapter, in peft's format."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def new_adapter(base: Path, rank: int, out: Path, seed: int) -> Path:
-    """An adapter that changes nothing yet, of every linear layer but the last, for any causal language model. Returns `out`.
+    """Write a new adapter, which changes nothing yet, to `out` and return `out`. Works for any causal language model.
 
-    One of that rank that is there already is left as it is.
+    The adapter covers all linear layers except the output layer. An adapter of the same rank in `out` is left
+    unchanged.
 
     Raises:
-        TrainingError: there is one of another rank, or the model cannot be trained so.
+        TrainingError: `out` has an adapter of another rank, or the model has layers with a window.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -43,7 +44,8 @@ def new_adapter(base: Path, rank: int, out: Path, seed: int) -> Path:
 def require_full_reach(model: Any) -> None:
     """
     Raises:
-        TrainingError: the model has layers that look back over a window; the masks of the recipe know none.
+        TrainingError: the model has layers that attend only to a window of the last tokens, which the masks do not
+            support.
     """
     if any(layer.reach is not Reach.FULL for layer in KVLayout.read(model).layers):
         raise TrainingError(
@@ -53,17 +55,21 @@ def require_full_reach(model: Any) -> None:
 
 
 def load(base: Path, adapter: Path, device: torch.device) -> tuple[Any, Any]:
-    """The model in bfloat16, its adapter's weights as in the folder `adapter` and trainable; and its tokenizer."""
+    """Load the model in bfloat16 with the trainable adapter from the folder `adapter`, and the tokenizer.
+
+    Raises:
+        TrainingError: the model has layers with a window, or the adapter is of another model.
+    """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # Elsewhere torch's kernels are the faster ones, and products are bound by their launches.
+    # On other devices torch's attention kernels are faster, and matrix products are limited by their launches.
     lean = device.type == "cpu"
     attention = blocks.register() if lean else "sdpa"
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation=attention)
     require_full_reach(model)
-    # Only what decides the network: other keys of the file may be unknown to this version of peft.
+    # Only the keys that determine the network: this version of peft may not know other keys of the file.
     found = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     kept = {key: found[key] for key in ("r", "lora_alpha", "target_modules", "task_type")}
     config = LoraConfig(**kept)
@@ -79,12 +85,12 @@ def load(base: Path, adapter: Path, device: torch.device) -> tuple[Any, Any]:
 
 
 def trained(model: Any) -> list[torch.nn.Parameter]:
-    """The adapter's weights."""
+    """Return the adapter's weights."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def write(model: Any, adapter: Path, out: Path) -> None:
-    """The adapter's weights in bfloat16, whole or not at all, beside the configuration of the one that was continued."""
+    """Write the adapter's weights in bfloat16, atomically, and copy the configuration of the initial adapter."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 

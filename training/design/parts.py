@@ -1,7 +1,7 @@
-"""A sequence of tokens in parts: what a cache holds over time, written down once.
+"""A sequence of tokens in parts, which records the contents of a cache over time.
 
-Each token has a part (who it is), a position, and the index from which it is dead. An edit writes the field's new value and its
-readers again, later in the sequence but at the same positions; the first copies are dead from there on.
+Each token has a part, a position, and the index from which it is dead. An edit appends the field's new value and the
+field's readers to the sequence, at the same positions as before. From there on, the earlier copies are dead.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from training.design.chat_format import CHATML, ChatFormat
 
 PLAIN, TURNS = 0, 1
-"""the two parts that every sequence has: plain text of the system message, and all that is said later"""
+"""the two parts of every sequence: plain text of the system message, and all later turns"""
 NEVER = 2**30
-"""the index from which a living token is dead"""
+"""`dead` index of a token that never dies"""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """Columns of one sequence of n tokens in p parts."""
+    """The columns [n] of one sequence of n tokens, and the table of its p parts."""
 
     family: str
     ids: NDArray[np.int32]
@@ -34,13 +34,13 @@ class TokenSequence:
     """the index from which no token reads this one"""
     learned: NDArray[np.bool_]
     reads: NDArray[np.bool_]
-    """[p, p]: whether the part of the row may read the part of the column"""
+    """[p, p], whether the row's part may read the column's part"""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def last_answer_only(self) -> TokenSequence:
-        """The same sequence, where only the last run of learned tokens is learned."""
+        """Return the same sequence with only the last run of learned tokens marked as learned."""
         (at,) = np.nonzero(self.learned)
         gaps = np.nonzero(np.diff(at) > 1)[0]
         learned = np.zeros_like(self.learned)
@@ -49,7 +49,7 @@ class TokenSequence:
 
 
 class Encoding:
-    """A tokenizer whose results are remembered: the same lines come again and again. And how its model's chats are written."""
+    """A tokenizer with a cache of its results, because the same lines occur often; and its model's chat format."""
 
     def __init__(self, tokenizer: Any, chat: ChatFormat = CHATML) -> None:
         self._tokenizer = tokenizer
@@ -57,13 +57,13 @@ class Encoding:
         self._remembered = lru_cache(maxsize=20_000)(self._with_offsets)
 
     def __reduce__(self) -> tuple[type[Encoding], tuple[Any, ChatFormat]]:
-        return Encoding, (self._tokenizer, self.chat)  # for worker processes that are not forked
+        return Encoding, (self._tokenizer, self.chat)  # so that worker processes that are not forked can unpickle it
 
     def ids(self, text: str) -> tuple[int, ...]:
         return self.with_offsets(text)[0]
 
     def with_offsets(self, text: str) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
-        """Token ids, and for each its first character and the one after its last."""
+        """Return token ids, and for each token the half-open range of its characters."""
         return self._remembered(text) if len(text) < 400 else self._with_offsets(text)
 
     def _with_offsets(self, text: str) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
@@ -72,14 +72,14 @@ class Encoding:
 
 
 class Writer:
-    """Writes a sequence from left to right. A part reads itself; what else it reads is said when it is made."""
+    """Writes a sequence from left to right. A part reads itself and the parts that are given when it is created."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[int, int, int, bool]] = []
         self._dead: list[int] = []
         self._reads: list[set[int]] = [{PLAIN}, set()]
         self.position = 0
-        """where the next token stands, unless another place is given"""
+        """position of the next token, unless another one is given"""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -89,7 +89,7 @@ class Writer:
         return len(self._reads) - 1
 
     def add(self, ids: Sequence[int], part: int, *, learned: bool = False, at: int | None = None) -> range:
-        """Write tokens at the next position, or `at` one where a copy stands already. Returns their indices."""
+        """Write tokens at the next position, or at position `at` to replace an earlier copy. Return their indices."""
         first, start = len(self._rows), self.position if at is None else at
         self._rows += [(token, start + i, part, learned) for i, token in enumerate(ids)]
         self._dead += [NEVER] * len(ids)
@@ -97,12 +97,12 @@ class Writer:
         return range(first, len(self._rows))
 
     def kill(self, indices: Iterable[int]) -> None:
-        """No token that is written from now on reads these."""
+        """Mark tokens as dead: no token that is written from now on reads them."""
         for index in indices:
             self._dead[index] = len(self._rows)
 
     def skip_to(self, position: int) -> None:
-        """Leave a hole: the next token stands at this position."""
+        """Leave a gap: the next token gets this position."""
         assert position >= self.position
         self.position = position
 

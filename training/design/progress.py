@@ -1,4 +1,4 @@
-"""How far a run has come: kept in a folder, and resumed from it."""
+"""The progress of a run: saved to a folder, and resumed from it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ CHECKPOINT = "checkpoint.pt"
 
 @dataclass(slots=True)
 class Progress:
-    """What a run needs, beside its weights, to continue."""
+    """The state of a run, apart from its weights and optimizer, that is needed to continue it."""
 
     step: int = 0
     """steps done"""
     seconds: float = 0.0
-    """of training"""
+    """seconds of training"""
     skipped: int = 0
-    """steps whose gradients were not finite"""
+    """number of steps skipped because their gradients were not finite"""
     curve: list[Any] = field(default_factory=list)
-    """[step, seconds, divergence, loss by family] wherever it was reported"""
+    """[step, seconds, divergence, loss by family] for each reported step"""
     before: dict[str, Any] = field(default_factory=dict)
-    """held-out scores of the adapter that is continued"""
+    """held-out scores of the initial adapter"""
     averaged: int = 0
-    """steps whose weights are in the mean"""
+    """number of steps whose weights are in the mean"""
     mean: list[torch.Tensor] = field(default_factory=list)
 
     def average(self, tensors: list[torch.nn.Parameter]) -> None:
-        """Take the weights of now into the mean."""
+        """Include the current weights in the mean."""
         if not self.averaged:
             self.mean = [tensor.detach().clone() for tensor in tensors]
         self.averaged += 1
@@ -43,7 +43,7 @@ class Progress:
 
 
 def save(out: Path, masters: Masters, recipe: DesignRecipe, progress: Progress) -> None:
-    """Write the checkpoint, whole or not at all."""
+    """Write the checkpoint atomically."""
     state = {
         "masters": [tensor.data for tensor in masters.tensors],
         "optimizer": masters.optimizer.state_dict(),
@@ -57,10 +57,10 @@ def save(out: Path, masters: Masters, recipe: DesignRecipe, progress: Progress) 
 
 
 def resume(out: Path, masters: Masters, recipe: DesignRecipe, device: torch.device) -> Progress:
-    """Load the folder's checkpoint into the masters and the weights they publish; without one, begin.
+    """Load the folder's checkpoint into the masters and the model's weights. Without a checkpoint, start from step 0.
 
     Raises:
-        TrainingError: it is of another recipe.
+        TrainingError: the checkpoint has another recipe.
     """
     if not (out / CHECKPOINT).exists():
         return Progress()

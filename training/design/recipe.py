@@ -1,4 +1,4 @@
-"""The recipe of the design adapter: what is drawn how often, the rates, and when the run is over."""
+"""The recipe of the design adapter: the mixture of sequences, the rates, and the length of the run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ MIXTURE: tuple[tuple[str, float], ...] = (
     ("tools in one", 0.04), ("facts alone", 0.03), ("facts in one", 0.01), ("updates alone", 0.04),
     ("updates in one", 0.01), ("conversations", 0.25), ("errata policies", 0.06), ("rewritten policies", 0.03),
 )  # fmt: skip
-"""family -> its share of the sequences. Those in one piece, conversations, errata and rewritten policies are causal: a third or
-more, because with a quarter the plain figures fell."""
+"""(family, its share of the sequences). The families "in one", conversations, errata and rewritten policies are causal.
+Their share is a third or more, because with a quarter the figures under causal visibility fell."""
 
 
 def mixture_of(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
-    """A mixture of `family=share` texts; the shares are divided by their sum.
+    """Parse `family=share` texts into a mixture. The shares are divided by their sum.
 
     Raises:
-        TrainingError: a family is unknown or given twice, or a share is no number above zero.
+        TrainingError: a family is unknown or given twice, or a share is not a number above zero.
     """
     shares: dict[str, float] = {}
     for text in texts:
@@ -49,16 +49,16 @@ def mixture_of(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
 
 @dataclass(frozen=True, slots=True)
 class DesignRecipe:
-    """Everything that decides the weights, apart from the base model, the adapter that is continued, and the grammar."""
+    """All settings that determine the weights, apart from the base model, the initial adapter and the grammar."""
 
     seed: int = 20261126
     steps: int = 3000
-    """where the cosine ends, unless seconds are given"""
+    """step at which the run and its cosine end, unless seconds are given"""
     seconds: float | None = None
-    """of training, after which the run ends; the cosine then follows the elapsed share of them"""
+    """seconds of training after which the run ends; if given, the cosine follows the elapsed share of them"""
     sequences_per_step: int = 64
     longest: int = 2048
-    """tokens; what is longer is drawn again"""
+    """most tokens of a sequence; longer ones are drawn again"""
     mixture: tuple[tuple[str, float], ...] = MIXTURE
     learning_rate: float = 4e-4
     last_rate_share: float = 0.05
@@ -67,17 +67,17 @@ class DesignRecipe:
     replay_windows: int = 8
     replay_tokens: int = 384
     replay_weight: float = 2.0
-    """of the divergence from the base on plain text, in the steps that have it"""
+    """weight of the divergence from the base on plain text, in the steps that replay it"""
     max_gradient_norm: float = 1.0
     averaged_share: float = 0.15
-    """what is exported is the mean of the weights over this last share of the run"""
+    """the exported weights are their mean over this last share of the run"""
 
     def share(self, step: int, seconds: float) -> float:
-        """How much of the run is over, 0 to 1."""
+        """Return how much of the run is over, 0 to 1."""
         return min(1.0, step / self.steps if self.seconds is None else seconds / self.seconds)
 
     def rate(self, step: int, share: float) -> float:
-        """A linear warm-up, and a cosine over the whole run."""
+        """Return the learning rate: a linear warm-up, and a cosine over the whole run."""
         cosine = 0.5 * (1 + math.cos(math.pi * share))
         floor = self.last_rate_share
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps)) * (floor + (1 - floor) * cosine)

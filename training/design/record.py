@@ -1,4 +1,4 @@
-"""The held-out scores of a training run as a record, so that documents may quote them."""
+"""Makes a record of a training run's held-out scores, so that documents can quote them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ NAME = "design-training"
 def record_of(
     folder: Path, *, fingerprint: str, command: str, commit: str, started: datetime, machine: Machine, notes: list[str]
 ) -> Record:
-    """The record of the run that left an adapter and its `training.json` in a folder.
+    """Return the record of the run that wrote an adapter and its `training.json` to a folder.
 
     Args:
-        fingerprint: of the model with this adapter.
-        command, commit, started, machine, notes: where and how it ran, which `training.json` does not say.
+        fingerprint: fingerprint of the model with this adapter.
+        command, commit, started, machine, notes: how and where the run was made, which `training.json` does not
+            contain.
     """
     run: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     before, after = run["held_out"]["before"], run["held_out"]["after"]

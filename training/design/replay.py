@@ -1,4 +1,4 @@
-"""Plain text: windows on which the model is drawn to the base, and how likely held-out text is beside it."""
+"""Plain text: windows that draw the model to the base, and the perplexity of held-out text relative to the base."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HELD_OUT_SEED = 5
 
 
 def windows(recipe: DesignRecipe, encoding: Encoding, step: int) -> NDArray[np.int32] | None:
-    """[W, T] token ids of a step's replayed text; None in a step that has none."""
+    """Return the token ids [W, T] of a step's replayed text; None in a step without replay."""
     if step % recipe.replay_every or not recipe.replay_windows:
         return None
     rng = random.Random(f"{recipe.seed}/{step}/replay")
@@ -29,7 +29,7 @@ def windows(recipe: DesignRecipe, encoding: Encoding, step: int) -> NDArray[np.i
 
 
 def held_out_windows(encoding: Encoding, count: int, tokens: int) -> NDArray[np.int32]:
-    """The same of documents that training never replays."""
+    """Return windows [count, tokens] of documents that training never replays."""
     return _filled(random.Random(_HELD_OUT_SEED), documents("held_out"), encoding, count, tokens)
 
 
@@ -45,7 +45,7 @@ def _filled(rng: random.Random, texts: Sequence[str], encoding: Encoding, count:
 
 @torch.no_grad()
 def perplexity_ratio(model: Any, ids: NDArray[np.int32], at_once: int) -> float:
-    """The adapted model's perplexity on a text over the base's; below 1 is better than the base."""
+    """Return the adapted model's perplexity on a text divided by the base's. Below 1 is better than the base."""
     gap = 0.0
     for first in range(0, len(ids), at_once):
         rows = torch.from_numpy(ids[first : first + at_once]).to(next(model.parameters()).device).long()

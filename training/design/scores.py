@@ -1,6 +1,7 @@
-"""How often held-out answers are spelled right, token by token, in every arm. Arms of one kind have the same cases.
+"""Scores of held-out answers, token by token, in every arm. Arms of one kind have the same cases.
 
-An answer is right where each of its tokens is the likeliest one behind the tokens before it: what greedy decoding would say.
+An answer is right if each of its tokens is the most likely one after the tokens before it, so greedy decoding would
+write it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ ARMS = (
 
 
 def case(arm: str, number: int, encoding: Encoding) -> TokenSequence:
-    """A held-out sequence of an arm; only its last answer is learned, that is, scored."""
+    """Draw a held-out sequence of an arm. Only its last answer is marked as learned, which means scored."""
     kind, _, way = arm.partition(": ")
     rng = random.Random(f"{_SEED}/{kind}/{number}")
     if kind in _POLICIES:
@@ -70,7 +71,7 @@ def _sets(rng: random.Random, number: int, count: int) -> Blocks:
 
 @dataclass(frozen=True, slots=True)
 class CaseMaker:
-    """Makes an arm's cases, a few dozen at a time."""
+    """Makes the cases of all arms, in chunks of a few dozen."""
 
     encoding: Encoding
     count: int
@@ -92,7 +93,7 @@ class CaseMaker:
 
 @torch.no_grad()
 def scores(model: Any, made: Iterable[tuple[str, tuple[Batch, ...]]]) -> dict[str, dict[str, int]]:
-    """Arm -> how many answers are right, of how many."""
+    """Return arm -> how many answers are right, and of how many."""
     model.eval()
     found = {arm: {"right": 0, "n": 0} for arm in ARMS}
     for arm, together in made:
@@ -107,7 +108,7 @@ def scores(model: Any, made: Iterable[tuple[str, tuple[Batch, ...]]]) -> dict[st
 
 
 def table(**columns: dict[str, dict[str, int]]) -> str:
-    """Scores beside one another, as lines of text."""
+    """Return a text table with one column for each set of scores."""
     lines = [f"{'answers right':32}" + "".join(f"{name:>10}" for name in columns)]
     for arm in ARMS:
         shares = (column[arm]["right"] / max(1, column[arm]["n"]) for column in columns.values())

@@ -1,4 +1,4 @@
-"""The words that invented tools are made of. Training and held out share no verb and no thing."""
+"""The words of invented tools. The training and the held-out split share no verb and no thing."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ class Verb:
 
     name: str
     describe: tuple[str, ...]
-    """with `{a}` for the thing and its state"""
+    """wordings of the description, with `{a}` for the thing and its state"""
     wants: tuple[str, ...]
-    """with `{the}`: how somebody asks for it without the tool's words, mostly"""
+    """wordings of requests, with `{the}` for the thing; most avoid the tool's own words"""
     prepares: bool = False
-    """whether it only looks something up"""
+    """whether the tool only looks something up"""
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """What tools are about: other names for it, the states it may be in, and what of it can be changed."""
+    """A thing that tools act on, with its states and the aspects of it that can be changed."""
 
     name: str
     also: tuple[str, ...]
+    """names of the thing in requests"""
     states: tuple[tuple[str, str], ...] = ()
-    """(state in a tool's name, how somebody says it, with `{it}`)"""
+    """(state in a tool's name, its wording in a request, with `{it}`)"""
     aspects: tuple[tuple[str, str], ...] = ()
-    """(aspect in a tool's name, how somebody says it)"""
+    """(aspect in a tool's name, its wording in a request)"""
 
 
 VERBS: dict[Split, tuple[Verb, ...]] = {

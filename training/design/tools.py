@@ -1,4 +1,4 @@
-"""Catalogues of invented tools, each a block of its own, and requests that one of the tools is for."""
+"""Catalogues of invented tools, with each tool as a block, and requests that call for one of the tools."""
 
 from __future__ import annotations
 
@@ -47,19 +47,20 @@ _PARAMETERS = (
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """An invented tool, and how somebody may ask for what it does."""
+    """An invented tool, and wordings of requests for it."""
 
     name: str
     description: str
     wants: tuple[str, ...]
-    """ends of "I want to ..."; none for a tool that nobody asks for"""
+    """endings of "I want to ..."; empty for a tool that no request is for"""
     prepares: bool = False
+    """whether the tool only looks something up"""
     does: str = ""
-    """the same for two tools of which only one may stand in a catalogue, because a request would not tell them apart"""
+    """equal for two tools that a request cannot tell apart, so that a catalogue has only one of them"""
 
 
 def catalogue(rng: random.Random, split: Split, count: int) -> list[Tool]:
-    """Tools of different names: several that do something to one thing, several that do one thing to others."""
+    """Draw tools with different names: several with the same thing, and several with the same verb."""
     things = rng.sample(THINGS[split], rng.randint(2, min(5, len(THINGS[split]))))
     favourite = rng.choice((*VERBS[split], *CHANGE[split]))
     tools: dict[str, Tool] = {}
@@ -97,7 +98,7 @@ def _tool(rng: random.Random, verb: Verb, thing: Thing, *, changes: bool) -> Too
 
 
 def wish(rng: random.Random, wanted: Tool, others: Sequence[Tool], split: Split) -> str:
-    """What somebody says who wants a tool's work; perhaps with something before it that another tool would look up."""
+    """Draw a request for a tool. Something that another tool would look up may come before it."""
     sentences = []
     if rng.random() < 0.5:
         sentences.append(_detail(rng, _BEFORE))
@@ -121,7 +122,7 @@ def _detail(rng: random.Random, sentences: Sequence[str]) -> str:
 
 
 def training_tools(rng: random.Random) -> Blocks:
-    """Four to sixteen tools in random order, written in one of several formats, and one to four requests."""
+    """Draw four to sixteen tools in random order, in one of several formats, and one to four requests."""
     tools = catalogue(rng, "train", rng.choices(*_SIZES)[0])
     asked = []
     for _ in range(rng.choices((1, 2, 3, 4), (1, 3, 3, 2))[0]):
@@ -139,7 +140,7 @@ def training_tools(rng: random.Random) -> Blocks:
 
 
 def held_out_tools(rng: random.Random, count: int) -> Blocks:
-    """So many tools of verbs and things that training never saw, and a request for one that acts."""
+    """Draw `count` tools with verbs and things that training never saw, and a request for a tool that acts."""
     tools = catalogue(rng, "held_out", count)
     wanted = _wanted(rng, tools, always_acts=True)
     asked = _HELD_OUT_FRAME.format(wish=wish(rng, wanted, tools, "held_out"))
@@ -154,7 +155,7 @@ def _wanted(rng: random.Random, tools: Sequence[Tool], *, always_acts: bool) -> 
 
 
 def written(rng: random.Random, tool: Tool, style: str) -> str:
-    """A tool as a block of text."""
+    """Write a tool as a block of text."""
     parameters = dict(rng.sample(_PARAMETERS, rng.randint(1, 3)))
     described = {name: {"type": "string", "description": text} for name, text in parameters.items()}
     body = {"name": tool.name, "description": tool.description, "parameters": described}

@@ -1,1 +1,1 @@
-"""`pkv demo`: one cached policy, four fields flipped, every edit mode against a full prefill."""
+"""`pkv demo`: edits four fields of one cached policy in every edit mode and compares each with a full prefill."""

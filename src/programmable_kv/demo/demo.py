@@ -1,4 +1,4 @@
-"""The demo's cases, its run and its page."""
+"""The demo: its cases, the code that runs them, and the HTML page with the results."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ MODES = (
     Mode.FULL, Mode.STALE, Mode.IN_PLACE, Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.SELECTIVE, Mode.READERS, Mode.SUFFIX,
 )  # fmt: skip
 DESIGN = "by design"
-"""the edit of a context that was prefilled with `visibility="design"`"""
+"""name of the outcome whose context was prefilled with `visibility="design"`"""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A field to flip, the request that is in the cached context, and the two actions it decides between."""
+    """A field with its new value, the request in the cached context, and the right action before and after the edit."""
 
     field: str
     value: str
@@ -43,16 +43,16 @@ CASES = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One mode on one case."""
+    """The result of one edit mode on one case."""
 
     case: Case
     mode: str
     """an edit mode, or `DESIGN`"""
     decision: Decision
     agrees: bool
-    """with the choice of a full prefill of the new text"""
+    """whether the decision is the same as after a full prefill of the new text"""
     ratio: float
-    """how many times faster than that full prefill the first answer token was there"""
+    """time to the first answer token after that full prefill, divided by the time after this edit"""
     page: str
     """the tokens after the edit, as HTML"""
 
@@ -62,7 +62,7 @@ def policy() -> str:
 
 
 def build(model: Model, request: str, visibility: Visibility = Visibility.CAUSAL) -> Notebook:
-    """The demo's context, prefilled: the policy with its fields, and a customer's request."""
+    """Return the demo's context, prefilled: the policy with its fields, and a customer's request."""
     notebook = Notebook(model, visibility=visibility)
     notebook.message("system", policy(), **VALUES)
     notebook.message("user", request)
@@ -71,9 +71,10 @@ def build(model: Model, request: str, visibility: Visibility = Visibility.CAUSAL
 
 
 def run(model: Model) -> Iterator[tuple[Case, Decision, list[Outcome]]]:
-    """For each case: the decision before the edit, and every mode's outcome. Full prefill comes first: it is the oracle.
+    """Yield each case, its decision before the edit, and the outcome of every mode.
 
-    The last outcome is by design, in a context of its own, which reads less.
+    The first outcome is the full prefill, which is the oracle. The last one is `DESIGN`: it edits a context of its own,
+    in which tokens read less.
     """
     for case in CASES:
         notebook = build(model, case.request)
@@ -99,7 +100,7 @@ def run(model: Model) -> Iterator[tuple[Case, Decision, list[Outcome]]]:
 
 
 def html_page(model_name: str, results: list[tuple[Case, Decision, list[Outcome]]]) -> str:
-    """A self-contained page: for each case a table, and the tokens of every mode, coloured by state."""
+    """Return a self-contained page: a table for each case, and the tokens after each edit, coloured by state."""
     body = []
     for case, before, outcomes in results:
         body.append(

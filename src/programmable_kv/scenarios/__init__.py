@@ -1,1 +1,1 @@
-"""The grammar of gated decisions: data for training, lab and benches."""
+"""The grammar of gated decisions: it makes the data for training, lab and benches."""

@@ -1,6 +1,6 @@
-"""Short policies in everyday words, for models that were not trained on the grammar: as rules, and as a program.
+"""Short policies in everyday words, as rules or as a program, for models that were not trained on the grammar.
 
-Half of them or so are solved by small stock models, under the old value and the new one.
+Small stock models solve about half of them, under the old value and under the new one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ print(action)
 
 
 def everyday(rng: random.Random, way: Way) -> Mentioned:
-    """One policy; its rules name the field, or (in a program) the line that looks the value up does."""
+    """Draw one policy. Its rules name the field; in a program, the line that looks the value up names it."""
     field = rng.choice(sorted(FIELDS))
     values = rng.sample(FIELDS[field], 2)
     actions = dict(zip(values, rng.sample(ACTIONS, 2), strict=True))

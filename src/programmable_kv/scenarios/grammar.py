@@ -1,12 +1,12 @@
 """A grammar of gated decisions: policies whose right action depends on the value of one field.
 
 A `Scenario` is a policy text with `{field}` placeholders near its top, a few rules that map values of a
-gating field to actions (directly, or through a looked-up group: two hops), unrelated rules in between, and
-the arithmetic that says which action is right for any field values. Which value leads to which action is
-random, so nothing but the policy can tell.
+gating field to actions (directly, or through a group that is looked up: two hops), and unrelated rules in
+between. Its gates say which action is right for any field values. Which value leads to which action is
+random, so only the policy tells it.
 
-The same grammar makes the adapter's training data (`split="train"`) and every held-out measurement
-(`split="held_out"`): the splits share no domain, field name, action, rule phrasing or update wording.
+The same grammar makes the adapter's training data (`split="train"`) and the data of every held-out
+measurement (`split="held_out"`). The splits share no domain, field name, action, rule phrasing or update wording.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from programmable_kv.scenarios.vocabulary import (
 
 TWO_HOP_SHARE = 0.25
 TRAINED_TWO_HOP_SHARE = 0.4
-"""of the gates, how many are looked up through a group; more in training, because they are the harder ones"""
+"""share of the gates that are looked up through a group; higher in training, because these gates are harder"""
 PAIR_SHARE = 0.35
 TRAINED_PAIR_SHARE = 0.5
-"""of the scenarios, how many hold two gates, told apart by the topic; more at the end of training, for the same reason"""
+"""share of scenarios with two gates, told apart by topic; higher at the end of training, because these are harder"""
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """One decision rule: the value of `field` (or the `group` it is looked up in) names the action."""
+    """One decision rule: the value of `field`, or the group in which the value is looked up, determines the action."""
 
     field: str
     topic: str
@@ -58,7 +58,7 @@ class Gate:
     """value -> group label, for two-hop gates"""
 
     def thought(self, value: str) -> str:
-        """The one-line reasoning that restates the field and then decides."""
+        """Return one line of reasoning that restates the field and then decides."""
         hop = f", {self.kind} {self.groups[value]}" if self.groups is not None else ""
         return f"{self.field} is {value}{hop}, so {self.actions[value]}"
 
@@ -68,13 +68,13 @@ class Gate:
 
     @property
     def rules(self) -> int:
-        """How many rules say what to do: one a value, or one a group."""
+        """How many rules name an action: one for each value, or one for each group."""
         return len(self.actions if self.groups is None else set(self.groups.values()))
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A policy with `{field}` placeholders, the values that fill them, and what is right."""
+    """A policy with `{field}` placeholders, the values that fill them, and the gates that give the right actions."""
 
     domain: str
     prompt: str
@@ -88,17 +88,17 @@ class Scenario:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Every action that some rule of the policy names."""
+        """All actions that the policy's rules name."""
         return tuple(dict.fromkeys(option for gate in self.gates for option in gate.options))
 
 
 def other_value(rng: random.Random, gate: Gate, value: str) -> str:
-    """A value under which the gate decides differently."""
+    """Draw a value under which the gate decides differently."""
     return rng.choice([v for v in sorted(gate.actions) if gate.actions[v] != gate.actions[value]])
 
 
 def _filler_count(rng: random.Random) -> int:
-    """Mostly short policies, which teach more per token, and a tail of up to 30 unrelated rules."""
+    """Draw the number of unrelated rules: mostly few, because short policies teach more per token, and at most 30."""
     return rng.randint(12, 30) if rng.random() < 0.12 else min(30, int(rng.expovariate(1 / 4)))
 
 
@@ -116,9 +116,15 @@ def make_scenario(
 ) -> Scenario:
     """Draw one scenario.
 
-    What is left out is drawn too: the `domain`, `fillers` (0 to 30), `gates` (1 or 2; 4 is the most), `two_hop`, and how many
-    values each gate tells apart (`gated_values`, 2 to 4). In an `ordered` one the lookups come before the rules. A training
-    scenario of an earlier `stage` is worded in fewer ways, from fewer words.
+    Arguments that are None are drawn at random.
+
+    Args:
+        fillers: how many unrelated rules; drawn from 0 to 30.
+        gates: how many gates, at most 4; drawn from 1 and 2.
+        two_hop: whether gates are looked up through a group; drawn for each gate.
+        gated_values: how many values each gate distinguishes; drawn from 2 to 4.
+        ordered: whether all lookups come before the rules.
+        stage: stage of training; scenarios of earlier stages have fewer wordings and fewer words.
     """
     wide = split == "train" and stage not in NARROW
     any_kind = wide and stage != "wide"
@@ -158,7 +164,7 @@ def make_scenario(
         rng.shuffle(rules)
     pool = list(FILLERS[split])
     if split == "train" and rng.random() < 0.4:
-        # Rules about other things, in the very form of a gate, so that form alone decides nothing.
+        # Rules about other things in the form of a gate, so that the form alone does not identify a gate.
         pool += [
             f"If the {rng.choice(WORDS_A)} is {rng.choice(VALUES)}, tell the {rng.choice(OBJECTS)} team."
             for _ in range(4)
@@ -211,7 +217,7 @@ def _make_gate(
     count: int | None,
     any_label: bool,
 ) -> tuple[Gate, list[tuple[str, bool]]]:
-    """A gate over 2 to 4 of the field's values, and its lines (text, is it a rule or a lookup)."""
+    """Draw a gate over 2 to 4 of the field's values, and its lines: (text, True for a rule and False for a lookup)."""
     chosen = rng.sample(list(values), count or rng.randint(2, min(4, len(values))))
     phrase = rng.choice(phrasing.rules)
     if kind is None:
@@ -219,7 +225,7 @@ def _make_gate(
         table = dict(zip(chosen, picked, strict=True))
         lines = [(phrase.format(field=field, value=v, action=a), True) for v, a in table.items()]
         return Gate(field, topic, table), lines
-    # With two groups, "the other action than last time" would pass for a looked-up answer.
+    # With only two groups, a model could answer right by choosing the other action than last time, without a lookup.
     group_count = 3 if any_label and len(chosen) > 2 and rng.random() < 0.5 else 2
     labels = rng.sample(english() if any_label and rng.random() < 0.4 else LABELS[split], group_count)
     groups = {value: labels[i % group_count] for i, value in enumerate(chosen)}

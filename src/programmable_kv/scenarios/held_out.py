@@ -1,7 +1,7 @@
 """Held-out scenarios: policies from domains, field names, actions and wordings that training never sees.
 
-The lab and the benches draw their data here. A scenario depends on its seed and its number alone, so a longer draw begins
-with the scenarios of a shorter one.
+The lab and the benches draw their data here. A scenario depends only on its seed and its number, so a longer draw
+begins with the scenarios of a shorter one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from programmable_kv.scenarios.vocabulary import held_out_domains
 
 
 def held_out_scenarios(count: int, seed: int) -> list[Scenario]:
-    """`count` scenarios, from each held-out domain in turn."""
+    """Draw `count` scenarios, from each held-out domain in turn."""
     domains = held_out_domains()
     return [
         make_scenario(random.Random(f"{seed}/{i}"), "held_out", domain=domains[i % len(domains)]) for i in range(count)
@@ -21,7 +21,7 @@ def held_out_scenarios(count: int, seed: int) -> list[Scenario]:
 
 
 def held_out_scenarios_per_domain(instances: int, seed: int) -> list[Scenario]:
-    """`instances` scenarios of every held-out domain, domain by domain."""
+    """Draw `instances` scenarios of every held-out domain, domain by domain."""
     return [
         make_scenario(random.Random(f"{seed}/{domain.name}/{number}"), "held_out", domain=domain)
         for domain in held_out_domains()

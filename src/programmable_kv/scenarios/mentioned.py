@@ -1,7 +1,7 @@
-"""Policies that speak of the field they depend on in one chosen way: by name, by its value only, by a pronoun, and so on.
+"""Policies that refer to the field they depend on in one chosen way: by name, by its value, by a pronoun, and so on.
 
-Made of the held-out vocabulary, with unrelated rules in between. `declared` is what an author who knows the policy would pass
-to `Notebook.mentions`.
+They use the held-out vocabulary and have unrelated rules in between. `declared` has the words that an author who knows
+the policy would pass to `Notebook.mentions`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ GERMAN = {
     "toothache": "Zahnschmerz", "avalanche_risk": "Lawinengefahr", "snow_depth": "Schneehöhe", "water_salinity": "Salzgehalt",
     "coral_tint": "Korallenfarbe", "fabric_weave": "Gewebe", "rock_seam": "Gestein", "dust_haze": "Staubwolke",
 }  # fmt: skip
-"""fields that a rule in another language can name"""
+"""fields with the German names that rules in German use"""
 IDLE = (
     "Write the {field} into the report.", "Show the {field} on the first page.", "Ask for the {field} only once.",
     "Keep the {field} confidential.", "Spell the {field} in small letters.", "The {field} is checked every morning.",
 )  # fmt: skip
-"""rules that name the field and decide nothing"""
+"""rules that name the field and determine no action"""
 
 
 _WHENEVER = "Whenever {field} reads {value}, go with {action}."
@@ -32,7 +32,7 @@ _WHENEVER = "Whenever {field} reads {value}, go with {action}."
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A way in which the rules speak of the field."""
+    """A way in which the rules refer to the field."""
 
     name: str
     rules: tuple[str, ...]
@@ -40,11 +40,11 @@ class Way:
     heads: tuple[str, ...] = ()
     """wordings of a line before the rules; one is drawn"""
     declares: tuple[str, ...] = ()
-    """what an author would declare: words with `{value}` for each of the values, or other placeholders"""
+    """words that an author would declare, with `{value}` for each of the values, or with other placeholders"""
     idle: int = 0
-    """how many lines name the field and decide nothing"""
+    """how many lines of `IDLE` the policy has"""
     last: tuple[str, ...] = ()
-    """wordings of the last of two rules, where it is about every other value"""
+    """wordings of the second of the two rules, if it covers all other values"""
 
 
 WAYS = (
@@ -88,7 +88,7 @@ WAYS = (
 
 @dataclass(frozen=True, slots=True)
 class Mentioned:
-    """A policy with `{field}` placeholders, and the change of the one field that it depends on."""
+    """A policy with `{field}` placeholders, and an edit of the field that it depends on."""
 
     way: Way
     prompt: str
@@ -113,7 +113,7 @@ class Mentioned:
 
 
 def mentioned(rng: random.Random, way: Way, number: int, fillers: int = 8) -> Mentioned:
-    """The policy of that number: from each held-out domain in turn."""
+    """Draw a policy. Its number selects the domain: each held-out domain in turn."""
     domains = [domain for domain in held_out_domains() if way.name != "in_german" or GERMAN.keys() & domain.fields]
     domain = domains[number % len(domains)]
     names = sorted(GERMAN.keys() & domain.fields) if way.name == "in_german" else sorted(domain.fields)

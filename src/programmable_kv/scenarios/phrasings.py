@@ -1,4 +1,4 @@
-"""How the grammar's policies and conversations are worded. Training and held out share no rule, update or question."""
+"""Wordings of the grammar's policies and conversations. The two splits share no rule, update or question."""
 
 from __future__ import annotations
 
@@ -10,17 +10,26 @@ from programmable_kv.prompt.wording import THINK_INSTRUCTION
 
 Split = Literal["train", "held_out"]
 Stage = Literal["pair", "short", "mixed", "wide", "hop", "full", "topics", "hard", "settle", "obey", "looked_up"]
-"""what training goes through: two rules and one question; few rules and two or three turns; everything, in few words;
-everything, in many words and wordings; short two-hop policies, lookups mostly first; everything, groups of any name,
-two gates more often; short policies of two gates; what is still missed: two hops or two gates, many updates, filler rules;
-up to four gates, an update mostly first; short conversations that open with one update of what is asked; the same, mostly
-of values that are looked up"""
+"""Stages of training:
+
+- `pair`: two rules and one question.
+- `short`: few rules and two or three turns.
+- `mixed`: everything, in few words.
+- `wide`: everything, in many words and wordings.
+- `hop`: short two-hop policies, mostly with the lookups first.
+- `full`: everything, with groups of any name, and two gates more often.
+- `topics`: short policies of two gates.
+- `hard`: what the model still gets wrong: two hops or two gates, many updates, filler rules.
+- `settle`: up to four gates, mostly with an update first.
+- `obey`: short conversations that open with one update of the field that is asked about.
+- `looked_up`: the same as `obey`, mostly with values that are looked up.
+"""
 NARROW: frozenset[Stage] = frozenset({"pair", "short", "mixed"})
 
 
 @dataclass(frozen=True, slots=True)
 class Phrasing:
-    """How things are said: rules, lookups of a group, state updates, questions and openings."""
+    """Alternative wordings of rules, lookups of a group, state updates, questions and openings."""
 
     rules: tuple[str, ...]
     lookups: tuple[str, ...]
@@ -38,7 +47,7 @@ class Phrasing:
         )
 
 
-# The default erratum, drawn out: obeying this, the adapter obeys the short form too (measured as `default_update`).
+# The default erratum, longer. An adapter that obeys it also obeys the short form (measured as `default_update`).
 _EMPHATIC_UPDATE = (
     "[STATE UPDATE] {name} is now: {value}. This replaces every earlier value of {name} "
     "and every conclusion drawn from it."
@@ -75,7 +84,7 @@ FEW_PHRASINGS = Phrasing(
     ),
     openings=("You are the {role}.", "Act as the {role}.", "You work as the {role}. Follow the policy below."),
 )
-"""what the first stages of training are worded in: the lookup is found sooner where it is said in few ways"""
+"""wordings of the first stages of training: models learn the lookup sooner when it has few wordings"""
 _MORE_PHRASINGS = Phrasing(
     rules=(
         "In case {field} shows {value}, we {action}.",

@@ -1,7 +1,7 @@
-"""Plain English that every Python carries: the standard library's own docstrings.
+"""Plain English that comes with every Python: the docstrings of the standard library.
 
-Used twice: a part of it is replayed during adapter training so that the base model's abilities
-survive, and a part that is never trained on measures whether they did (perplexity against the base).
+One part is replayed during adapter training to preserve the base model's abilities. The other part is
+never trained on and measures whether they are preserved (perplexity against the base model).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 HELD_OUT_FROM = "p"
-"""Modules whose name starts with this letter or a later one are never replayed."""
+"""modules whose name starts with this letter or a later one are never replayed"""
 _NOT_PROSE = {"site-packages", "dist-packages", "test", "tests"}
 
 
@@ -21,7 +21,7 @@ _NOT_PROSE = {"site-packages", "dist-packages", "test", "tests"}
 def documents(
     part: Literal["replay", "held_out"], minimum_characters: int = 600, *, packages: bool = False
 ) -> tuple[str, ...]:
-    """Docstrings of the standard library's top-level modules, by module name; with `packages`, of all of its modules."""
+    """Return docstrings of the standard library's top-level modules by module name; with `packages`, of all modules."""
     folder = Path(sysconfig.get_path("stdlib"))
     found: list[str] = []
     for path in sorted(folder.rglob("*.py") if packages else folder.glob("*.py")):

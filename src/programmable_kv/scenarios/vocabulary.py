@@ -1,7 +1,7 @@
-"""The words of the grammar: trades with their fields, values and actions, and invented names for training.
+"""The words of the grammar: domains with their fields, values and actions, and invented names for training.
 
-Which value leads to which action is drawn at random for every scenario: no word tells it. No held-out name is drawn in
-training.
+Which value leads to which action is drawn at random for every scenario, so no word predicts it. Training draws no
+held-out name.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ OBJECTS = (
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """What an agent of one trade knows: its fields with their values, its actions, its requests."""
+    """The vocabulary of one trade: its fields with their values, its actions, and the topics of its requests."""
 
     name: str
     role: str
@@ -64,14 +64,17 @@ class Domain:
 
 @cache
 def domains(split: Split | Literal["held_out_more"]) -> tuple[Domain, ...]:
-    """The domains of a split. `held_out_more` are held out as well, but came later: the English words that training draws were
-    chosen without them, so those words may be a part of their names, though none is the whole of one."""
+    """Return the domains of a split.
+
+    `held_out_more` are held-out domains that were added later. `english()` was filtered without them, so a word that
+    training draws may be part of one of their names, but no such word is a whole name.
+    """
     text = resources.files(__package__).joinpath("domains.toml").read_text(encoding="utf-8")
     return tuple(Domain(name, **body) for name, body in tomllib.loads(text)[split].items())
 
 
 def held_out_domains() -> tuple[Domain, ...]:
-    """All that training never saw."""
+    """Return all domains that training never saw."""
     return *domains("held_out"), *domains("held_out_more")
 
 
@@ -97,7 +100,7 @@ def _invented(rng: random.Random, count: int) -> dict[str, Sequence[str]]:
 
 @cache
 def english() -> tuple[str, ...]:
-    """Words of the replayed plain text, without any that a held-out name is made of."""
+    """Return the words of the replayed plain text, without the words that occur in a name of the `held_out` domains."""
     kept_out = {
         word
         for domain in domains("held_out")

@@ -1,4 +1,4 @@
-"""What runs inside vLLM: a KV connector that puts skills into its cache instead of having them prefilled.
+"""The vLLM plugin: a KV connector that writes skills into vLLM's cache, so that vLLM does not prefill them.
 
-`connector.py` is the one module that imports vLLM. All others run, and are tested, without it.
+Only `connector.py` imports vLLM. All other modules run, and are tested, without it.
 """

@@ -1,8 +1,9 @@
-"""What a skill store must know of the model that vLLM serves: a certificate, written where the library loads the model.
+"""Certificates: they prove that the skills of a store fit the model that vLLM serves.
 
-vLLM loads the weights in its own way, so the plugin cannot compute the library's fingerprint of them. A certificate ties the
-two: it holds the fingerprint, the digests of the files that both load, and the rotation of every layer, proved on the loaded
-weights. It lies beside the skills. The plugin compares the digests with the folder that vLLM serves, and refuses any other.
+vLLM loads the weights in its own way, so the plugin cannot compute the library's fingerprint of them. A certificate
+connects the two. The library writes it after it has loaded the model: the fingerprint, the digests of the files that
+both load, and the rotation of every layer, proved on the loaded weights. The certificate is stored with the skills. The
+plugin compares the digests with the folder that vLLM serves, and refuses a folder with other files.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ class SavedRotary(BaseModel):
 
 
 class SavedLayer(BaseModel):
-    """What a layer caches of a token: `heads` keys and values of `width` numbers each; `rotation`: which of the certificate's
-    rotations turns its keys."""
+    """What a layer caches for one token: `heads` keys and `heads` values of `width` numbers each.
+
+    `rotation` is the index of the layer's rotation in `Certificate.rotations`; None if its keys are not rotated.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -55,7 +58,7 @@ class SavedLayer(BaseModel):
 
 
 class Certificate(Sealed):
-    """A model that skills of one fingerprint may be loaded into."""
+    """Names a model into which skills of one fingerprint may be loaded."""
 
     FORMAT: ClassVar[int] = 1
     AGAIN: ClassVar[str] = "certify the model again"
@@ -64,9 +67,9 @@ class Certificate(Sealed):
     model_name: str
     fingerprint: Key
     dtype: str
-    """of weights and cache, as torch names it"""
+    """dtype of weights and cache, as torch names it"""
     files: dict[str, Digest]
-    """name -> SHA-256 of what decides the weights"""
+    """file name -> SHA-256, for the files that determine the weights"""
     layers: tuple[SavedLayer, ...]
     rotations: tuple[SavedRotary, ...]
     position_limit: int | None
@@ -76,10 +79,10 @@ class Certificate(Sealed):
         return None if which is None else self.rotations[which].rotary()
 
     def write(self, blobs: Blobs) -> str:
-        """Keep it beside the skills; the blob's name.
+        """Write the certificate to the store of the skills and return the blob's name.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: the certificate cannot be written.
         """
         name = f"vllm-{self.fingerprint}.json"
         blobs.write(name, self.sealed())
@@ -87,10 +90,10 @@ class Certificate(Sealed):
 
 
 def certificates(blobs: Blobs) -> list[Certificate]:
-    """Every certificate of a store.
+    """Return all certificates in a store.
 
     Raises:
-        CorruptFileError: one is damaged.
+        CorruptFileError: a certificate is damaged.
     """
     names = sorted(blob.name for blob in blobs.list() if _NAME.match(blob.name))
     bodies = [(name, blobs.read(name)) for name in names]
@@ -98,11 +101,11 @@ def certificates(blobs: Blobs) -> list[Certificate]:
 
 
 def certificate_of(blobs: Blobs, folder: str | Path, dtype: str) -> Certificate:
-    """The certificate of the model in a folder, served in that dtype.
+    """Return the certificate for the model in a folder, served in the given dtype.
 
     Raises:
-        FingerprintMismatchError: the store has none.
-        ModelUnavailableError: the folder holds no model.
+        FingerprintMismatchError: the store has no certificate for it.
+        ModelUnavailableError: the folder contains no model.
     """
     found = files_of(folder)
     known = certificates(blobs)
@@ -116,10 +119,10 @@ def certificate_of(blobs: Blobs, folder: str | Path, dtype: str) -> Certificate:
 
 
 def files_of(folder: str | Path) -> dict[str, str]:
-    """Name -> SHA-256 of the files in a model's folder that decide its weights.
+    """Return file name -> SHA-256 for the files in a model's folder that determine its weights.
 
     Raises:
-        ModelUnavailableError: there are none.
+        ModelUnavailableError: config.json or the .safetensors files are missing.
     """
     root = Path(folder).expanduser()
     paths = [path for path in (root / name for name in _READ) if path.is_file()]
@@ -133,7 +136,7 @@ def files_of(folder: str | Path) -> dict[str, str]:
 
 
 def _nearest(known: Sequence[Certificate], found: Mapping[str, str], dtype: str) -> str:
-    """What is known instead, in words."""
+    """Describe the certificate that comes closest, for an error message."""
     if not known:
         return "the store has no certificate"
     for each in known:

@@ -1,4 +1,4 @@
-"""A prompt put together from token ids and stored skills, and the requests that send it. No model and no tensors here."""
+"""Composes a prompt from token ids and stored skills, and the requests that send it. Uses no model and no tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from programmable_kv.vllm_plugin.matching import Placed, stages
 
 _LONGEST_SALT = 128
 _FORBIDDEN = frozenset("@/\\\0")
-"""both as vLLM 0.32 has them"""
+"""the maximum length and the forbidden characters of a cache salt in vLLM 0.32"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,10 @@ class Composition:
 
     @classmethod
     def of(cls, parts: Sequence[Entry | Sequence[int]], *, seam: int = 0) -> Composition:
-        """Text as token ids, and skills as entries of a store, in the prompt's order.
+        """Compose a prompt from its parts in order: text as token ids, and skills as entries of a store.
 
-        `seam`: how many of a skill's first tokens vLLM computes, where text stands before it.
+        Args:
+            seam: how many of a skill's first tokens vLLM computes itself, unless the skill begins the prompt.
         """
         ids: list[int] = []
         placed: list[Placed] = []
@@ -40,17 +41,17 @@ class Composition:
         return cls(tuple(ids), tuple(placed))
 
     def requests(self, salt: str, block_size: int) -> list[dict[str, Any]]:
-        """What to send to `/v1/completions`, one after the other; the last one is the prompt itself.
+        """Return the requests to send to `/v1/completions` one after the other; the last one is the whole prompt.
 
-        Those before it compute the text between skills, and the seams, so that every skill can be loaded. Give each of them
-        `max_tokens=1`, and all of them one salt. Skills side by side need none of them.
+        The earlier requests compute the text between skills and the seams, so that every skill can be loaded. Send them
+        with `max_tokens=1`. All requests have the same salt. Adjacent skills without a seam need no earlier request.
 
         Args:
-            salt: whose prompts may share cached blocks: a tenant, a conversation.
-            block_size: of vLLM's cache, in tokens.
+            salt: names those whose prompts may share cached blocks: a tenant, a conversation.
+            block_size: block size of vLLM's cache, in tokens.
 
         Raises:
-            InvalidArgumentError: there is no such block size, or vLLM takes no such salt.
+            InvalidArgumentError: the block size is less than 1, or vLLM does not accept the salt.
         """
         if block_size < 1:
             raise InvalidArgumentError(f"a block has at least one token, got {block_size}")

@@ -1,4 +1,4 @@
-"""`SkillConnector`: the plugin as vLLM's `KVConnectorBase_V1`. The one module that imports vLLM.
+"""`SkillConnector`: the plugin as a `KVConnectorBase_V1` of vLLM. Only this module imports vLLM.
 
 Written for vLLM 0.32.
 
@@ -36,19 +36,19 @@ _OPTIONS = {"store", "salt_prefix", "kept_bytes"}
 
 @dataclass
 class Loads(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not installed where types are checked
-    """What the scheduler tells the workers before a forward."""
+    """The loads that the scheduler sends to the workers before a forward."""
 
     loads: tuple[Load, ...]
 
 
 class SkillConnector(KVConnectorBase_V1):  # type: ignore[misc]
-    """Loads the skills that a prompt is marked with, moved to their places, instead of having them prefilled."""
+    """Loads the skills that a prompt's marks name, moved to their positions, so that vLLM does not prefill them."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         """
         Raises:
             InvalidArgumentError: an option is missing or unknown, or a failed load would fail the request.
-            UnsupportedModelError: vLLM serves the model in a way that skills were not computed in.
+            UnsupportedModelError: vLLM serves the model with a setting under which the skills were not computed.
             FingerprintMismatchError: the store is not certified for the model that vLLM serves.
         """
         super().__init__(vllm_config, role, kv_cache_config)
@@ -76,7 +76,7 @@ class SkillConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """Nothing is handed to anyone else."""
+        """False: the connector hands no keys and values to another vLLM instance."""
         return False
 
     # -- in the scheduler ------------------------------------------------------------------------------------------
@@ -147,13 +147,13 @@ class SkillConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return self._working.failed() if self._working is not None else set()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """All layers are written before the forward starts."""
+        """Do nothing: all layers are written before the forward starts."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing that vLLM computes is kept as a skill."""
+        """Do nothing: what vLLM computes is not stored as a skill."""
 
     def wait_for_save(self) -> None:
-        """Nothing is saved."""
+        """Do nothing: nothing is saved."""
 
 
 def _options(vllm_config: Any) -> dict[str, Any]:
@@ -175,7 +175,8 @@ def _options(vllm_config: Any) -> dict[str, Any]:
 def _check_served(vllm_config: Any) -> None:
     """
     Raises:
-        UnsupportedModelError: what vLLM caches is not what the library computed with the files of the folder.
+        UnsupportedModelError: vLLM's settings give other keys and values than those the library computed from the same
+            files.
     """
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     reasons: Iterable[tuple[bool, str]] = (
@@ -205,7 +206,7 @@ def _request(request: Any) -> Request:
 
 
 def _writer(layer: Any) -> WritePacked | None:
-    """The engine's own function for the CPU's packed blocks, with what it needs of a layer."""
+    """Return vLLM's own function that writes the CPU's packed blocks, bound to a layer; None for other backends."""
     if layer.attn_backend.get_name() != PACKED:
         return None
     from vllm import _custom_ops as ops

@@ -1,11 +1,12 @@
-"""Keys and values written into a layer's paged cache, whatever its layout. Unknown layouts are refused.
+"""Writes keys and values into a layer's paged cache in vLLM, in each layout that it knows. Unknown layouts are refused.
 
-Shapes: B blocks, H key-value heads, N tokens of a block, D head dim, n tokens to write. In vLLM 0.32 every backend's cache of a
-layer is one view [B, H, N, C], with any strides. Backends differ in what C = 2 D numbers of a token mean:
+Shapes: B blocks, H key-value heads, N tokens of a block, D head dim, n tokens to write. In vLLM 0.32 the
+cache of a layer is one view [B, H, N, C] in every backend, with any strides, where C = 2 D. Backends differ in how they
+order these numbers:
 
 - *split*: a token's key, then its value. FlashAttention, FlashInfer and Triton attention, on GPUs.
-- *packed*: a block's keys, then a block's values, each in the order that the CPU's kernel reads. Only the engine's own function
-  writes that.
+- *packed*: a block's keys, then the block's values, each in the order that the CPU's kernel reads. Only vLLM's own
+  function can write it.
 """
 
 from __future__ import annotations
@@ -29,26 +30,26 @@ class PagedLayer(Protocol):
     """One layer's cache in vLLM."""
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-        """Write keys and values [H, n, D] of n tokens into slots [n] (block number x block size + place in the block)."""
+        """Write keys and values [H, n, D] of n tokens into slots [n] (block number x block size + offset in block)."""
 
 
 @dataclass(frozen=True, slots=True)
 class SplitLayer:
-    """[B, H, N, 2 D], a token's key before its value."""
+    """A cache [B, H, N, 2 D] with each token's key before its value."""
 
     cache: torch.Tensor
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         size = self.cache.shape[
             2
-        ]  # of the kernel's blocks, which may be parts of the scheduler's: slots count the same
+        ]  # the kernel's block size; its blocks may divide the scheduler's, and slots count the same in both
         blocks, places = slots // size, slots % size
         self.cache[blocks, :, places] = torch.cat((keys, values), dim=-1).transpose(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
-    """[B, H, N, 2 D] in memory order, of which [B, H, 2 N, D] has a block's keys and then its values."""
+    """A contiguous cache [B, H, N, 2 D]; viewed as [B, H, 2 N, D] it has a block's keys and then the block's values."""
 
     cache: torch.Tensor
     write_packed: WritePacked
@@ -71,17 +72,17 @@ def paged_layer(
     dtype: torch.dtype,
     write_packed: WritePacked | None = None,
 ) -> PagedLayer:
-    """The layer's cache as something to write to.
+    """Wrap a layer's cache so that keys and values can be written into it.
 
     Args:
-        name: the layer's, for messages.
-        backend: vLLM's name of its attention.
-        heads, width, dtype: of keys and of values, on this worker.
+        name: the layer's name, for messages.
+        backend: vLLM's name of the layer's attention backend.
+        heads, width, dtype: heads, head dim and dtype of keys and of values, on this worker.
         block_size: tokens of a block, as the scheduler counts them.
-        write_packed: the engine's own function, where the layout is packed.
+        write_packed: vLLM's own function for the packed layout; None for other layouts.
 
     Raises:
-        UnsupportedModelError: the layout is not one that is known.
+        UnsupportedModelError: the layout is unknown.
     """
     found = f"{name} has a cache of {tuple(cache.shape)}, strides {cache.stride()}, {cache.dtype}, of {backend}"
     again = "The plugin writes only what it knows: leave the connector out, or choose another attention backend."

@@ -1,4 +1,4 @@
-"""Skills out of a store, without a model: their tokens for the scheduler, their relocated keys and values for a worker."""
+"""Reads skills from a store without a model: tokens for the scheduler, relocated keys and values for a worker."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from programmable_kv.vllm_plugin.certificate import Certificate
 from programmable_kv.vllm_plugin.matching import Piece
 
 DEFAULT_KEPT = 2 * 2**30
-"""bytes"""
+"""bytes of keys and values that `StoredSkills` keeps in memory by default"""
 
 
 @dataclass(frozen=True, slots=True)
 class HeadShare:
-    """Which heads a worker has, where a model is spread over several: the `rank`-th of `size` equal shares."""
+    """Which heads a worker has under tensor parallelism: share number `rank` of `size` equal shares."""
 
     rank: int = 0
     size: int = 1
 
     def of(self, heads: int) -> slice:
-        """Some of a layer's heads. With fewer heads than workers, several workers hold the same one."""
+        """Return this worker's slice of a layer's heads. With fewer heads than workers, some workers share a head."""
         if heads < self.size:
             one = self.rank * heads // self.size
             return slice(one, one + 1)
@@ -45,7 +45,7 @@ class StoredSkills:
     """The skills of one certified model in one store."""
 
     def __init__(self, where: str | Path | Blobs, certificate: Certificate, *, kept: int = DEFAULT_KEPT) -> None:
-        """`kept`: bytes of keys and values that stay in memory, those used last."""
+        """`kept`: bytes of keys and values that stay in memory; the least recently used skills are dropped first."""
         self.certificate = certificate
         self._entries = Entries(blobs_at(where))
         self._kept = kept
@@ -57,12 +57,12 @@ class StoredSkills:
         )
 
     def entry(self, which: str) -> Entry:
-        """What a stored skill says of itself: its key and its tokens.
+        """Return a stored skill's entry, which has its key and its tokens.
 
         Raises:
-            UnknownSkillError: there is none, or more than one.
-            CorruptFileError: its manifest is damaged.
-            FingerprintMismatchError: another model compiled it.
+            UnknownSkillError: no skill, or more than one, matches `which`.
+            CorruptFileError: the skill's manifest is damaged.
+            FingerprintMismatchError: the skill was compiled with another model.
             StorageError: the store cannot be read.
         """
         entry = self._entries.entry(which, self.certificate.fingerprint)
@@ -76,14 +76,16 @@ class StoredSkills:
     def relocated(
         self, piece: Piece, share: HeadShare, device: torch.device
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values [H, n, D] of every layer, as they are at the piece's place in the prompt. They are new, or not to be
-        written to.
+        """Return keys and values [H, n, D] layer by layer, relocated to the piece's position in the prompt.
+
+        The tensors may share memory with the skill's cached copy: do not write to them. Errors are raised before the
+        first layer.
 
         Raises:
-            UnknownSkillError, CorruptFileError, FingerprintMismatchError, StorageError: the skill cannot be loaded. (Before the
-                first layer.)
-            FrequencyRegimeError: its keys were computed with other frequencies than those that were proved.
-            UnverifiedError: its tokens do not stand side by side.
+            UnknownSkillError, CorruptFileError, FingerprintMismatchError, StorageError: the skill cannot be loaded.
+            FrequencyRegimeError: the skill's keys were computed with other frequencies than those that relocation was
+                proved for.
+            UnverifiedError: there are gaps between the positions of the skill's tokens.
         """
         part = self._segment(piece.key).part(piece.tokens)
         return self._turned(part, piece.start, share, device)
@@ -91,7 +93,7 @@ class StoredSkills:
     def _turned(
         self, part: Segment, start: int, share: HeadShare, device: torch.device
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        # Always from the keys as they were computed, so nothing drifts however often a skill moves.
+        # Keys are always rotated from their computed positions, so no error adds up however often a skill moves.
         rotation = Rotation(torch.arange(start, start + len(part)) - part.computed_at)
         for layer, (keys, values) in enumerate(zip(part.keys, part.values, strict=True)):
             heads = share.of(keys.shape[1])
@@ -133,5 +135,5 @@ class StoredSkills:
 
 
 def tokens_of(piece: Piece) -> Span:
-    """Where a piece stands in the prompt."""
+    """Return the piece's span in the prompt."""
     return Span(piece.start, piece.stop)

@@ -1,4 +1,4 @@
-"""What a request says of the skills in its prompt: `kv_transfer_params={"skills": [...], "seam": 0}`. No tensors here."""
+"""Marks: a request names the skills in its prompt in `kv_transfer_params={"skills": [...], "seam": 0}`. No tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from programmable_kv.errors import InvalidRequestError
 
 SALT_PREFIX = "composed:"
-"""how the cache salt of a request with skills begins"""
+"""prefix of the cache salt of every request with skills"""
 SKILLS, SEAM = "skills", "seam"
 _FORM = (
     'Write kv_transfer_params={"skills": [{"skill": "refunds", "start": 24}], "seam": 0}, skills in the order of the '
@@ -19,7 +19,7 @@ _FORM = (
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One skill in a prompt: its key or name in the store, and its first token's place (None: look for it)."""
+    """One skill in a prompt: its key or name in the store, and the index of its first token (None: search for it)."""
 
     skill: str
     start: int | None = None
@@ -27,23 +27,23 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """All skills of a prompt, in the prompt's order; `seam` first tokens of each are left to vLLM."""
+    """All skills of a prompt, in the prompt's order. vLLM computes the first `seam` tokens of each."""
 
     marks: tuple[Mark, ...]
     seam: int = 0
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """As a request carries them."""
+        """The marks as a request's `kv_transfer_params`."""
         listed = [{"skill": it.skill, **({} if it.start is None else {"start": it.start})} for it in self.marks]
         return {SKILLS: listed, SEAM: self.seam}
 
 
 def parse_marks(parameters: Mapping[str, Any] | None) -> Marks | None:
-    """The marks of a request; None if it has none.
+    """Return the marks of a request; None if it has none.
 
     Raises:
-        InvalidRequestError: they are not written as above.
+        InvalidRequestError: the marks do not have the form shown in this module's docstring.
     """
     if not parameters or SKILLS not in parameters:
         return None

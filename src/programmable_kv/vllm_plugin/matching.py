@@ -1,8 +1,8 @@
-"""Which tokens of a prompt can be loaded: bookkeeping over token ids, blocks and spans. No tensors here.
+"""Finds which tokens of a prompt can be loaded, from token ids, blocks and spans. No tensors here.
 
-vLLM asks one question of a connector: how many tokens can be loaded *right behind* the blocks that it has cached already. So
-what is loaded is one run of tokens. It may go through several skills, and ends at the first token that no skill holds. The last
-token of a prompt is never loaded, because its logits are needed.
+vLLM asks a connector one question: how many tokens can be loaded *directly after* the blocks that are cached already?
+So the loaded tokens are one run. It may cover several skills, and it ends at the first token that is in no skill. The
+last token of a prompt is never loaded, because its logits are needed.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from programmable_kv.errors import InvalidRequestError
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A stored skill that stands in a prompt, token for token."""
+    """A stored skill whose tokens are in a prompt, all of them and in order."""
 
     key: str
     tokens: Span
-    """in the prompt"""
+    """span in the prompt"""
     seam: int = 0
-    """how many of its first tokens are left to vLLM"""
+    """how many of the skill's first tokens vLLM computes"""
 
     @property
     def loadable(self) -> Span:
-        """What of it may be loaded."""
+        """The span of the prompt that may be loaded: the skill without its seam."""
         return Span(min(self.tokens.start + self.seam, self.tokens.stop), self.tokens.stop)
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some tokens of a skill, and the first one's place in the prompt."""
+    """A span of a skill, and the index of its first token in the prompt."""
 
     key: str
     tokens: Span
-    """of the skill"""
+    """span in the skill"""
     start: int
 
     @property
@@ -46,15 +46,16 @@ class Piece:
 
 
 def place(key: str, ids: Sequence[int], prompt: Sequence[int], start: int | None, *, after: int = 0) -> Span:
-    """Where a skill stands in a prompt, every token compared.
+    """Return a skill's span in a prompt. Every token is compared.
 
     Args:
         ids: the skill's tokens.
-        start: where it must stand; None to find its first place.
-        after: where the skill before it ends.
+        start: index where the skill must start; None to search for its first occurrence.
+        after: index where the previous skill ends.
 
     Raises:
-        InvalidRequestError: it does not stand there.
+        InvalidRequestError: the skill's tokens are not at `start`, or nowhere behind `after`, or overlap the previous
+            skill.
     """
     if start is None:
         start = _find(ids, prompt, after)
@@ -81,9 +82,9 @@ def place(key: str, ids: Sequence[int], prompt: Sequence[int], start: int | None
 
 
 def loadable(placed: Sequence[Placed], computed: int, length: int) -> tuple[Piece, ...]:
-    """What can be loaded behind the first `computed` tokens of a prompt of `length` tokens.
+    """Return the pieces that can be loaded directly after the first `computed` tokens of a prompt of `length` tokens.
 
-    `placed` ascend and do not overlap.
+    The skills in `placed` are in ascending order and do not overlap.
     """
     pieces: list[Piece] = []
     reached = computed
@@ -92,17 +93,18 @@ def loadable(placed: Sequence[Placed], computed: int, length: int) -> tuple[Piec
             continue
         stop = min(each.tokens.stop, length - 1)
         if reached < each.loadable.start or stop <= reached:
-            break  # text that no skill holds, a seam, or the prompt's last token
+            break  # at text outside of skills, at a seam, or at the prompt's last token
         pieces.append(Piece(each.key, Span(reached, stop).shifted(-each.tokens.start), reached))
         reached = stop
     return tuple(pieces)
 
 
 def stages(placed: Sequence[Placed], length: int, block_size: int) -> tuple[int, ...]:
-    """The lengths of the prompts to send, ascending, so that every skill is loaded: the last one is the whole prompt.
+    """Return the lengths of the prompts to send so that every skill is loaded, ascending. The last is the whole prompt.
 
-    Each of the others ends at the first block boundary at which the text before a skill, and its seam, are computed and
-    cached. Sent one after the other under one salt, each computes only what no skill holds (and the rest of a block).
+    Each shorter prompt ends at the first block boundary behind the text before a skill and the skill's seam, which are
+    then cached. Sent one after the other under one salt, each prompt computes only tokens that are in no skill, the
+    seams, and the tokens up to the end of a block.
     """
     sent: list[int] = []
     reached = 0
@@ -121,12 +123,12 @@ def stages(placed: Sequence[Placed], length: int, block_size: int) -> tuple[int,
 
 
 def blocks_of(block_ids: Sequence[int], tokens: Span, block_size: int) -> list[int]:
-    """The blocks that hold some tokens of a prompt."""
+    """Return the blocks that contain a span of a prompt."""
     return list(block_ids[tokens.start // block_size : -(-tokens.stop // block_size)])
 
 
 def slots_of(block_ids: Sequence[int], tokens: Span, block_size: int) -> list[int]:
-    """Each token's slot: its block's number times the block's size, and its place in the block."""
+    """Return each token's slot: its block number times the block size, plus its offset in the block."""
     return [block_ids[token // block_size] * block_size + token % block_size for token in tokens.range]
 
 
@@ -135,6 +137,6 @@ def _find(ids: Sequence[int], prompt: Sequence[int], after: int) -> int | None:
     width = hay.itemsize
     wanted, text = needle.tobytes(), hay.tobytes()
     found = text.find(wanted, after * width)
-    while found != -1 and found % width:  # a match that begins inside of a token is none
+    while found != -1 and found % width:  # skip matches that begin in the middle of a token
         found = text.find(wanted, found + 1)
     return None if found == -1 else found // width

@@ -1,4 +1,4 @@
-"""What is done once, where the library can load the model: certify it, export it, and keep the opening of a conversation."""
+"""Preparation, done once where the library can load the model: certify, export, compile a conversation's opening."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from programmable_kv.vllm_plugin.certificate import Certificate, SavedLayer, Sav
 
 
 def certify(name: str | Path, blobs: Blobs, *, dtype: str = "float32") -> tuple[Model, Certificate]:
-    """Load a model, prove that its keys can be moved, and keep its certificate beside the skills. Returns both.
+    """Load a model, prove that its keys can be relocated, and write its certificate to the skill store. Returns both.
 
     Args:
         name: a folder that vLLM serves, or "embedded".
-        dtype: the one that vLLM serves it in.
+        dtype: the dtype in which vLLM serves the model.
 
     Raises:
         InvalidArgumentError: the model is not in a folder.
-        ModelUnavailableError: the folder is not one that vLLM reads.
-        UnverifiedError: its keys cannot be moved.
-        UnsupportedModelError: what it caches is not keys and values that are written into vLLM's cache as they are.
+        ModelUnavailableError: vLLM cannot read the folder.
+        UnverifiedError: relocation of the model's keys is not proved.
+        UnsupportedModelError: the keys and values that the model caches cannot be written into vLLM's cache unchanged.
         StorageError: the store cannot be written.
     """
     source = find_source(name)
@@ -78,24 +78,24 @@ def _certificate(model: Model, files: dict[str, str]) -> Certificate:
 
 
 def compile_opening(model: Model, messages: Sequence[tuple[str, str]], *, name: str = "opening") -> Skill:
-    """The beginning of a conversation, kept like a skill: the template's tokens and the messages, the last one left open.
+    """Compile a conversation's beginning as a skill: the template's tokens and the messages, the last one left open.
 
     At the start of a prompt it is exact. With it in the store, a prompt can be loaded from its first token on.
 
     Raises:
-        TemplateError: the chat template does not take the messages.
-        ContextOverflowError: it is longer than the model's positions.
+        TemplateError: the chat template does not accept the messages.
+        ContextOverflowError: the opening has more tokens than the model has positions.
     """
     unit = tokenised(model.tokenizer, Rendered(opened(model.tokenizer, list(messages), inside=True)), Kind.SKILL)
     return compute_drafts(model, [Draft(name, unit, {}, "", ())])[0]
 
 
 def export(name: str | Path, folder: str | Path, *, dtype: str = "bfloat16") -> Path:
-    """Write a model to a folder that vLLM serves: a GGUF file, dequantised, for example.
+    """Write a model to a folder that vLLM can serve, and return the folder. A GGUF file, for example, is dequantised.
 
     Raises:
         InvalidArgumentError: the folder is not empty.
-        ModelUnavailableError: the model could not be had.
+        ModelUnavailableError: the model cannot be loaded.
     """
     target = Path(folder).expanduser()
     if target.exists() and any(target.iterdir()):
@@ -106,7 +106,7 @@ def export(name: str | Path, folder: str | Path, *, dtype: str = "bfloat16") -> 
     config = loaded.engine.model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # A model that came from GGUF refuses to be saved; the same weights in a plain model do not.
+    # transformers refuses to save a model that was loaded from GGUF, so the weights are copied into a plain model.
     with quiet_transformers():
         plain: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         plain.load_state_dict(loaded.engine.model.state_dict())

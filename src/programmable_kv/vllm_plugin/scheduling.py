@@ -1,6 +1,6 @@
-"""The plugin in vLLM's scheduler: which requests get which skills, into which blocks, and what each of them is told.
+"""The plugin in vLLM's scheduler: chooses the skills and blocks of each request, and reports to it what was loaded.
 
-Nothing here imports vLLM: `connector.py` hands over what it knows of a request.
+This module does not import vLLM: `connector.py` passes it what it needs to know about a request.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from programmable_kv.vllm_plugin.loading import StoredSkills
 from programmable_kv.vllm_plugin.marks import SALT_PREFIX, Marks, parse_marks
 from programmable_kv.vllm_plugin.matching import Piece, Placed, blocks_of, loadable, place
 
-log = logging.getLogger("vllm.programmable_kv")  # below vLLM's own logger, so that it is shown where vLLM's lines are
+log = logging.getLogger("vllm.programmable_kv")  # a child of vLLM's logger, so that its lines appear among vLLM's
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a request is, as far as skills are concerned."""
+    """The parts of a vLLM request that matter for skills."""
 
     name: str
-    """vLLM's id of it"""
+    """vLLM's id of the request"""
     prompt: Sequence[int] | None
-    """None: not given as tokens"""
+    """token ids; None if the prompt was not given as tokens"""
     salt: str | None
     parameters: dict[str, Any] | None
     other: str = ""
-    """what else decides its keys and values: an adapter, an image"""
+    """what else determines the request's keys and values: an adapter, images or sound"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Load:
     request: str
     pieces: tuple[Piece, ...]
     block_ids: tuple[int, ...]
-    """of the request, from its first token on"""
+    """all blocks of the request, from its first token on"""
 
 
 @dataclass(slots=True)
@@ -50,14 +50,15 @@ class _Known:
 
     placed: tuple[Placed, ...]
     why: str = ""
-    """why nothing of it is loaded"""
+    """why no skill of it is loaded"""
     loaded: int = 0
+    """tokens loaded"""
     blocks: frozenset[int] = field(default_factory=frozenset)
-    """that skills were written into"""
+    """the blocks into which its skills are written"""
 
 
 class Scheduling:
-    """Bookkeeping of the requests with skills. Its questions may be asked again, and answer the same."""
+    """Bookkeeping of the requests with skills. Calling `matched` again for a request returns the same count."""
 
     def __init__(self, skills: StoredSkills, block_size: int, *, salt_prefix: str = SALT_PREFIX) -> None:
         self._skills = skills
@@ -67,7 +68,7 @@ class Scheduling:
         self._loads: list[Load] = []
 
     def matched(self, request: Request, computed: int) -> int:
-        """How many tokens behind the first `computed` ones are loaded from skills."""
+        """Return how many tokens directly after the first `computed` ones can be loaded from skills."""
         known = self._look_up(request)
         if known is None or request.prompt is None:
             return 0
@@ -77,7 +78,7 @@ class Scheduling:
         return pieces[-1].stop - computed if pieces else 0
 
     def allocated(self, request: Request, computed: int, count: int, block_ids: Sequence[int]) -> None:
-        """`count` tokens behind the first `computed` ones are to be loaded into these blocks."""
+        """Note that `count` tokens after the first `computed` ones are to be loaded into the request's blocks."""
         known = self._look_up(request)
         if known is None or request.prompt is None or not count:
             return
@@ -87,19 +88,19 @@ class Scheduling:
         known.blocks = frozenset(blocks_of(block_ids, Span(computed, computed + count), self._block_size))
 
     def drain(self) -> tuple[Load, ...]:
-        """What to load before the next forward; each is returned once."""
+        """Return the loads for the next forward. Each load is returned once."""
         loads, self._loads = tuple(self._loads), []
         return loads
 
     def failed(self, block_ids: Sequence[int]) -> None:
-        """These blocks could not be written: vLLM computes their tokens."""
+        """Note that these blocks could not be written, so that vLLM computes their tokens."""
         for known in self._known.values():
             if not known.blocks.isdisjoint(block_ids):
                 known.loaded, known.blocks = 0, frozenset()
                 known.why = "the skills could not be read, so their tokens were computed; vLLM's log says why"
 
     def finished(self, name: str) -> dict[str, Any] | None:
-        """What the request is told of its skills; None if it had none. Asked once."""
+        """Forget a finished request and return the report on its skills for its response; None if it had no skills."""
         known = self._known.pop(name, None)
         return None if known is None else {"skills": {"tokens_loaded": known.loaded, "why": known.why}}
 
@@ -126,7 +127,8 @@ class Scheduling:
     def _placed(self, request: Request) -> tuple[Placed, ...]:
         """
         Raises:
-            InvalidRequestError: the skills do not stand in the prompt as marked; or the request has no salt of its own.
+            InvalidRequestError: the skills are not in the prompt as marked, the salt lacks the prefix, or the prompt
+                has no tokens or uses an adapter, images or sound.
             StorageError: a skill is not in the store, or does not fit the model.
         """
         marks = parse_marks(request.parameters)
@@ -148,7 +150,7 @@ class Scheduling:
             entry = self._skills.entry(mark.skill)
             after = placed[-1].tokens.stop if placed else 0
             span = place(entry.key, entry.unit.ids, prompt, mark.start, after=after)
-            # Right behind exactly the tokens of its preface a skill is exact: no seam to repair.
+            # A skill directly behind exactly the tokens of its preface is exact, so it needs no seam repair.
             before = prompt[: span.start] if span.start == entry.preface_tokens else None
             exact = before is not None and preface_digest(tuple(before)) == entry.preface_sha256
             placed.append(Placed(entry.key, span, 0 if exact else marks.seam))
@@ -156,7 +158,7 @@ class Scheduling:
 
 
 def _blocked(placed: Sequence[Placed], computed: int) -> str:
-    """Why no skill can be loaded behind the cached tokens; empty if all of them are cached."""
+    """Return why no skill can be loaded directly after the cached tokens; empty if all skills are cached."""
     ahead = next((each for each in placed if each.tokens.stop > computed), None)
     if ahead is None or computed >= ahead.loadable.start:
         return ""
@@ -167,7 +169,7 @@ def _blocked(placed: Sequence[Placed], computed: int) -> str:
 
 
 def _until(pieces: Sequence[Piece], stop: int) -> tuple[Piece, ...]:
-    """The pieces, without what stands from a token on. (vLLM may take fewer tokens than it was offered.)"""
+    """Return the pieces cut off at token `stop`. (vLLM may accept fewer tokens than it was offered.)"""
     kept = [piece for piece in pieces if piece.start < stop]
     if kept and kept[-1].stop > stop:
         last = kept.pop()

@@ -1,4 +1,4 @@
-"""The plugin in a vLLM worker: skills are read, moved to their places and written into the worker's cache."""
+"""The plugin in a vLLM worker: reads skills, moves them to their positions and writes them into the worker's cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("vllm.programmable_kv")
 
 
 class Working:
-    """Writes skills into some layers of a model: all of them, or those that this worker has."""
+    """Writes skills into the layers of a model that this worker has."""
 
     def __init__(self, skills: StoredSkills, block_size: int, share: HeadShare, device: torch.device) -> None:
         self._skills = skills
@@ -27,12 +27,13 @@ class Working:
         self._failed: set[int] = set()
 
     def load(self, loads: Sequence[Load], layers: dict[int, PagedLayer]) -> None:
-        """Write every load. Where a skill cannot be read, its blocks and those behind them are remembered as failed.
+        """Write every load. If a skill cannot be read, its blocks and the later blocks of the load are noted as failed.
 
-        `layers`: by their number in the model.
+        Args:
+            layers: layer number in the model -> the layer's cache.
 
         Raises:
-            UnsupportedModelError: the certificate has no such layer.
+            UnsupportedModelError: a layer number is not among the certificate's layers.
         """
         count = len(self._skills.certificate.layers)
         if strange := sorted(number for number in layers if number >= count):
@@ -51,7 +52,7 @@ class Working:
                     break
 
     def failed(self) -> set[int]:
-        """The blocks that could not be written since this was last asked."""
+        """Return the blocks that could not be written since the last call."""
         failed, self._failed = self._failed, set()
         return failed
 

@@ -1,1 +1,1 @@
-"""What was published, and what our records say of it."""
+"""Published claims, and what our records say about them."""

@@ -1,4 +1,4 @@
-"""A published claim with its status, and whether the records still say so."""
+"""A published claim with its status and its evidence, and a check that the records still support the status."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Bound = Literal["value", "low", "high"]
 
 
 class Status(StrEnum):
-    """What our records say of a claim."""
+    """What our records say about a claim."""
 
     REPRODUCED = "reproduced"
-    """it holds here, by our own measure"""
+    """true here, by our own measure"""
     BOUNDED = "bounded"
-    """it holds within limits that the evidence states"""
+    """true here, within limits that the evidence states"""
     REFUTED = "refuted"
-    """measured as it should be, it does not hold here"""
+    """false here, measured as it should be"""
     NOT_TESTED = "not tested yet"
     NOT_TESTABLE = "not testable here"
 
@@ -38,9 +38,9 @@ class Evidence:
 
     record: str
     figure: str
-    """its path in the record's summary: an interval, or a number"""
+    """the figure's path in the record's summary; an interval or a number"""
     of: str
-    """what the figure is"""
+    """what the figure measures"""
     bound: Bound = "value"
     """which end of the interval must satisfy the condition"""
     at_least: float | None = None
@@ -54,7 +54,7 @@ class Evidence:
 
     @property
     def condition(self) -> str:
-        """As a reader sees it: `low end >= 0.9`."""
+        """The condition as text for a reader, such as `low end >= 0.9`."""
         sign, bar = (">=", self.at_least) if self.at_least is not None else ("<=", self.at_most)
         end = {"value": "", "low": "low end ", "high": "high end "}[self.bound]
         return f"{end}{sign} {bar:g}"
@@ -68,7 +68,7 @@ class Evidence:
         return True
 
     def contradiction(self, records: Mapping[str, Record]) -> str | None:
-        """Why the condition does not hold, in one sentence; None if it does."""
+        """Return one sentence that says why the condition is not met; None if it is met."""
         record = records.get(self.record)
         if record is None:
             return f"there is no record {self.record}"
@@ -102,16 +102,17 @@ class Claim:
             raise ValueError(f"{self.id} is {self.status}, with {len(self.evidence)} conditions on records")
 
     def contradictions(self, records: Mapping[str, Record]) -> list[str]:
-        """What the records say against the status, one sentence each."""
+        """Return one sentence for each piece of evidence that the records contradict."""
         found = (each.contradiction(records) for each in self.evidence)
         return [sentence for sentence in found if sentence is not None]
 
 
 def read_claims(text: str | None = None) -> list[Claim]:
-    """The claims of `claims.toml`, or of a text in its form.
+    """Read the claims of `claims.toml`, or of a text in the same format.
 
     Raises:
-        ValueError: an unknown status, a missing entry, two claims of one id, or evidence that a status does not go with.
+        ValueError: an unknown status, a missing entry, two claims with one id, or a status whose evidence is missing or
+            not allowed.
     """
     if text is None:
         text = files(__package__).joinpath("claims.toml").read_text(encoding="utf-8")

@@ -1,1 +1,1 @@
-"""How sure a finding is: tests, intervals and nulls. Each is scipy's or statsmodels' where they have it."""
+"""Tests, intervals and nulls that say how certain a finding is; scipy's or statsmodels' own where they have them."""

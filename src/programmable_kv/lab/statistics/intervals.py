@@ -1,4 +1,4 @@
-"""Intervals: an exact one for a proportion, and one for any statistic of items that come in clusters."""
+"""Confidence intervals: an exact one for a proportion, and one for any statistic of items that come in clusters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 def clopper_pearson(successes: int, n: int) -> Interval:
-    """A proportion with its exact 95% interval: it covers at least that often, whatever the proportion is."""
+    """Return a proportion with its exact 95% interval, which covers any true proportion at least 95% of the time."""
     from statsmodels.stats.proportion import proportion_confint
 
     if n == 0:
@@ -28,12 +28,12 @@ def cluster_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """A statistic of all items, with a percentile interval from resampling whole clusters (domains, say), seeded.
+    """Return a statistic of all items, with a percentile interval from resampled clusters (domains, say). Seeded.
 
-    For a plain mean `records.cluster_bootstrap` is faster.
+    For a plain mean, `records.cluster_bootstrap` is faster.
 
     Raises:
-        ValueError: fewer than two clusters, which say nothing about how clusters vary.
+        ValueError: there are fewer than two clusters, so nothing shows how clusters vary.
     """
     import numpy as np
 

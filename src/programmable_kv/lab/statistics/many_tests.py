@@ -1,7 +1,7 @@
-"""Many tests at once: which findings of a family stand, and which cells of a map exceed chance.
+"""Corrections for many tests: which findings of a family are significant, and which cells of a map exceed chance.
 
-A map is a table of scores, one row an item and one column a cell (a layer and a position, a head, ...). Its largest cell is
-judged by the largest cell of maps with permuted labels, so that looking at all cells costs what it should.
+A map is a table of scores with a row for each item and a column for each cell (a layer and a position, a head, ...).
+Cells are compared with the largest cell of maps with permuted labels, which corrects for looking at all cells.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values of one family, in the order given: those below q have a false discovery rate of at most q."""
+    """Return a family's adjusted p-values in order; the ones below q have a false discovery rate of at most q."""
     from scipy.stats import false_discovery_control
 
     return [float(p) for p in false_discovery_control(p_values, method="bh")] if len(p_values) else []
@@ -22,26 +22,29 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class MapTest:
-    """What a permutation test says of each cell of a map."""
+    """The result of a permutation test for each cell of a map."""
 
     statistics: Any
-    """[cells] difference of the two labels' means within groups, in units of its spread under permutation"""
+    """[cells] difference between the two labels' means within groups, divided by its spread under permutation"""
     p_values: Any
-    """[cells] adjusted for looking at every cell"""
+    """[cells] p-values, adjusted for looking at every cell"""
     threshold: float
-    """the largest cell of a map with permuted labels exceeds this in 5% of the permutations"""
+    """the largest absolute statistic of a map with permuted labels exceeds this in 5% of the permutations"""
 
 
 def permute_map(
     scores: Any, labels: Sequence[bool], groups: Sequence[str], *, permutations: int = 1000, seed: int = 0
 ) -> MapTest:
-    """Which cells tell two labels apart? Labels are permuted within each group (a domain), so that groups may differ.
+    """Test which cells differ between two labels, by permuting labels within each group (a domain). Groups may differ.
 
-    `scores` [items, cells]. The p-value of a cell counts the permutations whose largest cell is as large (Westfall and Young,
+    The p-value of a cell is the share of permutations whose largest cell is at least as large (Westfall and Young,
     Resampling-Based Multiple Testing, 1993, section 2.6: single-step max-T). Seeded.
 
+    Args:
+        scores: [items, cells].
+
     Raises:
-        ValueError: not one label and group for each item, or no group has both labels.
+        ValueError: the numbers of items, labels and groups differ, or no group has both labels.
     """
     table = np.asarray(scores, dtype=float)
     marked, members = np.asarray(labels, dtype=bool), np.asarray(groups)
@@ -58,7 +61,7 @@ def permute_map(
     for row in range(permutations + 1):
         for part in parts:
             given = marked[part] if row == 0 else rng.permutation(marked[part])
-            # Within a group: mean of the marked minus mean of the others, weighted by the size of the group.
+            # Within a group: mean of the marked items minus mean of the others, weighted by the group's size.
             ones = given.sum()
             mixed = 0 < ones < len(part)
             weights[row, part] = np.where(given, 1 / ones, -1 / (len(part) - ones)) * len(part) if mixed else 0.0

@@ -1,6 +1,6 @@
-"""A band of what no change looks like: the same cell measured under another dtype or attention kernel.
+"""Null bands: the range of a measure when only the dtype or the attention kernel changes.
 
-A similarity of 0.98 says nothing by itself. If a change of the kernel alone gives 0.999 at worst, then 0.98 is a difference.
+A similarity of 0.98 says nothing by itself. If a change of the kernel alone gives 0.999 at worst, 0.98 is a difference.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class NullBand:
-    """The range of a measure where nothing but the arithmetic differs."""
+    """The range of a measure when only the arithmetic differs."""
 
     low: float
     high: float
@@ -20,19 +20,19 @@ class NullBand:
     """what differed: a dtype, an attention kernel"""
 
     def holds(self, value: float) -> bool:
-        """Whether a value cannot be told from no change."""
+        """Return whether the band contains a value, which then cannot be distinguished from no change."""
         return self.low <= value <= self.high
 
     def position(self, value: float) -> str:
-        """`inside`, `below` or `above` the band."""
+        """Return where a value lies: `inside`, `below` or `above` the band."""
         return "inside" if self.holds(value) else "below" if value < self.low else "above"
 
 
 def null_band(measured: Mapping[str, Sequence[float]]) -> NullBand:
-    """The band of a measure between the reference and each variant: its full range, over all variants and items.
+    """Return the full range, over all variants and items, of a measure between the reference and each variant.
 
     Raises:
-        ValueError: nothing was measured, or something that is no number.
+        ValueError: there are no values, or a value is NaN.
     """
     values = [float(value) for each in measured.values() for value in each]
     if not values or any(value != value for value in values):

@@ -1,7 +1,7 @@
-"""Two arms on the same items: is one better (McNemar), or are both equally good (TOST)?
+"""Compares two arms on the same items: tests whether one is better (McNemar) or both are equally good (TOST).
 
-An arm's outcome on an item is right or wrong, so a pair of arms is a table of four counts; only the items on which the arms
-differ tell them apart.
+An arm's outcome on an item is right or wrong, so a pair of arms is a table of four counts. Only the items on which the
+arms differ tell the arms apart.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class PairedCounts:
-    """On how many items both arms, one of them, or neither is right."""
+    """The numbers of items on which both arms, only one arm, or neither arm is right."""
 
     both: int
     only_first: int
@@ -24,7 +24,7 @@ class PairedCounts:
     def of(cls, first: Sequence[bool], second: Sequence[bool]) -> PairedCounts:
         """
         Raises:
-            ValueError: the arms have not the same items.
+            ValueError: the arms have different numbers of items.
         """
         pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
         return cls(*(pairs.count(kind) for kind in ((True, True), (True, False), (False, True), (False, False))))
@@ -41,14 +41,14 @@ class PairedCounts:
 
 @dataclass(frozen=True, slots=True)
 class Equivalence:
-    """Two one-sided tests: the arms differ by less than the margin if `p` is small."""
+    """The result of two one-sided tests: the arms differ by less than the margin if `p` is small."""
 
     difference: float
     margin: float
     p_lower: float
-    """of: the difference is at most -margin"""
+    """p-value of the hypothesis that the difference is at most -margin"""
     p_upper: float
-    """of: the difference is at least margin"""
+    """p-value of the hypothesis that the difference is at least margin"""
 
     @property
     def p(self) -> float:
@@ -56,7 +56,7 @@ class Equivalence:
 
 
 def mcnemar(counts: PairedCounts) -> float:
-    """The exact two-sided p-value of: both arms are right equally often. 1 where they never differ."""
+    """Return the exact two-sided p-value for both arms being right equally often; 1 if they never differ."""
     from statsmodels.stats.contingency_tables import mcnemar as exact
 
     table = [[counts.both, counts.only_first], [counts.only_second, counts.neither]]
@@ -64,9 +64,10 @@ def mcnemar(counts: PairedCounts) -> float:
 
 
 def tost_paired(counts: PairedCounts, margin: float) -> Equivalence:
-    """Do two arms on the same items differ by less than `margin`, as shares of the items?
+    """Test whether two arms on the same items differ by less than `margin`, as shares of the items.
 
-    Score tests, which keep their level with few or no differing items, where a t-test on differences divides by zero.
+    Uses score tests. They keep their level with few or no differing items, where a t-test on differences divides by
+    zero.
     Source: Tango, Statistics in Medicine 17 (1998), equation 5.
 
     Raises:
@@ -79,7 +80,9 @@ def tost_paired(counts: PairedCounts, margin: float) -> Equivalence:
 
 
 def tost_independent(right: tuple[int, int], n: tuple[int, int], margin: float) -> Equivalence:
-    """Do the proportions of two samples of different items differ by less than `margin`? Score tests (Miettinen, Nurminen).
+    """Test whether the proportions of two samples of different items differ by less than `margin`.
+
+    Uses score tests (Miettinen, Nurminen).
 
     Raises:
         ValueError: a sample is empty, or the margin is not between 0 and 1.
@@ -93,10 +96,10 @@ def tost_independent(right: tuple[int, int], n: tuple[int, int], margin: float) 
 
 
 def tost_differences(differences: Sequence[float], margin: float) -> Equivalence:
-    """Is the mean of paired differences (of gaps, say) within the margin? Two t-tests.
+    """Test whether the mean of paired differences (of gaps, say) is within the margin, with two t-tests.
 
     Raises:
-        ValueError: fewer than two differences, or all are equal: there is no spread to judge by.
+        ValueError: there are fewer than two differences, or all are equal, so there is no spread to judge by.
     """
     from scipy.stats import ttest_1samp
 
@@ -115,11 +118,11 @@ def _check(margin: float, n: int) -> None:
 
 
 def _score(counts: PairedCounts, delta: float) -> float:
-    """Tango's score statistic of: the difference is `delta`. Standard normal if it is."""
+    """Return Tango's score statistic for a true difference of `delta`. It is standard normal if `delta` is true."""
     n, b, c = counts.n, counts.only_first, counts.only_second
     linear = -b - c + (2 * n - b + c) * delta
     constant = -c * delta * (1 - delta)
-    # The likeliest share of items on which only the second arm is right, given the difference.
+    # The maximum-likelihood share of items on which only the second arm is right, given the difference.
     share = (math.sqrt(max(0.0, linear**2 - 8 * n * constant)) - linear) / (4 * n)
     variance = n * (2 * share + delta * (1 - delta))
     excess = b - c - n * delta

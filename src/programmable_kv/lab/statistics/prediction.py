@@ -1,7 +1,7 @@
-"""Can an outcome be predicted from features, in groups that the predictor never saw? By the area under the ROC curve.
+"""Measures how well features predict an outcome in groups that the predictor never saw (area under the ROC curve).
 
-Pooled over left-out groups, chance is not exactly one half: a group with many failures was left out of a training set that
-therefore has few. So the null is measured: the same with labels permuted within each group.
+Pooled over left-out groups, chance is not exactly one half: if the left-out group has many failures, its training set
+has few. So the null is measured, by the same procedure with labels permuted within each group.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from programmable_kv.lab.statistics.intervals import cluster_interval
 from programmable_kv.records import Interval
 
 STRENGTH = 0.1
-"""inverse of the L2 penalty: with few failures, a weaker one fits noise"""
+"""inverse of the L2 penalty; with few failures, a weaker penalty fits noise"""
 
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """How well an outcome is ranked in held-out groups."""
+    """How well a predictor ranks items of held-out groups by an outcome."""
 
     auc: Interval
-    """with a bootstrap of groups; 1: every failure is ranked above every success"""
+    """area under the curve, with an interval from a bootstrap of groups; 1: every failure ranks above every success"""
     chance: float
-    """mean over permuted labels"""
+    """mean area with permuted labels"""
     chance_high: float
-    """95% of the permutations are below"""
+    """95% quantile of the area with permuted labels"""
     p: float
 
 
 def area(scores: Sequence[float], labels: Sequence[bool]) -> float:
-    """The chance that an item with the label has a higher score than one without it; ties count half.
+    """Return the probability that an item with the label scores higher than one without it; ties count half.
 
     Raises:
-        ValueError: not both labels occur.
+        ValueError: only one of the labels occurs.
     """
     from scipy.stats import rankdata
 
@@ -50,7 +50,9 @@ def area(scores: Sequence[float], labels: Sequence[bool]) -> float:
 
 
 def held_out_scores(features: Any, labels: Sequence[bool], groups: Sequence[str]) -> Any:
-    """[items] log-odds of the label by logistic regression on standardised features [items, d], fit on the other groups.
+    """Return [items] log-odds of the label, by logistic regression on standardised features [items, d].
+
+    Each group's items are scored by a regression that was fit on the other groups; 0 if these have only one label.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.
@@ -73,10 +75,10 @@ def held_out_scores(features: Any, labels: Sequence[bool], groups: Sequence[str]
 def predicted(
     features: Any, labels: Sequence[bool], groups: Sequence[str], *, permutations: int = 100, seed: int = 0
 ) -> Predicted:
-    """Rank items of each group by a predictor that was fit on the others. Seeded.
+    """Rank the items of each group by a predictor that was fit on the other groups. Seeded.
 
     Raises:
-        ValueError: not both labels occur, or there is one group.
+        ValueError: only one of the labels occurs, or there is only one group.
         MissingExtraError: scikit-learn is not installed.
     """
     scores = held_out_scores(features, labels, groups)
@@ -101,5 +103,5 @@ def predicted(
 
 def _area_of(items: Sequence[tuple[float, bool]]) -> float:
     scores, labels = zip(*items, strict=True)
-    # A resample without failures says nothing either way.
+    # A resample with only one label has no area, so it counts as chance.
     return area(scores, labels) if 0 < sum(labels) < len(labels) else 0.5

@@ -1,1 +1,1 @@
-"""Interventions in forwards and caches, and what is read from them. Every intervention is a context that takes itself back."""
+"""Interventions in forwards and caches, and measurements. Every intervention is a context manager that undoes it."""

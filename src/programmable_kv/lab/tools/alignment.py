@@ -1,4 +1,4 @@
-"""Distributed alignment search: the subspace along which other activations change a decision as a hypothesis says they should.
+"""Distributed alignment search: finds the subspace along which other activations change a decision as predicted.
 
 Source: Geiger et al., Finding Alignments Between Interpretable Causal Variables (arXiv 2303.02536), section 3.
 """
@@ -17,20 +17,20 @@ from programmable_kv.lab.tools.changes import interchanged
 from programmable_kv.lab.tools.sites import Site, changed
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
-"""logits of the last row [vocabulary] -> how far they are from what the hypothesis predicts"""
+"""logits of the last row [vocabulary] -> their distance from what the hypothesis predicts"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Exchange:
-    """One interchange: rows appended to a context, other activations for some of them, and what should follow."""
+    """One interchange: rows appended to a context, other activations for some of them, and the loss of the outcome."""
 
     buffer: KVBuffer
     rows: Rows
     values: torch.Tensor
-    """[n, d] of the site, from the other context"""
+    """[n, d] activations of the site in the other context"""
     loss: Loss
     slots: tuple[int, ...] | None = None
-    """of the n rows that are changed; None: the last one"""
+    """slots of the n rows that are changed; None: the last row"""
 
     @property
     def where(self) -> tuple[int, ...]:
@@ -61,15 +61,15 @@ def align(
 ) -> Alignment:
     """Learn a subspace by gradient descent over orthonormal bases (Adam on a QR parametrisation, seeded).
 
-    Args:
-        start: [d, k], where to begin; random when None.
-        batch: exchanges of one step, drawn anew in each; all when None.
-
-    Fit on some domains, score with `expected_loss` on others, beside random subspaces (`nulls.random_basis`).
+    Fit on some domains, score with `expected_loss` on others, and compare with random subspaces (`nulls.random_basis`).
     Buffers and model are unchanged.
 
+    Args:
+        start: [d, k], the initial basis; random when None.
+        batch: how many exchanges are drawn at random for each step; all when None.
+
     Raises:
-        InvalidArgumentError: no exchanges, more dimensions than the activation has, or a start of another shape.
+        InvalidArgumentError: there are no exchanges, `dimensions` is not in [1, d], or `start` has another shape.
     """
     if not exchanges or not 0 < dimensions <= exchanges[0].values.shape[-1]:
         raise InvalidArgumentError(f"cannot fit {dimensions} dimensions to {len(exchanges)} exchanges")
@@ -92,7 +92,7 @@ def align(
             with changed(engine, each.buffer, site, interchanged(each.values, basis), each.where):
                 with engine.graph(each.buffer, each.rows) as graph:
                     loss = each.loss(graph.logits[-1])
-                    # Of the basis alone: the model's parameters get no gradients.
+                    # Only the basis gets a gradient, not the model's parameters.
                     gradient += torch.autograd.grad(loss, free)[0] / len(drawn)
                 total += float(loss.detach()) / len(drawn)
         free.grad = gradient
@@ -103,7 +103,7 @@ def align(
 
 
 def expected_loss(engine: Engine, site: Site, exchanges: Sequence[Exchange], basis: torch.Tensor) -> float:
-    """The mean loss of exchanges along a given subspace. Nothing is changed."""
+    """Return the mean loss of exchanges along a given subspace. Buffers and model are unchanged."""
     total = 0.0
     for each in exchanges:
         with changed(engine, each.buffer, site, interchanged(each.values, basis), each.where):

@@ -1,11 +1,12 @@
-"""First-order attribution: which cached rows, and which heads, would move a decision if they were the other context's?
+"""First-order attribution: estimates how much each cached row and each head would move a decision if it were patched.
 
-One forward and one backward rank every (layer, KV head, slot) at once; the exact effect is then computed for the first of the
-ranking only. What is first-order is the effect of a layer's attention output on the decision. What a patch does to that output
-is exact: the softmax is computed anew, as a saturated one hides what a gradient through it would miss.
+One forward and one backward rank every (layer, KV head, slot) at once, so that exact effects need to be computed only
+for the top of the ranking. The effect of a layer's attention output on the decision is a first-order estimate. The
+effect of a patch on
+that output is exact: the softmax is recomputed, because a gradient through a saturated softmax misses effects.
 
-With `drop`, one more gradient for each layer: in each, no gradient passes through what one layer adds, and the score is the
-mean of the absolute effects. An effect that another one cancels shows then.
+With `drop`, there is one more gradient for each layer. In it, no gradient passes through what that layer adds. The
+score is the mean of the absolute effects, which also shows an effect that another one cancels.
 Source: Kramar et al., AtP* (arXiv 2403.00745), sections 3.1 and 3.2.
 """
 
@@ -27,22 +28,22 @@ from programmable_kv.errors import InvalidArgumentError, UnsupportedModelError
 from programmable_kv.lab.tools.copies import copied
 
 Target = Callable[[torch.Tensor], torch.Tensor]
-"""logits of the last row [vocabulary] -> the number that is to be explained (a gap)"""
+"""logits of the last row [vocabulary] -> the number to explain (a gap)"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attribution:
-    """Estimated effects on the target."""
+    """Estimated effects of patches on the target."""
 
     rows: torch.Tensor
-    """[L, H, S] of patching a slot's key and value in one layer and KV head (with `drop`, without sign)"""
+    """[L, H, S] effect of patching a slot's key and value in one layer and KV head (with `drop`, without sign)"""
     linear: torch.Tensor
-    """[L, H, S] of the same by plain gradients: kept for comparison"""
+    """[L, H, S] effect of the same patches by plain gradients, for comparison"""
     heads: torch.Tensor | None
-    """[L, query heads] of patching a head's output in the last row; None without `head_outputs`"""
+    """[L, query heads] effect of patching a head's output in the last row; None without `head_outputs`"""
 
     def by_slot(self) -> torch.Tensor:
-        """[S]: a slot in all layers and heads."""
+        """Return each slot's effect, summed over all layers and heads, [S]."""
         return self.rows.sum(dim=(0, 1))
 
 
@@ -56,18 +57,19 @@ def attribute(
     drop: bool = False,
     head_outputs: Sequence[torch.Tensor] | None = None,
 ) -> Attribution:
-    """Attribute to every cached row what it would do to the target, if it were the source's.
-
-    Args:
-        source: the other context; its slots stand at the same positions.
-        rows: what is appended to be computed; the last row decides.
-        head_outputs: of the source's last row, in each layer, [heads, D_v] (`recorded` gives them).
+    """Estimate how much the target would change if each cached row were replaced by the source's.
 
     The buffer is unchanged.
 
+    Args:
+        source: the other context; its slots have the same positions.
+        rows: rows to append and compute; the target is computed from the last one.
+        drop: whether to add a gradient for each layer (see the module's docstring).
+        head_outputs: head outputs of the source's last row in each layer, [heads, D_v] (see `recorded`).
+
     Raises:
         InvalidArgumentError: the two contexts do not have the same slots.
-        UnsupportedModelError: the model's cached keys and values are not those of its attention (MLA).
+        UnsupportedModelError: the model caches something else than the keys and values of its attention (MLA).
     """
     past = buffer.length
     if source.length < past or not torch.equal(source.positions[:past], buffer.positions):
@@ -90,7 +92,7 @@ def attribute(
         linear = torch.stack([_linear(plain, graph, source, layer) for layer in range(layers)])
         heads = None if head_outputs is None else _head_effects(plain, watched, head_outputs)
     if drop:
-        # A layer that is dropped shows no effect of its own, so each layer's mean is over the others.
+        # A dropped layer shows no effect of its own, so each layer's mean is over the other layers.
         slopes = _dropped(engine, buffer, rows, target)
         every = [_effects(g, c, kept).abs().sum(dim=0) for g, c in zip(slopes, changes, strict=True)]
         by_row = torch.stack(every) / max(1, layers - 1)
@@ -98,9 +100,10 @@ def attribute(
 
 
 def _dropped(engine: Engine, buffer: KVBuffer, rows: Rows, target: Target) -> list[torch.Tensor]:
-    """The gradients [dropped layers, heads * D_v] of each layer's heads in the last row, one layer after the other dropped.
+    """Return each layer's gradients [dropped layers, heads * D_v] of its heads in the last row, by the dropped layer.
 
-    All in one forward and one backward: for each dropped layer a copy of the rows, through which no gradient passes there.
+    All are computed in one forward and one backward. Each dropped layer has a copy of the rows, in which the layer
+    passes no gradient.
     """
     count = len(buffer)
     with (
@@ -115,12 +118,12 @@ def _dropped(engine: Engine, buffer: KVBuffer, rows: Rows, target: Target) -> li
 @dataclass(frozen=True, slots=True, eq=False)
 class _Watched:
     heads: list[torch.Tensor]
-    """the input of each layer's output projection, [1, T, heads * D_v]"""
+    """input of each layer's output projection, [1, T, heads * D_v]"""
 
 
 @contextmanager
 def _watched(engine: Engine, buffer: KVBuffer, *, copies: int = 0) -> Iterator[_Watched]:
-    """Keep the heads' outputs of this buffer's forward; of copies of rows, let no gradient pass what layer i adds in copy i."""
+    """Record head outputs of this buffer's forward. In copy i of the rows, block the gradient of what layer i adds."""
     modules = DecoderModules.of(engine.model)
     watched = _Watched([])
     handles = []
@@ -157,10 +160,11 @@ def _watched(engine: Engine, buffer: KVBuffer, *, copies: int = 0) -> Iterator[_
 
 @torch.no_grad()
 def _output_changes(graph: Graph, source: KVBuffer, layer: int) -> torch.Tensor:
-    """What patching each slot alone does to what the last row's heads read: [heads, S, D_v]. Exact.
+    """Return the exact change of the last row's head outputs when each slot alone is patched, [heads, S, D_v].
 
-    Without slot p, a head reads the others with a total weight of e^l. With a new score s and value v it reads
-    u v + (1 - u) (the others), where u = sigmoid(s - l). No weight is divided out of a softmax in which it is nearly all.
+    Without slot p, the other slots have a total weight of e^l, and a head's output is o. With a new score s and value v
+    for slot p, the output is u v + (1 - u) o, where u = sigmoid(s - l). So no softmax weight of nearly 1 is divided
+    out.
     """
     last: LastRow = graph.last[layer]
     kept, past = graph.keys[layer].shape[1:3]
@@ -172,7 +176,7 @@ def _output_changes(graph: Graph, source: KVBuffer, layer: int) -> torch.Tensor:
     values = by_query_head(graph.read[layer])
     others, read_others, read = _without_each(last.scores, values, past)
     scores = [_scores(last, by_query_head(keys)) for keys in (graph.keys[layer], source.keys(layer)[:, :, :past])]
-    # What else was added to a score (a bias by position) stays.
+    # Anything else that was added to a score (a bias by position) is kept.
     now = last.scores[:, :past] + scores[1] - scores[0]
     share = torch.sigmoid(now - others)[..., None]
     changed = share * by_query_head(source.values(layer)[:, :, :past]) + (1 - share) * read_others
@@ -182,15 +186,17 @@ def _output_changes(graph: Graph, source: KVBuffer, layer: int) -> torch.Tensor:
 def _without_each(
     scores: torch.Tensor, values: torch.Tensor, past: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For each of the first `past` slots, the log of the others' total weight [heads, S] and what is read of them
-    [heads, S, D_v]; and what is read of all, [heads, D_v].
+    """Return head outputs without each of the first `past` slots.
+
+    These are the log of the other slots' total weight [heads, S], the output from the other slots [heads, S, D_v], and
+    the output from all slots [heads, D_v].
     """
     weights = scores.softmax(dim=-1)
     read = (weights[:, None] @ values)[:, 0]
     own = weights[:, :past]
     total = torch.logsumexp(scores, dim=-1, keepdim=True) + torch.log1p(-own.clamp_max(0.5))
     others = (read[:, None] - own[..., None] * values[:, :past]) / (1 - own.clamp_max(0.5))[..., None]
-    # At most one slot of a head has more than half of its weight. There the difference would cancel.
+    # At most one slot of a head has more than half of the weight. For it, the subtraction above would cancel digits.
     for head, slot in (own > 0.5).nonzero().tolist():
         rest = scores[head].clone()
         rest[slot] = float("-inf")
@@ -200,13 +206,13 @@ def _without_each(
 
 
 def _scores(last: LastRow, keys: torch.Tensor) -> torch.Tensor:
-    """The last row's scores of keys [heads, S, D]: [heads, S]."""
+    """Return the last row's attention scores [heads, S] for keys [heads, S, D]."""
     scores = (keys @ last.query.to(keys.dtype)[:, :, None])[..., 0] * last.scaling
     return scores if last.softcap is None else torch.tanh(scores / last.softcap) * last.softcap
 
 
 def _effects(gradients: torch.Tensor, changes: torch.Tensor, kept_heads: int) -> torch.Tensor:
-    """[n, H, S] effects by KV head, from gradients [n, heads * D_v] and changes [heads, S, D_v] of the last row."""
+    """Return effects by KV head [n, H, S], from last-row gradients [n, heads * D_v] and changes [heads, S, D_v]."""
     heads, past, width = changes.shape
     slopes = gradients.view(-1, heads, width).to(changes.dtype)
     by_query_head = torch.einsum("nhd,hsd->nhs", slopes, changes)
@@ -214,7 +220,7 @@ def _effects(gradients: torch.Tensor, changes: torch.Tensor, kept_heads: int) ->
 
 
 def _linear(gradients: Sequence[torch.Tensor], graph: Graph, source: KVBuffer, layer: int) -> torch.Tensor:
-    """[H, S]: the gradient of each key and value times its change."""
+    """Return the gradient of each key and value times its change, summed: [H, S]."""
     layers, past = len(graph.keys), graph.keys[layer].shape[2]
     slope_k, slope_v = gradients[layers + layer], gradients[2 * layers + layer]
     change_k = source.keys(layer)[:, :, :past] - graph.keys[layer].detach()
@@ -225,7 +231,7 @@ def _linear(gradients: Sequence[torch.Tensor], graph: Graph, source: KVBuffer, l
 def _head_effects(
     gradients: Sequence[torch.Tensor], watched: _Watched, head_outputs: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """[L, heads]: the gradient of each head's output in the last row times its change."""
+    """Return the gradient of each head's output in the last row times its change: [L, heads]."""
     effects = []
     for gradient, own, other in zip(gradients, watched.heads, head_outputs, strict=False):
         change = other.to(own) - own.detach()[0, -1].view(other.shape)

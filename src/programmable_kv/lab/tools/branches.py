@@ -1,8 +1,8 @@
-"""Continuations of one context computed side by side in one forward, each with rows and with sights of its own.
+"""Computes several continuations (branches) of one context in one forward, each with its own rows and its own mask.
 
-The rows of a branch stand behind the context in slots of their own. By its mask a branch sees the context, without the slots
-that it cannot read, and of all branches itself alone. So a branch costs its rows and not a forward. Exact: equal to computing
-the branches one after the other.
+The rows of a branch have their own slots behind the context. Its mask lets a branch see the context without the slots
+that it cannot read, and no other branch. So a branch costs its rows instead of a forward. The result is exact: it
+equals computing the branches one after the other.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from programmable_kv.lab.tools.masks import masked
 from programmable_kv.lab.tools.together import require_rotary
 
 _ROWS = 192
-"""of one forward"""
+"""most rows of one forward"""
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Tokens to compute, at ascending positions, and what they cannot read."""
+    """Tokens to compute, at ascending positions, and the slots that they cannot read."""
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
     unread: tuple[int, ...] = ()
-    """slots of the context that no row of it reads"""
+    """slots that no row of the branch reads in `layers`"""
     layers: tuple[int, ...] | None = None
-    """where `unread` holds; None: in all layers"""
+    """layers in which `unread` applies; None: all"""
     absent: tuple[int, ...] = ()
-    """slots that it reads in no layer: rows that stand for others, or belong to another branch"""
+    """slots that the branch reads in no layer: rows that replace others, or rows of another branch"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grown:
-    """What came of a branch."""
+    """The result of a branch."""
 
     slots: tuple[int, ...]
-    """of its rows, as long as they are kept"""
+    """slots of the branch's rows, valid as long as the rows are kept"""
     logits: torch.Tensor
-    """[rows, vocabulary], or of the last row alone, [1, vocabulary]"""
+    """[rows, vocabulary], or [1, vocabulary] for only the last row"""
 
 
 class Branching:
-    """The branches of one buffer. Made by `branching`."""
+    """Computes the branches of one buffer. Made by `branching`."""
 
     def __init__(self, engine: Engine, buffer: KVBuffer) -> None:
         self._engine, self._buffer = engine, buffer
@@ -61,8 +61,10 @@ class Branching:
         self._seen: dict[tuple[Reach, int | None, tuple[int, ...]], torch.Tensor] = {}
 
     def beside(self, layers: Sequence[Overwrite], positions: Sequence[int]) -> tuple[int, ...]:
-        """Put keys and values of tokens at these positions behind the context: their slots. Every branch sees them that is
-        not told that they are absent."""
+        """Append keys and values of tokens at these positions to the context, and return their slots.
+
+        A branch sees them unless it lists them in `absent` or `unread`.
+        """
         first = self._buffer.length
         slots = tuple(range(first, first + len(positions)))
         with self._buffer.writing(slots, positions):
@@ -71,10 +73,10 @@ class Branching:
         return slots
 
     def last(self, branches: Sequence[Branch]) -> torch.Tensor:
-        """The logits of each branch's last row, [branches, vocabulary]. The buffer is unchanged.
+        """Return the logits of each branch's last row, [branches, vocabulary]. The buffer is unchanged.
 
         Raises:
-            InvalidArgumentError: as `grown`.
+            InvalidArgumentError: see `grown`.
         """
         found, start = [], 0
         while start < len(branches):
@@ -88,13 +90,14 @@ class Branching:
         return torch.cat(found) if found else torch.empty(0)
 
     def grown(self, branches: Sequence[Branch], *, every: bool = True) -> list[Grown]:
-        """Compute branches in one forward. Their rows are kept: a later branch sees them that is not told otherwise.
+        """Compute branches in one forward. Their rows are kept, and a later branch sees them unless it excludes them.
 
         Args:
-            every: the logits of all rows, not only of each branch's last one.
+            every: whether to return the logits of all rows, not only of each branch's last row.
 
         Raises:
-            InvalidArgumentError: a branch has no rows, not a position for each, or names a slot that is not in use.
+            InvalidArgumentError: a branch has no rows, has not one position for each, or names a slot that is not in
+                use.
         """
         used = self._buffer.length
         for each in branches:
@@ -102,7 +105,7 @@ class Branching:
                 raise InvalidArgumentError(f"a branch has a position for each of its tokens, one at least: {each}")
             if not set(each.unread + each.absent) <= set(range(used)):
                 raise InvalidArgumentError(f"a branch cannot read slots that are not among the {used} in use: {each}")
-        # The last rows last, whose logits are asked for, and positions ascending among them.
+        # Each branch's last row goes to the end, where its logits are asked for. Positions ascend in both groups.
         order = sorted(
             (row == len(each.ids) - 1, position, number, row)
             for number, each in enumerate(branches)
@@ -125,7 +128,7 @@ class Branching:
         return found
 
     def allowed(self, layer: int, slots: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        """[1, T, S] booleans: what the rows of the forward now running see in a layer."""
+        """Return what the rows of the running forward see in a layer, booleans [1, T, S]."""
         rule = self._buffer.layout.layers[layer]
         blocked = tuple(n for n, each in enumerate(self._branches) if each.layers is None or layer in each.layers)
         key = (rule.reach, rule.window, blocked)
@@ -144,11 +147,13 @@ class Branching:
 
 @contextmanager
 def branching(engine: Engine, buffer: KVBuffer) -> Iterator[Branching]:
-    """Inside the block branches of this buffer are computed; at its end all is taken back. No other forwards of it run inside.
+    """Yield a `Branching` that computes branches of this buffer. At the end of the block the buffer is rolled back.
+
+    Run no other forwards of the buffer inside the block.
 
     Raises:
         InvalidArgumentError: the buffer is empty.
-        UnsupportedModelError: attention depends on positions by more than the keys and the mask.
+        UnsupportedModelError: attention depends on positions in other ways than through the keys and the mask.
     """
     require_rotary(engine, buffer)
     found = Branching(engine, buffer)

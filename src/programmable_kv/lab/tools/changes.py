@@ -1,7 +1,7 @@
-"""What may be done to activations: pure functions of rows.
+"""Changes to activations, as pure functions of rows.
 
-`basis` is [d, k] with orthonormal columns. Rows are [n, d], or [n, heads, d] where heads are changed; values have the
-same shape (or one that broadcasts to it), in the order of the slots given.
+`basis` is [d, k] with orthonormal columns. Rows are [n, d], or [n, heads, d] for head outputs. Values have the same
+shape, or one that broadcasts to it, in the order of the given slots.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _ORTHONORMAL = 1e-4
 
 
 def replaced(values: torch.Tensor) -> Change:
-    """Put other activations [slots, ...] in place: a patch, or with their mean an ablation."""
+    """Replace the rows by other activations [slots, ...]: a patch, or an ablation if `values` is a mean."""
     return lambda rows, which: values.to(rows)[which].expand_as(rows)
 
 
 def ablated(samples: torch.Tensor) -> Change:
-    """Put the mean of samples [m, ...] in place of every row."""
+    """Replace every row by the mean of samples [m, ...]."""
     mean = samples.mean(dim=0)
     return lambda rows, _: mean.to(rows).expand_as(rows)
 
@@ -33,7 +33,7 @@ def added(direction: torch.Tensor, scale: float = 1.0) -> Change:
 
 
 def projected_out(basis: torch.Tensor, origin: torch.Tensor | None = None) -> Change:
-    """Remove what lies along a subspace; with an `origin` [d], set it to the origin's."""
+    """Remove the component along a subspace; with an `origin` [d], set it to the origin's component."""
     columns = _orthonormal(basis)
 
     def change(rows: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def projected_out(basis: torch.Tensor, origin: torch.Tensor | None = None) -> Ch
 
 
 def interchanged(values: torch.Tensor, basis: torch.Tensor) -> Change:
-    """Along a subspace, what other activations [slots, ...] have; the rows' own elsewhere.
+    """Replace only the rows' component along a subspace, by that of other activations [slots, ...].
 
     Source: Geiger et al., Finding Alignments Between Interpretable Causal Variables (arXiv 2303.02536), section 3.
     """
@@ -53,7 +53,7 @@ def interchanged(values: torch.Tensor, basis: torch.Tensor) -> Change:
 
 
 def of_heads(change: Change, heads: Sequence[int]) -> Change:
-    """Change some heads of rows [n, heads, d] only; `change` sees [n, len(heads), d]."""
+    """Apply a change only to some heads of rows [n, heads, d]; `change` gets [n, len(heads), d]."""
     chosen = torch.tensor(list(heads))
 
     def some(rows: torch.Tensor, which: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Some rows of a context computed again many times in one forward, each time with other activations.
+"""Recomputes some rows of a context many times in one forward, each time with other activations.
 
-Each copy of the rows stands behind the context in slots of its own. By its mask it sees the context without the rows that it
-stands for, and of the copies itself alone. So an intervention costs a few rows and not a forward. Exact: equal to computing the
-rows in their places, one intervention after the other.
+Each copy of the rows has its own slots behind the context. Its mask lets it see the context without the rows that it
+replaces, and no other copy. So an intervention costs a few rows instead of a forward. The result is exact: it equals
+computing the rows in place, one intervention after the other.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from programmable_kv.lab.tools.sites import Place, Site, all_changed
 from programmable_kv.lab.tools.together import require_rotary
 
 _ROWS = 192
-"""of one forward"""
+"""most rows of one forward"""
 _Edit = tuple[Site, Change, Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Exchanged:
-    """Of one copy: the residual stream of all rows but the last before a layer, [rows - 1, d]."""
+    """One copy's intervention: the residual stream before a layer, [rows - 1, d], for all rows except the last."""
 
     layer: int
     streams: torch.Tensor
@@ -39,21 +39,22 @@ class Exchanged:
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
-    """Of one copy: which heads have read something else in all rows but the last, and which heads of the last row read that."""
+    """One copy's intervention: heads with replaced outputs in all rows but the last, and heads that read these rows."""
 
     heads: tuple[Head, ...]
     readers: tuple[Head, ...] | None = None
-    """these heads of the last row read the copy's rows, all others the rows that they stand for; None: all read the copy's"""
+    """heads of the last row that read the copy's rows, while all others read the original rows; None: all heads"""
 
 
 def computed_in_copies(engine: Engine, buffer: KVBuffer, rows: Rows, exchanges: Sequence[Exchanged]) -> torch.Tensor:
-    """The logits of the last of some rows under each exchange, [exchanges, vocabulary]. The buffer is unchanged.
+    """Return the last row's logits under each exchange, [exchanges, vocabulary]. The buffer is unchanged.
 
-    `rows` are in use, but the last one may stand behind the context.
+    Args:
+        rows: rows whose slots are in use; the last row may also be a new one behind the context.
 
     Raises:
-        InvalidArgumentError: there is one row only, or streams of another number of rows.
-        UnsupportedModelError: attention depends on positions by more than the keys and the mask.
+        InvalidArgumentError: there is only one row, or the streams have another number of rows.
+        UnsupportedModelError: attention depends on positions in other ways than through the keys and the mask.
     """
     require_rotary(engine, buffer)
     if len(rows) < 2 or any(len(each.streams) != len(rows) - 1 for each in exchanges):
@@ -73,17 +74,18 @@ def computed_in_copies(engine: Engine, buffer: KVBuffer, rows: Rows, exchanges: 
 def rewritten_in_copies(
     engine: Engine, buffer: KVBuffer, rows: Rows, outputs: torch.Tensor, several: Sequence[Rewritten]
 ) -> torch.Tensor:
-    """The logits of the last of some rows where heads of the others have read what `outputs` says, [several, vocabulary].
-
-    Args:
-        rows: they are in use, but the last one may stand behind the context.
-        outputs: what heads have read in all rows but the last, [L, rows - 1, heads, D_v]; taken where a copy names the head.
+    """Return the last row's logits when outputs of heads in the other rows are replaced, [several, vocabulary].
 
     The buffer is unchanged.
 
+    Args:
+        rows: rows whose slots are in use; the last row may also be a new one behind the context.
+        outputs: head outputs of all rows except the last, [L, rows - 1, heads, D_v]; a copy takes those of the heads it
+            names.
+
     Raises:
-        InvalidArgumentError: there is one row only, outputs of another number of rows, or a head does not exist.
-        UnsupportedModelError: attention depends on positions by more than the keys and the mask.
+        InvalidArgumentError: there is only one row, the outputs have another number of rows, or a head does not exist.
+        UnsupportedModelError: attention depends on positions in other ways than through the keys and the mask.
     """
     require_rotary(engine, buffer)
     if len(rows) < 2 or outputs.shape[1] != len(rows) - 1:
@@ -100,13 +102,13 @@ def rewritten_in_copies(
 
 
 def _forwards(count: int, rows: int) -> list[tuple[int, int]]:
-    """(first, stop) of the copies of each forward."""
+    """Return (first, stop) of the copies in each forward."""
     some = max(1, _ROWS // rows)
     return [(start, min(start + some, count)) for start in range(0, count, some)]
 
 
 class _Copies:
-    """Row by row all copies of it, so that positions ascend and the last rows come last."""
+    """All copies of the first row, then of the second, and so on: positions ascend and the last rows are at the end."""
 
     def __init__(self, buffer: KVBuffer, rows: Rows, count: int) -> None:
         self.rows, self.count, self.past = rows, count, buffer.length
@@ -117,7 +119,7 @@ class _Copies:
         )
 
     def slots_of(self, which: Sequence[int]) -> list[int]:
-        """Where all rows but the last of some copies stand, copy by copy."""
+        """Return the slots of all rows except the last of some copies, copy by copy."""
         return [self.past + row * self.count + number for number in which for row in range(len(self.rows) - 1)]
 
 
@@ -134,7 +136,7 @@ def _writings(copies: _Copies, outputs: torch.Tensor, some: Sequence[Rewritten])
 
 
 def _taking(outputs: torch.Tensor, taken: torch.Tensor) -> Change:
-    """Of copies of rows, one copy after the other: the outputs [rows, heads, D_v] where `taken` [copies * rows, heads]."""
+    """Replace head outputs in copies of rows by `outputs` [rows, heads, D_v], where `taken` [copies * rows, heads]."""
 
     def change(rows: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
         here = taken[which].to(rows.device)[:, :, None]
@@ -152,12 +154,12 @@ def _in_one_forward(
 
 @contextmanager
 def copied(engine: Engine, buffer: KVBuffer, rows: Rows, count: int) -> Iterator[Rows]:
-    """Copies of some rows, all copies of the first one first, each of which sees the context and itself alone inside the block.
+    """Yield copies of rows for one forward by the caller: all copies of the first row, then of the second, and so on.
 
-    For a forward of the caller's own, of all of them at once. Then all is taken back.
+    Inside the block, each copy sees the context and no other copy. Then the buffer is rolled back.
 
     Raises:
-        UnsupportedModelError: attention depends on positions by more than the keys and the mask.
+        UnsupportedModelError: attention depends on positions in other ways than through the keys and the mask.
     """
     require_rotary(engine, buffer)
     copies = _Copies(buffer, rows, count)
@@ -178,7 +180,7 @@ def _seeing(engine: Engine, buffer: KVBuffer, copies: _Copies, seen: _Seen) -> I
 
 
 class _Seen:
-    """What each copy of a row sees: [1 or heads, T, S], the context first and then the copies."""
+    """What each copied row sees, [1 or heads, T, S]. The slots are the context and then the copies."""
 
     def __init__(
         self, buffer: KVBuffer, copies: _Copies, *, readers: Sequence[tuple[Head, ...] | None] = (), heads: int = 1
@@ -206,7 +208,7 @@ class _Seen:
             if readers is not None:
                 elsewhere = torch.ones(self._heads, dtype=torch.bool)
                 elsewhere[[head for at, head in readers if at == layer]] = False
-                # The row itself stays, and of the context what it sees without a copy.
+                # These heads see the row itself, and the context as without a copy.
                 unread = context[last + number].clone()
                 unread[[slot for slot in self._replaced if slot == self._own]] = False
                 unread[self._past :] = False

@@ -1,4 +1,4 @@
-"""What heads add at some rows, put in place of what they would add in another context: which heads write something there?"""
+"""Head outputs: reads them in some rows and patches them into another context, to find which heads write there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Head = tuple[int, int]
 
 
 def head_outputs(engine: Engine, buffer: KVBuffer, rows: Rows, slots: Sequence[int]) -> torch.Tensor:
-    """What every head has read in the rows of these slots: [L, slots, heads, D_v]. The buffer is unchanged."""
+    """Return every head's output in the rows of these slots, [L, slots, heads, D_v]. The buffer is unchanged."""
     sites = [Site(Place.HEADS, layer) for layer in range(len(buffer))]
     with recorded(engine, buffer, sites, slots) as found:
         engine.compute(buffer, rows)
@@ -29,9 +29,10 @@ def head_outputs(engine: Engine, buffer: KVBuffer, rows: Rows, slots: Sequence[i
 def head_slopes(
     engine: Engine, buffer: KVBuffer, rows: Rows, slots: Sequence[int], target: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """The gradient of a number of the last row's logits by what every head has read in these slots: [L, slots, heads, D_v].
+    """Return the gradient of `target` with respect to every head's output in these slots, [L, slots, heads, D_v].
 
-    The rows are appended, as `Engine.graph` asks. The buffer is unchanged.
+    `target` maps the last row's logits to a number. The rows are appended, as `Engine.graph` requires. The buffer is
+    unchanged.
     """
     leaves: list[torch.Tensor] = []
 
@@ -49,12 +50,12 @@ def head_slopes(
 def heads_from(
     engine: Engine, buffer: KVBuffer, outputs: torch.Tensor, heads: Sequence[Head], slots: Sequence[int]
 ) -> Iterator[None]:
-    """Inside the block, these heads have read in these slots' rows what `outputs` [L, slots, heads, D_v] says.
+    """Inside the block, replace these heads' outputs in the rows of these slots by `outputs` [L, slots, heads, D_v].
 
-    Everything else is computed from what it then meets. At the end of the block all is taken back.
+    Everything downstream is computed from the replaced outputs. At the end of the block the buffer is rolled back.
 
     Raises:
-        InvalidArgumentError: a layer or head does not exist, or the block computed no row of some slot.
+        InvalidArgumentError: a layer or head does not exist, or the block did not compute the row of a slot.
     """
     require_heads(outputs, heads)
     by_layer: dict[int, list[int]] = {}
@@ -71,7 +72,7 @@ def heads_from(
 def require_heads(outputs: torch.Tensor, heads: Sequence[Head]) -> None:
     """
     Raises:
-        InvalidArgumentError: a layer or head is not among those of the outputs [L, slots, heads, D_v].
+        InvalidArgumentError: the outputs [L, slots, heads, D_v] do not have one of the layers or heads.
     """
     layers, width = outputs.shape[0], outputs.shape[2]
     if any(not (0 <= layer < layers and 0 <= head < width) for layer, head in heads):

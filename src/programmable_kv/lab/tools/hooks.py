@@ -1,7 +1,7 @@
-"""Hooks on a model's modules for the forwards of one buffer, within a block.
+"""Hooks on a model's modules that act on the forwards of one buffer, within a block.
 
-At the end of the block, or after an error in it, the hooks are gone and the buffer is as it was at the beginning: whatever was
-computed inside is rolled back. Forwards of other buffers, in other threads too, are not intervened in.
+At the end of the block, or after an error in it, the hooks are removed and everything that was computed in the buffer
+is rolled back. Forwards of other buffers are not affected, even in other threads.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from programmable_kv.cache.buffer import KVBuffer
 from programmable_kv.errors import InvalidArgumentError
 
 Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(rows [n, ...], which of the slots given they are [n]) -> rows of the same shape"""
+"""(rows [n, ...], each row's index among the given slots [n]) -> rows of the same shape"""
 
 
 @contextmanager
 def taken_back(buffer: KVBuffer) -> Iterator[None]:
-    """Whatever happens to the buffer inside the block is undone at its end. Costs what was touched."""
+    """Roll the buffer back at the end of the block. The cost is proportional to what was touched."""
     mark = buffer.mark()
     try:
         yield
@@ -34,7 +34,7 @@ def taken_back(buffer: KVBuffer) -> Iterator[None]:
 
 @dataclass(slots=True)
 class Reached:
-    """Which of some slots a forward has met: an intervention that met none would look like one without effect."""
+    """Records which slots forwards computed. An intervention that reached none would look like one without effect."""
 
     slots: tuple[int, ...]
     met: set[int] = field(default_factory=set)
@@ -42,7 +42,7 @@ class Reached:
     def require(self) -> None:
         """
         Raises:
-            InvalidArgumentError: a slot was in no forward inside the block.
+            InvalidArgumentError: no forward inside the block computed one of the slots.
         """
         missed = [slot for slot in self.slots if slot not in self.met]
         if missed:
@@ -53,10 +53,10 @@ class Reached:
 
 @contextmanager
 def hooked(buffer: KVBuffer, hooks: Sequence[tuple[nn.Module, Callable[..., Any]]], reached: Reached) -> Iterator[None]:
-    """Run forward pre-hooks (module, arguments, keyword arguments) in this buffer's forwards, and take everything back.
+    """Run forward pre-hooks (module, arguments, keyword arguments) in this buffer's forwards, then roll it back.
 
     Raises:
-        InvalidArgumentError: the block ended without a forward of all the slots to intervene in.
+        InvalidArgumentError: the block ended before forwards had computed all slots to intervene in.
     """
     handles = []
     with taken_back(buffer):
@@ -78,14 +78,14 @@ def _only_for(buffer: KVBuffer, hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def slots_in_flight(buffer: KVBuffer) -> torch.Tensor:
-    """[T] slots that the forward now running computes."""
+    """Return the slots [T] that the running forward computes."""
     assert buffer.target is not None
     slots = buffer.target.slots
     return torch.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
 
 
 def rows_of(buffer: KVBuffer, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows of the forward now running, which of `slots` [n] they are), both [m]."""
+    """Return (row numbers in the running forward, their indices in `slots` [n]), both [m]."""
     flying = slots_in_flight(buffer)
     at, which = (flying[:, None] == slots[None, :]).nonzero(as_tuple=True)
     return at, which

@@ -1,6 +1,7 @@
-"""Attention knock-out: some rows cannot read some slots, in a band of layers and some query heads.
+"""Attention knock-out: some rows cannot attend to some slots, in a band of layers and in some query heads.
 
-The keys stay where they are and the rest of the attention is normalised over what remains, as if the slots were not there.
+The keys keep their positions, and attention is normalised over the remaining slots, as if the blocked slots did not
+exist.
 Source: Geva et al., Dissecting Recall of Factual Associations (arXiv 2304.14767), section 5.1.
 """
 
@@ -21,7 +22,7 @@ from programmable_kv.lab.tools.masks import masked
 
 @dataclass(frozen=True, slots=True)
 class Knockout:
-    """Rows in the slots `queries` cannot read the slots `keys`, in `layers` and query `heads` (None: all)."""
+    """Rows in the slots `queries` cannot attend to the slots `keys`, in `layers` and query `heads` (None: all)."""
 
     queries: tuple[int, ...]
     keys: tuple[int, ...]
@@ -31,10 +32,11 @@ class Knockout:
 
 @contextmanager
 def knocked_out(engine: Engine, buffer: KVBuffer, *knockouts: Knockout) -> Iterator[None]:
-    """Inside the block the rows that are computed are blocked as said. Then all is taken back.
+    """Apply the knock-outs to the rows that are computed inside the block. Then the buffer is rolled back.
 
     Raises:
-        InvalidArgumentError: a row would see nothing, a layer or head does not exist, or no row of a query slot was computed.
+        InvalidArgumentError: a row would see no slot, a layer or head does not exist, or no row of a query slot was
+            computed.
     """
     count, heads = len(buffer), _heads(engine)
     for each in knockouts:
@@ -57,13 +59,13 @@ def knocked_out(engine: Engine, buffer: KVBuffer, *knockouts: Knockout) -> Itera
 
 @contextmanager
 def blinded(engine: Engine, buffer: KVBuffer, blind: Callable[[int], Collection[int]]) -> Iterator[None]:
-    """Inside the block a row in slot `s` cannot read the slots `blind(s)`, in all layers. Then all is taken back.
+    """Inside the block, a row in slot `s` cannot attend to the slots `blind(s)` in any layer. Then all is rolled back.
 
-    `blind` is asked in every forward, so that rows can be generated one by one, as many as there will be, and one of them be
-    computed again under another rule.
+    `blind` is called in every forward. So rows can be generated one by one, without knowing how many there will be, and
+    a row can be computed again under another rule.
 
     Raises:
-        InvalidArgumentError: a row would see nothing.
+        InvalidArgumentError: a row would see no slot.
     """
 
     def allowed(_: int, slots: torch.Tensor, seen: torch.Tensor) -> torch.Tensor | None:
@@ -77,7 +79,7 @@ def blinded(engine: Engine, buffer: KVBuffer, blind: Callable[[int], Collection[
 
 
 def _blocked(knockout: Knockout, slots: torch.Tensor, seen: torch.Tensor, heads: int) -> torch.Tensor:
-    """[1 or heads, T, S] booleans."""
+    """Return which slots each row may not see because of a knock-out, as booleans [1 or heads, T, S]."""
     keys = torch.zeros(seen.shape[-1], dtype=torch.bool)
     keys[[slot for slot in knockout.keys if slot < seen.shape[-1]]] = True
     rows = torch.isin(slots, torch.tensor(knockout.queries))

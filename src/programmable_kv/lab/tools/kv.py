@@ -1,6 +1,7 @@
-"""Interventions on the cache itself: keys and values patched from another context, swapped, injected or ablated.
+"""Interventions on the cache itself: patch keys and values from another context, swap, inject or ablate them.
 
-By layer, KV head and slot. Nothing is cloned but the rows that are touched; at the end of the block they are put back.
+Interventions are by layer, KV head and slot. Only the touched rows are copied; they are restored at the end of the
+block.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from programmable_kv.lab.tools.hooks import taken_back
 
 @dataclass(frozen=True, slots=True)
 class Which:
-    """Which of a cache's tensors: layers and KV heads (None: all), keys, values or both."""
+    """Selects tensors of a cache: layers and KV heads (None: all), and keys, values or both."""
 
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
@@ -30,7 +31,7 @@ class Which:
     values: bool = True
 
     def of(self, buffer: KVBuffer) -> tuple[int, ...]:
-        """The layers, by number."""
+        """Return the selected layers' numbers."""
         return tuple(range(len(buffer))) if self.layers is None else self.layers
 
 
@@ -39,7 +40,7 @@ EVERYTHING = Which()
 
 @contextmanager
 def injected(buffer: KVBuffer, slots: Sequence[int], rows: Sequence[Overwrite]) -> Iterator[None]:
-    """Other keys and values stand in these slots inside the block. What is computed inside is taken back too.
+    """Overwrite these slots with other keys and values inside the block. Rows computed inside are rolled back too.
 
     Raises:
         CacheBufferError: a slot is not in use, or the tensors do not fit.
@@ -59,13 +60,15 @@ def patched(
     from_slots: Sequence[int] | None = None,
     layout: KVLayout | None = None,
 ) -> Iterator[None]:
-    """Inside the block these slots hold what another buffer of the same model holds (in the same slots, or `from_slots`).
+    """Inside the block, copy these slots' keys and values from another buffer of the same model.
 
-    Where positions differ, keys are rotated; `layout` is then one with which relocation was proved exact
-    (`engine.require_relocation()`).
+    Args:
+        from_slots: the source's slots; None: the same slots.
+        layout: needed where positions differ, to rotate keys; one with which relocation was proved exact
+            (`engine.require_relocation()`).
 
     Raises:
-        InvalidArgumentError: positions differ and there is no layout.
+        InvalidArgumentError: positions differ and there is no layout, or a slot is not in use.
     """
     rows = rows_from(source, slots if from_slots is None else from_slots, which)
     rows = _moved(rows, source, slots if from_slots is None else from_slots, buffer, slots, layout)
@@ -82,10 +85,10 @@ def swapped(
     *,
     layout: KVLayout | None = None,
 ) -> Iterator[None]:
-    """Two equally long sets of slots exchange keys and values inside the block. Keys are rotated as in `patched`.
+    """Exchange keys and values of two equally long sets of slots inside the block. Keys are rotated as in `patched`.
 
     Raises:
-        InvalidArgumentError: keys are exchanged and there is no layout.
+        InvalidArgumentError: the slots' positions differ and there is no layout.
     """
     both, other = [*first, *second], [*second, *first]
     with patched(buffer, buffer, both, which, from_slots=other, layout=layout):
@@ -96,10 +99,10 @@ def swapped(
 def mean_ablated(
     buffer: KVBuffer, sources: Sequence[KVBuffer], slots: Sequence[int], which: Which = EVERYTHING
 ) -> Iterator[None]:
-    """Inside the block these slots hold the mean of what they hold in several buffers, at the same positions.
+    """Inside the block, set these slots' keys and values to their mean over several buffers, at the same positions.
 
     Raises:
-        InvalidArgumentError: no buffer, or one in which a slot stands at another position.
+        InvalidArgumentError: there are no buffers, or a slot has another position in one of them.
     """
     if not sources:
         raise InvalidArgumentError("a mean ablation needs buffers to take the mean of")
@@ -113,7 +116,7 @@ def mean_ablated(
 
 
 def rows_from(source: KVBuffer, slots: Sequence[int], which: Which = EVERYTHING) -> list[Overwrite]:
-    """Copies of a buffer's keys and values in some slots, by layer."""
+    """Return copies of a buffer's keys and values in some slots, by layer."""
     where = torch.tensor(list(slots))
     if not where.numel() or int(where.min()) < 0 or int(where.max()) >= source.length:
         raise InvalidArgumentError(f"slots {list(slots)[:8]}... are not among the {source.length} in use of the source")
@@ -130,10 +133,10 @@ def rows_from(source: KVBuffer, slots: Sequence[int], which: Which = EVERYTHING)
 def moved_rows(
     engine: Engine, source: KVBuffer, from_slots: Sequence[int], buffer: KVBuffer, slots: Sequence[int]
 ) -> list[Overwrite]:
-    """Copies of a buffer's keys and values as they stand at the positions of another one's slots.
+    """Return copies of a buffer's keys and values, relocated to the positions of another buffer's slots.
 
     Raises:
-        InvalidArgumentError: as `patched`.
+        InvalidArgumentError: a slot is not in use, or the numbers of slots differ.
         UnsupportedModelError: positions differ, and keys of this model cannot be rotated exactly.
     """
     layout = None
@@ -155,7 +158,7 @@ def _moved(
     slots: Sequence[int],
     layout: KVLayout | None,
 ) -> list[Overwrite]:
-    """The rows as they would stand at the positions of the slots that they are put into."""
+    """Return the rows with keys rotated to the positions of the slots into which they are put."""
     if len(from_slots) != len(slots):
         raise InvalidArgumentError(f"{len(from_slots)} slots cannot be put into {len(slots)}")
     if not slots or max(slots) >= buffer.length:

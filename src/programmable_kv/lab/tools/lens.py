@@ -1,6 +1,6 @@
-"""The logit lens: what the model's own head makes of the residual stream before each layer, and attention row by row.
+"""The logit lens, which applies the model's own head to the residual stream before each layer; and attention by row.
 
-The head is the model's: final norm, projection, soft cap and scale are applied by its own forward, to a batch of all layers.
+The model's own forward applies the final norm, projection, soft cap and scale, to a batch of all layers.
 Source: nostalgebraist, interpreting GPT: the logit lens (2020).
 """
 
@@ -20,7 +20,7 @@ from programmable_kv.lab.tools.hooks import Reached, hooked, taken_back
 
 
 def logit_lens(engine: Engine, buffer: KVBuffer, rows: Rows, *, logits: int = 1) -> torch.Tensor:
-    """Logits of the last `logits` rows from the residual stream before layer 0, 1, ..., L: [L + 1, logits, vocabulary].
+    """Return logits [L + 1, logits, vocabulary] of the last `logits` rows, from the stream before layer 0, 1, ..., L.
 
     The last entry is the model's own output. The rows are computed against the buffer, which is unchanged.
     """
@@ -32,7 +32,7 @@ def logit_lens(engine: Engine, buffer: KVBuffer, rows: Rows, *, logits: int = 1)
         streams.append((args[0] if args else kwargs["hidden_states"]).detach())
 
     def all_streams(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # The model's own stream first: whoever runs the forward reads the first entry of a batch.
+        # The model's own stream is first, because the caller of the forward reads the first entry of a batch.
         batch = torch.cat([args[0], *streams])
         streams.clear()
         return (batch, *args[1:]), kwargs
@@ -62,9 +62,9 @@ def _logits_kept(model: nn.Module, buffer: KVBuffer, found: list[torch.Tensor]) 
 def attention_by_row(
     engine: Engine, buffer: KVBuffer, ids: Sequence[int], slots: Sequence[int]
 ) -> Iterator[tuple[int, list[torch.Tensor]]]:
-    """For each of some slots in use, the slot and what its row attends to: [heads, slot + 1] in each layer.
+    """Yield each of some slots in use with its row's attention weights, [heads, slot + 1] for each layer.
 
-    `ids` are the tokens of all slots. One row is computed and held at a time; the buffer is unchanged.
+    `ids` has the tokens of all slots. Only one row is computed and in memory at a time. The buffer is unchanged.
     """
     for slot in slots:
         position = int(buffer.positions[slot])

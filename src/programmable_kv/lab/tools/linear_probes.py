@@ -1,7 +1,8 @@
-"""Linear probes: is a label linearly readable from activations, in domains that the probe never saw?
+"""Linear probes: they test whether a label is linearly readable from activations, in domains that the probe never saw.
 
-A probe is trained on all domains but one and scored on that one. Beside its accuracy stands that of control tasks, whose labels
-are random by kind of item: what a probe can learn of them it has memorised, not read.
+A probe is trained on all domains but one and scored on that one. Its accuracy is compared with that on control tasks,
+whose
+labels are random for each kind of item: a probe can only memorise such labels, not read them from the activations.
 Source: Hewitt and Liang, Designing and Interpreting Probes with Control Tasks (arXiv 1909.03368), section 2.
 """
 
@@ -21,18 +22,18 @@ from programmable_kv.records import Interval
 
 @dataclass(frozen=True, slots=True)
 class ProbeScore:
-    """How well a label is read in held-out groups."""
+    """How accurately a probe reads a label in held-out groups."""
 
     accuracy: Interval
-    """over all items, with a bootstrap of groups"""
+    """accuracy over all items, with an interval from a bootstrap of groups"""
     control: float
     """mean accuracy on control tasks"""
     majority: float
-    """share of the commoner label"""
+    """share of the more frequent label"""
 
     @property
     def selectivity(self) -> float:
-        """Accuracy beyond what the same probe gets on labels that mean nothing."""
+        """Accuracy minus the accuracy of the same probe on control tasks."""
         return self.accuracy.value - self.control
 
 
@@ -46,15 +47,17 @@ def probe(
     strength: float = 1.0,
     seed: int = 0,
 ) -> ProbeScore:
-    """Logistic regression on standardised activations [items, d], leaving one group out at a time.
+    """Fit logistic regressions on standardised activations [items, d], leaving one group out at a time.
 
     Args:
-        kinds: what an item is apart from its label (its field's value, say): control labels are random by kind.
+        kinds: the kind of each item apart from its label (its field's value, say); each kind gets a random control
+            label.
+        controls: how many control tasks to score.
         strength: inverse of the L2 penalty.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.
-        ValueError: fewer than two groups or labels.
+        ValueError: there are fewer than two groups, labels, or (with `controls`) kinds.
     """
     right = _held_out(activations, labels, groups, strength)
     by_group: dict[str, list[float]] = {}
@@ -69,10 +72,10 @@ def probe(
 
 
 def control_labels(kinds: Sequence[str], labels: Sequence[bool], rng: np.random.Generator) -> list[bool]:
-    """A random label for each kind, as often true as the labels are, and both at least once.
+    """Draw a label for each kind and return each item's. Kinds are true as often as `labels` are; both values occur.
 
     Raises:
-        ValueError: there is one kind only.
+        ValueError: there is only one kind.
     """
     names = list(dict.fromkeys(kinds))
     if len(names) < 2:
@@ -84,7 +87,7 @@ def control_labels(kinds: Sequence[str], labels: Sequence[bool], rng: np.random.
 
 
 def mean_direction(activations: torch.Tensor, labels: Sequence[bool]) -> torch.Tensor:
-    """The unit vector [d] from the mean of one label's activations [items, d] to that of the other.
+    """Return the unit vector [d] from the mean activation [items, d] of the false label to that of the true label.
 
     Raises:
         ValueError: a label has no items.
@@ -98,7 +101,7 @@ def mean_direction(activations: torch.Tensor, labels: Sequence[bool]) -> torch.T
 
 
 def _held_out(activations: torch.Tensor, labels: Sequence[bool], groups: Sequence[str], strength: float) -> Any:
-    """[items] booleans: was the item's label found by a probe that never saw its group?"""
+    """Return booleans [items]: whether a probe that never saw an item's group predicts the item's label."""
     require_extra("lab", "sklearn")
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import LeaveOneGroupOut
@@ -111,7 +114,7 @@ def _held_out(activations: torch.Tensor, labels: Sequence[bool], groups: Sequenc
     right = np.zeros(len(wanted), dtype=bool)
     for train, test in LeaveOneGroupOut().split(features, wanted, list(groups)):
         seen = set(wanted[train].tolist())
-        if len(seen) < 2:  # every other group has one label: that is all a probe could know
+        if len(seen) < 2:  # all other groups have the same label, so a probe could only predict that one
             right[test] = wanted[test] == seen.pop()
             continue
         model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))

@@ -1,4 +1,4 @@
-"""A layer's attention mask changed inside a forward, whatever attention the model runs (sdpa, eager, grouped sdpa)."""
+"""Changes a layer's attention mask inside a forward, for any attention the model runs (sdpa, eager, grouped sdpa)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.lab.tools.hooks import Reached, hooked, slots_in_flight
 
 Allowed = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
-"""(layer, slots of the rows [T], what they may see [1 or heads, T, S]) -> what they may see now; None: no change"""
+"""(layer, slots of the rows [T], what they may see [1 or heads, T, S]) -> what they may see instead; None: no change"""
 
 
 @contextmanager
 def masked(
     engine: Engine, buffer: KVBuffer, allowed: Allowed, layers: Sequence[int], reached: Reached
 ) -> Iterator[None]:
-    """In these layers the rows of this buffer's forwards see what `allowed` gives, inside the block. Then all is taken back.
+    """Inside the block, rows of this buffer see in these layers what `allowed` returns. Then the buffer is rolled back.
 
     Raises:
-        InvalidArgumentError: a row would see nothing, or the block computed none of the rows to intervene in.
+        InvalidArgumentError: a row would see no slot, or the block did not compute one of the rows to intervene in.
     """
     modules = DecoderModules.of(engine.model)
     hooks = [(modules.attentions[layer], _hook(engine, buffer, allowed, layer)) for layer in layers]
@@ -60,7 +60,7 @@ def _hook(engine: Engine, buffer: KVBuffer, allowed: Allowed, layer: int) -> Cal
 def _seen(
     engine: Engine, buffer: KVBuffer, layer: int, slots: torch.Tensor, given: torch.Tensor | None
 ) -> torch.Tensor:
-    """[1 or heads, T, S] booleans: what the rows may see by the mask that was given, or by their positions."""
+    """Return what the rows may see by the given mask, or by their positions if None: booleans [1 or heads, T, S]."""
     assert buffer.target is not None
     count = buffer.target.visible
     if given is None:
@@ -71,7 +71,7 @@ def _seen(
 
 
 def _as_given(engine: Engine, given: torch.Tensor | None, now: torch.Tensor) -> torch.Tensor:
-    """The mask [1, 1 or heads, T, S] in the form that the model was about to use; biases of a given mask are kept."""
+    """Return the mask [1, 1 or heads, T, S] in the form that the model expects. Biases of a given mask are kept."""
     eager = engine.model.config._attn_implementation == "eager"
     if (given is None and not eager) or (given is not None and given.dtype == torch.bool):
         return now[None]

@@ -1,10 +1,10 @@
-"""Many questions to notebooks, answered in a few large forwards.
+"""Answers many questions to notebooks in a few large forwards.
 
-A notebook on a `NamingEngine` holds the names of rows (`SharedRows`) in its cache, where others hold keys and values. It works
-as any notebook does, and counts the rows that any notebook would compute; what it asks to be computed is put off, and logits
-that are not known yet are guesses. `settled` asks many questions in this way, computes all their rows together, and asks again
-those that were answered by guesses, until none are. What depends on the tensors themselves (attention, and how far keys and
-values moved) is not put off: all that is pending is computed then.
+The cache of a notebook on a `NamingEngine` contains names of rows (`SharedRows`) in place of keys and values. The
+notebook works like any other and counts the same rows as computed, but the computation is deferred, and logits that are
+not known yet are guesses. `settled` asks many questions in this way, computes all their rows together, and repeats the
+questions that were answered from guesses, until there are none. Results that depend on the tensors themselves
+(attention, and how far keys and values moved) are not deferred: asking for them computes all pending rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Answer = TypeVar("Answer")
 
 
 class NamedBuffer(KVBuffer):
-    """A buffer with the name of each slot's row as its only key."""
+    """A buffer whose only key in each slot is the name of the slot's row."""
 
     def __init__(self, shared: SharedRows, layout: KVLayout, capacity: int, meter: Meter | None = None) -> None:
         super().__init__(replace(layout, layers=layout.layers[:1]), capacity=capacity, meter=meter)
@@ -40,15 +40,15 @@ class NamedBuffer(KVBuffer):
 
     @property
     def names(self) -> list[int]:
-        """Of the rows in use, in slot order."""
+        """Names of the rows in use, in slot order."""
         return [int(name) for name in self.keys(0)[0, 0, :, 0]] if self.length else []
 
     def name(self, names: Sequence[int]) -> None:
-        """Inside `writing`: these are the rows written."""
+        """Write the names of rows. Call it inside `writing`."""
         self.layers[0].update(*[torch.tensor(names)[None, None, :, None]] * 2)
 
     def copied(self, slots: Sequence[int]) -> list[torch.Tensor]:
-        """Of the rows that are named. What is pending is computed first."""
+        """Return copies of the named rows' keys and values. Pending rows are computed first."""
         names = self.names
         self._shared.compute()
         return self._shared.buffer([names[slot] for slot in slots]).copied(range(len(slots)))
@@ -62,10 +62,10 @@ class NamedBuffer(KVBuffer):
 
 
 class NamingEngine(Engine):
-    """Names rows in place of computing them.
+    """Names rows instead of computing them.
 
-    Logits that are not known yet are guesses: the next row's token follows, and on the last row of a computation the token that
-    `follows` gives, or the end of a text.
+    Logits that are not known yet are guessed to predict the next row's token. In the last row of a computation they are
+    guessed to predict the token in `follows`, or the end of the text.
     """
 
     def __init__(self, shared: SharedRows, end: int) -> None:
@@ -73,11 +73,11 @@ class NamingEngine(Engine):
         super().__init__(shared.engine.model)
         self.shared, self.end = shared, end
         self.follows: dict[int, int] = {}
-        """what is guessed to follow a token"""
+        """token -> the token that is guessed to follow it"""
         self.guessed = False
         """whether logits were guessed since this was set to False"""
         self._attended: dict[tuple[int, ...], torch.Tensor] = {}
-        """what the last of these rows attends to"""
+        """names of rows -> attention of the last of them"""
 
     @property
     def relocation(self) -> RelocationProof:
@@ -95,7 +95,7 @@ class NamingEngine(Engine):
     ) -> torch.Tensor:
         """
         Raises:
-            InvalidArgumentError: this is another engine's buffer, or the rows do not read all that stands before them.
+            InvalidArgumentError: the buffer belongs to another engine, or the rows do not read everything before them.
         """
         if not isinstance(buffer, NamedBuffer) or reads is not None:
             raise InvalidArgumentError("rows are named in a buffer of this engine, each of them reading all before it")
@@ -110,7 +110,7 @@ class NamingEngine(Engine):
         return torch.stack(found) if found else torch.empty(0)
 
     def _named(self, buffer: NamedBuffer, rows: Rows) -> list[int]:
-        """The rows up to the last of these, which are computed against the buffer."""
+        """Return the names of all rows up to the last of `rows`, which are computed against the buffer."""
         standing = buffer.names
         tokens = dict(zip(rows.slots, zip(rows.ids, rows.positions, strict=True), strict=True))
         sees, names = NOTHING, []
@@ -121,9 +121,7 @@ class NamingEngine(Engine):
         return names
 
     def attention_of(self, buffer: KVBuffer, rows: Rows) -> torch.Tensor:
-        """As `Engine.attention_of`. What is pending is computed first; of these rows the last one is computed once more, to see
-        what it attends to.
-        """
+        """See `Engine.attention_of`. Pending rows are computed first, and the last row once more for its attention."""
         if not isinstance(buffer, NamedBuffer):
             raise InvalidArgumentError("rows are named in a buffer of this engine")
         names = tuple(self._named(buffer, rows))
@@ -153,15 +151,15 @@ class NamingEngine(Engine):
 
 
 def naming(model: Model, shared: SharedRows) -> tuple[Model, NamingEngine]:
-    """A model whose notebooks name their rows, and its engine."""
+    """Return a model whose notebooks name their rows, and its engine."""
     engine = NamingEngine(shared, model.tokenizer.eos_token_id)
     named = replace(model, engine=engine)
-    remember(model)  # a notebook that is read from a file goes to the model that computes
+    remember(model)  # notebooks that are read from a file get the model that computes
     return named, engine
 
 
 def settled(engine: NamingEngine, asks: Mapping[str, Callable[[], Answer]]) -> dict[str, Answer]:
-    """The answer to each question. Each has to leave what it is asked of unchanged: it may be asked several times."""
+    """Return the answer to each question. Each may be called several times, so it must leave its notebook unchanged."""
     found: dict[str, Answer] = {}
     while len(found) < len(asks):
         for name, ask in asks.items():

@@ -1,7 +1,7 @@
-"""What a score is compared with: as many positions, heads or directions, drawn at random.
+"""Random baselines for a score: the same number of positions, heads or directions, drawn at random.
 
-Positions are drawn from the same stratum of the context as those they stand for, because the last tokens of a prompt carry more
-than the first ones, whatever they say.
+Positions are drawn from the same strata of the context as the chosen ones, because the last tokens of a prompt carry
+more than the first ones, whatever they say.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ STRATA = 10
 def random_slots(
     chosen: Sequence[int], eligible: Sequence[int], rng: random.Random, *, strata: int = STRATA
 ) -> tuple[int, ...]:
-    """As many eligible slots as were chosen, none of them chosen, as many from each stratum (tenth) of the eligible ones.
+    """Draw as many eligible slots as were chosen, but none of the chosen ones; as many from each stratum (tenth).
 
     Raises:
-        InvalidArgumentError: a chosen slot is not eligible, or a stratum has too few others.
+        InvalidArgumentError: a chosen slot is not eligible or repeated, or a stratum has too few other slots.
     """
     ordered = sorted(set(eligible))
     taken = set(chosen)
@@ -47,7 +47,7 @@ def _strata(ordered: Sequence[int], strata: int) -> Iterator[Sequence[int]]:
 
 
 def random_heads(chosen: Sequence[tuple[int, int]], heads: int, rng: random.Random) -> tuple[tuple[int, int], ...]:
-    """As many (layer, head) as were chosen, in the same layers, none of them chosen.
+    """Draw as many (layer, head) as were chosen, in the same layers, but none of the chosen ones.
 
     Raises:
         InvalidArgumentError: a layer has too few other heads.
@@ -65,10 +65,10 @@ def random_heads(chosen: Sequence[tuple[int, int]], heads: int, rng: random.Rand
 
 
 def random_basis(basis: torch.Tensor, seed: int, *, covariance: torch.Tensor | None = None) -> torch.Tensor:
-    """A random subspace [d, k] of as many dimensions as a basis, with orthonormal columns (on the CPU, seeded).
+    """Draw a random subspace [d, k] with the dimensions of `basis` and orthonormal columns (on the CPU, seeded).
 
-    With a `covariance` [d, d] of the activations, directions are drawn as likely as activations vary along them: a direction in
-    which nothing ever varies is a null too easily beaten.
+    With a `covariance` [d, d] of the activations, directions along which activations vary more are more likely. A
+    direction along which nothing varies is a null that is too easy to beat.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(basis.shape, generator=generator, dtype=torch.float64)

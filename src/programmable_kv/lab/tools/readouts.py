@@ -1,4 +1,4 @@
-"""What is read from logits: the gap of a decision, recovery, divergence, flips."""
+"""Measures of logits: the gap of a decision, recovery, divergence, flips."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from dataclasses import dataclass
 import torch
 
 SMALLEST_SPAN = 0.5
-"""nats between two full prefills' gaps below which a recovery would divide by noise"""
+"""smallest difference in nats between the gaps of two full prefills; below it, a recovery would divide by noise"""
 
 
 def gap(logits: torch.Tensor, new: int, old: int) -> torch.Tensor:
-    """Log-probability of one token over another, [...], from logits [..., vocabulary]."""
+    """Return the log-probability of token `new` minus that of token `old`, [...], from logits [..., vocabulary]."""
     return logits[..., new] - logits[..., old]
 
 
 def kl(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """KL(reference || other) in nats, [...], from logits [..., vocabulary]; computed in float32 or wider."""
+    """Return KL(reference || other) in nats, [...], from logits [..., vocabulary]. Computed in float32 or wider."""
     wide = torch.promote_types(reference.dtype, torch.float32)
     first, second = (torch.log_softmax(each.to(wide), dim=-1) for each in (reference, logits))
     return (first.exp() * (first - second)).sum(dim=-1)
 
 
 def flip_rate(before: torch.Tensor, after: torch.Tensor) -> float:
-    """The share of items [n, vocabulary] (or [n, options]) whose likeliest entry differs."""
+    """Return the share of items [n, vocabulary] (or [n, options]) whose most likely entry differs."""
     return float((before.argmax(dim=-1) != after.argmax(dim=-1)).float().mean())
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """The gaps of an item's two full prefills, between which an intervention lies.
+    """The gaps of an item's two full prefills: the ends of the scale on which an intervention is measured.
 
-    Denoising patches the new context's activations into the old one, and 1 is the new decision. Noising patches the old one's
-    into the new, and is the same scale read from its other end: see `lost`.
+    Denoising patches the new context's activations into the old context; 1 is the new decision. Noising patches the old
+    context's activations into the new one, and reads the same scale from its other end: see `lost`.
     """
 
     old: float
@@ -41,11 +41,11 @@ class Scale:
 
     @property
     def valid(self) -> bool:
-        """Whether the two gaps differ enough to divide by, and their signs show that both decisions are right."""
+        """Whether the gaps differ enough to divide by, and their signs show that both decisions are right."""
         return self.old < 0 < self.new and self.new - self.old > SMALLEST_SPAN
 
     def recovery(self, measured: float) -> float:
-        """0 where the old context's gap was measured, 1 where the new one's.
+        """Return the recovery of a measured gap: 0 for the old context's gap, 1 for the new one's.
 
         Raises:
             ValueError: the item is not valid.
@@ -55,7 +55,7 @@ class Scale:
         return (measured - self.old) / (self.new - self.old)
 
     def lost(self, measured: float) -> float:
-        """1 where an intervention in the new context took its decision back to the old one's.
+        """Return 1 minus the recovery: 1 if an intervention in the new context restored the old context's gap.
 
         Raises:
             ValueError: the item is not valid.
@@ -63,14 +63,14 @@ class Scale:
         return 1 - self.recovery(measured)
 
     def flipped(self, measured: float) -> bool:
-        """Whether the decision is the new context's: a recovery says nothing about that."""
+        """Return whether the decision is the new context's. A recovery alone does not say that."""
         return measured > 0
 
 
 def split_in_half(items: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Two halves of items by number, each domain's split evenly: rank on the one, score on the other.
+    """Split item numbers into two halves, each domain evenly, so that one half ranks and the other scores.
 
-    `items` are the items' domains. Of each domain every second item goes to the second half.
+    `items` has each item's domain. Every second item of a domain goes to the second half.
     """
     seen: dict[str, int] = {}
     halves: tuple[list[int], list[int]] = ([], [])

@@ -1,7 +1,7 @@
-"""Rows of many contexts that differ in part, each row computed once, in a few large forwards.
+"""Computes the rows of many contexts that share some rows: each row once, in a few large forwards.
 
-A row's keys and values follow from its token, its position, and the rows that it sees. Rows that differ in one of these have
-different names, which are numbers. What was named is computed together: equal to computing it context by context, up to
+A row's token, position and visible rows determine its keys and values. Rows that differ in one of these have different
+names, which are numbers. All named rows are computed together. The result equals computing context by context, up to
 rounding.
 """
 
@@ -20,19 +20,19 @@ from programmable_kv.lab.tools.kv import rows_from
 from programmable_kv.lab.tools.together import require_rotary
 
 _ROWS = 320
-"""rows of one forward: more of them would mostly not see each other, and attention computes what it then masks"""
+"""most rows of one forward; more rows would mostly not see each other, and attention also computes what is masked"""
 NOTHING = 0
-"""the beginning of every list of rows"""
+"""number of the empty list of rows, with which every list begins"""
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A row by what it follows from."""
+    """A row to compute, identified by what determines it."""
 
     token: int
     position: int
     sees: int
-    """a list of rows, by its number"""
+    """number of the list of rows that it sees"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +52,20 @@ class SharedRows:
         self._rows: list[Computed | Moved] = []
         self._names: dict[Computed | Moved, int] = {}
         self._lists: list[tuple[int, int]] = [(NOTHING, -1)]
-        """of each list of rows the one without its last row, and that row"""
+        """by number of a list of rows: the number of the list without its last row, and the last row's name"""
         self._numbers: dict[tuple[int, int], int] = {}
         self._places: dict[int, int] = {}
-        """of each row that was computed, its slot in `_kept`"""
+        """name of a computed row -> its slot in `_kept`"""
         self._logits: dict[int, torch.Tensor] = {}
         self._pending: dict[int, None] = {}
         self._asked: set[int] = set()
 
     def name(self, token: int, position: int, sees: int) -> int:
-        """The row of a token that sees a list of rows, and itself."""
+        """Return the name of the row of a token that sees a list of rows, and itself."""
         return self._name(Computed(token, position, sees))
 
     def moved(self, name: int, position: int) -> int:
-        """A row, at another position."""
+        """Return the name of a row that is relocated to another position."""
         row = self._rows[name]
         origin = row.origin if isinstance(row, Moved) else name
         return origin if self._rows[origin].position == position else self._name(Moved(origin, position))
@@ -78,14 +78,14 @@ class SharedRows:
         return known
 
     def longer(self, rows: int, name: int) -> int:
-        """A list of rows with one more at its end."""
+        """Return the number of a list of rows with one row appended."""
         number = self._numbers.setdefault((rows, name), len(self._lists))
         if number == len(self._lists):
             self._lists.append((rows, name))
         return number
 
     def context(self, ids: Sequence[int], stays: Mapping[int, int] | None = None) -> tuple[int, ...]:
-        """The rows of a context, each of which sees all before it; those of `stays`, by slot, are as they are."""
+        """Return the names of a context's rows. Each sees all rows before it; `stays` (slot -> name) has given rows."""
         sees, names = NOTHING, []
         for slot, token in enumerate(ids):
             name = stays[slot] if stays is not None and slot in stays else self.name(token, slot, sees)
@@ -94,16 +94,17 @@ class SharedRows:
         return tuple(names)
 
     def buffer(self, names: Sequence[int]) -> KVBuffer:
-        """A buffer with copies of rows that were computed."""
+        """Return a buffer with copies of computed rows."""
         found = self.engine.new_buffer(len(names))
         self._put(found, names, self._kept, [self._places[name] for name in names])
         return found
 
     def add(self, ids: Sequence[int], buffer: KVBuffer) -> None:
-        """Know the rows of a context that was prefilled with these tokens.
+        """Add the rows of a context that was prefilled with these tokens.
 
         Raises:
-            UnsupportedModelError: attention depends on positions by more than the keys and the mask, or keys have no heads.
+            UnsupportedModelError: attention depends on positions in other ways than through the keys and the mask, or
+                keys have no heads.
         """
         require_rotary(self.engine, buffer)
         sees, fresh = NOTHING, []
@@ -117,14 +118,14 @@ class SharedRows:
             self._keep([name for name, _ in fresh], buffer, [slot for _, slot in fresh])
 
     def logits(self, name: int) -> torch.Tensor | None:
-        """[V], of a row whose logits were computed; otherwise they are from now on among what `compute` computes."""
+        """Return a row's logits [V]. If they are not known yet, return None and let the next `compute` compute them."""
         if name not in self._logits:
             self._asked.add(name)
             self._pending[name] = None
         return self._logits.get(name)
 
     def compute(self) -> None:
-        """Compute every row that was named, and the logits that were asked for."""
+        """Compute all pending rows, and the logits that were asked for."""
         some: dict[int, None] = {}
         for name in self._pending:
             row = self._rows[name]
@@ -188,7 +189,7 @@ class SharedRows:
             self._places[name] = place
 
     def _put(self, buffer: KVBuffer, names: Sequence[int], source: KVBuffer, slots: Sequence[int]) -> None:
-        """Append the rows of a source. Only masks made here know which of them see each other."""
+        """Append rows of a source. The buffer does not record which rows see each other; the masks made here do."""
         first = buffer.length
         copies = rows_from(source, slots)
         with buffer.writing(range(first, first + len(names)), [self._rows[name].position for name in names]):

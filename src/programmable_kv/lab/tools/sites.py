@@ -1,4 +1,4 @@
-"""Where in a forward activations are read and changed, for some slots: the residual stream, heads, attention outputs."""
+"""Sites of a forward where activations of slots are read and changed: residual stream, heads, attention outputs."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Place(StrEnum):
     """A kind of activation."""
 
     RESIDUAL = "residual"
-    """the residual stream before layer i, [hidden]; i = L is what the final norm reads"""
+    """residual stream before layer i, [hidden]; with i = L, the input of the final norm"""
     HEADS = "heads"
-    """what layer i's heads have read, before the output projection mixes them: [heads, D_v]"""
+    """outputs of layer i's heads, [heads, D_v], before the output projection mixes them"""
     ATTENTION = "attention"
-    """what layer i's attention adds, [hidden], before a norm that may follow"""
+    """what layer i's attention adds to the residual stream, [hidden], before a norm that may follow"""
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """An activation of a layer."""
+    """A kind of activation in a layer."""
 
     place: Place
     layer: int
@@ -39,10 +39,10 @@ class Site:
 
 @contextmanager
 def changed(engine: Engine, buffer: KVBuffer, site: Site, change: Change, slots: Sequence[int]) -> Iterator[None]:
-    """Change an activation in the rows of these slots while the block computes them. Then all is taken back.
+    """Change an activation in the rows of these slots while the block computes them. Then the buffer is rolled back.
 
     Raises:
-        InvalidArgumentError: there is no such layer, or the block computed no row of some slot.
+        InvalidArgumentError: the layer does not exist, or the block did not compute the row of a slot.
     """
     with all_changed(engine, buffer, [(site, change, slots)]):
         yield
@@ -52,10 +52,10 @@ def changed(engine: Engine, buffer: KVBuffer, site: Site, change: Change, slots:
 def all_changed(
     engine: Engine, buffer: KVBuffer, changes: Sequence[tuple[Site, Change, Sequence[int]]]
 ) -> Iterator[None]:
-    """Several changes at once, each in the rows of its own slots. The model's modules are looked for once.
+    """Apply several changes at once, each in the rows of its own slots. The model's modules are looked up once.
 
     Raises:
-        InvalidArgumentError: there is no such layer, or the block computed no row of some slot.
+        InvalidArgumentError: a layer does not exist, or the block did not compute the row of a slot.
     """
     modules = DecoderModules.of(engine.model)
     with ExitStack() as stack:
@@ -103,9 +103,9 @@ def _changed(
 def recorded(
     engine: Engine, buffer: KVBuffer, sites: Sequence[Site], slots: Sequence[int]
 ) -> Iterator[dict[Site, torch.Tensor]]:
-    """Read activations of these slots' rows: [slots, ...] for each site, there once the block has computed them.
+    """Record activations of these slots' rows: site -> [slots, ...], available once the block has computed the rows.
 
-    What the block computes is taken back.
+    The buffer is rolled back at the end of the block.
     """
     found: dict[Site, torch.Tensor] = {}
 
@@ -135,7 +135,7 @@ def _output_hook(module: nn.Module, buffer: KVBuffer, edit: Any) -> Iterator[Non
 
 
 def _module(modules: DecoderModules, site: Site) -> tuple[nn.Module, int]:
-    """The module whose input (with `ATTENTION`, output) is the activation, and into how many heads it is split (0: not)."""
+    """Return the module whose input (`ATTENTION`: output) is the activation, and its number of heads (0: not split)."""
     count = len(modules.layers)
     if not 0 <= site.layer < count + (site.place is Place.RESIDUAL):
         raise InvalidArgumentError(f"this model has {count} layers, and no {site.place} of layer {site.layer}")

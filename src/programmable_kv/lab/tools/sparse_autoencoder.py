@@ -1,9 +1,10 @@
-"""A sparse autoencoder: activations as a sum of few directions out of many, learnt so that the sum is close.
+"""A sparse autoencoder: it approximates activations by a sum of few directions out of many learned ones.
 
-Of all features only the `active` largest are kept for an activation. Beside a trained one belongs a frozen one: its decoder
-stays random and only its encoder is trained. What the frozen one can do as well, the learnt directions have not shown.
-Sources: Gao et al., Scaling and Evaluating Sparse Autoencoders (arXiv 2406.04093), section 2.3; Korznikov et al., Sanity Checks
-for Sparse Autoencoders (arXiv 2602.14111), the frozen decoder.
+Only the `active` largest features of an activation are kept. Compare a trained autoencoder with a frozen one, whose
+decoder stays random and of which only the encoder is trained. A result that the frozen one also gives is no evidence
+for the learned directions.
+Sources: Gao et al., Scaling and Evaluating Sparse Autoencoders (arXiv 2406.04093), section 2.3; Korznikov et al.,
+Sanity Checks for Sparse Autoencoders (arXiv 2602.14111), the frozen decoder.
 """
 
 from __future__ import annotations
@@ -17,38 +18,40 @@ from programmable_kv.errors import InvalidArgumentError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SparseAutoencoder:
-    """Features of activations. All tensors are float32, on the CPU; so is what its methods return."""
+    """Features of activations. All its tensors, and all that its methods return, are float32 on the CPU."""
 
     encoder: torch.Tensor
     """[m, d]"""
     bias: torch.Tensor
     """[m]"""
     decoder: torch.Tensor
-    """[m, d]: each feature's direction, of unit length"""
+    """[m, d], each feature's direction, of unit length"""
     centre: torch.Tensor
-    """[d]: the mean of the activations"""
+    """[d], the mean of the activations"""
     scale: float
-    """the root mean square of a centred activation's entries, by which it is divided before it is encoded"""
+    """root mean square of the centred activations' entries; activations are divided by it before they are encoded"""
     active: int
-    """features that are kept for an activation"""
+    """how many features are kept for an activation"""
 
     @property
     def directions(self) -> torch.Tensor:
         return self.decoder
 
     def codes(self, rows: torch.Tensor) -> torch.Tensor:
-        """How much of each feature activations [n, d] have, [n, m], in the activations' own unit; at most `active` of a row
-        are not zero, and none is negative."""
+        """Encode activations [n, d]: the amount of each feature, [n, m], in the unit of the activations.
+
+        No amount is negative, and at most `active` in a row are not zero.
+        """
         centred = (rows.to(self.centre) - self.centre) / self.scale
         kept, which = _largest(centred, self.encoder, self.bias, self.active)
         return torch.zeros(len(rows), len(self.bias)).scatter(1, which, kept) * self.scale
 
     def decoded(self, codes: torch.Tensor) -> torch.Tensor:
-        """The activations [n, d] that codes [n, m] stand for."""
+        """Decode codes [n, m] to activations [n, d]."""
         return self.centre + codes @ self.decoder
 
     def unexplained(self, rows: torch.Tensor) -> float:
-        """The share of the variance of activations [n, d] that is lost when they are encoded and decoded.
+        """Return the share of the variance of activations [n, d] that is lost when they are encoded and decoded.
 
         Raises:
             InvalidArgumentError: the rows do not vary.
@@ -71,12 +74,12 @@ def train(
     seed: int = 0,
     frozen: bool = False,
 ) -> SparseAutoencoder:
-    """Learn to rebuild activations [n, d] from few features each (Adam, seeded; the rate falls to zero in the last fifth).
+    """Train an autoencoder on activations [n, d] (Adam, seeded; the rate falls to zero in the last fifth of the steps).
 
-    Directions begin as activations drawn at random; with `frozen` they are random, and stay so.
+    Directions start as activations drawn at random. With `frozen`, they are random and not trained.
 
     Raises:
-        InvalidArgumentError: no rows, rows that do not vary, or more active features than there are.
+        InvalidArgumentError: there are fewer than two rows, the rows do not vary, or `active` is not in [1, features].
     """
     if not 0 < active <= features or len(rows) < 2:
         raise InvalidArgumentError(f"cannot keep {active} of {features} features of {len(rows)} activations")
@@ -110,17 +113,17 @@ def train(
 def _largest(
     centred: torch.Tensor, encoder: torch.Tensor, bias: torch.Tensor, active: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest features of each row and which they are, both [n, active]."""
+    """Return the largest features of each row and their indices, both [n, active]."""
     kept, which = torch.addmm(bias, centred, encoder.T).topk(active, dim=1, sorted=False)
     return kept.relu(), which
 
 
 def _directions(centred: torch.Tensor, features: int, generator: torch.Generator, *, frozen: bool) -> torch.Tensor:
-    """[features, d] of unit length: activations drawn at random, so that few features are never used; or random ones."""
+    """Draw unit directions [features, d]: activations, so that few features are never used; random ones if `frozen`."""
     if frozen:
         drawn = torch.randn(features, centred.shape[1], generator=generator)
     else:
         drawn = centred[torch.randint(len(centred), (features,), generator=generator)]
-        # A repeated activation would be two features that stay one.
+        # An activation that is drawn twice would give two features that stay identical.
         drawn = drawn + 0.1 * torch.randn(drawn.shape, generator=generator)
     return torch.nn.functional.normalize(drawn, dim=1)

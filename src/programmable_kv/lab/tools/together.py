@@ -1,8 +1,9 @@
-"""Many interventions on what the last row reads, in one forward: a copy of the row for each of them.
+"""Many interventions on what the last row reads, in one forward with a copy of the row for each.
 
-The rows of the other context are put beside those of this one. Each copy of the last row sees, by its mask, either the one or
-the other of a slot, or neither, layer by layer and head by head. So a patch costs one row, not one forward, and nothing is
-overwritten. Exact: equal to patching the cache and computing the row alone.
+The other context's rows are appended to this context's. The mask of each copy of the last row selects, for each slot,
+layer and head, whether it sees this context's row, the other context's row, or neither. So a patch costs one row
+instead of one forward, and nothing is overwritten. The result is exact: it equals patching the cache and computing the
+row alone.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from programmable_kv.lab.tools.masks import masked
 from programmable_kv.verify.relocation import PositionEncoding
 
 _PROBES = 256
-"""rows of one forward: their masks are [heads, rows, slots] at most"""
+"""most rows of one forward; their masks are at most [heads, rows, slots]"""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
     """What one copy of the last row reads differently, in `layers` and `heads` (KV heads; None: all).
 
-    `patched` slots are read from the other context; `blocked` slots are not read at all.
+    It reads the slots `patched` from the other context, and does not read the slots `blocked`.
     """
 
     patched: tuple[int, ...] = ()
@@ -39,22 +40,22 @@ class Probe:
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
     places: tuple[tuple[int, int], ...] | None = None
-    """(layer, query head), each of them; in place of `layers` and `heads`"""
+    """pairs (layer, query head), given in place of `layers` and `heads`"""
     also: tuple[Probe, ...] = ()
-    """what the same copy reads differently elsewhere"""
+    """further probes of the same copy, for other layers, heads or slots"""
 
     def parts(self) -> tuple[Probe, ...]:
-        """This one, and those that it has besides."""
+        """Return this probe and all probes in `also`."""
         return (self, *(part for each in self.also for part in each.parts()))
 
 
 def each_slot(slots: Sequence[int]) -> list[Probe]:
-    """One patch for each slot, in all layers and heads."""
+    """Return one patch for each slot, in all layers and heads."""
     return [Probe((slot,)) for slot in slots]
 
 
 def each_place(engine: Engine, buffer: KVBuffer, slots: Sequence[int]) -> list[Probe]:
-    """One patch for each layer, KV head and slot, in this order."""
+    """Return one patch for each layer, KV head and slot, in this order."""
     require_rotary(engine, buffer)
     heads = buffer.keys(0).shape[1]
     return [
@@ -68,13 +69,16 @@ def each_place(engine: Engine, buffer: KVBuffer, slots: Sequence[int]) -> list[P
 def probed(
     engine: Engine, buffer: KVBuffer, token: int, probes: Sequence[Probe], source: KVBuffer | None = None
 ) -> torch.Tensor:
-    """The logits of `token`, appended to the buffer, under each probe: [probes, vocabulary]. The buffer is unchanged.
+    """Return the logits [probes, vocabulary] of `token`, appended to the buffer, under each probe. Changes nothing.
 
-    `source` holds the other context, its slots at the same positions; needed where a probe patches.
+    Args:
+        source: the other context, with its slots at the same positions; needed if a probe patches.
 
     Raises:
-        InvalidArgumentError: a slot, layer or head does not exist, or the slots of the two contexts stand at other positions.
-        UnsupportedModelError: attention depends on positions by more than the keys and the mask (ALiBi), or keys have no heads.
+        InvalidArgumentError: a slot, layer or head does not exist, a probe has both `places` and `layers` or `heads`, a
+            needed source is missing, or the two contexts' slots have different positions.
+        UnsupportedModelError: attention depends on positions in other ways than through the keys and the mask (ALiBi),
+            or keys have no heads.
     """
     require_rotary(engine, buffer)
     parts = [part for probe in probes for part in probe.parts()]
@@ -88,7 +92,7 @@ def probed(
             if source is not None and patched:
                 _append(buffer, source, patched)
             with _seeing(engine, buffer, table):
-                # One position for all copies: none of them sees another.
+                # All copies have the same position: none of them sees another.
                 rows = Rows((token,) * len(some), table.slots, (table.position,) * len(some))
                 found.append(engine.compute(buffer, rows, logits=len(some), chunk=len(some)))
     return torch.cat(found) if found else torch.empty(0)
@@ -109,7 +113,7 @@ class _Table:
         self._known: dict[tuple[Reach, int | None, int | None], torch.Tensor] = {}
 
     def seen(self, layer: int) -> torch.Tensor:
-        """[1 or query heads, T, S] booleans. Layers in which the same is seen share them."""
+        """Return a layer's mask, booleans [1 or query heads, T, S]. Layers with equal masks share it."""
         rule = self._layout.layers[layer]
         key = (rule.reach, rule.window, layer if self._by_layer else None)
         if key not in self._known:
@@ -134,7 +138,7 @@ class _Table:
         return seen
 
     def _where(self, part: Probe, layer: int) -> list[int]:
-        """The query heads of a layer in which a part reads differently; one stands for all where no part is by head."""
+        """Return a layer's query heads in which a part reads differently; head 0 means all if no part is by head."""
         if part.places is not None:
             return [head for each, head in part.places if each == layer]
         if part.layers is not None and layer not in part.layers:
@@ -157,7 +161,7 @@ def _seeing(engine: Engine, buffer: KVBuffer, table: _Table) -> Iterator[None]:
 
 
 def _append(buffer: KVBuffer, source: KVBuffer, slots: tuple[int, ...]) -> None:
-    """Put the source's rows after the buffer's. Only masks made here know at which positions they really stand."""
+    """Append the source's rows to the buffer at placeholder positions. The masks made here use their real positions."""
     first, position = buffer.length, buffer.next_position
     where = range(first, first + len(slots))
     with buffer.writing(where, range(position, position + len(slots))):
@@ -166,11 +170,12 @@ def _append(buffer: KVBuffer, source: KVBuffer, slots: tuple[int, ...]) -> None:
 
 
 def require_rotary(engine: Engine, buffer: KVBuffer) -> None:
-    """What copies of rows in one forward need: keys that know their positions, and masks for all else.
+    """Check that copies of rows can be computed in one forward: positions may matter only in the keys and the mask.
 
     Raises:
         InvalidArgumentError: the buffer is empty.
-        UnsupportedModelError: attention depends on positions by more than the keys and the mask (ALiBi), or keys have no heads.
+        UnsupportedModelError: attention depends on positions in other ways than through the keys and the mask (ALiBi),
+            or keys have no heads.
     """
     proof = engine.relocation
     rotated = {layer.rotated for layer in proof.layout.layers}
