@@ -43,6 +43,13 @@ def test_skills_side_by_side_are_one_request(plug: Plugged) -> None:
     assert "max_tokens" not in body
 
 
+def test_an_early_request_that_ends_where_a_skill_begins_asks_for_one_token_too(plug: Plugged) -> None:
+    composition = Composition.of([list(range(40, 40 + BLOCK)), plug.store.entry("refunds"), [7, 8, 9]])
+    first, last = composition.requests("tenant", BLOCK)
+    assert (len(first["prompt"]), first["max_tokens"]) == (BLOCK, 1)
+    assert "max_tokens" not in last
+
+
 def test_text_before_a_skill_takes_one_more_request(plug: Plugged) -> None:
     refunds = plug.store.entry("refunds")
     text = list(range(40, 60))

@@ -135,6 +135,6 @@ def _rendered(tokenizer: Any, opens: Mapping[str, str]) -> tuple[str, dict[str, 
     for role, following, said in zip(roles, roles[1:], _SAID[1:], strict=False):
         between, _, rest = rest.partition(said)
         if not between.endswith(opens[following]):
-            raise TemplateError(f"the chat template begins a {following} message otherwise behind a {role} message")
+            raise TemplateError(f"the chat template begins a {following} message in another way after a {role} message")
         closes[role] = between.removesuffix(opens[following])
     return first, closes

@@ -43,8 +43,8 @@ class Composition:
     def requests(self, salt: str, block_size: int) -> list[dict[str, Any]]:
         """Return the requests to send to `/v1/completions` one after the other; the last one is the whole prompt.
 
-        The earlier requests compute the text between skills and the seams, so that every skill can be loaded. Send them
-        with `max_tokens=1`. All requests have the same salt. Adjacent skills without a seam need no earlier request.
+        The earlier requests compute the text between skills and the seams, so that every skill can be loaded. Their answers
+        are not wanted: they have `max_tokens=1`. All requests have the same salt. Adjacent skills without a seam need no earlier request.
 
         Args:
             salt: names those whose prompts may share cached blocks: a tenant, a conversation.
@@ -64,10 +64,9 @@ class Composition:
         sent = []
         for length in stages(self.placed, len(self.ids), block_size):
             within = [each for each in self.placed if each.tokens.stop <= length]
-            partly = [each for each in self.placed if each.tokens.start < length < each.tokens.stop]
             body: dict[str, Any] = {"prompt": list(self.ids[:length]), "cache_salt": f"{SALT_PREFIX}{salt}"}
             if within:
                 marks = Marks(tuple(Mark(each.key, each.tokens.start) for each in within), seam)
                 body["kv_transfer_params"] = marks.parameters
-            sent.append(body | ({"max_tokens": 1} if partly else {}))
+            sent.append(body | ({"max_tokens": 1} if length < len(self.ids) else {}))
         return sent

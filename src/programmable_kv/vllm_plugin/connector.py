@@ -190,7 +190,7 @@ def _check_served(vllm_config: Any) -> None:
     for found, what in reasons:
         if found:
             raise UnsupportedModelError(
-                f"vLLM serves the model with {what}, and skills were computed without: serve it without, or leave the "
+                f"vLLM serves the model with {what}, and the skills were computed without it: serve without it, or leave the "
                 "connector out"
             )
 

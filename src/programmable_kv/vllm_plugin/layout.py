@@ -93,10 +93,12 @@ def paged_layer(
     if cache.dtype != dtype:
         raise UnsupportedModelError(f"{found}; the skills are {dtype}. Use --kv-cache-dtype auto. {again}")
     if block_size % cache.shape[2]:
-        raise UnsupportedModelError(f"{found}; blocks of {block_size} tokens do not divide into such. {again}")
+        raise UnsupportedModelError(
+            f"{found}; a block of {block_size} tokens is not a multiple of the kernel's. {again}"
+        )
     if cache.stride(3) != 1 or 0 in cache.stride()[:3]:
         raise UnsupportedModelError(
-            f"{found}; a token's numbers must lie side by side, in memory of their own. {again}"
+            f"{found}; a token's numbers must be contiguous and must not overlap others. {again}"
         )
     if backend in SPLIT:
         return SplitLayer(cache)

@@ -125,7 +125,7 @@ class StoredSkills:
             )
         if bool((segment.computed_at.diff() != 1).any()):
             raise UnverifiedError(
-                f"skill {entry.name!r} keeps room between its tokens, and vLLM counts positions without gaps: compile it "
+                f"skill {entry.name!r} has gaps between its positions, and vLLM's have none: compile it "
                 "with visibility 'causal'"
             )
         if len(segment) != len(entry.unit.ids):

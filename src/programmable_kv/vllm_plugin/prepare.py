@@ -58,10 +58,12 @@ def _certificate(model: Model, files: dict[str, str]) -> Certificate:
         if rule.rotated != "keys" or rule.others or keys != values:
             raise UnsupportedModelError(
                 f"layer {number} of {layout.model_type} caches keys of {keys.heads} x {keys.width} and values of "
-                f"{values.heads} x {values.width}. Only equal shapes, of which keys turn, are written into vLLM's cache."
+                f"{values.heads} x {values.width}. vLLM's cache takes keys and values of equal shapes, of which only the keys are rotated."
             )
         if rule.rotary is not None and rule.rotary.axes:
-            raise UnsupportedModelError(f"{layout.model_type} turns keys by several axes, which the plugin does not do")
+            raise UnsupportedModelError(
+                f"{layout.model_type} rotates keys along several axes, which the plugin does not support"
+            )
         if rule.rotary is not None and rule.rotary not in rotations:
             rotations.append(rule.rotary)
         turned = None if rule.rotary is None else rotations.index(rule.rotary)

@@ -140,7 +140,7 @@ class Scheduling:
             )
         if request.prompt is None or request.other:
             raise InvalidRequestError(
-                f"skills are loaded into prompts of tokens, under the model itself; this one has {request.other or 'no tokens'}"
+                f"skills are loaded into prompts of text alone, without an adapter; this one has {request.other or 'no tokens'}"
             )
         return self._each_placed(marks, request.prompt)
 

@@ -102,7 +102,7 @@ class Branching:
         used = self._buffer.length
         for each in branches:
             if not each.ids or len(each.ids) != len(each.positions):
-                raise InvalidArgumentError(f"a branch has a position for each of its tokens, one at least: {each}")
+                raise InvalidArgumentError(f"a branch needs at least one token, and a position for each: {each}")
             if not set(each.unread + each.absent) <= set(range(used)):
                 raise InvalidArgumentError(f"a branch cannot read slots that are not among the {used} in use: {each}")
         # Each branch's last row goes to the end, where its logits are asked for. Positions ascend in both groups.
