@@ -165,7 +165,7 @@ def test_a_skill_with_room_between_its_tokens_is_computed_instead(root: Path, tm
     SkillStore(tmp_path).put(replace(skills["refunds"], segment=replace(skills["refunds"].segment, computed_at=apart)))
     plug.working._skills = StoredSkills(tmp_path, plug.certificate)
     piece = Piece(plug.store.entry("refunds").key, Span(0, 4), 0)
-    with pytest.raises(UnverifiedError, match="keeps room between its tokens"):
+    with pytest.raises(UnverifiedError, match="gaps between its positions"):
         plug.working._skills.relocated(piece, HeadShare(), torch.device("cpu"))
     computed = -(-notebook.part("refunds").span.start // BLOCK) * BLOCK
     plug.load(request(notebook), computed, BLOCKS)

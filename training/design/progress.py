@@ -67,7 +67,8 @@ def resume(out: Path, masters: Masters, recipe: DesignRecipe, device: torch.devi
     state = torch.load(out / CHECKPOINT, weights_only=True, map_location=device)
     if state["recipe"] != _plain(recipe):
         raise TrainingError(
-            f"{out / CHECKPOINT} was written by another recipe. Choose another folder, delete it, or repeat the original options."
+            f"{out / CHECKPOINT} was written by another recipe. Choose another folder, delete it, or repeat the "
+            "original options."
         )
     masters.load(state["masters"], state["optimizer"])
     return Progress(**state["progress"])

@@ -129,7 +129,7 @@ def files_of(folder: str | Path) -> dict[str, str]:
     weights = sorted(root.glob("*.safetensors"))
     if not weights or not (root / "config.json").is_file():
         raise ModelUnavailableError(
-            f"{folder} is not a folder with config.json and .safetensors weights, which is what vLLM and this package both read. "
+            f"{folder} is not a folder with config.json and .safetensors weights, which vLLM and this package both read. "
             "Give the folder itself, not a name on a hub; `pkv vllm export MODEL FOLDER` writes one."
         )
     return {path.name: _sha256(path) for path in (*paths, *weights)}

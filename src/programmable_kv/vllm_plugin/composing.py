@@ -44,7 +44,8 @@ class Composition:
         """Return the requests to send to `/v1/completions` one after the other; the last one is the whole prompt.
 
         The earlier requests compute the text between skills and the seams, so that every skill can be loaded. Their answers
-        are not wanted: they have `max_tokens=1`. All requests have the same salt. Adjacent skills without a seam need no earlier request.
+        are not wanted, so they have `max_tokens=1`. All requests have the same salt. Adjacent skills without a seam need no
+        earlier request.
 
         Args:
             salt: names those whose prompts may share cached blocks: a tenant, a conversation.
