@@ -90,7 +90,7 @@ class Case:
 
     @cached_property
     def other_conversation(self) -> bool:
-        """Whether the requests have no message in common and the differing text is other text, not the same text changed."""
+        """Whether the requests have no message in common and the differing texts are not versions of one text."""
         return not self.same_conversation and not (self.same_kind and alike(*self.texts))
 
     @property

@@ -82,7 +82,7 @@ def first_difference(earlier: Request, later: Request) -> Difference:
 
 
 def changes_behind(first: Difference, most: int = 5) -> list[Change]:
-    """Further differences behind the first, in order, at most `most`. They would break the prefix once the first is fixed.
+    """Further differences behind the first, at most `most`. They would break the prefix once the first is fixed.
 
     Text that the later request appends at its end does not count as a difference.
     """

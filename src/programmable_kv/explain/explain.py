@@ -1,4 +1,4 @@
-"""`explain_miss`: compares every request of a log with the requests before it, and reports why a prefix cache missed."""
+"""`explain_miss`: compares every request of a log with earlier ones, and reports why a prefix cache missed."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def _place(case: Case | None, row: CauseClass) -> tuple[str, str]:
 
 
 def _compared(history: History, request: Request, nearest: Difference | None) -> Difference | None:
-    """The comparison that explains a request: with the request that it continues, or with the nearest if no less is cached."""
+    """The comparison that explains a request: with the one that it continues, or with the nearest if that covers it."""
     if nearest is not None and nearest.after is None:
         return nearest
     counterpart = history.counterpart(request, nearest)
@@ -190,7 +190,7 @@ def _compared(history: History, request: Request, nearest: Difference | None) ->
 
 
 def _unexplained(row: CauseClass, found: Difference, meter: Meter, table: PriceTable) -> tuple[CauseClass, int]:
-    """The class and the loss of a request whose text shows no miss: the chat template or the upstream may still lose it."""
+    """The class and loss of a request whose text shows no miss: the template or the upstream may still cause one."""
     lost = meter.template_loss(found)
     if lost:
         return TEMPLATE, lost

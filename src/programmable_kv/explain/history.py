@@ -45,7 +45,7 @@ class History:
                 self._said[piece.key] = request
 
     def nearest(self, request: Request) -> Difference | None:
-        """The comparison with the request of the same cache that shares the longest prefix; of equals, with the latest."""
+        """The comparison with the request of the same cache that shares the longest prefix, the latest of equals."""
         node = self._roots.get(request.cache)
         if node is None:
             return None

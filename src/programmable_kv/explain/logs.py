@@ -1,4 +1,4 @@
-"""Reads requests from logs: a JSON file with one request, a JSONL file with one on each line, or a trace of hashed blocks.
+"""Reads requests from logs: JSON files with one request, JSONL files with one on each line, traces of hashed blocks.
 
 A line is either the request's body, or an object as gateways and batch files write it, with the body in it (`request`,
 `body`, `proxy_server_request`, ...) next to the response, the usage and the time.

@@ -97,7 +97,7 @@ class Meter:
 
     @property
     def at_most(self) -> bool:
-        """Whether losses are upper bounds: counts and hashes do not show which of the recomputed tokens were sent before."""
+        """Whether losses are upper bounds: counts and hashes do not show which recomputed tokens were sent before."""
         return self.basis in (Basis.UPSTREAM, Basis.BLOCKS)
 
     def _hit(self, request: Request, nearest: Difference | None) -> int:

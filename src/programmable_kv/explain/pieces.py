@@ -109,7 +109,7 @@ class Request:
     """Seconds since the epoch, or since the start of the trace."""
     usage: Usage | None = None
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """Settings that may change how the prompt is rendered or cached: `tool_choice`, `thinking`, `chat_template_kwargs`."""
+    """Settings that may change how the prompt renders or caches: `tool_choice`, `thinking`, `chat_template_kwargs`."""
     body: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """The body as sent, for a chat template to render."""
     block_tokens: int | None = None

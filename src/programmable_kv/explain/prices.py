@@ -54,7 +54,7 @@ class PriceTable:
     """The table's origin."""
 
     def price_of(self, model: str, tokens: int) -> Price | None:
-        """The row for a model and a number of tokens, or None. If several match, the row with the longest name is used."""
+        """The row for a model and a number of tokens, or None. If several match, the one with the longest name."""
         wanted = _plain(model)
         fitting = [
             row

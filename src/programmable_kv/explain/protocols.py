@@ -1,4 +1,4 @@
-"""Splits bodies of Chat Completions, Responses, Messages and Completions into pieces, in the order a model reads them."""
+"""Splits Chat Completions, Responses, Messages and Completions bodies into pieces in the order a model reads them."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def _completions(body: Mapping[str, Any]) -> Iterator[Piece]:
 
 
 def _content(content: Any, path: str, role: str, number: int | None, kind: Kind) -> Iterator[Piece]:
-    """The pieces of OpenAI's content: a string or a list of parts. Servers may render these differently, so `form` is set."""
+    """The pieces of OpenAI's content. Servers may render a string and a list of parts differently, so `form` is set."""
     if content is None:
         return
     if isinstance(content, str):

@@ -1,4 +1,4 @@
-"""Recognisers for the classes of causes: each answers one question about two differing pieces. `classes.py` orders them."""
+"""Recognisers for the classes of causes: one question about two differing pieces each. `classes.py` orders them."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def state(case: Case) -> bool:
 
 
 def _announced(case: Case) -> bool:
-    """Whether a block may be the client's: anything before the conversation may be, in the conversation only text in a tag."""
+    """Whether the text may be a client's block: anything before the conversation may, in it only text in a tag."""
     return case.shown and (case.in_head or any(f"<{label}" in case.texts[1] for label in case.labels))
 
 

@@ -17,7 +17,7 @@ class RequestFinding:
     model: str
     protocol: str
     cause: str
-    """The class of the cause. Some classes are not misses, such as 'appended', 'first request' and 'new conversation'."""
+    """The class of the cause. Some are not misses, such as 'appended', 'first request' and 'new conversation'."""
     missed: bool
     """Whether a prefix that was sent before was recomputed."""
     compared_with: int | None

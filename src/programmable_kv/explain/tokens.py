@@ -1,4 +1,4 @@
-"""Counts requests in the tokens of one model, rendered with its chat template as engines do. Loads the tokenizer only."""
+"""Counts requests in one model's tokens, rendered with its chat template as engines do. Loads only the tokenizer."""
 
 from __future__ import annotations
 

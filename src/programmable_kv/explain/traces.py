@@ -1,4 +1,4 @@
-"""Reads traces of hashed blocks instead of text (kv-cache-tester's format). They show where a prefix breaks, not why."""
+"""Reads traces of hashed blocks instead of text (kv-cache-tester's form). They show where a prefix breaks, not why."""
 
 from __future__ import annotations
 

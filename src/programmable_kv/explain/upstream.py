@@ -1,4 +1,4 @@
-"""Classifies misses that the text does not explain: a request repeats an earlier prefix, but the upstream read little of it."""
+"""Classifies misses that the text does not explain: a prefix was sent again, but the upstream read little of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from programmable_kv.explain.prices import Price
 from programmable_kv.explain.protocols import MESSAGES
 
 _FEW = 0.5
-"""A prefix counts as lost if less than this share of it was read. Breakpoints and blocks always leave a little unread."""
+"""A prefix counts as lost if less than this share was read. Breakpoints and blocks leave a little unread anyway."""
 
 
 @dataclass(frozen=True, slots=True)

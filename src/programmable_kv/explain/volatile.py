@@ -47,7 +47,7 @@ COUNTER_CUES = re.compile(r"(?i)tokens?|left|remaining|turn|step|count|budget|us
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A value that changes by itself: the characters `[start, stop_before)` and `[start, stop_after)` of the two texts."""
+    """A value that changes by itself: characters `[start, stop_before)` and `[start, stop_after)` of the two texts."""
 
     name: str
     start: int
@@ -56,7 +56,7 @@ class Value:
 
 
 def volatile_at(before: str, after: str, offset: int) -> Value | None:
-    """The clock, id or counter in which two texts first differ: both have one of the same kind that begins at the same place.
+    """The clock, id or counter in which two texts first differ: of one kind and with one beginning in both.
 
     Args:
         offset: equal characters at the beginning of both texts.
@@ -127,7 +127,7 @@ def _clock(text: str, at: int) -> tuple[int, int] | None:
 
 
 def _are_ids(one: str, other: str) -> bool:
-    """Whether two words are ids: both hexadecimal and of one length, or both of letters and digits; not both numbers."""
+    """Whether two words are ids: both hexadecimal of one length, or both of letters and digits; not both numbers."""
     if one.isdigit() and other.isdigit():
         return False
     if len(one) == len(other) and _HEX.fullmatch(one) and _HEX.fullmatch(other):
