@@ -134,7 +134,7 @@ def policies(instances: int) -> list[Scenario]:
 
 
 def trajectory(scenario: Scenario, turns: int, rng: random.Random) -> Iterator[Step]:
-    """Requests about a policy's gates. Before about half of them, the gate's field takes a value with another action."""
+    """Requests about a policy's gates. Before about half, the gate's field takes a value with another action."""
     values = dict(scenario.values)
     for _ in range(turns):
         gate = rng.choice(scenario.gates)
