@@ -1,4 +1,4 @@
-"""An agent on one live cache: the state changes, tools report, skills come and go, and each turn computes only what is new.
+"""An agent on one live cache: the state changes, tools report, skills come and go; each turn computes only what is new.
 
 Run it: python examples/agent_loop.py
 """
@@ -20,7 +20,7 @@ ASKED = "Somebody asks for a cancellation. What do you do?"
 
 
 def main(model: Model) -> list[str]:
-    """Play the events of one conversation; returns what was decided in each turn."""
+    """Play the events of one conversation; returns the decision of each turn."""
     agent = Agent(model, POLICY, order_status="pending")
     actions = ["cancel", "deny"]
     agent.act(ASKED, actions)

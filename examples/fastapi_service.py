@@ -1,4 +1,4 @@
-"""A web service on one cached policy: its fields are edited and decisions are read, without a prefill for each request.
+"""A web service on one cached policy: clients edit its fields and get decisions, without a prefill for each request.
 
 Install and run it: pip install 'programmable-kv[examples]' && python examples/fastapi_service.py
 """
@@ -23,7 +23,7 @@ class Question(BaseModel):
 
 
 def create_app(model: Model) -> FastAPI:
-    """The service; one notebook. Requests wait in the model's queue, and the event loop stays free."""
+    """The service, with one notebook. Requests wait in the model's queue, so the event loop stays free."""
     notebook = Notebook(model).message("system", POLICY, order_status="pending")
     notebook.prefill()
     queue = ModelQueue.of(model)

@@ -21,7 +21,7 @@ OPTIONS = ["cancel", "deny"]
 
 
 def main(model: Model) -> list[str]:
-    """Decide before and after an edit, try another value and take it back; returns the three decisions."""
+    """Decide before and after an edit, then try another value and roll it back; returns the three decisions."""
     notebook = Notebook(model)
     notebook.message("system", PROMPT, order_status="pending", tier="gold")
     notebook.message("user", "Somebody asks for a cancellation. What do you do?")
@@ -34,7 +34,7 @@ def main(model: Model) -> list[str]:
     print(f"shipped: {after.choice}, after computing {edited.tokens_computed} tokens")
 
     mark = notebook.mark()
-    notebook.edit(order_status="pending", mode="suffix")  # exact: everything after the field is computed again
+    notebook.edit(order_status="pending", mode="suffix")  # exact: everything after the field is recomputed
     tried = notebook.decide(options=OPTIONS)
     notebook.rollback(mark)
     print(f"tried pending: {tried.choice}; the context says {notebook.fields['order_status']} again")

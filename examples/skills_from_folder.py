@@ -1,7 +1,7 @@
 """A folder of text files as skills: each is compiled once, kept in a store, and spliced in when a request needs it.
 
 Run it: python examples/skills_from_folder.py [FOLDER]
-A second run with the same store computes no skill.
+A second run with the same store compiles nothing again.
 """
 
 import sys
@@ -21,13 +21,13 @@ REQUESTS = {
 
 
 def compiled(model: Model, folder: Path, store: SkillStore) -> dict[str, Skill]:
-    """A skill for every `.md` file of the folder, by the file's name; what the store holds is not computed again."""
+    """A skill for every `.md` file of the folder, by the file's name. Skills in the store are not compiled again."""
     files = sorted(folder.glob("*.md"))
     return {file.stem: store.compile(model, file.read_text(encoding="utf-8"), name=file.stem) for file in files}
 
 
 def main(model: Model, folder: Path, store: SkillStore) -> dict[str, str]:
-    """Answer each request with its skill in the context, and cut the skill out again; returns the decisions."""
+    """Splice in the skill for each request, decide, and cut the skill out again; returns the decisions."""
     skills = compiled(model, folder, store)
     notebook = Notebook(model).message("system", STATE)
     notebook.prefill()

@@ -1,1 +1,1 @@
-"""How fast: each bench against what a user would do instead, compared within one run, written as a record."""
+"""Benches: each measures an operation and what a user would do instead within one run, and writes a record."""

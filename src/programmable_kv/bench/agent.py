@@ -1,13 +1,13 @@
-"""An agent on one live cache against one that prefills its whole context every turn: the same decisions? how much sooner?
+"""Compares an agent on one live cache with one that prefills its whole context every turn, in decisions and in time.
 
-The rival re-renders its system message with the current values, appends the conversation so far, and prefills everything,
-as an agent without a programmable cache has to when its state changes. Where times are compared a second rival plays the same
-turns with a prefix cache: it keeps what its context and the last one begin with in common. Each keeps a trajectory of its own:
-what it answered is what it reads later. Two questions, two kinds of rows:
+The rival renders its system message with the current values, appends the conversation so far, and prefills everything,
+as an agent without a programmable cache must when its state changes. For times, a second rival plays the same turns
+with a prefix cache: it keeps the prefix that its context shares with the previous one. Each agent has its own
+trajectory: it reads its own earlier answers. The record has two kinds of rows:
 
-- `decisions`: held-out policies, compiled once and spliced; in half of the turns the state changes before the request. An
-  agent plays in each of several edit modes.
-- `time`: one policy padded to a length, many turns; the sum of the times to the first answer token.
+- `decisions`: held-out policies, compiled once and spliced. The state changes before about half of the requests. One
+  agent plays in each of several edit modes. - `time`: one policy padded to a length and many turns, with the tokens and
+  the time to the first answer token of each turn.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from programmable_kv.skills.skill import Skill
 
 SEED = 66_000
 LENGTHS = (1024, 2048, 4096)
-"""tokens of the timed policies"""
+"""Tokens of the timed policies."""
 INSTANCES = 10
-"""policies of each held-out domain"""
+"""Policies of each held-out domain."""
 TURNS = 6
 TIMED_TURNS = 12
 MODES = (str(DEFAULT_MODE), str(Mode.ERRATUM))
-"""of the agents that decide, unless others are asked for; the first one's times are taken. For an agent in mode `readers` or
-`design` it is declared by what words its policy looks a field up"""
+"""Default modes of the agents. Times are those of the first mode. For agents in mode `readers` or `design`, the bench
+declares the words by which the policy looks up a field."""
 DESIGN = "design"
-"""the agent whose context is by design; the policy is then text of it, where the other agents splice a compiled one"""
+"""The agent with `visibility="design"`. Its policy is text of the context; other agents splice a compiled policy."""
 OPENING = [("system", "")]
-"""the preface that a policy is compiled behind and later spliced behind: the beginning of a system message"""
+"""The preface behind which a policy is compiled and spliced: the beginning of a system message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What happens before a turn, what is asked, and what is right."""
+    """One turn: the changes before it, the request, and the right answer."""
 
     changes: dict[str, str]
     request: str
@@ -75,7 +75,7 @@ def run(
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
-    """Both parts, into one record."""
+    """Measure decisions and times, and write them into one record."""
     drawn = policies(instances)
     recorder = Recorder(
         path,
@@ -129,12 +129,12 @@ def run(
 
 
 def policies(instances: int) -> list[Scenario]:
-    """The bench's held-out policies: `instances` of every domain that training never saw."""
+    """The bench's held-out policies: `instances` for each domain that training does not use."""
     return held_out_scenarios_per_domain(instances, SEED)
 
 
 def trajectory(scenario: Scenario, turns: int, rng: random.Random) -> Iterator[Step]:
-    """Requests about a policy's gates; before half of them the asked gate's field changes to a value that decides otherwise."""
+    """Requests about a policy's gates. Before about half, the gate's field takes a value with another action."""
     values = dict(scenario.values)
     for _ in range(turns):
         gate = rng.choice(scenario.gates)
@@ -147,7 +147,7 @@ def trajectory(scenario: Scenario, turns: int, rng: random.Random) -> Iterator[S
 
 
 def _timed_steps(turns: int) -> Iterator[Step]:
-    """The demo's requests in turn; before every second one, its field takes its other value."""
+    """The demo's requests in turn. Before every second one, the request's field takes its other value."""
     values = dict(VALUES)
     for number in range(turns):
         case = CASES[number // 2 % len(CASES)]
@@ -163,10 +163,14 @@ def play(
     model: Model, policy: str, state: dict[str, str], steps: list[Step], modes: Sequence[str], *,
     mentions: Mapping[str, Sequence[str]] | None = None, prefix_cache: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Every turn of the rival and of an agent in each mode: who was right, who agreed with the rival; and of the first
-    agent and the rivals, tokens and milliseconds to the first answer token.
+    """Play all turns with the rival and with an agent in each mode; returns a row for each turn.
 
-    With `prefix_cache` the rival that has one plays as well. `mentions`: field -> by what words the policy speaks of it.
+    A row says which of them were right and which agreed with the rival, with the tokens computed and the milliseconds
+    to the first answer token for the first agent and the rivals.
+
+    Args:
+        mentions: for each field, the words by which the policy refers to it.
+        prefix_cache: whether the rival with a prefix cache plays too.
     """
     skill = Skill.compile(model, policy, state, name="policy", preface=OPENING)
     agents = {mode: _agent(model, skill, policy, state, mode, mentions or {}) for mode in modes}
@@ -201,7 +205,7 @@ def play(
 def parse_way(way: str) -> str:
     """
     Raises:
-        InvalidEditError: neither an edit mode nor `design`.
+        InvalidEditError: `way` is neither an edit mode nor `design`.
     """
     return way if way == DESIGN else str(parse_mode(way))
 
@@ -219,9 +223,9 @@ def _agent(
 
 
 class Rival:
-    """Renders its state into the system message and prefills everything, every turn, in one forward.
+    """An agent that renders its state into the system message and prefills everything in one forward, every turn.
 
-    With a `prefix_cache` it prefills from the first token on that differs from the last turn's context.
+    With `prefix_cache` it prefills from the first token that differs from the previous turn's context.
     """
 
     def __init__(self, model: Model, policy: str, state: Mapping[str, str], *, prefix_cache: bool = False) -> None:
@@ -251,7 +255,7 @@ class Rival:
 
 
 def _shared(before: Sequence[int], now: Sequence[int]) -> int:
-    """How many tokens two contexts begin with in common; the last one is always computed, for its logits."""
+    """The number of tokens that two contexts share at their beginning, without the last one: its logits are needed."""
     for index, (old, new) in enumerate(zip(before, now[:-1], strict=False)):
         if old != new:
             return index
@@ -265,10 +269,11 @@ class _Answer:
 
 
 def summarise(rows: list[dict[str, Any]], drawn: Sequence[Scenario]) -> dict[str, Any]:
-    """Rates of right answers, agreement by mode where the rival is right, of all policies and of those with one set of rules;
-    and ratios of summed times and tokens.
+    """Rates of right answers and of agreement by mode, for all policies and for those with one set of rules; and ratios
+    of summed times and tokens.
 
-    The turns of one policy are not independent: the intervals resample whole policies.
+    Agreement is counted where the rival is right, `agreement_on_all` everywhere. The turns of one policy are not
+    independent, so the intervals resample whole policies.
     """
     decided = [row for row in rows if row["kind"] == "decisions"]
     single = [row for row in decided if len(drawn[row["policy"]].gates) == 1]
@@ -293,7 +298,7 @@ def summarise(rows: list[dict[str, Any]], drawn: Sequence[Scenario]) -> dict[str
 
 
 def _decisions(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of these policies. Where the rival is never right there is no decision to agree with, and no figure."""
+    """The rates for these policies. If the rival is never right, there is no decision to agree with, and no figure."""
     plays: list[list[dict[str, Any]]] = [row["turns"] for row in rows]
     part: dict[str, Any] = {"decisions": sum(map(len, plays))}
     right = [[turn for turn in turns if turn["right"]] for turns in plays]

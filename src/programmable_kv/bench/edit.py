@@ -1,9 +1,9 @@
-"""TTFT of an edit, by context length: every mode against full prefill and against the common way.
+"""TTFT of an edit, by context length: every mode against full prefill and against cloning a cache.
 
-The common way to try a continuation on a cached prompt is to clone a DynamicCache, append, and decode. It is given the very
-erratum and question that `field_erratum` computes. `bare` is the floor: one forward of as many tokens on a ready cache.
-`by design` edits a context of `visibility="design"`, where nothing is appended and the edit is exact. Whole prefills of both
-visibilities are timed in turn.
+The common way to try a continuation on a cached prompt is to clone a DynamicCache, append, and decode. `clone` does
+this with the same erratum and question that `erratum` appends. `bare` is the floor: one forward of as many tokens as
+`field_erratum` computes, on a ready cache. `by design` edits a context of `visibility="design"`, where nothing is
+appended and the edit is exact. Full prefills under both visibilities are timed alternately.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.records import Record, Recorder, digest_of
 
 LENGTHS = (512, 1024, 2048, 4096, 7936)
-"""tokens of context; the last leaves room for the answer below the embedded model's 8192 positions"""
+"""Tokens of context. The last leaves room for the answer within the embedded model's 8192 positions."""
 DECODED = 48
 DESIGN = "by design"
 FILLER = "- Notes of the weekly meeting are kept in folder {number} of the shared drive.\n"
 
 
 def context(model: Model, length: int, visibility: Visibility = Visibility.CAUSAL) -> Notebook:
-    """The demo's policy at that length with a request, prefilled."""
+    """A prefilled notebook with the demo's policy and a request, `length` tokens long."""
     notebook = _built(model, padded_policy(model, length), visibility)
     notebook.prefill()
     return notebook
@@ -48,7 +48,7 @@ def _built(model: Model, policy: str, visibility: Visibility = Visibility.CAUSAL
 
 
 def padded_policy(model: Model, length: int) -> str:
-    """The demo's policy, cut or padded with unrelated rules, so that with a request after it there are `length` tokens."""
+    """The demo's policy, cut or padded with unrelated rules; policy and request have at most `length` tokens."""
     head, _, closing = policy().rpartition("\n\n")
     lines = head.split("\n")
 
@@ -62,7 +62,7 @@ def padded_policy(model: Model, length: int) -> str:
 
     while size(lines, 0) > length:
         lines.pop()
-    # The most rules that fit: later ones have longer numbers, so their count cannot be divided out.
+    # The largest number of rules that fits; a division does not give it, since later rules have longer numbers.
     filler = bisect.bisect_right(range(length), length, key=lambda count: size(lines, count)) - 1
     return text(lines, filler)
 
@@ -77,9 +77,9 @@ def run(
     command: str = "",
     settings: Mapping[str, Any] | None = None,
 ) -> Record:
-    """Measure every length and write the record. Times are medians over `repeats` (three for whole prefills).
+    """Measure every length and write the record. Times are medians over `repeats` (at most three for full prefills).
 
-    `settings`: what else the record states of the run (`shapes.settings_of` for a model with random weights).
+    `settings`: further settings for the record (`shapes.settings_of` for a model with random weights).
     """
     recorder = Recorder(
         path,
@@ -102,7 +102,7 @@ def run(
 
 
 def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
-    """One length: milliseconds until the first answer token's logits, for each way; and decoding speed."""
+    """The row of one length: milliseconds until the first answer token's logits for each way, and decoding speed."""
     case = CASES[0]
     options = [case.before, case.after]
     notebook = context(model, length)
@@ -131,7 +131,7 @@ def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
     notebook.rollback(mark)
     ready = _dynamic(notebook)
     ways["clone"] = median_ms(repeats, lambda: _forward(reference, appended, copy.deepcopy(ready)))
-    # Each on a copy made outside the measurement: a layer with a sliding window cannot be cropped.
+    # Each repeat uses a copy made outside the measurement: a layer with a sliding window cannot be cropped.
     copies = (copy.deepcopy(ready) for _ in range(repeats))
     ways["bare"] = statistics.median(elapsed_ms(partial(_forward, reference, few, cache)) for cache in copies)
     tokens["clone"] = len(appended)
@@ -150,7 +150,7 @@ def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
 
 
 def _prefills(model: Model, length: int, repeats: int) -> dict[str, float]:
-    """Median milliseconds of a whole prefill under each visibility."""
+    """Median milliseconds of a full prefill under each visibility."""
     policy = padded_policy(model, length)
     times: dict[str, list[float]] = {str(visibility): [] for visibility in Visibility}
     for _ in range(repeats):
@@ -173,7 +173,7 @@ def _erratum_and_question(notebook: Notebook, field: str, value: str) -> list[in
 
 
 def _dynamic(notebook: Notebook) -> DynamicCache:
-    """The notebook's context in transformers' own cache, without a second prefill."""
+    """The notebook's context copied to transformers' own cache, without a second prefill."""
     cache = DynamicCache(config=notebook.model.engine.model.config)
     buffer = notebook.cache
     for index in range(len(buffer)):
@@ -190,7 +190,7 @@ def _forward(model: Any, ids: list[int], cache: Any) -> torch.Tensor:
 
 
 def _decode(model: Any, cache: Any, token: int) -> float:
-    """Median milliseconds a token, decoding one by one."""
+    """Median milliseconds for one token, decoding token by token."""
 
     def step() -> None:
         nonlocal token
@@ -200,7 +200,7 @@ def _decode(model: Any, cache: Any, token: int) -> float:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ratios within this run, which travel better than milliseconds."""
+    """Ratios within this run, which depend less on the machine than milliseconds do."""
     summary: dict[str, Any] = {}
     for row in rows:
         ms = row["ttft_ms"]

@@ -1,8 +1,8 @@
-"""Hundreds of edits on one cache: does it grow, slow down, or drift from what a full prefill decides?
+"""Hundreds of edits on one cache: measures whether it grows, slows down, or drifts from a full prefill's decisions.
 
-One policy with five fields that change in turn. After every edit a request is decided, and taken back. From time to time the
-same request is put to a full prefill of the values in force. The turns are not kept, so every token that is added comes from
-edits. At the end the errata are folded back into the text.
+The five fields of one policy change in turn. After every edit the bench decides a request and rolls it back, so all
+added tokens come from edits. At every `COMPARED_EVERY`-th edit, a full prefill with the current values decides the same
+request. At the end the errata are folded back into the text.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from programmable_kv.records import Record, Recorder, digest_of, wilson
 
 EDITS = 200
 STRETCH = 20
-"""edits that one row sums up"""
+"""Edits that one row sums up."""
 COMPARED_EVERY = 3
-"""edits between two comparisons with a full prefill; no divisor of the fields, so that each is compared"""
+"""Edits from one comparison with a full prefill to the next. It does not divide the number of fields, so every field is
+compared."""
 CLOCK = "Time of the last message: {clock}.\n\n"
-"""a fifth field, which decides nothing, as agents have it"""
+"""A fifth field that decides nothing, as in the prompts of many agents."""
 
 
 def run(
@@ -37,7 +38,7 @@ def run(
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
-    """Edit, decide and compare; a row for every `STRETCH` edits. A run that is interrupted begins again."""
+    """Edit, decide and compare, and write a row for every `STRETCH` edits. An interrupted run starts again."""
     recorder = Recorder(
         path,
         name=path.stem,
@@ -74,7 +75,7 @@ def _prefilled(model: Model, values: dict[str, str]) -> Notebook:
 
 
 def _step(notebook: Notebook, values: dict[str, str], number: int) -> dict[str, Any]:
-    """One field takes its other value (the clock moves on), and a request is decided that depends on a field."""
+    """Give one field its other value (or advance the clock), and decide a request that depends on a field."""
     turn = number % (len(CASES) + 1)
     case = CASES[turn] if turn < len(CASES) else CASES[number // len(CASES) % len(CASES)]
     if turn < len(CASES):
@@ -114,7 +115,7 @@ def _summed(notebook: Notebook, steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last stretch over the first one, of tokens, milliseconds and bytes; and how often the decisions agreed."""
+    """Tokens, milliseconds, bytes and runs of the last stretch over those of the first; and rates of agreement."""
     first, last = rows[0], rows[-1]
     compared = sum(row["compared"] for row in rows)
     growth = {

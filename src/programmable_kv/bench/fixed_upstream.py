@@ -1,6 +1,6 @@
-"""An upstream that streams the same events to every request as fast as they are taken: what the gateway's bench compares with.
+"""The upstream of the gateway's bench: streams the same events in answer to every request, as fast as the client reads.
 
-A process of its own: `python -m programmable_kv.bench.fixed_upstream PORT`.
+It runs in its own process: `python -m programmable_kv.bench.fixed_upstream PORT`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LONGEST_HEAD = 64 * 2**10
 
 
 def events() -> list[bytes]:
-    """The events of an answer, as Chat Completions streams them. There is no usage: nothing was counted."""
+    """The events of an answer, as Chat Completions streams them. They have no usage, since nothing is counted."""
     said = [
         ({"role": "assistant", "content": _PIECE}, None),
         *[({"content": _PIECE}, None)] * (EVENTS - 3),
@@ -39,7 +39,7 @@ def events() -> list[bytes]:
 
 
 def said_in(body: bytes) -> str | None:
-    """The text that a streamed answer's deltas add up to; None where it is no complete stream of Chat Completions."""
+    """The text of a streamed answer's deltas; None if the body is not a complete stream of Chat Completions."""
     lines = [line.removeprefix("data: ") for line in body.decode("utf-8", "replace").splitlines() if line]
     if not lines or lines.pop() != "[DONE]":
         return None
@@ -55,7 +55,7 @@ _HEALTHY = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
 
 async def answer_all(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answer the requests of one connection, until the client closes it."""
+    """Answer the requests on one connection until the client closes it."""
     try:
         while True:
             head = (await reader.readuntil(b"\r\n\r\n")).lower()

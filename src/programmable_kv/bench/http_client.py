@@ -1,4 +1,4 @@
-"""The client of the gateway's bench: one connection, one request at a time, as little of its own time as Python allows."""
+"""The client of the gateway's bench: one connection, one request at a time, as little overhead as Python allows."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Self
 from programmable_kv.bench.fixed_upstream import LAST_CHUNK
 
 _IDLE_S = 2.0
-"""a connection that was idle for longer is opened again before the next request: servers close idle ones"""
+"""After a longer idle time, the connection is reopened before the next request: servers close idle connections."""
 _READ = 2**16
 _TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One answer."""
+    """One timed answer."""
 
     first_ms: float
-    """from when it was sent, or was due, to the first byte of the answer's body"""
+    """Milliseconds from sending the request, or from when it was due, to the first byte of the answer's body."""
     whole_ms: float
     head: bytes
     body: bytes
-    """without the framing of its chunks"""
+    """The body without the framing of its chunks."""
 
     def header(self, name: str) -> str:
-        """A header's value; empty where it was not sent."""
+        """A header's value; empty if the answer does not have it."""
         for line in self.head.decode("latin-1").split("\r\n")[1:]:
             key, _, value = line.partition(":")
             if key.lower() == name:
@@ -37,7 +37,7 @@ class Timed:
 
 
 class Client:
-    """One connection to a server on this machine. Not for several threads at once."""
+    """One connection to a server on this machine. Not thread-safe."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -56,10 +56,11 @@ class Client:
         """Send one Chat Completions request of a named conversation, and read its answer.
 
         Args:
-            due: when it should have been sent, by `time.perf_counter`: what it waited since then counts, connecting included.
+            due: when the request was due, by `time.perf_counter`. The time since then counts, including the time to
+                connect.
 
         Raises:
-            ConnectionError: the server closed the connection, or answered with another status than 200.
+            ConnectionError: the server closed the connection, or answered with a status other than 200.
         """
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{self._port}\r\ncontent-type: application/json\r\n"
@@ -100,7 +101,7 @@ class Client:
 
 
 def _unframed(chunks: bytes) -> bytes:
-    """The body that chunks hold."""
+    """The body in the chunks."""
     body = b""
     while chunks:
         size, _, rest = chunks.partition(b"\r\n")

@@ -1,10 +1,10 @@
-"""What every public operation costs beside its forward, by length of the context.
+"""The time of every public operation without its forward, by context length.
 
-The model is tiny, so a forward costs little; what it costs is measured by hooks on the model and subtracted. What remains is
-the package's own time: bookkeeping, rendering, tokenising, masks, and moving cached keys.
+The model is tiny, so its forward takes little time; hooks on the model measure that time, and the bench subtracts it.
+The rest is the package's own time: bookkeeping, rendering, tokenising, masks, and moving cached keys.
 
-The context is a conversation of many turns whose system message has 20 fields; some of them were edited before. Every
-operation is undone before the next one, so each starts from the same state.
+The context is a conversation of many turns whose system message has 20 fields; some of them have been edited. The bench
+undoes every operation before the next, so all start from the same state.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from programmable_kv.scenarios.plain_text import documents
 from programmable_kv.skills.skill import Skill
 
 LENGTHS = (4096, 16384, 65536)
-"""tokens of context, about"""
+"""Approximate tokens of context."""
 UNITS = (100, 400, 1000)
-"""messages of the context of each length"""
+"""Messages in the context of each length."""
 FIELDS = 20
 EDITS_BEFORE = 5
-"""default edits of different fields that the context has seen"""
+"""Fields of the context that are edited, in the default mode, before the measurements."""
 SKILL_TOKENS = 256
 _FORWARDS_ALL = frozenset({str(Mode.FULL), str(Mode.SUFFIX), "recompute"})
-"""operations that compute most of the context: their forward is long even here, so they are repeated less"""
+"""Operations that compute most of the context. Their forward is long even here, so they are repeated less often."""
 _ROOM = 8192
-"""positions beyond the context, for what operations append"""
+"""Positions beyond the context for tokens that operations append."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One public operation; `prepare` runs before it and is not timed."""
+    """One public operation. `prepare` runs before it and is not timed."""
 
     name: str
     run: Callable[[Notebook], Any]
@@ -57,7 +57,7 @@ class ForwardTime:
 
     @contextmanager
     def watching(self, model: Any) -> Iterator[None]:
-        """Count the forwards of a torch module while the block runs."""
+        """Time the forwards of a torch module while the block runs."""
         handles = (model.register_forward_pre_hook(self._begin), model.register_forward_hook(self._end))
         try:
             yield
@@ -87,12 +87,12 @@ def run(
     Operations that compute most of the context are repeated at most three times.
 
     Args:
-        model: `model_for(lengths)`, or any model with that much room.
-        lengths, units: tokens of each context, and how many messages it has.
+        model: `model_for(lengths)`, or any model with as many positions.
+        lengths, units: the tokens and the number of messages of each context.
 
     Raises:
-        RecordError: as `Recorder`.
-        ValueError: not as many `units` as `lengths`.
+        RecordError: see `Recorder`.
+        ValueError: `units` and `lengths` differ in length.
     """
     sizes = list(zip(lengths, units, strict=True))
     recorder = Recorder(
@@ -124,12 +124,12 @@ def run(
 
 
 def model_for(lengths: Sequence[int]) -> Model:
-    """The tiny model, with room for contexts of these lengths."""
+    """The tiny model, with enough positions for contexts of these lengths."""
     return tiny_chat_model(max(lengths) + _ROOM)
 
 
 def measure(model: Model, length: int, units: int, repeats: int) -> dict[str, Any]:
-    """Of one context: for every operation the median milliseconds beside its forward and inside it."""
+    """The row of one context: for every operation, the median milliseconds outside and inside its forward."""
     notebook = conversation(model, length, units)
     measured: dict[str, dict[str, float]] = {}
     for operation in operations(model):
@@ -140,7 +140,7 @@ def measure(model: Model, length: int, units: int, repeats: int) -> dict[str, An
 
 
 def few_times(notebook: Notebook, operation: Operation, repeats: int) -> list[tuple[float, float]]:
-    """(milliseconds beside the forward, milliseconds inside it) of each run. The notebook is unchanged afterwards."""
+    """(milliseconds outside the forward, milliseconds inside it) of each run. The notebook is unchanged afterwards."""
     found = []
     for _ in range(repeats):
         mark = notebook.mark()
@@ -157,7 +157,7 @@ def few_times(notebook: Notebook, operation: Operation, repeats: int) -> list[tu
 
 
 def conversation(model: Model, length: int, units: int) -> Notebook:
-    """About `length` tokens: a system message with `FIELDS` fields, `units - 1` turns, and a few edits."""
+    """A context of about `length` tokens: a system message with `FIELDS` fields, `units - 1` turns, and a few edits."""
     lines = "\n".join(f"field_{n:02}: {{field_{n:02}}}" for n in range(FIELDS))
     values = {f"field_{n:02}": f"value {n}" for n in range(FIELDS)}
     notebook = Notebook(model).message("system", f"The state of the session:\n{lines}\nAnswer briefly.", **values)
@@ -173,7 +173,7 @@ def conversation(model: Model, length: int, units: int) -> Notebook:
 
 
 def operations(model: Model) -> list[Operation]:
-    """Every public operation on a live notebook. The edits are of the first field, to a longer value."""
+    """Every public operation on a live notebook. Edits give the first field a longer value."""
     change = {"field_00": "another value, which is longer"}
     skill = Skill.compile(model, next(_texts(model, SKILL_TOKENS)), name="skill")
     options = ["value", "nothing"]
@@ -228,7 +228,7 @@ def operations(model: Model) -> list[Operation]:
 
 
 def _texts(model: Model, tokens: int) -> Iterator[str]:
-    """Plain text in pieces of about so many tokens, again from its beginning when it ends."""
+    """Endless pieces of plain text of about `tokens` tokens; the text starts again when it ends."""
     text = "\n".join(document for document in documents("held_out") if document.isascii())
     offsets = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     while True:
@@ -237,7 +237,7 @@ def _texts(model: Model, tokens: int) -> Iterator[str]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Milliseconds beside the forward of every operation at every length, and the most of any of them."""
+    """Milliseconds outside the forward for every operation at every length, and their maximum at each length."""
     summary: dict[str, Any] = {}
     for row in rows:
         beside = {f"{name}_ms": ms["beside_ms"] for name, ms in row["operations"].items()}

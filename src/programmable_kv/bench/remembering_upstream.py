@@ -1,7 +1,7 @@
-"""An upstream with a prefix cache that says, in each answer, which time it read last in the prompt: what `bench soak` asks.
+"""The upstream of `bench soak`: it has a prefix cache, and answers with the time that it read last in the prompt.
 
-Blocks of a prompt are cached under a digest of all text up to their end, the least used go first. Its usage numbers are counts
-of blocks. A process of its own: `python -m programmable_kv.bench.remembering_upstream PORT`.
+It caches blocks of a prompt under a digest of all text up to their end, and evicts the least recently used. Its usage
+numbers count blocks. It runs in its own process: `python -m programmable_kv.bench.remembering_upstream PORT`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from collections import OrderedDict
 from typing import Any
 
 BLOCK = 64
-"""characters"""
+"""Characters of a block."""
 _CAPACITY = 400_000
-"""blocks"""
+"""Blocks that the cache keeps."""
 _TIME = re.compile(r"Now: ([0-9:]+)|\\?\"(?:the time|now)\\?\": \\?\"([0-9:]+)\\?\"")
-"""as it stands in a system prompt; in a line of the gateway's; in one about a notebook's field"""
+"""A time as it stands in a system prompt, in a line from the gateway, or in a line about a notebook's field."""
 _LONGEST_HEAD = 64 * 2**10
 _HEALTHY = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
 
 class PrefixCache:
-    """Which blocks were read before, in the order of their last use."""
+    """The blocks read before, in the order of their last use."""
 
     def __init__(self, capacity: int = _CAPACITY) -> None:
         self._capacity = capacity
         self._kept: OrderedDict[bytes, None] = OrderedDict()
 
     def read(self, text: str) -> tuple[int, int]:
-        """(blocks of a text, how many of its first ones were cached); from now on all of them are."""
+        """(number of blocks of a text, number of its leading blocks in the cache). Adds all its blocks to the cache."""
         digest, keys = hashlib.blake2b(digest_size=16), []
         for start in range(0, len(text) - BLOCK + 1, BLOCK):
             digest.update(text[start : start + BLOCK].encode("utf-8", "surrogatepass"))
@@ -47,13 +47,13 @@ class PrefixCache:
 
 
 def read_last(text: str) -> str:
-    """The time that holds at a prompt's end; empty if it names none."""
+    """The last time in a prompt; empty if it has none."""
     found = [first or second for first, second in _TIME.findall(text)]
     return found[-1] if found else ""
 
 
 def answered(cache: PrefixCache, body: Any) -> bytes:
-    """The whole reply to a request of Chat Completions."""
+    """The complete HTTP response to a Chat Completions request."""
     text = "\n".join(f"{message['role']}: {message['content']}" for message in body["messages"])
     blocks, cached = cache.read(text)
     said = {

@@ -1,11 +1,11 @@
-"""What the gateway adds to a request: the same requests straight to an upstream and through gateways, interleaved in one run.
+"""The time that the gateway adds: sends the same requests directly to an upstream and through gateways, by turns.
 
-The upstream, a gateway of each mode, LiteLLM's proxy where there is one, and the client are processes of one machine, and share
-its cores. Figures are differences and ratios within the run.
+The upstream, a gateway in each mode, LiteLLM's proxy if given, and the client are processes of one machine and share
+its cores. The figures are differences and ratios within the run.
 
-Under arrivals (`serve_open`): what many clients see, with more and more conversations known to the gateway. One request
-at a time: how the added time grows with the body; the observer, which works behind each answer, ends before the next one.
-Throughput is taken with clients that ask without a pause, and has the observer's work in it.
+- Under arrivals (`serve_open`): the latency that many clients see, as the gateway knows more and more conversations. -
+One request at a time: how the added time grows with the body. The observer, which works after each answer, finishes
+before the next request. - Throughput: clients send requests without a pause, so it includes the observer's work.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from programmable_kv.records import Record, Recorder, digest_of
 SIZES_KB = (8, 100, 450)
 CLIENTS = (1, 8)
 ROUNDS = 2
-"""turns of each way in the throughput of one size"""
+"""Turns that each way gets in the measurement of throughput at one size."""
 SESSIONS = (10, 1000, 10_000)
 PER_SECOND = 50.0
 _WARM = TURNS
-"""requests of each way before any is timed"""
+"""Requests on each way before any is timed."""
 
 
 def run(
@@ -51,20 +51,22 @@ def run(
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
-    """Measure latency under arrivals, latency and throughput at every size of a body, and memory, and write the record.
+    """Measure latency under arrivals, latency and throughput at every body size, and memory, and write the record.
 
     Args:
-        sessions: idle conversations, of one request each and of the smallest size, that gateways know while requests arrive.
-        per_second: requests that arrive in a second, of the smallest size.
-        open_seconds: how long they arrive on each way, for each of `sessions`.
-        requests: of each way at each size, for the latency of one request at a time.
-        seconds: each way is loaded in one of `ROUNDS` turns, for the throughput.
+        sizes_kb: sizes of the request bodies, in kilobytes.
+        sessions: numbers of idle conversations, each with one request of the smallest size, that gateways know while
+            requests arrive.
+        per_second: requests of the smallest size that arrive per second.
+        open_seconds: how long requests arrive on each way, for each of `sessions`.
+        requests: requests on each way at each size, for the latency of one request at a time.
+        seconds: how long each way is loaded in each of its `ROUNDS` turns, for the throughput.
         litellm_python: the Python of an environment with `litellm[proxy]`; None leaves LiteLLM out.
 
     Raises:
-        RecordError: as `Recorder`.
-        InvalidArgumentError: there is no LiteLLM in that environment.
-        ConnectionError: a way answered otherwise than the upstream does.
+        RecordError: see `Recorder`.
+        InvalidArgumentError: that environment has no LiteLLM.
+        ConnectionError: an answer differs from the upstream's.
     """
     peer = litellm_version(litellm_python) if litellm_python is not None else ""
     recorder = Recorder(
@@ -97,7 +99,7 @@ def run(
     small = conversation(1000 * min(sizes_kb))
     for count in sorted(sessions):
         arriving = partial(step, bodies=small, sessions=count, per_second=per_second, seconds=open_seconds)
-        without = () if count == min(sessions) else (LITELLM,)  # it keeps nothing of a conversation: once is enough
+        without = () if count == min(sessions) else (LITELLM,)  # it stores no conversations: once is enough
         steps.append(({"what": "arrivals", "sessions": count}, partial(_on, arriving, without)))
     for kb in sizes_kb:
         bodies = conversation(1000 * kb)
@@ -124,24 +126,24 @@ def run(
 
 
 def _on(measure: Callable[[list[Way]], dict[str, Any]], without: Sequence[str], ways: list[Way]) -> dict[str, Any]:
-    """Measure all ways but some."""
+    """Measure all ways except those in `without`."""
     return measure([way for way in ways if way.name not in without])
 
 
 def steps_of(sizes_kb: Sequence[int], sessions: Sequence[int]) -> int:
-    """How often `run` reports."""
+    """How many times `run` reports progress."""
     return len(sessions) + len(sizes_kb) * (1 + len(CLIENTS))
 
 
 def texts(sizes_kb: Sequence[int]) -> Iterator[str]:
-    """All bodies, and the answer."""
+    """The text of all request bodies and of the answer."""
     for kb in sizes_kb:
         yield from (body.decode() for body in conversation(1000 * kb))
     yield b"".join(events()).decode()
 
 
 def latency(ways: Sequence[Way], bodies: Sequence[bytes], requests: int) -> dict[str, Any]:
-    """Of every way: percentiles of the milliseconds of one request at a time, in turns, and what gateways said they did."""
+    """For every way, by turns: percentiles of the milliseconds of one request at a time, and the gateways' actions."""
     sent = {way.name: way.requests(bodies) for way in ways}
     times: dict[str, list[Timed]] = {way.name: [] for way in ways}
     with ExitStack() as open_clients:
@@ -171,7 +173,7 @@ def _latency(answers: Sequence[Timed]) -> dict[str, Any]:
 
 
 def throughput(ways: Sequence[Way], bodies: Sequence[bytes], clients: int, seconds: float) -> dict[str, Any]:
-    """Of every way: requests answered in a second to clients that ask without a pause, and requests the observer left out."""
+    """For every way: requests answered per second to clients that ask without a pause, and requests not observed."""
     done = dict.fromkeys((way.name for way in ways), 0)
     spent = dict.fromkeys((way.name for way in ways), 0.0)
     dropped = {way.name: _dropped(way) for way in ways}
@@ -196,7 +198,7 @@ def _dropped(way: Way) -> float:
 
 
 def _load(way: Way, bodies: Sequence[bytes], clients: int, seconds: float) -> tuple[int, float]:
-    """Requests that were answered, and the seconds until the last of them was."""
+    """The number of answered requests, and the seconds until the last answer."""
     counts = [0] * clients
     faults: list[BaseException] = []
     began = time.perf_counter()
@@ -224,8 +226,8 @@ def _load(way: Way, bodies: Sequence[bytes], clients: int, seconds: float) -> tu
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By way: its percentiles, what it adds to those of the direct way, the part of that one's throughput, and what a session
-    takes."""
+    """For each way: percentiles, the time added to the direct way's, the share of the direct way's throughput, and the
+    memory of a session."""
     summary: dict[str, dict[str, Any]] = {}
     for row in rows:
         where = f"open_{row['sessions']}" if row["what"] == "arrivals" else f"at_{row['kb']}_kb"
@@ -249,7 +251,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 continue
             place |= {"requests": found["requests"], "errors": found["errors"]}
             if found.get("session_bytes") is not None:
-                whole["session_kb"] = round(found["session_bytes"] / 1000, 2)  # of the most, which come last
+                whole["session_kb"] = round(found["session_bytes"] / 1000, 2)  # of the last, largest number of sessions
     for found in summary.values():
         opened = [each for name, each in found.items() if name.startswith("open_")]
         if len(opened) > 1 and "added_first_p50_ms" in opened[0]:

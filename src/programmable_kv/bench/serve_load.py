@@ -1,4 +1,4 @@
-"""What the gateway's bench sends: conversations of an agent whose system prompt begins with a clock."""
+"""The requests of the gateway's bench: conversations of an agent whose system prompt begins with a clock."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from itertools import count
 from programmable_kv.scenarios.plain_text import documents
 
 TURNS = 8
-"""requests of one conversation"""
+"""Requests of one conversation."""
 _MESSAGE = 2000
-"""characters of an earlier message, about"""
+"""Approximate characters of an earlier message."""
 _HEAD_PART = 4
-"""the system prompt is about this part of a request"""
+"""The system prompt is about one part in this many of a request."""
 
 
 def conversation(nbytes: int) -> list[bytes]:
-    """The bodies of one conversation, each of about `nbytes`. Each time the clock moves on and two messages are added."""
+    """The bodies of one conversation, each of about `nbytes`. Each advances the clock and adds two messages."""
     text = " ".join(document for document in documents("held_out") if document.isascii()).replace("\n", " ")
     text *= 1 + nbytes // len(text)
     head = text[: nbytes // _HEAD_PART]

@@ -1,6 +1,7 @@
-"""The gateway's bench under arrivals that do not wait for answers, with more and more conversations known to it.
+"""The gateway's bench under arrivals that do not wait for answers, as the gateway knows more and more conversations.
 
-A request's time runs from when it was due, not from when it was sent: what waits behind a slow answer counts as slow.
+A request's time counts from when the request was due, not from when it was sent, so waiting behind a slow answer
+counts.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from programmable_kv.bench.http_client import Client, Timed
 from programmable_kv.bench.serve_ways import Way, percentiles
 
 CLIENTS = 8
-"""clients with a connection and a conversation each: whoever is free takes the next arrival"""
+"""Number of clients, each with its own connection and conversation. A free client takes the next arrival."""
 BLOCK_S = 2.0
-"""how long one way is asked before it is the next one's turn"""
+"""Seconds for which one way gets requests before the next way's turn."""
 _AT_ONCE = 200
-"""idle conversations that are opened before the observer may catch up"""
+"""Number of idle conversations opened before waiting for the observer."""
 
 
 def arrivals(per_second: float, seconds: float, seed: int) -> list[float]:
-    """Seconds at which requests arrive: a Poisson process."""
+    """Arrival times in seconds from the start, from a Poisson process."""
     draw = random.Random(seed)
     found: list[float] = []
     at = draw.expovariate(per_second)
@@ -36,7 +37,7 @@ def arrivals(per_second: float, seconds: float, seed: int) -> list[float]:
 
 
 def open_loop(ways: Sequence[Way], bodies: Sequence[bytes], per_second: float, seconds: float) -> dict[str, Any]:
-    """Of every way: percentiles under arrivals, and errors. Ways take turns; in each round all get the same arrivals."""
+    """For every way: percentiles under arrivals, and errors. Ways take turns; in a round all get the same arrivals."""
     found: dict[str, _Asked] = {way.name: _Asked() for way in ways}
     for number in range(max(1, round(seconds / BLOCK_S))):
         due = arrivals(per_second, min(BLOCK_S, seconds), seed=number)
@@ -48,7 +49,7 @@ def open_loop(ways: Sequence[Way], bodies: Sequence[bytes], per_second: float, s
 
 
 class _Asked:
-    """What came of the requests on one way. For several threads."""
+    """The answers and errors on one way. Several threads add to it."""
 
     def __init__(self) -> None:
         self.answers: list[Timed] = []
@@ -67,7 +68,10 @@ class _Asked:
 
 
 def _block(way: Way, bodies: Sequence[bytes], due: Sequence[float], asked: _Asked) -> None:
-    """Send one round of arrivals. Each client first sends a request that is not counted: real ones keep their connections."""
+    """Send one round of arrivals.
+
+    Each client first opens its connection with an uncounted request, since real clients keep their connections open.
+    """
     lock = threading.Lock()
     places = iter(due)
     ready = threading.Barrier(CLIENTS + 1)
@@ -112,11 +116,11 @@ def _block(way: Way, bodies: Sequence[bytes], due: Sequence[float], asked: _Aske
 
 
 def open_sessions(ways: Sequence[Way], body: bytes, sessions: int) -> dict[str, Any]:
-    """Open idle conversations of one request on every gateway of ours until it has so many, on all at the same time.
+    """Open idle conversations of one request on all our gateways in parallel, until each has `sessions` of them.
 
     Returns:
-        Of each of them: bytes by which its process grew with each conversation (None where the system does not tell), and
-        conversations that it says it knows.
+        For each gateway: the bytes by which its process grew per conversation (None if the system does not say), the
+        size of the body, and the number of conversations that the gateway reports.
 
     Raises:
         ConnectionError: a request failed.
@@ -161,7 +165,7 @@ def _lots(requests: Iterator[tuple[bytes, str]]) -> Iterator[list[tuple[bytes, s
 def step(
     ways: Sequence[Way], bodies: Sequence[bytes], *, sessions: int, per_second: float, seconds: float
 ) -> dict[str, Any]:
-    """Open idle conversations until there are so many, and take the latency under arrivals."""
+    """Open idle conversations up to `sessions`, and measure the latency under arrivals."""
     idle = open_sessions(ways, bodies[0], sessions)
     found = open_loop(ways, bodies, per_second, seconds)
     return {name: {**each, **idle.get(name, {})} for name, each in found.items()}

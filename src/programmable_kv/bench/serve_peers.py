@@ -1,4 +1,4 @@
-"""The processes of the gateway's bench: the upstream, and gateways as `pkv serve` runs them."""
+"""The processes of the gateway's bench: the upstream, gateways run by `pkv serve`, and LiteLLM's proxy."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ _START_S = 120.0
 _STOP_S = 10.0
 _QUIET_S = 60.0
 VOLATILE = {"volatile": [{"name": "the time", "pattern": "^Now: (.*)$"}]}
-"""what a gateway that rewrites is told: the clock of `serve_load`"""
+"""The rules for a gateway that rewrites: the clock of `serve_load`."""
 LINES = ("--line-role", "system")
-"""of gateways in front of an upstream that is no model: it renders no prompts, and takes any role"""
+"""Options for gateways in front of an upstream that is not a model: it renders no prompts and accepts any role."""
 _LITELLM = {
     "LITELLM_MODE": "PRODUCTION",
     "LITELLM_LOG": "ERROR",
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "NO_DOCS": "True",
 }
-"""as its own page on production says; and it fetches nothing"""
+"""LiteLLM's environment: as its page on production advises, and without fetching anything."""
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A server in a process of its own."""
+    """A server in its own process."""
 
     port: int
     pid: int
 
     @property
     def resident_bytes(self) -> int | None:
-        """Memory that the process has in use; None where the system does not tell (other than Linux)."""
+        """The process's resident memory in bytes; None if the system does not report it (systems other than Linux)."""
         try:
             pages = int(Path(f"/proc/{self.pid}/statm").read_text(encoding="ascii").split()[1])
         except OSError:
@@ -50,17 +50,17 @@ class Peer:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def metric(self, name: str) -> float:
-        """A value of a gateway's metrics; 0 where it has none of that name."""
+        """The value of one of a gateway's metrics; 0 if it has none of that name."""
         for line in self.get("/metrics").splitlines():
             if line.startswith(f"{name} "):
                 return float(line.rpartition(" ")[2])
         return 0.0
 
     def wait_until_quiet(self) -> None:
-        """Wait until a gateway's observer has looked at everything that was sent.
+        """Wait until the gateway's observer has processed everything that was sent.
 
         Raises:
-            TimeoutError: it has not, after a minute.
+            TimeoutError: the observer needs more than a minute.
         """
         end = time.monotonic() + _QUIET_S
         while self.metric("pkv_observer_queued_bytes"):
@@ -69,14 +69,14 @@ class Peer:
             time.sleep(0.001)
 
     def answers(self) -> bool:
-        """Whether it takes requests."""
+        """Whether the server accepts requests."""
         try:
             return bool(self.get("/healthz"))
         except OSError:
             return False
 
     def get(self, path: str) -> str:
-        """The answer to a GET."""
+        """The body of the answer to a GET."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         try:
             connection.request("GET", path)
@@ -87,14 +87,14 @@ class Peer:
 
 @contextmanager
 def upstream(folder: Path) -> Iterator[Peer]:
-    """The fixed upstream, ready for requests."""
+    """Run the fixed upstream; yields it when it is ready for requests."""
     with peer_of("programmable_kv.bench.fixed_upstream", folder / "upstream.log") as peer:
         yield peer
 
 
 @contextmanager
 def peer_of(module: str, log: Path) -> Iterator[Peer]:
-    """A module that serves on the port that it is given, ready for requests."""
+    """Run a module that serves on the port that it is given; yields it when it is ready for requests."""
     port = free_port()
     with _process(["-m", module, str(port)], port, log) as peer:
         yield peer
@@ -110,13 +110,13 @@ def gateway(
     more: Sequence[str] = (),
     rules: Mapping[str, Any] = VOLATILE,
 ) -> Iterator[Peer]:
-    """A gateway in one mode, ready for requests.
+    """Run a gateway in one mode; yields it when it is ready for requests.
 
     Args:
-        folder: where its files go.
-        port: where it listens; a free port when None.
+        folder: the folder for its files.
+        port: the port on which it listens; a free port if None.
         more: further options of `pkv serve`.
-        rules: what it is told about its clients' prompts.
+        rules: the rules for its clients' prompts, as in the file of `--volatile`.
     """
     port = free_port() if port is None else port
     volatile = folder / "volatile.json"
@@ -129,7 +129,7 @@ def gateway(
 
 @contextmanager
 def litellm(python: str, upstream_port: int, folder: Path) -> Iterator[Peer]:
-    """LiteLLM's proxy in front of the upstream, ready for requests: one worker, no database, no keys, nothing logged.
+    """Run LiteLLM's proxy in front of the upstream: one worker, no database, no keys, no logging of requests.
 
     Args:
         python: the Python of an environment with `litellm[proxy]`.
@@ -143,7 +143,7 @@ def litellm(python: str, upstream_port: int, folder: Path) -> Iterator[Peer]:
                 "model_list": [{"model_name": "fixed", "litellm_params": model}],
                 "general_settings": {
                     "dangerously_permit_weak_or_unset_master_key": True
-                },  # the others ask for no key, either
+                },  # the other ways need no key either
                 "litellm_settings": {"set_verbose": False, "request_timeout": 600},
             }
         ),
@@ -159,7 +159,7 @@ def litellm_version(python: str) -> str:
     """The version of LiteLLM in an environment.
 
     Raises:
-        InvalidArgumentError: there is none.
+        InvalidArgumentError: the environment has no LiteLLM.
     """
     ask = "from importlib.metadata import version; print(version('litellm'), end='')"
     try:
@@ -191,7 +191,7 @@ def _process(
 
 
 def stop(running: subprocess.Popen[bytes], patience_s: float) -> None:
-    """End a process: asked to, and after so many seconds made to."""
+    """Terminate a process, and kill it if it has not ended after `patience_s` seconds."""
     running.terminate()
     try:
         running.wait(patience_s)
@@ -201,7 +201,7 @@ def stop(running: subprocess.Popen[bytes], patience_s: float) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
+    """A port of this machine that is free now."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

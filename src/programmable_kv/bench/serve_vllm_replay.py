@@ -1,8 +1,8 @@
-"""Traces of real agents, replayed on a real vLLM: their arrival times, lengths and breaks, in text of our own.
+"""Replays traces of real agents on a real vLLM: with their arrival times, lengths and prefix breaks, but our own text.
 
-A trace holds hashes of blocks of tokens and no text. Each block becomes a few words that are its own, so that two requests
-share the text of exactly the blocks that they shared. In front stand pieces that clients are known to put there: a billing
-header, a date and a clock. Lengths and pauses are scaled down to what a small machine can carry.
+A trace has hashes of blocks of tokens and no text. Each block becomes a few words that no other block has, so two
+requests share the text of exactly the blocks that they share in the trace. The prompts begin with pieces that clients
+are known to put there: a billing header, a date and a clock. Lengths and pauses are scaled down for a small machine.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ RULES = {
     ]
 }
 TOKENS_A_BLOCK = 4
-"""of a block of 64: lengths are scaled to a sixteenth"""
+"""Tokens that stand for a block of 64: lengths are scaled to a sixteenth."""
 PACE = 10.0
-"""pauses are this much shorter"""
+"""Factor by which pauses are shortened."""
 LONGEST_PAUSE_S = 6.0
 MOST, QUICK = 10, 3
-"""requests of one trace"""
+"""Maximum number of requests of one trace."""
 ANSWER_TOKENS = 8
 _WORDS = ("ash", "elm", "fir", "oak", "yew", "box", "bay", "fig")
 
 
 Message = tuple[str, tuple[int, ...]]
-"""who says it, and the numbers of its blocks"""
+"""A message: its role, and the numbers of its blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +52,13 @@ class Asked:
     """One request of a trace."""
 
     at_s: float
-    """from the start of the replay; later where the answer to the one before has not come by then"""
+    """Seconds from the start of the replay. The request is sent later if the previous answer has not come by then."""
     messages: tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One trace as it is replayed."""
+    """One trace in the form that is replayed."""
 
     name: str
     requests: tuple[Asked, ...]
@@ -68,10 +68,10 @@ def shapes_in(folder: Path, most: int = MOST) -> list[Shape]:
     """The traces of a folder, scaled.
 
     Args:
-        most: requests of each trace.
+        most: maximum number of requests of each trace.
 
     Raises:
-        InvalidArgumentError: there is none.
+        InvalidArgumentError: the folder has no traces.
     """
     found = [shape_of(json.loads(file.read_text(encoding="utf-8")), most) for file in sorted(folder.glob("*.json"))]
     if not found:
@@ -82,8 +82,9 @@ def shapes_in(folder: Path, most: int = MOST) -> list[Shape]:
 def shape_of(trace: Mapping[str, Any], most: int) -> Shape:
     """One trace, scaled: its first requests, with shorter pauses, and its blocks divided into messages.
 
-    The system prompt holds the blocks of the tools, too. The blocks that a request adds are the answer to the one before and a
-    new message of the user. Where a request drops or changes earlier blocks, the messages from there on are made anew.
+    The system prompt includes the blocks of the tools. The blocks that a request adds become the answer to the previous
+    request and a new user message. If a request drops or changes earlier blocks, the messages from there on are
+    replaced.
     """
     size = trace["block_size"]
     head = (trace["tool_tokens"] + trace["system_tokens"]) // size
@@ -100,7 +101,7 @@ def shape_of(trace: Mapping[str, Any], most: int) -> Shape:
 
 
 def _kept(messages: list[Message], blocks: list[int]) -> list[Message]:
-    """The messages that a request still begins with."""
+    """The leading messages whose blocks the request still begins with."""
     at, kept = 0, []
     for role, own in messages:
         if tuple(blocks[at : at + len(own)]) != own:
@@ -111,18 +112,18 @@ def _kept(messages: list[Message], blocks: list[int]) -> list[Message]:
 
 
 def _with_turn(messages: list[Message], blocks: list[int], answer: int) -> list[Message]:
-    """With the blocks behind them: of the answer, where a user's message stands last, and of a new message of the user."""
+    """Adds the remaining blocks: as an answer if the last message is a user's, and as a new user message."""
     rest = tuple(blocks[sum(len(own) for _, own in messages) :])
     if messages[-1][0] != "user":
         return [*messages, ("user", rest)]
-    if len(rest) < 2:  # the same once more, or too little for two messages
+    if len(rest) < 2:  # the same request again, or too few blocks for two messages
         return [*messages[:-1], ("user", messages[-1][1] + rest)]
     length = min(max(1, answer), len(rest) - 1)
     return [*messages, ("assistant", rest[:length]), ("user", rest[length:])]
 
 
 def body(arm: str, shape: Shape, number: int, salt: str) -> dict[str, Any]:
-    """The request of a trace in an arm."""
+    """The body of one request of a trace in an arm."""
     said = [
         {"role": role, "content": " ".join(map(_words, blocks))} for role, blocks in shape.requests[number].messages
     ]
@@ -140,7 +141,7 @@ def body(arm: str, shape: Shape, number: int, salt: str) -> dict[str, Any]:
 
 
 def _words(block: int) -> str:
-    """The text of a block, which no other has: about `TOKENS_A_BLOCK` tokens."""
+    """The text of a block, unique to it: about `TOKENS_A_BLOCK` tokens."""
     return f"{_WORDS[block % len(_WORDS)]} {block}"
 
 
@@ -157,12 +158,12 @@ def run(
     """Replay all traces at once in every arm, and write the record.
 
     Args:
-        traces: a folder of traces of kv-cache-tester.
-        most: requests of each.
+        traces: a folder of traces in kv-cache-tester's format.
+        most: maximum number of requests of each trace.
 
     Raises:
-        ExperimentError: vLLM did not start, or refused a request.
-        InvalidArgumentError: the folder holds no traces.
+        ExperimentError: vLLM does not start, or refuses a request.
+        InvalidArgumentError: the folder has no traces.
     """
     folder, shapes = served_folder(model), shapes_in(traces, most)
     recorder = Recorder(
@@ -183,7 +184,7 @@ def run(
 
 
 def _replayed(engine: Peer, scratch: Path, shapes: Sequence[Shape], arm: str) -> dict[str, Any]:
-    """All traces at once: each sends its next request at its time, and not before it has the answer to the last."""
+    """Replay all traces at once. Each sends its next request when it is due, but not before the previous answer."""
     gone = gateway("erratum", engine.port, scratch, rules=RULES) if arm == GATEWAY else nullcontext(engine)
     with gone as peer:
         before, began = counters(engine), time.perf_counter()
@@ -210,7 +211,7 @@ def _replayed(engine: Peer, scratch: Path, shapes: Sequence[Shape], arm: str) ->
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Each arm, and beside the requests as the client sends them."""
+    """The figures of each arm, and their ratios to those of the requests as the client sends them."""
     summary: dict[str, Any] = {}
     for row in rows:
         asked = row["requests"]

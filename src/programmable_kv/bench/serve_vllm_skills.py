@@ -1,7 +1,7 @@
-"""Prompts composed of skills in an order that no earlier one had: a vLLM with this package's plugin, and without skills.
+"""Prompts of skills in a new order each time, on a vLLM with this package's plugin: composed, or sent as plain text.
 
-One server answers both ways, over HTTP. A plain request names no skills, so that the plugin does nothing for it and vLLM's own
-prefix cache is all that it has.
+One server answers both kinds of requests over HTTP. A plain request names no skills, so the plugin does nothing for it,
+and only vLLM's own prefix cache helps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PLAIN, COMPOSED = "plain", "composed"
 WAYS = (PLAIN, COMPOSED)
 ALONE, SATURATED = "alone", "saturated"
 LINES, QUICK_LINES = 16, 4
-"""of each of the eight skills"""
+"""Lines of each of the eight skills."""
 REQUESTS, QUICK_REQUESTS = 12, 3
 PER_SECOND = 0.25
 ANSWER_TOKENS = 8
@@ -45,10 +45,10 @@ def run(
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
-    """Ask both ways, one request at a time and at random times, and write the record.
+    """Measure both ways, one request at a time and at random times, and write the record.
 
     Raises:
-        ExperimentError: vLLM did not start, or refused a request.
+        ExperimentError: vLLM does not start, or refuses a request.
     """
     folder = served_folder(model)
     with tempfile.TemporaryDirectory(prefix="pkv-serve-skills-") as scratch:
@@ -77,7 +77,7 @@ def run(
 
 
 def _prompts(shop: Shop, requests: int) -> list[Composition]:
-    """All skills in another order for each request, and a question about one of them."""
+    """The prompts: for each request all skills in another order, and a question about one of them."""
     drawn = random.Random(SEED)
     found = []
     for number in range(requests):
@@ -88,7 +88,7 @@ def _prompts(shop: Shop, requests: int) -> list[Composition]:
 
 
 def _bodies(way: str, prompt: Composition, salt: str) -> list[dict[str, Any]]:
-    """The requests of one prompt, the last of which is answered."""
+    """The requests for one prompt. The last one gives the answer."""
     base = {"model": SERVED, "temperature": 0, "ignore_eos": True}
     if way == PLAIN:
         return [{**base, "max_tokens": ANSWER_TOKENS, "prompt": list(prompt.ids), "cache_salt": f"plain {salt}"}]
@@ -96,7 +96,7 @@ def _bodies(way: str, prompt: Composition, salt: str) -> list[dict[str, Any]]:
 
 
 def _asked(engine: Peer, prompts: Sequence[Composition], load: str, way: str) -> dict[str, Any]:
-    """One way of asking all prompts, and the tokens that were loaded. They share a salt, as those of one tenant do."""
+    """Send all prompts in one way; returns their times and the tokens loaded. They share a salt, like a tenant's."""
     before = counters(engine)
 
     def send(number: int) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def _asked(engine: Peer, prompts: Sequence[Composition], load: str, way: str) ->
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Each way under each load, and how much sooner the first token of a composed prompt comes."""
+    """The figures of each way under each load, and the ratios of the times to the first token, plain over composed."""
     summary: dict[str, Any] = {}
     for row in rows:
         asked = row["requests"]

@@ -1,4 +1,4 @@
-"""The ways to an upstream that the gateway's bench compares, what is asked on each of them, and whether the answer is right."""
+"""The ways to an upstream that the gateway's bench compares, with each way's requests and checks of the answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SAID = said_in(_ANSWER)
 def checked(answer: Timed) -> Timed:
     """
     Raises:
-        ConnectionError: an answer that is not the upstream's, byte for byte.
+        ConnectionError: the answer is not the upstream's, byte for byte.
     """
     if answer.body != _ANSWER:
         raise ConnectionError(f"an answer differs from what the upstream sends: {answer.body[:200]!r}")
@@ -29,10 +29,10 @@ def checked(answer: Timed) -> Timed:
 
 
 def checked_text(answer: Timed) -> Timed:
-    """For a proxy that writes its answers anew.
+    """The check for a proxy that rewrites its answers.
 
     Raises:
-        ConnectionError: an answer whose text is not the upstream's.
+        ConnectionError: the answer's text is not the upstream's.
     """
     if said_in(answer.body) != _SAID:
         raise ConnectionError(f"an answer says something else than the upstream: {answer.body[:200]!r}")
@@ -47,18 +47,18 @@ class Way:
     peer: Peer
     check: Callable[[Timed], Timed] = checked
     began: int = 0
-    """conversations that were opened"""
+    """Number of conversations opened."""
     idle: int = 0
-    """of those, the ones that were opened to stay idle"""
+    """How many of them were opened to stay idle."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def ours(self) -> bool:
-        """Whether it is a gateway of this package."""
+        """Whether the way goes through a gateway of this package."""
         return self.name in MODES
 
     def requests(self, bodies: Sequence[bytes]) -> Iterator[tuple[bytes, str]]:
-        """Endless requests of one conversation after another, each with its conversation's name."""
+        """Endless requests of successive conversations, each as a body and its conversation's name."""
         while True:
             with self.lock:
                 self.began += 1
@@ -72,6 +72,6 @@ class Way:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """The 50th, the 90th and the 99th, of at least two values."""
+    """The 50th, 90th and 99th percentile of at least two values."""
     cuts = statistics.quantiles(values, n=100, method="inclusive")
     return {f"p{part}_ms": round(cuts[part - 1], 3) for part in (50, 90, 99)}

@@ -1,7 +1,7 @@
-"""Models of a published architecture with random weights: what an operation costs there, without a download.
+"""Models of published architectures with random weights, to time operations without a download.
 
-Times depend on shapes, dtype and device, not on the values of weights or on the text. Nothing but times is read from these
-models. Their tokenizer is made here, from the benches' own text; a configuration with fewer positions gets 131,072.
+Times depend on shapes, dtype and device, not on the values of weights or on the text. The benches take only times from
+these models. This module trains their tokenizer on the benches' own text. Every model gets 131,072 positions.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from programmable_kv.models.load import Model
 POSITIONS = 131_072
 _SEED = 0
 _VOCABULARY = 4096
-"""entries of the benches' tokenizer: fewer than any shape has"""
+"""Entries of the benches' tokenizer: fewer than any shape has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """An architecture as its publisher's config.json states it."""
+    """An architecture with the numbers from its publisher's config.json."""
 
     source: str
-    """the model whose config.json the numbers are from"""
+    """The model whose config.json gives the numbers."""
     model_type: str
     vocabulary: int
     hidden: int
@@ -44,7 +44,7 @@ class Shape:
     tied: bool = False
     more: Mapping[str, Any] = field(default_factory=dict)
     fewest_layers: int = 1
-    """layers in which every kind of layer occurs"""
+    """The smallest number of layers that includes every kind of layer."""
 
 
 def _llama3(factor: float) -> dict[str, Any]:
@@ -86,7 +86,7 @@ SHAPES: dict[str, Shape] = {
         more={"sliding_window": 1024, "query_pre_attn_scalar": 256}, fewest_layers=6,
     ),
 }  # fmt: skip
-"""name -> shape, for `pkv bench edit --shape NAME`"""
+"""Shapes by name, for `pkv bench edit --shape NAME`."""
 
 
 def load_shape(
@@ -96,16 +96,17 @@ def load_shape(
     dtype: str | torch.dtype = torch.float32,
     layers: int | None = None,
 ) -> Model:
-    """Build a model of that shape with random weights.
+    """Build a model of a named shape with random weights.
 
     Args:
         name: one of `SHAPES`.
-        device: where it is built; torch's default when None.
-        dtype: of weights and cache; a torch dtype or its name.
-        layers: build only so many of its layers (times of the whole are about proportional); all when None.
+        device: the model's device; torch's default if None.
+        dtype: the dtype of weights and cache; a torch dtype or its name.
+        layers: build only this many layers (times are about proportional); all if None.
 
     Raises:
-        InvalidArgumentError: there is no such shape, dtype or device, or so few layers leave a kind of layer out.
+        InvalidArgumentError: the shape, dtype or device is unknown, or the number of layers is more than the shape's or
+            leaves out a kind of layer.
     """
     if name not in SHAPES:
         raise InvalidArgumentError(f"there is no shape {name!r}. Choose from: {', '.join(SHAPES)}.")
@@ -120,7 +121,7 @@ def build(
     dtype: str | torch.dtype = torch.float32,
     layers: int | None = None,
 ) -> Model:
-    """Build a model of a shape that need not be in `SHAPES`. Arguments and errors as in `load_shape`."""
+    """Build a model of any shape with random weights. Arguments and errors: see `load_shape`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     count = shape.layers if layers is None else layers
@@ -150,7 +151,7 @@ def build(
 
 
 def settings_of(model: Model) -> dict[str, Any]:
-    """What a record of a shape's times must state beside the lengths: `run(..., settings=settings_of(model))`."""
+    """The settings that a record of a shape's times must also have: `run(..., settings=settings_of(model))`."""
     device = model.engine.device
     found = {
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -191,7 +192,7 @@ _CHAT = (
 
 @cache
 def _tokenizer() -> Any:
-    """Byte-level BPE trained on the benches' own text, so that a word is about one token, as in a real model's tokenizer."""
+    """Byte-level BPE trained on the benches' own text, so that a word is about one token, as with a real tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,9 +1,9 @@
-"""A gateway, or several with one state, under load for a long time, while gateways and their database are killed.
+"""Loads a gateway, or several that share one state, for a long time, while gateways and their database are killed.
 
-The upstream answers with the time that it read last, so that a lost or outdated value is seen by the client that sent it. What
-is watched in each stretch of the run: the share of the prompt that the upstream found in its cache, latency, the gateway's
-memory, wrong answers, and edits of notebooks that were acknowledged and lost. Requests that fail while something restarts are
-sent again, as clients do.
+The upstream answers with the time that it read last, so a client sees whether a value was lost or outdated. Each
+stretch of the run records the share of the prompt that the upstream found in its cache, latency, the gateway's memory,
+wrong answers, and edits of notebooks that were acknowledged and then lost. Clients send requests again that fail while
+something restarts.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 MODE = "erratum"
 _HEAD = 6000
-"""characters of a system prompt"""
+"""Characters of a system prompt."""
 _AWAY_S = 1.0
-"""a killed database is started again after so long"""
+"""Seconds after which a killed database is started again."""
 
 
 def run(
@@ -54,25 +54,27 @@ def run(
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
-    """Load a gateway for so long, and write the record.
+    """Load a gateway for `minutes`, and write the record.
 
     Args:
-        stretches: rows of the record, each an equal part of the time.
-        clients: conversations at a time.
-        per_second: requests of all clients together.
-        kills: how often the gateway is killed (SIGKILL) and started again on the same port, spread over the time.
-        rebase_after: lines of a conversation after which its prefix is renewed in the background.
-        observe_mib: how much text of earlier requests the gateway keeps. Little, so that it is full early in the run, and
-            memory that grows on is a leak.
-        gateways: how many there are. A conversation's turns go to them in turn, and they are killed in turn.
-        state: what `pkv serve --state` takes, a database's URL where there are several gateways; empty: a file.
-        editors: further clients, each with a notebook whose field it edits. All of them edit once in a second, about.
-        database_kills: how often the database and all its processes are killed (SIGKILL) and started again, spread over the
-            time. It is a PostgreSQL server of the run's own, for which `state` stays empty.
+        stretches: number of rows of the record, each for an equal part of the time.
+        clients: number of conversations at a time.
+        per_second: requests per second of all clients together.
+        kills: how often a gateway is killed (SIGKILL) and started again on the same port, spread over the time.
+        rebase_after: number of lines in a conversation after which its prefix is renewed in the background.
+        observe_mib: how much text of earlier requests the gateway keeps, in MiB. It is small so that it is full early
+            in the run; memory that still grows afterwards is a leak.
+        gateways: number of gateways. The turns of a conversation go to them in rotation, and they are killed in
+            rotation.
+        state: the value of `pkv serve --state`: a database's URL for several gateways; a file if empty.
+        editors: number of further clients, each with a notebook whose field it edits. Together they make about one edit
+            per second.
+        database_kills: how often the database and all its processes are killed (SIGKILL) and started again, spread over
+            the time. The run starts its own PostgreSQL server for this, and `state` must be empty.
 
     Raises:
-        InvalidArgumentError: several gateways without a database, or a database that is not the run's own is to be killed.
-        ExperimentError: a database is to be killed, and no PostgreSQL server is here.
+        InvalidArgumentError: several gateways have no database to share, or the database to kill is not the run's own.
+        ExperimentError: a database is to be killed, but no PostgreSQL server is found.
     """
     if database_kills and state:
         raise InvalidArgumentError("the database that is killed is the run's own: leave --state out")
@@ -135,12 +137,12 @@ def run(
 
 
 def _due(kills: int, stretch: int, stretches: int) -> int:
-    """How many of all kills are of one stretch."""
+    """The number of kills that fall into one stretch."""
     return round(kills * (stretch + 1) / stretches) - round(kills * stretch / stretches)
 
 
 def _database(stack: ExitStack) -> Database:
-    """A server of its own, with the settings of one that must not lose anything; removed with the stack."""
+    """A new database server with durable settings (`fsync`), which is removed when the stack closes."""
     from programmable_kv.bench.database_server import Database
 
     found = Database(free_port(), synced=True)
@@ -149,14 +151,14 @@ def _database(stack: ExitStack) -> Database:
 
 
 def _restart(database: Database) -> None:
-    """Kill it, and start it again."""
+    """Kill the database, and start it again."""
     database.kill()
     time.sleep(_AWAY_S)
     database.start()
 
 
 class _Served:
-    """Gateways that can be killed; the next one takes over the port and the state."""
+    """Gateways that can be killed. A new one takes over the killed one's port and state."""
 
     def __init__(self, upstream_port: int, folder: Path, more: Sequence[str], number: int) -> None:
         """`more`: options of `pkv serve`."""
@@ -211,7 +213,7 @@ def _row(clients: Sequence[Client], peers: Sequence[Peer]) -> dict[str, Any]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The whole run, and its first and last third beside one another: what decays shows there."""
+    """Sums over the whole run, and figures of its first and last third, whose difference shows decay."""
     third = max(1, len(rows) // 3)
     first, last = rows[:third], rows[-third:]
     requests = sum(row["requests"] for row in rows)

@@ -1,6 +1,6 @@
-"""The clients of the soak: conversations whose clock moves at every request, and editors of notebooks.
+"""The clients of the soak: conversations whose clock advances at every request, and editors of notebooks.
 
-They send again what failed, and count what was wrong.
+They send failed requests again, and count wrong answers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any, Protocol
 from programmable_kv.bench.serve_peers import Peer
 
 TURNS = 60
-"""requests of one conversation, before the client begins another"""
+"""Requests of one conversation before the client begins another."""
 PATIENCE_S = 20.0
 _CHAT = "/v1/chat/completions"
 _OPENING = "You answer with the time.\n"
 
 
 class Served(Protocol):
-    """Gateways that are there at the moment."""
+    """The gateways that run at the moment."""
 
     @property
     def peers(self) -> Sequence[Peer]: ...
@@ -32,19 +32,19 @@ class Served(Protocol):
 
 @dataclass(slots=True)
 class Seen:
-    """What one client saw since it was last asked."""
+    """What one client saw since the last call of `taken`."""
 
     milliseconds: list[float] = field(default_factory=list)
     blocks: int = 0
     cached: int = 0
     wrong: int = 0
-    """answers by another value than the latest"""
+    """Answers with a value other than the latest."""
     repeated: int = 0
     actions: dict[str, int] = field(default_factory=dict)
     edits: int = 0
-    """that were acknowledged"""
+    """Acknowledged edits."""
     lost: int = 0
-    """acknowledged edits that were not there afterwards"""
+    """Acknowledged edits that were missing afterwards."""
 
 
 class Client(threading.Thread):
@@ -59,7 +59,7 @@ class Client(threading.Thread):
         self._tries = 0
 
     def taken(self) -> Seen:
-        """What was seen since the last time."""
+        """What the client saw since the last call."""
         with self._lock:
             seen, self._seen = self._seen, Seen()
         return seen
@@ -70,10 +70,10 @@ class Client(threading.Thread):
     def _once(
         self, method: str, path: str, body: Any, headers: Mapping[str, str]
     ) -> tuple[int, http.client.HTTPMessage, Any]:
-        """One request to the next gateway: status, headers and data of its answer.
+        """Send one request to the next gateway; returns the status, headers and data of the answer.
 
         Raises:
-            OSError: there is none, or an error of the server's.
+            OSError: no answer came, or the status is 500 or more.
         """
         self._tries += 1
         peer = self._served.peers[(self._number + self._tries) % len(self._served.peers)]
@@ -92,7 +92,7 @@ class Client(threading.Thread):
         return response.status, response.headers, json.loads(data)
 
     def _answer(self, body: Any, headers: Mapping[str, str]) -> str | None:
-        """What the upstream says to a conversation; None where it cannot be asked now."""
+        """The upstream's answer in a conversation; None if the request failed."""
         began = time.perf_counter()
         try:
             status, told, reply = self._once("POST", _CHAT, body, headers)
@@ -123,7 +123,7 @@ class Client(threading.Thread):
 
 
 class Talker(Client):
-    """A client with one conversation after another, whose clock moves at every request."""
+    """A client with one conversation after another, whose clock advances at every request."""
 
     def __init__(self, served: Served, text: str, number: int, pause_s: float, stopped: threading.Event) -> None:
         super().__init__(served, number, pause_s, stopped)
@@ -155,19 +155,19 @@ class Talker(Client):
 
 
 class Editor(Client):
-    """A client that edits a notebook's field, looks whether the edit is there, and asks the notebook for the value.
+    """A client that edits a notebook's field, checks that the edit is there, and asks the notebook for the value.
 
-    It names the version that it edits, so that of several tries only one can be taken; after a try without an answer the
-    notebook has either value.
+    It names the version that it edits, so that only one of several tries can succeed. After a try without an answer,
+    the notebook may have the old or the new value.
     """
 
     def __init__(self, served: Served, text: str, number: int, pause_s: float, stopped: threading.Event) -> None:
         super().__init__(served, number, pause_s, stopped)
         self._system = {"role": "system", "content": f"Now: {{now}}\n{_OPENING}{text}"}
         self._version, self._value = 1, "00:00:00"
-        """the latest that was acknowledged"""
+        """The latest acknowledged version and value."""
         self._tried: set[str] = set()
-        """values that were sent for the version behind it, without an answer"""
+        """Values sent since for the next version, without an acknowledgement."""
 
     def run(self) -> None:
         """Edit until it is stopped."""
@@ -193,12 +193,12 @@ class Editor(Client):
     def _edit(self, where: str, value: str) -> None:
         self._tried.add(value)
         found = self._asked("PATCH", f"{where}/fields", {"now": value}, {"if-match": f'"{self._version}"'})
-        if found is not None and found[0] == 200:  # otherwise an earlier try was taken meanwhile
+        if found is not None and found[0] == 200:  # otherwise an earlier try has succeeded meanwhile
             self._acknowledged(found[1])
             self._count(edits=1)
 
     def _look(self, where: str) -> None:
-        """Whether the notebook has the latest acknowledged value, or one that was tried since."""
+        """Count an edit as lost unless the notebook has the latest acknowledged value, or one tried since."""
         found = self._asked("GET", where, None)
         if found is None:
             return
@@ -219,7 +219,7 @@ class Editor(Client):
     def _asked(
         self, method: str, path: str, body: Any, headers: Mapping[str, str] | None = None
     ) -> tuple[int, Any] | None:
-        """Status and data of the answer; None where there is none now."""
+        """Status and data of the answer; None if the request failed."""
         try:
             status, _, data = self._once(method, path, body, headers or {})
         except OSError:

@@ -1,9 +1,10 @@
-"""TTFT of a spliced skill, by its length: against a full prefill, the concatenating way, and a plain copy of the bytes.
+"""TTFT after splicing a skill, by its length: against a full prefill, concatenation, and a plain copy of the bytes.
 
-A warm prefix is cached, a compiled skill is put after it, and a short question follows. The common way to splice a
-cached chunk rotates its keys back to position 0 and then to the new one, concatenates every layer's tensors with the
-prefix's into a new cache, and goes on from there. `put` and `join` are the two ways without the question's forward, and `copy`
-is the floor: the same bytes, copied once. The rival rotates with our own `rotate`, so that it differs in what it does only.
+A prefix is cached, a compiled skill is spliced after it, and a short question follows. The common way to splice a
+cached chunk (`concatenate`) rotates its keys back to position 0 and then to the new position, and concatenates every
+layer's tensors with the prefix's into a new cache. `put` and `join` are our way and this one without the question's
+forward. `copy` is the floor: the same bytes, copied once. The rival uses our own `rotate`, so that the two differ only
+in their steps.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from programmable_kv.models.load import Model
 from programmable_kv.records import Record, Recorder, digest_of
 
 LENGTHS = (512, 1024, 2048, 4096, 7936)
-"""tokens of the skill; with prefix and question the last stays below the embedded model's 8192 positions"""
+"""Tokens of the skill. With prefix and question, the last stays below the embedded model's 8192 positions."""
 PREFIX = "You are the support agent of an online shop. What follows is the policy that is in force today.\n\n"
 SENTENCE = "Rule {number}: notes of the weekly meeting are kept in folder {number} of the shared drive.\n"
 QUESTION = "\nWhich folder holds the notes of week seven? Answer:"
@@ -43,9 +44,9 @@ def run(
     command: str = "",
     settings: Mapping[str, Any] | None = None,
 ) -> Record:
-    """Measure every length and write the record. Times are medians over `repeats`; whole prefills run once above 2048.
+    """Measure every length and write the record. Times are medians over `repeats`; above 2048, full prefills run once.
 
-    `settings`: what else the record states of the run (`shapes.settings_of` for a model with random weights).
+    `settings`: further settings for the record (`shapes.settings_of` for a model with random weights).
     """
     recorder = Recorder(
         path,
@@ -68,7 +69,7 @@ def run(
 
 
 def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
-    """One length: milliseconds of each way to the question's logits, and of the splice and the copy alone."""
+    """The row of one length: milliseconds of each way until the question's logits, and of the splice and copy alone."""
     engine = model.engine
     layout = engine.require_relocation()
     prefix, question = (model.tokenizer.encode(text, add_special_tokens=False) for text in (PREFIX, QUESTION))
@@ -114,7 +115,7 @@ def measure(model: Model, length: int, repeats: int) -> dict[str, Any]:
 
 
 def _joined(prefix: KVBuffer, skill: Segment, layout: KVLayout) -> DynamicCache:
-    """The rival: keys rotated from their position to 0 and from there to their place, every layer concatenated."""
+    """The rival: rotates keys from their position to 0 and then to the new one, and concatenates every layer."""
     cache = DynamicCache()
     offset = torch.full((len(skill),), prefix.length)
     none = torch.zeros(len(skill), dtype=torch.long)
@@ -142,7 +143,7 @@ def _answered(model: Model, cache: DynamicCache, question: list[int]) -> torch.T
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ratios within this run, and how straight the line of the splice's cost over the skill's length is."""
+    """Ratios within this run, and a linear fit of `put`'s milliseconds over the skill's length with its R squared."""
     from scipy.stats import linregress
 
     summary: dict[str, Any] = {}

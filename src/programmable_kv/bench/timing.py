@@ -1,4 +1,4 @@
-"""How the benches take a time: the median of a few, in milliseconds, with nothing left over on an accelerator."""
+"""Timing for the benches: medians in milliseconds, taken after the accelerator has finished its work."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 
 def synchronise() -> None:
-    """Wait until an accelerator, if there is one, has done all that it was given."""
+    """Wait until the accelerator, if there is one, has finished its work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
 
 def elapsed_ms(operation: Callable[[], Any]) -> float:
-    """Milliseconds of one operation, from an idle accelerator until it is idle again."""
+    """Milliseconds of one operation, from an idle accelerator until the accelerator is idle again."""
     synchronise()
     began = time.perf_counter()
     operation()
@@ -26,7 +26,7 @@ def elapsed_ms(operation: Callable[[], Any]) -> float:
 
 
 def median_ms(repeats: int, operation: Callable[[], Any], undo: Callable[[], None] | None = None) -> float:
-    """Median milliseconds of an operation over `repeats`; what `undo` takes after each is not counted."""
+    """Median milliseconds of an operation over `repeats`; `undo` runs after each and is not timed."""
     times = []
     for _ in range(repeats):
         times.append(elapsed_ms(operation))

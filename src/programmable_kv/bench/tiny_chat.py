@@ -1,6 +1,6 @@
-"""A chat model whose forward costs next to nothing: tiny random weights, and a real tokenizer trained on the spot.
+"""A chat model whose forward takes almost no time: tiny random weights, and a real tokenizer that is trained here.
 
-For benches of what surrounds the forward. It needs no download, and its answers mean nothing.
+It is for benches of everything around the forward. It needs no download, and its answers are meaningless.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _VOCABULARY = 4096
 
 
 def tiny_chat_model(positions: int) -> Model:
-    """One layer of two heads of eight channels, with room for `positions` tokens, and a byte-level BPE in ChatML."""
+    """A Llama with one layer of two heads (D = 8) and `positions` positions, with a byte-level BPE and ChatML."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

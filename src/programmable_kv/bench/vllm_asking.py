@@ -1,4 +1,4 @@
-"""Engines of a real vLLM, started one after the other, and what they answer."""
+"""Starts engines of a real vLLM, one after the other, and reads their answers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from programmable_kv.errors import ExperimentError
 
 BLOCK_SIZE = 32
 LIKELIEST = 20
-"""tokens at each step whose log-probabilities are told"""
+"""Number of tokens at each step whose log-probabilities are returned."""
 
 
 def request(
     name: str, ids: Sequence[int], salt: str = "", parameters: Any = None, tokens: int = GREEDY
 ) -> dict[str, Any]:
-    """A prompt of token ids, as `vllm_engine.py` reads it."""
+    """A request with a prompt of token ids, in the form that `vllm_engine.py` reads."""
     return {
         "name": name, "prompt": list(ids), "salt": salt, "parameters": parameters, "tokens": tokens, "logprobs": LIKELIEST,
     }  # fmt: skip
 
 
 class Answers:
-    """What one engine answered."""
+    """The answers of one engine."""
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.error: str = given.get("error", "")
@@ -36,11 +36,11 @@ class Answers:
         self._given: list[dict[str, Any]] = given["answers"]
 
     def last(self, name: str) -> dict[str, Any]:
-        """The answer to the last request of that name."""
+        """The answer to the last request with this name."""
         return next(each for each in reversed(self._given) if each["name"] == name)
 
     def total(self, name: str) -> dict[str, Any]:
-        """Of all requests of a name together: how many they were, and how long they took to their first token."""
+        """All requests with one name: their number, their summed time to the first token, and the last one's tokens."""
         mine = [each for each in self._given if each["name"] == name]
         return {
             "requests": len(mine),
@@ -51,16 +51,16 @@ class Answers:
 
 
 class Asking:
-    """Starts an engine for each list of requests, one after the other, so that only one is in memory."""
+    """Starts an engine for each list of requests, one after the other, so that only one is in memory at a time."""
 
     def __init__(self, python: str, scratch: Path, folder: Path) -> None:
         self._python, self._scratch, self._folder = python, scratch, folder
 
     def __call__(self, store: Path | None, requests: Sequence[dict[str, Any] | list[dict[str, Any]]]) -> Answers:
-        """The answers of a vLLM with the plugin on a store; of a plain one without. Requests in a list are asked at once.
+        """The answers of a vLLM with the plugin on a store, or of a plain one without. Nested lists are sent at once.
 
         Raises:
-            ExperimentError: it did not run.
+            ExperimentError: vLLM does not run, or does not answer.
         """
         engine: dict[str, Any] = {
             "model": str(self._folder), "dtype": "float32", "enforce_eager": True, "block_size": BLOCK_SIZE,
@@ -74,7 +74,7 @@ class Asking:
                 "kv_load_failure_policy": "recompute",
                 "kv_connector_extra_config": {"store": str(store)},
             }
-        # The first forward of an engine makes what later ones use: it is not timed.
+        # An engine's first forward also initialises what later ones reuse, so an untimed request comes first.
         warm = request("warm", range(100, 140), "warm", tokens=2)
         job, answers = self._scratch / "job.json", self._scratch / "answers.json"
         job.write_text(json.dumps({"engine": engine, "requests": [warm, *requests]}), encoding="utf-8")
@@ -93,7 +93,7 @@ class Asking:
 
 
 def _environment() -> dict[str, str]:
-    """One process, no network; this package is imported from where it is here."""
+    """Environment variables for a vLLM in one process and without network, which imports this package from here."""
     return {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),

@@ -1,4 +1,4 @@
-"""The prompts of `vllm_splice.py`: texts, and what the library's own splice of them says."""
+"""The prompts of `vllm_splice.py`, and the answers of the library's own splice to them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ HEAD = "You are the support agent of an online shop. These policies are in force
 TOPICS = ("refunds", "returns", "delivery", "warranty", "invoices", "accounts", "vouchers", "complaints")
 QUESTION = "Which desk handles a request about {topic} of kind {kind}? Answer in one sentence."
 GREEDY = 16
-"""tokens that are compared"""
+"""Number of greedy tokens compared."""
 SEED = 3
 
 
 def policy(topic: str, lines: int) -> str:
-    """A policy of so many lines, which no other topic has."""
+    """A policy with `lines` rules, different for each topic."""
     own = random.Random(f"{SEED} {topic}")
     rules = (
         f"- A request about {topic} of kind {kind} goes to desk {own.randint(10, 99)} and is answered within "
@@ -41,7 +41,7 @@ def policy(topic: str, lines: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the library says to a composed prompt: its greedy tokens, and all log-probabilities at each [T, V]."""
+    """The library's answer to a composed prompt: greedy tokens, and the log-probabilities at each step [T, V]."""
 
     tokens: tuple[int, ...]
     logprobs: torch.Tensor
@@ -49,7 +49,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A composed prompt, with the library's answer."""
+    """A composed prompt and the library's answer to it."""
 
     name: str
     composition: Composition
@@ -58,7 +58,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Shop:
-    """A model, a store with its policies, and the opening of the prompts."""
+    """A model, a store with the policies, and the prompts' opening."""
 
     model: Model
     store: SkillStore
@@ -74,7 +74,7 @@ class Shop:
         return [self.store.entry(topic, self.model.fingerprint) for topic in topics]
 
     def asked(self, topics: Sequence[str], question: str) -> tuple[Notebook, list[int]]:
-        """A conversation with these policies in its system message; and the tokens that open the answer."""
+        """A conversation with these policies in its system message, and the ids of the tokens that open the answer."""
         text = HEAD + "".join("{" + topic + "}" for topic in topics)
         notebook = Notebook(self.model).message("system", text, **{topic: self.skills[topic] for topic in topics})
         notebook.message("user", question).prefill(repair=SeamRepair(0))
@@ -82,7 +82,7 @@ class Shop:
         return notebook, list(opened.ids)
 
     def composed(self, topics: Sequence[str], question: str, *, seam: int = 0) -> Composition:
-        """The same prompt as parts: the opening, the policies and the rest."""
+        """The same prompt as a composition of the opening, the policies and the rest."""
         notebook, opened = self.asked(topics, question)
         end = notebook.part(topics[-1]).span.stop
         head = notebook.ids[: len(self.opening.unit.ids)]
@@ -90,14 +90,14 @@ class Shop:
         return Composition.of([self.opening, *self.entries(topics), [*notebook.ids[end:], *opened]], seam=seam)
 
     def case(self, name: str, topics: Sequence[str], question: str) -> Case:
-        """Policies side by side, loaded from the first token on."""
+        """A case with the policies side by side, each loaded from its first token on."""
         notebook, opened = self.asked(topics, question)
         answer = answered(self.model.engine, notebook, opened)
         return Case(name, self.composed(topics, question), answer)
 
     def case_in_stages(self, name: str, topics: Sequence[str], question: str, block_size: int, seam: int) -> Case:
-        """Raw text that no skill holds before and between the policies. vLLM computes it, each policy's seam, and the rest of
-        the block that the seam is in; so does the library here."""
+        """A case with raw text before and between the policies. vLLM computes this text, each policy's seam, and the
+        rest of the seam's block; the library computes the same tokens here."""
         tokenizer = self.model.tokenizer
         words = [f"Part {number} of the rules.\n" for number in range(len(topics))]
         between = [list(tokenised(tokenizer, Rendered(each), Kind.TURN).ids) for each in words]
@@ -118,7 +118,7 @@ class Shop:
 
 
 def first_loaded(composition: Composition, number: int, block_size: int) -> int:
-    """The first token of a skill that is loaded when the composition is sent in stages."""
+    """The first token of a skill that vLLM loads when the composition is sent in stages."""
     cached = 0
     for length in stages(composition.placed, len(composition.ids), block_size):
         for piece in loadable(composition.placed, cached, length):
@@ -129,7 +129,7 @@ def first_loaded(composition: Composition, number: int, block_size: int) -> int:
 
 
 def answered(engine: Engine, notebook: Notebook, last: list[int]) -> Answer:
-    """The greedy answer to a prefilled context and some more tokens; the context is unchanged."""
+    """The greedy answer to a prefilled context followed by the tokens `last`. The context is unchanged afterwards."""
     mark = notebook.mark()
     try:
         logits = engine.append(notebook.cache, last)

@@ -1,4 +1,4 @@
-"""Requests to a served model: streamed and timed, one at a time or at given times whether or not earlier ones were answered."""
+"""Streams and times requests to a served model: one at a time, or at given times that do not wait for answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PATIENCE_S = 3600.0
 
 
 def arrivals(requests: int, per_second: float) -> list[float]:
-    """Seconds from the start, of a Poisson process."""
+    """Arrival times in seconds from the start, from a Poisson process."""
     drawn = random.Random(SEED)
     at, found = 0.0, []
     for _ in range(requests):
@@ -28,14 +28,14 @@ def arrivals(requests: int, per_second: float) -> list[float]:
 
 
 def ask(port: int, body: Mapping[str, Any], *, session: str = "", path: str = CHAT) -> dict[str, Any]:
-    """Send a request, read its stream, and say when tokens came and what the server counted.
+    """Send a request and read its stream; returns the times of tokens, the server's token counts, and the text.
 
     Args:
-        body: without what makes it a stream.
+        body: the request without the options for streaming, which are added.
         session: the conversation's name, for a gateway.
 
     Raises:
-        ExperimentError: the answer is an error.
+        ExperimentError: the answer's status is not 200.
     """
     asked = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE_S)
@@ -75,7 +75,7 @@ def ask(port: int, body: Mapping[str, Any], *, session: str = "", path: str = CH
 
 
 def at_times(times: Sequence[float], send: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `send` gives for each number, called at its time in seconds, whether or not earlier calls have returned.
+    """The results of `send`, called with each index of `times` at that second; calls do not wait for earlier ones.
 
     Raises:
         ExperimentError: a request failed.
@@ -88,7 +88,7 @@ def at_times(times: Sequence[float], send: Callable[[int], dict[str, Any]]) -> l
         time.sleep(max(0.0, began + when - time.perf_counter()))
         try:
             found[number] = send(number)
-        except BaseException as fault:  # told to the caller, whose thread this is not
+        except BaseException as fault:  # raised again in the caller's thread
             faults.append(fault)
 
     threads = [threading.Thread(target=at, args=each) for each in enumerate(times)]
@@ -102,7 +102,7 @@ def at_times(times: Sequence[float], send: Callable[[int], dict[str, Any]]) -> l
 
 
 def times_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Percentiles (nearest rank) of the times to the first token, and the median time between tokens."""
+    """Percentiles (nearest rank) of the time to the first token in seconds; the median time between tokens in ms."""
     ttft = sorted(row["ttft_ms"] for row in rows)
     tpot = sorted(row["tpot_ms"] for row in rows if row["tpot_ms"] is not None)
     found = {f"ttft_p{part}_s": round(_rank(ttft, part / 100) / 1000, 3) for part in (50, 90, 99)}
@@ -110,5 +110,5 @@ def times_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _rank(values: Sequence[float], part: float) -> float:
-    """The smallest value that so large a part of all does not exceed."""
+    """The smallest value that at least this share of all values does not exceed."""
     return values[max(0, -int(-part * len(values) // 1) - 1)]

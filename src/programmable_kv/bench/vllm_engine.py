@@ -1,7 +1,7 @@
-"""Requests answered by a real vLLM, one after the other: `python -m programmable_kv.bench.vllm_engine JOB ANSWERS`.
+"""Answers requests with a real vLLM, one after the other: `python -m programmable_kv.bench.vllm_engine JOB ANSWERS`.
 
-It runs in vLLM's own environment. `vllm_splice.py` starts it and says in the file JOB what to ask. The answers go to the file
-ANSWERS; so does the error of an engine that does not start.
+It runs in vLLM's own environment. `vllm_asking.py` starts it and writes the requests to the file JOB. The answers go to
+the file ANSWERS, as does the error of an engine that does not start.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 
 
 def main(job: str, answers: str) -> None:
-    """Answer the requests of one file into another."""
+    """Answer the requests in one file, and write the answers to another."""
     asked = json.loads(Path(job).read_text(encoding="utf-8"))
     given: dict[str, Any] = {"versions": _versions(), "answers": []}
     try:
         given["answers"] = _answer(asked["engine"], asked["requests"], given)
-    except Exception as error:  # an engine that refuses its settings is an answer, too
+    except Exception as error:  # an engine's refusal of its settings is an answer too
         given["error"] = f"{type(error).__name__}: {error}"
     Path(answers).write_text(json.dumps(given), encoding="utf-8")
 
 
 def _answer(engine: dict[str, Any], requests: list[Any], given: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers to requests, one after the other; those of a list are asked at once."""
+    """Answers requests one after the other; the requests in a nested list are sent at once."""
     from vllm import LLM
     from vllm.config import KVTransferConfig
 

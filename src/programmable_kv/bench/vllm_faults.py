@@ -1,4 +1,4 @@
-"""Copies of a skill store with one fault each: what the plugin must show, refuse or leave to vLLM."""
+"""Copies of a skill store with one fault each, which the plugin must show, refuse or leave to vLLM to recompute."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from programmable_kv.vllm_plugin.prepare import certify
 
 
 def wrongly_turned(shop: Shop, store: Path, target: Path) -> Path:
-    """Skills that say they were computed one position later than they were: each is turned by one position too little."""
+    """A store whose skills' `computed_at` is one position too late, so each is rotated by one position too little."""
     shutil.copytree(store, target)
     wrong = SkillStore(target)
     for skill in shop.skills.values():
@@ -23,7 +23,7 @@ def wrongly_turned(shop: Shop, store: Path, target: Path) -> Path:
 
 
 def damaged(shop: Shop, store: Path, target: Path) -> Path:
-    """One bit of every policy's tensors is another."""
+    """A store in which one bit of every policy's tensor file is flipped."""
     shutil.copytree(store, target)
     for entry in shop.entries(TOPICS):
         file = target / entry.tensors
@@ -34,7 +34,7 @@ def damaged(shop: Shop, store: Path, target: Path) -> Path:
 
 
 def of_another_model(folder: Path, store: Path, target: Path) -> Path:
-    """A store that is certified for a model with another rotation only."""
+    """A store that is certified only for a model with another RoPE base."""
     other = target.with_name("other-model")
     shutil.copytree(folder, other)
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A vLLM that serves over HTTP, in an environment of its own, and its own counts of its prefix cache."""
+"""Runs a vLLM server over HTTP, in its own environment, and reads its prefix cache's counters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from programmable_kv.errors import ExperimentError
 from programmable_kv.models.source import find_source
 
 SERVED = "served"
-"""the model's name in requests"""
+"""The model's name in requests."""
 LOG = "vllm.log"
 _START_S = 300.0
 _STOP_S = 60.0
@@ -29,10 +29,10 @@ _COUNTERS = {
 
 
 def served_folder(model: str) -> Path:
-    """The folder of a model, in the form that vLLM serves.
+    """The folder of a model in a form that vLLM can serve.
 
     Raises:
-        ExperimentError: it is in another form.
+        ExperimentError: the model is not such a folder.
     """
     source = find_source(model)
     if source.folder is None or source.gguf_file is not None:
@@ -51,18 +51,18 @@ def serving(
     cache_gib: int = 3,
     start_s: float = _START_S,
 ) -> Iterator[Peer]:
-    """A vLLM that serves a folder, ready for requests.
+    """Run a vLLM that serves a folder; yields it when it is ready for requests.
 
     Args:
         python: the interpreter of the environment with vLLM.
-        scratch: where its log goes.
-        skills: a store that this package's plugin loads from; None serves without the plugin.
-        more: further options of vLLM. Where one is among those that are always given, this one counts.
-        cache_gib: memory for cached keys and values.
-        start_s: it may take so long to start.
+        scratch: the folder for its log.
+        skills: a store from which this package's plugin loads; None serves without the plugin.
+        more: further options of vLLM. They override the options that are always given.
+        cache_gib: memory for cached keys and values, in GiB.
+        start_s: maximum time to start, in seconds.
 
     Raises:
-        ExperimentError: it did not start.
+        ExperimentError: vLLM does not start.
     """
     port = free_port()
     line = [
@@ -92,7 +92,7 @@ def serving(
         while not _healthy(port):
             if running.poll() is not None or time.monotonic() > end:
                 said = log.read_text(encoding="utf-8", errors="replace")
-                errors = [line for line in said.splitlines() if "Error" in line]  # the first is the cause of the others
+                errors = [line for line in said.splitlines() if "Error" in line]  # the first causes the others
                 why = "\n".join([*errors[:2], said[-800:]])
                 ended = "" if running.poll() is None else f" (it ended with {running.returncode})"
                 raise ExperimentError(f"vLLM did not start{ended}: {why} (docs/vllm.md says how to install it)")
@@ -103,7 +103,7 @@ def serving(
 
 
 def counters(engine: Peer) -> dict[str, float]:
-    """The engine's own counts of prompt tokens: looked for in its prefix cache, found there, and loaded by a connector."""
+    """The engine's counts of prompt tokens: looked up in its prefix cache, found there, and loaded by a connector."""
     found = dict.fromkeys(_COUNTERS, 0.0)
     for line in engine.get("/metrics").splitlines():
         for name, counter in _COUNTERS.items():

@@ -1,7 +1,8 @@
-"""Skills composed inside a real vLLM: equal to the library's own splice, refused where they must be, and how much sooner.
+"""Skills composed inside a real vLLM: compares answers with the library's splice, provokes refusals, measures times.
 
-vLLM lives in an environment of its own, whose Python is given. Everything is compared within one run: the same prompts go to a
-plain vLLM with its prefix cache, and to one with the plugin. Faults are put into copies of the store, never into the plugin.
+vLLM has its own environment, whose Python is given. Everything is compared within one run: the same prompts go to a
+plain vLLM with its prefix cache and to one with the plugin. Faults are put into copies of the store, never into the
+plugin.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from programmable_kv.vllm_plugin.composing import Composition
 from programmable_kv.vllm_plugin.prepare import certify, export
 
 SEAM = 4
-"""of the timed prompts"""
+"""Seam of the timed prompts, in tokens."""
 LONG_SEAM = 40
-"""longer than a block, so that it is not hidden in the rest of one"""
+"""A seam longer than a block, so that the rest of a block does not hide it."""
 PLAIN = "plain"
 STEPS = 6
-"""of a progress bar"""
+"""Number of steps for a progress bar."""
 
 
 def texts(lines: int) -> list[str]:
-    """All that the prompts are made of."""
+    """All texts that make up the prompts."""
     return [HEAD, QUESTION, *(policy(topic, lines) for topic in TOPICS)]
 
 
@@ -47,16 +48,16 @@ def run(
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
-    """Compare, provoke and time, and write the record.
+    """Compare answers, provoke faults, time requests, and write the record.
 
     Args:
         python: the interpreter of the environment with vLLM.
-        model: what is served; what is not in vLLM's form is written to a temporary folder first.
-        lines: of each of the eight policies.
-        requests: with the policies in random order that are timed; none with 0.
+        model: the model to serve; it is exported to a temporary folder first if vLLM cannot serve it as it is.
+        lines: lines of each of the eight policies.
+        requests: number of timed requests with the policies in random order; 0 times none.
 
     Raises:
-        ExperimentError: vLLM could not be started.
+        ExperimentError: vLLM does not start or does not answer.
     """
     with tempfile.TemporaryDirectory(prefix="pkv-vllm-") as scratch:
         return _run(Path(scratch), python, path, model, lines, requests, report or (lambda done, of: None), command)
@@ -147,7 +148,7 @@ def _run(
     return recorder.finish(summary)
 
 
-# -- what is asked ----------------------------------------------------------------------------------------------------
+# -- requests ---------------------------------------------------------------------------------------------------------
 
 
 def _cases(shop: Shop) -> list[Case]:
@@ -163,7 +164,7 @@ def _cases(shop: Shop) -> list[Case]:
 
 
 def _in_stages(name: str, composition: Composition, salt: str, tokens: int) -> list[dict[str, Any]]:
-    """The requests of one composition; those before the last one ask for one token."""
+    """The requests for one composition. All but the last ask for one token."""
     sent = composition.requests(salt, BLOCK_SIZE)
     return [
         request(
@@ -180,7 +181,7 @@ def _composed(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 
 def _witnesses(case: Case) -> list[dict[str, Any]]:
-    """After the case itself: the same prompt without a salt, and without skills under another salt and under the same."""
+    """Requests after the case itself: its prompt without a salt, and without skills under another and the same salt."""
     (sent,) = case.composition.requests(case.name.replace(" ", "-"), BLOCK_SIZE)
     return [
         request("no salt", sent["prompt"], "", sent["kv_transfer_params"]),
@@ -190,12 +191,12 @@ def _witnesses(case: Case) -> list[dict[str, Any]]:
 
 
 def _asked_together(cases: Sequence[Case]) -> list[tuple[Case, bool]]:
-    """What is asked at once: each prompt with its skills and without, twice."""
+    """The cases to send at once: each with its skills and without, twice."""
     return [(case, skills) for case in cases for skills in (True, False)] * 2
 
 
 def _together(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Its requests. Skills are loaded under a salt of each request's own; plain ones share theirs."""
+    """The requests to send at once. Each request with skills has its own salt; plain requests share one."""
     found = []
     for number, (case, skills) in enumerate(_asked_together(cases)):
         (sent,) = case.composition.requests(f"together-{number}", BLOCK_SIZE)
@@ -205,7 +206,8 @@ def _together(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 
 def _timed(shop: Shop, requests: int) -> dict[str, list[dict[str, Any]]]:
-    """All policies in another order for each request, the three ways; one token each, and a salt of its own."""
+    """The timed requests in three ways: all policies in another order each time, one token each. Those with skills have
+    their own salts."""
     drawn = random.Random(SEED)
     found: dict[str, list[dict[str, Any]]] = {PLAIN: [], "composed": [], "in stages": []}
     for number in range(requests):
@@ -219,17 +221,20 @@ def _timed(shop: Shop, requests: int) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-# -- what is made of it -----------------------------------------------------------------------------------------------
+# -- results ----------------------------------------------------------------------------------------------------------
 
 
 def _compared(expected: Answer, given: dict[str, Any]) -> dict[str, Any]:
-    """An answer beside the library's: the tokens, and the largest difference of a log-probability as long as they agree."""
+    """An answer compared with the library's: whether the tokens agree, and the largest difference in log-probability.
+
+    The difference covers the steps up to and including the first at which the tokens differ.
+    """
     same = list(expected.tokens) == given["tokens"]
     worst = 0.0
     for step, likely in enumerate(given["logprobs"]):
         worst = max(worst, *(abs(float(expected.logprobs[step, int(t)]) - value) for t, value in likely.items()))
         if given["tokens"][step] != expected.tokens[step]:
-            break  # from here on the two answer different texts
+            break  # from here on the two continue different texts
     told = (given["told"] or {}).get("skills", {})
     return {
         "prompt_tokens": given["prompt_tokens"],
@@ -242,13 +247,13 @@ def _compared(expected: Answer, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _distance(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """The largest difference of a log-probability between two answers, over the tokens that both list at the first step."""
+    """The largest difference in log-probability between two answers, over tokens that both list at the first step."""
     here, there = one["logprobs"][0], other["logprobs"][0]
     return float(max(abs(here[token] - there[token]) for token in here.keys() & there.keys()))
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Agreement over the cases, each witness by its name, and the medians of the timed ways."""
+    """Agreement over the cases, the figures of each witness by name, and the medians of the timed ways."""
     cases = [row for row in rows if "case" in row]
     computed = [row for row in rows if "computed" in row]
     summary: dict[str, Any] = {

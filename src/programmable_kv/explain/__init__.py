@@ -1,1 +1,1 @@
-"""Why a prefix cache missed: requests compared as a cache compares them, from a log alone. No model, no gateway, no network."""
+"""Explains prefix-cache misses from a log: compares requests as a cache does. Needs no model, gateway or network."""

@@ -1,4 +1,4 @@
-"""What a recogniser looks at: two pieces that differ, with the requests around them."""
+"""A case for the recognisers: two pieces that differ, and the requests around them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EXCERPT = 120
 
 @dataclass(frozen=True)
 class Case:
-    """A change and the two requests it was found in."""
+    """A change, and the two requests in which it was found."""
 
     difference: Difference
     change: Change
@@ -57,30 +57,30 @@ class Case:
 
     @property
     def in_head(self) -> bool:
-        """Whether the later request changed before its conversation begins."""
+        """Whether the change is in the tools or the system prompt, before the conversation begins."""
         return bool(self.kinds & {Kind.TOOL, Kind.SYSTEM})
 
     @property
     def shown(self) -> bool:
-        """Whether its texts may be printed and searched."""
+        """Whether the texts of the change may be printed and searched."""
         return not any(piece.secret for piece in (self.before, self.after) if piece is not None)
 
     @cached_property
     def value(self) -> Value | None:
-        """The clock, id or counter that changed, if the two texts part in one."""
+        """The clock, id or counter in which the two texts first differ, if it is one."""
         if not self.same_kind or not self.shown:
             return None
         return volatile_at(*self.texts, self.change.offset)
 
     @cached_property
     def lines(self) -> tuple[str, str]:
-        """The line in which the texts part, in both."""
+        """The line in which the texts first differ, in each of them."""
         start, stop, stop_after = line_bounds(*self.texts, self.change.offset)
         return self.texts[0][start:stop], self.texts[1][start:stop_after]
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """The tags that are open where the texts part, or the heading above."""
+        """The tags that are open where the texts first differ, or the heading above if no tag is open."""
         return labels_before(self.texts[1] or self.texts[0], self.change.offset)
 
     @cached_property
@@ -90,7 +90,7 @@ class Case:
 
     @cached_property
     def other_conversation(self) -> bool:
-        """The two requests have no message in common, and what differs is other text rather than the same text changed."""
+        """Whether the requests have no message in common and the differing texts are not versions of one text."""
         return not self.same_conversation and not (self.same_kind and alike(*self.texts))
 
     @property
@@ -103,7 +103,7 @@ class Case:
 
     @cached_property
     def template(self) -> str:
-        """The line at fault with the changing value left out: equal for every request in which the same line changes."""
+        """The line at fault without the value that changes: the same for every request in which this line changes."""
         if Kind.BLOCK in self.kinds or (Kind.TOOL in self.kinds and self.value is None):
             return ""
         line = self.lines[1] or self.lines[0]
@@ -115,8 +115,8 @@ class Case:
 
 
 def alike(one: str, other: str) -> bool:
-    """Whether one text is the other with some of it changed: at least half of the longer one is in both, line by line or at
-    its two ends."""
+    """Whether one text is an edited form of the other: at least half of the longer text is in both, counted by lines or
+    at its two ends."""
     longest = max(len(one), len(other))
     if longest == 0:
         return True
@@ -128,7 +128,7 @@ def alike(one: str, other: str) -> bool:
 
 
 def without_numbers(text: str) -> str:
-    """A text with its numbers blanked."""
+    """The text with every number replaced by `#`."""
     return _DIGITS.sub("#", text)
 
 

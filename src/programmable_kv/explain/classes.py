@@ -1,6 +1,6 @@
-"""The classes of causes, as a table: how each is recognised, and what to do about it. The first row that fits is the cause.
+"""The table of causes: how each class is recognised, and how to fix it. The first row that matches gives the cause.
 
-A new class is a new row here and a row in `tests/explain/test_classes.py`.
+To add a class, add a row here and one in `tests/explain/test_classes.py`.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ class CauseClass:
 
     name: str
     what: str
-    """what happened, in one sentence"""
+    """What happened, in one sentence."""
     fix: str
-    """what to do; empty where nothing is wrong"""
+    """How to fix it; empty if nothing is wrong."""
     recognise: Callable[[Case], bool]
     lost: bool = True
-    """False where a prefix cache loses nothing by it"""
+    """Whether a prefix cache loses anything."""
     key: str = ""
-    """the key of the request that is at fault, where it is none of its pieces"""
+    """The key of the request body that is at fault, if the cause is not in a piece."""
 
 
 def classify(case: Case) -> CauseClass:
-    """The first class of the table that fits the change."""
+    """The first class of the table that matches the change."""
     return next(row for row in CLASSES if row.recognise(case))
 
 
 def classify_behind(case: Case) -> CauseClass:
-    """The class of a change behind the first one: only what the two texts themselves say."""
+    """The class of a change behind the first one, among the classes that the two texts alone decide."""
     return next(row for row in CLASSES if row in _OF_TEXT and row.recognise(case))
 
 
@@ -210,7 +210,7 @@ CLASSES = (
         lambda case: True,
     ),
 )
-"""every class, in the order in which they are tried"""
+"""All classes, in the order in which they are tried."""
 
 _REQUEST_LEVEL = (
     "model changed",

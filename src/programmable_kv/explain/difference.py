@@ -1,4 +1,4 @@
-"""The first difference of two requests, and those behind it."""
+"""Finds the first difference of two requests, and the differences behind it."""
 
 from __future__ import annotations
 
@@ -10,50 +10,50 @@ from difflib import SequenceMatcher
 from programmable_kv.explain.pieces import Piece, Request
 
 _MOST_ALIGNED = 1000
-"""pieces that are aligned to find further differences; the first one is found whatever the length"""
+"""Maximum number of pieces aligned to find further differences. The first difference is found at any length."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Two pieces that differ; one of them is None where a request ends."""
+    """Two pieces that differ; one of them is None if its request ends there."""
 
     before: Piece | None
     after: Piece | None
     offset: int
-    """equal characters at the beginning of both"""
+    """Equal characters at the beginning of both pieces."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where two requests part: the number of pieces that are equal, and the pieces that follow on both sides."""
+    """The first difference of two requests."""
 
     earlier: Request
     later: Request
     index: int
-    """equal pieces before it; the number of the first piece that differs"""
+    """The index of the first piece that differs, which is the number of equal pieces before it."""
     offset: int
-    """equal characters at the beginning of the two differing pieces"""
+    """Equal characters at the beginning of the two differing pieces."""
 
     @property
     def before(self) -> Piece | None:
-        """The earlier request's piece; None where that request ends here."""
+        """The earlier request's piece; None if that request ends here."""
         return _at(self.earlier.pieces, self.index)
 
     @property
     def after(self) -> Piece | None:
-        """The later request's piece; None where that request ends here."""
+        """The later request's piece; None if that request ends here."""
         return _at(self.later.pieces, self.index)
 
     @property
     def equal_bytes(self) -> int:
-        """The length of the common prefix."""
+        """The length of the common prefix in bytes."""
         whole = sum(piece.nbytes for piece in self.later.pieces[: self.index])
         part = self.after.text[: self.offset] if self.after is not None else ""
         return whole + len(part.encode("utf-8", "surrogatepass"))
 
     @property
     def only_appended(self) -> bool:
-        """Whether the later request begins with all of the earlier one: no cache loses anything."""
+        """Whether the later request begins with all of the earlier one, so that no cache loses anything."""
         if self.before is None:
             return self.after is not None
         last = self.index == len(self.earlier.pieces) - 1
@@ -71,7 +71,7 @@ class Difference:
 
 
 def first_difference(earlier: Request, later: Request) -> Difference:
-    """Compare two requests piece by piece, as a prefix cache does."""
+    """The first difference of two requests, compared piece by piece as a prefix cache does."""
     index = 0
     for one, other in zip(earlier.pieces, later.pieces, strict=False):
         if one is not other and one.key != other.key:
@@ -82,9 +82,9 @@ def first_difference(earlier: Request, later: Request) -> Difference:
 
 
 def changes_behind(first: Difference, most: int = 5) -> list[Change]:
-    """What else differs behind the first difference, in order: it would break the prefix once the first is mended.
+    """Further differences behind the first, at most `most`. They would break the prefix once the first is fixed.
 
-    What the later request appends at its end is no difference.
+    Text that the later request appends at its end does not count as a difference.
     """
     one = first.earlier.pieces[first.index : first.index + _MOST_ALIGNED]
     other = first.later.pieces[first.index : first.index + _MOST_ALIGNED]
@@ -100,23 +100,23 @@ def changes_behind(first: Difference, most: int = 5) -> list[Change]:
 
 
 def common_bytes(one: Request, other: Request) -> int:
-    """Bytes in pieces that both hold, wherever they stand."""
+    """Bytes in the pieces that both requests have, wherever they stand."""
     shared = Counter(piece.key for piece in one.pieces) & Counter(piece.key for piece in other.pieces)
     sizes = {piece.key: piece.nbytes for piece in other.pieces}
     return sum(sizes[key] * count for key, count in shared.items())
 
 
 def common_length(one: str, other: str) -> int:
-    """Equal characters at the beginning."""
+    """The number of equal characters at the beginning of two texts."""
     low, high = 0, min(len(one), len(other))
-    while low < high:  # slices compare at the speed of memory
+    while low < high:  # bisection, since slices compare at memory speed
         middle = (low + high + 1) // 2
         low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
     return low
 
 
 def shared_characters(before: Piece | None, after: Piece | None) -> int:
-    """Equal characters at the beginning of two pieces; 0 where they are not of one kind."""
+    """The number of equal characters at the beginning of two pieces; 0 if their kind, role or form differs."""
     if (
         before is None
         or after is None

@@ -1,4 +1,4 @@
-"""What a report prints of two differing pieces: the line at fault and a little around it. What is opaque is never printed."""
+"""The excerpts that a report prints of two differing pieces: the line at fault. Opaque content is never printed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST = 320
 
 
 def excerpts(case: Case, key: str = "") -> tuple[str, str]:
-    """The two texts around the first difference; where the tools differ, the names of the tools; the models, if they are it."""
+    """The two texts around the first difference; the tools' or models' names if those are what differs."""
     if key:
         return (case.earlier.model, case.later.model) if key == "model" else ("", "")
     if Kind.TOOL in case.kinds:
@@ -20,13 +20,13 @@ def excerpts(case: Case, key: str = "") -> tuple[str, str]:
         if names[0] != names[1]:
             return names[0], names[1]
     lines = [_around(piece, case.change.offset, 0) for piece in (case.before, case.after)]
-    if lines[0] == lines[1] or not all(line.strip("…") for line in lines):  # a line more or less: show what follows it
+    if lines[0] == lines[1] or not all(line.strip("…") for line in lines):  # a line more or less: show what follows
         lines = [_around(piece, case.change.offset, _AROUND) for piece in (case.before, case.after)]
     return lines[0], lines[1]
 
 
 def _around(piece: Piece | None, offset: int, least: int) -> str:
-    """A piece's text from the beginning of the line at `offset` to the end of a line, at least so many characters on."""
+    """A piece's text from the beginning of the line at `offset` to the first line end `least` or more characters on."""
     if piece is None:
         return ""
     if piece.secret:

@@ -1,4 +1,4 @@
-"""`explain_miss`: a log of requests, compared one by one with those before them, as a report."""
+"""`explain_miss`: compares every request of a log with earlier ones, and reports why a prefix cache missed."""
 
 from __future__ import annotations
 
@@ -44,25 +44,28 @@ def explain_miss(
     show_text: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> MissReport:
-    """Explain why a prefix cache missed: where each request first differs from what was sent before, why, and what that cost.
+    """Explain why a prefix cache missed: where each request first differs from earlier ones, why, and what that cost.
 
-    Nothing is sent anywhere, and no model is loaded. Requests are Chat Completions, Responses, Messages or Completions bodies.
+    This function sends nothing anywhere and loads no model. Requests are Chat Completions, Responses, Messages or
+    Completions bodies.
 
     Args:
-        logs: files (a request as JSON, a log with one on each line, a trace of hashed blocks; "-" is standard input),
-            or requests as mappings. In their order.
-        model: count in the tokens of this model: "embedded", a Hub id, a folder or a GGUF file. Only its tokenizer is loaded.
-        block_size: tokens in a block of the engine's cache (16 in vLLM); a block that differs anywhere is computed again.
-        prices: a JSON file with prices, instead of the table that ships.
-        skip_bad_lines: leave out lines that cannot be read, and report them, instead of raising.
+        logs: the requests in the order in which they were sent: paths of files (one request as JSON, a log with one
+            request on each line, or a trace of hashed blocks; "-" is standard input), or requests as mappings.
+        model: count in the tokens of this model: "embedded", a Hub id, a folder or a GGUF file. Only its tokenizer is
+            loaded.
+        block_size: tokens in a block of the engine's cache (16 in vLLM). A block with any difference is recomputed as a
+            whole.
+        prices: a JSON file with prices, instead of the table in the package.
+        skip_bad_lines: skip lines that cannot be read and report them, instead of raising an error.
         show_text: keep excerpts of prompts in the report.
-        progress: called with the number of requests examined and their total.
+        progress: called with the number of requests examined and the total number.
 
     Raises:
-        InvalidRequestError: a file cannot be read, or a line of it is no request.
-        InvalidArgumentError: there is nothing to read, or the block size is less than 1.
-        ModelUnavailableError: the model's tokenizer could not be had.
-        TemplateError: the model's chat template refuses a request.
+        InvalidRequestError: a log or the table of prices cannot be read, or a line of a log is not a request.
+        InvalidArgumentError: no log is given, one is neither a path nor a mapping, or the block size is less than 1.
+        ModelUnavailableError: the model's tokenizer cannot be loaded.
+        TemplateError: the model's tokenizer has no chat template, or the template refuses a request.
     """
     require_count(block_size, "block_size", least=1)
     if not logs:
@@ -90,7 +93,7 @@ def explain_requests(
     block_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> MissReport:
-    """The report on requests that were read already. Each is compared with those before it."""
+    """The report on parsed requests. Each is compared with the requests before it."""
     meter = Meter(basis_of(requests, counter), counter, block_size)
     history = History()
     causes: dict[int, CauseClass] = {}
@@ -120,7 +123,7 @@ def explain_requests(
 
 
 def without_text(report: MissReport) -> MissReport:
-    """The report without anything that was in a prompt."""
+    """The report without any text of prompts."""
     hidden = [replace(finding, line="", before="", after="") for finding in report.findings]
     return replace(report, findings=tuple(hidden), causes=tuple(replace(cause, line="") for cause in report.causes))
 
@@ -128,7 +131,7 @@ def without_text(report: MissReport) -> MissReport:
 def finding_of(
     request: Request, history: History, meter: Meter, table: PriceTable
 ) -> tuple[RequestFinding, CauseClass]:
-    """What became of one request after those in the history, which is not changed."""
+    """The finding for one request after those in the history, and its class. Does not change the history."""
     nearest = history.nearest(request)
     found = _compared(history, request, nearest)
     case = None if found is None else Case(found, found.change)
@@ -168,7 +171,7 @@ def finding_of(
 
 
 def _place(case: Case | None, row: CauseClass) -> tuple[str, str]:
-    """Where two requests first differ, in words and as a path."""
+    """The place where two requests first differ, in words and as a path."""
     if row.key:
         return WHOLE_REQUEST, row.key
     piece = None if case is None else case.after or case.before
@@ -176,7 +179,7 @@ def _place(case: Case | None, row: CauseClass) -> tuple[str, str]:
 
 
 def _compared(history: History, request: Request, nearest: Difference | None) -> Difference | None:
-    """What a request is explained by: the request it continues, unless a prefix cache finds as much elsewhere anyway."""
+    """The comparison that explains a request: with the one that it continues, or with the nearest if that covers it."""
     if nearest is not None and nearest.after is None:
         return nearest
     counterpart = history.counterpart(request, nearest)
@@ -187,7 +190,7 @@ def _compared(history: History, request: Request, nearest: Difference | None) ->
 
 
 def _unexplained(row: CauseClass, found: Difference, meter: Meter, table: PriceTable) -> tuple[CauseClass, int]:
-    """The class and the loss of a request whose text only grew: the template or the upstream may lose the prefix still."""
+    """The class and loss of a request whose text shows no miss: the template or the upstream may still cause one."""
     lost = meter.template_loss(found)
     if lost:
         return TEMPLATE, lost
@@ -204,7 +207,7 @@ def _unexplained(row: CauseClass, found: Difference, meter: Meter, table: PriceT
 
 
 def _ranked(findings: Iterable[RequestFinding], rows: Mapping[int, CauseClass], total: int) -> tuple[MissCause, ...]:
-    """Misses of one class, in one part, by one line, are one cause. The dearest comes first."""
+    """Groups misses with the same class, part of the prompt and line into causes; the most expensive comes first."""
     groups: dict[tuple[str, str, str], list[RequestFinding]] = defaultdict(list)
     for finding in findings:
         if finding.missed:
@@ -233,7 +236,7 @@ _WHOLE = (
     "message inserted", "moved reminder", "stripped thinking", "serialisation flip", "rolling cache_control",
     "model changed", "cache salt changed",
 )  # fmt: skip
-"""classes in which the text at fault differs each time: one cause for each part of the prompt"""
+"""Classes whose text at fault differs each time. Their misses are grouped by part of the prompt, not by line."""
 
 
 def _behind(found: Difference) -> tuple[str, ...]:
@@ -257,7 +260,7 @@ def _seconds(found: Difference | None) -> float | None:
 
 
 def _price(request: Request, meter: Meter, table: PriceTable) -> Price | None:
-    """The price of a request's tokens. A named model's tokens have that model's price, and bytes have none."""
+    """The price of a request's tokens. Tokens of a named model have that model's price; bytes have no price."""
     tokens = meter.total(request)
     if tokens is None or meter.basis is Basis.BYTES:
         return None

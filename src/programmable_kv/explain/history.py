@@ -1,4 +1,4 @@
-"""The requests so far, as a prefix cache remembers them: a tree of pieces finds the longest prefix that is shared."""
+"""Earlier requests, stored as a prefix cache does: a tree of pieces in which the longest shared prefix is looked up."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from programmable_kv.explain.difference import Difference, common_bytes, first_d
 from programmable_kv.explain.pieces import HEAD, Piece, Request
 
 _CHILDREN = 64
-"""how many of the latest continuations of one prefix are compared character by character"""
+"""The number of a prefix's latest continuations that are compared character by character."""
 
 
 @dataclass(slots=True)
 class _Node:
-    """A prefix that some request had; `latest` is the last of them."""
+    """A prefix of earlier requests; `latest` is the latest request that begins with it."""
 
     latest: Request
     children: dict[bytes, _Node] = field(default_factory=dict)
@@ -27,15 +27,15 @@ class History:
     _roots: dict[tuple[str, str], _Node] = field(default_factory=dict)
     _sessions: dict[str, Request] = field(default_factory=dict)
     _said: dict[bytes, Request] = field(default_factory=dict)
-    """a message's key -> the latest request with it"""
+    """The key of each piece of a message -> the latest request with that piece."""
 
     def add(self, request: Request) -> None:
-        """Remember a request as sent."""
+        """Add a request to the history."""
         node = self._roots.setdefault(request.cache, _Node(request))
         node.latest = request
         for piece in request.pieces:
             child = node.children.pop(piece.key, None) or _Node(request)
-            node.children[piece.key] = child  # the latest stand last
+            node.children[piece.key] = child  # keeps the latest last
             child.latest = request
             node = child
         if request.session:
@@ -45,7 +45,7 @@ class History:
                 self._said[piece.key] = request
 
     def nearest(self, request: Request) -> Difference | None:
-        """The request that shares the longest prefix in the same cache: what a prefix cache finds. The latest of equals."""
+        """The comparison with the request of the same cache that shares the longest prefix, the latest of equals."""
         node = self._roots.get(request.cache)
         if node is None:
             return None
@@ -63,9 +63,10 @@ class History:
         return first_difference(best, request)
 
     def counterpart(self, request: Request, nearest: Difference | None) -> Difference | None:
-        """The earlier request that this one continues: the one with the most text in common, of the same session.
+        """The comparison with the earlier request that this one continues: the one with the most text in common.
 
-        Where a clock stands at the top, a prefix says little about what was continued: what both hold, anywhere, does.
+        Text in common counts wherever it stands, since a clock at the top leaves almost no common prefix. Of requests
+        with as much, the one of the same session is preferred.
         """
         same = self._sessions.get(request.session) if request.session else None
         found = [nearest.earlier if nearest is not None else None, same]
@@ -75,7 +76,7 @@ class History:
         if not candidates:
             return None
         own = same.number if same is not None else None
-        # A session's name alone does not do: sub-agents send it too.
+        # The session's name alone is not enough: sub-agents send it too.
         best = max(
             candidates,
             key=lambda one: (

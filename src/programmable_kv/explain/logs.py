@@ -1,7 +1,7 @@
-"""Logs as requests: a JSON file with one request, a JSONL file with one on each line, or a trace of hashed blocks.
+"""Reads requests from logs: JSON files with one request, JSONL files with one on each line, traces of hashed blocks.
 
-A line is the request's body itself, or an object that holds it (`request`, `body`, `proxy_server_request`, ...) beside the
-response, the usage and the time: what gateways and batch files write.
+A line is either the request's body, or an object as gateways and batch files write it, with the body in it (`request`,
+`body`, `proxy_server_request`, ...) next to the response, the usage and the time.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from programmable_kv.explain.usage import usage_of, usage_of_stream
 _HOLDERS = ("request", "body", "request_body", "proxy_server_request", "payload", "kwargs", "json")
 _ANSWERS = ("response", "response_body", "body", "result", "message")
 _STREAMS = ("body_raw", "body", "text", "content")
-"""where a response holds a streamed answer as text"""
+"""Keys under which a response may have a streamed answer as text."""
 _TIMES = ("timestamp", "time", "ts", "created_at", "startTime", "start_time", "started_at", "date")
 _ROUTES = ("url", "path", "route", "endpoint", "uri")
 _SESSIONS = ("x-claude-code-session-id", "session_id", "session-id", "conversation_id", "x-session-id")
-"""names of one conversation"""
+"""Headers and keys with the name of one conversation."""
 _USER = "user_id"
-"""a name that often stands for more than one: of a user, or of an application"""
+"""The name of a user or an application, which often covers more than one conversation."""
 _MILLISECONDS = 1e11
-"""a number of seconds this large would be thousands of years away: it counts milliseconds"""
+"""Larger times are in milliseconds: as seconds they would be thousands of years away."""
 _DEPTH = 3
 
 
@@ -42,22 +42,23 @@ _DEPTH = 3
 class LogReader:
     """Reads logs one after another into one list of requests.
 
-    Equal texts of different lines are kept once: a long conversation sends its beginning in every request.
+    Equal pieces are stored once, since a long conversation sends its beginning in every request.
     """
 
     skip_bad_lines: bool = False
     requests: list[Request] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    """one sentence for each line that was left out"""
+    """One sentence for each line that was skipped."""
     _known: dict[bytes, Piece] = field(default_factory=dict, repr=False)
     _answers: dict[str, list[Any]] = field(default_factory=dict, repr=False)
-    """the id of a response -> the items that a server puts before the input of a request that refers to it"""
+    """A response's id -> the items that the server puts before the input of a request that refers to this response."""
 
     def read(self, path: Path) -> None:
         """Read a file; `-` is standard input.
 
         Raises:
-            InvalidRequestError: it cannot be read, or a line of it is no request, unless bad lines are skipped.
+            InvalidRequestError: the file cannot be read or is empty; or a line is not a request and bad lines are not
+                skipped.
         """
         try:
             data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
@@ -81,10 +82,10 @@ class LogReader:
             self._take(entry, source)
 
     def add(self, entry: Mapping[str, Any], source: str) -> None:
-        """Read one request, or one object that holds a request.
+        """Add one request, or one object that contains a request.
 
         Raises:
-            InvalidRequestError: it is none.
+            InvalidRequestError: it is neither.
         """
         body, route = _body(entry, source)
         protocol = protocol_of(body, route)
@@ -133,7 +134,7 @@ class LogReader:
             self.skipped.append(str(error))
 
     def _joined(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A request that refers to a stored response, with what the server puts before its input, if the log has that."""
+        """The body with the items of the stored response that it refers to before its input, if the log has them."""
         earlier = self._answers.get(str(body.get(STORED) or ""))
         if earlier is None:
             return body
@@ -154,13 +155,13 @@ class _Line:
 
 
 def _is_log(data: bytes) -> bool:
-    """Whether the first line is an object of its own, and others follow."""
+    """Whether the first line is a complete JSON object and other lines follow."""
     first, _, rest = data.lstrip().partition(b"\n")
     return isinstance(_parsed(first), Mapping) and bool(rest[:1000].strip())
 
 
 def _parsed(text: str | bytes) -> Any:
-    """JSON; None where it is none."""
+    """The parsed JSON; None if the text is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -168,7 +169,7 @@ def _parsed(text: str | bytes) -> Any:
 
 
 def _body(entry: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], str]:
-    """The body in a line, and the route it was sent to where the line says so."""
+    """The body in a line, and the route to which it was sent if the line has it."""
     route = ""
     for holder in islice(_nested(entry), 20):
         route = next((str(holder[key]) for key in _ROUTES if isinstance(holder.get(key), str)), route)
@@ -187,14 +188,14 @@ def _nested(entry: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, A
 
 
 def _object(value: Any) -> Mapping[str, Any]:
-    """An object, also one that was logged as the text of its JSON."""
+    """The value if it is an object, parsed if it was logged as a JSON string; otherwise an empty object."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         value = _parsed(value)
     return value if isinstance(value, Mapping) else {}
 
 
 def _answer(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The response of a line: the object with an id, an output or a usage."""
+    """The response in a line: the object with choices, an output or a usage."""
     for key in ("response", "response_body", "result"):
         held = _object(entry.get(key))
         for answer in (held, *(_object(held.get(inner)) for inner in _ANSWERS)):
@@ -218,17 +219,19 @@ def _usage(entry: Mapping[str, Any], answer: Mapping[str, Any]) -> Usage | None:
 
 
 def session_name(entry: Mapping[str, Any], body: Mapping[str, Any]) -> str:
-    """The client's own name for the conversation, or else for whoever has it: in the headers, the entry or the body; empty
-    where there is none."""
+    """The client's own name for the conversation, or else for its user, from the headers, the entry or the body; empty
+    if there is none."""
     metadata = _object(body.get("metadata"))
     named = conversation_name(entry, body) or _first((metadata,), _SESSIONS)
-    own = () if body is entry else (body,)  # a line of a log has a user of its own
+    own = () if body is entry else (body,)  # a log's line may have its own user
     return named or _first((*_headers(entry), *own, metadata), (_USER,)) or str(body.get("prompt_cache_key") or "")
 
 
 def conversation_name(entry: Mapping[str, Any], body: Mapping[str, Any]) -> str:
-    """A name that says of itself that it is one conversation's: a user's or an application's name may stand for many of them,
-    and so may what stands in `metadata`. Empty where there is none."""
+    """The name under a key that stands for one conversation; empty if there is none.
+
+    Names of users and applications, and names in `metadata`, may cover many conversations and are ignored.
+    """
     return _first((*_headers(entry), entry, body), _SESSIONS)
 
 
@@ -238,7 +241,7 @@ def _headers(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _first(holders: Iterable[Mapping[str, Any]], names: Iterable[str]) -> str:
-    """The first text that one of the holders has under one of the names."""
+    """The first non-empty string under one of the names in one of the holders."""
     found = (held.get(name) for held in holders for name in names)
     return next((each for each in found if isinstance(each, str) and each), "")
 

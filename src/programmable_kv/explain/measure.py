@@ -1,4 +1,4 @@
-"""How much of a request was read from a cache and how much was computed again, in the best unit that the log allows."""
+"""Measures how much of a request a cache supplied and how much was recomputed, in the best unit that the log allows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from programmable_kv.explain.tokens import TokenCounter
 
 
 class Basis(StrEnum):
-    """Where the numbers of a report come from."""
+    """The source of a report's numbers."""
 
     UPSTREAM = "the upstream's own usage numbers"
     TOKENIZER = "the named model's tokenizer and chat template"
@@ -27,7 +27,7 @@ class Basis(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Amounts:
-    """A request's input: all of it, what a cache gave, and what was computed again though an earlier request had it."""
+    """A request's input: in total, from the cache, and recomputed although an earlier request had it."""
 
     total: int
     hit: int
@@ -35,7 +35,11 @@ class Amounts:
 
 
 def basis_of(requests: Sequence[Request], counter: TokenCounter | None) -> Basis:
-    """The best basis for a whole log: one unit, so that shares can be added up. What an upstream counted comes first."""
+    """The best basis for a whole log. All requests share one unit, so that amounts can be added up.
+
+    In order: hashed blocks if all requests have them; the upstream's numbers if at least half of the requests have
+    them; the tokenizer; bytes.
+    """
     if requests and all(request.block_tokens for request in requests):
         return Basis.BLOCKS
     if 2 * sum(_counted(request) for request in requests) >= len(requests) > 0:
@@ -53,7 +57,7 @@ class Meter:
     _counts: dict[bytes, int] = field(default_factory=dict, repr=False)
 
     def total(self, request: Request) -> int | None:
-        """The request's input; None where the upstream did not count it."""
+        """The size of the request's input; None if the upstream did not count it."""
         if self.basis is Basis.BLOCKS:
             return int(request.body["tokens"])
         if self.basis is Basis.UPSTREAM:
@@ -66,12 +70,12 @@ class Meter:
     def amounts(
         self, request: Request, nearest: Difference | None, counterpart: Difference | None, *, missed: bool
     ) -> Amounts | None:
-        """What became of a request's input; None where the upstream did not count it.
+        """How much of a request's input was cached and recomputed; None if the upstream did not count it.
 
         Args:
             nearest: the comparison with the request that shares the longest prefix in the same cache.
             counterpart: the comparison with the request that this one continues.
-            missed: what both have in common behind the prefix counts as computed again.
+            missed: whether text that both have behind the common prefix counts as recomputed.
         """
         total = self.total(request)
         if total is None:
@@ -82,7 +86,7 @@ class Meter:
         return Amounts(total, hit, max(0, min(self._again(counterpart, nearest, hit, total), total - hit)))
 
     def template_loss(self, appended: Difference) -> int:
-        """Tokens that a chat template makes an engine compute again although the client only appended messages."""
+        """Tokens that an engine recomputes because of the chat template although the client only appended messages."""
         if self.basis is not Basis.TOKENIZER or self.counter is None or appended.before is not None:
             return 0
         if self.counter.only_appended(appended.earlier, appended.later):
@@ -93,7 +97,7 @@ class Meter:
 
     @property
     def at_most(self) -> bool:
-        """Whether what was lost is an upper bound: text that is new in both requests cannot be told from text that is not."""
+        """Whether losses are upper bounds: counts and hashes do not show which recomputed tokens were sent before."""
         return self.basis in (Basis.UPSTREAM, Basis.BLOCKS)
 
     def _hit(self, request: Request, nearest: Difference | None) -> int:
@@ -115,13 +119,13 @@ class Meter:
             return 0 if earlier is None else min(earlier, total) - hit
         counter = self.counter if self.basis is Basis.TOKENIZER else None
         if counter is not None and nearest is not None and counter.only_appended(nearest.earlier, counterpart.later):
-            return 0  # the two differ in a way that the chat template does not show
+            return 0  # the chat template does not write what differs
         start = nearest.index if nearest is not None else 0
         if counterpart.earlier.cache == counterpart.later.cache:
             start = max(start, counterpart.index)
         again = sum(self._count(piece) for piece in _held_by_both(counterpart, start))
         if counter is not None and nearest is not None:
-            again += counter.shared(nearest.earlier, counterpart.later) - hit  # the block that was not filled
+            again += counter.shared(nearest.earlier, counterpart.later) - hit  # the last block, which is not full
         return again
 
     def _count(self, piece: Piece) -> int:
@@ -136,8 +140,8 @@ class Meter:
 
 
 def _held_by_both(difference: Difference, start: int) -> list[Piece]:
-    """The later request's pieces from `start` on that the earlier one has too behind the difference, and what the first
-    differing pieces share at their ends."""
+    """The later request's pieces from `start` on that the earlier request also has from there or the difference on, and
+    the text that the first differing pieces share at their ends."""
     left = Counter(_said(piece) for piece in difference.earlier.pieces[min(start, difference.index) :])
     found = []
     for piece in difference.later.pieces[start:]:

@@ -1,4 +1,4 @@
-"""What a reader must know about a report's numbers, one sentence each."""
+"""The notes of a report: what a reader must know about its numbers, one sentence each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report as a page: one file, no network, no script, readable in light and dark."""
+"""Renders the report as one HTML file without network access or scripts, with a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _MOST_CAUSES = 50
 
 
 def page(report: MissReport) -> str:
-    """The page as HTML. Everything that comes from a log is escaped."""
+    """The report as HTML. All text from a log is escaped."""
     by_number = {finding.number: finding for finding in report.findings}
     causes = "".join(
         _cause(rank, cause, by_number[cause.worst], report)
@@ -87,7 +87,7 @@ def _segments(hit: int, lost: int, new: int, scale: int) -> str:
 
 
 def _log(report: MissReport) -> str:
-    """One bar a request, all on one scale; of a long log the requests that lost something, and as many others as fit."""
+    """One bar for each request, all on one scale. Of a long log, only the requests that lost most."""
     shown = list(report.findings)
     left = ""
     if len(shown) > _MOST_ROWS:
@@ -132,7 +132,7 @@ def _cause(rank: int, cause: MissCause, worst: RequestFinding, report: MissRepor
 
 
 def _diff(before: str, after: str) -> str:
-    """The two excerpts with what differs marked."""
+    """The two excerpts with the differences marked."""
     if not before and not after:
         return ""
     if not before or not after:

@@ -1,4 +1,5 @@
-"""A request as the ordered pieces that a model reads: tools, system prompt, messages. The same for every protocol."""
+"""A request as ordered pieces in the order in which a model reads them: tools, system prompt, messages. All protocols
+share this form."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 
 
 class Kind(StrEnum):
-    """What a piece is."""
+    """The kind of a piece."""
 
     TOOL = "tool"
     SYSTEM = "system"
@@ -21,13 +22,13 @@ class Kind(StrEnum):
     RESULT = "tool result"
     MEDIA = "media"
     OPAQUE = "opaque"
-    """signatures, encrypted reasoning, ids of stored responses: compared, never shown"""
+    """Signatures, encrypted reasoning, ids of stored responses: compared but never shown."""
     BLOCK = "block"
-    """a block of tokens of which only the hash is known"""
+    """A block of tokens of which only the hash is known."""
 
 
 HEAD = (Kind.TOOL, Kind.SYSTEM)
-"""what stands before the conversation"""
+"""The kinds of pieces that stand before the conversation."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,20 @@ class Piece:
 
     kind: Kind
     text: str = field(repr=False)
-    """what is compared"""
+    """The text that is compared."""
     path: str
-    """where it stands in the request: `messages[3].content[0]`"""
+    """The place of the piece in the request: `messages[3].content[0]`."""
     role: str = ""
     message: int | None = None
-    """the number of its message in the conversation, from 1; None before the conversation"""
+    """The number of its message in the conversation, from 1; None before the conversation."""
     form: str = ""
-    """how the content was written where that may matter to a server: 'string' or 'list'"""
+    """The form of the content, 'string' or 'list', if it may matter to a server."""
     marked: bool = field(default=False, compare=False)
-    """it carries a `cache_control` marker, which is no content"""
+    """Whether the piece carries a `cache_control` marker, which is not part of its content."""
 
     @cached_property
     def key(self) -> bytes:
-        """Equal for pieces that a model reads alike."""
+        """A digest that is equal for pieces that a model reads in the same way."""
         digest = blake2b(digest_size=16)
         for part in (self.kind, self.role, self.form, self.text):
             data = part.encode("utf-8", "surrogatepass")
@@ -62,12 +63,12 @@ class Piece:
 
     @property
     def secret(self) -> bool:
-        """Whether its text must not be printed."""
+        """Whether the text must not be printed."""
         return self.kind in (Kind.OPAQUE, Kind.MEDIA)
 
     @property
     def place(self) -> str:
-        """Where it stands, in words."""
+        """The piece's place in words."""
         if self.kind is Kind.TOOL:
             return "tool list"
         if self.kind is Kind.BLOCK:
@@ -80,13 +81,13 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What the upstream counted. `tokens` holds what was read from the cache and what was written to it."""
+    """The upstream's counts. `tokens` includes the tokens read from the cache and those written to it."""
 
     tokens: int
     cached: int
     written: int = 0
     cached_known: bool = True
-    """False where the upstream said nothing about its cache"""
+    """Whether the upstream reported anything about its cache."""
 
 
 @dataclass(frozen=True)
@@ -94,25 +95,25 @@ class Request:
     """One request of a log."""
 
     number: int
-    """from 1, in the order of the log"""
+    """The request's number, from 1, in the order of the log."""
     source: str
-    """the file and line it came from"""
+    """The file and line of the request."""
     protocol: str
     model: str
     pieces: tuple[Piece, ...] = field(repr=False)
     salt: str = ""
-    """what parts caches besides the model (vLLM's `cache_salt`)"""
+    """The value that separates caches of one model (vLLM's `cache_salt`)."""
     session: str = ""
-    """the client's own name for the conversation, where it sends one"""
+    """The client's own name for the conversation, if it sends one."""
     time: float | None = None
-    """seconds since the epoch, or since the start of the trace"""
+    """Seconds since the epoch, or since the start of the trace."""
     usage: Usage | None = None
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """what else may change how the prompt is rendered or cached: `tool_choice`, `thinking`, `chat_template_kwargs`"""
+    """Settings that may change how the prompt renders or caches: `tool_choice`, `thinking`, `chat_template_kwargs`."""
     body: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """as it was sent, for a chat template to render"""
+    """The body as sent, for a chat template to render."""
     block_tokens: int | None = None
-    """tokens in one piece, where the pieces are hashed blocks"""
+    """Tokens in one piece, if the pieces are hashed blocks."""
 
     @cached_property
     def nbytes(self) -> int:
@@ -120,5 +121,5 @@ class Request:
 
     @property
     def cache(self) -> tuple[str, str]:
-        """Requests share cached prefixes only where this is equal."""
+        """The model and the salt. Only requests with equal ones share cached prefixes."""
         return (self.model, self.salt)

@@ -1,4 +1,4 @@
-"""What input tokens cost, as data: a table with a date and a source in each row, which the user can replace."""
+"""Prices of input tokens as data: a table with a date and a source in each row, which the user can replace."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _FORM = (
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """One model's prices, in the table's currency for `per_tokens` tokens."""
+    """One model's prices, in the table's currency per `per_tokens` tokens."""
 
     model: str
-    """what the model's name begins with"""
+    """The beginning of the model's name."""
     input: float
     read: float
     source: str
     date: str
-    """the day of the source"""
+    """The day of the source, in ISO 8601."""
     write: float | None = None
     write_1h: float | None = None
     above_tokens: int = 0
-    """the row holds for requests with more tokens than that"""
+    """The row applies to requests with more tokens than this."""
     below_tokens: int | None = None
-    """the row holds for requests with at most as many tokens"""
+    """The row applies to requests with at most this many tokens."""
     minimum_tokens: int = 0
-    """shorter prefixes are not cached"""
+    """The length of the shortest prefix that is cached."""
     keeps_minutes: float | None = None
-    """how long a prefix is kept where the request does not ask for more"""
+    """How long a prefix is kept unless the request asks for longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,10 @@ class PriceTable:
     per_tokens: int
     rows: tuple[Price, ...]
     name: str
-    """where the table is from"""
+    """The table's origin."""
 
     def price_of(self, model: str, tokens: int) -> Price | None:
-        """The row for a request of so many tokens; None where the table has none. The longest name that fits is used."""
+        """The row for a model and a number of tokens, or None. If several match, the one with the longest name."""
         wanted = _plain(model)
         fitting = [
             row
@@ -66,10 +66,11 @@ class PriceTable:
         return max(fitting, key=lambda row: len(row.model), default=None)
 
     def lost(self, price: Price, tokens: int, written: int) -> float:
-        """What it cost to compute tokens again instead of reading them, of which some were written to the cache again.
+        """The extra cost of computing tokens again instead of reading them from the cache.
 
         Args:
-            written: tokens that the upstream counted as written in this request; 0 where it does not say.
+            written: tokens that the upstream counted as written to its cache in this request; 0 if it does not say. If
+                the row has a write price, up to this many of the tokens cost that price, the others the input price.
         """
         again = min(tokens, written) if price.write is not None else 0
         paid = again * (price.write or 0) + (tokens - again) * price.input
@@ -77,10 +78,11 @@ class PriceTable:
 
 
 def read_prices(path: Path | None = None) -> PriceTable:
-    """The table in a file; the one that ships where no file is given.
+    """The table in a file, or the table in the package if no file is given.
 
     Raises:
-        InvalidRequestError: the file cannot be read, or a row lacks a price, a source or a date.
+        InvalidRequestError: the file cannot be read or is not a price table, or a row lacks a model, price, source or
+            date.
     """
     name = "the table that ships" if path is None else path.name
     try:
@@ -124,6 +126,6 @@ def _is_amount(value: Any) -> bool:
 
 
 def _plain(model: str) -> str:
-    """A model's name without its provider and date, in one spelling."""
+    """A model's name without provider and date, in a uniform spelling."""
     name = model.lower().rpartition("/")[2].replace(".", "-").replace("_", "-")
     return _DATED_NAME.sub("", name)

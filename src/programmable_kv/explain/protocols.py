@@ -1,4 +1,4 @@
-"""Bodies of Chat Completions, Responses, Messages and Completions as pieces, in the order in which a model reads them."""
+"""Splits Chat Completions, Responses, Messages and Completions bodies into pieces in the order a model reads them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _TEXTS = ("text", "input_text", "output_text", "refusal", "summary_text", "reaso
 _THINKING_KEYS = ("reasoning_content", "reasoning")
 STORED = "previous_response_id"
 OPTIONS = ("tool_choice", "thinking", "reasoning_effort", "reasoning", "chat_template_kwargs", "prompt_cache_key")
-"""what a body may hold beside its text that changes how the prompt is rendered or found in a cache"""
+"""Settings in a body that change how the prompt is rendered or whether a cache finds it."""
 
 
 def protocol_of(body: Mapping[str, Any], route: str = "") -> str | None:
-    """Which protocol a body is of, by the route it was sent to where that is known; None where it is no request."""
+    """The protocol of a body, by its keys and its route if that is known; None if the body is not a request."""
     if "input" in body or "previous_response_id" in body:
         return RESPONSES if "messages" not in body else CHAT
     if "messages" not in body:
@@ -39,13 +39,13 @@ def pieces_of(body: Mapping[str, Any], protocol: str) -> tuple[Piece, ...]:
     """A body's pieces: tools, system prompt, conversation.
 
     Raises:
-        InvalidRequestError: a part of it has not the form that the protocol gives it.
+        InvalidRequestError: a part of the body does not have the form that the protocol requires.
     """
     return (*_tools(body), *_PARSERS[protocol](body))
 
 
 def as_json(value: Any) -> str:
-    """JSON as it came: the order of keys is kept, because a template writes them in that order."""
+    """The value as JSON with its keys in the given order, because a template writes them in that order."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -100,7 +100,7 @@ def _messages(body: Mapping[str, Any]) -> Iterator[Piece]:
 
 
 def _blocks(content: Any, path: str, role: str, number: int | None) -> Iterator[Piece]:
-    """Anthropic's content. A string is short for one block of text, so that its form does not matter."""
+    """The pieces of Anthropic's content. A string is short for one text block, so its form does not matter."""
     kind = Kind.SYSTEM if number is None else Kind.TEXT
     if content is None:
         return
@@ -132,7 +132,7 @@ def _blocks(content: Any, path: str, role: str, number: int | None) -> Iterator[
 def _responses(body: Mapping[str, Any]) -> Iterator[Piece]:
     if body.get("instructions"):
         yield Piece(Kind.SYSTEM, _text(body["instructions"]), "instructions", "system")
-    if body.get("previous_response_id"):  # the log has no answer of that id, or it would have been put in (`logs.py`)
+    if body.get("previous_response_id"):  # not in the log: `logs.py` inserts the answers that it knows
         yield Piece(Kind.OPAQUE, str(body["previous_response_id"]), STORED, "server")
     given = body.get("input")
     if isinstance(given, str):
@@ -176,7 +176,7 @@ def _completions(body: Mapping[str, Any]) -> Iterator[Piece]:
 
 
 def _content(content: Any, path: str, role: str, number: int | None, kind: Kind) -> Iterator[Piece]:
-    """OpenAI's content: a string, or a list of parts. Servers may render the two differently, so the form is kept."""
+    """The pieces of OpenAI's content. Servers may render a string and a list of parts differently, so `form` is set."""
     if content is None:
         return
     if isinstance(content, str):
@@ -194,7 +194,7 @@ def _content(content: Any, path: str, role: str, number: int | None, kind: Kind)
 
 
 def _other(block: Mapping[str, Any], path: str, role: str, number: int | None, marked: bool) -> Piece:
-    """Images, files, and types not known here: compared as a digest, or as JSON where they are small."""
+    """A piece for an image or a file, compared by its digest, or for a block of unknown type, compared as JSON."""
     kept = {key: value for key, value in block.items() if key != _MARKER}
     text = as_json(kept)
     what = str(block.get("type", "block"))
@@ -211,7 +211,7 @@ def _call(identity: Any, name: Any, arguments: Any) -> str:
 
 
 def _named(piece: Piece, identity: str, *, marked: bool = False) -> Piece:
-    """A tool's result with the id of its call, which is in the request as its text is."""
+    """A tool's result with the id of its call added to its text: the request contains both."""
     text = f"{piece.text} [{identity}]" if identity and not piece.secret else piece.text
     return Piece(piece.kind, text, piece.path, piece.role, piece.message, piece.form, piece.marked or marked)
 

@@ -1,4 +1,4 @@
-"""How classes of causes are recognised: one question about two differing pieces each. `classes.py` puts them in order."""
+"""Recognisers for the classes of causes: one question about two differing pieces each. `classes.py` orders them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def serialisation_flip(case: Case) -> bool:
 
 
 def _canonical(text: str) -> Any:
-    """JSON without regard to the order of keys and to spaces, also as the arguments of a call; other text as it is."""
+    """JSON, also as the arguments of a call, with sorted keys and uniform spaces; other text is returned unchanged."""
     name, bracket, rest = text.partition("(")
     arguments, _, identity = rest.rpartition(")")
     for head, body in (("", text), (f"{name}{bracket}{identity}", arguments)):
@@ -87,7 +87,7 @@ def thinking_changed(case: Case) -> bool:
 
 
 def without_thoughts(text: str) -> str:
-    """A text without what stands between `<think>` and `</think>`, and without the blank behind it."""
+    """The text without everything from `<think>` to `</think>` and the white space after it."""
     kept = ""
     while True:
         before, opened, rest = text.partition("<think>")
@@ -102,7 +102,10 @@ def billing_header(case: Case) -> bool:
 
 
 def volatile(name: str) -> Callable[[Case], bool]:
-    """A clock, id or counter. In a conversation, where people write dates and numbers too, something must announce it."""
+    """A recogniser for a clock, id or counter.
+
+    People write dates and numbers in conversations too, so there the text around the value must also point to one.
+    """
 
     def recognise(case: Case) -> bool:
         value = case.value
@@ -149,7 +152,7 @@ def state(case: Case) -> bool:
 
 
 def _announced(case: Case) -> bool:
-    """In the head anything may be a client's block; in a conversation a block stands in a tag."""
+    """Whether the text may be a client's block: anything before the conversation may, in it only text in a tag."""
     return case.shown and (case.in_head or any(f"<{label}" in case.texts[1] for label in case.labels))
 
 
@@ -203,7 +206,7 @@ def tool_result(case: Case) -> bool:
 
 
 def varying_first(case: Case) -> bool:
-    """A first message that is like that of another conversation: one template, filled twice."""
+    """Whether two conversations begin with similar messages: one template filled twice."""
     named = bool(case.earlier.session) and case.earlier.session == case.later.session
     return case.kinds == {Kind.TEXT} and not named and not case.same_conversation
 

@@ -1,4 +1,4 @@
-"""The report of `explain_miss`: what became of each request, and the causes ranked by what they cost."""
+"""The report of `explain_miss`: a finding for each request, and the causes ranked by their cost."""
 
 from __future__ import annotations
 
@@ -8,80 +8,80 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class RequestFinding:
-    """What became of one request."""
+    """How a prefix cache served one request."""
 
     number: int
-    """from 1, in the order of the log"""
+    """The request's number, from 1, in the order of the log."""
     source: str
-    """file and line"""
+    """The request's file and line."""
     model: str
     protocol: str
     cause: str
-    """the class; 'appended', 'first request' and 'new conversation' are no misses"""
+    """The class of the cause. Some are not misses, such as 'appended', 'first request' and 'new conversation'."""
     missed: bool
-    """whether a prefix that was sent before was computed again"""
+    """Whether a prefix that was sent before was recomputed."""
     compared_with: int | None
-    """the number of the earlier request that this one continues"""
+    """The number of the earlier request that this one is compared with."""
     place: str
-    """the part in which the two first differ: tool list, system prompt, message n"""
+    """The part in which the two requests first differ: tool list, system prompt, message n."""
     path: str
-    """the same as a path in the request: `messages[3].content[0]`"""
+    """The same place as a path in the request: `messages[3].content[0]`."""
     byte: int | None
-    """bytes of text that are equal before the first difference"""
+    """Equal bytes of text before the first difference."""
     token: int | None
-    """equal tokens before the first difference, where a tokenizer was named or blocks are known"""
+    """Equal tokens before the first difference, if a tokenizer was named or blocks are known."""
     total: int | None
-    """the request's input in the report's unit; None where the upstream did not count it"""
+    """The request's input in the report's unit; None if the upstream did not count it."""
     hit: int | None
-    """what a prefix cache gave, or would have given"""
+    """The amount that a prefix cache supplied, or would have supplied."""
     lost: int | None
-    """what was computed again though an earlier request had it"""
+    """The amount that was recomputed although an earlier request had it."""
     money: float | None
-    """what the loss cost; None where tokens or prices are not known"""
+    """The cost of the loss; None if tokens or prices are unknown."""
     line: str
-    """the line at fault, with the changing value left out"""
+    """The line at fault, without the value that changes."""
     before: str
-    """the earlier request's text around the first difference"""
+    """The earlier request's text around the first difference."""
     after: str
-    """this request's text there"""
+    """This request's text around the first difference."""
     behind: tuple[str, ...] = ()
-    """what else differs behind it: the class and the place of each"""
+    """Further differences behind the first: the class and the place of each."""
     seconds: float | None = None
-    """time since the request it was compared with"""
+    """Seconds since the request that it was compared with."""
 
 
 @dataclass(frozen=True, slots=True)
 class MissCause:
-    """One cause, over all requests that it struck."""
+    """One cause of misses, summed over all requests that it affected."""
 
     name: str
     what: str
-    """what happened"""
+    """What happened."""
     fix: str
-    """what to do about it"""
+    """How to fix it."""
     place: str
     line: str
-    """the line at fault, with the changing value left out"""
+    """The line at fault, without the value that changes."""
     requests: tuple[int, ...]
-    """numbers of the requests"""
+    """The numbers of the affected requests."""
     lost: int
     share: float
-    """of the whole input"""
+    """The loss as a share of the whole input."""
     money: float | None
     worst: int
-    """the number of the request that lost most by it"""
+    """The number of the request that lost most."""
 
 
 @dataclass(frozen=True, slots=True)
 class MissReport:
-    """What a log tells about its prefix cache."""
+    """What a log shows about the prefix cache."""
 
     unit: str
-    """'tokens' or 'bytes'"""
+    """'tokens' or 'bytes'."""
     basis: str
-    """where the numbers come from"""
+    """The source of the numbers."""
     at_most: bool
-    """whether losses are upper bounds"""
+    """Whether losses are upper bounds."""
     total: int
     hit: int
     lost: int
@@ -89,15 +89,15 @@ class MissReport:
     currency: str
     findings: tuple[RequestFinding, ...]
     causes: tuple[MissCause, ...]
-    """the dearest first"""
+    """The causes, the most expensive first."""
     notes: tuple[str, ...]
-    """what the reader must know about the numbers"""
+    """What the reader must know about the numbers."""
     skipped: tuple[str, ...] = ()
-    """lines of the log that could not be read"""
+    """One sentence for each line of the log that could not be read."""
 
     @property
     def share_lost(self) -> float:
-        """The part of the input that was computed again."""
+        """The share of the input that was recomputed although an earlier request had it."""
         return self.lost / self.total if self.total else 0.0
 
     @property

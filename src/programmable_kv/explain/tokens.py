@@ -1,4 +1,4 @@
-"""Requests in the tokens of one model, rendered with its chat template as engines do. The tokenizer alone is loaded."""
+"""Counts requests in one model's tokens, rendered with its chat template as engines do. Loads only the tokenizer."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class TokenCounter:
 
     @classmethod
     def of(cls, name: str | Path) -> TokenCounter:
-        """The counter of a model that is loaded by name.
+        """The counter for a model, given as for `load_tokenizer`.
 
         Raises:
-            ModelUnavailableError: its tokenizer could not be had.
-            TemplateError: it has no chat template.
+            ModelUnavailableError: the tokenizer cannot be loaded.
+            TemplateError: the tokenizer has no chat template.
         """
         from programmable_kv.models.load import load_tokenizer
 
@@ -43,10 +43,10 @@ class TokenCounter:
         return cls(str(name), tokenizer)
 
     def ids(self, request: Request, *, asks: bool = True) -> array[int]:
-        """The tokens of a request as a model reads it; `asks`: with the opening of an answer.
+        """The token ids of a request as a model reads it; `asks` adds the opening of an answer.
 
         Raises:
-            TemplateError: the chat template refuses it.
+            TemplateError: the chat template refuses the request.
         """
         known = (request.number, asks)
         if known not in self._ids:
@@ -56,12 +56,12 @@ class TokenCounter:
         return self._ids[known]
 
     def only_appended(self, earlier: Request, later: Request) -> bool:
-        """Whether the later request begins with every token of the earlier one, apart from the opening of an answer."""
+        """Whether the later request begins with all tokens of the earlier one, without the opening of an answer."""
         closed = self.ids(earlier, asks=False)
         return self.ids(later)[: len(closed)] == closed
 
     def shared(self, one: Request, other: Request) -> int:
-        """Equal tokens at the beginning of two requests."""
+        """The number of equal tokens at the beginning of two requests."""
         a, b = self.ids(one), self.ids(other)
         low, high = 0, min(len(a), len(b))
         while low < high:
@@ -70,11 +70,11 @@ class TokenCounter:
         return low
 
     def count(self, text: str) -> int:
-        """The tokens of a piece of text alone."""
+        """The number of tokens of a text on its own."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def writes_tools(self, request: Request) -> bool:
-        """Whether the chat template writes the tools of a request; true where it has none."""
+        """Whether the chat template writes the request's tools; True if the request has none."""
         tools = _tools(request.body)
         return tools is None or str(tools[0]["function"].get("name", "")) in self._rendered(request, asks=True)
 
@@ -101,7 +101,7 @@ class TokenCounter:
 
 
 def chat_messages(request: Request) -> list[dict[str, Any]]:
-    """A request as the messages that an engine hands to a chat template. Images and files have no text and are left out."""
+    """The messages that an engine passes to a chat template for a request. Images and files are left out."""
     body = request.body
     if request.protocol == CHAT:
         return [_of_chat(message) for message in body.get("messages", [])]
@@ -128,7 +128,7 @@ def _of_chat(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_blocks(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Anthropic's message: a tool's results are messages of their own in front of what the user says."""
+    """The messages for one Anthropic message: a message for each tool result, then one for the other blocks."""
     content = message.get("content")
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
     results = [
@@ -154,7 +154,7 @@ def _of_blocks(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _add_item(found: list[dict[str, Any]], item: Mapping[str, Any]) -> None:
-    """A Responses item: the calls of one turn belong to one message."""
+    """Add a Responses item to the messages. The calls of one turn go into one message."""
     what = item.get("type", "message")
     if what == "message":
         role = "system" if item.get("role") == "developer" else str(item.get("role", "user"))
@@ -178,7 +178,7 @@ def _call(identity: Any, name: Any, arguments: Any) -> dict[str, Any]:
 
 
 def _tools(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Tools as Chat Completions writes them."""
+    """The tools in the form of Chat Completions; None if there are none."""
     found = []
     for tool in body.get("tools") or []:
         if "function" in tool:
@@ -191,7 +191,7 @@ def _tools(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def _text(content: Any) -> str:
-    """The text of content; the parts of a list on lines of their own, as vLLM joins them for templates that take text."""
+    """The text of content. Parts of a list are joined by line breaks, as vLLM does for templates that take a string."""
     if content is None:
         return ""
     if isinstance(content, str):

@@ -1,4 +1,4 @@
-"""Traces of hashed blocks instead of text (kv-cache-tester's form): they show where a prefix breaks, not why."""
+"""Reads traces of hashed blocks instead of text (kv-cache-tester's form). They show where a prefix breaks, not why."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from programmable_kv.explain.pieces import Kind, Piece, Request
 
 
 def is_trace(given: Mapping[str, Any]) -> bool:
-    """Whether a file is such a trace."""
+    """Whether a parsed file is a trace of hashed blocks."""
     return isinstance(given.get("requests"), list) and isinstance(given.get("block_size"), int)
 
 
 def requests_of_trace(trace: Mapping[str, Any], name: str, first: int) -> Iterator[Request]:
-    """The requests of a trace, each block of tokens as one piece.
+    """The requests of a trace, with every block of tokens as one piece.
+
+    Args:
+        first: the number of the first request.
 
     Raises:
-        InvalidRequestError: a request lacks its hashes or its count of tokens.
+        InvalidRequestError: the block size is less than 1, or a request lacks its hashes or its number of tokens.
     """
     size = trace["block_size"]
     if size < 1:
@@ -26,7 +29,7 @@ def requests_of_trace(trace: Mapping[str, Any], name: str, first: int) -> Iterat
     tools = int(trace.get("tool_tokens") or 0)
     head = tools + int(trace.get("system_tokens") or 0)
     known: dict[tuple[int, str], Piece] = {}
-    # Hashes of 'local' scope are numbers that mean something within their own file only.
+    # Hashes of 'local' scope are comparable only within their own file.
     scope = name if trace.get("hash_id_scope") == "local" else ""
     for index, given in enumerate(trace["requests"]):
         hashes, tokens = given.get("hash_ids"), given.get("in")
@@ -52,6 +55,6 @@ def requests_of_trace(trace: Mapping[str, Any], name: str, first: int) -> Iterat
 
 
 def _place(start: int, stop: int, tools: int, head: int) -> str:
-    """The part that a block of tokens lies in, or the two that it lies in."""
+    """The part, or parts, of the prompt in which a block of tokens lies."""
     parts = (("tool list", 0, tools), ("system prompt", tools, head), ("conversation", head, stop + head))
     return " or ".join(name for name, begin, end in parts if start < end and begin < stop)

@@ -1,4 +1,4 @@
-"""Misses that the texts do not explain: the request only appends to an earlier one, and the upstream read little of it."""
+"""Classifies misses that the text does not explain: a prefix was sent again, but the upstream read little of it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from programmable_kv.explain.prices import Price
 from programmable_kv.explain.protocols import MESSAGES
 
 _FEW = 0.5
-"""a prefix counts as lost where less than this part of it was read; breakpoints and blocks leave a little unread anyway"""
+"""A prefix counts as lost if less than this share was read. Breakpoints and blocks leave a little unread anyway."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """A prefix that was sent again unchanged and was not read from the cache."""
+    """A prefix that was sent again unchanged and not read from the cache."""
 
     earlier: Request
     later: Request
@@ -25,19 +25,19 @@ class Unread:
 
     @property
     def seconds(self) -> float | None:
-        """The time between the two."""
+        """Seconds between the two requests; None if a time is unknown."""
         if self.earlier.time is None or self.later.time is None:
             return None
         return self.later.time - self.earlier.time
 
 
 def was_unread(cached: int, prefix_tokens: int) -> bool:
-    """Whether the upstream read too little of a prefix for rounding to explain it."""
+    """Whether the upstream read so little of a prefix that rounding cannot explain it."""
     return cached < _FEW * prefix_tokens
 
 
 def classify_unread(unread: Unread) -> CauseClass:
-    """The first row of the table that fits."""
+    """The first class of the table that matches."""
     return next(row for row, recognise in _ROWS if recognise(unread))
 
 
@@ -99,4 +99,4 @@ _ROWS: tuple[tuple[CauseClass, Callable[[Unread], bool]], ...] = (
 
 
 CLASSES = tuple(row for row, _ in _ROWS)
-"""every class, in the order in which they are tried"""
+"""All classes, in the order in which they are tried."""

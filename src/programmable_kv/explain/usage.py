@@ -1,6 +1,6 @@
-"""The upstream's own count of tokens, from any of the three protocols.
+"""The upstream's own token counts, from any of the three protocols.
 
-OpenAI counts cached tokens inside of the input tokens, Anthropic beside them: here they are always inside.
+OpenAI's input tokens include the cached ones, Anthropic's do not. In `Usage` they are always included.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from programmable_kv.explain.pieces import Usage
 
 
 def usage_of(given: Any) -> Usage | None:
-    """A `usage` object as `Usage`; None where it holds no count of the input."""
+    """A `usage` object as `Usage`; None if it has no count of the input."""
     if not isinstance(given, Mapping):
         return None
     if any(key.startswith("cache_") for key in given) and "input_tokens" in given:
@@ -32,7 +32,7 @@ def usage_of(given: Any) -> Usage | None:
 
 
 def usage_of_stream(text: str) -> Usage | None:
-    """The usage in a streamed answer that was logged as text: of all its events the one that counts most input."""
+    """The usage in a streamed answer that was logged as text, from the event that counts the most input."""
     found = []
     for line in text.splitlines():
         if not line.startswith("data:") or '"usage"' not in line:

@@ -1,5 +1,5 @@
-"""Text that changes by itself: clocks, ids and counters. Found only where two texts differ, so that a word that stays the
-same is never taken for one.
+"""Finds text that changes by itself: clocks, ids and counters. It looks only where two texts differ, so it never takes
+unchanged text for one of them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ MONTH = (
     r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?|September|Oct(?:ober)?|"
     r"Nov(?:ember)?|Dec(?:ember)?)\b\.?"
 )
-"""whole words: Martin and Julia are people"""
+"""Whole words only: Martin and Julia are people."""
 WEEKDAY = r"(?:(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|Mon|Tues?|Wed|Thu(?:rs?)?|Fri|Sat|Sun)\b\.?"
 YEAR = r"(?:19[7-9]\d|20\d{2})"
-"""a year in which somebody asks, or is asked about: 1234-56-78 is a number"""
+"""Plausible years only: 1234-56-78 is a number."""
 DAY = r"(?:0?[1-9]|[12]\d|3[01])"
 _MONTH_NUMBER = r"(?:0?[1-9]|1[0-2])"
 ISO = rf"{YEAR}[-/.]{_MONTH_NUMBER}[-/.]{DAY}"
@@ -37,7 +37,7 @@ _MIXED = re.compile(r"(?=.*[A-Za-z])(?=.*\d)[A-Za-z0-9_-]{8,}")
 _TAG = re.compile(r"<(/?)([A-Za-z][\w.-]{0,60})(?:\s[^<>]{0,200})?>")
 _HEADING = re.compile(r"^(?:#{1,6} +(.{1,80})|(\w[\w ]{1,40}):[ \t]*)$", re.MULTILINE)
 _AROUND = 200
-"""characters of a line that are searched on both sides of a difference"""
+"""Characters of a line that are searched on each side of a difference."""
 
 CLOCK_CUES = re.compile(
     r"(?i)\b(?:today|now|current|currently|date|time|clock|timestamp|timezone)\b|current_|<(?:date|time)"
@@ -47,7 +47,7 @@ COUNTER_CUES = re.compile(r"(?i)tokens?|left|remaining|turn|step|count|budget|us
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A value that changes by itself, in both texts: `[start, stop)` in each."""
+    """A value that changes by itself: characters `[start, stop_before)` and `[start, stop_after)` of the two texts."""
 
     name: str
     start: int
@@ -56,7 +56,7 @@ class Value:
 
 
 def volatile_at(before: str, after: str, offset: int) -> Value | None:
-    """The clock, id or counter in which two texts first differ: one of the same kind begins at the same place in both.
+    """The clock, id or counter in which two texts first differ: of one kind and with one beginning in both.
 
     Args:
         offset: equal characters at the beginning of both texts.
@@ -73,7 +73,7 @@ def volatile_at(before: str, after: str, offset: int) -> Value | None:
         if found is None or found_after is None or found[0] != found_after[0]:
             continue
         if one[slice(*found)] == other[slice(*found_after)]:
-            continue  # the texts part behind it
+            continue  # the texts differ behind it
         if name == "id" and not _are_ids(one[slice(*found)], other[slice(*found_after)]):
             continue
         return Value(name, start + found[0], start + found[1], start + found_after[1])
@@ -81,13 +81,13 @@ def volatile_at(before: str, after: str, offset: int) -> Value | None:
 
 
 def line_bounds(before: str, after: str, offset: int) -> tuple[int, int, int]:
-    """The line of the first difference: where it begins in both texts, and where it ends in each."""
+    """The line of the first difference: its beginning, the same in both texts, and its end in each text."""
     start = before.rfind("\n", 0, offset) + 1
     return start, _line_end(before, offset), _line_end(after, offset)
 
 
 def labels_before(text: str, offset: int) -> tuple[str, ...]:
-    """What a place stands under: the tags that are open there, the outermost first; the heading above it where none is."""
+    """The tags that are open at an offset, outermost first; if none is open, the heading above it."""
     head = text[:offset]
     tags = list(_TAG.finditer(head))
     closed: Counter[str] = Counter()
@@ -127,7 +127,7 @@ def _clock(text: str, at: int) -> tuple[int, int] | None:
 
 
 def _are_ids(one: str, other: str) -> bool:
-    """Two words that nobody writes: both hexadecimal and of one length, or both of letters and digits; not both numbers."""
+    """Whether two words are ids: both hexadecimal of one length, or both of letters and digits; not both numbers."""
     if one.isdigit() and other.isdigit():
         return False
     if len(one) == len(other) and _HEX.fullmatch(one) and _HEX.fullmatch(other):

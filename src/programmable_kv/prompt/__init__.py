@@ -1,1 +1,1 @@
-"""What the author wrote, rendered and tokenised. No tensors here."""
+"""The prompt as its author wrote it: rendered by the chat template and tokenised. No tensors here."""

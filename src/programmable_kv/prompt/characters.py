@@ -1,7 +1,7 @@
-"""Characters in values: which ones hide something, which joiners a language or an emoji needs, and texts made comparable.
+"""Characters in values: finds hidden ones, allows the joiners that scripts and emoji need, and folds text to compare.
 
-A value is compared with names and markers in the form that `folded` gives it, so that another spelling of the same letters
-(full width, look-alikes from other alphabets, marks over letters) is still found.
+The guard compares values with names and markers in the form that `folded` returns, so it also finds other spellings of
+the same letters (full width, look-alikes from other alphabets, marks over letters).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import unicodedata
 BYTE_ORDER_MARK = "\ufeff"
 
 _REFUSED_CATEGORIES = frozenset({"Cc", "Cf", "Co", "Cs", "Cn", "Zl", "Zp"})
-"""control, format (zero width, direction), private use, surrogate, unassigned, line and paragraph separators"""
+"""Control, format (zero width, direction), private use, surrogate, unassigned, line and paragraph separators."""
 _BLANKS = frozenset(
     "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0\ufffc\U0001d159\U00016fe4"
 )
-"""characters that show as nothing, though Unicode calls them letters, marks or symbols"""
+"""Characters that display as nothing although Unicode classes them as letters, marks or symbols."""
 _JOINERS = frozenset("\u200c\u200d")
 _EMOJI_STYLE = frozenset("\ufe0e\ufe0f")
 _MONGOLIAN_SELECTORS = frozenset("\u180b\u180c\u180d\u180f")
@@ -27,13 +27,13 @@ _INDIC_SCRIPTS = (
     "SINHALA ",
 )  # fmt: skip
 _VIRAMA_CLASS = 9
-"""the canonical combining class of the sign that removes an Indic consonant's vowel"""
+"""The canonical combining class of the sign that removes an Indic consonant's vowel."""
 _PICTOGRAPHS = ((0x2190, 0x21FF), (0x2300, 0x27BF), (0x2900, 0x297F), (0x2B00, 0x2BFF), (0x1F000, 0x1FAFF))
-"""arrows, technical symbols, dingbats, and the planes of emoji. Unicode keeps the last range for visible ones, so one that this
-Python does not know yet is an emoji all the same"""
+"""Arrows, technical symbols, dingbats, and the emoji planes. Unicode reserves the last range for visible characters, so
+a character there that this Python does not know yet also counts as an emoji."""
 _IDEOGRAPHS = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFD))
 _FLAGS = ("gbeng", "gbsct", "gbwls")
-"""the regions whose flag is written with tag characters, which are invisible otherwise"""
+"""The regions whose flags are written with tag characters, which are invisible elsewhere."""
 _FLAG = re.compile(
     "\U0001f3f4(?:" + "|".join("".join(chr(0xE0000 + ord(c)) for c in f) for f in _FLAGS) + ")\U000e007f"
 )
@@ -52,14 +52,14 @@ _LOOKALIKES = str.maketrans(
 
 
 def without_byte_order_mark(text: str) -> str:
-    """A file's first character may be a mark that says how it is encoded. It is no part of its text."""
+    """The text without the byte order mark that a file may begin with."""
     return text.removeprefix(BYTE_ORDER_MARK)
 
 
 def first_hidden(text: str, *, lines: bool = False) -> str | None:
-    """The first character that shows as nothing, or acts on how others show, where no language and no emoji needs it.
+    """The first character that is invisible or changes how others display, unless a script or an emoji needs it there.
 
-    `lines`: line breaks and tabs are allowed.
+    `lines`: whether line breaks and tabs are allowed.
     """
     if text.isascii() and text.isprintable():
         return None
@@ -81,7 +81,7 @@ def _hidden(text: str, at: int) -> bool:
         return not (at and (_is_pictograph(text[at - 1]) or text[at - 1] in "#*0123456789©®‼⁉™ℹ〰〽㊗㊙"))
     if 0xFE00 <= code <= 0xFE0F:
         return True
-    if 0xE0100 <= code <= 0xE01EF:  # which form of an ideograph is meant, as in Japanese names
+    if 0xE0100 <= code <= 0xE01EF:  # selects the form of an ideograph, as in Japanese names
         return not (at and _within(ord(text[at - 1]), _IDEOGRAPHS))
     if character in _MONGOLIAN_SELECTORS:
         return not (at and unicodedata.name(text[at - 1], "").startswith("MONGOLIAN LETTER"))
@@ -94,7 +94,7 @@ def _hidden(text: str, at: int) -> bool:
 
 
 def _joins(text: str, at: int) -> bool:
-    """Whether a zero-width (non-)joiner stands where writing needs one.
+    """Whether a zero-width joiner or non-joiner stands where a script or an emoji needs one.
 
     Source: RFC 5892, appendix A.1 and A.2, for scripts; Unicode Technical Standard 51, 2.3, for emoji.
     """
@@ -128,9 +128,9 @@ def _within(code: int, ranges: tuple[tuple[int, int], ...]) -> bool:
 
 
 def folded(text: str) -> str:
-    """Text to compare: compatibility forms, case, look-alikes and marks on letters make no difference.
+    """The text in a form that ignores compatibility forms, case, look-alikes and marks on letters.
 
-    For comparing only: it loses what other languages need.
+    Use it for comparison only: it removes distinctions that other languages need.
     """
     plain = unicodedata.normalize("NFKC", text).casefold()
     if plain.isascii():
@@ -140,12 +140,12 @@ def folded(text: str) -> str:
 
 
 def words_of(text: str) -> str:
-    """Letters and digits of a text, folded, with single spaces between words, whatever stood between them."""
+    """The letters and digits of a text, folded; everything between words becomes one space."""
     return " ".join("".join(c if c.isalnum() else " " for c in folded(text)).split())
 
 
 def spelled_together(text: str) -> str:
-    """With words that are spelled letter by letter (`r o l e`, `r-o-l-e`) written as one."""
+    """The text with words spelled letter by letter (`r o l e`, `r-o-l-e`) joined."""
     return _SPELLED.sub(lambda match: re.sub(r"[\W_]", "", match.group()), text)
 
 

@@ -1,7 +1,7 @@
-"""Chat messages through a tokenizer's own template: what is prefilled, and what an unfinished conversation begins with.
+"""Renders chat messages with a tokenizer's own template: the text to prefill, which later messages can continue.
 
-A template is a program: it may drop a message, rewrite it, or render earlier ones differently once another follows. What it
-makes of a message is therefore compared with the message, and refused where it differs.
+A template is a program: it may drop a message, rewrite it, or render earlier messages differently once another follows.
+This module therefore compares the rendered text with the messages, and refuses a template that changes them.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from programmable_kv.prompt.parts import Message, Rendered, Text, unmark
 from programmable_kv.prompt.template import HEAD_ROLES, ChatTemplate, neutral
 
 _EARLIER = "\ue008"
-"""what earlier messages say, where only their presence matters"""
+"""The content of earlier messages where only their presence matters."""
 _THOUGHT = "<think>"
 _FOLD_HINT = "Notebook(model, fold_system=True) puts what it says at the beginning of the first user turn."
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What a template puts around messages that something follows."""
+    """The text that a template puts around messages that another message will follow."""
 
     pieces: tuple[str, ...]
-    """its own text around each thing that the messages say"""
+    """The template's own text around each string that the messages say."""
     opens_turn: bool = False
-    """the text ends inside of the first user turn, where that turn's content begins: the template has no other place for
-    a system message"""
+    """Whether the text ends inside the first user turn, where that turn's content begins: the template has no other
+    place for a system message."""
     ender: str = ""
-    """what it writes at the end of the text only if nothing follows (an end-of-text token); it is not cached"""
+    """Text that the template writes only at the end of a conversation (an end-of-text token); it is not cached."""
 
     @property
     def tail(self) -> str:
-        """The cached text after the last thing said."""
+        """The cached text after the last string that the messages say."""
         return self.pieces[-1].removesuffix(self.ender)
 
 
 def frame(template: ChatTemplate, messages: Sequence[Message], values: Mapping[str, str]) -> Frame:
-    """The frame of messages, as it is when others follow.
+    """The frame of messages that others will follow.
 
     Raises:
-        TemplateError: the template refuses them, or drops, repeats or moves what one of them says.
+        TemplateError: the template refuses the messages, or drops, repeats or moves what one of them says.
     """
     if all(message.role in HEAD_ROLES for message in messages):
         return _head(template, messages, values)
@@ -56,10 +56,10 @@ def frame(template: ChatTemplate, messages: Sequence[Message], values: Mapping[s
 def render_chat(
     template: ChatTemplate, messages: Sequence[Message], values: Mapping[str, str], *, prompt_for_answer: bool = False
 ) -> Rendered:
-    """Messages as the model reads them, and where the fields' values stand.
+    """Messages as the model reads them, with the places of the fields' values.
 
-    Without the opening of an answer it is the text that every continuation begins with: what the template writes only at the
-    very end of a conversation is left out.
+    Without the opening of an answer, this is the text that every continuation begins with: it leaves out what the
+    template writes only at the very end of a conversation.
 
     Raises:
         TemplateError: the template refuses these roles, or changes what the messages say.
@@ -81,7 +81,7 @@ def render_chat(
 
 
 def _named(rendered: Rendered, values: Mapping[str, str]) -> Rendered:
-    """With the fields' names as the author wrote them: a template that changes case changes them as well."""
+    """Restores the field names as the author wrote them: a template that changes case changes the names too."""
     known = {name.casefold(): name for name in values}
     places = tuple(
         (name if name in values else known.get(name.casefold(), name), span) for name, span in rendered.places
@@ -92,7 +92,10 @@ def _named(rendered: Rendered, values: Mapping[str, str]) -> Rendered:
 def _check_fields(
     template: ChatTemplate, messages: Sequence[Message], values: Mapping[str, str], rendered: Rendered, plain: str
 ) -> None:
-    """Every placeholder has its place in what is rendered, and its value stands there."""
+    """
+    Raises:
+        TemplateError: a placeholder has no place in the rendered text, or another text than its value stands there.
+    """
     injected = template.placeholders
     wanted = [name for message in messages for name in message.content.placeholders]
     found = [name for name, _ in rendered.places]
@@ -110,7 +113,7 @@ def _check_fields(
             "the chat template changes a message in a way that depends on its content, so field spans cannot be exact. "
             "Put no field at the very start or end of a message, or use raw text parts."
         )
-    # A template that upper-cases changes a value with or without marks: what stands there must be the value itself.
+    # A template that upper-cases changes a value with or without marks, so the text there must be the value itself.
     elsewhere = [(name, span) for name, span in rendered.places if name in injected]
     for name, span in [*zip(own, spans, strict=True), *elsewhere]:
         written = plain[span.start : span.stop]
@@ -132,7 +135,7 @@ def _check_tools(template: ChatTemplate, plain: str) -> None:
 
 
 def _head(template: ChatTemplate, messages: Sequence[Message], values: Mapping[str, str]) -> Frame:
-    """The frame of system messages before the first turn: closed where the template renders them so, or else open."""
+    """The frame of system messages before the first turn; open if the template puts them into that turn."""
     refused: TemplateError | None = None
     pieces: tuple[str, ...] | None = None
     try:
@@ -152,9 +155,9 @@ def _head(template: ChatTemplate, messages: Sequence[Message], values: Mapping[s
 
 
 def ender(template: ChatTemplate, messages: Sequence[Message], values: Mapping[str, str]) -> str:
-    """The end of the text that the template takes back when an answer is asked for, or another message follows.
+    """The end of the text that the template drops when an answer is asked for, or when another message follows.
 
-    It is found out once for each pair of last roles.
+    The result is kept for each pair of last roles.
 
     Raises:
         TemplateError: as `frame`.
@@ -171,14 +174,14 @@ def ender(template: ChatTemplate, messages: Sequence[Message], values: Mapping[s
             other = template.skeleton([*messages, *more], values, asks=asks)
         except TemplateError:
             continue
-        if other[: len(pieces) - 1] == pieces[:-1]:  # or else it renders earlier messages differently
+        if other[: len(pieces) - 1] == pieces[:-1]:  # otherwise it renders earlier messages differently
             kept = _common(kept, other[len(pieces) - 1])
     template.enders[roles] = pieces[-1][len(kept) :]
     return template.enders[roles]
 
 
 def _common(one: str, other: str) -> str:
-    """The longest common beginning."""
+    """The longest common prefix."""
     pairs = zip(one, other, strict=False)
     return one[: next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))]
 
@@ -186,7 +189,7 @@ def _common(one: str, other: str) -> str:
 def _explained(
     template: ChatTemplate, messages: Sequence[Message], values: Mapping[str, str], error: TemplateError
 ) -> TemplateError:
-    """With what helps, if it is the system message that the template has no place for."""
+    """The error, with a hint to fold the system message if that is what the template has no place for."""
     if not messages or messages[0].role not in HEAD_ROLES or template.fold_system:
         return error
     folding = replace(template, fold_system=True, enders={})
@@ -201,11 +204,11 @@ def _explained(
 
 
 def message_alone(tokenizer: Any, message: Message, values: Mapping[str, str]) -> Rendered:
-    """What a template adds for one message in mid-conversation: without what it puts at the start of every conversation.
+    """The text that a template adds for one message in mid-conversation, without what begins every conversation.
 
     Raises:
-        TemplateError: the template takes no message of that role after any of the beginnings tried, or gives the earlier
-            ones another form because of it.
+        TemplateError: the template accepts no message of that role after any of the beginnings tried, or renders the
+            earlier messages differently because of it.
     """
     template = ChatTemplate(tokenizer)
     refused: TemplateError | None = None
@@ -233,11 +236,11 @@ def message_alone(tokenizer: Any, message: Message, values: Mapping[str, str]) -
 
 
 def opened(tokenizer: Any, messages: Sequence[tuple[str, str]], *, inside: bool) -> str:
-    """A conversation of (role, content); `inside`: only up to where the content of its last message ends.
+    """The rendered text of (role, content) messages; `inside`: only up to the end of the last message's content.
 
     Raises:
-        InvalidValueError: the last message has a private-use character that marks its end here.
-        TemplateError: the template refuses these roles, or does not say what each message says once and in its place.
+        InvalidValueError: the last message contains the private-use character that marks its end here.
+        TemplateError: the template refuses these roles, or drops, repeats or moves what a message says.
     """
     template = ChatTemplate(tokenizer)
     if not inside:
@@ -252,14 +255,14 @@ def opened(tokenizer: Any, messages: Sequence[tuple[str, str]], *, inside: bool)
             f"the chat template drops or repeats the {role} message, so no text has its place in it. Write the preface as "
             "raw text."
         )
-    template.skeleton([Message(role, Text(content)) for role, content in messages], {})  # what the earlier ones say
+    template.skeleton([Message(role, Text(content)) for role, content in messages], {})  # checks the earlier messages
     return before
 
 
 def thought_closed(asked: str) -> str:
-    """A text that asks for an answer, with the thought closed that the template opens at its end, if it opens one.
+    """A text that asks for an answer; if the template opens a thought at its end, the thought is closed.
 
-    Behind `<think>` a model does not say its answer, so options could not be compared there.
+    Right after `<think>` a model does not give its answer, so options could not be compared there.
     """
     if not asked.rstrip("\n").endswith(_THOUGHT):
         return asked
@@ -267,7 +270,7 @@ def thought_closed(asked: str) -> str:
 
 
 def answer_end(tokenizer: Any) -> str:
-    """What a template writes after an assistant's answer; empty where it refuses to say."""
+    """The text that a template writes after an assistant's answer; empty if the template raises an error."""
     try:
         return ChatTemplate(tokenizer).skeleton([neutral("user"), neutral("assistant")], {})[-1]
     except TemplateError:

@@ -1,7 +1,7 @@
 """The context as its author wrote it: units of text in order, the fields in them, and every field's value.
 
-Immutable: each operation gives a new context that shares its units. No tensors and no tokenizer state: what the cache holds of
-it is the ledger's business.
+A context is immutable: each operation returns a new one that shares the units. It has no tensors and no tokenizer
+state; the ledger records what the cache holds of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from programmable_kv.prompt.units import Kind, Replacement, Unit, replace_values
 
 @dataclass(frozen=True, slots=True)
 class FieldValue:
-    """A field's values and its type: `current` is valid now, `written` is in the text. An erratum states the difference."""
+    """A field's value and type. `current` is valid now, `written` is in the text. Errata state the difference."""
 
     current: str
     written: str
@@ -32,7 +32,7 @@ class FieldValue:
 
 @dataclass(frozen=True)
 class Context:
-    """Units in slot order, and every field's value."""
+    """The units in slot order, and the value of every field."""
 
     units: tuple[Unit, ...] = ()
     fields: Mapping[str, FieldValue] = field(default_factory=dict)
@@ -42,22 +42,22 @@ class Context:
 
     @cached_property
     def derived(self) -> dict[str, Any]:
-        """What was worked out from this context and is kept with it, by name."""
+        """A cache, by name, for results derived from this context."""
         return {}
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """The first slot of every unit, and the end."""
+        """The first slot of every unit, then the number of slots."""
         return (0, *accumulate(len(unit) for unit in self.units))
 
     @cached_property
     def begins(self) -> tuple[int, ...]:
-        """The position at which every unit begins, and the one behind the end."""
+        """The first position of every unit, then the position after the last unit."""
         return tuple(accumulate((unit.positions for unit in self.units), initial=0))
 
     @cached_property
     def groups(self) -> tuple[Span, ...]:
-        """The units in order, by index: those of one skill together, each other one alone."""
+        """Spans of unit indices, in order: the units of one skill form one span, every other unit a span of its own."""
         found: list[Span] = []
         for index, unit in enumerate(self.units):
             before = self.units[index - 1] if index else None
@@ -78,11 +78,11 @@ class Context:
 
     @property
     def has_gaps(self) -> bool:
-        """Whether some positions are kept free, so that a slot's position is not its number."""
+        """Whether some positions are kept free, so that slots and positions are numbered differently."""
         return self.begins[-1] != len(self)
 
     def positions_in(self, span: Span) -> Sequence[int]:
-        """The position of each of some slots."""
+        """The position of every slot in a span."""
         if not self.has_gaps:
             return span.range
         found: list[int] = []
@@ -95,7 +95,7 @@ class Context:
         return found
 
     def position_of(self, slot: int) -> int:
-        """The position of a slot; the one behind the end for the end."""
+        """The position of a slot; for the context's end, the position after the last unit."""
         return self.begins[-1] if slot >= len(self) else self.positions_in(Span(slot, slot + 1))[0]
 
     @property
@@ -108,7 +108,7 @@ class Context:
 
     @property
     def rendered(self) -> Rendered:
-        """The text, the characters of every field, and those that are plain text though they spell a special token."""
+        """The text, the characters of every field, and the characters that spell a special token but are plain text."""
         starts = accumulate((len(unit.text) for unit in self.units), initial=0)
         places: list[tuple[str, Span]] = []
         plain: list[Span] = []
@@ -118,17 +118,17 @@ class Context:
         return Rendered(self.text, tuple(places), tuple(plain))
 
     def ends_with(self) -> str:
-        """The text of the last unit that has any."""
+        """The text of the last unit that has text."""
         return next((unit.text for unit in reversed(self.units) if unit.text), "")
 
     # -- slots -------------------------------------------------------------------------------------------------------
 
     def unit_at(self, slot: int) -> int:
-        """The index of the unit that holds a slot; the number of units for the end."""
+        """The index of the unit that holds a slot; for the context's end, the number of units."""
         return len(self.units) if slot >= len(self) else bisect_right(self.starts, slot) - 1
 
     def ids_in(self, span: Span) -> list[int]:
-        """The token ids in some slots."""
+        """The token ids of a span of slots."""
         found: list[int] = []
         for index in range(self.unit_at(span.start), len(self.units)):
             begins = self.starts[index]
@@ -138,12 +138,12 @@ class Context:
         return found
 
     def packed(self, span: Span) -> bytes:
-        """The token ids in some slots, four bytes each."""
+        """The token ids of a span of slots, four bytes each."""
         return array("I", self.ids_in(span)).tobytes()
 
     @cached_property
     def places(self) -> Mapping[str, tuple[Span, ...]]:
-        """field -> the slots of each of its places, ascending."""
+        """For each field, the slots of every place of it, ascending."""
         found: dict[str, list[Span]] = {}
         for begins, unit in zip(self.starts, self.units, strict=False):
             for place in unit.places:
@@ -155,13 +155,13 @@ class Context:
         return self.places.get(name, ())
 
     def first_place(self, name: str) -> int:
-        """The slot from which tokens can have read a field; the end if it has no place yet."""
+        """The first slot whose token can have read a field; the context's end if the field has no place."""
         spans = self.spans(name)
         return spans[0].start if spans else len(self)
 
     @cached_property
     def _statements(self) -> tuple[tuple[int, str, str], ...]:
-        """(slot, field, value) of every place and every erratum, ascending by slot."""
+        """(slot, field, value) for every place and every erratum, ascending by slot."""
         found = []
         for begins, unit in zip(self.starts, self.units, strict=False):
             found += [(begins, name, value) for name, value in unit.corrects]
@@ -171,7 +171,7 @@ class Context:
         return tuple(sorted(found, key=lambda statement: statement[0]))
 
     def statements_in(self, span: Span) -> list[tuple[int, str, str]]:
-        """(offset in the span, field, value) of every place that begins in some slots, and every erratum."""
+        """(offset in the span, field, value) for every place and every erratum that begins in a span of slots."""
         low, high = (
             bisect_left(self._statements, bound, key=lambda item: item[0]) for bound in (span.start, span.stop)
         )
@@ -189,12 +189,12 @@ class Context:
 
     @property
     def shown(self) -> dict[str, str]:
-        """Every field's current value, as it was meant: not escaped for the place where it stands."""
+        """Every field's current value without the escapes that the surrounding text needs."""
         return {name: value.type.shown(value.current) for name, value in self.fields.items()}
 
     @property
     def first_places(self) -> list[tuple[int, str]]:
-        """(first slot, field) of every field, ascending."""
+        """(first slot, field) for every field that has a place, ascending."""
         return sorted((spans[0].start, name) for name, spans in self.places.items() if name in self.fields)
 
     # -- errata ------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ class Context:
         return tuple(index for index, unit in enumerate(self.units) if unit.kind is Kind.ERRATUM)
 
     def superseded(self, index: int) -> bool:
-        """Whether a unit is an erratum, and what it states is not, or no longer, what is in force."""
+        """Whether a unit is an erratum that states a value other than the field's current one."""
         unit = self.units[index]
         return unit.kind is Kind.ERRATUM and any(
             name in self.fields and self.fields[name].current != value for name, value in unit.corrects
@@ -221,7 +221,7 @@ class Context:
         return Context(tuple(units), self.fields)
 
     def with_values(self, current: Mapping[str, str], *, written: bool = False) -> Context:
-        """Other current values; `written`: they are in the fields' places too."""
+        """The context with other current values; `written`: the text has these values too."""
         changed = {}
         for name, value in current.items():
             was = self.fields[name]
@@ -234,10 +234,11 @@ class Context:
     def split_at(self, slot: int, *, ends: bool = False) -> tuple[Context, int]:
         """A context in which a unit begins at `slot`, and that unit's index.
 
-        `ends`: something ends there, so units without tokens at that slot come after the boundary. Else they come before it.
+        `ends`: the boundary is the end of something, so units without tokens at that slot come after it; otherwise
+        before it.
 
         Raises:
-            UnknownPartError: there is no such slot.
+            UnknownPartError: the slot is outside the context.
             InvalidEditError: the text cannot be split there.
         """
         if not 0 <= slot <= len(self):
@@ -249,7 +250,7 @@ class Context:
         return self.with_units((*self.units[:index], *halves, *self.units[index + 1 :])), index + 1
 
     def _outside_of_groups(self, index: int, *, ends: bool) -> int:
-        """A boundary between units that leaves none of a skill's empty pieces on the other side of all its tokens."""
+        """The boundary, moved where needed so that no empty piece of a skill is cut off from the skill's tokens."""
         group = next((each for each in self.groups if each.start < index < each.stop), None)
         if group is None:
             return index
@@ -260,14 +261,14 @@ class Context:
         return index if before else group.start
 
     def without_lost_fields(self) -> Context:
-        """Without the fields that no text holds any more."""
+        """The context without the fields that no longer have a place."""
         held = {place.name for unit in self.units for place in unit.places}
         return replace(self, fields={name: value for name, value in self.fields.items() if name in held})
 
     def write(self, tokenizer: Any, changes: Mapping[str, str]) -> tuple[Context, list[Replacement]]:
-        """New values in every place of the changed fields, which is what is written there then.
+        """Write new values in every place of the changed fields; they become both the current and the written values.
 
-        Returns the replaced tokens in slot order, with their slots before and after the whole edit.
+        Returns the new context and the replaced tokens in slot order, with their slots before and after the whole edit.
         """
         found: list[Replacement] = []
         units = list(self.units)
@@ -280,5 +281,5 @@ class Context:
         return self.with_units(units).with_values(changes, written=True), found
 
     def _holding(self, names: Mapping[str, str]) -> Iterator[int]:
-        """Indices of the units that have a place of any of these fields."""
+        """Indices of the units that have a place for any of these fields."""
         return (i for i, unit in enumerate(self.units) if any(place.name in names for place in unit.places))

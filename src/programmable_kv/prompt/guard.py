@@ -1,7 +1,7 @@
-"""The guard of values: a value from outside is data, and must not be able to speak as a role, or as an update of a field.
+"""The guard of values: a value from outside is data, and must not pass for a role or for an update of another field.
 
-What decides is what a model can be told by a value, not which words it has. Values are refused, never rewritten: a silently
-changed value is a wrong value. `tests/prompt/` has both lists, refused and taken, as tables.
+The guard judges what a value can tell a model, not single words. It refuses a value and never rewrites it, since a
+silently changed value is a wrong value. `tests/prompt/` has tables of refused and of accepted values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _HARMLESS = re.compile(
     r"endof(text|file|prompt)|fim[ _-]?\w+|file[ _-]?\w+|repo[ _-]?\w+|(image|video|audio|vision|box|quad|object)\w*|"
     r"pad\w*|mask|unk|cls|sep|extra\w*|placeholder\w*|dummy\w*"
 )
-"""inside `<|...|>`: special tokens that say nothing about who speaks. They are taken as plain text"""
+"""Special tokens, inside `<|...|>`, that say nothing about who speaks. They are accepted as plain text."""
 _MARKED = re.compile(r"<\|\s*([^<>|]{1,40}?)\s*\|>|\[\|\s*[^\[\]|]{1,40}\|\]")
 _MARKERS = re.compile(
     r"\[/?(inst|tool_?calls?|tool_?results?|available_?tools|system_?prompt|tool_?content|args|call_id|gmask|think)\]"
@@ -32,18 +32,18 @@ _MARKERS = re.compile(
     r"|<_(system|user|bot|end)>|<reserved_\d+>|<unused\d+>|\[unused_token_\d+\]"
     r"|###\s*(system|instructions?|response|input|human|user|assistant|question|answer|output)\b\s*:?"
 )
-"""markers of any chat format, folded. A tokenizer's own that are in its chat template are added to them"""
+"""Markers of any chat format, folded. `_check_markers` also refuses a tokenizer's own tokens in its chat template."""
 _LONG_RUN = re.compile(r"\W{64,}")
 _REPEATED = re.compile(r"(\W)\1+")
 _LONGEST_RUN = 128
 _NAMES = 4096
-"""names of fields whose patterns are kept: each value is read for each other field's name"""
+"""Number of field names whose patterns are kept: every value is searched for the name of every other field."""
 _SQUEEZED = re.compile(r"\s*([<>\[\]|/_])\s*")
 _ROLE = r"(?:system|assistant|developer|user|tool|human|ai)"
 _ROLE_LINE = re.compile(
     rf"(?:^|[\n\r]|[.;!?,:>|)\]}}\"'`*#=~+•]\s+|[(\[{{\"'`*#>|•;!?,]\s*|\s[-–—]\s*)\W*?(?<!--)(?<![@/\w]){_ROLE}[\s*_`\"')\]}}>]*:(?!//)(?!\S+@)"
 )
-"""a role word that begins a clause, and a colon. `operating system: x` and `https://user:password@host` do not"""
+"""A role word that begins a clause, and a colon; not `operating system: x` and not `https://user:password@host`."""
 _ROLE_TAG = re.compile(r"(?:^|\n|[.;!?:,]\s)\W*[\[(<{*_]+\s*(?:system|assistant|developer)\s*[\])>}*_]+")
 
 _SIGN = r"(?::=?|==?>?|-+>|~>|>|<-+|:|—)"
@@ -63,17 +63,19 @@ _CHANGE = (
 def check_value(
     name: str, text: str, tokenizer: Any, template: str, names: Iterable[str] = (), *, lines: bool = False
 ) -> None:
-    """Refuse a value, as it stands in the text, that could be read as anything but a value.
+    """Refuse a value, as it stands in the text, if a model could read it as anything but a value.
 
     Args:
-        tokenizer: None where another program tokenises the text: then markers are known by the forms that chat formats have.
+        tokenizer: None if another program tokenises the text; then only the usual forms of chat formats' markers are
+            known.
         template: the wording of an erratum.
-        names: those of the context's fields.
-        lines: it may have several lines, be empty, and begin or end with white space.
+        names: the names of the context's fields.
+        lines: whether the value may have several lines, be empty, and begin or end with white space.
 
     Raises:
-        InvalidValueError: it is empty, spans lines, has characters that hide something, a role marker of this or another chat
-            format, the words of the erratum template, or says something about another field.
+        InvalidValueError: the value is not a string; is empty, has several lines, or begins or ends with white space,
+            where that is not allowed; or contains characters that hide something, a role marker of any chat format, the
+            words of the erratum template, or a statement about another field.
     """
     if not isinstance(text, str):
         raise InvalidValueError(f"the value of {name} must be a string, got {type(text).__name__}. Convert it first.")
@@ -103,11 +105,11 @@ def check_value(
 
 
 def check_text(name: str, text: str, kind: FieldType, tokenizer: Any, template: str, names: Iterable[str] = ()) -> None:
-    """Check a value of a type, as it stands in the text. Arguments as `check_value`.
+    """Check a field's value, as it stands in the text, by the field's type `kind`. Other arguments: see `check_value`.
 
     Raises:
-        InvalidValueError: the guard refuses it; or it has a special token that this tokenizer cannot write as plain text; or
-            characters that this package marks places with.
+        InvalidValueError: the guard refuses the value, or the value contains a special token that this tokenizer cannot
+            write as plain text, or private-use characters that this package uses as marks.
     """
     if kind.guarded:
         readable = kind.readable(text)
@@ -122,8 +124,10 @@ def check_text(name: str, text: str, kind: FieldType, tokenizer: Any, template: 
 
 
 def _without_long_runs(text: str) -> str:
-    """The text with long runs of signs and blanks shortened, of which each sign stays where it begins: what looks for a role
-    behind them takes time in proportion to the square of their length."""
+    """The text with long runs of signs and blanks shortened: repeated signs are dropped, and only a run's ends stay.
+
+    The patterns that look for a role after such a run take time quadratic in its length.
+    """
     return _LONG_RUN.sub(lambda run: _shortened(_REPEATED.sub(r"\1", run.group())), text)
 
 
@@ -166,9 +170,9 @@ def _refuse_marker(name: str, marker: str) -> None:
 
 
 def _check_no_erratum(name: str, text: str, template: str) -> None:
-    """What makes an erratum recognisable is what stands before the field's name: `[STATE UPDATE]`.
+    """Refuse a value with the words that make an erratum recognisable: those before the field's name, `[STATE UPDATE]`.
 
-    Words between name and value (`is now`) tell nothing without a field's name, and that is looked for on its own.
+    The words between name and value (`is now`) say nothing without a field's name, and `_check_other` looks for names.
     """
     head, _, rest = template.partition("{name}")
     if "{value}" in head:
@@ -191,7 +195,7 @@ def _check_no_erratum(name: str, text: str, template: str) -> None:
 
 
 def _check_other(name: str, text: str, forms: tuple[str, str], other: str) -> None:
-    """A value must not say what another field is. To mention it is fine."""
+    """Refuse a value that says what another field's value is. A value may mention another field."""
     parts = _parts_of(other)
     if not any(all(part in form for part in parts) for form in forms):
         return
@@ -213,7 +217,7 @@ def _parts_of(name: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=_NAMES)
 def _tells(called: str) -> re.Pattern[str]:
-    """What says something about a field of that name, in folded text."""
+    """Matches, in folded text, a statement about a field; `called` is a pattern for the field's name."""
     it = rf"(?<![^\W_]){called}(?![^\W_])[\"'`*)\]]*"
     return re.compile(
         rf"{it}\s*{_SIGN}"

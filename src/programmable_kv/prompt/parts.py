@@ -1,7 +1,7 @@
-"""What the author writes: text with `{field}` placeholders, as raw text or as chat messages.
+"""The parts that an author writes: raw text or chat messages, with `{field}` placeholders.
 
-Where a field's value stands is never found by searching for it: values are wrapped in private-use characters that
-survive the chat template, and those marks are read off and removed.
+This module never searches a text for a value. It wraps each value in private-use characters that survive the chat
+template, then reads the value's place off these marks and removes them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from programmable_kv.errors import InvalidValueError, TemplateError, UnknownFiel
 
 _OPEN, _NAMED, _CLOSE = "\ue000", "\ue001", "\ue002"
 _PLAIN, _PLAIN_ENDS = "\ue00a", "\ue00b"
-"""around characters that are plain text, though the tokenizer would read a special token there"""
+"""Marks around characters that are plain text although the tokenizer would read a special token there."""
 _PLACEHOLDER = re.compile(r"(?<![{$])\{([A-Za-z_][A-Za-z0-9_]*)\}(?!\})")
 """`{name}`; not the `{{name}}` and `${name}` of other template languages"""
 _MARKED = re.compile(f"{_OPEN}(.*?){_NAMED}(.*?){_CLOSE}", re.DOTALL)
@@ -31,11 +31,11 @@ class Text:
     fields: tuple[str, ...] = ()
 
     def filled(self, values: Mapping[str, str]) -> str:
-        """With values in place."""
+        """The text with the values in place of the placeholders."""
         return self._replaced(lambda name: values[name])
 
     def marked(self, values: Mapping[str, str]) -> str:
-        """With values in place, each between marks that name its field."""
+        """As `filled`, with each value between marks that name its field."""
         if any(mark in self.template for mark in (_OPEN, _NAMED, _CLOSE)):
             raise InvalidValueError("the text contains the private-use characters U+E000 to U+E002; remove them")
         return self._replaced(lambda name: f"{_OPEN}{name}{_NAMED}{values[name]}{_CLOSE}")
@@ -62,7 +62,7 @@ class Text:
     def check(self) -> None:
         """
         Raises:
-            UnknownFieldError: a declared field never appears in the text.
+            UnknownFieldError: a declared field has no placeholder in the text.
         """
         missing = [name for name in self.fields if "{" + name + "}" not in self.template]
         if missing:
@@ -73,33 +73,37 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A chat message: who speaks, and the text."""
+    """A chat message: the speaker's role, and the text."""
 
     role: str
     content: Text
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """what else a client's message has, as JSON: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`"""
+    """The other keys of a client's message, as JSON: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
 
     def as_json(self, write: Callable[[Text], str]) -> dict[str, Any]:
-        """As chat templates take it, the content written by `write`."""
+        """The message as chat templates take it; `write` turns the content into a string."""
         return {"role": self.role, "content": write(self.content), **self.extra}
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Text as the model reads it, and where each field's value stands in it (character spans, ascending).
+    """Text as the model reads it, and the character span of each field's value in it (ascending).
 
-    `text` may still have the marks of `shielded`; `unshielded` reads them off.
+    `text` may still have the marks of `shielded`; `unshielded` removes them.
     """
 
     text: str
     places: tuple[tuple[str, Span], ...] = field(default=())
     plain: tuple[Span, ...] = field(default=())
-    """characters in which no special token is meant, ascending"""
+    """Characters that are plain text even where they spell a special token, ascending."""
 
 
 def unmark(marked: str) -> Rendered:
-    """Read the marks off a rendered text."""
+    """Remove the field marks from a rendered text, and return the places that they named.
+
+    Raises:
+        TemplateError: the chat template cut a field's value apart.
+    """
     pieces: list[str] = []
     places: list[tuple[str, Span]] = []
     length = cursor = 0
@@ -118,12 +122,12 @@ def unmark(marked: str) -> Rendered:
 
 
 def shielded(text: str, spans: Sequence[Span], what: str) -> str:
-    """The text with marks around some characters (ascending) in which no special token is meant.
+    """The text with marks around characters (`spans`, ascending) that are plain text though they spell a special token.
 
-    The marks survive a chat template, and are read off by `unshielded` before anything is tokenised.
+    The marks survive a chat template. `unshielded` removes them before anything is tokenised.
 
     Raises:
-        InvalidValueError: the text has these private-use characters itself.
+        InvalidValueError: the text itself contains these private-use characters.
     """
     if _PLAIN in text or _PLAIN_ENDS in text:
         raise InvalidValueError(f"{what} contains the private-use characters U+E00A or U+E00B; remove them")
@@ -135,10 +139,10 @@ def shielded(text: str, spans: Sequence[Span], what: str) -> str:
 
 
 def unshielded(rendered: Rendered) -> Rendered:
-    """Without the marks of `shielded`, and with the characters that stood between them.
+    """The text without the marks of `shielded`; the spans between them are added to `plain`.
 
     Raises:
-        TemplateError: a chat template cut marked text apart.
+        TemplateError: the chat template cut marked text apart.
     """
     if _PLAIN not in rendered.text and _PLAIN_ENDS not in rendered.text:
         return rendered
@@ -155,10 +159,10 @@ def unshielded(rendered: Rendered) -> Rendered:
 
 
 def unmarked(text: str) -> str:
-    """Without the marks of `shielded`, to show it."""
+    """The text without the marks of `shielded`, for display."""
     return text.replace(_PLAIN, "").replace(_PLAIN_ENDS, "")
 
 
 def _without(span: Span, marks: Sequence[int]) -> Span:
-    """A span once the marked characters are gone."""
+    """The span after the marks (their ascending indices) have been removed from the text."""
     return Span(span.start - bisect_left(marks, span.start), span.stop - bisect_left(marks, span.stop))

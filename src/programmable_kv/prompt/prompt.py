@@ -1,4 +1,4 @@
-"""A prompt being written: chat messages or raw text, with fields and skills in their places."""
+"""The prompt that an author writes piece by piece: chat messages or raw text, with fields and skills in it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from programmable_kv.prompt.values import check_name, check_role
 from programmable_kv.prompt.written import places_in_json
 
 SKILL_MARK = "\ue003"
-"""stands for a skill in a text until its tokens are spliced in"""
+"""Stands for a skill in a text until the skill's tokens are spliced in."""
 
 
 class Prompt:
@@ -34,11 +34,11 @@ class Prompt:
         self.messages: tuple[Message, ...] = ()
         self.texts: tuple[Text, ...] = ()
         self.values: dict[str, str] = {}
-        """the text of every placeholder; a skill's is its mark"""
+        """The text that fills each placeholder; for a skill, `SKILL_MARK`."""
         self.types: dict[str, FieldType] = {}
-        """of every field, those in skills included"""
+        """The type of every field, including the fields in skills."""
         self.skills: dict[str, Mapping[str, str]] = {}
-        """skill -> the values of the fields in it"""
+        """For each skill, the values of the fields in it."""
 
     @property
     def empty(self) -> bool:
@@ -46,7 +46,7 @@ class Prompt:
 
     @property
     def fields(self) -> dict[str, str]:
-        """The text of every field's value, those in skills included."""
+        """The text of every field's value, including the fields in skills."""
         own = {name: value for name, value in self.values.items() if name not in self.skills}
         return own | {name: value for values in self.skills.values() for name, value in values.items()}
 
@@ -61,13 +61,17 @@ class Prompt:
         """Add a chat message.
 
         Args:
-            skills: the name of each skill in it, and the texts of the fields in that skill.
-            types: of those fields.
+            fields: the fields in the message and their values.
+            skills: for each skill in the message, the values of the fields in that skill.
+            types: the types of the fields in the skills.
 
         Raises:
+            InvalidArgumentError: the content is not a string.
             UnknownFieldError: a field or skill given here has no placeholder in the content.
-            InvalidValueError: a name or value is not plain data, or the content has a special token that cannot be text.
-            InvalidEditError: the prompt is raw text, a field was declared with another value, or a skill twice.
+            InvalidValueError: a name or value is not plain data, or the content has a special token that cannot be
+                text.
+            InvalidEditError: the prompt is raw text, a field was declared before with another value, or a skill is
+                declared twice.
         """
         require(content, str, "a message has text as its content")
         if self.texts:
@@ -83,7 +87,7 @@ class Prompt:
         skills: Mapping[str, Mapping[str, str]],
         types: Mapping[str, FieldType] | None = None,
     ) -> None:
-        """Add raw text, special tokens included. Arguments and errors as `add_message`."""
+        """Add raw text. Special tokens in it stay special tokens. Arguments and errors: see `add_message`."""
         require(content, str, "raw text has text as its content")
         if self.messages:
             raise InvalidEditError(
@@ -92,13 +96,13 @@ class Prompt:
         self.texts = (*self.texts, self._declare(without_byte_order_mark(content), fields, skills, types or {}))
 
     def add_to_template(self, fields: Mapping[str, Value]) -> frozenset[str]:
-        """Let `{name}` be a field in tools and template variables, for every name here. Returns those that stand there.
+        """Declare fields whose `{name}` stands in tools or template variables. Returns the names that do stand there.
 
-        Most templates write tools as JSON: the value of a field in a tool must be one that needs no escape.
+        Most templates write tools as JSON, so the value of a field in a tool must need no escape.
 
         Raises:
             InvalidValueError: a name or value is not plain data.
-            InvalidEditError: a field was declared with another value.
+            InvalidEditError: a field was declared before with another value.
         """
         template = replace(self.template, fields=tuple(fields), enders={})
         in_tools = replace(template, options={}).placeholders
@@ -116,7 +120,7 @@ class Prompt:
         in_skills: Mapping[str, FieldType],
         places: Mapping[str, bool | None] | None = None,
     ) -> Text:
-        """`places`: whether each field stands inside of JSON strings; as the content shows it when None."""
+        """`places`: whether each field stands inside JSON strings. If None, this is read off the content."""
         for name in skills:
             check_name(name)
             if name in self.values or content.count("{" + name + "}") > 1:
@@ -129,7 +133,7 @@ class Prompt:
         for name in places.keys() & self.values.keys() - fields.keys():
             types[name] = self.types[name].standing(name, self.values[name], places[name])
         standing = self.fields
-        for stated in (fields, *skills.values()):  # a value in a skill's own text is as fixed as one given here
+        for stated in (fields, *skills.values()):  # a skill's own text fixes a value just as a value given here does
             for name, value in stated.items():
                 check_name(name)
                 if standing.setdefault(name, value) != value:
@@ -160,7 +164,7 @@ class Prompt:
         return f"no value was given for {listed}, so the model reads it as it stands" if names else ""
 
     def rendered(self) -> Rendered:
-        """All of it as the model will read it, with the characters of every field.
+        """The whole prompt as the model will read it, with the character span of every field.
 
         Raises:
             TemplateError: the chat template refuses the messages, or changes what they say.
@@ -170,14 +174,14 @@ class Prompt:
         return unmark("".join(text.marked(self.values) for text in self.texts))
 
     def pieces(self) -> list[Rendered | str]:
-        """The rendered text between skills, and the skills' names, in order.
+        """The prompt cut at its skills: rendered pieces of text and names of skills, in order.
 
-        Raw text begins with a piece of text also if a skill comes first: the token that begins every text, where the tokenizer
-        has one, is put there.
+        Raw text always begins with a piece of text, even if a skill comes first: if the tokenizer has a token that
+        begins every text, the token goes into that piece.
 
         Raises:
             TemplateError: the chat template refuses the messages, or changes what they say.
-            InvalidEditError: an empty field has no text on either side.
+            InvalidEditError: an empty field has no text before or after it.
         """
         rendered = self.rendered()
         pieces: list[Rendered | str] = []
@@ -201,17 +205,20 @@ class Prompt:
         return pieces
 
     def conversation(self) -> Conversation | None:
-        """The messages as a conversation that can go on; None for raw text."""
+        """The messages as a conversation that can be continued; None for raw text."""
         return Conversation(self.template, self.messages, dict(self.values)) if self.messages else None
 
 
 def check_values(
     tokenizer: Any, erratum_template: str, values: Mapping[str, str], types: Mapping[str, FieldType]
 ) -> None:
-    """Check that values, given as they stand in the text, are data, among all of these fields.
+    """Check that every value is plain data: it must not speak as a role, or of another of these fields.
+
+    Args:
+        values: every field's value, as it stands in the text.
 
     Raises:
-        InvalidValueError: one of them could be read as something else.
+        InvalidValueError: a value could be read as something other than data.
     """
     for name, value in values.items():
         check_text(name, value, types.get(name, TEXT), tokenizer, erratum_template, values)

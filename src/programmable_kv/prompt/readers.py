@@ -1,7 +1,7 @@
-"""Readers: the later text that has drawn something from a field, found by what it mentions. No tensors here.
+"""Finds a field's readers: the later lines that mention the field, and the open question. No tensors here.
 
-In a causal cache every token after a field may have read it. The lines that mention it are the ones that say what follows from
-it; on them, and on the question that is still open, stand the notes that decide. `mode="readers"` computes just these again.
+In a causal cache every token after a field may have read it. The lines that mention the field say what follows from it,
+so the notes that decide an answer are on these lines and on the open question. `mode="readers"` recomputes only these.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Turns(StrEnum):
     """Which turns of a conversation count as readers of a field."""
 
     KEEP = "keep"
-    """none: all that was said stays history"""
+    """No turns: everything said so far stays history."""
     OPEN = "open"
-    """those since the last answer: the question that is still to be answered"""
+    """The turns after the last answer: the question that is still open."""
     ALL = "all"
-    """every one"""
+    """All turns."""
 
 
 class Why(StrEnum):
@@ -45,25 +45,25 @@ class Why(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """A piece of the context that reads a field: a line, or the turns from one on."""
+    """A piece of the context that reads a field: a line, or all turns from one turn on."""
 
     span: Span
-    """its slots, without those up to the end of the field's first place"""
+    """Slots of the piece; slots before the end of the field's first place are left out."""
     text: str
     why: Why
     word: str = ""
-    """what it mentions"""
+    """The word that the piece mentions."""
 
     @property
     def reason(self) -> str:
-        """Why it counts as a reader, for people."""
+        """Why the piece counts as a reader, in words."""
         return f"{self.why} {self.word!r}" if self.word else str(self.why)
 
 
 def parse_turns(turns: str | Turns) -> Turns:
     """
     Raises:
-        InvalidArgumentError: there is no such choice; the message lists them.
+        InvalidArgumentError: `turns` is not keep, open or all.
     """
     return choice_of(Turns, turns, "turns is")
 
@@ -71,7 +71,7 @@ def parse_turns(turns: str | Turns) -> Turns:
 def check_words(words: Sequence[str]) -> None:
     """
     Raises:
-        InvalidArgumentError: one of them is not a text that could stand in a line.
+        InvalidArgumentError: a word is not a string with letters or digits.
     """
     for word in words:
         if not isinstance(word, str) or not any(character.isalnum() for character in word):
@@ -79,7 +79,7 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def declared_words(mentions: Mapping[str, Sequence[str]], name: str) -> tuple[str, ...]:
-    """What was declared for a field, and for each of those words, and so on: readers of readers."""
+    """The words declared for a field, the words declared for those words, and so on: readers of readers."""
     found: dict[str, None] = {}
     waiting = list(mentions.get(name, ()))
     while waiting:
@@ -93,18 +93,18 @@ def declared_words(mentions: Mapping[str, Sequence[str]], name: str) -> tuple[st
 def readers_of(context: Context, name: str, words: Sequence[str], turns: Turns, slots: TurnSlots) -> tuple[Reader, ...]:
     """The readers of a field, in slot order.
 
-    They are: the lines of prefilled text and of skills that hold the field, or that mention its name or one of `words`
-    (whole words; upper and lower case, and spaces and `_`, are the same), and the turns that are asked for. Turns that were
-    added later are not searched: they are history, kept or computed again as a whole.
+    They are the lines of prefilled text and of skills that hold the field, or that mention its name or one of `words`
+    (as whole words; case is ignored, and spaces equal `_`), and the turns that `turns` selects. Turns added after
+    prefill are not searched for lines: they are kept or recomputed as a whole.
 
     Args:
-        words: what else a line says when it speaks of the field: another name, a value, the group that the value is looked
-            up in, or words of one particular line.
+        words: other words by which a line refers to the field: another name, a value, the group in which the value is
+            looked up, or words of one particular line.
         slots: where this context's turns begin.
     """
     if not context.spans(name):
         return ()
-    begins = context.spans(name)[0].stop  # no token before it, and none of the place itself, has read the whole value
+    begins = context.spans(name)[0].stop  # no earlier token has read the whole value
     ends = _ends(context, turns, slots)
     found: list[Reader] = []
     for start, unit in zip(context.starts, context.units, strict=False):
@@ -117,7 +117,7 @@ def readers_of(context: Context, name: str, words: Sequence[str], turns: Turns, 
 
 
 def later_lines(context: Context, name: str, turns: Turns, slots: TurnSlots) -> Iterator[tuple[Span, str]]:
-    """The lines that `readers_of` searches and words could mark, with their text; clipped as it clips them."""
+    """The lines with letters or digits that `readers_of` searches, with their text, clipped in the same way."""
     if not context.spans(name):
         return
     begins, ends = context.spans(name)[0].stop, _ends(context, turns, slots)
@@ -135,7 +135,7 @@ def later_lines(context: Context, name: str, turns: Turns, slots: TurnSlots) -> 
 
 
 def joined(spans: Sequence[Span]) -> list[Span]:
-    """The slots that some spans hold together, as ascending spans that do not touch."""
+    """The union of spans, as ascending spans that neither overlap nor touch."""
     found: list[Span] = []
     for span in sorted(span for span in spans if len(span)):
         if found and span.start <= found[-1].stop:
@@ -146,7 +146,7 @@ def joined(spans: Sequence[Span]) -> list[Span]:
 
 
 def _lines(unit: Unit, start: int, name: str, words: Sequence[str], within: Span) -> Iterator[Reader]:
-    """The lines of a unit that read a field, clipped to some slots. A line that does so twice is given once."""
+    """The lines of a unit that read a field, clipped to the slots `within`. Each line is yielded once."""
     reasons: dict[Span, tuple[Why, str]] = {}
     for place in unit.places:
         if place.name == name:
@@ -161,7 +161,7 @@ def _lines(unit: Unit, start: int, name: str, words: Sequence[str], within: Span
 
 
 def _ends(context: Context, turns: Turns, slots: TurnSlots) -> int:
-    """The slot before which lines are searched: where the turns begin that are taken whole."""
+    """The slot before which lines are searched: the beginning of the turns that are recomputed as a whole."""
     return {Turns.KEEP: len(context), Turns.OPEN: slots.open, Turns.ALL: slots.first}[turns]
 
 
@@ -170,10 +170,10 @@ def _clipped(span: Span, within: Span) -> Span:
 
 
 def _line_of(text: str, characters: Span) -> Span:
-    """The line, or lines, with these characters, and the line break after them: notes are often left there.
+    """The line, or lines, with these characters, and the line break after them, which often carries notes.
 
-    The whole line, also what stands before the field's name: where the action is named first ("cancel if status is
-    pending"), half a line leaves the old decision.
+    It is the whole line, including the text before the field's name: if the line names the action first ("cancel if
+    status is pending"), half a line would leave the old decision.
     """
     start = text.rfind("\n", 0, characters.start) + 1
     stop = text.find("\n", characters.stop)
@@ -181,7 +181,7 @@ def _line_of(text: str, characters: Span) -> Span:
 
 
 def mention_pattern(word: str) -> re.Pattern[str]:
-    """Finds a phrase as whole words; where it begins or ends in a script without upper and lower case, inside words too."""
+    """A pattern for a phrase as whole words; in scripts without upper and lower case it also matches inside words."""
     pieces = [piece for piece in _SEPARATORS.split(word) if piece]
     body = r"[\s_]+".join(map(re.escape, pieces))
     before = r"(?<!\w)" if _bounded(pieces[0][0]) else ""

@@ -1,7 +1,7 @@
-"""A tokenizer's chat template with what is passed to it besides messages: tools, options, and where a system message goes.
+"""A tokenizer's chat template with its other arguments: tools, options, and whether to fold system messages.
 
-A template is a program. What it makes of messages is found out by rendering: what they say is replaced by marks, and the text
-between the marks is the template's own.
+A template is a program, so its own text is found by rendering: `skeleton` replaces every string that the messages say
+by a mark, and the text between the marks is the template's own.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from programmable_kv.errors import TemplateError
 from programmable_kv.prompt.parts import Message, Text, unmarked
 
 HEAD_ROLES = ("system", "developer")
-"""who speaks before the first turn"""
+"""Roles that speak before the first turn."""
 _MARK = "\ue009{}\ue00c"
-"""stands for the n-th thing that messages say: no template trims it, and none knows it. `parts.py` has other marks"""
+"""Stands for the n-th string that messages say; no template trims or interprets it. `parts.py` has other marks."""
 
 _CLOCK = "{% macro strftime_now(format) %}{{ date_of_today }}{% endmacro %}\n"
-"""put before a template that asks the clock: a text answers, whatever the format. The line break is not rendered"""
+"""Prepended to a template that asks the clock: a given date answers in any format. The line break is not rendered."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class ChatTemplate:
 
     tokenizer: Any = field(repr=False)
     tools: tuple[Mapping[str, Any], ...] = ()
-    """as OpenAI's API takes them"""
+    """Tools in the form of OpenAI's API."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """other variables of the template, as JSON: `enable_thinking`, `date_string`. A text as `strftime_now` is its date"""
+    """Other template variables, as JSON: `enable_thinking`, `date_string`. A string for `strftime_now` is the date."""
     fields: tuple[str, ...] = ()
     fold_system: bool = False
-    """put a system message into the first user turn if the template has no place for one"""
+    """Whether a system message goes into the first user turn if the template has no place for one."""
     enders: dict[tuple[str, ...], str] = field(default_factory=dict, compare=False, repr=False)
-    """what was found out already (`chat.ender`): the roles of the last messages -> what is written only if nothing follows"""
+    """Cache of `chat.ender`: the roles of the last messages -> the text that is written only if nothing follows."""
 
     @cached_property
     def folds(self) -> bool:
@@ -64,14 +64,14 @@ class ChatTemplate:
 
     @property
     def placeholders(self) -> set[str]:
-        """The fields that stand in tools and options."""
+        """The fields whose placeholders stand in tools or options."""
         texts = json.dumps([*self.tools, dict(self.options)], ensure_ascii=False)
         return {name for name in self.fields if "{" + name + "}" in texts}
 
     # -- rendering -----------------------------------------------------------------------------------------------------
 
     def filled(self, messages: Sequence[Message], values: Mapping[str, str], *, asks: bool = False) -> str:
-        """The text of messages with values in place; `asks`: with the opening of an answer.
+        """The text of messages with values in place; `asks` adds the opening of an answer.
 
         Raises:
             TemplateError: the template refuses these messages.
@@ -85,9 +85,9 @@ class ChatTemplate:
     def skeleton(
         self, messages: Sequence[Message], values: Mapping[str, str], *, since: int = 0, asks: bool = False
     ) -> tuple[str, ...]:
-        """The template's own text around each thing that the messages from number `since` on say.
+        """The template's own text around each string that the messages from index `since` on say.
 
-        It does not depend on what they say. Earlier messages are filled, and in the first text.
+        It does not depend on those strings. The first piece includes the earlier messages, filled with values.
 
         Raises:
             TemplateError: the template refuses these messages, or drops, repeats or moves what one of them says.
@@ -123,7 +123,7 @@ class ChatTemplate:
             messages = _folded(messages)
         try:
             return self._called(messages, tools, options, asks)
-        except TypeError as error:  # a template that joins the arguments of a tool call as text
+        except TypeError as error:  # the template concatenates a tool call's arguments as a string
             if not any(message.get("tool_calls") for message in messages):
                 raise TemplateError(f"the chat template cannot render this conversation: {error}") from error
             try:
@@ -149,12 +149,12 @@ class ChatTemplate:
 
 
 def neutral(role: str) -> Message:
-    """A message of which only the presence matters."""
+    """A message whose content does not matter, only its presence."""
     return Message(role, Text("OK"))
 
 
 def sayings(message: Message, values: Mapping[str, str]) -> list[str]:
-    """All that a message says and that must be found again: its content, and its calls' names and arguments."""
+    """The strings that a message says and the rendered text must contain: content, tool-call names and arguments."""
     found: list[str] = []
 
     def note(text: str) -> str:
@@ -166,9 +166,10 @@ def sayings(message: Message, values: Mapping[str, str]) -> list[str]:
 
 
 def says(rendered: str, pieces: Sequence[str], said: Sequence[str]) -> bool:
-    """Whether a text is what `said` things give between a skeleton's pieces: as given, trimmed, escaped or in another case.
+    """Whether a text is a skeleton's pieces with the strings `said` between them.
 
-    Plain text that is marked (`parts.shielded`) is marked in both.
+    The strings may be unchanged, trimmed, JSON-escaped or in another case. Text marked as plain (`parts.shielded`) must
+    be marked in both.
     """
     if not rendered.startswith(pieces[0]):
         return False
@@ -192,12 +193,12 @@ def marking() -> Iterator[str]:
 
 
 def mark(number: int) -> str:
-    """The mark of the n-th thing said."""
+    """The mark of the n-th string said."""
     return _MARK.format(number)
 
 
 def marked_json(messages: Sequence[Message], values: Mapping[str, str]) -> tuple[Message, ...]:
-    """Messages that say marks instead."""
+    """The messages with a mark instead of every string that they say."""
     marks = marking()
     found = []
     for message in messages:
@@ -218,7 +219,7 @@ def _marked_message(message: Message, values: Mapping[str, str], marks: Iterator
 
 
 def _replaced(message: Message, values: Mapping[str, str], write: Callable[[str], str]) -> dict[str, Any]:
-    """The message as JSON with everything that it says written anew."""
+    """The message as JSON, with `write` applied to every string that it says."""
     found = message.as_json(lambda text: text.filled(values))
     if found["content"].strip():
         found["content"] = write(found["content"])
@@ -238,7 +239,7 @@ def _replaced(message: Message, values: Mapping[str, str], write: Callable[[str]
 
 
 def leaves(value: Any, write: Callable[[str], str]) -> Any:
-    """JSON with every string that is no key and not blank written anew."""
+    """The JSON value with `write` applied to every string that is neither a key nor blank."""
     if isinstance(value, str):
         return write(value) if value.strip() else value
     if isinstance(value, Mapping):
@@ -271,7 +272,7 @@ def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _folded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leading system messages at the beginning of the user message that follows them."""
+    """The messages with leading system messages moved to the beginning of the user message that follows them."""
     count = 0
     while count < len(messages) and messages[count]["role"] in HEAD_ROLES:
         count += 1

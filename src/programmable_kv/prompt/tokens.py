@@ -1,8 +1,8 @@
-"""Text into token ids: special tokens only where they are meant, plain text everywhere else.
+"""Tokenises text so that special tokens appear only where the author means them, and plain text everywhere else.
 
-A tokenizer turns `<|endoftext|>` into a control token wherever it meets it, in a README as well. In a value or a message it is
-text. So a special token that touches such text is not one: the text around it goes through the same normaliser,
-pre-tokenizer and model, only without looking for it.
+A tokenizer turns `<|endoftext|>` into a control token wherever it finds it, even in a README. In a value or a message
+it is text. `encode` therefore tokenises such text with the same normaliser, pre-tokenizer and model, but without
+looking for that special token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from programmable_kv.prompt.characters import without_byte_order_mark
 from programmable_kv.prompt.parts import shielded
 
 Offsets = NDArray[np.int32]
-"""[n, 2]: the first character of each token and the one after its last"""
+"""[n, 2]: the first character of each token, and the character after its last."""
 
 
 def encode(
@@ -28,11 +28,13 @@ def encode(
     """Token ids and offsets of a text.
 
     Args:
-        plain: characters in which no special token is meant, in any order. Nothing changes where none is found there.
-        special: whether the tokenizer adds those that begin and end every text.
+        plain: characters that are plain text even where they spell a special token, in any order. If the tokenizer
+            finds no special token there, the result is the tokenizer's own.
+        special: whether the tokenizer adds the special tokens that begin and end every text.
 
     Raises:
-        InvalidValueError: this tokenizer's own vocabulary has a special token for text in `plain`: it cannot be written.
+        InvalidValueError: the tokenizer's ordinary vocabulary also has a special token for text in `plain`, so the text
+            cannot be written without that token.
     """
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -64,19 +66,19 @@ def encode(
 
 
 def _around(ids: Sequence[int], offsets: Sequence[tuple[int, int]], added: Collection[int]) -> tuple[int, int]:
-    """How many tokens the tokenizer put before a text, and where those begin that it put after it."""
+    """The number of tokens that the tokenizer added before the text, and the index of the first one added after it."""
     own = [token in added and stop == start for token, (start, stop) in zip(ids, offsets, strict=True)]
     return own.index(False), len(own) - own[::-1].index(False)
 
 
 def as_text(text: str, tokenizer: Any, what: str) -> str:
-    """A text in which every special token is marked as plain text (see `shielded`); what a person or a tool said, say.
+    """The text with every special token marked as plain text (see `shielded`), for what a person or a tool said.
 
-    A byte order mark at its beginning is left out: it is no text.
+    A byte order mark at the beginning is removed.
 
     Raises:
-        InvalidValueError: it holds the private-use characters that mark it, or a special token that this tokenizer cannot
-            write as text.
+        InvalidValueError: the text is not a string, contains the private-use characters used as marks, or contains a
+            special token that this tokenizer cannot write as text.
     """
     if not isinstance(text, str):
         raise InvalidValueError(f"{what} must be a string, got {type(text).__name__}")
@@ -91,11 +93,12 @@ def as_text(text: str, tokenizer: Any, what: str) -> str:
 def special_tokens_in(text: str, tokenizer: Any) -> list[Span]:
     """The characters of every special token that the tokenizer would find in a text, ascending.
 
-    White space around a token, which some take with them, is left out: a chat template may trim it.
+    Some special tokens include the white space around them. It is left out of the spans, since a chat template may trim
+    it.
     """
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
     if not any(entry.normalized or entry.content in text for entry in added):
-        return []  # searching is cheaper than tokenising; one that is looked for in normalised text may look different here
+        return []  # searching is cheaper than tokenising; a normalised token may be spelled differently here
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if not encoded["input_ids"]:
         return []
@@ -114,7 +117,7 @@ def _trimmed(text: str, start: int, stop: int) -> Span:
 
 
 def _added(tokenizer: Any, *, special_only: bool = False) -> dict[int, str]:
-    """The tokens that are looked for before any other. Those that stand for white space are words like others."""
+    """Added tokens (id -> text), which the tokenizer looks for first. White-space ones count as ordinary words."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     return {
         token: entry.content
@@ -124,9 +127,10 @@ def _added(tokenizer: Any, *, special_only: bool = False) -> dict[int, str]:
 
 
 def _matches(added: Mapping[int, str], token: int, text: str) -> bool:
-    """Whether a token is there because an added token was found in the text.
+    """Whether the tokenizer gave this token because it found an added token in the text.
 
-    The tokens for an unknown character and for a byte (`<0x3A>`) are given by other text as well, which is shorter.
+    The tokens for an unknown character and for a byte (`<0x3A>`) also result from other text, which is shorter than
+    they are.
     """
     return token in added and len(text) >= len(added[token].strip())
 
@@ -136,7 +140,7 @@ def _touches(span: tuple[int, int], plain: Collection[Span]) -> bool:
 
 
 def _without_added(tokenizer: Any, text: str, without: Sequence[tuple[int, int]]) -> list[tuple[int, tuple[int, int]]]:
-    """(token, offsets) of a text in which only the added tokens at `without` are looked for, and left out."""
+    """(token, offsets) of the text between the spans `without`, tokenised without looking for added tokens."""
     from tokenizers import PreTokenizedString
 
     backend = tokenizer.backend_tokenizer

@@ -1,4 +1,4 @@
-"""Where the turns of a cached conversation begin, and which of them are still unanswered. No tensors here."""
+"""Finds where the turns of a cached conversation begin, and which of them are still unanswered. No tensors here."""
 
 from __future__ import annotations
 
@@ -19,19 +19,23 @@ _ANSWERING = frozenset({"assistant", "model"})
 
 @dataclass(frozen=True, slots=True)
 class TurnSlots:
-    """Slots at which turns begin; the context's end where there are none."""
+    """Slots at which turns begin; the context's end if there are none."""
 
     first: int
-    """of the first turn"""
+    """The first slot of the first turn."""
     open: int
-    """of the first turn since the last answer"""
+    """The first slot of the first turn after the last answer."""
 
 
 def turn_characters(conversation: Conversation, text: str, line: int) -> tuple[int, int]:
-    """The characters of a rendered prompt at which its turns begin, and those since the last answer; its end if there are none.
+    """The characters of a rendered prompt at which its turns, and its turns after the last answer, begin; else its end.
 
-    The messages that instruct are no turns, and neither are those up to the last one before any answer that holds a field. Of
-    a prompt that is such a message to its end, the last line is the open question if a user said it; `line` is where it begins.
+    System and developer messages are not turns. Before the first answer, neither is a message that holds a field, nor
+    any message before it. If such messages make up the whole prompt and a user or a tool wrote the last one, its last
+    line counts as the open question.
+
+    Args:
+        line: the character at which the prompt's last line begins.
     """
     messages = conversation.messages
     unanswered = next((i for i, message in enumerate(messages) if message.role in _ANSWERING), len(messages))
@@ -46,9 +50,12 @@ def turn_characters(conversation: Conversation, text: str, line: int) -> tuple[i
 
 
 def _turn_messages(messages: Sequence[Message], holds: Sequence[bool]) -> tuple[int, int]:
-    """The first message that is a turn, and the first since the last answer.
+    """The index of the first message that is a turn, and of the first turn after the last answer.
 
-    Those that instruct are none, and neither are those up to the last one that holds a field (`holds`, of the first messages).
+    Leading system and developer messages are not turns, nor are the messages up to the last one that holds a field.
+
+    Args:
+        holds: whether each of the first messages holds a field.
     """
     instructions = next((i for i, message in enumerate(messages) if message.role not in HEAD_ROLES), len(messages))
     first = max([instructions, *(i + 1 for i, held in enumerate(holds) if held)])
@@ -56,12 +63,12 @@ def _turn_messages(messages: Sequence[Message], holds: Sequence[bool]) -> tuple[
 
 
 def _asks(messages: Sequence[Message]) -> bool:
-    """Whether a user, or a tool, said the last message."""
+    """Whether the last message is a user's or a tool's."""
     return bool(messages) and messages[-1].role not in {*HEAD_ROLES, *_ANSWERING}
 
 
 def _character_of(conversation: Conversation, text: str, index: int) -> int | None:
-    """The character at which a message begins; None if the template renders it apart."""
+    """The character at which a message begins; None if the template does not render it at the end of the text."""
     if index >= len(conversation.messages):
         return len(text)
     if index == 0:
@@ -75,15 +82,16 @@ def _character_of(conversation: Conversation, text: str, index: int) -> int | No
 
 
 def last_line(text: str) -> int:
-    """The character at which the last line begins that says something."""
+    """The character at which the last line that is not blank begins."""
     return text.rstrip().rfind("\n") + 1
 
 
 def turn_slots(context: Context, conversation: Conversation | None, name: str) -> TurnSlots:
-    """Where the turns begin that follow a field.
+    """The slots at which the turns that follow a field begin.
 
-    In a chat, turns are the messages after those that instruct and after the one that holds the field. Where the last message
-    holds the field itself, and in raw text without turns, the context's last line stands for the open question.
+    In a chat, the turns are the messages after the leading system and developer messages and after the last message
+    that holds the field. If that is the last message and a user or a tool wrote it, or if the context is raw text
+    without turns, the context's last line counts as the open question.
     """
     if conversation is None:
         return _by_units(context)
@@ -95,14 +103,14 @@ def turn_slots(context: Context, conversation: Conversation | None, name: str) -
     written = {name: value.written for name, value in context.fields.items()}
     rendered = replace(conversation, values={**conversation.values, **written}, text=None)
     begin, asked = (_slot_of(context, rendered, index) for index in (first, after))
-    # A part that was cut or moved, or a template that renders earlier messages anew: units are what is left to go by.
+    # After a cut or a move, or with a template that renders earlier messages differently, only the units tell.
     units = _by_units(context)
     asked = units.open if asked is None else asked
     return TurnSlots(min(units.first if begin is None else begin, asked), asked)
 
 
 def _slot_of(context: Context, conversation: Conversation, index: int) -> int | None:
-    """The slot at which a message begins; None if the context does not end as the conversation does from there on."""
+    """The slot at which a message begins; None if the context does not end with the conversation from there on."""
     if index >= len(conversation.messages):
         return len(context)
     if index == 0:
@@ -113,11 +121,11 @@ def _slot_of(context: Context, conversation: Conversation, index: int) -> int | 
     except TemplateError:
         return None
     for start, unit in zip(reversed(context.starts[:-1]), reversed(context.units), strict=True):
-        if unit.kind is Kind.ERRATUM:  # no message of the conversation
+        if unit.kind is Kind.ERRATUM:  # not a message of the conversation
             continue
-        if unit.kind is Kind.SKILL and unit.piece > 1:  # the mark stands for all of its pieces
+        if unit.kind is Kind.SKILL and unit.piece > 1:  # one mark stands for all pieces of the skill
             continue
-        if unit.kind is Kind.SKILL:  # without a mark it was spliced in later, and is no part of a message
+        if unit.kind is Kind.SKILL:  # a skill without a mark was spliced in later and belongs to no message
             left = left.removesuffix(SKILL_MARK)
         elif len(unit.text) < len(left):
             if not left.endswith(unit.text):
@@ -132,14 +140,14 @@ def _slot_of(context: Context, conversation: Conversation, index: int) -> int | 
 
 
 def _by_units(context: Context) -> TurnSlots:
-    """By the turns that were added after prefill; the last line of the text if there is none."""
+    """The turns that were added after prefill; if there are none, the last line of the text."""
     turns = [start for start, unit in zip(context.starts, context.units, strict=False) if unit.kind is Kind.TURN]
     line = turns[-1] if turns else _last_line(context)
     return TurnSlots(turns[0] if turns else line, line)
 
 
 def _last_line(context: Context) -> int:
-    """The first slot of the last line that says something, errata aside; the context's end if none does."""
+    """The first slot of the last line that is not blank and not an erratum; the context's end if there is none."""
     for start, unit in zip(reversed(context.starts[:-1]), reversed(context.units), strict=True):
         if unit.kind is not Kind.ERRATUM and (stripped := unit.text.rstrip()):
             return start + unit.covering(Span(stripped.rfind("\n") + 1, len(unit.text))).start

@@ -1,6 +1,7 @@
-"""Units: pieces of text that were tokenised one by one, and the fields in them. No tensors here.
+"""Units: pieces of text that are tokenised separately, and the fields in them. No tensors here.
 
-A unit's tokens never merge with a neighbour's, so an edit re-tokenises inside one unit only, and there only around the value.
+A unit's tokens never merge with a neighbour's, so an edit re-tokenises only the units that hold the field, and in them
+only the text around the value.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from programmable_kv.prompt.parts import Rendered, unshielded
 from programmable_kv.prompt.tokens import Offsets, encode
 
 _MARGIN = 12
-"""tokens re-tokenised on each side of a changed value"""
+"""Tokens re-tokenised on each side of a changed value."""
 _GUARD = _MARGIN // 2
-"""of these, the outermost that have to stay the same: a merge that reaches further is not seen through the window"""
+"""The outermost of these tokens, which must stay the same: otherwise a merge may reach beyond the window."""
 
 
 class Kind(StrEnum):
@@ -47,30 +48,30 @@ class Place:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
-    """A run of text that was tokenised on its own."""
+    """A piece of text that was tokenised on its own."""
 
     kind: Kind
     text: str
     ids: tuple[int, ...]
     offsets: Offsets
     special: bool = False
-    """whether the tokenizer added its own special tokens (only for raw text at the start of a context)"""
+    """Whether the tokenizer added its own special tokens (only for raw text at the start of a context)."""
     places: tuple[Place, ...] = ()
-    """ascending"""
+    """The places of fields, ascending."""
     corrects: tuple[tuple[str, str], ...] = ()
-    """for an erratum: the (field, value) it states"""
+    """For an erratum: the (field, value) pairs that it states."""
     name: str = ""
-    """of the skill"""
+    """For a skill: its name."""
     plain: tuple[Span, ...] = ()
-    """characters that are plain text though they spell a special token, ascending; those of values are not listed"""
+    """Characters that are plain text though they spell a special token, ascending; those of values are not listed."""
     width: int = 0
-    """positions that are kept for it, where they are more than its tokens: what follows stands behind all of them"""
+    """Positions reserved for this unit, if more than its tokens; the next unit begins after all of them."""
     read: tuple[int, ...] = ()
-    """of a skill: the tokens that it read while it was compiled, and does not hold"""
+    """For a skill: ids of the tokens that it read while it was compiled but does not contain."""
     piece: int = 0
-    """of a skill in several units: which of them this is, from 1 on; 0: it is in one unit"""
+    """For a skill of several units: the number of this unit, from 1; 0 if the skill is one unit."""
     words: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """of such a skill: (field, what else its lines say when they speak of it)"""
+    """For a skill of several units: (field, the other words by which its lines refer to the field)."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -91,24 +92,24 @@ class Unit:
 
     @property
     def positions(self) -> int:
-        """How many positions it takes."""
+        """The number of positions that the unit takes."""
         return max(self.width, len(self.ids))
 
     def covering(self, characters: Span) -> Span:
-        """The tokens that hold any of some characters."""
+        """The tokens that hold any of these characters."""
         return _covering(self.offsets, characters)
 
     def text_of(self, tokens: Span) -> str:
-        """The characters that some tokens hold."""
+        """The text of a span of tokens."""
         return (
             self.text[int(self.offsets[tokens.start, 0]) : int(self.offsets[tokens.stop - 1, 1])] if len(tokens) else ""
         )
 
     def split(self, token: int) -> tuple[Unit, Unit]:
-        """Two units out of one, the second from `token` on.
+        """Split the unit in two. The second begins at `token`.
 
         Raises:
-            InvalidEditError: the boundary lies inside a field's value, or inside a character of several tokens.
+            InvalidEditError: the boundary lies inside a field's value, or inside a character that spans several tokens.
         """
         for place in self.places:
             if place.tokens.start < token < place.tokens.stop:
@@ -139,7 +140,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """Tokens that an edit replaces: `old` counted before the edit, `new` after it."""
+    """Tokens that an edit replaces: `old` is their span before the edit, `new` their span after it."""
 
     old: Span
     new: Span
@@ -164,7 +165,7 @@ def tokenised(
 
 
 def joined_unit(units: Sequence[Unit]) -> Unit:
-    """Some consecutive units as one, with the same tokens."""
+    """Consecutive units as one unit with the same tokens."""
     begins = [0, *accumulate(len(unit.text) for unit in units)]
     starts = [0, *accumulate(len(unit) for unit in units)]
     offsets: Offsets = np.concatenate([unit.offsets + np.int32(at) for unit, at in zip(units, begins, strict=False)])
@@ -183,9 +184,10 @@ _START, _STOP = itemgetter(0), itemgetter(1)
 
 
 def _covering(offsets: Offsets, characters: Span) -> Span:
-    """The tokens that hold any of the characters: a token that also holds a neighbour widens the span.
+    """The tokens that hold any of the characters. A token that also holds a neighbouring character widens the span.
 
-    Of no characters (an empty value) it is where they would be: between two tokens, or the token around that place.
+    For an empty span of characters (an empty value) it is the empty span between two tokens there, or the token around
+    them.
     """
     first = bisect_right(offsets, characters.start, key=_STOP)
     last = bisect_left(offsets, characters.stop, key=_START)
@@ -193,10 +195,11 @@ def _covering(offsets: Offsets, characters: Span) -> Span:
 
 
 def replace_values(tokenizer: Any, unit: Unit, changes: Mapping[str, str]) -> tuple[Unit, list[Replacement]]:
-    """The unit with new values in all places of some fields, and the tokens that changed (counted within the unit).
+    """The unit with new values in all places of the changed fields, and the tokens replaced (counted within the unit).
 
-    Places close to each other are re-tokenised in one window, of a few tokens around them. Where a window does not settle it,
-    because merges reach further, the whole unit is tokenised again and everything between its common ends is replaced.
+    Places close to each other are re-tokenised in one window that adds a few tokens on either side. If merges reach
+    beyond a window, the whole unit is tokenised again, and all tokens between its unchanged beginning and end are
+    replaced.
     """
     changed = [place for place in unit.places if place.name in changes]
     if not changed:
@@ -212,7 +215,7 @@ def replace_values(tokenizer: Any, unit: Unit, changes: Mapping[str, str]) -> tu
 
 
 def _grouped(places: Sequence[Place]) -> list[list[Place]]:
-    """Places in groups whose windows do not overlap."""
+    """The places in groups, so that the windows of different groups do not overlap."""
     groups: list[list[Place]] = []
     for place in places:
         if groups and place.tokens.start - groups[-1][-1].tokens.stop < 2 * _MARGIN:
@@ -224,19 +227,19 @@ def _grouped(places: Sequence[Place]) -> list[list[Place]]:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """New tokens for the unit's tokens `old`. Offsets count in the unit's text with this change only."""
+    """New tokens for the unit's tokens `old`. Offsets count in the unit's text after this change alone."""
 
     old: Span
     ids: tuple[int, ...]
     offsets: Offsets
     growth: int
-    """characters"""
+    """Characters that the text gains."""
 
 
 def _retokenised(
     tokenizer: Any, unit: Unit, changes: Mapping[str, str], group: Sequence[Place], *, local: bool
 ) -> _Window | None:
-    """The tokens that new values in some neighbouring places change, or None if the window does not settle it."""
+    """The tokens that change with new values in neighbouring places; None if a merge may reach beyond the window."""
     first = max(0, group[0].tokens.start - _MARGIN) if local else 0
     last = min(len(unit), group[-1].tokens.stop + _MARGIN) if local else len(unit)
     start = int(unit.offsets[first, 0]) if first else 0
@@ -247,8 +250,9 @@ def _retokenised(
     if local:
         before, _ = encode(tokenizer, unit.text[start:stop], _plain_in(unit, start, stop, {}), special=special)
         aligned = _common(before, unit.ids[first:last], from_end=True)
-        # A tokenizer may begin a text in a way of its own (a metaspace): a few first tokens of the window may differ from
-        # the unit's, if they do so before and after the change and stay clear of the value.
+        # Some tokenizers treat the beginning of a text differently (a metaspace): the window's first few tokens may
+        # differ from the unit's, provided that they differ alike before and after the change and do not reach the
+        # value.
         own, skipped = len(before) - aligned, last - first - aligned
         clear = skipped + 2 <= group[0].tokens.start - first or own == skipped == 0
         guard = own + 2 if own else _GUARD if first else 0
@@ -271,7 +275,7 @@ def _retokenised(
 
 
 def _written(text: str, start: int, stop: int, group: Sequence[Place], changes: Mapping[str, str]) -> tuple[str, Span]:
-    """The characters [start, stop) with new values, and where the values now stand in the text, from first to last."""
+    """The characters [start, stop) with new values, and the span of the text from the first new value to the last."""
     pieces, cursor = [], start
     for place in group:
         pieces += [text[cursor : place.characters.start], changes[place.name]]
@@ -282,9 +286,9 @@ def _written(text: str, start: int, stop: int, group: Sequence[Place], changes: 
 
 
 def _plain_in(unit: Unit, start: int, stop: int, changes: Mapping[str, str]) -> list[Span]:
-    """The characters of a window of the unit, once some values are written, in which no special token is meant.
+    """The characters of a window that are plain text after the changes: values, and what is plain text in the unit.
 
-    They are counted from the window's beginning: all values in it, and what the unit has as plain text.
+    They are counted from the window's beginning.
     """
     found: list[Span] = []
     grown = -start
@@ -299,7 +303,7 @@ def _plain_in(unit: Unit, start: int, stop: int, changes: Mapping[str, str]) -> 
 
 
 def _common(one: Sequence[int], other: Sequence[int], *, from_end: bool = False) -> int:
-    """How many tokens two sequences begin (or end) with in common."""
+    """The number of tokens that two sequences have in common at their beginning (or end)."""
     shortest = min(len(one), len(other))
     if from_end:
         one, other = one[len(one) - shortest :][::-1], other[len(other) - shortest :][::-1]
@@ -309,7 +313,7 @@ def _common(one: Sequence[int], other: Sequence[int], *, from_end: bool = False)
 
 
 def _assembled(unit: Unit, changes: Mapping[str, str], windows: Sequence[_Window]) -> tuple[Unit, list[Replacement]]:
-    """The unit with every window's tokens in place."""
+    """The unit with the new tokens of every window, and the tokens that they replace."""
     ids: list[int] = []
     offsets: list[Offsets] = []
     replacements = []
@@ -343,6 +347,6 @@ def _assembled(unit: Unit, changes: Mapping[str, str], windows: Sequence[_Window
 
 
 def _after(span: Span, old: Sequence[Place], new: Sequence[Place]) -> Span:
-    """Where characters outside of any value are, once values before them have changed."""
+    """The span of characters outside any value after the values before them have changed."""
     before = [(was, now) for was, now in zip(old, new, strict=True) if was.characters.stop <= span.start]
     return span.shifted(before[-1][1].characters.stop - before[-1][0].characters.stop) if before else span

@@ -1,4 +1,4 @@
-"""The sentences that this package says to a model. Every token of an erratum is paid for at every edit: keep it short."""
+"""Sentences that this package writes for a model. Every edit computes the tokens of its erratum, so keep it short."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from difflib import unified_diff
 from programmable_kv.prompt.written import escaped, in_json_string
 
 DEFAULT_TEMPLATE = "[STATE UPDATE] {name} is now: {value}."
-"""the erratum: one late, salient line that overrides a field's earlier value and what was concluded from it. A stock
-model may want another wording (`docs/which-edit.md`)."""
+"""The erratum: one late, salient line that overrides a field's earlier value and what was concluded from it. A stock
+model may need another wording (`docs/which-edit.md`)."""
 
 THINK_INSTRUCTION = "First restate the field, then decide."
-"""asks for one line of reasoning before the answer"""
+"""Asks for one line of reasoning before the answer."""
 
 
 def statement(template: str, name: str, value: str) -> str:
-    """The erratum's line. Braces of the template's own stay as they are.
+    """The erratum's line. Other braces in the template stay unchanged.
 
-    Where the template is JSON and the value stands in one of its strings, the value is escaped.
+    If the template is JSON and the value stands in one of its strings, the value is escaped.
     """
     if in_json_string(*template.partition("{value}")[::2]):
         value = escaped(value)
@@ -25,11 +25,11 @@ def statement(template: str, name: str, value: str) -> str:
 
 
 def block_statement(template: str, name: str, block: str, before: str | None = None) -> str:
-    """The erratum of a block: what the template says before its value, and the block on lines of its own.
+    """The erratum for a block: the template's text before the value, then the block on lines of its own.
 
     Args:
-        before: the block that all readers know, if there is one. Where the lines that differ from it, told as a difference,
-            take at most half as many characters, only they are told.
+        before: the block that all readers have read, if there is one. If the difference from it takes at most half as
+            many characters as the block, the erratum gives only the difference.
     """
     head, _, rest = template.partition("{value}")
     if "{name}" not in head or any(character.isalnum() for character in rest) or in_json_string(head, rest):
@@ -44,7 +44,7 @@ def block_statement(template: str, name: str, block: str, before: str | None = N
 
 
 def changed_lines(before: str, after: str) -> str:
-    """The lines that differ, each change with the line before and after it; `-` was removed, `+` was added."""
+    """The lines that differ, with one unchanged line around each change; `-` marks removed, `+` added lines."""
     lines = list(unified_diff(before.splitlines(), after.splitlines(), n=1, lineterm=""))
     return "\n".join(line for line in lines[2:] if not line.startswith("@@"))  # the first two name the files
 

@@ -1,4 +1,4 @@
-"""How values are written: in text, and inside of JSON strings."""
+"""Writes values as text, and tells whether a placeholder stands inside a JSON string."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from typing import Any
 from programmable_kv.errors import InvalidValueError
 
 NOTHING = "none"
-"""how None stands in the text"""
+"""How None is written."""
 
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-"""a number as text"""
+"""Matches a number written as text."""
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 _IN_JSON = re.compile(r'[:,\[{]\s*"(?:[^"\\\n]|\\.)*\Z')
 _STRING_ENDS = re.compile(r'(?:[^"\\\n]|\\.)*"\s*[,:}\]\n]|(?:[^"\\\n]|\\.)*"\s*\Z')
 _NEAR = 2000
-"""characters around a place that are looked at"""
+"""Number of characters examined on each side of a place."""
 _QUOTED = re.compile(r'"([^"\\\n]*(?:\\.[^"\\\n]*)*)')
 _ENDS = re.compile(r'"\s*(?:[,:}\]\n]|\Z)')
 PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
-"""what may stand for a field: its name is looked up"""
+"""Matches what may be a placeholder; it is one if the name in it is a field's."""
 _OF_STRING = re.compile(rf"\\.|{PLACEHOLDER.pattern}")
 
 
 def rendered(name: str, value: Any) -> str:
-    """How a value is written: numbers as Python writes them, `true` and `false`, `none`, dates in ISO 8601.
+    """The value as text: numbers as Python writes them, `true` and `false`, `none`, dates in ISO 8601.
 
     Raises:
-        InvalidValueError: no field can hold it.
+        InvalidValueError: the value's type is not one that a field can have.
     """
     if isinstance(value, str):
         return value.value if isinstance(value, Enum) else value
@@ -59,12 +59,12 @@ def rendered(name: str, value: Any) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text as it stands inside of a JSON string."""
+    """The text, escaped for use inside a JSON string."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def unescaped(text: str) -> str:
-    """What a reader of JSON takes text inside of a string for. Other text stays."""
+    """The text with JSON escapes decoded; text without escapes is returned unchanged."""
     return _ESCAPE.sub(lambda match: _unescaped(match.group(1)), text)
 
 
@@ -73,14 +73,15 @@ def _unescaped(code: str) -> str:
 
 
 def in_json_string(before: str, after: str) -> bool:
-    """Whether something between these texts stands inside of a JSON string: `{"status": "` and `"}`."""
+    """Whether something between these two texts stands inside a JSON string, as between `{"status": "` and `"}`."""
     return _IN_JSON.search(before[-_NEAR:]) is not None and _STRING_ENDS.match(after[:_NEAR]) is not None
 
 
 def places_in_json(content: str, names: Iterable[str]) -> dict[str, bool | None]:
-    """Whether each field's placeholders stand inside of JSON strings; None if some do and some do not.
+    """For each field, whether its placeholders stand inside JSON strings; None if only some of them do.
 
-    Fields without a placeholder in the content are left out. The content is read once, however many placeholders it has.
+    Fields without a placeholder in the content are left out. The content is scanned once, however many placeholders it
+    has.
     """
     wanted = set(names)
     total = Counter(match[1] for match in PLACEHOLDER.finditer(content) if match[1] in wanted)
@@ -89,9 +90,9 @@ def places_in_json(content: str, names: Iterable[str]) -> dict[str, bool | None]
 
 
 def _quoted(content: str) -> Iterator[str]:
-    """What is named by each placeholder inside of a JSON string, of which both ends are near.
+    """The name in each placeholder inside a JSON string whose two ends are within `_NEAR` characters.
 
-    A quote that is not visited here is escaped, as one that begins a JSON string never is.
+    The scan skips escaped quotes only, and an escaped quote never begins a JSON string.
     """
     for string in _QUOTED.finditer(content):
         start, stop = string.span(1)
@@ -105,7 +106,7 @@ def _quoted(content: str) -> Iterator[str]:
 
 
 def _last_sign(content: str, stop: int) -> int:
-    """The place of the last character before a place that is no white space; -1 where there is none."""
+    """The index of the last non-blank character before `stop`; -1 if there is none."""
     at = stop - 1
     while at >= 0 and content[at].isspace():
         at -= 1
