@@ -35,7 +35,7 @@ from programmable_kv.scenarios.phrasings import PHRASINGS, question
 SEED = 88_000
 SELECTED = 32
 SMALLEST_GAP = 0.5
-"""Smallest span in nats between the gaps of `full` and `stale`. Over less, a recovery would divide by noise: left out."""
+"""Smallest span in nats between the `full` and `stale` gaps. With less, a recovery is noise and is left out."""
 BEFORE = "before"
 ARMS = (*map(str, Mode), *same_budget.ARMS)
 LAYOUTS = ("asked before", "asked after")
