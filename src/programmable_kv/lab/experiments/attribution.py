@@ -46,7 +46,7 @@ BACKWARD = 2
 
 
 def measure(pair: Pair, _: Sequence[Row], *, dropping: bool = True) -> Row:
-    """Exact and estimated effects of tokens and of single places, and how alike they rank. `dropping`: `dropped` too."""
+    """Exact and estimated effects of tokens and single places, and how alike they rank. `dropping`: `dropped` too."""
     later = list(pair.text.later)
     rng = random.Random(f"{SEED}/attribution/{pair.case.number}")
     rows = Rows((pair.token,), (pair.text.last,), (pair.text.last,))
