@@ -116,7 +116,7 @@ def _arms(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "cosine": bootstrap_mean([row[arm]["cosine"] for row in rows], statistic="median").model_dump(),
             "kl": bootstrap_mean([row[arm]["kl"] for row in rows], statistic="median").model_dump(),
         }
-        # Where full prefill is never right there is no decision to preserve.
+        # If full prefill is never right, there is no decision to preserve.
         if right:
             part[arm]["agreement"] = wilson(sum(row[arm]["agrees"] for row in right), len(right)).model_dump()
     return part
@@ -134,7 +134,7 @@ def _horizon(plays: list[list[dict[str, Any]]]) -> dict[str, Any]:
             "live_right": cluster_bootstrap([[row["live_right"] for row in third] for third in thirds]).model_dump(),
             "kl": cluster_bootstrap([[row["kl"] for row in third] for third in thirds]).model_dump(),
         }
-        # Where full prefill is never right there is no decision to preserve.
+        # If full prefill is never right, there is no decision to preserve.
         right = [agreed for third in thirds if (agreed := [row["agrees"] for row in third if row["right"]])]
         if right:
             part[name]["agreement"] = cluster_bootstrap(right).model_dump()

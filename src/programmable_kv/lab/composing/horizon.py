@@ -1,6 +1,7 @@
 """Does a cache that is edited again and again drift? One live context, an early field changed every turn, a growing tail.
 
-The field takes one of two other values, each with an action of its own, so that "not the last one" is no answer.
+The field takes one of two other values, each with an action of its own, so that "not the last one" does not give the
+answer.
 
 Every turn is compared with a full prefill of the policy with its current values and the same conversation. (Appending
 the same tokens to both would be equal by causality, and prove nothing.) Both conversations go on with the right answer,

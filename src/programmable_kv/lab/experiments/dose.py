@@ -164,7 +164,7 @@ def repaired(pair: Pair, notebook: Notebook, value: str, mode: Mode) -> dict[str
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """By dose, the share of decisions that turned and the recovery; of those edited, the share each repair gets right."""
+    """By dose, the share of turned decisions and the recovery; of the edited ones, the share each repair gets right."""
     summary: dict[str, Any] = {}
     for part in ("turned", "strength"):
         names = dict.fromkeys(name for row in rows for name in row[part])

@@ -66,7 +66,7 @@ class _Thought:
     ended: bool = False
 
     def branch(self, buffer: KVBuffer, used: int, first: int, rest: Sequence[int]) -> Branch:
-        """Its next tokens and those guessed after them. It sees its own slots, and the context's except the blind ones."""
+        """Its next tokens and those guessed after them. It sees its own slots and the context's, but no blind ones."""
         at = first + len(self.slots)
         others = set(range(used, buffer.length)) - set(self.slots)
         ids = (*self.known, *rest)
