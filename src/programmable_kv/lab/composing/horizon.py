@@ -1,4 +1,4 @@
-"""Does a cache that is edited again and again drift? One live context, an early field changed every turn, a growing tail.
+"""Does a cache drift if it is edited again and again? One live context: an early field changes every turn, a tail grows.
 
 The field takes one of two other values, each with an action of its own, so that "not the last one" does not give the
 answer.

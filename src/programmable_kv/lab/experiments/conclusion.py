@@ -1,4 +1,4 @@
-"""Is the conclusion a direction? Where notes say whether their rule applies, from which layer on, and in how many dimensions.
+"""Is the conclusion a direction? Where notes say whether their rule applies: from which layer, in how many dimensions.
 
 A note is the first token of an action. Its token is the same in both contexts, and only the conclusion differs. Probes,
 mean differences and learned subspaces come from policies of other domains. Along a subspace, notes get their values

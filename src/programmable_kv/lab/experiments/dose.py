@@ -149,7 +149,7 @@ def _repairs(
 
 
 def repaired(pair: Pair, notebook: Notebook, value: str, mode: Mode) -> dict[str, Any]:
-    """Whether the edit is followed, and by how many nats its action leads the best other one. The notebook is unchanged."""
+    """Whether the edit is followed, and by how many nats its action leads the best other. The notebook is unchanged."""
     field, right = pair.case.gate.field, pair.case.gate.actions[value]
     opening = pair.text.ids[len(notebook) :]
     mark = notebook.mark()

@@ -1,7 +1,7 @@
 """Policies of a few tokens, for models of a few layers: a field, a rule for each of its values, a question.
 
-`begin field VALUE end, rule VALUE ACTION end, rule VALUE ACTION end, LINE end, ask answer -> ACTION`. The line before the
-question is neutral or updates the field. The rules' order and actions are random, so that only the policy tells the
+`begin field VALUE end, rule VALUE ACTION end, rule VALUE ACTION end, LINE end, ask answer -> ACTION`. The line before
+the question is neutral or updates the field. The rules' order and actions are random, so that only the policy tells the
 answer.
 """
 
