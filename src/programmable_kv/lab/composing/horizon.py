@@ -1,4 +1,4 @@
-"""Does a cache drift if it is edited again and again? One live context: an early field changes every turn, a tail grows.
+"""Does a cache drift if it is edited again and again? One live context: an early field changes each turn, a tail grows.
 
 The field takes one of two other values, each with an action of its own, so that "not the last one" does not give the
 answer.

@@ -1,4 +1,4 @@
-"""A context of several skills, token by token: a prefix, policies one after another, and a question about one of them."""
+"""A context of several skills, token by token: a prefix, policies one after another, a question about one of them."""
 
 from __future__ import annotations
 

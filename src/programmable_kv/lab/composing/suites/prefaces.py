@@ -16,7 +16,7 @@ from programmable_kv.skills.draft import Preface
 
 @dataclass(frozen=True, slots=True)
 class Prefaces:
-    """Policies and pairs of rule sets, behind each preface in turn: none, a title, other rules, text of the same kind."""
+    """Policies and pairs of rule sets, behind each preface in turn: none, a title, other rules, text of their kind."""
 
     policies: int
     others: int
