@@ -1,10 +1,10 @@
 """Does the embedded model follow policies it never saw? Held-out domains, fields, values, actions and phrasings.
 
-The policies drawn hold one set of 2 to 4 rules, or two such sets told apart by the topic of the request; a rule asks for the
-field's value, or for a group that the value is looked up in (two hops). Each of these is reported.
+A drawn policy has one set of 2 to 4 rules, or two such sets for two topics of requests. A rule depends on the field's
+value, or on the group that the value is looked up in (two hops). The summary reports each kind separately.
 
-Every question is asked of one scenario's exact cache: appending to an exact cache is, by causality, a full prefill of
-the whole text (a unit test holds that), so each scenario's policy is computed once.
+All questions about a scenario use one exact cache. Appending to an exact cache is, by causality, a full prefill of the
+whole text (a unit test checks this), so each scenario's policy is computed once.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from programmable_kv.scenarios.vocabulary import held_out_domains
 
 SEED = 77_000
 KINDS = ("direct", "update", "default_update", "irrelevant_update", "several_updates", "think")
-"""what is asked of each scenario; `default_update` is worded as this package's own erratum"""
+"""Questions asked about each scenario. `default_update` is worded as this package's own erratum."""
 FULLY_ASKED = 200
-"""scenarios that are asked everything; the others are not asked for several updates, nor with a line of thought"""
+"""Number of scenarios that get every question. The others skip `several_updates` and `think`."""
 PARTS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "one_rule_set": lambda row: row["rule_sets"] == 1,
     "two_rule_sets": lambda row: row["rule_sets"] == 2,
     "at_most_four_rules": lambda row: row["rules"] <= 4,
     "two_hops": lambda row: row["rule_sets"] == 1 and row["two_hops"],
 }
-"""kinds of policies that the summary tells apart"""
+"""Kinds of policies that the summary reports separately."""
 
 
 def evaluate(
     model: Model, count: int, path: Path, *, report: Callable[[int, int], None] | None = None, command: str = ""
 ) -> Record:
-    """Ask `count` held-out scenarios everything in `KINDS`, and write the record with Wilson intervals."""
+    """Ask the questions in `KINDS` about `count` held-out scenarios, and write the record with Wilson intervals."""
     drawn = held_out_scenarios(count, SEED)
     recorder = Recorder(
         path,
@@ -69,7 +69,7 @@ def evaluate(
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rates of right answers with Wilson intervals, of all policies and of each of `PARTS`."""
+    """Rates of right answers with Wilson intervals, over all policies and over each of `PARTS`."""
     summary: dict[str, Any] = _rates(rows)
     return summary | {name: _rates([row for row in rows if belongs(row)]) for name, belongs in PARTS.items()}
 
@@ -123,7 +123,7 @@ def _ask(model: Model, scenario: Scenario, index: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def perplexity(model: Model, *, tokens: int = 20_000, window: int = 512) -> float:
-    """Perplexity on plain text that training never replayed (standard-library docstrings), in non-overlapping windows."""
+    """Perplexity on plain text that training never replayed: standard-library docstrings, non-overlapping windows."""
     engine, total, counted = model.engine, 0.0, 0
     for text in documents("held_out"):
         ids = model.tokenizer.encode(text, add_special_tokens=False)
@@ -140,7 +140,7 @@ def perplexity(model: Model, *, tokens: int = 20_000, window: int = 512) -> floa
 
 
 def write_abilities(path: Path, *, base: Model, adapted: Model, command: str) -> Record:
-    """The record of what the adapter did to plain text: perplexity of base and adapted model on the same sample."""
+    """Write the adapter's effect on plain text: perplexity of the base and the adapted model on the same sample."""
     recorder = Recorder(
         path,
         name="adapter-abilities",
@@ -168,13 +168,13 @@ def base_model() -> Model:
 
 
 def attach_figures(folder: Path, record: Record) -> None:
-    """Put the held-out figures beside the weights they were measured on, into `training.json`."""
+    """Write the held-out figures to `training.json`, next to the weights they were measured on."""
     summary = training_summary(folder)
     summary["held_out"] = {kind: record.model_dump(mode="json")["summary"][kind] for kind in KINDS}
     (folder / "training.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
 
 
 def training_summary(folder: Path) -> dict[str, Any]:
-    """The training record that ships beside the adapter's weights."""
+    """The training record that ships with the adapter's weights."""
     loaded: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     return loaded

@@ -1,7 +1,7 @@
-"""Between the base model and the embedded one: does what notes carry grow with what the adapter changes?
+"""Does what the notes carry grow with the adapter? Probes models between the base model and the embedded one.
 
-The adapter's training left no checkpoints. So its change of the weights is scaled: none of it is the base model, all of it the
-embedded one. That is a line between two models, and not the way that training took.
+The adapter's training left no checkpoints, so its change of the weights is scaled instead: share 0 is the base model,
+share 1 the embedded one. This is a straight line between two models, not the path that training took.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from programmable_kv.models.load import Model, load_model, wrap_model
 from programmable_kv.records import Record, Recorder, digest_of
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""of the adapter's change of the weights"""
+"""Shares of the adapter's change of the weights."""
 DEPTHS = (0.33, 0.5, 0.67, 0.77, 0.87)
-"""of the layers before which notes are read"""
+"""Fractions of the model's depth. Notes are read from the residual stream before the layer at that depth."""
 CONTROLS = 3
 Row = dict[str, Any]
 
@@ -44,12 +44,12 @@ def run(
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
-    """Probe the same held-out policies at each share of the adapter, a row a share.
+    """Probe the same held-out policies at each share of the adapter. The record has one row for each share.
 
     Args:
-        model: the one with all of the adapter, which the record names.
-        count: policies that are drawn; about two thirds can be measured.
-        joined: makes the model at a share; None for the embedded one's (see `at_share`).
+        model: the model with the whole adapter; the record names it.
+        count: policies to draw; about two thirds can be measured.
+        joined: makes the model at a share; None for the embedded model's (see `at_share`).
     """
     drawn = cases(count)
     make = joined or at_share
@@ -72,16 +72,16 @@ def run(
 
 
 def at_share(part: float) -> Model:
-    """The base with a share of the embedded model's adapter; rounded as the embedded weights are stored.
+    """The base model with a share of the embedded model's adapter, rounded as the embedded weights are stored.
 
     Raises:
-        ModelUnavailableError: the base could not be had.
+        ModelUnavailableError: the base model could not be obtained.
     """
     return with_adapter(base_folder(), adapter_folder(), part)
 
 
 def with_adapter(base: Path, adapter: Path, part: float = 1.0) -> Model:
-    """The model in a folder, in float32, with (a share of) the adapter in another one; rounded as embedded weights are stored.
+    """The model of one folder in float32, with a share of another folder's adapter; rounded as embedded weights are.
 
     Raises:
         ModelUnavailableError: the model could not be loaded, or the adapter does not fit it.
@@ -92,7 +92,7 @@ def with_adapter(base: Path, adapter: Path, part: float = 1.0) -> Model:
 
 
 def looked_at(model: Model, drawn: Sequence[Case]) -> Row:
-    """What a model decides and carries, policy by policy; and from which layer its notes say whether their rule applies."""
+    """A model's decisions and gaps for each policy, and how well each layer's notes tell whether their rule applies."""
     rows: list[Row] = []
     groups: list[str] = []
     noted: list[Items] = []
@@ -107,7 +107,7 @@ def looked_at(model: Model, drawn: Sequence[Case]) -> Row:
 
 
 def _one(pair: Pair) -> Row:
-    """The gaps of both prefills, and after sets of tokens were patched."""
+    """The gaps of both prefills, and the gap after each set of tokens is patched."""
     notes, text = note_sets(pair), pair.text
     sets = {
         "field": tuple(text.field.range),
@@ -127,7 +127,7 @@ def _one(pair: Pair) -> Row:
 
 
 def _read(items: Items, groups: Sequence[str]) -> dict[str, Any]:
-    """By layer, how well a linear probe finds in domains it never saw whether a note's rule applies."""
+    """By layer, how well a linear probe reads whether a note's rule applies, in domains it never saw."""
     found: dict[str, Any] = {}
     layers = len(items.streams) - 1
     for depth in DEPTHS:
@@ -139,9 +139,9 @@ def _read(items: Items, groups: Sequence[str]) -> dict[str, Any]:
 
 
 def summed(row: Row) -> dict[str, Any]:
-    """Of a model that was looked at: right decisions, spans, and what each set of tokens carries where both prefills are right.
+    """Summarise one model: right decisions, spans, and what each set of tokens carries where both prefills are right.
 
-    `kept`: of these, how often the stale decision stays where the field alone is new.
+    `kept`: the share of these policies in which the stale decision stays when only the field is patched.
     """
     found = row["policies"]
     valid = [each for each in found if each["valid"]]

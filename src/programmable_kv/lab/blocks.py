@@ -1,8 +1,8 @@
 """Does an edited block of lines decide as a full prefill would? By kind of change and by edit mode.
 
-A block is a field of several lines, as agents keep them: what is remembered of a user, a todo list, a table of states. One
-line of it changes: a fact is replaced, an item is done, a box is checked, a line is added. The `everyday` cases are worded for
-models that were not trained on the grammar.
+A block is a field of several lines, as agents keep them: a memory of a user, a todo list, a table of states. One line
+of it changes: a fact is replaced, an item is done, a box is checked, a line is added. The run decides in every edit
+mode and compares with full prefill. The `everyday` cases are worded for models that were not trained on the grammar.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from programmable_kv.scenarios.vocabulary import Domain, held_out_domains
 
 SEED = 93_000
 NAME = "notes"
-"""the block's name as a field"""
+"""Field name of the block."""
 LINES = 4
-"""of a block"""
+"""Largest number of lines in a block."""
 LAYOUTS = ("asked before", "asked after")
-"""whether the request is part of the cached context, or comes with the decision, after the edit"""
+"""Whether the request is part of the cached context, or comes with the decision after the edit."""
 ITEMS = (
     "call the supplier", "print the labels", "check the address", "send the invoice", "book the courier",
     "update the file", "count the stock", "sign the form",
@@ -37,16 +37,16 @@ ITEMS = (
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A policy about a block, the change of one of its lines, and what is right before and after."""
+    """A policy about a block, a change to one of its lines, and the right action before and after."""
 
     kind: str
     number: int
     prompt: str
-    """with a placeholder for the block"""
+    """The policy, with a placeholder for the block."""
     old: str
     new: str
     subject: str
-    """what the changed line is about: the rules name it"""
+    """What the changed line is about. The rules name it."""
     right_before: str
     right_after: str
     asked: str
@@ -61,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """A change of one line: the block before and after, its subject, and what holds before and after, as rules say it."""
+    """A change to one line: the block before and after, its subject, and the two conditions as the rules state them."""
 
     old: tuple[str, ...]
     new: tuple[str, ...]
@@ -122,7 +122,7 @@ def _stated(facts: list[tuple[str, str]]) -> tuple[str, ...]:
 
 
 def cases(count: int, *, everyday: bool = False) -> Iterator[Case]:
-    """`count` cases of each kind, in turn, from each held-out domain in turn. A longer draw begins with a shorter one."""
+    """Yield `count` cases of each kind, from the held-out domains in turn. A longer draw starts with a shorter one."""
     domains = (_EVERYDAY,) if everyday else held_out_domains()
     for number in range(count):
         for kind, draw in KINDS.items():
@@ -190,7 +190,7 @@ def run(
 
 
 def notebook_of(model: Model, case: Case, *, asked: bool) -> Notebook:
-    """The policy prefilled, with the request or without."""
+    """A prefilled notebook with the policy, and with the request if `asked`."""
     notebook = Notebook(model).message("system", case.prompt, **{NAME: Field.block(case.old)})
     if asked:
         notebook.message("user", case.asked)
@@ -216,9 +216,10 @@ def _measured(model: Model, case: Case) -> dict[str, Any]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Agreement (Wilson) of each mode, by kind of change and by layout.
+    """Agreement of each mode with full prefill (Wilson intervals), by kind of change and by layout.
 
-    Only cases that full prefill gets right before and after the change count: elsewhere there is no decision to preserve.
+    Only cases that full prefill gets right before and after the change count: otherwise there is no decision to
+    preserve.
     """
     groups = {"all": rows, **{kind: [row for row in rows if row["kind"] == kind] for kind in KINDS}}
     return {

@@ -1,8 +1,8 @@
-"""What a model decides under `visibility="design"`, beside the same weights under plain causal attention.
+"""How often a model is right under `visibility="design"`, compared with the same weights under plain causal attention.
 
-Policies: a question is answered under an old value, the field is edited in place, and the question is asked again below the old
-answer. Pieces (sets of rules, facts, tools): each compiled alone as a skill, and put into a prompt behind unrelated rules. What
-counts is the right answer, never agreement with the masked prefill alone: by design that is exact anyway.
+Policies: the model answers a question under an old value, the field is edited in place, and the question is asked again
+after the old answer. Pieces (sets of rules, facts, tools): each is compiled alone as a skill and put into a prompt
+after unrelated rules. The measure is the right answer, not agreement with the masked prefill, which is exact by design.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from programmable_kv.skills.skill import Skill
 
 SEED = 97_000
 POLICY_ARMS = ("design", "readers", "field_erratum", "causal")
-"""`causal` prefills the new text, without a history; the others edit below an answer under the old value"""
+"""`causal` prefills the new text without a history. The others edit below an answer given under the old value."""
 PIECE_ARMS = ("design", "reordered", "one_text", "spliced")
-"""`reordered`: by design, the pieces in the opposite order. `one_text`: causal, the pieces part of the text"""
+"""`reordered`: by design, the pieces in the opposite order. `one_text`: causal, with the pieces in the text."""
 UNRELATED_LINES = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Piecewise:
-    """A question about pieces that are compiled apart."""
+    """A question about pieces that are compiled separately."""
 
     number: int
     task: Task
@@ -49,7 +49,7 @@ class Piecewise:
 
 
 def drawn(count: int) -> list[Case | Piecewise]:
-    """`count` of every kind of policy and of every kind of pieces; of tools, as many as there are, at most."""
+    """`count` cases of each kind of policy and of each kind of pieces; for tools, at most as many as there are."""
     policies: list[Case | Piecewise] = list(cases(count, [kind for kind in KINDS if not kind.fillers]))
     suites: dict[str, Iterator[Task]] = {
         **{f"{sets}_sets": tasks.several(count, sets) for sets in (2, 3, 6)},
@@ -87,7 +87,7 @@ def run(
 
 
 def record_name(model: Model) -> str:
-    """The record's name: of each model its own."""
+    """The record's name; each model has its own."""
     return record_on("by-design", model.name)
 
 
@@ -113,7 +113,7 @@ def _row(model: Model, one: Case | Piecewise) -> dict[str, Any]:
 
 
 def decided(decision: Decision, right: Sequence[str]) -> dict[str, Any]:
-    """What a row keeps of a decision."""
+    """What a row stores of a decision."""
     return {
         "choice": decision.choice,
         "right": decision.choice in right,
@@ -139,7 +139,7 @@ def policy_decision(model: Model, case: Case, arm: str) -> Decision:
 
 
 def piece_decision(model: Model, one: Piecewise, skills: Sequence[Skill], arm: str) -> Decision:
-    """The decision on pieces, each of which was compiled alone, in one arm."""
+    """The decision in one arm about pieces, each of which was compiled alone."""
     task = one.task
     lines = list(other_lines())
     random.Random(f"{SEED}/{one.kind}/{one.number}").shuffle(lines)
@@ -156,7 +156,7 @@ def piece_decision(model: Model, one: Piecewise, skills: Sequence[Skill], arm: s
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How often each arm is right (Wilson), by kind and over all policies; how often another order changes an answer."""
+    """How often each arm is right (Wilson), by kind and over all policies; how often reordering changes an answer."""
     kinds = list(dict.fromkeys(str(row["kind"]) for row in rows))
     of_policies = {kind.name for kind in KINDS}
     found: dict[str, Any] = {kind: _right([row for row in rows if row["kind"] == kind]) for kind in kinds}

@@ -1,11 +1,11 @@
-"""Does an edited cache decide as a full prefill would? Every mode, direct and with one line of thought, held out.
+"""Does an edited cache decide as a full prefill would? Every edit mode, held out, direct and with a line of thought.
 
-The discovery this package rests on shows here: refreshing the changed field's own keys and values (`in_place`) leaves
-the decision where it was, because the model decides from what it noted on later tokens at prefill.
+The finding that this package rests on shows here: refreshing only the changed field's own keys and values (`in_place`)
+leaves the decision unchanged, because the model decides from what it noted on later tokens at prefill.
 
-For `readers` the words are declared that a policy looks the field up in. Three more arms compute as many other tokens: those
-that the question attends to most, those that a full prefill moves most (CacheBlend's rule), and random lines. The edits are the
-notebook's own; but their rows are computed together, each once (`naming`).
+For `readers`, the group that a policy looks the field up in is declared. Three more arms recompute as many other
+tokens: those that the question attends to most, those that a full prefill changes most (CacheBlend's rule), and random
+lines. The edits are the notebook's own, but their rows are computed together, each once (`naming`).
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from programmable_kv.scenarios.phrasings import PHRASINGS, question
 SEED = 88_000
 SELECTED = 32
 SMALLEST_GAP = 0.5
-"""nats between the full prefills' gaps below which a recovery would divide by noise; such scenarios give none"""
+"""Smallest span in nats between the `full` and `stale` gaps. With less, a recovery is noise and is left out."""
 BEFORE = "before"
 ARMS = (*map(str, Mode), *same_budget.ARMS)
 LAYOUTS = ("asked before", "asked after")
-"""whether the question is part of the cached context, or comes with the decision, after the edit"""
+"""Whether the question is part of the cached context, or comes with the decision after the edit."""
 THINK = "think"
-"""asked before, with a line of thought before the answer"""
+"""The layout `asked before`, with a line of thought before the answer."""
 BY_TENSORS = (str(Mode.SELECTIVE), same_budget.ATTENTION, same_budget.DEVIATION)
-"""what these compute follows from keys and values: they are asked last, when most of those are computed"""
+"""Arms that choose tokens by keys and values. They are asked last, when most of those are computed."""
 
 
 def run(
@@ -74,7 +74,7 @@ def run(
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """A policy, and the one field that changes in it."""
+    """A policy and the one field that changes in it."""
 
     number: int
     scenario: Scenario
@@ -135,7 +135,7 @@ def _prefilled(model: Model, scenario: Scenario, asked: str | None) -> Notebook:
 def _asks(
     case: _Case, notebook: Notebook, prompt: str | None = None, *, think: bool = False
 ) -> Iterator[tuple[str, Callable[[], Decision]]]:
-    """Each arm with its question, which leaves the notebook unchanged: it may be asked several times."""
+    """Yield each arm with a callable that asks it. A callable leaves the notebook unchanged and may be called again."""
     options, edit = case.scenario.options, {case.gate.field: case.new}
     new, old = (_thoughts(case.gate, value, notebook.model.tokenizer) for value in (case.new, case.old))
     _expect(notebook, new[0][0])
@@ -153,7 +153,7 @@ def _asks(
 
 
 def _thoughts(gate: Gate, value: str, tokenizer: Any) -> list[list[int]]:
-    """What is mostly thought of a value, as tokens; the likeliest first. It is guessed, and checked in one forward."""
+    """Likely lines of thought about a value, as tokens, likeliest first. They are guesses, checked in one forward."""
     own = gate.thought(value).removesuffix(gate.actions[value])
     groups = dict.fromkeys(gate.groups.values()) if gate.groups is not None else ()
     others = [f"{gate.field} is {value}, {gate.kind} {group}, so" for group in groups]
@@ -167,7 +167,7 @@ def _thoughts(gate: Gate, value: str, tokenizer: Any) -> list[list[int]]:
 
 
 def _expect(notebook: Notebook, token: int) -> None:
-    """Guess that an answer begins with this token."""
+    """Guess that an answer starts with this token."""
     engine, conversation = notebook.model.engine, notebook.prompt.conversation()
     assert isinstance(engine, NamingEngine)
     assert conversation is not None
@@ -191,10 +191,10 @@ def _budgeted(
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Agreement (Wilson) and recovery (bootstrap of the mean) for each mode.
+    """Agreement with full prefill (Wilson) and recovery (bootstrap of the mean) for each mode.
 
-    Only scenarios where full prefill is right about the old and about the new value count: elsewhere there is no decision
-    to preserve.
+    Only scenarios that full prefill gets right under the old and the new value count: otherwise there is no decision to
+    preserve.
     """
     summary: dict[str, Any] = {"scenarios": len(rows), **_by_layout(rows)}
     return summary | {"one_rule_set": _by_layout([row for row in rows if row["rule_sets"] == 1])}

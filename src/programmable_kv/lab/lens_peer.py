@@ -1,8 +1,9 @@
-"""The lab's probes beside TransformerLens: the same log-probabilities, and what a probe costs in each.
+"""The lab's probes compared with TransformerLens: whether log-probabilities agree, and what a probe costs in each.
 
-TransformerLens runs the same weights, unprocessed, in float32 with eager attention and without a cache, as its users do: each
-probe is a forward of the whole context, in which keys and values of all rows but the last are pinned to what the cache would
-hold. Here a probe is a row of one forward over the cache. Log-probabilities are compared, as constants of logits may differ.
+TransformerLens runs the same weights, unprocessed, in float32 with eager attention and without a cache, as its users
+do. Each of its probes is a forward of the whole context, with the keys and values of all rows but the last pinned to
+those of the cache. Here a probe is one row of a forward over the cache. Log-probabilities are compared because logits
+may differ by a constant.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from programmable_kv.records import Record, Recorder, digest_of, record_on
 
 SEED = 97_000
 PROBES = 6
-"""slots that are patched, and as many that are blocked, in TransformerLens; here all later ones are"""
+"""Number of slots patched, and number blocked, in TransformerLens. The lab's own probes cover all later slots."""
 WITHIN = 1e-4
-"""by how much log-probabilities may differ"""
+"""Largest difference allowed between log-probabilities."""
 PROBED = ("patch", "knock_out", "lens")
 
 Hook = tuple[str, Callable[..., torch.Tensor]]
@@ -51,7 +52,7 @@ def record_name(model: Model) -> str:
 def run(
     model: Model, count: int, path: Path, *, report: Callable[[int, int], None] | None = None, command: str = ""
 ) -> Record:
-    """Probe `count` policies both ways, as far as their field has two values of equally many tokens.
+    """Probe `count` policies both ways. The row of a policy without a measurable pair only gives the reason.
 
     Raises:
         MissingExtraError: TransformerLens is not installed.
@@ -82,7 +83,8 @@ class Peer:
 
     @classmethod
     def of(cls, model: Model) -> Peer:
-        """
+        """Wrap a copy of a model.
+
         Raises:
             MissingExtraError: TransformerLens is not installed.
         """
@@ -92,7 +94,7 @@ class Peer:
                 "Run: pip install transformer-lens"
             )
         bridges = import_module("transformer_lens.model_bridge")
-        # It changes the model that it wraps.
+        # TransformerLens changes the model that it wraps.
         own = copy.deepcopy(model.engine.model)
         own.set_attn_implementation("eager")
         with TemporaryDirectory() as folder, torch.no_grad():
@@ -104,14 +106,14 @@ class Peer:
 
     @torch.no_grad()
     def last(self, ids: Sequence[int], hooks: Sequence[Hook] = ()) -> torch.Tensor:
-        """The last row's log-probabilities [V]."""
+        """Log-probabilities of the last row, [V]."""
         logits = self.bridge.run_with_hooks(torch.tensor([list(ids)], device=self.device), fwd_hooks=list(hooks))
         found: torch.Tensor = logits[0, -1].log_softmax(-1)
         return found
 
     @torch.no_grad()
     def cached(self, ids: Sequence[int], *names: str) -> dict[str, torch.Tensor]:
-        """Activations whose names end so, by name."""
+        """Activations whose names end with one of these, by name."""
         found = self.bridge.run_with_cache(
             torch.tensor([list(ids)], device=self.device), names_filter=lambda name: name.endswith(names)
         )[1]
@@ -119,7 +121,7 @@ class Peer:
 
     @torch.no_grad()
     def lens(self, ids: Sequence[int], layers: int) -> torch.Tensor:
-        """The logit lens of the last row, [L + 1, V] log-probabilities."""
+        """The logit lens of the last row: log-probabilities [L + 1, V]."""
         cache = self.cached(ids, "hook_resid_pre", "hook_resid_post")
         streams = [cache[f"blocks.{layer}.hook_resid_pre"][:, -1:] for layer in range(layers)]
         streams.append(cache[f"blocks.{layers - 1}.hook_resid_post"][:, -1:])
@@ -129,7 +131,7 @@ class Peer:
 
 
 def measured(pair: Pair, theirs: Peer) -> dict[str, Any]:
-    """How far apart the two are on one policy, and seconds of processor time for each probe in each."""
+    """The distance between the two on one policy, and the processor time of each kind of probe in each, in seconds."""
     ids, later = pair.text.ids, list(pair.text.later)
     rng = random.Random(f"{SEED}/{pair.case.number}")
     some = rng.sample(later, PROBES)
@@ -152,20 +154,20 @@ def measured(pair: Pair, theirs: Peer) -> dict[str, Any]:
     their_lens, other = _timed(lambda: theirs.lens(ids, len(pair.old)))
     row["apart"]["lens"] = _apart(lens, list(their_lens))
     row["seconds"]["lens"] = {"ours": own, "theirs": other}
-    # What was patched must have moved something, or equal numbers would say nothing.
+    # A patch must have moved something, or equal numbers would prove nothing.
     row["moved"] = float((ours.log_softmax(-1) - ours[:1].log_softmax(-1)).abs().max())
     return row
 
 
 def _timed(what: Callable[[], Any]) -> tuple[Any, float]:
-    """Processor time: other programs on the machine do not count."""
+    """The result and its processor time in seconds, which leaves out other programs on the machine."""
     began = time.process_time()
     found = what()
     return found, time.process_time() - began
 
 
 def _alone(pair: Pair, slot: int) -> torch.Tensor:
-    """One patch in a forward of its own."""
+    """The logits after one patch, in a forward of its own."""
     rows = Rows((pair.token,), (pair.text.last,), (pair.text.last,))
     with patched(pair.old, pair.fresh, [slot]):
         return pair.engine.compute(pair.old, rows)[-1]
@@ -176,7 +178,7 @@ def _apart(ours: torch.Tensor, theirs: Sequence[torch.Tensor]) -> float:
 
 
 def _patch(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor], slot: int) -> Iterator[Hook]:
-    """All rows but the last hold the old context's keys and values, one slot the new one's."""
+    """Give all rows but the last the old context's keys and values, and one slot the new context's."""
     for name in old:
 
         def put(tensor: torch.Tensor, hook: Any, name: str = name) -> torch.Tensor:
@@ -188,7 +190,7 @@ def _patch(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor], slot: int
 
 
 def _blocked(old: dict[str, torch.Tensor], slot: int) -> Iterator[Hook]:
-    """The last row cannot read one slot."""
+    """Block one slot for the last row."""
     for layer in range(len([name for name in old if name.endswith("hook_v")])):
 
         def block(scores: torch.Tensor, hook: Any) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""Readers in contexts of about 4,000 tokens: the same policies among hundreds of unrelated rules, asked before the edit.
+"""Recompute a field and its readers in contexts of about 4,000 tokens, with hundreds of unrelated rules.
 
-Only the arms that cost little are run. Policies that full prefill does not solve under both values go no further.
+The request comes before the edit. Only the cheap arms run. A policy that full prefill does not solve under both values
+is not measured further.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def _row(model: Model, case: readers.Case) -> dict[str, Any]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Agreement (Wilson), and tokens computed as a share of a full prefill's, where full prefill is right about both values."""
+    """Agreement (Wilson) and share of a full prefill's tokens, where full prefill is right under both values."""
     kinds = {kind.name: [row for row in rows if row["kind"] == kind.name] for kind in KINDS}
     return {name: _part(found) for name, found in {"all": rows, **kinds}.items()}
 

@@ -1,7 +1,8 @@
-"""Where does `readers` fail when nothing is declared, and do `mentions` and `suggest_readers` mend it?
+"""Where does `readers` fail without declared words, and do `mentions` and `suggest_readers` fix it?
 
-By the way in which the rules speak of the field. Readers in three arms: those found by the field's name, with the words that an
-author would declare, and with the lines that `suggest_readers` finds missing (declared, then edited). Beside them the errata.
+Cases are grouped by how the rules refer to the field. Three arms use `readers`: with the lines that name the field,
+with the words that an author would declare, and with the lines that `suggest_readers` finds missing (declared, then
+edited). The errata run for comparison.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ARMS = (BY_NAME, DECLARED, SUGGESTED, str(Mode.ERRATUM), str(Mode.FIELD_ERRATUM)
 
 
 def cases(count: int) -> Iterator[tuple[int, Mentioned]]:
-    """`count` policies of each way, in turn. A longer draw begins with a shorter one."""
+    """Yield `count` policies of each way, in turn, with their numbers. A longer draw starts with a shorter one."""
     for number in range(count):
         for way in WAYS:
             yield number, mentioned(random.Random(f"{SEED}/{way.name}/{number}"), way, number)
@@ -65,21 +66,21 @@ def _row(model: Model, case: Mentioned) -> dict[str, Any]:
 
 
 def notebook_of(model: Model, case: Mentioned) -> Notebook:
-    """The policy and the request, prefilled, with nothing declared."""
+    """A prefilled notebook with the policy and the request, and nothing declared."""
     notebook = written(Notebook(model), case, case.values)
     notebook.prefill()
     return notebook
 
 
 def written(notebook: Notebook, case: Mentioned, values: Mapping[str, str]) -> Notebook:
-    """The policy and the request: as messages, or as raw text for a model without a chat template."""
+    """Add the policy and the request: as messages, or as raw text for a model without a chat template."""
     if notebook.model.has_chat_template:
         return notebook.message("system", case.prompt, **values).message("user", case.asked)
     return notebook.text(f"{case.prompt}\n\nQuestion: {case.asked}\nAnswer:", **values)
 
 
 def outcome(notebook: Notebook, case: Mentioned) -> dict[str, Any]:
-    """What is right under both values, and what full prefill decides."""
+    """The right actions under both values, and what full prefill decides."""
     return {
         "way": case.way.name, "field": case.field, "old": case.actions[case.old], "new": case.actions[case.new],
         "before": notebook.decide(None, case.options).choice, "full": edited(notebook, case, Mode.FULL),
@@ -92,7 +93,7 @@ def solved(row: dict[str, Any]) -> bool:
 
 
 def arms(notebook: Notebook, case: Mentioned) -> dict[str, Any]:
-    """What `suggest_readers` finds, and the decision of each arm."""
+    """The suggestions of `suggest_readers`, and the decision of each arm."""
     suggestions = notebook.suggest_readers(case.field, case.new)
     row: dict[str, Any] = {
         "suggesting": {
@@ -117,13 +118,13 @@ def _decides(line: str, case: Mentioned) -> bool:
 
 
 def declaring(notebook: Notebook, name: str, words: tuple[str, ...]) -> Notebook:
-    """A copy on which these words are declared."""
+    """A copy of the notebook with these words declared."""
     other = notebook.fork()
     return other.mentions(name, *words) if words else other
 
 
 def edited(notebook: Notebook, case: Mentioned, mode: Mode) -> dict[str, Any]:
-    """The decision after the edit; the notebook is put back."""
+    """The decision after the edit. Rolls the notebook back."""
     mark = notebook.mark()
     decision = notebook.decide(None, case.options, edits={case.field: case.new}, mode=mode)
     notebook.rollback(mark)
@@ -135,13 +136,13 @@ def measured(decision: Decision) -> dict[str, Any]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Agreement (Wilson) by way, where full prefill is right about both values; and what the suggestions found there."""
+    """Agreement (Wilson) and what the suggestions found, by way, where full prefill is right under both values."""
     ways = {way.name: [row for row in rows if row["way"] == way.name] for way in WAYS}
     return {name: part_of(found, ARMS) for name, found in {"all": rows, **ways}.items()}
 
 
 def part_of(rows: list[dict[str, Any]], arms: Sequence[str]) -> dict[str, Any]:
-    """The summary of some rows: those that full prefill solves count."""
+    """Summarise some rows. Only those that full prefill solves count."""
     right = [row for row in rows if solved(row)]
     part: dict[str, Any] = {"drawn": len(rows), "counted": len(right), "suggesting": _found(right)}
     part["full"] = {"mean_tokens_computed": _mean([row["full"]["tokens_computed"] for row in right])}
@@ -155,7 +156,7 @@ def part_of(rows: list[dict[str, Any]], arms: Sequence[str]) -> dict[str, Any]:
 
 
 def _found(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the lines that decide, how many were suggested or known; and how many other lines were suggested, a policy."""
+    """The share of deciding lines that were suggested or known, and the number of other suggested lines per policy."""
     lines = [line for row in rows for line in row["suggesting"]["lines"]]
     deciding = [line for line in lines if line["decides"]]
     others = [line for line in lines if not line["decides"] and not line["known"]]

@@ -1,8 +1,9 @@
-"""Is it enough to compute a field and its readers again? By kind of policy, beside errata and as many other tokens.
+"""Is it enough to recompute a field and its readers? Compared with errata and with as many other tokens.
 
-Held-out policies of one set of rules, of two hops (the value is looked up in a group, which the rules are about) and of two
-sets; with and without thirty unrelated rules in between; the request in the cached context, or after the edit. The readers are
-the lines that mention the field, or the group that it is looked up in, and the request.
+The figures are by kind of policy. Held-out policies have one set of rules, two hops (the value is looked up in a group,
+which the rules are about) or two sets; with and without thirty unrelated rules in between; with the request in the
+cached context, or after the edit. The readers are the lines that mention the field or the group that it is looked up
+in, and the request.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from programmable_kv.scenarios.vocabulary import held_out_domains
 
 SEED = 91_000
 LAYOUTS = ("asked before", "asked after")
-"""whether the request is part of the cached context, or comes with the decision, after the edit"""
+"""Whether the request is part of the cached context, or comes with the decision after the edit."""
 MODES = {
     "asked before": (Mode.READERS, Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.IN_PLACE, Mode.SUFFIX),
     "asked after": (Mode.READERS, Mode.ERRATUM, Mode.FIELD_ERRATUM),
 }
 BUDGETED = {"asked before": same_budget.ARMS, "asked after": (same_budget.RANDOM_LINES,)}
 ARMS = {layout: (*map(str, MODES[layout]), *BUDGETED[layout]) for layout in LAYOUTS}
-"""by layout; where the request comes after the edit, what decides nothing is left out: `pkv lab edit-modes` has it"""
+"""Arms by layout. `asked after` leaves out the arms that decide nothing there: `pkv lab edit-modes` has them."""
 THOROUGH = 12
-"""how many cases of each kind take every arm, in both layouts; the others take `LATER`, asked before"""
+"""Cases of each kind that take every arm in both layouts. The others take `LATER` and random lines, asked before."""
 LATER = (Mode.READERS, Mode.ERRATUM, Mode.FIELD_ERRATUM)
 
 
@@ -57,7 +58,7 @@ KINDS = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A policy, the one field that changes in it, and what is asked."""
+    """A policy, the one field that changes in it, and the request."""
 
     number: int
     kind: Kind
@@ -75,7 +76,7 @@ class Case:
 
 
 def cases(count: int, kinds: Sequence[Kind] = KINDS) -> Iterator[Case]:
-    """`count` cases of each kind, in turn, from each held-out domain in turn. A longer draw begins with a shorter one."""
+    """Yield `count` cases of each kind, from the held-out domains in turn. A longer draw starts with a shorter one."""
     domains = held_out_domains()
     for number in range(count):
         for kind in kinds:
@@ -112,7 +113,7 @@ def run(
 
 
 def notebook_of(model: Model, case: Case, *, asked: bool) -> Notebook:
-    """The policy prefilled, with the request or without, and the group declared that the field is looked up in."""
+    """A prefilled notebook with the policy, and the request if `asked`. Declares the group of a looked-up field."""
     notebook = Notebook(model).message("system", case.scenario.prompt, **case.scenario.values)
     if case.gate.kind is not None:
         notebook.mentions(case.gate.field, case.gate.kind)
@@ -132,7 +133,7 @@ def _row(model: Model, case: Case) -> dict[str, Any]:
         notebook = notebook_of(model, case, asked=layout == "asked before")
         prompt = None if layout == "asked before" else case.asked
         if prompt is None:
-            # Both layouts are the same text when the decision falls: one full prefill stands for both.
+            # Both layouts have the same text at the decision, so one full prefill serves both.
             row["before"] = notebook.decide(None, case.scenario.options).choice
             row["full"] = edited(notebook, None, case, Mode.FULL)
         modes = MODES[layout] if thorough else LATER
@@ -156,7 +157,7 @@ def _arms(
 
 
 def edited(notebook: Notebook, prompt: str | None, case: Case, mode: Mode) -> dict[str, Any]:
-    """The decision after the edit; the notebook is put back."""
+    """The decision after the edit. Rolls the notebook back."""
     mark = notebook.mark()
     decision = decision_of(notebook, prompt, case, mode)
     notebook.rollback(mark)
@@ -173,10 +174,10 @@ def measured(decision: Decision) -> dict[str, Any]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Agreement (Wilson) by layout: in all, by kind, and with and without unrelated rules.
+    """Agreement (Wilson) by layout: over all cases, by kind, and with and without unrelated rules.
 
-    Only cases that full prefill gets right under the old and the new value count: elsewhere there is no decision to preserve.
-    An arm's agreement has its own number of cases: not all take every arm.
+    Only cases that full prefill gets right under the old and the new value count: otherwise there is no decision to
+    preserve. Each arm's agreement has its own number of cases, as not all cases take every arm.
     """
     few = {kind.name for kind in KINDS if not kind.fillers}
     groups: dict[str, Callable[[dict[str, Any]], bool]] = {

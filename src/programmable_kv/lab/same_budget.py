@@ -1,4 +1,4 @@
-"""What `readers` has to beat: as many other tokens, computed again in their place."""
+"""Baselines for `readers`: edits that recompute as many other tokens instead."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.readers import Why
 
 ATTENTION = "attention_same_budget"
-"""`selective` by attention, with as many tokens as `readers` computes"""
+"""`selective` by attention, with as many tokens as `readers` computes."""
 RANDOM_LINES = "random_lines_same_budget"
-"""the null: the field, the open question, and lines that are no readers, as many tokens in all as `readers` computes"""
+"""The null: the field, the open question, and lines that are not readers; as many tokens as `readers` computes."""
 DEVIATION = "deviation_same_budget"
-"""CacheBlend's rule: as many tokens as `readers` computes, those whose keys and values differ most from a full prefill's.
-Source: Yao et al. (arXiv 2405.16444), section 4; it looks at the first layers, this at all. Finding them is not counted"""
+"""CacheBlend's rule: as many tokens as `readers` computes, those whose keys and values differ most from a full
+prefill's. Source: Yao et al. (arXiv 2405.16444), section 4, which looks at the first layers; this looks at all. The
+cost of finding the tokens is not counted."""
 ARMS = (ATTENTION, DEVIATION, RANDOM_LINES)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Given:
-    """A ranking whose scores, [S], are known already; slots after them come last."""
+    """A ranking whose scores [S] are already known. Slots after them rank last."""
 
     known: torch.Tensor
     rows_to_rank: ClassVar[int] = 0
@@ -49,10 +50,10 @@ def decisions(
     ask: Callable[[Mode, int], Decision],
     arms: Sequence[str] = ARMS,
 ) -> Iterator[tuple[str, Decision]]:
-    """Each arm with its decision; the notebook is put back after each.
+    """Yield each arm with its decision. Rolls the notebook back after each.
 
     Args:
-        edit: the one field that changes.
+        edit: the one field that changes, with its new value.
         ask: (mode, k) -> the decision after the edit in that mode.
     """
     ((name, value),) = edit.items()
@@ -74,7 +75,7 @@ def decisions(
         ranking, k = rankings[arm]()
         with _ranked_by(notebook, ranking):
             mark = notebook.mark()
-            # Where a policy has no other text, the null has nothing to compute besides the field.
+            # If a policy has no other text, the null has nothing to compute besides the field.
             decision = ask(Mode.SELECTIVE, k) if k else ask(Mode.IN_PLACE, 1)
             notebook.rollback(mark)
         yield arm, decision
@@ -95,7 +96,7 @@ def _slots(spans: Sequence[Span]) -> set[int]:
 
 
 def _other_lines(notebook: Notebook, start: int, taken: set[int]) -> list[list[int]]:
-    """The slots of each line from `start` on, without those that are taken; lines by the tokens that hold a line break."""
+    """The slots of each line from `start` on, without those taken. A token with a line break ends a line."""
     tokenizer, ids = notebook.model.tokenizer, notebook.ids
     lines: list[list[int]] = [[]]
     for slot in range(start, len(ids)):

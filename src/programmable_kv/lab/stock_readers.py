@@ -1,6 +1,7 @@
-"""Do readers carry a decision on a model that was not trained for any of this? On short policies in everyday words.
+"""Do readers carry a decision on a model that was not trained for this? On short policies in everyday words.
 
-Policies that full prefill does not solve under both values are counted and go no further: there is no decision to preserve.
+A policy that full prefill does not solve under both values is counted but not measured further: it has no decision to
+preserve.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ ARMS = (*mentions.ARMS, str(Mode.SUFFIX), *same_budget.ARMS)
 
 
 def record_name(model: Model) -> str:
-    """The name of the record on a model."""
+    """The name of a model's record."""
     return record_on("stock-readers", model.name)
 
 
 def cases(count: int) -> Iterator[tuple[int, Mentioned]]:
-    """`count` policies of each way, in turn. A longer draw begins with a shorter one."""
+    """Yield `count` policies of each way, in turn, with their numbers. A longer draw starts with a shorter one."""
     for number in range(count):
         for way in EVERYDAY:
             yield number, everyday(random.Random(f"{SEED}/{way.name}/{number}"), way)
@@ -80,7 +81,7 @@ def _row(model: Model, case: Mentioned, number: int) -> dict[str, Any]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many policies are solved, and there the agreement (Wilson), by way."""
+    """How many policies are solved, and the agreement (Wilson) among those, by way."""
     ways = {way.name: [row for row in rows if row["way"] == way.name] for way in EVERYDAY}
     summary = {}
     for name, found in {"all": rows, **ways}.items():

@@ -1,8 +1,8 @@
-"""A tiny configuration of any architecture that transformers ships, made by walking its own default configuration.
+"""A tiny configuration of any architecture that transformers ships, derived from its own default configuration.
 
-What defines an architecture is kept: head sizes, rotary settings, kinds of layers, attention windows. What only
-makes it large is reduced: depth, number of heads, experts, vocabulary, feed-forward widths. One set of rules serves every
-type; a type that needs more is a row of `EXCEPTIONS` with its reason.
+The rules keep what defines an architecture: head sizes, rotary settings, kinds of layers, attention windows. They
+reduce what only makes it large: depth, number of heads, experts, vocabulary, feed-forward widths. One set of rules
+serves every type; a type that needs more is a row of `EXCEPTIONS` with its reason.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 HEADS = 4
 VOCABULARY = 256
 ORDINARY_TOKENS = 240
-"""ids below this are no special tokens in any tiny configuration"""
+"""Ids below this are not special tokens in any tiny configuration."""
 _SHALLOWEST = 2
 
 _SIZES: tuple[tuple[str, int], ...] = (
@@ -32,7 +32,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"router_hidden_size|adapter_rank|time_step_rank|mamba_dt_rank", 16),
     (r"split_ngram_parts|make_ngram_vocab_size_divisible_by", 4),
 )
-"""(names, value): the first whose pattern is the whole name of an attribute that holds a larger number"""
+"""(pattern, value): the first pattern that matches an attribute's whole name caps the attribute at this value."""
 
 _DEPTHS = r"(num_|n_)?(hidden_|encoder_|decoder_|num_encoder_|num_decoder_)?(layers?|blocks)|num_layers_per_stack|depth"
 _HEAD_COUNTS = (
@@ -53,9 +53,9 @@ class Special:
 
     why: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """what its default configuration lacks, before the rules are applied"""
+    """Settings that its default configuration lacks, added before the rules are applied."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """what the rules get wrong"""
+    """Settings that the rules get wrong."""
 
 
 _NO_EXPERTS = "its default configuration does not say how many experts there are"
@@ -121,7 +121,7 @@ NOTES = {
     "recurrent_gemma": "Its recurrence restarts at position 0, so a token there is unlike one anywhere else.",
     "roformer": "It is rotary, but counts its positions by itself.",
 }
-"""type -> what explains its row to a reader; the verdict and its reason are measured all the same"""
+"""type -> a note that explains its row to a reader. The verdict and its reason are measured regardless."""
 
 _SCALED = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
 SCALINGS: dict[tuple[str, str], dict[str, Any]] = {
@@ -134,13 +134,13 @@ SCALINGS: dict[tuple[str, str], dict[str, Any]] = {
         "long_factor": [2.0 + i / 8 for i in range(64)],
     },
 }  # fmt: skip
-"""(type, scaling) -> rotary settings: the scalings that no type has by default, on one type that takes them all"""
+"""(type, scaling) -> rotary settings: the scalings that no type has by default, on one type that supports them all"""
 
 
 def tiny_config(
     model_type: str, kind: type[PreTrainedConfig] | None = None, rope_parameters: Mapping[str, Any] | None = None
 ) -> PreTrainedConfig:
-    """The tiny configuration of a type, or of that part of it which is of another class (its text side).
+    """The tiny configuration of a type, or of the part of it that has another configuration class (its text side).
 
     Raises whatever the type's own configuration class raises.
     """
@@ -161,7 +161,7 @@ def text_config_class(model_type: str) -> type[PreTrainedConfig]:
 
 
 def tiny_text_config(model_type: str) -> PreTrainedConfig:
-    """The tiny text configuration of an image-text type with M-RoPE, whose sections few default configurations state."""
+    """The tiny text configuration of an image-text type with M-RoPE. Adds sections where the default states none."""
     kind = text_config_class(model_type)
     config = tiny_config(model_type, kind)
     rope = dict(config.rope_parameters)
@@ -219,7 +219,7 @@ def _smaller(name: str, value: int, width: _Width, layers: _Layers) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Width:
-    """The model's width and how it shrinks: as many channels a head as before, for fewer heads."""
+    """The model's width before and after shrinking: fewer heads, each with as many channels as before."""
 
     old: int
     new: int
@@ -235,7 +235,7 @@ class _Width:
 
 @dataclass(frozen=True, slots=True)
 class _Layers:
-    """Which of the default layers are kept: the first of every kind that the per-layer lists tell apart."""
+    """The default layers that are kept: the first of every kind that the per-layer lists distinguish."""
 
     depth: int
     kept: tuple[int, ...]
@@ -253,7 +253,7 @@ class _Layers:
         return cls(depth, tuple(sorted([*kinds.values(), *others][: max(wanted, 1)])))
 
     def cut(self, value: Sequence[Any]) -> Sequence[Any]:
-        """A per-layer list, or a list of layers' numbers, for the layers that are kept; anything else as it is."""
+        """Cut a per-layer list, or a list of layer numbers, to the layers that are kept. Other lists are unchanged."""
         if _are_indices(value, self.depth):
             return [self.kept.index(entry) for entry in value if entry in self.kept]
         if len(value) == self.depth:

@@ -1,8 +1,9 @@
-"""What does a model that was not trained for it still decide under each visibility? On short policies in everyday words.
+"""How many policies does a stock model still solve under each visibility? On short policies in everyday words.
 
-Every policy is prefilled anew under both values of its field, and solved if both answers are right. `causal` is the model as it
-is. `mentions` is `visibility="design"` as it stands: the lines that mention the field read it. Under `turns` the open question
-alone does. An edit by design leaves what such a prefill computes, so this is also what is decided after it.
+Every policy is prefilled from scratch under both values of its field, and is solved if both answers are right. `causal`
+is plain causal attention. `mentions` is the default of `visibility="design"`: the lines that mention the field read it.
+Under `turns` only the open question does. An edit by design leaves the same cache as such a prefill, so the figures
+also hold after edits.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ARMS = (str(Visibility.CAUSAL), str(ReadBy.MENTIONS), str(ReadBy.TURNS))
 
 
 def record_name(model: Model) -> str:
-    """The name of the record on a model."""
+    """The name of a model's record."""
     return record_on("visibilities", model.name)
 
 
@@ -65,12 +66,12 @@ def _row(model: Model, case: Mentioned) -> dict[str, Any]:
 
 
 def decided(model: Model, case: Mentioned, arm: str, value: str) -> str:
-    """What is chosen with that value in the text."""
+    """The choice with that value in the text."""
     return notebook_under(model, case, arm, value).decide(None, case.options).choice
 
 
 def notebook_under(model: Model, case: Mentioned, arm: str, value: str) -> Notebook:
-    """The policy and the request with that value, prefilled."""
+    """A prefilled notebook with the policy, the request and that value."""
     way = Visibility.CAUSAL if arm == Visibility.CAUSAL else Visibility.DESIGN
     notebook = written(Notebook(model, visibility=way), case, {**case.values, case.field: value})
     if way is Visibility.DESIGN:
@@ -80,7 +81,7 @@ def notebook_under(model: Model, case: Mentioned, arm: str, value: str) -> Noteb
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """By way, and over both: how often an arm solves a policy, also of those that are solved causally; and single answers."""
+    """By way and over all: how often an arm solves a policy, also among those solved causally; right single answers."""
     ways = {way.name: [row for row in rows if row["way"] == way.name] for way in EVERYDAY}
     return {name: _part(found) for name, found in {"all": rows, **ways}.items()}
 

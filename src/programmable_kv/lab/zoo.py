@@ -1,7 +1,7 @@
-"""Every architecture that transformers ships, tiny and random, put through the relocation check: `pkv zoo`.
+"""The relocation check on every architecture that transformers ships, tiny and random: `pkv zoo`.
 
-One row a type. Each is built and checked in a process of its own, so a crash or a hang costs that type only. Nothing about a
-type is assumed: its verdict is what was measured.
+The record has one row for each type. Each type is built and checked in its own process, so a crash or a hang costs only
+that type. Nothing about a type is assumed: its verdict is what was measured.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ KINDS = {
     "three_axes": ("family", "3 axes"),
     "state_alone": ("reason", "its whole past is a state"),
 }
-"""kinds of cache that are counted by themselves, by what a row says of them: MLA, M-RoPE, and models without attention"""
+"""Kinds of cache counted separately, name -> (key of a row, text in its value): MLA, M-RoPE, attention-free models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,9 @@ def all_variants() -> list[Variant]:
 
 
 def build(variant: Variant, dtype: torch.dtype = torch.float64) -> Any:
-    """The tiny random model, with weights large enough that attention is peaked and no error can hide."""
+    """The tiny random model. Its weights are large enough that attention is peaked and no error can hide."""
     torch.manual_seed(0)
-    # The plain ways: the fast kernels for attention and experts do not all exist in float64.
+    # The plain implementations: the fast kernels for attention and experts do not all exist in float64.
     plain = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": dtype}
     kind: Any
     if variant.side == _TEXT_SIDE:
@@ -88,9 +88,9 @@ def build(variant: Variant, dtype: torch.dtype = torch.float64) -> Any:
     else:
         scaling = variant.side.removeprefix("with ").removesuffix(" scaling")
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[variant.name]]
-        # Where the type is a composite, its causal language model may be its decoder's alone.
+        # The causal language model of a composite type may be its decoder's alone.
         config = tiny_config(variant.name, kind.config_class, SCALINGS.get((variant.name, scaling)))
-        # Encoders of the BERT family attend to later tokens, and cache nothing, unless told that they are decoders.
+        # Encoders of the BERT family attend to later tokens and cache nothing unless configured as decoders.
         config.is_decoder = True
     model: Any = kind._from_config(config, **plain)
     with torch.no_grad():
@@ -103,7 +103,7 @@ def build(variant: Variant, dtype: torch.dtype = torch.float64) -> Any:
 
 
 def _text_model(config: Any) -> Any:
-    """The decoder that the image-text type's own module has for its text configuration."""
+    """The decoder class for the text configuration, from the image-text type's own module."""
     module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
     classes: list[Any] = [each for _, each in inspect.getmembers(module, inspect.isclass)]
     for each in classes:
@@ -117,7 +117,7 @@ def _text_model(config: Any) -> Any:
 
 
 def prove(model: Any) -> RelocationProof:
-    """The check on a model of any kind, through transformers' own cache."""
+    """Run the relocation check on a model of any kind, through transformers' own cache."""
 
     def prefill(ids: Sequence[int], positions: torch.Tensor | None, *, padding: int = 0) -> list[CachedLayer]:
         return prefill_alone(model, ids, positions, padding=padding)
@@ -126,10 +126,10 @@ def prove(model: Any) -> RelocationProof:
 
 
 def examine(variant: Variant) -> dict[str, Any]:
-    """A type's row: what could be measured, or at which stage it failed and how."""
+    """A type's row: what was measured, or the stage at which it failed and the error."""
     began = time.perf_counter()
     row: dict[str, Any] = {"type": variant.name, "side": variant.side}
-    # Some compute parts in float32 whatever their dtype, and cannot mix the two.
+    # Some types compute parts in float32 whatever their dtype, and cannot mix the two.
     for dtype in (torch.float64, torch.float32):
         measured = _measured(variant, dtype)
         if measured["verdict"] != NOT_BUILT:
@@ -163,7 +163,7 @@ def _one_line(message: str) -> str:
 
 
 def family(proof: RelocationProof, scalings: Sequence[str]) -> str:
-    """In words, how positions get into this model's cache, as the check found it."""
+    """Describe in words how positions enter this model's cache, as the check found it."""
     if proof.encoding is PositionEncoding.LEARNED:
         return "positions in the hidden states"
     if proof.encoding is PositionEncoding.NONE_CACHED:
@@ -197,7 +197,7 @@ def _shape(rule: Rotary) -> str:
 
 
 def examine_apart(variant: Variant, *, timeout_seconds: float = _TIMEOUT_SECONDS) -> dict[str, Any]:
-    """`examine` in a process of its own, which may crash or be killed without harm."""
+    """Run `examine` in its own process, which may crash or be killed without harm."""
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
@@ -230,10 +230,10 @@ def _report(variant: Variant, connection: Connection) -> None:
 
 
 def variants_named(names: Sequence[str]) -> list[Variant]:
-    """The rows of these types, or all.
+    """The variants of these types, or all variants if no type is named.
 
     Raises:
-        InvalidOptionsError: a name is no type that the zoo has.
+        InvalidOptionsError: the zoo has no type of one of these names.
     """
     variants = all_variants()
     unknown = set(names) - {each.name for each in variants}
@@ -252,7 +252,7 @@ def run(
     command: str = "",
     report: Callable[[int, int], None] = lambda *_: None,
 ) -> Record:
-    """Examine the variants, one row each, into a record at `path`. An interrupted run is resumed."""
+    """Examine the variants into a record at `path`, one row each. An interrupted run is resumed."""
     recorder = Recorder(
         path,
         name="zoo",
@@ -273,7 +273,7 @@ def run(
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How many types got each verdict; causal LM types counted apart from the rest, and some kinds of cache by themselves."""
+    """The number of types with each verdict: of causal LM types, of the other rows, and of each of `KINDS`."""
     verdicts = [*(str(verdict) for verdict in Verdict), NOT_BUILT]
 
     def counts(some: Sequence[dict[str, Any]]) -> dict[str, int]:

@@ -1,1 +1,1 @@
-"""Do compiled pieces, spliced together, act as the same text prefilled? On real weights, against controls."""
+"""Compares compiled pieces, spliced together, with a prefill of the same text. On real weights, against controls."""

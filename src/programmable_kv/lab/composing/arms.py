@@ -1,4 +1,4 @@
-"""Ways to get pieces into a cache behind a prefix, and how their answers compare with a full prefill of the same tokens."""
+"""Ways to get pieces into a cache after a prefix, and how their answers compare with those of a full prefill."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from programmable_kv.skills.skill import Skill
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A way to splice: which of each piece's tokens are computed again, whether keys are rotated at all, and whether the
-    pieces were compiled behind their prefaces."""
+    """A way to splice: which of each piece's tokens are recomputed, whether keys are rotated, and whether pieces are
+    compiled behind their prefaces."""
 
     name: str
     repair: SeamRepair
@@ -31,13 +31,13 @@ class Arm:
 
 SEAMS = tuple(Arm(f"seam_{seam}", SeamRepair(seam)) for seam in (0, 1, 4, 16, 32))
 NOT_ROTATED = Arm("not_rotated", SeamRepair(0), rotated=False)
-"""the control: what a splice with seam 0 would be if rotation did not matter"""
+"""The control: a splice with seam 0 as it would be if rotation did not matter."""
 RULES = (
     Arm("deviation_15", SeamRepair(0, rule="deviation:15%")),
     Arm("influence_16", SeamRepair(0, rule="influence:16")),
 )
 PREFACE_ARMS = (Arm("preface_0", SeamRepair(0), preface=True), Arm("preface_4", SeamRepair(4), preface=True))
-"""for tasks whose pieces have prefaces, as the next one"""
+"""For tasks whose pieces have prefaces, like `_BOTH`."""
 _BOTH = Arm("preface_influence_16", SeamRepair(0, rule="influence:16"), preface=True)
 ALL_ARMS = (*SEAMS, NOT_ROTATED, *RULES, *PREFACE_ARMS, _BOTH)
 FEW_ARMS = (*SEAMS[:3], NOT_ROTATED, *RULES, *PREFACE_ARMS, _BOTH)
@@ -47,11 +47,11 @@ FEW_ARMS = (*SEAMS[:3], NOT_ROTATED, *RULES, *PREFACE_ARMS, _BOTH)
 class _Answer:
     choice: str
     logits: torch.Tensor
-    """[vocabulary] of the answer's first token, float64"""
+    """Logits of the answer's first token, [vocabulary], float64."""
 
 
 class ArmComparison:
-    """A cache that holds a frame's prefix. Pieces are put behind it in each arm, and removed again."""
+    """A cache with a frame's prefix. The pieces of each arm are put after it and removed again."""
 
     def __init__(self, model: Model, frame: Frame) -> None:
         self._model, self._frame = model, frame
@@ -64,14 +64,14 @@ class ArmComparison:
         model.engine.append(self._buffer, frame.before, logits=0)
 
     def compare(self, tasks: Sequence[Task], arms: Sequence[Arm]) -> list[dict[str, Any]]:
-        """Tasks about the same pieces, asked of a full prefill and of every arm; a row for each task."""
+        """Ask tasks about the same pieces of a full prefill and of every arm. Returns one row for each task."""
         buffer = self._buffer
         mark, length = buffer.mark(), buffer.length
         try:
             return self._compare(tasks, arms)
         finally:
             buffer.truncate(length)
-            buffer.release(mark)  # the pieces are freed with it
+            buffer.release(mark)  # frees the pieces too
 
     def _compare(self, tasks: Sequence[Task], arms: Sequence[Arm]) -> list[dict[str, Any]]:
         engine, buffer, first = self._model.engine, self._buffer, tasks[0]
@@ -112,7 +112,7 @@ class ArmComparison:
             engine.compute(buffer, Rows(ids, tuple(slots), positions), logits=0)
 
     def _answer(self, task: Task) -> _Answer:
-        """The decision after what the buffer holds. Leaves the buffer unchanged."""
+        """The decision on the buffer's content. Leaves the buffer unchanged."""
         engine, buffer, length = self._model.engine, self._buffer, self._buffer.length
         tail = self._frame.after(task.request)
         logits = engine.append(buffer, self._encode(tail))
@@ -128,7 +128,7 @@ class ArmComparison:
 
 
 def _compared(found: _Answer, expected: _Answer) -> dict[str, Any]:
-    """Same decision? And how alike are the distributions of the next token: cosine of logits, divergence in nats."""
+    """Whether the decisions agree, and how alike the next token's logits are: cosine, and divergence in nats."""
     divergence = torch.nn.functional.kl_div(
         found.logits.log_softmax(-1), expected.logits.log_softmax(-1), log_target=True, reduction="sum"
     )

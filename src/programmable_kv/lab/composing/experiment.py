@@ -1,4 +1,4 @@
-"""Carrying out a suite of comparisons on one model, into one record."""
+"""Runs a suite of comparisons on one model, into one record."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from programmable_kv.models.load import Model
 from programmable_kv.records import Record, Recorder, bootstrap_mean, cluster_bootstrap, digest_of, record_on, wilson
 
 TURNS = 40
-"""of each long conversation"""
+"""Turns of each long conversation."""
 _STAGES = ("first", "middle", "last")
-"""thirds of a horizon's turns"""
+"""Thirds of a long conversation's turns."""
 
 
 def run(
@@ -31,7 +31,7 @@ def run(
     report: Callable[[int, int], None] | None = None,
     command: str = "",
 ) -> Record:
-    """Make a suite's comparisons, each task in each of its arms, and play its long conversations.
+    """Compare each of a suite's tasks in each of its arms, and play its long conversations.
 
     A model without a chat template cannot hold a conversation, so it plays none.
     """
@@ -88,12 +88,12 @@ def texts_of(groups: Iterable[Group]) -> Iterator[str]:
 
 
 def record_name(suite: Suite, model: Model) -> str:
-    """The name of the record of a suite on a model."""
+    """The name of a suite's record on a model."""
     return record_on(suite.stem, model.name)
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """For each kind and place: how often full prefill is right, and each arm against it; and the horizon by thirds."""
+    """By kind and place, how often full prefill is right and how each arm compares; long conversations by thirds."""
     summary: dict[str, Any] = {}
     compared = [row for row in rows if row["kind"] != "horizon"]
     for kind in dict.fromkeys(row["kind"] for row in compared):
@@ -107,7 +107,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _arms(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Agreement counts where full prefill is right; `flips` are disagreements of all; cosine and KL of all."""
+    """Agreement where full prefill is right; disagreements (`flips`), cosine and KL over all rows."""
     right = [row for row in rows if row["right"]]
     part: dict[str, Any] = {"full_right": wilson(len(right), len(rows)).model_dump()}
     for arm in (arm.name for arm in ALL_ARMS if arm.name in rows[0]):
@@ -116,14 +116,14 @@ def _arms(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "cosine": bootstrap_mean([row[arm]["cosine"] for row in rows], statistic="median").model_dump(),
             "kl": bootstrap_mean([row[arm]["kl"] for row in rows], statistic="median").model_dump(),
         }
-        # Where full prefill is never right there is no decision to preserve.
+        # If full prefill is never right, there is no decision to preserve.
         if right:
             part[arm]["agreement"] = wilson(sum(row[arm]["agrees"] for row in right), len(right)).model_dump()
     return part
 
 
 def _horizon(plays: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """By thirds of the turns; the intervals resample whole conversations."""
+    """Figures by thirds of the turns. The intervals resample whole conversations."""
     turns = len(plays[0])
     part: dict[str, Any] = {}
     for index, name in enumerate(_STAGES):
@@ -134,7 +134,7 @@ def _horizon(plays: list[list[dict[str, Any]]]) -> dict[str, Any]:
             "live_right": cluster_bootstrap([[row["live_right"] for row in third] for third in thirds]).model_dump(),
             "kl": cluster_bootstrap([[row["kl"] for row in third] for third in thirds]).model_dump(),
         }
-        # Where full prefill is never right there is no decision to preserve.
+        # If full prefill is never right, there is no decision to preserve.
         right = [agreed for third in thirds if (agreed := [row["agrees"] for row in third if row["right"]])]
         if right:
             part[name]["agreement"] = cluster_bootstrap(right).model_dump()

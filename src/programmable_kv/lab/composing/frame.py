@@ -20,7 +20,7 @@ _SEED = 55_000
 
 @dataclass(frozen=True, slots=True)
 class InsertionPoint:
-    """Where pieces are spliced in: the area of the prompt, and how many tokens of other text precede them (at least)."""
+    """Where pieces are spliced in: the area of the prompt, and the least number of tokens of other text before them."""
 
     area: Area
     preceding_tokens: int
@@ -31,19 +31,19 @@ class InsertionPoint:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The tokens before the pieces (`before`), and the text between them and the request, and after it."""
+    """The tokens before the pieces (`before`), and the text between them and the request, and after the request."""
 
     before: list[int]
     _between: str
     _end: str
 
     def after(self, request: str) -> str:
-        """From the last piece to where the answer begins."""
+        """The text from the last piece to the start of the answer."""
         return self._between + request + self._end
 
 
 def frame_at(model: Model, point: InsertionPoint) -> Frame:
-    """The text around an insertion point: through the chat template if the model has one, as a plain dialogue else.
+    """The text around an insertion point, from the chat template or, if the model has none, as a plain dialogue.
 
     Raises:
         TemplateError: the chat template does not render every message once.

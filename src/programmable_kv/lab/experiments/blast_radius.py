@@ -1,7 +1,7 @@
 """How far do keys and values of later tokens move when a field changes? By kind of text, layer and distance.
 
-Beside a field that no rule mentions, in the same context, and beside the movement that another attention kernel or dtype makes
-where nothing changes. Before the field nothing may move at all.
+Two comparisons: a field in the same context that no rule mentions, and the movement that another attention kernel or
+dtype causes when nothing changes. Before the field nothing may move at all.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from programmable_kv.lab.statistics.null_band import null_band
 from programmable_kv.models.load import Model
 
 NULLS = 16
-"""cases that are prefilled under another kernel and dtype too"""
+"""Number of cases that are also prefilled under another kernel and dtype."""
 DISTANCES = ((0, 8), (8, 32), (32, 64), (64, 128), (128, 1 << 20))
 THRESHOLD = 0.1
-"""relative distance above which a position counts as deviating, as published"""
+"""Relative distance above which a position counts as deviating, as published."""
 VARIANTS = ("eager", "bfloat16")
 
 
 def distances(first: KVBuffer, second: KVBuffer, slots: slice = slice(None)) -> dict[str, torch.Tensor]:
-    """For `keys` and `values`, [L, S]: how far a slot's rows lie apart, relative to the size of the first's. By default all."""
+    """For `keys` and `values`, [L, S]: the distance of a slot's rows, relative to the size of the first buffer's."""
     found = {}
     for name, read in (("keys", KVBuffer.keys), ("values", KVBuffer.values)):
         rows = []
@@ -46,7 +46,7 @@ def distances(first: KVBuffer, second: KVBuffer, slots: slice = slice(None)) -> 
 
 
 def measure(pair: Pair, _: Sequence[Row]) -> Row:
-    """By kind of text, layer and distance, the mean relative distance of keys and values."""
+    """The mean relative distance of keys and values, by kind of text, layer and distance."""
     apart = distances(pair.old, pair.fresh)
     text = pair.text
     row: Row = {"before_largest": max(float(each[:, : text.field.start].max()) for each in apart.values())}
@@ -89,7 +89,7 @@ def _mean(apart: torch.Tensor, slots: Sequence[int]) -> float | None:
 
 
 def _other_field(pair: Pair) -> tuple[KVBuffer, int] | None:
-    """The old context with another value of a field that no rule mentions, and the slot after it; None where none fits."""
+    """The old context with another value of a field that no rule mentions, and the slot after it; None if none fits."""
     rng = random.Random(f"{SEED}/unread/{pair.case.number}")
     values = pair.case.values(pair.change[0])
     for name, others in sorted(pair.case.scenario.irrelevant.items()):
@@ -102,7 +102,7 @@ def _other_field(pair: Pair) -> tuple[KVBuffer, int] | None:
 
 
 def _nulls(pair: Pair) -> Iterator[tuple[str, dict[str, float | None]]]:
-    """By variant, the distance between the old context and itself under another kernel or dtype."""
+    """Yield, by variant, the distance between the old context and itself under another kernel or dtype."""
     for name in VARIANTS:
         apart = distances(pair.old, prefilled(_variant(pair.model, name), pair.text))
         later = pair.text.later
@@ -119,7 +119,7 @@ def _variant(model: Model, name: str) -> Engine:
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """Means over policies, with intervals that resample domains; the null bands are full ranges."""
+    """Means over policies, with intervals that resample domains. The null bands are full ranges."""
     summary: dict[str, Any] = {
         "before_largest": max((row["before_largest"] for row in rows), default=0.0),
         "radius": mean_by_domain(rows, at("radius")),

@@ -1,9 +1,9 @@
-"""When are notes taken? The field above, among and below its rules, the question known before or not, and a question that only
-asks for the field's value.
+"""When are notes taken? By the field's place, by when the question is known, and by what the question asks.
 
-The rival view: a model reads everything at the end, when it knows the question, and notes form only where the conclusion can
-be computed before. So a field below its rules, and a value that is only looked up, should leave no notes on rules. Lines about
-other things behind a field that stands below its rules show whether distance counts.
+The field is above, among or below its rules. The rival view: a model reads everything at the end, when it knows the
+question, and notes form only where the conclusion can be computed before. Then a field below its rules, and a value
+that is only looked up, should leave no notes on rules. Lines about other things after a field below its rules show
+whether distance counts.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from programmable_kv.lab.experiments.written import RULES, Part, Text, Written, 
 
 LOOKUP = "What is the {field}? Reply with the value only."
 MORE = 8
-"""lines about other things that stand between a field below its rules and the question"""
+"""Lines about other things between a field below its rules and the question."""
 GO_ON = "Your answer now."
-"""what the user says where the question was asked before the policy"""
+"""The user's message if the question was asked before the policy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Setting:
 
 
 def settings(case: Case) -> list[Setting]:
-    """The same policy and question, with the field in other places; and other questions."""
+    """The same policy and question with the field in other places, and with other questions."""
     prompt, field = case.scenario.prompt, case.gate.field
     rules = [line for line in prompt.splitlines() if ruled(line, case) is not None]
     stated = next(line for line in prompt.splitlines() if "{" + field + "}" in line)
@@ -60,7 +60,7 @@ def settings(case: Case) -> list[Setting]:
 
 
 def sets(text: Written) -> dict[str, tuple[int, ...]]:
-    """Which slots are patched. The rules' are empty where the rules stand above the field."""
+    """The slots that are patched. Sets of rule slots are empty if the rules are above the field."""
     actions = tuple(slot for slot in text.of(Text.OLD_RULE, Text.NEW_RULE) if text.parts[slot] is Part.ACTION)
     return {
         "field": tuple(text.field.range),
@@ -72,10 +72,10 @@ def sets(text: Written) -> dict[str, tuple[int, ...]]:
 
 
 def measure(pair: Pair, _: Sequence[Row], *, places: Sequence[str] | None = None) -> Row:
-    """In each setting (or those of some places), the gap after sets of tokens were patched, and after the field alone was
-    computed again.
+    """In each setting (or those of some places), the gap after patching sets of tokens and after an edit.
 
-    Rows that several settings have in common are computed once, and those of all settings together.
+    The edit recomputes the field and the question. Rows that several settings have in common are computed once, and the
+    rows of all settings together.
     """
     shared, asked = known_of(pair), {}
     for setting in settings(pair.case):
@@ -89,14 +89,14 @@ def measure(pair: Pair, _: Sequence[Row], *, places: Sequence[str] | None = None
 
 
 def in_setting(pair: Texts, setting: Setting) -> Texts | str:
-    """The same change of the same case, written in another way; or why that is not possible."""
+    """The same change of the same case in another setting; or the reason why that is not possible."""
     case = replace(pair.case, changes=(pair.change,), asked=setting.asked)
     return texts_of(pair.model, case, system=setting.system, asks_value=setting.asks_value)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Asked:
-    """What is asked in one setting, by the rows that decide."""
+    """The decisions asked for in one setting, by the names of their rows."""
 
     pair: NamedPair
     patched: Mapping[str, int]
@@ -109,7 +109,7 @@ class _Asked:
         return cls(pair, patched, pair.recomputed((*text.field.range, *tail_of(text))))
 
     def described(self) -> dict[str, Any]:
-        """The gap after each set was patched, and after the field and the question were computed again."""
+        """The gap after each set is patched, and after the field and the question are recomputed."""
         text, scale = self.pair.texts.text, self.pair.scale
         return {
             "old_gap": round(scale.old, 4),
@@ -122,7 +122,7 @@ class _Asked:
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """By setting: how often it is decided correctly under both values; of these, what each set of tokens recovers."""
+    """By setting: how often both values are decided correctly; among these, what each set of tokens recovers."""
     summary: dict[str, Any] = {}
     for name in dict.fromkeys(name for row in rows for name in row["settings"]):
         found = [_flat(row, name) for row in rows if name in row["settings"]]

@@ -1,4 +1,4 @@
-"""What the experiments are made on: policies of one set of rules or several, one field that changes, and a question about it.
+"""The cases of the experiments: policies with one or more sets of rules, a field that changes, and a question about it.
 
 Policies are held out: their domains, fields, values, actions and wordings occur in no training data.
 """
@@ -18,20 +18,20 @@ from programmable_kv.scenarios.vocabulary import held_out_domains
 
 SEED = 94_000
 RANKING_SEED = 95_000
-"""of the policies on which positions are ranked; they are scored on others, of other domains"""
+"""Seed of the policies on which positions are ranked. They are scored on others, of other domains."""
 FILLERS = 8
-"""rules about other things"""
+"""Number of rules about other things in a policy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A policy and a question. Its field goes from one value to another that is as many tokens long."""
+    """A policy and a question. Its field changes from one value to another with as many tokens."""
 
     number: int
     scenario: Scenario
     gate: Gate
     changes: tuple[tuple[str, str], ...]
-    """(old value, new value), each with an action of its own; the first that a model's tokens allow is made"""
+    """(old value, new value), each with its own action. The first pair that a model's tokens allow is used."""
     asked: str
 
     @property
@@ -39,7 +39,7 @@ class Case:
         return self.scenario.domain
 
     def values(self, value: str) -> Mapping[str, str]:
-        """Every field's value, the gated one's being `value`."""
+        """The value of every field, with `value` for the gated one."""
         return {**self.scenario.values, self.gate.field: value}
 
     def text(self) -> str:
@@ -55,18 +55,20 @@ def cases(
     values: int | None = None,
     fillers: int = FILLERS,
 ) -> list[Case]:
-    """`count` cases, from each held-out domain in turn. A longer draw begins with a shorter one.
+    """`count` cases, from the held-out domains in turn. A longer draw starts with a shorter one.
 
-    `everyday`: short policies in everyday words, which models that were not trained on the grammar solve; their domains are
-    their fields. `sets`: of rules, in each policy that is not an everyday one; the question is about one of them. `values`:
-    that each of these sets tells apart (None: two to four); everyday ones tell two apart. `fillers`: rules about other things,
-    in each policy that is not an everyday one.
+    Args:
+        everyday: draw short policies in everyday words, which models that were not trained on the grammar solve. Their
+            domains are their fields.
+        sets: sets of rules in each policy that is not an everyday one. The question is about one of them.
+        values: values that each of these sets tells apart (None: two to four). Everyday policies tell two apart.
+        fillers: rules about other things in each policy that is not an everyday one.
     """
     return _everyday(count, seed) if everyday else _held_out(count, seed, sets, values, fillers)
 
 
 def domain_names() -> list[str]:
-    """Every domain that a case may have, in an order that stays."""
+    """Every domain that a case may have, in a fixed order."""
     return [domain.name for domain in held_out_domains()] + sorted(FIELDS)
 
 

@@ -1,8 +1,9 @@
-"""Is the conclusion a direction? Where notes say whether their rule applies, from which layer on, and in how many dimensions.
+"""Is the conclusion a direction? Where notes say whether their rule applies: from which layer, in how many dimensions.
 
-A note is the first token of an action. Its token is the same in both contexts, and only the conclusion differs. Probes, the
-mean difference and learned subspaces come from policies of other domains. Along a subspace the notes take what they are in
-another context: one where the field is changed, the rules, or both. What carries the conclusion follows it and not the field.
+A note is the first token of an action. Its token is the same in both contexts, and only the conclusion differs. Probes,
+mean differences and learned subspaces come from policies of other domains. Along a subspace, notes get their values
+from another context: one with a changed field, changed rules, or both. What carries the conclusion follows it and not
+the field.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from programmable_kv.lab.tools.hooks import Change
 from programmable_kv.lab.tools.lens import logit_lens
 
 DEPTHS = (0.33, 0.5, 0.6, 0.67, 0.7, 0.73, 0.77, 0.8, 0.87)
-"""of the layers before which notes are exchanged"""
+"""Fractions of the model's depth. Notes are exchanged before the layer there."""
 SITE = 0.77
-"""the depth of the learned subspaces where no policy says which layer is best"""
+"""Depth of the learned subspaces if no policy says which layer is best."""
 READABLE = 0.9
-"""accuracy from which a conclusion counts as readable, as published"""
+"""Accuracy from which a conclusion counts as readable, as published."""
 DRAWS = 2
 _EXAMPLES = Kept(Example.of, Learned)
 
 
 def layers(pair: Pair) -> list[int]:
-    """Layers at the depths."""
+    """The layers at `DEPTHS`."""
     return sorted({min(len(pair.old) - 1, max(1, round(depth * len(pair.old)))) for depth in DEPTHS})
 
 
 def rank(pair: Pair) -> Row:
-    """What exchanging the whole streams recovers, by layer: says before which layer subspaces are learnt."""
+    """What exchanging the whole streams recovers, by layer. It decides before which layer subspaces are learnt."""
     _EXAMPLES.add(pair)
     notes = NoteRows(pair)
     new, span = notes.streams(pair.fresh), pair.scale.new - pair.scale.old
@@ -54,7 +55,7 @@ def measure(pair: Pair, others: Sequence[Row], dimensions: Sequence[int] = DIMEN
     notes = NoteRows(pair)
     old, new = notes.streams(pair.old), notes.streams(pair.fresh)
     row: Row = {"committed": _committed(pair)}
-    # The conclusion is not told from the field by a policy that stands alone: nothing is learnt without others.
+    # A single policy does not tell the conclusion from the field, so nothing is learnt without others.
     if not others:
         return row | {"whole": rounded(_whole(notes, new))}
     learned = _EXAMPLES.learnt(pair, others)
@@ -65,20 +66,20 @@ def measure(pair: Pair, others: Sequence[Row], dimensions: Sequence[int] = DIMEN
 
 
 def _whole(notes: NoteRows, new: torch.Tensor) -> dict[str, float]:
-    """The gap where the notes' streams are the new context's, by the layer before which."""
+    """The gap if the notes' streams are the new context's, by the layer before which they are replaced."""
     every = layers(notes.pair)
     gaps = notes.gaps([(layer, replaced(new[layer])) for layer in every])
     return {str(layer): gap for layer, gap in zip(every, gaps, strict=True)}
 
 
 def _site(pair: Pair, others: Sequence[Row]) -> int:
-    """The layer before which whole streams do most on other policies; of equals the later one."""
+    """The layer before which whole streams do most on other policies; of equals, the later one."""
     means = {int(layer): fmean(row["whole"][layer] for row in others) for layer in others[0]["whole"]}
     return max(means, key=lambda layer: (means[layer], layer)) if means else round(SITE * len(pair.old))
 
 
 def _committed(pair: Pair) -> float:
-    """The depth, 0 to 1, from which on the logit lens of the deciding row has the old decision's sign, and keeps it."""
+    """The depth, 0 to 1, from which on the deciding row's logit lens has the old decision's sign and keeps it."""
     text = pair.text
     found = logit_lens(pair.engine, pair.old, Rows((pair.token,), (text.last,), (text.last,)))[:, -1]
     right = (pair.gap_in(found) < 0) == (pair.scale.old < 0)
@@ -89,9 +90,9 @@ def _committed(pair: Pair) -> float:
 def _exchanged(
     pair: Pair, notes: NoteRows, learned: Learned, site: int, new: torch.Tensor, dimensions: Sequence[int]
 ) -> Row:
-    """Gaps after exchanges: whole and along the mean direction by layer; at the site along learned subspaces too, by donor.
+    """Gaps after exchanges: by layer, whole and along the mean direction; at the site also along subspaces, by donor.
 
-    All that is exchanged in the old context is one forward.
+    All exchanges in the old context take one forward.
     """
     changes: dict[tuple[str, str], tuple[int, Change]] = {}
     for layer in layers(pair):

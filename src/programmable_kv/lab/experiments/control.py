@@ -1,4 +1,4 @@
-"""The control that every finding has to beat: the same architecture and the same numbers in it, in random places."""
+"""The control that every finding has to beat: the same architecture with the same weights in random places."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ RANDOM_WEIGHTS = "random weights"
 
 
 def randomised(model: Model, seed: int = 0) -> Model:
-    """A model with the entries of every weight matrix shuffled within it (seeded); norms and biases stay.
+    """A model with the entries of every weight matrix shuffled within it (seeded). Norms and biases are unchanged.
 
-    So the sizes of weights are those of training, and what it computes is not. Source: Heap et al., Sparse Autoencoders Can
-    Interpret Randomly Initialized Transformers (arXiv 2501.17727), section 3.
+    The weights then have the sizes that training gave them, but the computation is not the trained one. Source: Heap et
+    al., Sparse Autoencoders Can Interpret Randomly Initialized Transformers (arXiv 2501.17727), section 3.
     """
     shuffled = copy.deepcopy(model.engine.model)
     generator = torch.Generator().manual_seed(seed)

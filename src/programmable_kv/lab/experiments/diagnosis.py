@@ -1,9 +1,9 @@
-"""Which edits need more than the field itself? Three fields of a policy are edited: the one that the question is about, one of
-another set of rules, and one that no rule names. What the edit does to the decision is known; can it be told?
+"""Which edits need more than the field itself? What each edit does to the decision is known; can a rule tell it?
 
-An edit needs more where a decision after it, made in place, is not a full prefill's. The published rule compares cheap edits:
-where the field with an erratum decides otherwise than the stale cache, by a margin, and otherwise than the field alone, the
-erratum is needed. The other rule costs nothing: some line behind the field names it.
+Three fields of a policy are edited: the one that the question is about, one of another set of rules, and one that no
+rule names. An edit needs more if the decision after it, made in place, differs from a full prefill's. The published
+rule compares cheap edits: the erratum is needed if the field with an erratum decides otherwise than the stale cache, by
+a margin, and otherwise than the field alone. The other rule costs nothing: some line after the field names it.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ STALE = "stale"
 MODES = (Mode.IN_PLACE, Mode.FIELD_ERRATUM, Mode.FULL)
 MARGINS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 PUBLISHED = 0.2
-"""the published margin"""
+"""The published margin."""
 Edit = Mapping[str, Any]
 
 
 def edits(pair: Pair) -> Iterator[tuple[str, str, str]]:
-    """Kind, field and new value of each edit; a kind that the policy has no field for is left out."""
+    """Yield kind, field and new value of each edit. A kind that the policy has no field for is left out."""
     rng, case = random.Random(f"{SEED}/diagnosis/{pair.case.number}"), pair.case
     yield ASKED, case.gate.field, pair.change[1]
     for gate in case.scenario.gates:
@@ -53,9 +53,9 @@ def edits(pair: Pair) -> Iterator[tuple[str, str, str]]:
 
 
 def measure(pair: Pair, _: Sequence[Row]) -> Row:
-    """By kind of edit, what each mode decides, and how sure it is of that and of the stale decision.
+    """By kind of edit, what each mode decides, and its probabilities of that choice and of the stale decision.
 
-    The notebook's own edits; but their rows are computed together (`naming`).
+    The edits are the notebook's own, but their rows are computed together (`naming`).
     """
     shared = known_of(pair)
     model, engine = naming(pair.model, shared)
@@ -90,7 +90,9 @@ def likelihoods(
     edit: Mapping[str, str] | None = None,
     mode: Mode = Mode.IN_PLACE,
 ) -> dict[str, float]:
-    """The probability of each action's first token behind an answer's opening, of all tokens; after an edit, if there is one.
+    """The probability of each action's first token after an answer's opening, and after an edit if one is given.
+
+    It is a probability among all tokens.
 
     The notebook is unchanged.
     """
@@ -104,14 +106,15 @@ def likelihoods(
 
 
 def named(notebook: Notebook, name: str) -> bool:
-    """Whether a line behind the field mentions it."""
+    """Whether a line after the field mentions it."""
     return any(reader.why is Why.MENTIONS for reader in notebook.readers(name))
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """How often each kind of edit needs more than the field, and how well each rule tells.
+    """How often each kind of edit needs more than the field, and how well each rule tells that.
 
-    `calibrated`: the published rule, its margin chosen on the domains of one half and scored on those of the other, both ways.
+    `calibrated`: the published rule with its margin chosen on one half of the domains and scored on the other, both
+    ways.
     """
     edited = [
         {"domain": row["domain"], "kind": kind, "before": row["before"], **edit}
@@ -142,7 +145,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def needs(edit: Edit) -> bool:
-    """The truth: made in place, the edit is decided otherwise than by a full prefill."""
+    """The truth: the decision after an edit in place differs from a full prefill's."""
     return bool(edit[Mode.IN_PLACE]["choice"] != edit[Mode.FULL]["choice"])
 
 
@@ -152,7 +155,7 @@ def suffices(edit: Edit) -> bool:
 
 
 def published(edit: Edit, margin: float) -> bool:
-    """The published rule's answer, from edits that need no full prefill."""
+    """The published rule's answer. It uses only edits that need no full prefill."""
     both, alone = edit[Mode.FIELD_ERRATUM], edit[Mode.IN_PLACE]
     surer = both["choice"] != edit["before"] and both["p"] - both["stale"] > margin
     return bool(surer and alone["choice"] != both["choice"])

@@ -1,7 +1,8 @@
-"""Do notes say what the field is, or what follows from it? Field and rules changed one by one, two by two.
+"""Do notes say what the field is, or what follows from it? The field and the rules are changed separately and together.
 
-Four contexts: the field has the old or the new value, and the two rules name their values as written or exchanged. What is
-right follows from both. Keys and values of a few tokens of one context are put into another, whose text stays.
+There are four contexts: the field has the old or the new value, and the two rules name their values as written or
+exchanged. The right action follows from both. Keys and values of a few tokens of one context are put into another,
+whose text is unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ EXCHANGED = ("rules", "both")
 
 
 def sets(text: Written) -> dict[str, tuple[int, ...]]:
-    """Which slots are taken from a donor."""
+    """The slots that are taken from a donor."""
     rules = text.of(Text.OLD_RULE, Text.NEW_RULE)
     actions = tuple(slot for slot in rules if text.parts[slot] is Part.ACTION)
     first = tuple(slot for slot in actions if text.parts[slot - 1] is not Part.ACTION)
@@ -45,7 +46,7 @@ def sets(text: Written) -> dict[str, tuple[int, ...]]:
 
 
 def exchanged_rules(pair: Pair) -> str:
-    """The policy's template with the values of its two rules exchanged; their actions, and all else, stay."""
+    """The policy's template with the values of its two rules exchanged. Their actions and all else are unchanged."""
     other = dict(zip(pair.change, reversed(pair.change), strict=True))
     lines = []
     for line in pair.case.scenario.prompt.splitlines(keepends=True):
@@ -58,13 +59,13 @@ def exchanged_rules(pair: Pair) -> str:
 
 
 def donors(pair: Pair) -> dict[str, KVBuffer]:
-    """The contexts that keys and values are taken from; those with exchanged rules only where tokens stay in their places."""
+    """The contexts to take keys and values from. Those with exchanged rules are left out if tokens would move."""
     prefilled_texts = {name: prefilled(pair.engine, text) for name, text in exchanged_texts(pair).items()}
     return {"field": pair.fresh} | prefilled_texts
 
 
 def exchanged_texts(pair: Pair) -> dict[str, Written]:
-    """Contexts with exchanged rules, where tokens stay in their places: `rules` with the old value, `both` with the new one."""
+    """Contexts with exchanged rules, if no token moves: `rules` with the old value, `both` with the new one."""
     found, system = {}, exchanged_rules(pair)
     for name, value in zip(EXCHANGED, pair.change, strict=True):
         text = written(pair.model, pair.case, pair.change, pair.case.values(value), system=system)
@@ -79,7 +80,7 @@ def _same_outside_values(text: Written, own: Written) -> bool:
 
 
 def measure(pair: Pair, _: Sequence[Row]) -> Row:
-    """The gap and the choice after each set was taken from each donor."""
+    """The gap and the choice after each set is taken from each donor."""
     chosen = sets(pair.text)
     row: Row = {"actions": list(pair.actions)}
     for name, donor in donors(pair).items():
@@ -94,14 +95,14 @@ def measure(pair: Pair, _: Sequence[Row]) -> Row:
 
 
 def _outcome(pair: Pair, logits: torch.Tensor) -> dict[str, float | str]:
-    """The gap, the choice among all actions, and the probability that the two actions have between them."""
+    """The gap, the choice among all actions, and the probability of the two actions together."""
     tokens = [pair.first_tokens[action] for action in pair.actions]
     mass = float(torch.softmax(logits.cpu().double(), dim=-1)[tokens].sum())
     return {"gap": round(float(pair.gap_in(logits)), 4), "choice": pair.decides(logits), "mass": round(mass, 4)}
 
 
 def _by_depth(pair: Pair, slots: tuple[int, ...]) -> dict[str, float]:
-    """The actions' notes taken from the field's donor in thirds of the layers, and from one layer on."""
+    """The gap if the actions' notes are the field donor's, in thirds of the layers and from each layer on."""
     layers = bands(len(pair.old))
     which = {name: each for name, each in layers.items() if name != "all"}
     which |= {f"from_{layer}": layers["all"][layer:] for layer in layers["all"]}
@@ -110,9 +111,9 @@ def _by_depth(pair: Pair, slots: tuple[int, ...]) -> dict[str, float]:
 
 
 def _third(pair: Pair, slots: tuple[int, ...]) -> dict[str, bool] | None:
-    """The actions of every rule taken from a context with a third value: does the decision follow to a third action?
+    """Take the actions of every rule from a context with a third value: does the decision follow to a third action?
 
-    None where no third value is as many tokens long.
+    None if no third value has as many tokens.
     """
     text, case = pair.text, pair.case
     for value, action in case.gate.actions.items():
@@ -129,7 +130,7 @@ def _third(pair: Pair, slots: tuple[int, ...]) -> dict[str, bool] | None:
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """By donor and set: recovery, and the share of decisions that go to the new action; only donors that are right count."""
+    """By donor and set: recovery, and the share of decisions for the new action. Only donors that are right count."""
     summary: dict[str, Any] = {}
     for donor in DONORS:
         kept = [row for row in rows if donor in row and row[donor]["right"]]
@@ -149,7 +150,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _chosen(donor: str, name: str, row: Mapping[str, Any]) -> bool:
-    """Whether the decision among all actions is the new value's."""
+    """Whether the choice among all actions is the new value's."""
     return bool(row[donor][name]["choice"] == row["actions"][1])
 
 

@@ -1,10 +1,9 @@
-"""How many wrong notes turn a decision, and can it still be repaired? Notes of another value are injected, and then the field
-is edited to a third one.
+"""How many wrong notes turn a decision, and can an edit repair it? Injects another value's notes, then edits the field.
 
-A dose is a number of tokens whose keys and values are taken from a context with another value: of the later tokens, those first
-that carry most, ranked by their roles on policies of other domains. A dose can also be of strength: the same few tokens, moved
-farther than any prefill would move them. Behind each dose the poisoned cache is edited as a user would edit it: to a value that
-neither the text nor the notes name.
+A dose is a number of tokens whose keys and values are taken from a context with another value: those of the later
+tokens that carry most come first, ranked by their roles on policies of other domains. A dose can also be of strength:
+the same few tokens, moved farther than any prefill would move them. After each dose the poisoned cache is edited as a
+user would edit it: to a third value, which neither the text nor the notes name.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ from programmable_kv.notebook.notebook import Notebook
 COUNTS = (0, 1, 2, 4, 8, 16)
 ALL = "all"
 DRAWS = 4
-"""random sets for each count; their gaps are averaged, and the first of them is repaired"""
+"""Random sets for each count. Their gaps are averaged, and the first set is repaired."""
 STRONG = 8
-"""tokens that are moved farther"""
+"""Number of tokens that are moved farther."""
 STRENGTHS = (1, 2, 4, 8, 16)
-"""times the way from the cached rows to the injected ones"""
+"""Multiples of the distance from the cached rows to the injected ones."""
 REPAIRS = (Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.READERS)
 REPAIRED = ("0", str(STRONG), ALL)
-"""doses of number that are repaired"""
+"""Doses by number that are repaired."""
 STRONGLY_REPAIRED = (2, 4)
-"""doses of strength that are repaired, the last of them on random tokens too"""
+"""Doses by strength that are repaired. The last one is also repaired on random tokens."""
 RANDOM = "random_"
 
 
@@ -54,7 +53,7 @@ def measure(
     by_number: Sequence[str] = REPAIRED,
     by_strength: Sequence[int] = STRONGLY_REPAIRED,
 ) -> Row:
-    """The decision under each dose, and after each repair of it: of doses by number of tokens, and by strength."""
+    """The decision under each dose, and after each repair. `by_number` and `by_strength` are the doses to repair."""
     order = ranked(pair, others)
     doses = {str(count): tuple(order[:count]) for count in COUNTS} | {ALL: pair.text.later}
     drawn = dict(_random(pair, order))
@@ -93,7 +92,7 @@ def _random(pair: Pair, order: Sequence[int]) -> Iterator[tuple[str, tuple[int, 
 def _turned(
     pair: Pair, doses: Mapping[str, tuple[int, ...]], drawn: Mapping[str, tuple[int, ...]]
 ) -> dict[str, dict[str, float]]:
-    """By dose, the gap of the notes' action over the text's, and the share of decisions for the former."""
+    """By dose, the gap of the notes' action over the text's, and the share of decisions for the notes' action."""
     sets = {**doses, **drawn}
     logits = dict(zip(sets, pair.probe([Probe(slots) for slots in sets.values()]), strict=True))
     found: dict[str, list[tuple[float, float]]] = {}
@@ -107,7 +106,7 @@ def _turned(
 
 
 def stronger(here: KVBuffer, donor: KVBuffer, slots: Sequence[int], times: float) -> list[Overwrite]:
-    """Rows `times` as far from those cached here as the donor's are, in the same direction: 0 is here, 1 is the donor."""
+    """Rows moved from those cached here towards the donor's, by `times` their distance: 0 is here, 1 is the donor."""
     found = []
     for own, other in zip(rows_from(here, slots), rows_from(donor, slots), strict=True):
         found.append(
@@ -131,7 +130,7 @@ def _strongly(pair: Pair, slots: Sequence[int], times: float) -> dict[str, float
 
 
 def cached(pair: Pair) -> Notebook:
-    """The policy with the old value and the question, prefilled: what is poisoned, and then edited."""
+    """A prefilled notebook with the policy, the old value and the question, to be poisoned and edited."""
     notebook = Notebook(pair.model).message("system", pair.case.scenario.prompt, **pair.case.values(pair.change[0]))
     notebook.message("user", pair.case.asked).prefill()
     return notebook
@@ -140,8 +139,8 @@ def cached(pair: Pair) -> Notebook:
 def _repairs(
     pair: Pair, notebook: Notebook, value: str, slots: Sequence[int], times: float = 1.0
 ) -> dict[str, dict[str, Any]]:
-    """What each repair decides on the cache with these tokens poisoned."""
-    # The opening of the answer is computed after the edit: it cannot be poisoned.
+    """The decision of each repair on the cache with these tokens poisoned."""
+    # The opening of the answer is computed after the edit, so it cannot be poisoned.
     inside = [slot for slot in slots if slot < len(notebook)]
     if not inside:
         return {str(mode): repaired(pair, notebook, value, mode) for mode in REPAIRS}
@@ -150,11 +149,11 @@ def _repairs(
 
 
 def repaired(pair: Pair, notebook: Notebook, value: str, mode: Mode) -> dict[str, Any]:
-    """Whether the edit is followed, and by how many nats its action leads the best other one. The notebook is unchanged."""
+    """Whether the edit is followed, and by how many nats its action leads the best other. The notebook is unchanged."""
     field, right = pair.case.gate.field, pair.case.gate.actions[value]
     opening = pair.text.ids[len(notebook) :]
     mark = notebook.mark()
-    # In the edit's own forward, as `Notebook.decide` asks.
+    # Takes the logits of the edit's own forward, as `Notebook.decide` does.
     applied = notebook._applied(notebook.plan.edit({field: value}, mode=mode), followed_by=opening, logits=1)
     assert applied.logits is not None
     logits = applied.logits[-1]
@@ -165,7 +164,7 @@ def repaired(pair: Pair, notebook: Notebook, value: str, mode: Mode) -> dict[str
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """By dose, the share of decisions that turned and the recovery; of those edited, the share that each repair gets right."""
+    """By dose, the share of turned decisions and the recovery; of the edited ones, the share each repair gets right."""
     summary: dict[str, Any] = {}
     for part in ("turned", "strength"):
         names = dict.fromkeys(name for row in rows for name in row[part])

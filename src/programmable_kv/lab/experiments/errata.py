@@ -1,9 +1,9 @@
 """What does an appended line do? Its wording on a stale cache, a way back, and an earlier answer that contradicts it.
 
-Each edit is made as a user makes it, on a notebook whose question comes after the edit. `wording`: lines that say the same in
-other words, beside the plain stale cache. `back`: the field is set to another value and back; `back_asked`: the same with the
-question asked in between. `history`: the question was asked and answered under the old value first, so that the conversation
-itself asserts the old conclusion.
+Each edit is made as a user makes it, on a notebook whose question comes after the edit. `wording`: lines that say the
+same in other words, and the plain stale cache. `back`: the field is set to another value and back; `back_asked`: the
+same, with the question asked in between. `history`: the question was first asked and answered under the old value, so
+that the conversation itself asserts the old conclusion.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ WORDINGS = {
 BACK = (Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.READERS, Mode.IN_PLACE)
 HISTORY = (Mode.IN_PLACE, Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.READERS, Mode.SUFFIX)
 THINKING = (Mode.IN_PLACE, Mode.ERRATUM)
-"""with a line of thought before the answer, each with and without the earlier answer"""
+"""Modes with a line of thought before the answer, each with and without the earlier answer."""
 THOUGHT = "{name} is {value}, so"
-"""what is mostly thought: guessed, and checked in one forward"""
+"""The likeliest thought. It is a guess, checked in one forward."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arms:
-    """Which wordings, and which edits in each part."""
+    """The wordings, and the edits in each part."""
 
     wordings: Sequence[str] = tuple(WORDINGS)
     back: Sequence[Mode] = BACK
@@ -55,9 +55,9 @@ FEW = Arms(("default",), (Mode.ERRATUM,), (), (Mode.ERRATUM,))
 
 
 def measure(pair: Pair, _: Sequence[Row], arms: Arms = ALL) -> Row:
-    """What is decided in each arm; right is the new value's action, and the old one's after a way back.
+    """The decision in each arm. Right is the new value's action, or the old one's after a way back.
 
-    The notebook's own operations, all of them; but their rows are computed together (`naming`).
+    All operations are the notebook's own, but their rows are computed together (`naming`).
     """
     shared = known_of(pair)
     model, engine = naming(pair.model, shared)
@@ -78,7 +78,7 @@ def measure(pair: Pair, _: Sequence[Row], arms: Arms = ALL) -> Row:
     before = partial(notebook.decide, pair.case.asked, _options(pair))
     asks["history.before"] = partial(tried, notebook, before)
     found = settled(engine, asks)
-    # What was answered first is known now: in what follows it is no guess.
+    # The first answer is known now, so what follows needs no guess about it.
     answered = prefilled(model, pair, DEFAULT_TEMPLATE)
     answered._thoughts = [thought]
     answered.decide(pair.case.asked, _options(pair), keep=True)
@@ -98,7 +98,7 @@ def measure(pair: Pair, _: Sequence[Row], arms: Arms = ALL) -> Row:
 
 
 def prefilled(model: Model, pair: Pair, template: str) -> Notebook:
-    """The policy with the old value, prefilled; `template` words its errata."""
+    """A prefilled notebook with the policy and the old value. `template` words its errata."""
     case = pair.case
     notebook = Notebook(model, erratum_template=template)
     notebook.message("system", case.scenario.prompt, **case.values(pair.change[0])).prefill()
@@ -114,7 +114,7 @@ def _options(pair: Pair) -> list[str]:
 
 
 def tried(notebook: Notebook, ask: Callable[[], Decision]) -> str:
-    """The choice; the notebook is unchanged."""
+    """The choice. The notebook is unchanged."""
     mark = notebook.mark()
     try:
         return ask().choice
@@ -130,9 +130,9 @@ def edited(pair: Pair, notebook: Notebook, mode: Mode, *, think: bool = False) -
 
 
 def back(pair: Pair, notebook: Notebook, mode: Mode, *, asked: bool = False) -> Decision:
-    """The decision after the field was set to the new value and back to the old one.
+    """The decision after the field is set to the new value and back to the old one.
 
-    With `asked`, the question is asked and answered in between, so that the first erratum cannot be taken back.
+    With `asked`, the question is asked and answered in between, so that the first erratum cannot be removed.
     """
     field = pair.case.gate.field
     first = {field: pair.change[1]}
@@ -144,7 +144,7 @@ def back(pair: Pair, notebook: Notebook, mode: Mode, *, asked: bool = False) -> 
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """How often each arm is right (Wilson), of the policies that a full prefill decides correctly under both values."""
+    """How often each arm is right (Wilson), over the policies that full prefill decides correctly under both values."""
     right = [row for row in rows if row["full"] == row["right"][1] and row["history"]["before"] == row["right"][0]]
     summary: dict[str, Any] = {"full_right": share(rows, lambda row: bool(row["full"] == row["right"][1]))}
     for part in ("wording", "thought", "history"):

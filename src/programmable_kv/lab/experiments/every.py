@@ -1,4 +1,4 @@
-"""Every experiment, in several processes: each loads the model once and carries out its share case by case."""
+"""Runs every experiment in several processes. Each loads the model once and runs its share case by case."""
 
 from __future__ import annotations
 
@@ -20,49 +20,49 @@ from programmable_kv.models.load import Model, load_model
 from programmable_kv.records import Record, read_record
 
 _LOOK = 0.2
-"""seconds after which it is looked whether a process has told something"""
+"""Seconds between two checks whether a process has reported something."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of an experiment."""
+    """The result of an experiment."""
 
     name: str
     counted: int
-    """policies"""
+    """Number of policies that counted."""
     seconds: float
     path: Path
     kept: bool
-    """the record was there before, of the same policies and weights"""
+    """Whether the record was there before, for the same policies and weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Every:
-    """What each process is asked to do."""
+    """What each process has to do."""
 
     model: str
     folder: Path
-    """of the records"""
+    """Folder of the records."""
     scenarios: int | None = None
-    """held-out policies to draw (None: as many as the experiment draws by default)"""
+    """Held-out policies to draw (None: the experiment's default)."""
     everyday: bool = False
     again: bool = False
-    """whether records that are there are made anew"""
+    """Whether to make existing records again."""
 
     def count(self, chosen: Experiment) -> int:
-        """Held-out policies that an experiment draws."""
+        """The number of held-out policies that an experiment draws."""
         return chosen.scenarios if self.scenarios is None else self.scenarios
 
     def cases(self, chosen: Experiment) -> int:
-        """The same, with those on which roles are ranked."""
+        """The number of all cases, including those on which roles are ranked."""
         return len(chosen.cases(self.count(chosen), everyday=self.everyday))
 
     def path(self, chosen: Experiment) -> Path:
-        """Where an experiment's record goes."""
+        """The path of an experiment's record."""
         return self.folder / f"{record_name(chosen, self.model)}.json"
 
     def there(self, chosen: Experiment) -> Record | None:
-        """An experiment's record, if one is there of the same policies, and is not to be made anew."""
+        """An experiment's complete record of the same policies, if there is one and it is not to be made again."""
         try:
             found = read_record(self.path(chosen))
         except RecordError:
@@ -75,20 +75,20 @@ class Every:
 def run_every(
     asked: Every, workers: int, names: Sequence[str] | None = None, report: Report | None = None
 ) -> Iterator[Outcome]:
-    """Run every experiment, or those named; yields each outcome as it comes. One worker is this process.
+    """Run every experiment, or those named, and yield each outcome as it comes. A single worker is this process.
 
-    Each process goes through its share of the experiments case by case (`run_together`). What a process raises is raised here,
-    after the others have measured the case that they are at. Rows that were measured are kept, and the same call continues
-    from them.
+    Each process goes through its share of the experiments case by case (`run_together`). If a process raises, its error
+    is raised here, after the others have measured their current case. Measured rows are kept, and the same call
+    continues from them.
 
     Args:
-        report: is told how many cases of all experiments are done, and of how many.
+        report: called with the number of cases done over all experiments, and the number of all cases.
 
     Raises:
-        InvalidArgumentError: there is no experiment of a name.
-        RecordError: a run that was interrupted in this folder had other settings.
+        InvalidArgumentError: no experiment has one of the names.
+        RecordError: an interrupted run in this folder had other settings.
         ExperimentError: a process was killed.
-        OSError: a record cannot be written, as where the disk is full.
+        OSError: a record cannot be written, for example because the disk is full.
     """
     chosen = [experiment(name) for name in (EXPERIMENTS if names is None else names)]
     there = {each.name for each in chosen if asked.there(each) is not None}
@@ -96,7 +96,7 @@ def run_every(
         [each.name for each in share]
         for share in balanced([each for each in chosen if each.name not in there], workers)
     ] or [[]]
-    # What is there costs nothing, if it is of these weights: where is found out by whoever has loaded the model.
+    # A record that is there costs nothing if it is of these weights. The process that loads the model checks that.
     for number, name in enumerate(sorted(there)):
         shares[number % len(shares)].append(name)
     if len(shares) == 1:
@@ -114,9 +114,9 @@ def run_every(
 
 
 def balanced(chosen: Sequence[Experiment], workers: int) -> list[list[Experiment]]:
-    """Experiments in shares that take about equally long, one for each worker at most.
+    """Divide experiments into shares that take about equally long, at most one for each worker.
 
-    The longest first, each goes to the share that is the shortest with it.
+    The longest experiments come first. Each goes to the share that is the shortest with it included.
     """
     shares: list[list[Experiment]] = [[] for _ in range(min(workers, len(chosen)))]
     minutes = [0.0] * len(shares)
@@ -129,9 +129,9 @@ def balanced(chosen: Sequence[Experiment], workers: int) -> list[list[Experiment
 
 
 def _in_processes(asked: Every, shares: Sequence[Sequence[str]]) -> Iterator[tuple[int, Outcome | int]]:
-    """What each share's process tells: an outcome, or how many of its cases are done."""
+    """Yield what each share's process reports: an outcome, or the number of its cases done."""
     threads = max(1, (os.cpu_count() or 1) // len(shares))
-    # Not forked: threads that torch has started by then do not survive a fork.
+    # Spawned, not forked: threads that torch has started by then do not survive a fork.
     context = multiprocessing.get_context("spawn")
     told, stop = context.SimpleQueue(), context.Event()
     pool = ProcessPoolExecutor(len(shares), context, initializer=_begin, initargs=(threads, told, stop))
@@ -139,7 +139,7 @@ def _in_processes(asked: Every, shares: Sequence[Sequence[str]]) -> Iterator[tup
         waiting = {pool.submit(_share, asked, number, names) for number, names in enumerate(shares)}
         while waiting:
             ended, waiting = wait(waiting, timeout=_LOOK, return_when=FIRST_COMPLETED)
-            while not told.empty():  # what ended has told everything by now
+            while not told.empty():  # processes that ended have reported everything by now
                 yield told.get()
             for each in ended:
                 each.result()
@@ -154,7 +154,7 @@ def _in_processes(asked: Every, shares: Sequence[Sequence[str]]) -> Iterator[tup
 
 
 _TOLD: list[Any] = []
-"""this process's end of the queue, and the event that it is to stop"""
+"""This process's end of the queue, and the event that tells it to stop."""
 
 
 def _begin(threads: int, told: Any, stop: Any) -> None:
@@ -166,7 +166,7 @@ def _begin(threads: int, told: Any, stop: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process with the one that started it, as where that is killed: nobody would hear what is found."""
+    """End this process with the one that started it, for example when that is killed: nobody would read its results."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -174,7 +174,7 @@ def _end_with_parent() -> None:
 
 
 class _StoppedError(Exception):
-    """Another process has failed."""
+    """Another process has failed, so this one stops."""
 
 
 def _share(asked: Every, number: int, names: Sequence[str]) -> None:
@@ -192,7 +192,7 @@ def _share(asked: Every, number: int, names: Sequence[str]) -> None:
 def _outcomes(
     asked: Every, names: Sequence[str], model: Model, report: Callable[[int, int], None] | None
 ) -> Iterator[Outcome]:
-    """What becomes of some experiments on a model."""
+    """Run some experiments on a model and yield their outcomes."""
     runs, kept = [], 0
     for chosen in map(experiment, names):
         found = asked.there(chosen)
@@ -216,7 +216,7 @@ def _outcome(asked: Every, chosen: Experiment, record: Record, *, kept: bool) ->
 
 
 def _command(asked: Every, chosen: Experiment) -> str:
-    """What makes this one record, alone."""
+    """The command that makes this one record alone."""
     words = ["pkv lab run", chosen.name]
     words += [] if asked.model == "embedded" else ["--model", asked.model]
     words += [] if asked.scenarios in (None, chosen.scenarios) else ["--scenarios", str(asked.scenarios)]

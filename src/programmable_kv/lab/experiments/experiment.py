@@ -1,4 +1,4 @@
-"""What an experiment is: one question, and the cases that it is asked of. `runs.py` carries it out."""
+"""An experiment: one question, and the cases that it is asked about. `runs.py` carries it out."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from programmable_kv.records import digest_of, record_on
 Row = dict[str, Any]
 
 PAIR_SECONDS = 0.4
-"""what the making of a drawn case's pair takes for the embedded model on one core, about"""
+"""About how many seconds the pair of a drawn case takes to make, for the embedded model on one core."""
 RANKING = 48
-"""cases on which roles are ranked, in an experiment that ranks any: three of each held-out domain"""
+"""Cases on which roles are ranked, in an experiment that ranks any: three from each held-out domain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,42 +26,42 @@ class Experiment:
     version: int
     title: str
     measure: Callable[[Pair, Sequence[Row]], Row]
-    """a pair's row. The rows given are those of `rank`, of other domains than the pair's"""
+    """Makes a pair's row. It also gets the rows of `rank`, from other domains than the pair's."""
     summarise: Callable[[Sequence[Row]], dict[str, Any]]
-    """from the rows of `measure`, those of skipped cases left out"""
+    """Summarises the rows of `measure`, without those of skipped cases."""
     rank: Callable[[Pair], Row] | None = None
-    """what is found out on other policies first; positions are never chosen on the policy on which they are scored"""
+    """Makes the row of a ranking policy. Positions are never chosen on the policy on which they are scored."""
     wrong_too: bool = False
-    """whether cases are measured too that a full prefill decides wrongly: where it is asked how often it is right"""
+    """Whether to also measure cases that a full prefill gets wrong, where the question is how often it is right."""
     scenarios: int = 336
-    """cases that are drawn by default; about two thirds have two values that are equally many tokens long"""
+    """Cases drawn by default. About two thirds have two values with equally many tokens."""
     ranking: int = RANKING
-    """cases that `rank` is asked about, at most"""
+    """Largest number of cases that `rank` is asked about."""
     sets: int = 1
-    """sets of rules in a policy, each about a field of its own; the question's topic says which of them counts"""
+    """Sets of rules in a policy, each about a field of its own. The question's topic says which of them counts."""
     values: int | None = None
-    """values that a set of rules tells apart (None: two to four)"""
+    """Values that a set of rules tells apart (None: two to four)."""
     seconds: float = 0.0
-    """what a drawn case takes for the embedded model on one core, about; of all parts of the experiment, and its pair"""
+    """About how many seconds a drawn case takes for the embedded model on one core, with all parts and its pair."""
     quick: Callable[[Pair, Sequence[Row]], Row] | None = None
-    """a part of what `measure` does, where that takes long: for `briefly`"""
+    """A part of `measure`, for `briefly`, if the whole takes long."""
 
     @property
     def minutes(self) -> float:
-        """What all of it takes for the embedded model on one core, about."""
+        """About how many minutes the whole experiment takes for the embedded model on one core."""
         return self.seconds * self.scenarios / 60
 
     def minutes_beside(self, others: Iterable[Experiment]) -> float:
-        """The same in a process that carries out others too: what several draw is made once."""
+        """The minutes in a process that also runs other experiments, which share the pairs of equal cases."""
         same = [each.scenarios for each in others if (each.sets, each.values) == (self.sets, self.values)]
         return self.minutes - PAIR_SECONDS * min(self.scenarios, max(same, default=0)) / 60
 
     def briefly(self) -> Experiment:
-        """The same experiment with less of it in each row: does everything still run?"""
+        """The same experiment with less in each row, to check that everything still runs."""
         return self if self.quick is None else replace(self, measure=self.quick)
 
     def cases(self, count: int, *, everyday: bool = False) -> list[tuple[str, Case]]:
-        """Every case with what it is for, `ranking` or `scoring`."""
+        """Every case with its purpose, `ranking` or `scoring`."""
         ranked = (
             cases(min(self.ranking, count), RANKING_SEED, everyday=everyday, sets=self.sets, values=self.values)
             if self.rank is not None
@@ -71,17 +71,17 @@ class Experiment:
         return [("ranking", case) for case in ranked] + [("scoring", case) for case in scored]
 
     def digest(self, count: int, *, everyday: bool = False) -> str:
-        """Of the text of every case, by which a record says what it was made on."""
+        """Digest of the text of every case, by which a record says what it was made on."""
         return digest_of(case.text() for _, case in self.cases(count, everyday=everyday))
 
 
 def record_name(experiment: Experiment, model: str) -> str:
-    """The embedded model's record has the experiment's name, any other's the model's too."""
+    """The experiment's name; for another model than the embedded one, with the model's name."""
     return experiment.name if model == "embedded" else record_on(experiment.name, model)
 
 
 def of_other_domains(rows: Sequence[Row], domain: str) -> list[Row]:
-    """The rows that rank positions for a domain: those of the other half of the domains, so that it is not among them."""
+    """The rows that rank positions for a domain: those of the half of the domains that it does not belong to."""
     half = {name: number % 2 for number, name in enumerate(domain_names())}
     ranking = [row for row in rows if row["part"] == "ranking" and "skipped" not in row]
     return [row for row in ranking if half[row["domain"]] != half[domain]]

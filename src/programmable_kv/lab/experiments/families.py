@@ -1,10 +1,10 @@
-"""Are notes taken in other texts? Rules with a lookup, running prose and retrieved passages, beside a list of rules; and
-passages whose rule the question brings, so that nothing can be concluded before it is asked.
+"""Are notes taken in other texts? Rules with a lookup, running prose and retrieved passages, against a list of rules.
 
-In each, what the field alone carries, what the later text carries, and what a real recompute of a part brings back. Two parts
-are chosen as CacheBlend does, at the published share: `blend_15` are the tokens whose keys and values differ most in the second
-layer, where a full prefill would first show it, with the question, which that method always computes; `share_15` are those that
-differ most over all layers, without it.
+In a fourth text the question itself brings the rule, so that nothing can be concluded before it is asked. For each
+text: what the field alone carries, what the later text carries, and what really recomputing a part brings back. Two
+parts are chosen as CacheBlend does, at the published share. `blend_15`: the tokens whose keys and values differ most in
+the second layer, where a full prefill would first show it, with the question, which that method always computes.
+`share_15`: the tokens that differ most over all layers, without the question.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from programmable_kv.lab.experiments.summaries import arm, at, mean_by_domain, s
 from programmable_kv.scenarios.everyday import OTHERS
 
 SHARE = 0.15
-"""of the context's tokens, the field's among them: the published share"""
+"""Share of the context's tokens to recompute, including the field's: the published share."""
 LEVELS = ("north", "south", "east", "west")
-"""groups of a lookup; no policy uses these words"""
+"""Groups of a lookup. No policy uses these words."""
 ANSWER = "Answer with the action only."
 LIST = "list"
-"""the policy as it is: a list of rules"""
+"""The policy unchanged: a list of rules."""
 
 
 def settings(case: Case, change: tuple[str, str]) -> list[Setting]:
-    """The same decision in other texts, with the rules of the two values only."""
+    """The same decision in other texts, with only the two values' rules."""
     rng = random.Random(f"{SEED}/families/{case.number}")
     field, actions = case.gate.field, {value: case.gate.actions[value] for value in change}
     values = rng.sample(change, 2)
@@ -70,9 +70,9 @@ def settings(case: Case, change: tuple[str, str]) -> list[Setting]:
 
 
 def measure(pair: Pair, _: Sequence[Row], *, texts: Sequence[str] | None = None) -> Row:
-    """In each text (or some of them), the gap after sets of tokens were patched, and after some were computed again.
+    """In each text (or some of them), the gap after patching sets of tokens, and after recomputing some.
 
-    Rows that several arms have in common are computed once, and those of all texts together.
+    Rows that several arms have in common are computed once, and the rows of all texts together.
     """
     shared = known_of(pair)
     found: dict[str, NamedPair] = {}
@@ -90,7 +90,7 @@ def measure(pair: Pair, _: Sequence[Row], *, texts: Sequence[str] | None = None)
 
 
 def written_as(pair: Pair) -> dict[str, Texts]:
-    """The same change of the same decision, in each text in which it is of as many tokens."""
+    """The same change of the same decision, in each text in which both values have as many tokens."""
     two = {value: pair.case.gate.actions[value] for value in pair.change}
     gate = replace(pair.case.gate, actions=two)
     case = replace(pair.case, gate=gate, scenario=replace(pair.case.scenario, gates=(gate,)))
@@ -99,7 +99,7 @@ def written_as(pair: Pair) -> dict[str, Texts]:
 
 
 def patches(texts: Texts) -> dict[str, tuple[int, ...]]:
-    """The sets that the last row alone reads from the new context."""
+    """The sets that only the last row reads from the new context."""
     text = texts.text
     later = text.later
     return {
@@ -111,12 +111,12 @@ def patches(texts: Texts) -> dict[str, tuple[int, ...]]:
 
 
 def computed(texts: Texts) -> int:
-    """How many tokens besides the field are computed again, of the published share."""
+    """The number of tokens besides the field that are recomputed for the published share."""
     return round(SHARE * len(texts.text.ids)) - len(texts.text.field)
 
 
 def recomputes(pair: NamedPair) -> dict[str, tuple[int, ...]]:
-    """The sets that are computed again, the field always among them. The contexts' rows were computed."""
+    """The sets to recompute, each with the field. Requires that the contexts' rows are computed."""
     text, tail, later = pair.texts.text, tail_of(pair.texts.text), pair.texts.text.later
     field, count = tuple(text.field.range), computed(pair.texts)
     apart = distances(*(pair.shared.buffer(names[:-1]) for names in (pair.old, pair.fresh)))
@@ -134,7 +134,7 @@ def recomputes(pair: NamedPair) -> dict[str, tuple[int, ...]]:
 
 
 def _carried(pair: NamedPair, patched: Mapping[str, int], recomputed: Mapping[str, int]) -> dict[str, Any]:
-    """Gaps: of both contexts, after patches, and after real recomputes, by the rows that decide."""
+    """The gaps of both contexts, after patches, and after real recomputes, from the rows that decide."""
     text, scale = pair.texts.text, pair.scale
     return {
         "old_gap": round(scale.old, 4),
@@ -150,14 +150,14 @@ def _carried(pair: NamedPair, patched: Mapping[str, int], recomputed: Mapping[st
 def deviating(
     apart: Mapping[str, torch.Tensor], count: int, among: Sequence[int], layers: Sequence[int] | None = None
 ) -> tuple[int, ...]:
-    """So many of these slots, whose keys and values differ most (`distances`), on average over layers (None: all)."""
+    """The `count` of these slots whose keys and values differ most (`distances`), averaged over layers (None: all)."""
     moved = torch.stack([(each if layers is None else each[list(layers)]).mean(dim=0) for each in apart.values()])
     far = moved.sum(dim=0)
     return tuple(sorted(sorted(among, key=lambda slot: -float(far[slot]))[: max(0, count)]))
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """By text: how often it is decided correctly under both values; of these, what each set recovers and flips."""
+    """By text: how often both values are decided correctly; among these, what each set recovers and flips."""
     summary: dict[str, Any] = {"texts": {}}
     for name in dict.fromkeys(name for row in rows for name in row["texts"]):
         found = [_flat(row, name) for row in rows if name in row["texts"]]

@@ -1,4 +1,4 @@
-"""The heads of a path from a field to a decision: what each does alone, and which are the first of a ranking."""
+"""Attention heads on the path from a field to a decision: the effect of each alone, and the first of a ranking."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from programmable_kv.lab.tools.together import Probe, probed
 
 
 def all_heads(pair: Pair) -> list[Head]:
-    """(layer, query head), all of the model."""
+    """Every (layer, query head) of the model."""
     heads = int(pair.engine.model.config.get_text_config(decoder=True).num_attention_heads)
     return [(layer, head) for layer in range(len(pair.old)) for head in range(heads)]
 
 
 def note_sets(pair: Pair) -> dict[str, tuple[int, ...]]:
-    """Which slots count as notes: few, more, most."""
+    """Three choices of the slots that count as notes, each larger than the one before."""
     text = pair.text
     both = text.of(Text.OLD_RULE, Text.NEW_RULE)
     return {
@@ -34,7 +34,7 @@ def note_sets(pair: Pair) -> dict[str, tuple[int, ...]]:
 
 
 def all_but(pair: Pair, slots: Sequence[int]) -> tuple[int, ...]:
-    """The field, and every later slot that is not one of these."""
+    """The field's slots, and every later slot that is not one of these."""
     return (*pair.text.field.range, *(slot for slot in pair.text.later if slot not in set(slots)))
 
 
@@ -44,13 +44,13 @@ def read_by(pair: Pair, notes: Sequence[int], heads: Sequence[Head]) -> Probe:
 
 
 def read_elsewhere(pair: Pair, notes: Sequence[int], heads: Sequence[Head]) -> Probe:
-    """It reads all of the new context but the notes in these heads: every path that does not run through them."""
+    """The deciding row reads all of the new context but the notes in these heads: all paths but those through them."""
     others = tuple(head for head in all_heads(pair) if head not in set(heads))
     return Probe(all_but(pair, notes), also=(Probe(tuple(notes), places=others),))
 
 
 class Writing:
-    """The notes' rows computed again in one context, with some heads' outputs taken from the other one."""
+    """Recomputes the notes' rows in one context, with some heads' outputs taken from the other context."""
 
     def __init__(self, pair: Pair, notes: Sequence[int], *, noising: bool = False) -> None:
         self.pair, self.notes = pair, tuple(sorted(notes))
@@ -58,19 +58,19 @@ class Writing:
         self.outputs = head_outputs(pair.engine, donor, _rows_of(pair, self.notes), self.notes)
 
     def gaps(self, several: Sequence[Rewritten]) -> list[float]:
-        """What `gap` gives of each of several sets of heads, or `read` where it has readers, all in one forward."""
+        """What `gap` gives for each of several sets of heads, or `read` if a set has readers, all in one forward."""
         rows = _rows_of(self.pair, self.notes)
         logits = rewritten_in_copies(self.pair.engine, self.here, rows, self.outputs, several)
         return [float(each) for each in self.pair.gap_in(logits)]
 
     def gap(self, heads: Sequence[Head]) -> float:
-        """The gap where these heads write the other context's notes. The contexts are unchanged."""
+        """The gap if these heads write the other context's notes. The contexts are unchanged."""
         engine = self.pair.engine
         with heads_from(engine, self.here, self.outputs, heads, self.notes):
             return float(self.pair.gap_in(engine.compute(self.here, _rows_of(self.pair, self.notes))[-1]))
 
     def read(self, heads: Sequence[Head], readers: Sequence[Head]) -> float:
-        """The same where the deciding row reads these notes in some heads only, and in all others what stood there before."""
+        """`gap`, but the deciding row reads the rewritten notes in some heads only, the earlier ones in the rest."""
         pair, written = self.pair, self.here.fork()
         ids = tuple(pair.text.ids[slot] for slot in self.notes)
         with heads_from(pair.engine, written, self.outputs, heads, self.notes):
@@ -80,9 +80,9 @@ class Writing:
 
 
 def writing_effects(pair: Pair, notes: Sequence[int]) -> list[float]:
-    """What each head's writing of the notes would do to the gap, estimated: its change times the mean of both contexts' slopes.
+    """Estimate what each head's writing of the notes does to the gap: its change times the mean slope of both contexts.
 
-    Exact for each head would be a forward for each of them.
+    The exact effects would take a forward for each head.
     """
     slots = tuple(sorted(notes))
     outputs, slopes = [], []
@@ -96,20 +96,20 @@ def writing_effects(pair: Pair, notes: Sequence[int]) -> list[float]:
 
 
 def _rows_of(pair: Pair, slots: Sequence[int]) -> Rows:
-    """These slots' rows, and the one that decides."""
+    """The rows of these slots, and the row that decides."""
     whole = (*slots, pair.text.last)
     return Rows(tuple(pair.text.ids[slot] for slot in whole), whole, whole)
 
 
 def strongest(effects: Sequence[Sequence[float]], heads: Sequence[Head], count: int) -> tuple[Head, ...]:
-    """The heads with the largest mean effect of either sign; of equals the later one first (all are, if nothing was ranked)."""
+    """The heads with the largest mean effect of either sign; of equals (all, if nothing was ranked) the later first."""
     means = [fmean(each) for each in zip(*effects, strict=True)] or [0.0] * len(heads)
     order = sorted(range(len(heads)), key=lambda index: (-abs(means[index]), -index))
     return tuple(heads[index] for index in order[:count])
 
 
 def stability(rows: Sequence[Row], part: str, heads: Sequence[Head], count: int) -> dict[str, float | None]:
-    """How alike two halves of the ranking policies rank heads: shared among the first `count`, and in rank over all."""
+    """How well two halves of the ranking policies agree on heads: common ones in the first `count`, and rank order."""
     halves = [[rows[index][part] for index in half] for half in split_in_half([row["domain"] for row in rows])]
     if not all(halves):
         return {"shared": None, "ranks": None}
@@ -119,7 +119,7 @@ def stability(rows: Sequence[Row], part: str, heads: Sequence[Head], count: int)
 
 
 def depth(effects: Sequence[Sequence[float]], heads: Sequence[Head], chosen: Sequence[Head]) -> float | None:
-    """Where the chosen heads stand, from 0 (the first layer) to 1, each with the weight of its mean effect."""
+    """The mean depth of the chosen heads, from 0 (the first layer) to 1, weighted by their mean effects."""
     if not effects:
         return None
     means = {head: abs(fmean(each)) for head, each in zip(heads, zip(*effects, strict=True), strict=True)}

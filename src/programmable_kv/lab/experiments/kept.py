@@ -1,7 +1,7 @@
-"""What ranking policies gave to learn from, kept while a run lasts, and what was learnt of sets of them.
+"""Keeps what ranking policies give to learn from, while a run lasts, and what was learnt from sets of them.
 
-Tensors are no part of a record. So a resumed run, which has the rows of its ranking policies but not their activations, takes
-them again.
+Tensors are not part of a record. A resumed run has the rows of its ranking policies but not their activations, so it
+takes them again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Kept(Generic[Item, Lesson]):
     """Items by model and policy, and lessons by model and set of policies."""
 
     def __init__(self, take: Callable[[Pair], Item], learn: Callable[[Sequence[Item]], Lesson]) -> None:
-        """`take` makes a policy's item, `learn` a lesson of several."""
+        """`take` makes a policy's item, `learn` a lesson from several items."""
         self._take, self._learn = take, learn
         self._items: dict[tuple[str, int], Item] = {}
         self._lessons: dict[tuple[str, tuple[int, ...]], Lesson] = {}
@@ -31,7 +31,7 @@ class Kept(Generic[Item, Lesson]):
         self._items[pair.model.fingerprint, pair.case.number] = self._take(pair)
 
     def learnt(self, pair: Pair, others: Sequence[Row]) -> Lesson:
-        """What the ranking policies of these rows teach, for a pair that is scored."""
+        """The lesson of these rows' ranking policies, for a pair that is scored."""
         numbers = tuple(sorted(row["number"] for row in others))
         key = (pair.model.fingerprint, numbers)
         if key not in self._lessons:
@@ -43,7 +43,7 @@ class Kept(Generic[Item, Lesson]):
 
 
 def again(pair: Pair, number: int) -> Pair:
-    """The ranking policy with a number, worded as the pair's own."""
+    """The pair of the ranking policy with this number, in everyday words if the given pair is."""
     everyday = pair.case.scenario.domain == pair.case.gate.field
     found = pair_of(pair.model, cases(number + 1, RANKING_SEED, everyday=everyday)[number])
     assert isinstance(found, Pair)

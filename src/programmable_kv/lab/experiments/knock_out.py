@@ -1,6 +1,6 @@
-"""What does the decision read? Attention blocked from the question and the row that decides, by text and band of layers.
+"""What does the decision read? Blocks attention from the question and the deciding row, by text and band of layers.
 
-Beside how much attention the deciding row pays to the same tokens: whether attention says what matters.
+Compares the effects with the attention that the deciding row pays to the same tokens: does attention say what matters?
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from programmable_kv.lab.tools.readouts import kl
 from programmable_kv.lab.tools.together import Probe
 
 SINKS = 4
-"""first tokens, which attention falls back on whatever they say: a set of their own"""
+"""First tokens, which attention falls back on whatever they say. They are a set of their own."""
 BANDS = ("all", "early", "middle", "late")
 RANKED = 64
-"""tokens of a context, drawn at random, by which attention and effect are ranked against each other"""
+"""Random tokens of a context by which attention and effect are ranked against each other."""
 
 
 def bands(layers: int) -> dict[str, tuple[int, ...]]:
-    """All layers, and each third of them that has any."""
+    """All layers, and each non-empty third of them."""
     cuts = [round(layers * part / 3) for part in range(4)]
     thirds = {name: tuple(range(cuts[i], cuts[i + 1])) for i, name in enumerate(BANDS[1:])}
     return {BANDS[0]: tuple(range(layers)), **{name: which for name, which in thirds.items() if which}}
 
 
 def sets(text: Written) -> dict[str, tuple[int, ...]]:
-    """Which slots are blocked together. None of them is in the question or after it, but those of `tail`."""
+    """The slots that are blocked together. None is in the question or after it."""
     first = min(text.of(*TAIL))
     policy = [slot for slot in text.later if slot < first]
     return {
@@ -55,7 +55,7 @@ def sets(text: Written) -> dict[str, tuple[int, ...]]:
 
 
 def measure(pair: Pair, _: Sequence[Row]) -> Row:
-    """In the old context, which is right: what blocking each set does to its decision, and the attention that the set gets."""
+    """What blocking each set does to the right decision of the old context, and the attention that the set gets."""
     text = pair.text
     tail = tuple(slot for slot in range(min(text.of(*TAIL)), text.last + 1))
     layers = bands(len(pair.old))
@@ -67,7 +67,7 @@ def measure(pair: Pair, _: Sequence[Row]) -> Row:
     row["blocked"] = {name: {"tokens": len(slots)} for name, slots in blocked.items()}
     for (name, band), logits in zip(arms, others, strict=True):
         row["blocked"][name][band] = _effect(pair, clean, logits)
-    # The deciding row alone, which may not read its own question either.
+    # The deciding row alone. It may not read its own question either.
     own = {"tail": text.of(*TAIL), "field": blocked["field"], "rules": blocked["rules"], "policy": blocked["policy"]}
     probes = [Probe(blocked=slots, layers=which) for slots in own.values() for which in layers.values()]
     found = iter(pair.probe(probes))
@@ -82,8 +82,8 @@ def measure(pair: Pair, _: Sequence[Row]) -> Row:
 def _tail_logits(
     pair: Pair, tail: tuple[int, ...], blocked: Sequence[tuple[()] | tuple[tuple[int, ...], tuple[int, ...]]]
 ) -> torch.Tensor:
-    """The last row's logits where the question and what follows are computed again, once for each of what they cannot read:
-    nothing, or slots in some layers; [blocked, vocabulary]."""
+    """The last row's logits [blocked, vocabulary] if the question and what follows are recomputed, once for each entry
+    of `blocked`: what they cannot read, which is nothing, or slots in some layers."""
     ids = tuple(pair.text.ids[slot] for slot in tail)
     with taken_back(pair.old):
         pair.old.truncate(tail[0])
@@ -100,7 +100,7 @@ def _effect(pair: Pair, clean: torch.Tensor, logits: torch.Tensor) -> dict[str, 
 
 
 def _nulls(pair: Pair, chosen: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """As many other tokens of the policy as its rules have, and as their actions have, of the same places."""
+    """As many other tokens of the policy as its rules and as their actions have, from the same places."""
     rng = random.Random(f"{SEED}/knock-out/{pair.case.number}")
     for name in ("rules", "actions"):
         found = matched(chosen[name], chosen["policy"], rng)
@@ -111,7 +111,7 @@ def _nulls(pair: Pair, chosen: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[
 def _attention(pair: Pair, chosen: dict[str, tuple[int, ...]], layers: dict[str, tuple[int, ...]]) -> Row:
     """The share of the deciding row's attention that each set gets, and whether a token's attention ranks its effect.
 
-    The latter of some tokens only, drawn at random: a mean over many policies needs few of each.
+    The ranking uses some random tokens only: a mean over many policies needs few of each.
     """
     text = pair.text
     rows = Rows((pair.token,), (text.last,), (text.last,))

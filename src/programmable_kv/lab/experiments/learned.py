@@ -1,4 +1,4 @@
-"""What is learnt of conclusions on some policies, to be scored on policies of other domains: probes, directions, subspaces."""
+"""Learns about conclusions from some policies, to score on policies of other domains: probes, directions, subspaces."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from programmable_kv.lab.tools.sites import Place, Site
 
 DIMENSIONS = (1, 2, 4, 8)
 STEPS, BATCH = 3, 4
-"""steps of gradient descent for each example, and examples of a step"""
+"""Steps of gradient descent for each example, and examples in each step."""
 RATE = 0.005
-"""small: it starts where notes change, and Adam's first steps move every entry by as much"""
+"""Small, because training starts where notes change and Adam's first steps move every entry by this much."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,9 +28,9 @@ class Example:
     """What a policy gives to learn from."""
 
     notes: Items
-    """the notes of both contexts, and whether their rules apply"""
+    """Notes of both contexts, and whether their rules apply."""
     old: torch.Tensor
-    """[L + 1, notes, d]: the notes' streams in the old context"""
+    """Streams of the notes in the old context, [L + 1, notes, d]."""
     new: torch.Tensor
     exchange: Exchange
 
@@ -51,7 +51,7 @@ class Example:
 
 
 class Learned:
-    """Of the examples of some domains."""
+    """What is learnt from the examples of some domains."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
@@ -62,22 +62,22 @@ class Learned:
         self._random: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def direction(self, layer: int) -> tuple[torch.Tensor, float, torch.Tensor]:
-        """From what does not apply to what does: the unit vector [d], the distance of the means, and their midpoint."""
+        """From notes whose rule does not apply to the others: unit vector [d], the means' distance and midpoint."""
         streams, labels, _ = self.items.at(layer)
         return along_means(streams, labels)
 
     def covariance(self, layer: int) -> torch.Tensor:
-        """[d, d] of the streams."""
+        """Covariance of the streams, [d, d]."""
         return torch.cov(self.items.streams[layer].to("cpu", torch.float64).T)
 
     def changes(self, layer: int, dimensions: int) -> torch.Tensor:
-        """The subspace [d, k] in which most of what changes between the contexts lies; of few examples, filled up."""
+        """The subspace [d, k] of most of the change between the contexts; filled up at random if examples are few."""
         if (layer, dimensions) not in self._changes:
             self._changes[layer, dimensions] = self._most_of_changes(layer, dimensions)
         return self._changes[layer, dimensions]
 
     def random(self, layer: int, dimensions: int, seed: int) -> torch.Tensor:
-        """A random subspace [d, k], drawn as likely as streams vary along it."""
+        """A random subspace [d, k], drawn with the covariance of the streams."""
         key = (layer, dimensions, seed)
         if key not in self._random:
             shaped = self.changes(layer, dimensions)
@@ -92,7 +92,7 @@ class Learned:
         return basis
 
     def subspace(self, engine: Any, layer: int, dimensions: int) -> torch.Tensor:
-        """The subspace [d, k] along which exchanged notes give the new decision, learnt by gradients (DAS)."""
+        """The subspace [d, k] in which exchanged notes give the new decision, learnt by gradients (DAS)."""
         key = (layer, dimensions)
         if key not in self._subspaces:
             exchanges = [each.at(layer) for each in self.examples]
@@ -106,7 +106,7 @@ class Learned:
 
 
 def along_means(streams: torch.Tensor, labels: Sequence[bool]) -> tuple[torch.Tensor, float, torch.Tensor]:
-    """Of activations [items, d]: the unit vector from one label's mean to the other's, their distance, and their midpoint."""
+    """The unit vector between the labels' means of activations [items, d], the means' distance, and their midpoint."""
     unit = mean_direction(streams, labels)
     marked = torch.tensor(list(labels), device=streams.device)
     means = streams[marked].mean(dim=0), streams[~marked].mean(dim=0)

@@ -1,8 +1,9 @@
 """Which keys and values carry a changed field to the decision: its own, a few later ones, the last ones, which layers'?
 
-Positions are ranked by what they are (`Written.role`) on policies of other domains, and scored here; beside them those that
-move farthest (which needs the new prefill), and those that do best on the very policy (as was published). Copied keys and
-values ("patched") say where the decision is read from; tokens really computed again ("recomputed") say what an edit achieves.
+Positions are ranked by their roles (`Written.role`) on policies of other domains, and scored here. For comparison:
+those that move farthest (which needs the new prefill), and those that do best on the same policy (as was published).
+Copied keys and values ("patched") say where the decision is read from; recomputed tokens ("recomputed") say what an
+edit achieves.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from programmable_kv.lab.tools.together import Probe
 COUNTS = (1, 2, 4, 8, 16, 32)
 RECOMPUTED = (8, 32)
 FRACTIONS = (5, 10, 25, 50)
-"""per cent of the later tokens, the last ones"""
+"""Shares of the later tokens in per cent, counted from the last one."""
 DRAWS = 4
-"""random sets for each count; their gaps are averaged"""
+"""Random sets for each count. Their gaps are averaged."""
 
 
 def rank(pair: Pair) -> Row:
-    """What each role carries: the mean recovery of its single tokens, patched one by one."""
+    """What each role carries: the mean recovery of its tokens, each patched alone."""
     later = pair.text.later
     span = pair.scale.new - pair.scale.old
     found: dict[str, list[float]] = {}
@@ -43,7 +44,7 @@ def rank(pair: Pair) -> Row:
 
 
 def ranked(pair: Pair, others: Sequence[Row]) -> list[int]:
-    """The later slots, best first, by how their roles did on other policies; of one role, the later token first."""
+    """The later slots, best first, by their roles' recovery on other policies. Within a role, later ones come first."""
     scores: dict[str, list[float]] = {}
     for row in others:
         for role, score in row["roles"].items():
@@ -72,7 +73,7 @@ def measure(pair: Pair, others: Sequence[Row]) -> Row:
     noised = ("field", "later", *(f"held_out_{k}" for k in RECOMPUTED))
     row["noised"] = dict(zip(noised, pair.gaps([Probe(chosen[n]) for n in noised], noising=True), strict=True))
     row["bands"] = _by_layer(pair)
-    # The field and all that follows it computed again is what the new context is.
+    # Recomputing the field and all that follows it gives the new context.
     row["recomputed"] = {"all": pair.scale.new} | _each_recomputed(pair, _recomputed(pair, chosen, drawn))
     return {key: _short(value) for key, value in row.items()}
 
@@ -82,7 +83,7 @@ def _last(later: Sequence[int], per_cent: int) -> tuple[int, ...]:
 
 
 def _random(pair: Pair, chosen: Mapping[int, Sequence[int]]) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
-    """Random sets by name, and by count from how many parts they were drawn."""
+    """Random sets by name; and by count, the number of parts they were drawn from."""
     rng = random.Random(f"{SEED}/locality/{pair.case.number}")
     sets, strata = {}, {}
     for count, slots in chosen.items():
@@ -99,7 +100,7 @@ def _averaged(gaps: Mapping[str, float], drawn: Mapping[str, object]) -> Iterato
 
 
 def _by_layer(pair: Pair) -> dict[str, float]:
-    """All later tokens patched in single layers, in thirds, and in all layers from or up to one."""
+    """The gap if all later tokens are patched in single layers, in thirds, and in all layers from one on."""
     layers = tuple(range(len(pair.old)))
     which: dict[str, tuple[int, ...]] = {f"layer_{layer}": (layer,) for layer in layers}
     which |= {name: each for name, each in bands(len(layers)).items() if name != "all"}
@@ -110,7 +111,7 @@ def _by_layer(pair: Pair) -> dict[str, float]:
 def _recomputed(
     pair: Pair, chosen: Mapping[str, tuple[int, ...]], drawn: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """What is computed again, the field always among it; without the whole of it."""
+    """The sets to recompute, each with the field. The set of all tokens is left out."""
     own, text = chosen["field"], pair.text
     sets: dict[str, tuple[int, ...]] = {"field": (), "rules": text.of(*RULES)}
     sets |= {"rules_and_tail": text.of(*RULES, *TAIL), "tail": text.of(*TAIL)}
@@ -131,7 +132,7 @@ def _short(value: Any) -> Any:
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """Recovery and flips of every arm; how often a single layer or a few tokens suffice."""
+    """Recovery and flips of every arm, and how often a single layer or a few tokens suffice."""
     summary: dict[str, Any] = {"later_tokens": mean_by_domain(rows, at("later"))}
     for part in ("patched", "recomputed", "bands"):
         names = dict.fromkeys(name for row in rows for name in row[part])
@@ -145,7 +146,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _lost(name: str) -> Value:
-    """What the new context's decision loses where the old one's rows stand in it: 1 is all of it."""
+    """What the new context's decision loses if the old one's rows replace its own: 1 is all of it."""
 
     def lost(row: Row) -> float | None:
         gap = at(f"noised.{name}")(row)
@@ -155,7 +156,7 @@ def _lost(name: str) -> Value:
 
 
 def _best_layer(row: Row) -> float | None:
-    """The recovery of a policy's best single layer, chosen on itself: an upper bound."""
+    """The recovery of a policy's best single layer, chosen on the policy itself: an upper bound."""
     gaps = [gap for name, gap in row["bands"].items() if name.startswith("layer_")]
     return (max(gaps) - row["old_gap"]) / (row["new_gap"] - row["old_gap"]) if row["valid"] else None
 

@@ -1,11 +1,10 @@
-"""Is a memory edited like any other text? A block of facts above the rules that speak of it or below them, prefilled where it
-stands or compiled alone and spliced.
+"""Is a memory edited like any other text? A block of facts above or below its rules, prefilled in place or spliced.
 
-The memory is the policy's own block of facts, one of which changes. `recomputed`: everything has read what stands before it.
-`spliced`: the memory has read itself alone, and what follows it has read everything. On both, the same edits are really made,
-with the question asked after them: the fact's tokens computed again in their place, a line that states the new value, and the
-fact with the rules that name it. In a third place nothing is edited: between the rules and the lines about other things, which
-stand between memory and question there.
+The memory is the policy's own block of facts, one of which changes. `recomputed`: everything has read what is before
+it. `spliced`: the memory was compiled alone and has read only itself, and what follows it has read everything. On both,
+the same edits are really made, with the question asked after them: the fact's tokens recomputed in place, a line that
+states the new value, and the fact with the rules that name it. In a third place nothing is edited: between the rules
+and the lines about other things, which are between memory and question there.
 """
 
 from __future__ import annotations
@@ -43,14 +42,14 @@ IN_PLACE, ERRATUM, READERS = "in_place", "erratum", "readers"
 ARMS = (IN_PLACE, ERRATUM, READERS)
 OLD, NEW = "old", "new"
 UNEDITED = (OLD, NEW)
-"""prefilled with the old value, and with the new one"""
+"""Prefilled with the old value, and with the new one."""
 
 
 def measure(pair: Pair, _: Sequence[Row], *, brief: bool = False) -> Row:
-    """In each place, by each way, what is decided before and after the edits.
+    """The decisions before and after the edits, in each place and by each way.
 
-    `brief`: the edits of the memory above its rules alone. Rows that several arms have in common are computed once, and those
-    of all places together.
+    `brief`: only the edits of the memory above its rules. Rows that several arms have in common are computed once, and
+    the rows of all places together.
     """
     shared = known_of(pair)
     found = {
@@ -81,8 +80,9 @@ def prefills(pair: NamedPair) -> dict[str, bool]:
 
 
 def edited(placed: Placed, pair: NamedPair) -> dict[str, dict[str, int]]:
-    """By way, the rows that decide: under both values, and after each edit of the old one. All question tokens are computed
-    anew.
+    """By way, the rows that decide: under both values, and after each edit of the old one.
+
+    All tokens of the question are recomputed.
     """
     text = pair.texts.text
     field, tail = tuple(text.field.range), tail_of(text)
@@ -101,7 +101,7 @@ def edited(placed: Placed, pair: NamedPair) -> dict[str, dict[str, int]]:
 
 
 def spliced(pair: NamedPair, memory: Span) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The rows of both texts where the memory has read itself alone."""
+    """The rows of both texts if the memory has read only itself."""
     old, new = (
         named(pair.shared, text, read_alone(text, memory)) for text in (pair.texts.old_text, pair.texts.new_text)
     )
@@ -109,7 +109,7 @@ def spliced(pair: NamedPair, memory: Span) -> tuple[tuple[int, ...], tuple[int, 
 
 
 def with_line(placed: Placed) -> tuple[int, ...]:
-    """The tokens of the context with the old value and, before the question, the line that states the new one."""
+    """The tokens of the context with the old value and, before the question, the line that states the new value."""
     texts = placed.texts
     field, (old, new) = texts.case.gate.field, texts.change
     notebook = Notebook(texts.model).message("system", placed.system, **texts.case.values(old))
@@ -124,18 +124,18 @@ def with_line(placed: Placed) -> tuple[int, ...]:
 
 
 def continued(pair: NamedPair, names: Sequence[int], ids: Sequence[int]) -> int:
-    """The row that decides if a context, given by its rows, goes on like this from the first other token on."""
+    """The row that decides if a context, given by its rows, goes on with `ids` from the first different token on."""
     own = pair.texts.text.ids
     start = next(slot for slot, (a, b) in enumerate(zip(own, ids, strict=False)) if a != b)
     return pair.asked(pair.shared.context(ids, dict(enumerate(names[:start])))[-1])
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """By place, of the policies that full prefills decide rightly under both values: what is decided on either cache.
+    """By place, what is decided on either cache, over the policies that full prefills get right under both values.
 
-    Recoveries are on the scale of the full prefills of that place, for both ways. `paired`: exact tests on the same items.
-    `placement`: how often prefills are right by the memory's place, with the p-values of the tests corrected for their number.
-    `slope`: of spliced recovery on recomputed recovery, over edits and places.
+    Recoveries of both ways are on the scale of the full prefills of that place. `paired`: exact tests on the same
+    items. `placement`: how often prefills are right by the memory's place, with p-values corrected for the number of
+    tests. `slope`: the slope of spliced recovery on recomputed recovery, over edits and places.
     """
     summary: dict[str, Any] = {"placement": _placement(rows), "places": {}}
     points: dict[str, list[tuple[float, float]]] = {}
@@ -161,7 +161,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """The least-squares slope of the second number on the first, over all points; 0 where the first never differs."""
+    """The least-squares slope of the second number on the first, over all points; 0 if the first never differs."""
     first, second = (torch.tensor(each, dtype=torch.float64) for each in zip(*points, strict=True))
     centred = first - first.mean()
     spread = float(centred.square().sum())
@@ -173,7 +173,7 @@ def _flat(row: Row, name: str) -> dict[str, Any]:
 
 
 def _scale(row: Row) -> Scale:
-    """Between the full prefills under the two values."""
+    """The gaps of the full prefills under the two values."""
     return Scale(row[RECOMPUTED][OLD]["gap"], row[RECOMPUTED][NEW]["gap"])
 
 
@@ -182,7 +182,7 @@ def _counts(row: Row) -> bool:
 
 
 def _right(way: str, which: str, row: Row) -> bool:
-    """Whether the old value's action is chosen without an edit, or the new one's with one."""
+    """Whether the choice is right: the old value's action under the old value, else the new value's."""
     return bool(row[way][which]["choice"] == row["right"][which != OLD])
 
 
@@ -207,7 +207,7 @@ def _tested(rows: Sequence[Row], first: tuple[str, str], second: tuple[str, str]
 
 
 def _placement(rows: Sequence[Row]) -> dict[str, Any]:
-    """Of the policies that can be written in all places: how often prefills are right, and each two places compared."""
+    """How often prefills are right by place, and each two places compared, for policies that fit all places."""
     all_three = [row for row in rows if len(row.get("prefilled", {})) == len(PLACES)]  # a brief row has none
     found: dict[str, Any] = {"policies": len(all_three)}
     found |= {name: mean_by_domain(all_three, partial(_rightness, name)) for name in PLACES}

@@ -1,4 +1,4 @@
-"""The notes of a pair, the first tokens of both rules' actions, as rows that are computed again with other activations."""
+"""The notes of a pair, the first tokens of both rules' actions, as rows that are recomputed with other activations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class NoteRows:
 
     @property
     def applies(self) -> dict[str, list[bool]]:
-        """Whether each note's rule applies, in the `old` context and in the `new` one."""
+        """Whether each note's rule applies, in the `old` and in the `new` context."""
         old = [self.pair.text.kinds[slot] is Text.OLD_RULE for slot in self.slots]
         return {"old": old, "new": [not each for each in old]}
 
@@ -38,9 +38,9 @@ class NoteRows:
         return self._recorded(buffer, Rows(self.ids, self.slots, self.slots))
 
     def streams_of(self, text: Written, *, noising: bool = False) -> torch.Tensor:
-        """The same where another text stands in the old context's place, or with `noising` in the new one's.
+        """The streams if another text replaces the old context, or with `noising` the new one.
 
-        From the first token that differs to the last note all is computed again. The contexts are unchanged.
+        Recomputes everything from the first token that differs to the last note. The contexts are unchanged.
         """
         here, own = (self.pair.fresh, self.pair.new_text) if noising else (self.pair.old, self.pair.old_text)
         differ = (slot for slot, (a, b) in enumerate(zip(text.ids, own.ids, strict=True)) if a != b)
@@ -54,12 +54,12 @@ class NoteRows:
         return torch.stack([found[site] for site in sites])
 
     def items(self, old: torch.Tensor, new: torch.Tensor) -> Items:
-        """The notes of both contexts, from their streams: does their rule apply? An item's kind is its action."""
+        """The notes of both contexts as items, by their streams. Label: does the rule apply? Kind: its action."""
         applies = (*self.applies["old"], *self.applies["new"])
         return Items(torch.cat((old, new), dim=1), applies, (*self.pair.actions, *self.pair.actions))
 
     def gap(self, layer: int, change: Change | None, *, noising: bool = False) -> float:
-        """The gap where the notes' rows are computed again in the old context, their stream changed before a layer.
+        """The gap if the notes' rows are recomputed in the old context with their stream changed before a layer.
 
         With `noising`, in the new context. The contexts are unchanged.
         """
@@ -74,7 +74,7 @@ class NoteRows:
             return float(pair.gap_in(pair.engine.compute(here, rows)[-1]))
 
     def gaps(self, changes: Sequence[tuple[int, Change]], *, noising: bool = False) -> list[float]:
-        """The gap under each of several changes, (layer, change): what `gap` gives one by one, all in one forward."""
+        """The gap under each of several changes (layer, change), as `gap` gives them, all in one forward."""
         pair = self.pair
         here = pair.fresh if noising else pair.old
         if not changes:
@@ -89,7 +89,7 @@ class NoteRows:
 
 
 def shifted(direction: torch.Tensor, sizes: Sequence[float]) -> Change:
-    """Move each row along a direction [d] by a size of its own."""
+    """A change that moves each row along a direction [d] by its own size."""
     steps = torch.tensor(list(sizes))
 
     def change(rows: torch.Tensor, which: torch.Tensor) -> torch.Tensor:

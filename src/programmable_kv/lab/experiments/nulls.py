@@ -1,4 +1,4 @@
-"""As many other positions of the same places, as finely matched as the context allows."""
+"""Random controls: as many other positions from the same places, matched as finely as the context allows."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ STRATA = (10, 5, 2, 1)
 
 
 def matched(chosen: Sequence[int], eligible: Sequence[int], rng: random.Random) -> tuple[tuple[int, ...], int] | None:
-    """Random slots beside those chosen, and from how many parts of the eligible ones they are drawn, part by part.
+    """Draw as many random other slots, part by part of the eligible ones. Returns them and the number of parts.
 
-    The finest division that leaves enough others in each part; None where fewer are left than were chosen.
+    Takes the finest division that leaves enough other slots in each part; None if fewer are left than were chosen.
     """
     for strata in STRATA:
         try:
@@ -27,7 +27,7 @@ def matched(chosen: Sequence[int], eligible: Sequence[int], rng: random.Random) 
 def matched_heads(
     chosen: Sequence[tuple[int, int]], layers: int, heads: int, rng: random.Random
 ) -> tuple[tuple[int, int], ...]:
-    """As many random (layer, head), none of them chosen, of the same layers; or of the nearest ones with any left.
+    """Draw as many random (layer, head) that are not chosen, from the same layers or the nearest ones with any left.
 
     Raises:
         InvalidArgumentError: more heads are chosen than are left in all layers.

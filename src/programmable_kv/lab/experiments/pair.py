@@ -1,6 +1,6 @@
-"""Two prefilled contexts that differ in one field's value and nowhere else, and what a change in one of them does.
+"""Two prefilled contexts that differ only in one field's value, and what a change in one of them does.
 
-All slots of the two stand at the same positions, so keys and values of the one can stand in the other as they are.
+Every slot has the same position in both, so keys and values of one can be put into the other unchanged.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from programmable_kv.notebook.decision import option_ids
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Texts:
-    """A context with the old value and the same with the new one, and how a decision is read from logits behind them."""
+    """A context with the old value, the same with the new one, and how logits after them are read as a decision."""
 
     case: Case
     change: tuple[str, str]
-    """the old and the new value"""
+    """The old and the new value."""
     model: Model
     old_text: Written
     new_text: Written
     first_tokens: Mapping[str, int]
-    """of each action, the token by which it is told from the others"""
+    """For each action, the token that tells it from the others."""
 
     @property
     def engine(self) -> Engine:
@@ -42,12 +42,12 @@ class Texts:
 
     @property
     def text(self) -> Written:
-        """What both contexts share: every slot's kind, and all tokens but the field's."""
+        """What both contexts share: the kind of every slot, and all tokens but the field's."""
         return self.old_text
 
     @property
     def actions(self) -> tuple[str, str]:
-        """What the old and the new value call for."""
+        """The actions of the old and the new value."""
         old, new = self.change
         return self.case.gate.actions[old], self.case.gate.actions[new]
 
@@ -57,7 +57,7 @@ class Texts:
         return self.text.ids[-1]
 
     def gap_in(self, logits: torch.Tensor) -> torch.Tensor:
-        """How much likelier the new value's action is than the old one's, in nats, from logits [..., V]."""
+        """How much likelier the new value's action is than the old value's, in nats, from logits [..., V]."""
         old, new = self.actions
         return gap(logits, self.first_tokens[new], self.first_tokens[old])
 
@@ -68,17 +68,17 @@ class Texts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pair(Texts):
-    """Both contexts cached without the last row, and how they decide."""
+    """Both contexts, cached without the last row, and the gaps of their decisions."""
 
     old: KVBuffer
     fresh: KVBuffer
-    """the context with the new value"""
+    """The context with the new value."""
     scale: Scale
 
     def probe(self, probes: Sequence[Probe], *, noising: bool = False) -> torch.Tensor:
-        """The logits of the last row under each probe, [probes, V]: the new context's rows stand in the old one.
+        """The logits of the last row under each probe, [probes, V]. Probes put the new context's rows into the old one.
 
-        With `noising`, the old context's rows stand in the new one.
+        With `noising`, they put the old context's rows into the new one.
         """
         here, there = (self.fresh, self.old) if noising else (self.old, self.fresh)
         return probed(self.engine, here, self.token, probes, there)
@@ -88,9 +88,10 @@ class Pair(Texts):
         return [float(each) for each in self.gap_in(self.probe(probes, noising=noising))] if probes else []
 
     def recomputed(self, slots: Sequence[int]) -> float:
-        """The gap after an edit of the old context: these slots computed again with the new value, all others left stale.
+        """The gap after an edit of the old context: these slots recomputed with the new value, all others left stale.
 
-        One forward, as an edit makes it: a recomputed row reads those recomputed before it. The contexts are unchanged.
+        It takes one forward, as an edit does: a recomputed row reads those recomputed before it. The contexts are
+        unchanged.
         """
         with taken_back(self.old):
             chosen = (*sorted(slots), self.text.last)
@@ -98,7 +99,7 @@ class Pair(Texts):
             return float(self.gap_in(self.engine.compute(self.old, rows)[-1]))
 
     def each_recomputed(self, sets: Sequence[Sequence[int]]) -> list[float]:
-        """What `recomputed` gives for each set of slots, as branches of few forwards."""
+        """What `recomputed` gives for each set of slots, computed as branches of a few forwards."""
         several = []
         for slots in sets:
             again = tuple(sorted(slots))
@@ -109,13 +110,13 @@ class Pair(Texts):
 
 
 def pair_of(model: Model, case: Case, *, system: str | None = None, asks_value: bool = False) -> Pair | str:
-    """The two contexts of `texts_of`, prefilled; or why there are none."""
+    """The two contexts of `texts_of`, prefilled; or the reason why there are none."""
     found = texts_of(model, case, system=system, asks_value=asks_value)
     return found if isinstance(found, str) else both_prefilled(found)
 
 
 def both_prefilled(texts: Texts) -> Pair:
-    """The pair of two texts."""
+    """Prefill both contexts."""
     old, fresh = (prefilled(texts.engine, text) for text in (texts.old_text, texts.new_text))
     pair = Pair(
         texts.case, texts.change, texts.model, texts.old_text, texts.new_text, texts.first_tokens,
@@ -125,11 +126,11 @@ def both_prefilled(texts: Texts) -> Pair:
 
 
 def texts_of(model: Model, case: Case, *, system: str | None = None, asks_value: bool = False) -> Texts | str:
-    """The two contexts; or why this model's tokens allow none that differ in the field's tokens alone.
+    """The two contexts; or the reason why no two values give texts that differ only in the field's tokens.
 
     Args:
-        system: another template of the policy.
-        asks_value: the question is about the field's value itself: what is decided is the value, and not an action.
+        system: template to use instead of the policy's own.
+        asks_value: the question asks for the field's value itself, so the decision is a value and not an action.
     """
     for change in case.changes:
         before, after = (written(model, case, change, case.values(value), system=system) for value in change)
@@ -155,17 +156,17 @@ def aligned(first: Written, second: Written) -> bool:
 
 
 def prefilled(engine: Engine, text: Written) -> KVBuffer:
-    """A buffer with all of a text but its last token."""
-    # Room for the rows that probes put beside the context.
+    """A buffer with all tokens of a text but the last."""
+    # Leaves room for the rows that probes add to the context.
     buffer = engine.new_buffer(2 * len(text.ids) + 256)
     engine.append(buffer, text.ids[:-1], logits=0)
     return buffer
 
 
 def appended_last(pair: Pair, buffer: KVBuffer, slots: Sequence[int]) -> tuple[KVBuffer, Rows]:
-    """A copy of one of the contexts with some slots left out, and the rows that append these, at their positions, and the last.
+    """A copy of a context without some slots, and rows that append these at their positions, and the last row.
 
-    For gradients (`Engine.graph`), which are of appended rows and whose masks go by positions; for nothing else.
+    Use it only for gradients (`Engine.graph`), which are of appended rows and whose masks follow positions.
     """
     chosen = tuple(sorted(slots))
     kept = [slot for slot in range(buffer.length) if slot not in set(chosen)]
@@ -181,7 +182,7 @@ def appended_last(pair: Pair, buffer: KVBuffer, slots: Sequence[int]) -> tuple[K
 
 
 def first_tokens(model: Model, case: Case, text: Written) -> Mapping[str, int] | None:
-    """Each action's first token; None where two actions share it."""
+    """Each action's first token; None if two actions share it."""
     options = case.scenario.options
     strings = option_ids(model.tokenizer, text.ends, options, None)
     firsts = {option: ids[0] for option, ids in zip(options, strings, strict=True)}

@@ -1,9 +1,10 @@
-"""Field, note, decision: which heads write the notes, which read them, and what is left of the effect beside these paths?
+"""Field, note, decision: which heads write the notes, which read them, and what is left besides these paths?
 
-Heads are ranked one by one on policies of other domains, exactly for reading and by slopes for writing, and scored together
-here, beside as many random heads of the same layers. Reading is the deciding row's: some heads read the new context's notes,
-all others the old one's, which is exact and closes a path (`together.Probe.places`). Writing is the notes' rows: some heads'
-outputs there are the new context's. The rest is the new decision where all but the chosen paths is the new context's.
+Heads are ranked one by one on policies of other domains, exactly for reading and by slopes for writing. They are scored
+together here and compared with as many random heads of the same layers. Reading is done by the deciding row: some heads
+read the new context's notes, all others the old one's, which is exact and closes a path (`together.Probe.places`).
+Writing is done by the notes' rows: some heads' outputs there are the new context's. The rest is the decision if
+everything but the chosen paths is the new context's.
 """
 
 from __future__ import annotations
@@ -39,24 +40,24 @@ from programmable_kv.lab.tools.together import Probe
 READERS = {"actions": (12, 24), "both_rules": (1, 2, 4, 8, 12, 16, 24, 32)}
 WRITERS = (1, 2, 4, 8, 12, 16)
 CIRCUIT = {"read": 24, "write": 12}
-"""heads of the circuit that is taken apart"""
+"""Number of heads in the circuit that is taken apart."""
 DRAWS = 2
-"""random sets of reading heads for each size; of writing heads, each of them many rows, one"""
+"""Random sets of reading heads for each size. Of writing heads, which take many rows each, there is one."""
 LEFT = "left"
-"""an arm of the new context, in which the old one's is written"""
+"""An arm in the new context, into which the old one's notes are written."""
 Name = tuple[str, ...]
-"""of a measurement: where in the row it stands"""
+"""Path of a measurement in the row."""
 MATTERS = 0.005
-"""a head without which the circuit recovers less than this less is no part of it"""
+"""A head is not part of the circuit if the circuit loses less recovery than this without it."""
 
 
 def circuit(heads: Sequence[Head], part: str) -> int:
-    """How many heads are taken apart: of a small model no more than half, so that as many others are left."""
+    """The number of heads to take apart: in a small model at most half, so that as many others are left."""
     return min(CIRCUIT[part], len(heads) // 2)
 
 
 def rank(pair: Pair) -> Row:
-    """What each head does alone, as a recovery: reading both rules, exactly; writing the actions, by its slope."""
+    """The recovery of each head alone: reading both rules, exactly; writing the actions, by its slope."""
     heads, notes = all_heads(pair), note_sets(pair)
     span = pair.scale.new - pair.scale.old
     gaps = pair.gaps([read_by(pair, notes["both_rules"], [head]) for head in heads])
@@ -65,12 +66,12 @@ def rank(pair: Pair) -> Row:
 
 
 def measure(pair: Pair, others: Sequence[Row]) -> Row:
-    """What the heads ranked on other policies do together, and what is left beside them."""
+    """What the heads ranked on other policies do together, and what is left besides them."""
     heads, notes = all_heads(pair), note_sets(pair)
     ranked = {part: strongest([row[part] for row in others], heads, len(heads)) for part in CIRCUIT}
     chosen = {part: ranked[part][: circuit(heads, part)] for part in CIRCUIT}
     rng = random.Random(f"{SEED}/path-closure/{pair.case.number}")
-    # All is drawn first. Then what the deciding row reads is computed in one forward, what is written in one for each context.
+    # Everything is drawn first. Then one forward computes all readings, and one for each context all writings.
     probes = _notes(pair, notes) | _reading(pair, notes, ranked["read"], rng)
     writings = _writing(pair, ranked["write"], rng) | _whole(chosen)
     alone = _without_one(pair, notes["both_rules"], chosen["read"], rng)
@@ -102,7 +103,7 @@ def _by_name(pair: Pair, probes: dict[Name, list[Probe]]) -> dict[Name, list[flo
 
 
 def _notes(pair: Pair, notes: dict[str, tuple[int, ...]]) -> dict[Name, list[Probe]]:
-    """Each set of notes alone, and everything but it."""
+    """Each set of notes alone, and everything else without it."""
     probes: dict[Name, list[Probe]] = {}
     for name, slots in notes.items():
         probes["notes", name, "alone"] = [Probe(slots)]
@@ -131,7 +132,7 @@ def _reading(
 
 
 def _writing(pair: Pair, ranked: tuple[Head, ...], rng: random.Random) -> dict[Name, Rewritten]:
-    """The first heads of the ranking, by number: alone, beside random ones, and what is left without them."""
+    """The first heads of the ranking, by number: alone, random ones, and what is left without them."""
     layers, width = len(pair.old), max(head for _, head in ranked) + 1
     writings: dict[Name, Rewritten] = {}
     for count in (k for k in WRITERS if 2 * k <= len(ranked)):
@@ -151,7 +152,7 @@ def _whole(chosen: dict[str, tuple[Head, ...]]) -> dict[Name, Rewritten]:
 
 
 def _written(pair: Pair, slots: Sequence[int], writings: dict[Name, Rewritten]) -> dict[Name, float]:
-    """The gap under each: written in the old context, and what is left of the new one where the old one's is written."""
+    """The gap of each: written in the old context, or what is left of the new one with the old one's notes in it."""
     found: dict[Name, float] = {}
     for noising in (False, True):
         some = {name: each for name, each in writings.items() if (name[-1] == LEFT) is noising}
@@ -164,7 +165,7 @@ def _written(pair: Pair, slots: Sequence[int], writings: dict[Name, Rewritten]) 
 def _without_one(
     pair: Pair, slots: Sequence[int], chosen: Sequence[Head], rng: random.Random
 ) -> dict[Name, list[Probe]]:
-    """The reading circuit and a random one: all of it, and all of it but each head in turn."""
+    """The reading circuit and a random one, each whole and without each of its heads in turn."""
     layers, width = len(pair.old), max(head for _, head in all_heads(pair)) + 1
     probes: dict[Name, list[Probe]] = {}
     for name, whole in (("chosen", tuple(chosen)), ("random", matched_heads(chosen, layers, width, rng))):
@@ -174,14 +175,14 @@ def _without_one(
 
 
 def _lost(pair: Pair, gaps: Sequence[float]) -> Row:
-    """Is any head of a circuit too many? What is recovered less without each, on average, and how many that matters for."""
+    """The mean recovery that a circuit loses without one of its heads, and the share of heads that it needs."""
     together, *without = gaps
     lost = [abs(together - gap) / (pair.scale.new - pair.scale.old) for gap in without]
     return {"lost": round(fmean(lost), 4), "needed": sum(each > MATTERS for each in lost) / len(lost)}
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """Recoveries by set of notes and number of heads; the whole path; how stable the ranking is; shares of the writing."""
+    """Recoveries by notes and number of heads; the whole path; stability of the ranking; shares of the writing."""
     summary: dict[str, Any] = {"notes": {}, "read": {}, "write": {}}
     for name in rows[0]["notes"] if rows else ():
         summary["notes"][name] = {part: arm(rows, at(f"notes.{name}.{part}")) for part in ("alone", "rest")} | {
@@ -215,7 +216,7 @@ def _paths(rows: Sequence[Row]) -> list[str]:
 
 
 def _unsigned(path: str, row: Row) -> float | None:
-    """How far from the old decision an arm ends, as a share of the span, in either direction."""
+    """How far from the old decision an arm ends, in either direction, as a share of the span."""
     gap = at(path)(row)
     return None if gap is None or not row["valid"] else abs(gap - row["old_gap"]) / (row["new_gap"] - row["old_gap"])
 

@@ -1,4 +1,4 @@
-"""A policy with its memory, the block of facts in it, in one of three places; prefilled where it stands, or spliced."""
+"""A policy with its memory, which is its block of facts, in one of three places; prefilled in place, or spliced."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from programmable_kv.lab.experiments.pair import Texts
 from programmable_kv.lab.experiments.written import Written, ruled
 
 EARLY, LATE, BETWEEN = "early", "late", "between"
-"""the memory above the rules; below them, before the question; and below them, with the lines about other things behind it"""
+"""The memory above the rules; below them, before the question; or between them and the lines about other things."""
 PLACES = (EARLY, LATE, BETWEEN)
 
 
@@ -25,13 +25,13 @@ class Placed:
 
     texts: Texts
     system: str
-    """the template of the policy"""
+    """The policy's template."""
     memory: Span
-    """the slots of the memory"""
+    """Slots of the memory."""
 
 
 def places(pair: Texts) -> Iterator[tuple[str, Placed]]:
-    """By name, the same policy with its memory where it is, and in the other places (if that text can be measured)."""
+    """Yield, by name, the policy with its memory where it is and in the other places, if that text can be measured."""
     case = pair.case
     first, memory, rules, *rest = case.scenario.prompt.split("\n\n")
     heading, *lines = rules.splitlines()
@@ -58,7 +58,7 @@ def slots_of(text: Written, block: str) -> Span:
 
 
 def read_alone(text: Written, memory: Span) -> PartReads:
-    """What may read what, where the memory has read itself alone, and what follows it reads everything."""
+    """Which parts read which if the memory has read only itself, and everything after it reads everything."""
     part_of = torch.zeros(len(text.ids), dtype=torch.long)
     part_of[memory.start : memory.stop] = 1
     part_of[memory.stop :] = 2

@@ -1,10 +1,10 @@
-"""Can it be told before an edit whether it will fail? Features of the cached context, and edits that are really made.
+"""Can it be predicted whether an edit will fail? Features of the cached context against edits that are really made.
 
-Policies of three sets of rules, told apart by the topic that the question names: there, errata fail often enough. Each edit is
-made twice: with the question in the context already, and with the question asked after it, where an erratum fails more often on
-stock models. A predictor is fit on all domains but one and scored on that one. Features are of three kinds: what the prompt is
-like; what its cache and its decision are like; and how strong its notes are, for which the new text has to be prefilled too.
-All are of the context with the question in it.
+Policies have three sets of rules, and the topic of the question says which one applies: there, errata fail often
+enough. Each edit is made twice: with the question already in the context, and with the question asked after it, where
+an erratum fails more often on stock models. A predictor is fit on all domains but one and scored on that one. Features
+are of three kinds: those of the prompt; those of its cache and decision; and the strength of its notes, which needs a
+prefill of the new text too. All are of the context with the question in it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from programmable_kv.notebook.notebook import Notebook
 
 MODES = (Mode.ERRATUM, Mode.FIELD_ERRATUM)
 ASKED_AFTER = "_asked_after"
-"""of edits with the question asked after them"""
+"""Suffix of the keys of edits whose question is asked after them."""
 KINDS = ("prompt", "before", "notes")
 FEWEST = 8
-"""failures, and successes, below which nothing is predicted"""
+"""Fewest failures, and fewest successes, for which a prediction is made."""
 
 
 def measure(pair: Pair, _: Sequence[Row]) -> Row:
-    """The features, and what each edit decides."""
+    """The features, and whether each edit fails."""
     own, new = (pair.probe([Probe()], noising=noising)[0] for noising in (False, True))
     return {
         "right": pair.decides(own) == pair.actions[0] and pair.decides(new) == pair.actions[1],
@@ -62,7 +62,7 @@ def _of_prompt(pair: Pair) -> dict[str, float]:
 
 
 def _of_cache(pair: Pair, logits: torch.Tensor) -> dict[str, float]:
-    """What the decision before the edit is like, and what it attends to."""
+    """Features of the decision before the edit, and the attention of the row that decides."""
     text, tokens = pair.text, list(pair.first_tokens.values())
     among = torch.log_softmax(logits.cpu().double()[tokens], dim=0).sort(descending=True).values
     rows = Rows((pair.token,), (text.last,), (text.last,))
@@ -81,7 +81,7 @@ def _of_cache(pair: Pair, logits: torch.Tensor) -> dict[str, float]:
 
 
 def _of_notes(pair: Pair) -> dict[str, float]:
-    """How strong the notes are: what copies of them change, and how far they move."""
+    """Strength of the notes: what copies of them change, and how far they move."""
     text = pair.text
     both = text.of(Text.OLD_RULE, Text.NEW_RULE)
     actions = tuple(slot for slot in both if text.parts[slot] is Part.ACTION)
@@ -106,7 +106,7 @@ def _of_notes(pair: Pair) -> dict[str, float]:
 
 
 def _failures(pair: Pair) -> dict[str, bool]:
-    """Of each edit, really made: is the decision another than the new value's?"""
+    """Make each edit. It fails if the decision is not the new value's."""
     case = pair.case
     notebook = Notebook(pair.model).message("system", case.scenario.prompt, **case.values(pair.change[0]))
     notebook.prefill()
@@ -116,7 +116,7 @@ def _failures(pair: Pair) -> dict[str, bool]:
 
 
 def _fails(pair: Pair, notebook: Notebook, mode: Mode, asked: str | None) -> bool:
-    """Whether an edit fails; None: the question is there already. The notebook is unchanged."""
+    """Whether an edit fails. `asked` is None if the question is already there. The notebook is unchanged."""
     mark = notebook.mark()
     edits = {pair.case.gate.field: pair.change[1]}
     choice = notebook.decide(asked, list(pair.first_tokens), edits=edits, mode=mode).choice
@@ -125,7 +125,7 @@ def _fails(pair: Pair, notebook: Notebook, mode: Mode, asked: str | None) -> boo
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """By edit, how often it fails; how well kinds of features and single ones predict it. And the notes of such policies."""
+    """By edit: how often it fails, and how well kinds of features and single ones predict it; mean note strength."""
     right = [row for row in rows if row["right"]]
     summary: dict[str, Any] = {"right": share(rows, lambda row: bool(row["right"])), "predicted": {}, "notes": {}}
     for name in ("actions", "rules", "field", "tail", "lost"):

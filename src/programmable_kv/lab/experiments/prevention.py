@@ -1,9 +1,9 @@
-"""What if no token could take notes? Which tokens have to read the field for the decision to be right, and for an edit to work?
+"""What if no token could take notes? Which tokens have to read the field for a right decision and a working edit?
 
-The context is prefilled under a mask. Turns read everything. Of the text, only chosen tokens, the *readers*, read the field and
-each other; *carriers* read the readers and not the field; all other text reads text alone. So nothing that the field says can
-reach any other place. An edit then computes the field, the readers, the carriers and the question again; it equals a prefill of
-the new text under the same mask. Rows that several arms have in common are computed once.
+The context is prefilled under a mask. Turns read everything. Of the text, only chosen tokens, the *readers*, read the
+field and each other; *carriers* read the readers but not the field; all other text reads only text. So nothing that the
+field says can reach any other place. An edit then recomputes the field, the readers, the carriers and the question. It
+equals a prefill of the new text under the same mask. Rows that several arms have in common are computed once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ READS = (
     (TEXT, READER, CARRIER),
     (TEXT, FIELD, READER, CARRIER, TURN),
 )
-"""of each kind, the kinds that it reads"""
+"""For each kind of token, the kinds that it reads."""
 PARTS = {
     "names": (Part.NAME,),
     "values": (Part.VALUE,),
@@ -49,14 +49,14 @@ PARTS = {
     "links_and_actions": (Part.LINK, Part.ACTION),
     "all_but_actions": (Part.NAME, Part.VALUE, Part.LINK, Part.END),
 }
-"""which tokens of the field's rules are readers"""
+"""By arm, the parts of the field's rules that are readers."""
 FEW = ("nobody", "readers", "values_carried_on")
 CARRIED = {"values_carried_on": (Part.LINK, Part.ACTION)}
-"""of arms in which the values are readers, the carriers"""
+"""By arm, the parts that are carriers. In these arms the values are readers."""
 
 
 def tail_of(text: Written) -> tuple[int, ...]:
-    """The turn: what follows the policy, up to the row before the one that decides."""
+    """The slots of the turn: everything after the policy, except the row that decides."""
     return tuple(range(min(text.of(*TAIL)), text.last))
 
 
@@ -69,7 +69,7 @@ def readers(text: Written) -> dict[str, tuple[int, ...]]:
 
 
 def carriers(text: Written, arm: str) -> tuple[int, ...]:
-    """The tokens of the policy that read an arm's readers, and not the field."""
+    """The tokens of the policy that read an arm's readers but not the field."""
     return tuple(slot for slot in text.of(*RULES) if text.parts[slot] in CARRIED.get(arm, ()))
 
 
@@ -81,7 +81,7 @@ def _rest_of_line(text: Written) -> Iterator[int]:
 
 
 def reads(text: Written, chosen: Sequence[int], carrying: Sequence[int] = ()) -> PartReads:
-    """What may read what, if the chosen tokens are readers, and others carriers."""
+    """Which parts read which, if the chosen tokens are readers and others carriers."""
     part_of = torch.full((len(text.ids),), TEXT)
     part_of[text.field.start : text.field.stop] = FIELD
     part_of[list(chosen)] = READER
@@ -94,14 +94,14 @@ def reads(text: Written, chosen: Sequence[int], carrying: Sequence[int] = ()) ->
 
 
 def prefilled_under(pair: Pair, text: Written, rule: PartReads) -> KVBuffer:
-    """A buffer with all of a text but its last token, each row of which read what it may."""
+    """A buffer with all tokens of a text but the last. Each row has read only what it may."""
     buffer = pair.engine.new_buffer(len(text.ids))
     compute_from(pair, buffer, text, 0, rule)
     return buffer
 
 
 def compute_from(pair: Pair, buffer: KVBuffer, text: Written, start: int, rule: PartReads) -> None:
-    """Compute the rows from a slot on, but the last one. What stands before it is the same under every arm's rule."""
+    """Compute all rows from a slot on except the last. The rows before it are the same under every arm's rule."""
     slots = tuple(range(start, text.last))
     pair.engine.compute(buffer, Rows(text.ids[start:-1], slots, slots), logits=0, reads=rule)
 
@@ -109,7 +109,7 @@ def compute_from(pair: Pair, buffer: KVBuffer, text: Written, start: int, rule: 
 def decided(
     pair: Pair, buffer: KVBuffer, text: Written, slots: Sequence[int], rule: PartReads | None = None
 ) -> dict[str, Any]:
-    """What is decided after these slots were computed again with a text's tokens. The buffer is unchanged."""
+    """The decision after these slots are recomputed with a text's tokens. The buffer is unchanged."""
     with taken_back(buffer):
         chosen = (*sorted(slots), text.last)
         rows = Rows(tuple(text.ids[slot] for slot in chosen), chosen, chosen)
@@ -120,7 +120,7 @@ def decided(
 def measure(pair: Pair, _: Sequence[Row], *, few: bool = False) -> Row:
     """By arm, the decision under the old value, after an edit, and after an edit that leaves the readers stale.
 
-    Few of the arms are those of `FEW`. `edit_from_prefill` compares one edit with a prefill that shares no row with it.
+    `few`: only the arms of `FEW`. `edit_from_prefill` compares one edit with a prefill that shares no row with it.
     """
     text, new, tail = pair.text, pair.new_text, tail_of(pair.text)
     field = tuple(text.field.range)
@@ -164,7 +164,7 @@ def measure(pair: Pair, _: Sequence[Row], *, few: bool = False) -> Row:
 
 
 def arm(shared: SharedRows, pair: Pair, chosen: Sequence[int], carrying: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """The rows of a text where the given tokens are readers: under the old value, and after an edit of it."""
+    """The rows of a text if the given tokens are readers and carriers: under the old value, and after an edit."""
     text, new = pair.text, pair.new_text
     rule = reads(text, chosen, carrying)
     field, tail = tuple(text.field.range), tail_of(text)
@@ -176,7 +176,7 @@ def arm(shared: SharedRows, pair: Pair, chosen: Sequence[int], carrying: Sequenc
 
 
 def edit_of(names: Sequence[int], slots: Sequence[int]) -> dict[int, int]:
-    """The rows that stay, by slot, where the rows of these slots, and the last one, are computed again."""
+    """The rows that an edit keeps, by slot, if it recomputes the rows of these slots and the last one."""
     again = {*slots, len(names) - 1}
     return {slot: name for slot, name in enumerate(names) if slot not in again}
 
@@ -184,11 +184,11 @@ def edit_of(names: Sequence[int], slots: Sequence[int]) -> dict[int, int]:
 def named(
     shared: SharedRows, text: Written, rule: PartReads, stays: Mapping[int, int] | None = None
 ) -> tuple[int, ...]:
-    """The row of each slot of a text, by name, where each reads what it may; some of them stay as they are."""
+    """The name of each slot's row in a text, if each row reads what it may. Rows in `stays` are kept."""
     kinds = rule.part_of.tolist()
     readers_of = [rule.reads[:, kind].nonzero().flatten().tolist() for kind in range(len(rule.reads))]
     seen = [NOTHING] * len(rule.reads)
-    """by kind, what the next row of it sees"""
+    """By kind, what its next row sees."""
     names = []
     for slot, (token, kind) in enumerate(zip(text.ids, kinds, strict=True)):
         kept = None if stays is None else stays.get(slot)
@@ -206,7 +206,7 @@ def _decision(pair: Pair, shared: SharedRows, name: int) -> dict[str, Any]:
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """By arm: how often the decision is right, beside plain causal reading, and how far the field moves it."""
+    """By arm: how often the decision is right, compared with plain causal reading, and how far the field moves it."""
     names = dict.fromkeys(["causal", *(name for row in rows for name in row["arms"])])
     summary: dict[str, Any] = {
         "guess": mean_by_domain(rows, lambda row: 1 / row["options"]),
@@ -240,7 +240,7 @@ def _right(name: str, *asked: str) -> Value:
 
 
 def _lost(name: str) -> Value:
-    """Right decisions lost beside plain causal reading, on one policy."""
+    """The share of right decisions lost compared with plain causal reading, on one policy."""
 
     def lost(row: Row) -> float | None:
         here, plain = (_right(each, "old", "edited")(row) for each in (name, "causal"))
@@ -250,7 +250,7 @@ def _lost(name: str) -> Value:
 
 
 def _span(name: str) -> Value:
-    """How much of the gap's way the field still goes: 1 as with plain causal reading, 0 where the field changes nothing."""
+    """The share of the gap's span by which the field still moves it: 1 as under plain causal reading, 0 not at all."""
 
     def span(row: Row) -> float | None:
         found = row["arms"].get(name)

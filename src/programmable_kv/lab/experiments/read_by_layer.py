@@ -1,7 +1,8 @@
-"""Probes by layer: fit on the items of some policies, scored on those of others, beside control tasks.
+"""Probes by layer, fit on the items of some policies and scored on those of others, with control tasks for comparison.
 
-Control labels are random by kind of item (an action), as often true as the labels. What a probe finds of them it has memorised.
-Source: Hewitt and Liang, Designing and Interpreting Probes with Control Tasks (arXiv 1909.03368), section 2.
+Control labels are random for each kind of item (an action), and true as often as the labels. What a probe finds of them
+it has memorised. Source: Hewitt and Liang, Designing and Interpreting Probes with Control Tasks (arXiv 1909.03368),
+section 2.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ from programmable_kv.extras import require_extra
 from programmable_kv.lab.tools.linear_probes import control_labels
 
 CONTROLS = 3
-"""control tasks"""
+"""Number of control tasks."""
 STRENGTH = 1.0
-"""inverse of the probes' L2 penalty"""
+"""Inverse of the probes' L2 penalty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """Activations with what is to be read of them."""
+    """Activations, and the labels to read from them."""
 
     streams: torch.Tensor
-    """[L + 1, items, d]: the residual stream before each layer, and after the last one"""
+    """The residual stream before each layer and after the last one, [L + 1, items, d]."""
     labels: tuple[bool, ...]
     kinds: tuple[str, ...]
-    """what an item is apart from its label"""
+    """What each item is apart from its label."""
 
     @classmethod
     def together(cls, several: Sequence[Items]) -> Items:
-        """The items of several policies."""
+        """Join the items of several policies."""
         return cls(
             torch.cat([each.streams for each in several], dim=1),
             tuple(label for each in several for label in each.labels),
@@ -42,19 +43,19 @@ class Items:
         )
 
     def at(self, layer: int) -> tuple[torch.Tensor, list[bool], list[str]]:
-        """Of one layer: streams [items, d], labels, kinds."""
+        """The streams [items, d], labels and kinds at one layer."""
         return self.streams[layer], list(self.labels), list(self.kinds)
 
 
 class LayerProbes:
-    """A logistic regression for each layer, and those of the control tasks; fit when they are first asked."""
+    """A logistic regression for each layer, and those of the control tasks. Fit when `read` is first called."""
 
     def __init__(self, items: Items) -> None:
         self._items = items
         self._probes: list[list[Any]] | None = None
 
     def read(self, items: Items, seed: int) -> dict[str, list[float]]:
-        """By layer, the share of other items whose label is found (`applies`); and of control labels, on average (`control`).
+        """By layer, the share of other items whose label is found (`applies`), and the mean for controls (`control`).
 
         Raises:
             MissingExtraError: scikit-learn is not installed.

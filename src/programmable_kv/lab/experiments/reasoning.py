@@ -1,8 +1,9 @@
-"""Why does a thought repair an edit in place? What the thought and the decision read is blocked, one by one and together.
+"""Why does a thought repair an edit in place? Blocks what the thought and the decision read, one by one and together.
 
-Two caches hold the policy and a question that asks for a line of thought: one was prefilled with the old value and edited in
-place, so that the field is new and all notes are stale; the other was prefilled with the new value. On each the model writes
-its thought, while the rows of the thought cannot read some tokens; then it decides, while the row that decides cannot.
+Two caches have the policy and a question that asks for a line of thought. One was prefilled with the old value and
+edited in place, so that the field is new and all notes are stale; the other was prefilled with the new value. On each,
+the model writes its thought while the thought's rows cannot read some tokens; then it decides while the deciding row
+cannot read some tokens.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from programmable_kv.prompt.wording import THINK_INSTRUCTION
 
 NOTHING = "nothing"
 THOUGHT = "thought"
-"""what the thought's own rows hold: the decision can be kept from reading it"""
+"""Set of the thought's own rows, which the decision can be kept from reading."""
 AS_THOUGHT = "random_as_thought"
 BLIND_THOUGHTS = (NOTHING, "field", "rules", "random_as_field", "random_as_rules")
-"""what the thought's rows cannot read"""
+"""Sets that the thought's rows cannot read."""
 BLIND_DECISIONS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     NOTHING: (
         (), ("field",), ("rules",), (THOUGHT,), ("field", THOUGHT),
@@ -44,7 +45,7 @@ BLIND_DECISIONS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "random_as_field": ((),),
     "random_as_rules": ((),),
 }  # fmt: skip
-"""what the row that decides cannot read, for each of them"""
+"""For each of these, the sets that the deciding row cannot read."""
 
 
 Rules = Mapping[str, Callable[[Sequence[int]], Collection[int]]]
@@ -56,16 +57,16 @@ class _Thought:
 
     blind: frozenset[int]
     known: list[int]
-    """tokens that are to be computed next"""
+    """Tokens to compute next."""
     drawn: list[int] = field(default_factory=list)
-    """its tokens, the opening's not among them"""
+    """Its tokens, without the opening's."""
     slots: tuple[int, ...] = ()
-    """of the rows that are computed, the opening's among them"""
+    """Slots of the computed rows, including the opening's."""
     text: str = ""
     ended: bool = False
 
     def branch(self, buffer: KVBuffer, used: int, first: int, rest: Sequence[int]) -> Branch:
-        """Its next tokens, and those that are guessed to follow; of all slots but the context's it sees its own."""
+        """Its next tokens and those guessed after them. It sees its own slots and the context's, but no blind ones."""
         at = first + len(self.slots)
         others = set(range(used, buffer.length)) - set(self.slots)
         ids = (*self.known, *rest)
@@ -74,28 +75,28 @@ class _Thought:
 
 @dataclass(slots=True)
 class Thinking:
-    """A cached policy and question, on which a thought is written and a decision made, again and again."""
+    """A cached policy and question on which thoughts are written and decisions made, any number of times."""
 
     notebook: Notebook
     opening: Sequence[int]
-    """the tokens that open the answer"""
+    """Tokens that open the answer."""
     options: Sequence[str]
     drawn: list[list[int]] = field(default_factory=list)
-    """earlier thoughts, which a new one may begin like"""
+    """Earlier thoughts, as guesses for new ones."""
 
     def decided(self, blind_thought: Collection[int], decisions: Rules) -> tuple[str, dict[str, dict[str, float]]]:
-        """The thought, and under each decision's rule the score of each option's first token. The cache is unchanged.
+        """The thought, and the score of each option's first token under each decision's rule. The cache is unchanged.
 
         Args:
             blind_thought: slots that the opening's and the thought's rows cannot read.
-            decisions: by name, from the thought's slots the slots that the deciding row cannot read.
+            decisions: name -> function from the thought's slots to the slots that the deciding row cannot read.
         """
         return self.decided_each([(blind_thought, decisions)])[0]
 
     def decided_each(
         self, arms: Sequence[tuple[Collection[int], Rules]]
     ) -> list[tuple[str, dict[str, dict[str, float]]]]:
-        """What `decided` gives, of several pairs of its arguments: their thoughts are written side by side."""
+        """`decided` for several pairs of its arguments. Their thoughts are written side by side."""
         engine, buffer = self.notebook.model.engine, self.notebook.cache
         used, first = buffer.length, buffer.next_position
         with branching(engine, buffer) as branches:
@@ -107,7 +108,7 @@ class Thinking:
                     self._go_on(each, rest, found)
             for each in thoughts:
                 self._close(each)
-            # The deciding row is the last token's: all before it are computed, and it is computed again under each rule.
+            # The deciding row is the last token's. All rows before it are computed, and it is computed under each rule.
             behind = [each for each in thoughts if each.known]
             if behind:
                 grown = branches.grown([each.branch(buffer, used, first, ()) for each in behind], every=False)
@@ -133,11 +134,11 @@ class Thinking:
         return result
 
     def _guess(self, drawn: list[int]) -> list[int]:
-        """How an earlier thought goes on that begins like this one."""
+        """The rest of an earlier thought that begins like this one."""
         return next((each[len(drawn) :] for each in self.drawn if each[: len(drawn)] == drawn), [])
 
     def _go_on(self, thought: _Thought, rest: Sequence[int], found: Grown) -> None:
-        """Greedy tokens up to the words that announce the decision: of what was guessed, what the model would write."""
+        """Add greedy tokens up to the words that announce the decision. A guess counts as far as it is greedy."""
         tokenizer = self.notebook.model.tokenizer
         wanted = found.logits[-len(rest) - 1 :].argmax(dim=-1).tolist()
         kept = next((n for n, token in enumerate(rest) if token != wanted[n]), len(rest))
@@ -158,7 +159,7 @@ class Thinking:
         thought.ended = thought.text.endswith(THOUGHT_ENDS) or len(thought.drawn) >= THOUGHT_LIMIT
 
     def _close(self, thought: _Thought) -> None:
-        """The words that announce the decision close a thought that ends otherwise."""
+        """Close a thought that ends otherwise with the words that announce the decision."""
         if thought.drawn not in self.drawn:
             self.drawn.insert(0, list(thought.drawn))
         if not thought.text.endswith(THOUGHT_ENDS):
@@ -170,12 +171,12 @@ class Thinking:
 
 
 def measure(pair: Pair, _: Sequence[Row], *, blinded_from: Sequence[str] = BLIND_THOUGHTS) -> Row:
-    """On each cache, by what the thought could not read and the decision could not read: what was decided."""
+    """The decision on each cache, by what the thought and the deciding row could not read."""
     case = replace(pair.case, asked=f"{pair.case.asked} {THINK_INSTRUCTION}")
     text = written(pair.model, case, pair.change, case.values(pair.change[0]))
     sets = blocked(text, pair.case.number)
     row: Row = {"right": list(pair.actions), "tokens": {name: len(slots) for name, slots in sets.items()}}
-    # Most thoughts are of this form. A guess makes them no other: it is checked, and the same greedy tokens are found sooner.
+    # Most thoughts have this form. The guess is checked, so it finds the same greedy tokens, only sooner.
     drawn = [
         pair.model.tokenizer.encode(f"{case.gate.field} is {value}{THOUGHT_ENDS}", add_special_tokens=False)
         for value in (pair.change[1], pair.change[0])
@@ -192,8 +193,11 @@ def measure(pair: Pair, _: Sequence[Row], *, blinded_from: Sequence[str] = BLIND
 
 
 def blocked(text: Written, number: int) -> dict[str, tuple[int, ...]]:
-    """The slots of each set. Random ones are of the policy's other lines: as many as the field has, and as the rules have, or
-    all of them if they are fewer."""
+    """The slots of each set.
+
+    Random sets are from the policy's other lines: as many slots as the field has, and as the rules have, or all if they
+    are fewer.
+    """
     first, rules = min(text.of(*TAIL)), text.of(*RULES)
     others = [slot for slot in text.later if slot < first and slot not in rules]
     rng = random.Random(f"{SEED}/reasoning/{number}")
@@ -202,14 +206,14 @@ def blocked(text: Written, number: int) -> dict[str, tuple[int, ...]]:
         f"random_as_{name}": tuple(sorted(rng.sample(others, min(len(slots), len(others)))))
         for name, slots in own.items()
     }
-    # Of this order, the first as many as a thought turns out to have.
+    # A thought is compared with the first of these, as many as it has rows.
     return {**own, **drawn, AS_THOUGHT: tuple(rng.sample(others, len(others)))}
 
 
 def _under(
     pair: Pair, thinking: Thinking, blinded_from: Sequence[str], sets: Mapping[str, tuple[int, ...]]
 ) -> dict[str, dict[str, Any]]:
-    """What is decided behind the thoughts that could not read one set each."""
+    """The decisions after thoughts that could not read one set each."""
 
     def unread(names: Sequence[str], thought: Sequence[int]) -> Collection[int]:
         found = {**sets, THOUGHT: tuple(thought), AS_THOUGHT: sets[AS_THOUGHT][: len(thought)]}
@@ -236,7 +240,7 @@ def _outcome(pair: Pair, scores: Mapping[str, float]) -> dict[str, Any]:
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """How often each arm is right, of the policies that a thought on the fresh cache decides rightly; and what thoughts say."""
+    """How often each arm is right, over the policies that a thought on the fresh cache gets right; what they say."""
     right = [row for row in rows if _right("fresh", NOTHING, NOTHING, row)]
     summary: dict[str, Any] = {
         "thought_right": share(rows, partial(_right, "fresh", NOTHING, NOTHING)),

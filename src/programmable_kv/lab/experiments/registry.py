@@ -53,9 +53,10 @@ EXPERIMENTS = {
 
 
 def experiment(name: str) -> Experiment:
-    """
+    """The experiment of this name.
+
     Raises:
-        InvalidArgumentError: there is no such experiment.
+        InvalidArgumentError: no experiment has this name.
     """
     if name not in EXPERIMENTS:
         raise InvalidArgumentError(f"there is no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")

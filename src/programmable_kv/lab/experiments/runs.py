@@ -1,4 +1,4 @@
-"""Carrying out experiments: one, or several case by case, so that the pair of a case is made once for all that ask for it."""
+"""Runs experiments, one or several case by case, so that the pair of a case is made once for all that ask for it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from programmable_kv.models.load import Model
 from programmable_kv.records import Record, Recorder
 
 Report = Callable[[int, int], None]
-"""is told how many cases are done, and of how many"""
+"""Called with the number of cases done, and the number of all cases."""
 
 WRONG = "a full prefill decides wrongly"
-"""why a case is not measured: there is no decision to carry"""
+"""Why a case is not measured: there is no decision to carry."""
 
 
 class Stopwatch:
-    """Seconds in which it ran, and those that were added."""
+    """Counts the seconds in which it runs, and those that are added."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -32,12 +32,12 @@ class Stopwatch:
         return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def add(self, seconds: float) -> None:
-        """Count seconds in which something was done for this watch's owner elsewhere."""
+        """Add seconds that something took elsewhere for this watch's owner."""
         self._seconds += seconds
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """It runs inside the block."""
+        """Run inside the block."""
         self._since = time.perf_counter()
         try:
             yield
@@ -46,10 +46,10 @@ class Stopwatch:
 
 
 class Run:
-    """One experiment on one model, as far as it has come: its record, and the cases that are left.
+    """One experiment on one model: its record so far, and the cases that are left.
 
-    A case counts where both full prefills decide as the policy says, unless `wrong_too`. With random weights none does, and all
-    are measured: what is of interest there is how little anything does.
+    A case counts if both full prefills decide as the policy says, unless `wrong_too`. With random weights none does,
+    and all are measured: the point there is how little any change does.
 
     Raises:
         RecordError: an interrupted run at this path had other settings.
@@ -78,12 +78,12 @@ class Run:
             model.engine.verify()
 
     def left(self) -> list[tuple[str, Case]]:
-        """The cases without a row, those on which roles are ranked first."""
+        """The cases without a row. Those on which roles are ranked come first."""
         done = {(row["part"], row["number"]) for row in self._recorder.rows}
         return [(part, case) for part, case in self.cases if (part, case.number) not in done]
 
     def add(self, part: str, case: Case, pair: Pair | str, making: float) -> None:
-        """Measure a case and write its row. `making`: the seconds that count of the making of its pair."""
+        """Measure a case and write its row. `making`: this run's share of the seconds in which the pair was made."""
         self._watch.add(making)
         with self._watch.running():
             self._recorder.add(self._row(part, case, pair))
@@ -101,7 +101,7 @@ class Run:
         return known | self.experiment.measure(pair, of_other_domains(self._recorder.rows, case.domain))
 
     def finish(self) -> Record:
-        """Summarise what was found, and put the record in its place."""
+        """Summarise what was found and write the finished record."""
         with self._watch.running():
             scored = [row for row in self._recorder.rows if row["part"] == "scoring"]
             counted = [row for row in scored if "skipped" not in row]
@@ -119,17 +119,17 @@ def run(
     experiment: Experiment, model: Model, count: int, path: Path, *, everyday: bool = False,
     report: Report | None = None, command: str = "",
 ) -> Record:  # fmt: skip
-    """Measure `count` cases and summarise what was found: see `Run`."""
+    """Measure `count` cases and summarise what was found (see `Run`)."""
     ((_, record),) = run_together([Run(experiment, model, count, path, everyday=everyday, command=command)], report)
     return record
 
 
 def run_together(runs: Sequence[Run], report: Report | None = None) -> Iterator[tuple[Run, Record]]:
-    """Measure what is left of several runs on one model, case by case; yields each run with its record when it is finished.
+    """Measure what is left of several runs on one model, case by case. Yields each run with its record when finished.
 
-    All cases on which roles are ranked come before the scored ones. The pair of a case is made once and given to every run that
-    draws this case; only one is held at a time. A record's `wall_seconds` count the time spent in its experiment, and of the
-    making of each pair an equal share with the other runs that were given it.
+    All cases on which roles are ranked come before the scored ones. The pair of a case is made once and given to every
+    run that draws this case; only one pair is kept at a time. A record's `wall_seconds` count the time spent in its
+    experiment and, for each of its pairs, an equal share of the time it took to make.
     """
     asked: dict[tuple[str, bool, int, int, int], list[tuple[Run, Case]]] = {}
     left = dict.fromkeys(runs, 0)
@@ -145,7 +145,7 @@ def run_together(runs: Sequence[Run], report: Report | None = None) -> Iterator[
     for key in sorted(asked):
         part, those = key[0], asked[key]
         began = time.perf_counter()
-        # Their cases are equal: drawn with the same seed, number of sets of rules and of values.
+        # Their cases are equal: drawn with the same seed, number of sets of rules and number of values.
         pair = pair_of(those[0][0].model, those[0][1])
         making = (time.perf_counter() - began) / len(those)
         for each, case in those:
@@ -155,5 +155,5 @@ def run_together(runs: Sequence[Run], report: Report | None = None) -> Iterator[
                 report(total - sum(left.values()), total)
             if not left[each]:
                 yield each, each.finish()
-        # Before the next pair is made: two contexts are held at a time, not four.
+        # Freed before the next pair is made, so that two contexts are in memory at a time, not four.
         del pair

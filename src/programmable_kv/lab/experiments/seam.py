@@ -1,9 +1,9 @@
-"""What is different in a skill that was compiled alone? By position and layer; what repair mends; why two skills compete.
+"""How does a skill that was compiled alone differ? By position and layer; what repair fixes; why two skills compete.
 
-One policy, and the same beside another one; each compiled alone, behind a preface (of lines about other things, or of a third
-policy), or both together, and put behind a prefix.
-Compared with a prefill of the same tokens in which everything reads everything. The null of a difference: the same skill in the
-context, behind other lines.
+One policy, and the same next to another one, are each compiled alone, behind a preface (of lines about other things, or
+of a third policy), or both together, and put after a prefix. They are compared with a prefill of the same tokens in
+which everything reads everything before it. The null of a difference is the same skill in the context, after other
+lines.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from programmable_kv.lab.tools.readouts import kl
 REPAIRED = (0, 1, 2, 4, 8, 16, 32)
 RANDOM = (4, 32)
 BUCKETS = ((0, 1), (1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, 1 << 20))
-"""positions in the skill"""
+"""Ranges of positions in the skill."""
 SHIFT = 11
-"""lines by which the other prefix of the null is ahead"""
+"""Number of lines by which the null's other prefix is ahead."""
 
 
 def measure(pair: Pair, _: Sequence[Row], *, by_itself: bool = False) -> Row:
-    """The skill by itself, and beside another one unless only the former is asked for."""
+    """Compare the skill by itself and, unless `by_itself`, next to another one."""
     contexts = Contexts(pair)
     row: Row = {"one": compared(pair, contexts, layout(pair, []), dict(pair.first_tokens), deviates=True)}
     if by_itself:
@@ -65,9 +65,10 @@ def compared(
     deviates: bool = False,
     stranger: Sequence[int] = (),
 ) -> Row:
-    """Every way to compile and to repair, beside a full prefill; with `deviates`, how far keys and values are off inside.
+    """Compare every way to compile and repair with a full prefill.
 
-    `stranger`: tokens of a third policy, as another preface.
+    `deviates`: also measure how far keys and values differ inside the skill. `stranger`: tokens of a third policy, as
+    another preface.
     """
     full = contexts.full(skills)
     alone = contexts.alone(full, skills)
@@ -107,10 +108,10 @@ def compared(
 def _repaired(
     pair: Pair, full: KVBuffer, alone: KVBuffer, skills: Skills, sets: Sequence[Sequence[Sequence[int]]]
 ) -> torch.Tensor:
-    """The last row's logits, some tokens of the skills and the whole question computed again: [sets, vocabulary].
+    """The last row's logits [sets, vocabulary] after some tokens of the skills and the whole question are recomputed.
 
-    Each set is a branch of the skills as they are. The first tokens of the first skill read the prefix and each other only, so
-    that computed again they are what they are in the full prefill: they are put beside the context.
+    Each set is a branch of the skills. The first tokens of the first skill read only the prefix and each other.
+    Recomputed, they equal those of the full prefill, so these are added to the context instead.
     """
     first = skills.chunks[0]
     known = list(first.range)[: max(REPAIRED)]
@@ -127,7 +128,7 @@ def _repaired(
 
 
 def _read(pair: Pair, buffer: KVBuffer, skills: Skills, start: int) -> tuple[torch.Tensor, dict[str, float]]:
-    """The last row's logits, the rows from `start` on computed again, and what it attends to. The buffer is unchanged."""
+    """Recompute the rows from `start` on. Returns the last row's logits and its attention. The buffer is unchanged."""
     slots = tuple(range(start, len(skills.ids)))
     rows = Rows(tuple(skills.ids[slot] for slot in slots), slots, slots)
     logits, weights = pair.engine.last_row_read(buffer, rows)
@@ -149,7 +150,7 @@ def _outcome(pair: Pair, expected: torch.Tensor, logits: torch.Tensor, tokens: d
 
 
 def _attention(weights: Sequence[torch.Tensor], skills: Skills) -> dict[str, float]:
-    """The share of the deciding row's attention, in the last third of the layers, by what it attends to."""
+    """The deciding row's attention in the last third of the layers, as shares by what it attends to."""
     late = torch.stack([each.mean(dim=0) for each in weights[2 * len(weights) // 3 :]]).mean(dim=0).cpu().double()
     firsts = [chunk.start for chunk in skills.chunks]
     acts = {slot for each in skills.actions for slot in each}
@@ -167,7 +168,7 @@ def _attention(weights: Sequence[torch.Tensor], skills: Skills) -> dict[str, flo
 
 
 def _deviation(full: KVBuffer, other: KVBuffer, chunk: Span) -> dict[str, Any]:
-    """By position in the skill, and by layer, the relative distance of keys and of values."""
+    """The relative distance of keys and of values, by position in the skill and by layer."""
     found: dict[str, Any] = {}
     for name, inside in distances(full, other, slice(chunk.start, chunk.stop)).items():
         found[name] = {
@@ -185,7 +186,7 @@ def _by_position(inside: torch.Tensor) -> Iterator[tuple[str, float]]:
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """Means over policies, by number of skills, of those that a full prefill decides correctly."""
+    """Means by number of skills, over the policies that a full prefill decides correctly."""
     summary: dict[str, Any] = {}
     for name in ("one", "two"):
         asked = [row for row in rows if name in row]

@@ -1,4 +1,4 @@
-"""What writes a note: how much of its change attention has added up to each layer. The rest was added by the MLPs."""
+"""What writes a note: the share of its change that attention has added up to each layer. The MLPs added the rest."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.tools.sites import Place, Site, recorded
 
 DEPTHS = (0.33, 0.5, 0.67, 0.75, 0.8, 0.9, 1.0)
-"""of the layers whose input is decomposed; 1.0 is what the final norm reads"""
+"""Fractions of the model's depth. The input of the layer there is decomposed; 1.0 is what the final norm reads."""
 
 
 def added(pair: Pair, buffer: KVBuffer, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of some slots' rows in a context: the residual stream before each layer and after the last one [L + 1, slots, d], and
-    what each layer's attention adds to it [L, slots, d].
+    """The residual stream of some slots' rows before each layer and after the last one [L + 1, slots, d], and what each
+    layer's attention adds to it [L, slots, d].
     """
     layers = len(buffer)
     streams = [Site(Place.RESIDUAL, layer) for layer in range(layers + 1)]
@@ -29,11 +29,12 @@ def added(pair: Pair, buffer: KVBuffer, slots: Sequence[int]) -> tuple[torch.Ten
 
 
 def shares_by_layer(pair: Pair, slots: Sequence[int]) -> dict[str, dict[str, float | None]]:
-    """At each depth: attention's share of the change of the stream between the contexts.
+    """At each depth, attention's share of the change of the stream between the contexts.
 
-    That is what all attention below has added to the change, along it, in units of it. The slots' own tokens are the same in
-    both contexts, so the MLPs have added the rest (in models whose layers add what their attention gives, without a norm of
-    it). `size`: how large the change is, relative to the stream. A share is None where nothing has changed yet.
+    The share is what all attention below has added along the change, in units of the change. The slots' own tokens are
+    the same in both contexts, so the MLPs have added the rest (in models whose layers add their attention's output
+    without a norm of it). `size` is the size of the change relative to the stream. A share is None if nothing has
+    changed yet.
     """
     (stream, attention), (other, other_attention) = (added(pair, buffer, slots) for buffer in (pair.old, pair.fresh))
     whole = (other - stream).cpu().double()
@@ -52,5 +53,5 @@ def shares_by_layer(pair: Pair, slots: Sequence[int]) -> dict[str, dict[str, flo
 
 
 def _named(part: float) -> str:
-    """A depth as a figure's path spells it: `at_67`."""
+    """A depth as it is spelled in a figure's path: `at_67`."""
     return f"at_{round(100 * part)}"

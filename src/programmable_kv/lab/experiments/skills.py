@@ -1,4 +1,4 @@
-"""A context of several skills, token by token: a prefix, policies one after the other, and a question about one of them."""
+"""A context of several skills, token by token: a prefix, policies one after another, a question about one of them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from programmable_kv.lab.tools.kv import moved_rows
 from programmable_kv.models.load import Model
 
 OTHERS_SEED = 96_000
-"""of the policies that stand beside the one that is asked about"""
+"""Seed of the policies next to the one that is asked about."""
 LINES = 6
-"""about other things, before the skills"""
+"""Lines about other things before the skills."""
 PREFACE_LINES = 3
 
 
@@ -35,11 +35,11 @@ class Skills:
     ids: tuple[int, ...]
     chunks: tuple[Span, ...]
     asked: int
-    """which of the chunks the question is about"""
+    """Index of the chunk that the question is about."""
     actions: tuple[tuple[int, ...], ...]
-    """the slots of the actions in each chunk's rules"""
+    """Slots of the actions in each chunk's rules."""
     preface: tuple[int, ...]
-    """what a skill may be compiled behind: as the prefix, with other lines"""
+    """Tokens that a skill may be compiled behind: like the prefix, with other lines."""
 
     @property
     def prefix(self) -> int:
@@ -59,7 +59,7 @@ class Skills:
         return self.chunks[self.asked]
 
     def together(self) -> PartReads:
-        """What may read what where each skill reads itself and those before it, as if all had been compiled as one text."""
+        """Which parts read which if each skill reads itself and those before it, as if all were compiled together."""
         table = torch.ones(len(self.chunks) + 2, len(self.chunks) + 2, dtype=torch.bool).tril()
         table[1:, 0] = False
         count = len(self.chunks)
@@ -76,18 +76,18 @@ class Policy:
 
     ids: tuple[int, ...]
     actions: tuple[int, ...]
-    """which of its tokens are actions in rules"""
+    """Which of its tokens are actions in rules."""
 
 
 def chunk_of(text: Written) -> Span:
-    """A policy without its first paragraph, which says whose it is: facts and rules."""
+    """The span of a policy's facts and rules, without the first paragraph, which says whose policy it is."""
     begins = "".join(text.tokens).index("\n\n") + 2
     starts = accumulate((len(token) for token in text.tokens), initial=0)
     return Span(next(slot for slot, start in enumerate(starts) if start >= begins), tail_of(text)[0])
 
 
 def policy_of(model: Model, case: Case, text: Written) -> Policy:
-    """A case's policy, with the values that a text has."""
+    """A case's policy as a skill, with a text's values."""
     chunk = chunk_of(text)
     heading: list[int] = model.tokenizer.encode(f"For {case.gate.topic}:\n", add_special_tokens=False)
     offset = len(heading) - chunk.start
@@ -96,16 +96,16 @@ def policy_of(model: Model, case: Case, text: Written) -> Policy:
 
 
 def layout(pair: Pair, others: Sequence[Policy], *, shift: int = 0) -> Skills:
-    """The pair's policy among others, with the old value, in a drawn order.
+    """The pair's policy among others, with the old value, in a random order.
 
     Args:
-        shift: which lines stand in the prefix, but for the last one. It has as many tokens with any.
+        shift: chooses the lines of the prefix, except the last. The prefix has as many tokens with any of them.
     """
     text, own = pair.text, chunk_of(pair.text)
     rng = random.Random(f"{OTHERS_SEED}/order/{pair.case.number}")
     order = rng.sample(range(len(others) + 1), len(others) + 1)
     policies = [policy_of(pair.model, pair.case, text), *others]
-    # The line before the skill stays, so that it does not begin in the middle of a sentence.
+    # The line before the skill is the same for every shift, so that it does not begin in the middle of a sentence.
     room, near = len(_lines(pair, 0, LINES - 1)), _lines(pair, LINES - 1, 1)
     ids = [*text.ids[: own.start], *_lines(pair, shift, 4 * LINES)[:room], *near]
     chunks, actions = [], []
@@ -127,7 +127,7 @@ def _lines(pair: Pair, first: int, count: int) -> list[int]:
 
 
 def beside(pair: Pair, count: int) -> tuple[list[Policy], dict[str, int]] | None:
-    """Other policies, of other domains, and the first token of every action; None where the drawn ones share first tokens."""
+    """Policies of other domains, and the first token of every action; None if too few drawn ones differ in these."""
     drawn = cases(pair.case.number + 8, OTHERS_SEED)[pair.case.number :]
     found: list[Policy] = []
     tokens = dict(pair.first_tokens)
@@ -152,37 +152,39 @@ def _of(pair: Pair, case: Case) -> Written:
 
 
 class Contexts:
-    """A policy's skills in one context or another. What a text has in common with an earlier one, from its first token on, is
-    computed once: rows follow from the tokens before them alone.
+    """A policy's skills in one context or another.
+
+    The tokens that a text shares with an earlier one, from the first on, are computed once: their rows depend only on
+    the tokens before them.
     """
 
     def __init__(self, pair: Pair) -> None:
         self._engine = pair.engine
         self._known: dict[tuple[int, ...], KVBuffer] = {pair.old_text.ids[:-1]: pair.old}
-        """prefilled texts, by their tokens"""
+        """Prefilled texts, by their tokens."""
 
     def full(self, skills: Skills, stop: int | None = None) -> KVBuffer:
-        """A buffer with the tokens up to `stop` (None: all but the last), in which everything reads what stands before it."""
+        """A buffer with the tokens up to `stop` (None: all but the last), in which every token reads all before it."""
         return self._prefilled(skills.ids[: skills.last if stop is None else stop]).fork()
 
     def alone(self, full: KVBuffer, skills: Skills) -> KVBuffer:
-        """A copy of a full prefill in which each skill was computed alone. What follows the skills is left as it was."""
+        """A copy of a full prefill in which each skill is computed alone. What follows the skills is unchanged."""
         buffer = full.fork()
         for chunk in skills.chunks:
             self.put(buffer, skills, chunk, ())
         return buffer
 
     def together(self, alone: KVBuffer, skills: Skills) -> KVBuffer:
-        """A copy of skills that were computed alone, in which each reads those before it: the first one stays."""
+        """A copy of skills that were computed alone, in which each reads those before it. The first is unchanged."""
         buffer, slots = alone.fork(), tuple(range(skills.chunks[0].stop, skills.tail))
         rows = Rows(tuple(skills.ids[slot] for slot in slots), slots, slots)
         self._engine.compute(buffer, rows, logits=0, reads=skills.together())
         return buffer
 
     def put(self, buffer: KVBuffer, skills: Skills, chunk: Span, preface: Sequence[int]) -> None:
-        """Put a skill into its place as it is behind a preface, which is no longer than the prefix: its last tokens are taken.
+        """Put a skill into its place as computed behind a preface, with its keys rotated to that place.
 
-        Its keys are rotated to where it stands.
+        Of a preface longer than the prefix, only the last tokens are used.
         """
         preface = tuple(preface)[-skills.prefix :]
         source = self._prefilled((*preface, *skills.ids[chunk.start : chunk.stop]))
@@ -190,7 +192,7 @@ class Contexts:
         buffer.overwrite(list(chunk.range), moved_rows(self._engine, source, slots, buffer, list(chunk.range)))
 
     def _prefilled(self, ids: tuple[int, ...]) -> KVBuffer:
-        """A buffer with these tokens, in which everything reads what stands before it. It stays as it is."""
+        """A buffer with these tokens, in which every token reads all before it. Callers fork it and never change it."""
         if ids not in self._known:
             nearest = max(self._known, key=lambda known: _in_common(known, ids))
             same = _in_common(nearest, ids)
@@ -202,12 +204,11 @@ class Contexts:
 
 
 def _in_common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Tokens that are the same from the beginning on. Those of a text that is the beginning of another one leave it one to
-    compute."""
+    """The number of equal tokens from the start, without the last of `second`, so that one is left to compute."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second[:-1], strict=False)))
 
 
 def repaired_rows(skills: Skills, chosen: Sequence[Sequence[int]]) -> Rows:
-    """Some tokens of each chunk, and all that follows the chunks: computed again, they read everything before them."""
+    """The rows of some tokens of each chunk and of all that follows the chunks. They read everything before them."""
     slots = tuple(sorted({*chain.from_iterable(chosen), *range(skills.tail, len(skills.ids))}))
     return Rows(tuple(skills.ids[slot] for slot in slots), slots, slots)

@@ -1,9 +1,10 @@
-"""Are there features for the conclusion? A sparse autoencoder of the stream in which notes are read, and its controls.
+"""Are there features for the conclusion? A sparse autoencoder of the stream that notes are read from, and its controls.
 
-Notes are the first tokens of both rules' actions, before the layer at which `conclusion` exchanges most. The autoencoder is
-trained on policies of the training side and plain text. Beside it stand one whose directions are random and only its encoder
-trained, the stream's own coordinates, random features as often active that move a note as far, and one direction: the
-difference of two means. Features are chosen on policies of other domains.
+Notes are the first tokens of both rules' actions, before the layer at which `conclusion` exchanges most. The
+autoencoder is trained on policies of the training split and on plain text. The controls are an autoencoder with random
+directions of which only the encoder is trained, the stream's own coordinates, random features that are as often active
+and move a note as far, and one direction: the difference of two means. Features are chosen on policies of other
+domains.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from programmable_kv.lab.tools.sparse_autoencoder import SparseAutoencoder, trai
 from programmable_kv.models.load import Model
 
 COUNTS = (1, 3, 10, 30)
-"""features that are exchanged, as published"""
+"""Numbers of features that are exchanged, as published."""
 WIDER = 4
-"""features for each dimension of the stream, as published"""
+"""Features for each dimension of the stream, as published."""
 ACTIVE = 32
 DRAWS = 2
-"""random sets of features that are exchanged; of those that are ablated, one"""
+"""Random sets of features that are exchanged. Only one random set is ablated."""
 KINDS = ("trained", "frozen", "coordinates")
 
 
@@ -58,7 +59,7 @@ BRIEF = Effort(Amount(6, 2), Amount(1, 1), 20)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
-    """Both autoencoders, and how they do on held-out prompts."""
+    """Both autoencoders, and their scores on held-out prompts."""
 
     dictionaries: dict[str, SparseAutoencoder]
     held_out: dict[str, dict[str, float | None]]
@@ -74,12 +75,12 @@ _TRAINED: dict[tuple[str, Effort], Trained] = {}
 
 
 def layer_of(layers: int) -> int:
-    """The layer before which notes are changed: not the first, whose stream is the token alone."""
+    """The layer before which notes are changed. It is not the first, whose stream is only the token."""
     return min(layers - 1, max(1, round(SITE * layers)))
 
 
 def rank(pair: Pair) -> Row:
-    """Keeps the notes, and says how far they move between the contexts, relative to their length."""
+    """Keep the notes for learning. The row says how far they move between the contexts, relative to their length."""
     _NOTES.add(pair)
     notes, layer = NoteRows(pair), layer_of(len(pair.old))
     old, new = (notes.streams(buffer)[layer] for buffer in (pair.old, pair.fresh))
@@ -87,12 +88,12 @@ def rank(pair: Pair) -> Row:
 
 
 def measure(pair: Pair, others: Sequence[Row], effort: Effort = FULL) -> Row:
-    """Gaps after features of the notes are exchanged or ablated, by dictionary and number, and how well one is read."""
+    """Gaps after features of the notes are exchanged or ablated, by dictionary and number; how well one is read."""
     notes, layer = NoteRows(pair), layer_of(len(pair.old))
     streams = {"old": notes.streams(pair.old), "new": notes.streams(pair.fresh)}
     old, new = streams["old"][layer], streams["new"][layer]
     row: Row = {"whole": round(notes.gap(layer, replaced(new)), 4)}
-    # No feature is chosen on the policy on which it is scored.
+    # Features are never chosen on the policy on which they are scored, so other policies are needed.
     if not others:
         return row
     seen = _NOTES.learnt(pair, others)
@@ -130,13 +131,13 @@ class _Line:
 
 
 Notes = dict[tuple[str, str], torch.Tensor]
-"""by (arm, number of features or donor), notes [n, d] that are put in place of a context's own"""
+"""(arm, number of features or donor) -> notes [n, d] that replace a context's own."""
 
 
 def _exchanges(
     pair: Pair, chosen: Chosen, old: torch.Tensor, new: torch.Tensor, there: dict[str, torch.Tensor]
 ) -> Notes:
-    """The old context's notes with features of the new one, beside random ones; and with those of other donors."""
+    """The old context's notes with features of the new one, with random ones, and with features of other donors."""
     rng = random.Random(f"{SEED}/sparse-features/{pair.case.number}")
     found: Notes = {}
     for count in _counts(chosen):
@@ -150,7 +151,7 @@ def _exchanges(
 
 
 def _ablations(pair: Pair, chosen: Chosen, new: torch.Tensor) -> Notes:
-    """The new context's notes with features at their mean, beside random ones; and as an autoencoder rebuilds them."""
+    """The new context's notes with features at their mean, with random ones, and as an autoencoder rebuilds them."""
     rng = random.Random(f"{SEED}/sparse-features/ablated/{pair.case.number}")
     found: Notes = {}
     for count in _counts(chosen):
@@ -163,12 +164,12 @@ def _ablations(pair: Pair, chosen: Chosen, new: torch.Tensor) -> Notes:
 
 
 def _counts(chosen: Chosen) -> list[int]:
-    """Of a small dictionary no more than half, so that as many others are left."""
+    """Numbers of features to change: at most half of a small dictionary, so that as many others are left."""
     return [count for count in COUNTS if 2 * count <= len(chosen.order)]
 
 
 def _changed(notes: NoteRows, layer: int, exchanges: Notes, ablations: Notes) -> Row:
-    """The gap under each, by arm and number: of exchanges in the old context, of ablations in the new one."""
+    """The gap of each, by arm and number: exchanges in the old context, ablations in the new one."""
     drawn: dict[str, dict[str, list[float]]] = {}
     for part, noising in ((exchanges, False), (ablations, True)):
         gaps = notes.gaps([(layer, replaced(streams)) for streams in part.values()], noising=noising)
@@ -178,7 +179,7 @@ def _changed(notes: NoteRows, layer: int, exchanges: Notes, ablations: Notes) ->
 
 
 def _trained(model: Model, layer: int, effort: Effort) -> Trained:
-    """The autoencoders of a model, trained once a run."""
+    """A model's autoencoders, trained once in a run."""
     key = (model.fingerprint, effort)
     if key not in _TRAINED:
         rows = streams_before(model, layer, effort.learned)
@@ -192,7 +193,7 @@ def _trained(model: Model, layer: int, effort: Effort) -> Trained:
 def _on_held_out(
     model: Model, layer: int, amount: Amount, found: dict[str, SparseAutoencoder]
 ) -> dict[str, dict[str, float | None]]:
-    """By autoencoder: variance left unexplained in policies and in plain text, and the share of features that are ever used."""
+    """By autoencoder: variance unexplained in policies and in plain text, and the share of features ever used."""
     parts = {
         "policies": streams_before(model, layer, Amount(amount.policies, 0), split="held_out"),
         "plain": streams_before(model, layer, Amount(0, amount.windows), split="held_out"),
@@ -206,7 +207,7 @@ def _on_held_out(
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """Every change as an arm, by dictionary and number of features; ablations beside what of the new decision remains."""
+    """Every change as an arm, by dictionary and number of features. Ablations say what of the new decision remains."""
     summary: dict[str, Any] = {"whole": arm(rows, at("whole"))}
     learned = [row for row in rows if "trained" in row]
     summary["learned"] = len(learned)

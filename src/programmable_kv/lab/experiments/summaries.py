@@ -1,4 +1,4 @@
-"""How rows become figures: means with intervals that resample whole domains, shares, and differences of two arms."""
+"""Turns rows into figures: means with intervals that resample whole domains, shares, and the effect of an arm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESAMPLES = 4000
 
 
 def mean_by_domain(rows: Sequence[Row], value: Value) -> dict[str, Any]:
-    """The mean of a value over the rows that have it, with an interval from resampling domains."""
+    """The mean of a value over the rows that have it, with an interval that resamples domains."""
     clusters: dict[str, list[float]] = {}
     for row in rows:
         found = value(row)
@@ -32,7 +32,7 @@ def mean_by_domain(rows: Sequence[Row], value: Value) -> dict[str, Any]:
 
 
 def share(rows: Sequence[Row], holds: Callable[[Row], bool | None]) -> dict[str, Any]:
-    """The share of rows, among those that say anything, for which something holds (Wilson)."""
+    """The share of rows for which something holds (Wilson), without the rows that give None."""
     found = [each for each in map(holds, rows) if each is not None]
     return wilson(sum(found), len(found)).model_dump() if found else wilson_of_none()
 
@@ -42,9 +42,10 @@ def wilson_of_none() -> dict[str, Any]:
 
 
 def arm(rows: Sequence[Row], gap: Value) -> dict[str, Any]:
-    """What an intervention that ends at a gap did: recovery (0: the stale decision, 1: the fresh one), and decisions flipped.
+    """An arm's effect: recovery (0 is the stale decision, 1 the fresh one), decisions flipped, and nats moved.
 
-    The gap is of the new value's action over the old one's; the rows' `old_gap` and `new_gap` are the two full prefills'.
+    `gap` is a row's gap after the arm's intervention, of the new value's action over the old one's. The rows' `old_gap`
+    and `new_gap` are those of the two full prefills.
     """
 
     def recovered(row: Row) -> float | None:
@@ -59,7 +60,7 @@ def arm(rows: Sequence[Row], gap: Value) -> dict[str, Any]:
 
 
 def moved(rows: Sequence[Row], gap: Value) -> dict[str, Any]:
-    """By how many nats the gap moved from the stale context's, on average."""
+    """The mean distance in nats of the gap from the stale context's gap."""
 
     def nats(row: Row) -> float | None:
         found = gap(row)
@@ -69,7 +70,7 @@ def moved(rows: Sequence[Row], gap: Value) -> dict[str, Any]:
 
 
 def at(path: str) -> Value:
-    """The number at a dotted path of a row; None where the row has none."""
+    """A function that reads the number at a dotted path of a row; None if the row has none."""
 
     def value(row: Row) -> float | None:
         found: Any = row
@@ -83,7 +84,7 @@ def at(path: str) -> Value:
 
 
 def nested(rows: Sequence[Row], path: str) -> dict[str, Any]:
-    """The means by domain of every number below a dotted path, in the same shape; lists by index."""
+    """The means by domain of every number below a dotted path, in the same shape. List entries are keyed by index."""
     leaves = dict.fromkeys(leaf for row in rows for leaf in _leaves(_found(row, path.split("."))))
     shaped: dict[str, Any] = {}
     for leaf in leaves:
@@ -118,5 +119,5 @@ def _leaves(value: Any) -> Iterator[tuple[str, ...]]:
 
 
 def rounded(values: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Numbers as a row keeps them."""
+    """Round numbers as rows store them."""
     return {key: None if value is None else round(value, 4) for key, value in values.items()}

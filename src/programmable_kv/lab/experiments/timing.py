@@ -1,8 +1,9 @@
 """When are notes written, when are they read, and when is the decision made? By layer: probes, the lens, and exchanges.
 
-Three exchanges with the new context: the notes' stream before a layer (are they written by then, and not yet read?), what the
-row that decides reads of them from a layer on (is it still to read them?), and that row's own stream before a layer (has it
-decided by then?). What counts as written, read and committed is fixed below. Probes are fit on policies of other domains.
+There are three exchanges with the new context: the notes' stream before a layer (are they written by then, and not yet
+read?), what the deciding row reads of them from a layer on (does it still have to read them?), and the deciding row's
+own stream before a layer (has it decided by then?). `_depths` defines what counts as written, read and committed.
+Probes are fit on policies of other domains.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from programmable_kv.lab.tools.sites import Place, Site, changed, recorded
 from programmable_kv.lab.tools.together import Probe, probed
 
 READABLE = 0.9
-"""accuracy from which a conclusion counts as readable, as published"""
+"""Accuracy from which a conclusion counts as readable, as published."""
 HALF = 0.5
-"""of what the best layer recovers (of notes), or of the new decision (of the row that decides): from there on it is there"""
+"""Share of the best layer's recovery (notes), or of the new decision (deciding row), that counts as reached."""
 
 
 class Streams:
-    """What the probes of both places learn from and are scored on."""
+    """The streams that the probes of both places learn from and are scored on."""
 
     def __init__(self, pair: Pair) -> None:
         self.notes = NoteRows(pair)
@@ -42,9 +43,9 @@ class Streams:
         self.items = {"notes": self.notes.items(self.old, self.new), "last": self._deciding(pair)}
 
     def _deciding(self, pair: Pair) -> Items:
-        """The row that decides, in both contexts: does the first of the two rules apply? An item's kind is the right action.
+        """The deciding row in both contexts. Label: does the first of the two rules apply? Kind: the right action.
 
-        Actions differ from policy to policy; which rule of the text applies can be said of all of them.
+        Actions differ from policy to policy, but which rule of the text applies can be said in all of them.
         """
         first = self.notes.applies["old"][0]
         streams = torch.cat((self.last["old"], self.last["new"]), dim=1)
@@ -52,7 +53,7 @@ class Streams:
 
 
 def last_streams(pair: Pair, buffer: KVBuffer) -> torch.Tensor:
-    """The stream of the row that decides, before each layer and after the last one: [L + 1, 1, d]. The buffer is unchanged."""
+    """The deciding row's stream before each layer and after the last one, [L + 1, 1, d]. The buffer is unchanged."""
     slot = pair.text.last
     sites = [Site(Place.RESIDUAL, layer) for layer in range(len(buffer) + 1)]
     with recorded(pair.engine, buffer, sites, [slot]) as found:
@@ -72,7 +73,7 @@ _ITEMS = Kept(_items_of, _probes_of)
 
 
 def rank(pair: Pair) -> Row:
-    """Keeps the policy's streams for the probes; the row says nothing besides."""
+    """Keep the policy's streams for the probes. The row is empty."""
     _ITEMS.add(pair)
     return {}
 
@@ -110,9 +111,9 @@ def measure(pair: Pair, others: Sequence[Row]) -> Row:
 
 
 def deciding(pair: Pair, streams: torch.Tensor) -> list[float]:
-    """The gap in the old context where the row that decides has another stream [L + 1, 1, d] before layer 0, 1, ..., L.
+    """The gap in the old context if the deciding row has another stream [L + 1, 1, d] before layer 0, 1, ..., L.
 
-    All in one forward, a copy of the row for each layer. The context is unchanged.
+    Takes one forward, with a copy of the row for each layer. The context is unchanged.
     """
     first = pair.old.length
     with ExitStack() as stack:
@@ -128,11 +129,11 @@ def _numbered(layers: Sequence[int], gaps: Sequence[float]) -> dict[str, float]:
 
 
 def _depths(pair: Pair, row: Row) -> dict[str, float | None]:
-    """Where notes are there, are still to be read, and the decision is made: as shares of the depth.
+    """The depths at which notes are written and read and the decision is made, as shares of the model's depth.
 
-    `written`: the first layer before which the notes, exchanged, recover half of what they recover before the best layer.
-    `read`: the last layer from which on reading them recovers half of what reading them in all layers does. `committed`: the
-    first layer from which on the deciding row's stream recovers half of the new decision.
+    `written`: the first layer before which exchanged notes recover half of what they recover before the best layer.
+    `read`: the last layer from which on reading them recovers half of what reading them in all layers does.
+    `committed`: the first layer from which on the deciding row's stream recovers half of the new decision.
     """
     span = pair.scale.new - pair.scale.old
     found = {
@@ -152,7 +153,7 @@ def _depths(pair: Pair, row: Row) -> dict[str, float | None]:
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """By layer: recovery of each exchange, the lens, accuracy of the probes; and the depths."""
+    """By layer: recovery of each exchange, the lens, accuracy of the probes. Also the depths."""
     summary: dict[str, Any] = {"depth": nested(rows, "depth")}
     for name in ("written", "read_from", "committed"):
         layers = dict.fromkeys(layer for row in rows for layer in row[name])
@@ -168,14 +169,14 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         for place in ("notes", "last"):
             accuracy = [each["value"] for each in summary["probes"][place]["applies"].values()]
             first = next((layer for layer, each in enumerate(accuracy) if each >= READABLE), None)
-            # 1 where no layer is read that well: the accuracy of the best one says which it is.
+            # 1 if no layer is read that well, or only the last one; `best` tells the two apart.
             summary["probes"][place]["readable_from"] = 1.0 if first is None else first / (len(accuracy) - 1)
             summary["probes"][place]["best"] = max(accuracy)
     return summary
 
 
 def _lens_moved(layer: str) -> Value:
-    """How far the lens tells the two contexts apart before a layer, where 1 is as far as the model's own output."""
+    """How far apart the lens puts the two contexts before a layer; 1 is as far as the model's own output."""
 
     def moved(row: Row) -> float | None:
         apart = float(row["lens"]["new"][layer]) - float(row["lens"]["old"][layer])
@@ -185,7 +186,7 @@ def _lens_moved(layer: str) -> Value:
 
 
 def _lens_right(layer: str) -> Callable[[Row], bool]:
-    """Whether the lens decides rightly in both contexts: of a sign that is the same in both, never."""
+    """Whether the lens decides correctly in both contexts. A lens with the same sign in both never does."""
     return lambda row: bool(row["lens"]["old"][layer] < 0 < row["lens"]["new"][layer])
 
 

@@ -1,7 +1,7 @@
-"""In which texts do the notes stand: rules, delimiters, filler, the question, the template? Each beside matched random tokens.
+"""Which kinds of text hold the notes? Rules, delimiters, filler, question and template, compared with random tokens.
 
 Each set of tokens is patched alone into the old context (what it suffices for), left stale in the new one (what is lost
-without it), and computed again after the field (what an edit achieves).
+without it), and recomputed after the field (what an edit achieves). The random tokens are matched.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DRAWS = 4
 
 
 def sets(text: Written) -> dict[str, tuple[int, ...]]:
-    """Sets of later tokens by name; those that a policy has none of are left out."""
+    """Sets of later tokens by name. Sets that are empty in a policy are left out."""
     both = (Text.OLD_RULE, Text.NEW_RULE)
     of_rules = text.of(*both)
     found: dict[str, Sequence[int]] = {
@@ -51,7 +51,7 @@ def sets(text: Written) -> dict[str, tuple[int, ...]]:
 
 
 def measure(pair: Pair, _: Sequence[Row]) -> Row:
-    """The gap after each set was patched, left stale, and computed again; and after as many random tokens were patched."""
+    """The gap after each set is patched, left stale and recomputed; and after as many random tokens are patched."""
     text = pair.text
     chosen = sets(text)
     rng = random.Random(f"{SEED}/where/{pair.case.number}")
@@ -74,7 +74,7 @@ def measure(pair: Pair, _: Sequence[Row]) -> Row:
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """By set: recovery and flips patched alone, its null, what is lost without it, and what recomputing it achieves."""
+    """By set: recovery and flips patched alone, its null, what is lost without it, and what recomputing achieves."""
     summary: dict[str, Any] = {}
     for name in dict.fromkeys(name for row in rows for name in row["patched"]):
         part: dict[str, Any] = {
@@ -92,7 +92,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _excess(name: str, row: Row) -> float | None:
-    """By how much a set recovers more than its null, on one policy."""
+    """How much more a set recovers than its null, on one policy."""
     found, null = (row[part].get(name) for part in ("patched", "random"))
     if found is None or null is None or not row["valid"]:
         return None
@@ -100,7 +100,7 @@ def _excess(name: str, row: Row) -> float | None:
 
 
 def _lost(name: str, row: Row) -> float | None:
-    """The share of the decision's span that is lost where the set is stale in the new context."""
+    """The share of the decision's span that is lost if the set is stale in the new context."""
     if name not in row["noised"] or not row["valid"]:
         return None
     return float(row["new_gap"] - row["noised"][name]) / _span(row)

@@ -1,4 +1,4 @@
-"""A context as the model reads it, slot by slot: its tokens, and in what kind of text each of them stands."""
+"""A prompt as the model reads it, slot by slot: its tokens, and the kind of text that each token belongs to."""
 
 from __future__ import annotations
 
@@ -18,65 +18,65 @@ from programmable_kv.scenarios.phrasings import FILLERS
 
 
 class Part(StrEnum):
-    """Where in a rule a token stands."""
+    """The part of a rule that a token belongs to."""
 
     NAME = "name"
-    """up to the value, the field's name among it"""
+    """Everything before the value, including the field's name."""
     VALUE = "value"
     LINK = "link"
-    """from the value to the action"""
+    """Between the value and the action."""
     ACTION = "action"
     END = "end"
-    """after the action: the full stop and the line break"""
+    """After the action: the full stop and the line break."""
     NONE = ""
-    """in no rule"""
+    """Not in a rule."""
 
 
 class Text(StrEnum):
-    """A kind of text that a token stands in."""
+    """The kind of text that a token belongs to."""
 
     BEFORE = "before"
-    """what precedes the field"""
+    """Everything before the field."""
     FIELD = "field"
-    """the field's value"""
+    """The field's value."""
     STATE = "state"
-    """the rest of its line, and other fields"""
+    """The rest of the field's line, and other fields."""
     OLD_RULE = "old_rule"
-    """the rule of the value that the cached context has"""
+    """The rule of the cached context's value."""
     NEW_RULE = "new_rule"
-    """the rule of the value that the field takes"""
+    """The rule of the field's new value."""
     OTHER_RULE = "other_rule"
-    """rules of the field's other values"""
+    """Rules of the field's other values."""
     FILLER = "filler"
-    """rules about other things"""
+    """Rules about other things."""
     REST = "rest"
-    """headings, the list of actions, how to answer"""
+    """Headings, the list of actions, how to answer."""
     QUESTION = "question"
     TEMPLATE = "template"
-    """what the chat template writes between the messages and after them, without the last token"""
+    """What the chat template writes between and after the messages, without the last token."""
     LAST = "last"
-    """the token whose row decides"""
+    """The last token, whose row decides."""
 
 
 LATER = tuple(kind for kind in Text if kind not in (Text.BEFORE, Text.FIELD, Text.LAST))
-"""the texts between the field and the row that decides"""
+"""Kinds of text between the field and the row that decides."""
 RULES = (Text.OLD_RULE, Text.NEW_RULE, Text.OTHER_RULE)
-"""the lines that name the field"""
+"""Lines that name the field."""
 TAIL = (Text.QUESTION, Text.TEMPLATE)
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A whole prompt up to the row whose logits decide."""
+    """A whole prompt, up to the row whose logits decide."""
 
     ids: tuple[int, ...]
     tokens: tuple[str, ...]
-    """the characters of each"""
+    """The characters of each token."""
     kinds: tuple[Text, ...]
     parts: tuple[Part, ...]
     field: Span
     ends: str
-    """its last characters, which say how an answer is written"""
+    """The prompt's last characters. How an answer is tokenised depends on them."""
 
     @property
     def last(self) -> int:
@@ -89,7 +89,7 @@ class Written:
         return tuple(range(self.field.stop, self.last))
 
     def of(self, *kinds: Text) -> tuple[int, ...]:
-        """The later slots in these kinds of text."""
+        """The later slots that belong to these kinds of text."""
         return tuple(slot for slot in self.later if self.kinds[slot] in kinds)
 
     def delimits(self, slot: int) -> bool:
@@ -101,7 +101,7 @@ class Written:
         return tuple(slot for slot in self.later if self.delimits(slot))
 
     def role(self, slot: int) -> str:
-        """What a token is by its place, in words that mean the same in every policy."""
+        """A token's role by its place, in words that mean the same in every policy."""
         kind = self.kinds[slot]
         if kind is Text.TEMPLATE:
             return f"{kind} {slot - self.last}"
@@ -118,8 +118,8 @@ def written(
     """The policy with these values, the question, and the opening of the answer.
 
     Args:
-        change: the old and the new value, whose rules are told from the others.
-        system: another template of the policy. A field that it has no placeholder for has one in the question.
+        change: the old and the new value, whose rules have kinds of their own.
+        system: template to use instead of the policy's own. The question holds the placeholder of a field it lacks.
     """
     template = case.scenario.prompt if system is None else system
     said, stated = (_fields_in(each, values) for each in (case.asked, template))
@@ -137,7 +137,7 @@ def written(
     tokens = [unit.text[int(a) : int(b)] for unit in units for a, b in unit.offsets]
     asked = case.asked.format_map(dict(said)) if said else case.asked
     kind_at, part_at = _kinds(body.text, case, change, template.format_map(dict(values)), asked)
-    # A token begins with a space as a rule: what it says begins after that.
+    # Most tokens begin with a space. A token's kind is that of the first character after it.
     says = [start + len(token) - len(token.lstrip(" ")) for start, token in zip(starts, tokens, strict=True)]
     kinds = [kind_at[start] if start < len(kind_at) else Text.TEMPLATE for start in says]
     parts = [part_at[start] if start < len(part_at) else Part.NONE for start in says]
@@ -153,7 +153,7 @@ def _fields_in(template: str, values: Mapping[str, str]) -> dict[str, str]:
 
 
 def _kinds(text: str, case: Case, change: tuple[str, str], policy: str, question: str) -> tuple[list[Text], list[Part]]:
-    """The kind of text, and the part of a rule, of each character of the rendered messages."""
+    """The kind of text and the part of a rule of each character of the rendered messages."""
     kinds, parts = [Text.TEMPLATE] * len(text), [Part.NONE] * len(text)
     start = text.index(policy)
     asked = text.index(question, start + len(policy))
@@ -174,14 +174,14 @@ def _kinds(text: str, case: Case, change: tuple[str, str], policy: str, question
 
 
 def ruled(line: str, case: Case) -> str | None:
-    """The value whose rule a line is; None if it is no rule of the field."""
+    """The value whose rule a line is; None if it is not a rule of the field."""
     gate = case.gate
     held = [value for value, action in gate.actions.items() if all(it in line for it in (gate.field, value, action))]
     return max(held, key=len, default=None)
 
 
 def _parts(line: str, case: Case, value: str) -> list[Part]:
-    """The part of each character of a rule, in which the value precedes the action."""
+    """The part of each character of a rule. The value comes before the action."""
     name = line.index(case.gate.field) + len(case.gate.field)
     says = line.index(value, name)
     does = line.index(case.gate.actions[value], says + len(value))

@@ -1,1 +1,1 @@
-"""Models trained from scratch, in minutes, on policies of a few tokens: when do notes appear?"""
+"""Models trained from scratch, in minutes, on policies of a few tokens, to see when notes appear."""

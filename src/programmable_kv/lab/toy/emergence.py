@@ -1,8 +1,8 @@
-"""Do notes appear before, with or after competence? Models trained from scratch, looked at while they learn.
+"""Do notes appear before, with or after competence? Probes models that are trained from scratch, while they learn.
 
-At each shown step, on policies that training never draws: how often the model is right, how far a decision moves when the
-field's value changes, and how much of that way single kinds of keys and values carry. And whether an update at the end is
-obeyed on a cache whose field and notes are of the old value.
+At each shown step, on fixed policies: how often the model is right, how far a decision moves when the field's value
+changes, and what share of that distance each kind of keys and values carries alone. Also whether an update at the end
+is obeyed on a cache whose field and notes are of the old value.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from programmable_kv.records import Record, Recorder, bootstrap_mean, digest_of
 
 SEED = 97_000
 PROBED = 32
-"""policies, the same at every step and in every model"""
+"""Number of policies, the same at every step and in every model."""
 SETS = ("field", "names", "values", "actions", "ends", "tail", "later", "random_as_actions")
 COMPETENT = 0.9
-"""right under both values in this share of the policies"""
+"""Share of the policies that a competent model gets right under both values."""
 
 
 def run(
@@ -67,7 +67,7 @@ def probed_policies() -> list[ToyPolicy]:
 
 @torch.no_grad()
 def looked_at(engine: Engine, policies: Sequence[ToyPolicy]) -> dict[str, Any]:
-    """What a model does with these policies: shares, and means in nats."""
+    """A model's results on these policies: shares, and means in nats."""
     rows = [_one(engine, policy, number) for number, policy in enumerate(policies)]
     found: dict[str, Any] = {key: fmean(row[key] for row in rows) for key in ("right", "obeyed", "span")}
     found["moved"] = {name: fmean(row["moved"][name] for row in rows) for name in SETS}
@@ -99,25 +99,26 @@ def _one(engine: Engine, policy: ToyPolicy, number: int) -> dict[str, Any]:
 
 
 def cached(engine: Engine, policy: ToyPolicy) -> KVBuffer:
-    """All but the row that decides."""
+    """A buffer with all tokens but the last, whose row decides."""
     buffer = engine.new_buffer(3 * LENGTH)
     engine.append(buffer, policy.ids()[:-1], logits=0)
     return buffer
 
 
 def slots_of(policy: ToyPolicy, number: int) -> dict[str, tuple[int, ...]]:
-    """What is patched: the field, the later tokens by kind, all of them, and as many random ones as there are actions."""
+    """Slots to patch: the field, later tokens by kind, all of them, and as many random ones as there are actions."""
     kinds = policy.slots()
     later = tuple(range(FIELD_SLOT + 1, LENGTH - 1))
-    # Of one stratum: in a text of so few tokens, the nearest other token of an action would always be the end of its rule.
+    # In one stratum: with so few tokens, the nearest other token of an action would always be the end of its rule.
     drawn = random_slots(kinds["actions"], later, random.Random(f"{SEED}/{number}"), strata=1)
     return {"field": (FIELD_SLOT,), **kinds, "later": later, "random_as_actions": drawn}
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], plain_steps: int) -> dict[str, Any]:
-    """Over the models: at which step they are competent, what carries the decision when, and how often an update is obeyed.
+    """Over the models: when they are competent, what carries the decision then, and how often updates are obeyed.
 
-    `earliest`: where the field's value first moves the decision at all; `first`: where the model first is competent; `end`.
+    `earliest`: the first step at which the field's value moves the decision at all. `first`: the first competent step.
+    `untaught`: the last step before training draws updates. `end`: the last step.
     """
     found: dict[str, Any] = {"models": len(rows), "plain_steps": plain_steps}
     marked: dict[str, list[Mapping[str, Any]]] = {"earliest": [], "first": [], "untaught": [], "end": []}
@@ -141,5 +142,5 @@ def summarise(rows: Sequence[Mapping[str, Any]], plain_steps: int) -> dict[str, 
 
 
 def shares(step: Mapping[str, Any]) -> dict[str, float]:
-    """By kind of token, the share of the way between the two decisions that it carries."""
+    """By kind of token, the share of the distance between the two decisions that it carries."""
     return {name: moved / step["span"] for name, moved in step["moved"].items()}

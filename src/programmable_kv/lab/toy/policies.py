@@ -1,8 +1,8 @@
 """Policies of a few tokens, for models of a few layers: a field, a rule for each of its values, a question.
 
-`begin field VALUE end, rule VALUE ACTION end, rule VALUE ACTION end, LINE end, ask answer -> ACTION`. The line before the
-question is neutral, or it updates the field. Rules stand in any order, and which action a rule names is random: only the
-policy can tell.
+`begin field VALUE end, rule VALUE ACTION end, rule VALUE ACTION end, LINE end, ask answer -> ACTION`. The line before
+the question is neutral or updates the field. The rules' order and actions are random, so that only the policy tells the
+answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import count
 VALUES = 2
 ACTIONS = 4
 NEUTRAL = 2
-"""words of the neutral line"""
+"""Number of words of the neutral line."""
 _NAMES = count()
 BEGIN, FIELD, RULE, UPDATE, ASK, ANSWER, END = (next(_NAMES) for _ in range(7))
 _FIRST_VALUE = next(_NAMES)
@@ -22,22 +22,22 @@ _FIRST_ACTION = _FIRST_VALUE + VALUES
 _FIRST_NEUTRAL = _FIRST_ACTION + ACTIONS
 VOCABULARY = _FIRST_NEUTRAL + NEUTRAL
 FIELD_SLOT = 2
-"""where the field's value stands"""
+"""Slot of the field's value."""
 LENGTH = 4 + 4 * VALUES + 3 + 2
 
 
 @dataclass(frozen=True, slots=True)
 class ToyPolicy:
-    """A policy, and what each value of its field calls for."""
+    """A policy, and the action that each value of its field calls for."""
 
     order: tuple[int, ...]
-    """the rules' values, as they stand"""
+    """Values of the rules, in the rules' order."""
     actions: tuple[int, ...]
-    """by value"""
+    """Actions by value."""
     value: int
     neutral: tuple[int, int]
     update: int | None = None
-    """the value that the line before the question gives"""
+    """The value that the line before the question sets; None if that line is neutral."""
 
     @property
     def right(self) -> int:
@@ -48,18 +48,18 @@ class ToyPolicy:
         return _FIRST_ACTION + self.actions[value]
 
     def ids(self) -> list[int]:
-        """The whole text, up to the token whose row decides."""
+        """All tokens, up to the one whose row decides."""
         rules = [token for value in self.order for token in (RULE, _FIRST_VALUE + value, self.action(value), END)]
         return [BEGIN, FIELD, _FIRST_VALUE + self.value, END, *rules, *self.line(), ASK, ANSWER]
 
     def line(self) -> list[int]:
-        """What stands before the question."""
+        """The line before the question."""
         if self.update is not None:
             return [UPDATE, _FIRST_VALUE + self.update, END]
         return [*(_FIRST_NEUTRAL + each for each in self.neutral), END]
 
     def slots(self) -> dict[str, tuple[int, ...]]:
-        """Where which kind of token stands, of the later ones."""
+        """The later slots by kind of token."""
         starts = range(4, 4 + 4 * VALUES, 4)
         return {
             "names": tuple(starts),
@@ -77,7 +77,7 @@ class ToyPolicy:
 
 
 def draw(rng: random.Random, *, updates: float = 0.0) -> ToyPolicy:
-    """A policy, with an update in this share of them."""
+    """Draw a policy. It has an update with probability `updates`."""
     order = tuple(rng.sample(range(VALUES), VALUES))
     value = rng.randrange(VALUES)
     policy = ToyPolicy(

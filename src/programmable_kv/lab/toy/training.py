@@ -14,7 +14,7 @@ from programmable_kv.lab.toy.policies import LENGTH, VOCABULARY, draw
 
 @dataclass(frozen=True, slots=True)
 class ToyRecipe:
-    """What decides a toy model's weights, beside its seed."""
+    """What determines a toy model's weights, besides its seed."""
 
     layers: int = 2
     width: int = 64
@@ -23,9 +23,9 @@ class ToyRecipe:
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     plain_steps: int = 400
-    """without an update of the field"""
+    """Steps without updates of the field."""
     updated_steps: int = 400
-    """with one in the given share of the policies"""
+    """Steps with updates in the given share of the policies."""
     updates: float = 0.5
 
     @property
@@ -33,7 +33,7 @@ class ToyRecipe:
         return self.plain_steps + self.updated_steps
 
     def shown(self) -> tuple[int, ...]:
-        """The steps after which the model is looked at: often where competence is found, then less often."""
+        """The steps after which the model is shown: often where competence is found, then less often."""
         first = (*range(0, self.plain_steps, 40), *range(self.plain_steps, self.steps, 100))
         return (*first, self.steps)
 

@@ -15,9 +15,9 @@ from programmable_kv.lab.composing.tools import among, compiled_together, tool_r
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Requests for one of sixteen tools: all of them in their order, all in another order, and every second one.
+    """Requests for one of sixteen tools: all tools in their order, all in another order, and every second one.
 
-    The tools are compiled alone, each behind two others, or together (each behind a title and those before it).
+    The tools are compiled alone, each behind two others, or together (each behind a title and the tools before it).
     """
 
     tools: int

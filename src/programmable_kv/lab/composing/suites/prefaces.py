@@ -16,7 +16,7 @@ from programmable_kv.skills.draft import Preface
 
 @dataclass(frozen=True, slots=True)
 class Prefaces:
-    """Policies, and pairs of rule sets, behind each preface in turn: none, a title, other rules, text of the same kind."""
+    """Policies and pairs of rule sets, behind each preface in turn: none, a title, other rules, text of their kind."""
 
     policies: int
     others: int
@@ -43,4 +43,4 @@ _PREFACES: dict[str, Callable[[Task], tuple[Preface, ...]]] = {
     "rules_20": lambda task: (ask.other_rules(20),) * len(task.pieces),
     "like": lambda task: task.prefaces,
 }
-"""what each piece of a task reads; `like` is the preface of the composing suite: four other rules and a text of its kind"""
+"""What each piece of a task reads. `like` is the composing suite's preface: four other rules and a text of its kind."""

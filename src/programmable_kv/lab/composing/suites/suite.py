@@ -1,4 +1,4 @@
-"""What a suite of comparisons is, and the groups of tasks it is made of."""
+"""A suite of comparisons, and the groups of tasks that it consists of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from programmable_kv.lab.composing.frame import InsertionPoint
 from programmable_kv.lab.composing.tasks import Task
 
 MIDDLE = InsertionPoint("system", 512)
-"""where tasks of one insertion point only are asked"""
+"""Insertion point of tasks that are asked at one point only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,20 +29,20 @@ class Suite(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     stem: ClassVar[str]
-    """what the names of its records begin with"""
+    """What the names of its records begin with."""
     title: ClassVar[str]
     version: ClassVar[int]
-    """raised when the comparisons change, so that rows of different versions are never mixed"""
+    """Increased when the comparisons change, so that rows of different versions are never mixed."""
 
     @property
     def horizons(self) -> int:
-        """How many long conversations are played."""
+        """The number of long conversations to play."""
 
     def groups(self) -> list[Group]:
         """Every comparison, in the order in which it is made."""
 
 
 def grouped(point: InsertionPoint, arms: Sequence[Arm], tasks: Iterable[Task]) -> list[Group]:
-    """Consecutive tasks about the same pieces, together: their pieces are computed once."""
+    """Group consecutive tasks about the same pieces, so that their pieces are computed once."""
     same = groupby(tasks, key=lambda task: (task.shared, task.pieces, task.prefaces))
     return [Group(point, arms, list(together)) for _, together in same]
