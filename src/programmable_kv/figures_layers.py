@@ -27,7 +27,7 @@ _CARRIED = (
 
 
 def _conclusion(axes: Any, record: Record) -> None:
-    """By layer: accuracy of a probe for the conclusion, and recovery from exchanging notes whole or along a direction."""
+    """By layer: accuracy of a probe for the conclusion; recovery from exchanging notes whole or along one direction."""
     summary: Any = record.summary
     for key, label, colour in (("applies", "conclusion read", GREEN), ("control", "control tasks read", GREY)):
         found = summary["read"][key]
