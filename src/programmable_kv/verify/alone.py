@@ -1,4 +1,4 @@
-"""Prefill of tokens with nothing before them, with transformers' own cache: the reference that a proof compares with."""
+"""Prefill of tokens with nothing before them, with transformers' own cache: the reference for proofs."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from programmable_kv.cache.rotation import Pairing, Rotary, rotate
 
 @dataclass(frozen=True, slots=True)
 class PositionPair:
-    """One cached tensor of the same tokens at two positions, `offsets` apart ([T] or [A, T]); both tensors [B, H, T, D]."""
+    """A cached tensor of the same tokens at two positions, [B, H, T, D] each, which are `offsets` apart ([T] or [A, T])."""
 
     offsets: torch.Tensor
     before: torch.Tensor
@@ -91,7 +91,7 @@ def _placed(tables: Iterable[Rotary], width: int, *, everywhere: bool) -> list[R
 
 
 def _reordered(tables: Sequence[Rotary], width: int, pairs: Sequence[PositionPair]) -> Iterator[Rotary]:
-    """Tables whose frequencies are in another order in the head: each channel pair gets the frequency that fits best."""
+    """Tables with frequencies in another order in the head: each channel pair gets the frequency that fits best."""
     for rule in _placed(tables, width, everywhere=False):
         each = [replace(rule, frequencies=(f,) * len(rule.frequencies)) for f in dict.fromkeys(rule.frequencies)]
         # [F, D]: the largest error of every channel if all pairs rotate with frequency f.
@@ -104,7 +104,7 @@ def _reordered(tables: Sequence[Rotary], width: int, pairs: Sequence[PositionPai
 
 
 def axes_of(rule: Rotary, pairs: Sequence[PositionPair], allowed: float) -> Rotary | None:
-    """The rule with the axis of each frequency, or None if it cannot be determined. `pairs` has one move along each axis.
+    """The rule with the axis of each frequency, or None if they cannot be found. `pairs` has one move along each axis.
 
     Each channel pair must rotate along exactly one axis and stay unchanged along the others.
     """

@@ -32,8 +32,8 @@ class Proofs:
     def relocation(self, compute: Compute) -> RelocationProof:
         """Whether relocation is exact on these weights. The check runs once, on the first call.
 
-        It compares relocated keys with keys computed in place. If the check fails to run, relocation is refused; if the reason
-        may be temporary, the next call tries again.
+        It compares relocated keys with keys computed in place. If the check fails to run, relocation is refused; if the
+        reason may be temporary, the next call tries again.
 
         Raises:
             torch.OutOfMemoryError, MemoryError: there was not enough memory for the check, which then has no verdict.
@@ -76,7 +76,7 @@ class Proofs:
             return proof
 
     def cached_alone(self, compute: Compute) -> Callable[..., list[CachedLayer]]:
-        """A function that prefills tokens alone and returns each layer's tensors; through the buffer for 1-D positions."""
+        """A function that prefills tokens alone and returns each layer's tensors; with 1-D positions through a buffer."""
 
         def cached(ids: Sequence[int], positions: torch.Tensor | None, *, padding: int = 0) -> list[CachedLayer]:
             if positions is None or positions.ndim > 1:

@@ -2,12 +2,15 @@
 
 The check makes four measurements, none of which needs trained weights:
 
-1. *Probes.* One token is prefilled alone at position 0 and at powers of two. It attends only to itself, so its hidden states
-   are the same at every position, in every layer, and a float32 angle at a power of two has no rounding error. The rotation
-   is therefore measured to the last bits, and a slightly wrong frequency is detected.
-2. *Chunks.* A chunk is prefilled alone at position 0 and at position d, again with nothing before it. The second cache must
+1. *Probes.* One token is prefilled alone at position 0 and at powers of two. It attends only to itself, so its hidden
+states
+   are the same at every position, in every layer, and a float32 angle at a power of two has no rounding error. The
+   rotation is therefore measured to the last bits, and a slightly wrong frequency is detected.
+2. *Chunks.* A chunk is prefilled alone at position 0 and at position d, again with nothing before it. The second cache
+must
    equal the first one relocated by d, keys and values, in every layer.
-3. *Counting.* The same chunk follows d other tokens, and the model counts the positions itself. A model that ignores the
+3. *Counting.* The same chunk follows d other tokens, and the model counts the positions itself. A model that ignores
+the
    positions passed to it passes the first two, because its chunk never moves; here it moves, and the check fails.
 4. *Order.* If nothing in the cache rotates: does the model still distinguish the order of earlier tokens (ALiBi)?
 """
@@ -289,7 +292,7 @@ class _Check:
             )
 
     def _allowed(self, layer: LayerLayout, displacement: int) -> float:
-        """The tolerance of a layer: that of the pair with the largest error, which hidden states spread to all channels."""
+        """The tolerance of a layer: that of the worst rotary pair, since hidden states spread its error to all channels."""
         rules = [rule for each in self.layout.layers for rule in (each.rotary, *dict(each.others).values()) if rule]
         frequencies = torch.tensor([f for rule in rules for f in rule.frequencies] or [1.0], dtype=torch.float64)
         return float(tolerance(self.dtype, frequencies, _CHUNK, _CHUNK + displacement).max())
@@ -312,10 +315,10 @@ class _Check:
     # -- positions that the model counts ----------------------------------------------------------------------------
 
     def _let_count(self, here: list[CachedLayer]) -> None:
-        """Let the model count positions itself, after other tokens, and check that its chunk moves as it did by position.
+        """Let the model count positions itself, after other tokens, and check that its chunk moves as with given positions.
 
-        Only the first caching layer is compared, since its input does not depend on earlier tokens. If there are layers with
-        states, the other tokens are padding and all layers are compared.
+        Only the first caching layer is compared, since its input does not depend on earlier tokens. If there are layers
+        with states, the other tokens are padding and all layers are compared.
         """
         filler = [self.ids[-1]] * _COUNTED
         whole = self.prefill([*filler, *self.ids], None, padding=_COUNTED if self.states else 0)

@@ -23,7 +23,8 @@ def require_rows(proof: RowsProof, model_type: str, instead: str) -> None:
 def require_relocation(proof: RelocationProof, below: int | None, layout: KVLayout) -> KVLayout:
     """The layout with which relocation was proved exact. `layout` is the one that was read from the model.
 
-    `below`: an upper bound (exclusive) on every position before and after the relocation; None if the caller knows none.
+    `below`: an upper bound (exclusive) on every position before and after the relocation; None if the caller knows
+    none.
 
     Raises:
         UnverifiedError: keys of this model cannot be moved to another position, or have not been proved to.

@@ -1,7 +1,7 @@
 """Proves on a loaded model that rows in the middle of a context can be recomputed exactly, or says why they cannot.
 
-Rows that are recomputed in the middle of an exact cache must not change. The check fails if, for example, a model builds its
-mask from indices by itself, or if its attention window differs from the configured one.
+Rows that are recomputed in the middle of an exact cache must not change. The check fails if, for example, a model
+builds its mask from indices by itself, or if its attention window differs from the configured one.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def prove_rows(
 ) -> RowsProof:
     """Recompute scattered rows of an exact cache and compare. `windows` are the window sizes in the configuration.
 
-    Rows computed in another batch differ by rounding: each of L layers adds one rounding error of the dtype, relative to a
-    key's norm, and independent errors add up to the square root of L. The margin is 32.
+    Rows computed in another batch differ by rounding: each of L layers adds one rounding error of the dtype, relative
+    to a key's norm, and independent errors add up to the square root of L. The margin is 32.
 
     Raises:
         torch.OutOfMemoryError, MemoryError: there was not enough memory for the check.
