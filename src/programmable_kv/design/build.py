@@ -56,7 +56,7 @@ class Build:
         return self._with(self._split(length)[0])
 
     def shifted(self, start: int, to: int) -> Build:
-        """Move the tail from slot `start` to slot `to`: slots in between are removed, or a gap opens that must be computed."""
+        """Move the tail from slot `start` to slot `to`. Slots in between are removed, or a gap to compute opens."""
         head, tail = self._split(min(start, to))[0], self._split(start)[1]
         gap = [Built(to - start, None)] if to > start else []
         return self._with([*head, *gap, *tail])

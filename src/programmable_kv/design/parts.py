@@ -208,7 +208,7 @@ def _lines_with(pattern: re.Pattern[str], text: str, lines: Sequence[Span], star
 def _by_line(
     unit: Unit, begins: int, lines: Sequence[Span], starts: np.ndarray[Any, np.dtype[np.int64]]
 ) -> Iterator[tuple[Span, Span]]:
-    """(tokens of a unit, the line in which they begin). The unit begins at character `begins` of the text of the lines."""
+    """(tokens of a unit, the line in which they begin). The unit begins at character `begins` of the lines' text."""
     which = np.searchsorted(starts, unit.offsets[:, 0] + begins, side="right") - 1
     cuts = [0, *(np.flatnonzero(np.diff(which)) + 1).tolist(), len(unit)]
     for first, stop in pairwise(cuts):
@@ -234,7 +234,7 @@ def reads_behind(read: int, parts: Sequence[DesignPart], tokens: int) -> PartRea
 
 
 def _table(parts: Sequence[DesignPart]) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
-    """[parts + 1, parts + 1] booleans: whether the first may read the second. The last one stands for all later slots."""
+    """[parts + 1, parts + 1] booleans: whether the first may read the second. The last one means all later slots."""
     count = len(parts) + 1
     kinds = np.array([*(part.kind for part in parts), PartKind.TURN])
     scopes = np.array([*(part.scope.skill for part in parts), OWN.skill])

@@ -14,7 +14,7 @@ _STEP = 4
 
 
 def room_of(kind: FieldType, value: Unit, tokens: Callable[[str], int]) -> int:
-    """The positions of a field's place: enough for the longest value of an enum or a boolean; else more than needed now.
+    """The positions of a field's place: enough for an enum's or a boolean's longest value; else more than needed now.
 
     Free positions take up positions only: no token is computed for them or read there.
 

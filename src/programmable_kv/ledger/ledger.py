@@ -70,7 +70,7 @@ class Ledger:
         return ledger._with(ledger.runs[:index], index)
 
     def shifted(self, start: int, to: int) -> Ledger:
-        """Move the tail from slot `start` to slot `to`: slots in between are removed, or a gap opens that must be computed."""
+        """Move the tail from slot `start` to slot `to`. Slots in between are removed, or a gap to compute opens."""
         ledger, index = self._cut_at(start)
         if to < start:
             ledger, first = ledger._cut_at(to)

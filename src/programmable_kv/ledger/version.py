@@ -87,7 +87,7 @@ NOTHING = Version(Content.of())
 
 
 def merged(seen: Seen, more: Seen) -> Seen:
-    """The union of both. Returns the object `seen` itself if it already contains `more`, so that runs share one object."""
+    """The union of both. Returns the object `seen` itself if it already contains `more`, so that runs share it."""
     if seen is more or not more:
         return seen
     new = {name: values for name, values in more.items() if not values <= seen.get(name, frozenset())}

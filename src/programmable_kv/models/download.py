@@ -33,7 +33,7 @@ class Route:
     is_pip: bool
 
     def command(self, requirement: str, folder: Path) -> list[str]:
-        """The command: pip downloads the wheel to `folder`; uv cannot only download, so it unpacks the content there."""
+        """The command: pip downloads the wheel to `folder`; uv, which cannot only download, unpacks it there."""
         if self.is_pip:
             return [*self.program, *_DOWNLOAD, str(folder), requirement]
         options = (

@@ -16,7 +16,7 @@ from programmable_kv.cache.rotation import Pairing, Rotary, rotate
 
 @dataclass(frozen=True, slots=True)
 class PositionPair:
-    """A cached tensor of the same tokens at two positions, [B, H, T, D] each, which are `offsets` apart ([T] or [A, T])."""
+    """A cached tensor of the same tokens at two positions, [B, H, T, D]; `offsets` [T] or [A, T] is the distance."""
 
     offsets: torch.Tensor
     before: torch.Tensor

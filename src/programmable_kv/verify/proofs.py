@@ -76,7 +76,7 @@ class Proofs:
             return proof
 
     def cached_alone(self, compute: Compute) -> Callable[..., list[CachedLayer]]:
-        """A function that prefills tokens alone and returns each layer's tensors; with 1-D positions through a buffer."""
+        """A function that prefills tokens alone and returns each layer's tensors; for 1-D positions with a buffer."""
 
         def cached(ids: Sequence[int], positions: torch.Tensor | None, *, padding: int = 0) -> list[CachedLayer]:
             if positions is None or positions.ndim > 1:

@@ -292,7 +292,7 @@ class _Check:
             )
 
     def _allowed(self, layer: LayerLayout, displacement: int) -> float:
-        """The tolerance of a layer: that of the worst rotary pair, since hidden states spread its error to all channels."""
+        """The tolerance of a layer: the worst rotary pair's, because hidden states spread its error to all channels."""
         rules = [rule for each in self.layout.layers for rule in (each.rotary, *dict(each.others).values()) if rule]
         frequencies = torch.tensor([f for rule in rules for f in rule.frequencies] or [1.0], dtype=torch.float64)
         return float(tolerance(self.dtype, frequencies, _CHUNK, _CHUNK + displacement).max())
@@ -315,7 +315,7 @@ class _Check:
     # -- positions that the model counts ----------------------------------------------------------------------------
 
     def _let_count(self, here: list[CachedLayer]) -> None:
-        """Let the model count positions itself, after other tokens, and check that its chunk moves as with given positions.
+        """Let the model count positions itself, after other tokens, and check that its chunk moves as it should.
 
         Only the first caching layer is compared, since its input does not depend on earlier tokens. If there are layers
         with states, the other tokens are padding and all layers are compared.
