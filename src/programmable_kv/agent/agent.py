@@ -40,8 +40,9 @@ class Turn:
 class Agent:
     """A policy and skills in one context, a state, and a growing trajectory.
 
-    With the default mode a change of state computes the field and one line about it, and a turn computes its own
-    tokens. `notebook` is the live context; later turns see what is done to it directly.
+    A turn computes its own tokens. A change of state computes what its edit mode requires: by default the field and one
+    line about it, or if words for it are declared, the lines that mention it. `notebook` is the live context; later
+    turns see what is done to it directly.
     """
 
     def __init__(

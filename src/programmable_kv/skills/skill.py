@@ -95,7 +95,7 @@ class Skill:
         mentions: Words | None = None,
         **fields: Value,
     ) -> Skill:
-        """Compute a text behind a preface, or alone (behind the token that begins every text, if the tokenizer has one).
+        """Compute a text behind a preface, or alone (behind the token that begins every text, if there is one).
 
         Args:
             text: the skill's text; it may have `{field}` placeholders as in `Notebook.message`.

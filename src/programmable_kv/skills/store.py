@@ -129,7 +129,8 @@ class SkillStore:
     ) -> Skill:
         """Load a skill from the store if it is there and intact; else compile and store it.
 
-        Arguments and errors are those of `Skill.compile`. An entry with the same tokens gets the name that is given here.
+        Arguments and errors are those of `Skill.compile`. An entry with the same tokens gets the name that is given
+        here.
 
         Raises:
             StorageError: the store cannot be read; or the skill is not there and cannot be written.
