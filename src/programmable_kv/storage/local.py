@@ -112,7 +112,7 @@ class LocalBlobs(Blobs):
 
     @contextmanager
     def _locked(self, *, alone: bool) -> Iterator[bool]:
-        """Lock the folder: shared for writers, exclusive (without waiting) for cleaning up. Yields whether it is held."""
+        """Lock the folder: shared to write, exclusive (without waiting) to clean up. Yields whether it is held."""
         if sys.platform == "win32":  # folders cannot be locked: cleaning up goes by age
             yield False
             return
