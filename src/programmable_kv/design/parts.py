@@ -3,8 +3,7 @@
 - Text reads the text before it, but no fields, no readers and no skills.
 - A field's value reads the text before it, and itself.
 - A reader is a line, or the rest of a line, after a field that it mentions or contains. It reads the text before it,
-the
-  values of its fields, and earlier readers that share one of its fields.
+  the values of its fields, and earlier readers that share one of its fields.
 - Turns read everything.
 
 Every part also reads its own earlier tokens. A skill is a separate *scope*: these rules apply inside it, and nothing in

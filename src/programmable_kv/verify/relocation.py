@@ -3,15 +3,12 @@
 The check makes four measurements, none of which needs trained weights:
 
 1. *Probes.* One token is prefilled alone at position 0 and at powers of two. It attends only to itself, so its hidden
-states
-   are the same at every position, in every layer, and a float32 angle at a power of two has no rounding error. The
+   states are the same at every position, in every layer, and a float32 angle at a power of two has no rounding error. The
    rotation is therefore measured to the last bits, and a slightly wrong frequency is detected.
 2. *Chunks.* A chunk is prefilled alone at position 0 and at position d, again with nothing before it. The second cache
-must
-   equal the first one relocated by d, keys and values, in every layer.
+   must equal the first one relocated by d, keys and values, in every layer.
 3. *Counting.* The same chunk follows d other tokens, and the model counts the positions itself. A model that ignores
-the
-   positions passed to it passes the first two, because its chunk never moves; here it moves, and the check fails.
+   the positions passed to it passes the first two, because its chunk never moves; here it moves, and the check fails.
 4. *Order.* If nothing in the cache rotates: does the model still distinguish the order of earlier tokens (ALiBi)?
 """
 
