@@ -3,8 +3,8 @@
 The check makes four measurements, none of which needs trained weights:
 
 1. *Probes.* One token is prefilled alone at position 0 and at powers of two. It attends only to itself, so its hidden
-   states are the same at every position, in every layer, and a float32 angle at a power of two has no rounding error. The
-   rotation is therefore measured to the last bits, and a slightly wrong frequency is detected.
+   states are the same at every position, in every layer, and a float32 angle at a power of two has no rounding error.
+   The rotation is therefore measured to the last bits, and a slightly wrong frequency is detected.
 2. *Chunks.* A chunk is prefilled alone at position 0 and at position d, again with nothing before it. The second cache
    must equal the first one relocated by d, keys and values, in every layer.
 3. *Counting.* The same chunk follows d other tokens, and the model counts the positions itself. A model that ignores
