@@ -1,6 +1,7 @@
 """programmable-kv: edit the content of a transformer's KV cache at the price of the tokens touched.
 
-Importing this package costs nothing: a public name's module, and with it torch, is imported when the name is first used.
+Importing this package is cheap: the module of a public name, and with it torch, is imported when the name is first
+used.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test compares this list with the table below
+if TYPE_CHECKING:  # the public names, for type checkers and editors; a test compares this list with the table below
     from programmable_kv.account import Account
     from programmable_kv.agent.agent import Agent, Turn
     from programmable_kv.cache.rows import Rows
@@ -128,7 +129,7 @@ _MODULE_OF = {
     "load_model": "models.load",
     "wrap_model": "models.load",
 }
-"""public name -> the module that defines it"""
+"""Public name -> the module that defines it."""
 
 __all__ = [
     "Account",

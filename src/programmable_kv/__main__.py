@@ -1,4 +1,4 @@
-"""`python -m programmable_kv`, and what the `pkv` script runs."""
+"""The entry point of `python -m programmable_kv` and of the `pkv` script."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 import sys
 
 _MEASURING = ("bench", "lab")
-"""commands that want the processor for themselves"""
+"""Commands that run on an otherwise idle processor."""
 
 
 def main() -> None:
-    """Run the command line; without the `[cli]` extra, say in one line how to install it."""
+    """Run the command line; without the `[cli]` extra, print one line on how to install it and exit."""
     if sys.argv[1:2] and sys.argv[1] not in _MEASURING:
-        # Threads that spin while they wait are some 1.4 times faster on an idle machine, and ten times slower beside other
-        # work. The variable is read when torch is imported.
+        # Threads that spin while they wait are about 1.4 times faster on an idle machine, and ten times slower when
+        # other processes run. The variable is read when torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from programmable_kv.cli import main as run

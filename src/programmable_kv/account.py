@@ -1,4 +1,4 @@
-"""What an operation cost, and what it left behind."""
+"""Accounts: what an operation cost, and how exact the context is after it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from programmable_kv.states import TokenState
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """The price of an operation, counted where it was paid, and what it left behind.
+    """The cost of an operation, counted where the work was done, and the state of the context after it.
 
-    `tokens_computed` went through the transformer. `tokens_relocated` were put in place from where they had been computed:
-    their keys were rotated (by nothing, where that is the same place). `tokens_reused` were neither. `bytes_moved` counts cache
-    bytes copied or rotated, those of rows that are kept aside for an undo among them, and not those the model wrote.
+    `tokens_computed` went through the transformer. `tokens_relocated` were copied into place and their keys rotated (by
+    zero, if they stand at the position where they were computed). `tokens_reused` were neither computed nor relocated.
+    `bytes_moved` counts cache bytes copied or rotated, including rows saved for an undo, but not the bytes that the
+    model wrote.
     """
 
     tokens_computed: int = 0
@@ -28,10 +29,10 @@ class Account:
     seconds: float = 0.0
     operation: str = ""
     mode_asked: str | None = None
-    """of an edit; where none was given, the one that the default chose"""
+    """the edit mode that was asked for; if none was given, the default mode"""
     mode_used: str | None = None
     why: str = ""
-    """why another mode was used than was asked for, or what was done beyond it"""
+    """why the mode used differs from the mode asked for, or what was done in addition"""
     exactness: TokenState = TokenState.EXACT
     """the weakest state of any token in the context afterwards"""
 
@@ -41,11 +42,11 @@ class Account:
         return self.exactness.exact
 
     def of(self, **known: Any) -> Account:
-        """A copy with what else is known of the operation."""
+        """A copy of this account with some fields replaced."""
         return replace(self, **known)
 
     def __add__(self, other: Account) -> Account:
-        """Two operations one after the other on the same context; reuse and exactness are those after the second."""
+        """Add a later operation on the same context; `tokens_reused` and `exactness` are taken from the later one."""
         return Account(
             self.tokens_computed + other.tokens_computed,
             self.tokens_relocated + other.tokens_relocated,
@@ -61,7 +62,7 @@ class Account:
 
 
 class _Counts:
-    """Running totals; `measure` turns a difference of them into an account."""
+    """Running totals; `measure` turns the difference between two readings into an account."""
 
     def __init__(self) -> None:
         self.tokens_computed = 0
@@ -89,15 +90,15 @@ class _Counts:
 
 
 class Meter(_Counts, threading.local):
-    """Totals of the calling thread: what other threads do with the same model at the same time is not in them.
+    """Totals of the calling thread, without the work that other threads do on the same model.
 
-    An operation that may go on in another thread (a stream that a server draws from several) is measured with its buffer's
-    own meter instead.
+    An operation that may continue in another thread (a stream that a server reads from several threads) is measured
+    with the meter of its buffer instead.
     """
 
 
 class BufferMeter(_Counts):
-    """Totals of one buffer, whichever thread worked on it; each amount is also added to a shared meter, if there is one."""
+    """Totals of one buffer over all threads; each amount is also added to the shared meter, if there is one."""
 
     def __init__(self, shared: Meter | None = None) -> None:
         super().__init__()
@@ -110,6 +111,6 @@ class BufferMeter(_Counts):
 
 
 class Reading:
-    """Filled when its `measure` block ends without an error."""
+    """The result of a `measure` block; `account` is set when the block ends without an error."""
 
     account = Account()

@@ -1,4 +1,4 @@
-"""Arguments of the wrong type, or that name no field, end in an error that says what was expected, before anything is done."""
+"""Checks of arguments: a wrong type, a bad number or an unknown field raises before anything is done."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ Choice = TypeVar("Choice", bound=StrEnum)
 
 
 def require(value: object, kinds: type | tuple[type, ...], what: str) -> None:
-    """
+    """Check that a value has one of the given types.
+
     Args:
-        what: the argument and what it should be, as "a prompt is text, or None".
+        what: the beginning of the message, such as "a prompt is text, or None".
 
     Raises:
-        InvalidArgumentError: the value is of none of these types.
+        InvalidArgumentError: the value has none of these types.
     """
     if not isinstance(value, kinds):
         raise InvalidArgumentError(f"{what}; got {type(value).__name__}: {_shown(value)}")
@@ -27,7 +28,7 @@ def require(value: object, kinds: type | tuple[type, ...], what: str) -> None:
 def require_count(value: Any, what: str, *, least: int = 0) -> None:
     """
     Raises:
-        InvalidArgumentError: the value is no whole number, or less than `least`.
+        InvalidArgumentError: the value is not a whole number, or is less than `least`.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InvalidArgumentError(f"{what} is a whole number, at least {least}; got {_shown(value)}")
@@ -38,7 +39,7 @@ def require_number(
 ) -> None:
     """
     Raises:
-        InvalidArgumentError: the value is no finite number, or out of these bounds.
+        InvalidArgumentError: the value is not a finite number, or is out of these bounds.
     """
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     within = (
@@ -54,13 +55,13 @@ def require_number(
 
 
 def choice_of(kind: type[Choice], given: str, what: str) -> Choice:
-    """The member of an enum that was given, or named.
+    """The enum member that was given, as a member or as its value.
 
     Args:
-        what: the beginning of the message, as "turns is".
+        what: the beginning of the message, such as "turns is".
 
     Raises:
-        InvalidArgumentError: there is no such member; the message lists them.
+        InvalidArgumentError: `given` is not a member of the enum; the message lists the members.
     """
     try:
         return kind(given)
@@ -71,7 +72,7 @@ def choice_of(kind: type[Choice], given: str, what: str) -> Choice:
 def require_fields(names: Iterable[str], known: Collection[str]) -> None:
     """
     Raises:
-        UnknownFieldError: a field is named that is not among the `known` ones; the message lists them.
+        UnknownFieldError: a name is not among the `known` fields; the message lists them.
     """
     for name in names:
         if name not in known:

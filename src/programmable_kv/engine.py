@@ -1,9 +1,9 @@
 """The one place that runs the transformer.
 
-Everything a notebook does to a cache comes down to one primitive: *compute these rows*. Rows are tokens with a slot
-and a position; they may be appended, lie in the middle, or both at once. A single forward writes their keys and
-values into the buffer layer by layer, so a refreshed field is already in place, in every layer, when an erratum
-or a question in the same forward attends to it. Fusing them costs one sweep over the weights instead of three.
+Everything that a notebook computes uses one primitive: *compute these rows*. Rows are tokens with a slot and a
+position; they may be appended, lie in the middle of the context, or both. A single forward writes their keys and values
+into the buffer layer by layer, so a recomputed field is already in place, in every layer, when an erratum or a question
+in the same forward attends to it. One forward for all of them reads the weights once instead of three times.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from programmable_kv.verify.rows import RowsProof
 __all__ = ["CHUNK", "Engine", "Graph", "Progress", "Rows", "greedy"]
 
 CHUNK = 2048
-"""Rows of one forward, at most: a longer prefill can be followed and interrupted between forwards. It costs little: measured in
-CPU time on the embedded model's shape, 3% more than one forward at 4096 tokens and 13% at 8192."""
+"""The largest number of rows in one forward. A longer prefill reports progress and can be interrupted between forwards.
+This costs little: in CPU time on the embedded model's shape, 3% more than one forward at 4096 tokens, 13% at 8192."""
 
 Progress = Callable[[int, int], None]
-"""(rows computed, rows in all), called after each forward; what it raises ends the computation"""
+"""(rows computed, rows in all), called after each forward; an exception that it raises ends the computation."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:
-    """A forward that gradients can be taken of."""
+    """A forward through which gradients can be computed."""
 
     logits: torch.Tensor
     """[T, vocabulary]"""
@@ -59,25 +59,25 @@ class Graph:
     last: list[LastRow]
     """the last row's attention in each layer"""
     read: list[torch.Tensor]
-    """the values that it reads, those of the appended rows included, [1, H, S + T, D] in each layer"""
+    """the values that the last row reads, including those of the appended rows, [1, H, S + T, D] in each layer"""
 
 
 def greedy(logits: torch.Tensor) -> int:
-    """The likeliest token, from logits [V]."""
+    """The most likely token, from logits [V]."""
     return int(logits.argmax())
 
 
 class Engine:
     """Runs a transformers causal language model on a `KVBuffer`, and counts what it computes.
 
-    Several engines and threads may share a model, each with buffers of its own: forwards of one model run one at a time.
+    Several engines and threads may share a model, each with its own buffers: forwards of one model run one at a time.
     """
 
     def __init__(self, model: Any) -> None:
         """`model`: a transformers causal LM in eval mode, with sdpa, eager or this package's grouped sdpa attention.
 
         Raises:
-            InvalidArgumentError: this is no transformers model.
+            InvalidArgumentError: `model` is not a transformers model.
             UnsupportedModelError: a layer does not cache per-token keys and values.
         """
         if not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
@@ -88,7 +88,7 @@ class Engine:
         self.layout = KVLayout.read(model)
         self.layout.require_tokens_only()
         self.meter = Meter()
-        """what the calling thread has had done by this engine"""
+        """what this engine has done in the calling thread"""
         self._lock = lock_of(model)
         self._proofs = Proofs(model, self.layout)
 
@@ -102,7 +102,7 @@ class Engine:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens the model has an embedding for."""
+        """The number of tokens that the model has an embedding for."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     def new_buffer(self, capacity: int = 0) -> KVBuffer:
@@ -122,15 +122,16 @@ class Engine:
     ) -> torch.Tensor:
         """Compute rows against the buffer and write them into it, in forwards of about `chunk` rows.
 
-        Returns the logits of the last `logits` rows, [logits, vocabulary]; 0 skips the vocabulary projection. If anything is
-        raised (by `progress` and Ctrl-C too), the buffer has its length of before; rows that were overwritten come back with a
-        rollback to a mark only. `reads` is what the rows may read; all that stands before them when None.
+        Returns the logits of the last `logits` rows, [logits, vocabulary]; 0 skips the vocabulary projection. If
+        anything is raised (also by `progress` or Ctrl-C), the buffer returns to its previous length; overwritten rows
+        are restored only by a rollback to a mark. `reads` says which parts the rows may read; None means everything
+        before them.
 
         Raises:
             InvalidArgumentError: an argument has the wrong type, or a token id is not in the vocabulary.
-            ContextOverflowError: a position is beyond what the model was made for. Nothing was written.
-            FrequencyRegimeError: the rows would be computed with other frequencies than those that stay. Nothing was written.
-            NonFiniteLogitsError: NaN or infinity in the logits (or, without any, in the rows).
+            ContextOverflowError: a position is beyond the model's position limit. Nothing was written.
+            FrequencyRegimeError: the rows would get other frequencies than the rows that stay. Nothing was written.
+            NonFiniteLogitsError: the logits contain NaN or infinity (or, without logits, the rows' values do).
         """
         ids = self._checked(buffer, rows, logits, chunk)
         self._check_positions(rows)
@@ -153,14 +154,16 @@ class Engine:
         with self._lock, buffer.writing(rows.slots, rows.positions) as target:
             appended = isinstance(target.slots, slice) and target.slots.stop == target.visible
             mask: Any = None
-            # Among the last slots, a mask by index is one by position: always if nothing but order counts, else without holes.
+            # For rows in the last slots, transformers' mask by index equals the mask by position if every layer attends
+            # to all earlier tokens (only the order counts), or if the positions have no holes.
             order_only = all(layer.reach is Reach.FULL for layer in self.layout.layers)
             if reads is not None or not (appended and (order_only or buffer.dense_until(target.visible))):
                 eager = self.model.config._attn_implementation == "eager"
                 mask = self._mask(buffer, rows, target.visible, eager=eager, reads=reads)
             output = self._forward(buffer, ids, rows, mask, logits).logits[0]
         buffer.meter.count(computed=len(rows))
-        # What is not finite anywhere is not finite in the last layer's values either: a sum carries it there.
+        # A non-finite number in any layer reaches the last layer's values through the residual sum, so one check is
+        # enough.
         written = buffer.layers[-1].values[:, :, target.slots]
         if not bool(torch.isfinite(output if logits else written).all()):
             raise NonFiniteLogitsError(
@@ -217,7 +220,7 @@ class Engine:
     def check_length(self, length: int) -> None:
         """
         Raises:
-            ContextOverflowError: the model has fewer positions than that.
+            ContextOverflowError: the model has fewer than `length` positions.
         """
         limit = self.layout.position_limit
         if limit is not None and length > limit:
@@ -227,12 +230,13 @@ class Engine:
             )
 
     def require_same_regime(self, buffer: KVBuffer, first_row_position: int, last_row_position: int) -> None:
-        """Ask whether a forward that computes every row from the first to the last position agrees with the rows that stay.
+        """Check that recomputing all rows from the first to the last position uses the frequencies of the other rows.
 
-        For a plan: where this raises, compute the whole context anew instead. `compute` asks by itself.
+        A plan calls this; if it raises, prefill the whole context instead. `compute` makes the same check itself.
 
         Raises:
-            FrequencyRegimeError: the model would compute them with other frequencies than the cached rows before or after.
+            FrequencyRegimeError: the rows would be computed with other frequencies than the cached rows before or after
+                them.
         """
         positions = buffer.positions
         staying = int(((positions < first_row_position) | (positions > last_row_position)).sum())
@@ -247,7 +251,7 @@ class Engine:
         chunk: int = CHUNK,
         progress: Progress | None = None,
     ) -> torch.Tensor:
-        """Compute tokens after the last one in the buffer. Arguments and errors as in `compute`."""
+        """Compute tokens after the last one in the buffer. Arguments and errors are those of `compute`."""
         if not isinstance(buffer, KVBuffer):
             raise InvalidArgumentError(f"append takes a KVBuffer, got {type(buffer).__name__}")
         rows = Rows.appended(ids, buffer.length, buffer.next_position)
@@ -262,12 +266,12 @@ class Engine:
         stop_ids: frozenset[int],
         choose: Callable[[torch.Tensor], int] = greedy,
     ) -> Iterator[int]:
-        """Tokens from the logits of the last row on, each appended before the next is chosen.
+        """Generate tokens, starting from the logits of the last row; each token is appended before the next is chosen.
 
-        A stop token is neither yielded nor appended. The caller ends the stream by not drawing further.
+        A stop token is neither yielded nor appended. Without a stop token the stream goes on for as long as it is read.
 
         Args:
-            choose: the next token, from logits [V]; the likeliest one by default.
+            choose: returns the next token, from logits [V]; the most likely one by default.
         """
         logits = first_logits
         while (token := choose(logits[-1])) not in stop_ids:
@@ -275,10 +279,10 @@ class Engine:
             logits = self.append(buffer, [token])
 
     def attention_of(self, buffer: KVBuffer, rows: Rows) -> torch.Tensor:
-        """How much the last of `rows` attends to every slot it sees, weighted by the size of what it reads there.
+        """How much the last of `rows` attends to each slot it sees, weighted by the norm of the value in that slot.
 
-        Returns [S]: over layers and heads, the mean of (attention weight x norm of the value vector; with MLA, of the latent
-        that values are made from), with the rows computed against the buffer. The buffer is unchanged.
+        Returns [S]: the mean over layers and heads of attention weight x norm of the value vector (with MLA, of the
+        latent from which the values are made). The rows are computed against the buffer, which is unchanged.
         Source: Kobayashi et al., Attention is Not Only a Weight (arXiv 2004.10102), section 3.
         """
         layers = self.relocation.layout.layers
@@ -295,18 +299,19 @@ class Engine:
     def attention_weights(self, buffer: KVBuffer, rows: Rows) -> list[torch.Tensor]:
         """The attention weights of the last of `rows`, [heads, S] in each layer, over the slots that it sees.
 
-        The rows are computed against the buffer, which is unchanged. Only one row's weights are ever held.
+        The rows are computed against the buffer, which is unchanged. With this package's attention, only one row's
+        weights are ever in memory.
         """
         return self.last_row_read(buffer, rows)[1]
 
     def last_row_read(self, buffer: KVBuffer, rows: Rows) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The logits of the last of `rows`, [V], and its attention weights as `attention_weights` gives them: one forward."""
+        """The logits [V] of the last of `rows` and its weights as in `attention_weights`, from one forward."""
         with self._tried(buffer, rows) as (ids, visible):
             return self._last_row_read(buffer, ids, rows, visible)
 
     @contextmanager
     def _tried(self, buffer: KVBuffer, rows: Rows) -> Iterator[tuple[torch.Tensor, int]]:
-        """Inside the block a forward may write these rows: their ids [T], and how many slots they see. Then undone."""
+        """Let a forward in the block write the rows, then undo it. Yields their ids [T] and how many slots they see."""
         ids = self._checked(buffer, rows, 1, CHUNK)
         self._check_positions(rows)
         mark = buffer.mark()
@@ -319,7 +324,7 @@ class Engine:
 
     @contextmanager
     def _attention_as(self, implementation: str) -> Iterator[None]:
-        """The model attends in another way inside the block. The caller holds the lock."""
+        """Switch the model's attention implementation inside the block. The caller holds the lock."""
         usual = self.model.config._attn_implementation
         try:
             if implementation != usual:
@@ -334,8 +339,8 @@ class Engine:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The last row's logits, [V], and its attention in each layer, [heads, S]. The caller holds the model's lock.
 
-        With this package's attention the forward is the usual one. With another the implementation is switched for the
-        forward, which is why the lock is held; eager attention returns its weights by itself.
+        With this package's attention the forward is the usual one. Any other implementation is switched for the
+        forward, which is why the lock is needed; eager attention returns its weights itself.
         """
         if self.model.config._attn_implementation in (GROUPED_SDPA, "sdpa"):
             register_attention()
@@ -350,9 +355,9 @@ class Engine:
 
     @contextmanager
     def graph(self, buffer: KVBuffer, rows: Rows) -> Iterator[Graph]:
-        """The logits of appended rows as a function of the cached keys and values, for gradients within the block.
+        """The logits of appended rows as a differentiable function of the cached keys and values, inside the block.
 
-        Runs this package's attention, and a cache of its own that holds copies. The buffer is unchanged.
+        The forward uses this package's attention and a separate cache with copies. The buffer is unchanged.
 
         Raises:
             InvalidArgumentError: the rows are not appended, or the model does not run this package's attention.
@@ -383,25 +388,25 @@ class Engine:
 
     @property
     def rows(self) -> RowsProof:
-        """Whether rows in the middle of a context can be computed again on these weights: see `Proofs.rows`."""
+        """Whether rows in the middle of a context can be recomputed exactly on these weights: see `Proofs.rows`."""
         return self._proofs.rows(self.compute)
 
     def verify(self) -> None:
-        """Do both checks now, if they were not done yet: they take about a second, once. Safe to call from several threads."""
+        """Run both checks now, unless they have run. They take about a second. Safe to call from several threads."""
         _ = (self.rows, self.relocation)
 
     def require_rows(self, *, instead: str = "Use the erratum, suffix or full mode, which only append.") -> None:
         """
         Raises:
-            UnverifiedError: rows in the middle of this model's context cannot be computed again.
+            UnverifiedError: rows in the middle of this model's context cannot be recomputed exactly.
         """
         require_rows(self.rows, self.layout.model_type, instead)
 
     def require_relocation(self, *, below: int | None = None) -> KVLayout:
         """The layout with which relocation was proved exact.
 
-        `below`: no position before or after the relocation reaches this one, as far as the caller knows; needed for models
-        that can be relocated within a bound only.
+        `below`: an upper bound (exclusive) on every position before and after the relocation, None if the caller knows
+        none; needed for models on which relocation is exact within a bound only.
 
         Raises:
             UnverifiedError: keys of this model cannot be moved to another position, or have not been proved to.

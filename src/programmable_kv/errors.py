@@ -1,37 +1,37 @@
-"""One family of typed errors. Each message says what was found, what was expected, and what to do.
+"""The exceptions of this package. Each message says what was found, what was expected, and what to do.
 
-After any of them the state is unchanged.
+A call that raises one of them leaves the state unchanged.
 
 ```
 ProgrammableKVError
 ├── ModelError
 │   ├── UnsupportedModelError     the model caches something this package cannot edit
 │   ├── UnverifiedError           not proved exact on this model, so refused
-│   ├── FrequencyRegimeError      the model would compute with other frequencies than the cached tokens
+│   ├── FrequencyRegimeError      new tokens would get other rotary frequencies than the cached ones
 │   ├── NonFiniteLogitsError      the model computed NaN or infinity
-│   └── ModelUnavailableError     the weights could not be had
+│   └── ModelUnavailableError     the weights cannot be found or fetched
 ├── InputError
 │   ├── InvalidArgumentError      an argument of the wrong type or out of range
 │   ├── InvalidValueError         a field's name, a value or a text is not plain data
-│   ├── InvalidEditError          an edit or a composition that cannot be made here
+│   ├── InvalidEditError          an edit or a composition that is not possible in this context
 │   ├── InvalidOptionsError       the options of a decision cannot be compared
-│   ├── InvalidRequestError       a request, a log or a price table that cannot be read
-│   ├── UnknownFieldError         no field of that name
-│   ├── UnknownPartError          no part, slot or skill of that name in the context
-│   └── TemplateError             the chat template does not take this conversation
+│   ├── InvalidRequestError       a request, a log or a price table cannot be read
+│   ├── UnknownFieldError         the context has no field of that name
+│   ├── UnknownPartError          the context has no part, slot or skill of that name
+│   └── TemplateError             the chat template rejects this conversation
 ├── StateError
-│   ├── NotPrefilledError         the context has not been computed yet
-│   ├── AlreadyPrefilledError     the context has been computed already
-│   ├── OutOfStepError            the cache holds tokens that the notebook does not know of
+│   ├── NotPrefilledError         the context has not been prefilled yet
+│   ├── AlreadyPrefilledError     the context has been prefilled already
+│   ├── OutOfStepError            the cache contains tokens that the notebook does not know
 │   ├── QueueFullError            too many operations wait for this model
 │   ├── ContextOverflowError      more positions are needed than the model has
-│   └── CacheBufferError          slots, positions or marks that do not fit the buffer
+│   └── CacheBufferError          slots, positions or marks do not fit the buffer
 ├── StorageError
 │   ├── FingerprintMismatchError  saved by another model, tokenizer or dtype
-│   ├── CorruptFileError          a file is not what its manifest says
-│   └── UnknownSkillError         the store has no such skill, or several
+│   ├── CorruptFileError          a file does not match its manifest
+│   └── UnknownSkillError         the store has no skill of that name, or several
 ├── ExperimentError
-│   ├── TrainingError             training cannot start or go on
+│   ├── TrainingError             training cannot start or continue
 │   ├── RecordError               a result record is missing or does not fit the schema
 │   └── MissingDataError          an experiment's data package is not installed
 └── MissingExtraError             an optional dependency of this package is not installed
@@ -42,7 +42,7 @@ from __future__ import annotations
 
 
 class ProgrammableKVError(Exception):
-    """Base of every error this package raises on purpose. The state is unchanged by the call that raised it."""
+    """Base of every error that this package raises on purpose. The call that raised it left the state unchanged."""
 
 
 class ModelError(ProgrammableKVError):
@@ -58,15 +58,15 @@ class UnverifiedError(ModelError):
 
 
 class FrequencyRegimeError(ModelError):
-    """The forward would use other rotary frequencies than the tokens in the cache (LongRoPE, dynamic NTK)."""
+    """The forward would use other rotary frequencies than the cached tokens have (LongRoPE, dynamic NTK)."""
 
 
 class NonFiniteLogitsError(ModelError):
-    """The model computed NaN or infinity, in logits or in what it caches."""
+    """The model computed NaN or infinity, in its logits or in its cached values."""
 
 
 class ModelUnavailableError(ModelError):
-    """A model's weights could not be had: no network, wrong digest, full disk, no such name."""
+    """A model's weights cannot be found or fetched: no network, wrong digest, full disk, unknown name."""
 
 
 class InputError(ProgrammableKVError):
@@ -82,11 +82,11 @@ class InvalidValueError(InputError):
 
 
 class InvalidEditError(InputError):
-    """An edit or a composition that cannot be made in this context."""
+    """The edit or the composition is not possible in this context."""
 
 
 class InvalidOptionsError(InputError):
-    """The options of a decision are empty, equal, or tokenise to nothing."""
+    """The options of a decision are missing, equal, or tokenise to nothing."""
 
 
 class InvalidRequestError(InputError):
@@ -94,15 +94,15 @@ class InvalidRequestError(InputError):
 
 
 class UnknownFieldError(InputError):
-    """A field was named that the context does not have, or a declared field never appears in the text."""
+    """The context has no field of the given name, or a declared field never appears in the text."""
 
 
 class UnknownPartError(InputError):
-    """A part, a slot or a spliced skill was named that the context does not have."""
+    """The context has no part, slot or spliced skill of the given name."""
 
 
 class TemplateError(InputError):
-    """The chat template does not take this conversation, or changes what its messages say."""
+    """The chat template rejects this conversation, or changes the text of its messages."""
 
 
 class StateError(ProgrammableKVError):
@@ -110,15 +110,15 @@ class StateError(ProgrammableKVError):
 
 
 class NotPrefilledError(StateError):
-    """The context has not been computed yet: call `prefill` first."""
+    """The context has not been prefilled yet: call `prefill` first."""
 
 
 class AlreadyPrefilledError(StateError):
-    """The context has been computed already: append to it with `add`."""
+    """The context has been prefilled already: append to it with `add`."""
 
 
 class OutOfStepError(StateError):
-    """A stream is open, or the cache holds tokens that the notebook does not know of."""
+    """A stream is open, or the cache contains tokens that the notebook does not know."""
 
 
 class QueueFullError(StateError):
@@ -134,7 +134,7 @@ class CacheBufferError(StateError):
 
 
 class StorageError(ProgrammableKVError):
-    """Something saved cannot be written, found or trusted."""
+    """A saved object cannot be written, found or trusted."""
 
 
 class FingerprintMismatchError(StorageError):
@@ -142,11 +142,11 @@ class FingerprintMismatchError(StorageError):
 
 
 class CorruptFileError(StorageError):
-    """A file is not what its manifest says it is."""
+    """A file does not match its manifest."""
 
 
 class UnknownSkillError(StorageError):
-    """A skill was named that the store does not have, or has several times."""
+    """The store has no skill of the given name, or several."""
 
 
 class ExperimentError(ProgrammableKVError):
@@ -154,7 +154,7 @@ class ExperimentError(ProgrammableKVError):
 
 
 class TrainingError(ExperimentError):
-    """Training cannot start or go on in the folder given."""
+    """Training cannot start or continue in the given folder."""
 
 
 class RecordError(ExperimentError):
@@ -162,7 +162,7 @@ class RecordError(ExperimentError):
 
 
 class MissingDataError(ExperimentError):
-    """An experiment's data comes from a package that is not installed."""
+    """The package with an experiment's data is not installed."""
 
 
 class MissingExtraError(ProgrammableKVError):

@@ -1,4 +1,4 @@
-"""Optional dependencies: what is missing is named in one line, with the command that installs it."""
+"""Optional dependencies: a missing package is reported in one line, with the command that installs it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ EXTRA_OF = {
     "prometheus_client": "serve",
     "psycopg": "postgres",
 }
-"""top-level module -> the extra that installs it"""
+"""Top-level module -> the extra that installs it."""
 _FOR_MODELS = ("torch", "transformers")
-"""what the package itself needs to run a model, and the gateway's container does without"""
+"""Packages that are needed to run a model; the gateway's container works without them."""
 
 
 def require_extra(extra: str, *modules: str) -> None:
     """Check that an extra's modules can be imported, without importing them.
 
     Raises:
-        MissingExtraError: one of them is not installed.
+        MissingExtraError: a module is not installed.
     """
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
@@ -40,10 +40,10 @@ def require_extra(extra: str, *modules: str) -> None:
 
 
 def require_model_packages(instead: str = "") -> None:
-    """Check that a model can be run. The gateway's container, for one, installs nothing of that.
+    """Check that the packages that run a model are installed. The gateway's container, for example, has none of them.
 
     Args:
-        instead: what to do without a model.
+        instead: text that is appended to the message: what to do without a model.
 
     Raises:
         MissingExtraError: torch or transformers is not installed.
@@ -54,13 +54,13 @@ def require_model_packages(instead: str = "") -> None:
 
 
 def missing_message(extra: str, missing: list[str]) -> str:
-    """The sentence for missing modules of an extra."""
+    """The message about missing modules of an extra."""
     are = "is" if len(missing) == 1 else "are"
     return f"{', '.join(missing)} {are} not installed. Run: pip install 'programmable-kv[{extra}]'"
 
 
 def extra_missing_in(error: ModuleNotFoundError) -> str | None:
-    """The message for a failed import, if an extra or a full installation would have prevented it."""
+    """The message about a failed import, if an extra or a full installation provides the module; else None."""
     module = (error.name or "").partition(".")[0]
     if module in _FOR_MODELS:
         return missing_message("embedded", [module])

@@ -1,4 +1,4 @@
-"""Every figure of the documents, drawn from the records in `results/` by `pkv figures`."""
+"""The figures of the documents; `pkv figures` draws them from the records in `results/`."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _save(draw: Callable[[Any, Record], None], record: Record, path: Path) -> No
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    # The same record gives the same file, byte for byte.
+    # The salt and the empty metadata make the same record give the same file, byte for byte.
     with matplotlib.rc_context({"svg.hashsalt": "pkv", "font.size": 10, "svg.fonttype": "path"}):
         figure, axes = pyplot.subplots(figsize=(7.2, 3.8), layout="constrained")
         draw(axes, record)
@@ -87,7 +87,7 @@ def _save(draw: Callable[[Any, Record], None], record: Record, path: Path) -> No
 
 
 def _modes(axes: Any, record: Record) -> None:
-    """Agreement with full prefill, by mode; direct and with a thought."""
+    """Agreement with a full prefill, by edit mode; answered at once, and after restating the field."""
     series = (("asked_before", "answers at once", BLUE), ("think", "restates the field first", ORANGE))
     for number, (key, label, colour) in enumerate(series):
         part: Any = record.summary[key]
@@ -102,7 +102,7 @@ def _modes(axes: Any, record: Record) -> None:
 
 
 def _composing(axes: Any, record: Record) -> None:
-    """Agreement with full prefill of skills compiled alone, repaired, and behind a preface, by what is asked of them."""
+    """Agreement with a full prefill of skills compiled alone, repaired, and behind a preface, by kind of question."""
     summary: Any = record.summary
     for number, (arm, label, colour) in enumerate(_COMPILED):
         shares = [summary[kind]["system_512"][arm]["agreement"] for kind in _COMPETING]
@@ -115,7 +115,7 @@ def _composing(axes: Any, record: Record) -> None:
 
 
 def _mentions(axes: Any, record: Record) -> None:
-    """Agreement with full prefill of readers by name, declared and suggested, by the way in which rules speak of the field."""
+    """Agreement with a full prefill of readers by name, declared and suggested, by how the rules refer to the field."""
     summary: Any = record.summary
     for number, (arm, (label, colour)) in enumerate(_READERS.items()):
         shares = [summary[way][arm]["agreement"] for way in _SPOKEN_OF]
@@ -128,7 +128,7 @@ def _mentions(axes: Any, record: Record) -> None:
 
 
 def _ttft(axes: Any, record: Record) -> None:
-    """Time to first token against context length, both logarithmic."""
+    """Time to the first token against context length, both axes logarithmic."""
     rows = sorted(record.rows, key=lambda row: row["length"])
     lengths = [row["tokens"] for row in rows]
     for way, (label, colour) in _WAYS.items():

@@ -1,4 +1,4 @@
-"""The figures of `docs/mechanism.md` about paths: what gradients rank, and which heads write and read."""
+"""The figures of `docs/mechanism.md` about paths: how gradients rank tokens, and which heads write and read notes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ARMS = (
 
 
 def _attribution(axes: Any, record: Record) -> None:
-    """How alike each score and the exact effects rank tokens."""
+    """How well the ranking of tokens by each score agrees with the ranking by exact effects."""
     found: Any = record.summary["tokens"]
     for number, (key, label, colour) in enumerate(_ALIKE):
         bars(axes, [found[score][key] for score in _SCORES], number, len(_ALIKE), label, colour)
@@ -38,7 +38,7 @@ def _attribution(axes: Any, record: Record) -> None:
 
 
 def _path_closure(axes: Any, record: Record) -> None:
-    """Recovery by the number of heads that read the notes of both rules, and by those that write the actions."""
+    """Recovery by the number of heads that read the notes of both rules, and by the number that write the actions."""
     read: Any = record.summary["read"]
     write: Any = record.summary["write"]
     counts = sorted(int(k) for k in read["both_rules"])
@@ -56,4 +56,4 @@ FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "attribution": ("attribution", _attribution),
     "path-closure": ("path-closure", _path_closure),
 }
-"""each figure's record, and what draws it"""
+"""Figure name -> its record's name and the function that draws it."""

@@ -1,4 +1,4 @@
-"""The figures of wrong notes, of thoughts, and of models that learn: `docs/mechanism.md`."""
+"""The figures of `docs/mechanism.md` about wrong notes, thoughts, and models during training."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _CARRIED = (
 
 
 def _dose(axes: Any, record: Record) -> None:
-    """Edits that a poisoned cache follows, by dose and by how the edit is made."""
+    """Share of edits that a cache with wrong notes follows, by dose and by edit mode."""
     repaired: Any = record.summary["repaired"]
     for number, (mode, label, colour) in enumerate(_REPAIRS):
         bars(axes, [repaired[dose][mode]["right"] for dose in _REPAIRED], number, len(_REPAIRS), label, colour)
@@ -46,7 +46,7 @@ def _dose(axes: Any, record: Record) -> None:
 
 
 def _reasoning(axes: Any, record: Record) -> None:
-    """Right decisions after a thought, by what thought or decision could not read, on an edited and on a fresh cache."""
+    """Right decisions after a thought, by what the thought or the decision could not read; edited and fresh cache."""
     summary: Any = record.summary
     for number, (cache, label, colour) in enumerate((("in_place", "edited in place", BLUE), ("fresh", "fresh", SKY))):
         right = [summary[cache][thought][decision]["right"] for (thought, decision), _ in _BLOCKED]
@@ -57,7 +57,10 @@ def _reasoning(axes: Any, record: Record) -> None:
 
 
 def _emergence(axes: Any, record: Record) -> None:
-    """While toy models learn: right decisions, updates obeyed, and what carries the decision, in its final size."""
+    """Right decisions, obeyed updates and carriers of the decision while toy models train.
+
+    What each carrier moves is relative to the span at the last step.
+    """
     steps = [step["step"] for step in record.rows[0]["steps"]]
     found = [[row["steps"][index] for row in record.rows] for index in range(len(steps))]
     final = fmean(step["span"] for step in found[-1])
@@ -77,4 +80,4 @@ FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "reasoning": ("reasoning", _reasoning),
     "emergence": ("emergence", _emergence),
 }
-"""each figure's record, and what draws it"""
+"""Figure name -> its record's name and the function that draws it."""

@@ -1,4 +1,4 @@
-"""The figures of `docs/mechanism.md` by layer, by feature, and along the adapter and its training."""
+"""The figures of `docs/mechanism.md` by layer, by feature, by share of the adapter, and by step of its training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CARRIED = (
 
 
 def _conclusion(axes: Any, record: Record) -> None:
-    """By layer, how well the conclusion is read on notes, and what exchanging them does, whole and along one direction."""
+    """By layer: accuracy of a probe for the conclusion; recovery from exchanging notes whole or along one direction."""
     summary: Any = record.summary
     for key, label, colour in (("applies", "conclusion read", GREEN), ("control", "control tasks read", GREY)):
         found = summary["read"][key]
@@ -40,7 +40,7 @@ def _conclusion(axes: Any, record: Record) -> None:
 
 
 def _timing(axes: Any, record: Record) -> None:
-    """By layer, what three exchanges recover, and how well the conclusion is read in two places."""
+    """By layer: recovery from three kinds of exchange, and accuracy of a probe for the conclusion in two places."""
     summary: Any = record.summary
     for key, label, colour, style in _EXCHANGED:
         _by_layer(axes, summary[key], label, colour, style)
@@ -56,7 +56,7 @@ def _by_layer(axes: Any, found: Any, label: str, colour: str, style: str) -> Non
 
 
 def _sparse_features(axes: Any, record: Record) -> None:
-    """Recovery by the number of features exchanged, by dictionary, beside random features and one direction."""
+    """Recovery by number of features exchanged, for each dictionary, for random features, and for one direction."""
     summary: Any = record.summary
     counts = sorted(int(count) for count in summary["trained"]["random"])
     for kind, label, colour, style in _DICTIONARIES:
@@ -72,14 +72,14 @@ def _sparse_features(axes: Any, record: Record) -> None:
 
 
 def _along_adapter(axes: Any, record: Record) -> None:
-    """By the share of the adapter's change: right decisions, what carries them, and how well notes say the conclusion."""
+    """Right decisions, what carries them, and probe accuracy on notes, by share of the adapter's change."""
     places = _along(axes, record)
     axes.set_xticks(places, [f"{each}%" for each in places])
     axes.set_xlabel("share of the adapter's change")
 
 
 def _along_training(axes: Any, record: Record) -> None:
-    """The same by steps of training."""
+    """Right decisions, what carries them, and probe accuracy on notes, by step of training."""
     _along(axes, record)
     axes.set_xlabel("steps of training")
 
@@ -104,4 +104,4 @@ FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "along-adapter": ("along-adapter", _along_adapter),
     "along-training": ("along-training", _along_training),
 }
-"""each figure's record, and what draws it"""
+"""Figure name -> its record's name and the function that draws it."""

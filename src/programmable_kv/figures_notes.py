@@ -1,4 +1,4 @@
-"""The figures of `docs/mechanism.md`: what the keys and values of a prefilled context hold."""
+"""The figures of `docs/mechanism.md` about the information in the keys and values of a prefilled context."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _TAKEN = {
 
 
 def _locality(axes: Any, record: Record) -> None:
-    """Recovery by the number of patched tokens, by how they were chosen."""
+    """Recovery by the number of patched tokens, for each way of choosing them."""
     patched: Any = record.summary["patched"]
     for arm, (label, colour, style) in _RANKED.items():
         found = [patched[f"{arm}_{k}"]["recovery"] for k in _COUNTS]
@@ -75,7 +75,7 @@ def _locality(axes: Any, record: Record) -> None:
 
 
 def _where(axes: Any, record: Record) -> None:
-    """Recovery of sets of tokens patched alone, beside as many random tokens of the same places."""
+    """Recovery from patching one set of tokens, compared with as many random tokens of the same places."""
     found: Any = record.summary["sets"]
     series = (("patched", "these tokens patched", BLUE), ("random", "as many random tokens of the same places", GREY))
     for number, (arm, label, colour) in enumerate(series):
@@ -84,7 +84,7 @@ def _where(axes: Any, record: Record) -> None:
 
 
 def _blast_radius(axes: Any, record: Record) -> None:
-    """How far keys and values move, by kind of text; behind them the movement by bfloat16 alone."""
+    """How far keys and values move, by kind of text; the bands show the movement from bfloat16 rounding alone."""
     for number, (name, colour) in enumerate((("keys", SKY), ("values", BLUE))):
         part: Any = record.summary[name]
         bars(axes, [part["kinds"][kind] for kind in _MOVED], number, 2, name, colour)
@@ -96,7 +96,7 @@ def _blast_radius(axes: Any, record: Record) -> None:
 
 
 def _knock_out(axes: Any, record: Record) -> None:
-    """Decisions that change when attention to a set is blocked, beside the attention that the set gets."""
+    """Share of decisions that change when attention to a set is blocked, and the attention that the set receives."""
     blocked: Any = record.summary["blocked"]
     attention: Any = record.summary["attention"]
     bars(axes, [blocked[name]["all"]["changed"] for name in _BLOCKED], 0, 2, "decisions that change", BLUE)
@@ -105,7 +105,7 @@ def _knock_out(axes: Any, record: Record) -> None:
 
 
 def _dissociation(axes: Any, record: Record) -> None:
-    """Decisions for the new action after some tokens were taken from contexts with another field, other rules, or both."""
+    """Share of decisions that flip when tokens are taken from contexts with another field, other rules, or both."""
     for number, (donor, (label, colour)) in enumerate(_DONORS.items()):
         part: Any = record.summary[donor]
         bars(axes, [part[name]["flipped"] for name in _TAKEN], number, len(_DONORS), label, colour)
@@ -129,4 +129,4 @@ FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "knock-out": ("knock-out", _knock_out),
     "dissociation": ("dissociation", _dissociation),
 }
-"""each figure's record, and what draws it"""
+"""Figure name -> its record's name and the function that draws it."""

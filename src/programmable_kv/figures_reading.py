@@ -1,4 +1,4 @@
-"""The figures of `docs/mechanism.md` on who reads what: prevention, the place of a field, other texts, memories and skills."""
+"""The figures of `docs/mechanism.md` on what reads the field: prevention, its place, other texts, memories, skills."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _DEVIATIONS = (
 
 
 def _prevention(axes: Any, record: Record) -> None:
-    """Right decisions by what may read the field, beside guessing."""
+    """Right decisions by what may read the field, with a line at the rate of guessing."""
     arms: Any = record.summary["arms"]
     bars(axes, [arms[name]["right"] for name in _READERS], 0, 1, "right, before and after an edit", BLUE)
     axes.axhline(record.figure("guess"), color=RED, lw=1, label="a guess")
@@ -71,7 +71,7 @@ def _prevention(axes: Any, record: Record) -> None:
 
 
 def _boundary(axes: Any, record: Record) -> None:
-    """Recovery of the field alone, the rules' actions and the question patched, by where the field stands."""
+    """Recovery from patching the field, the rules' actions, or the question, by where the field stands."""
     settings: Any = record.summary["settings"]
     for number, (key, label, colour) in enumerate(_PATCHED):
         found = [settings[name][key]["recovery"] for name in _PLACES]
@@ -82,7 +82,7 @@ def _boundary(axes: Any, record: Record) -> None:
 
 
 def _seam(axes: Any, record: Record) -> None:
-    """How far values are off inside a skill, by position, behind different things."""
+    """Relative distance of values inside a skill, by position, for each way of compiling the skill."""
     deviation: Any = record.summary["deviation"]
     positions = list(deviation["alone"]["values"]["position"])
     for name, label, colour in _DEVIATIONS:
@@ -96,7 +96,7 @@ def _seam(axes: Any, record: Record) -> None:
 
 
 def _competing(axes: Any, record: Record) -> None:
-    """The deciding row's attention to the actions of the skill that is asked about, and of the other one."""
+    """The deciding row's attention to the actions of its own skill, to the other skill's, and to their first tokens."""
     two: Any = record.summary["two"]
     attention = two["attention"]
     ways = {
@@ -117,7 +117,7 @@ def _competing(axes: Any, record: Record) -> None:
 
 
 def _families(axes: Any, record: Record) -> None:
-    """Recovery of the field alone, the last half of what follows it, and the question patched, by text."""
+    """Recovery from patching the field, the last half of what follows it, or the question, by text."""
     texts: Any = record.summary["texts"]
     for number, (kind, key, label, colour) in enumerate(_IN_TEXTS):
         bars(axes, [texts[name][kind][key]["recovery"] for name in _TEXTS], number, len(_IN_TEXTS), label, colour)
@@ -129,7 +129,7 @@ def _families(axes: Any, record: Record) -> None:
 
 
 def _memory(axes: Any, record: Record) -> None:
-    """Right decisions by edit, with the memory above its rules and below them, prefilled and spliced."""
+    """Right decisions by edit, for a memory above or below its rules, prefilled or spliced."""
     places: Any = record.summary["places"]
     names = [(place, edit) for place in ("early", "late") for edit in _EDITS]
     for number, (way, label, colour) in enumerate(_WAYS):
@@ -151,4 +151,4 @@ FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "seam": ("seam", _seam),
     "competing": ("seam", _competing),
 }
-"""each figure's record, and what draws it"""
+"""Figure name -> its record's name and the function that draws it."""

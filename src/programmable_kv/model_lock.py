@@ -1,8 +1,8 @@
 """One lock for each transformers model, however many engines wrap it.
 
-Two forwards of one model are not safe beside each other: rotary modules write their frequency tables in place (LongRoPE,
-dynamic NTK), and reading attention may switch the implementation. Engines hold this lock during each forward. Whoever runs the
-model without an engine (its own `generate`, say) does not.
+Two forwards of one model must not run at the same time: rotary modules write their frequency tables in place (LongRoPE,
+dynamic NTK), and reading attention may switch the implementation. Engines hold this lock during each forward. Code that
+runs the model without an engine (for example its own `generate`) does not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _guard = threading.Lock()
 
 
 def lock_of(model: Any) -> threading.RLock:
-    """The lock of a model: the same for every caller, reentrant, gone when the model is."""
+    """The reentrant lock of a model: every caller gets the same one, and it is freed with the model."""
     with _guard:
         lock = _locks.get(model)
         if lock is None:

@@ -1,7 +1,7 @@
-"""Numbers in documents come from records: `<!--RECORD:PATH:FORMAT-->0.98<!--/-->` quotes one.
+"""Quotes of records in documents: `<!--RECORD:PATH:FORMAT-->0.98<!--/-->` marks a number that comes from a record.
 
-The comments do not show when Markdown is rendered. `pkv figures` writes the numbers; a test fails when a document
-holds a number that its record does not, or a measured-looking number that quotes none.
+The comments are invisible when Markdown is rendered. `pkv figures` writes the numbers; a test fails if a document's
+number differs from its record, or if a number looks measured but quotes no record.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ _QUOTE = re.compile(r"<!--(?P<record>[a-z0-9-]+):(?P<path>[A-Za-z0-9_.]+):(?P<fo
 _CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
 _MEASURED_LOOKING = re.compile(r"\d+(?:\.\d+)?\s?(?:ms\b|%|×|x faster|times faster|tokens/s|nats)|\b0\.\d+")
 CITED = "<!--cited-->"
-"""a line that ends with this quotes published work, with its source, and no record of ours"""
+"""Ending of a line that quotes published work, with its source, instead of a record."""
 
 
 def documents(folder: Path) -> Iterator[Path]:
-    """README, CONTRIBUTING and everything in the documents' folder."""
+    """README.md, CONTRIBUTING.md and every Markdown file in the documents' folder."""
     yield from (path for path in (folder.parent / "README.md", folder.parent / "CONTRIBUTING.md") if path.exists())
     yield from sorted(folder.rglob("*.md"))
 
 
 def formatted(record: Record, path: str, spec: str) -> str:
-    """A figure as a document shows it; `%` in front of the format multiplies by a hundred."""
+    """A figure as a document shows it; a `%` at the start of the format multiplies by 100 and appends a `%`."""
     value = record.figure(path)
     text = format(100 * value, spec[1:]) + "%" if spec.startswith("%") else format(value, spec)
-    # A value that rounds to zero has no sign to show.
+    # A negative value that rounds to zero is shown without its sign.
     return text.removeprefix("-") if not text.strip("-0.%") else text
 
 
 def refreshed(text: str, results: Path | None = None) -> str:
-    """The document with every quoted number replaced by its record's."""
+    """The document with every quoted number replaced by the number in its record."""
     folder = results or results_folder()
 
     def write(match: re.Match[str]) -> str:
@@ -46,7 +46,7 @@ def refreshed(text: str, results: Path | None = None) -> str:
 
 
 def wrong_quotes(text: str, results: Path | None = None) -> list[str]:
-    """What is wrong with a document's numbers, one sentence each."""
+    """The errors in a document's numbers, one sentence each."""
     folder = results or results_folder()
     wrong = []
     for match in _QUOTE.finditer(text):

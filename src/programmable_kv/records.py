@@ -1,7 +1,8 @@
-"""The one record that every experiment and bench writes, and where a figure in a document must come from.
+"""Records: the JSON files that every experiment and bench writes, and that every figure in a document comes from.
 
-A record is a JSON file in `results/`: what was run, on what, with which seeds, every row it measured, and a summary with
-intervals. It is written row by row through a `Recorder`, so that an interrupted run resumes where it stopped.
+A record is a file in `results/`. It says what was run, on which model and machine, with which seeds, and contains every
+row measured and a summary with intervals. A `Recorder` writes it row by row, so that an interrupted run resumes where
+it stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from programmable_kv.errors import RecordError
 
 Case = TypeVar("Case")
-"""what an experiment measures once: a policy, a scenario"""
+"""The type of what one row of an experiment measures: a policy, a scenario."""
 
 _NAME = r"^[a-z0-9][a-z0-9-]*$"
 
@@ -33,7 +34,7 @@ class _Strict(BaseModel):
 
 
 class Machine(_Strict):
-    """Where a record was made: enough to judge a time, nothing that names the place."""
+    """The machine that made a record: enough to judge a time, nothing that says where the machine is."""
 
     processor: str
     cores: int
@@ -58,7 +59,7 @@ class Machine(_Strict):
 
 
 class Interval(_Strict):
-    """An estimate with its 95% interval and how that was made."""
+    """An estimate with its 95% interval and the method that gave the interval."""
 
     value: float
     low: float
@@ -73,7 +74,7 @@ class Record(_Strict):
     schema_version: Literal[1] = 1
     name: str = Field(pattern=_NAME)
     version: int
-    """of the experiment: rows of different versions must not be compared"""
+    """version of the experiment; rows of different versions must not be compared"""
     title: str
     command: str
     commit: str
@@ -82,7 +83,7 @@ class Record(_Strict):
     model: str
     model_fingerprint: str
     data_digest: str
-    """sha256 over whatever the rows were computed from, so that two runs on the same data can be recognised"""
+    """sha256 of the data from which the rows were computed; equal digests mean the same data"""
     seeds: list[int]
     machine: Machine
     settings: dict[str, Any]
@@ -92,7 +93,11 @@ class Record(_Strict):
     notes: list[str] = []
 
     def figure(self, path: str) -> float:
-        """A number of the summary by its dotted path, for documents: `field_erratum.agreement.value`."""
+        """A number of the summary, by its dotted path (`field_erratum.agreement.value`); an interval gives its value.
+
+        Raises:
+            RecordError: the summary has nothing at that path, or not a number.
+        """
         found: Any = self.summary
         for key in path.split("."):
             if isinstance(found, Interval):
@@ -109,17 +114,17 @@ class Record(_Strict):
 
 
 def results_folder() -> Path:
-    """`results/` of the working folder, or the one that `PKV_RESULTS` names."""
+    """The folder that `PKV_RESULTS` names, or `results/` in the working folder."""
     return Path(os.environ.get("PKV_RESULTS", "results"))
 
 
 def record_slug(name: str) -> str:
-    """A name as a record may spell it: lower-case letters, digits and single `-`."""
+    """A name in the form that records use: lower-case letters, digits and single `-`."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def record_on(stem: str, model: str) -> str:
-    """The name of a record that is of one model: that of a file without its folder and `.gguf`."""
+    """The name of a record about one model: the stem, and the model's name without its folder and `.gguf`."""
     return f"{stem}-{record_slug(Path(model).name.lower().removesuffix('.gguf'))}"
 
 
@@ -141,9 +146,9 @@ def all_records(folder: Path | None = None) -> list[Record]:
 
 
 class Recorder:
-    """Collects rows into a record on disk; rows that an earlier, interrupted run wrote are kept and skipped.
+    """Collects rows into a record on disk; rows that an interrupted run has written are kept and not measured again.
 
-    A partial file of other settings, data, model or version is not resumed but refused.
+    A partial file with another name, version, model, data, seeds or settings is refused.
     """
 
     def __init__(
@@ -163,7 +168,8 @@ class Recorder:
     ) -> None:
         """
         Args:
-            clock: seconds, by which `wall_seconds` is counted. One that stands still leaves out what else was done meanwhile.
+            clock: returns seconds; `wall_seconds` is measured with it. A clock that can be stopped leaves out other
+                work.
         """
         self.path = path
         self._partial = path.with_suffix(".partial")
@@ -213,7 +219,7 @@ class Recorder:
         return self.record.rows
 
     def done(self, **key: Any) -> bool:
-        """Whether a row with these entries is there already."""
+        """Whether the record has a row with these entries."""
         return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
 
     def collect(
@@ -223,12 +229,12 @@ class Recorder:
         measure: Callable[[Case], dict[str, Any]],
         report: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Add the row of each case that has none yet.
+        """Measure and add the row of each case that has no row yet.
 
         Args:
-            key: what a case's row is known by.
-            measure: makes the whole row, the key included.
-            report: called with the number of cases that are done, and of all.
+            key: returns the entries that identify a case's row.
+            measure: returns the whole row, including the entries of the key.
+            report: called with the number of cases that are done and the number of all cases.
         """
         for number, case in enumerate(cases, start=1):
             if not self.done(**key(case)):
@@ -242,12 +248,12 @@ class Recorder:
         self._write(self._partial)
 
     def finish(self, summary: dict[str, Any], notes: Iterable[str] = ()) -> Record:
-        """Complete the record and put it in its place."""
+        """Complete the record and move it to its final path."""
         self.record = self.record.model_copy(
             update={"summary": summary, "complete": True, "notes": [*self.record.notes, *notes]},
         )
         self._write(self._partial)
-        # Validated as a reader will read it, before it takes the name of a finished record.
+        # Read it back, which validates it, before it gets the name of a finished record.
         record = read_record(self._partial)
         self._partial.replace(self.path)
         return record
@@ -261,7 +267,7 @@ class Recorder:
 
 
 def digest_of(items: Iterable[str]) -> str:
-    """sha256 over strings, each with its length, so that no two different lists agree."""
+    """sha256 over strings, each preceded by its length, so that different lists have different digests."""
     digest = hashlib.sha256()
     for item in items:
         encoded = item.encode()
@@ -300,7 +306,7 @@ def bootstrap_mean(values: Sequence[float], *, statistic: str = "mean", seed: in
 
 
 def cluster_bootstrap(clusters: Sequence[Sequence[float]], *, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """The mean over all items, with an interval from resampling whole clusters (items of one cluster are not independent)."""
+    """The mean over all items, with an interval from resampling whole clusters, whose items are not independent."""
     import numpy as np
 
     sums = np.array([sum(cluster) for cluster in clusters], dtype=float)
@@ -315,7 +321,7 @@ def cluster_bootstrap(clusters: Sequence[Sequence[float]], *, resamples: int = 1
 
 
 def _compact_json(record: Record) -> str:
-    """Indented JSON, with each row on one line, so that a diff of records can be read."""
+    """Indented JSON with one line for each row, so that a diff of two records is readable."""
     body = record.model_dump(mode="json")
     rows = body.pop("rows")
     text = json.dumps({**body, "rows": "@rows"}, indent=1)

@@ -1,4 +1,4 @@
-"""How far a cached token can be trusted now: one ordered scale, strongest first."""
+"""The state of a cached token: how its keys and values relate to a full prefill, on one scale, strongest first."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from enum import StrEnum
 class TokenState(StrEnum):
     """How a cached token's keys and values relate to a full prefill of the current text.
 
-    The order is the lattice: joining tokens takes the weakest. The first two are exact, which implies that every token before
-    them is.
+    The members are ordered: the state of several tokens is the weakest among them. The first two are exact, which
+    implies that every token before them is exact too.
     """
 
     EXACT = "exact"
     """a full prefill of these tokens at these positions gives the same numbers"""
     REPAIRED = "repaired"
-    """the same, for a spliced skill's first tokens that were computed again in their place"""
+    """exact too: the first tokens of a spliced skill, recomputed in their place"""
     RELOCATED = "relocated"
-    """compiled apart from this context and rotated to its position here; or kept in fewer bits"""
+    """compiled apart from this context and rotated to its position here; or stored in fewer bits"""
     REFRESHED = "refreshed"
-    """computed again on the current text, but on a cache that was not exact"""
+    """recomputed on the current text, but on a cache that was not exact"""
     AFTER_EDIT = "after edit"
     """computed on the current text, but reading tokens of an earlier text or several values of a field"""
     STALE = "stale"
@@ -28,12 +28,12 @@ class TokenState(StrEnum):
 
     @property
     def rank(self) -> int:
-        """0 is the strongest."""
+        """The rank on the scale; 0 is the strongest."""
         return _RANKS[self]
 
     @property
     def exact(self) -> bool:
-        """Whether a full prefill gives the same numbers."""
+        """Whether a full prefill gives the same keys and values."""
         return self.rank <= TokenState.REPAIRED.rank
 
 
@@ -41,5 +41,5 @@ _RANKS = {state: rank for rank, state in enumerate(TokenState)}
 
 
 def weakest(states: Iterable[TokenState]) -> TokenState:
-    """The state of tokens taken together; exact if there are none."""
+    """The weakest of several states; exact if there are none."""
     return max(states, key=lambda state: state.rank, default=TokenState.EXACT)

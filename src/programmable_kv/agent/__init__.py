@@ -1,1 +1,1 @@
-"""Loops over a live notebook."""
+"""Agents: loops over a live notebook."""

@@ -1,4 +1,4 @@
-"""An agent on one live cache: composed once, edited as its state changes, each turn computing only what is new.
+"""An agent on one live cache: composed once, edited when its state changes; each turn computes only new tokens.
 
 agent = Agent(model, "... order_status: {order_status} ...", order_status="pending")
 agent.act("Can I still cancel?", ["cancel", "deny"])
@@ -24,7 +24,7 @@ from programmable_kv.skills.skill import Skill
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One request: the state that had changed before it, and what was decided."""
+    """One request: the changes of state before it, and the decision."""
 
     request: str
     changes: Mapping[str, Value]
@@ -32,16 +32,17 @@ class Turn:
 
     @property
     def account(self) -> Account:
-        """All that the turn computed: the edit, the request, and the answer."""
+        """The cost of the whole turn: the edit, the request, and the answer."""
         total = self.decision.account + self.decision.scoring
         return replace(total, tokens_reused=self.decision.account.tokens_reused)
 
 
 class Agent:
-    """A policy and skills in one context, a state, and a trajectory that grows.
+    """A policy and skills in one context, a state, and a growing trajectory.
 
-    Nothing is computed twice: a change of state costs the field and one line about it, a turn costs its own tokens.
-    `notebook` is the live context; what is done to it by hand is seen by the turns that follow.
+    A turn computes its own tokens. A change of state computes what its edit mode requires: by default the field and one
+    line about it, or if words for it are declared, the lines that mention it. `notebook` is the live context; later
+    turns see what is done to it directly.
     """
 
     def __init__(
@@ -59,25 +60,25 @@ class Agent:
         mentions: Mapping[str, Sequence[str]] | None = None,
         **state: Value,
     ) -> None:
-        """Compose the context. What was compiled before is spliced, only the rest is computed.
+        """Compose the context: compiled skills are spliced, and only the rest is computed.
 
         Args:
-            policy: the system message, with a `{field}` placeholder for every name in the state; or a skill, whose own fields
-                are the state.
-            values, state: the fields' values; those of fields that are called like one of the options here in `values`.
-            skills: follow the policy, in this order, each after an empty line.
-            mode: how changes of state are made, as in `Notebook.edit`.
-            repair: which tokens of each skill are computed again in their place.
-            fold_system: where the chat template has no place for a system message, the policy begins the first user turn.
+            policy: the system message, with a `{field}` placeholder for every name in the state; or a skill, whose own
+                fields are the state.
+            values, state: the fields' values; fields named like one of the options here go into `values`.
+            skills: the skills that follow the policy, in this order, each after an empty line.
+            mode: the edit mode for changes of state, as in `Notebook.edit`.
+            repair: which tokens of each skill are recomputed in their place.
+            fold_system: if the chat template has no place for a system message, the policy begins the first user turn;
                 `composed.why` says so.
-            visibility: as in `Notebook`. By `design` changes of state are exact, and leave earlier turns as history.
-            mentions: field -> by what words the policy speaks of it, as in `Notebook.mentions`. By design it is best said here,
-                before anything is computed.
+            visibility: as in `Notebook`. With `design`, changes of state are exact and leave earlier turns as history.
+            mentions: field -> the words by which the policy mentions it, as in `Notebook.mentions`. With `design`, it
+                is best to give them here, before anything is computed.
 
         Raises:
             UnknownFieldError, InvalidValueError, InvalidEditError, FingerprintMismatchError, ContextOverflowError: as
-                `Notebook.message` and `Notebook.prefill`.
-            UnverifiedError: there is a skill, and this model's keys cannot be moved.
+                in `Notebook.message` and `Notebook.prefill`.
+            UnverifiedError: there is a skill, and this model's keys cannot be relocated exactly.
             TemplateError: the chat template has no place for the policy.
         """
         pieces = [*([policy] if isinstance(policy, Skill) else []), *skills]
@@ -108,12 +109,12 @@ class Agent:
         think: bool = False,
         **fields: Value,
     ) -> Turn:
-        """Take over changes of state and decide on a request, in one forward. Request and answer stay in the context.
+        """Apply changes of state and decide on a request, in one forward. Request and answer stay in the context.
 
-        A value that is no change costs nothing.
+        A value equal to the current one costs nothing.
 
         Raises:
-            UnknownFieldError, InvalidValueError, InvalidOptionsError, TemplateError, ContextOverflowError: as
+            UnknownFieldError, InvalidValueError, InvalidOptionsError, TemplateError, ContextOverflowError: as in
                 `Notebook.decide`; the agent is unchanged.
         """
         given = {**(changes or {}), **fields}
@@ -133,17 +134,17 @@ class Agent:
         tool_call_id: str | None = None,
         name: str | None = None,
     ) -> Account:
-        """Append what somebody else wrote: a tool's result, for example. Arguments and errors as `Notebook.add`."""
+        """Append a message from elsewhere, such as a tool's result. Arguments and errors as in `Notebook.add`."""
         return self._noted(
             self.notebook.add(role, content, tool_calls=tool_calls, tool_call_id=tool_call_id, name=name)
         )
 
     def add_skill(self, skill: Skill, /) -> Account:
-        """Splice a skill in at the end of the trajectory, from where the next turns read it."""
+        """Splice a skill in at the end of the trajectory, so that the next turns read it."""
         return self._noted(self.notebook.splice(skill))
 
     def remove_skill(self, name: str, /) -> Account:
-        """Cut a skill out. What followed it is relocated, and keeps what it concluded while the skill was there."""
+        """Cut a skill out. What followed it is relocated, and keeps what it concluded from the skill."""
         return self._noted(self.notebook.cut(name))
 
     def _noted(self, account: Account) -> Account:
@@ -152,5 +153,5 @@ class Agent:
 
     @property
     def account(self) -> Account:
-        """The price of everything so far, the composition included. `tokens_reused` is that of the last turn, not a sum."""
+        """The cost of everything so far, including the composition. `tokens_reused` is the last turn's, not a sum."""
         return sum([*self._between, *(turn.account for turn in self.turns)], self.composed)

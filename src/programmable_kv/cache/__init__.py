@@ -1,1 +1,1 @@
-"""What a KV cache is: its layout, its rotation, the buffer that holds it, and the proof that relocation is exact."""
+"""The KV cache: its layout, the rotation of its keys, attention masks, and the buffer that stores and edits it."""

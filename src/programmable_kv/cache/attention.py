@@ -1,9 +1,10 @@
-"""Attention in blocks of rows, attention with a soft cap, and what the last row of a forward attends to.
+"""Attention in blocks of rows, attention with a soft cap, and a recorder of the last row's attention.
 
-`recording` collects, within its block and its thread, what the last row attends to in every layer that runs this
-package's attention (`transformers_api.grouped_sdpa`). Nothing of the model is changed.
+Inside its block and its thread, `recording` collects the attention of a forward's last row in every layer that runs
+this package's attention (`transformers_api.grouped_sdpa`). The model is not changed.
 
-Shapes: query [B, groups * H, T, D], key and value [B, H, S, D], mask [B, 1, T, S] or None (then causal, the last rows of S).
+Shapes: query [B, groups * H, T, D], key and value [B, H, S, D], mask [B, 1, T, S] or None (then causal, the last rows
+of S).
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 ROWS_IN_BLOCK = 256
-"""Rows that attend at once. Fewer rows skip more of what they cannot see, and cost more calls. Measured on a CPU, 2048 rows
-against 8192 slots, 9 heads: 64 rows 913 ms, 128 812 ms, 256 496 ms, 512 589 ms, all at once 1042 ms."""
+"""Rows in one block. Smaller blocks skip more of the slots that they cannot see, but need more calls. Measured on a CPU
+with 2048 rows, 8192 slots and 9 heads: 64 rows 913 ms, 128 812 ms, 256 496 ms, 512 589 ms, all at once 1042 ms."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,7 +29,7 @@ class LastRow:
     query: torch.Tensor
     """[groups * H, D]"""
     scores: torch.Tensor
-    """[groups * H, S] in float32 or wider: capped, and minus infinity where a slot is not seen"""
+    """[groups * H, S] in float32 or wider, after the soft cap; minus infinity where a slot is masked"""
     scaling: float
     softcap: float | None
 
@@ -43,7 +44,7 @@ _recorder: ContextVar[list[LastRow] | None] = ContextVar("recorder", default=Non
 
 @contextmanager
 def recording() -> Iterator[list[LastRow]]:
-    """Collect the last row's attention, one entry for each layer in order."""
+    """Collect the last row's attention inside the block: one entry for each layer, in order."""
     rows: list[LastRow] = []
     token = _recorder.set(rows)
     try:
@@ -59,7 +60,7 @@ def record(
     scaling: float | None,
     softcap: float | None,
 ) -> None:
-    """Record what the last row attends to, inside a `recording` block."""
+    """Record the last row's attention if a `recording` block is active."""
     recorder = _recorder.get()
     if recorder is not None:
         last = None if mask is None else mask[..., -1:, :]
@@ -107,7 +108,7 @@ def attention_scores(
 
 
 def tail_mask(rows: int, slots: int, device: torch.device) -> torch.Tensor:
-    """[rows, slots] booleans: the causal mask of rows that are the last of the slots."""
+    """The causal mask of rows that occupy the last slots, [rows, slots] booleans."""
     return torch.ones(rows, slots, dtype=torch.bool, device=device).tril(slots - rows)
 
 
@@ -119,7 +120,7 @@ def soft_capped(
     scaling: float | None,
     softcap: float,
 ) -> torch.Tensor:
-    """Attention with soft-capped scores, [B, T, groups * H, D]. Scores are held in full: [B, groups * H, T, S]."""
+    """Attention with soft-capped scores, [B, T, groups * H, D]. All scores are in memory: [B, groups * H, T, S]."""
     batch, heads, tokens, _ = query.shape
     weights = attention_weights(query, key, mask, scaling, softcap).to(value.dtype)
     groups = heads // key.shape[1]
@@ -128,11 +129,12 @@ def soft_capped(
 
 
 def last_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
-    """Causal attention of rows that are the last of the slots, [B, T, groups * H, D], without a mask of T x S.
+    """Causal attention of rows that occupy the last slots, [B, T, groups * H, D], without a mask of T x S.
 
-    If they are more than half of the slots, rows whose output is dropped are put before them, so that the fused causal kernel
-    takes them; or else they attend in blocks. (One thread of a CPU, 9 heads: 2007 rows of 2048 slots 166 ms against 257 ms in
-    blocks, 2048 of 4096 824 against 858, 1024 of 2048 237 against 177.)
+    Rows that fill more than half of the slots are padded in front to all slots, so that the fused causal kernel accepts
+    them, and the output of the padding is dropped. Fewer rows attend in blocks. Measured on one CPU thread with 9
+    heads, padded against in blocks: 2007 rows of 2048 slots 166 ms against 257 ms, 2048 of 4096 824 against 858, 1024
+    of 2048 237 against 177.
     """
     batch, heads, tokens, width = query.shape
     slots = key.shape[2]
@@ -149,10 +151,11 @@ def last_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scali
 def in_blocks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
 ) -> torch.Tensor:
-    """Attention of many rows, a block of them at a time over the slots that the block sees; [B, T, groups * H, D].
+    """Attention of many rows, one block at a time over the slots that the block sees; [B, T, groups * H, D].
 
-    `mask` is [1, 1, T, S] booleans. A fused kernel goes through all slots of a masked row, also those beyond the row itself;
-    a block needs those up to its last row only, and within a window not the first ones either. Exact up to rounding.
+    `mask` is [1, 1, T, S] booleans, or None for the causal mask of the last slots. A fused kernel computes all slots of
+    a masked row, including those after the row. A block computes only the slots up to its last row, and with a sliding
+    window also skips the first ones. Exact up to rounding.
     """
     batch, heads, tokens, width = query.shape
     kept_heads, slots = key.shape[1], key.shape[2]
@@ -176,12 +179,12 @@ def in_blocks(
 def _seen_by(
     mask: torch.Tensor | None, start: int, stop: int, tokens: int, slots: int, device: torch.device
 ) -> tuple[int, int, torch.Tensor]:
-    """The slots [first, end) that rows [start, stop) see any of, and [rows, end - first] booleans: which row sees which."""
+    """The range [first, end) of slots that rows [start, stop) see, and their mask [rows, end - first], booleans."""
     if mask is None:
         end = slots - tokens + stop
         return 0, end, tail_mask(stop - start, end, device)
     seen = mask[0, 0, start:stop, :slots]
-    if device.type != "cpu":  # elsewhere, reading how far a mask reaches would wait for the device
+    if device.type != "cpu":  # on other devices, reading the extent of the mask would wait for the device
         return 0, slots, seen
     columns = seen.any(dim=0).nonzero()
     first, end = int(columns[0]), int(columns[-1]) + 1

@@ -1,8 +1,8 @@
 """KVBuffer: a preallocated transformers `Cache` that is edited in place; undoing an edit costs what it touched.
 
-Appending costs what is appended (amortised: storage grows by steps), truncating is O(1), and a mark with an undo
-log lets an edit be tried and rolled back without cloning the context. Layers with a sliding window keep every
-token; the mask enforces the window, so that an edit far behind the window is still possible.
+The cost of appending is proportional to the tokens appended (amortised: storage grows by steps), and truncating is
+O(1). A mark and an undo log make it possible to try an edit and roll it back without cloning the context. Layers with a
+sliding window keep every token and the mask enforces the window, so tokens before the window can be edited too.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self.layout = layout
         self.capacity = max(capacity, _SMALLEST_CAPACITY)
         self.meter = BufferMeter(meter)
-        """what was done to this buffer, in any thread; also counted in the meter that was given"""
+        """the work done on this buffer, in any thread; also counted in the meter passed as `meter`"""
         self.target: WriteTarget | None = None
         self._positions = torch.zeros(self.capacity, dtype=torch.long)
         self._origins = Origins(self.capacity)
         self._history = History()
         self._tables: Tables | None = None
         self.foreign_from: int | None = None
-        """the first slot that transformers wrote by itself; whoever owns the buffer sets it to None once that is dealt with"""
+        """the first slot that transformers wrote by itself, or None; the owner resets it after handling those slots"""
         super().__init__(layers=[BufferLayer(self) for _ in layout.layers])
 
     # -- reading -----------------------------------------------------------------------------------------------
@@ -61,12 +61,12 @@ class KVBuffer(Cache):  # type: ignore[misc]
 
     @property
     def length(self) -> int:
-        """Slots in use."""
+        """The number of slots in use."""
         return int(self.layers[0].length)
 
     @property
     def positions(self) -> torch.Tensor:
-        """[S] position of every slot in use, in slot order (strictly increasing). A view: do not write to it."""
+        """The position of every slot in use, [S], in slot order (strictly increasing). A view: do not write to it."""
         return self._positions[: self.length]
 
     @property
@@ -75,21 +75,21 @@ class KVBuffer(Cache):  # type: ignore[misc]
         return int(self._positions[self.length - 1]) + 1 if self.length else 0
 
     def positions_until(self, slot: int) -> torch.Tensor:
-        """[slot] positions of the slots before `slot`, those being written included. A view."""
+        """The positions of the slots before `slot`, [slot], including slots that are being written. A view."""
         return self._positions[:slot]
 
     def dense_until(self, slot: int) -> bool:
-        """Whether the position of every slot before `slot` equals its index (positions ascend strictly)."""
+        """Whether the position of every slot before `slot` equals its index, that is, whether there are no holes."""
         return slot == 0 or int(self._positions[slot - 1]) == slot - 1
 
     @property
     def dense(self) -> bool:
-        """Whether positions equal indices throughout, which transformers' own masks and `generate` assume."""
+        """Whether every position equals its slot index, which transformers' own masks and `generate` assume."""
         return self.dense_until(self.length)
 
     @property
     def relocated(self) -> torch.Tensor:
-        """Slots in use whose keys were rotated away from the position they were computed at, ascending."""
+        """The slots in use whose keys stand at another position than the one they were computed at, ascending."""
         return (self._origins.computed_at(self._used, self.positions) != self.positions).nonzero().flatten()
 
     @property
@@ -111,15 +111,15 @@ class KVBuffer(Cache):  # type: ignore[misc]
         )
 
     def keys(self, layer: int) -> torch.Tensor:
-        """Layer's keys in use, [B, H, S, D]; a view."""
+        """The keys in use of a layer, [B, H, S, D]; a view."""
         return self.layers[layer].keys[:, :, : self.length]  # type: ignore[no-any-return]
 
     def values(self, layer: int) -> torch.Tensor:
-        """Layer's values in use, [B, H, S, D]; a view."""
+        """The values in use of a layer, [B, H, S, D]; a view."""
         return self.layers[layer].values[:, :, : self.length]  # type: ignore[no-any-return]
 
     def copied(self, slots: Sequence[int]) -> list[torch.Tensor]:
-        """Keys and values of some slots in use, [B, H, n, D] each, layer by layer: copies."""
+        """Copies of the keys and values of some slots, [B, H, n, D] each: for each layer its keys, then its values."""
         where = torch.tensor(list(slots), dtype=torch.long, device=self.keys(0).device)
         return [cached(layer)[:, :, where] for layer in range(len(self)) for cached in (self.keys, self.values)]
 
@@ -127,23 +127,23 @@ class KVBuffer(Cache):  # type: ignore[misc]
 
     @property
     def tables(self) -> Tables | None:
-        """The frequency tables that the rows in use were computed with (`FrequencyRule.table`); None if there are none."""
+        """The frequency tables that the rows in use were computed with (`FrequencyRule.table`); None without rows."""
         return self._tables if self.length else None
 
     @property
     def fits_its_length(self) -> bool:
-        """Whether a full forward over these positions would compute with the tables that the rows were computed with.
+        """Whether a full forward over these positions would use the tables that the rows were computed with.
 
-        False for a long context that was cut short, where the model has other frequencies for the shorter one: its rows agree
-        with each other, but not with a new prefill.
+        False if a long context was cut and the model has other frequencies for the shorter length: the rows agree with
+        each other, but not with a new prefill.
         """
         return not self.length or self._tables == tables_at(self.layout.frequency_rules, self.next_position)
 
     def require_tables(self, length: int, *, remaining: int) -> Tables:
-        """The tables of a forward that reaches `length` positions, while `remaining` rows stay as they are.
+        """The tables of a forward that reaches `length` positions while `remaining` cached rows stay unchanged.
 
         Raises:
-            FrequencyRegimeError: those rows were computed with other tables.
+            FrequencyRegimeError: the remaining rows were computed with other tables.
         """
         cached = self._tables if remaining else None
         return require_same(self.layout.frequency_rules, length, cached, self.layout.model_type)
@@ -151,7 +151,8 @@ class KVBuffer(Cache):  # type: ignore[misc]
     def _require_rotation(self, tables: Tables | None, reach: int) -> None:
         """
         Raises:
-            FrequencyRegimeError: keys of these tables cannot be rotated, or not in a context that reaches so many positions.
+            FrequencyRegimeError: keys computed with these tables, or with those of `reach` positions, cannot be
+                rotated.
         """
         rules = self.layout.frequency_rules
         for each in (tables, tables_at(rules, reach)):
@@ -160,10 +161,11 @@ class KVBuffer(Cache):  # type: ignore[misc]
     # -- growing and shrinking ---------------------------------------------------------------------------------
 
     def ensure_capacity(self, slots: int) -> None:
-        """Make room for `slots` in all.
+        """Grow the storage to at least `slots` slots in total.
 
-        The capacity doubles, so that appending one by one copies each token O(1) times; but no step is larger than 8192
-        slots, because a long context twice would not fit many devices. Computing 8192 tokens takes far longer than the copy.
+        The capacity doubles, so that appending one by one copies each token O(1) times. A step is at most 8192 slots,
+        because twice the memory of a long context does not fit many devices. Computing 8192 tokens takes far longer
+        than the copy.
         """
         if slots <= self.capacity:
             return
@@ -186,21 +188,21 @@ class KVBuffer(Cache):  # type: ignore[misc]
 
     @property
     def _high_water(self) -> int:
-        """Slots whose content is in use, or may be after a rollback."""
+        """The number of slots whose content is in use or may be restored by a rollback."""
         lengths: list[int] = [layer.length for layer in self.layers]
         return max(*lengths, self._history.needed)
 
     def truncate(self, length: int) -> None:
-        """Forget every slot from `length` on. O(1); undone by `rollback` to an earlier mark."""
+        """Drop every slot from `length` on, in O(1). A `rollback` to an earlier mark undoes it."""
         if not isinstance(length, int) or not 0 <= length <= self.length:
             raise CacheBufferError(f"cannot truncate {self.length} slots to {length!r}: give a number of slots to keep")
         self._set_length(length)
 
     def note_append(self, start: int, tokens: int) -> None:
-        """Positions of rows that transformers appends by itself (its own `generate`): they follow on.
+        """Set the positions of rows that transformers appends by itself (its own `generate`): they follow the last one.
 
         Raises:
-            CacheBufferError: some positions are free, and transformers takes a row's index for its position.
+            CacheBufferError: there are free positions; transformers uses a row's index as its position.
         """
         if start == self.layers[0].length:
             if not self.dense:
@@ -220,22 +222,22 @@ class KVBuffer(Cache):  # type: ignore[misc]
 
     @contextmanager
     def writing(self, slots: Sequence[int], positions: Sequence[int]) -> Iterator[WriteTarget]:
-        """Send the rows of the next forward to `slots` (ascending), which stand at `positions` (ascending).
+        """Inside the block, the next forward writes its rows to `slots` at `positions` (both ascending).
 
-        Slots must be in use already, or follow on from the last one in use. Inside the block the forward's queries
-        see the slots up to the last one written. If it raises, the lengths are put back; content of overwritten
-        slots comes back only with a rollback to a mark.
+        Slots must be in use already, or continue from the last one in use. Inside the block the forward's queries see
+        the slots up to the last one written. If the block raises, lengths and positions are restored; the content of
+        overwritten slots is restored only by a rollback to a mark.
 
         Raises:
             CacheBufferError: there are no slots, or they would leave a gap.
-            FrequencyRegimeError: the forward would compute with other frequencies than the rows that stay.
+            FrequencyRegimeError: the forward would use other frequencies than the rows that stay.
         """
         if not len(slots):
             raise CacheBufferError("there are no slots to write: a forward needs at least one row")
         first, last = slots[0], slots[-1]
         contiguous = last - first + 1 == len(slots)
         used = self.length
-        fresh = slots[bisect_left(slots, used) :]  # ascending: the last ones
+        fresh = slots[bisect_left(slots, used) :]  # slots ascend, so the new ones are the last
         if fresh and (fresh[0] != used or fresh[-1] - used + 1 != len(fresh)):
             raise CacheBufferError(f"slots {list(fresh[:3])}... would leave a gap after the {used} in use")
         tables = self.require_tables(max(positions) + 1, remaining=used - (len(slots) - len(fresh)))
@@ -260,10 +262,10 @@ class KVBuffer(Cache):  # type: ignore[misc]
             self.target = None
 
     def overwrite(self, slots: Sequence[int], layers: Sequence[Overwrite]) -> None:
-        """Put other keys and values into slots in use, in some layers and heads. Positions stay; a rollback undoes it.
+        """Replace keys and values of slots in use, in some layers and heads. Positions stay; a rollback undoes it.
 
         Raises:
-            CacheBufferError: a slot is not in use or named twice, or the tensors do not fit. Nothing was written.
+            CacheBufferError: a slot is not in use or given twice, or the tensors do not fit. Nothing was written.
         """
         if not slots or len(set(slots)) != len(slots) or min(slots) < 0 or max(slots) >= self.length:
             raise CacheBufferError(
@@ -280,14 +282,16 @@ class KVBuffer(Cache):  # type: ignore[misc]
             each.put(self.layers[each.layer], where)
 
     def relocate(self, start: int, stop: int, to: int, shift: int, layout: KVLayout) -> None:
-        """Relocate slots [start, stop), which must be the buffer's tail, to slot `to`, and their positions by `shift`.
+        """Move slots [start, stop), which must be the buffer's tail, to slot `to`; shift their positions by `shift`.
 
-        `layout` is one with which relocation was proved exact. Keys are rotated from where they were computed, values
-        are copied. The caller fills (or has truncated) what lies between. Costs a pass over the moved tokens.
+        `layout` is one with which relocation was proved exact. Keys are rotated from the position where they were
+        computed; values are copied. The caller fills (or has truncated) the slots between. Costs a pass over the moved
+        tokens.
 
         Raises:
-            CacheBufferError: this is not the tail.
-            FrequencyRegimeError: the keys were computed with other frequencies than those that rotation was proved with.
+            CacheBufferError: [start, stop) is not the tail.
+            FrequencyRegimeError: the keys were computed with other frequencies than those that relocation was proved
+                with.
         """
         if stop != self.length or not 0 <= start <= stop or to < 0:
             raise CacheBufferError(f"can only relocate the tail of {self.length} slots, not [{start}, {stop})")
@@ -298,14 +302,14 @@ class KVBuffer(Cache):  # type: ignore[misc]
             self._save(slice(min(start, to), max(stop, to + count)))
             positions = self._positions[start:stop] + shift
             self._move(slice(start, stop), slice(to, to + count), positions, layout)
-            # Slots between that were not in use hold what was freed there, whose segments may be gone.
+            # Unused slots in between still have the origins of freed tokens, whose segments may have been released.
             self._origins.forget(slice(stop, max(stop, to)))
             self._set_length(to + count)
         else:
             self._set_length(min(to, stop))
 
     def _move(self, old: Slots, new: slice, positions: torch.Tensor, layout: KVLayout) -> None:
-        """Put what stands in slots `old` into slots `new`, at `positions` [n]. The two may overlap."""
+        """Copy slots `old` to slots `new` and rotate their keys to `positions` [n]. `old` and `new` may overlap."""
         if torch.equal(positions, self._positions[old]):
             self._slide(old, new)
             return
@@ -328,7 +332,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self.meter.count(relocated=positions.numel())
 
     def _slide(self, old: Slots, new: slice) -> None:
-        """Put what stands in slots `old` into slots `new`; positions stay, so that nothing is rotated."""
+        """Copy slots `old` to slots `new` with unchanged positions, so no key is rotated."""
         for layer in self.layers:
             for tensor in (layer.keys, layer.values):
                 copied = tensor[:, :, old]
@@ -341,19 +345,21 @@ class KVBuffer(Cache):  # type: ignore[misc]
 
     @staticmethod
     def _tensors(layer: BufferLayer, rule: LayerLayout) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's cached tensor that turns with the position, and the other one."""
+        """A layer's two cached tensors: first the one that rotates with the position, then the other."""
         assert layer.keys is not None
         assert layer.values is not None
         return (layer.keys, layer.values) if rule.rotated == "keys" else (layer.values, layer.keys)
 
     def exchange(self, start: int, middle: int, stop: int, layout: KVLayout, positions: Sequence[int] = ()) -> None:
-        """Two adjacent runs of slots, [start, middle) and [middle, stop), change places.
+        """Swap two adjacent runs of slots, [start, middle) and [middle, stop).
 
-        Positions stay with the slots, unless others are given, one for each. Costs a pass over both runs. `layout` is one with
-        which relocation was proved exact.
+        The slots keep their positions unless `positions` gives one for each slot. Costs a pass over both runs. `layout`
+        is one with which relocation was proved exact.
 
         Raises:
-            CacheBufferError: these are no two runs of slots in use.
+            CacheBufferError: the runs are not slots in use, or the positions are not one for each slot, ascending.
+            FrequencyRegimeError: the keys were computed with other frequencies than those that relocation was proved
+                with.
         """
         if not 0 <= start <= middle <= stop <= self.length:
             raise CacheBufferError(
@@ -384,16 +390,18 @@ class KVBuffer(Cache):  # type: ignore[misc]
         positions: Sequence[int] = (),
         ends: int | None = None,
     ) -> None:
-        """Splice a segment in at slot `at`, instead of the `replacing` slots that start there.
+        """Splice a segment in at slot `at`; it replaces the `replacing` slots that start there.
 
-        It takes `positions`, ascending; those right behind the slot before when empty. What follows moves to the position
-        `ends`, right behind the segment when None. The segment's keys are rotated once, from the canonical; it is kept (not
-        copied) for as long as its tokens stand here. `layout` is one with which relocation was proved exact.
+        The segment takes `positions` (ascending), or if empty, those right after the slot before. What follows moves to
+        the position `ends`, or if None, right after the segment. The segment's canonical keys are rotated once. The
+        buffer keeps a reference to the segment, not a copy, while its tokens stand here. `layout` is one with which
+        relocation was proved exact.
 
         Raises:
-            CacheBufferError: there are no such slots, or the segment does not fit.
-            FrequencyRegimeError: its keys, or those in the buffer, were computed with other frequencies than those that
-                rotation was proved with.
+            InvalidArgumentError: `segment` is not a Segment.
+            CacheBufferError: the slots are not in use, or the segment or the positions do not fit.
+            FrequencyRegimeError: the segment's keys, or those in the buffer, were computed with other frequencies than
+                those that relocation was proved with.
         """
         if not isinstance(segment, Segment):
             raise InvalidArgumentError(f"insert takes a Segment, got {type(segment).__name__}")
@@ -442,7 +450,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self._set_length(length)
 
     def segment(self, span: Span, ids: Sequence[int]) -> Segment:
-        """A copy of some slots' canonical keys and their values, with the token ids."""
+        """A copy of some slots as a segment: the given token ids, the canonical keys and the values."""
         if span.stop > self.length or len(ids) != len(span):
             raise CacheBufferError(f"cannot take {len(ids)} tokens from slots [{span.start}, {span.stop})")
         slots = slice(span.start, span.stop)
@@ -455,7 +463,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
         )
 
     def _as_computed(self, index: int, name: Rotated, slots: Slots) -> torch.Tensor:
-        """A copy of a layer's keys or values in some slots, turned back to where they were computed."""
+        """A copy of a layer's keys or values in some slots, at the positions where they were computed."""
         standing = (self.keys(index) if name == "keys" else self.values(index))[:, :, slots]
         if self._origins.rotated is None or self._origins.rotated[index] != name:
             return standing.clone()
@@ -468,11 +476,11 @@ class KVBuffer(Cache):  # type: ignore[misc]
     # -- marks -------------------------------------------------------------------------------------------------
 
     def mark(self) -> Mark:
-        """Remember this state. Until it is released or rolled back, overwritten rows are kept aside."""
+        """Mark this state. Until the mark is released or rolled back, overwritten rows are saved."""
         return self._history.mark(self.length, self.tables, self.foreign_from)
 
     def rollback(self, mark: Mark) -> None:
-        """Return to a mark, dropping it and every later one. Costs what was overwritten since."""
+        """Restore the state at a mark; drop it and every later mark. The cost is that of the rows overwritten since."""
         self._history.require(mark)
         for rows in self._history.since(mark):
             self._restore(rows)
@@ -481,12 +489,12 @@ class KVBuffer(Cache):  # type: ignore[misc]
         self._drop(mark)
 
     def release(self, mark: Mark) -> None:
-        """Keep what happened since a mark, dropping it and every later one."""
+        """Keep the changes since a mark; drop it and every later mark."""
         self._history.require(mark)
         self._drop(mark)
 
     def holds(self, mark: Mark) -> bool:
-        """Whether this mark is active: neither rolled back nor released, and this buffer's own."""
+        """Whether a mark is active: it belongs to this buffer and was neither rolled back nor released."""
         return self._history.holds(mark)
 
     def _drop(self, mark: Mark) -> None:
@@ -495,7 +503,7 @@ class KVBuffer(Cache):  # type: ignore[misc]
             self._origins.release_unused(self.length)
 
     def _save(self, where: Slots) -> None:
-        """Keep aside the rows that are about to be overwritten and that some mark still needs."""
+        """Save the rows that are about to be overwritten and that an active mark needs."""
         needed = self._history.needed_of(where)
         if needed is None:
             return
@@ -518,17 +526,17 @@ class KVBuffer(Cache):  # type: ignore[misc]
         return self.fork()
 
     def fork(self) -> KVBuffer:
-        """An independent copy of what is in use (no marks). This one does copy the context."""
+        """An independent buffer with a copy of the slots in use, without marks. It copies the whole context."""
         other = KVBuffer(self.layout, capacity=self.length, meter=self.meter.shared)
         other.load_tensors(self.tensors())
         return other
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that is in use, as named views: see `copies.named_tensors`."""
+        """Everything in use, as named views: see `copies.named_tensors`."""
         return named_tensors(self)
 
     def load_tensors(self, named: dict[str, torch.Tensor]) -> None:
-        """Fill an empty buffer with copies of what `tensors` gave.
+        """Fill an empty buffer with copies of the tensors that `tensors` returned.
 
         Raises:
             CacheBufferError: the buffer is not empty, or these are not the tensors of a buffer of this model.

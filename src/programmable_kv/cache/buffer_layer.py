@@ -1,4 +1,4 @@
-"""One layer of a `KVBuffer`, as transformers sees it: `update` writes new rows in place and returns views."""
+"""One layer of a `KVBuffer`, with transformers' cache layer API: `update` writes rows in place and returns views."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, owner: KVBuffer) -> None:
         super().__init__()
-        # A buffer refers to its layers. Weak the other way, so that its memory is free as soon as nobody holds the buffer:
-        # the garbage collector counts objects, not their bytes, and would wait for long.
+        # The buffer refers to its layers. The reference back is weak, so that the memory is freed as soon as the last
+        # reference to the buffer goes away. The garbage collector would wait long: it counts objects, not their bytes.
         self._weak_owner = weakref.ref(owner)
         self.length = 0
 
@@ -83,7 +83,7 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.keys[:, :, : target.visible], self.values[:, :, : target.visible]
 
     def get_seq_length(self) -> int:
-        """Slots before the first row being written: the past, as transformers understands it."""
+        """The number of slots before the first row being written: transformers' past length."""
         target = self._owner.target
         return self.length if target is None else target.first
 
@@ -95,7 +95,7 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove that many tokens from the end; as in transformers, the number is given as a negative integer."""
+        """Remove tokens from the end; as in transformers, their number is given as a negative integer."""
         if tokens_to_remove > 0:
             raise CacheBufferError(f"crop takes the tokens to remove as a negative number, got {tokens_to_remove}")
         self.length = max(0, self.length + tokens_to_remove)

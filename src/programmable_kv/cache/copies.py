@@ -1,4 +1,4 @@
-"""A buffer as named tensors, to be copied or saved, and a buffer filled from them. (These two know its private parts.)"""
+"""Export of a buffer as named tensors, for copying and saving, and import. Both use private parts of `KVBuffer`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def named_tensors(buffer: KVBuffer) -> dict[str, torch.Tensor]:
-    """All that is in use, as named views: `keys.I` and `values.I` [B, H, S, D] for layer I, `positions` [S].
+    """Everything in use, as named views: `keys.I` and `values.I` [B, H, S, D] for layer I, `positions` [S].
 
-    For a model whose frequencies depend on the length also `frequencies`, the tables that the rows were computed with. If keys
-    were relocated, also `origins` [S] and `origin_keys.I` (with MLA `origin_values.I`), so that a copy drifts no more than the
-    buffer does.
+    If the model's frequencies depend on the length, also `frequencies`: the tables that the rows were computed with. If
+    keys were relocated, also copies: `origins` [S], the positions where they were computed, and `origin_keys.I` (with
+    MLA `origin_values.I`), the canonical keys. With these a copy of the buffer drifts no more than the buffer itself.
     """
     named = {"positions": buffer.positions}
     if buffer.tables:
@@ -39,7 +39,7 @@ def fill(buffer: KVBuffer, named: Mapping[str, torch.Tensor]) -> None:
     """Fill an empty buffer with copies of named tensors.
 
     Raises:
-        CacheBufferError: the buffer is not empty, or these are not the tensors of a buffer of this model.
+        CacheBufferError: the buffer is not empty, or the tensors are not those of a buffer of this model.
     """
     if buffer.length or buffer._history:
         raise CacheBufferError("tensors can only be loaded into an empty buffer")
@@ -68,7 +68,7 @@ def fill(buffer: KVBuffer, named: Mapping[str, torch.Tensor]) -> None:
 
 
 def _count(buffer: KVBuffer, named: Mapping[str, torch.Tensor]) -> int:
-    """How many rows there are.
+    """The number of rows in the tensors.
 
     Raises:
         CacheBufferError: a tensor is missing, or has another number of rows.

@@ -1,9 +1,9 @@
-"""Which tables of rotary frequencies a forward computes with.
+"""The tables of rotary frequencies that a forward computes with.
 
-Some scalings choose the table by the length that a forward reaches, which is its largest position plus one. LongRoPE has two:
-one up to the length of the first training, one beyond. Dynamic NTK makes a new one for every length beyond what the model was
-configured for. Keys computed with one table and queries computed with another give attention scores that no full forward
-gives, so rows of two tables must not meet in one cache.
+Some RoPE scalings choose the table by the length of a forward, which is its largest position plus one. LongRoPE has two
+tables: one up to the original training length, one beyond. Dynamic NTK makes a new table for every length beyond the
+configured one. Keys from one table and queries from another give attention scores that no full forward gives, so one
+cache must not contain rows of two tables.
 Source: transformers, `modeling_rope_utils.dynamic_rope_update`.
 """
 
@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from programmable_kv.errors import FrequencyRegimeError
 
 Tables = tuple[int, ...]
-"""One number for each rule of a model: 0 for the table that it is loaded with, another number for another table."""
+"""One number for each rule of a model: 0 is the table that the model is loaded with, other numbers are other tables."""
 
 
 @dataclass(frozen=True, slots=True)
 class FrequencyRule:
-    """How one scaling chooses its table."""
+    """How one RoPE scaling chooses its frequency table."""
 
     name: str
     within: int
-    """the largest length that the first table serves, in positions"""
+    """the largest length for which the first table is used, in positions"""
     every_length: bool = False
-    """whether each length beyond has a table of its own (or else all share one)"""
+    """whether each length beyond has its own table; if False, all share one"""
 
     def table(self, length: int) -> int:
         """The table of a forward that reaches `length` positions."""
@@ -41,7 +41,7 @@ def tables_at(rules: Sequence[FrequencyRule], length: int) -> Tables:
 
 
 def first_reaching(rules: Sequence[FrequencyRule], positions: Sequence[int]) -> int:
-    """How many of the ascending positions a forward must have so that it computes with the tables that all of them need."""
+    """How many of the ascending positions the first forward must include to use the tables that all of them need."""
     if not positions or not rules:
         return min(1, len(positions))
     final = tables_at(rules, positions[-1] + 1)
@@ -56,10 +56,10 @@ def first_reaching(rules: Sequence[FrequencyRule], positions: Sequence[int]) -> 
 
 
 def require_same(rules: Sequence[FrequencyRule], length: int, cached: Tables | None, model_type: str) -> Tables:
-    """The tables of a forward that reaches `length` positions beside rows that were computed with `cached` (None: no rows).
+    """The tables of a forward that reaches `length` positions, which must equal the `cached` rows' (None: no rows).
 
     Raises:
-        FrequencyRegimeError: the two differ.
+        FrequencyRegimeError: the tables differ.
     """
     tables = tables_at(rules, length)
     if cached is not None and cached != tables:
@@ -74,8 +74,8 @@ def require_same(rules: Sequence[FrequencyRule], length: int, cached: Tables | N
 def require_first(rules: Sequence[FrequencyRule], tables: Tables | None, model_type: str) -> None:
     """
     Raises:
-        FrequencyRegimeError: keys that were computed with these tables cannot be rotated, because relocation was proved for
-            the first ones only.
+        FrequencyRegimeError: keys computed with these tables cannot be rotated, because relocation was proved for the
+            first tables only.
     """
     if tables is not None and any(tables):
         raise FrequencyRegimeError(

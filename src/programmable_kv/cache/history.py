@@ -1,4 +1,4 @@
-"""The marks of a buffer, and the rows that were overwritten since the oldest of them."""
+"""The marks of a buffer and its undo log: the rows that were overwritten since the oldest mark."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from programmable_kv.errors import CacheBufferError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mark:
-    """A state of one buffer that can be returned to. Compared by identity: a mark belongs to one buffer only."""
+    """A state of a buffer to which it can roll back. Marks are compared by identity: each belongs to one buffer."""
 
     length: int
     logged: int
@@ -26,7 +26,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class SavedRows:
-    """What some slots held before they were overwritten. Tensors are [B, H, n, D] per layer."""
+    """The content of some slots before they were overwritten. Tensors are [B, H, n, D] in each layer."""
 
     slots: Slots
     keys: list[torch.Tensor]
@@ -41,7 +41,7 @@ class SavedRows:
 
 
 class History:
-    """A stack of marks, and an undo log. Rows that no mark needs are not kept."""
+    """A stack of marks and an undo log. Rows that no mark needs are not saved."""
 
     def __init__(self) -> None:
         self._marks: list[Mark] = []
@@ -52,7 +52,7 @@ class History:
 
     @property
     def needed(self) -> int:
-        """The content of slots below this one may still be asked for."""
+        """A rollback may restore the content of the slots below this one."""
         return max((mark.length for mark in self._marks), default=0)
 
     def mark(self, length: int, tables: Tables | None, foreign_from: int | None = None) -> Mark:
@@ -66,19 +66,19 @@ class History:
     def require(self, mark: Mark) -> None:
         """
         Raises:
-            CacheBufferError: the mark was used up, or is another buffer's.
+            CacheBufferError: the mark was rolled back or released, or belongs to another buffer.
         """
         if not self.holds(mark):
             raise CacheBufferError("this mark is not active: it was rolled back, released, or is another buffer's")
 
     def drop(self, mark: Mark) -> None:
-        """Forget a mark and every later one; the log too, once nothing needs it."""
+        """Drop a mark and every later one; clear the log when no mark is left."""
         self._marks = self._marks[: self._marks.index(mark)]
         if not self._marks:
             self._log.clear()
 
     def needed_of(self, slots: Slots) -> Slots | None:
-        """Those of the slots that some mark needs; None if none does."""
+        """The slots among these whose content a mark needs; None if there are none."""
         if isinstance(slots, slice):
             stop = min(slots.stop, self.needed)
             return slice(slots.start, stop) if slots.start < stop else None
@@ -89,6 +89,6 @@ class History:
         self._log.append(rows)
 
     def since(self, mark: Mark) -> Iterator[SavedRows]:
-        """Take what was kept since a mark off the log, the latest first."""
+        """Remove the rows saved since a mark from the log and yield them, latest first."""
         while len(self._log) > mark.logged:
             yield self._log.pop()

@@ -1,11 +1,11 @@
-"""What each layer of a model caches, read from the model itself into data.
+"""The layout of a model's cache as data: what each layer caches, read from the loaded model.
 
 Legend of shapes used across the package: B batch, H key-value heads, S slots, T new tokens, D head dim, L layers,
 A position axes (one, or three with M-RoPE). A *position* is what the rotary embedding and the mask see; a *slot* is
 where a token lies in the buffer.
 
-What is read here is what the model says of itself. What it does not say (how channels are paired, where the rotary window
-starts, whether a layer rotates at all) is measured on the model's own keys, in `verify`.
+This module reads what the configuration and the modules state. What they do not state (how channels are paired, where
+the rotary window starts, whether a layer rotates at all) is measured on the model's own keys, in `verify`.
 """
 
 from __future__ import annotations
@@ -40,30 +40,30 @@ class Reach(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """One layer's cache: its reach (with the window in tokens, if any) and what of it turns with the position."""
+    """One layer's cache: its reach (with the window in tokens, if any) and how its tensors rotate with the position."""
 
     reach: Reach
     window: int | None
     rotary: Rotary | None
-    """how the keys turn; None if they do not depend on the position"""
+    """how the keys rotate; None if they do not depend on the position"""
     kind: str = Reach.FULL.value
-    """the layer's type as transformers names it, where states and tokens are told apart"""
+    """the layer's type in transformers' terms, which distinguishes recurrent states from per-token caches"""
     others: tuple[tuple[str, Rotary], ...] = ()
-    """what else turns, by the name of the cached tensor: MLA keeps its rotary keys where others keep values"""
+    """(cached tensor, its rotation) for other tensors that rotate: MLA caches its rotary keys as `values`"""
 
     @property
     def rotated(self) -> Rotated:
-        """Which of the two cached tensors turns with the position, where one of them does: with MLA it is the second."""
+        """Which of the two cached tensors rotates: `values` with MLA, else `keys` (also if neither rotates)."""
         return "values" if self.rotary is None and "values" in dict(self.others) else "keys"
 
     @property
     def rotation(self) -> Rotary | None:
-        """How that tensor turns; None if it does not."""
+        """How the tensor named by `rotated` rotates; None if it does not."""
         return self.rotary if self.rotated == "keys" else dict(self.others)["values"]
 
     @property
     def rotates_more(self) -> bool:
-        """Whether anything else turns too."""
+        """Whether another cached tensor rotates too."""
         return bool(dict(self.others).keys() - {self.rotated})
 
 
@@ -74,36 +74,36 @@ class Regime:
     name: str
     within: int
     changes_frequencies: bool = True
-    """whether the frequencies change beyond it (or else which tokens see each other)"""
+    """True if the frequencies change beyond the bound; False if the tokens that see each other do"""
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """All layers' caches, and what the model says about its positions."""
+    """The caches of all layers, and what the model states about its positions."""
 
     model_type: str
     layers: tuple[LayerLayout, ...]
     position_limit: int | None
-    """positions the model was configured for (None: not stated)"""
+    """the number of positions that the model is configured for; None if not stated"""
     regime: Regime | None = None
     """the tightest bound within which relocation can be exact"""
     frequency_rules: tuple[FrequencyRule, ...] = ()
-    """how the frequencies depend on the length that a forward reaches; empty if they do not"""
+    """how the frequencies depend on the length of a forward; empty if they do not"""
     axes: int = 1
-    """how many position axes the rotary embedding takes"""
+    """the number of position axes of the rotary embedding"""
     tables: tuple[Rotary, ...] = ()
-    """every frequency table found in the model, for a layer whose own cannot be told from its type"""
+    """every frequency table found in the model, for layers whose own table cannot be found by their type"""
 
     @property
     def reaches(self) -> frozenset[tuple[Reach, int | None]]:
-        """The distinct masks that a forward needs."""
+        """The distinct (reach, window) pairs; a forward needs one mask for each."""
         return frozenset((layer.reach, layer.window) for layer in self.layers)
 
     def require_tokens_only(self) -> None:
         """
         Raises:
-            UnsupportedModelError: a layer keeps something else than the keys and values of each token, which a
-                `KVBuffer` does not hold.
+            UnsupportedModelError: a layer caches something other than keys and values per token, which a `KVBuffer`
+                cannot store.
         """
         for layer in self.layers:
             if layer.kind not in tuple(Reach):
@@ -118,7 +118,7 @@ class KVLayout:
         """Read the layout of a transformers causal language model (or of a decoder without its head).
 
         Raises:
-            UnsupportedModelError: the model is not a decoder, or does not say what its layers cache.
+            UnsupportedModelError: the model is an encoder-decoder, or does not state what its layers cache.
         """
         config = model.config.get_text_config(decoder=True)
         model_type = str(getattr(config, "model_type", type(model).__name__))
@@ -153,7 +153,7 @@ class KVLayout:
 
 
 def _closed_form(config: Any, entries: list[dict[str, Any]]) -> tuple[Rotary, ...]:
-    """Where a model keeps no table of frequencies, the formula that all started from: theta^(-2i / R)."""
+    """Tables from the original RoPE formula, theta^(-2i / R), for models that store no frequency table."""
     theta = next((float(entry["rope_theta"]) for entry in entries if entry.get("rope_theta")), 1e4)
     head = getattr(config, "head_dim", None)
     if not isinstance(head, int):
@@ -168,7 +168,7 @@ def _position_limit(config: Any) -> int | None:
 
 
 def _frequency_rules(config: Any, kinds: set[str], entries: list[dict[str, Any]]) -> tuple[FrequencyRule, ...]:
-    """The scalings whose frequencies depend on the length."""
+    """A rule for each RoPE scaling whose frequencies depend on the length."""
     rules = []
     configured = _position_limit(config) or 0
     if "longrope" in kinds:
@@ -183,13 +183,13 @@ def _frequency_rules(config: Any, kinds: set[str], entries: list[dict[str, Any]]
 
 
 def _one_table(entry: dict[str, Any]) -> bool:
-    """Whether a LongRoPE's two tables are the same."""
+    """Whether the two tables of a LongRoPE are equal."""
     short, long = entry.get("short_factor"), entry.get("long_factor")
     return short is not None and long is not None and list(short) == list(long)
 
 
 def _regime(rules: Sequence[FrequencyRule], layers: Sequence[LayerLayout]) -> Regime | None:
-    """The tightest of the bounds: frequencies that change with the length, and chunks that tokens cannot see across."""
+    """The tightest bound: of frequencies that change with the length, and of chunks that attention does not cross."""
     regimes = [
         Regime("chunked attention", layer.window, False)
         for layer in layers

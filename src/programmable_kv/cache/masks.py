@@ -1,7 +1,7 @@
 """Attention masks from positions.
 
-transformers builds masks from slot indices. That is right as long as every slot's position is its index and the new
-rows are the last ones; for rows in the middle of a context, or a context with holes, the mask must come from positions.
+transformers builds masks from slot indices. That is correct only if every slot's position equals its index and the new
+rows are the last ones. For rows in the middle of a context, or a context with holes, the mask must use positions.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from programmable_kv.cache.layout import KVLayout, Reach
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PartReads:
-    """Which parts of a context read which, beside the order of positions: a mask made of blocks."""
+    """Which parts of a context may read which: a block mask that applies in addition to the order of positions."""
 
     part_of: torch.Tensor
-    """[S] the number of the part that each slot belongs to"""
+    """[S] the index of the part that each slot belongs to"""
     reads: torch.Tensor
-    """[parts, parts] booleans: may tokens of the first part read those of the second?"""
+    """[parts, parts] booleans: whether tokens of the first part may read those of the second"""
 
     def allowed(self, slots: Sequence[int], visible: int) -> torch.Tensor:
-        """[T, visible] booleans: may the row in each of these T slots read each of the first slots?"""
+        """[T, visible] booleans: whether the row in each of these T slots may read each of the first slots."""
         rows = self.reads[self.part_of[torch.tensor(slots, dtype=torch.long)]]
         return rows[:, self.part_of[:visible]]
 
 
 def visible(queries: torch.Tensor, keys: torch.Tensor, reach: Reach, window: int | None) -> torch.Tensor:
-    """[T, S] booleans: may the query at each position [T] attend to the key at each position [S]?"""
+    """[T, S] booleans: whether the query at each position [T] may attend to the key at each position [S]."""
     query, key = queries[:, None], keys[None, :]
     allowed = key <= query
     if reach is Reach.SLIDING:
@@ -50,10 +50,10 @@ def attention_masks(
     additive: torch.dtype | None,
     allowed: torch.Tensor | None = None,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """The mask(s) to hand to a model, [1, 1, T, S]: one tensor, or one per layer type if types differ.
+    """The mask(s) to pass to a model, [1, 1, T, S]: one tensor, or one per layer type if types differ.
 
-    `additive` is the dtype of an eager mask (0 and the dtype's minimum); None gives booleans. `allowed`, [T, S] booleans, is
-    what may be read at all.
+    `additive` is the dtype of an eager mask (0 and the dtype's minimum); None gives booleans. `allowed`, [T, S]
+    booleans, further restricts the mask.
     """
     made: dict[str, torch.Tensor] = {}
     for reach, window in layout.reaches:

@@ -1,6 +1,6 @@
-"""Which of a decoder's modules are its layers, their attention, its output projection, and the final norm.
+"""Finds a decoder's layers, their attention modules and output projections, and the final norm.
 
-Read from the modules themselves, for those who intervene in a forward. Where one of them is not found, the model is refused.
+Used to intervene in a forward. They are found by inspecting the modules; a model in which one is not found is refused.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "final_norm", "ln
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecoderModules:
-    """One entry a layer, in order."""
+    """The modules of a decoder: one entry for each layer, in order."""
 
     layers: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
     projections: tuple[nn.Module, ...]
-    """what mixes the heads' outputs: its input is [B, T, heads * D_v]"""
+    """the output projections, which mix the heads' outputs; their input is [B, T, heads * D_v]"""
     final_norm: nn.Module
     heads: int
     """query heads of each layer"""
@@ -34,7 +34,7 @@ class DecoderModules:
     def of(cls, model: Any) -> DecoderModules:
         """
         Raises:
-            UnsupportedModelError: a layer's attention, its output projection or the final norm is not where it is in others.
+            UnsupportedModelError: a layer's attention, its output projection or the final norm was not found.
         """
         decoder = decoder_of(model)
         config = model.config.get_text_config(decoder=True)
@@ -58,7 +58,7 @@ class DecoderModules:
 
 
 def _attentions(stack: nn.ModuleList) -> tuple[nn.Module | None, ...]:
-    """Of each layer, the innermost module that takes a mask and knows which layer it is in; None where that is not one."""
+    """For each layer, the one innermost module that takes a mask and has a `layer_idx`; None if there is not one."""
     found: list[nn.Module | None] = []
     for layer in stack:
         takes = [m for m in layer.modules() if m is not layer and hasattr(m, "layer_idx") and _takes_mask(m)]

@@ -1,10 +1,10 @@
-"""Where relocated keys come from, so that relocating them again starts from the key that was computed.
+"""The origins of relocated keys, so that every relocation starts from the key as it was computed.
 
-(With MLA these are the rotary keys, which are cached as values, beside a latent that does not rotate.)
+(With MLA, "keys" here means the rotary keys, which are cached as values next to a latent that does not rotate.)
 
 Relocating a key rounds it once. Relocating the result again would round it twice, and so on: keys that move with every
-edit would drift. Hence each moved slot remembers the position its key was computed at, and where that key still lies
-unrotated: in this store, which holds a copy, or in the `Segment` it was spliced from, which needs none.
+edit would drift. Therefore each moved slot records the position where its key was computed, and where the unrotated key
+is stored: as a copy in this store, or in the `Segment` that it was spliced from, which needs no copy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Slots = slice | torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class SavedOrigins:
-    """What an `Origins` held for some slots."""
+    """The entries of an `Origins` for some slots, saved to be restored."""
 
     slots: Slots
     positions: torch.Tensor
@@ -34,7 +34,7 @@ class SavedOrigins:
 
 
 class Origins:
-    """For each slot: the position its key was computed at (-1: where it stands), and where that key is kept."""
+    """For each slot: the position where its key was computed (-1: its current one), and where that key is stored."""
 
     def __init__(self, capacity: int) -> None:
         self._positions = torch.full((capacity,), _NONE, dtype=torch.long)
@@ -42,24 +42,24 @@ class Origins:
         self._rows = torch.zeros(capacity, dtype=torch.long)
         self._segments: list[Segment | None] = []
         self.rotated: tuple[Rotated, ...] | None = None
-        """for each layer, the tensor that turns; known once something was moved"""
+        """for each layer, the cached tensor that rotates; None until something is moved"""
         self._keys: list[torch.Tensor] | None = None
-        """canonical keys [B, H, capacity, D] of each layer, for the moved slots that come from no segment"""
+        """canonical keys [B, H, capacity, D] of each layer, for moved slots that do not come from a segment"""
 
     def follow(self, layout: KVLayout) -> None:
-        """Keys are moved as this layout says."""
+        """Take from this layout which cached tensor rotates in each layer."""
         self.rotated = tuple(layer.rotated for layer in layout.layers)
 
     def all_from_segments(self, slots: Slots) -> bool:
-        """Whether the canonical keys of all these slots are kept by segments."""
+        """Whether the canonical keys of all these slots are stored in segments."""
         return bool((self._sources[slots] != _NONE).all())
 
     def moved(self, slots: Slots) -> torch.Tensor:
-        """[n] booleans: was the key in each of the slots computed at a position that is on record here?"""
+        """[n] booleans: whether the position where the key was computed is recorded here, for each of the slots."""
         return self._positions[slots] != _NONE
 
     def computed_at(self, slots: Slots, standing_at: torch.Tensor) -> torch.Tensor:
-        """[n] positions at which the keys of some slots were computed; they stand at `standing_at` [n] now."""
+        """The positions [n] where the keys of some slots were computed; they now stand at `standing_at` [n]."""
         return torch.where(self._positions[slots] == _NONE, standing_at, self._positions[slots])
 
     def grow(self, capacity: int) -> None:
@@ -70,12 +70,15 @@ class Origins:
             self._keys = [_grown(tensor, 2, capacity, 0) for tensor in self._keys]
 
     def forget(self, slots: Slots) -> None:
-        """The keys in these slots were computed where they stand."""
+        """Drop the records of these slots: their keys count as computed at their current positions."""
         self._positions[slots] = _NONE
         self._sources[slots] = _NONE
 
     def canonical(self, layer: int, slots: Slots, standing: torch.Tensor) -> torch.Tensor:
-        """A layer's canonical keys in some slots: a copy of `standing` [B, H, n, D], those in the buffer."""
+        """A layer's canonical keys in some slots, [B, H, n, D]: new tensors.
+
+        `standing` [B, H, n, D] are the keys in the buffer, which are canonical for slots that were not moved.
+        """
         keys = standing.clone()
         sources, rows = self._sources[slots], self._rows[slots]
         own = self.moved(slots) & (sources == _NONE)
@@ -90,19 +93,19 @@ class Origins:
         return keys
 
     def keep(self, layer: int, slots: Slots, canonical: torch.Tensor, layers: Sequence[torch.Tensor]) -> None:
-        """Keep a layer's canonical keys [B, H, n, D], which now stand in `slots`. `layers` gives every layer's shape."""
+        """Store a layer's canonical keys [B, H, n, D] for `slots`. `layers` gives the shape of every layer's keys."""
         if self._keys is None:
             capacity = self._positions.numel()
             self._keys = [tensor.new_empty((*tensor.shape[:2], capacity, tensor.shape[-1])) for tensor in layers]
         self._keys[layer][:, :, slots] = canonical
 
     def move(self, old: Slots, new: Slots, computed_at: torch.Tensor) -> None:
-        """What stood in slots `old`, computed at `computed_at` [n], now stands in `new`."""
+        """Record that the keys of slots `old`, computed at `computed_at` [n], now stand in slots `new`."""
         sources, rows = self._sources[old].clone(), self._rows[old].clone()
         self._positions[new], self._sources[new], self._rows[new] = computed_at, sources, rows
 
     def slide(self, old: Slots, new: Slots) -> None:
-        """What stood in slots `old` now stands in `new`, at the positions where it stood."""
+        """Record that the keys of slots `old` now stand in slots `new`, at unchanged positions."""
         if self._keys is not None and bool((self.moved(old) & (self._sources[old] == _NONE)).any()):
             for tensor in self._keys:
                 tensor[:, :, new] = tensor[:, :, old].clone()
@@ -110,10 +113,10 @@ class Origins:
             each[new] = each[old].clone()
 
     def from_segment(self, slots: slice, segment: Segment) -> None:
-        """The keys in these slots are a segment's, rotated. The segment is kept; nothing is copied."""
+        """Record that the keys in these slots are a segment's, rotated. Keeps a reference to the segment, no copy."""
         source = next((i for i, known in enumerate(self._segments) if known is segment), None)
         if source is None:
-            # No slot refers to an entry whose segment was released, so the entry can be used again.
+            # No slot refers to an entry whose segment was released, so the entry can be reused.
             source = next((i for i, known in enumerate(self._segments) if known is None), len(self._segments))
             self._segments[source : source + 1] = [segment]
         self._positions[slots] = segment.computed_at
@@ -121,7 +124,7 @@ class Origins:
         self._rows[slots] = torch.arange(len(segment))
 
     def release_unused(self, length: int) -> None:
-        """Let go of the segments that none of the first `length` slots comes from; the slots beyond forget theirs."""
+        """Drop the records of the slots from `length` on, and release the segments that no other slot comes from."""
         self.forget(slice(length, None))
         used = set(torch.unique(self._sources[:length]).tolist()) if self._segments else set()
         self._segments = [segment if i in used else None for i, segment in enumerate(self._segments)]
@@ -143,7 +146,7 @@ class Origins:
                 tensor[:, :, saved.slots] = keys
 
     def load(self, positions: torch.Tensor, keys: Sequence[torch.Tensor], rotated: Sequence[Rotated]) -> None:
-        """Take over copies of the first slots' origins and canonical keys."""
+        """Set the origins of the first slots from copies of `positions` [n] and canonical `keys`."""
         self.rotated = tuple(rotated)
         count = positions.numel()
         self._positions[:count] = positions

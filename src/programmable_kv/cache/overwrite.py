@@ -1,4 +1,4 @@
-"""Other keys and values for some slots of one layer: what `KVBuffer.overwrite` puts in place."""
+"""Replacement keys and values for some slots of one layer, which `KVBuffer.overwrite` writes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Overwrite:
-    """Keys and values [B, h, n, D] for h KV heads and n slots of a layer; None leaves what is there."""
+    """Keys and values [B, h, n, D] for h KV heads and n slots of a layer; None leaves them unchanged."""
 
     layer: int
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
     heads: tuple[int, ...] | None = None
-    """KV heads (None: all)"""
+    """the KV heads to overwrite; None means all"""
 
     def check(self, layers: int, layer: BufferLayer, slots: int) -> None:
         """
         Raises:
-            CacheBufferError: there is no such layer or head, or the tensors have another shape.
+            CacheBufferError: a head does not exist, or a tensor has another shape than expected.
         """
         for name, rows, held in (("keys", self.keys, layer.keys), ("values", self.values, layer.values)):
             if rows is None:

@@ -1,6 +1,6 @@
 """RoPE as one rotation by an offset.
 
-A rotary key at position p is k_p = s R(p) k, with R(p) turning each channel pair i by the angle p f_i. Rotations
+A rotary key at position p is k_p = s R(p) k, where R(p) rotates each channel pair i by the angle p f_i. Rotations
 compose, R(p + d) = R(d) R(p), so moving a cached key by d positions is one rotation by d f_i. The factor s that
 YaRN-style models multiply into cos and sin is already in the key and must not be applied again.
 Source: Su et al., RoFormer, section 3.2 (arXiv 2104.09864).
@@ -14,11 +14,11 @@ from enum import StrEnum
 import torch
 
 _TOKENS_AT_ONCE = 1024
-"""few enough that what is read and written twice is still in the processor's cache the second time"""
+"""Tokens rotated at once: few enough that tensors read or written twice are still in the CPU cache the second time."""
 
 
 class Pairing(StrEnum):
-    """Which two channels turn together: i with i + R/2, or 2i with 2i + 1 (R rotary channels)."""
+    """Which two channels rotate together: i with i + R/2, or 2i with 2i + 1 (R rotary channels)."""
 
     HALF_SPLIT = "half-split"
     INTERLEAVED = "interleaved"
@@ -26,17 +26,17 @@ class Pairing(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """How one layer's keys rotate: which channels, paired how, at which frequencies (radians a position)."""
+    """How one layer's keys rotate: which channels, how they are paired, at which frequencies (radians per position)."""
 
     frequencies: tuple[float, ...]
     start: int = 0
     pairing: Pairing = Pairing.HALF_SPLIT
     axes: tuple[int, ...] = ()
-    """with positions of several axes (M-RoPE: time, height, width), the axis that turns each frequency"""
+    """with several position axes (M-RoPE: time, height, width), the axis of each frequency; empty with one axis"""
 
     @classmethod
     def from_table(cls, table: torch.Tensor) -> Rotary:
-        """From a model's own frequency buffer [R / 2]. The values are the buffer's, widened to float64."""
+        """Make one from a model's frequency buffer [R / 2], whose values are converted to float64."""
         return cls(tuple(table.detach().to("cpu", torch.float64).tolist()))
 
     @property
@@ -48,8 +48,8 @@ class Rotary:
         return replace(self, pairing=pairing)
 
     def angles(self, offsets: torch.Tensor) -> torch.Tensor:
-        """Radians in float64, [T, R / 2], for offsets [T] (the same on every axis) or [A, T] (one row an axis)."""
-        # MPS has no float64: angles are made on the CPU, where they are T x R/2 numbers.
+        """Radians in float64, [T, R / 2], for offsets [T] (the same on every axis) or [A, T] (one row per axis)."""
+        # MPS has no float64, so the angles (T x R/2 numbers) are computed on the CPU.
         moved = offsets.to("cpu", torch.float64)
         if moved.ndim == 1:
             moved = moved[:, None]
@@ -61,30 +61,31 @@ class Rotary:
 
 
 def rotate(keys: torch.Tensor, offsets: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Keys [..., T, D] moved by `offsets` positions ([T], or [A, T] if axes move by their own), in a new tensor."""
+    """Keys [..., T, D] rotated by `offsets` positions ([T], or [A, T] with one row per axis), in a new tensor."""
     result = torch.empty_like(keys)
     Rotation(offsets).put(keys, rotary, result)
     return result
 
 
 class Rotation:
-    """Rotates tokens by `offsets` positions, in as many layers as are given to it.
+    """Rotates the same tokens by `offsets` positions in any number of layers.
 
-    The angles are computed once for each rotation, in float64 and reduced there, so large offsets lose nothing. The rotation
-    itself runs in float32 or the keys' dtype, whichever is wider, with one rounding at the end.
+    The angles of a `Rotary` are computed once, and their cosines and sines taken, in float64, so large offsets lose no
+    precision. The rotation runs in float32 or the keys' dtype, whichever is wider, with one rounding at the end.
     """
 
     def __init__(self, offsets: torch.Tensor) -> None:
-        """`offsets`: [T] integer positions to move each token by (may be negative); [A, T] if axes move by their own."""
+        """`offsets`: [T] integer positions to move each token by (may be negative), or [A, T] with one row per axis."""
         if offsets.ndim == 1 and offsets.numel() and bool((offsets == offsets[0]).all()):
-            offsets = offsets[:1]  # a run that moves as one: one angle a channel pair, not one a token
+            offsets = offsets[:1]  # all tokens move by the same offset: one angle per channel pair is enough
         self._offsets = offsets
         self._tables: dict[tuple[Rotary, torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def put(self, keys: torch.Tensor, rotary: Rotary | None, out: torch.Tensor) -> None:
-        """Write a layer's keys [..., T, D] into `out`, rotated; unchanged if the layer does not rotate.
+        """Write a layer's keys [..., T, D] into `out`, rotated; unchanged if `rotary` is None.
 
-        `out` is like `keys`, and no part of them. Channels outside the rotary window are copied.
+        `out` has the shape and dtype of `keys` and must not share memory with them. Channels outside the rotary window
+        are copied.
         """
         if rotary is None:
             out.copy_(keys)
@@ -109,7 +110,7 @@ class Rotation:
                 target.copy_(turned)
 
     def _table(self, rotary: Rotary, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """The cosine at every channel, [T, R], and the sine of every pair, [T, R / 2]; one row for a run that moves as one."""
+        """The cosine of every channel, [T, R], and the sine of every pair, [T, R / 2]; T is 1 for a common offset."""
         made = self._tables.get((rotary, device, dtype))
         if made is None:
             angles = rotary.angles(self._offsets)
@@ -119,7 +120,7 @@ class Rotation:
 
 
 def _both(of_pairs: torch.Tensor, pairing: Pairing) -> torch.Tensor:
-    """A number of each pair [T, R / 2] at both of its channels, [T, R]."""
+    """Repeat a number for each pair, [T, R / 2], at both channels of the pair: [T, R]."""
     if pairing is Pairing.INTERLEAVED:
         return of_pairs.repeat_interleave(2, dim=-1)
     return torch.cat((of_pairs, of_pairs), dim=-1)

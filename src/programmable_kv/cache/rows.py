@@ -1,4 +1,4 @@
-"""Rows: tokens to compute, each with its slot and its position; and in which forwards."""
+"""Rows: tokens to compute, each with its slot and its position, and how they are divided into forwards."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from programmable_kv.errors import InvalidArgumentError
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Tokens to compute: ids, their slots and their positions, all ascending.
+    """Tokens to compute: their ids, slots and positions. Slots and positions ascend.
 
     Raises:
-        InvalidArgumentError: there is not one entry of each for each row, or slots do not ascend.
+        InvalidArgumentError: `ids`, `slots` and `positions` differ in length, or the slots do not ascend.
     """
 
     ids: tuple[int, ...] = ()
@@ -42,18 +42,18 @@ class Rows:
         return cls(tuple(ids), tuple(range(slot, slot + count)), tuple(range(position, position + count)))
 
     def followed_by(self, other: Rows) -> Rows:
-        """These rows and later ones, in one forward."""
+        """These rows and then the other ones, as one set of rows."""
         return Rows(self.ids + other.ids, self.slots + other.slots, self.positions + other.positions)
 
     def part(self, start: int, stop: int) -> Rows:
-        """Some of these rows, by their number."""
+        """The rows with indices [start, stop)."""
         return Rows(self.ids[start:stop], self.slots[start:stop], self.positions[start:stop])
 
     def token_ids(self, vocabulary: int) -> torch.Tensor:
         """The ids, [T] on the CPU.
 
         Raises:
-            InvalidArgumentError: an id is no whole number, or not in a vocabulary of that size.
+            InvalidArgumentError: an id is not a whole number, or is not in a vocabulary of that size.
         """
         try:
             ids = torch.tensor(self.ids)
@@ -67,10 +67,11 @@ class Rows:
         return ids
 
     def forwards(self, rules: Sequence[FrequencyRule], logits: int, chunk: int) -> Iterator[tuple[int, int]]:
-        """In which forwards to compute them: [start, stop) of each, of equal size and at most `chunk` rows if possible.
+        """Divide the rows into forwards of equal size, at most `chunk` rows if possible; yields [start, stop) of each.
 
-        The last forward has the last `logits` rows. All forwards compute with the same frequency tables, those that the last
-        row needs, so the first one has to reach as far as these tables begin. No rows make one empty forward.
+        The last forward contains the last `logits` rows. All forwards must use the frequency tables that the last row
+        needs, so the first one extends at least to the position where these tables begin. No rows give one empty
+        forward.
         """
         count = len(self)
         size = -(-count // max(1, -(-count // chunk)))

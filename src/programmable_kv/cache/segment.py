@@ -1,7 +1,7 @@
-"""A run of cached tokens as a value: what is cut out of one context, kept, and spliced into another.
+"""A segment: a run of cached tokens as a value, which is cut out of one context, stored, and spliced into another.
 
-A segment's keys (with MLA, its rotary keys, which are cached as values) are *canonical*: not rotated since they were computed.
-A copy is rotated wherever the segment is put, so a segment that was relocated a thousand times is as exact as one that was
+A segment's keys (with MLA, its rotary keys, which are cached as values) are *canonical*: not rotated since they were
+computed. Splicing rotates a copy of them, so a segment that was relocated a thousand times is as exact as one that was
 relocated once.
 """
 
@@ -20,7 +20,7 @@ from programmable_kv.cache.span import Span
 class Segment:
     """Token ids with their keys and values in every layer. Immutable: nothing may write to its tensors.
 
-    `keys[layer]` is [B, H, n, D_k] and `values[layer]` [B, H, n, D_v]; `computed_at` [n] holds the position of each key.
+    `keys[layer]` is [B, H, n, D_k] and `values[layer]` [B, H, n, D_v]; `computed_at` [n] is the position of each key.
     """
 
     ids: tuple[int, ...]
@@ -50,11 +50,11 @@ class Segment:
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
 
     def tensors(self, name: Rotated) -> tuple[torch.Tensor, ...]:
-        """Its keys, or its values, of every layer."""
+        """The keys or the values of every layer."""
         return self.keys if name == "keys" else self.values
 
     def part(self, span: Span) -> Segment:
-        """Some of its tokens; the tensors are views."""
+        """A segment of some of its tokens; the tensors are views."""
         rows = slice(span.start, span.stop)
         return Segment(
             self.ids[rows],

@@ -1,6 +1,6 @@
-"""Everything this package relies on inside transformers, in one place.
+"""Everything that this package uses from transformers' internals, in one place.
 
-`tests/cache/test_transformers_api.py` fails when one of these changes shape, and says which.
+`tests/cache/test_transformers_api.py` fails when one of these internals changes, and says which.
 """
 
 from __future__ import annotations
@@ -40,20 +40,21 @@ __all__ = [
 
 GROUPED_SDPA = "pkv_grouped_sdpa"
 GROUPED_ANY = "pkv_grouped"
-"""the same attention, for models that transformers lets run no attention with `sdpa` in its name (soft-capped scores)"""
+"""The same attention for models (with soft-capped scores) on which transformers rejects names that contain `sdpa`."""
 _FREQUENCY_BUFFER = "inv_freq"
 
 
 def cached_layer_types(config: Any) -> list[tuple[str, dict[str, Any]]]:
-    """(layer type, its cache arguments) for every decoder layer, as transformers' own DynamicCache sees them."""
+    """(layer type, its cache arguments) for every decoder layer, as in transformers' own DynamicCache."""
     types, arguments = get_layer_types_and_kwargs(config)
     return list(zip(types, arguments, strict=True))
 
 
 def frequency_tables(decoder: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """The decoder's rotary frequency buffers by layer type ("" where one table serves all), in radians a position.
+    """The decoder's rotary frequency buffers by layer type ("" for a table of all layers), in radians per position.
 
-    Where the table in use depends on the last forward, it is the one that the model was loaded with, which is kept beside it.
+    If the table in use depends on the last forward, the result has the table that the model was loaded with, which the
+    module keeps in a second buffer.
     """
     found: dict[str, list[torch.Tensor]] = {}
     buffers = dict(decoder.named_buffers())
@@ -69,13 +70,13 @@ def frequency_tables(decoder: nn.Module) -> dict[str, list[torch.Tensor]]:
 
 
 def decoder_of(model: Any) -> Any:
-    """The decoder inside a causal language model, or the model where `get_decoder` finds something else (a head)."""
+    """The decoder inside a causal language model, or the model itself if `get_decoder` returns no model (a head)."""
     decoder = model.get_decoder()
     return decoder if isinstance(decoder, PreTrainedModel) else model
 
 
 def rope_types(decoder: Any) -> set[str]:
-    """The rope types in use. Rotary modules know better than the configuration: some read `dynamic` as a fixed scaling."""
+    """The rope types in use, from the rotary modules if they state one: some treat a configured `dynamic` as fixed."""
     found: set[str] = set()
     for module in decoder.modules():
         kind = getattr(module, "rope_type", None)
@@ -84,17 +85,17 @@ def rope_types(decoder: Any) -> set[str]:
 
 
 def rope_entries(config: Any) -> list[dict[str, Any]]:
-    """The rotary settings of a configuration: one, or one for each layer type."""
+    """The rotary settings of a configuration: one entry, one for each layer type, or none."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [entry for entry in parameters.values() if isinstance(entry, dict)]
     return nested or ([dict(parameters)] if parameters else [])
 
 
 def reset_frequencies(decoder: Any, like: torch.Tensor) -> None:
-    """Make rotary modules with dynamic frequencies forget the table that a longer forward may have left in them.
+    """Reset rotary modules with dynamic frequencies, which may still have the table of an earlier, longer forward.
 
-    They keep it for shorter forwards down to the length they were configured for, so that a result would depend on what was
-    computed before. A forward of one position sets them back. `like` has the model's device and dtype.
+    They use that table for shorter forwards too, down to the configured length, so a result would depend on what was
+    computed before. A forward of one position resets them. `like` is a tensor with the model's device and dtype.
     """
     first = torch.zeros(1, 1, dtype=torch.long, device=like.device)
     for module in decoder.modules():
@@ -109,7 +110,7 @@ def reset_frequencies(decoder: Any, like: torch.Tensor) -> None:
 
 
 def position_axes(decoder: Any) -> int:
-    """How many axes a position has: as many as its M-RoPE sections, which some models keep in a module only."""
+    """The number of position axes: one for each M-RoPE section, which some models state only in a module; else 1."""
     found = [entry.get("mrope_section") for entry in rope_entries(decoder.config)]
     for module in decoder.modules():
         sections = getattr(module, "mrope_section", None)
@@ -118,9 +119,9 @@ def position_axes(decoder: Any) -> int:
 
 
 def cached_tensors(cache: Any) -> list[dict[str, torch.Tensor]]:
-    """All that each layer of a transformers cache holds, by name; states in a container are `name.key`."""
+    """All floating-point tensors in each layer of a transformers cache, by name; `name.key` for those in a dict."""
     layers = []
-    # Decoders that could attend to an encoder keep their own tokens in a cache within the cache.
+    # Decoders with optional cross-attention keep their own tokens in a cache inside the cache.
     for layer in getattr(cache, "self_attention_cache", cache).layers:
         found: dict[str, torch.Tensor] = {}
         for name, held in vars(layer).items():
@@ -133,24 +134,24 @@ def cached_tensors(cache: Any) -> list[dict[str, torch.Tensor]]:
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Whether a model's forward has, or may pass on, `position_ids`. Whether it heeds them is another question."""
+    """Whether a model's forward accepts `position_ids`, by name or as a keyword argument. It may still ignore them."""
     parameters = inspect.signature(model.forward).parameters
     return "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def cache_that_drops_nothing(model: Any) -> DynamicCache | None:
-    """An empty cache that keeps every token even in layers with a window; None where layers may keep something else."""
+    """An empty cache that keeps every token, even in layers with a window; None if the model may not work with it."""
     try:
         kinds = {kind for kind, _ in cached_layer_types(model.config.get_text_config(decoder=True))}
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
     tokens_only = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
-    # Told nothing about the layers, this cache takes each for one that attends to all.
+    # Without a configuration, this cache treats every layer as one with full attention.
     return DynamicCache() if tokens_only and fills_a_cache(model) else None
 
 
 def fills_a_cache(model: nn.Module) -> bool:
-    """Whether a model's forward takes a cache to fill (some do not make one, but fill what they are given)."""
+    """Whether a model's forward accepts a cache to fill (some models create none, but fill the one passed to them)."""
     return "past_key_values" in inspect.signature(model.forward).parameters
 
 
@@ -162,17 +163,17 @@ def grouped_sdpa(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scaled dot product attention that never repeats keys and values for their query groups.
+    """Scaled dot product attention that does not copy keys and values for each query group.
 
-    transformers' sdpa path copies the cached keys and values once per query group as soon as a mask is needed,
-    which is what happens whenever several tokens are appended to a cache: at 8k tokens that copy costs more
-    than the attention itself. Folding the groups into the query rows needs a copy of the (small) mask instead.
+    transformers' sdpa path copies the cached keys and values once per query group when a mask is needed, which is
+    always the case when several tokens are appended to a cache. At 8k tokens that copy costs more than the attention
+    itself. Folding the groups into the query rows copies only the (small) mask.
 
     Shapes: query [B, groups * H, T, D]; key, value [B, H, S, D]; returns [B, T, groups * H, D].
     """
     softcap, scaling = kwargs.get("softcap"), kwargs.get("scaling")
     record(query, key, attention_mask, scaling, softcap)
-    if softcap is not None:  # which sdpa would leave out
+    if softcap is not None:  # sdpa would ignore it
         return soft_capped(query, key, value, attention_mask, scaling, softcap), None
     groups, tokens, slots = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     mask, biased = attention_mask, kwargs.get("position_bias") is not None
@@ -212,10 +213,10 @@ def mask_unless_tail(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """transformers' mask for sdpa, or None where `grouped_sdpa` makes it block by block: many rows, the last of all slots.
+    """transformers' mask for sdpa, or None for many rows in the last slots: `grouped_sdpa` then masks block by block.
 
-    For `grouped_sdpa` no mask always means that the rows are the last of the slots. transformers also leaves it out for rows
-    that are the first of a longer static cache; for those the mask is made here.
+    For `grouped_sdpa`, None always means that the rows occupy the last slots. transformers also omits the mask for rows
+    at the start of a longer static cache; for those this function makes the mask.
     """
     plain = allow_is_causal_skip and mask_function is causal_mask_function and attention_mask is None
     last = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
@@ -235,7 +236,7 @@ def mask_unless_tail(
 
 
 def register_attention() -> None:
-    """Make `attn_implementation=GROUPED_SDPA` known to transformers. Safe to call more than once."""
+    """Register `GROUPED_SDPA` and `GROUPED_ANY` with transformers. Safe to call more than once."""
     for name in (GROUPED_SDPA, GROUPED_ANY):
         AttentionInterface.register(name, grouped_sdpa)
         AttentionMaskInterface.register(name, mask_unless_tail)

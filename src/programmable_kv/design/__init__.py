@@ -1,1 +1,1 @@
-"""Visibility by design: which part of a context may read which, so that an edit's price and exactness are structural."""
+"""Visibility by design: rules for which part of a context reads which, so that edits are exact at a known cost."""

@@ -1,10 +1,11 @@
-"""What was built from what: the ledger of a context under `visibility="design"`.
+"""Builds: the ledger of a context under `visibility="design"`, which records from what each part was built.
 
-Each part's keys and values are a function of its tokens and of what it has read, as in a build system. A part's *key* is a
-digest of just that: its tokens, and the keys and distances of the parts it read. Two parts of one key hold the same numbers.
-So a part is exact if its key is the one that a full prefill of the text would give it. Nothing is marked by hand.
+As in a build system, a part's keys and values are a function of its tokens and of what it has read. A part's *key* is a
+digest of exactly that: its tokens and position, and the keys and positions of the parts it read (inside a skill,
+positions count from its start). Two parts with the same key have the same keys and values. So a part is exact if its
+key equals the one that a full prefill of the text would give it.
 
-A build is immutable. Its operations mirror those of the cache buffer, as those of `ledger.Ledger` do.
+A build is immutable. Its operations mirror those of the cache buffer, like those of `ledger.Ledger`.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ _DIGEST_BYTES = 16
 _ROUNDED = b"rounded"
 
 Key = bytes
-"""a digest of 16 bytes"""
+"""A digest of 16 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """Slots whose keys and values were built together; `key` is None where it is not known from what."""
+    """Slots whose keys and values were built together; `key` is None if it is unknown what they were built from."""
 
     tokens: int
     key: Key | None
     rounded: bool = False
-    """kept in fewer bits than it was computed in"""
+    """whether it was stored in fewer bits than it was computed in"""
 
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """What stands in the slots, in order, and what was declared of who reads what."""
+    """What the slots contain, in order, and what the author declared about who reads what."""
 
     built: tuple[Built, ...] = ()
     declared: Declared = field(default_factory=Declared)
@@ -51,11 +52,11 @@ class Build:
     # -- the buffer's operations ---------------------------------------------------------------------------------------
 
     def truncated(self, length: int) -> Build:
-        """Without the slots from `length` on."""
+        """The build without the slots from `length` on."""
         return self._with(self._split(length)[0])
 
     def shifted(self, start: int, to: int) -> Build:
-        """The tail from slot `start` goes to slot `to`; what lay between is gone, or a gap opens that has to be computed."""
+        """Move the tail from slot `start` to slot `to`. Slots in between are removed, or a gap to compute opens."""
         head, tail = self._split(min(start, to))[0], self._split(start)[1]
         gap = [Built(to - start, None)] if to > start else []
         return self._with([*head, *gap, *tail])
@@ -63,26 +64,26 @@ class Build:
     def inserted(
         self, at: int, skill: Sequence[Unit], *, rounded: bool, replacing: int = 0, declared: Declared | None = None
     ) -> Build:
-        """A compiled skill in the place of the `replacing` slots from `at` on.
+        """Insert a compiled skill at slot `at`, in place of the `replacing` slots from there on.
 
         Args:
-            rounded: it was kept in fewer bits.
-            declared: what held when it was compiled, beside what it declares itself.
+            rounded: whether the skill was stored in fewer bits.
+            declared: the declarations at the time of compiling, in addition to the skill's own.
         """
         compiled = [Built(len(part.span), key, rounded) for part, key in _compiled(skill, declared or Declared())]
         return self._with([*self._split(at)[0], *compiled, *self._split(at + replacing)[1]])
 
     def exchanged(self, start: int, middle: int, stop: int) -> Build:
-        """[start, middle) and [middle, stop) change places."""
+        """Swap the adjacent slots [start, middle) and [middle, stop)."""
         head, rest = self._split(start)
         first, rest = _split(rest, middle - start)
         second, tail = _split(rest, stop - middle)
         return self._with([*head, *second, *first, *tail])
 
     def computed(self, context: Context, spans: Sequence[Span]) -> Build:
-        """Some slots were computed, in one forward, on what stands before them then. They may extend the build.
+        """Record that some slots were computed in one forward, behind what precedes them. They may extend the build.
 
-        `context` may be longer than what was computed so far; its first slots are those of this build.
+        `context` may be longer than what has been computed so far; its first slots are those of this build.
         """
         length = max([len(self), *(span.stop for span in spans)])
         known = self._keys()
@@ -106,7 +107,7 @@ class Build:
         return _split(self.built, at)
 
     def _keys(self) -> dict[int, Built]:
-        """What stands at each slot at which something begins."""
+        """Start slot -> the `Built` that begins there."""
         found, slot = {}, 0
         for one in self.built:
             found[slot] = one
@@ -116,17 +117,17 @@ class Build:
     # -- what follows from it ------------------------------------------------------------------------------------------
 
     def outdated(self, context: Context, kept: Collection[int] = ()) -> list[Span]:
-        """The slots that have to be computed so that every part is built from what stands before it now.
+        """The slots that must be recomputed so that every part is built from what precedes it now.
 
         Args:
-            context: as it is now, slot for slot as this build.
-            kept: units of the context, turns, that stay as they are in any case.
+            context: the current context, slot for slot as in this build.
+            kept: indices of units (turns) that are never recomputed.
         """
         known, found = self._keys(), []
         stand, unrounded = _Keys(context), _Keys(context)
         for part in parts_of(context, self.declared):
             was, now = _found(known, part), stand.of(part)
-            # What was computed before the parts that it read were rounded is better than what would be computed now.
+            # A part computed before the parts that it read were rounded is better than one computed from them now.
             if part.unit not in kept and (now is None or was.key not in (now, unrounded.of(part))):
                 found.append(part.span)
                 was = Built(len(part.span), now)
@@ -135,7 +136,7 @@ class Build:
         return found
 
     def parts(self, context: Context) -> Iterator[tuple[DesignPart, TokenState]]:
-        """The parts of the context now, and how each can be trusted."""
+        """The parts of the current context with their states."""
         known, stand, true = self._keys(), _Keys(context), _Keys(context)
         for part in parts_of(context, self.declared):
             was, wanted, now = _found(known, part), true.of(part), stand.of(part)
@@ -149,12 +150,12 @@ class Build:
             yield Stretch(part.span, state)
 
     def weakest(self, context: Context) -> TokenState:
-        """The state of all tokens taken together."""
+        """The weakest state of any token."""
         return weakest({state for _, state in self.parts(context)})
 
 
 def _found(known: Mapping[int, Built], part: DesignPart) -> Built:
-    """What stands in the slots of a part; of unknown make if that is not one piece."""
+    """What the slots of a part contain; with an unknown key if they were not built as one piece."""
     here = known.get(part.span.start)
     return here if here is not None and here.tokens == len(part.span) else Built(len(part.span), None)
 
@@ -168,7 +169,7 @@ def _state(was: Built, wanted: Key | None, now: Key | None) -> TokenState:
 
 
 def _compiled(skill: Sequence[Unit], declared: Declared) -> Iterator[tuple[DesignPart, Key | None]]:
-    """The parts of a compiled skill, and their keys."""
+    """The parts of a compiled skill with their keys."""
     alone = Context(tuple(skill))
     keys = _Keys(alone)
     for part in parts_of(alone, declared):
@@ -178,17 +179,17 @@ def _compiled(skill: Sequence[Unit], declared: Declared) -> Iterator[tuple[Desig
 
 
 class _Read:
-    """What was built so far of one scope."""
+    """Digests of what has been built so far in one scope."""
 
     def __init__(self, before: bytes = b"") -> None:
         self.text: hashlib.blake2b | None = _digest()
         self.text.update(before)
         self.drawn: dict[str, hashlib.blake2b | None] = {}
-        """field -> its values and readers so far"""
+        """field -> digest of its values and readers so far"""
 
 
 class _Keys:
-    """The keys of a context's parts, from left to right."""
+    """Computes the keys of a context's parts, from left to right."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -196,7 +197,7 @@ class _Keys:
         self._scopes: dict[Scope, _Read] = {OWN: _Read()}
 
     def of(self, part: DesignPart) -> Key | None:
-        """The key of the next part, if it were built on what was added so far; None if it is not known what that is."""
+        """The key that the next part would get behind what was added so far; None if part of that is unknown."""
         scope = self._scope(part.scope)
         read = self._all if part.kind is PartKind.TURN else scope.text
         if read is None:
@@ -212,7 +213,7 @@ class _Keys:
         return digest.digest()
 
     def add(self, part: DesignPart, built: Built) -> None:
-        """The part stands there, built so."""
+        """Add the next part, which was built as `built` says."""
         key, rounded = built.key, built.rounded
         self._all = _extended(self._all, part.position, key, rounded=rounded)
         scope, position = self._scope(part.scope), _within_scope(part)
@@ -226,7 +227,7 @@ class _Keys:
             own.text = _extended(own.text, part.position, key, rounded=rounded)
 
     def _scope(self, scope: Scope) -> _Read:
-        """What was built of a scope; of a skill that begins here, what it read while it was compiled."""
+        """The digests of a scope; a skill's scope begins with what the skill read while it was compiled."""
         if scope not in self._scopes:
             self._scopes[scope] = _Read(b"".join(map(_number, self._context.units[scope.skill].read)))
         return self._scopes[scope]
@@ -260,7 +261,7 @@ def _within(part: Span, span: Span) -> bool:
 
 
 def _split(built: Sequence[Built], at: int) -> tuple[list[Built], list[Built]]:
-    """Before a slot, and from it on. What is cut apart is no longer known."""
+    """What is before a slot, and what is from it on. A `Built` that is cut loses its key."""
     head: list[Built] = []
     for index, one in enumerate(built):
         if at <= 0:
@@ -273,4 +274,4 @@ def _split(built: Sequence[Built], at: int) -> tuple[list[Built], list[Built]]:
 
 
 AnyLedger = Ledger | Build
-"""what a context's cached tokens have read: a `Build` where visibility is by design"""
+"""The ledger of a context: a `Build` under `visibility="design"`, else a `Ledger`."""

@@ -1,4 +1,4 @@
-"""What a field's edit builds again under `visibility="design"`: everything that read the field, or read something that did."""
+"""The parts that an edit of a field recomputes under `visibility="design"`: its readers, direct and indirect."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from programmable_kv.prompt.readers import Reader, Turns, Why
 def readers_by_design(
     context: Context, declared: Declared, name: str, turns: Turns, kept: Collection[int]
 ) -> tuple[Reader, ...]:
-    """The parts that read a field, directly or through others, in slot order; without the field's own tokens.
+    """The parts that read a field, directly or through other parts, in slot order; without the field's own tokens.
 
     Args:
-        turns: which turns are computed again, for the reason that is given.
-        kept: units of the context, turns, that stay as they are.
+        turns: which turns are recomputed; it is the reason given for them.
+        kept: indices of units (turns) that are not recomputed.
     """
     parts = parts_of(context, declared)
     reads = reads_of(parts, len(context)).reads.numpy()
@@ -34,14 +34,14 @@ def readers_by_design(
 
 
 def _holds(context: Context, part: DesignPart, name: str) -> bool:
-    """Whether a value of the field begins in the part."""
+    """Whether the part contains the start of a value of the field."""
     start = context.starts[part.unit]
     places = (place for place in context.units[part.unit].places if place.name == name)
     return any(part.span.start <= start + place.tokens.start < part.span.stop for place in places)
 
 
 def _behind(context: Context, part: DesignPart, name: str) -> bool:
-    """Whether a part reads the field though its value may be empty now, and so be no part."""
+    """Whether the part is a reader of the field. This also finds readers while the value is empty and so not a part."""
     return part.kind is PartKind.READER and name in part.fields
 
 

@@ -1,4 +1,4 @@
-"""What an author declares under `visibility="design"`: by what words lines speak of a field, and who else may read a part."""
+"""An author's declarations under `visibility="design"`: the words for a field, and who may read a field or a skill."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from enum import StrEnum
 from programmable_kv.prompt.readers import declared_words
 
 Words = Mapping[str, tuple[str, ...]]
-"""field -> what else a line says when it speaks of it (`Notebook.mentions`)"""
+"""Field -> other words by which lines mention it (`Notebook.mentions`)."""
 
 
 class ReadBy(StrEnum):
     """Who may read a field's values, or a skill. Turns always may."""
 
     MENTIONS = "mentions"
-    """of a field, the lines that mention or hold it: the default"""
+    """the lines that mention or contain the field; the default for a field"""
     ALL = "all"
-    """all text behind it"""
+    """all text after it"""
     TURNS = "turns"
-    """nobody but turns: the default for a skill"""
+    """only turns; the default for a skill"""
 
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What was declared for a context. Two of them are equal if the same was declared."""
+    """The declarations of a context. Two are equal if they declare the same."""
 
     words: Words = field(default_factory=dict)
     read_by: Mapping[str, ReadBy] = field(default_factory=dict)
-    """field or skill -> who may read it, where that is not the default"""
+    """field or skill -> who may read it, if not the default"""
 
     def with_words(self, words: Words) -> Declared:
-        """With more words of some fields."""
+        """A copy with more words for some fields."""
         joined = {name: tuple(dict.fromkeys((*self.words.get(name, ()), *said))) for name, said in words.items()}
         return replace(self, words={**self.words, **joined}) if joined else self
 
     def words_of(self, name: str) -> tuple[str, ...]:
-        """What lines say when they speak of a field: its name, and all that was declared for it."""
+        """The words by which lines mention a field: its name, and the words declared for it."""
         return (name, *declared_words(self.words, name))
 
     def readers_of(self, name: str) -> ReadBy:
@@ -45,5 +45,5 @@ class Declared:
         return self.read_by.get(name, ReadBy.MENTIONS)
 
     def opens(self, skill: str) -> bool:
-        """Whether text behind a skill reads it."""
+        """Whether text after a skill reads it."""
         return self.read_by.get(skill) is ReadBy.ALL

@@ -1,16 +1,16 @@
-"""The parts of a context under `visibility="design"`, and which of them read which. No tensors of a model here.
+"""The parts of a context under `visibility="design"`, and which of them read which. It uses no tensors of a model.
 
-- Text reads the text before it: no fields, no readers, no skills.
+- Text reads the text before it, but no fields, no readers and no skills.
 - A field's value reads the text before it, and itself.
-- A reader is a line, or the rest of one, behind a field that it mentions or holds. It reads the text before it, the values of
-  its fields, and earlier readers of one of them.
+- A reader is a line, or the rest of a line, after a field that it mentions or contains. It reads the text before it,
+  the values of its fields, and earlier readers that share one of its fields.
 - Turns read everything.
 
-Every part also reads its own earlier tokens. A skill is a *scope* of its own: all of this holds inside it, and nothing in it
-reads what is outside. (A skill that was compiled plainly is text from its first token to its last.)
+Every part also reads its own earlier tokens. A skill is a separate *scope*: these rules apply inside it, and nothing in
+it reads anything outside. (A skill that was compiled under causal visibility is text from its first token to its last.)
 
-What an author declares moves these lines (`Declared`): a field's readers can be all lines behind it, or none, and a skill can
-be open to the text behind it.
+An author can change this (`Declared`): a field can be read by all lines after it, or by none, and a skill can be open
+to the text after it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from programmable_kv.prompt.readers import mention_pattern
 from programmable_kv.prompt.units import Kind, Unit
 
 _VALUE = "\ufffd"
-"""stands for a value, also an empty one, while lines are searched: a part's kind must not depend on a field's value"""
+"""Stands for a value (even an empty one) while lines are searched: a part's kind must not depend on a field's value."""
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 
 
@@ -49,14 +49,14 @@ class PartKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Text that is read apart from all other: the context's own, or a skill."""
+    """Text that reads only itself: the context's own text, or a skill."""
 
     skill: int = -1
-    """the index of the skill's first unit; -1: the context's own text"""
+    """the index of the skill's first unit; -1 for the context's own text"""
     position: int = 0
-    """of its first token"""
+    """the position of its first token"""
     open: bool = False
-    """a skill that the text behind it reads"""
+    """whether this is a skill that the text after it reads"""
 
     @property
     def is_skill(self) -> bool:
@@ -64,29 +64,29 @@ class Scope:
 
 
 OWN = Scope()
-"""the context's own text"""
+"""The context's own text."""
 
 
 @dataclass(frozen=True, slots=True)
 class DesignPart:
-    """Consecutive slots that may read the same."""
+    """Consecutive slots that may read the same parts."""
 
     span: Span
     position: int
-    """of its first token"""
+    """the position of its first token"""
     kind: PartKind
     fields: frozenset[str] = frozenset()
-    """of a value, the field; of a reader, the fields that it reads"""
+    """for a value, its field; for a reader, the fields that it reads"""
     unit: int = 0
-    """which unit of the context it is in"""
+    """the index of the context's unit that it is in"""
     scope: Scope = OWN
 
 
 def parts_of(context: Context, declared: Declared) -> tuple[DesignPart, ...]:
     """The parts of a context in slot order, without empty ones.
 
-    A value is a unit of its own (see `units.py`), except in a skill that was compiled plainly. The turns are units of the kind
-    `TURN`.
+    A value is a separate unit (see `units.py`), except in a skill that was compiled under causal visibility. Turns are
+    units of the kind `TURN`.
     """
     known: tuple[Declared, tuple[DesignPart, ...]] | None = context.derived.get("parts")
     if known is None or known[0] != declared:
@@ -96,7 +96,7 @@ def parts_of(context: Context, declared: Declared) -> tuple[DesignPart, ...]:
 
 
 def declared_in(context: Context, declared: Declared) -> Declared:
-    """What holds in a context: what was declared for it, and what skills declare while they are here."""
+    """All declarations that apply in a context: its own, and those of the skills in it."""
     for words in {unit.words for unit in context.units} - {()}:
         declared = declared.with_words(dict(words))
     return declared
@@ -130,7 +130,7 @@ def _parts(context: Context, declared: Declared) -> tuple[DesignPart, ...]:
 
 
 def _pieces(skill: Unit, start: int) -> Iterator[Span]:
-    """A skill's slots, cut where a value in it begins: what stands before a value does not change with it."""
+    """A skill's slots, cut at the start of each value in it: the text before a value does not depend on the value."""
     cuts = sorted({0, len(skill), *(place.tokens.start for place in skill.places)})
     for first, stop in pairwise(cuts):
         yield Span(start + first, start + stop)
@@ -140,10 +140,10 @@ class _Searcher:
     """Finds the parts of a scope's text, line by line."""
 
     def __init__(self, context: Context, declared: Declared, units: Sequence[int], scope: Scope) -> None:
-        """`units`: all that are in the scope."""
+        """`units`: the indices of all units in the scope."""
         self._context, self._scope = context, scope
         self._ends: dict[str, int] = {}
-        """field -> the slot behind its first place in the scope"""
+        """field -> the slot after its first place in the scope"""
         for index in units:
             for place in context.units[index].places:
                 self._ends.setdefault(place.name, context.starts[index] + place.tokens.stop)
@@ -153,7 +153,7 @@ class _Searcher:
         self._patterns = {name: [mention_pattern(word) for word in declared.words_of(name)] for name in self._mentioned}
 
     def parts_in(self, units: Sequence[int]) -> Iterator[DesignPart]:
-        """The parts of some consecutive units of text and values, which are read as one text."""
+        """The parts of some consecutive units of text and values, which are searched as one text."""
         context = self._context
         text, begins = "", []
         for index in units:
@@ -179,9 +179,9 @@ class _Searcher:
                 yield DesignPart(span, context.begins[index] + tokens.start, kind, read, index, self._scope)
 
     def _fields(self, text: str, lines: Sequence[Span], holds: Sequence[tuple[int, str]]) -> dict[int, frozenset[str]]:
-        """Where a line begins -> the fields that it reads, if it stands behind them.
+        """Start of a line -> the fields that it reads, provided that it is after them.
 
-        They are those that it mentions or holds, and those that are open to all.
+        These are the fields that it mentions or contains, and the fields that all text reads.
         """
         starts = [line.start for line in lines]
         found = {start: set(self._everywhere) for start in starts}
@@ -195,11 +195,11 @@ class _Searcher:
 
 
 def _lines_with(pattern: re.Pattern[str], text: str, lines: Sequence[Span], starts: Sequence[int]) -> Iterator[int]:
-    """Where the lines begin in which something is found. Each search goes over the rest of the text at once."""
+    """The starts of the lines that contain a match. Each search runs over the rest of the text at once."""
     at = 0
     while (match := pattern.search(text, at)) is not None:
         line = lines[bisect_right(starts, match.start()) - 1]
-        if match.end() <= line.stop:  # a phrase that goes on in the next line is said in neither
+        if match.end() <= line.stop:  # a phrase that continues in the next line counts for neither line
             yield line.start
         at = line.stop
 
@@ -207,7 +207,7 @@ def _lines_with(pattern: re.Pattern[str], text: str, lines: Sequence[Span], star
 def _by_line(
     unit: Unit, begins: int, lines: Sequence[Span], starts: np.ndarray[Any, np.dtype[np.int64]]
 ) -> Iterator[tuple[Span, Span]]:
-    """(tokens of a unit, the line in which they begin), for a unit that begins at a character of a text with these lines."""
+    """(tokens of a unit, the line in which they begin). The unit begins at character `begins` of the lines' text."""
     which = np.searchsorted(starts, unit.offsets[:, 0] + begins, side="right") - 1
     cuts = [0, *(np.flatnonzero(np.diff(which)) + 1).tolist(), len(unit)]
     for first, stop in pairwise(cuts):
@@ -216,7 +216,7 @@ def _by_line(
 
 
 def reads_of(parts: Sequence[DesignPart], tokens: int, after: int = 0) -> PartReads:
-    """Which slots read which, as a mask made of blocks; `after`: so many later slots read everything."""
+    """Which slots read which, as a block mask; `after` is a number of later slots, which read everything."""
     part_of = np.full(tokens + after, len(parts), dtype=np.int64)
     for number, part in enumerate(parts):
         part_of[part.span.start : part.span.stop] = number
@@ -224,7 +224,7 @@ def reads_of(parts: Sequence[DesignPart], tokens: int, after: int = 0) -> PartRe
 
 
 def reads_behind(read: int, parts: Sequence[DesignPart], tokens: int) -> PartReads:
-    """The same for a skill that is compiled behind `read` tokens, which all of it reads."""
+    """Which slots read which in a skill that is compiled behind `read` tokens; all of the skill reads those."""
     apart = reads_of(parts, tokens)
     part_of = torch.cat([torch.full((read,), len(parts)), apart.part_of])
     reads = apart.reads.clone()
@@ -233,7 +233,7 @@ def reads_behind(read: int, parts: Sequence[DesignPart], tokens: int) -> PartRea
 
 
 def _table(parts: Sequence[DesignPart]) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
-    """[parts + 1, parts + 1] booleans: may the first read the second? The last one stands for what comes after all of them."""
+    """[parts + 1, parts + 1] booleans: whether the first may read the second. The last one means all later slots."""
     count = len(parts) + 1
     kinds = np.array([*(part.kind for part in parts), PartKind.TURN])
     scopes = np.array([*(part.scope.skill for part in parts), OWN.skill])
@@ -256,5 +256,5 @@ def _table(parts: Sequence[DesignPart]) -> np.ndarray[tuple[int, int], np.dtype[
 
 
 def reads_less(parts: Iterable[DesignPart]) -> bool:
-    """Whether some of these parts may not read everything, so that computing them takes a mask."""
+    """Whether some of these parts may not read everything, so that computing them needs a mask."""
     return any(part.kind is not PartKind.TURN for part in parts)

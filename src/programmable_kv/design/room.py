@@ -1,4 +1,4 @@
-"""Room for values: how many positions a field's place is given, so that another value moves nothing that follows."""
+"""Room for values: how many positions a field's place gets, so that a longer value does not move what follows."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from programmable_kv.prompt.fields import FieldKind, FieldType
 from programmable_kv.prompt.units import Kind, Unit
 
 _STEP = 4
-"""positions: widths are multiples of it, so that a word of a few tokens more fits in most cases"""
+"""In positions: widths are multiples of this, so that a value with a few more tokens fits in most cases."""
 
 
 def room_of(kind: FieldType, value: Unit, tokens: Callable[[str], int]) -> int:
-    """The positions for a field's place: as many as were asked for; of an enum or a boolean its longest value; else more than
-    the value has now.
+    """The number of positions of a field's place.
 
-    Free positions cost nothing but positions: no token is computed for them, and none is read.
+    The field's `room`; for an enum or a boolean, enough for its longest value; else more than the value needs now.
+
+    Free positions take up positions only: no token is computed for them or read there.
 
     Args:
-        tokens: how many tokens a text has.
+        tokens: returns the number of tokens of a text.
     """
     if kind.room is not None:
         return max(len(value), kind.room)
@@ -32,14 +33,14 @@ def room_of(kind: FieldType, value: Unit, tokens: Callable[[str], int]) -> int:
 
 
 def room_for(unit: Unit) -> Unit:
-    """The unit; if it is a value that has outgrown its place, with one half as large again, so that this happens seldom."""
+    """The unit; a value that has outgrown its place gets one and a half times its tokens, so that this is rare."""
     if unit.kind in (Kind.PREFILL, Kind.SKILL) and unit.places and 0 < unit.width < len(unit):
         return replace(unit, width=_stepped(len(unit) * 3 // 2))
     return unit
 
 
 def without_trailing_room(context: Context) -> Context:
-    """Without free positions at the very end: what is appended stands right behind the last token."""
+    """The context without free positions at its end, so that appended tokens directly follow the last token."""
     units = list(context.units)
     for index in reversed(range(len(units))):
         if units[index].width > len(units[index]):

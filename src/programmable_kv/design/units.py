@@ -1,4 +1,4 @@
-"""A prompt cut into units for `visibility="design"`: values are units of their own, with room to grow, and so are the turns."""
+"""Cuts a prompt into units for `visibility="design"`: each value, with room to grow, and each turn is a unit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def designed_pieces(prompt: Prompt, tokenizer: Any) -> list[tuple[Unit, ...] | s
     """The units of a prompt between its skills, and the skills' names, in order.
 
     Raises:
-        TemplateError, InvalidEditError: as `Prompt.pieces`.
+        TemplateError, InvalidEditError: as in `Prompt.pieces`.
     """
     pieces = prompt.pieces()
     conversation = prompt.conversation()
@@ -47,9 +47,9 @@ def designed_pieces(prompt: Prompt, tokenizer: Any) -> list[tuple[Unit, ...] | s
 
 
 def _last_line(pieces: Sequence[Rendered | str]) -> int:
-    """The character at which a prompt's last line begins that says something, whatever the values in it are."""
+    """The character at which a prompt's last non-blank line begins, whatever the values in the prompt are."""
     shown: list[tuple[str, int]] = []
-    """runs of text, each with where it stands in the prompt; one character for each value, also an empty one"""
+    """pieces of text with their places in the prompt; one character stands for each value, even an empty one"""
     at = 0
     for piece in pieces:
         if isinstance(piece, str):
@@ -60,7 +60,7 @@ def _last_line(pieces: Sequence[Rendered | str]) -> int:
         for _, span in [*piece.places, ("", Span(len(piece.text), len(piece.text)))]:
             shown += [(piece.text[start : span.start], at + start), (SKILL_MARK, at + span.start)]
             start = span.stop
-        shown.pop()  # the end is no value
+        shown.pop()  # the end of the piece is not a value
         at += len(piece.text)
     begins = last_line("".join(run for run, _ in shown))
     for run, stands in shown:
@@ -71,7 +71,7 @@ def _last_line(pieces: Sequence[Rendered | str]) -> int:
 
 
 def _outside_of_tokens(piece: Rendered, cuts: Sequence[int], tokenizer: Any) -> list[int]:
-    """Where to cut a text so that no special token is cut apart: templates end messages in what others begin with."""
+    """The cuts, moved out of special tokens to their start: two special tokens may begin with the same characters."""
     ids, offsets = encode(tokenizer, piece.text, [*piece.plain, *(span for _, span in piece.places)])
     special = set(tokenizer.all_special_ids)
     spans = [Span(start, stop) for token, (start, stop) in zip(ids, offsets.tolist(), strict=True) if token in special]
@@ -79,7 +79,7 @@ def _outside_of_tokens(piece: Rendered, cuts: Sequence[int], tokenizer: Any) -> 
 
 
 def skill_units(piece: Rendered, types: Mapping[str, FieldType], tokenizer: Any) -> tuple[Unit, ...]:
-    """The units of a skill's text: each value is one of its own, with room to grow, as in a prompt."""
+    """The units of a skill's text: each value is a separate unit with room to grow, as in a prompt."""
     piece = unshielded(piece)
     units = [*_apart(piece, piece.places, tokenizer, types, special=False)]
     ends = max((span.stop for _, span in piece.places), default=0)
@@ -91,7 +91,7 @@ def skill_units(piece: Rendered, types: Mapping[str, FieldType], tokenizer: Any)
 def _units(
     piece: Rendered, first: int, opens: int, tokenizer: Any, types: Mapping[str, FieldType], *, special: bool
 ) -> Iterator[Unit]:
-    """The units of a text whose turns begin at a character, and whose open question at another."""
+    """The units of a text whose turns begin at character `first` and whose open question begins at `opens`."""
     before = [place for place in piece.places if place[1].start < first]
     yield from _apart(piece, before, tokenizer, types, special=special)
     start = before[-1][1].stop if before else 0
@@ -112,7 +112,7 @@ def _apart(
     *,
     special: bool,
 ) -> Iterator[Unit]:
-    """The units of a text up to the last of some values in it, each value a unit with room to grow."""
+    """The units of a text up to the last of some values in it; each value is a unit with room to grow."""
     start = 0
     for name, span in places:
         if span.start > start or special:
@@ -143,7 +143,7 @@ def _roomy(value: Unit, kind: FieldType, tokenizer: Any) -> Unit:
 
 
 def _cut(piece: Rendered, start: int, stop: int, *, with_values: bool) -> Rendered:
-    """The characters [start, stop) of a text; text between two values holds none, not even an empty one."""
+    """The characters [start, stop) of a text; without `with_values` the result has no places of values."""
     places = tuple(
         (name, span.shifted(-start))
         for name, span in piece.places

@@ -1,4 +1,4 @@
-"""The two ways to read a context."""
+"""The two kinds of visibility: what a token may read of the context before it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ class Visibility(StrEnum):
     """What a token may read of the text before it."""
 
     CAUSAL = "causal"
-    """everything: the way of any model"""
+    """everything before it, as in any causal model"""
     DESIGN = "design"
-    """a field only where a line mentions it, a skill nothing but itself, turns everything"""
+    """a field is read only by lines that mention it, a skill reads only itself, turns read everything"""

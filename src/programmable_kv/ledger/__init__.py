@@ -1,1 +1,1 @@
-"""What every cached token has read, and its state since. No tensors, no tokenizer, no model."""
+"""The ledger: what every cached token has read, and its state now. It uses no tensors, no tokenizer and no model."""

@@ -1,11 +1,11 @@
-"""The ledger of a cached context: its runs in slot order, what each has read, and the state that follows.
+"""The ledger of a cached context: its runs in slot order, what each run has read, and the states that follow from it.
 
 A ledger is immutable. Its operations mirror those of the cache buffer (`truncated`, `shifted`, `inserted`, `exchanged`,
-`computed`), and a plan is carried out on both, step by step. Everything else follows: a run is exact if the tokens
-before it are those it was computed behind, and those were exact then. So a value that changes and changes back leaves its
-readers exact, and nothing is marked by hand.
+`computed`), and a plan applies each step to both. States are derived, never set: a run is exact if the tokens before it
+are the ones that it was computed behind, and if those were exact at that time. So a value that changes and changes back
+leaves its readers exact.
 
-Cost: operations and states take time in the number of runs, and hashing of the tokens after the change.
+Cost: operations and states take time proportional to the number of runs, plus hashing the tokens after the change.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from programmable_kv.ledger.version import (
 from programmable_kv.states import TokenState, weakest
 
 FirstPlace = tuple[int, str]
-"""(slot, field): from this slot on, tokens can have read the field"""
+"""(slot, field): tokens from this slot on can have read the field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,14 @@ class Stretch:
 
 @dataclass(slots=True)
 class _Standing:
-    """What is before each run now, filled from the left as far as it was asked for."""
+    """The version before each run, and each run's state; computed lazily from the left."""
 
     versions: list[Version] = field(default_factory=lambda: [NOTHING])
     states: list[TokenState] = field(default_factory=list)
 
 
 class Ledger:
-    """Runs in slot order."""
+    """The runs of a cached context, in slot order."""
 
     __slots__ = ("_ends", "_standing", "runs")
 
@@ -65,12 +65,12 @@ class Ledger:
     # -- the buffer's operations, on the ledger --------------------------------------------------------------------
 
     def truncated(self, length: int) -> Ledger:
-        """Without the slots from `length` on."""
+        """The ledger without the slots from `length` on."""
         ledger, index = self._cut_at(length)
         return ledger._with(ledger.runs[:index], index)
 
     def shifted(self, start: int, to: int) -> Ledger:
-        """The tail from slot `start` goes to slot `to`; what lay between is gone, or a gap opens that has to be computed."""
+        """Move the tail from slot `start` to slot `to`. Slots in between are removed, or a gap to compute opens."""
         ledger, index = self._cut_at(start)
         if to < start:
             ledger, first = ledger._cut_at(to)
@@ -80,13 +80,13 @@ class Ledger:
         return ledger._with((*ledger.runs[:index], gap, *ledger.runs[index:]), index)
 
     def inserted(self, at: int, runs: Sequence[Run], *, replacing: int = 0) -> Ledger:
-        """Runs in the place of the `replacing` slots from `at` on."""
+        """Insert runs at slot `at`, in place of the `replacing` slots from there on."""
         ledger, first = self._cut_at(at)
         ledger, last = ledger._cut_at(at + replacing)
         return ledger._with((*ledger.runs[:first], *runs, *ledger.runs[last:]), first)
 
     def exchanged(self, start: int, middle: int, stop: int) -> Ledger:
-        """[start, middle) and [middle, stop) change places."""
+        """Swap the adjacent slots [start, middle) and [middle, stop)."""
         ledger, first = self._cut_at(start)
         ledger, second = ledger._cut_at(middle)
         ledger, end = ledger._cut_at(stop)
@@ -94,7 +94,10 @@ class Ledger:
         return ledger._with((*runs[:first], *runs[second:end], *runs[first:second], *runs[end:]), first)
 
     def computed(self, start: int, tokens: bytes, statements: Iterable[Statement] = (), *, origin: Origin) -> Ledger:
-        """`tokens` were computed in the slots from `start` on, on what precedes them now. They may extend the context."""
+        """Record that `tokens` were computed in the slots from `start` on, behind the tokens that precede them now.
+
+        They may extend the context.
+        """
         count = len(tokens) // TOKEN_BYTES
         ledger, first = self._cut_at(start)
         ledger, last = ledger._cut_at(min(start + count, len(ledger)))
@@ -102,7 +105,7 @@ class Ledger:
         return ledger._with((*ledger.runs[:first], run, *ledger.runs[last:]), first)
 
     def _cut_at(self, slot: int) -> tuple[Ledger, int]:
-        """A ledger with a run beginning at `slot`, and that run's index. States and versions do not change by it."""
+        """A ledger in which a run begins at `slot`, and that run's index. This changes no state and no version."""
         index = bisect_right(self._ends, slot)
         begins = self._ends[index - 1] if index else 0
         if begins == slot:
@@ -113,7 +116,7 @@ class Ledger:
         ), index + 1
 
     def _with(self, runs: tuple[Run, ...], unchanged: int) -> Ledger:
-        """Other runs; the first `unchanged` of them are this ledger's, so what is known of them is kept."""
+        """A ledger with other runs; the first `unchanged` are this ledger's, so their versions and states are kept."""
         ledger = Ledger()
         ledger.runs = runs if all(run.tokens for run in runs[unchanged:]) else tuple(run for run in runs if run.tokens)
         ends, begins = self._ends[:unchanged], self._ends[unchanged - 1] if unchanged else 0
@@ -125,9 +128,9 @@ class Ledger:
     # -- the state of each run -----------------------------------------------------------------------------------
 
     def version_at(self, index: int) -> Version:
-        """What is before run `index` now; the whole context for the number of runs."""
+        """The version before run `index` now. The number of runs as index gives the version of the whole context."""
         known = self._standing
-        held: Seen | None = None  # what was merged last: it is among what later tokens have read, so it is not compared
+        held: Seen | None = None  # merged last: later tokens have read all of it, so it need not be compared again
         while len(known.versions) <= index:
             number = len(known.versions) - 1
             before, run = known.versions[number], self.runs[number]
@@ -148,7 +151,7 @@ class Ledger:
         return known.versions[index]
 
     def _state(self, index: int, run: Run, before: Version) -> TokenState:
-        """The state of a run by the tokens before it (not by the values of fields, which an erratum corrects)."""
+        """The state of a run from the tokens before it, regardless of field values, which an erratum may correct."""
         if run.version.content.same(before.content):
             if run.version.exact:
                 return TokenState.REPAIRED if run.origin is Origin.REPAIRED else TokenState.EXACT
@@ -160,7 +163,7 @@ class Ledger:
         return TokenState.STALE
 
     def _follows(self, index: int, skill: Content) -> bool:
-        """Whether the tokens right before run `index` are those of the skill that it is a later part of."""
+        """Whether the tokens right before run `index` are `skill`, the earlier tokens of the run's own skill."""
         if not skill.length:
             return True
         wanted, pieces = skill.length * TOKEN_BYTES, []
@@ -173,11 +176,11 @@ class Ledger:
 
     @property
     def standing(self) -> Version:
-        """What a token appended now would read."""
+        """The version that a token appended now would read."""
         return self.version_at(len(self.runs))
 
     def seen_before(self, slot: int) -> Version:
-        """What a token computed now at `slot` would read."""
+        """The version that a token computed now at `slot` would read."""
         ledger, index = self._cut_at(slot)
         return ledger.version_at(index)
 
@@ -185,8 +188,8 @@ class Ledger:
         """The states of all slots, in order.
 
         Args:
-            fields: every field's current value. A token that has read another value only is stale; one that has read both
-                was computed after the edit.
+            fields: every field's current value. A token that has read only other values is stale; one that has read the
+                current value and another was computed after the edit.
             places: where each field can first be read, ascending by slot.
         """
         begins = 0
@@ -195,7 +198,7 @@ class Ledger:
             begins = stop
 
     def weakest(self, fields: Mapping[str, str], places: Sequence[FirstPlace]) -> TokenState:
-        """The state of all tokens taken together. Arguments as `stretches`."""
+        """The weakest state of any token. Arguments as in `stretches`."""
         found: set[TokenState] = set()
         for _, state in self._borders(fields, places):
             found.add(state)
@@ -204,7 +207,7 @@ class Ledger:
         return weakest(found)
 
     def _borders(self, fields: Mapping[str, str], places: Sequence[FirstPlace]) -> Iterator[tuple[int, TokenState]]:
-        """(stop, state) of consecutive slots of one state. Arguments as `stretches`."""
+        """(stop, state) of consecutive slots of one state. Arguments as in `stretches`."""
         self.version_at(len(self.runs))
         borders = sorted({slot for slot, _ in places})
         worth: dict[tuple[int, int], TokenState] = {}
@@ -226,13 +229,13 @@ class Ledger:
                     if key not in worth:
                         worth[key] = _by_values(seen, fields, places, start)
                     by_values = worth[key]
-                # A refreshed token reads the old value by way of its neighbours: that is what its state says already.
+                # A refreshed token reads the old value through its neighbours, which its state already says.
                 told = state is TokenState.REFRESHED and by_values is TokenState.AFTER_EDIT
                 yield stop, state if told or by_values.rank < state.rank else by_values
             begins = ends
 
     def first_inexact(self, start: int) -> int:
-        """The first slot from `start` on that is not exact for the current text; the end if there is none."""
+        """The first slot from `start` on that is not exact for the current text; the length if all are exact."""
         self.version_at(len(self.runs))
         for index in range(bisect_right(self._ends, start), len(self.runs)):
             if not self._standing.states[index].exact:
@@ -246,7 +249,8 @@ class Ledger:
         for index, run in enumerate(self.runs):
             ends = self._ends[index]
             if ends > place:
-                # Of a run that begins before the place, only what it holds itself after the place counts as read of it.
+                # If a run begins before the place, its token at the place has read the run's version and its own
+                # statements up to there.
                 if begins >= place and not run.version.seen.get(name, frozenset()) <= allowed:
                     return False
                 if begins < place and not self._read_by(run, place - begins, name) <= allowed:
@@ -262,23 +266,23 @@ class Ledger:
 
     @staticmethod
     def _read_by(run: Run, offset: int, name: str) -> frozenset[str]:
-        """What the run's token at `offset` has read of a field."""
+        """The values of a field that the run's token at `offset` has read."""
         held = frozenset(value for at, field, value in run.statements if field == name and at <= offset)
         return run.version.seen.get(name, frozenset()) | held
 
     def written_before(self, slot: int) -> Seen:
-        """The values that are written in the text before `slot`, whatever later tokens have noted of others."""
+        """The field values that are written in the text before `slot`, without values that tokens have only read."""
         ledger, index = self._cut_at(slot)
         return with_statements({}, [statement for run in ledger.runs[:index] for statement in run.statements])
 
     @property
     def reads_preface(self) -> bool:
-        """Whether something here has read a preface that is not in the context."""
+        """Whether a token has read a preface that is not in the context."""
         return self.standing.preface
 
 
 def _by_values(seen: Seen, fields: Mapping[str, str], places: Sequence[FirstPlace], slot: int) -> TokenState:
-    """The state of a token at `slot` by the values that it has read."""
+    """The state of a token at `slot` from the field values that it has read."""
     state = TokenState.EXACT
     for place, name in places:
         if place > slot:

@@ -1,4 +1,4 @@
-"""A run: consecutive cached tokens that were computed together, and what they have read."""
+"""A run: consecutive cached tokens that were computed together, with the version that they have read."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from programmable_kv.ledger.version import TOKEN_BYTES, Content, Statement, Vers
 
 
 class Origin(StrEnum):
-    """How a run's keys and values got here."""
+    """How a run's keys and values were made."""
 
     COMPUTED = "computed"
-    """appended, or computed again with everything after it"""
+    """appended, or recomputed together with everything after it"""
     REPAIRED = "repaired"
-    """a spliced skill's tokens, computed again in their place"""
+    """tokens of a spliced skill, recomputed in their place"""
     REFRESHED = "refreshed"
-    """computed again in the middle of the context by an edit"""
+    """recomputed in the middle of the context by an edit"""
     COMPILED = "compiled"
     """spliced: computed apart from this context"""
     PENDING = "pending"
@@ -25,22 +25,22 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Tokens (ids in four bytes each) with the version they read and the values of fields that they hold themselves."""
+    """Tokens (ids of four bytes each), the version that they read, and the field values that they state themselves."""
 
     tokens: bytes
     version: Version
-    """what was before its first token when it was computed"""
+    """what was before the first token when the run was computed"""
     statements: tuple[Statement, ...] = ()
     """ascending by offset"""
     origin: Origin = Origin.COMPUTED
     skill: Content | None = None
-    """of a compiled run: the skill's own tokens before it"""
+    """for a compiled run, the skill's own tokens before it"""
 
     def __len__(self) -> int:
         return len(self.tokens) // TOKEN_BYTES
 
     def split(self, at: int) -> tuple[Run, Run]:
-        """Two runs out of one; what the second has read includes the first."""
+        """Split into two runs; the version of the second includes the first."""
         head, tail = self.tokens[: at * TOKEN_BYTES], self.tokens[at * TOKEN_BYTES :]
         before = tuple(statement for statement in self.statements if statement[0] < at)
         after = tuple((offset - at, name, value) for offset, name, value in self.statements if offset >= at)

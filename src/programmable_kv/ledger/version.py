@@ -1,8 +1,8 @@
-"""What was before some tokens when they were computed: what a run has read.
+"""Versions: what was before some tokens when they were computed, that is, what a run has read.
 
-A version is immutable and shared. It records which tokens were there (a digest), whether all of them were exact, and every
-value of each field that could have reached a reader: those that were written, those that an erratum stated, and those that
-earlier tokens had read and noted.
+A version is immutable and shared. It records which tokens were there (a digest), whether all of them were exact, and
+every value of each field that could have reached a reader: values written in the text, values stated by an erratum, and
+values that earlier tokens had read.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ TOKEN_BYTES = 4
 _DIGEST_BYTES = 16
 
 Seen = Mapping[str, frozenset[str]]
-"""field -> every value of it that has been read"""
+"""Field -> all values of it that have been read."""
 Statement = tuple[int, str, str]
-"""(token offset in a run, field, value): from that token on, the run's tokens have read that value"""
+"""(token offset in a run, field, value): the run's tokens from that offset on have read the value."""
 
 
 class Content:
-    """A token sequence as a digest that can be extended, so that two are compared without keeping either.
+    """A digest of a token sequence that can be extended, so that two sequences are compared without storing either.
 
-    `tokens` are ids packed in four bytes each. A content that was loaded from disk has a digest and no hash state: it can be
-    compared, and extending it gives a content that equals nothing.
+    `tokens` are ids packed in four bytes each. A content loaded from disk has a digest but no hash state: it can be
+    compared, but extending it gives a content that equals no other.
     """
 
     __slots__ = ("_digest", "_hasher", "length")
@@ -43,13 +43,13 @@ class Content:
 
     @property
     def digest(self) -> bytes | None:
-        """16 bytes, made when it is first asked for; None where the tokens are not known."""
+        """The digest, 16 bytes, computed on first use; None if the tokens are unknown."""
         if self._digest is None and self._hasher is not None:
             self._digest = self._hasher.digest()
         return self._digest
 
     def extended(self, tokens: bytes) -> Content:
-        """These tokens and `tokens` after them."""
+        """The content of these tokens followed by `tokens`."""
         if not tokens:
             return self
         length = self.length + len(tokens) // TOKEN_BYTES
@@ -60,7 +60,7 @@ class Content:
         return Content(hasher, None, length)
 
     def same(self, other: Content) -> bool:
-        """Whether both are known to be the same tokens."""
+        """Whether both are known to be the same token sequence."""
         return self is other or (
             self.length == other.length and self.digest is not None and self.digest == other.digest
         )
@@ -72,22 +72,22 @@ class Version:
 
     content: Content
     exact: bool = True
-    """whether all of it was exact then"""
+    """whether all those tokens were exact at that time"""
     seen: Seen = field(default_factory=dict)
     preface: bool = False
-    """whether some of it had read a preface that is not in the context, so that what it knows of a field is unknown"""
+    """whether some token had read a preface that is not in the context, so it may have read unknown field values"""
 
     def after(self, tokens: bytes, statements: Iterable[Statement]) -> Version:
-        """What is before the tokens that were computed right after `tokens`, in the same forward."""
+        """The version of the tokens that were computed right after `tokens`, in the same forward."""
         return Version(self.content.extended(tokens), self.exact, with_statements(self.seen, statements), self.preface)
 
 
 NOTHING = Version(Content.of())
-"""what is before a context's first token"""
+"""The version of a context's first token."""
 
 
 def merged(seen: Seen, more: Seen) -> Seen:
-    """Both; the very object `seen` if it holds `more` already, so that runs share one."""
+    """The union of both. Returns the object `seen` itself if it already contains `more`, so that runs share it."""
     if seen is more or not more:
         return seen
     new = {name: values for name, values in more.items() if not values <= seen.get(name, frozenset())}
@@ -99,7 +99,7 @@ def merged(seen: Seen, more: Seen) -> Seen:
 
 
 def with_statements(seen: Seen, statements: Iterable[Statement]) -> Seen:
-    """`seen` and the values of some statements."""
+    """The union of `seen` and the values of some statements."""
     stated: dict[str, frozenset[str]] = {}
     for _, name, value in statements:
         stated[name] = stated.get(name, frozenset()) | {value}

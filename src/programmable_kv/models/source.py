@@ -1,4 +1,4 @@
-"""Where a model is loaded from, found out before anything heavy is imported: so a mistyped name fails at once."""
+"""Finds where a model is loaded from before anything heavy is imported, so that a mistyped name fails at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from programmable_kv.extras import require_extra
 
 EMBEDDED = "embedded"
 EMBEDDED_DESIGN = "embedded-design"
-"""see `fetch.ADAPTERS`"""
+"""Name of the embedded model for `visibility="design"`; see `fetch.ADAPTERS`."""
 _GGUF_MAGIC = b"GGUF"
 _REACHED_WITHIN_SECONDS = 3.0
 _FORMS = (
@@ -22,7 +22,7 @@ _FORMS = (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What to hand to transformers' `from_pretrained`."""
+    """What to pass to transformers' `from_pretrained`."""
 
     place: str
     """a local folder or a Hub id"""
@@ -33,11 +33,12 @@ class Source:
 
 
 def find_source(name: str | Path, *, revision: str | None = None) -> Source:
-    """Where `name` leads: an embedded model (fetched on first use), a folder, a GGUF file, or a Hub id.
+    """Resolve a name: an embedded model (fetched on first use), a folder, a GGUF file, or a Hub id.
 
     Raises:
-        InvalidArgumentError: the name is not a string or a path.
-        ModelUnavailableError: it leads nowhere, with what to do. An unreachable Hub is found out within seconds.
+        InvalidArgumentError: the name is not a string or a path, or is empty.
+        ModelUnavailableError: nothing has that name; the message says what to do. An unreachable Hub is detected within
+            seconds.
         MissingExtraError: a GGUF file or the embedded model needs the `[embedded]` extra.
     """
     if not isinstance(name, str | Path) or not str(name).strip():
@@ -99,7 +100,7 @@ def _on_the_hub(name: str, revision: str | None) -> Source:
         ) from error
     if _hub_answers():
         return Source(name, None)
-    if isinstance(cached, str):  # as a folder, because transformers asks the Hub for some files whatever it is told
+    if isinstance(cached, str):  # as a folder, because for a Hub id transformers always asks the Hub for some files
         return Source(str(Path(cached).parent), Path(cached).parent)
     raise ModelUnavailableError(
         f"could not load '{name}': there is no such folder, the Hub cannot be reached, and its cache here does not hold the "
@@ -108,7 +109,7 @@ def _on_the_hub(name: str, revision: str | None) -> Source:
 
 
 def _hub_answers() -> bool:
-    """Whether the Hub answers anything at all. Its own client retries each of several files for half a minute."""
+    """Whether the Hub answers at all. Its own client would retry each of several files for half a minute."""
     answered = threading.Event()
 
     def ask() -> None:
@@ -116,11 +117,11 @@ def _hub_answers() -> bool:
 
         try:
             get_session().head(constants.ENDPOINT, timeout=_REACHED_WITHIN_SECONDS)
-        except Exception:  # the client's error classes differ between versions; each of them means no answer
+        except Exception:  # the client's error classes differ between versions; any of them means no answer
             return
         answered.set()
 
-    # Looking up a host's name obeys no timeout of the client, so the wait is bounded here.
+    # The client's timeout does not apply to the lookup of the host's name, so the wait is bounded here.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(_REACHED_WITHIN_SECONDS + 1)

@@ -1,1 +1,1 @@
-"""Texts compiled once and spliced wherever they are needed."""
+"""Skills: texts that are compiled once and spliced wherever they are needed."""

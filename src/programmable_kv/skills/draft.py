@@ -1,6 +1,6 @@
-"""A skill's text before it is computed: checked, tokenised, behind its preface; and the rows that compute it.
+"""Drafts: a skill's text, checked and tokenised behind its preface, before anything is computed; and its rows.
 
-Behind no preface a skill still reads the token that begins every text, where the tokenizer has one.
+Without a preface a skill still reads the token that begins every text, if the tokenizer has one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
 from programmable_kv.prompt.written import places_in_json
 
 Preface = str | Sequence[tuple[str, str]]
-"""raw text, or a conversation of (role, content) whose last message is left open: the skill is inside of it"""
+"""Raw text, or a conversation of (role, content) whose last message is left open, so that the skill is inside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Draft:
     preface_ids: tuple[int, ...]
     types: Mapping[str, FieldType] = field(default_factory=dict)
     pieces: tuple[Unit, ...] = ()
-    """by design: its units, the values apart"""
+    """for a skill compiled by design: its units, with each value as a separate unit"""
     mentions: Words = field(default_factory=dict)
 
     @classmethod
@@ -64,7 +64,7 @@ class Draft:
         visibility: str | Visibility = Visibility.CAUSAL,
         mentions: Words | None = None,
     ) -> Draft:
-        """Arguments and errors as `Skill.compile`."""
+        """Make a draft. Arguments and errors are those of `Skill.compile`."""
         require(text, str, "a skill's text is a string")
         design = choice_of(Visibility, visibility, "visibility is") is Visibility.DESIGN
         _check_no_option(text, fields, {
@@ -82,7 +82,7 @@ class Draft:
     def together(
         cls, model: Model, texts: Mapping[str, str], fields: Mapping[str, Value], preface: Preface, between: str
     ) -> list[Draft]:
-        """Each behind those before it. Arguments and errors as `Skill.compile_together`."""
+        """Make drafts, each behind the earlier ones. Arguments and errors are those of `Skill.compile_together`."""
         if (
             not texts
             or not isinstance(texts, Mapping)
@@ -124,9 +124,10 @@ class Draft:
         read: tuple[str, tuple[int, ...]],
         designed_with: Words | None = None,
     ) -> Draft:
-        """`fields`, as they stand in the text, were checked. `read`: the preface as the model reads it, and its tokens.
+        """Make a draft behind a preface. `fields` are the values as in the text, already checked.
 
-        `designed_with`: the declared words of one that is compiled by design.
+        `read` is the preface as the model reads it, and its tokens. `designed_with` are the declared words of a skill
+        that is compiled by design; None otherwise.
         """
         if not text:
             raise InvalidValueError("the skill's text is empty")
@@ -148,24 +149,24 @@ class Draft:
 
     @property
     def end(self) -> int:
-        """Where it ends, the preface counted."""
+        """The number of tokens in the preface and the skill together."""
         return len(self.preface_ids) + len(self.unit)
 
     def rows(self) -> tuple[Rows, PartReads | None]:
-        """Its tokens behind its preface, and what they may read; all that stands before them when None."""
+        """The rows of the preface and the skill, and which parts they may read (None: everything before them)."""
         return _rows(self.pieces or (self.unit,), self.preface_ids, Declared(self.mentions))
 
 
 def compile_units(engine: Engine, units: Sequence[Unit], declared: Declared) -> Segment:
-    """A skill that stands in a context, compiled again alone: behind what it read before, with its values as they are now.
+    """Compile a skill of a context again, alone: behind the same preface as before, with its current values.
 
     Args:
-        units: of the skill; the first says what it read.
-        declared: who reads which field of it.
+        units: the skill's units; the first one says which tokens the skill reads before its own.
+        declared: who reads which field of the skill.
 
     Raises:
-        ContextOverflowError: it is longer than the model's positions, what it reads included.
-        NonFiniteLogitsError: as `Engine.compute`.
+        ContextOverflowError: the skill and its preface are longer than the model's positions.
+        NonFiniteLogitsError: as in `Engine.compute`.
     """
     read = units[0].read
     rows, reads = _rows(units, read, declared)
@@ -175,7 +176,7 @@ def compile_units(engine: Engine, units: Sequence[Unit], declared: Declared) -> 
 
 
 def _rows(units: Sequence[Unit], read: Sequence[int], declared: Declared) -> tuple[Rows, PartReads | None]:
-    """A skill's tokens behind what it reads, and what they may read; all that stands before them when None."""
+    """The rows of a skill behind what it reads, and which parts they may read (None: everything before them)."""
     ids = (*read, *(token for unit in units for token in unit.ids))
     if len(units) == 1:
         return Rows.appended(ids, 0, 0), None
@@ -189,7 +190,7 @@ def _rows(units: Sequence[Unit], read: Sequence[int], declared: Declared) -> tup
 def _checked_fields(
     model: Model, text: str, fields: Mapping[str, Value]
 ) -> tuple[dict[str, str], dict[str, FieldType]]:
-    """The texts of values, and their types.
+    """The values as text, and their types.
 
     Raises:
         InvalidValueError: a name or a value is not plain data.
@@ -204,8 +205,8 @@ def _checked_fields(
 def _checked_mentions(mentions: Words | None, values: Collection[str], *, design: bool) -> dict[str, tuple[str, ...]]:
     """
     Raises:
-        InvalidArgumentError: words are declared that nothing would look for, or a word has no letter or digit.
-        UnknownFieldError: words are declared for no field of the skill.
+        InvalidArgumentError: words are declared without `visibility="design"`, or a word has no letter or digit.
+        UnknownFieldError: words are declared for a name that is not a field of the skill.
     """
     given = {} if mentions is None else mentions
     if not isinstance(given, Mapping) or not all(isinstance(said, list | tuple) for said in given.values()):
@@ -230,7 +231,7 @@ def _checked_mentions(mentions: Words | None, values: Collection[str], *, design
 def _check_no_option(text: str, fields: Mapping[str, object], options: Mapping[str, object]) -> None:
     """
     Raises:
-        InvalidValueError: an option that was given could have been meant as the value of a field of that name.
+        InvalidValueError: an option was given, and the text has a field of that name whose value it could have been.
     """
     for option, given in options.items():
         if given is not None and option not in fields and "{" + option + "}" in text:
@@ -241,7 +242,7 @@ def _check_no_option(text: str, fields: Mapping[str, object], options: Mapping[s
 
 
 def _read(tokenizer: Any, preface: Preface, *, inside: bool) -> tuple[str, tuple[int, ...]]:
-    """A preface as the model reads it, and its tokens; `inside`: the skill is inside of its last message."""
+    """A preface as the model reads it, and its tokens. `inside`: the skill is inside the preface's last message."""
     if not preface:
         return "", _beginning(tokenizer)
     if isinstance(preface, str):
@@ -265,10 +266,10 @@ def _unit(tokenizer: Any, text: str, *, special: bool = False) -> Unit:
 
 
 def _beginning(tokenizer: Any) -> tuple[int, ...]:
-    """The token that begins every text, where the tokenizer puts one.
+    """The token that the tokenizer puts at the beginning of every text; empty if there is none.
 
-    A text without it makes an attention sink of its first word, which no context does. Models that were always trained with
-    such a token (Gemma) read a splice of that much worse.
+    Without it the skill's first word becomes an attention sink, which it is in no context. Models that were always
+    trained with such a token (Gemma) read a skill spliced that way much worse.
     """
     ids = tuple(tokenizer.encode(""))
     return ids if ids == (tokenizer.bos_token_id,) else ()

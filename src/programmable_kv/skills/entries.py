@@ -1,4 +1,4 @@
-"""The entries of a skill store as blobs: found, listed, written, replaced, evicted. No model and no tensors here, only bytes.
+"""The entries of a skill store: finds, lists, writes, replaces and evicts them as bytes, without a model or tensors.
 
 An entry is two blobs: `KEY.json`, the sealed manifest, and `KEY.GENERATION.safetensors`, the tensors that it names.
 """
@@ -22,7 +22,7 @@ _TENSORS = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{16}\.safetensors\Z")
 
 
 def new_name(key: str) -> str:
-    """A name for the tensors of an entry, that no other write has."""
+    """A name for the tensors of an entry that is unique to this write."""
     return f"{key}.{uuid.uuid4().hex[:16]}.safetensors"
 
 
@@ -33,7 +33,7 @@ def manifest_of(key: str) -> str:
 def check_key(entry: Entry, where: str) -> None:
     """
     Raises:
-        CorruptFileError: the entry's key is not that of its content, or its tensors' name not that of its key.
+        CorruptFileError: the entry's key does not match its content, or the name of its tensors does not match its key.
     """
     if entry.key != entry_key(entry) or not entry.tensors.startswith(f"{entry.key}."):
         raise CorruptFileError(f"{where} does not describe the entry of its key: {Entry.AGAIN}")
@@ -46,7 +46,7 @@ class Entries:
         self.blobs = blobs
 
     def place(self, name: str) -> str:
-        """A blob's name, for messages."""
+        """A blob's name and root, for messages."""
         return f"{name} in {self.blobs.where}"
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ class Entries:
         """The manifest of a key; None if there is none.
 
         Raises:
-            CorruptFileError: it is damaged, or describes something else.
+            CorruptFileError: the manifest is damaged, or describes another entry.
         """
         body = self.blobs.read(manifest_of(key))
         if body is None:
@@ -71,7 +71,7 @@ class Entries:
         return entry
 
     def inventory(self) -> tuple[list[Entry], list[str]]:
-        """Entries with an intact manifest and tensors, most recently used first; and the keys of all others."""
+        """The entries with an intact manifest and existing tensors, most recently used first; and all other keys."""
         listed = {blob.name: blob for blob in self.blobs.list()}
         manifests = [(blob, match.group(1)) for blob in listed.values() if (match := _MANIFEST.match(blob.name))]
         intact, damaged = [], []
@@ -81,15 +81,15 @@ class Entries:
             except CorruptFileError:
                 damaged.append(key)
                 continue
-            if entry is not None:  # or else it was evicted since it was listed
+            if entry is not None:  # None: it was evicted after the listing
                 intact.append(entry)
         return intact, damaged
 
     def _complete(self, key: str, listed: Container[str]) -> Entry | None:
-        """The manifest of a key whose tensors are there too; None if there is none.
+        """The manifest of a key, whose tensors exist too; None if there is no manifest.
 
         Raises:
-            CorruptFileError: it is damaged, or its tensors are missing.
+            CorruptFileError: the manifest is damaged, or its tensors are missing.
         """
         missing = ""
         while True:
@@ -98,16 +98,18 @@ class Entries:
                 return entry
             if entry.tensors == missing:
                 break
-            missing = entry.tensors  # unless the entry was replaced just now: look again
+            missing = entry.tensors  # the entry may just have been replaced: read it again
         raise CorruptFileError(f"the tensors {self.place(missing)} are missing: {Entry.AGAIN}")
 
     def find(self, which: str, fingerprint: str | None = None) -> str:
-        """The key that a key, a name or the beginning of a key stands for, looked up in this order.
+        """The key of an entry, looked up by key, by name, and by the beginning of a key, in this order.
 
-        Damaged entries are found by their key. Of several models' skills of one name, the one with that fingerprint.
+        Damaged entries are found by their key. If several models have a skill of that name, `fingerprint` selects the
+        model.
 
         Raises:
-            UnknownSkillError: there is none, or more than one.
+            InvalidArgumentError: `which` is not a string.
+            UnknownSkillError: no entry matches, or more than one.
         """
         if not isinstance(which, str):
             raise InvalidArgumentError(f"a stored skill is asked for by its name or key, got {which!r}")
@@ -129,11 +131,11 @@ class Entries:
         return found[0]
 
     def entry(self, which: str, fingerprint: str | None = None) -> Entry:
-        """The manifest that `find` leads to.
+        """The manifest of the entry that `find` finds.
 
         Raises:
-            UnknownSkillError: there is none, or more than one.
-            CorruptFileError: it is damaged.
+            UnknownSkillError: no entry matches, or more than one.
+            CorruptFileError: the manifest is damaged.
         """
         entry = self.read(self.find(which, fingerprint))
         if entry is None:
@@ -141,13 +143,13 @@ class Entries:
         return entry
 
     def tensors(self, entry: Entry, *, verify: bool = True) -> tuple[Entry, bytes | Path]:
-        """The tensors of an entry: bytes whose digest was checked; or, without `verify`, a local file where there is one.
+        """The tensors of an entry: bytes whose digest was checked; or without `verify` a local file, if there is one.
 
-        With the entry that they belong to, which is a newer one if the entry was replaced since.
+        Returned with the entry that they belong to, which is a newer one if the entry was replaced in the meantime.
 
         Raises:
-            UnknownSkillError: it was removed meanwhile.
-            CorruptFileError: they are missing, or are not those of the manifest.
+            UnknownSkillError: the entry was removed in the meantime.
+            CorruptFileError: the tensors are missing, or do not match the manifest.
         """
         while True:
             path = None if verify else self.blobs.local_path(entry.tensors)
@@ -174,10 +176,10 @@ class Entries:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def write(self, entry: Entry, body: bytes) -> None:
-        """Write an entry, in the place of one with the same key.
+        """Write an entry; it replaces one with the same key.
 
         Raises:
-            StorageError: it cannot be written; what was there is unchanged.
+            StorageError: the entry cannot be written; the store is unchanged.
         """
 
         def save() -> bytes:
@@ -187,24 +189,24 @@ class Entries:
         write_pair(self.blobs, entry.tensors, manifest_of(entry.key), save, lambda: self._named_by(entry.key))
 
     def rename(self, key: str, name: str) -> None:
-        """Give an entry another name. Where the store may only be read, or the entry is gone, nothing happens."""
+        """Give an entry another name. If the store is read-only or the entry is gone, nothing happens."""
         with suppress(StorageError):
             entry = self.read(key)
             if entry is None:
                 return
             self.blobs.write(manifest_of(key), entry.model_copy(update={"name": name}).sealed())
-            if not self.blobs.exists(entry.tensors):  # evicted since it was read, so this would be half an entry
+            if not self.blobs.exists(entry.tensors):  # evicted in the meantime: do not leave half an entry
                 self.blobs.remove(manifest_of(key))
 
     def touch(self, key: str) -> None:
-        """Record a use, where that can be done."""
+        """Record a use, if the backend can."""
         self.blobs.touch(manifest_of(key))
 
     def remove(self, key: str) -> None:
-        """The manifest is removed first, so that no reader finds half of an entry.
+        """Remove an entry; its manifest first, so that no reader finds half of it.
 
         Raises:
-            StorageError: it cannot be removed.
+            StorageError: the entry cannot be removed.
         """
         self.blobs.remove(manifest_of(key))
         for blob in self.blobs.list():
@@ -212,9 +214,9 @@ class Entries:
                 self.blobs.remove(blob.name)
 
     def evict(self, limit: int, keep: Collection[str]) -> None:
-        """Remove the least recently used entries until the rest is at most `limit` bytes, but none of the keys to keep.
+        """Remove the least recently used entries, except those in `keep`, until the rest is at most `limit` bytes.
 
-        Also clears up what killed writers left. What may not be removed stays.
+        Also removes what killed writers left behind. Blobs that cannot be removed stay.
         """
         entries, _ = self.inventory()
         total = sum(entry.nbytes for entry in entries)
@@ -229,7 +231,7 @@ class Entries:
         clear_unused(self.blobs, lambda name: bool(_TENSORS.match(name)), self._named)
 
     def _named_by(self, key: str) -> set[str] | None:
-        """The tensors that a key's manifest names."""
+        """The names of the tensors in a key's manifest; None if it cannot be read."""
         try:
             entry = self.read(key)
         except StorageError:
@@ -237,7 +239,7 @@ class Entries:
         return set() if entry is None else {entry.tensors}
 
     def _named(self) -> set[str]:
-        """The tensors that any manifest names; where one cannot be read (a newer version's, say), all with its key."""
+        """The names of all tensors in use; if a manifest cannot be read (of a newer version), all with its key."""
         names = [blob.name for blob in self.blobs.list()]
         used: set[str] = set()
         for match in filter(None, map(_MANIFEST.match, names)):

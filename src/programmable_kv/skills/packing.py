@@ -1,8 +1,9 @@
-"""A skill's tensors as they are stored, and back.
+"""Converts a skill to the tensors that are stored, and back.
 
-Named `keys.I` and `values.I` of layer I ([1, H, n, D], or 8-bit levels with `.scale`), `computed_at` [n], `preface_ids`, and
-`preface`, the preface's text in UTF-8. A preface stands here and not in the manifest, because a catalogue that is compiled
-together has prefaces that grow with it, and manifests are read for every listing.
+They are named `keys.I` and `values.I` for layer I ([1, H, n, D], or 8-bit levels with `.scale`), `computed_at` [n],
+`frequencies`, `preface_ids`, and `preface`, the preface's text in UTF-8. A preface is stored here and not in the
+manifest, because skills that are compiled together have prefaces that grow with their number, and manifests are read
+for every listing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _NAMES = ("computed_at", "frequencies", "preface", "preface_ids")
 
 
 def packed(skill: Skill, *, int8: bool) -> dict[str, torch.Tensor]:
-    """The tensors to store, on the CPU."""
+    """A skill's tensors to store, on the CPU."""
     tensors = {
         "computed_at": skill.segment.computed_at,
         "frequencies": torch.tensor(skill.segment.tables or (), dtype=torch.long),
@@ -42,7 +43,7 @@ def packed(skill: Skill, *, int8: bool) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Unpacked:
-    """What `packed` was given, but for what the manifest has."""
+    """What `unpacked` restores of a skill; the rest is in the manifest."""
 
     segment: Segment
     preface: str
@@ -58,15 +59,15 @@ def check_packed(
     limit: int | None = None,
     finite: bool = True,
 ) -> None:
-    """Are these the tensors of the skill that a manifest describes?
+    """Check that these are the tensors of the skill that a manifest describes.
 
     Args:
-        shapes: what the model caches in each layer.
-        limit: how many positions the model has.
-        finite: look at every number too.
+        shapes: the shapes that the model caches in each layer.
+        limit: the number of positions of the model.
+        finite: also check every number.
 
     Raises:
-        CorruptFileError: they are not.
+        CorruptFileError: the tensors do not match the manifest or the shapes.
     """
     int8 = entry.precision == "int8"
     check = TensorCheck(tensors, where, len(entry.unit.ids), finite)
@@ -89,10 +90,10 @@ def unpacked(
     where: str,
     device: torch.device,
 ) -> Unpacked:
-    """The skill that a manifest and its tensors describe, once `check_packed` has passed them.
+    """The skill's content from a manifest and its tensors, which `check_packed` must have checked.
 
     Raises:
-        CorruptFileError: the preface is not the manifest's.
+        CorruptFileError: the preface does not match the manifest.
     """
 
     def each(name: str, shape: CachedShape) -> torch.Tensor:
@@ -135,10 +136,10 @@ def _preface(tensors: Mapping[str, torch.Tensor], entry: Entry, where: str) -> t
 
 
 def shapes_in(tensors: Mapping[str, torch.Tensor], where: str) -> tuple[LayerShape, ...]:
-    """The shapes that stored tensors have themselves, where there is no model to compare them with.
+    """The shapes of the stored tensors themselves, used if there is no model to compare them with.
 
     Raises:
-        CorruptFileError: they are no keys and values of a number of layers.
+        CorruptFileError: the tensors are not keys and values of layers.
     """
     layers = sum(name.startswith("keys.") and name.count(".") == 1 for name in tensors)
     shapes: list[LayerShape] = []

@@ -1,9 +1,9 @@
 """A skill: a text compiled once, alone, whose cache is spliced wherever it is needed.
 
-A policy, a tool's description, a document, a tool's result. Compiled alone it has seen nothing but itself, so its
-keys and values are right at any position, in any context, except for what its tokens would have read from the text before
-them. Seam repair reduces that difference, and so does a *preface*: text like the one that will precede the skill, which it
-reads while it is compiled, and which is not part of it.
+A skill may be a policy, a tool's description, a document or a tool's result. Compiled alone it has read only itself, so
+its keys and values are correct at any position, in any context, except for what its tokens would have read from the
+text before them. Seam repair reduces that difference, and so does a *preface*: text like the text that will precede the
+skill, which the skill reads while it is compiled, and which is not part of it.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ class Skill:
     values: Mapping[str, str]
     segment: Segment = field(repr=False)
     fingerprint: str
-    """of the model that compiled it"""
+    """the fingerprint of the model that compiled it"""
     account: Account
-    """what compiling it cost"""
+    """the cost of compiling it"""
     preface: str = ""
-    """what it read while it was compiled, and does not hold"""
+    """text that it read while it was compiled, and that is not part of it"""
     preface_ids: tuple[int, ...] = ()
-    """its tokens; without a preface the one that begins every text, where the tokenizer has one"""
+    """the preface's tokens; without a preface the token that begins every text, if the tokenizer has one"""
     rounded: bool = False
-    """kept in fewer bits than it was computed in: close, and never exact"""
+    """whether it was stored in fewer bits than it was computed in: then it is close, but never exact"""
     types: Mapping[str, FieldType] = field(default_factory=dict)
-    """of the fields in it"""
+    """the types of the fields in it"""
     pieces: tuple[Unit, ...] = ()
-    """of one that was compiled by design: its units, the values apart"""
+    """for a skill compiled by design: its units, with each value as a separate unit"""
     mentions: Words = field(default_factory=dict)
-    """of one that was compiled by design: what else its lines say when they speak of a field"""
+    """for a skill compiled by design: field -> other words by which its lines mention the field"""
 
     @property
     def text(self) -> str:
@@ -59,17 +59,17 @@ class Skill:
 
     @property
     def packed(self) -> bytes:
-        """Its token ids, four bytes each, as a ledger keeps them."""
+        """The token ids, four bytes each, as in a ledger."""
         return array("I", self.unit.ids).tobytes()
 
     @property
     def packed_preface(self) -> bytes:
-        """The token ids of its preface, four bytes each."""
+        """The preface's token ids, four bytes each."""
         return array("I", self.preface_ids).tobytes()
 
     @property
     def placed(self) -> tuple[Unit, ...]:
-        """Its text as units of a context, under its name."""
+        """The skill's units, for a context, under the skill's name."""
         words = tuple((name, tuple(said)) for name, said in sorted(self.mentions.items()))
         return tuple(
             replace(unit, name=self.name, read=self.preface_ids, words=words) for unit in self.pieces or (self.unit,)
@@ -77,7 +77,7 @@ class Skill:
 
     @property
     def visibility(self) -> Visibility:
-        """How its tokens read each other."""
+        """The visibility under which it was compiled; a skill without pieces is causal."""
         return Visibility.DESIGN if self.pieces else Visibility.CAUSAL
 
     @classmethod
@@ -95,29 +95,33 @@ class Skill:
         mentions: Words | None = None,
         **fields: Value,
     ) -> Skill:
-        """Compute a text alone (behind the token that begins every text, where the tokenizer has one), or behind a preface.
+        """Compute a text behind a preface, or alone (behind the token that begins every text, if there is one).
 
         Args:
-            text: what it says; `{field}` placeholders as in `Notebook.message`.
-            values, fields: the fields' values; those of fields that are called `name`, `role` or `preface` in `values`.
-            name: what it is called in a context; a digest of its text and preface when None.
-            role: render it as a chat message of this role, to be spliced between turns (a tool's result, say).
-            preface: text that it reads while it is computed and that is then discarded: text of the kind that will precede it.
-                What it concludes from the preface stays in its keys and values. Right behind exactly these tokens it is exact.
-                With a `role`, the preface's last message is closed.
-            visibility: `design`, for a notebook under `visibility="design"`: a field in the skill is read by those of its lines
-                that mention it, so that an edit computes just these again. Without fields in it a skill needs none.
-            mentions: with `design`, field -> what else its lines say when they speak of the field, as `Notebook.mentions`.
-                The notebook that it comes into takes these words over.
+            text: the skill's text; it may have `{field}` placeholders as in `Notebook.message`.
+            values, fields: the fields' values; fields named like an option (`name`, `role`, `preface`) go into
+                `values`.
+            name: the skill's name in a context; None makes one from a digest of its text and preface.
+            role: render it as a chat message of this role, to be spliced between turns (a tool's result, for example).
+            preface: text that the skill reads while it is computed and that is then discarded: text of the kind that
+                will precede it. What the skill concludes from the preface stays in its keys and values. Directly behind
+                exactly these tokens the skill is exact. With a `role`, the preface's last message is closed.
+            visibility: `design` is for a notebook under `visibility="design"`: a field in the skill is read only by the
+                skill's lines that mention it, so that an edit recomputes only these. A skill without fields does not
+                need it.
+            mentions: with `design`, field -> other words by which the skill's lines mention it, as in
+                `Notebook.mentions`. A notebook takes over these words with the skill.
 
         Raises:
-            InvalidArgumentError: there is no such visibility, or words are declared for one that has no use for them.
-            UnverifiedError: `design`, and this model cannot compute with a mask of its own.
-            InvalidValueError: the text is empty, it or the preface has a special token that cannot be plain text, or a name or
-                value is not plain data.
-            UnknownFieldError: a field has no placeholder in the text.
-            ContextOverflowError: it is longer than the model's positions, the preface included.
-            TemplateError: the chat template does not take a message of that role, or the preface.
+            InvalidArgumentError: `visibility` is not causal or design, or `mentions` are not valid or given without
+                `design`.
+            UnverifiedError: with `design`, rows cannot be recomputed exactly on this model.
+            InvalidValueError: the text is empty, it or the preface has a special token that cannot be plain text, or a
+                name or value is not plain data.
+            UnknownFieldError: a field has no placeholder in the text, or `mentions` name something that is not a field
+                of it.
+            ContextOverflowError: the skill and the preface are longer than the model's positions.
+            TemplateError: the chat template rejects a message of that role, or the preface.
         """
         draft = Draft.of(model, text, {**(values or {}), **fields}, name, role, preface, visibility, mentions)
         return compute_drafts(model, [draft])[0]
@@ -134,27 +138,29 @@ class Skill:
         between: str = "",
         **fields: Value,
     ) -> list[Skill]:
-        """Compile several texts in one forward, each behind those before it: its preface is all of them.
+        """Compile several texts in one forward; the preface of each consists of all texts before it.
 
-        Spliced in this order, behind the same preface and with the same text between them, all of them are exact. In another
-        order, or some of them only, each is a skill that has read those before it in `texts`, the values in them included.
+        Spliced in this order, behind the same preface and with the same text between them, all skills are exact. In
+        another order, or if only some are used, each is a skill that has read the earlier ones in `texts`, including
+        their values.
 
         Args:
-            texts: name -> text, in order; `{field}` placeholders as in `compile`. What changes often is best in the last.
-            values, fields: the fields' values, each for every text that has its placeholder.
-            preface: what the first one reads, and so all of them; as in `compile`.
-            between: text between two of them, which belongs to neither ("\\n\\n" in an `Agent`). A placeholder in
-                it, or in the preface, is plain text.
+            texts: name -> text, in order; `{field}` placeholders as in `compile`. Put text that changes often last.
+            values, fields: the fields' values; each applies to every text that has its placeholder.
+            preface: text that the first skill reads, and so all of them; as in `compile`.
+            between: text between two skills, which belongs to neither ("\\n\\n" in an `Agent`). Placeholders in it or
+                in the preface are plain text.
 
         Raises:
-            InvalidValueError, UnknownFieldError, ContextOverflowError, TemplateError: as `compile`; or there is no text.
+            InvalidValueError, UnknownFieldError, ContextOverflowError, TemplateError: as in `compile`; or there is no
+                text.
         """
         return compute_drafts(model, Draft.together(model, texts, {**(values or {}), **fields}, preface, between))
 
     def check_fits(self, model: Model) -> None:
         """
         Raises:
-            FingerprintMismatchError: another model, tokenizer or dtype compiled it.
+            FingerprintMismatchError: the skill was compiled by another model, tokenizer or dtype.
         """
         check_fingerprint(self.name, self.fingerprint, model)
 
@@ -162,7 +168,8 @@ class Skill:
 def compute_drafts(model: Model, drafts: Sequence[Draft]) -> list[Skill]:
     """Compute drafts, each behind the one before it, in one forward from position 0.
 
-    Each one's account holds its own tokens and those between it and the one before: together they are what it all cost.
+    Each account counts the skill's own tokens and those since the end of the previous skill; their sum is the total
+    cost.
     """
     last = drafts[-1]
     if last.pieces:
@@ -210,7 +217,7 @@ def check_fingerprint(name: str, fingerprint: str, model: Model) -> None:
 
 
 def skills_among(fields: Mapping[str, Any]) -> tuple[dict[str, Value], dict[str, Skill]]:
-    """The plain values and the skills among a message's keyword arguments."""
+    """Separate a message's keyword arguments into plain values and skills."""
     skills = {name: value for name, value in fields.items() if isinstance(value, Skill)}
     return {name: value for name, value in fields.items() if name not in skills}, skills
 

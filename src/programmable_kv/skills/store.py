@@ -1,11 +1,12 @@
-"""Compiled skills in a folder or at any fsspec URL: addressed by content, bounded, written atomically, checked when read.
+"""The skill store: compiled skills in a folder or at any fsspec URL, by content, of bounded size, checked when read.
 
-An entry is a sealed manifest and the tensors that it names (`entries.py`). Its key is a digest of all that decides the content:
-the model's fingerprint, the token ids, the preface, and the format. Processes may write, read and evict one entry at once, and
-die at any step: a reader gets a whole entry or none. What is damaged all the same is found by its digests, and compiled again.
+An entry is a sealed manifest and the tensors that it names (`entries.py`). Its key is a digest of everything that
+determines the content: the model's fingerprint, the token ids, the preface, and the format. Several processes may
+write, read and evict an entry at the same time, and be killed at any step: a reader gets a whole entry or none. Entries
+that are damaged in another way are detected by their digests and compiled again.
 
-The store needs named blobs and nothing else of the place it writes to. Another backend (Redis, say) is one new file: a subclass
-of `storage.files.Blobs`, of which `SkillStore(backend)` takes an instance.
+The store only needs named blobs from its backend. Another backend (Redis, for example) is one new file: a subclass of
+`storage.files.Blobs`, an instance of which is passed to `SkillStore(backend)`.
 """
 
 from __future__ import annotations
@@ -40,25 +41,25 @@ from programmable_kv.storage.tensors import LayerShape, cached_shapes, read_tens
 __all__ = ["DEFAULT_LIMIT", "Entry", "SkillStore"]
 
 DEFAULT_LIMIT = 4 * 2**30
-"""bytes"""
+"""The default limit of a store, in bytes."""
 _CARRIED = ("skill.safetensors", "skill.json")
 
 
 class SkillStore:
-    """A place with compiled skills; when it exceeds `limit` bytes, the least recently used are removed."""
+    """A store of compiled skills; if it exceeds `limit` bytes, the least recently used ones are removed."""
 
     def __init__(
         self, where: str | Path | Blobs | None = None, *, limit: int = DEFAULT_LIMIT, int8: bool = False
     ) -> None:
         """
         Args:
-            where: a folder (`~` is expanded), any URL that fsspec knows, or a backend; `skills` in the per-user cache folder
-                when None. It is made when something is written. A place that may only be read serves what it holds.
-            limit: bytes of tensors to keep.
-            int8: store keys per channel and values per token in 8 bits.
+            where: a folder (`~` is expanded), any URL that fsspec knows, or a backend; None means `skills` in the
+                per-user cache folder. It is created on the first write. A read-only place can be read from.
+            limit: the number of bytes of tensors to keep.
+            int8: store in 8 bits, with one scale per channel for keys and one per token for values.
 
         Raises:
-            InvalidArgumentError: the limit is negative, or `where` is no such place.
+            InvalidArgumentError: the limit is negative, or `where` is not a folder, a known URL or a backend.
             StorageError: a URL's driver is not installed or cannot connect.
         """
         if limit < 0:
@@ -71,11 +72,12 @@ class SkillStore:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def put(self, skill: Skill, *, model_name: str = "") -> Entry:
-        """Keep a skill; returns its entry. One that is there already is written anew.
+        """Store a skill; returns its entry. An existing entry is replaced.
 
         Raises:
-            InvalidValueError: it was kept in 8 bits before, and this store keeps full precision; or its name is not plain.
-            StorageError: it cannot be written; what the store holds is unchanged.
+            InvalidValueError: the skill comes from a store of 8 bits, and this one has full precision; or its name is
+                not plain.
+            StorageError: the skill cannot be written; the store is unchanged.
         """
         entry = self._put(skill, model_name)
         self._entries.evict(self.limit, keep={entry.key})
@@ -125,12 +127,13 @@ class SkillStore:
         mentions: Words | None = None,
         **fields: Value,
     ) -> Skill:
-        """The skill from the store if it is there and intact, else compiled and kept. Arguments and errors as `Skill.compile`.
+        """Load a skill from the store if it is there and intact; else compile and store it.
 
-        An entry of the same tokens takes the name that is given here.
+        Arguments and errors are those of `Skill.compile`. An entry with the same tokens gets the name that is given
+        here.
 
         Raises:
-            StorageError: the store cannot be read; or the skill is not there, and cannot be written.
+            StorageError: the store cannot be read; or the skill is not there and cannot be written.
         """
         draft = Draft.of(model, text, {**(values or {}), **fields}, name, role, preface, visibility, mentions)
         return self._compiled(model, [draft], named=name is not None)[0]
@@ -146,27 +149,27 @@ class SkillStore:
         between: str = "",
         **fields: Value,
     ) -> list[Skill]:
-        """The skills from the store if all of them are there and intact, else compiled and kept, whatever the limit.
+        """Load skills from the store if all are there and intact; else compile and store them, regardless of the limit.
 
-        Arguments and errors as `Skill.compile_together` and `compile`. Kept in 8 bits, none of them is exact anywhere.
+        Arguments and errors are those of `Skill.compile_together` and `compile`. Stored in 8 bits, none is ever exact.
         """
         drafts = Draft.together(model, texts, {**(values or {}), **fields}, preface, between)
         return self._compiled(model, drafts, named=True)
 
     def _compiled(self, model: Model, drafts: Sequence[Draft], *, named: bool) -> list[Skill]:
-        """Drafts, each behind the one before it; `named`: the caller gave their names."""
+        """The skills of drafts, each behind the one before it; `named`: the caller gave their names."""
         kept = self._all_kept(model, drafts, named)
         if kept is not None:
             return kept
         skills = compute_drafts(model, drafts)
         entries = [self._put(skill, model.name) for skill in skills]
         self._entries.evict(self.limit, keep={entry.key for entry in entries})
-        if self.int8:  # what 8 bits keep is what everybody gets, the one who compiled it too
+        if self.int8:  # the first caller also gets the rounded skill that later callers will get
             return [self._rounded(model, skill, entry) for skill, entry in zip(skills, entries, strict=True)]
         return skills
 
     def _all_kept(self, model: Model, drafts: Sequence[Draft], named: bool) -> list[Skill] | None:
-        """The drafts' skills if the store has all of them, whole; None if one is missing, damaged or evicted meanwhile."""
+        """The drafts' skills if the store has all of them; None if one is missing, damaged or was just evicted."""
         keys = [
             key_of(model.fingerprint, draft.preface_ids, draft.unit.ids, self.int8, draft.pieces, draft.mentions)
             for draft in drafts
@@ -180,10 +183,10 @@ class SkillStore:
             except (CorruptFileError, UnknownSkillError):
                 return None
             if kept.unit.ids != draft.unit.ids or kept.preface_ids != draft.preface_ids:
-                return None  # the digest of other tokens: not to be trusted
+                return None  # the key matches but the tokens do not, so the entry cannot be trusted
             if named and kept.name != draft.name:
                 self._entries.rename(key, draft.name)
-            # The tokens are those of the entry; name, fields and text are the caller's.
+            # The tokens equal the entry's; name, fields and text are taken from the caller.
             skills.append(
                 replace(
                     kept,
@@ -206,11 +209,11 @@ class SkillStore:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def get(self, model: Model, which: str, *, verify: bool = True) -> Skill:
-        """A stored skill by its key or name. Without `verify`, the numbers in its tensors are trusted and not all read.
+        """Load a skill by its key or name. Without `verify`, its tensors' numbers are not checked and not all read.
 
         Raises:
-            UnknownSkillError: there is none, or several of that name for this model; or it was evicted meanwhile.
-            FingerprintMismatchError: another model compiled it.
+            UnknownSkillError: there is no such skill, or several of that name for this model; or it was just evicted.
+            FingerprintMismatchError: the skill was compiled by another model, tokenizer or dtype.
             CorruptFileError: a file is damaged, missing, of another format, or does not fit the model.
             StorageError: the store cannot be read.
         """
@@ -238,44 +241,45 @@ class SkillStore:
         )
 
     def entries(self) -> list[Entry]:
-        """Every intact entry, most recently used first. (Where the backend does not record uses: most recently written.)"""
+        """Every intact entry, most recently used first (most recently written, if the backend does not record uses)."""
         return self.inventory()[0]
 
     def damaged(self) -> list[str]:
-        """The keys of entries that cannot be used: damaged, of another format, or without tensors. `remove` takes them."""
+        """The keys of entries that are damaged, of another format, or without tensors. `remove` accepts them."""
         return self.inventory()[1]
 
     def inventory(self) -> tuple[list[Entry], list[str]]:
-        """`entries` and `damaged`, in one reading. Tensors are looked for and not read: that is `verify`."""
+        """`entries` and `damaged` in one listing. It checks that tensors exist; `verify` reads them."""
         return self._entries.inventory()
 
     def entry(self, which: str, fingerprint: str | None = None) -> Entry:
-        """The manifest of a key, a name, or the beginning of a key, tried in this order; of several models' skills of one
-        name, the one with that fingerprint.
+        """The manifest of an entry, looked up by key, by name, and by the beginning of a key, in this order.
+
+        If several models have a skill of that name, `fingerprint` selects the model.
 
         Raises:
-            UnknownSkillError: there is none, or more than one.
-            CorruptFileError: its manifest is damaged.
+            UnknownSkillError: no entry matches, or more than one.
+            CorruptFileError: the manifest is damaged.
         """
         return self._entries.entry(which, fingerprint)
 
     def verify(self, which: str) -> Entry:
-        """Read an entry's tensors and compare them with the manifest: the digest, and what should be in them.
+        """Read an entry's tensors and compare them with the manifest: their digest and their content.
 
         Raises:
-            UnknownSkillError: there is none, or more than one.
-            CorruptFileError: they differ.
+            UnknownSkillError: no entry matches, or more than one.
+            CorruptFileError: the tensors do not match the manifest.
         """
         return self._verified(which)[0]
 
     def remove(self, which: str) -> str:
-        """Forget an entry (a damaged one too) and return its key.
+        """Remove an entry (also a damaged one) and return its key.
 
-        The manifest is removed first, so that no reader finds half of it.
+        The manifest is removed first, so that no reader finds half an entry.
 
         Raises:
-            UnknownSkillError: there is none, or more than one.
-            StorageError: it cannot be removed.
+            UnknownSkillError: no entry matches, or more than one.
+            StorageError: the entry cannot be removed.
         """
         key = self._entries.find(which)
         self._entries.remove(key)
@@ -284,10 +288,10 @@ class SkillStore:
     # -- carrying ------------------------------------------------------------------------------------------------
 
     def export(self, which: str, file: str | Path) -> Entry:
-        """Write an entry to one file, to be imported elsewhere: the whole file or nothing.
+        """Write an entry to one file, to be imported elsewhere. The file is written whole or not at all.
 
         Raises:
-            UnknownSkillError, CorruptFileError: as `verify`.
+            UnknownSkillError, CorruptFileError: as in `verify`.
             StorageError: the file cannot be written.
         """
         entry, body = self._verified(which)
@@ -295,11 +299,11 @@ class SkillStore:
         return entry
 
     def import_file(self, file: str | Path) -> Entry:
-        """Take in what `export` wrote. Nothing is kept unless all of it is intact.
+        """Import a file that `export` wrote. Nothing is stored unless all of it is intact.
 
         Raises:
-            CorruptFileError: it is no exported skill, or is damaged.
-            StorageError: it cannot be read, or the store cannot be written.
+            CorruptFileError: the file is not an exported skill, or is damaged.
+            StorageError: the file cannot be read, or the store cannot be written.
         """
         path = Path(file).expanduser()
         body, manifest = read_archive(path, _CARRIED)
@@ -316,12 +320,12 @@ class SkillStore:
     # -- parts -----------------------------------------------------------------------------------------------------
 
     def _tensors(self, entry: Entry, *, verify: bool) -> tuple[Entry, dict[str, torch.Tensor], str]:
-        """An entry's tensors, with the entry they belong to and what to call them in a message."""
+        """The entry that the tensors belong to, the tensors, and their place for messages."""
         while True:
             entry, source = self._entries.tensors(entry, verify=verify)
             where = self._entries.place(entry.tensors)
-            # A local file that need not be checked is mapped: what is never touched is never read.
-            with suppress(FileNotFoundError):  # replaced or evicted before it was mapped: look again
+            # A local file that need not be checked is memory-mapped: pages that are not used are not read.
+            with suppress(FileNotFoundError):  # replaced or evicted before it was mapped: try again
                 return entry, read_tensors(source, where), where
 
     def _verified(self, which: str) -> tuple[Entry, bytes]:
@@ -331,7 +335,7 @@ class SkillStore:
         return entry, body
 
     def _shapes_of(self, model: Model) -> tuple[LayerShape, ...]:
-        """What this model caches; one token is computed to learn it, once for each model."""
+        """The shapes that this model caches; found by computing one token, once for each model."""
         if model.engine not in self._shapes:
             self._shapes[model.engine] = cached_shapes(model.engine)
         return self._shapes[model.engine]
@@ -340,7 +344,7 @@ class SkillStore:
 def _check_content(entry: Entry, body: bytes, where: str) -> None:
     """
     Raises:
-        CorruptFileError: the tensors are not a skill's, whatever the model.
+        CorruptFileError: the tensors cannot be a skill's of any model.
     """
     tensors = read_tensors(body, where)
     check_packed(tensors, entry, shapes_in(tensors, where), where)

@@ -1,1 +1,1 @@
-"""Notebooks and skills on disk or at any fsspec URL."""
+"""Storage of notebooks and skills on disk or at any fsspec URL."""

@@ -1,4 +1,4 @@
-"""One file that holds a few named byte strings: a zip archive without compression, so that its size bounds what is read."""
+"""Archives: one file with a few named byte strings, an uncompressed zip, so that its size bounds what is read."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from programmable_kv.errors import CorruptFileError, StorageError
 
 
 def write_archive(file: Path, members: Mapping[str, bytes]) -> None:
-    """Write the file, the whole of it or nothing; one that is there is replaced.
+    """Write the file, whole or not at all; an existing file is replaced.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the file cannot be written.
     """
     partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -33,11 +33,13 @@ def write_archive(file: Path, members: Mapping[str, bytes]) -> None:
 
 
 def read_archive(file: Path, names: tuple[str, ...]) -> tuple[bytes, ...]:
-    """The members of an archive that holds just these.
+    """Read the members of an archive that has exactly these names.
+
+    Nothing is unpacked to more than its size in the file.
 
     Raises:
-        CorruptFileError: it is no such archive, or is damaged. Nothing is unpacked to more than its size in the file.
-        StorageError: it cannot be read.
+        CorruptFileError: the file is not such an archive, or is damaged.
+        StorageError: the file cannot be read.
     """
     try:
         with zipfile.ZipFile(file) as archive:

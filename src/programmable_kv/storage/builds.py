@@ -1,4 +1,4 @@
-"""A build in a manifest: what stands in the slots of a context under `visibility="design"`, and its keys."""
+"""A build as saved in a manifest: what the slots of a context under `visibility="design"` contain, with its keys."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class SavedBuilt(BaseModel):
 
 
 class SavedBuild(BaseModel):
-    """What stands in a context's slots, in order. What was declared is saved as the notebook's."""
+    """What a context's slots contain, in order. The declarations are saved in the notebook's manifest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     built: tuple[SavedBuilt, ...]
     scheme: int = 1
-    """how its keys were made"""
+    """version of the scheme by which the keys were made"""
 
     @classmethod
     def of(cls, build: Build) -> SavedBuild:
@@ -46,7 +46,7 @@ class SavedBuild(BaseModel):
     def check(self, tokens: int, where: str) -> None:
         """
         Raises:
-            CorruptFileError: these are not the slots of a context of so many tokens.
+            CorruptFileError: the keys have another scheme, or the slots are not `tokens` in number.
         """
         if self.scheme != _SCHEME:
             raise CorruptFileError(

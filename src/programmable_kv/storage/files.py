@@ -1,9 +1,9 @@
-"""Named blobs under one root: all that the skill store and saved notebooks need of a place to keep things.
+"""Named blobs under one root: the interface through which the skill store and saved notebooks use a backend.
 
-A blob is written whole or not at all, and has a flat name (no folders). `blobs_at` opens a local folder or any fsspec URL.
-Another backend (Redis, a database) is one file with a subclass of `Blobs` that implements `_read`, `_write`, `_exists`, `_list`
-and `_remove`, and `_touch` where the backend can record a use. Pass an instance to `SkillStore` in the place of a folder.
-Names are checked and the backend's errors are translated here, once for all of them.
+A blob is written whole or not at all, and has a flat name (no folders). `blobs_at` opens a local folder or any fsspec
+URL. Another backend (Redis, a database) is one file with a subclass of `Blobs` that implements `_read`, `_write`,
+`_exists`, `_list` and `_remove`, and `_touch` if the backend can record a use. Pass an instance to `SkillStore` instead
+of a folder. This module checks names and translates the backend's errors for all backends.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 from programmable_kv.errors import CorruptFileError, InvalidArgumentError, StorageError
 
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,127}\Z")
-"""letters, digits, '_', '-' and single dots; no separator, no leading dot"""
+"""A valid name: letters, digits, '_', '-' and single dots; no separator, no leading dot."""
 LEFTOVER = re.compile(r"\..*\.[0-9a-f]{32}\.(partial|aside)\Z")
-"""what a writer to a local folder may leave there: hidden, and never a blob"""
+"""Files that a killed writer may leave in a local folder: they are hidden and never blobs."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _LOCAL_SCHEMES = ("file://", "local://")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -32,12 +32,12 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """What a listing says of a blob."""
+    """A blob in a listing."""
 
     name: str
     nbytes: int
     used_at: float
-    """when it was last touched or written, in seconds since the epoch; 0 where the backend does not say"""
+    """when it was last touched or written, in seconds since the epoch; 0 if the backend does not say"""
 
 
 class Blobs(ABC):
@@ -47,26 +47,26 @@ class Blobs(ABC):
         self.where = where
         """the root, for messages"""
 
-    # -- what a backend implements. Names are valid. Any error of its own may be raised. ------------------------------
+    # -- what a backend implements. Names are valid. It may raise any error of its own. -------------------------------
 
     @abstractmethod
     def _read(self, name: str) -> bytes:
-        """Raises FileNotFoundError if there is none of that name."""
+        """The blob's content. Raises FileNotFoundError if there is no blob of that name."""
 
     @abstractmethod
     def _write(self, name: str, body: bytes) -> None:
-        """The whole body or none of it; a reader sees the old blob or the new one."""
+        """Write the whole body or nothing; a reader sees the old blob or the new one."""
 
     @abstractmethod
     def _exists(self, name: str) -> bool: ...
 
     @abstractmethod
     def _list(self) -> Iterable[Blob]:
-        """Every blob; none if the root does not exist yet."""
+        """All blobs; none if the root does not exist yet."""
 
     @abstractmethod
     def _remove(self, name: str) -> None:
-        """Removes the blob if it is there."""
+        """Remove the blob if it exists."""
 
     def _touch(self, name: str) -> None:  # noqa: B027 (not every backend can)
         """Record a use of a blob that exists. Never creates one."""
@@ -74,11 +74,11 @@ class Blobs(ABC):
     # -- what callers use ---------------------------------------------------------------------------------------------
 
     def read(self, name: str) -> bytes | None:
-        """A blob's content; None if there is none of that name.
+        """A blob's content; None if there is no blob of that name.
 
         Raises:
-            CorruptFileError: a folder stands in its place.
-            StorageError: it cannot be read.
+            CorruptFileError: there is a folder of that name.
+            StorageError: the blob cannot be read.
         """
         with self.translated("read", checked_name(name)):
             try:
@@ -87,19 +87,19 @@ class Blobs(ABC):
                 return None
 
     def write(self, name: str, body: bytes) -> None:
-        """Write a blob, the whole of it or nothing; one of that name is replaced.
+        """Write a blob, whole or not at all; an existing blob of that name is replaced.
 
         Raises:
-            StorageError: it cannot be written (no room, no permission). What was there before is unchanged.
+            StorageError: the blob cannot be written (no room, no permission). An existing blob is unchanged.
         """
         with self.translated("write", checked_name(name), missing=False):
             self._write(name, body)
 
     def write_from(self, name: str, save: Callable[[Path], object]) -> str:
-        """Write a blob that `save` writes to a local file, so that it is never held in memory twice; its SHA-256.
+        """Write a blob from a local file that `save` writes, so that it is never in memory twice; returns its SHA-256.
 
         Raises:
-            StorageError: as `write`.
+            StorageError: as in `write`.
         """
         with self.translated("write", checked_name(name), missing=False), tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
@@ -112,54 +112,54 @@ class Blobs(ABC):
             return self._exists(name)
 
     def list(self) -> Iterator[Blob]:
-        """Every blob with a valid name; what else lies in the root is not ours.
+        """All blobs with a valid name; anything else in the root does not belong to this package.
 
         Raises:
-            StorageError: the root cannot be read, or is no folder.
+            StorageError: the root cannot be read, or is not a folder.
         """
         with self.translated("list", "", missing=False):
             found = [blob for blob in self._list() if _NAME.match(blob.name)]
         return iter(found)
 
     def foreign(self, ours: Callable[[str], bool]) -> str | None:
-        """The name of something under the root that is neither one of `ours` nor left by a killed writer."""
+        """The name of something under the root that is neither `ours` nor left by a killed writer; None if none."""
         with self.translated("list", "", missing=False):
             return next((it.name for it in self._list() if not ours(it.name) and not LEFTOVER.match(it.name)), None)
 
     def touch(self, name: str) -> None:
-        """Record a use, where that is possible: a blob that vanished or may not be written stays as it is."""
+        """Record a use if possible. Does nothing for a blob that is gone or may not be written."""
         with suppress(StorageError, FileNotFoundError), self.translated("touch", checked_name(name)):
             self._touch(name)
 
     def remove(self, name: str) -> None:
-        """Remove a blob; one that is gone already is no error.
+        """Remove a blob; it is no error if it does not exist.
 
         Raises:
-            StorageError: it cannot be removed.
+            StorageError: the blob cannot be removed.
         """
         with suppress(FileNotFoundError), self.translated("remove", checked_name(name)):
             self._remove(name)
 
     def local_path(self, name: str) -> Path | None:
-        """A local file with the blob's content, to be mapped instead of read; None where there is no such file."""
+        """A local file with the blob's content, which can be memory-mapped instead of read; None if there is none."""
         return None
 
     def writing(self) -> AbstractContextManager[object]:
-        """A block in which several blobs are written that belong together; others may write at the same time."""
+        """A block in which blobs that belong together are written; other processes may write at the same time."""
         return nullcontext()
 
     def alone(self) -> AbstractContextManager[bool]:
-        """A block that gets True if certainly no other process is inside of a `writing` block. Never waits."""
+        """A block that gets True if certainly no other process is inside a `writing` block. Never waits."""
         return nullcontext(False)
 
     def sweep(self) -> None:  # noqa: B027 (most backends have nothing to sweep)
-        """Inside `alone`: remove what killed writers left behind that never became a blob."""
+        """Inside `alone`: remove files that killed writers left behind and that never became blobs."""
 
     @contextmanager
     def translated(self, doing: str, name: str, *, missing: bool = True) -> Iterator[None]:
-        """The backend's errors as ours. They have no common base: drivers raise those of their client library.
+        """Translate the backend's errors into this package's. They have no common base, since drivers raise any error.
 
-        `missing`: a FileNotFoundError says that there is no such blob, and is for the caller.
+        `missing`: a FileNotFoundError means that there is no such blob, and is passed on to the caller.
         """
         what = f"{name} in {self.where}" if name else self.where
         try:
@@ -182,7 +182,7 @@ class Blobs(ABC):
 
 def _advice(error: Exception) -> str:
     number = getattr(error, "errno", None)
-    # safetensors writes from Rust and spells the number in its message.
+    # safetensors writes files in Rust and gives the error number in its message.
     if number in _NO_ROOM or any(f"os error {code})" in str(error) for code in _NO_ROOM):
         return "What was stored before is unchanged: make room or choose another place, and run it again."
     if number in _REFUSED:
@@ -193,7 +193,7 @@ def _advice(error: Exception) -> str:
 def checked_name(name: str) -> str:
     """
     Raises:
-        InvalidArgumentError: it is no flat name of a blob.
+        InvalidArgumentError: `name` is not a valid flat name of a blob.
     """
     if not isinstance(name, str) or not _NAME.match(name):
         raise InvalidArgumentError(
@@ -203,7 +203,7 @@ def checked_name(name: str) -> str:
 
 
 def sha256_of(source: Path | bytes) -> str:
-    """The digest of a file, or of bytes, in hexadecimal digits."""
+    """The SHA-256 of a file or of bytes, in hexadecimal digits."""
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
     with source.open("rb") as file:
@@ -211,12 +211,13 @@ def sha256_of(source: Path | bytes) -> str:
 
 
 def blobs_at(where: str | Path | Blobs) -> Blobs:
-    """Open a place: a local folder (`~` is expanded), an fsspec URL such as `s3://bucket/skills`, or `Blobs` of your own.
+    """Open a place: a local folder (`~` is expanded), an fsspec URL such as `s3://bucket/skills`, or your own `Blobs`.
 
-    Nothing is created before something is written.
+    Nothing is created before the first write.
 
     Raises:
-        InvalidArgumentError: it is none of these, a URL of an unknown protocol, or a URL as a `Path` (which drops a slash).
+        InvalidArgumentError: `where` is none of these, a URL with an unknown protocol, or a URL given as a `Path`,
+            which drops a slash.
         StorageError: the URL's driver is not installed or cannot connect.
     """
     if isinstance(where, Blobs):

@@ -1,7 +1,8 @@
-"""A ledger in a manifest: runs, and the versions that they read, each written once.
+"""A ledger as saved in a manifest: its runs, and the versions that they read, each saved once.
 
-A version's content is a digest. Where it is the digest of the tokens that are there now, the content is rebuilt from these, so
-that such a run can be split after loading; elsewhere (in stale runs) a later part of it counts as stale.
+A version's content is a digest. If it equals the digest of the tokens that precede the run now, the content is rebuilt
+from these tokens, so that the run can be split after loading. Otherwise (in stale runs) a part that is split off later
+counts as stale.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ContentDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 
 
 ANOTHER = "\ue00f"
-"""stands for a value that was edited away: it is not written anywhere, and no value equals it"""
+"""Stands for a value that was edited away, which is not saved anywhere; no value equals it."""
 
 
 class _Strict(BaseModel):
@@ -50,7 +51,7 @@ class SavedVersion(_Strict):
 
     @classmethod
     def of(cls, version: Version, written: Mapping[str, frozenset[str]]) -> SavedVersion:
-        """`written`: the values of each field that the saved text holds. Of others only that there were some is saved."""
+        """`written`: the values of each field in the saved text. Other values are saved as `ANOTHER`."""
         seen = {
             name: tuple(sorted(value if value in written.get(name, ()) else ANOTHER for value in values))
             for name, values in version.seen.items()
@@ -61,7 +62,7 @@ class SavedVersion(_Strict):
 class SavedRun(_Strict):
     length: Annotated[int, Field(gt=0)]
     version: Count
-    """which of the ledger's versions"""
+    """index into the ledger's versions"""
     statements: tuple[tuple[int, str, str], ...]
     origin: Origin
     skill: SavedContent | None
@@ -93,7 +94,7 @@ class SavedLedger(_Strict):
     def check(self, tokens: int, where: str) -> None:
         """
         Raises:
-            CorruptFileError: the runs are not those of a context of so many tokens.
+            CorruptFileError: the runs do not have `tokens` tokens in total, or a run is not valid.
         """
         found = sum(run.length for run in self.runs)
         if found != tokens:
@@ -106,7 +107,7 @@ class SavedLedger(_Strict):
                 raise CorruptFileError(f"{where}: a run of {run.length} tokens holds a value outside of it")
 
     def ledger(self, context: Context) -> Ledger:
-        """The ledger of a context that was checked to have as many tokens."""
+        """The ledger of a context, which must have as many tokens (see `check`)."""
         standing = Content.of()
         made: dict[tuple[int, bool], Version] = {}
         runs: list[Run] = []

@@ -1,8 +1,8 @@
 """Blobs in a local folder.
 
-A blob is written aside, flushed to the disk and renamed, so a process that is killed (or a machine that loses power) leaves the
-old blob or the new one. A lock on the folder shows whether a process is writing, so that only leftovers are
-removed; readers take none.
+A blob is written to a temporary file, flushed to the disk and renamed, so that a killed process (or a power failure)
+leaves the old blob or the new one. A lock on the folder shows whether a process is writing, so that cleaning up removes
+only leftovers. Readers take no lock.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PARTIAL, _ASIDE = ".partial", ".aside"
 
 
 class LocalBlobs(Blobs):
-    """A folder, made when something is written to it."""
+    """Blobs in a folder, which is created on the first write."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(str(root))
@@ -43,10 +43,10 @@ class LocalBlobs(Blobs):
 
     @contextmanager
     def _partial(self, name: str) -> Iterator[Path]:
-        """A file to write aside; at the block's end it takes its name."""
+        """A temporary file to write; at the end of the block it is renamed to `name`."""
         self.root.mkdir(parents=True, exist_ok=True)
         partial = self.root / f".{name}.{uuid.uuid4().hex}{_PARTIAL}"
-        with self._locked(alone=False):  # else a process that clears up would count it as abandoned
+        with self._locked(alone=False):  # without the lock, a process that cleans up would take the file for a leftover
             try:
                 yield partial
                 with partial.open("rb+") as file:
@@ -83,7 +83,7 @@ class LocalBlobs(Blobs):
         self._discard(self.root / name)
 
     def _discard(self, path: Path) -> None:
-        """Remove a file. A folder in its place that holds something is moved aside, not removed."""
+        """Remove a file. A folder of that name that is not empty is moved aside, not removed."""
         if not path.is_dir() or path.is_symlink():
             path.unlink(missing_ok=True)
             return
@@ -112,8 +112,8 @@ class LocalBlobs(Blobs):
 
     @contextmanager
     def _locked(self, *, alone: bool) -> Iterator[bool]:
-        """Whether the folder's lock is held: shared by writers, exclusive (without waiting) for clearing up."""
-        if sys.platform == "win32":  # no locks on folders: clearing up goes by age
+        """Lock the folder: shared to write, exclusive (without waiting) to clean up. Yields whether it is held."""
+        if sys.platform == "win32":  # folders cannot be locked: cleaning up goes by age
             yield False
             return
         try:

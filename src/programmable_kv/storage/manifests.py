@@ -1,7 +1,7 @@
-"""What a saved notebook and a stored skill say of themselves, and how the bookkeeping is written down.
+"""The manifests of saved notebooks and stored skills, and the saved forms of units, fields and contexts.
 
-This is the one module that knows the fields of units and contexts. What is read is checked here as far as it can be without
-tensors: `check_*` raise before any unit is made of it.
+Only this module depends on the fields of units and contexts. It checks what is read as far as possible without tensors:
+the `check` methods raise before any unit is made.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SHOWN_CHARACTERS = 200
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Key = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")]
-"""as `check_name` has it"""
+"""A name as `check_name` accepts it."""
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -92,7 +92,7 @@ class SavedUnit(_Strict):
     def check(self, fields: Container[str], model: Model, where: str) -> None:
         """
         Raises:
-            CorruptFileError: tokens, offsets and places do not fit each other, the fields or the model's vocabulary.
+            CorruptFileError: tokens, offsets and places do not fit each other, the fields, or the model's vocabulary.
         """
         count, length = len(self.ids), len(self.text)
         vocabulary = int(model.engine.model.get_input_embeddings().weight.shape[0])
@@ -117,7 +117,7 @@ class SavedUnit(_Strict):
     def check_piece(self, number: int, where: str) -> None:
         """
         Raises:
-            CorruptFileError: this is not the piece of that number of a skill that was compiled by design.
+            CorruptFileError: this is not piece `number` of a skill that was compiled by design.
         """
         one_thing = [place.characters for place in self.places] in ([], [(0, len(self.text))])
         if self.kind is not Kind.SKILL or self.piece != number or self.special or self.corrects or not one_thing:
@@ -125,7 +125,7 @@ class SavedUnit(_Strict):
 
 
 class SavedType(_Strict):
-    """A field's type. What is left out is as `FieldType` has it."""
+    """A field's type. The defaults are those of `FieldType`."""
 
     kind: FieldKind = FieldKind.TEXT
     among: tuple[str, ...] = ()
@@ -145,7 +145,7 @@ class SavedType(_Strict):
     def type(self, where: str) -> FieldType:
         """
         Raises:
-            CorruptFileError: its options do not fit its kind.
+            CorruptFileError: the options do not fit the kind of field.
         """
         try:
             return FieldType(**dict(self))
@@ -174,7 +174,7 @@ class SavedMessage(_Strict):
 
 
 class SavedTemplate(_Strict):
-    """What is passed to the chat template besides messages. Notebooks of earlier versions passed nothing."""
+    """The arguments of the chat template other than messages. Notebooks of earlier versions have none."""
 
     tools: tuple[dict[str, Any], ...] = ()
     options: dict[str, Any] = {}
@@ -193,7 +193,7 @@ class SavedTemplate(_Strict):
 
 
 class SavedContext(_Strict):
-    """A context as written: units in slot order, and fields."""
+    """A saved context: its units in slot order, and its fields."""
 
     units: tuple[SavedUnit, ...]
     fields: dict[str, SavedField]
@@ -207,7 +207,7 @@ class SavedContext(_Strict):
 
     @property
     def length(self) -> int:
-        """Tokens."""
+        """The number of tokens."""
         return sum(len(unit.ids) for unit in self.units)
 
     def context(self) -> Context:
@@ -217,7 +217,7 @@ class SavedContext(_Strict):
     def check(self, model: Model, where: str) -> None:
         """
         Raises:
-            CorruptFileError: the parts do not fit each other or the model.
+            CorruptFileError: fields and units do not fit each other or the model.
         """
         for name, state in self.fields.items():
             for value in (state.current, state.written):
@@ -231,7 +231,7 @@ class SavedContext(_Strict):
 
 
 class NotebookManifest(Sealed):
-    """Everything of a saved notebook but its tensors."""
+    """Everything in a saved notebook except its tensors."""
 
     FORMAT: ClassVar[int] = 2
     AGAIN: ClassVar[str] = "save the notebook again"
@@ -242,21 +242,21 @@ class NotebookManifest(Sealed):
     dtype: str
     erratum_template: str
     tensors: str
-    """the name of the blob with them"""
+    """the name of the tensors' blob"""
     tensors_sha256: Digest
     messages: tuple[SavedMessage, ...]
     template: SavedTemplate = SavedTemplate()
     placeholders: dict[str, str]
-    """what stood for every placeholder of the messages when they were rendered, skills included"""
+    """the text of every placeholder of the messages when they were rendered, including skills"""
     context: SavedContext
     ledger: SavedLedger | None
-    """None where visibility is by design"""
+    """None under `visibility="design"`"""
     build: SavedBuild | None = None
-    """in the place of a ledger, where visibility is by design"""
+    """replaces the ledger under `visibility="design"`"""
     mentions: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """field -> what else a line says when it speaks of it"""
+    """field -> other words by which lines mention it"""
     read_by: dict[str, ReadBy] = Field(default_factory=dict)
-    """field or skill -> who may read it, where visibility is by design"""
+    """field or skill -> who may read it under `visibility="design"`"""
 
     @property
     def declared(self) -> Declared:
@@ -265,7 +265,7 @@ class NotebookManifest(Sealed):
     def check(self, model: Model, where: str) -> None:
         """
         Raises:
-            CorruptFileError: what it says does not fit itself or the model.
+            CorruptFileError: the manifest contradicts itself or does not fit the model.
         """
         try:
             check_template(self.erratum_template)
@@ -287,7 +287,7 @@ class NotebookManifest(Sealed):
 
 
 class Entry(Sealed):
-    """The manifest of a stored skill. What the skill read while it was compiled lies with the tensors; here is its digest."""
+    """The manifest of a stored skill. The preface is stored with the tensors; the manifest has its digest."""
 
     FORMAT: ClassVar[int] = 2
     AGAIN: ClassVar[str] = "remove it, or compile the skill again"
@@ -300,26 +300,26 @@ class Entry(Sealed):
     precision: Literal["as computed", "int8"]
     nbytes: Count
     tensors: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}\.[0-9a-f]{16}\.safetensors$")]
-    """the name of the blob with them; a new one each time the skill is written"""
+    """the name of the tensors' blob; a new one for each write"""
     tensors_sha256: Digest
     values: dict[str, str]
     types: dict[str, SavedType] = Field(default_factory=dict)
-    """of those fields that are not just one line of text"""
+    """the types of the fields that do not have the default type, one line of text"""
     preface: str
-    """its first characters, for people"""
+    """the first characters of the preface, for people to read"""
     preface_tokens: Count
     preface_sha256: Digest
-    """of its token ids"""
+    """digest of the preface's token ids"""
     unit: SavedUnit
     pieces: tuple[SavedUnit, ...] = ()
-    """of a skill that was compiled by design: its units, which together are `unit`"""
+    """for a skill compiled by design: its units, which together are `unit`"""
     mentions: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """of such a skill: field -> what else its lines say when they speak of it"""
+    """for a skill compiled by design: field -> other words by which its lines mention it"""
 
     def check(self, model: Model, where: str) -> None:
         """
         Raises:
-            CorruptFileError: what it says does not fit itself or the model.
+            CorruptFileError: the manifest contradicts itself or does not fit the model.
         """
         unit = self.unit
         if unit.kind is not Kind.SKILL or not unit.ids:
@@ -346,12 +346,12 @@ def key_of(
     pieces: Sequence[Unit] = (),
     mentions: Words | None = None,
 ) -> str:
-    """The address of a skill: a digest of all that decides its content."""
+    """The key of a skill: a digest of everything that determines its content."""
     return _key(fingerprint, preface_digest(preface_ids), ids, int8, pieces, mentions or {})
 
 
 def entry_key(entry: Entry) -> str:
-    """The address that an entry's content has."""
+    """The key that an entry's content gives."""
     pieces = [piece.unit() for piece in entry.pieces]
     return _key(
         entry.fingerprint, entry.preface_sha256, entry.unit.ids, entry.precision == "int8", pieces, entry.mentions
@@ -369,19 +369,19 @@ def _key(
     content: dict[str, object] = {
         "format": Entry.FORMAT, "fingerprint": fingerprint, "preface": preface_sha256, "ids": ids, "int8": int8,
     }  # fmt: skip
-    if pieces:  # who read whom follows from the values' places, the lines, and the words
+    if pieces:  # these determine which parts read which: the values' places, the lines, and the words
         content["pieces"] = [(unit.text, len(unit), unit.width, [p.name for p in unit.places]) for unit in pieces]
         content["mentions"] = sorted((name, *words) for name, words in mentions.items())
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def preface_digest(ids: tuple[int, ...]) -> str:
-    """Of a preface's token ids."""
+    """The digest of a preface's token ids."""
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
 
 
 def shortened(preface: str) -> str:
-    """As much of a preface as a manifest shows."""
+    """The beginning of a preface, as a manifest shows it."""
     return preface if len(preface) <= _SHOWN_CHARACTERS else preface[: _SHOWN_CHARACTERS - 1] + "…"
 
 
@@ -399,7 +399,7 @@ def messages_of(saved: tuple[SavedMessage, ...]) -> tuple[Message, ...]:
 def check_mentions(mentions: Words, where: str) -> None:
     """
     Raises:
-        CorruptFileError: a declared word could not stand in a line.
+        CorruptFileError: a declared word is not one that a line could contain.
     """
     for name, words in mentions.items():
         try:
@@ -409,7 +409,7 @@ def check_mentions(mentions: Words, where: str) -> None:
 
 
 def _check_value(name: str, value: str, kind: SavedType, model: Model, where: str) -> None:
-    """Plain data, as every value was when it was given. (Its wording was checked then, against the fields of that time.)"""
+    """Check that a value is plain data. (Its wording was checked against the other fields when it was set.)"""
     try:
         check_name(name)
         check_text(name, value, kind.type(where), model.tokenizer, "{name}{value}")
@@ -418,7 +418,7 @@ def _check_value(name: str, value: str, kind: SavedType, model: Model, where: st
 
 
 def _covering(offsets: tuple[tuple[int, int], ...], start: int, stop: int) -> tuple[int, int] | None:
-    """The tokens that hold any of the characters [start, stop); of none, where they would be."""
+    """The tokens [first, stop) that cover any of the characters [start, stop); an empty range for no characters."""
     hit = [index for index, (a, b) in enumerate(offsets) if a < stop and b > start]
     if hit or start < stop:
         return (hit[0], hit[-1] + 1) if hit else None

@@ -1,4 +1,4 @@
-"""Blobs in this process's memory: what a pickled notebook is made of, and a pattern for a backend of your own."""
+"""Blobs in memory: used to pickle notebooks, and a model for writing your own backend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from programmable_kv.storage.files import Blob, Blobs
 
 
 class MemoryBlobs(Blobs):
-    """A dictionary of blobs. The clock counts uses instead of seconds."""
+    """A dictionary of blobs. `used_at` counts uses instead of seconds."""
 
     def __init__(self, contents: Mapping[str, bytes] | None = None) -> None:
         super().__init__("memory")

@@ -1,8 +1,9 @@
-"""A notebook on disk or at an fsspec URL: `notebook.json` (text, fields, digests) and `cache-*.safetensors` (keys and values).
+"""Saves a notebook on disk or at an fsspec URL: `notebook.json` (text, fields, digests) and `cache-*.safetensors`.
 
-Tensors are written first, under a name of their own for every save, and the manifest that names them last, in one step. So a
-reader gets the old notebook or the new one, never a mixture, also while several processes save at once or one is killed.
-This module knows no `Notebook`: it writes and reads a `SavedNotebook`, from which one is made.
+Tensors (keys and values) are written first, under a new name for every save, and the manifest that names them last, in
+one step. So a reader gets the old notebook or the new one, never a mixture, even if several processes save at the same
+time or one is killed. This module does not use `Notebook`: it writes and reads a `SavedNotebook`, from which one is
+made.
 """
 
 from __future__ import annotations
@@ -36,34 +37,34 @@ from programmable_kv.storage.tensors import TensorCheck, cached_shapes, read_ten
 
 MANIFEST = "notebook.json"
 _TENSORS = re.compile(r"cache(-[0-9a-f]{16})?\.safetensors\Z")
-"""(format 1 had no number in it)"""
+"""Name of a notebook's tensors; in format 1 it had no number."""
 _POSITIONS = ("positions", "origins", "frequencies")
-"""what stays on the CPU, whatever the model's device"""
+"""Tensors that stay on the CPU, whatever the model's device."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedNotebook:
-    """All that a prefilled notebook is made of."""
+    """Everything that a prefilled notebook is made of."""
 
     erratum_template: str
     messages: tuple[Message, ...]
     template: ChatTemplate
-    """of the messages, with all that is passed to it"""
+    """the chat template of the messages, with its arguments"""
     values: Mapping[str, str]
-    """what every placeholder of the messages was rendered as, skills included"""
+    """the text of every placeholder of the messages as rendered, including skills"""
     context: Context
     ledger: AnyLedger
     tensors: Mapping[str, torch.Tensor]
-    """as `KVBuffer.tensors` names them"""
+    """the buffer's tensors, named as by `KVBuffer.tensors`"""
     declared: Declared = field(default_factory=Declared)
 
 
 def write(state: SavedNotebook, where: str | Path | Blobs, model: Model) -> Path | str:
-    """Save a notebook to a folder or a URL; one that is saved there already is replaced. Returns the folder or the URL.
+    """Save a notebook to a folder or a URL; a notebook saved there before is replaced. Returns the folder or the URL.
 
     Raises:
-        CorruptFileError: something else than a saved notebook lies there.
-        StorageError: it cannot be written: no room, no permission. What was saved there before is unchanged.
+        CorruptFileError: the place has something other than a saved notebook.
+        StorageError: the notebook cannot be written (no room, no permission). What was saved there before is unchanged.
     """
     blobs = blobs_at(where)
     _require_ours(blobs)
@@ -95,7 +96,7 @@ def write(state: SavedNotebook, where: str | Path | Blobs, model: Model) -> Path
     except BaseException:
         if made and isinstance(blobs, LocalBlobs):
             with suppress(OSError):
-                blobs.root.rmdir()  # only if it is empty
+                blobs.root.rmdir()  # succeeds only if it is empty
         raise
     clear_unused(blobs, lambda other: bool(_TENSORS.match(other)), lambda: _named(blobs))
     if isinstance(blobs, LocalBlobs):
@@ -104,12 +105,12 @@ def write(state: SavedNotebook, where: str | Path | Blobs, model: Model) -> Path
 
 
 def read(where: str | Path | Blobs, model: Model) -> SavedNotebook:
-    """Read a notebook that was saved with this model; every check comes before any state is made.
+    """Read a notebook that was saved with this model. All checks are made before any state is.
 
     Raises:
-        FingerprintMismatchError: it was saved from another model, tokenizer or dtype.
+        FingerprintMismatchError: the notebook was saved from another model, tokenizer or dtype.
         CorruptFileError: a file is missing, damaged, of another format, or does not fit the model.
-        StorageError: it cannot be read.
+        StorageError: the notebook cannot be read.
     """
     blobs = blobs_at(where)
     missing: str | None = None
@@ -119,8 +120,8 @@ def read(where: str | Path | Blobs, model: Model) -> SavedNotebook:
         tensors = _tensors(blobs, manifest, model)
         if tensors is not None:
             break
-        # A save replaces the manifest first and removes the old tensors then. So if they are missing and the manifest still
-        # names them, no save has come between: they are lost.
+        # A save replaces the manifest before it removes the old tensors. So if tensors are missing and the manifest
+        # still names them, no save has replaced them: they are lost.
         if manifest.tensors == missing:
             raise CorruptFileError(f"{blobs.where}: the tensors {missing} are missing: save the notebook again")
         missing = manifest.tensors
@@ -167,7 +168,7 @@ def _check_model(manifest: NotebookManifest, model: Model, blobs: Blobs) -> None
 
 
 def _tensors(blobs: Blobs, manifest: NotebookManifest, model: Model) -> dict[str, torch.Tensor] | None:
-    """The tensors that a manifest names; None if they are gone, as when another save has replaced both."""
+    """The tensors that a manifest names; None if they are gone, for example because another save replaced both."""
     name = manifest.tensors
     where = f"{name} in {blobs.where}"
     path = blobs.local_path(name)
@@ -190,7 +191,7 @@ def _tensors(blobs: Blobs, manifest: NotebookManifest, model: Model) -> dict[str
 def _check_tensors(tensors: Mapping[str, torch.Tensor], count: int, model: Model, where: str) -> None:
     """
     Raises:
-        CorruptFileError: they are not those of a cache of `count` tokens of this model.
+        CorruptFileError: the tensors are not those of a cache of `count` tokens of this model.
     """
     shapes = cached_shapes(model.engine)
     limit = model.position_limit
@@ -221,7 +222,7 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], count: int, model: Model
 def _check_stand(positions: Sequence[int], context: Context, where: str) -> None:
     """
     Raises:
-        CorruptFileError: some tokens do not stand where the text says.
+        CorruptFileError: the cache's positions are not those of the text.
     """
     if list(positions) != list(context.positions_in(Span(0, len(context)))):
         raise CorruptFileError(
@@ -230,7 +231,7 @@ def _check_stand(positions: Sequence[int], context: Context, where: str) -> None
 
 
 def _named(blobs: Blobs) -> set[str] | None:
-    """The tensors that the manifest names; None if that cannot be read: then it is not known which are in use."""
+    """The tensors that the manifest names; None if it cannot be read, so that it is unknown which are in use."""
     try:
         body = blobs.read(MANIFEST)
         return set() if body is None else {NotebookManifest.read(body, MANIFEST).tensors}
@@ -241,7 +242,7 @@ def _named(blobs: Blobs) -> set[str] | None:
 def _require_ours(blobs: Blobs) -> None:
     """
     Raises:
-        CorruptFileError: something else lies there than a saved notebook.
+        CorruptFileError: the place has something other than a saved notebook.
     """
     if blobs.exists(MANIFEST):
         return

@@ -1,7 +1,7 @@
-"""A pair: tensors, and the manifest that names them. How one is written, replaced and cleared up.
+"""Pairs of a tensors blob and the manifest that names it: writes, replaces and cleans up such pairs.
 
-Tensors get a new name each time, and the manifest is replaced last, in one step. So a reader of a manifest finds the tensors
-it was written with, or none (if they were replaced since), never those of another write.
+Tensors get a new name for each write, and the manifest is replaced last, in one step. So a reader of a manifest finds
+the tensors that it was written with, or none (if they were replaced in the meantime), but never those of another write.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from programmable_kv.errors import StorageError
 from programmable_kv.storage.files import Blobs
 
 ABANDONED_SECONDS = 3600
-"""Age from which unnamed tensors cannot be ones whose manifest is still to be written: that takes moments."""
+"""Age from which tensors that no manifest names are abandoned: a write adds its manifest within moments."""
 
 Named = Callable[[], Collection[str] | None]
-"""the names of the tensors that are in use; None when that is not known, and so nothing may be removed"""
+"""Returns the names of the tensors in use; None if they are not known, in which case nothing may be removed."""
 
 
 def write_pair(blobs: Blobs, tensors: str, manifest: str, save: Callable[[], bytes], named: Named) -> None:
-    """Write both, and remove the tensors that the manifest named before. If it fails, what was there is unchanged.
+    """Write both, and remove the tensors that the manifest named before. On failure the old pair is unchanged.
 
     Args:
-        tensors, manifest: the names; that of the tensors is a new one.
+        tensors, manifest: the names of the two blobs; the tensors' name must be new.
         save: writes the tensors and returns the manifest's bytes.
-        named: the tensors that the manifest names now.
+        named: returns the names of the tensors in the current manifest.
 
     Raises:
         StorageError: one of the two cannot be written.
@@ -37,19 +37,20 @@ def write_pair(blobs: Blobs, tensors: str, manifest: str, save: Callable[[], byt
             before = named()
             blobs.write(manifest, body)
             for replaced in before or ():
-                with suppress(StorageError):  # the pair is written: what is left over is cleared up later
+                with suppress(StorageError):  # the pair is written; leftovers are removed later
                     blobs.remove(replaced)
     except BaseException:
         with suppress(StorageError):
-            if tensors not in (named() or ()):  # or else it failed after the manifest was written
+            if tensors not in (named() or ()):  # otherwise it failed after the manifest was written
                 blobs.remove(tensors)
         raise
 
 
 def clear_unused(blobs: Blobs, is_tensors: Callable[[str], bool], named: Named) -> None:
-    """Remove tensors that are not in use, left by killed writers or by two who replaced the same pair.
+    """Remove unused tensors, left by killed writers or by two writers that replaced the same pair.
 
-    All of them if certainly no process is writing, else the old ones. What cannot be removed is left for the next time.
+    Removes all of them if certainly no process is writing, else only old ones. Those that cannot be removed now stay
+    until the next call.
     """
     with suppress(StorageError), blobs.alone() as alone:
         if alone:

@@ -1,7 +1,8 @@
 """Blobs at any URL that fsspec knows: object stores, `memory://`, sftp and others.
 
-An object store's put is atomic by itself. Where a driver's is not, a torn blob is found by its digest and counts as damaged.
-fsspec has no way to record a use that never creates a file, so here the last use of a blob is when it was written.
+A put to an object store is atomic. If a driver's put is not, a partly written blob is detected by its digest and counts
+as damaged. fsspec cannot record a use without the risk of creating a file, so the last use of a blob is the time it was
+written.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from programmable_kv.errors import InvalidArgumentError, StorageError
 from programmable_kv.storage.files import Blob, Blobs
 
 _PASSWORD = re.compile(r"://[^/@]*@")
-"""a user and password in a URL: not for messages"""
+"""User and password in a URL, which must not appear in messages."""
 
 
 class FsspecBlobs(Blobs):
@@ -53,7 +54,7 @@ class FsspecBlobs(Blobs):
         self._files.pipe_file(self._path(name), body)
 
     def _exists(self, name: str) -> bool:
-        self._files.invalidate_cache(self._root)  # others write here too
+        self._files.invalidate_cache(self._root)  # other processes write here too
         return bool(self._files.exists(self._path(name)))
 
     def _list(self) -> Iterator[Blob]:
@@ -70,7 +71,7 @@ class FsspecBlobs(Blobs):
 
 
 def _seconds(item: dict[str, Any]) -> float:
-    """When a listed file was written; drivers spell it in several ways."""
+    """When a listed file was written, in seconds since the epoch; drivers use several names for it. 0 if not stated."""
     moment = next((item[key] for key in ("mtime", "LastModified", "last_modified", "created") if item.get(key)), 0.0)
     if hasattr(moment, "timestamp"):
         return float(moment.timestamp())

@@ -1,7 +1,7 @@
-"""A seal: JSON with a digest of its own bytes, so that not one of them can change unnoticed.
+"""A seal: JSON with a digest of its own bytes, so that a change of any byte is detected.
 
-The file is `{"sha256": "<digest>", "manifest": <body>}`, byte for byte. The digest is of the body's bytes in the file, not
-of what a parser makes of it. A seal finds damage; it is no signature, so what is read is checked against the model as well.
+The file is exactly `{"sha256": "<digest>", "manifest": <body>}`. The digest covers the body's bytes in the file, not
+the parsed content. A seal detects damage; it is not a signature, so the content is checked against the model as well.
 """
 
 from __future__ import annotations
@@ -18,6 +18,6 @@ def seal(body: bytes) -> bytes:
 
 
 def opened(sealed: bytes) -> bytes | None:
-    """The document that `seal` was given; None if a byte has changed since."""
+    """The document that was passed to `seal`; None if a byte has changed since."""
     body = sealed[_HEAD : -len(_END)]
     return body if seal(body) == sealed else None

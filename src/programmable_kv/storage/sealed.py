@@ -1,4 +1,4 @@
-"""Sealed manifests: data with a form that is checked, written with a seal and read back only if it is unbroken."""
+"""Sealed manifests: validated data that is written with a seal and read back only if the seal is intact."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from programmable_kv.storage.seal import opened, seal
 
 
 class Sealed(BaseModel):
-    """A manifest that is written with its digest and read back only if it is unchanged."""
+    """A manifest that is written with its digest and accepted only if it is unchanged."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     FORMAT: ClassVar[int]
-    """raised when older versions must not read what this one writes, and the other way round"""
+    """number of the format; increased when versions must not read each other's manifests"""
     AGAIN: ClassVar[str]
-    """what to do about a manifest that cannot be used"""
+    """advice for error messages: what to do about a manifest that cannot be used"""
 
     format: int
 
@@ -30,7 +30,7 @@ class Sealed(BaseModel):
     def read(cls, sealed: bytes, where: str) -> Self:
         """
         Raises:
-            CorruptFileError: a byte has changed, the format is another one, or it describes something else.
+            CorruptFileError: a byte has changed, the format is another one, or it is another kind of manifest.
         """
         body = opened(sealed)
         try:
@@ -46,12 +46,12 @@ class Sealed(BaseModel):
 
 
 def _format(document: bytes) -> int | None:
-    """The format number of a manifest, sealed or not, of this version or of an older one; None if it has none."""
+    """The format number of a manifest, sealed or not, of this version or an older one; None if it has no number."""
     try:
         content: Any = json.loads(document)
     except (ValueError, RecursionError):
         return None
-    for inner in ("manifest", "notebook"):  # format 1 of a notebook said "notebook"; that of a skill had no seal
+    for inner in ("manifest", "notebook"):  # in format 1 a notebook used "notebook", and a skill had no seal
         if isinstance(content, dict) and isinstance(content.get(inner), dict):
             content = content[inner]
     found = content.get("format") if isinstance(content, dict) else None

@@ -1,4 +1,4 @@
-"""Are saved tensors those of a cache of this model? Checked by name, shape, dtype and value before any state is made of them.
+"""Checks that saved tensors fit a model's cache, by name, shape, dtype and value, before any state is made of them.
 
 Shapes: B batch (always 1), H key-value heads, n tokens, D head dim.
 """
@@ -23,7 +23,7 @@ BOTH: tuple[Rotated, ...] = ("keys", "values")
 
 @dataclass(frozen=True, slots=True)
 class CachedShape:
-    """What one layer caches for a token: [1, heads, 1, width] of a dtype."""
+    """The shape and dtype of what one layer caches for a token: [1, heads, 1, width]."""
 
     heads: int
     width: int
@@ -31,17 +31,19 @@ class CachedShape:
 
     @classmethod
     def of(cls, cached: torch.Tensor) -> CachedShape:
-        """Of cached keys or values [1, H, n, D]."""
+        """The shape of cached keys or values [1, H, n, D]."""
         return cls(cached.shape[1], cached.shape[3], cached.dtype)
 
 
 LayerShape = Mapping[Rotated, CachedShape]
-"""of a layer's keys and of its values"""
+"""The shapes of a layer's keys and of its values."""
 
 
 def cached_shapes(engine: Engine) -> tuple[LayerShape, ...]:
-    """What the model caches in every layer, read off one token that is computed for this: a configuration does not say it
-    for every architecture (MLA, heads that differ by layer)."""
+    """The shapes that the model caches in every layer, found by computing one token.
+
+    Configurations do not state them for every architecture (MLA, numbers of heads that differ by layer).
+    """
     buffer = engine.new_buffer(1)
     engine.append(buffer, [0], logits=0)
     return tuple(
@@ -51,19 +53,19 @@ def cached_shapes(engine: Engine) -> tuple[LayerShape, ...]:
 
 
 def read_tensors(source: bytes | Path, where: str) -> dict[str, torch.Tensor]:
-    """The named tensors of safetensors bytes, or of a file, which is mapped.
+    """The named tensors of safetensors bytes, or of a file, which is memory-mapped.
 
     Raises:
-        CorruptFileError: it is no safetensors file.
-        FileNotFoundError: the file is gone.
+        CorruptFileError: `source` is not a safetensors file.
+        FileNotFoundError: the file does not exist.
     """
     try:
         return dict(load(source) if isinstance(source, bytes) else load_file(source))
     except FileNotFoundError:
         raise
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        # The file is opened twice, for its header and for the mapping. Between the two another process may remove it, which
-        # torch tells by a RuntimeError.
+        # The file is opened twice, for its header and for the mapping. Another process may remove it in between, for
+        # which torch raises a RuntimeError.
         if isinstance(source, Path) and not source.exists():
             raise FileNotFoundError(f"{where} was removed while it was read") from error
         raise CorruptFileError(f"{where} is not a safetensors file: {error}") from error
@@ -73,7 +75,7 @@ def read_tensors(source: bytes | Path, where: str) -> dict[str, torch.Tensor]:
 class TensorCheck:
     """Checks of the tensors in one file, of `count` tokens, against what a model caches.
 
-    Every method raises CorruptFileError. `finite`: also look at every number, which reads all of them.
+    Every method raises CorruptFileError if its check fails. `finite`: also check every number, which reads all tensors.
     """
 
     tensors: Tensors
@@ -82,14 +84,14 @@ class TensorCheck:
     finite: bool = True
 
     def names(self, expected: Iterable[str]) -> None:
-        """Exactly these tensors are there."""
+        """Check that exactly these tensors exist."""
         wanted = set(expected)
         if different := sorted(wanted ^ self.tensors.keys()):
             word = "is missing" if different[0] in wanted else "does not belong there"
             raise CorruptFileError(f"{self.where}: the tensor {different[0]!r} {word} ({len(wanted)} are expected)")
 
     def shaped(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of just this shape and dtype, with finite numbers."""
+        """Check a tensor's shape and dtype, and with `finite` that its numbers are finite; returns it."""
         tensor = self.tensors[name]
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise CorruptFileError(
@@ -101,13 +103,13 @@ class TensorCheck:
         return tensor
 
     def cached(self, layer: int, shape: LayerShape, *, prefix: str = "", names: Sequence[Rotated] = BOTH) -> None:
-        """`keys.I` and `values.I` (or one of them) of layer I, [1, H, n, D] each."""
+        """Check `keys.I` and `values.I` (or one of them) of layer I, [1, H, n, D] each."""
         for name in names:
             each = shape[name]
             self.shaped(f"{prefix}{name}.{layer}", (1, each.heads, self.count, each.width), each.dtype)
 
     def positions(self, name: str, limit: int | None, *, ascending: bool = True) -> None:
-        """[n] positions: whole, not negative, within the model's, and (where asked) strictly ascending."""
+        """Check positions [n]: int64, not negative, below `limit`, and with `ascending` strictly ascending."""
         found = self.shaped(name, (self.count,), torch.long)
         if not self.count:
             return
@@ -118,7 +120,7 @@ class TensorCheck:
             raise CorruptFileError(f"{self.where}: {name} do not ascend")
 
     def frequencies(self, rules: int | None) -> None:
-        """The numbers of the frequency tables: one for each rule that the model has, where that is known."""
+        """Check the numbers of the frequency tables: not negative, and one for each of the model's rules, if known."""
         found = self.shaped("frequencies", (self.tensors["frequencies"].numel(),), torch.long)
         if (rules is not None and found.numel() != rules) or bool((found < 0).any()):
             raise CorruptFileError(
@@ -129,7 +131,7 @@ class TensorCheck:
 def _finite(tensor: torch.Tensor) -> bool:
     """Whether every number is finite.
 
-    NaN and infinity carry over to the smallest and largest number, which one pass finds; `isfinite(...).all()` makes a tensor
-    of booleans first and took 17 to 50 times as long on 2.6 million numbers.
+    NaN and infinity show up in the smallest or largest number, which one pass finds. `isfinite(...).all()` makes a
+    tensor of booleans first and took 17 to 50 times as long on 2.6 million numbers.
     """
     return tensor.numel() == 0 or all(bool(torch.isfinite(it)) for it in torch.aminmax(tensor))

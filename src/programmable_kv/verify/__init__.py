@@ -1,1 +1,1 @@
-"""Proofs on the loaded weights: what can be moved and recomputed exactly, or the reason why not."""
+"""Proofs on the loaded weights: whether tokens can be relocated and recomputed exactly, or the reason why not."""

@@ -1,4 +1,4 @@
-"""Tokens prefilled with nothing before them, with transformers' own cache: what a proof compares with."""
+"""Prefill of tokens with nothing before them, with transformers' own cache: the reference for proofs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from programmable_kv.verify.relocation import CachedLayer
 def prefill_alone(
     model: Any, ids: Sequence[int], positions: torch.Tensor | None, *, padding: int = 0
 ) -> list[CachedLayer]:
-    """Prefill with transformers' own cache, whatever its layers keep; returns all that each layer holds, by name.
+    """Prefill with transformers' own cache, whatever its layers store; returns each layer's tensors by name.
 
     `positions` is [T], [A, T] for A position axes, or None to let the model count. The first `padding` ids are masked
-    out. Tensors come as [B, H, T, D].
+    out. Tensors with three dimensions get a heads dimension: per-token tensors are [B, H, T, D].
 
     Raises:
         UnsupportedModelError: the model returns no cache.

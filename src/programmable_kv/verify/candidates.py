@@ -1,7 +1,7 @@
-"""Which rotation turns the keys that a model cached at one position into those it cached at another.
+"""Finds the rotation that turns the keys cached at one position into those cached at another.
 
 A configuration does not say how channels are paired, where the rotary window lies in a head, or whether a layer rotates
-at all. So candidates are tried on the model's own tensors, and the one that holds is kept.
+at all. So candidates are tried on the model's own tensors, and the one that fits is kept.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from programmable_kv.cache.rotation import Pairing, Rotary, rotate
 
 @dataclass(frozen=True, slots=True)
 class PositionPair:
-    """One cached tensor of the same tokens at two positions, `offsets` apart ([T] or [A, T]); both tensors [B, H, T, D]."""
+    """A cached tensor of the same tokens at two positions, [B, H, T, D]; `offsets` [T] or [A, T] is the distance."""
 
     offsets: torch.Tensor
     before: torch.Tensor
     after: torch.Tensor
 
     def error(self, rule: Rotary | None) -> torch.Tensor:
-        """The difference that remains after rotating by the rule, relative to each token's norm; [B, H, T, D]."""
+        """The absolute difference after rotating by the rule, relative to each token's norm, [B, H, T, D]."""
         turned = self.before if rule is None else rotate(self.before, self.offsets, rule)
         found, right = turned.cpu().double(), self.after.cpu().double()  # MPS has no float64
         scale = right.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
@@ -33,7 +33,7 @@ class PositionPair:
 
 @dataclass(frozen=True, slots=True)
 class RuleFit:
-    """The best rule among candidates (None: a copy), and its largest error relative to the tensor's norm."""
+    """The best rule among the candidates (None: a copy), and its largest error relative to a token's norm."""
 
     rule: Rotary | None
     error: float
@@ -42,7 +42,7 @@ class RuleFit:
 def best_rule(
     expected: Rotary | None, tables: Sequence[Rotary], pairs: Sequence[PositionPair], allowed: float
 ) -> RuleFit:
-    """The first candidate that holds for every pair, or else the one that comes closest."""
+    """The first candidate whose error is allowed for every pair, or else the one with the smallest error."""
     width = pairs[0].before.shape[-1]
     found = []
     for rule in _candidates(expected, tables, width):
@@ -57,12 +57,12 @@ def best_rule(
 
 
 def _worst(pairs: Sequence[PositionPair], rule: Rotary | None) -> float:
-    """The largest error of all; NaN if any is (which no comparison takes for a small one)."""
+    """The largest error over all pairs; NaN if any error is NaN (so `<=` comparisons fail)."""
     return float(torch.stack([each.error(rule).max() for each in pairs]).max())
 
 
 def _candidates(expected: Rotary | None, tables: Sequence[Rotary], width: int) -> Iterator[Rotary | None]:
-    """What the model says, then a plain copy, then every table it has, in either sense, anywhere in the head."""
+    """The model's own rule, then a plain copy, then each of its tables in both directions, anywhere in the head."""
     own = [expected] if expected is not None else []
     likely = _placed(own, width, everywhere=False)
     yield from likely
@@ -78,7 +78,7 @@ def _candidates(expected: Rotary | None, tables: Sequence[Rotary], width: int) -
 
 
 def _placed(tables: Iterable[Rotary], width: int, *, everywhere: bool) -> list[Rotary]:
-    """Each table with both pairings, at the head's first or last channels, or at every even one."""
+    """Each table with both pairings, at the head's first or last channels, or with `everywhere` at every even one."""
     placed: list[Rotary] = []
     for table in tables:
         last = width - table.width
@@ -91,10 +91,10 @@ def _placed(tables: Iterable[Rotary], width: int, *, everywhere: bool) -> list[R
 
 
 def _reordered(tables: Sequence[Rotary], width: int, pairs: Sequence[PositionPair]) -> Iterator[Rotary]:
-    """Tables whose frequencies stand in another order in the head: for each pair, the frequency that suits it best."""
+    """Tables with frequencies in another order in the head: each channel pair gets the frequency that fits best."""
     for rule in _placed(tables, width, everywhere=False):
         each = [replace(rule, frequencies=(f,) * len(rule.frequencies)) for f in dict.fromkeys(rule.frequencies)]
-        # [F, D]: how far every channel is off at its worst, were all pairs to turn with frequency f.
+        # [F, D]: the largest error of every channel if all pairs rotate with frequency f.
         worst = torch.stack(
             [torch.stack([m.error(one).amax(dim=(0, 1, 2)) for m in pairs]).amax(dim=0) for one in each]
         )
@@ -104,9 +104,9 @@ def _reordered(tables: Sequence[Rotary], width: int, pairs: Sequence[PositionPai
 
 
 def axes_of(rule: Rotary, pairs: Sequence[PositionPair], allowed: float) -> Rotary | None:
-    """The rule with the axis that turns each frequency, or None if it cannot be told. `pairs` has one move along each axis.
+    """The rule with the axis of each frequency, or None if they cannot be found. `pairs` has one move along each axis.
 
-    The pair (i, its partner) must turn with exactly one axis and stand still along the others.
+    Each channel pair must rotate along exactly one axis and stay unchanged along the others.
     """
     axes: list[int] = []
     for pair in range(len(rule.frequencies)):

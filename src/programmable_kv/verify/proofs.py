@@ -1,4 +1,4 @@
-"""What was proved on a model's weights. Each proof is made once, when it is first asked for."""
+"""The proofs of a model's weights. Each proof runs once, when it is first needed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from programmable_kv.verify.relocation import CachedLayer, RelocationProof, Verd
 from programmable_kv.verify.rows import RowsProof, prove_rows
 
 Compute = Callable[..., torch.Tensor]
-"""computes rows against a buffer, with the arguments of `Engine.compute`"""
+"""Computes rows against a buffer, with the arguments of `Engine.compute`."""
 
 
 class Proofs:
-    """The proofs of one model. Safe to ask from several threads."""
+    """The proofs of one model. Safe to use from several threads."""
 
     def __init__(self, model: Any, layout: KVLayout) -> None:
         self._model, self._layout = model, layout
@@ -30,12 +30,13 @@ class Proofs:
         self._rows: RowsProof | None = None
 
     def relocation(self, compute: Compute) -> RelocationProof:
-        """Whether relocation is exact on these weights, found out once by computing it both ways.
+        """Whether relocation is exact on these weights. The check runs once, on the first call.
 
-        If the check cannot be run, relocation is refused; for a reason that may pass, the next call tries again.
+        It compares relocated keys with keys computed in place. If the check fails to run, relocation is refused; if the
+        reason may be temporary, the next call tries again.
 
         Raises:
-            torch.OutOfMemoryError, MemoryError: there was no memory for the check. Nothing was concluded from that.
+            torch.OutOfMemoryError, MemoryError: there was not enough memory for the check, which then has no verdict.
         """
         with self._lock:
             if self._relocation is not None:
@@ -53,9 +54,9 @@ class Proofs:
             return proof
 
     def rows(self, compute: Compute) -> RowsProof:
-        """Whether rows in the middle of a context can be computed again on these weights, found out once.
+        """Whether rows in the middle of a context can be recomputed exactly on these weights. The check runs once.
 
-        A check that cannot be run is treated as in `relocation`.
+        A check that fails to run is treated as in `relocation`.
         """
 
         def prefilled(ids: tuple[int, ...], positions: tuple[int, ...]) -> KVBuffer:
@@ -75,7 +76,7 @@ class Proofs:
             return proof
 
     def cached_alone(self, compute: Compute) -> Callable[..., list[CachedLayer]]:
-        """What each layer caches of tokens with nothing before them; through the buffer where positions are given."""
+        """A function that prefills tokens alone and returns each layer's tensors; for 1-D positions with a buffer."""
 
         def cached(ids: Sequence[int], positions: torch.Tensor | None, *, padding: int = 0) -> list[CachedLayer]:
             if positions is None or positions.ndim > 1:
@@ -86,7 +87,7 @@ class Proofs:
         return cached
 
     def _prefilled_alone(self, compute: Compute, ids: tuple[int, ...], positions: tuple[int, ...]) -> KVBuffer:
-        buffer = KVBuffer(self._layout, capacity=len(ids))  # a proof is in no operation's account
+        buffer = KVBuffer(self._layout, capacity=len(ids))  # without a meter: a proof counts in no operation's account
         compute(buffer, Rows(ids, tuple(range(len(ids))), positions), logits=0)
         return buffer
 

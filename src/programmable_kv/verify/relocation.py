@@ -1,15 +1,15 @@
 """Proves on a loaded model that relocating cached keys is exact, or says why it is not.
 
-Four measurements, none of which needs trained weights:
+The check makes four measurements, none of which needs trained weights:
 
-1. *Probes.* One token, prefilled alone at position 0 and at powers of two. It attends to itself only, so its hidden states
-   are the same at every position, in every layer, and a float32 angle at a power of two has no rounding error. How the
-   cache rotates is therefore measured to the last bits: a slightly wrong frequency cannot hide.
-2. *Chunks.* A chunk prefilled alone at position 0 and at position d has nothing before it either. The second cache must be
-   the first one relocated by d, keys and values, in every layer.
-3. *Counting.* The same chunk, left to find its positions by itself after d other tokens. A model that ignores the positions
-   it is given passes the first two, because its chunk never moves; here it moves, and the check fails.
-4. *Order.* If nothing in the cache rotates: whether the model still tells the order of earlier tokens (ALiBi) or not.
+1. *Probes.* One token is prefilled alone at position 0 and at powers of two. It attends only to itself, so its hidden
+   states are the same at every position, in every layer, and a float32 angle at a power of two has no rounding error.
+   The rotation is therefore measured to the last bits, and a slightly wrong frequency is detected.
+2. *Chunks.* A chunk is prefilled alone at position 0 and at position d, again with nothing before it. The second cache
+   must equal the first one relocated by d, keys and values, in every layer.
+3. *Counting.* The same chunk follows d other tokens, and the model counts the positions itself. A model that ignores
+   the positions passed to it passes the first two, because its chunk never moves; here it moves, and the check fails.
+4. *Order.* If nothing in the cache rotates: does the model still distinguish the order of earlier tokens (ALiBi)?
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from programmable_kv.cache.rotation import Rotary
 from programmable_kv.verify.candidates import PositionPair, RuleFit, axes_of, best_rule
 
 CachedLayer = dict[str, torch.Tensor]
-"""what one layer caches, by name"""
+"""The tensors that one layer caches, by name."""
 
 
 class Prefill(Protocol):
-    """How to prefill a model with nothing in its cache."""
+    """A function that prefills a model with an empty cache."""
 
     def __call__(self, ids: Sequence[int], positions: torch.Tensor | None, *, padding: int = 0) -> list[CachedLayer]:
-        """All that each layer caches. `positions` is [T], [A, T], or None to let the model count by itself.
+        """The tensors that each layer caches. `positions` is [T], [A, T], or None to let the model count by itself.
 
         The first `padding` ids are padding: nothing attends to them.
         """
 
 
 class PositionEncoding(StrEnum):
-    """How a model tells positions apart, as far as its cache is concerned."""
+    """How a model encodes positions, as far as its cache shows."""
 
     ROTARY = "rotary"
     LEARNED = "in the hidden states"
@@ -57,20 +57,20 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RelocationProof:
-    """The outcome of the check: what is exact, with which layout, and how far off the worst place was."""
+    """The result of the check: what is exact, with which layout, and the largest error."""
 
     verdict: Verdict
     layout: KVLayout
     worst: float
-    """largest error over the tolerance of its place; at most 1 when exact"""
+    """the largest ratio of an error to its tolerance; at most 1 when exact"""
     reason: str = ""
     encoding: PositionEncoding = PositionEncoding.ROTARY
     within: int | None = None
-    """positions below which it is exact (None: all that the model has)"""
+    """the bound on positions below which it is exact; None: exact at all positions of the model"""
     states: tuple[int, ...] = ()
-    """layers that keep a state, which has to be scanned anew"""
+    """indices of layers with a recurrent state, which must be computed again by a scan over the tokens"""
     tells_order: bool = True
-    """whether the second layer depends on the order of earlier tokens; measured if nothing in the cache turns"""
+    """whether the second layer depends on the order of earlier tokens; measured only if nothing in the cache rotates"""
 
     @property
     def exact(self) -> bool:
@@ -85,33 +85,33 @@ _COUNTED = 17
 
 
 def probe_tolerance(dtype: torch.dtype) -> float:
-    """How far one token's relocated keys may be off, relative to their norm.
+    """The largest allowed error of one token's relocated keys, relative to their norm.
 
-    At position 0 the rotation is the identity, at a power of two the float32 product p f is exact. What is left are at most
-    eight roundings of half a unit: the key as cached at either place, cos and sin (in float32, then in the model's dtype),
-    two products and their sum, and our own result.
+    At position 0 the rotation is the identity, and at a power of two the float32 product p f is exact. At most eight
+    roundings of half a unit remain: the key as cached at either position, cos and sin (in float32, then in the model's
+    dtype), two products and their sum, and our own result.
     """
     return 4 * (2.0**-23 + torch.finfo(dtype).eps)
 
 
 def tolerance(model_dtype: torch.dtype, frequencies: torch.Tensor, low: int, high: int) -> torch.Tensor:
-    """How far a correct relocation of a chunk may be off, relative to a key's norm, for each rotary pair [R / 2].
+    """The largest allowed error of a correctly relocated chunk, relative to a key's norm, for each rotary pair [R / 2].
 
     The model computes an angle p f in float32, whatever its own dtype: the product is rounded once, an error of
     p f 2^-24 at each of the two positions, and cos and sin are rounded too. Keys in a narrower dtype are rounded when
     they are cached, at both positions and after the rotation. The hidden states behind the two caches are equal in
-    exact arithmetic but pass through layers whose attention saw angles with those errors, hence the margin of 32.
-    In a narrow dtype that margin says little; the probes, which need none, settle the rotation there.
+    exact arithmetic but pass through layers whose attention used angles with those errors, hence the margin of 32.
+    In a narrow dtype a test with that margin proves little; there the probes, which need no margin, prove the rotation.
     """
     angle = frequencies * (low + high) * 2.0**-24
     return 32 * (angle + 4 * 2.0**-24 + 4 * torch.finfo(model_dtype).eps)
 
 
 def prove_relocation(layout: KVLayout, prefill: Prefill, vocabulary: int, dtype: torch.dtype) -> RelocationProof:
-    """Run the check on a model, given how to prefill with it. Keeps, for each layer, the rotation that holds.
+    """Run the check on a model through `prefill`. The proof's layout has the rotation found for each layer.
 
     Raises:
-        FloatingPointError: the model computes NaN or infinity, where nothing can be compared.
+        FloatingPointError: the model computes NaN or infinity, so nothing can be compared.
     """
     return _Check(layout, prefill, vocabulary, dtype).run()
 
@@ -166,7 +166,7 @@ class _Check:
     # -- what is there -----------------------------------------------------------------------------------------
 
     def _sort_tensors(self, here: list[CachedLayer]) -> None:
-        """Tell the tensors with a row for each token from states, by their shape."""
+        """Distinguish tensors with one row per token from states, by their shape."""
         if not all(bool(torch.isfinite(tensor).all()) for layer in here for tensor in layer.values()):
             raise FloatingPointError("it caches NaN or infinity")
         if len(here) != len(self.layout.layers):
@@ -189,7 +189,7 @@ class _Check:
     # -- one token, wherever it stands -------------------------------------------------------------------------
 
     def _probe(self) -> None:
-        """Find how each layer's tensors turn, from single tokens at powers of two."""
+        """Find how each layer's tensors rotate, from single tokens at powers of two."""
         largest = max(2**k for k in range(17) if 2**k < self.limit)
         steps = sorted({1, largest})
         tokens = self.ids[:_PROBES]
@@ -219,7 +219,7 @@ class _Check:
             self._probe_axes(tokens[0], before[0], largest)
 
     def _rule(self, name: str, layer: LayerLayout, pairs: list[PositionPair]) -> RuleFit:
-        # Values do not turn, save where MLA keeps its rotary keys in their place.
+        # Values do not rotate, except with MLA, which caches its rotary keys as values.
         expected = None if name == "values" else layer.rotary
         tables = self.layout.tables if layer.rotary is None else (layer.rotary, *self.layout.tables)
         found = best_rule(expected, tables, pairs, probe_tolerance(self.dtype))
@@ -238,7 +238,7 @@ class _Check:
         raise _Refused(f"in layer {index} the {name} of a single token depend on its position, and {off}")
 
     def _probe_axes(self, token: int, before: list[CachedLayer], largest: int) -> None:
-        """Which axis of a position turns which frequency: move along each alone, then along all by different steps."""
+        """Find the position axis of each frequency: move along each axis alone, then along all by different steps."""
         axes = self.layout.axes
         unit = torch.eye(axes, dtype=torch.long)[:, :, None] * largest
         mixed = torch.tensor([[max(largest >> axis, 1)] for axis in range(axes)])
@@ -246,7 +246,7 @@ class _Check:
         try:
             *alone, together = [self.prefill([token], offsets) for offsets in (*unit, mixed)]
         except (ValueError, RuntimeError, IndexError, TypeError):
-            return  # it has sections, but takes no positions of several axes
+            return  # the model has M-RoPE sections, but does not accept positions with several axes
         allowed = probe_tolerance(self.dtype)
         layers = []
         for index, layer in enumerate(self.layout.layers):
@@ -289,13 +289,13 @@ class _Check:
             )
 
     def _allowed(self, layer: LayerLayout, displacement: int) -> float:
-        """The tolerance of a layer. Hidden states carry the largest pair's error into every channel."""
+        """The tolerance of a layer: the worst rotary pair's, because hidden states spread its error to all channels."""
         rules = [rule for each in self.layout.layers for rule in (each.rotary, *dict(each.others).values()) if rule]
         frequencies = torch.tensor([f for rule in rules for f in rule.frequencies] or [1.0], dtype=torch.float64)
         return float(tolerance(self.dtype, frequencies, _CHUNK, _CHUNK + displacement).max())
 
     def _regime_matters(self, here: list[CachedLayer]) -> bool:
-        """Whether a chunk relocated across the bound is wrong; taken as read where it cannot be seen from here."""
+        """Whether relocating a chunk across the bound is wrong; assumed to be if it cannot be measured."""
         regime, limit = self.layout.regime, self.layout.position_limit
         assert regime is not None
         if not regime.changes_frequencies or (limit is not None and regime.within + _CHUNK > limit):
@@ -312,14 +312,15 @@ class _Check:
     # -- positions that the model counts ----------------------------------------------------------------------------
 
     def _let_count(self, here: list[CachedLayer]) -> None:
-        """Let the model count positions itself, after other tokens, and see that its chunk moves as it did for us.
+        """Let the model count positions itself, after other tokens, and check that its chunk moves as it should.
 
-        The first layer that caches sees nothing of the tokens before; with states about, those must be padding.
+        Only the first caching layer is compared, since its input does not depend on earlier tokens. If there are layers
+        with states, the other tokens are padding and all layers are compared.
         """
         filler = [self.ids[-1]] * _COUNTED
         whole = self.prefill([*filler, *self.ids], None, padding=_COUNTED if self.states else 0)
         if self.states and not all(bool(torch.isfinite(t).all()) for layer in whole for t in layer.values()):
-            # Some attend to nothing at all in rows of padding, and take a softmax over it.
+            # In some models a row of padding attends to nothing, and the softmax over nothing is NaN.
             raise FloatingPointError("padding makes it compute NaN, so it cannot be left to count positions")
         first = next(index for index, names in enumerate(self.names) if names)
         checked = range(len(here)) if self.states else (first,)
@@ -336,7 +337,7 @@ class _Check:
                 )
 
     def _swap(self, here: list[CachedLayer]) -> None:
-        """See whether layer 1 tells that two earlier tokens have changed places."""
+        """Check whether layer 1 changes when two earlier tokens are swapped."""
         if len(self.names) < 2 or not self.names[1]:
             return
         name = self.names[1][-1]
@@ -347,7 +348,7 @@ class _Check:
 
 
 def rule_of(layer: LayerLayout, name: str) -> Rotary | None:
-    """How a layer's cached tensor of that name turns."""
+    """How a layer's cached tensor of that name rotates; None if it does not."""
     return layer.rotary if name == "keys" else dict(layer.others).get(name)
 
 

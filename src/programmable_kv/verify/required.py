@@ -1,4 +1,4 @@
-"""What an operation requires of a proof, and the error where the proof does not give it."""
+"""Checks that an operation's proof holds; the error says why not and what to use instead."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from programmable_kv.verify.rows import RowsProof
 def require_rows(proof: RowsProof, model_type: str, instead: str) -> None:
     """
     Raises:
-        UnverifiedError: rows in the middle of this model's context cannot be computed again; the message ends in `instead`.
+        UnverifiedError: rows in the middle of this model's context cannot be recomputed exactly; the message ends with
+            `instead`.
     """
     if not proof.exact:
         raise UnverifiedError(
@@ -22,7 +23,8 @@ def require_rows(proof: RowsProof, model_type: str, instead: str) -> None:
 def require_relocation(proof: RelocationProof, below: int | None, layout: KVLayout) -> KVLayout:
     """The layout with which relocation was proved exact. `layout` is the one that was read from the model.
 
-    `below`: no position before or after the relocation reaches this one, as far as the caller knows (None: not known).
+    `below`: an upper bound (exclusive) on every position before and after the relocation; None if the caller knows
+    none.
 
     Raises:
         UnverifiedError: keys of this model cannot be moved to another position, or have not been proved to.

@@ -1,7 +1,7 @@
-"""Proves on a loaded model that rows in the middle of a context can be computed again, or says why they cannot.
+"""Proves on a loaded model that rows in the middle of a context can be recomputed exactly, or says why they cannot.
 
-Rows that are recomputed in the middle of an exact cache must not change. If a model built its mask from indices, by itself,
-or a window were not the one that its configuration names, this would show it.
+Rows that are recomputed in the middle of an exact cache must not change. The check fails if, for example, a model
+builds its mask from indices by itself, or if its attention window differs from the configured one.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from programmable_kv.cache.layout import KVLayout
 from programmable_kv.verify.failures import is_out_of_memory, may_pass
 
 Fill = Callable[[tuple[int, ...], tuple[int, ...]], KVBuffer]
-"""(token ids, positions) -> a buffer in which they were prefilled alone"""
+"""(token ids, positions) -> a buffer in which they were prefilled alone."""
 
 Recompute = Callable[[KVBuffer, tuple[int, ...], tuple[int, ...]], torch.Tensor]
-"""(buffer, token ids, slots) -> compute those tokens where they stand; the last one's logits [1, vocabulary]"""
+"""(buffer, token ids, slots): computes the tokens in these slots -> the last one's logits, [1, vocabulary]."""
 
 _ROWS_CHUNK = 40
 _FEWEST = 8
-"""positions in which the rows below are five different ones"""
+"""Fewest positions of the check: with fewer, the five rows that it recomputes would not be distinct."""
 _WIDEST_WINDOW = 512
-"""tokens; a window up to this size is looked past, at the price of a forward of as many tokens"""
+"""In tokens: the check's context exceeds attention windows up to this size; that takes a forward of as many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowsProof:
-    """Whether rows in the middle of a context can be computed again, and why not."""
+    """Whether rows in the middle of a context can be recomputed exactly, and if not, why."""
 
     exact: bool
     worst: float
-    """largest error over its tolerance"""
+    """the largest ratio of an error to its tolerance"""
     reason: str = ""
     settled: bool = True
-    """False if the check failed for a reason that may pass, so that nothing is to be concluded from it"""
+    """False if the check failed for a reason that may be temporary, so that it has no verdict"""
 
 
 def prove_rows(
@@ -48,13 +48,13 @@ def prove_rows(
     vocabulary: int,
     dtype: torch.dtype,
 ) -> RowsProof:
-    """Recompute scattered rows of an exact cache. `windows` are the sizes that the model's configuration speaks of.
+    """Recompute scattered rows of an exact cache and compare. `windows` are the window sizes in the configuration.
 
-    Rows computed in another batch differ by rounding: each of L layers adds one of the dtype's, relative to a key's norm, and
-    independent ones add up as the square root of L. 32 is the margin.
+    Rows computed in another batch differ by rounding: each of L layers adds one rounding error of the dtype, relative
+    to a key's norm, and independent errors add up to the square root of L. The margin is 32.
 
     Raises:
-        torch.OutOfMemoryError, MemoryError: there was no memory for the check.
+        torch.OutOfMemoryError, MemoryError: there was not enough memory for the check.
     """
     length = max([_ROWS_CHUNK, *(window + 16 for window in windows if window <= _WIDEST_WINDOW)])
     bounds = [bound for bound in (layout.position_limit, *(rule.within for rule in layout.frequency_rules)) if bound]
@@ -77,7 +77,7 @@ def prove_rows(
         return RowsProof(False, float("inf"), f"{doing} ({first})", settled=not may_pass(error))
     allowed = min(0.5, 32 * len(layout.layers) ** 0.5 * torch.finfo(dtype).eps)
     worst, where = 0.0, ""
-    # The last layer's attention leaves no trace in the cache: only the logits show it.
+    # The output of the last layer's attention is not cached, so it is compared through the logits.
     compared = [("logits after", len(before), logits, expected)]
     for index, (keys, values) in enumerate(before):
         compared += [("keys of", index, buffer.keys(index), keys), ("values of", index, buffer.values(index), values)]
