@@ -39,6 +39,16 @@ def test_a_policy_says_what_its_slots_and_its_answer_say() -> None:
     assert not any(draw(rng).update for _ in range(50))
 
 
+def test_no_policy_that_is_probed_is_ever_trained_on() -> None:
+    rng = random.Random(1)
+    trained = [draw(rng, updates=0.5) for _ in range(2000)]
+    probed = emergence.probed_policies()
+    assert not {each.actions for each in trained} & {each.actions for each in probed}
+    assert {action for each in probed for action in each.actions} <= {
+        action for each in trained for action in each.actions
+    }, "what is new in a probed policy is the pair, not an action"
+
+
 def test_all_patched_is_the_other_context_and_nothing_the_own(engine: Engine) -> None:
     policy = emergence.probed_policies()[0]
     other = policy.with_value(1 - policy.value)

@@ -1,6 +1,6 @@
 """Do notes appear before, with or after competence? Probes models that are trained from scratch, while they learn.
 
-At each shown step, on fixed policies: how often the model is right, how far a decision moves when the field's value
+At each shown step, on held-out policies: how often the model is right, how far a decision moves when the field's value
 changes, and what share of that distance each kind of keys and values carries alone. Also whether an update at the end
 is obeyed on a cache whose field and notes are of the old value.
 """
@@ -27,7 +27,7 @@ from programmable_kv.records import Record, Recorder, bootstrap_mean, digest_of
 
 SEED = 97_000
 PROBED = 32
-"""Number of policies, the same at every step and in every model."""
+"""Number of held-out policies, the same at every step and in every model."""
 SETS = ("field", "names", "values", "actions", "ends", "tail", "later", "random_as_actions")
 COMPETENT = 0.9
 """Share of the policies that a competent model gets right under both values."""
@@ -41,7 +41,7 @@ def run(
     recorder = Recorder(
         path,
         name="emergence",
-        version=1,
+        version=2,
         title="When notes appear: toy models trained from scratch",
         command=command,
         model="toy decoder, trained from scratch",
@@ -61,8 +61,9 @@ def run(
 
 
 def probed_policies() -> list[ToyPolicy]:
+    """The policies that every model is probed on. None of them is ever trained on."""
     rng = random.Random(SEED)
-    return [draw(rng) for _ in range(PROBED)]
+    return [draw(rng, held_out=True) for _ in range(PROBED)]
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 `begin field VALUE end, rule VALUE ACTION end, rule VALUE ACTION end, LINE end, ask answer -> ACTION`. The line before
 the question is neutral or updates the field. The rules' order and actions are random, so that only the policy tells the
-answer.
+answer. A quarter of the pairs of actions are held out: training never draws them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 VALUES = 2
-ACTIONS = 4
+ACTIONS = 32
+"""With 4 actions there are so few policies that models learn them by heart: on held-out ones they fail."""
+_HELD_OUT = 4
+"""One in so many pairs of actions is held out."""
 NEUTRAL = 2
 """Number of words of the neutral line."""
 _NAMES = count()
@@ -38,6 +41,11 @@ class ToyPolicy:
     neutral: tuple[int, int]
     update: int | None = None
     """The value that the line before the question sets; None if that line is neutral."""
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the policy is kept for probing. Every action occurs in policies of both kinds."""
+        return sum(self.actions) % _HELD_OUT == 0
 
     @property
     def right(self) -> int:
@@ -76,13 +84,17 @@ class ToyPolicy:
         return replace(self, update=value)
 
 
-def draw(rng: random.Random, *, updates: float = 0.0) -> ToyPolicy:
-    """Draw a policy. It has an update with probability `updates`."""
-    order = tuple(rng.sample(range(VALUES), VALUES))
-    value = rng.randrange(VALUES)
-    policy = ToyPolicy(
-        order, tuple(rng.sample(range(ACTIONS), VALUES)), value, (rng.randrange(NEUTRAL), rng.randrange(NEUTRAL))
-    )
+def draw(rng: random.Random, *, updates: float = 0.0, held_out: bool = False) -> ToyPolicy:
+    """Draw a policy to train on, or one that is held out. It has an update with probability `updates`."""
+    while (policy := _drawn(rng)).held_out is not held_out:
+        pass
     if rng.random() >= updates:
         return policy
-    return policy.updated(rng.choice([other for other in range(VALUES) if other != value]))
+    return policy.updated(rng.choice([other for other in range(VALUES) if other != policy.value]))
+
+
+def _drawn(rng: random.Random) -> ToyPolicy:
+    order = tuple(rng.sample(range(VALUES), VALUES))
+    value = rng.randrange(VALUES)
+    actions = tuple(rng.sample(range(ACTIONS), VALUES))
+    return ToyPolicy(order, actions, value, (rng.randrange(NEUTRAL), rng.randrange(NEUTRAL)))

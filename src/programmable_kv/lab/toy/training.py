@@ -22,9 +22,9 @@ class ToyRecipe:
     batch: int = 64
     learning_rate: float = 3e-3
     warmup_steps: int = 100
-    plain_steps: int = 400
+    plain_steps: int = 1200
     """Steps without updates of the field."""
-    updated_steps: int = 400
+    updated_steps: int = 800
     """Steps with updates in the given share of the policies."""
     updates: float = 0.5
 
