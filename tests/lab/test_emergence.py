@@ -122,7 +122,7 @@ def test_what_carried_the_decision_is_read_where_it_was_first_made_and_where_it_
     assert found["first"]["actions"]["value"] == 0.5
     assert found["earliest"]["step"]["value"] == 10, "a step at which nothing moves the decision is none"
     assert found["earliest"]["actions"]["value"] == pytest.approx(0.3)
-    assert found["untaught"]["obeyed"]["value"] == pytest.approx(0.1)
-    assert found["end"]["obeyed"]["value"] == pytest.approx(0.725)
-    assert found["end"]["actions"]["value"] == pytest.approx(0.55)
+    assert found["untaught"]["obeyed"]["value"] == pytest.approx(0.0), "of the model that was competent"
+    assert found["end"]["obeyed"]["value"] == pytest.approx(0.95)
+    assert found["end"]["actions"]["value"] == pytest.approx(0.9)
     assert found["most_by_field"]["value"] == pytest.approx(0.4)

@@ -308,7 +308,7 @@ def lab_lens_peer(
 
 @app.command("emergence")
 def lab_emergence(
-    seeds: Annotated[int, typer.Option(min=1, help="models, each with a seed of its own")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="models, each with a seed of its own")] = 10,
     out_path: OutOption = None,
 ) -> None:
     """When notes appear: toy models trained from scratch, in minutes, and looked at while they learn."""

@@ -119,7 +119,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], plain_steps: int) -> dict[str, 
     """Over the models: when they are competent, what carries the decision then, and how often updates are obeyed.
 
     `earliest`: the first step at which the field's value moves the decision at all. `first`: the first competent step.
-    `untaught`: the last step before training draws updates. `end`: the last step.
+    `untaught`: the last step before training draws updates. `end`: the last step. The last three are of competent models.
     """
     found: dict[str, Any] = {"models": len(rows), "plain_steps": plain_steps}
     marked: dict[str, list[Mapping[str, Any]]] = {"earliest": [], "first": [], "untaught": [], "end": []}
@@ -129,9 +129,10 @@ def summarise(rows: Sequence[Mapping[str, Any]], plain_steps: int) -> dict[str, 
         moved = [step for step in steps if step["span"] >= SMALLEST_SPAN]
         able = [step for step in steps if step["right"] >= COMPETENT]
         marked["earliest"] += moved[:1]
-        marked["first"] += able[:1]
-        marked["untaught"] += [step for step in steps if step["step"] == plain_steps]
-        marked["end"] += steps[-1:]
+        if able:  # a model that never learns the task has nothing to overrule
+            marked["first"] += able[:1]
+            marked["untaught"] += [step for step in steps if step["step"] == plain_steps]
+            marked["end"] += steps[-1:]
         most += [max(shares(step)["field"] for step in moved)] if moved else []
     found["competent_models"] = len(marked["first"])
     found["obeying_models"] = sum(step["obeyed"] >= COMPETENT for step in marked["end"])
