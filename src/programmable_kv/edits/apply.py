@@ -164,7 +164,7 @@ def _carried_out(
 
 
 def _reads(ledger: AnyLedger, after: Context, computes: Sequence[Compute], followed_by: int) -> PartReads | None:
-    """What the rows of a plan, and `followed_by` rows after the end, may read; None if that is everything before them."""
+    """What the rows of a plan and `followed_by` rows after the end may read; None if that is everything before them."""
     if not isinstance(ledger, Build):
         return None
     parts = parts_of(after, ledger.declared)

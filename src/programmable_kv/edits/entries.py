@@ -1,4 +1,4 @@
-"""The ledger after a plan's steps, as pure functions. Planning simulates a plan with them, and `apply` uses them too."""
+"""The ledger after a plan's steps, as pure functions. Planning simulates a plan with them; `apply` uses them too."""
 
 from __future__ import annotations
 

@@ -251,7 +251,8 @@ class Notebook(Written):
         """Recompute everything from a slot (or part) on, or from the first inexact token when `start` is None.
 
         Recomputing from the first inexact token makes the whole context exact for its current text. (A value that only
-        an erratum states is still stated by the erratum: `rebase` writes it into its place.)
+        an erratum states is still stated by the erratum: `rebase` writes it into its place.) Under
+        `visibility="design"`, skills that are exact are not recomputed.
 
         Raises:
             InvalidArgumentError: `start` is not a slot or a part.
