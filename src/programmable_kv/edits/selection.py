@@ -28,7 +28,7 @@ class Selection(Protocol):
         ...
 
     def choose(self, engine: Engine, buffer: KVBuffer, reader: Rows) -> set[int]:
-        """The chosen slots. `reader` are rows of which the last reads the decision: a question's or the context's last."""
+        """The chosen slots. The last of the `reader` rows reads the decision: it ends a question, or the context."""
         ...
 
 
