@@ -94,8 +94,8 @@ def serve(
 
     The gateway forwards Chat Completions, Completions, Responses, Messages and everything else under /v1 byte for byte.
     It reports at /pkv/report what the prefix cache missed, and has metrics for Prometheus at /metrics. With --mode
-    erratum, if only declared or frequently changing values changed, it sends the earlier prompt again and states the
-    new values in an appended line. Notebooks do this for their fields in every mode.
+    erratum, if only declared values changed, or values that it has seen change repeatedly, it sends the earlier prompt
+    again and states the new values in an appended line. Notebooks do this for their fields in every mode.
     """
     from programmable_kv.extras import require_extra, require_model_packages
 
