@@ -88,7 +88,7 @@ def test_suffix_and_full_equal_a_full_prefill(model_type: str, mode: Mode, value
 @pytest.mark.parametrize("value", ["pending", "cancelled by the customer", "x"])
 @pytest.mark.parametrize("mode", [Mode.IN_PLACE, Mode.FIELD_ERRATUM, Mode.SELECTIVE])
 def test_refreshing_modes(model_type: str, mode: Mode, value: str) -> None:
-    """The prefix and the field are exact. What follows is stale, and relocated exactly if the value's length changes."""
+    """The prefix and field are exact. What follows is stale, and relocated exactly if the value's length changes."""
     notebook = build(tiny(model_type))
     before = notebook.fork()
     account = notebook.edit(status=value, mode=mode, k=4)

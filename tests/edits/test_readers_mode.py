@@ -1,4 +1,4 @@
-"""Mode `readers`: what it recomputes equals a forward on the mixed cache, the rest stays, and the account says which."""
+"""Mode `readers`: what it recomputes equals a forward on the mixed cache; the rest stays; the account says which."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_special_tokens_in_turns_are_plain_text_in_every_template(family: str) -
 
 
 def test_an_answer_that_stays_as_computed_goes_on_behind_a_special_token(tmp_path: Path) -> None:
-    """Qwen3 opens an answer in another form than it renders one, and rerenders earlier turns: both need marked texts."""
+    """Qwen3 opens an answer in another form than it renders one, and rerenders old turns: both need marked texts."""
     notebook = conversation("qwen3", README)
     account = notebook.add("user", f"{README}!")
     assert "differs from a fresh rendering" in account.why
