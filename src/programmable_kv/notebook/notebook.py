@@ -70,8 +70,8 @@ class Notebook(Written):
                 visibility="design" and this model cannot recompute tokens in the middle of a context.
             ContextOverflowError: the context needs more positions than the model has.
             TemplateError: the chat template changes what the messages say.
-            InvalidEditError: `repair` was given under visibility="design", where skills have no seam; or an empty field
-                has no text on either side.
+            InvalidEditError: `repair` recomputes tokens under visibility="design", where skills have no seam; or an
+                empty field has no text on either side.
         """
         self._require_not_prefilled()
         if self.prompt.empty:
@@ -214,7 +214,7 @@ class Notebook(Written):
             ContextOverflowError: the skill does not fit the model's positions.
             UnknownPartError: the context has no such slot or part.
             InvalidEditError: the text cannot be split at `at`, a field of the skill has another value here, the skill
-                was compiled with visibility="design" and this notebook is causal, or `repair` was given under
+                was compiled with visibility="design" and this notebook is causal, or `repair` recomputes tokens under
                 visibility="design".
         """
         return self._carry_out(self.plan.splice(skill, at=at, repair=repair))

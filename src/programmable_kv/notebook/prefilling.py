@@ -75,7 +75,7 @@ def _pieces(notebook: Notebook, repair: SeamRepair | None) -> list[Piece]:
     """The units and skills of the prompt, in order.
 
     Raises:
-        InvalidEditError: a repair was given under visibility="design", where skills have no seam.
+        InvalidEditError: a repair recomputes tokens under visibility="design", where skills have no seam.
         UnverifiedError: the notebook has visibility="design" and this model cannot recompute rows in the middle.
     """
     prompt, tokenizer = notebook.prompt, notebook.model.tokenizer
