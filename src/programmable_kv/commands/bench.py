@@ -235,9 +235,9 @@ def bench_serve_vllm(
 ) -> None:
     """Measure a real vLLM with and without the gateway.
 
-    --part chooses what is measured: prompts with a clock under load (load), decisions (decisions), skills (skills), or the
-    replay of agent traces (replay). The load takes about an hour on two cores. Run the same command again to continue an
-    interrupted run.
+    The option --part chooses what is measured: prompts with a clock under load (load), decisions (decisions), skills
+    (skills), or the replay of agent traces (replay). The load takes about an hour on two cores. Run the same command
+    again to continue an interrupted run.
     """
     from programmable_kv.extras import require_extra
 

@@ -59,8 +59,8 @@ def option_ids(tokenizer: Any, prompt_end: str, options: Sequence[str], end_id: 
     without it the shorter one could never lose.
 
     Raises:
-        InvalidOptionsError: fewer than two options, two equal ones, one that is no string, or one that tokenises to
-            nothing.
+        InvalidOptionsError: there are fewer than two options; two options or their tokens are equal; an option is not a
+            string or has no tokens; or one begins another and `end_id` is None.
     """
     if isinstance(options, str):
         raise InvalidOptionsError(f"options are a list of strings, got the one string {options!r}")
