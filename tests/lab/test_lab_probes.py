@@ -51,7 +51,7 @@ def test_what_is_read_in_each_group_by_another_direction_does_not_generalise() -
 
 
 def test_a_control_task_shows_a_probe_that_memorises() -> None:
-    """Kinds that recur in every group have their own activations, so any labels of them are read; selectivity is low."""
+    """Kinds that recur in every group are read whatever their labels are, so selectivity is small."""
     pytest.importorskip("sklearn")
     _, labels, groups, kinds = drawn(signal=0.0)
     own = torch.eye(10)[[int(kind.split()[1]) for kind in kinds]]
