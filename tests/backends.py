@@ -1,4 +1,4 @@
-"""A backend of the tests: one that may only be read."""
+"""A storage backend for tests that may only be read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from programmable_kv.storage.memory import MemoryBlobs
 
 
 class ReadOnlyBlobs(MemoryBlobs):
-    """What was written before can be read; nothing else is allowed."""
+    """Blobs that can be read; writing and removing are refused."""
 
     def _write(self, name: str, body: bytes) -> None:
         raise PermissionError(13, "Permission denied")

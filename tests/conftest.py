@@ -1,4 +1,4 @@
-"""Tiny random models of real architectures. No network; every test's oracle is a full forward."""
+"""Fixtures: tiny random models of real architectures. No network; the oracle of every test is a full forward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def pytest_configure() -> None:
-    """Where tests run in parallel, each process has one thread, and so have the processes it starts."""
+    """When tests run in parallel, each process, and each process that it starts, has one thread."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -30,7 +30,7 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever uses an `embedded` fixture needs the weights; whatever needs the weights is slow."""
+    """Mark tests that use an `embedded` fixture as needing the weights, and tests that need the weights as slow."""
     for item in items:
         if {"embedded", "embedded_design"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.weights)
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def database() -> Iterator[Database]:
-    """A PostgreSQL server. Tests that use one are of the group `postgres`, so that one process of the tests starts one."""
+    """A PostgreSQL server. Its tests are in the group `postgres`, so that only one test process starts a server."""
     pytest.importorskip("psycopg", reason="psycopg is not installed: it is in the extra `dev`")
     from programmable_kv.bench.database_server import ABSENT, Database, programs
     from serve.processes import free_port
@@ -54,7 +54,7 @@ def database() -> Iterator[Database]:
 
 @pytest.fixture(scope="module", params=["file", pytest.param("database", marks=pytest.mark.xdist_group("postgres"))])
 def places(request: pytest.FixtureRequest) -> Iterator[Places]:
-    """Where states of servers are kept: each test that asks for this runs with a file and with a database."""
+    """Where servers keep their state. A test with this fixture runs once with a file and once with a database."""
     from serve import places as kept
 
     kept.now = kept.Places(request.getfixturevalue("database") if request.param == "database" else None)
@@ -77,7 +77,7 @@ TINY: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
     "phi3": {},
     "gpt_neox": {},
-    "minicpm3": {  # MLA: a latent is cached beside rotary keys, which stand in the place of values
+    "minicpm3": {  # MLA: a latent is cached in the place of keys, and the rotary keys in the place of values
         "kv_lora_rank": 16,
         "q_lora_rank": 16,
         "qk_rope_head_dim": 8,
@@ -86,7 +86,7 @@ TINY: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
 }
-"""model type -> what its tiny configuration needs beyond the common sizes"""
+"""model type -> what its tiny configuration needs in addition to the common sizes"""
 
 _COMMON = {
     "vocab_size": 512,
@@ -104,10 +104,10 @@ _COMMON = {
 
 @cache
 def tiny_model(model_type: str, attention: str = "sdpa", dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """A tiny random model with large weights, so that attention is peaked and a wrong rotation cannot hide."""
+    """A tiny random model with large weights, so that attention is peaked and a wrong rotation shows."""
     torch.manual_seed(0)
     settings = {**_COMMON, **TINY.get(model_type, {}), **changes}
-    if model_type in ("gemma2", "mamba"):  # soft-capped scores exist in eager attention only; mamba has none
+    if model_type in ("gemma2", "mamba"):  # only eager attention caps scores (gemma2); mamba has no attention
         attention = "eager"
     config = AutoConfig.for_model(model_type, **settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).eval()
@@ -121,7 +121,7 @@ def tiny_model(model_type: str, attention: str = "sdpa", dtype: torch.dtype = to
 
 
 def frozen(parameters: dict[str, Any]) -> Any:
-    """A dictionary that can be a key of `tiny_model`'s cache."""
+    """The parameters as a hashable dictionary, so that `tiny_model` can cache by them."""
 
     class Frozen(dict[str, Any]):
         def __hash__(self) -> int:  # type: ignore[override]
@@ -156,7 +156,7 @@ _SAMPLE = (
 
 @cache
 def tokenizer(kind: str) -> Any:
-    """Real tokenizers, trained on the spot: byte-level BPE (as GPT-2's), and metaspace BPE (as Llama 2's and Gemma's)."""
+    """A real tokenizer, trained here: byte-level BPE (like GPT-2's) or metaspace BPE (like Llama 2's and Gemma's)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -192,7 +192,7 @@ def tokenizer(kind: str) -> Any:
 
 
 def tiny(model_type: str = "llama", kind: str = "byte-level", **changes: Any) -> Any:
-    """A `Model` of a tiny random network and a real tokenizer."""
+    """A `Model` with a tiny random network and a real tokenizer."""
     from programmable_kv import wrap_model
 
     return wrap_model(tiny_model(model_type, **changes), tokenizer(kind), name=f"tiny {model_type}")
@@ -215,7 +215,7 @@ def embedded_design() -> Any:
 
 
 def with_beginning(model: Any) -> Any:
-    """With a tokenizer that puts its beginning-of-text token before every text."""
+    """The model with a tokenizer that puts its beginning-of-text token before every text."""
     tokenizer = copy.deepcopy(model.tokenizer)
     token = tokenizer.bos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -1,4 +1,4 @@
-"""A row of a record, leaf by leaf."""
+"""The leaves of a record's row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of everything that is no table and no list."""
+    """(dotted path, value) of everything that is not a mapping or a list."""
     if isinstance(value, dict):
         for key, each in value.items():
             yield from leaves(each, f"{path}.{key}")

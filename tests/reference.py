@@ -1,4 +1,4 @@
-"""The slow, obvious counterparts that the package is checked against: full forwards with transformers' own cache."""
+"""The slow, obvious references that the package is compared with: full forwards with transformers' own cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Layers = list[tuple[torch.Tensor, torch.Tensor]]
 @torch.no_grad()
 def full_forward(model: Any, ids: Sequence[int]) -> tuple[Layers, torch.Tensor]:
     """(keys and values of every layer, logits of every token) of a prefill by transformers alone."""
-    # Without a config no layer drops what its window has passed, so that all tokens can be compared.
+    # Without a config, no layer drops tokens outside its window, so all tokens can be compared.
     cache = DynamicCache()
     output = model(input_ids=torch.tensor([list(ids)]), past_key_values=cache, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers], output.logits[0]
@@ -26,7 +26,7 @@ def full_forward(model: Any, ids: Sequence[int]) -> tuple[Layers, torch.Tensor]:
 def assert_rows_equal(
     buffer: KVBuffer, expected: Layers, slots: Sequence[int], *, atol: float, of: Sequence[int] | None = None
 ) -> None:
-    """The buffer's rows in `slots` equal the expected rows (`of` the same slots unless given), in every layer."""
+    """Assert that the buffer's rows in `slots` equal the expected rows `of` (the same slots if None), in all layers."""
     theirs = list(slots if of is None else of)
     for index, (keys, values) in enumerate(expected):
         for name, ours, reference in (("keys", buffer.keys(index), keys), ("values", buffer.values(index), values)):
@@ -47,7 +47,7 @@ def largest_difference(buffer: KVBuffer, expected: Layers, slots: Sequence[int])
 
 @torch.no_grad()
 def row_forward(model: Any, buffer: KVBuffer, slot: int, token: int) -> Layers:
-    """Keys and values, in every layer, of one token that transformers alone computes on the buffer's rows before `slot`."""
+    """Keys and values of a token in every layer, computed by transformers alone on the buffer's rows before `slot`."""
     cache = DynamicCache()
     for layer in range(len(buffer)):
         cache.update(buffer.keys(layer)[:, :, :slot], buffer.values(layer)[:, :, :slot], layer)
@@ -56,7 +56,7 @@ def row_forward(model: Any, buffer: KVBuffer, slot: int, token: int) -> Layers:
 
 
 def assert_same(one: Notebook, two: Notebook) -> None:
-    """Two notebooks hold the same text, fields, states, keys and values."""
+    """Assert that two notebooks have the same text, fields, states, keys and values."""
     assert one.ids == two.ids
     assert one.fields == two.fields
     assert one.states == two.states

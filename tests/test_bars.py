@@ -1,4 +1,4 @@
-"""What the records must show, as a table. What falls short of its aim is listed in `docs/limits.md`, with its figures."""
+"""A table of what the records must show. Aims that are not met are listed in `docs/limits.md` with their figures."""
 
 from __future__ import annotations
 
@@ -195,6 +195,6 @@ def test_a_bar_is_met(bar: tuple[str, str, str, float]) -> None:
 
 @pytest.mark.parametrize("bar", SHORT, ids=lambda bar: f"{bar[0]}:{bar[1]}")
 def test_what_falls_short_is_told(bar: tuple[str, str, str, float]) -> None:
-    """And moves to the other table once it is met."""
+    """An aim that is not met is in the document, and moves to the other table once it is met."""
     assert not holds(*bar)
     assert f"<!--{bar[0]}:{bar[1]}:" in (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, real output, errors without tracebacks."""
+"""The command line as a user runs it: real processes, real output, errors without tracebacks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ASK = ["--ask", "Somebody asks for a cancellation. What do you do?", "--options"
 
 
 def pkv(*arguments: str, cwd: Path | None = None, given: str | None = None) -> subprocess.CompletedProcess[str]:
-    """`pkv` in a process of its own, in a terminal of 80 columns; `given` is its standard input."""
+    """Run `pkv` in its own process, in a terminal of 80 columns. `given` is its standard input."""
     environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}
     return subprocess.run(
         [sys.executable, "-m", "programmable_kv", *arguments], capture_output=True, text=True, check=False, cwd=cwd,
@@ -43,7 +43,7 @@ def pkv(*arguments: str, cwd: Path | None = None, given: str | None = None) -> s
 
 
 def is_whole(table: str) -> bool:
-    """Whether a printed table fits 80 columns with no cell cut short."""
+    """Whether a printed table fits 80 columns and no cell is truncated."""
     return all(len(line) <= 80 for line in table.splitlines()) and "…" not in table
 
 
@@ -56,7 +56,7 @@ def policy(tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny model on disk, for what does not depend on what a model decides."""
+    """A tiny model on disk, for tests that do not depend on what a model decides."""
     folder = tmp_path_factory.mktemp("tiny") / "llama"
     tiny_model("llama", dtype=torch.float32).save_pretrained(folder)
     tokenizer("byte-level").save_pretrained(folder)
@@ -123,7 +123,7 @@ def test_edit_takes_values_of_several_lines_from_files(tiny_folder: str, tmp_pat
 
 @pytest.mark.slow
 def test_edit_shows_which_modes_a_model_refuses(policy: str, tmp_path: Path) -> None:
-    """A model whose keys cannot be moved refuses to refresh a value of another length; the others are compared."""
+    """A model whose keys cannot be relocated refuses to refresh a value of another length; other modes are compared."""
     model = copy.deepcopy(tiny_model("gpt2", dtype=torch.float32, n_positions=1024, n_embd=32, n_layer=2, n_head=4))
     plain = copy.copy(tokenizer("byte-level"))
     plain.chat_template = None
@@ -167,7 +167,7 @@ WITH_A_MODEL = [
     ("arguments", "message"), BEFORE_A_MODEL_IS_LOADED, ids=lambda item: item if isinstance(item, str) else ""
 )
 def test_mistakes_are_told_before_a_model_is_loaded(policy: str, arguments: list[str], message: str) -> None:
-    """There is no such model, and that is not what the error says."""
+    """The named model does not exist, but the error is about the other mistake."""
     assert_told(pkv("edit", "--prompt", policy, *arguments, "--model", "missing.gguf"), message)
 
 
@@ -193,7 +193,7 @@ def test_a_prompt_that_is_not_text(tmp_path: Path) -> None:
 
 
 def assert_told(done: subprocess.CompletedProcess[str], message: str) -> None:
-    """One line on stderr with the message, no traceback, and nothing on stdout."""
+    """Assert one line on stderr with the message, no traceback, and nothing on stdout."""
     assert done.returncode == 1, done.stdout + done.stderr
     assert message in done.stderr
     assert done.stderr.startswith("error (")
@@ -208,7 +208,7 @@ def test_the_version() -> None:
 
 
 def test_an_interrupt_is_one_line(policy: str) -> None:
-    """Ctrl-C while the command waits for its standard input."""
+    """Press Ctrl-C while the command waits for its standard input."""
     import signal
 
     command = [sys.executable, "-m", "programmable_kv", "edit", "--prompt", "-", "--field", "a=b", "--set", "a=c", *ASK]
@@ -216,7 +216,7 @@ def test_an_interrupt_is_one_line(policy: str) -> None:
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as running:
         assert running.stdin is not None
-        # A pipe takes 64 kB: once more than that was written, the command is past its start and reading.
+        # A pipe buffers 64 kB. Once more than that is written, the command has started and is reading.
         running.stdin.write("x" * 1_000_000)
         running.stdin.flush()
         running.send_signal(signal.SIGINT)
@@ -320,7 +320,7 @@ def test_a_skill_is_compiled_kept_carried_and_removed(policy: str, tiny_folder: 
 def test_a_disk_that_is_full_is_told_and_nothing_half_written_stays(
     policy: str, tiny_folder: str, tmp_path: Path
 ) -> None:
-    """The limit on a file's size stands for the disk: the write fails in its midst, for real."""
+    """A limit on the file size acts as a full disk: the write really fails halfway."""
     folder = tmp_path / "skills"
     done = subprocess.run(
         ["bash", "-c", f'ulimit -f 8; exec "{sys.executable}" -m programmable_kv "$@"', "pkv", "skills", "compile", policy,

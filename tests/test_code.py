@@ -1,4 +1,4 @@
-"""The code's own rules: lint, format, types, the direction of imports, sizes, and no device named anywhere."""
+"""Rules for the code: lint, format, types, the direction of imports, and no device named anywhere."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def test_no_device_is_named(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_double_precision_is_the_cpus(path: Path) -> None:
-    """MPS has no float64: what comes off a device is widened on the CPU."""
+    """MPS has no float64, so tensors are moved to the CPU before they are converted."""
     assert not re.search(r"(?<!\.cpu\(\))\.double\(\)", path.read_text(encoding="utf-8"))
 
 
 def test_only_the_engine_calls_a_model() -> None:
-    """Invariant: whatever is measured is measured in one place. (What the benches compare with calls the model itself.)"""
+    """Everything is measured in the engine. Only the ways that the benches compare with call the model themselves."""
     for path in SOURCES:
         relative = path.relative_to(ROOT / "src" / "programmable_kv").as_posix()
         if relative not in ("engine.py", "bench/edit.py", "bench/splice.py"):
-            code = re.sub(r"`[^`\n]*`", "", path.read_text(encoding="utf-8"))  # an example in a docstring is no call
+            code = re.sub(r"`[^`\n]*`", "", path.read_text(encoding="utf-8"))  # without examples in docstrings
             assert "past_key_values=" not in code, relative
 
 

@@ -1,4 +1,4 @@
-"""The same operations on every device that torch has here: what is exact on the CPU is exact there, in float64 where it can be.
+"""The same operations on every device that torch has here are as exact as on the CPU, in float64 where possible.
 
 On a machine without an accelerator this runs on the CPU alone. Nothing in the package names a device.
 """

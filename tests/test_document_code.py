@@ -1,4 +1,4 @@
-"""The Python of the documents runs, top to bottom, on a tiny random model: names and arguments that are gone fail here."""
+"""The Python code of the documents runs, from top to bottom, on a tiny random model. Removed names fail here."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ FILES = {
     "returns.md": "Orders are returned within 30 days.\n",
     "log.jsonl": documented_log(),
 }
-"""what the documents' code opens"""
+"""the files that the documents' code opens"""
 
 
 def python_of(page: str) -> list[str]:
-    """A page's blocks of Python, with every model that is loaded replaced by one that is given."""
+    """A page's blocks of Python, with a given model in the place of every model that they load."""
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     return [re.sub(r"\bload_model\([^)]*\)", "given_model", block) for block in blocks]
 
 
 def run(page: str) -> dict[str, Any]:
-    """Run a page's blocks in one namespace."""
+    """Run a page's blocks in one namespace, and return it."""
     namespace: dict[str, Any] = {"given_model": tiny(max_position_embeddings=8192)}
     for block in python_of(page):
         exec(compile(block, page, "exec"), namespace)
@@ -85,7 +85,7 @@ def test_the_skills_page_s_code_runs() -> None:
 
 
 def test_the_vllm_page_s_code_runs(tmp_path: Path) -> None:
-    """Its store, tokenizer and `post` are given: the requests that it would send are looked at."""
+    """The test provides its store, tokenizer and `post`, and checks the requests that it would send."""
     text = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     model = tiny()

@@ -1,4 +1,4 @@
-"""Documents stay true: numbers come from records, modules and options are real, links lead somewhere."""
+"""Documents stay true: their numbers come from records, and their modules, options and links exist."""
 
 from __future__ import annotations
 

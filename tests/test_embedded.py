@@ -1,4 +1,4 @@
-"""The embedded model end to end: what the records say, on a small slice of each experiment and bench."""
+"""The embedded model end to end: a small slice of each experiment and bench gives what the records have."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_greedy_output_equals_transformers_own(embedded: Any) -> None:
     prompt = embedded.tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
     ids = torch.tensor([[*notebook.ids, *prompt]])
     model = embedded.engine.model
-    # Without a mask, generate takes the end-of-turn tokens of the prompt for padding and hides them.
+    # Without a mask, `generate` mistakes the end-of-turn tokens of the prompt for padding and hides them.
     arguments: dict[str, Any] = {
         "max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids),
     }  # fmt: skip
@@ -35,7 +35,7 @@ def test_greedy_output_equals_transformers_own(embedded: Any) -> None:
 
 
 def test_the_demo_shows_the_discovery(embedded: Any) -> None:
-    """Stale and in-place keep the old decision; an erratum, and recomputing, decide as a full prefill does."""
+    """`stale` and `in_place` keep the old decision; an erratum and recomputing decide as a full prefill does."""
     for case, before, outcomes in demo.run(embedded):
         assert before.choice == case.before, case.field
         by_mode = {outcome.mode: outcome for outcome in outcomes}
@@ -52,16 +52,16 @@ def test_the_demos_policy_is_about_nine_hundred_tokens(embedded: Any) -> None:
 
 
 def test_a_slice_of_the_held_out_experiment(embedded: Any, tmp_path: Path) -> None:
-    """The first scenarios again: the decisions that the committed record holds, and recoveries of 1 where they must be."""
+    """The first scenarios give the decisions of the committed record, and recoveries of 1 where they must be."""
     from programmable_kv.lab.edit_modes import run
 
     record = run(embedded, 3, tmp_path / "edit-modes.json")
     committed = read_record(RESULTS / "edit-modes.json")
     for row, before in zip(record.rows, committed.rows, strict=False):
         for layout in ("asked before", "asked after", "think"):
-            for mode in before[layout].keys() - {"before"}:  # a later mode has no committed row yet
+            for mode in before[layout].keys() - {"before"}:  # a newer mode is not in the committed record yet
                 ours, theirs = row[layout][mode], before[layout][mode]
-                close = abs(theirs["gap"]) < 0.05  # a tie may fall either way on another machine
+                close = abs(theirs["gap"]) < 0.05  # a near tie may be decided differently on another machine
                 assert ours["choice"] == theirs["choice"] or close, (layout, mode)
                 assert ours["tokens_computed"] == theirs["tokens_computed"]
     part: Any = record.summary["asked_before"]
@@ -73,7 +73,7 @@ def test_a_slice_of_the_held_out_experiment(embedded: Any, tmp_path: Path) -> No
 
 
 def test_a_slice_of_the_adapters_evaluation(embedded: Any, tmp_path: Path) -> None:
-    """The first scenarios again, as the committed record has them; one in all may be a tie that fell the other way."""
+    """The first scenarios give the committed record's decisions, except for at most one near tie."""
     from programmable_kv.lab.adapter import KINDS, evaluate
 
     record = evaluate(embedded, 6, tmp_path / "adapter-held-out.json")
@@ -104,7 +104,7 @@ def test_a_slice_of_the_splice_bench(embedded: Any, tmp_path: Path) -> None:
 
 
 def test_a_slice_of_the_agent_bench(embedded: Any, tmp_path: Path) -> None:
-    """The agent computes a small part of what its rival does; both play the same turns."""
+    """The agent computes a small part of what its rival computes; both play the same turns."""
     from programmable_kv.bench.agent import policies, run
     from programmable_kv.scenarios.vocabulary import held_out_domains
 
@@ -119,7 +119,7 @@ def test_a_slice_of_the_agent_bench(embedded: Any, tmp_path: Path) -> None:
 
 
 def test_an_agent_that_computes_everything_again_is_its_rival(embedded: Any) -> None:
-    """A policy behind its preface is exact, so with suffix edits every decision is the rival's; stale, it is not."""
+    """A policy after its preface is exact, so `suffix` edits give the rival's decisions; `stale` does not."""
     from random import Random
 
     from programmable_kv import Agent, Skill
@@ -143,7 +143,7 @@ def test_an_agent_that_computes_everything_again_is_its_rival(embedded: Any) -> 
 
 
 def test_an_agent_whose_readers_are_declared_decides_as_its_rival(embedded: Any) -> None:
-    """It states nothing, so its context does not grow by its edits."""
+    """Such an agent appends no errata, so its edits do not make its context grow."""
     from random import Random
 
     from programmable_kv.bench.agent import SEED, play, policies, trajectory
@@ -164,7 +164,7 @@ def test_an_agent_whose_readers_are_declared_decides_as_its_rival(embedded: Any)
 
 
 def test_eight_bits_point_the_same_way(embedded: Any, tmp_path: Path) -> None:
-    """A skill kept in 8 bits: at most 0.55 of the bytes of 16-bit tensors, and logits of cosine 0.999 and more."""
+    """A skill kept in 8 bits takes at most 0.55 of the bytes of 16-bit tensors; its logits have cosine >= 0.999."""
     from programmable_kv import Skill
     from programmable_kv.skills.store import SkillStore
 
@@ -183,7 +183,7 @@ def test_eight_bits_point_the_same_way(embedded: Any, tmp_path: Path) -> None:
 
 
 def test_a_slice_of_the_endurance_bench(embedded: Any, tmp_path: Path) -> None:
-    """Every field was edited, one of them twice: five errata at most, and the decisions are a full prefill's."""
+    """Every field is edited, one of them twice: at most five errata, and the decisions of a full prefill."""
     record = endurance.run(embedded, tmp_path / "endurance.json", edits=7)
     assert record.summary["most_errata"] <= 5
     assert record.summary["agreement"].n == 3
@@ -193,7 +193,7 @@ def test_a_slice_of_the_endurance_bench(embedded: Any, tmp_path: Path) -> None:
 
 
 def test_appending_is_a_full_prefill(embedded: Any) -> None:
-    """What the evaluations rely on: a turn appended to an exact cache is the prefill of the whole text."""
+    """The evaluations rely on this: appending a turn to an exact cache equals a prefill of the whole text."""
     stepwise = Notebook(embedded).message("system", "status: {s} of it", s="new")
     stepwise.prefill()
     stepwise.add("user", "what is it?")

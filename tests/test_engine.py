@@ -26,7 +26,7 @@ from programmable_kv.verify.relocation import prove_relocation
 from reference import assert_rows_equal, full_forward, largest_difference
 
 IDS = [int(i) for i in torch.randint(3, 500, (40,), generator=torch.Generator().manual_seed(3))]
-# transformers' eager attention takes its softmax in float32 whatever the model's dtype.
+# transformers' eager attention computes its softmax in float32, whatever the model's dtype is.
 EXACT = {"gemma2": 2e-4}
 
 
@@ -64,7 +64,7 @@ def test_rows_are_proved(model_type: str) -> None:
 
 @pytest.mark.parametrize(("model_type", "reason"), [("gpt_neo", "differ"), ("bloom", "mask")])
 def test_models_that_build_their_own_mask_are_refused(model_type: str, reason: str) -> None:
-    """GPT-Neo's local attention counts slots, and BLOOM's takes no mask of rows: appending is all they can do."""
+    """GPT-Neo's local attention counts slots, and BLOOM takes no mask for rows, so these models can only append."""
     settings: dict[str, dict[str, Any]] = {
         "gpt_neo": {"attention_types": ((("global", "local"), 1),), "window_size": 8, "num_layers": 2, "num_heads": 4},
         "bloom": {"n_layer": 2, "n_head": 4},
@@ -89,7 +89,7 @@ def test_a_window_that_is_not_the_models_is_caught() -> None:
 
 
 def test_rows_in_the_middle_and_at_the_end_in_one_forward(model_type: str) -> None:
-    """A refreshed field is in place, in every layer, when the appended rows of the same forward read it."""
+    """The appended rows of a forward read a field that the same forward refreshes, in every layer."""
     engine = tiny_engine(model_type)
     changed = list(IDS)
     changed[4:6] = [77, 78]
@@ -116,7 +116,7 @@ def test_sequential_and_fused_rows_agree(model_type: str) -> None:
 
 
 def test_a_stale_note_survives_refreshing_the_field_alone(model_type: str) -> None:
-    """The negative witness: after an in-place refresh later rows must NOT equal a full prefill of the new text."""
+    """Negative check: after an in-place refresh, later rows must NOT equal a full prefill of the new text."""
     engine = tiny_engine(model_type)
     changed = list(IDS)
     changed[4:6] = [77, 78]
@@ -163,7 +163,7 @@ def test_grouped_attention_equals(model_type: str, attention: str) -> None:
 
 
 def test_a_hole_in_positions_is_respected(model_type: str) -> None:
-    """Rows after a hole must see positions, not indices: windows and rotations count the missing tokens."""
+    """Rows after a hole must use positions, not indices: windows and rotations count the missing tokens."""
     engine = tiny_engine(model_type)
     positions = [*range(10), *range(15, 30)]
     ids = IDS[:25]
@@ -203,7 +203,7 @@ def test_a_wrong_layout_is_caught(fault: str) -> None:
 
 @pytest.mark.parametrize("fault", ["pairing", "order"])
 def test_a_wrong_arrangement_is_put_right(fault: str) -> None:
-    """Not what the layout says of the channels is kept, but what holds on the model's keys."""
+    """A layout with a wrong arrangement of channels is corrected by what holds for the model's keys."""
     engine = tiny_engine("llama")
     rotary = engine.layout.layers[1].rotary
     assert rotary is not None
@@ -216,7 +216,7 @@ def test_a_wrong_arrangement_is_put_right(fault: str) -> None:
 
 
 def with_rotary(layout: KVLayout, rotary: Rotary) -> KVLayout:
-    """The layout with layer 1's rotation replaced, and no other table to find the right one in."""
+    """The layout with layer 1's rotation replaced, and without another table in which the right one could be found."""
     layers = (layout.layers[0], replace(layout.layers[1], rotary=rotary), *layout.layers[2:])
     return replace(layout, layers=layers, tables=())
 
@@ -261,7 +261,7 @@ def test_learned_positions_are_refused() -> None:
 
 
 def test_dynamic_frequencies_relocate_within_what_the_model_has() -> None:
-    """They change beyond the configured length only, and no engine goes there."""
+    """Dynamic frequencies change only beyond the configured length, which no engine goes beyond."""
     parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     engine = tiny_engine("llama", rope_parameters=frozen(parameters))
     assert engine.relocation.within == engine.layout.position_limit
@@ -282,7 +282,7 @@ def test_a_regime_is_not_left_unasked() -> None:
 
 
 def test_which_cached_tensor_turns() -> None:
-    """MLA's rotary keys stand in the place of values. A layer of which both turn is more than a buffer moves."""
+    """MLA caches its rotary keys in the place of values. A buffer cannot relocate a layer in which both rotate."""
     assert {layer.rotated for layer in tiny_engine("minicpm3").require_relocation().layers} == {"values"}
     rotary = Rotary((1.0,))
     both = LayerLayout(Reach.FULL, None, rotary, others=(("values", rotary),))

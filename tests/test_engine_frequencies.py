@@ -1,4 +1,4 @@
-"""Models whose frequencies or masks depend on the length: every result equals a full forward, or is refused."""
+"""Models whose frequencies or masks depend on the length: every result equals a full forward or is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IDS = [int(i) for i in torch.randint(3, 500, (120,), generator=torch.Generator()
 
 
 class Numbers(list[Any]):
-    """A list that can be part of a key of `tiny_model`'s cache; transformers takes no tuple here."""
+    """A hashable list, so that `tiny_model` can cache by it; transformers takes no tuple here."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(self))
@@ -34,7 +34,7 @@ DYNAMIC = frozen({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
 
 
 def longrope(model_type: str = "phi3", **changes: Any) -> Engine:
-    if model_type == "phi3":  # whose configuration states the bound itself
+    if model_type == "phi3":  # phi3's configuration has the bound as an attribute of its own
         changes["original_max_position_embeddings"] = BOUND
     return tiny_engine(model_type, rope_parameters=LONGROPE, **changes)
 
@@ -56,7 +56,7 @@ def is_full_prefill(engine: Engine, buffer: KVBuffer) -> None:
 
 
 def test_the_attack_is_real(engine: Engine) -> None:
-    """The negative witness: rows computed below the bound differ from those of a full forward beyond it."""
+    """Negative check: rows computed below the bound differ from those of a full forward beyond it."""
     longer, _ = full_forward(engine.model, IDS[:90])
     assert largest_difference(filled(engine, 60), longer, range(60)) > 1e-2
 
@@ -168,7 +168,7 @@ def test_a_stream_ends_at_the_bound(engine: Engine) -> None:
 
 
 def test_transformers_own_generate_is_stopped_at_the_bound() -> None:
-    """(phi3's own `generate` leaves the cache there and starts another.)"""
+    """phi3 is left out: its own `generate` drops the cache there and starts another one."""
     engine = longrope("llama")
     buffer = filled(engine, 60)
     with pytest.raises(FrequencyRegimeError):
@@ -228,7 +228,7 @@ def test_checks_do_not_depend_on_what_was_computed_before(engine: Engine) -> Non
 
 
 def test_dynamic_frequencies_do_not_depend_on_what_was_computed_before() -> None:
-    """transformers keeps the table of a longer forward for shorter ones down to the configured length."""
+    """After a long forward, transformers keeps its table for shorter ones, down to the configured length."""
     settings: dict[str, Any] = {"rope_parameters": DYNAMIC, "max_position_embeddings": BOUND}
     engine = tiny_engine("llama", **settings)
     expected, _ = full_forward(tiny_model("llama", **settings), IDS[:BOUND])
@@ -259,7 +259,7 @@ CHUNKED: dict[str, Any] = {
 
 
 def test_chunked_attention_is_right_across_chunks() -> None:
-    """Its rotation is computed in float32, whatever the dtype."""
+    """The tolerance is that of float32: the model computes its rotation in float32, whatever its dtype is."""
     engine = tiny_engine("llama4_text", **CHUNKED)
     assert {layer.window for layer in engine.layout.layers} == {16, None}
     expected, logits = full_forward(engine.model, IDS[:60])

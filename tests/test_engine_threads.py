@@ -1,4 +1,4 @@
-"""One model, several threads: every result equals the one computed alone, and every account is its own operation's."""
+"""Several threads on one model: every result equals that of a single thread, and accounts do not mix."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def rows_in_the_middle(engine: Engine, seed: int) -> torch.Tensor:
 WORK: list[tuple[Callable[[Engine, int], torch.Tensor], int]] = [
     (influence, 33), (prefill_and_suffix, 40), (rows_in_the_middle, 32), (prefill_and_suffix, 40),
 ]  # fmt: skip
-"""what each thread does over and over, and how many tokens that computes"""
+"""what each thread does repeatedly, and how many tokens it computes"""
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", GROUPED_SDPA])
 def test_threads_do_not_disturb_each_other(attention: str) -> None:
-    """Each thread has an engine of its own around the same model: the lock is the model's."""
+    """Each thread has its own engine around the same model, because the lock belongs to the model."""
     register_attention()
     model = tiny_model("llama", attention)
     alone = {(job, seed): job(Engine(model), seed) for job, _ in WORK for seed in range(TURNS)}
@@ -104,7 +104,7 @@ def test_several_threads_may_verify_at_once() -> None:
 
 
 def test_a_buffers_meter_follows_it_through_threads() -> None:
-    """A stream that a server draws from several threads is measured by its buffer."""
+    """A server may draw one stream from several threads, so the buffer's meter measures it."""
     engine = tiny_engine("llama")
     buffer = engine.new_buffer()
     with buffer.meter.measure() as reading, engine.meter.measure() as here:
@@ -142,7 +142,7 @@ def test_the_lock_is_the_models_and_goes_with_it() -> None:
 
 @pytest.mark.parametrize("job", [influence, prefill_and_suffix, rows_in_the_middle])
 def test_no_forward_runs_beside_another(job: Callable[[Engine, int], torch.Tensor]) -> None:
-    """While another engine's forward holds the model, a job waits; then it finishes."""
+    """A job waits while another engine's forward runs on the model, and finishes after it."""
     engine = Engine(tiny_model("llama"))
     engine.verify()
     job(engine, 0)
@@ -158,7 +158,7 @@ def test_no_forward_runs_beside_another(job: Callable[[Engine, int], torch.Tenso
 
 
 def by_eager_attention(model: Any, engine: Engine, count: int) -> torch.Tensor:
-    """The same influence from transformers' own eager attention, over a whole prefill."""
+    """The same influence, computed from transformers' own eager attention over a whole prefill."""
     with torch.no_grad():
         output = model(torch.tensor([IDS[:count]]), output_attentions=True, use_cache=True)
     buffer = engine.new_buffer()

@@ -1,4 +1,4 @@
-"""The generated documents say what the code says today: claims, command line, API reference, and structure."""
+"""The generated documents agree with the code: claims, command line, API reference, and structure."""
 
 from __future__ import annotations
 

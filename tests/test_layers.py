@@ -1,4 +1,4 @@
-"""The shape of the package: no circles between files, tests that mirror the rooms, layers as the contract draws them."""
+"""The package's structure: no import cycles, tests that mirror its folders, and layers as the contract has them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ ALLOWED = {
     ("storage.files", "storage.local"): "inside a function: an address names the kind of storage, which is opened then",
     ("storage.files", "storage.remote"): "inside a function: as for local files",
 }
-"""imports that may be part of a circle, and why. Imports inside functions and for type checkers count like any other"""
+"""imports that may be part of a cycle, and why; imports inside functions and for type checkers count like any other"""
 
 
 def imports() -> dict[str, set[str]]:
-    """module -> modules of the package that it imports, anywhere in the file; the package's prefix is left out.
+    """module -> the package's modules that it imports anywhere in the file, without the package's prefix.
 
-    The root's `__init__` is not a file of the graph: it imports every public name, on first use and for type checkers.
+    The package's `__init__` is left out: it imports every public name, on first use and for type checkers.
     """
     graph = grimp.build_graph("programmable_kv", cache_dir=None)
     short = {module: module.removeprefix("programmable_kv.") for module in graph.modules if "." in module}
@@ -44,7 +44,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
-    """The modules of one circle, each importing the next one; empty where there is none."""
+    """The modules of one import cycle, each importing the next one; empty if there is no cycle."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -82,11 +82,11 @@ def test_every_room_has_a_folder_of_tests() -> None:
     tested = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
     missing = rooms - tested
     assert not missing, f"no tests in {', '.join(f'tests/{room}/' for room in sorted(missing))}"
-    strangers = tested - rooms - {"training", "examples"}  # folders of the repository beside the package
+    strangers = tested - rooms - {"training", "examples"}  # these are folders of the repository, not of the package
     assert not strangers, f"tests/{', '.join(sorted(strangers))} mirrors nothing in the package"
 
 
 def test_no_two_test_files_have_one_name() -> None:
-    """pytest imports them by name alone: the second one would not be run."""
+    """pytest imports test files by name alone, so it would not run the second one."""
     names = [path.name for path in (ROOT / "tests").rglob("*.py")]
     assert sorted(names) == sorted(set(names))

@@ -1,4 +1,4 @@
-"""The queue of a model: asyncio tasks share one model and several notebooks, in order, and nothing is left half done."""
+"""The queue of a model: asyncio tasks share a model and several notebooks, in order, and nothing is left half-done."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_notebooks_of_one_model_answer_as_they_do_alone() -> None:
 
 
 def test_streams_take_turns() -> None:
-    """Neither of two streams waits for the other to end."""
+    """Two streams proceed in turns: neither waits for the other to end."""
 
     async def main() -> None:
         queue, order = ModelQueue(), []

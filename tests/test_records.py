@@ -1,4 +1,4 @@
-"""Records: validated on read, resumed when interrupted, with true intervals."""
+"""Records are validated when read, resumed after an interruption, and have correct intervals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_an_interrupted_run_resumes(tmp_path: Path) -> None:
     path = tmp_path / "a-test.json"
     first = recorder(path)
     first.add({"item": 0, "right": True})
-    del first  # killed here
+    del first  # the run is killed here
     second = recorder(path)
     assert second.done(item=0)
     assert not second.done(item=1)

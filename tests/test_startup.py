@@ -1,4 +1,4 @@
-"""Importing the package and asking for help costs nothing; what is public is complete, and one table says where it lives."""
+"""Imports and help are fast, and the public names are complete and resolved by one table."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ HEAVY = (
     "torch", "transformers", "tokenizers", "safetensors", "numpy", "fsspec", "jinja2", "rich.table", "rich.progress", "scipy",
     "statsmodels", "matplotlib", "peft", "gguf",
 )  # fmt: skip
-"""what help must not import. pydantic is not among them: typer itself reads arguments with it"""
+"""modules that help must not import; pydantic is not among them, because typer itself uses it"""
 _ROOT_FILE = Path(str(programmable_kv.__file__))
 
 
 def heavy_after(code: str, *heavy: str) -> list[str]:
-    """Those of `heavy` that a fresh interpreter has imported after running `code`."""
+    """The modules in `heavy` that a fresh interpreter has imported after running `code`."""
     report = f"{code}\nimport sys, json; print(json.dumps([m for m in {heavy!r} if m in sys.modules]), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True)
     return list(json.loads(done.stderr.splitlines()[-1]))
@@ -40,7 +40,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_the_help_of_every_command_imports_nothing_heavy() -> None:
-    """One process asks for the help of all commands: whatever any of them imports is seen."""
+    """One process prints the help of all commands, so the import of any of them is noticed."""
     code = """
 import typer.main
 from programmable_kv.cli import app
@@ -65,7 +65,7 @@ def test_every_error_is_public() -> None:
 
 
 def test_the_three_lists_of_public_names_agree() -> None:
-    """`__all__`, the table that resolves names, and the imports that type checkers read."""
+    """The lists are `__all__`, the table that resolves names, and the imports for type checkers."""
     table = programmable_kv._MODULE_OF
     assert programmable_kv.__all__ == sorted(["__version__", *table])
     [block] = [
@@ -105,7 +105,7 @@ def test_a_missing_extra_is_one_line_that_installs_it() -> None:
 
 
 def test_every_extra_is_declared_with_the_modules_it_installs() -> None:
-    """The table that error messages read, and the project's own declaration."""
+    """The table for error messages agrees with the project's own declaration."""
     project = tomllib.loads((_ROOT_FILE.parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = project["optional-dependencies"]
     for module, extra in EXTRA_OF.items():
@@ -123,7 +123,7 @@ def test_a_failed_import_is_told_only_where_an_extra_would_help() -> None:
 
 
 def test_pkv_without_its_extra_says_how_to_get_it() -> None:
-    """A real interpreter that cannot see typer: the script's entry point ends in one line, not in a traceback."""
+    """In a real interpreter without typer, the script's entry point prints one line and no traceback."""
     source = str(_ROOT_FILE.parent.parent)
     code = f"import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p] + [{source!r}]\n"
     code += "from programmable_kv.__main__ import main; main()"

@@ -1,6 +1,7 @@
 """`pkv`: the command line.
 
-Help must be instant: this module and `commands/` import typer and nothing heavy. What a command needs is imported when it runs.
+Help must be instant. So this module and `commands/` import typer and nothing heavy; a command imports what it needs
+when it runs.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ app.command()(records.results)
 app.command()(records.figures)
 
 _INTERRUPTED = 130
-"""typer's exit status after Ctrl-C"""
+"""the exit status of typer after Ctrl-C"""
 _RECORDING = (["bench"], ["lab"], ["zoo"])
-"""commands that keep what they have measured when they are interrupted"""
+"""commands that keep their measured rows when they are interrupted"""
 
 
 def _print_version(wanted: bool) -> None:
@@ -64,7 +65,7 @@ def _fail(kind: str, message: str) -> NoReturn:
 
 
 def main() -> None:
-    """Run the command line; an error we know is one line on stderr and exit status 1, not a traceback."""
+    """Run the command line. A known error prints one line to stderr and exits with status 1, without a traceback."""
     try:
         app(prog_name="pkv")
     except ProgrammableKVError as error:
@@ -74,7 +75,7 @@ def main() -> None:
         if told is None:
             raise
         _fail("MissingExtra", told)
-    except OSError as error:  # a full disk, a folder that may not be written
+    except OSError as error:  # a full disk, a folder without write permission
         _fail(
             "OS", f"{error}. What was stored before is unchanged: make room or choose another place, and run it again."
         )

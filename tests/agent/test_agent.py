@@ -1,4 +1,4 @@
-"""An agent's turns on one cache: what they compute, what stays, and that it is what a prefill of the text would be."""
+"""An agent's turns on one cache: what they compute, what stays, and that the cache equals a prefill of the text."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_turn_computes_what_is_new_and_nothing_else() -> None:
 
 
 def test_the_next_turn_reads_the_last_one() -> None:
-    """The answer is in the cache, not only in the text: without it the next turn's keys would be others."""
+    """The answer is in the cache, not only in the text: without it the next turn's keys would differ."""
     agent = started()
     agent.act("the refund", OPTIONS)
     start = len(agent.notebook)
@@ -109,7 +109,7 @@ def test_an_error_leaves_the_agent_unchanged() -> None:
 
 
 def test_an_answer_that_is_rendered_otherwise_than_it_is_asked_for_stays_as_computed() -> None:
-    """Templates of reasoning models open a thought when they ask for an answer, and leave it out of an answer given."""
+    """Templates of reasoning models open a thought when they ask for an answer, and omit it in a given answer."""
     import copy
 
     from programmable_kv import wrap_model
@@ -176,7 +176,7 @@ def test_a_mode_that_is_none_costs_no_prefill() -> None:
 
 
 def test_the_record_s_figures_follow_from_its_rows() -> None:
-    """Decisions under one set of rules are told apart by drawing the policies again."""
+    """The test draws the policies again to find the decisions under one set of rules."""
     record = read_record(RESULTS / "agent.json")
     drawn = policies(record.settings["instances"])
     assert record.data_digest == digest_of(scenario.text() for scenario in drawn)

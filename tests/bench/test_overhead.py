@@ -1,4 +1,4 @@
-"""The bench of overhead: every public operation is in it, forwards are told from the rest, and nothing is left behind."""
+"""The bench of overhead: it has every public operation, separates forwards from the rest, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOT_ON_A_LIVE_CONTEXT = {
     "readable",
 }
 COPIES_OR_FILES = {"suggest_readers", "fork", "save", "load", "release"}
-"""their cost is the cache's bytes"""
+"""operations whose cost is that of the cache's bytes"""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def model() -> Any:
 
 
 class Spy:
-    """A notebook that remembers which of its names were used."""
+    """A notebook that remembers which of its attributes were used."""
 
     def __init__(self, notebook: Notebook) -> None:
         self.notebook, self.used = notebook, set[str]()

@@ -1,4 +1,4 @@
-"""The gateway's bench: its peers, its load, its sums, and a slice of it."""
+"""The bench of the gateway: its peers, its load, its sums, and a short run."""
 
 from __future__ import annotations
 
@@ -123,14 +123,14 @@ def test_arrivals_are_a_poisson_process_that_is_the_same_again() -> None:
     assert found == serve_open.arrivals(50, 100, seed=3) != serve_open.arrivals(50, 100, seed=4)
     assert found == sorted(found)
     assert 0 < found[0] < found[-1] < 100
-    assert 4700 < len(found) < 5300  # 5000, and four times its root
+    assert 4700 < len(found) < 5300  # 5000 plus or minus four times its square root
     gaps = [after - before for before, after in pairwise(found)]
     assert 0.9 < len(gaps) * sum(gap * gap for gap in gaps) / sum(gaps) ** 2 / 2 < 1.1, "even ones would give a half"
 
 
 @contextmanager
 def pausing(seconds: float) -> Iterator[int]:
-    """An upstream that answers each request of a connection, one at a time over all connections, after a pause."""
+    """An upstream that answers requests after a pause, one at a time over all connections."""
     one = threading.Lock()
     answer_bytes = (
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + b"%x\r\n" % len(ANSWER) + ANSWER + b"\r\n0\r\n\r\n"
@@ -158,7 +158,7 @@ def pausing(seconds: float) -> Iterator[int]:
 
 
 def test_what_waits_behind_a_slow_answer_counts_as_slow() -> None:
-    """Twice as many requests arrive as are answered: one at a time would say that each takes no longer than the first."""
+    """Twice as many requests arrive as are answered, so requests wait; sending one at a time would hide that."""
     with pausing(0.05) as port:
         way = Way(DIRECT, Peer(port, os.getpid()))
         with Client(port) as client:
@@ -237,7 +237,7 @@ def test_the_summary_says_what_sessions_cost() -> None:
 
 @pytest.mark.slow
 def test_a_slice_of_the_bench(tmp_path: Path) -> None:
-    """Every way is measured, gateways know their conversations, and only one rewrites. No time is asserted."""
+    """Every way is measured, the gateways know their conversations, and only one rewrites. No time is asserted."""
     steps: list[tuple[int, int]] = []
     path = tmp_path / "serve.json"
     run = serve.run(

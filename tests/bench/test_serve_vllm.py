@@ -1,6 +1,6 @@
-"""The bench on a real vLLM, as far as it goes without one: what each arm sends, when, and what is made of the answers.
+"""The bench on a real vLLM, as far as it can be tested without one: what each arm sends and when, and its figures.
 
-With a vLLM it is `pkv bench serve-vllm --quick` (docs/serving.md).
+With a vLLM, run `pkv bench serve-vllm --quick` (docs/serving.md).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def test_the_summary_compares_each_arm_with_the_clock_in_the_prefix() -> None:
 
 
 def test_the_whole_takes_as_long_as_its_document_says_and_the_quick_one_three_minutes() -> None:
-    """With prefills as slow as on the two cores of the record: 1,500 tokens in three and a half seconds."""
+    """Assuming prefills as slow as on the two cores of the record: 1,500 tokens in three and a half seconds."""
 
     def minutes(policies: Any) -> float:
         cases = [(each, load, arm) for each in policies for load in each.loads for arm in ARMS]

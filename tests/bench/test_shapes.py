@@ -1,4 +1,4 @@
-"""Benches on models of a published shape with random weights, on tiny shapes."""
+"""Benches on random weights of a published architecture, tested with tiny ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The soak: its upstream finds prefixes and reads the last value, and a short run over a killed gateway loses nothing."""
+"""The soak: its upstream finds prefixes and reads the last value; a short run with a killed gateway loses nothing."""
 
 from __future__ import annotations
 

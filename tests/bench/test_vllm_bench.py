@@ -1,6 +1,6 @@
-"""The benches of a real vLLM, as far as they go without one: their prompts, what the library says, what is made of answers.
+"""The benches of a real vLLM, as far as they can be tested without one: prompts, the library's answers, and figures.
 
-With a vLLM they are one command each (docs/vllm.md).
+With a vLLM, each of them is one command (docs/vllm.md).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_case_is_the_same_tokens_in_the_library_and_in_the_requests(folder: Path, tmp_path: Path) -> None:
-    """The cases check this themselves. Here: that the answer is that of the composed context, and not of a full prefill."""
+    """The cases check their tokens. This test checks that the answer is the composed context's, not a prefill's."""
     model = load_model(folder, dtype="float64")
     shop = Shop.stocked(model, SkillStore(tmp_path), lines=2)
     question = "Which desk?"
@@ -52,7 +52,7 @@ def test_an_answer_leaves_the_context_unchanged(folder: Path, tmp_path: Path) ->
 
 
 def given(expected: Answer, **changes: Any) -> dict[str, Any]:
-    """An engine's answer that agrees with the library's, but for some changes."""
+    """An engine's answer that agrees with the library's, except for some changes."""
     likely = [{str(token): float(row[token]) for token in range(3)} for row in expected.logprobs]
     answer = {"tokens": list(expected.tokens), "logprobs": likely, "told": None, "cached": 0, "prompt_tokens": 9}
     return answer | changes

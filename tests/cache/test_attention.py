@@ -1,4 +1,4 @@
-"""Attention in blocks of rows against one call, and who makes the mask."""
+"""Attention in blocks of rows equals attention in one call; and who makes the mask."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_blocks_equal_one_call(kind: str, tokens: int, groups: int, width: int) 
     torch.testing.assert_close(in_blocks(query, key, value, given, 0.4), expected, rtol=0, atol=1e-12)
     if kind == "no mask":
         torch.testing.assert_close(last_rows(query, key, value, 0.4), expected, rtol=0, atol=1e-12)
-    if groups > 1 or tokens > ROWS_IN_BLOCK or given is None:  # or else it is transformers' own attention
+    if groups > 1 or tokens > ROWS_IN_BLOCK or given is None:  # otherwise transformers' own attention runs
         found, _ = grouped_sdpa(torch.nn.Module(), query, key, value, given, scaling=0.4)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
@@ -75,7 +75,7 @@ def test_the_mask_is_left_out_for_many_last_rows_only() -> None:
 
 
 def test_a_long_suffix_and_long_chunks_equal_a_full_forward(model_type: str) -> None:
-    """More rows than a block holds, in every architecture: appended in chunks, recomputed, after a hole."""
+    """More rows than fit one block, in every architecture: appended in chunks, recomputed, and scattered."""
     if model_type == "gemma2":
         pytest.skip("eager only")
     register_attention()

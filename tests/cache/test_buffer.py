@@ -1,7 +1,7 @@
-"""Random programs of buffer operations against a slow model of the buffer that keeps everything and recomputes all.
+"""Random programs of buffer operations, compared with a slow model of the buffer that keeps and recomputes everything.
 
-The model of a cached row is independent of the buffer: a row's keys and values are whatever was last written for its
-token; a relocated key is the canonical key rotated once, in float64, from the position it was computed at.
+The slow model of a cached row is independent of the buffer: a row's keys and values are those last written for its
+token, and a relocated key is the canonical key rotated once, in float64, from the position it was computed at.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LAYOUT = ENGINE.require_relocation()
 
 @dataclass
 class Row:
-    """One token as the slow model keeps it: keys and values [layers, heads, dim] as computed, and two positions."""
+    """One token in the slow model: keys and values [layers, heads, dim] as computed, and two positions."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -53,7 +53,7 @@ class SlowBuffer:
 
 
 class Programs(RuleBasedStateMachine):
-    """Append, overwrite, edit with a change of length, truncate, mark, roll back, release, fork, save and load."""
+    """Programs that append, overwrite, edit, truncate, mark, roll back, release, fork, save and load."""
 
     @initialize()
     def start(self) -> None:
@@ -125,7 +125,7 @@ class Programs(RuleBasedStateMachine):
         if not tail:
             self.buffer.truncate(start)
         slots = list(range(start, start + length))
-        # What lies in the gap now is about to be written; the slow model makes room for it.
+        # The rows of the gap are written next; the slow model makes room for them.
         self.slow.rows = self.slow.rows[:start]
         self.write_gap(slots, position, bool(tail))
         for row in tail:
@@ -165,7 +165,7 @@ class Programs(RuleBasedStateMachine):
         position = self.slow.rows[at - 1].position + 1 if at else 0
         positions = list(range(position, position + len(made)))
         ends = positions[-1] + 1
-        if data.draw(st.booleans()):  # positions are left free before, between and behind its tokens
+        if data.draw(st.booleans()):  # leave positions free before, between and after its tokens
             gaps = [data.draw(st.integers(0, 2)) for _ in made]
             positions = [each + sum(gaps[: i + 1]) for i, each in enumerate(positions)]
             ends = positions[-1] + 1 + data.draw(st.integers(0, 3))
@@ -185,7 +185,7 @@ class Programs(RuleBasedStateMachine):
     def cut(self, data: st.DataObject) -> None:
         start = data.draw(st.integers(0, len(self.slow.rows) - 1))
         stop = data.draw(st.integers(start, min(len(self.slow.rows), start + 4)))
-        shift = start - stop if data.draw(st.booleans()) else 0  # or what follows keeps its positions
+        shift = start - stop if data.draw(st.booleans()) else 0  # with 0, what follows keeps its positions
         self.buffer.relocate(stop, len(self.slow.rows), start, shift, LAYOUT)
         for row in self.slow.rows[stop:]:
             row.position += shift
@@ -256,7 +256,7 @@ class Programs(RuleBasedStateMachine):
         for layer in range(LAYERS if self.slow.rows else 0):
             keys = torch.stack([row.moved_keys(layer) for row in self.slow.rows], dim=1)
             values = torch.stack([row.values[layer] for row in self.slow.rows], dim=1)
-            # Both rotate once from the key as computed, in float64: equal to the last bit.
+            # Both rotate the computed key once in float64, so they are equal to the last bit.
             assert torch.equal(self.buffer.keys(layer)[0], keys), f"keys of layer {layer}"
             assert torch.equal(self.buffer.values(layer)[0], values), f"values of layer {layer}"
         moved = [i for i, row in enumerate(self.slow.rows) if row.position != row.computed_at]
@@ -345,7 +345,7 @@ def test_positions_that_do_not_ascend_are_refused() -> None:
 
 
 def test_tokens_that_keep_their_positions_are_copied_and_not_rotated() -> None:
-    """The keys are the same to the last bit, and no second copy is kept of them."""
+    """The keys are equal to the last bit, and no second copy of them is kept."""
     buffer = filled(10)
     keys = buffer.keys(0)[:, :, 4:].clone()
     with buffer.meter.measure() as reading:
@@ -358,7 +358,7 @@ def test_tokens_that_keep_their_positions_are_copied_and_not_rotated() -> None:
 
 
 def test_freed_slots_forget_where_their_keys_came_from() -> None:
-    """A splice at the end is cut or rolled back; then two places are lengthened, and freed slots lie between for a moment."""
+    """A splice at the end is cut or rolled back. Then two values grow, so that freed slots lie between for a moment."""
     segment = filled(8).segment(Span(0, 8), range(8))
     for undo in ("cut", "roll back"):
         buffer = filled(10)
@@ -423,7 +423,7 @@ def test_tensors_that_do_not_fit_are_refused(fault: str) -> None:
 
 
 def test_a_long_buffer_grows_by_steps() -> None:
-    """A context that is larger than a step does not get twice the memory for one more token."""
+    """A buffer that is larger than a step does not double its memory for one more token."""
     buffer = KVBuffer(ENGINE.layout, capacity=20_000)
     buffer.ensure_capacity(20_001)
     assert 20_001 <= buffer.capacity <= 20_000 + 8192
@@ -435,7 +435,7 @@ def test_a_long_buffer_grows_by_steps() -> None:
 
 
 def test_a_buffer_is_freed_without_the_garbage_collector() -> None:
-    """It holds most of the memory, and few objects: a collector that counts objects would keep many of them."""
+    """A buffer has much memory in few objects, so a collector that counts objects would keep many buffers."""
     buffer = filled(4)
     copied = copy.deepcopy(buffer)
     assert torch.equal(copied.keys(0), buffer.keys(0))

@@ -1,4 +1,4 @@
-"""Which frequency tables a forward computes with, and in which forwards rows are computed."""
+"""Which frequency tables a forward uses, and into which forwards rows are split."""
 
 from __future__ import annotations
 

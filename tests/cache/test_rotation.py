@@ -1,4 +1,4 @@
-"""Rotation by an offset: R(p + d) = R(d) R(p), for every pairing, width and dtype; and witnesses that errors show."""
+"""Rotation by an offset: R(p + d) = R(d) R(p) for every pairing, width and dtype, and checks that errors would show."""
 
 from __future__ import annotations
 
@@ -80,6 +80,6 @@ def test_narrow_dtypes_round_once(dtype: torch.dtype) -> None:
     exact = rotate(keys.double(), torch.full((4,), 777), rule)
     moved = rotate(keys, torch.full((4,), 777), rule)
     assert moved.dtype is dtype
-    # One rounding to dtype, after float32 arithmetic on values of about the key's norm.
+    # The bound allows one rounding to dtype, after float32 arithmetic on values of about the key's norm.
     bound = exact.abs() * torch.finfo(dtype).eps / 2 + 8 * 2.0**-24 * keys.double().norm(dim=-1, keepdim=True)
     assert bool(((moved.double() - exact).abs() <= bound).all())

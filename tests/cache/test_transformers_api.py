@@ -1,4 +1,4 @@
-"""Canaries: what this package relies on inside transformers. A failure here names what an upgrade changed."""
+"""What this package relies on inside transformers. A failure here names what an upgrade changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from programmable_kv.cache.transformers_api import Cache, CacheLayerMixin, cache
 
 
 def test_positions_come_from_position_ids() -> None:
-    """Not from `cache_position`, which many models no longer have and others swallow without a word."""
+    """Positions do not come from `cache_position`, which many models no longer have and others silently ignore."""
     parameters = inspect.signature(LlamaForCausalLM.forward).parameters
     assert "position_ids" in parameters
     assert "cache_position" not in parameters

@@ -1,4 +1,4 @@
-"""`pkv explain-miss` as a user meets it: a table, a page, JSON, and errors in one line."""
+"""`pkv explain-miss` as a user runs it: a table, a page, JSON, and errors in one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(*arguments: str, given: str | None = None) -> str:
 
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    """Four requests of one conversation, with a clock at the top."""
+    """A log of four requests of one conversation, with a clock at the top."""
     path = tmp_path / "log.jsonl"
     bodies = [
         chat(f"Today: 2026-06-09 15:0{n} {SECRET}\n{RULES}", *[ASKED, ANSWERED] * n, ASKED_NEXT) for n in range(4)
@@ -75,7 +75,7 @@ def test_text_is_hidden_on_request_everywhere(log: Path, tmp_path: Path) -> None
 
 
 def test_what_is_opaque_is_never_printed(tmp_path: Path) -> None:
-    """Signatures and encrypted reasoning are compared, not shown: neither as text nor in JSON or HTML."""
+    """Signatures and encrypted reasoning are compared but not shown, neither as text nor in JSON or HTML."""
     thought = {"type": "thinking", "thinking": "Hm.", "signature": SIGNATURE}
     redacted = {"type": "redacted_thinking", "data": SIGNATURE}
     paths = []

@@ -1,4 +1,4 @@
-"""`pkv bench`, `pkv lab` and `pkv zoo`: cheap to import, and plain about options that do not fit."""
+"""`pkv bench`, `pkv lab` and `pkv zoo`: cheap to import, with clear errors for options that do not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pkv skills` on a tiny model in a folder: every command, its JSON, its errors, and any store that has a URL."""
+"""`pkv skills` on a tiny model in a folder: every command, its JSON, its errors, and stores at URLs."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_an_imported_manifest_does_not_steer_the_terminal(tmp_path: Path) -> Non
 
 
 def test_these_commands_import_nothing_heavy_before_they_run() -> None:
-    """Nothing beyond the standard library and what the options that all commands share import."""
+    """They import nothing but the standard library and what the options shared by all commands import."""
     code = (
         "import sys, programmable_kv.commands.common; before = set(sys.modules); import programmable_kv.commands.skills; "
         "print({name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"

@@ -1,4 +1,4 @@
-"""`pkv template`: the row of a model's chat template, or of a template's own file."""
+"""`pkv template`: the row of a model's chat template, or of a template file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def row_of(what: str) -> dict[str, str]:
 
 
 def test_a_template_file_and_a_model_s_folder_give_the_same_row(tmp_path: Path) -> None:
-    """Only the tokenizer is loaded: the folder holds no weights."""
+    """Only the tokenizer is loaded: the folder has no weights."""
     saved = tokenizer("byte-level")
     saved.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')

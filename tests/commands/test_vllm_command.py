@@ -1,4 +1,4 @@
-"""`pkv vllm`: a model is exported, certified for a store, and an opening kept in it, as docs/vllm.md does it."""
+"""`pkv vllm`: export a model, certify a store for it, and keep an opening there, as in docs/vllm.md."""
 
 from __future__ import annotations
 

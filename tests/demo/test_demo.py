@@ -1,4 +1,4 @@
-"""The demo on a tiny random model: every case in every mode, and a page that shows them."""
+"""The demo on a tiny random model: every case in every mode, and the page with them."""
 
 from __future__ import annotations
 

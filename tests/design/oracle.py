@@ -1,6 +1,7 @@
-"""The slow, obvious counterpart of `visibility="design"`: who reads whom token by token, and one dense forward by transformers.
+"""The slow, obvious oracle of `visibility="design"`: which token reads which, and one dense forward by transformers.
 
-Nothing of the package's design room is used. Lines are found in the text again, and each pair of tokens is asked about.
+It uses nothing of the package's `design` folder. It finds lines in the text itself, and decides each pair of tokens
+alone.
 """
 
 from __future__ import annotations
@@ -17,30 +18,30 @@ from programmable_kv import Notebook
 from reference import Layers
 
 OWN = -1
-"""the scope of a context's own text; that of a skill is the number of its part"""
+"""The scope of the context's own text. The scope of a skill is its number."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """What a token is: its kind, which text it is part of, which value it is of, and the fields that it reads."""
+    """A token's kind, the text that it is part of, the value that it is part of, and the fields that it reads."""
 
     kind: str
     scope: int = OWN
     of: object = None
     fields: frozenset[str] = frozenset()
     open: bool = False
-    """in a skill that the text behind it reads"""
+    """whether it is in a skill that the text after it reads"""
 
 
 @dataclass
 class _Stretch:
-    """Text that is searched for lines as one."""
+    """Text that is searched for lines as a whole."""
 
     scope: int
     open: bool = False
     text: str = ""
     slots: list[int] = field(default_factory=list)
-    """of each character; an empty value is told by a negative number"""
+    """the slot of each character; an empty value has a negative number instead"""
     values: dict[int, str] = field(default_factory=dict)
     """slot -> the field whose value is there"""
     of: dict[int, int] = field(default_factory=dict)
@@ -52,11 +53,11 @@ class _Stretch:
 def tokens_of(
     notebook: Notebook, words: Mapping[str, Sequence[str]], read_by: Mapping[str, str] | None = None
 ) -> list[Token]:
-    """What each cached token is.
+    """Describe each cached token.
 
     Args:
-        words: field -> all that a line may say of it.
-        read_by: field or skill -> who may read it, where that is not the default.
+        words: field -> all words by which a line may mention it.
+        read_by: field or skill -> who may read it, if that is not the default.
     """
     read_by = read_by or {}
     found: list[Token] = []
@@ -95,7 +96,7 @@ def tokens_of(
 
 
 def _goes_on(units: Sequence[Any], at: int) -> bool:
-    """Whether a unit is a later piece of the skill that stands before it."""
+    """Whether a unit is a later piece of the skill directly before it."""
     unit = units[at]
     return unit.piece > 1 and at > 0 and (units[at - 1].name, units[at - 1].piece) == (unit.name, unit.piece - 1)
 
@@ -117,7 +118,7 @@ def _add(stretch: _Stretch, unit: Any, slot: int, empty: int) -> None:
 
 
 def _end_of(stretch: _Stretch, slot: int) -> int:
-    """The slot behind the value that begins at a slot."""
+    """The slot after the value that begins at a slot."""
     if slot < 0:
         return stretch.empty[slot]
     return max(each for each, value in stretch.of.items() if value == stretch.of[slot]) + 1
@@ -130,7 +131,7 @@ def _mark_lines(
     read_by: Mapping[str, str],
     ends: Mapping[str, int],
 ) -> None:
-    """Tell values and readers apart from the other text of a stretch."""
+    """Mark the values and the readers in a stretch."""
     text, slots, values = stretch.text, stretch.slots, stretch.values
     for line in re.finditer(r"[^\n]*\n|[^\n]+", text):
         held = {values[slot] for slot in slots[line.start() : line.end()] if slot in values}
@@ -160,7 +161,7 @@ def reads(tokens: Sequence[Token], query: int, key: int) -> bool:
     if "unseen" in (
         asking.kind,
         asked.kind,
-    ):  # what a skill was compiled behind: read by all of that skill, and nobody else
+    ):  # the tokens that a skill was compiled after: all of that skill reads them, and nothing else does
         return asking.scope == asked.scope and asked.kind == "unseen"
     if key == query or asking.kind == "turn":
         return True
@@ -176,17 +177,17 @@ def reads(tokens: Sequence[Token], query: int, key: int) -> bool:
 
 
 def dense_mask(tokens: Sequence[Token]) -> torch.Tensor:
-    """[S, S] booleans."""
+    """[S, S] booleans: whether the token of a row may read the token of a column."""
     return torch.tensor([[reads(tokens, query, key) for key in range(len(tokens))] for query in range(len(tokens))])
 
 
 def layers_of(
     notebook: Notebook, words: Mapping[str, Sequence[str]], read_by: Mapping[str, str] | None = None
 ) -> Layers:
-    """Keys and values of every layer by one forward over all tokens, and before each skill those that it was compiled behind.
+    """Keys and values of every layer by one forward over all tokens, and over those that each skill was compiled after.
 
-    These stand at the positions right before the skill's (they may be those of other tokens, or negative), and are left out of
-    what is returned. Arguments as `tokens_of`.
+    The latter stand at the positions directly before the skill's (which may be those of other tokens, or negative), and
+    are left out of the result. Arguments as in `tokens_of`.
     """
     said = tokens_of(notebook, words, read_by)
     at = notebook.cache.positions.tolist()

@@ -1,4 +1,4 @@
-"""Corners of `visibility="design"` that were wrong once: empty values, room at the end, rounded skills, words and marks."""
+"""Regression tests of `visibility="design"`: empty values, room at the end, rounded skills, words and marks."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_exchanged_runs_are_given_positions_that_fit() -> None:
 
 
 def test_no_special_token_is_cut_where_the_turns_begin() -> None:
-    """Phi-3's template ends a message in a token that begins as the next one does."""
+    """Phi-3's template ends a message with a token that begins like the next message's first token."""
     text = (Path(__file__).parents[1] / "templates" / "phi3.jinja").read_text(encoding="utf-8")
     import copy
 

@@ -1,7 +1,7 @@
-"""Under `visibility="design"` every token that is called exact equals one dense forward by transformers under the same mask.
+"""Under `visibility="design"` every token called exact equals one dense forward by transformers under the same mask.
 
-In float64, in every layer, on every family; after programs of operations. Negative: a token that is called stale differs, the
-mask matters, and the price is that of what read the change.
+This is checked in float64, in every layer, on every family, and after programs of operations. Negative: a token called
+stale differs, the mask matters, and an edit computes only what read the change.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def exact_slots(notebook: Notebook) -> list[int]:
 
 
 def atol(model_type: str, moved: bool) -> float:
-    """transformers computes the rotary angles in float32, so that a key which was moved differs in the seventh digit."""
+    """transformers computes rotary angles in float32, so a relocated key differs in the seventh digit."""
     return 2e-4 if model_type == "gemma2" else 1e-5 if moved else 1e-9
 
 
 def assert_truthful(notebook: Notebook, model_type: str = "llama", moved: bool = True) -> None:
-    """What is exact equals the forward; what is stale does not, if there is anything."""
+    """Exact tokens equal the forward, and stale tokens, if there are any, do not."""
     layers = expected(notebook)
     assert_rows_equal(notebook.cache, layers, exact_slots(notebook), atol=atol(model_type, moved))
     stale = [slot for slot, state in enumerate(notebook.states) if state is TokenState.STALE]
@@ -93,7 +93,7 @@ def test_an_edit_within_its_place_computes_what_read_the_field_and_nothing_else(
     account = notebook.edit(status="pending")
     tokens = tokens_of(notebook, WORDS)
     readers = [t for t in tokens if t.kind == "turn" or "status" in t.fields]
-    # The line on both fields read it; nothing that reads the tier alone comes after that line.
+    # The line about both fields reads the status; no later line reads only the tier.
     assert account.tokens_computed == len(readers) < len(notebook) / 2
     untouched = [s for s, t in enumerate(tokens) if t.kind == "text" or t.fields == {"tier"}]
     for layer in range(len(notebook.cache)):
@@ -103,7 +103,7 @@ def test_an_edit_within_its_place_computes_what_read_the_field_and_nothing_else(
 
 
 def test_readers_of_readers_are_built_again() -> None:
-    """The tier's later lines read the line on both fields, and so what follows from the status."""
+    """The tier's later lines read the line about both fields, and so they depend on the status."""
     notebook = Notebook(tiny(), visibility="design")
     text = "status: {status}\ntier: {tier}\nthe status decides the tier.\nthe tier gold may refund.\n"
     notebook.message("system", text, status="shipped", tier="gold").message("user", "refund?").prefill()

@@ -1,4 +1,4 @@
-"""A notebook under `visibility="design"`: saved, forked, shown, continued by an agent; and what it refuses."""
+"""A notebook under `visibility="design"` is saved, forked, shown and continued by an agent; and what it refuses."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_there_is_no_seam_to_repair() -> None:
     "preface", ["", "be polite.\nask the customer.\n", None], ids=["alone", "preface", "beginning"]
 )
 def test_a_field_in_a_skill_is_edited_there(preface: str | None) -> None:
-    """Behind what it read while it was compiled, which is not in the notebook."""
+    """The skill is compiled again after the text that it read when it was compiled, which is not in the notebook."""
     text = "the date is {date}.\nask when the date is near.\n"
     model = with_beginning(tiny()) if preface is None else tiny()
     skill = Skill.compile(model, text, date="2026", name="dates", preface=preface or "")
@@ -110,7 +110,7 @@ def test_a_field_in_a_skill_is_edited_there(preface: str | None) -> None:
     assert account.tokens_computed == planned.tokens_computed
     assert set(notebook.states) == {TokenState.EXACT}
     assert_rows_equal(notebook.cache, layers_of(notebook, {"date": ["date"]}), range(len(notebook)), atol=1e-5)
-    if skill.preface_ids:  # and it matters what it had read
+    if skill.preface_ids:  # the preface that it had read matters
         without = masked_forward(
             model.engine.model, notebook.ids, notebook.cache.positions.tolist(),
             dense_mask(tokens_of(notebook, {"date": ["date"]})),

@@ -1,4 +1,4 @@
-"""Visibility given part by part: who may read a field, or a skill, is declared, and everything follows from it."""
+"""Visibility declared for single parts: `readable` says what may read a field or a skill."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_all_text_behind_the_field_reads_it() -> None:
     skill = len(notebook.part("refunds").span)
     account = notebook.edit(status="x")
     value = notebook.spans("tier")[0]
-    # A value reads text, and no readers; a skill reads itself.
+    # A value reads text but no readers, and a skill reads only itself.
     assert account.tokens_computed == len(notebook) - before - skill - len(value)
 
 

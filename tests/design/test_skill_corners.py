@@ -1,4 +1,4 @@
-"""What a second reader's hostile programs found of skills with fields, each with its test."""
+"""Regression tests for faults in skills with fields that a review with hostile programs found."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_rollback_and_a_cut_take_back_the_words_that_a_skill_brought() -> None
 
 
 def test_a_skill_that_had_read_a_beginning_is_compiled_anew_with_the_words_of_here() -> None:
-    """Its numbers depend on a token that does not stand before it here."""
+    """The skill's keys and values depend on a token that does not precede it in this context."""
     model = with_beginning(tiny())
     skill = compiled(model, ZONE, zone="one")
     notebook = prefilled(model, "be polite. {status}\n{s}reply only.\n", s=skill, status="x")
@@ -187,7 +187,7 @@ def test_a_skill_whose_first_line_is_cut_is_one_part_still() -> None:
 @pytest.mark.parametrize("text", ["the zone is {zone}.\nfor zone two ask.\n", "the zone is {zone}", "{zone}"])
 @pytest.mark.parametrize("at_end", [False, True])
 def test_a_skill_that_had_read_a_preface_grows_and_shrinks_where_it_stands(text: str, at_end: bool) -> None:
-    """Also as the last unit, behind which nothing can move."""
+    """This holds even if it is the last unit, after which nothing can be moved."""
     model = tiny()
     skill = Skill.compile(
         model, text, name="s", visibility="design", preface="be kind.\n", zone=Field("one", kind="block")

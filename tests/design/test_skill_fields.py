@@ -1,6 +1,6 @@
-"""A skill with fields of its own, compiled by design: its lines read what they mention, inside it as outside.
+"""Skills with fields, compiled with `visibility="design"`: lines inside and outside a skill read what they mention.
 
-Against the oracle in float64: an edit computes the value and its readers, wherever they stand, and all of it is exact.
+Compared with the oracle in float64, an edit computes the value and its readers, wherever they stand, and all is exact.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_compiled_alone_it_is_the_one_prefilled_in_place(model_type: str) -> Non
 
 
 def test_its_lines_do_not_read_what_they_do_not_mention() -> None:
-    """If all of the skill read all of it, the numbers would be others: the mask inside it matters."""
+    """If every token of the skill read all before it, the result would differ: the mask inside the skill matters."""
     notebook = build(tiny())
     plain = [replace(token, kind="text") if token.scope != OWN else token for token in tokens_of(notebook, WORDS)]
     positions = notebook.cache.positions.tolist()
@@ -79,7 +79,7 @@ def test_an_edit_computes_the_value_and_its_readers_in_the_skill(model_type: str
     assert_all_exact(notebook, atol=2e-4 if model_type == "gemma2" else 1e-5)
     assert notebook.fields["zone"] == zone
     assert account.tokens_computed == planned.tokens_computed
-    if "grew" not in account.why:  # the value fits into its room, and what follows stays where it stands
+    if "grew" not in account.why:  # the value fits its room, so what follows is not moved
         readers = [t for t in tokens_of(notebook, WORDS) if t.kind == "turn" or "zone" in t.fields]
         assert account.tokens_computed == len(readers) < len(part.span)
         ends = (before.cache.positions[-1], notebook.cache.positions[-1])
@@ -256,7 +256,7 @@ OPERATIONS = st.one_of(
 def test_whatever_is_done_what_is_called_exact_is(
     program: list[tuple[Any, ...]], model_type: str, beginning: bool
 ) -> None:
-    """Also with skills that were compiled behind the token that begins every text."""
+    """This includes skills that were compiled after the tokenizer's beginning-of-text token."""
     model = with_beginning(tiny(model_type)) if beginning else tiny(model_type)
     between = Skill.compile(model, "ask the zone.\n", name="between")
     notebook = build(model)
@@ -275,7 +275,7 @@ def test_whatever_is_done_what_is_called_exact_is(
             case "splice" if not {"zone", "carrier"} & notebook.fields.keys():
                 notebook.splice(shipping(model), at=places[arguments[0] % len(places)])
             case "splice anywhere" if not any(part.name == "between" for part in parts):
-                with suppress(InvalidEditError):  # inside a value, or a character
+                with suppress(InvalidEditError):  # a slot inside a value or a character
                     notebook.splice(between, at=arguments[0] % (len(notebook) + 1))
             case "cut anywhere":
                 turns = min(part.span.start for part in parts if part.kind == "turn")

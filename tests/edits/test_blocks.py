@@ -1,4 +1,4 @@
-"""Blocks: values of several lines, or of none, in every mode of an edit, against full forwards."""
+"""Blocks, which are values of several lines or of none: every edit mode, compared with full forwards."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build(todo: Any = TODO, model: Any = None, *, raw: bool = False) -> Notebook
 
 
 def exact_where_it_says_so(notebook: Notebook) -> None:
-    """What is called exact equals a full forward."""
+    """Every token that is called exact equals a full forward."""
     expected, _ = full_forward(notebook.model.engine.model, notebook.ids)
     exact = [slot for slot, state in enumerate(notebook.states) if state.exact]
     assert_rows_equal(notebook.cache, expected, exact, atol=1e-9)
@@ -138,7 +138,7 @@ def test_a_block_between_skills_can_become_empty_but_not_begin_so() -> None:
 
 
 def test_an_empty_block_at_a_seam_stays_in_one_part() -> None:
-    """Parts are split at an empty value, moved, cut, and saved."""
+    """A skill is spliced at an empty value, parts are moved and cut, and the value keeps its one place."""
     notebook = Notebook(tiny()).text("the order. {note}the policy says so. ", note=Field.block(""))
     notebook.prefill()
     place = notebook.spans("note")[0]
@@ -186,7 +186,7 @@ def test_a_few_changed_lines_are_told_alone() -> None:
 
 
 def test_a_difference_is_told_only_to_readers_who_all_know_the_same_block() -> None:
-    """After an edit that is not exact they have read two: the whole block is told, and stands for itself."""
+    """After an edit that is not exact, the readers have read two blocks: the erratum then states the whole block."""
     notebook = build(LONG, tiny(max_position_embeddings=4096))
     notebook.edit(todo=LONG.replace("[ ] task number 7 ", "[x] task number 7 "), mode="field_erratum")
     notebook.add("user", "so?")

@@ -1,7 +1,7 @@
-"""Every edit mode against an independent reference: full forwards by transformers over the tokens an edit should leave.
+"""Every edit mode, compared with full forwards by transformers over the tokens that the edit should leave.
 
-Positive: what a mode promises to be exact equals the reference to rounding, in float64, in every layer. Negative: what it
-leaves stale differs from the reference, so a mode that did nothing, or too much, would fail.
+Positive: what a mode promises to be exact equals the reference up to rounding, in float64, in every layer. Negative:
+what a mode leaves stale differs from the reference, so a mode that does nothing, or too much, fails.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def exact_ids(notebook: Notebook, **values: str) -> list[int]:
 
 
 def recomputed(notebook: Notebook) -> list[int]:
-    """The slots from the field on that do not hold what they noted before."""
+    """The slots from the field on that are not stale."""
     start = notebook.spans("status")[0].start
     return [slot for slot in range(start, len(notebook)) if notebook.states[slot] is not TokenState.STALE]
 
@@ -88,7 +88,7 @@ def test_suffix_and_full_equal_a_full_prefill(model_type: str, mode: Mode, value
 @pytest.mark.parametrize("value", ["pending", "cancelled by the customer", "x"])
 @pytest.mark.parametrize("mode", [Mode.IN_PLACE, Mode.FIELD_ERRATUM, Mode.SELECTIVE])
 def test_refreshing_modes(model_type: str, mode: Mode, value: str) -> None:
-    """Prefix and field exact; what follows stale, and relocated exactly if the value's length changed."""
+    """The prefix and field are exact. What follows is stale, and relocated exactly if the value's length changes."""
     notebook = build(tiny(model_type))
     before = notebook.fork()
     account = notebook.edit(status=value, mode=mode, k=4)
@@ -109,7 +109,7 @@ def test_refreshing_modes(model_type: str, mode: Mode, value: str) -> None:
     moved = len(ids) - span.stop if growth else 0
     assert account.tokens_relocated == moved
     assert bool(account.why) == bool(growth)
-    extra = 4 + 1 if mode is Mode.SELECTIVE else len(notebook) - len(ids)  # one row is computed to rank with
+    extra = 4 + 1 if mode is Mode.SELECTIVE else len(notebook) - len(ids)  # the ranking computes one row
     assert account.tokens_computed == changed + extra
     assert account.tokens_computed + account.tokens_relocated + account.tokens_reused >= len(notebook)
 
@@ -135,9 +135,9 @@ def test_relocated_tail_equals_one_rotation(model_type: str) -> None:
 
 
 def test_selective_rows_equal_a_forward_against_the_mixed_cache(model_type: str) -> None:
-    """The selected rows come from a real partial forward: computing them again changes nothing, and copies would differ."""
-    # Three layers: in the second one, a refreshed row still reads only what depends on single tokens.
-    # And a window that reaches back from the refreshed rows to the field.
+    """The selected rows come from a real partial forward: recomputing them changes nothing, and copies would differ."""
+    # Three layers are needed: in the second one, a refreshed row still reads only what depends on single tokens.
+    # The window has to reach back from the refreshed rows to the field.
     window = {"sliding_window": 40} if model_type == "mistral" else {}
     notebook = build(tiny(model_type, num_hidden_layers=3, **window))
     notebook.edit(status="pending", mode="selective", k=5)
@@ -172,7 +172,7 @@ def test_erratum_appends_and_touches_nothing(model_type: str) -> None:
     account = notebook.edit(status="pending", mode="erratum")
     assert notebook.ids[: len(before)] == before.ids
     expected, _ = full_forward(notebook.model.engine.model, notebook.ids)
-    # A stale context and a line after it: as text, that is what was prefilled, so the cache is exact for it.
+    # The text is the prefilled text with a line appended, so the cache equals a full forward over it.
     assert_rows_equal(notebook.cache, expected, range(len(notebook)), atol=atol(model_type))
     assert account.tokens_computed == len(notebook) - len(before)
     assert "status is now: pending" in notebook.rendered_text
@@ -195,7 +195,7 @@ def test_stale_changes_nothing_but_the_books() -> None:
 def test_an_edit_fused_with_a_question_equals_the_two_in_turn(mode: Mode) -> None:
     fused, stepwise = build(), build()
     one = fused.decide("cancel?", ["cancel", "deny"], edits={"status": "pending"}, mode=mode, k=4)
-    if mode is Mode.SELECTIVE:  # fused, the question itself ranks; in turn, the context's last token does
+    if mode is Mode.SELECTIVE:  # in one forward the question itself ranks; otherwise the context's last token does
         assert len(recomputed(fused)) == 4 + len(fused.spans("status")[0])
         assert fused.ids == exact_ids(fused)
         return
@@ -236,7 +236,7 @@ def test_a_field_in_two_places() -> None:
 
 @pytest.mark.parametrize("mode", [Mode.SELECTIVE, Mode.IN_PLACE])
 def test_going_back_after_rows_that_stay_is_stated(mode: Mode) -> None:
-    """Rows that were computed under B stay in the cache: going back to A must not call them exact, and must state A."""
+    """Rows computed under value B stay in the cache. Going back to A must not call them exact, and must state A."""
     notebook = build()
     notebook.edit(status="pending", mode=mode, k=4)
     if mode is Mode.IN_PLACE:
@@ -251,7 +251,7 @@ def test_going_back_after_rows_that_stay_is_stated(mode: Mode) -> None:
 
 
 def test_a_suffix_edit_of_one_field_does_not_launder_another() -> None:
-    """What is recomputed while another field is only refreshed has read a mixture: going back must say so."""
+    """Tokens recomputed while another field is only refreshed have read mixed values: going back must say so."""
     notebook = build()
     notebook.edit(status="pending", mode="in_place")
     notebook.edit(tier="silver", mode="suffix")
@@ -264,13 +264,13 @@ def test_selective_after_in_place_still_recomputes() -> None:
     notebook = build()
     notebook.edit(status="pending", mode="in_place")
     account = notebook.edit(status="pending", mode="selective", k=3)
-    assert account.tokens_computed == 3 + 1  # one row is computed to rank with
+    assert account.tokens_computed == 3 + 1  # the ranking computes one row
 
 
 @pytest.mark.parametrize("mode", [Mode.IN_PLACE, Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.SUFFIX])
 @pytest.mark.parametrize("other", ["pending", "cancelled by the customer"])
 def test_there_and_back_again_leaves_nothing_of_b(mode: Mode, other: str) -> None:
-    """A -> B -> A: the cache is bit for bit (or, recomputed, to rounding) the one before, and no erratum says B."""
+    """After A -> B -> A the cache equals the first one (up to rounding where recomputed), and no erratum states B."""
     notebook = build()
     before = notebook.fork()
     notebook.edit(status=other, mode=mode)
@@ -324,7 +324,7 @@ def test_an_erratum_of_a_value_that_was_left_since_is_stated_again() -> None:
 
 
 def test_an_erratum_inside_the_conversation_is_cut_out() -> None:
-    """B's erratum goes, in every mode; the turn that read it is stale, so the modes that state a value state A."""
+    """Every mode cuts B's erratum. The turn that read it is stale, so the modes that state a value state A."""
     for mode in (Mode.ERRATUM, Mode.FIELD_ERRATUM, Mode.IN_PLACE):
         notebook = build()
         notebook.edit(status="pending", mode="field_erratum")
@@ -356,7 +356,7 @@ def test_a_suffix_edit_repairs_what_another_mode_left_stale() -> None:
 
 @pytest.mark.parametrize("mode", list(Mode))
 def test_the_account_adds_up(mode: Mode) -> None:
-    """Every cached token was computed, relocated or left alone, and is counted once."""
+    """The account's counts cover every cached token: it was computed, relocated or left alone."""
     notebook = build()
     account = notebook.edit(status="cancelled by the customer", mode=mode, k=3)
     ranked = 1 if mode is Mode.SELECTIVE else 0
@@ -409,7 +409,7 @@ def test_a_template_without_a_system_role_gets_its_erratum_as_a_user_message() -
 )
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 def test_spans_in_hostile_text(before: str, value: str, changed: str, after: str, kind: str) -> None:
-    """Emoji, combining marks, CRLF, braces, markers: spans hold the value, and editing equals writing it anew."""
+    """With emoji, combining marks, CRLF, braces and markers, spans cover the value and an edit equals a new prefill."""
     model = tiny(kind=kind)
     body = before + "{f}" + after
     notebook = Notebook(model).text(body, f=value)
@@ -445,7 +445,7 @@ def _steps(draw: st.DrawFn) -> list[tuple[str, ...]]:
 @given(_steps())
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_program_ends_right_after_a_full_edit(steps: list[tuple[str, ...]]) -> None:
-    """Whatever was done, the ledger agrees with the cache throughout, and a full edit gives a full prefill's cache."""
+    """After any operations the ledger agrees with the cache, and a full edit gives a full prefill's cache."""
     notebook = build()
     marks: list[tuple[Any, list[int]]] = []
     for step in steps:
@@ -483,7 +483,7 @@ def test_any_program_ends_right_after_a_full_edit(steps: list[tuple[str, ...]]) 
 
 
 class TestErrors:
-    """Typed errors that say what to do; after any of them the notebook is unchanged."""
+    """Errors are typed and say what to do, and the notebook is unchanged after each of them."""
 
     def check(self, notebook: Notebook, error: type[Exception], match: str, operation: Any) -> None:
         ids, fields = notebook.ids, notebook.fields
@@ -499,7 +499,7 @@ class TestErrors:
         for layer, (before, values_before) in enumerate(zip(keys, values, strict=True)):
             assert torch.equal(notebook.cache.keys(layer).nan_to_num(), before.nan_to_num())
             assert torch.equal(notebook.cache.values(layer).nan_to_num(), values_before.nan_to_num())
-        marked = notebook.mark()  # no mark of the failed operation is left in the way
+        marked = notebook.mark()  # the failed operation has left no mark behind
         notebook.rollback(marked)
 
     def test_unknown_field(self) -> None:
@@ -581,7 +581,7 @@ class TestErrors:
         assert_rows_equal(notebook.cache, expected, range(len(notebook)), atol=1e-9)
 
     def test_a_failure_in_the_middle_of_an_edit(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The forward dies after the tail was relocated: everything is put back."""
+        """The forward fails after the tail was relocated: everything is restored."""
         notebook = build()
         engine = notebook.model.engine
 

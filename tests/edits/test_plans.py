@@ -1,4 +1,4 @@
-"""Plans are values: made from text and a tokenizer, printed and compared, without a model."""
+"""Plans are values: they are made from text and a tokenizer, printed and compared without a model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tools(*, relocate: bool = True, k: int = 3) -> EditTools:
 
 
 def context(after: str = ". then the policy says what to do. ", **values: str) -> tuple[Context, Ledger]:
-    """A prefilled context of two fields and more, each with some text after it, as text and ledger only."""
+    """A prefilled context (only text and ledger) with at least two fields, each followed by some text."""
     values = {"status": "pending", "tier": "gold", **values}
     marked = "".join(f"{name}: \ue000{name}\ue001{value}\ue002{after}" for name, value in values.items())
     unit = tokenised(TOKENIZER, unmark(marked), Kind.PREFILL)
@@ -44,7 +44,7 @@ def context(after: str = ". then the policy says what to do. ", **values: str) -
 
 
 def enacted(plan: Plan, ledger: Ledger) -> tuple[Context, Ledger]:
-    """What carrying out a plan without selections leaves, as far as the ledger goes."""
+    """The context and ledger after a plan without selections is carried out."""
     for step in plan.steps:
         ledger = on_ledger(step, ledger)
     return plan.after, computed(ledger, plan.after, plan.compute)
@@ -108,7 +108,7 @@ def test_no_erratum_where_everything_was_computed_with_the_value() -> None:
 
 @pytest.mark.parametrize("relocate", [True, False])
 def test_superseded_errata_are_cut_or_overridden(relocate: bool) -> None:
-    """One at the end is dropped. One with turns after it is cut out where keys can be moved, and else a new one is appended."""
+    """An erratum at the end is dropped. One before a turn is cut out if keys can be relocated, else overridden."""
     now = enacted(plan_edit(*context(), {"status": "shipped"}, Mode.ERRATUM, tools()), context()[1])
     last = plan_edit(*now, {"status": "returned"}, Mode.ERRATUM, tools(relocate=relocate))
     assert isinstance(last.steps[0], Truncate)
@@ -225,7 +225,7 @@ def test_a_notebooks_plan_is_what_its_account_says_and_touches_nothing() -> None
         assert (notebook.ids, notebook.states, notebook.cache.length) == (ids, states, length)
         mark = notebook.mark()
         account = make(notebook)
-        if plan.selects:  # what is chosen may be computed in any case
+        if plan.selects:  # a selection may choose tokens that are computed anyway
             assert plan.tokens_computed - 2 <= account.tokens_computed <= plan.tokens_computed
         else:
             assert account.tokens_computed == plan.tokens_computed

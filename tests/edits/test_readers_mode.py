@@ -1,4 +1,4 @@
-"""The mode `readers`: what it computes equals a real forward on the mixed cache, the rest stays, and the account says which."""
+"""Mode `readers`: what it recomputes equals a forward on the mixed cache; the rest stays; the account says which."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def reread(notebook: Notebook) -> set[int]:
 
 @pytest.mark.parametrize("value", ["pending", "cancelled by the customer", "x"])
 def test_recomputed_rows_equal_a_forward_on_the_mixed_cache(model_type: str, value: str) -> None:
-    """Row by row with transformers alone, on the rows before it as they lie in the cache; and nothing else was computed."""
-    # Three layers: in the second one, a refreshed row still reads only what depends on single tokens.
+    """Each recomputed row equals transformers' row on the cached rows before it, and nothing else was computed."""
+    # Three layers are needed: in the second one, a refreshed row still reads only what depends on single tokens.
     window = {"sliding_window": 64} if model_type == "mistral" else {}
     notebook = prefilled(tiny(model_type, num_hidden_layers=3, **window))
     before = notebook.fork()
@@ -141,7 +141,7 @@ def test_a_missing_mention_is_told() -> None:
 
 @pytest.mark.parametrize("value", ["pending", "cancelled by the customer"])
 def test_there_and_back_again_is_exact(value: str) -> None:
-    """What was left has noted A; back at A, the readers read just that."""
+    """The tokens that were not recomputed have noted A, so readers that are recomputed under A again are exact."""
     notebook = prefilled()
     before = notebook.fork()
     notebook.edit(status=value, mode="readers")
@@ -190,7 +190,7 @@ def test_turns_are_kept_opened_or_all_computed() -> None:
 
 
 def test_the_question_of_a_system_message_that_opens_the_users_turn() -> None:
-    """Folded into the first user turn, as some templates need it: the question begins behind it."""
+    """If the system message is folded into the first user turn, the open question begins after it."""
     policy = "status: {status}\nbe brief\nif status is x, deny."
     model = tiny(kind="metaspace")
     notebook = Notebook(model, fold_system=True).message("system", policy, status="shipped").message("user", "cancel?")
@@ -242,7 +242,7 @@ def test_a_plan_without_a_model_shows_the_lines() -> None:
 
 
 def test_readers_between_two_places_are_planned_in_order() -> None:
-    """Each is computed on what precedes it, so the ledger has to enter them in slot order."""
+    """Each reader is computed on what precedes it, so the ledger has to enter the readers in slot order."""
     unit = tokenised(TOKENIZER, unmark(f"a {FIELD}\nstatus?\nagain {FIELD}\nstatus!\n"), Kind.PREFILL)
     empty = Context((), {"status": FieldValue("shipped", "shipped")})
     before, ledger = enacted(plan_append(empty, unit), Ledger())
@@ -298,7 +298,7 @@ def test_damaged_words_are_refused(tmp_path: Path) -> None:
 
 
 class TestBlocks:
-    """Of a block, the lines that speak of its changed lines are readers; nothing has to be declared."""
+    """The readers of a block are the lines that mention what its changed lines are about, without a declaration."""
 
     POLICY = "todo:\n{todo}\nif pay Ann is done, ship.\nif call Bo is done, wait.\nbe polite.\n"
 
@@ -328,7 +328,7 @@ class TestBlocks:
 
 
 class TestDefault:
-    """Without a mode, an edit computes readers again where they were declared, and states the value elsewhere."""
+    """An edit without a mode recomputes the readers if they were declared, and otherwise states the value."""
 
     def used(self, notebook: Notebook, **changes: str) -> str | None:
         return notebook.plan.edit(changes).used

@@ -1,4 +1,4 @@
-"""The examples run: each on a tiny random model, and on the embedded model, where its decisions are the right ones."""
+"""Each example runs on a tiny random model, and on the embedded model, where it decides right."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_skills_from_folder(model: Any, tmp_path: Path) -> None:
 
 @contextmanager
 def served(app: Any) -> Iterator[str]:
-    """The application on a real server on this machine, in a thread; its address."""
+    """Serve the application on a real local server in a thread. Yields its address."""
     import uvicorn
 
     with socket.socket() as bound:
@@ -131,7 +131,7 @@ def test_fastapi_service(model: Any) -> None:
 
 
 def executed(path: Path, model: str) -> list[Any]:
-    """The cells of a notebook after a run in a real kernel, with that model."""
+    """The cells of a notebook after a run with this model in a real kernel."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     book = nbformat.read(path, as_version=4)

@@ -1,6 +1,6 @@
-"""The replay corpus: what clients really put early into a prompt, in the protocol of each client, with invented values.
+"""The replay corpus: what real clients put early into a prompt, in each client's protocol, with invented values.
 
-Every shape is a short log: two or three requests as the client sends them. Each names where the shape was reported.
+Every shape is a short log of two or three requests as the client sends them, and names where the shape was reported.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ LONG = "def test_bound():\n    assert bound(3) == 3\n" * 40
 
 @dataclass(frozen=True)
 class Shape:
-    """A log, and what must be found in its last request."""
+    """A log, and what must be found for its last request."""
 
     name: str
     number: int
-    """the number in the list of shapes; 0 for those beyond it"""
+    """its number in the list of shapes; 0 for shapes that are not in the list"""
     reported: str
     log: tuple[Body, ...]
     cause: str
     place: str
     behind: str = ""
-    """a class that must be found behind the first difference"""
+    """a class that must be found after the first difference"""
 
 
 def chat(system: str, *turns: Any, tools: list[Body] | None = None, **other: Any) -> Body:
-    """A Chat Completions body: a system message, then turns of user and assistant."""
+    """A Chat Completions body: a system message, then alternating turns of user and assistant."""
     roles = ("user", "assistant")
     messages = [{"role": roles[index % 2], "content": turn} for index, turn in enumerate(turns)]
     body: Body = {"model": "some-model", "messages": [{"role": "system", "content": system}, *messages], **other}
@@ -46,7 +46,7 @@ def chat(system: str, *turns: Any, tools: list[Body] | None = None, **other: Any
 
 
 def claude(system: list[str], *turns: Any, tools: list[Body] | None = None, **other: Any) -> Body:
-    """A Messages body: blocks of system prompt, then turns; a turn is a text or a list of blocks."""
+    """A Messages body: blocks of the system prompt, then turns, each a text or a list of blocks."""
     roles = ("user", "assistant")
     body: Body = {
         "model": "claude-sonnet-5-5",
@@ -382,9 +382,9 @@ QUIET = (
     ("a stored conversation", (codex(said("user", ASKED), previous_response_id="resp_1"),
                                codex(said("user", ASKED_NEXT), previous_response_id="resp_2")), "stored conversation"),
 )  # fmt: skip
-"""logs in which nothing is lost: name, log, and the class of the last request"""
+"""logs in which no cached prefix is lost: name, log, and the class of the last request"""
 
 
 def log_of(shape: Shape) -> list[Body]:
-    """A copy of a shape's log, free to be changed."""
+    """A copy of a shape's log that may be changed."""
     return copy.deepcopy(list(shape.log))

@@ -1,4 +1,4 @@
-"""Every class of causes is recognised in the shapes that clients really send, and quiet logs stay quiet."""
+"""Every class of causes is recognised in the shapes that real clients send, and logs without misses report none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WITHOUT_SHAPE = {
     "message inserted": "below",
     "history compacted": "below",
 }
-"""classes whose witness is not a row of the corpus, and where it is"""
+"""classes that no row of the corpus tests, and where they are tested"""
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
@@ -95,7 +95,7 @@ def test_one_line_that_changes_each_turn_is_one_cause() -> None:
 
 
 def test_interleaved_conversations_are_told_apart() -> None:
-    """Each request is compared with the conversation that it continues, not with the line before it."""
+    """Each request is compared with the conversation that it continues, not with the previous line of the log."""
     log = []
     for n in range(4):
         for who in ("first", "second", "third"):
@@ -108,7 +108,7 @@ def test_interleaved_conversations_are_told_apart() -> None:
 
 
 def test_a_subagent_of_the_same_session_is_no_turn_of_it() -> None:
-    """Claude Code sends one session id for its main agent and its sub-agents."""
+    """Claude Code sends the same session id for its main agent and its sub-agents."""
     tools = [{"type": "function", "function": {"name": "read", "description": "x" * 500}}]
     main = [chat(RULES, *[ASKED, "Yes."] * n, ASKED, tools=tools) for n in range(2)]
     between = chat("You search files. Answer with paths only.", "Where is bound?", tools=tools)
@@ -133,7 +133,7 @@ def test_behind_a_clock_the_conversation_that_is_continued_is_found_by_what_it_s
 
 
 def test_a_session_that_was_compacted_is_compared_with_itself() -> None:
-    """Nothing but the system prompt is left, which every session has: the client's name for the session decides."""
+    """Only the system prompt is left, which every session has, so the client's name of the session decides."""
     log = [
         {"session_id": name, "request": chat(RULES, *turns)}
         for name, turns in (("s", ["One."]), ("t", ["Two."]), ("s", ["Summary of what was said.", "Yes.", "Go on."]))
@@ -192,7 +192,7 @@ def test_a_volatile_value_is_told_by_its_form(one: str, other: str, name: str | 
 
 
 def test_hostile_texts_take_no_long_time() -> None:
-    """One long line, full of what the patterns look for."""
+    """The text is one long line, full of what the patterns look for."""
     for filler in ("12:30 Mon Jun 9, ", "a/b.c/", "<think>", "<a ", "# x\n", "1 1 1 1 ", "<a></b>"):
         text = filler * (200_000 // len(filler))
         started = time.perf_counter()

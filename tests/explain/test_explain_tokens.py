@@ -1,4 +1,4 @@
-"""Tokens of a named model: its own chat template decides what is equal, and the engine's blocks what is lost."""
+"""Counting in a model's tokens: its chat template decides what is equal, and the engine's blocks what is lost."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_first_differing_token_is_found_and_blocks_are_lost_whole(block_size
     assert found.hit == same // block_size * block_size
     assert found.total == len(other)
     assert found.lost is not None
-    # Everything behind the clock was sent before. The clock's own tokens and those that the template writes are not counted.
+    # Everything after the clock was sent before. The clock's tokens and those that the template adds are not counted.
     assert found.total - found.hit - 24 <= found.lost <= found.total - found.hit
     assert report.unit == "tokens"
 
@@ -71,7 +71,7 @@ def test_a_flip_that_the_template_does_not_show_costs_nothing() -> None:
 
 
 def test_a_template_that_renders_earlier_turns_anew_is_the_cause() -> None:
-    """Qwen3's template leaves out the thoughts of earlier turns, though the client only appended."""
+    """Qwen3's template omits the thoughts of earlier turns, although the client only appended messages."""
     thought = f"<think>\n{LONG}</think>\n\n{ANSWERED}"
     earlier = chat(RULES, ASKED, thought)
     earlier["messages"] += [{"role": "tool", "content": "ok"}]

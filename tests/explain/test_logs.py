@@ -1,4 +1,4 @@
-"""Logs in the forms in which people have them; lines that are no request are told by their number."""
+"""Logs in the formats that people have. Lines that are not requests are reported by their number."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
 
 
 def test_a_stored_response_is_put_in_where_the_log_has_it() -> None:
-    """`previous_response_id` stands for what the server keeps; with the answer in the log, all of it is compared."""
+    """`previous_response_id` refers to what the server keeps. If the log has the answer, all of it is compared."""
     answer = {"id": "resp_1", "output": [said("assistant", ANSWERED)]}
     first = {"request": codex(said("user", ASKED)), "response": answer}
     second = {"request": codex(said("user", ASKED_NEXT), previous_response_id="resp_1")}

@@ -1,4 +1,4 @@
-"""The page: one file that needs nothing else, in which nothing from a log is markup."""
+"""The HTML page: one self-contained file, in which nothing from a log is markup."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&amp;"
 
 
 class Checked(HTMLParser):
-    """Collects tags and texts; every tag is closed in its order."""
+    """Collects tags and texts, and checks that tags are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Prices are data: every row has a source and a date, the user's own table takes their place, and nothing is guessed."""
+"""Prices are data: every row has a source and a date, a user's own table replaces them, and nothing is guessed."""
 
 from __future__ import annotations
 

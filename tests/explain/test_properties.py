@@ -1,4 +1,4 @@
-"""What holds for any log: differences are symmetric, reports are repeatable, and no one loses more than was sent."""
+"""Properties of any log: differences are symmetric, reports reproducible, and no request loses more than it sent."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_report_adds_up(log: list[dict[str, Any]]) -> None:
 @settings(max_examples=60)
 @given(LOG)
 def test_the_hit_is_the_longest_prefix_of_any_earlier_request(log: list[dict[str, Any]]) -> None:
-    """What the tree finds is what comparing with every earlier request finds."""
+    """The tree finds the same prefix as a comparison with every earlier request."""
     read = requests(log).requests
     for finding, request in zip(explain_miss(*log).findings, read, strict=True):
         earlier = [each for each in read[: request.number - 1] if each.model == request.model]

@@ -1,4 +1,4 @@
-"""The three protocols become the same pieces, in the order in which a model reads them, each with its path."""
+"""The three protocols give the same pieces, in the order in which a model reads them, each with its path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real agent's trace of hashed blocks: where the prefix breaks is found, why is not claimed."""
+"""A real agent's trace of hashed blocks: the report finds where the prefix breaks, and does not claim why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the texts do not explain a miss, the upstream's numbers, the time and the settings do."""
+"""Misses that the texts do not explain: the upstream's numbers, the time and the settings explain them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_what_the_text_does_not_explain(entries: list[dict[str, Any]], cause: st
 
 
 def test_the_upstream_has_the_last_word() -> None:
-    """A difference that the upstream's cache did not mind is no miss, and a miss costs what the upstream did not read."""
+    """A difference without effect on the upstream's cache is no miss; a miss costs what the upstream did not read."""
     for cached, lost in ((5000, 0), (1000, 4000)):
         bodies = [claude([f"Time: 15:0{n}", RULES], ASKED) for n in range(2)]
         usages = (anthropic(0, 5000), anthropic(cached, 5000 - cached))

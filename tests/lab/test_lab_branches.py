@@ -1,4 +1,4 @@
-"""Branches computed side by side, in one forward: what they are one after the other (float64)."""
+"""Branches computed side by side in one forward equal branches computed one after the other (float64)."""
 
 from __future__ import annotations
 

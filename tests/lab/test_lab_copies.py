@@ -1,4 +1,4 @@
-"""Rows computed again in copies, in one forward: what they are in their places, one exchange after the other (float64)."""
+"""Rows recomputed as copies in one forward equal rows recomputed in place, one exchange after the other (float64)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from programmable_kv.lab.tools.sites import Place, Site, changed
 
 IDS = [(7 + 31 * i) % 300 for i in range(24)]
 SLOTS = (19, 20, 22, 23)
-"""rows of the context, two of them neighbours, and the one behind it; near enough for models with a window"""
+"""rows of the context, two of them neighbours, and the one after it; near enough for models with a window"""
 ROWS = Rows(tuple(IDS[slot] for slot in SLOTS), SLOTS, SLOTS)
 CLOSE: Any = {"rtol": 1e-5, "atol": 1e-5}
 """norms and eager attention round to float32 inside"""

@@ -1,4 +1,4 @@
-"""Every intervention against an exact counterpart in float64, and that nothing stays changed, whatever happens."""
+"""Every intervention equals an exact counterpart in float64, and nothing stays changed, even after errors."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ NEW = (*OLD[:4], 401, 402, *OLD[6:])
 LAST = Rows((OLD[-1],), (N - 1,), (N - 1,))
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 ROTATED = {"rtol": 1e-6, "atol": 1e-6}
-"""models make their angles in float32, so a rotation agrees with them to float32"""
+"""models compute rotary angles in float32, so rotations agree with them only to float32"""
 FAMILIES = ("llama", "gemma3_text", "gpt_neox", "minicpm3")
 ATTENTIONS = ("sdpa", "eager", GROUPED_SDPA)
 
 
 def prefilled(engine: Engine, ids: tuple[int, ...] = OLD) -> KVBuffer:
-    """A buffer that holds all tokens but the last."""
+    """A buffer with all tokens except the last one."""
     buffer = engine.new_buffer()
     engine.append(buffer, ids[:-1], logits=0)
     return buffer
@@ -123,7 +123,7 @@ def test_patching_the_suffix_is_recomputing_it_after_the_change(model_type: str)
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "minicpm3"])
 def test_rows_from_other_positions_are_rotated(model_type: str) -> None:
-    """The same token alone at position 3 of one buffer and 11 of another: the patch is what it would have been there."""
+    """A token alone at position 3 of one buffer and 11 of another: the patch equals the token computed there."""
     engine = engine_of(model_type)
     source, target = engine.new_buffer(), engine.new_buffer()
     engine.compute(source, Rows((9,), (0,), (3,)))
@@ -197,7 +197,7 @@ def test_rows_that_do_not_fit_are_refused_and_nothing_is_written(slots: list[int
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_a_knockout_of_all_later_rows_removes_the_span(model_type: str, attention: str) -> None:
-    """The suffix, computed with the span knocked out, is a prefill in which a mask made by hand hides the span from it."""
+    """The suffix computed with the span knocked out equals a prefill in which a mask made by hand hides the span."""
     if model_type == "gemma2" and attention != "eager":
         pytest.skip("transformers implements this model's soft-capped scores in eager attention only")
     engine = engine_of(model_type, attention)
@@ -230,7 +230,7 @@ def masked_prefill(model_type: str, attention: str, hidden: list[tuple[range, ra
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_knockout_in_a_band_of_layers_is_a_patch_of_the_lower_layers(attention: str) -> None:
-    """Blocking the last layer only: the last row equals one whose last layer attends to the rest, weights renormalised."""
+    """If only the last layer is blocked, its last row attends to the other rows, with renormalised weights."""
     engine = engine_of("llama", attention)
     buffer = prefilled(engine)
     last = len(buffer) - 1

@@ -1,4 +1,4 @@
-"""Linear probes with held-out groups and control tasks, and subspaces that are learned."""
+"""Linear probes with held-out groups and control tasks, and learned subspaces."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_what_is_read_in_each_group_by_another_direction_does_not_generalise() -
 
 
 def test_a_control_task_shows_a_probe_that_memorises() -> None:
-    """Kinds that recur in every group have activations of their own: any label of them is read, and selectivity is small."""
+    """Kinds that recur in every group are read whatever their labels are, so selectivity is small."""
     pytest.importorskip("sklearn")
     _, labels, groups, kinds = drawn(signal=0.0)
     own = torch.eye(10)[[int(kind.split()[1]) for kind in kinds]]
@@ -91,7 +91,7 @@ def test_the_mean_direction() -> None:
 
 
 def test_alignment_finds_the_subspace_that_was_used() -> None:
-    """The predicted logits are those of exchanges along a hidden subspace: the search finds it, random subspaces do not."""
+    """The logits to predict come from exchanges along a hidden subspace: the search finds it, random subspaces fail."""
     engine = tiny_engine("llama", num_hidden_layers=1, hidden_size=16)
     site = Site(Place.RESIDUAL, 1)
     ids = [(7 + 31 * i) % 500 for i in range(12)]

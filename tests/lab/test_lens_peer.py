@@ -1,4 +1,4 @@
-"""The lab's probes beside TransformerLens, where it is installed; what is said where it is not; the summary."""
+"""The lab's probes against TransformerLens, if it is installed; the error if it is not; and the summary."""
 
 from __future__ import annotations
 

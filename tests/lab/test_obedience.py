@@ -1,4 +1,4 @@
-"""What is put to a model in `pkv lab obedience`, and how it is counted."""
+"""`pkv lab obedience`: what the model is asked, and how the answers are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The committed records were computed from the data that the code draws today: their rows can be compared with new ones."""
+"""The committed records were computed from the data that the code draws now, so new rows can be compared with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sparse autoencoder finds directions that were used, and one that keeps everything rebuilds everything."""
+"""A sparse autoencoder finds the directions that were used, and one that keeps all of them reconstructs its input."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def drawn(count: int, directions: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def test_training_finds_the_directions_and_a_frozen_one_does_not() -> None:
-    """Twelve directions in eight dimensions, two of them in each activation: rebuilt on other activations, and found."""
+    """Twelve directions in eight dimensions, two in each activation, are found, and new activations reconstructed."""
     generator = torch.Generator().manual_seed(1)
     directions = torch.nn.functional.normalize(torch.randn(12, 8, generator=generator), dim=1)
     learned, other = drawn(4000, directions, 2), drawn(500, directions, 3)

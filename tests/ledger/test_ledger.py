@@ -1,4 +1,4 @@
-"""The ledger against a slow reference that remembers, for every token, all that it has read."""
+"""The ledger, compared with a slow reference that remembers for every token all that it has read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def packed(ids: list[int]) -> bytes:
 
 @dataclass(frozen=True)
 class Token:
-    """A token that remembers what it read: the ids, whether they were exact, and the values of fields."""
+    """A token that remembers what it read: ids, whether they were exact, and values of fields."""
 
     id: int
     read: tuple[int, ...]
@@ -29,11 +29,11 @@ class Token:
     seen: frozenset[tuple[str, str]]
     origin: Origin
     states: tuple[tuple[str, str], ...] = ()
-    """(field, value) that it holds itself"""
+    """(field, value) pairs that the token itself states"""
 
 
 class Reference:
-    """What a ledger says, worked out token by token."""
+    """What a ledger says, computed token by token."""
 
     def __init__(self, tokens: list[Token] | None = None) -> None:
         self.tokens = tokens or []
@@ -83,7 +83,7 @@ IDS = st.lists(st.integers(0, 2), min_size=1, max_size=4)
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_a_ledger_says_what_the_reference_says(data: st.DataObject) -> None:
-    """Appended, recomputed, replaced, cut and exchanged: the same states, token by token."""
+    """After tokens are appended, recomputed, replaced, cut and exchanged, the states agree token by token."""
     ledger, reference = Ledger(), Reference()
     fields = {"f": "a"}
     for _ in range(data.draw(st.integers(1, 9))):
@@ -161,7 +161,7 @@ def test_a_value_that_changes_back_leaves_its_readers_exact() -> None:
 
 
 def test_what_reads_a_stale_token_is_never_exact_again() -> None:
-    """Not even when the text is the one that it read: it was computed from other numbers."""
+    """Not even if the text is again the one that it read: it was computed from other keys and values."""
     ledger = read(read(Ledger(), [1, 2], (1, "f", "a")), [3])
     changed = ledger.computed(1, packed([9]), [(0, "f", "b")], origin=Origin.REFRESHED)
     later = read(changed, [5])

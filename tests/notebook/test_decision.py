@@ -1,4 +1,4 @@
-"""Options are compared as whole strings; scoring leaves no trace; the brute-force reference is a full forward."""
+"""Options are compared as whole strings, as full forwards confirm, and scoring leaves the notebook unchanged."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_scores_equal_full_forwards(kind: str, options: tuple[str, ...]) -> None
 
 
 def test_a_guessed_thought_is_the_greedy_one() -> None:
-    """The second time the whole thought is checked in one forward; a first token that differs falls back to decoding."""
+    """A repeated thought is checked in one forward. If its first token differs, it is decoded as usual."""
     notebook = build()
     model = notebook.model.engine.model
     first = notebook.decide(options=["deny", "cancel"], think=True)
@@ -107,7 +107,7 @@ def test_a_metaspace_tokenizer_gets_no_second_word_marker() -> None:
 
 
 def test_an_option_that_begins_another_can_lose() -> None:
-    """Without an end token the shorter string's probability contains the longer one's."""
+    """Without an end token, the probability of the shorter option would contain that of the longer one."""
     end = tokenizer("byte-level").eos_token_id
     ids = option_ids(tokenizer("byte-level"), "Action:", ["cancel", "cancel order"], end)
     assert all(option[-1] == end for option in ids)

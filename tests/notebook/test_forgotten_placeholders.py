@@ -1,4 +1,4 @@
-"""A placeholder without a value is text; the account of the prefill says so."""
+"""A placeholder without a value stays in the text, and the account of the prefill says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pickled notebook holds everything but the model, and finds that where it is read."""
+"""A pickled notebook contains everything but the model, and finds the loaded model when it is read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_what_comes_back_is_the_same_notebook() -> None:
     assert isinstance(other.ranking, Recency)
     for layer in range(len(notebook.cache)):
         assert torch.equal(other.cache.keys(layer), notebook.cache.keys(layer))
-    # and it is independent, and goes on in the same way
+    # The copy is independent, and continues in the same way.
     assert other.decide("now?", ["cancel", "deny"]).choice == notebook.decide("now?", ["cancel", "deny"]).choice
     other.edit(status="lost", mode="suffix")
     assert notebook.fields == {"status": "pending"}
@@ -72,7 +72,7 @@ def test_a_model_that_is_not_loaded_is_asked_for() -> None:
     remember(other)
     assert loaded_model(other.fingerprint, Other, "other") is other
     with pytest.raises(ModelUnavailableError, match="load it"):
-        loaded_model(other.fingerprint, Model, "other")  # something else has its fingerprint
+        loaded_model(other.fingerprint, Model, "other")  # an object that is not a model has this fingerprint
     del other
     gc.collect()
     with pytest.raises(ModelUnavailableError, match="load it"):

@@ -1,4 +1,4 @@
-"""Requests in the shape that chat clients send: parts, tool calls, tools, and the variables of a template."""
+"""Requests in the format of chat clients: content parts, tool calls, tools, and variables of the template."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MESSAGES: list[dict[str, Any]] = [
     {"role": "tool", "tool_call_id": "c1", "name": "find_order", "content": "It is in Bergen."},
 ]
 TOOL_FAMILIES = ("qwen25", "qwen3", "llama31", "mistral_v3")
-"""write tools and tool calls"""
+"""families whose templates render tools and tool calls"""
 
 
 def request(family: str, **options: Any) -> Notebook:
@@ -70,7 +70,7 @@ def test_a_request_with_tools_is_what_the_template_makes_of_it(family: str) -> N
 
 @pytest.mark.parametrize("family", TOOL_FAMILIES)
 def test_a_live_conversation_goes_on_with_calls_and_results(family: str) -> None:
-    """The tools are written once, also by a template that writes them again in the last user turn."""
+    """The tools are in the text once, even if the template writes them again in the last user turn."""
     notebook = Notebook.from_messages(
         of(family), MESSAGES[:2], fields={"status": "pending", "region": "Norway"}, tools=[FIND]
     )
@@ -90,7 +90,7 @@ def test_a_live_conversation_goes_on_with_calls_and_results(family: str) -> None
 
 
 def test_two_results_in_a_row_stand_in_blocks_of_their_own() -> None:
-    """Qwen puts results that follow each other into one user turn; one that comes later has its own."""
+    """Qwen puts consecutive tool results into one user turn; a result that is added later gets its own turn."""
     notebook = request("qwen25")
     notebook.prefill()
     account = notebook.add("tool", "It left on Monday.", tool_call_id="c2")
@@ -169,7 +169,7 @@ def test_a_skill_is_a_field_s_value_too() -> None:
 
 @pytest.mark.parametrize("family", [*TOOL_FAMILIES, "deepseek_r1"])
 def test_a_saved_request_goes_on_as_it_would_have(family: str, tmp_path: Path) -> None:
-    """Also where the text was computed turn by turn, and the template would not render it so any more."""
+    """This holds even if the text was computed turn by turn and the template would now render it differently."""
     tools = None if family == "deepseek_r1" else [FIND]
     fields = {"status": "pending"} if tools is None else {"status": "pending", "region": "Norway"}
     notebook = Notebook.from_messages(

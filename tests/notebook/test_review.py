@@ -1,4 +1,4 @@
-"""What a review of the house found, each as the smallest program that shows it."""
+"""Regression tests for the faults that a review found, each with the smallest program that shows the fault."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from reference import assert_rows_equal, full_forward
 
 @pytest.mark.parametrize("first", ["skill", "field"])
 def test_a_prompt_and_a_skill_in_it_agree_on_a_field(first: str) -> None:
-    """Two values of one field were accepted: the text said one, `fields` the other, and every token was called exact."""
+    """Two values of one field were accepted: the text had one, `fields` the other, and every token was called exact."""
     skill = Skill.compile(tiny(), "status: {status}.", name="policy", status="pending")
     notebook = Notebook(tiny())
     turns = {"skill": ("{policy}", {"policy": skill}), "field": ("now {status}.", {"status": "shipped"})}
@@ -46,7 +46,7 @@ def test_a_message_agrees_with_the_skills_in_it() -> None:
 
 
 def test_a_plan_counts_no_gap_that_it_opens_at_the_end() -> None:
-    """A value that ends one part, and another that is the last part: slots still to be computed counted as relocated."""
+    """With a value at the end of a part and one in the last part, slots yet to be computed counted as relocated."""
     text = "tier {tier}" + " and then" * 30 + " status {status}"
     notebook = Notebook(tiny()).text(text, tier="a", status="x")
     notebook.skill(Skill.compile(tiny(), "{date}", name="last", date="2026"))
@@ -58,7 +58,7 @@ def test_a_plan_counts_no_gap_that_it_opens_at_the_end() -> None:
 
 
 def test_an_interrupt_while_the_account_is_made_undoes_the_edit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache was changed and the state was not: with a value of the same length, all tokens were called exact."""
+    """The cache was changed but the state was not: with a value of the same length, all tokens were called exact."""
     notebook = Notebook(tiny()).message("system", "status: {status}. policy", status="shipped")
     notebook.prefill()
     values = [notebook.cache.values(layer).clone() for layer in range(len(notebook.cache))]
@@ -75,7 +75,7 @@ def test_an_interrupt_while_the_account_is_made_undoes_the_edit(monkeypatch: pyt
 
 
 def test_an_interrupt_between_the_cache_and_the_state_undoes_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan's mark was released before the notebook knew of the plan: an interrupt there left the two apart for good."""
+    """The plan's mark was released before the notebook had the new state: an interrupt left the two out of step."""
     notebook = Notebook(tiny()).message("system", "status: {status}. policy", status="shipped")
     notebook.prefill()
     ids, length = notebook.ids, notebook.cache.length
@@ -118,7 +118,7 @@ def test_an_interrupt_while_an_answer_is_kept_takes_it_back(monkeypatch: pytest.
 
 
 def test_a_reason_does_not_call_an_inexact_context_exact() -> None:
-    """`suffix` was chosen because it 'is exact', also behind a spliced skill, which is not."""
+    """`suffix` was chosen because it "is exact", even after a spliced skill that is not exact."""
     skill = Skill.compile(tiny(), "refund policy: if the tier is gold refund.", name="refunds")
     notebook = Notebook(tiny()).message("system", "{refunds} status: {status}", refunds=skill, status="x")
     notebook.prefill(repair=SeamRepair(0))
@@ -129,7 +129,7 @@ def test_a_reason_does_not_call_an_inexact_context_exact() -> None:
 
 
 def test_what_others_put_in_the_place_of_cached_tokens_is_not_called_exact() -> None:
-    """`cache.crop` and a forward of as many other tokens: the length is right, and the tokens are others."""
+    """After `cache.crop` and a forward of as many other tokens, the length is right but the tokens are not."""
     notebook = Notebook(tiny()).text("the order status is pending and the account role is guest.")
     notebook.prefill()
     notebook.cache.crop(-3)
@@ -156,7 +156,7 @@ def test_a_loaded_notebook_does_not_render_an_empty_prompt(tmp_path: Path) -> No
 
 
 def test_a_decision_that_is_kept_counts_in_its_own_account() -> None:
-    """The account said 'relocated', and the turns that were kept are 'after edit': better than the truth."""
+    """The account said 'relocated', although the kept turns are 'after edit', which is weaker."""
     notebook = Notebook(tiny()).text("so,")
     notebook.skill(Skill.compile(notebook.model, "refund policy: if gold refund.", name="refunds"))
     notebook.prefill(repair=SeamRepair(0))
@@ -165,7 +165,7 @@ def test_a_decision_that_is_kept_counts_in_its_own_account() -> None:
 
 
 def test_a_mode_that_was_not_asked_for_is_not_in_the_account() -> None:
-    """The account promises None 'where the default was left to choose', and gave the mode that was chosen."""
+    """The account promises None if the default chose the mode, but had the mode that was chosen."""
     notebook = Notebook(tiny()).message("system", "status: {status}. policy", status="shipped")
     notebook.prefill()
     account = notebook.edit(status="pending")
@@ -176,7 +176,7 @@ def test_a_mode_that_was_not_asked_for_is_not_in_the_account() -> None:
 
 @pytest.mark.parametrize("mode", ["in_place", "field_erratum", "selective"])
 def test_a_value_that_was_edited_away_is_not_saved_with_what_has_read_it(tmp_path: Path, mode: str) -> None:
-    """Stale tokens stay, and their bookkeeping named the value that they had read."""
+    """Stale tokens stay in the cache, and their bookkeeping still had the value that they had read."""
     notebook = Notebook(tiny()).message("system", "address: {address}. agent, so reply.", address="elm street nine")
     notebook.prefill()
     notebook.edit(address="removed", mode=mode)

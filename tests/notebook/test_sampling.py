@@ -1,4 +1,4 @@
-"""`generate`: every parameter does what transformers' own `generate` does with it, and an answer ends where it is told to."""
+"""`generate`: every parameter works as in transformers' own `generate`, and an answer ends where it should."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def raw_text() -> Notebook:
 
 
 def theirs(notebook: Notebook, count: int, **parameters: Any) -> list[int]:
-    """What transformers' own `generate` says to the same text, drawn with a generator on the CPU as ours is."""
+    """The tokens of transformers' own `generate` on the same text, drawn with a CPU generator like ours."""
     from transformers import GenerationConfig
 
-    # Its sampling uses torch's global generator; ours has one of its own with the same algorithm.
+    # transformers samples with torch's global generator; ours is a separate generator with the same algorithm.
     torch.manual_seed(parameters.pop("seed", 0))
     bias = parameters.pop("logit_bias", None)
     config = GenerationConfig(
@@ -74,7 +74,7 @@ def test_tokens_are_those_of_transformers_generate(parameters: dict[str, Any]) -
 
 
 def test_the_parameters_matter() -> None:
-    """Each set above gives another answer than greedy decoding, so the comparison can fail."""
+    """Each set of parameters above gives another answer than greedy decoding, so the comparison can fail."""
     notebook = raw_text()
     greedy = "".join(notebook.generate(max_new_tokens=12))
     for parameters in PARAMETERS[1:]:
@@ -128,7 +128,7 @@ class TestStops:
             if stops.found is None:
                 assert so_far.startswith(shown)
                 assert not any(string in so_far for string in strings)
-                # What is held back may still become a stop string.
+                # Text that is held back may still become a stop string.
                 held = so_far[len(shown) :]
                 assert not held or any(string.startswith(held) for string in strings)
         shown += stops.rest()
@@ -209,7 +209,7 @@ def test_what_was_drawn_is_remembered_for_the_penalty() -> None:
 
 @pytest.mark.parametrize("parameters", PARAMETERS)
 def test_a_watcher_is_told_the_model_s_own_log_probabilities(parameters: dict[str, Any]) -> None:
-    """Whatever shapes the choice: the oracle is one full forward over the context and the answer."""
+    """No sampling parameter changes them: the oracle is one full forward over the context and the answer."""
     notebook = raw_text()
     told: list[tuple[int, torch.Tensor]] = []
     mark = list(notebook.ids)

@@ -50,7 +50,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     notebook.save(tmp_path / "saved")
     loaded = Notebook.load(tmp_path / "saved", tiny())
     assert_same(loaded, notebook)
-    for each in (loaded, notebook):  # and they go on alike, relocations from the same origins included
+    for each in (loaded, notebook):  # both continue alike, and relocate from the same origins
         each.edit(status="x")
     assert_same(loaded, notebook)
     loaded.save(tmp_path / "saved")
@@ -66,7 +66,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         Notebook.load(tmp_path / "saved", tiny(dtype=torch.float32))
     with pytest.raises(FingerprintMismatchError):
         Notebook.load(tmp_path / "saved", tiny(rope_theta=5000.0))
-    with pytest.raises(FingerprintMismatchError):  # nothing but a number in the configuration differs
+    with pytest.raises(FingerprintMismatchError):  # only one number in the configuration differs
         Notebook.load(tmp_path / "saved", tiny(rms_norm_eps=1e-3))
 
 
@@ -163,7 +163,7 @@ def test_every_operation_leaves_its_account(tmp_path: Path) -> None:
 
 
 def test_an_answer_with_markers_is_kept_as_it_was_said() -> None:
-    """The model's own words are not a value from outside, and half a conversation is never left behind."""
+    """The model's own answer is not a value from outside: it is not refused, and no half of a turn is left behind."""
     notebook = build()
     notebook._append_turn("assistant", "### <done>")
     assert notebook.rendered_text.endswith("### <done><|im_end|>\n")
@@ -238,7 +238,7 @@ def test_a_mark_is_not_released_under_a_stream() -> None:
 
 
 def test_asking_of_the_context_as_it_is_leaves_its_last_token_alone() -> None:
-    """Its logits come from computing it again, under values that it must not keep."""
+    """Its logits come from recomputing it under the current values; afterwards its cached rows are restored."""
     notebook = Notebook(tiny()).text("status: {status}. cancel or deny", status="pending")
     notebook.prefill()
     exact = notebook.cache.keys(1).clone()

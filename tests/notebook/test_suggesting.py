@@ -1,4 +1,4 @@
-"""Suggested readers: what moves is measured against full forwards, and the notebook is unchanged."""
+"""Suggested readers: movement is compared with full forwards, and the notebook is unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LINES = [
     "tier: gold\n", "be brief with the customer\n", "if status is shipped, deny.\n", "ask when the date is shipped.\n",
     "if it is pending, cancel.\n",
 ]  # fmt: skip
-"""after the field's first place, with letters, before the question; the last line of the message is told apart below"""
+"""lines with letters after the field's first place and before the question; the message's last line is treated below"""
 OPTIONS = ["deny", "cancel"]
 
 
@@ -57,7 +57,7 @@ def _place(ids: list[int], wanted: list[int]) -> slice:
 
 @pytest.mark.parametrize("value", ["pending", "x", "cancelled by the customer"])
 def test_movement_is_the_distance_to_a_full_prefill_of_the_new_text(model_type: str, value: str) -> None:
-    """The cache under the old value, its keys put where the new text has them, beside a prefill of the new text alone."""
+    """The cache under the old value, its keys relocated to their new positions, against a prefill of the new text."""
     model = tiny(model_type)
     notebook = prefilled(model)
     before = snapshot(notebook)
@@ -130,7 +130,7 @@ def test_it_costs_one_computation_of_what_follows() -> None:
 
 @pytest.mark.parametrize("mode", ["in_place", "erratum", "field_erratum"])
 def test_what_was_stale_before_is_no_movement(mode: str) -> None:
-    """An edited notebook is brought up to date on the copy first: its lines move as those of a fresh one do."""
+    """The copy of an edited notebook is recomputed first, so its lines move as those of a fresh notebook do."""
     notebook = prefilled(status="delivered")
     notebook.edit(status="shipped", mode=mode)
     before = snapshot(notebook)
@@ -143,7 +143,7 @@ def test_what_was_stale_before_is_no_movement(mode: str) -> None:
 
 
 def test_a_line_is_tried_in_a_decision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one line and the question are all that follows, computing that line again gives full prefill's decision."""
+    """If only one line and the question follow the field, recomputing that line gives full prefill's decision."""
     notebook = Notebook(tiny("phi3")).text("status: {status}\nthe only line of the policy\nreply:", status="shipped")
     notebook.prefill()
     before = snapshot(notebook)
@@ -235,7 +235,7 @@ def test_words_declared_for_words_count_for_every_field_behind_them(tmp_path: Pa
 
 
 def test_a_rule_that_does_not_name_the_field_is_found(embedded: Any) -> None:
-    """The rule speaks of "it": the readers that the name finds decide as before, those that are suggested as full prefill."""
+    """The rule says "it": readers found by name keep the old decision, suggested readers decide as full prefill."""
     policy = (
         "You serve as the lending desk of a city library.\n\n# Session\nbranch: {branch}\n\n# Policy\n"
         "- Report broken chairs to the caretaker.\n- Invoices are numbered without gaps.\n- Look at branch first.\n"

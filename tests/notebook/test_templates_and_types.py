@@ -1,4 +1,4 @@
-"""Chat templates together with what values and messages may hold: special tokens as plain text, types, blocks."""
+"""Chat templates together with special tokens as plain text, types of fields, and blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOOK = {"type": "function", "function": {"name": "look", "description": "Look in
 
 
 def specials(notebook: Notebook) -> list[int]:
-    """The special tokens in the cache, in order: what marks roles and turns to the model."""
+    """The special tokens in the cache, in order: they mark roles and turns for the model."""
     own = set(notebook.model.tokenizer.all_special_ids)
     own |= {t for t, a in notebook.model.tokenizer.added_tokens_decoder.items() if a.special}
     return [token for token in notebook.ids if token in own]
@@ -34,7 +34,7 @@ def assert_exact(notebook: Notebook) -> None:
 
 
 def conversation(family: str, said: str) -> Notebook:
-    """What is said stands in a prompt, in turns, in a question and in an answer that is kept."""
+    """A conversation with the text `said` in its prompt, in turns, in a question and in a kept answer."""
     notebook = Notebook(of(family), fold_system=True)
     notebook.message("system", "Its status is {status}.", status="new").message("user", f"a {said}")
     notebook.prefill()
@@ -56,7 +56,7 @@ def test_special_tokens_in_turns_are_plain_text_in_every_template(family: str) -
 
 
 def test_an_answer_that_stays_as_computed_goes_on_behind_a_special_token(tmp_path: Path) -> None:
-    """Qwen3 asks for an answer in another way than it writes one, and renders earlier turns anew: both compare marked texts."""
+    """Qwen3 opens an answer in another form than it renders one, and rerenders old turns: both need marked texts."""
     notebook = conversation("qwen3", README)
     account = notebook.add("user", f"{README}!")
     assert "differs from a fresh rendering" in account.why
@@ -184,7 +184,7 @@ def test_values_of_a_request_have_types() -> None:
 
 
 def test_a_value_in_a_tool_needs_no_escape() -> None:
-    """The template writes tools as JSON, and would escape it; a value that is edited later is not escaped."""
+    """The template writes tools as JSON and would escape such a value, but would not escape an edited one."""
     messages = [{"role": "user", "content": "In {region}?"}]
     with pytest.raises(InvalidValueError, match="or in a tool"):
         Notebook.from_messages(of("qwen25"), messages, fields={"region": 'the "north"'}, tools=[LOOK])

@@ -1,4 +1,4 @@
-"""What a notebook says of its cache is never better than the truth: attacks that once went through, with full forwards."""
+"""A notebook never calls its cache better than it is: attacks that once succeeded, checked with full forwards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from reference import assert_rows_equal, full_forward
 
 
 def longrope(bound: int) -> Any:
-    """A model with one table of frequencies up to that length, and another beyond."""
+    """A model with one table of frequencies up to the length `bound`, and another one beyond."""
     parameters = {
         "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": bound,
         "short_factor": (1.0, 1.0, 1.5, 2.0), "long_factor": (2.0, 4.0, 4.0, 8.0),
@@ -42,7 +42,7 @@ def longrope(bound: int) -> Any:
 
 
 def errors_by_state(notebook: Notebook) -> dict[TokenState, float]:
-    """How far off the values of the tokens of each state are from a full prefill's, at most."""
+    """For each state, the largest difference of its tokens' values from those of a full prefill."""
     expected, _ = full_forward(notebook.model.engine.model, notebook.ids)
     worst: dict[TokenState, float] = defaultdict(float)
     for layer, (_, right) in enumerate(expected):
@@ -53,7 +53,7 @@ def errors_by_state(notebook: Notebook) -> dict[TokenState, float]:
 
 
 def _only(condition: str) -> str:
-    """ChatML for messages that meet a condition; the others are rendered as nothing."""
+    """A ChatML template that renders only messages that meet a condition."""
     body = "{% for m in messages %}"
     return CHATML.replace(body, body + "{% if " + condition + " %}").replace("{% endfor %}", "{% endif %}{% endfor %}")
 
@@ -69,7 +69,7 @@ def with_template(template: str) -> Any:
 
 
 def test_the_first_two_states_are_exact_and_the_others_are_not() -> None:
-    """The lattice against the oracle: every state occurs, and its place in the order is what its error says."""
+    """Compared with the oracle, every state occurs, and only tokens in the exact states equal a full prefill."""
     notebook = build()
     notebook.splice(Skill.compile(notebook.model, "refund policy: if the tier is gold refund.\n", name="refunds"))
     notebook.add("user", "so? what is to be done?")
@@ -137,7 +137,7 @@ real = tiny().engine.rows
 
 
 def test_two_hundred_edits_keep_the_context_short() -> None:
-    """Five fields in turn, a question after each edit: the length stays, the values are told, and rebase makes it exact."""
+    """Five fields are edited in turn, with a question after each edit: the length stays, and rebase makes all exact."""
     notebook = Notebook(tiny())
     names = [f"part_{number}" for number in range(5)]
     text = " ".join(f"{name}: {{{name}}}." for name in names)
@@ -178,7 +178,7 @@ def test_a_rebase_with_a_limit_folds_back_what_fits() -> None:
 
 
 def test_a_stream_is_open_because_it_was_begun() -> None:
-    """Raw text with nothing to compute: the first piece comes from the last cached token, and the cache has grown by none."""
+    """Raw text without a prompt: the first piece comes from the last cached token, and the cache has not grown."""
     notebook = Notebook(tiny()).text("status: {status}. cancel or", status="pending")
     notebook.prefill()
     length = len(notebook)
@@ -227,7 +227,7 @@ def test_a_kept_answer_is_not_computed_again(raw: bool) -> None:
     kind=st.sampled_from(["byte-level", "metaspace"]),
 )
 def test_values_are_replaced_in_a_part_that_was_split_anywhere(cut: int, values: list[str], kind: str) -> None:
-    """Two places close together, in a text that no longer begins where it was tokenised: no slot holds another token's keys."""
+    """Two places close together in a part that was split: no slot has the keys of another token."""
     notebook = Notebook(tiny(kind=kind)).text(
         "the customer policy says tier {tier}, then {tier} again. reply only with the action", tier="silver"
     )
@@ -255,7 +255,7 @@ def test_a_template_that_rewrites_values_is_refused() -> None:
 
 
 def test_what_a_template_drops_is_said_in_another_role_or_refused() -> None:
-    """Some templates render nothing for a system message in mid-conversation, and do not raise."""
+    """Some templates render nothing for a system message within a conversation, and do not raise."""
     drops = _only("loop.first or m['role'] != 'system'")
     notebook = Notebook(with_template(drops))
     notebook.message("system", "the tier is {tier}. reply only.", tier="gold").message("user", "hello").prefill()
@@ -273,7 +273,7 @@ def test_what_a_template_drops_is_said_in_another_role_or_refused() -> None:
 
 
 def test_the_end_of_an_answer_does_not_depend_on_the_conversation() -> None:
-    """A template that must alternate refuses a probe after the user's message; options of which one begins another need it."""
+    """A template that requires alternating roles would refuse to render an answer's end after a user message."""
     odd = (
         "{% if loop.index0 % 2 != (m['role'] == 'assistant') | int %}{{ raise_exception('must alternate') }}{% endif %}"
     )
@@ -302,7 +302,7 @@ def test_the_end_of_an_answer_does_not_depend_on_the_conversation() -> None:
 
 
 def test_a_context_does_not_grow_across_a_change_of_frequencies() -> None:
-    """LongRoPE has one table up to a length and another beyond: what is appended there would not fit what is cached."""
+    """LongRoPE has one table up to a length and another beyond: tokens appended there would not fit the cached ones."""
     notebook = build(longrope(96))
     ids, states = notebook.ids, notebook.states
     long = "the customer asks to cancel the order " * 12
@@ -372,7 +372,7 @@ def test_a_plan_for_another_mode_says_so() -> None:
 
 
 def test_frequencies_are_saved_with_what_they_made(tmp_path: Any) -> None:
-    """Also an early skill of several compiled in one forward that reaches beyond the bound."""
+    """This includes an early one of several skills compiled in a forward that reaches beyond the bound."""
     model = longrope(32)
     texts = {"first": "the order status is pending. ", "second": "the customer asks to cancel the order. " * 4}
     store = SkillStore(tmp_path / "store")

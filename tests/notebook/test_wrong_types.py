@@ -1,4 +1,4 @@
-"""What is no text, and what is no model, is refused with this package's own error."""
+"""An argument that is not text, or not a model, is refused with this package's own error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a block's lines are about, in the forms in which agents keep them."""
+"""What the lines of a block are about, in the formats that agents use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which text counts as a reader of a field: lines by what they mention, and turns by where they stand. No model."""
+"""Which text counts as a reader of a field: lines by what they mention, turns by their place. Uses no model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FIELDS = {"status": FieldValue("shipped", "shipped")}
 
 
 def context(text: str, *turns: str) -> Context:
-    """Raw text, in which `{status}` is the field, and turns after it."""
+    """A context of raw text, in which `{status}` is the field, with turns after it."""
     marked = text.replace("{status}", "\ue000status\ue001shipped\ue002")
     made = Context((), FIELDS).appended(tokenised(TOKENIZER, unmark(marked), Kind.PREFILL))
     return made.appended(*(tokenised(TOKENIZER, Rendered(turn), Kind.TURN) for turn in turns))
@@ -109,7 +109,7 @@ def test_a_field_that_has_no_place_has_no_readers() -> None:
 
 
 def test_turns_of_raw_text() -> None:
-    """The last turn is open; what was said before is history, also where it mentions the field."""
+    """The last turn is the open question. Earlier turns are history, even if they mention the field."""
     made = context("status: {status}\nbe polite\n", "status?\n", "ok\n")
     history = [("\n", "holds the field")]
     assert found(made) == history
@@ -157,7 +157,7 @@ def test_errata_and_skills_in_between_do_not_hide_the_question() -> None:
 
 
 def test_where_text_and_conversation_differ_units_are_what_is_left() -> None:
-    """A turn that was cut, or a template that renders earlier messages anew once another follows."""
+    """They differ after a turn was cut, or if the template rerenders earlier messages once another follows."""
     made, conversation = chat(("system", "status {status}."), ("user", "hi"))
     more = conversation.continued([Message("assistant", Text("ok")), Message("user", Text("and now?"))])
     added, conversation = more.added, more.conversation
@@ -206,7 +206,7 @@ def test_a_readers_reason_names_the_word() -> None:
 )
 @settings(max_examples=150, deadline=None)
 def test_the_readers_are_the_tokens_of_the_lines_that_mention_it(pieces: list[str], at: int) -> None:
-    """Against the slow way: every token after the field with a character of such a line, and no other."""
+    """Compared with a slow search: every token after the field that has a character of such a line, and no other."""
     text = "".join([*pieces[:at], "{status}", *pieces[at:]])
     made = context(text)
     readers = readers_of(made, "status", (), Turns.KEEP, TurnSlots(len(made), len(made)))
@@ -233,7 +233,7 @@ def test_words_of_words_are_declared_too() -> None:
 
 @pytest.mark.parametrize("turns", list(Turns))
 def test_the_lines_that_words_could_mark(turns: Turns) -> None:
-    """Each of them, declared by its own text, is a reader at the same slots; no other text is one."""
+    """Each of these lines, declared by its own text, is a reader at the same slots, and no other text is."""
     made = context("about status\nthe status {status} now.\nbe brief\n\n--\n  in A: deny\nlast", "cancel?\n", "ok\n")
     slots = turn_slots(made, None, "status")
     lines = dict(later_lines(made, "status", turns, slots))

@@ -1,4 +1,4 @@
-"""`docs/prompts.md`: every block of it runs, and leaves in the context what it says."""
+"""Every code block of `docs/prompts.md` runs, and leaves the context that the page describes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RECIPES = {
 
 
 def blocks() -> dict[str, str]:
-    """heading -> the code under it."""
+    """heading -> the code below it."""
     found = {}
     for section in PAGE.read_text(encoding="utf-8").split("\n## ")[1:]:
         heading, _, body = section.partition("\n")

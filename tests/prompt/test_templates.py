@@ -1,4 +1,4 @@
-"""Chat templates of twenty families: nothing that a turn, an erratum or a policy says is lost, whatever the template does."""
+"""Chat templates of twenty families: the text of a turn, an erratum or a policy is never lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from templated import TEMPLATES, of, with_template
 
 FAMILIES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
 SHOUTING = "shouting"
-"""writes everything in upper case"""
+"""a template that writes everything in upper case"""
 OPTIONS = ["cancel", "deny"]
 
 
@@ -28,7 +28,7 @@ def written(family: str, text: str) -> str:
 
 
 def build(family: str, *, user: bool = True) -> Notebook:
-    """A policy with a field, and a user turn."""
+    """A notebook with a policy that has a field, and a user turn."""
     notebook = Notebook(of(family), fold_system=True)
     policy = "{status}".join(written(family, part) for part in ("Its status is ", " today. Be brief."))
     notebook.message("system", policy, status=written(family, "pending"))
@@ -44,7 +44,7 @@ def assert_exact(notebook: Notebook) -> None:
 
 
 def assert_said(text: str, *said: str) -> None:
-    """Each thing once, and in this order."""
+    """Assert that the text has each thing once, and in this order."""
     cursor = 0
     for thing in said:
         assert text.count(thing) == 1, f"{thing!r} stands {text.count(thing)} times in {text!r}"
@@ -113,7 +113,7 @@ def test_a_turn_is_said_once_in_its_place_or_refused(family: str, role: str) -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_conversation_goes_on_with_answers_that_are_kept(family: str) -> None:
-    """What is cached stays; the account says so where a fresh rendering would be another text."""
+    """Cached text stays, and the account says so if a fresh rendering would be different."""
     notebook = build(family)
     options = [written(family, option) for option in OPTIONS]
     first = notebook.decide(None, options, keep=True)
@@ -165,7 +165,7 @@ def test_an_agent_works(family: str) -> None:
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("mistral_v3",)])
 def test_what_is_continued_is_what_a_fresh_prompt_holds(family: str) -> None:
-    """Turn by turn or at once: the same text. (Mistral v3 moves the system message into the last user turn.)"""
+    """Turn by turn or at once, the text is the same. (Mistral v3 moves the system message into the last user turn.)"""
     live = build(family)
     live.add("assistant", written(family, "In Oslo."))
     live.add("user", written(family, "Since when?"))
@@ -173,7 +173,7 @@ def test_what_is_continued_is_what_a_fresh_prompt_holds(family: str) -> None:
     policy = "{status}".join(written(family, part) for part in ("Its status is ", " today. Be brief."))
     whole.message("system", policy, status=written(family, "pending")).message("user", written(family, "Where is it?"))
     whole.message("assistant", written(family, "In Oslo.")).message("user", written(family, "Since when?")).prefill()
-    if family == "qwen3":  # a fresh rendering has no thought in an earlier answer
+    if family == "qwen3":  # a fresh rendering omits thoughts in earlier answers
         assert live.rendered_text.replace("<think>\n\n</think>\n\n", "") == whole.rendered_text
     else:
         assert live.rendered_text == whole.rendered_text
@@ -198,7 +198,7 @@ def test_folding_leaves_templates_alone_that_have_a_system_message() -> None:
 
 
 def test_a_policy_that_waits_for_the_first_user_turn() -> None:
-    """Prefilled alone, it ends inside that turn; an erratum stands there; nothing can be asked before a user speaks."""
+    """Prefilled alone, it ends inside that turn. An erratum goes there, and nothing can be asked before a user turn."""
     notebook = build("llama2", user=False)
     assert notebook.rendered_text.endswith("today. Be brief.\n<</SYS>>\n\n")
     with pytest.raises(TemplateError, match="first user turn"):
@@ -220,7 +220,7 @@ def test_what_ends_a_text_is_not_left_in_the_middle() -> None:
 
 
 def test_a_thought_that_was_generated_stays_as_computed() -> None:
-    """Qwen3 leaves thoughts out of earlier answers; the cache keeps the one that the answer was computed behind."""
+    """Qwen3 omits thoughts in earlier answers; the cache keeps the thought after which the answer was computed."""
     notebook = build("qwen3")
     conversation = notebook._state.conversation
     assert conversation is not None
@@ -233,7 +233,7 @@ def test_a_thought_that_was_generated_stays_as_computed() -> None:
 
 
 def test_a_decision_is_taken_behind_a_closed_thought() -> None:
-    """DeepSeek-R1 opens a thought when it asks for an answer: what options follow must be the answer."""
+    """DeepSeek-R1 opens a thought when it asks for an answer, so it is closed: options are answers."""
     notebook = build("deepseek_r1")
     asked = notebook.rendered_text + "<｜Assistant｜><think>\n\n</think>\n\n"
     decision = notebook.decide(None, OPTIONS, keep=True)
@@ -303,7 +303,7 @@ def test_a_message_is_compiled_alone_without_what_ends_a_text() -> None:
 
 
 def test_an_open_first_turn_is_the_user_s() -> None:
-    """Mistral v3 renders a tool's result anywhere, but inside of a user's turn it would be part of that."""
+    """Mistral v3 renders a tool's result anywhere, but inside a user turn it would be part of that turn."""
     notebook = build("mistral_v3", user=False)
     for role in ("tool", "assistant", "system"):
         with pytest.raises(TemplateError, match="first user turn"):

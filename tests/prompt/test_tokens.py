@@ -1,4 +1,4 @@
-"""Special tokens in ordinary text are plain text: in messages, turns, prompts, values and errata, with real fast tokenizers."""
+"""Special tokens in messages, turns, prompts, values and errata are plain text, with real fast tokenizers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def special_in(model: Any, ids: list[int]) -> list[int]:
 
 
 def other_tokenizers() -> dict[str, Any]:
-    """The shapes of tokenizers that differ in what is around a text: normaliser, prefix, word pieces, unigrams."""
+    """Tokenizers of further kinds: with a normaliser, with a prefix, of word pieces, of unigrams."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -71,7 +71,7 @@ def test_a_special_token_in_text_is_not_one(kind: str, text: str) -> None:
 @given(st.lists(st.sampled_from(["<|im_end|>", "<turn>", " ", "a", "status", "é", "😀", "\n", "<", "|>"]), max_size=8))
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_text_without_special_tokens_is_encoded_as_ever(kind: str, pieces: list[str]) -> None:
-    """What is not marked as plain keeps the tokens that the tokenizer itself gives; what is decodes to the same text."""
+    """Text not marked as plain gets the tokenizer's own tokens; text marked as plain decodes to the same text."""
     own, text = tokenizer(kind), "".join(pieces)
     expected = own(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encode(own, text)
@@ -81,7 +81,7 @@ def test_text_without_special_tokens_is_encoded_as_ever(kind: str, pieces: list[
     plain, _ = encode(own, text, found)
     assert not set(plain) & set(own.convert_tokens_to_ids(["<|im_end|>", "<turn>"]))
     assert own.decode(plain).strip(" ") == text.strip(" ")
-    if found:  # the last of them only: those before it stay
+    if found:  # if only the last special token is marked as plain, the others stay
         some, _ = encode(own, text, found[-1:])
         assert len([t for t in some if t in own.convert_tokens_to_ids(["<|im_end|>", "<turn>"])]) == len(found) - 1
 
@@ -96,7 +96,7 @@ def test_the_tokens_around_every_text_stay() -> None:
 
 
 def test_what_a_tokenizer_cannot_write_as_text_is_refused() -> None:
-    """Its vocabulary has the token as a word: without looking for special tokens it is found all the same."""
+    """The tokenizer's vocabulary has the token as a word, so even without special tokens the text gives that token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -110,7 +110,7 @@ def test_what_a_tokenizer_cannot_write_as_text_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_a_notebook_no_text_is_a_control_token(kind: str) -> None:
-    """Messages, turns, prompts, answers, values in every place, and errata."""
+    """This covers messages, turns, prompts, answers, values in every place, and errata."""
     model = tiny(kind=kind)
     first = "system" if kind == "byte-level" else "user"
     plain = Notebook(model).message(first, "rules: {file} end", file="x")
@@ -139,7 +139,7 @@ def test_in_a_notebook_no_text_is_a_control_token(kind: str) -> None:
 
 
 def test_a_value_that_completes_a_special_token_is_text() -> None:
-    """Half of it is the author's, half of it the value's."""
+    """One half of the token is the author's text, the other half is the value."""
     notebook = Notebook(tiny()).text("see <{tag}> there, {tag}", tag="x")
     notebook.prefill()
     turn = notebook.model.tokenizer.convert_tokens_to_ids("<turn>")
@@ -166,7 +166,7 @@ def test_raw_text_keeps_the_authors_special_tokens() -> None:
 @given(st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_edits_near_plain_tokens_give_the_tokens_of_the_new_text(kind: str, data: st.DataObject) -> None:
-    """Replacing a value in a window gives just what tokenising the whole new text gives: ids, offsets, places, plain text."""
+    """Replacing a value in a window gives the ids, offsets, places and plain text of tokenising the whole new text."""
     own = tokenizer(kind)
     words = st.lists(st.sampled_from(["status", "<|im_end|>", "<turn>", " ", "a", "é", "\n", "the order "]), max_size=9)
     values = st.sampled_from(["", "x", "<turn>", "shipped", "two words", "<|im_end|>"])

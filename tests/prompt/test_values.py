@@ -1,4 +1,4 @@
-"""Values in a notebook are data: names, templates, and what stands in the context. The guard is in `test_guard.py`."""
+"""Values in a notebook are data: names, templates, and the values in the context. `test_guard.py` tests the guard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scenario grammar: splits share nothing, and answers follow from the text."""
+"""The grammar of scenarios: its splits share nothing, and the answers follow from the text."""
 
 from __future__ import annotations
 

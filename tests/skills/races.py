@@ -1,4 +1,4 @@
-"""What `test_store_races.py` runs in a process of its own: one model, and children that are forked from it.
+"""The scenarios of `test_store_races.py`, run in their own process: one model, and children forked from it.
 
     python races.py FOLDER
 
@@ -29,7 +29,7 @@ from programmable_kv.skills.store import SkillStore
 
 MODEL = tiny()
 STEPS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.utime", "os.listdir", "os.scandir", "fcntl.flock"})
-"""what the interpreter reports of a process' dealings with files"""
+"""the audit events with which the interpreter reports operations on files"""
 
 
 def child(run: Callable[[], object]) -> int:
@@ -49,7 +49,7 @@ def ended(pid: int) -> int:
 
 
 def killed_at(step: int, run: Callable[[], object]) -> int:
-    """Run in a child that is killed, with SIGKILL, when it comes to that step; its exit code."""
+    """Run in a child that is killed with SIGKILL at that step. Returns its exit code."""
 
     def die_there() -> None:
         left = step
@@ -68,7 +68,7 @@ def killed_at(step: int, run: Callable[[], object]) -> int:
 
 
 def killed_after(nbytes: int, run: Callable[[], object]) -> int:
-    """Run in a child that is killed inside of the first write beyond that many bytes; its exit code."""
+    """Run in a child that is killed within the first write beyond that many bytes. Returns its exit code."""
 
     def die_there() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -80,7 +80,7 @@ def killed_after(nbytes: int, run: Callable[[], object]) -> int:
 
 
 def check_whole(folder: Path, skill: Skill, *, there: bool | None) -> None:
-    """The entry can be read or is not there; no reader sees half of it; and the next write clears up."""
+    """Assert that the entry can be read whole or does not exist, and that the next write removes leftovers."""
     store = SkillStore(folder)
     assert store.damaged() == []
     held = [entry.name for entry in store.entries()]
@@ -117,7 +117,7 @@ def killed_writers(folder: Path) -> str:
 
 
 def evicting(folder: Path) -> str:
-    """Three processes that compile six texts into a store with room for two, each of them evicting the others'."""
+    """Three processes compile six texts into a store with room for two, and each evicts the others' entries."""
     texts = [f"text number {number} says so." for number in range(6)]
     limit = 2 * SkillStore(folder / "size").put(Skill.compile(MODEL, texts[0], name="size")).nbytes
     shared = folder / "shared"
@@ -134,7 +134,7 @@ def evicting(folder: Path) -> str:
     assert [ended(pid) for pid in [child(lambda seed=seed: use(seed)) for seed in range(3)]] == [0, 0, 0]  # type: ignore[misc]
     store = SkillStore(shared, limit=10 * limit)
     assert store.damaged() == []
-    for computes in (None, False):  # no key is dead
+    for computes in (None, False):  # every key can be used again
         for number, text in enumerate(texts):
             skill = store.compile(MODEL, text, name=f"t{number}")
             assert computes is None or skill.account.tokens_computed == 0
@@ -145,7 +145,7 @@ def evicting(folder: Path) -> str:
 
 
 def two_writers(folder: Path) -> str:
-    """One key, two contents (another thread count rounds otherwise): a reader gets one of the two, never both mixed."""
+    """One key, two contents (another thread count rounds differently): a reader gets one of them, never a mixture."""
     one = Skill.compile(MODEL, "short.", name="short")
     other = replace(one, segment=replace(one.segment, values=tuple(values + 1 for values in one.segment.values)))
 
@@ -167,7 +167,7 @@ def two_writers(folder: Path) -> str:
 
 
 def stopped_writer(folder: Path) -> str:
-    """A process that is stopped in the middle of a write blocks no other, and what it is writing is not cleared away."""
+    """A process that is stopped during a write blocks no other process, and its unfinished file is not removed."""
     skill, other = (Skill.compile(MODEL, f"{name}.", name=name) for name in ("short", "other"))
 
     def stop_before_the_manifest() -> None:
@@ -194,7 +194,7 @@ def stopped_writer(folder: Path) -> str:
 
 
 def full_disk(folder: Path) -> str:
-    """A limit on a file's size stands for the disk: the write fails for real, in its midst, and is a typed error."""
+    """A limit on the file size acts as a full disk: the write really fails halfway, and raises a typed error."""
     skill = Skill.compile(MODEL, "short.", name="short")
 
     def write() -> None:

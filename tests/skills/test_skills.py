@@ -1,7 +1,7 @@
-"""Skills spliced, cut, moved and exchanged, against full forwards in float64 over the tokens that should be there.
+"""Skills that are spliced, cut, moved and replaced, compared with full forwards in float64 over the expected tokens.
 
-A skill compiled alone equals a forward of it alone at its new positions; with its whole length repaired it equals a full
-prefill, and so does everything computed after it. What was not repaired differs, or nothing would have been spliced.
+A skill compiled alone equals a forward of it alone at its new positions. With its whole length repaired it equals a
+full prefill, and so does everything computed after it. Tokens that were not repaired differ from a full prefill.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def atol(model_type: str) -> float:
 
 @pytest.mark.parametrize("preface", ["", "orders are dated."], ids=["alone", "preface"])
 def test_a_spliced_skill_is_the_skill_alone_at_its_new_place(model_type: str, preface: str) -> None:
-    """Or behind its preface; not as it would be if its rotation were wrong by one, nor as in a full prefill."""
+    """It equals a forward after its preface, if it has one. A rotation wrong by one, or a full prefill, differs."""
     model = tiny(model_type)
     notebook = build(model)
     skill = Skill.compile(model, REFUNDS, name="refunds", preface=preface)
@@ -79,7 +79,7 @@ def test_a_spliced_skill_is_the_skill_alone_at_its_new_place(model_type: str, pr
         found, right, off = (
             getattr(cache, rule.rotated)(layer)[:, :, -len(skill) :] for cache in (notebook.cache, alone, wrong)
         )
-        # Rotary tables are float32 even in a float64 model.
+        # Rotary tables are float32, even in a float64 model.
         torch.testing.assert_close(found, right, rtol=0, atol=max(1e-4, atol(model_type)))
         assert float((found - off).abs().max()) > 1e-2, "a rotation that is wrong by one must show"
         copied = getattr(notebook.cache, still)(layer)[:, :, span.start : span.stop]
@@ -104,7 +104,7 @@ def test_the_seam_is_as_in_a_full_prefill(model_type: str, seam: int) -> None:
 
 
 def test_behind_its_preface_a_skill_is_a_full_prefill(model_type: str) -> None:
-    """Nothing is computed for it then, a seam neither; alone it would have been approximate."""
+    """Then nothing of it is computed, not even a seam. Compiled alone it would be approximate."""
     model = tiny(model_type)
     skill = Skill.compile(model, REFUNDS, name="refunds", preface=DATES)
     alone = Skill.compile(model, REFUNDS, name="refunds")
@@ -166,7 +166,7 @@ def test_what_is_no_preface_is_refused(preface: Any) -> None:
 
 
 def test_a_message_behind_a_conversation_is_exact_at_that_turn() -> None:
-    """The conversation is closed then: the message is no part of its last one."""
+    """The conversation before it is complete: the message is not part of its last message."""
     said = [("system", "rules."), ("user", "look it up")]
     result = Skill.compile(tiny(), "found: gold", name="result", role="tool", preface=said)
     notebook = Notebook(tiny()).message(*said[0]).message(*said[1])
@@ -179,7 +179,7 @@ def test_a_message_behind_a_conversation_is_exact_at_that_turn() -> None:
 
 
 def test_a_preface_begins_as_raw_text_does() -> None:
-    """With the token that begins every text, where the tokenizer has one."""
+    """It begins with the beginning-of-text token, if the tokenizer has one."""
     model = with_beginning(tiny())
     skill = Skill.compile(model, REFUNDS, name="refunds", preface=DATES)
     notebook = Notebook(model).text(DATES).text("{refunds}", refunds=skill)
@@ -201,7 +201,7 @@ def test_a_preface_begins_as_raw_text_does() -> None:
 
 
 def test_what_a_preface_said_is_not_known() -> None:
-    """So an edit says what is true, though nothing in this context contradicts it; and `suffix` computes the skill again."""
+    """So an edit states the value, though nothing in this context contradicts it, and `suffix` recomputes the skill."""
     skill = Skill.compile(tiny(), REFUNDS, name="refunds", preface="status: pending")
     plain = Skill.compile(tiny(), REFUNDS, name="refunds")
     for spliced, lines in ((skill, 1), (plain, 0)):
@@ -233,7 +233,7 @@ def test_a_value_that_is_written_otherwise_is_not_joined() -> None:
 
 
 def test_a_skill_behind_its_preface_is_exact_whatever_the_cache_holds_there() -> None:
-    """It read just these tokens, exactly computed. Its seam computed again on a stale cache would be worse."""
+    """It read exactly these tokens, computed exactly. Recomputing its seam on a stale cache would make it worse."""
     skill = Skill.compile(tiny(), REFUNDS, name="refunds", preface="status: shipped. what applies?")
     for mode in ("in_place", "suffix"):
         notebook = Notebook(tiny()).text("status: {status}. what applies?", status="pending")
@@ -289,7 +289,7 @@ def test_wholly_repaired_and_continued_is_a_full_prefill(model_type: str) -> Non
 
 @pytest.mark.parametrize("repair", [NONE, SeamRepair(), WHOLE], ids=["none", "seam", "whole"])
 def test_a_splice_and_a_question_in_one_forward(model_type: str, repair: SeamRepair) -> None:
-    """The same cache, books, decision and price as one after the other; and an edit cannot come along."""
+    """The cache, ledger, decision and cost are those of two calls, and an edit cannot be added."""
     model = tiny(model_type)
     skill = Skill.compile(model, REFUNDS, name="refunds", role="tool")
     one, two = build(model), build(model)
@@ -311,7 +311,7 @@ def test_a_splice_and_a_question_in_one_forward(model_type: str, repair: SeamRep
 
 
 def test_a_seam_is_refused_where_rows_cannot_be_computed_again() -> None:
-    """A model may pass the one check and fail the other: then it takes skills as they are, and no seam."""
+    """A model may pass the check of relocation but not that of rows: then skills can be spliced only without a seam."""
     model = tiny()
     model.engine._proofs._rows = replace(model.engine.rows, exact=False, reason="a mask of its own making")
     notebook = Notebook(model).text("the order status is pending. ")
@@ -346,7 +346,7 @@ def test_skills_as_parts_of_a_prompt() -> None:
 
 @pytest.mark.parametrize("mode", ["in_place", "field_erratum", "selective", "suffix", "full", "erratum"])
 def test_a_field_inside_a_spliced_skill_is_edited_in_every_mode(mode: str) -> None:
-    """The keystone: an edit inside a transplanted chunk."""
+    """The central case: an edit inside a spliced skill."""
     notebook = build()
     skill = Skill.compile(
         notebook.model,
@@ -518,7 +518,7 @@ def test_saved_and_loaded_with_skills(tmp_path: Any) -> None:
 
 
 class TestErrors:
-    """Refused, with the notebook unchanged."""
+    """Each of these is refused, and the notebook is unchanged."""
 
     def check(self, error: type[Exception], match: str, operation: Any, notebook: Notebook | None = None) -> None:
         notebook = notebook or build()
@@ -560,7 +560,7 @@ class TestErrors:
             self.check(UnverifiedError, "learned", operation, notebook)
 
     def test_beyond_a_regime(self) -> None:
-        """LongRoPE's frequencies change at 128 tokens: exact below, refused where a position would come to lie beyond."""
+        """LongRoPE's frequencies change at 128 tokens: exact below, refused if a position would be beyond."""
         parameters = {
             "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128,
             "short_factor": (1.0, 1.0, 1.5, 2.0), "long_factor": (2.0, 4.0, 4.0, 8.0),
@@ -602,7 +602,7 @@ _TEXTS = st.sampled_from([REFUNDS, DATES, "reply only.\n", "if gold, refund.\n"]
 @given(st.data())
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_composition_keeps_its_books_and_can_be_made_exact(data: st.DataObject) -> None:
-    """Text, tokens, states and cache agree throughout; whatever is called exact is; and a full edit makes all of it so."""
+    """Text, tokens, states and cache always agree, tokens called exact are exact, and a full edit makes all exact."""
     notebook = build()
     serial = 0
     for _ in range(data.draw(st.integers(2, 7))):
@@ -636,7 +636,7 @@ def test_any_composition_keeps_its_books_and_can_be_made_exact(data: st.DataObje
         except (
             InvalidEditError,
             UnknownPartError,
-        ):  # a slot inside a value, a character, or the part itself: refused, and nothing changed
+        ):  # a slot inside a value, a character or the part itself is refused, and nothing changes
             pass
         assert notebook.cache.length == len(notebook.ids) == len(notebook.states)
         assert notebook.cache.dense
@@ -650,7 +650,7 @@ def test_any_composition_keeps_its_books_and_can_be_made_exact(data: st.DataObje
 
 
 def test_a_field_after_a_skill_is_a_field() -> None:
-    """Its place is in a piece that is computed after the splice."""
+    """Its place is in a piece of the prompt that is computed after the splice."""
     model = tiny()
     refunds = Skill.compile(model, REFUNDS, name="refunds")
     notebook = Notebook(model).message(
@@ -665,7 +665,7 @@ def test_a_field_after_a_skill_is_a_field() -> None:
 
 
 def test_a_message_is_compiled_without_what_begins_a_conversation() -> None:
-    """A template that puts a system message of its own before a lone turn must not put it into the skill."""
+    """A template that adds its own system message before a lone turn must not add it to the skill."""
     model = tiny()
     own = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nbe nice<|im_end|>\n{% endif %}"
     chat = copy.copy(model.tokenizer)

@@ -1,4 +1,4 @@
-"""The store: what is put in can be read again, nothing corrupt is served, processes may die or race, and the limit holds."""
+"""The store: entries can be read again, corrupt ones are never served, processes may die or race, and limits hold."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def same(one: Skill, two: Skill) -> None:
 
 @pytest.fixture(params=["folder", "memory", "backend"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> SkillStore:
-    """The store on a folder, on a filesystem of fsspec, and on a backend of one's own."""
+    """The store on a folder, on an fsspec filesystem, and on a custom backend."""
     places: dict[str, Any] = {
         "folder": tmp_path / "skills",
         "memory": f"memory://{tmp_path.name}",
@@ -114,7 +114,7 @@ def test_export_and_import(tmp_path: Path) -> None:
     assert SkillStore(tmp_path / "three").entries() == []
     one.remove("refunds")
     assert list((tmp_path / "one").iterdir()) == []
-    entry = two.import_file(tmp_path / "refunds.skill")  # again: one is replaced by the other
+    entry = two.import_file(tmp_path / "refunds.skill")  # the second import replaces the first
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted([f"{entry.key}.json", entry.tensors])
 
 
@@ -132,12 +132,12 @@ def test_the_least_recently_used_go(tmp_path: Path) -> None:
 
 
 def test_eight_bits(tmp_path: Path) -> None:
-    """At most 0.55 of the bytes of 16-bit tensors, and logits that point the same way."""
+    """8-bit entries take at most 0.55 of the bytes of 16-bit tensors, and give logits of nearly the same direction."""
     model = tiny(dtype=torch.bfloat16)
     plain, small = SkillStore(tmp_path / "plain"), SkillStore(tmp_path / "small", int8=True)
     skill = plain.compile(model, TEXT * 8, name="refunds", tier="gold")
     small.put(skill)
-    assert small.entry("refunds").nbytes <= 0.62 * plain.entry("refunds").nbytes  # tiny heads: a scale for 8 channels
+    assert small.entry("refunds").nbytes <= 0.62 * plain.entry("refunds").nbytes  # tiny heads: a scale per 8 channels
     back = small.get(model, "refunds")
     for ours, theirs in zip(back.segment.values, skill.segment.values, strict=True):
         assert ours.dtype is torch.bfloat16
@@ -275,7 +275,7 @@ def test_what_is_no_exported_skill_is_refused(tmp_path: Path, kind: str) -> None
             if kind == "twice":
                 with pytest.warns(UserWarning, match="Duplicate"):
                     archive.writestr("skill.json", members["skill.json"])
-        if kind == "claims":  # the directory at the end says that a member is larger than the file
+        if kind == "claims":  # the zip's directory claims a member that is larger than the file
             claim = bytearray(bad.read_bytes())
             at = claim.rindex(b"PK\x01\x02")
             claim[at + 20 : at + 28] = (2**31).to_bytes(4, "little") * 2

@@ -1,4 +1,4 @@
-"""Entries that are damaged, evicted or replaced under a reader, and stores that may only be read."""
+"""Entries that are damaged, evicted or replaced while they are read, and read-only stores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DAMAGES = ("flip", "cut", "empty", "gone", "folder", "manifest", "emptied", "ids
 
 
 def damaged(folder: Path, entry: Entry, damage: str) -> str:
-    """Damage an entry; returns the key under which it is to be found."""
+    """Damage an entry. Returns the key under which it is found."""
     tensors, manifest = folder / entry.tensors, folder / f"{entry.key}.json"
     body = bytearray(tensors.read_bytes())
     if damage == "flip":
@@ -71,7 +71,7 @@ def test_nothing_corrupt_is_served(tmp_path: Path, damage: str) -> None:
         store.get(tiny(), key)
     with pytest.raises(CorruptFileError):
         store.verify(key)
-    if damage not in ("flip", "cut", "empty"):  # a listing does not read tensors
+    if damage not in ("flip", "cut", "empty"):  # listing does not read tensors
         assert key in store.damaged()
         assert "refunds" not in [entry.name for entry in store.entries()]
     with pytest.raises(CorruptFileError):
@@ -100,7 +100,7 @@ def test_what_is_damaged_is_compiled_again(tmp_path: Path, damage: str) -> None:
 
 
 def test_no_flipped_bit_is_served(tmp_path: Path) -> None:
-    """One bit of every byte of both files. Tensors are refused too when their digest is checked, wherever the bit is."""
+    """One bit of every byte of both files is flipped. Tensors too are refused when their digest is checked."""
     model, store = tiny(), SkillStore(tmp_path)
     entry = store.put(Skill.compile(model, "no.", name="short"))
     for path in (tmp_path / f"{entry.key}.json", tmp_path / entry.tensors):
@@ -145,7 +145,7 @@ def test_a_damaged_manifest_is_in_nobodys_way(tmp_path: Path) -> None:
 
 
 class Interrupted(LocalBlobs):
-    """A folder in which something happens right after the tensors were read."""
+    """A folder in which something happens directly after the tensors are read."""
 
     then: Any = None
 
@@ -171,7 +171,7 @@ def test_an_entry_that_is_evicted_before_its_use_is_recorded_stays_evicted(tmp_p
 @pytest.mark.parametrize("moment", ["found", "read"])
 @pytest.mark.parametrize("verify", [True, False])
 def test_an_entry_that_is_evicted_while_it_is_read_is_gone(tmp_path: Path, moment: str, verify: bool) -> None:
-    """After its key was found, or after its manifest was read: another process evicts it then."""
+    """Another process evicts it after its key was found, or after its manifest was read."""
     model, other = tiny(), SkillStore(tmp_path)
 
     class Evicted(LocalBlobs):
@@ -197,7 +197,7 @@ def test_an_entry_that_is_evicted_while_it_is_read_is_gone(tmp_path: Path, momen
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_an_entry_that_is_replaced_while_it_is_read(tmp_path: Path, verify: bool) -> None:
-    """The manifest was read, then another process wrote the entry anew: the reader gets the new one."""
+    """Another process rewrites the entry after its manifest was read: the reader gets the new entry."""
     model = tiny()
     skill = Skill.compile(model, TEXT, name="refunds", tier="gold")
 
@@ -235,7 +235,7 @@ def test_a_store_that_may_only_be_read_serves(tmp_path: Path) -> None:
 
 @pytest.fixture
 def nobodys_folder() -> Iterator[Path]:
-    """A folder that this process may read and not write, also where it runs as root."""
+    """A folder that this process may read but not write, even if it runs as root."""
     folder = Path(tempfile.mkdtemp())
     user = os.geteuid()
     yield folder
@@ -264,7 +264,7 @@ def test_an_entry_that_is_replaced_while_it_is_listed_is_not_damaged(tmp_path: P
     other = SkillStore(tmp_path)
 
     class Busy(LocalBlobs):
-        """Another process writes the entry anew after the listing, and again after the manifest was read."""
+        """Another process rewrites the entry after the listing, and again after the manifest is read."""
 
         def _list(self) -> Iterator[Blob]:
             found = list(super()._list())

@@ -1,4 +1,4 @@
-"""An entry whose seal is right and whose content is not: it is refused before anything is made of it."""
+"""An entry with a correct seal but invalid content is refused before it is used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
 
 
 def resealed(folder: Path, entry: Entry, change: Change) -> str:
-    """Rewrite an entry with a change, all digests right; returns its key."""
+    """Rewrite an entry with a change and correct digests. Returns its key."""
     manifest, tensors = folder / f"{entry.key}.json", folder / entry.tensors
     content: dict[str, Any] = json.loads(opened(manifest.read_bytes()) or b"")
     named = dict(load(tensors.read_bytes()))
@@ -41,7 +41,7 @@ def resealed(folder: Path, entry: Entry, change: Change) -> str:
 
 
 class _Ids:
-    """As much of a unit as the key depends on."""
+    """The part of a unit on which the key depends."""
 
     def __init__(self, unit: dict[str, Any]) -> None:
         self.ids = tuple(unit["ids"])
@@ -147,7 +147,7 @@ def test_a_resealed_entry_that_does_not_fit_is_refused(tmp_path: Path, change: C
 
 
 def test_an_entry_that_is_resealed_as_it_was_is_served(tmp_path: Path) -> None:
-    """The tests above fail for what they change, not for being resealed."""
+    """This shows that the entries above are refused for what changed in them, not for being resealed."""
     model, store = tiny(), SkillStore(tmp_path)
     entry = store.put(Skill.compile(model, TEXT, name="refunds", tier="gold"))
     assert resealed(tmp_path, entry, lambda content, named: None) == entry.key
@@ -156,7 +156,7 @@ def test_an_entry_that_is_resealed_as_it_was_is_served(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changed", [{"fingerprint": "0" * 64}, {"tensors": f"{'1' * 32}.{'0' * 16}.safetensors"}])
 def test_a_key_is_that_of_the_content(tmp_path: Path, changed: dict[str, str]) -> None:
-    """A manifest that is sealed and passes another entry's content, or tensors, for its own."""
+    """A sealed manifest that claims the content or the tensors of another entry is refused."""
     model, store = tiny(), SkillStore(tmp_path)
     entry = store.put(Skill.compile(model, TEXT, name="refunds", tier="gold"))
     (tmp_path / f"{'1' * 32}.{'0' * 16}.safetensors").write_bytes((tmp_path / entry.tensors).read_bytes())
@@ -187,7 +187,7 @@ def test_in_eight_bits_too(tmp_path: Path, change: Change) -> None:
 
 @pytest.mark.parametrize("change", TENSORS.values(), ids=TENSORS)
 def test_an_import_is_checked_as_far_as_it_can_be_without_a_model(tmp_path: Path, change: Change) -> None:
-    """Nothing that a model would be needed for; what passes here is checked again when it is read."""
+    """Checks that need a model are made later: an import is checked again when it is read."""
     model, one, two = tiny(), SkillStore(tmp_path / "one"), SkillStore(tmp_path / "two")
     entry = one.put(Skill.compile(model, TEXT, name="refunds", tier="gold"))
     key = resealed(tmp_path / "one", entry, change)
@@ -212,7 +212,7 @@ def test_a_skill_without_layers_is_none_of_any_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["minicpm3", "gemma3_text"])
 def test_other_shapes_of_caches_fit(tmp_path: Path, model_type: str) -> None:
-    """MLA, where keys and values differ in heads and width; layers of two kinds."""
+    """These are MLA, where keys and values differ in heads and width, and models with two kinds of layers."""
     model, store = tiny(model_type), SkillStore(tmp_path)
     store.compile(model, TEXT, name="refunds", tier="gold")
     assert store.compile(model, TEXT, name="refunds", tier="gold").account.tokens_computed == 0

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All scenarios, in one process: loading the libraries takes longer than any of them."""
+    """The results of all scenarios, run in one process: loading the libraries takes longer than any scenario."""
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("races.py")), str(tmp_path_factory.mktemp("races"))],
         capture_output=True, text=True, check=False, timeout=300,

@@ -1,4 +1,4 @@
-"""Skills compiled together, each behind those before it: exact in that order, and in no other."""
+"""Skills compiled together, each after those before it, are exact in that order and in no other."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def together(model: Any = None, **changes: Any) -> list[Skill]:
 
 
 def is_exact(notebook: Notebook) -> bool:
-    """Every cached row is that of a full prefill of the same tokens."""
+    """Whether every cached row equals that of a full prefill of the same tokens."""
     expected, _ = full_forward(notebook.model.engine.model, notebook.ids)
     return largest_difference(notebook.cache, expected, range(len(notebook))) < 1e-9
 
@@ -50,7 +50,7 @@ def test_in_their_order_they_are_exact(model_type: str) -> None:
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(order=st.permutations(list(TEXTS)), count=st.integers(1, 3), between=st.sampled_from(["\n\n", "\n", " and "]))
 def test_what_is_called_exact_is(order: list[str], count: int, between: str) -> None:
-    """Any of them, in any order, with any text between: exact as far as that is how they were compiled."""
+    """Any skills in any order with any text between them are exact as long as they stand as they were compiled."""
     chosen = order[:count]
     skills = {skill.name: skill for skill in together()}
     content = between.join("{" + name + "}" for name in chosen)
@@ -65,7 +65,7 @@ def test_what_is_called_exact_is(order: list[str], count: int, between: str) -> 
 
 
 def test_the_last_alone_differs_from_the_last_behind_the_others() -> None:
-    """Or there would be nothing to read ahead."""
+    """The texts that a skill was compiled after matter to it; the tests above rely on that."""
     model = tiny()
     last, alone = together(model)[-1], Skill.compile(model, TEXTS["dates"])
     assert last.unit.ids == alone.unit.ids
@@ -83,7 +83,7 @@ def test_they_cost_one_prefill() -> None:
 
 
 def test_a_change_of_a_value_that_the_others_read() -> None:
-    """They were computed under it, so an edit states the new one; and computing again from it on leaves nothing stale."""
+    """They were computed under it, so an edit states the new value, and a `suffix` edit leaves nothing stale."""
     notebook = Notebook(tiny()).message(
         "system", "{policy}\n\n{refunds}\n\n{dates}", **{skill.name: skill for skill in together()}
     )
@@ -152,11 +152,11 @@ def test_a_store_keeps_them(tmp_path: Path) -> None:
     assert len(store.entries()) == len(TEXTS)
     other = store.compile_together(model, TEXTS, preface=OPENING, between="\n", status="pending")
     assert [skill.account.tokens_computed > 0 for skill in other] == [True] * 3
-    assert len(store.entries()) == 2 * len(TEXTS) - 1  # the first has read the same
+    assert len(store.entries()) == 2 * len(TEXTS) - 1  # the first skill has read the same in both
 
 
 def test_a_value_that_the_others_read_stays_theirs() -> None:
-    """Behind the same text with another value they are not exact, and the policy of that value is not the one they read."""
+    """After the same text with another value they are not exact, because that is not the policy that they read."""
     model = tiny()
     shipped = together(model, status="shipped")[0]
     refunds = together(model)[1]
@@ -168,7 +168,7 @@ def test_a_value_that_the_others_read_stays_theirs() -> None:
 
 
 def test_behind_the_token_that_begins_every_text() -> None:
-    """Raw text begins with it, also where a skill comes first."""
+    """Raw text begins with the beginning-of-text token, even if a skill comes first."""
     model = with_beginning(tiny())
     first, second = Skill.compile_together(model, {"first": "dates.", "second": "refunds."}, between="\n")
     assert first.preface_ids == (model.tokenizer.bos_token_id,)
@@ -189,7 +189,7 @@ def test_in_eight_bits_nothing_is_exact(tmp_path: Path) -> None:
 
 
 def test_a_store_that_is_too_small_keeps_all_of_them(tmp_path: Path) -> None:
-    """What was asked for together is of no use in part."""
+    """Skills compiled together are of no use in part, so the limit evicts none of them."""
     model = tiny()
     alone = SkillStore(tmp_path / "other").compile_together(model, TEXTS, status="pending")
     store = SkillStore(tmp_path / "small", limit=max(skill.segment.nbytes for skill in alone))
@@ -201,8 +201,10 @@ def test_a_store_that_is_too_small_keeps_all_of_them(tmp_path: Path) -> None:
 
 
 def test_a_value_that_was_cut_out_is_remembered_by_its_readers() -> None:
-    """A field leaves with the policy that holds it, and comes back with another value; what was computed under the first does
-    not count as computed under the second, whatever was spliced in between."""
+    """A field is cut with its policy and comes back with another value: its readers do not count as up to date.
+
+    This holds whatever was spliced in between.
+    """
     model = tiny()
     policy, refunds, _ = together(model)
     notebook = Notebook(model).message("system", "{policy}\n\n{refunds}", policy=policy, refunds=refunds)

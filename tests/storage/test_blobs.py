@@ -1,4 +1,4 @@
-"""Blobs: one interface, several backends, none of which reaches outside its root or leaves half a blob."""
+"""Blobs: one interface and several backends; none of them reaches outside its root or leaves half a blob."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_write_that_fails_leaves_the_old_blob_and_nothing_else(tmp_path: Path)
 
 
 def test_a_folder_in_a_blobs_place(tmp_path: Path) -> None:
-    """Read, it is damage. Written over, it gives way; what it holds is somebody's and is kept."""
+    """Reading it raises CorruptFileError. Writing moves it aside, with its content, which belongs to somebody."""
     blobs = blobs_at(tmp_path)
     for name in ("empty", "full"):
         (tmp_path / name).mkdir()

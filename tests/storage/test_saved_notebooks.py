@@ -1,4 +1,4 @@
-"""Saved notebooks: what is loaded is what was saved, whole, at any place; nothing else is loaded at all."""
+"""Saved notebooks: a load gives exactly what was saved, on any backend, or it is refused."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_saving_over_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_reader_never_mixes_two_saves(tmp_path: Path) -> None:
-    """Both files are replaced after the manifest was read: the newer save is loaded, whole."""
+    """If both files are replaced after the manifest was read, the newer save is loaded whole."""
     one, two = build("shipped"), build("cancelled by the customer")
 
     class Slow(MemoryBlobs):
@@ -189,7 +189,7 @@ def test_a_reader_never_mixes_two_saves(tmp_path: Path) -> None:
 def test_a_file_that_is_replaced_between_its_header_and_its_mapping_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """safetensors opens a file for its header, and torch opens it again to map it: another save may come between."""
+    """safetensors opens a file for its header, and torch opens it again to map it; another save may come between."""
     one, two = build("shipped"), build("cancelled by the customer")
     one.save(tmp_path / "saved")
     map_file, mapped = torch.UntypedStorage.from_file, []
@@ -223,7 +223,7 @@ def ended(pid: int) -> int:
 
 @forks
 def test_processes_that_save_to_one_folder_at_once(tmp_path: Path) -> None:
-    """Every save succeeds, a reader always gets one of them, and one is left in the end."""
+    """Every save succeeds, a reader always gets one of them, and one remains in the end."""
     folder = tmp_path / "saved"
     notebooks = [build(status) for status in ("shipped", "pending", "cancelled by the customer")]
 
@@ -246,7 +246,7 @@ def test_processes_that_save_to_one_folder_at_once(tmp_path: Path) -> None:
 @forks
 @pytest.mark.parametrize("replaces", [False, True])
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path: Path, replaces: bool) -> None:
-    """A limit on a file's size stands for the disk: the write fails for real, in its midst."""
+    """A limit on the file size acts as a full disk: the write really fails halfway."""
     folder, old, new = tmp_path / "saved", build(), build("pending")
     if replaces:
         old.save(folder)
@@ -300,7 +300,7 @@ def test_a_save_that_is_killed_at_any_step_leaves_the_old_one_or_the_new_one(tmp
 
 
 def resealed(folder: Path, change: Change) -> None:
-    """Rewrite a saved notebook with a change, all digests right."""
+    """Rewrite a saved notebook with a change and correct digests."""
     manifest = folder / MANIFEST
     content: dict[str, Any] = json.loads(opened(manifest.read_bytes()) or b"")
     tensors = folder / content["tensors"]

@@ -1,4 +1,4 @@
-"""What a CPU computes in a way of its own gives the losses and gradients of the plain way."""
+"""The CPU's own way of computing gives the losses and gradients of the plain way."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from training.masters import Masters
 
 
 def adapted(lean: bool) -> Any:
-    """A tiny model in float64 whose adapter changes every layer; the same weights both ways."""
+    """A tiny model in float64 whose adapter changes every layer, with the same weights in both ways."""
     model = copy.deepcopy(tiny_model("llama", dtype=torch.float64))  # that one is shared by all tests
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     if lean:

@@ -1,4 +1,4 @@
-"""Training end to end on a tiny random model: it learns, resumes to the same weights, and refuses what it cannot resume."""
+"""Training end to end on a tiny random model: it learns, resumes to the same weights, and refuses another recipe."""
 
 from __future__ import annotations
 

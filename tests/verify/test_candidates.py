@@ -1,4 +1,4 @@
-"""A rotation is found wherever it lies in a head, however it is paired and in whatever sense; and only if it holds."""
+"""A rotation is found anywhere in a head, in every pairing and direction, and only if it holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A failure that passes is no verdict on a model."""
+"""A temporary failure of a check is not a verdict on the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from programmable_kv.verify.failures import is_out_of_memory, may_pass
 
 
 class Failing:
-    """Raises an error from a model's first forwards, as a full device would; then lets it be."""
+    """Makes a model's forwards raise an error, as a full device would, after the first `after` of them."""
 
     def __init__(self, error: BaseException, after: int = 0) -> None:
         self.error, self.after = error, after
@@ -45,7 +45,7 @@ def test_out_of_memory_is_raised_and_not_remembered(
     model = copy.deepcopy(tiny_model("llama"))
     engine = Engine(model)
     hook = model.register_forward_pre_hook(Failing(error, after))
-    if after < 3 or check is not CHECKS[0]:  # the check of rows takes three forwards
+    if after < 3 or check is not CHECKS[0]:  # the check of rows runs three forwards
         with pytest.raises(type(error)):
             check(engine)
     hook.remove()

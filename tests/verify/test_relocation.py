@@ -1,4 +1,4 @@
-"""The check is exact where it should be, and catches every way to be wrong: each guard is broken on purpose."""
+"""The check of relocation passes where it should and detects every fault: each guard is broken on purpose."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def prove(model: Any, layout: KVLayout | None = None, tamper: Any = None) -> Rel
 
 
 def with_frequencies(layout: KVLayout, change: Callable[[tuple[float, ...]], tuple[float, ...]]) -> KVLayout:
-    """The layout with layer 1's frequencies changed, and no other table to find the right ones in."""
+    """The layout with layer 1's frequencies changed, and without another table that has the right ones."""
     rotary = layout.layers[1].rotary
     assert rotary is not None
     wrong = replace(layout.layers[1], rotary=Rotary(change(rotary.frequencies)))
@@ -84,7 +84,7 @@ def test_which_channels_turn_together_is_found_on_the_keys() -> None:
 
 
 def shifted_by_one(model: Any) -> Any:
-    """Keys that stand one position off from where they were asked to stand."""
+    """A model whose keys are rotated to one position beyond the one asked for."""
 
     def tamper(ids: Sequence[int], positions: torch.Tensor | None, padding: int) -> list[CachedLayer]:
         off = positions + (positions[0] > 0) if positions is not None else None
@@ -94,7 +94,7 @@ def shifted_by_one(model: Any) -> Any:
 
 
 def scaled_again(model: Any) -> Any:
-    """Keys whose attention factor was applied once more when they moved."""
+    """A model whose attention factor is applied once more to keys that move."""
 
     def tamper(ids: Sequence[int], positions: torch.Tensor | None, padding: int) -> list[CachedLayer]:
         layers = prefill_alone(model, ids, positions, padding=padding)
@@ -107,7 +107,7 @@ def scaled_again(model: Any) -> Any:
 
 
 def standing_still(model: Any) -> Any:
-    """A model that ignores the positions it is given, as BART does; by itself it counts from the cache."""
+    """A model that ignores given positions, as BART does, and counts its own from the cache."""
 
     def tamper(ids: Sequence[int], positions: torch.Tensor | None, padding: int) -> list[CachedLayer]:
         given = None if positions is None else torch.arange(len(ids))
@@ -126,7 +126,7 @@ def test_a_wrong_movement_is_caught(fault: Any) -> None:
 
 
 def test_ignored_positions_are_told_from_alibi() -> None:
-    """Nothing moves in either when positions are given. Left to count, one moves in its hidden states, one does not."""
+    """With given positions neither changes. When they count themselves, one changes in its hidden states."""
     ignoring = prove(tiny_model("bart", d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48))
     assert ignoring.verdict is Verdict.REFUSED
     assert ignoring.encoding is PositionEncoding.LEARNED
@@ -163,7 +163,7 @@ def test_two_regimes_of_frequencies() -> None:
 
 
 def test_the_engine_proves_what_it_runs(model_type: str) -> None:
-    """Through the buffer and its own masks, the check comes to the same layout as through transformers' cache."""
+    """Through the buffer and its own masks, the check finds the same layout as through transformers' cache."""
     engine = tiny_engine(model_type)
     assert engine.relocation.layout == prove(engine.model).layout
 

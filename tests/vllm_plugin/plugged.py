@@ -1,4 +1,4 @@
-"""A store with skills of a tiny model, and the plugin's two halves around a paged cache. vLLM itself is not there."""
+"""A store with skills of a tiny model, and the plugin's two halves around a paged cache, without vLLM itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BLOCK = 16
 
 @cache
 def model_folder(root: Path) -> Path:
-    """A tiny llama in the form that vLLM reads."""
+    """A tiny llama in the format that vLLM reads."""
     folder = root / "model"
     model = tiny()
     model.engine.model.float().save_pretrained(folder)
@@ -39,7 +39,7 @@ def model_folder(root: Path) -> Path:
 
 @dataclass
 class Plugged:
-    """One store, one certified model, and the halves of the plugin on one worker."""
+    """One store, one certified model, and both halves of the plugin on one worker."""
 
     store: SkillStore
     certificate: Certificate
@@ -48,7 +48,7 @@ class Plugged:
     layers: dict[int, SplitLayer]
 
     def load(self, request: Request, computed: int, blocks: list[int]) -> int:
-        """What vLLM does at admission and before the forward; how many tokens were loaded."""
+        """Do what vLLM does at admission and before the forward. Returns how many tokens were loaded."""
         count = self.scheduling.matched(request, computed)
         self.scheduling.allocated(request, computed, count, blocks)
         self.working.load(self.scheduling.drain(), dict(self.layers))
@@ -63,7 +63,7 @@ class Plugged:
 
 
 def plugged(root: Path, share: HeadShare | None = None, dtype: str = "float32") -> tuple[Plugged, dict[str, Skill]]:
-    """The plugin beside a store with two skills, for a model in that dtype."""
+    """The plugin and a store with two skills, for a model in that dtype."""
     store = SkillStore(root / "store")
     model, certificate = certify(model_folder(root), blobs_at(root / "store"), dtype=dtype)
     skills = {
@@ -83,7 +83,7 @@ def plugged(root: Path, share: HeadShare | None = None, dtype: str = "float32") 
 
 
 def with_theta(folder: Path, theta: float) -> None:
-    """Another model in the same files: its configuration says so."""
+    """Turn the files into another model, by a change in its configuration."""
     config = AutoConfig.from_pretrained(folder).to_dict()
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A real vLLM with the plugin, in a process of its own and in its own environment."""
+"""A real vLLM with the plugin, in its own process and its own environment."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import httpx2
 from programmable_kv.bench.vllm_server import LOG, SERVED, serving
 
 VARIABLE = "PKV_VLLM_PYTHON"
-"""names the interpreter of an environment with vLLM"""
+"""the variable that names the interpreter of an environment with vLLM"""
 LIKELIEST = 20
 _START_S = 900.0
 PATIENCE_S = 900.0
-"""on a machine with other work a forward may take minutes"""
+"""a timeout: on a machine with other work a forward may take minutes"""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What vLLM answered to a prompt of token ids."""
+    """vLLM's answer to a prompt of token ids."""
 
     tokens: list[int]
     likeliest: list[dict[int, float]]

@@ -1,4 +1,4 @@
-"""What the plugin writes into a paged cache, against the library's own splice of the same skills at the same places."""
+"""What the plugin writes into a paged cache equals the library's own splice of the same skills at the same places."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def composed(root: Path, skills: dict[str, Skill], *order: str, dtype: str = "float32") -> Notebook:
-    """The library's own splice: text, and skills behind it."""
+    """The library's own splice: text, followed by skills."""
     notebook = Notebook(load_model(model_folder(root), dtype=dtype)).text(HEAD)
     for name in order:
         notebook.skill(skills[name])

@@ -1,4 +1,4 @@
-"""What a request says of its skills: every accepted spelling, and every refusal."""
+"""How a request names its skills: every accepted spelling, and every refusal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens can be loaded, against a token-by-token reading of the same rules."""
+"""Which tokens can be loaded, compared with the same rules applied token by token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from programmable_kv.vllm_plugin.matching import Piece, Placed, blocks_of, loada
 
 @st.composite
 def prompts(draw: st.DrawFn) -> tuple[tuple[Placed, ...], int]:
-    """Skills that ascend in a prompt, some of them side by side, and the prompt's length."""
+    """Skills in ascending order in a prompt, some of them adjacent, and the prompt's length."""
     placed: list[Placed] = []
     at = 0
     for number in range(draw(st.integers(0, 4))):
@@ -27,7 +27,7 @@ def prompts(draw: st.DrawFn) -> tuple[tuple[Placed, ...], int]:
 
 
 def is_loadable(placed: tuple[Placed, ...], token: int, length: int) -> bool:
-    """The rule for one token: a skill holds it, behind the seam, and it is not the prompt's last."""
+    """The rule for one token: it is in a skill after the seam, and is not the prompt's last token."""
     return token < length - 1 and any(each.tokens.start + each.seam <= token < each.tokens.stop for each in placed)
 
 
@@ -53,7 +53,7 @@ def test_one_run_is_loaded_up_to_the_first_token_that_no_skill_holds(
 def test_after_all_stages_only_what_no_skill_holds_was_computed(
     prompt: tuple[tuple[Placed, ...], int], block: int
 ) -> None:
-    """vLLM is played here: whole blocks stay cached, then what can be loaded is, and the rest of the stage is computed."""
+    """This acts as vLLM: whole blocks stay cached, what can be loaded is loaded, the rest of the stage is computed."""
     placed, length = prompt
     computed: list[int] = []
     cached = 0

@@ -1,4 +1,4 @@
-"""Which requests get skills, and what each is told: every rule with the request that breaks it."""
+"""Which requests get skills, and what each is told: every rule, with a request that breaks it."""
 
 from __future__ import annotations
 

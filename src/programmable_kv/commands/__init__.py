@@ -1,1 +1,1 @@
-"""The commands of `pkv`, by what they are for."""
+"""The commands of `pkv`, one module for each purpose."""

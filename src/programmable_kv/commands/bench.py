@@ -1,4 +1,4 @@
-"""`pkv bench`: how fast, against what a user would do instead."""
+"""`pkv bench`: measures speed against what a user would do instead."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ def bench_edit(
     repeats: RepeatsOption = 7,
     out_path: OutOption = None,
 ) -> None:
-    """TTFT of every edit mode against full prefill, cloning a cache, and a bare forward."""
+    """Measure the time to first token after an edit, by edit mode and context length.
+
+    It is compared with a full prefill, with cloning a cache and appending to it, and with a bare forward.
+    """
     from programmable_kv.bench.edit import run
 
     _measure_lengths(run, "edit-ttft", model, shape, layers, device, dtype, lengths, repeats, out_path)
@@ -77,7 +80,10 @@ def bench_splice(
     repeats: RepeatsOption = 7,
     out_path: OutOption = None,
 ) -> None:
-    """TTFT of a spliced skill against full prefill, the concatenating way, and a plain copy."""
+    """Measure the time to first token after a skill is spliced in, by the skill's length.
+
+    It is compared with a full prefill, with concatenating cached tensors, and with a plain copy of the same bytes.
+    """
     from programmable_kv.bench.splice import run
 
     _measure_lengths(run, "splice-ttft", model, shape, layers, device, dtype, lengths, repeats, out_path)
@@ -98,7 +104,10 @@ def bench_agent(
     times: Annotated[bool, typer.Option(help="also take times, at the lengths given")] = True,
     out_path: OutOption = None,
 ) -> None:
-    """An agent on a live cache against re-prefilling every turn: the same decisions, and how much sooner."""
+    """Compare an agent on one live cache with an agent that prefills its whole context in every turn.
+
+    The record has how often each decides right, and how much sooner the first answer token comes.
+    """
     from programmable_kv.bench.agent import parse_way, run
     from programmable_kv.scenarios.vocabulary import held_out_domains
 
@@ -116,7 +125,10 @@ def bench_endurance(
     edits: Annotated[int, typer.Option(min=1, help="edits of five fields in turn")] = 200,
     out_path: OutOption = None,
 ) -> None:
-    """Hundreds of edits on one cache: tokens, times and memory, and the decisions beside a full prefill's."""
+    """Make hundreds of edits on one cache, and compare its decisions with a full prefill's.
+
+    The record has tokens, times and memory after each edit.
+    """
     from programmable_kv.bench.endurance import run
 
     measure(run, load(model), out_path, "endurance", "Edits", edits, edits=edits)
@@ -131,7 +143,10 @@ def bench_overhead(
     repeats: RepeatsOption = 7,
     out_path: OutOption = None,
 ) -> None:
-    """The time of every public operation beside its forward, on a tiny random model (no download)."""
+    """Measure how much time every public operation takes in addition to its forward.
+
+    The model is tiny and random, so nothing is downloaded.
+    """
     from programmable_kv.bench.overhead import model_for, run
 
     sizes, counts = parse_lengths(lengths), parse_lengths(units, "--units")
@@ -158,7 +173,11 @@ def bench_serve(
     ] = None,
     out_path: OutOption = None,
 ) -> None:
-    """What the gateway adds to a request: under arrivals, by sessions, mode and size; memory (no model, no download)."""
+    """Measure how much time the gateway adds to a request, and how much memory it takes.
+
+    The added time is measured while requests arrive, by number of conversations, and one request at a time, by gateway
+    mode and body size. Needs no model and no download.
+    """
     from programmable_kv.extras import require_extra
 
     require_extra("serve", "starlette", "uvicorn", "httptools", "prometheus_client")
@@ -185,7 +204,11 @@ def bench_vllm(
     requests: Annotated[int, typer.Option(min=0, help="timed prompts of each way; 0 compares and provokes only")] = 6,
     out_path: OutOption = None,
 ) -> None:
-    """Skills composed inside a real vLLM: equal to the library's own splice, refused where they must be, how much sooner."""
+    """Measure skills that are composed inside a real vLLM, against its prefix cache.
+
+    The run checks that the result equals the library's own splice, and that faulty skills are refused. It measures how
+    much sooner the first token comes.
+    """
     from programmable_kv.bench.vllm_splice import STEPS, run
 
     path = record_path(out_path, "vllm-splice")
@@ -210,9 +233,11 @@ def bench_serve_vllm(
     ] = None,
     out_path: OutOption = None,
 ) -> None:
-    """A real vLLM: a clock in the prompt under load, with and without the gateway; decisions; skills; traces of agents.
+    """Measure a real vLLM with and without the gateway.
 
-    The whole load takes about an hour on two cores. A run that was interrupted goes on where it was.
+    The option --part chooses what is measured: prompts with a clock under load (load), decisions (decisions), skills
+    (skills), or the replay of agent traces (replay). The load takes about an hour on two cores. Run the same command
+    again to continue an interrupted run.
     """
     from programmable_kv.extras import require_extra
 
@@ -266,7 +291,10 @@ def bench_soak(
     ] = 0,
     out_path: OutOption = None,
 ) -> None:
-    """A gateway under load for a long time, killed now and then: hit rate, latency, memory, lost values (no model)."""
+    """Put a gateway under load for a long time, and kill it now and then.
+
+    The record has the cache's hit rate, latency, memory, and values that were lost. Needs no model.
+    """
     from programmable_kv.extras import require_extra
 
     require_extra("serve", "starlette", "uvicorn", "httptools", "prometheus_client")

@@ -1,4 +1,4 @@
-"""What the commands share: consoles, options, the reading of arguments, and progress.
+"""What the commands share: consoles, common options, parsing of arguments, and progress bars.
 
 Every command's help imports this module, so it imports rich only when something is printed.
 """
@@ -28,7 +28,7 @@ STDIN = "-"
 
 
 class Output:
-    """A rich console on stdout or stderr, made when it is first used."""
+    """A rich console on stdout or stderr, created when it is first used."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         self._stderr = stderr
@@ -51,7 +51,7 @@ class Output:
         self.console.print_json(text)
 
     def status(self, text: str) -> Status:
-        """As `rich.console.Console.status`: a spinner for the length of a `with` block."""
+        """As `rich.console.Console.status`: a spinner while a `with` block runs."""
         return self.console.status(text)
 
 
@@ -63,8 +63,11 @@ OutOption = Annotated[Path | None, typer.Option("--out", help="the record's file
 
 
 def load(name: str, **options: Any) -> Model:
-    """`load_model` for a command, with the garbage collector paused: importing torch and transformers makes objects by the
-    million that all stay, and looking through them again and again is a sixth of the start."""
+    """`load_model` for a command, with the garbage collector paused.
+
+    Importing torch and transformers creates millions of objects that all stay. Scanning them again and again takes a
+    sixth of the start-up time.
+    """
     gc.disable()
     try:
         from programmable_kv import load_model
@@ -76,10 +79,10 @@ def load(name: str, **options: Any) -> Model:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's bytes, or those of standard input where the path is `-`.
+    """The bytes of a file, or of standard input if the path is `-`.
 
     Raises:
-        InvalidValueError: it cannot be read.
+        InvalidValueError: the file cannot be read.
     """
     try:
         return sys.stdin.buffer.read() if str(path) == STDIN else path.read_bytes()
@@ -91,7 +94,7 @@ def decoded(data: bytes, path: Path) -> str:
     """The text of UTF-8 bytes, with plain line breaks and without a byte order mark.
 
     Raises:
-        InvalidValueError: they are not UTF-8.
+        InvalidValueError: the bytes are not UTF-8.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -101,19 +104,19 @@ def decoded(data: bytes, path: Path) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, or of standard input where the path is `-`.
+    """The text of a UTF-8 file, or of standard input if the path is `-`.
 
     Raises:
-        InvalidValueError: it cannot be read, or is not UTF-8.
+        InvalidValueError: the file cannot be read, or is not UTF-8.
     """
     return decoded(read_bytes(path), path)
 
 
 def pairs(given: list[str], option: str) -> dict[str, str]:
-    """name=value arguments. A value `@path` is the text of that file, without the line break at its end; `@@x` is `@x`.
+    """Parse name=value arguments. `@path` is the text of that file without the line breaks at its end; `@@x` is `@x`.
 
     Raises:
-        InvalidValueError: an argument without `=`, a name given twice, or a file that cannot be read.
+        InvalidValueError: an argument has no `=`, a name is given twice, or a file cannot be read.
     """
     found: dict[str, str] = {}
     for item in given:
@@ -131,7 +134,7 @@ def pairs(given: list[str], option: str) -> dict[str, str]:
 
 
 def listed(text: str, option: str) -> list[str]:
-    """The items of a list separated by commas. An item that has a comma stands in double quotes, as in a CSV file.
+    """Parse a list of items separated by commas. Double quotes enclose an item that has a comma, as in a CSV file.
 
     Raises:
         InvalidArgumentError: a quote is not closed, or stands where CSV allows none.
@@ -152,7 +155,7 @@ def record_path(given: Path | None, name: str) -> Path:
 
 
 def command() -> str:
-    """The command line that makes a record; where the record goes is no part of it."""
+    """The command line that makes a record, without the path of the record."""
     words = sys.argv[1:]
     after = {index + 1 for index, word in enumerate(words) if word == "--out"}
     kept = [word for i, word in enumerate(words) if i not in after and word.partition("=")[0] != "--out"]
@@ -161,7 +164,7 @@ def command() -> str:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, if that is a terminal; the block gets `report(done, total)`."""
+    """Show a progress bar on stderr, if that is a terminal. The block gets a function `report(done, total)`."""
     console = err.console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

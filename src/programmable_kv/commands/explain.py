@@ -1,4 +1,4 @@
-"""`pkv explain-miss`: why a prefix cache missed, from a log."""
+"""`pkv explain-miss`: explains from a log of requests why a prefix cache missed."""
 
 from __future__ import annotations
 
@@ -40,10 +40,13 @@ def explain_miss(
     ] = False,
     top: Annotated[int, typer.Option(help="how many causes are shown in detail")] = 5,
 ) -> None:
-    """Why a prefix cache missed: the first difference of each request from what was sent before, its cause, cost and fix.
+    """Explain why a prefix cache missed, from a log of requests.
 
-    Reads Chat Completions, Responses and Messages requests, as they are or inside of a log's objects. Nothing is sent anywhere,
-    and no model is loaded.
+    For each request the report has the first difference from what was sent before, its cause, what it cost, and the
+    fix.
+
+    Reads Chat Completions, Responses and Messages requests, as they are or inside the objects of a log. Nothing is sent
+    anywhere, and no model is loaded.
     """
     if top < 1:
         raise InvalidArgumentError(f"--top is at least 1, got {top}")
@@ -151,5 +154,5 @@ def _amount(money: float) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text from a log without what would steer a terminal."""
+    """Text from a log, without characters that would control a terminal."""
     return "".join(char if char.isprintable() or char == "\n" else "�" for char in text)

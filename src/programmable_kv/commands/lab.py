@@ -1,4 +1,4 @@
-"""`pkv lab`: why it works. Experiments on the loaded model."""
+"""`pkv lab`: experiments on a loaded model that show why editing a cache works."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from programmable_kv.models.load import Model
 
 QUICK = 4
-"""policies that `--quick` draws for each experiment; one of them can be measured in most"""
+"""policies that `--quick` draws for each experiment; most experiments can measure one of them"""
 
 app = typer.Typer(help="Why it works: experiments on the loaded model.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -44,10 +44,10 @@ def lab_run(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, for other programs")] = False,
     out_path: OutOption = None,
 ) -> None:
-    """What the keys and values of a prefilled context hold: one experiment, one record. `pkv lab every` runs them all.
+    """Run one experiment on the keys and values of a prefilled context, and write its record.
 
-    Without a name the experiments are listed, each with about how many minutes it takes, for the embedded model
-    on one core.
+    Without a name, the command lists the experiments and about how many minutes each takes for the embedded model on
+    one core. `pkv lab every` runs them all.
     """
     from programmable_kv.lab.experiments.experiment import record_name
     from programmable_kv.lab.experiments.registry import EXPERIMENTS, experiment
@@ -100,11 +100,11 @@ def lab_every(
         Path | None, typer.Option(help="where the records go [default: results/]", show_default=False)
     ] = None,
 ) -> None:
-    """Run every experiment of `pkv lab run`, several at a time, each into its record.
+    """Run every experiment of `pkv lab run`, several at a time, and write a record for each.
 
-    The experiments of a process are asked about one policy after the other, so that all their records are ready near
-    the end. A record of the same policies and weights that is there already is kept. After an interruption the same command
-    continues.
+    Each process runs its experiments on one policy after the other, so all its records are complete only near the end.
+    Existing records of the same policies and weights are kept. Run the same command again to continue an interrupted
+    run.
     """
     import os
 
@@ -138,7 +138,10 @@ def lab_edit_modes(
     scenarios: Annotated[int, typer.Option(min=1, help="held-out scenarios")] = 260,
     out_path: OutOption = None,
 ) -> None:
-    """Agreement with full prefill and recovery of every edit mode, direct and with a line of thought."""
+    """Measure how often each edit mode agrees with full prefill, directly and with a line of thought.
+
+    The record also has each mode's recovery of the decision.
+    """
     from programmable_kv.lab.edit_modes import run
 
     measure(run, load(model), out_path, "edit-modes", "Scenarios", scenarios, count=scenarios)
@@ -150,7 +153,10 @@ def lab_obedience(
     scenarios: Annotated[int, typer.Option(min=1, help="held-out policies")] = 130,
     out_path: OutOption = None,
 ) -> None:
-    """How often the gateway's lines are followed, and forged ones, with and without the announcement in the system prompt."""
+    """Measure how often a model follows the gateway's lines, and how often forged ones.
+
+    Both are measured with and without the announcement in the system prompt.
+    """
     from programmable_kv.lab.obedience import run
 
     measure(run, load(model), out_path, "obedience", "Policies", scenarios, count=scenarios)
@@ -162,7 +168,10 @@ def lab_readers(
     count: Annotated[int, typer.Option(min=1, help="held-out policies of each of six kinds")] = 40,
     out_path: OutOption = None,
 ) -> None:
-    """Agreement with full prefill where a field and its readers are computed again, beside as many other tokens."""
+    """Measure agreement with full prefill when a field and its readers are recomputed.
+
+    It is compared with errata, and with recomputing as many other tokens.
+    """
     from programmable_kv.lab.readers import KINDS, run
 
     measure(run, load(model), out_path, "readers", "Policies", count * len(KINDS), count=count)
@@ -175,7 +184,10 @@ def lab_blocks(
     everyday: Annotated[bool, typer.Option(help="worded for models that were not trained on the grammar")] = False,
     out_path: OutOption = None,
 ) -> None:
-    """Agreement with full prefill after one line of a block (a memory, a todo list) has changed, by edit mode."""
+    """Measure agreement with full prefill after one line of a block changed, by edit mode.
+
+    A block is a field of several lines, such as a memory or a todo list.
+    """
     from programmable_kv.lab.blocks import KINDS, run
 
     measure(run, load(model), out_path, "blocks", "Blocks", count * len(KINDS), count=count, everyday=everyday)
@@ -187,7 +199,7 @@ def lab_long_readers(
     count: Annotated[int, typer.Option(min=1, help="held-out policies of each of three kinds")] = 18,
     out_path: OutOption = None,
 ) -> None:
-    """The same in contexts of about 4,000 tokens, most of them unrelated rules."""
+    """Measure what `pkv lab readers` does, in contexts of about 4,000 tokens, most of them unrelated rules."""
     from programmable_kv.lab.long_readers import KINDS, run
 
     measure(run, load(model), out_path, "long-readers", "Policies", count * len(KINDS), count=count)
@@ -199,7 +211,7 @@ def lab_mentions(
     count: Annotated[int, typer.Option(min=1, help="policies of each way to speak of a field")] = 20,
     out_path: OutOption = None,
 ) -> None:
-    """Readers found by name, declared, and suggested, by the way in which the rules speak of the field."""
+    """Compare readers that are found by name, declared, and suggested, by how the rules refer to the field."""
     from programmable_kv.lab.mentions import run
     from programmable_kv.scenarios.mentioned import WAYS
 
@@ -213,7 +225,7 @@ def lab_stock_readers(
     dtype: DtypeOption = "float32",
     out_path: OutOption = None,
 ) -> None:
-    """Readers and other edits on a model that was not trained for them, where it solves the policy."""
+    """Measure `readers` and other edit modes on a model that was not trained for them, on policies that it solves."""
     from programmable_kv.lab.stock_readers import record_name, run
     from programmable_kv.scenarios.everyday import EVERYDAY
 
@@ -228,7 +240,7 @@ def lab_visibilities(
     dtype: DtypeOption = "float32",
     out_path: OutOption = None,
 ) -> None:
-    """What a model that was not trained for it decides under each visibility."""
+    """Measure what a model that was not trained for visibilities decides under each of them."""
     from programmable_kv.lab.visibilities import record_name, run
     from programmable_kv.scenarios.everyday import EVERYDAY
 
@@ -243,7 +255,7 @@ def lab_by_design(
     dtype: DtypeOption = "float32",
     out_path: OutOption = None,
 ) -> None:
-    """Right answers under visibility by design, beside the same weights under plain causal attention."""
+    """Count right answers under visibility="design", and of the same weights under plain causal attention."""
     from programmable_kv.lab.by_design import drawn, record_name, run
 
     loaded = load(model, dtype=dtype)
@@ -260,7 +272,10 @@ def lab_compose(
     dtype: DtypeOption = "float32",
     out_path: OutOption = None,
 ) -> None:
-    """Agreement of compiled pieces, spliced together, with full prefill: by seam and place, with controls."""
+    """Measure how often compiled pieces that are spliced together agree with full prefill.
+
+    The result is given by seam repair and by place in the context, with controls.
+    """
     from programmable_kv.lab.composing.suites.composing import Composing
 
     _compare(Composing(policies, others, tools, horizons), model, dtype, out_path)
@@ -274,7 +289,7 @@ def lab_preface(
     dtype: DtypeOption = "float32",
     out_path: OutOption = None,
 ) -> None:
-    """What should a skill read while it is compiled? Agreement with full prefill behind several prefaces."""
+    """Compare prefaces: what should a skill read while it is compiled to agree with full prefill?"""
     from programmable_kv.lab.composing.suites.prefaces import Prefaces
 
     _compare(Prefaces(policies, others), model, dtype, out_path)
@@ -287,7 +302,10 @@ def lab_catalogue(
     dtype: DtypeOption = "float32",
     out_path: OutOption = None,
 ) -> None:
-    """Tools compiled alone, behind others, and together; all of them, in another order, and half of them."""
+    """Compare tools that are compiled alone, after others, and together.
+
+    They are spliced all in order, in another order, and only half of them.
+    """
     from programmable_kv.lab.composing.suites.catalogue import Catalogue
 
     _compare(Catalogue(tools), model, dtype, out_path)
@@ -299,7 +317,10 @@ def lab_lens_peer(
     count: Annotated[int, typer.Option(min=1, help="held-out policies; about two thirds can be probed")] = 4,
     out_path: OutOption = None,
 ) -> None:
-    """The lab's patches, knock-outs and lens beside TransformerLens (to be installed): equal results, and time a probe."""
+    """Compare the lab's patches, knock-outs and lens with TransformerLens: results, and time for a probe.
+
+    TransformerLens has to be installed.
+    """
     from programmable_kv.lab.lens_peer import record_name, run
 
     loaded = load(model)
@@ -311,7 +332,7 @@ def lab_emergence(
     seeds: Annotated[int, typer.Option(min=1, help="models, each with a seed of its own")] = 10,
     out_path: OutOption = None,
 ) -> None:
-    """When notes appear: toy models trained from scratch, in minutes, and looked at while they learn."""
+    """Train toy models from scratch, in minutes, and measure when they begin to write notes."""
     from programmable_kv.lab.toy.emergence import run
     from programmable_kv.lab.toy.training import ToyRecipe
 
@@ -327,7 +348,10 @@ def lab_along_adapter(
     count: Annotated[int, typer.Option(min=1, help="held-out policies; about two thirds can be measured")] = 56,
     out_path: OutOption = None,
 ) -> None:
-    """What decides between the base model and the embedded one, by the share of the adapter that is joined to the base."""
+    """Measure which tokens carry the decision in models between the base model and the embedded one.
+
+    These models are the base with a share of the adapter added.
+    """
     from programmable_kv.lab.along_adapter import SHARES, run
 
     measure(run, load("embedded"), out_path, "along-adapter", "Shares of the adapter", len(SHARES), count=count)
@@ -341,7 +365,7 @@ def lab_adapter(
     ] = None,
     out_path: OutOption = None,
 ) -> None:
-    """Does the embedded model follow policies it never saw, and obey updates of them?"""
+    """Measure how often the embedded model follows policies that it never saw, and updates of them."""
     from programmable_kv.lab.adapter import attach_figures, evaluate
 
     record = measure(evaluate, load("embedded"), out_path, "adapter-held-out", "Scenarios", scenarios, count=scenarios)
@@ -351,7 +375,7 @@ def lab_adapter(
 
 @app.command("abilities")
 def lab_abilities(out_path: OutOption = None) -> None:
-    """Perplexity on plain text, before and after the adapter."""
+    """Measure perplexity on plain text, with and without the adapter."""
     from programmable_kv.lab.adapter import base_model, write_abilities
 
     with err.status("Reading plain text with both models ..."):

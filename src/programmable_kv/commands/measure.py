@@ -1,6 +1,6 @@
-"""What the commands share that end in a record: load a model, measure with a progress bar, write the record, print its summary.
+"""What commands that write a record share: load a model, measure with a progress bar, print the record's summary.
 
-An interrupted run keeps its rows; the same command continues from there.
+An interrupted run keeps its rows, and the same command continues from there.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ DtypeOption = Annotated[str, typer.Option(help="a torch dtype's name, or 'auto' 
 
 
 def load(model: str, *, dtype: str = "float32", device: str | None = None) -> Model:
-    """The model that a command measures (see `load_model`).
+    """Load the model that a command measures (see `load_model`).
 
     Raises:
-        MissingExtraError: the summary's intervals need `[lab]`: checked before hours of measuring, not after.
+        MissingExtraError: the extra `[lab]` is not installed. The summary's intervals need it, so this is checked
+            before hours of measuring, not after.
     """
     require_extra("lab", "scipy", "statsmodels")
     return load_for_command(model, dtype=dtype, device=device)
@@ -41,9 +42,9 @@ def measure(
     """Run `run(model, path=, report=, command=, **settings)` with a progress bar, and print the summary of its record.
 
     Args:
-        out_path: where the record goes; None for `name` in the results folder.
-        title: of the progress bar.
-        total: steps of the progress bar.
+        out_path: the file for the record; None for `name` in the results folder.
+        title: the title of the progress bar.
+        total: how many steps the progress bar has.
     """
     path = record_path(out_path, name)
     with progress(title, total) as report:
@@ -82,9 +83,10 @@ def _figures(summary: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def parse_lengths(lengths: str, option: str = "--lengths") -> list[int]:
-    """
+    """Parse lengths that are separated by commas.
+
     Raises:
-        typer.BadParameter: not whole numbers above zero, separated by commas.
+        typer.BadParameter: the text is not a list of whole numbers above 0.
     """
     try:
         parsed = [int(length) for length in lengths.split(",")]

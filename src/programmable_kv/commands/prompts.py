@@ -1,4 +1,4 @@
-"""`pkv demo` and `pkv edit`: fields of a cached prompt, edited in every mode."""
+"""`pkv demo` and `pkv edit`: edit fields of a cached prompt in every mode, and compare the decisions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def demo(
     model: ModelOption = "embedded",
     page: Annotated[Path, typer.Option(help="where to write the HTML page")] = Path("pkv-demo.html"),
 ) -> None:
-    """Flip four fields of one cached policy; every edit mode against a full prefill."""
+    """Edit four fields of a cached policy, and compare every edit mode with a full prefill."""
     from programmable_kv.demo.demo import CASES, VALUES, html_page, run
 
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,8 @@ def edit(
 ) -> None:
     """Edit a field of your own prompt in every mode, and compare the decisions with a full prefill's.
 
-    The question is part of the cached context, as in an agent that is asked and then learns that its state changed.
+    The question is part of the cached context, as for an agent that is asked first and then learns that its state
+    changed.
     """
     data = read_bytes(prompt)
     text = decoded(data, prompt)
@@ -135,7 +136,7 @@ def edit(
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """What one mode decided, or the reason why the model refuses it."""
+    """What one mode decided, or why the model refuses the mode."""
 
     mode: Mode
     decision: Decision | None
@@ -165,7 +166,7 @@ def _choices(options: str | None, option: list[str] | None) -> list[str]:
 
 
 def _check_fields(text: str, fields: dict[str, str], changes: dict[str, str]) -> None:
-    """Tell a mistyped name before a model is loaded."""
+    """Report a mistyped field name before a model is loaded."""
     for name in fields:
         if "{" + name + "}" not in text:
             raise UnknownFieldError(
@@ -182,7 +183,7 @@ def _check_fields(text: str, fields: dict[str, str], changes: dict[str, str]) ->
 
 
 def _modes(names: Iterable[str] | None) -> list[Mode]:
-    """Full prefill, which is the oracle, and after it the modes asked for, or all."""
+    """Full prefill, which the others are compared with, then the modes asked for; all modes if none was named."""
     from programmable_kv.edits.modes import Mode, parse_mode
 
     wanted = {parse_mode(name) for name in names} if names else set(Mode)
@@ -190,7 +191,7 @@ def _modes(names: Iterable[str] | None) -> list[Mode]:
 
 
 def _declared(fields: dict[str, str], changes: dict[str, str]) -> dict[str, str | Field]:
-    """The fields' values; a field that has several lines, before or after the edit, is a block."""
+    """The fields' values. A field that has several lines before or after the edit is a block."""
     from programmable_kv import Field
 
     return {
@@ -200,7 +201,7 @@ def _declared(fields: dict[str, str], changes: dict[str, str]) -> dict[str, str 
 
 
 def _cached(model: Model, text: str, fields: dict[str, str | Field], ask: str, *, raw: bool) -> Notebook:
-    """The prompt and the question, prefilled."""
+    """A notebook with the prompt and the question, prefilled."""
     from programmable_kv import Notebook
 
     notebook = Notebook(model)
@@ -214,7 +215,7 @@ def _cached(model: Model, text: str, fields: dict[str, str | Field], ask: str, *
 
 
 def _tried(notebook: Notebook, end: str | None, choices: list[str], changes: dict[str, str], mode: Mode) -> _Trial:
-    """Edit, decide, and take the edit back."""
+    """Edit, decide, and undo the edit."""
     from programmable_kv import Mode
 
     mark = notebook.mark()
@@ -230,7 +231,7 @@ def _tried(notebook: Notebook, end: str | None, choices: list[str], changes: dic
 
 
 def _table(title: str, before: Decision) -> Table:
-    """The columns of an edit's outcome; with one more they still fit 80 characters."""
+    """A table for the outcomes of edits. With one more column it still fits 80 characters."""
     from rich.markup import escape
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""`pkv results` and `pkv figures`: what was measured, listed and drawn."""
+"""`pkv results` and `pkv figures`: list the records of measurements, and draw figures from them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def results(as_json: Annotated[bool, typer.Option("--json", help="print the summ
 
 
 def figures(folder: Annotated[Path, typer.Option(help="the documents' folder")] = Path("docs")) -> None:
-    """Draw every figure, and write every number that the documents quote, from the records in results/."""
+    """Draw every figure, and update every number that the documents quote, from the records in results/."""
     from programmable_kv.extras import require_extra
 
     require_extra("lab", "matplotlib")

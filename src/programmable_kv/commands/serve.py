@@ -1,4 +1,4 @@
-"""`pkv serve` and `pkv serve-key`: the gateway in front of a model server, and the server of a model."""
+"""`pkv serve` and `pkv serve-key`: a gateway in front of a model server, or a server of one model, and API keys."""
 
 from __future__ import annotations
 
@@ -88,12 +88,14 @@ def serve(
     ] = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", help="log a line for each request; never its text")] = False,
 ) -> None:
-    """A gateway in front of a model server (--upstream), or a server of a model. Both have notebooks, whose fields are edited.
+    """Run a gateway in front of a model server (--upstream), or serve a model.
 
-    The gateway forwards Chat Completions, Completions, Responses, Messages and everything else under /v1 byte for byte,
-    and says at /pkv/report what the prefix cache missed. Metrics for Prometheus are at /metrics. With --mode erratum it sends
-    again what it sent before where only declared or often seen values changed, and tells the new ones in an appended line.
-    Notebooks (/v1/notebooks) do so for their fields in every mode.
+    Both have notebooks (/v1/notebooks), whose fields are edited over HTTP.
+
+    The gateway forwards Chat Completions, Completions, Responses, Messages and everything else under /v1 byte for byte.
+    It reports at /pkv/report what the prefix cache missed, and has metrics for Prometheus at /metrics. With --mode
+    erratum, if only declared values changed, or values that it has seen change repeatedly, it sends the earlier prompt
+    again and states the new values in an appended line. Notebooks do this for their fields in every mode.
     """
     from programmable_kv.extras import require_extra, require_model_packages
 
@@ -144,7 +146,10 @@ def serve(
 
 
 def serve_key(name: Annotated[str, typer.Argument(help="the tenant's name")]) -> None:
-    """Make an API key for `pkv serve`. Standard output gets the line for the file of keys, standard error the key."""
+    """Make an API key for `pkv serve`.
+
+    Standard output gets the line for the file of API keys (--api-keys-file). Standard error gets the key, this once.
+    """
     from programmable_kv.serve.access import new_key
 
     key, line = new_key(name)

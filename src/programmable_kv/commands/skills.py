@@ -1,4 +1,4 @@
-"""`pkv skills`: texts compiled once and kept."""
+"""`pkv skills`: compile texts once, and manage the store that keeps them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Int8Option = Annotated[bool, typer.Option("--int8", help="keep it in 8 bits")]
 DtypeOption = Annotated[str, typer.Option(help="a torch dtype's name: the one that the model is run in")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 _BULKY: Any = {"unit": {"ids", "offsets", "base", "read"}, "pieces": True}
-"""what of a manifest is of no use to a reader"""
+"""entries of a manifest that are long and of no use to a reader"""
 
 
 @app.command("compile")
@@ -62,7 +62,7 @@ def skills_compile(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compile a text and keep it, unless it is kept already."""
+    """Compile a text and keep it in the store, unless the store has it already."""
     if role is not None and inside is not None:
         raise typer.BadParameter(
             "a skill is a message of its own, or stands inside of one: not both", param_hint="--inside"
@@ -93,7 +93,10 @@ def skills_compile_together(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compile several texts, each behind those before it, and keep them. Spliced in this order, they are exact."""
+    """Compile several texts, each after those before it, and keep them in the store.
+
+    They are exact when they are spliced in this order.
+    """
     paths = _named_paths(texts)
     contents = {name: read_text(path) for name, path in paths.items()}
     before, values = _preface(preface, inside), pairs(field or [], "--field")
@@ -108,7 +111,8 @@ def skills_compile_together(
 
 
 def _named_paths(given: list[str]) -> dict[str, Path]:
-    """
+    """Parse name=path arguments.
+
     Raises:
         InvalidArgumentError: an argument is not name=path, or a name is given twice.
     """
@@ -124,7 +128,8 @@ def _named_paths(given: list[str]) -> dict[str, Path]:
 
 
 def _words(given: list[str]) -> dict[str, tuple[str, ...]] | None:
-    """
+    """Parse field=words arguments. A field may be given several times.
+
     Raises:
         InvalidArgumentError: an argument is not field=words.
     """
@@ -163,7 +168,7 @@ def _print_skills(skills: list[Skill], as_json: bool) -> None:
 
 @app.command("list")
 def skills_list(store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """List the kept skills, most recently used first."""
+    """List the skills in the store, most recently used first."""
     from programmable_kv.skills.store import SkillStore
 
     entries, damaged = SkillStore(store).inventory()
@@ -193,7 +198,7 @@ def skills_list(store: StoreOption = None, as_json: JsonOption = False) -> None:
 
 @app.command("show")
 def skills_show(which: SkillArgument, store: StoreOption = None) -> None:
-    """Print a skill's manifest and text, as JSON."""
+    """Print a skill's manifest and text as JSON."""
     from programmable_kv.skills.store import SkillStore
 
     print(json.dumps(_shown(SkillStore(store).entry(which)), indent=1))
@@ -201,7 +206,7 @@ def skills_show(which: SkillArgument, store: StoreOption = None) -> None:
 
 @app.command("verify")
 def skills_verify(which: SkillArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Read a skill's tensors and compare them with its manifest."""
+    """Check a skill's tensors against its manifest."""
     from programmable_kv.skills.store import SkillStore
 
     entry = SkillStore(store).verify(which)
@@ -210,7 +215,7 @@ def skills_verify(which: SkillArgument, store: StoreOption = None, as_json: Json
 
 @app.command("rm")
 def skills_rm(which: SkillArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Forget a skill; a damaged one too, by its key."""
+    """Remove a skill from the store. Name a damaged skill by its key."""
     from programmable_kv.skills.store import SkillStore
 
     key = SkillStore(store).remove(which)
@@ -240,7 +245,7 @@ def skills_import(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Take in an exported skill."""
+    """Add an exported skill to the store."""
     from programmable_kv.skills.store import SkillStore
 
     entry = SkillStore(store).import_file(file)
@@ -255,17 +260,17 @@ def _tell(entry: Entry, sentence: str, as_json: bool) -> None:
 
 
 def _shown(entry: Entry, *, unit: bool = True) -> dict[str, Any]:
-    """A manifest as JSON, without what is long and of no use to a reader."""
+    """A manifest as JSON, without entries that are long and of no use to a reader."""
     return entry.model_dump(mode="json", exclude=_BULKY if unit else {"unit"})
 
 
 def _printable(text: str) -> str:
-    """Without what would steer a terminal: an imported manifest may say anything."""
+    """A text without characters that would control a terminal: an imported manifest may have any text."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _size(nbytes: int) -> str:
-    """Bytes in the largest unit of which there is at least one."""
+    """A size in bytes, in the largest unit that gives at least 1."""
     size, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:
         size, _ = size / 1000, units.pop(0)

@@ -1,4 +1,4 @@
-"""`pkv template`: what a model's chat template can do here."""
+"""`pkv template`: shows what a model's chat template can do with a notebook."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def template(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="print the row as JSON")] = False,
 ) -> None:
-    """What a model's chat template does with system and tool messages, with turns that follow, and with an edit's erratum.
+    """Show what a model's chat template can do.
 
-    Small conversations are rendered with it. Only the tokenizer is loaded.
+    The command renders small conversations to find how the template treats system and tool messages, further turns, and
+    the erratum of an edit. It loads only the tokenizer.
     """
     from programmable_kv.notebook.survey import COLUMNS, survey, survey_of_text
 

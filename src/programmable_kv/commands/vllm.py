@@ -1,4 +1,4 @@
-"""`pkv vllm`: what is done once so that a vLLM can be given skills."""
+"""`pkv vllm`: the one-time steps that prepare a store and a model for skills inside vLLM."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ DtypeOption = Annotated[str, typer.Option(help="the dtype that vLLM serves it in
 
 @app.command("certify")
 def vllm_certify(folder: FolderArgument, store: StoreOption = None, dtype: DtypeOption = "float32") -> None:
-    """Prove that the model's keys can be moved, and tell a store that its skills may be loaded into it."""
+    """Prove that a model's keys can be relocated, and certify a skill store for that model.
+
+    Only then are the store's skills loaded into vLLM.
+    """
     from programmable_kv.models.home import home
     from programmable_kv.models.source import find_source
     from programmable_kv.storage.files import blobs_at
@@ -47,7 +50,10 @@ def vllm_opening(
     store: StoreOption = None,
     dtype: DtypeOption = "float32",
 ) -> None:
-    """Keep the beginning of a conversation like a skill, so that a prompt is loaded from its first token on."""
+    """Keep the beginning of a conversation in the store, like a skill.
+
+    vLLM can then load a prompt from its first token on.
+    """
     from programmable_kv import SkillStore, load_model
     from programmable_kv.vllm_plugin.prepare import compile_opening
 
@@ -62,7 +68,7 @@ def vllm_export(
     folder: Annotated[Path, typer.Argument(help="a new folder")],
     dtype: Annotated[str, typer.Option(help="of the weights that are written")] = "bfloat16",
 ) -> None:
-    """Write a model to a folder that vLLM serves: a GGUF file, dequantised, for example."""
+    """Write a model to a folder that vLLM can serve. A GGUF file is dequantised."""
     from programmable_kv.vllm_plugin.prepare import export
 
     out.print(f"{export(model, folder, dtype=dtype)}", soft_wrap=True)

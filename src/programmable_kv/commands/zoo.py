@@ -1,4 +1,4 @@
-"""`pkv zoo`: on which architectures relocation is exact."""
+"""`pkv zoo`: checks on which architectures relocation is exact."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def zoo(
     ),
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
 ) -> None:
-    """On which architectures relocation is exact: the check on a tiny random model of every decoder type."""
+    """Check on which architectures relocation is exact, with a tiny random model of every decoder type."""
     from rich.table import Table
 
     from programmable_kv.lab.zoo import examine_apart, run, variants_named

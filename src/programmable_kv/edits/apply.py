@@ -1,6 +1,6 @@
-"""Carrying out a plan: on the buffer and the ledger together, in one transaction, with one account.
+"""Carrying out a plan on the buffer and the ledger together, in one transaction, with one account.
 
-This is the only place that changes a cached context. If anything raises, buffer and ledger are unchanged.
+Only this module changes a cached context. If anything raises, buffer and ledger are unchanged.
 """
 
 from __future__ import annotations
@@ -30,20 +30,23 @@ from programmable_kv.skills.draft import compile_units
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """A plan that was carried out."""
+    """The result of a plan that was carried out."""
 
     ledger: AnyLedger
     account: Account
     logits: torch.Tensor | None
-    """[n, vocabulary] of the last rows that were asked for; None if no row was computed"""
+    """[n, vocabulary] logits of the n last rows, as many as were asked for; None if no row was computed"""
 
 
 def check(plan: Plan, engine: Engine, extra: int = 0) -> KVLayout | None:
-    """Whether this model can carry out a plan, and `extra` tokens after it; the layout to relocate with, if it relocates.
+    """Check that this model can carry out a plan and compute `extra` tokens after it.
+
+    Returns the layout to relocate with; None if the plan relocates nothing.
 
     Raises:
-        ContextOverflowError: the context would be longer than the model's positions.
-        UnverifiedError: the plan moves tokens or computes them in the middle, and that is not proved exact on this model.
+        ContextOverflowError: the context would need more positions than the model has.
+        UnverifiedError: the plan relocates tokens or computes some in the middle, which is not proved exact on this
+            model.
     """
     needed = plan.after.begins[-1] + extra
     limit = engine.layout.position_limit
@@ -73,12 +76,16 @@ def apply(
 ) -> Applied:
     """Carry out a plan, and compute the tokens `followed_by` after it in the same forward.
 
-    `followed_by` goes into the buffer and not into the ledger: the caller keeps or takes back these tokens. `logits` asks for
-    those of that many last rows. `progress` is called with (rows done, rows in all) after each forward of many rows.
+    Args:
+        followed_by: token ids that go into the buffer but not into the ledger. The caller keeps or removes them.
+        logits: how many of the last rows to return logits of.
+        progress: called with (rows done, rows in all) after each forward of many rows.
 
     Raises:
-        ContextOverflowError, UnverifiedError: as `check`.
-        NonFiniteLogitsError, FrequencyRegimeError: as `Engine.compute`.
+        ContextOverflowError, UnverifiedError: as in `check`.
+        NonFiniteLogitsError: as in `Engine.compute`.
+        FrequencyRegimeError: as in `Engine.compute`; or the context became so short that a prefill of it would use
+            other rotary frequencies.
     """
     with engine.meter.measure() as reading:
         layout = check(plan, engine, len(followed_by))
@@ -86,7 +93,7 @@ def apply(
         try:
             ledger, touched, output = _carried_out(plan, engine, buffer, ledger, layout, followed_by, logits, progress)
             _require_fitting_frequencies(plan, engine, buffer)
-            # Before the mark is released: an interrupt while this is worked out undoes the plan as well.
+            # This comes before the mark is released, so that an interrupt in it undoes the plan as well.
             reused = len(plan.after) - _covered(touched)
             state = weakest_of(ledger, plan.after)
         except BaseException:
@@ -107,7 +114,7 @@ def apply(
 def _require_fitting_frequencies(plan: Plan, engine: Engine, buffer: KVBuffer) -> None:
     """
     Raises:
-        FrequencyRegimeError: the context became so short that a prefill of it would use other frequencies.
+        FrequencyRegimeError: the context became so short that a prefill of it would use other rotary frequencies.
     """
     if not buffer.fits_its_length:
         raise FrequencyRegimeError(
@@ -143,7 +150,7 @@ def _carried_out(
         ledger = on_ledger(step, ledger)
         chosen = {moved: origin for slot, origin in chosen.items() if (moved := _moved(step, slot)) is not None}
         touched = _touched(step, touched, len(ledger))
-    for one in plan.compute:  # what is computed in any case need not be chosen
+    for one in plan.compute:  # drop chosen slots that are computed anyway
         chosen = {slot: origin for slot, origin in chosen.items() if slot not in one.span.range}
     computes = sorted([*plan.compute, *_as_computes(chosen)], key=lambda one: one.span.start)
     rows = _rows(plan.after, computes, followed_by)
@@ -157,7 +164,7 @@ def _carried_out(
 
 
 def _reads(ledger: AnyLedger, after: Context, computes: Sequence[Compute], followed_by: int) -> PartReads | None:
-    """What the rows of a plan, and so many after the end, may read; None where that is all before them."""
+    """What the rows of a plan and `followed_by` rows after the end may read; None if that is everything before them."""
     if not isinstance(ledger, Build):
         return None
     parts = parts_of(after, ledger.declared)
@@ -193,7 +200,7 @@ def _on_buffer(step: Step, engine: Engine, buffer: KVBuffer, layout: KVLayout | 
                 step.span.start,
                 compile_units(engine, step.units, step.declared),
                 layout,
-                replacing=min(len(step.span), buffer.length - step.span.start),  # it may have grown at the end
+                replacing=min(len(step.span), buffer.length - step.span.start),  # a skill at the end may have grown
                 positions=step.positions,
                 ends=step.ends,
             )
@@ -202,7 +209,7 @@ def _on_buffer(step: Step, engine: Engine, buffer: KVBuffer, layout: KVLayout | 
 
 
 def _moved(step: Step, slot: int) -> int | None:
-    """Where a slot is after a step; None if it is gone."""
+    """The slot to which a step moves a slot; None if the step drops it."""
     match step:
         case Truncate(length):
             return slot if slot < length else None
@@ -223,7 +230,7 @@ def _moved(step: Step, slot: int) -> int | None:
 
 
 def _touched(step: Step, touched: list[Span], length: int) -> list[Span]:
-    """The slots that were relocated so far, as of after a step."""
+    """The slots that were relocated up to and including a step, counted after it."""
     shifted = []
     for span in touched:
         start, stop = _moved(step, span.start), _moved(step, span.stop - 1)
@@ -244,7 +251,7 @@ def _touched(step: Step, touched: list[Span], length: int) -> list[Span]:
 
 
 def _covered(spans: Iterable[Span]) -> int:
-    """How many slots some spans hold together."""
+    """How many slots the spans cover together."""
     covered = end = 0
     for span in sorted(spans):
         covered += max(0, span.stop - max(span.start, end))
@@ -253,7 +260,7 @@ def _covered(spans: Iterable[Span]) -> int:
 
 
 def _as_computes(chosen: dict[int, Origin]) -> list[Compute]:
-    """Chosen slots as spans of one origin."""
+    """The chosen slots as spans, each of one origin."""
     found: list[Compute] = []
     for slot, origin in sorted(chosen.items()):
         if found and found[-1].span.stop == slot and found[-1].origin == origin:
@@ -264,7 +271,7 @@ def _as_computes(chosen: dict[int, Origin]) -> list[Compute]:
 
 
 def _rows(after: Context, computes: Iterable[Compute], followed_by: Sequence[int]) -> Rows:
-    """Rows for some slots and the tokens after the end."""
+    """The rows of the slots to compute, and of the tokens after the end."""
     ids: list[int] = []
     slots: list[int] = []
     positions: list[int] = []

@@ -1,7 +1,8 @@
-"""Planning under `visibility="design"`: an operation changes the text, and what was built from something else is built again.
+"""Planning under `visibility="design"`: an operation changes the text, and what read the change is recomputed.
 
-The steps put every slot and position where the new text has it; `Build.outdated` then says what to compute. That is exact by
-construction: the closure of what read the change, and nothing more. Turns that are history are kept as they are.
+The steps move every slot to its slot and position in the new text. `Build.outdated` then says what to compute: the
+closure of what read the change, and nothing more. So the result is exact by construction. Turns that count as history
+are kept.
 """
 
 from __future__ import annotations
@@ -34,16 +35,19 @@ _SKILLS_STAY = "skills stay as compiled: they read nothing here"
 
 @dataclass(frozen=True, slots=True)
 class DesignState:
-    """A context that was built, and where its open question begins."""
+    """A context under visibility="design", its ledger, and where its open question begins."""
 
     context: Context
     build: Build
     opens: int
-    """the first slot of the turns since the last answer"""
+    """the first slot of the turns since the last answer: the open question"""
     bytes_per_token: int = 0
 
     def kept(self, after: Context, turns: Turns) -> set[int]:
-        """The units of the context afterwards that stay as history: turns, all of them or those before the open question."""
+        """Indices of the units in `after` that are kept as history.
+
+        These are turns and errata: all of them for `keep`, those before the open question for `open`, none for `all`.
+        """
         if turns is Turns.ALL:
             return set()
         old = {id(unit) for start, unit in zip(self.context.starts, self.context.units, strict=False)
@@ -58,7 +62,7 @@ class DesignState:
 def check_mode(mode: Mode | None) -> None:
     """
     Raises:
-        InvalidEditError: an edit of that mode would leave a cache that is not built by design.
+        InvalidEditError: an edit in this mode would not be exact under visibility="design".
     """
     if mode not in _MODES:
         raise InvalidEditError(
@@ -71,7 +75,7 @@ def check_mode(mode: Mode | None) -> None:
 def check_repair(repair: SeamRepair | None) -> None:
     """
     Raises:
-        InvalidEditError: a seam is to be repaired, and by design there is none.
+        InvalidEditError: the repair recomputes tokens; under visibility="design" a skill has no seam to repair.
     """
     if repair is not None and repair.computes:
         raise InvalidEditError(
@@ -82,10 +86,10 @@ def check_repair(repair: SeamRepair | None) -> None:
 def plan_design_edit(
     state: DesignState, changes: Mapping[str, str], mode: Mode | None, turns: Turns, tokenizer: Any
 ) -> Plan:
-    """Write values and build again what read them; in mode `full` everything, at the positions of a new prefill.
+    """Plan to write values and recompute what read them. Mode `full` recomputes all, at the positions of a new prefill.
 
     Raises:
-        InvalidEditError: that mode is not exact.
+        InvalidEditError: the mode is not exact under visibility="design".
     """
     check_mode(mode)
     rewritten = {name: value for name, value in changes.items() if state.context.fields[name].written != value}
@@ -119,7 +123,7 @@ def plan_design_edit(
 def plan_design_splice(
     state: DesignState, skill: Skill, where: Span, *, operation: str = "splice", turns: Turns = Turns.OPEN
 ) -> Plan:
-    """Put a skill in the place of some slots. Errors as `plan_splice`."""
+    """Plan to put a skill in the place of some slots. Errors as in `plan_splice`."""
     plan = plan_splice(state.context, None, skill, where, _WHOLE, operation=operation)
     after = without_trailing_room(plan.after)
     insert = next(step for step in plan.steps if isinstance(step, Insert))
@@ -130,7 +134,7 @@ def plan_design_splice(
 
 
 def plan_design_cut(state: DesignState, span: Span, turns: Turns = Turns.OPEN) -> Plan:
-    """Take some slots out. Errors as `plan_cut`."""
+    """Plan to remove some slots. Errors as in `plan_cut`."""
     plan = plan_cut(state.context, span)
     after = without_trailing_room(plan.after)
     steps = plan.steps
@@ -141,7 +145,7 @@ def plan_design_cut(state: DesignState, span: Span, turns: Turns = Turns.OPEN) -
 
 
 def plan_design_move(state: DesignState, span: Span, to: int, turns: Turns = Turns.OPEN) -> Plan:
-    """Move some slots before slot `to`. Errors as `plan_move`."""
+    """Plan to move some slots before slot `to`. Errors as in `plan_move`."""
     plan = plan_move(state.context, span, to)
     after = without_trailing_room(plan.after)
     steps: list[Step] = []
@@ -153,7 +157,10 @@ def plan_design_move(state: DesignState, span: Span, to: int, turns: Turns = Tur
 
 
 def plan_design_recompute(state: DesignState, start: int | None) -> Plan:
-    """Build again what is not exact; from the part that holds a slot on also what is, except skills: they read nothing here."""
+    """Plan to recompute what is not exact and, with `start`, all parts that end after that slot.
+
+    Skills that are exact are not recomputed: they read nothing in this context.
+    """
     plan = Plan("recompute", len(state.context), state.context)
     plan = _built(state, plan, Turns.ALL)
     if start is None:
@@ -165,7 +172,7 @@ def plan_design_recompute(state: DesignState, start: int | None) -> Plan:
 
 
 def _built(state: DesignState, plan: Plan, turns: Turns, *, whole: bool = False) -> Plan:
-    """The plan with what has to be computed after its steps."""
+    """The plan, completed by what has to be computed after its steps."""
     build = state.build
     for step in plan.steps:
         stepped = on_ledger(step, build)
@@ -193,7 +200,7 @@ def _built(state: DesignState, plan: Plan, turns: Turns, *, whole: bool = False)
 
 
 def _recompiled(after: Context, spans: Sequence[Span], build: Build) -> list[Recompile]:
-    """The skills among some slots that cannot be computed where they stand: they read tokens that are not here."""
+    """Steps for the skills in some slots that cannot be computed in place, as they read tokens that are not there."""
     found = []
     for group in after.groups:
         slots, skill = after.slots_of(group), after.units[group.start]
@@ -211,7 +218,7 @@ def _computes(spans: list[Span]) -> tuple[Compute, ...]:
 
 
 def _history(after: Context, kept: Collection[int], spans: list[Span]) -> str:
-    """What is said of the turns that are kept although something before them changed."""
+    """What the plan says of turns that are kept although something before them changed."""
     first = min((span.start for span in spans), default=len(after))
     tokens = sum(len(after.units[index]) for index in kept if after.starts[index] >= first)
     return f"{tokens} tokens of earlier turns are kept as history" if tokens else ""

@@ -1,7 +1,7 @@
-"""Planning a composition: skills spliced in, parts cut out, moved and exchanged, turns appended.
+"""Planning a composition: splicing in skills, cutting, moving and replacing parts, and appending turns.
 
-What follows a change is relocated, so positions stay truthful, and keeps what it concluded before: the ledger says so. Later
-turns are computed on the context as it is then.
+What follows a change is relocated, so that its positions stay right. It keeps what it concluded before the change, and
+the ledger records that. Turns appended later are computed on the changed context.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from programmable_kv.skills.skill import Skill
 
 
 def plan_append(context: Context, *units: Unit, bytes_per_token: int = 0, operation: str = "add") -> Plan:
-    """Append units and compute them."""
+    """Plan to append units and compute them."""
     after = context.appended(*units)
     span = Span(len(context), len(after))
     compute = (Compute(span, Origin.COMPUTED),) if len(span) else ()
@@ -41,14 +41,15 @@ def plan_splice(
     *,
     operation: str = "splice",
 ) -> Plan:
-    """Put a skill in the place of the slots `where` (which may be none).
+    """Plan to put a skill in the place of the slots `where`, which may be empty.
 
-    A field of the context may be without a place yet: at a prompt's prefill its text is appended later.
+    A field of the context may have no place yet: during a prefill its text is appended later.
 
     Raises:
-        InvalidEditError: an end of `where` is no place in the text, a field of the skill has another value here, or two, or the
-            skill was compiled by design and this context is not.
-        UnknownPartError: there are no such slots.
+        InvalidEditError: the text cannot be split at an end of `where`; a field of the skill has another value here, or
+            its place still has an older one; or the skill was compiled with visibility="design" and this context is
+            causal.
+        UnknownPartError: the context has no such slots.
     """
     _check_written(context, skill)
     if ledger is not None and skill.visibility is Visibility.DESIGN:
@@ -85,10 +86,10 @@ def plan_splice(
 
 
 def plan_cut(context: Context, span: Span, bytes_per_token: int = 0) -> Plan:
-    """Take some slots out.
+    """Plan to remove some slots.
 
     Raises:
-        InvalidEditError: the span's ends are no places in the text.
+        InvalidEditError: the text cannot be split at an end of the span.
     """
     split, first = context.split_at(span.start)
     split, last = split.split_at(span.stop, ends=True)
@@ -100,10 +101,10 @@ def plan_cut(context: Context, span: Span, bytes_per_token: int = 0) -> Plan:
 
 
 def plan_move(context: Context, span: Span, to: int, bytes_per_token: int = 0) -> Plan:
-    """Move some slots before slot `to`. Only what lies between is touched.
+    """Plan to move some slots before slot `to`. Only these slots and those that they pass are touched.
 
     Raises:
-        InvalidEditError: `to` lies inside the span, or an end is no place in the text.
+        InvalidEditError: `to` lies inside the span, or the text cannot be split at `to` or at an end of the span.
     """
     if span.start < to < span.stop:
         raise InvalidEditError(f"cannot move slots [{span.start}, {span.stop}) into themselves, to slot {to}")
@@ -125,10 +126,10 @@ def plan_move(context: Context, span: Span, to: int, bytes_per_token: int = 0) -
 
 
 def joined_values(values: Mapping[str, str], skill: Skill) -> dict[str, str]:
-    """The fields' values with those of a skill.
+    """The values of the context's fields and of the skill's fields, together.
 
     Raises:
-        InvalidEditError: a field of the skill has another value already.
+        InvalidEditError: a field of the skill has another value in the context.
     """
     for name, value in skill.values.items():
         if values.get(name, value) != value:
@@ -142,7 +143,7 @@ def joined_values(values: Mapping[str, str], skill: Skill) -> dict[str, str]:
 def _check_written(context: Context, skill: Skill) -> None:
     """
     Raises:
-        InvalidEditError: a field of the skill is written with another value than it has.
+        InvalidEditError: the place of a field of the skill still has an older value than the current one.
     """
     for name in skill.values:
         state = context.fields.get(name)

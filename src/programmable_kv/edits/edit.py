@@ -1,4 +1,4 @@
-"""Planning an edit: fields get other values, in one of the modes of `modes.py`. No tensors and no model here."""
+"""Planning an edit that gives fields new values, in one of the modes of `modes.py`. Uses no tensors and no model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _by_name(context: Context, name: str, words: Sequence[str]) -> Sequence[Read
 
 
 _SHOWN_CHARACTERS = 80
-"""of a value in a reason"""
+"""how much of a value is shown in a reason"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,27 +39,27 @@ class EditTools:
 
     tokenizer: Any
     write_erratum: Callable[[Context, str, str, str | None], Unit]
-    """(context, field, value, the value that all readers know, if there is one) -> the unit that states it at the end"""
+    """(context, field, value, the value that all readers know or None) -> the erratum to append, as a unit"""
     can_relocate: Callable[[], bool]
     ranking: Ranking
     k: int = 32
     bytes_per_token: int = 0
     readers: Callable[[Context, str, Sequence[str]], Sequence[Reader]] = _by_name
-    """(context, field, what else its readers mention) -> what reads it"""
+    """(context, field, further words that its readers mention) -> its readers"""
     declared: Collection[str] = ()
-    """the fields of which all readers are known"""
+    """the fields whose readers were declared"""
 
 
 def plan_edit(
     context: Context, ledger: Ledger, changes: Mapping[str, str], mode: Mode | None, tools: EditTools
 ) -> Plan:
-    """The plan of an edit. Names and values are expected to have been checked.
+    """Plan an edit. The caller has checked the names and values.
 
-    Without a mode it is `readers` where all readers of these fields are declared, and else `field_erratum`; or `suffix` where
-    that computes no more tokens: it is exact.
+    When `mode` is None, the mode is `readers` if the readers of all these fields are declared, otherwise
+    `field_erratum`. If `suffix` computes no more tokens than that, it is used instead, because it is exact.
 
     Raises:
-        InvalidEditError: `selective` is to choose no token.
+        InvalidEditError: the mode is `selective` and k is below 1.
     """
     if mode is not None:
         return _planned(context, ledger, changes, mode, tools)
@@ -95,24 +95,24 @@ def _planned(context: Context, ledger: Ledger, changes: Mapping[str, str], mode:
 
 
 class _Draft:
-    """A plan in the making: the steps so far, and the context and ledger as they would leave them."""
+    """A plan under construction: the steps so far, and the context and ledger after them."""
 
     def __init__(self, context: Context, ledger: Ledger, after: Context, tools: EditTools) -> None:
         self.before, self.after, self.ledger, self.tools = context, after, ledger, tools
         self.read = ledger
-        """before the edit"""
+        """the ledger before the edit"""
         self.steps: list[Step] = []
         self.compute: list[Compute] = []
         self.reasons: list[str] = []
         self.rereads = False
-        """whether readers are computed again"""
+        """whether readers are recomputed"""
 
     def step(self, step: Step) -> None:
         self.steps.append(step)
         self.ledger = on_ledger(step, self.ledger)
 
     def select(self, changes: Mapping[str, str]) -> None:
-        """The k tokens after the fields, and outside of their places, that matter most."""
+        """Select the k tokens that matter most among those after the first field and outside the fields' places."""
         if self.tools.k < 1:
             raise InvalidEditError(
                 f"selective needs k >= 1, got {self.tools.k}; for the field alone use mode='in_place'"
@@ -128,7 +128,7 @@ class _Draft:
         self.steps.append(Select(HighestRanked(self.tools.ranking, self.tools.k, tuple(among)), Origin.REFRESHED))
 
     def take_back(self, changes: Mapping[str, str]) -> None:
-        """Cut the errata that state earlier values of these fields, where the model's keys can be moved."""
+        """Cut the errata about these fields: those at the end always, others only if keys can be relocated."""
         units = list(self.after.units)
         taken = 0
         while units and _corrects_only(units[-1], changes):
@@ -150,9 +150,9 @@ class _Draft:
             )
 
     def write(self, changes: Mapping[str, str], *, rereads: bool) -> None:
-        """Put the values into the fields' places, move what follows if their lengths change, and compute them.
+        """Write the values into the fields' places, relocate what follows if token lengths change, and compute them.
 
-        `rereads`: compute the fields' readers as well.
+        `rereads`: recompute the fields' readers as well.
         """
         rewritten = {name: value for name, value in changes.items() if self.after.fields[name].written != value}
         length = len(self.after)
@@ -162,7 +162,7 @@ class _Draft:
             if not replacement.growth:
                 continue
             target = replacement.old.start + len(replacement.new)
-            if replacement.old.stop == length:  # nothing stands behind it, or what did was dropped to be computed
+            if replacement.old.stop == length:  # nothing follows it, or what followed was already truncated
                 self.step(Truncate(replacement.old.start))
                 length = replacement.old.start
             else:
@@ -185,14 +185,14 @@ class _Draft:
             self.reasons.append(f"{left} later tokens keep what they noted before")
 
     def _subjects(self, name: str, value: str) -> tuple[str, ...]:
-        """Of a block, what its changed lines are about: the lines that decide speak of that, not of the block."""
+        """What the changed lines of a block are about: the lines that decide mention that, and not the block."""
         field = self.before.fields[name]
         if field.type.kind is not FieldKind.BLOCK:
             return ()
         return tuple(dict.fromkeys(it for old in (field.written, field.current) for it in changed_subjects(old, value)))
 
     def _unread(self, spans: Sequence[Span], names: Iterable[str]) -> int:
-        """How many tokens after the fields were computed on another text, and are not among these slots."""
+        """How many tokens after the fields are stale and not in these slots."""
         first = min(self.after.first_place(name) for name in names)
         stale = [
             stretch.span
@@ -202,9 +202,11 @@ class _Draft:
         return sum(len(span) for span in stale) - _common(stale, joined([Span(0, first), *spans]))
 
     def state(self, changes: Mapping[str, str], *, wanted: bool, said: Collection[str] = ()) -> bool:
-        """Append a line for each value that later tokens do not know, if it is wanted or an earlier line is in the way.
+        """Append an erratum for each value that later tokens have not read. Returns whether any was appended.
 
-        `said`: the fields whose last erratum states the value already.
+        This happens if `wanted`, or if an earlier erratum about the field could not be cut out.
+
+        `said`: the fields whose last erratum already states the value.
         """
         stated = False
         for name, value in changes.items():
@@ -228,7 +230,7 @@ class _Draft:
         return stated
 
     def _known(self, name: str, value: str) -> bool:
-        """Whether the field's places and all tokens after them have read this value and no other."""
+        """Whether the field's places have this value, and all tokens after them have read it and no other value."""
         return (
             self.after.fields[name].written == value
             and self.ledger.has_read_only(name, value, self.after.first_place(name))
@@ -236,14 +238,14 @@ class _Draft:
         )
 
     def _read_by_all(self, name: str) -> str | None:
-        """The value of which all that follows the field's places has read before this edit, and no other; None without one."""
+        """The only value of the field that everything after it had read before this edit; None if there is none."""
         written = self.before.fields[name].written
         place = self.before.first_place(name)
         only = not self.read.reads_preface and self.read.has_read_only(name, written, place)
         return written if only and place < len(self.before) else None
 
     def _computed(self, computes: Iterable[Compute]) -> None:
-        added = [one for one in computes if len(one.span)]  # a value may have become empty
+        added = [one for one in computes if len(one.span)]  # a value may be empty now
         self.compute += added
         self.ledger = computed(self.ledger, self.after, added)
 
@@ -264,7 +266,7 @@ def plan_rewrite(
     from_start: bool = False,
     operation: str = "edit",
 ) -> Plan:
-    """Write values, drop the errata about these fields, and compute everything from the first token this makes inexact."""
+    """Plan to write values, drop the errata about these fields, and compute everything from the first inexact token."""
     after = context.with_values(values)
     kept: list[Unit] = []
     touched = [0] if from_start else []
@@ -277,7 +279,7 @@ def plan_rewrite(
     rewritten = {name: value for name, value in values.items() if after.fields[name].written != value}
     after, replacements = after.write(tools.tokenizer, rewritten)
     touched += [replacement.new.start for replacement in replacements]
-    # Later tokens may have read another value also where the text says this one already.
+    # Later tokens may have read another value even if the text already has this one.
     touched += [ledger.first_inexact(context.first_place(name)) for name in values]
     start = min([*touched, len(after)])
     return Plan(
@@ -287,7 +289,7 @@ def plan_rewrite(
 
 
 def plan_recompute(context: Context, ledger: Ledger, start: int | None, bytes_per_token: int = 0) -> Plan:
-    """Compute everything from a slot on again, on what precedes it; from the first inexact token when None."""
+    """Plan to recompute everything from a slot on; from the first inexact token when `start` is None."""
     start = ledger.first_inexact(0) if start is None else start
     start = min(start, len(context))
     return Plan(
@@ -297,9 +299,9 @@ def plan_recompute(context: Context, ledger: Ledger, start: int | None, bytes_pe
 
 
 def plan_rebase(context: Context, ledger: Ledger, tools: EditTools, limit: int | None) -> Plan:
-    """Fold errata back: write the values they state into the fields' places, drop the lines, recompute what that touches.
+    """Plan to fold errata back: write their values into the fields' places, drop the errata, and recompute from there.
 
-    `limit`: at most this many tokens are computed: as many fields, from the last one backwards, as this allows.
+    `limit`: the most tokens to compute. As many fields are folded back as this allows, starting with the last one.
     """
     told = {name for index in context.errata for name, _ in context.units[index].corrects}
     told |= {name for name, value in context.fields.items() if value.written != value.current}
@@ -325,12 +327,12 @@ def _short(value: str) -> str:
 
 
 def _common(some: Iterable[Span], others: Sequence[Span]) -> int:
-    """How many slots are in both; neither holds one twice."""
+    """How many slots are in both. The spans of each argument do not overlap."""
     return sum(max(0, min(a.stop, b.stop) - max(a.start, b.start)) for a in some for b in others)
 
 
 def _told(name: str, readers: Sequence[Reader]) -> str:
-    """Which text is computed again with a field, in a few words."""
+    """Which text is recomputed with a field, in a few words."""
     counts = Counter(reader.reason for reader in readers if reader.why in (Why.HOLDS, Why.MENTIONS))
     told = [f"{count} line{'s' * (count > 1)} ({reason})" for reason, count in counts.items()]
     told += [reader.reason for reader in readers if reader.reason not in counts]
@@ -340,7 +342,7 @@ def _told(name: str, readers: Sequence[Reader]) -> str:
 
 
 def _said_last(context: Context, changes: Mapping[str, str]) -> set[str]:
-    """The fields that already have these values, by the last erratum about each."""
+    """The fields whose current value is the given one, and whose last erratum states it."""
     last = {name: value for index in context.errata for name, value in context.units[index].corrects}
     return {name for name, value in changes.items() if last.get(name) == value == context.fields[name].current}
 
@@ -350,7 +352,7 @@ def _corrects_only(unit: Unit, changes: Mapping[str, str]) -> bool:
 
 
 def _joined(computes: Sequence[Compute]) -> tuple[Compute, ...]:
-    """Ascending; what was appended line by line in one go is one span."""
+    """In ascending order, with adjacent appended spans joined into one."""
     found: list[Compute] = []
     for one in sorted(computes, key=lambda one: one.span.start):
         if found and found[-1].span.stop == one.span.start and found[-1].origin == one.origin == Origin.COMPUTED:

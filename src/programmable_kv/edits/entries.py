@@ -1,4 +1,4 @@
-"""What a plan's steps enter into the ledger. Pure: a plan is simulated with these, and `apply` enters the same."""
+"""The ledger after a plan's steps, as pure functions. Planning simulates a plan with them; `apply` uses them too."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def on_ledger(step: Step, ledger: Build) -> Build: ...
 
 
 def on_ledger(step: Step, ledger: AnyLedger) -> AnyLedger:
-    """What a step does to the ledger: the same as to the buffer."""
+    """The ledger after a step, which changes it as it changes the buffer."""
     match step:
         case Truncate(length):
             return ledger.truncated(length)
@@ -54,7 +54,7 @@ def computed(ledger: Build, after: Context, computes: Iterable[Compute]) -> Buil
 
 
 def computed(ledger: AnyLedger, after: Context, computes: Iterable[Compute]) -> AnyLedger:
-    """The ledger once these slots were computed, in one forward, ascending: each reads those before it."""
+    """The ledger after these slots were computed in one forward, in ascending order: each reads the slots before it."""
     if isinstance(ledger, Build):
         return ledger.computed(after, [one.span for one in computes])
     for one in computes:
@@ -65,7 +65,7 @@ def computed(ledger: AnyLedger, after: Context, computes: Iterable[Compute]) -> 
 
 
 def weakest_of(ledger: AnyLedger, context: Context) -> TokenState:
-    """The state of all cached tokens of a context taken together."""
+    """The weakest state of all cached tokens of a context."""
     if isinstance(ledger, Build):
         return ledger.weakest(context)
     return ledger.weakest(context.values, context.first_places)
@@ -79,9 +79,9 @@ def stretches_of(ledger: AnyLedger, context: Context) -> Iterator[Stretch]:
 
 
 def compiled_run(skill: Skill, ledger: Ledger, at: int) -> Run:
-    """A skill that goes into slot `at`, as a run.
+    """The run of a skill that is spliced in at slot `at`.
 
-    Right behind exactly the tokens that it read while it was compiled, it counts as computed here.
+    If exactly the tokens that it read when it was compiled precede it, the run counts as computed in this context.
     """
     tokens = skill.packed
     statements = tuple((place.tokens.start, place.name, skill.values[place.name]) for place in skill.unit.places)
@@ -93,14 +93,17 @@ def compiled_run(skill: Skill, ledger: Ledger, at: int) -> Run:
 
 
 def exact_at(skill: Skill, ledger: Ledger, at: int) -> bool:
-    """Whether what precedes slot `at` is, token for token, what the skill read while it was compiled."""
+    """Whether the tokens before slot `at` are exactly those that the skill read when it was compiled.
+
+    False for a skill that is kept in fewer bits.
+    """
     if skill.rounded or len(skill.packed_preface) != at * TOKEN_BYTES:
         return False
     return ledger.seen_before(at).content.same(Content.of(skill.packed_preface))
 
 
 def adopted(context: Context, ledger: AnyLedger, unit: Unit, tokens: int) -> tuple[Context, AnyLedger]:
-    """A context with a unit after its end, whose first `tokens` tokens are in the buffer: computed there on this context."""
+    """The context and ledger with a unit appended whose first `tokens` tokens are already computed in the buffer."""
     whole = context.appended(unit)
     span = Span(len(context), len(context) + tokens)
     return whole, computed(ledger, whole, [Compute(span)]) if tokens else ledger

@@ -1,4 +1,4 @@
-"""The edit modes: which parts of an edit each one does. Another mode is another row."""
+"""The edit modes, and the steps that each of them takes. A new mode is a new row of `STRATEGIES`."""
 
 from __future__ import annotations
 
@@ -9,49 +9,50 @@ from programmable_kv.errors import InvalidEditError
 
 
 class Mode(StrEnum):
-    """How an edit is carried out. The table in `docs/which-edit.md` says when to use which."""
+    """How an edit is carried out. The table in `docs/which-edit.md` says which mode to use when."""
 
     STALE = "stale"
     """change nothing in the cache: the control"""
     IN_PLACE = "in_place"
-    """recompute the field's own tokens; what later tokens concluded from it stays"""
+    """recompute the field's own tokens; later tokens keep what they concluded from the old value"""
     ERRATUM = "erratum"
     """append a line that states the new value"""
     FIELD_ERRATUM = "field_erratum"
-    """both: the default"""
+    """`in_place` and `erratum` together: the default"""
     SELECTIVE = "selective"
-    """the field's tokens and the k later ones that matter most"""
+    """recompute the field's tokens and the k later tokens that matter most"""
     READERS = "readers"
-    """the field's tokens, and the lines and the open question that read it"""
+    """recompute the field's tokens, and the lines and the open question that read it"""
     SUFFIX = "suffix"
-    """everything from the field on"""
+    """recompute everything from the field on"""
     FULL = "full"
-    """everything"""
+    """recompute everything"""
 
 
 DEFAULT_MODE = Mode.FIELD_ERRATUM
-"""what an edit without a mode does, unless recomputing the suffix costs no more"""
+"""The mode of an edit that names none, unless recomputing the suffix costs no more."""
 DECLARED_MODE = Mode.READERS
-"""what it does if the readers of every edited field were declared. Then it decides as a full prefill, more often than with an
-erratum (results/readers.json); undeclared, it fails where a rule does not name the field (results/mentions.json)"""
+"""The mode of an edit that names none if the readers of every edited field were declared. It then agrees with a full
+prefill more often than an erratum does (results/readers.json). Without declarations it fails where a rule does not name
+the field (results/mentions.json)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """What a mode does. Each part is planned in `edits/edit.py`."""
+    """The steps that a mode takes. Each of them is planned in `edits/edit.py`."""
 
     writes: bool = False
-    """put the new value into the field's places and compute these tokens"""
+    """write the new value into the field's places and compute these tokens"""
     states: bool = False
-    """append a line that states the new value, where later tokens have read another"""
+    """append a line that states the new value, if later tokens have read another value"""
     selects: bool = False
-    """compute the k later tokens again that a ranking puts first"""
+    """recompute the k later tokens that a ranking puts first"""
     rereads: bool = False
-    """compute the field's readers again"""
+    """recompute the field's readers"""
     recomputes: bool = False
-    """compute everything again from the first token that the edit makes inexact"""
+    """recompute everything from the first token that the edit makes inexact"""
     from_start: bool = False
-    """compute everything again from the context's first token, all fields written"""
+    """write all fields and recompute everything from the context's first token"""
 
 
 STRATEGIES: dict[Mode, Strategy] = {
@@ -67,9 +68,10 @@ STRATEGIES: dict[Mode, Strategy] = {
 
 
 def parse_mode(mode: str | Mode) -> Mode:
-    """
+    """The mode of this name.
+
     Raises:
-        InvalidEditError: there is no such mode; the message lists them.
+        InvalidEditError: no mode has this name; the message lists the modes.
     """
     try:
         return Mode(mode)
@@ -78,5 +80,5 @@ def parse_mode(mode: str | Mode) -> Mode:
 
 
 def mode_of(*, writes: bool, states: bool) -> Mode:
-    """The mode that does just this."""
+    """The mode that takes exactly these steps."""
     return next(mode for mode, strategy in STRATEGIES.items() if strategy == Strategy(writes=writes, states=states))

@@ -1,7 +1,8 @@
-"""A plan: what an operation would do to a cached context. It can be printed, compared and tested without a model.
+"""`Plan`: what an operation would do to a cached context. It can be printed, compared and tested without a model.
 
-A plan is a list of steps on the cache buffer, in order, and the slots that one forward computes at the end. `apply` carries
-it out on the buffer and the ledger. Slots of a step are those at the time of the step; `compute` counts in the context after.
+A plan is a list of steps on the cache buffer, in order, and the slots that one forward computes at the end. `apply`
+carries it out on the buffer and the ledger. A step counts slots as they are when the step begins; `compute` counts them
+in the context after all steps.
 """
 
 from __future__ import annotations
@@ -28,61 +29,64 @@ class Truncate:
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """Move the tail that begins at slot `start` to slot `to`, its positions with it."""
+    """Move the tail that begins at slot `start` to slot `to`, and its positions with it."""
 
     start: int
     to: int
     by: int | None = None
-    """by how many positions; as many as slots when None"""
+    """how many positions it moves by; as many as slots when None"""
 
 
 @dataclass(frozen=True, slots=True)
 class Insert:
-    """Put a compiled skill in the place of the `replacing` slots from `at` on; what follows moves."""
+    """Put a compiled skill at slot `at`, in the place of `replacing` slots. What follows moves."""
 
     at: int
     skill: Skill = field(repr=False)
     replacing: int = 0
     positions: tuple[int, ...] = ()
-    """of its tokens; those right behind the slot before when empty"""
+    """the positions of its tokens; when empty, those that follow the slot before"""
     ends: int | None = None
-    """the position that what follows moves to; right behind the skill when None"""
+    """the position that what follows moves to; directly after the skill when None"""
 
 
 @dataclass(frozen=True, slots=True)
 class Recompile:
-    """Compile a skill anew, alone behind what it read while it was compiled, and put it where it stands."""
+    """Compile a skill again, apart from this context, after the text that it read when it was first compiled.
+
+    The result replaces the skill in its slots.
+    """
 
     span: Span
     units: tuple[Unit, ...] = field(repr=False)
-    """of the skill, as they are afterwards"""
+    """the skill's units after the operation"""
     declared: Declared = field(repr=False)
-    """what its lines say of its fields in this context"""
+    """the words by which its lines mention its fields in this context"""
     positions: tuple[int, ...] = field(repr=False)
-    """of its tokens"""
+    """the positions of its tokens"""
     ends: int
     """the position of what follows"""
 
     @property
     def tokens_computed(self) -> int:
-        """Those that it reads and does not hold are computed as well."""
+        """The skill's tokens, and those that it reads without containing them: both are computed."""
         return len(self.units[0].read) + len(self.span)
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """The slots [start, middle) and [middle, stop) change places."""
+    """Swap the slots [start, middle) with the slots [middle, stop)."""
 
     start: int
     middle: int
     stop: int
     positions: tuple[int, ...] = ()
-    """of these slots afterwards; as before when empty"""
+    """the positions of these slots afterwards; the same as before when empty"""
 
 
 @dataclass(frozen=True, slots=True)
 class Select:
-    """Choose slots that are computed as well; which ones depends on the tensors at this step."""
+    """Choose further slots to compute. Which ones depends on the tensors at this step."""
 
     selection: Selection
     origin: Origin
@@ -93,7 +97,7 @@ Step = Truncate | Shift | Insert | Recompile | Exchange | Select
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Slots of the context after the edit that are computed, in one forward with all others."""
+    """Slots to compute, counted in the context after all steps. One forward computes all of a plan's slots."""
 
     span: Span
     origin: Origin = Origin.COMPUTED
@@ -105,19 +109,20 @@ class Plan:
 
     operation: str
     before: int
-    """tokens in the context now"""
+    """how many tokens the context has before the operation"""
     after: Context = field(repr=False)
-    """the context as it will be"""
+    """the context after the operation"""
     steps: tuple[Step, ...] = ()
     compute: tuple[Compute, ...] = ()
-    """ascending, without overlap"""
+    """what the forward computes, ascending and without overlap"""
     asked: Mode | None = None
-    """of an edit; None where the default was left to choose"""
+    """the mode that an edit was asked for; None if the default chose it"""
     used: Mode | None = None
+    """the mode that an edit uses"""
     why: str = ""
-    """why another mode is used than was asked for, or what is done beyond it"""
+    """why another mode is used than was asked for, or what is done in addition"""
     bytes_per_token: int = field(default=0, repr=False)
-    """of cache, all layers"""
+    """bytes of cache for one token, all layers together"""
 
     @property
     def selects(self) -> tuple[Select, ...]:
@@ -125,9 +130,9 @@ class Plan:
 
     @property
     def tokens_computed(self) -> int:
-        """Tokens that go through the transformer, those that a selection computes to choose by included.
+        """Tokens that go through the transformer, including those that a selection computes in order to choose.
 
-        Where a selection may choose what is computed in any case, it is the most that it can be.
+        A selection may choose tokens that are computed anyway: then this is an upper bound.
         """
         chosen = sum(step.selection.count + step.selection.rows_to_choose for step in self.selects)
         compiled = sum(step.tokens_computed for step in self.steps if isinstance(step, Recompile))
@@ -135,12 +140,12 @@ class Plan:
 
     @property
     def tokens_relocated(self) -> int:
-        """Cached tokens that are moved or put in place."""
+        """Cached tokens that are moved, and tokens of skills that are put in place."""
         return sum(count for _, count in self._relocations())
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes of cache that change their place. An account counts, besides, rows that are kept aside for an undo."""
+        """Bytes of cache that are moved. An account also counts rows that are set aside for an undo."""
         return self.tokens_relocated * self.bytes_per_token
 
     @property
@@ -149,7 +154,7 @@ class Plan:
 
     @property
     def reach(self) -> int:
-        """No position that a relocation starts from or ends at reaches this one."""
+        """A bound on positions: every relocation starts from and ends at positions below it."""
         compiled = [int(step.skill.segment.computed_at[-1]) + 1 for step in self.steps if isinstance(step, Insert)]
         compiled += [step.ends + len(step.units[0].read) for step in self.steps if isinstance(step, Recompile)]
         gaps = self.after.begins[-1] - len(self.after)
@@ -157,7 +162,7 @@ class Plan:
 
     @property
     def computes_in_the_middle(self) -> bool:
-        """Whether tokens are computed that are not simply the last ones of the context."""
+        """Whether tokens are computed that are not the last ones of the context."""
         if self.selects:
             return True
         ends = len(self.after)
@@ -189,7 +194,7 @@ class Plan:
                     pass
 
     def because(self, why: str) -> Plan:
-        """With another reason in front."""
+        """This plan with another reason before its own."""
         return replace(self, why="; ".join(reason for reason in (why, self.why) if reason))
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
-"""Which later tokens carry the notes that matter: strategies for the `selective` mode.
+"""Rankings for the `selective` mode: strategies that find the later tokens with the notes that matter.
 
-A ranking sees the cache before the edit and gives, for every slot, how much refreshing it should help.
+A ranking reads the cache before the edit, and scores for every slot how much recomputing it should help.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from programmable_kv.engine import Engine, Rows
 
 
 class Ranking(Protocol):
-    """Scores of every slot, [S]; higher is refreshed first."""
+    """Scores every slot. Slots with higher scores are recomputed first."""
 
     rows_to_rank: ClassVar[int]
-    """how many rows it computes where no question is asked"""
+    """how many rows it computes when no question is asked"""
 
     def scores(self, engine: Engine, buffer: KVBuffer, reader: Rows) -> torch.Tensor:
-        """`reader` are the rows whose last one reads the decision; they may be computed, the buffer is unchanged afterwards."""
+        """The scores [S] of all slots.
+
+        `reader` are rows of which the last one reads the decision. They may be computed; the buffer is unchanged
+        afterwards.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionInfluence:
-    """By what the reader takes from each token: attention weight times the norm of its value, over layers and heads."""
+    """Scores by what the reader takes from a token: attention weight times its value's norm, over layers and heads."""
 
     rows_to_rank: ClassVar[int] = 1
 
@@ -37,7 +41,7 @@ class AttentionInfluence:
 
 @dataclass(frozen=True, slots=True)
 class Recency:
-    """The latest tokens first: the baseline that costs nothing to rank."""
+    """Ranks the latest tokens first: a baseline that computes nothing to rank."""
 
     rows_to_rank: ClassVar[int] = 0
 
@@ -47,7 +51,7 @@ class Recency:
 
 @dataclass(frozen=True, slots=True)
 class RandomOrder:
-    """Any tokens: the null that a ranking has to beat."""
+    """Ranks tokens at random: the null baseline that a ranking has to beat."""
 
     seed: int = 0
     rows_to_rank: ClassVar[int] = 0

@@ -1,7 +1,7 @@
-"""The seam of a spliced skill: which of its tokens are computed again in their place.
+"""The seam of a spliced skill: which of its tokens are recomputed in the context where it was spliced.
 
-A skill was compiled with nothing before it, or behind a preface that is not here. Its first tokens would have read most of
-what precedes them, and served as the attention sink of the lone text.
+A skill was compiled with nothing before it, or after a preface that is not in this context. In this context its first
+tokens would have read most of what precedes them. When the skill was compiled alone, they served as its attention sink.
 """
 
 from __future__ import annotations
@@ -22,11 +22,18 @@ _SPELLED = re.compile(r"(deviation):(\d+(?:\.\d+)?)%|(influence):(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class SeamRepair:
-    """The first `seam` tokens, and those that `rule` picks.
+    """Which tokens of a spliced skill to recompute: its first `seam` tokens, and those that `rule` picks.
 
-    `"deviation:15%"`: the share whose keys differ most from what they would be in place (CacheBlend's rule, arXiv 2405.16444,
-    section 4; finding out computes the whole skill once, which the account counts). `"influence:8"`: the tokens that its own
-    last one attends to most.
+    Args:
+        seam: how many of the skill's first tokens to recompute.
+        rule: `"deviation:15%"` picks the 15% of tokens whose keys differ most from keys computed in this context
+            (CacheBlend's rule, arXiv 2405.16444, section 4; this computes the whole skill once, which the account
+            counts). `"influence:8"` picks the 8 tokens that the skill's last token attends to most. None picks no
+            further tokens.
+
+    Raises:
+        InvalidArgumentError: `seam` is not a whole number.
+        InvalidEditError: `seam` is negative, or `rule` cannot be read.
     """
 
     seam: int = DEFAULT_SEAM
@@ -43,15 +50,15 @@ class SeamRepair:
 
     @property
     def computes(self) -> bool:
-        """Whether anything is computed again at all."""
+        """Whether any token is recomputed."""
         return self.seam > 0 or self.rule is not None
 
     def first(self, span: Span) -> Span:
-        """The slots of the seam, of a skill in the slots `span`."""
+        """The slots of the seam, for a skill in the slots `span`."""
         return Span(span.start, min(span.stop, span.start + self.seam))
 
     def selection(self, span: Span, ids: tuple[int, ...]) -> Selection | None:
-        """What picks further tokens of that skill."""
+        """The selection that picks further tokens of a skill in the slots `span`; None without a rule."""
         match = _SPELLED.fullmatch(self.rule) if self.rule else None
         if match is None:
             return None
@@ -60,7 +67,10 @@ class SeamRepair:
         return MostAttended(span, ids[-1], int(match[4]))
 
     def slots(self, engine: Engine, buffer: KVBuffer, ids: tuple[int, ...], span: Span) -> list[int]:
-        """Both, ascending, of a skill of these tokens that was just inserted into `span`. The buffer is unchanged."""
+        """The slots to recompute, ascending, for a skill just inserted into the slots `span`. The buffer is unchanged.
+
+        `ids` are the skill's token ids.
+        """
         chosen = set(self.first(span).range)
         selection = self.selection(span, ids)
         if selection is not None:

@@ -1,4 +1,4 @@
-"""Which slots to compute again, where that depends on the tensors: chosen when a plan is carried out, not before."""
+"""Selections: slots to recompute that depend on the tensors, so they are chosen only when a plan is carried out."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Selection(Protocol):
 
     @property
     def rows_to_choose(self) -> int:
-        """How many rows it computes to find out (without a question that is asked in any case)."""
+        """How many rows it computes in order to choose, not counting a question that is computed anyway."""
         ...
 
     def choose(self, engine: Engine, buffer: KVBuffer, reader: Rows) -> set[int]:
-        """The slots. `reader` are rows whose last one reads the decision: a question, or the context's last token."""
+        """The chosen slots. The last of the `reader` rows reads the decision: it ends a question, or the context."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class HighestRanked:
-    """The `count` slots among some spans that a ranking puts first."""
+    """Chooses the `wanted` slots that a ranking puts first among some spans; all of them if there are fewer."""
 
     ranking: Ranking = field(repr=False)
     wanted: int
@@ -53,7 +53,7 @@ class HighestRanked:
             return set()
         scores = self.ranking.scores(engine, buffer, reader)
         slots = torch.cat([torch.arange(span.start, span.stop) for span in self.among])
-        # Of equals, the later one; `stable` keeps the order that the flip gives them.
+        # Among equal scores the later slot comes first: the flip puts it there, and the stable sort keeps it.
         order = scores[slots].flip(0).sort(descending=True, stable=True).indices[: self.count]
         return set(slots.flip(0)[order].tolist())
 
@@ -65,9 +65,9 @@ class HighestRanked:
 
 @dataclass(frozen=True, slots=True)
 class MostDeviating:
-    """The share of a spliced skill whose keys differ most from those computed in place.
+    """Chooses the share of a spliced skill's tokens whose keys differ most from keys computed in this context.
 
-    Source: Yao et al., CacheBlend (arXiv 2405.16444), section 4. Finding out computes the whole skill once.
+    Choosing computes the whole skill once. Source: Yao et al., CacheBlend (arXiv 2405.16444), section 4.
     """
 
     span: Span
@@ -91,7 +91,7 @@ class MostDeviating:
 
 @dataclass(frozen=True, slots=True)
 class MostAttended:
-    """The tokens of a spliced skill that its own last one attends to most."""
+    """Chooses the tokens of a spliced skill that its last token attends to most."""
 
     span: Span
     last_id: int = field(repr=False)
@@ -120,9 +120,9 @@ def _highest(scores: torch.Tensor, count: int, span: Span) -> set[int]:
 
 
 def _deviations(engine: Engine, buffer: KVBuffer, ids: Sequence[int], span: Span) -> torch.Tensor:
-    """[n] how far each token's cached keys are from those computed in place, relative, over all layers.
+    """[n] the relative squared distance of each token's cached keys from keys computed in place, summed over layers.
 
-    With MLA the keys are made from the latent, and it is the latents that are compared.
+    With MLA, keys are computed from the latent, so the latents are compared.
     """
     slots = slice(span.start, span.stop)
     cached = [buffer.keys(layer)[:, :, slots].clone() for layer in range(len(buffer))]

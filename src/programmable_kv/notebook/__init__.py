@@ -1,1 +1,1 @@
-"""What a user holds: a context of text and fields, and the operations on its cache."""
+"""`Notebook`: a context of text and fields, and the operations on its KV cache."""

@@ -1,4 +1,4 @@
-"""Asking a notebook for a decision among options, with an edit or a splice in the same forward."""
+"""`Notebook.decide`: a decision among options, with an edit or a splice in the same forward."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 THOUGHT_ENDS = ", so"
 THOUGHT_LIMIT = 48
-"""tokens"""
+"""tokens of a thought, at most"""
 _THOUGHTS_KEPT = 7
-"""earlier thoughts that a new one may begin like"""
+"""earlier thoughts that are kept as guesses for the next one"""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked. Arguments as `Notebook.decide`."""
+    """The question and its options. Arguments as in `Notebook.decide`."""
 
     prompt: str | None
     options: Sequence[str]
@@ -50,7 +50,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """An edit or a splice to make first. Arguments and errors as `Notebook.decide`."""
+    """An edit or a splice to make before the question. Arguments and errors as in `Notebook.decide`."""
 
     edits: Mapping[str, Value] | None
     mode: str | Mode | None
@@ -66,7 +66,7 @@ class Change:
             raise InvalidEditError("a skill and edits cannot go into one forward: edit first, or splice first")
 
     def plan(self, notebook: Notebook) -> Plan | None:
-        """The plan of it; None if nothing changes."""
+        """The plan of the change; None if there is none."""
         if self.skill is not None:
             return notebook.plan.splice(self.skill, repair=self.repair)
         return notebook.plan.edit(self.edits, mode=self.mode, k=self.k, turns=self.turns) if self.edits else None
@@ -74,17 +74,17 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class _Answered:
-    """The logits after a question, and what the change before it left behind."""
+    """The logits after a question, and what the account says of the change before it."""
 
     logits: torch.Tensor
     known: dict[str, Any]
-    """for the account"""
+    """entries of the account"""
     reread: Mark | None = None
-    """where the last cached token was computed again for its logits: what to return to, so that it stays the same"""
+    """set if the last cached token was recomputed for its logits: the mark that restores its cached rows"""
 
 
 def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
-    """As `Notebook.decide`."""
+    """Carry out `Notebook.decide`."""
     buffer, tokenizer = notebook.cache, notebook.model.tokenizer
     meter = notebook.model.engine.meter
     if question.keep:
@@ -140,18 +140,18 @@ def decide(notebook: Notebook, question: Question, change: Change) -> Decision:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a prompt, and the opening of an answer to it, add to the rendered context."""
+    """The text that a prompt and the opening of an answer add to the rendered context."""
 
     text: str
     why: str = ""
-    """how the text differs from a fresh rendering, if it does"""
+    """how the text differs from a fresh rendering; empty if it does not"""
 
 
 def asked(notebook: Notebook, prompt: str | None, *, think: bool) -> Asked:
     """
     Raises:
-        InvalidValueError: the prompt has a special token that cannot be plain text.
-        TemplateError: the chat template does not take it.
+        InvalidValueError: a special token in the prompt cannot be written as plain text.
+        TemplateError: the chat template does not take the prompt.
     """
     require(prompt, (str, type(None)), "a prompt is text, or None")
     if prompt is not None:
@@ -165,7 +165,7 @@ def asked(notebook: Notebook, prompt: str | None, *, think: bool) -> Asked:
 
 
 def _ask(notebook: Notebook, ids: Sequence[int], plan: Plan | None) -> _Answered:
-    """Carry out a plan (if there is one) and compute the prompt, in one forward; the logits of its last token."""
+    """Carry out a plan (if there is one) and compute the prompt, in one forward. Returns the prompt's last logits."""
     if plan is None:
         return logits_after(notebook, ids)
     applied = notebook._applied(plan, followed_by=ids, logits=1)
@@ -184,7 +184,7 @@ def _ask(notebook: Notebook, ids: Sequence[int], plan: Plan | None) -> _Answered
 
 
 def logits_after(notebook: Notebook, ids: Sequence[int]) -> _Answered:
-    """Compute a prompt; the logits of its last token, or of the context's last token if there is none."""
+    """Compute a prompt and return the logits of its last token; of the context's last token if the prompt is empty."""
     engine, buffer = notebook.model.engine, notebook.cache
     known: dict[str, Any] = {"tokens_reused": len(notebook), "exactness": notebook._state.weakest}
     if ids:
@@ -199,11 +199,11 @@ def logits_after(notebook: Notebook, ids: Sequence[int]) -> _Answered:
 
 
 def _think(notebook: Notebook, logits: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """Greedy tokens up to the words that announce the decision; the thought, and the logits after it.
+    """Decode a thought greedily up to the words that announce the decision. Returns it and the logits after it.
 
-    A thought that ends otherwise, or not at all, is closed with those words: the decision must follow something.
-    Thoughts of one notebook are much alike, so an earlier one is guessed and checked in one forward: the same greedy
-    tokens, sooner.
+    A thought that does not end with these words within the limit gets them appended, so that the decision follows them.
+    The thoughts of one notebook are much alike. So an earlier thought serves as a guess that is checked in one forward,
+    which gives the same greedy tokens sooner (speculative decoding).
     """
     tokenizer, buffer = notebook.model.tokenizer, notebook.cache
     drawn: list[int] = []
@@ -227,7 +227,7 @@ def _think(notebook: Notebook, logits: torch.Tensor) -> tuple[str, torch.Tensor]
 
 
 def _agreed(notebook: Notebook, buffer: KVBuffer, guess: list[int]) -> tuple[torch.Tensor, list[int]]:
-    """Append as many guessed tokens as greedy decoding would have said (the first is given); their last one's logits."""
+    """Append the guessed tokens that greedy decoding agrees with; the first is given. Returns the last one's logits."""
     start = buffer.length
     logits = notebook.model.engine.append(buffer, guess, logits=len(guess))
     wanted = logits.argmax(dim=-1).tolist()
@@ -245,9 +245,9 @@ def stop_ids(notebook: Notebook) -> frozenset[int]:
 
 
 def _answer_end(notebook: Notebook) -> int | None:
-    """The token that closes an assistant's answer in this chat format; the tokenizer's end token for raw text.
+    """The token that ends an assistant's answer in this chat format; for raw text, the tokenizer's end token.
 
-    It does not depend on the conversation, so options are scored alike whatever came before.
+    It does not depend on the conversation, so options are scored in the same way after any context.
     """
     tokenizer = notebook.model.tokenizer
     if notebook._state.conversation is not None:

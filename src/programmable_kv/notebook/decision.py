@@ -1,4 +1,4 @@
-"""Decisions: which of some named options the model would say next, by the log-probability of the whole string."""
+"""Decisions: which of several options the model is likeliest to answer, by the log-probability of the whole string."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _TAIL_CHARACTERS = 24
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What was chosen, how sure, and what it cost.
+    """The chosen option, its probability, and what the decision cost.
 
-    `log_probabilities` are of each option's whole token string; `probabilities` are those, normalised over the options.
+    `log_probabilities` are those of each option's whole token string; `probabilities` are normalised over the options.
     `account` is what it took until the answer's first token could be read, an edit in the same call included;
     `scoring` is what came on top: a thought, and the later tokens of the options.
     """
@@ -42,16 +42,16 @@ class Decision:
 
     @property
     def ttft_ms(self) -> float:
-        """Milliseconds until the logits of the answer's first token were there."""
+        """Time to first token: milliseconds until the logits of the answer's first token were computed."""
         return 1e3 * self.account.seconds
 
     def gap(self, new: str, old: str) -> float:
-        """Log-probability of one option over another, in nats."""
+        """The log-probability of option `new` minus that of option `old`, in nats."""
         return self.log_probabilities[new] - self.log_probabilities[old]
 
 
 def option_ids(tokenizer: Any, prompt_end: str, options: Sequence[str], end_id: int | None) -> list[list[int]]:
-    """The tokens of each option in the form that the prompt's end calls for.
+    """The token ids of each option, in the form that fits the end of the prompt.
 
     After white space (a chat template's header) an option is unchanged; after a word or colon it takes a space. Its
     tokens are those that the prompt's last characters and the option give together, so that a tokenizer's word
@@ -59,7 +59,8 @@ def option_ids(tokenizer: Any, prompt_end: str, options: Sequence[str], end_id: 
     without it the shorter one could never lose.
 
     Raises:
-        InvalidOptionsError: fewer than two options, two equal ones, one that is no string, or one that tokenises to nothing.
+        InvalidOptionsError: there are fewer than two options; two options or their tokens are equal; an option is not a
+            string or has no tokens; or one begins another and `end_id` is None.
     """
     if isinstance(options, str):
         raise InvalidOptionsError(f"options are a list of strings, got the one string {options!r}")
@@ -93,7 +94,7 @@ def option_ids(tokenizer: Any, prompt_end: str, options: Sequence[str], end_id: 
 
 
 def best_of(options: Sequence[str], scores: Sequence[float]) -> str:
-    """The option of the highest score; the first of equals."""
+    """The option with the highest score; the first one if several are equal."""
     return options[max(range(len(options)), key=lambda index: scores[index])]
 
 
@@ -101,8 +102,8 @@ def best_of(options: Sequence[str], scores: Sequence[float]) -> str:
 def likeliest(engine: Engine, buffer: KVBuffer, first_logits: torch.Tensor, options: Sequence[Sequence[int]]) -> int:
     """The index of the option that `score` would score highest.
 
-    A string is never likelier than its first token, so options whose first token is less likely than a whole one that was
-    computed are left out. Arguments as `score`.
+    A string is never likelier than its first token. So an option is skipped if its first token is less likely than the
+    whole string of an option that was scored before. Arguments as in `score`.
     """
     first = torch.log_softmax(first_logits[-1].cpu().double(), dim=-1)
     beginning: dict[int, list[int]] = {}
@@ -121,10 +122,10 @@ def likeliest(engine: Engine, buffer: KVBuffer, first_logits: torch.Tensor, opti
 def score(
     engine: Engine, buffer: KVBuffer, first_logits: torch.Tensor, options: Sequence[Sequence[int]]
 ) -> list[float]:
-    """Log-probability of each option's tokens after the buffer. The buffer is unchanged.
+    """The log-probability of each option's tokens, as a continuation of the buffer. The buffer is unchanged.
 
     `first_logits`: [1, vocabulary], of the row that the first token follows. Options with a shared beginning share its
-    computation: it is computed once and truncated back to.
+    computation: it is computed once, and the buffer is truncated back to it.
     """
     length = buffer.length
     cached: list[int] = []

@@ -1,4 +1,4 @@
-"""A notebook as HTML: every cached token, coloured by its state. Self-contained; no script, no network."""
+"""A notebook as HTML: every cached token, coloured by its state. The page needs no script and no network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from programmable_kv.states import TokenState
 if TYPE_CHECKING:
     from programmable_kv.notebook.notebook import Notebook
 
-# Colours of Okabe and Ito (2008), lightened: told apart with the common colour blindnesses too.
+# Colours of Okabe and Ito (2008), lightened: people with the common colour blindnesses can tell them apart too.
 COLOURS = {
     TokenState.EXACT: "#f3f3f3",
     TokenState.REPAIRED: "#d5d0ee",
@@ -31,12 +31,12 @@ MEANINGS = {
     TokenState.STALE: "computed on another text, or under a value that has changed since",
 }
 ERRATUM_STYLE = "outline:2px solid #e69f00"
-"""an erratum is a kind of text and not a state: it has a frame"""
+"""an erratum is marked by a frame, because it is a kind of text and not a state"""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRun:
-    """Consecutive tokens in one state."""
+    """Consecutive tokens of one unit in one state."""
 
     text: str
     state: TokenState
@@ -45,7 +45,7 @@ class TokenRun:
 
 
 def token_runs(notebook: Notebook) -> list[TokenRun]:
-    """The tokens of a prefilled notebook in order, those of one state and unit together."""
+    """The tokens of a prefilled notebook, in runs of one unit and state."""
     states = notebook.states
     runs: list[TokenRun] = []
     slot = 0
@@ -53,7 +53,7 @@ def token_runs(notebook: Notebook) -> list[TokenRun]:
         written = 0
         texts = []
         for start, stop in unit.offsets.tolist():
-            # A character that several tokens share is shown with the last of them; a special token may show none.
+            # A character that several tokens share is shown with the first of them. A special token may show nothing.
             texts.append(unit.text[max(written, start) : stop] if stop > written else "")
             written = max(written, stop)
         for state, group in groupby(zip(states[slot : slot + len(unit)], texts, strict=True), key=lambda item: item[0]):

@@ -1,4 +1,4 @@
-"""A prompt and its answer become turns of the context. What is in the cache already is not computed again."""
+"""Making a prompt and its answer turns of the context. Tokens that are already cached are not computed again."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 def keep_drawn(
     notebook: Notebook, turn: Unit, asked: str, prompt: str | None, drawn: Sequence[int], answer: str
 ) -> str:
-    """Let a streamed answer and its prompt become turns; in words, how the text differs from a fresh rendering.
+    """Make a streamed answer and its prompt turns. Returns how the text differs from a fresh rendering, in words.
 
-    Tokens that are cached already are not computed. If it raises, the caller has to return to the state of before.
+    Tokens that are already cached are not computed again. If this raises, the caller must restore the earlier state.
 
     Args:
-        drawn: the answer's tokens as the model said them, all but the last of them cached.
+        drawn: the answer's tokens as the model generated them. All but the last one are cached.
     """
     cached = drawn[: notebook.cache.length - len(notebook._state.context) - len(turn)]
     whole, conversation, why = _whole(notebook, asked, prompt, answer, space=False)
@@ -33,7 +33,7 @@ def keep_drawn(
 
 
 def keep_choice(notebook: Notebook, turn: Unit, asked: str, prompt: str | None, answer: str) -> str:
-    """Let a prompt, which is computed already, and a chosen answer become turns. Returns as `keep_drawn`."""
+    """Make a prompt, which is already computed, and a chosen answer turns. Returns what `keep_drawn` returns."""
     whole, conversation, why = _whole(notebook, asked, prompt, answer, space=True)
     _adopt(notebook, turn, whole, [], conversation)
     return why
@@ -42,13 +42,14 @@ def keep_choice(notebook: Notebook, turn: Unit, asked: str, prompt: str | None, 
 def _whole(
     notebook: Notebook, asked: str, prompt: str | None, answer: str, *, space: bool
 ) -> tuple[str, Conversation | None, str]:
-    """What follows a prompt's own text once it is answered, the conversation then, and how it differs from a fresh text.
+    """The text that follows a prompt once it is answered, the new conversation, and how it differs from a fresh text.
 
-    All texts have the marks of `as_text`, but for the prompt and the answer as they are given.
+    `prompt` and `answer` are unmarked; all other texts have the marks of `as_text`.
 
     Args:
-        asked: the prompt's own text, with the opening of an answer.
-        space: put one before an answer that stays as computed.
+        asked: the text of the prompt as computed, with the opening of an answer.
+        space: put a space before the answer where the template would render the answer in another way than it is
+            cached.
     """
     tokenizer, conversation = notebook.model.tokenizer, notebook._state.conversation
     answer = as_text(answer, tokenizer, "the answer")
@@ -63,7 +64,7 @@ def _whole(
 def _adopt(
     notebook: Notebook, turn: Unit, answer: str, cached: Sequence[int], conversation: Conversation | None
 ) -> None:
-    """Enter a prompt that is in the buffer, and an answer of which the tokens `cached` may be; compute the rest of it."""
+    """Enter a prompt that is in the buffer, and an answer that may begin with the `cached` tokens; compute the rest."""
     buffer, state = notebook.cache, notebook._state
     unit = tokenised(notebook.model.tokenizer, Rendered(answer), Kind.TURN)
     shared = 0

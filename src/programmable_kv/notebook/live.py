@@ -1,4 +1,4 @@
-"""The state of a notebook, and what can be seen of it."""
+"""`Live`: the base of `Notebook` with its state and the properties that read it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from programmable_kv.states import TokenState
 
 
 class Live:
-    """A context and its cache: text and fields, and their keys and values once they were computed."""
+    """A context and its cache: text and fields, and their keys and values once they are computed."""
 
     def __init__(
         self,
@@ -43,20 +43,22 @@ class Live:
     ) -> None:
         """
         Args:
-            erratum_template: one line with `{name}` and `{value}`, by which an edit states a new value.
-            ranking: which later tokens a `selective` edit computes again; by attention when None.
-            fold_system: put a leading system message at the beginning of the first user turn if the chat template has no place
-                for one (Gemma, Mistral). Other templates are not affected.
-            tools: for the chat template, as OpenAI's API takes them.
-            template_kwargs: other variables of the chat template, such as `enable_thinking` or `date_string`. A text as
-                `strftime_now` is what the template's own clock answers.
-            visibility: `causal`: every token reads all text before it. `design`: a field is read by the lines that mention it
-                and by turns, a skill reads itself only; then edits and splices are exact, at the price of what read the change
-                (`docs/by-design.md`). It changes what the model computes, and so what it decides.
+            erratum_template: the line with which an edit states a new value; it has `{name}` and `{value}`.
+            ranking: which later tokens a `selective` edit recomputes; by attention (`AttentionInfluence`) when None.
+            fold_system: put a leading system message at the beginning of the first user turn if the chat template has
+                no place for one (Gemma, Mistral). Other templates are not affected.
+            tools: tools for the chat template, in the format of OpenAI's API.
+            template_kwargs: other variables of the chat template, such as `enable_thinking` or `date_string`. A string
+                given for `strftime_now` is returned to a template that asks for the current date.
+            visibility: under `causal` every token reads all text before it. Under `design` a field is read only by the
+                lines that mention it and by turns, and a skill reads only itself. Edits and splices are then exact and
+                recompute only what read the change (`docs/by-design.md`). It changes what the model computes, and so
+                what it decides.
 
         Raises:
-            InvalidArgumentError: that is no model, or no visibility.
-            InvalidValueError: the erratum template is not one; tools or variables are no plain data.
+            InvalidArgumentError: `model` is not a `Model`, or `visibility` is unknown.
+            InvalidValueError: the erratum template lacks `{name}` or `{value}` or has several lines; or tools or
+                variables are not plain data.
         """
         require(model, Model, "a notebook runs on a Model, as load_model and wrap_model make it")
         check_template(erratum_template)
@@ -77,19 +79,22 @@ class Live:
         )
         self._skills: dict[str, Skill] = {}
         self._declared = Declared()
-        """by what words lines speak of a field, and who may read a part"""
+        """the words declared for each field, and what may read each part"""
         self._state = State()
         self._buffer: KVBuffer | None = None
         self._stream_open = False
         self._thoughts: list[list[int]] = []
         self.last_account = Account()
-        """what the latest operation cost"""
+        """the account of the latest operation"""
 
     @property
     def cache(self) -> KVBuffer:
-        """The cache itself, a transformers `Cache`: `transformers_model.generate(ids, past_key_values=notebook.cache)`.
+        """The KV cache, a transformers `Cache`: `transformers_model.generate(ids, past_key_values=notebook.cache)`.
 
-        The notebook does not know what transformers appends to it by itself: wrap such calls in `mark` and `rollback`.
+        The notebook does not know the tokens that transformers appends to it: wrap such calls in `mark` and `rollback`.
+
+        Raises:
+            NotPrefilledError: the context has not been computed yet.
         """
         if self._buffer is None:
             raise NotPrefilledError("the context has not been computed yet: call .prefill() first")
@@ -106,24 +111,24 @@ class Live:
         return self._state.context.text
 
     def rendered(self) -> Rendered:
-        """The prompt as written, as the model will read it at prefill, with the characters of every field.
+        """The prompt as the model reads it at prefill, with the characters of every field.
 
-        A notebook that was loaded has no prompt: of it, the text that is cached.
+        A notebook from `load` has no prompt: for it, this is the cached text.
         """
         return self._state.context.rendered if self.prompt.empty else self.prompt.rendered()
 
     @property
     def fields(self) -> dict[str, str]:
-        """Every field's current value, as text."""
+        """The current value of every field, as text."""
         if self._buffer is not None:
             return self._state.context.shown
         return {name: self.prompt.types.get(name, TEXT).shown(text) for name, text in self.prompt.fields.items()}
 
     def spans(self, name: str) -> list[Span]:
-        """The slots of every place of a field.
+        """The slots of a field's value, one span for each place where it stands.
 
         Raises:
-            UnknownFieldError: there is no such field.
+            UnknownFieldError: the context has no field of that name.
         """
         _ = self.cache
         require_fields([name], self._state.context.fields)
@@ -131,21 +136,21 @@ class Live:
 
     @property
     def states(self) -> list[TokenState]:
-        """The state of every cached token."""
+        """The state of every cached token, in slot order."""
         _ = self.cache
         return self._state.token_states()
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The pieces of the context in order."""
+        """The parts of the context, in order."""
         _ = self.cache
         return self._state.parts()
 
     def part(self, name: str) -> Part:
-        """The skill of that name.
+        """The part of the context that is the skill of this name.
 
         Raises:
-            UnknownPartError: there is none, or more than one: use `parts`.
+            UnknownPartError: the context has no skill of that name, or several: use `parts`.
         """
         span = self._state.skill_named(name)
         return next(part for part in self.parts if part.span == span)
@@ -154,7 +159,7 @@ class Live:
         return len(self._state.context)
 
     def _changed(self, values: Mapping[str, Value]) -> dict[str, Value]:
-        """Those of some new values that differ from the fields' current ones; those of unknown fields, too.
+        """The given values that differ from the fields' current ones. Values of unknown fields count as different.
 
         Raises:
             InvalidValueError: a value is not of its field's type.
@@ -165,13 +170,13 @@ class Live:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Several steps, all or none: if the block raises, the notebook is put back."""
+        """Make several steps atomic: if the block raises, the notebook returns to its state before the block."""
         state, buffer = self._ready(), self.cache
         mark = buffer.mark()
         try:
             yield
         except BaseException:
-            if buffer.holds(mark):  # or else the caller has rolled back further already
+            if buffer.holds(mark):  # otherwise the caller has already rolled back further
                 buffer.rollback(mark)
                 self._state = state
             raise
@@ -183,15 +188,15 @@ class Live:
         return account
 
     def _unchanged(self, account: Account, operation: str) -> Account:
-        """The account of an operation that computes nothing of this context."""
+        """The account of an operation that computes no token of this context."""
         return account.of(operation=operation, tokens_reused=len(self), exactness=self._state.weakest)
 
     def _ready(self) -> State:
-        """The state, if an operation can start from it.
+        """The current state, checked to be one that an operation can start from.
 
         Raises:
-            NotPrefilledError: there is no cache yet.
-            OutOfStepError: a stream is open, or transformers appended to the cache by itself.
+            NotPrefilledError: the context has not been computed yet.
+            OutOfStepError: a stream is open, or transformers wrote to the cache without the notebook.
         """
         buffer = self.cache
         if self._stream_open:
@@ -208,7 +213,7 @@ class Live:
                 f"transformers wrote to .cache by itself from slot {buffer.foreign_from} on, in the place of tokens that this "
                 "notebook knows of. Roll back to a mark from before."
             )
-        buffer.foreign_from = None  # what it wrote after the end is gone again
+        buffer.foreign_from = None  # what transformers wrote after the end is gone again
         return self._state
 
     def _require_not_prefilled(self) -> None:

@@ -1,4 +1,4 @@
-"""How far the keys and values of later tokens move when a field takes another value: where its value has been noted."""
+"""How far the keys and values of later tokens move when a field's value changes, which shows where it is noted."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 def movement(notebook: Notebook, name: str, value: Value) -> torch.Tensor:
     """[S] for each slot of the context, how far its keys and values move, relative to their size; 0 up to the field.
 
-    The squared distance over the squared size, averaged over layers, keys and values. Every token after the field moves a
-    little, because it reads what does: only the order says something. The field's own places count as unmoved, and tokens
-    that were computed on another text than the present one count as moved by that, too. The notebook is unchanged afterwards.
-    It costs one recomputation of what follows the field's first place.
+    The measure is the squared distance over the squared size, averaged over layers, keys and values. Every token after
+    the field moves a little, because it reads tokens that move: only the order of the tokens is informative. The
+    field's own tokens count as unmoved. In tokens that were stale before, the movement includes what makes them stale.
+    The notebook is unchanged afterwards. The cost is one recomputation of everything after the field's first place.
 
     Raises:
         UnverifiedError: the value's token length changes and this model's keys cannot be relocated.
-        UnknownFieldError, InvalidValueError, InvalidEditError, ContextOverflowError: as `edit`.
+        UnknownFieldError, InvalidValueError, InvalidEditError, ContextOverflowError: as in `edit`.
     """
     plan = notebook.plan.edit({name: value}, mode=Mode.IN_PLACE)
     moved = torch.zeros(len(notebook), dtype=torch.float64)
@@ -58,7 +58,7 @@ def _kept(plan: Plan) -> Iterator[tuple[int, int]]:
 
 
 def _distance(stale: list[torch.Tensor], true: list[torch.Tensor]) -> torch.Tensor:
-    """[n] the relative squared distance of each slot, averaged over the tensors."""
+    """[n] the squared distance of each slot relative to its squared size, averaged over the tensors."""
     shares = []
     for before, after in zip(stale, true, strict=True):
         off, size = (tensor.cpu().double().pow(2).sum(dim=(0, 1, 3)) for tensor in (after - before, after))

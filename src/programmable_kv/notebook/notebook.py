@@ -1,4 +1,4 @@
-"""Notebook: a context of text and fields whose cache is edited instead of prefilled again.
+"""`Notebook`: a context of text and fields whose KV cache is edited instead of prefilled again.
 
 notebook = Notebook(load_model())
 notebook.message("system", "... order_status: {order_status} ...", order_status="shipped")
@@ -47,28 +47,31 @@ from programmable_kv.storage.files import Blobs
 
 
 class Notebook(Written):
-    """Text and fields, computed once, and then edited, asked, continued and composed in the cache.
+    """A context of text and fields that is prefilled once, then edited, queried, extended and composed in its KV cache.
 
-    Build it from chat messages (`message`) or raw text (`text`, `field`), not both; `prefill` it once; then `edit`, `decide`,
-    `generate`, `add`, `splice`, `cut`, in any order. Every operation returns or carries its `Account`, and `plan` shows what
-    it would do. An operation that raises leaves the notebook unchanged.
+    Build it from chat messages (`message`) or from raw text (`text`, `field`), not from both. Call `prefill` once. Then
+    call `edit`, `decide`, `generate`, `add`, `splice`, `cut` and the other operations in any order. Each operation
+    returns or records an `Account` of what it cost (`last_account` has the latest), and `plan` shows what an operation
+    would do. An operation that raises leaves the notebook unchanged.
     """
 
     def prefill(self, *, repair: SeamRepair | None = None, progress: Progress | None = None) -> Account:
-        """Compute the whole context once; skills in it are spliced.
+        """Prefill the whole context. Skills in it are spliced in instead of computed.
 
         Args:
-            repair: which of the skills' tokens are computed again in their place.
-            progress: called with (tokens done, tokens in all) after each chunk of a long text. If it raises, or on Ctrl-C, the
-                notebook is unchanged.
+            repair: which tokens of each skill to recompute in this context; `SeamRepair()` when None.
+            progress: called with (tokens done, tokens in all) after each chunk of a long text. If it raises, or on
+                Ctrl-C, the notebook is unchanged.
 
         Raises:
-            NotPrefilledError: there is nothing to prefill.
-            AlreadyPrefilledError: it was prefilled already.
-            UnverifiedError: there is a skill, and this model's keys cannot be moved.
-            ContextOverflowError: the context is longer than the model's positions.
+            NotPrefilledError: the notebook is empty.
+            AlreadyPrefilledError: the notebook was prefilled before.
+            UnverifiedError: the context has a skill and this model's keys cannot be relocated; or the notebook has
+                visibility="design" and this model cannot recompute tokens in the middle of a context.
+            ContextOverflowError: the context needs more positions than the model has.
             TemplateError: the chat template changes what the messages say.
-            InvalidEditError: a repair under visibility="design", where there is no seam.
+            InvalidEditError: `repair` recomputes tokens under visibility="design", where skills have no seam; or an
+                empty field has no text on either side.
         """
         self._require_not_prefilled()
         if self.prompt.empty:
@@ -80,20 +83,21 @@ class Notebook(Written):
 
     @property
     def plan(self) -> Plans:
-        """What an operation would do: `print(notebook.plan.edit(order_status="shipped"))`."""
+        """Plans of operations, which change nothing: `print(notebook.plan.edit(order_status="shipped"))`."""
         return Plans(self)
 
     def readers(self, name: str, *, turns: str = "open") -> tuple[Reader, ...]:
-        """What `edit(..., mode="readers")` computes again besides the field itself: each piece of text, and why.
+        """List the readers of a field: each piece of text that `edit(..., mode="readers")` recomputes, and why.
 
-        Under `visibility="design"`, all that an edit computes again: what read the field, or read something that did.
+        The field's own tokens are recomputed as well. Under `visibility="design"` the list has everything that an edit
+        recomputes: the text that read the field, directly or through other text.
 
         Args:
-            turns: as `edit`.
+            turns: as in `edit`.
 
         Raises:
-            UnknownFieldError: there is no such field.
-            InvalidArgumentError: `turns` is no such thing.
+            UnknownFieldError: the context has no field of that name.
+            InvalidArgumentError: `turns` is not open, keep or all.
         """
         self.spans(name)
         wanted = parse_turns(turns)
@@ -113,28 +117,33 @@ class Notebook(Written):
         share: float = SHARE,
         turns: str = "open",
     ) -> Suggestions:
-        """Which lines the model really uses a field on: those whose keys and values move when it takes another value.
+        """Find the lines on which the model uses a field: their keys and values change when the field's value changes.
 
-        `print` it: a line that reads the field and has no declared word is listed as missed, and `.words` is what to pass to
-        `mentions`. The notebook is unchanged. It costs a copy of the cache and one computation of all that follows the field,
-        and more where that is stale. With `options`, the decision is made before and after the edit, by full prefill and by
-        readers, and once more for each missed line: what that line closes of the distance to full prefill.
+        Print the result. It marks a line that uses the field but is not one of its readers as MISSED, and its `words`
+        are what to pass to `mentions`. The notebook is unchanged. The search copies the cache and recomputes everything
+        after the field once; a context that is not exact is recomputed first. With `options`, it also makes the
+        decision before the edit, after it by full prefill, by readers and by readers with all suggested lines, and once
+        for each missed line: how much of the distance to full prefill that line closes alone.
 
         Args:
-            value: another value of the field; other values may be read on other lines.
-            prompt, options: a decision that depends on the field, as for `decide`.
-            share: how far a line moves to be suggested, as a share of the line that moves farthest.
-            turns: as `edit`; turns that are computed again in any case are not listed.
+            value: another value of the field. The model may use other values on other lines.
+            prompt, options: a decision that depends on the field, as in `decide`.
+            share: how far a line has to move to be suggested, as a share (above 0, at most 1) of the line that moves
+                farthest.
+            turns: as in `edit`. Turns that an edit recomputes in any case are not listed.
 
         Raises:
-            InvalidArgumentError: `share` or `turns` is no such thing.
-            UnknownFieldError, InvalidValueError, ContextOverflowError, UnverifiedError: as `edit` in mode `readers`.
+            InvalidArgumentError: `share` is out of its range, or `turns` is not open, keep or all.
+            InvalidEditError: the notebook has visibility="design", where lines that are not declared have not read the
+                field.
+            UnknownFieldError, InvalidValueError, ContextOverflowError, UnverifiedError: as in `edit` with mode
+                `readers`.
             InvalidOptionsError: the options cannot be compared.
         """
         return suggest(self, name, value, prompt, options, share, turns)
 
     def _readers_in(self, context: Context, name: str, turns: Turns, words: Sequence[str] = ()) -> tuple[Reader, ...]:
-        """The readers of a field; `words` are what they may mention besides its name and what was declared."""
+        """The readers of a field. They may mention its name, the declared words, or one of `words`."""
         slots = turn_slots(context, self._state.conversation, name)
         known = [word for each in (name, *words) for word in declared_words(self._declared.words, each)]
         return readers_of(context, name, (*known, *words), turns, slots)
@@ -151,86 +160,103 @@ class Notebook(Written):
         turns: str = "open",
         **fields: Value,
     ) -> Account:
-        """Give fields new values: `edit(order_status="pending")`, or a mapping for names that are no keywords or options.
+        """Give fields new values, as in `edit(order_status="pending")`.
 
-        A field keeps its type: a value that is not of it is refused.
+        Pass a mapping for names that are not Python identifiers or that equal an option of this method. A field keeps
+        its type: a value of another type is refused.
 
         Args:
-            mode: one of `Mode`. When None, `readers` if `mentions` was called for every one of these fields, and else
-                `field_erratum`; or `suffix` where that computes no more tokens.
+            mode: one of `Mode`. None means `readers` if `mentions` was called for every one of these fields, otherwise
+                `field_erratum`; but `suffix` where that computes no more tokens. Under `visibility="design"` None means
+                `readers`, and only `readers`, `suffix` and `full` are allowed: every edit is exact.
             k: for `selective`, how many later tokens to recompute besides the field's own.
-            turns: for `readers`, which turns are computed again: `open` (those since the last answer), `keep` (none), `all`.
+            turns: for `readers`, which turns to recompute: `open` (those since the last answer), `keep` (none) or
+                `all`.
 
         Raises:
-            InvalidArgumentError: `k` or `turns` is no such thing.
-            UnknownFieldError, InvalidValueError, InvalidEditError: the edit is not one.
-            ContextOverflowError: the new value or the erratum does not fit.
-            UnverifiedError: the value's token length changes and this model's keys cannot be relocated.
+            InvalidArgumentError: `k` is not a whole number, or `turns` is not open, keep or all.
+            UnknownFieldError: the context has no field of that name.
+            InvalidValueError: a value is not of its field's type, or is not plain data.
+            InvalidEditError: no field is named, `mode` is unknown or not allowed here, or `selective` has `k` below 1.
+            TemplateError: the chat template takes no erratum at this point.
+            ContextOverflowError: the new value or the erratum does not fit the model's positions.
+            UnverifiedError: the value's token length changes and this model's keys cannot be relocated; or this model
+                cannot recompute tokens in the middle of a context.
         """
         return self._carry_out(self.plan.edit(changes, mode=mode, k=k, turns=turns, **fields))
 
     def rebase(self, *, limit: int | None = None) -> Account:
-        """Fold errata back: write their values into the fields' places, drop the lines, and recompute from there.
+        """Fold errata back: write their values into the fields' places, drop the errata, and recompute from there.
 
         Args:
-            limit: compute at most so many tokens; as many fields are folded, from the last one backwards, as this allows.
+            limit: the most tokens to compute. As many fields are folded back as this allows, starting with the last
+                one.
 
         Raises:
-            ContextOverflowError: the new text does not fit.
+            InvalidArgumentError: `limit` is not a whole number of at least 0.
+            ContextOverflowError: the new text does not fit the model's positions.
         """
         return self._carry_out(self.plan.rebase(limit=limit))
 
     def splice(self, skill: Skill, /, *, at: int | Part | None = None, repair: SeamRepair | None = None) -> Account:
-        """Put a compiled skill into the live context.
+        """Insert a compiled skill into the live context. What follows it is relocated.
 
         Args:
-            at: the slot (or the part) before which it goes; the context's end when None.
-            repair: which of its tokens are computed again in their place.
+            at: the slot (or the part) before which the skill goes; the context's end when None.
+            repair: which of the skill's tokens to recompute in this context; `SeamRepair()` when None.
 
         Raises:
-            UnverifiedError: keys of this model cannot be moved.
-            FingerprintMismatchError: another model compiled it.
-            InvalidValueError: a value here speaks of a field of the skill's, or one of the skill's of a field here.
-            ContextOverflowError: it does not fit.
-            UnknownPartError: there is no such slot or part.
-            InvalidEditError: `at` is no place in the text, or a field of the skill has another value here.
+            InvalidArgumentError: `skill` is not a `Skill`, `at` is not a slot or a part, or `repair` is not a
+                `SeamRepair`.
+            UnverifiedError: this model's keys cannot be relocated.
+            FingerprintMismatchError: another model compiled the skill.
+            InvalidValueError: a field's value here states something about a field of the skill, or the other way round.
+            ContextOverflowError: the skill does not fit the model's positions.
+            UnknownPartError: the context has no such slot or part.
+            InvalidEditError: the text cannot be split at `at`, a field of the skill has another value here, the skill
+                was compiled with visibility="design" and this notebook is causal, or `repair` recomputes tokens under
+                visibility="design".
         """
         return self._carry_out(self.plan.splice(skill, at=at, repair=repair))
 
     def cut(self, what: str | Part | Span, /) -> Account:
-        """Take a part (a skill's name, or a piece of the context) out. What follows is relocated.
+        """Remove a part: a skill by its name, one of `parts`, or a span of slots. What follows is relocated.
 
         Raises:
-            UnverifiedError: keys of this model cannot be moved.
-            UnknownPartError: there is no such part.
-            InvalidEditError: the span's ends are no places in the text.
+            InvalidArgumentError: `what` is not a name, a part or a span.
+            UnverifiedError: this model's keys cannot be relocated.
+            UnknownPartError: the context has no such part.
+            InvalidEditError: the text cannot be split at an end of the span.
         """
         return self._carry_out(self.plan.cut(what))
 
     def move(self, what: str | Part | Span, /, *, to: int | Part | None = None) -> Account:
-        """Move a part before the slot (or part) `to`; to the context's end when None.
+        """Move a part before the slot (or part) `to`, or to the context's end when `to` is None.
 
-        Only what lies between is touched; a part that is there already costs nothing.
+        Only the part and what it passes are touched. Moving a part to where it already stands costs nothing.
 
         Raises:
-            UnverifiedError: keys of this model cannot be moved.
-            UnknownPartError: there is no such part.
-            InvalidEditError: `to` lies inside it or is no place in the text.
+            InvalidArgumentError: `what` is not a name, a part or a span, or `to` is not a slot or a part.
+            UnverifiedError: this model's keys cannot be relocated.
+            UnknownPartError: the context has no such slot or part.
+            InvalidEditError: `to` lies inside the part, or the text cannot be split at `to` or at an end of the part.
         """
         return self._carry_out(self.plan.move(what, to=to))
 
     def replace(self, what: str | Part | Span, skill: Skill, /, *, repair: SeamRepair | None = None) -> Account:
-        """Exchange a part for a skill, in its place. Raises as `cut` and `splice` do."""
+        """Put a skill in the place of a part. Raises the errors of `cut` and `splice`."""
         return self._carry_out(self.plan.replace(what, skill, repair=repair))
 
     def recompute(self, start: int | Part | None = None) -> Account:
-        """Compute everything from a slot (or part) on again, on what precedes it; from the first inexact token when None.
+        """Recompute everything from a slot (or part) on, or from the first inexact token when `start` is None.
 
-        From the context's first inexact token on, this makes all of it exact for the current text. (A value that only an
-        erratum states is still stated by the erratum: `rebase` writes it into its place.)
+        Recomputing from the first inexact token makes the whole context exact for its current text. (A value that only
+        an erratum states is still stated by the erratum: `rebase` writes it into its place.) Under
+        `visibility="design"`, skills that are exact are not recomputed.
 
         Raises:
-            UnknownPartError: there is no such slot or part.
+            InvalidArgumentError: `start` is not a slot or a part.
+            UnknownPartError: the context has no such slot or part.
         """
         return self._carry_out(self.plan.recompute(start))
 
@@ -244,18 +270,20 @@ class Notebook(Written):
         tool_call_id: str | None = None,
         name: str | None = None,
     ) -> Account:
-        """Append a turn to the live context: what the user said, a tool's result, the assistant's own answer.
+        """Append a turn to the live context: a user's message, a tool's result, or an answer of the assistant.
 
-        For a raw-text notebook the role is not rendered: the content is appended unchanged.
+        A raw-text notebook does not render the role: it appends the content unchanged.
 
         Args:
-            content: text, text parts, or None for an assistant that only calls tools.
+            content: text, a list of text parts, or None for an assistant that only calls tools.
             tool_calls, tool_call_id, name: as chat clients send them, for the chat template.
 
         Raises:
-            InvalidValueError: the content has a special token that cannot be plain text, or the role is no word.
-            TemplateError: the chat template cannot continue this conversation with that role, or drops what it says.
-            ContextOverflowError: it does not fit.
+            InvalidValueError: the role is not one word, the content is not text, a tool call is malformed, or a special
+                token in the turn cannot be written as plain text.
+            TemplateError: the chat template cannot continue this conversation with that role, or drops what the turn
+                says.
+            ContextOverflowError: the turn does not fit the model's positions.
         """
         known = {"tool_calls": tool_calls, "tool_call_id": tool_call_id, "name": name}
         message = message_of({"role": role, "content": content, **known}, self.model.tokenizer)
@@ -277,7 +305,7 @@ class Notebook(Written):
     def _applied(
         self, plan: Plan, conversation: Conversation | None = None, *, followed_by: Sequence[int] = (), logits: int = 0
     ) -> Applied:
-        """Carry out a plan that was made for the state now; `followed_by` goes into the buffer only."""
+        """Carry out a plan made for the current state. `followed_by` goes into the buffer only, not into the state."""
         with self._transaction():  # an interrupt between the cache's change and the state's undoes both
             state = self._state
             applied = apply(plan, self.model.engine, self.cache, state.ledger, followed_by=followed_by, logits=logits)
@@ -300,24 +328,29 @@ class Notebook(Written):
         think: bool = False,
         keep: bool = False,
     ) -> Decision:
-        """Which option the model would answer. The prompt and the answer are taken back; an edit or a splice stays.
+        """Choose the option that the model is likeliest to answer.
+
+        The prompt and the answer are removed from the context again; an edit or a splice made in the same call stays.
 
         Args:
-            prompt: asked as a user message (or raw text); None asks for the answer to what the context ends with. A thought
-                that the chat template opens for the answer is closed first: options are answers, not thoughts.
-            options: at least two strings, compared as wholes.
-            edits, mode, k, turns: an edit to make first, in the same forward as the prompt: the cheapest way to do both.
-            skill, repair: a skill to splice in at the context's end first, its seam in the same forward as the prompt.
-            think: let the model restate the field in one line before it decides. With a prompt, an instruction to do so is
-                added to it; without one, the context is expected to end with such a request.
-            keep: let the prompt and the answer become turns of the context. The prompt is not computed again for that.
+            prompt: asked as a user message (or raw text). None asks for the answer to what the context ends with. If
+                the chat template opens a thought for the answer, it is closed first: options are answers, not thoughts.
+            options: at least two strings, compared by the log-probability of the whole string.
+            edits, mode, k, turns: an edit to make first, in the same forward as the prompt: the cheapest way to do
+                both.
+            skill, repair: a skill to splice in first, at the context's end; its seam is recomputed in the same forward.
+            think: let the model restate the field in one line before it decides. A prompt gets an instruction to do so;
+                without a prompt, the context should end with such a request.
+            keep: make the prompt and the answer turns of the context. The prompt is not computed again for that.
 
         Raises:
             InvalidOptionsError: the options cannot be compared.
-            InvalidEditError: an edit and a splice at once, or a repair without a skill.
-            UnknownFieldError, UnverifiedError, FingerprintMismatchError, ContextOverflowError: as `edit` and `splice`.
-            InvalidValueError: the prompt, or an option that is to be kept, has a special token that cannot be plain text.
-            TemplateError: the chat template does not take the prompt or, with `keep`, the answer.
+            InvalidEditError: an edit and a splice were given at once, a repair without a skill, or nothing to answer.
+            UnknownFieldError, UnverifiedError, FingerprintMismatchError, ContextOverflowError: as in `edit` and
+                `splice`.
+            InvalidValueError: a special token in the prompt, or in an option with `keep`, cannot be written as plain
+                text; or as in `edit` and `splice`.
+            TemplateError: the chat template does not take the prompt, the erratum or, with `keep`, the answer.
         """
         question = asking.Question(prompt, options, think, keep)
         change = asking.Change(edits, mode, k, skill, repair, turns)
@@ -340,30 +373,38 @@ class Notebook(Written):
         keep: bool = False,
         watch: Watch | None = None,
     ) -> Iterator[str]:
-        """Stream an answer as pieces of text; greedy at temperature 0.
+        """Stream an answer as pieces of text. Decoding is greedy at temperature 0.
 
-        With `keep` the prompt and the answer become turns of the context; otherwise they are taken back when the
-        stream ends or is closed. Until then every other operation is refused. `last_account` has the price afterwards, and
-        in `why` what ended the answer if the model did not.
+        With `keep`, the prompt and the answer become turns of the context. Otherwise they are removed again when the
+        stream ends or is closed. Until then, operations that need or change the cache raise OutOfStepError, except
+        `mark` and `rollback`. Afterwards `last_account` has the cost; its `why` says what ended the answer if the model
+        did not.
 
         Args:
-            temperature, top_k, top_p, min_p: as in transformers; the last three have an effect only above temperature 0.
-            repetition_penalty: as in transformers: on every token of the context, the prompt and the answer so far.
-            logit_bias: what to add to the logits of tokens: of one, by its id; or of a text, which is raised or lowered at its
-                last token where the tokens before it have just been said.
-            stop: strings that end the answer; it ends before the first one to be complete. Text that may be the beginning of
-                one is held back until it is known.
+            prompt: as in `decide`.
+            max_new_tokens: the most tokens that the answer may have.
+            temperature, top_k, top_p, min_p: as in transformers. The last three have an effect only above temperature
+                0.
+            seed: of the random draws above temperature 0.
+            repetition_penalty: as in transformers. It counts every token of the context, the prompt and the answer so
+                far.
+            logit_bias: what to add to logits, by token id or by text. The bias of a text of several tokens applies to
+                its last token, where the tokens before it were just generated.
+            stop: strings that end the answer. It ends before the first one that is complete. Text that may be the
+                beginning of a stop string is held back until that is known.
             max_seconds: end the answer with the first token that is drawn after this time.
-            watch: called with each token of the answer when it is drawn, and with the model's log-probabilities there [V],
-                before temperature, penalties and biases. The token that ends an answer is not one of them.
+            watch: called with each token of the answer when it is drawn, and with the model's log-probabilities for it
+                [V], before temperature, penalties and biases. It is not called with the token that ends the answer.
 
         Raises:
-            OutOfStepError: another stream is open, or the notebook was rolled back under this one, or changed before it began.
-            InvalidValueError: the prompt has a special token that cannot be plain text.
+            OutOfStepError: another stream is open, the notebook changed before this stream began, or it was rolled back
+                while the stream was open.
+            InvalidValueError: a special token in the prompt cannot be written as plain text.
             InvalidArgumentError: a parameter is of the wrong type or out of its range.
             InvalidEditError: the context and the prompt are empty.
-            TemplateError: the chat template does not take the prompt, or (with `keep`) the answer.
-            ContextOverflowError: prompt or answer do not fit; some text may have been yielded, and the context is unchanged.
+            TemplateError: the chat template does not take the prompt or, with `keep`, the answer.
+            ContextOverflowError: the prompt or the answer does not fit. The stream may have yielded some text by then;
+                the context is unchanged.
         """
         sampling = Sampling(
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, top_k=top_k, top_p=top_p, min_p=min_p,
@@ -374,14 +415,15 @@ class Notebook(Written):
     # -- state -------------------------------------------------------------------------------------------------
 
     def mark(self) -> NotebookMark:
-        """Remember this state. Costs nothing until something is overwritten."""
+        """Remember the current state, to return to it with `rollback`. Costs nothing until something is overwritten."""
         return NotebookMark(self.cache.mark(), self._state)
 
     def rollback(self, mark: NotebookMark) -> Account:
-        """Return to a mark, at the cost of what was overwritten since; it and later marks are used up.
+        """Return to a mark, at the cost of what was overwritten since. The mark and all later ones are used up.
 
         Raises:
-            CacheBufferError: the mark is used up, or another notebook's.
+            InvalidArgumentError: `mark` is not what `Notebook.mark` returned.
+            CacheBufferError: the mark is used up, or belongs to another notebook.
         """
         require(mark, NotebookMark, "a mark is what `mark` returned")
         with self.model.engine.meter.measure() as reading:
@@ -390,9 +432,11 @@ class Notebook(Written):
         return self._recorded(self._unchanged(reading.account, "rollback"))
 
     def release(self, mark: NotebookMark) -> None:
-        """Keep what happened since a mark; it and later marks are used up.
+        """Keep what happened since a mark. The mark and all later ones are used up.
 
         Raises:
+            InvalidArgumentError: `mark` is not what `Notebook.mark` returned.
+            CacheBufferError: the mark is used up, or belongs to another notebook.
             OutOfStepError: a stream is open, which has a mark of its own.
         """
         require(mark, NotebookMark, "a mark is what `mark` returned")
@@ -400,7 +444,7 @@ class Notebook(Written):
         self.cache.release(mark.buffer)
 
     def fork(self) -> Self:
-        """An independent notebook in the same state. Copies the cache; its `last_account` says what that cost."""
+        """Copy the notebook and its cache. The copy is independent, and its `last_account` has the cost of copying."""
         state = self._ready()
         other = type(self)(
             self.model, erratum_template=self.erratum_template, ranking=self.ranking, visibility=self.visibility
@@ -413,14 +457,14 @@ class Notebook(Written):
         return other
 
     def save(self, where: str | Path | Blobs) -> Path | str:
-        """Write the notebook (text, fields, keys and values) to a folder, any fsspec URL, or `Blobs` of your own, in one step.
+        """Write the notebook (text, fields, keys, values) to a folder, any fsspec URL or your own `Blobs`, atomically.
 
-        Returns the place.
+        Returns the path or URL it was written to.
 
         Raises:
-            NotPrefilledError: there is no cache to save yet.
-            CorruptFileError: something else than a saved notebook lies there.
-            StorageError: it cannot be written; what was saved there before is unchanged.
+            NotPrefilledError: the notebook has no cache yet.
+            CorruptFileError: the folder has something other than a saved notebook.
+            StorageError: the notebook cannot be written. What was saved there before is unchanged.
         """
         meter = self.model.engine.meter
         with meter.measure() as reading:
@@ -434,10 +478,10 @@ class Notebook(Written):
         """Read a notebook that `save` wrote with the same model.
 
         Raises:
-            InvalidArgumentError: this is no model.
-            FingerprintMismatchError: it was saved from another model, tokenizer or dtype.
+            InvalidArgumentError: `model` is not a `Model`.
+            FingerprintMismatchError: the notebook was saved with another model, tokenizer or dtype.
             CorruptFileError: a file is missing, damaged, of another format version, or does not fit the model.
-            StorageError: it cannot be read.
+            StorageError: the notebook cannot be read.
         """
         require(model, Model, "a notebook is loaded onto a Model, as load_model and wrap_model make it")
         with model.engine.meter.measure() as reading:
@@ -446,12 +490,12 @@ class Notebook(Written):
         return notebook
 
     def __reduce__(self) -> tuple[object, ...]:
-        """For `pickle` and `copy`: all that `save` writes, without the model.
+        """For `pickle` and `copy`: everything that `save` writes, without the model.
 
-        The process that reads it must have loaded the same model, and still hold it.
+        The process that unpickles it must have the same model loaded.
 
         Raises:
-            NotPrefilledError: there is no cache yet.
+            NotPrefilledError: the notebook has no cache yet.
         """
         return saving.pickled(self)
 

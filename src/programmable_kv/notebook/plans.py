@@ -1,4 +1,4 @@
-"""`notebook.plan`: what an operation would do, without doing it."""
+"""`notebook.plan`: plans of operations, made without carrying them out."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ INSERTED = (
 
 
 class Plans:
-    """Plans of a notebook's operations, with the arguments and errors of the methods of the same name.
+    """Plans of a notebook's operations. Each method takes the arguments of the `Notebook` method of the same name.
 
-    Print one to see its steps, tokens and bytes. The notebook is unchanged.
+    It raises the same errors, and the notebook is unchanged. Print a plan to see its steps, tokens and bytes.
     """
 
     def __init__(self, notebook: Notebook) -> None:
@@ -67,7 +67,7 @@ class Plans:
         turns: str = "open",
         **fields: Value,
     ) -> Plan:
-        """As `Notebook.edit`."""
+        """Plan `Notebook.edit`."""
         require(changes, (Mapping, type(None)), "changes are a mapping, field -> value")
         state = self._notebook._ready()
         chosen = None if mode is None else parse_mode(mode)
@@ -89,7 +89,7 @@ class Plans:
                 state.context.fields,
             )
         if chosen is None or STRATEGIES[chosen].writes:
-            # The model's checks are done once, before any clock runs: they are no part of an edit's price.
+            # The model is checked once, before any measurement starts: the checks are not part of an edit's cost.
             self._notebook.model.engine.verify()
         if (design := self._design()) is not None:
             tokenizer = self._notebook.model.tokenizer
@@ -100,12 +100,12 @@ class Plans:
         return _explained(plan, notes).because(trusted_by(types))
 
     def splice(self, skill: Skill, /, *, at: int | Part | None = None, repair: SeamRepair | None = None) -> Plan:
-        """As `Notebook.splice`."""
+        """Plan `Notebook.splice`."""
         slot = self._notebook._ready().slot(at)
         return self._splice(skill, Span(slot, slot), repair, "splice")
 
     def replace(self, what: str | Part | Span, skill: Skill, /, *, repair: SeamRepair | None = None) -> Plan:
-        """As `Notebook.replace`."""
+        """Plan `Notebook.replace`."""
         return self._splice(skill, self._notebook._ready().span(what), repair, "replace")
 
     def _splice(self, skill: Skill, where: Span, repair: SeamRepair | None, operation: str) -> Plan:
@@ -136,21 +136,21 @@ class Plans:
         )
 
     def cut(self, what: str | Part | Span, /) -> Plan:
-        """As `Notebook.cut`."""
+        """Plan `Notebook.cut`."""
         state = self._notebook._ready()
         if (design := self._design()) is not None:
             return by_design.plan_design_cut(design, state.span(what))
         return plan_cut(state.context, state.span(what), self._bytes_per_token)
 
     def move(self, what: str | Part | Span, /, *, to: int | Part | None = None) -> Plan:
-        """As `Notebook.move`."""
+        """Plan `Notebook.move`."""
         state = self._notebook._ready()
         if (design := self._design()) is not None:
             return by_design.plan_design_move(design, state.span(what), state.slot(to))
         return plan_move(state.context, state.span(what), state.slot(to), self._bytes_per_token)
 
     def recompute(self, start: int | Part | None = None) -> Plan:
-        """As `Notebook.recompute`."""
+        """Plan `Notebook.recompute`."""
         state = self._notebook._ready()
         slot = None if start is None else state.slot(start)
         if (design := self._design()) is not None:
@@ -159,20 +159,20 @@ class Plans:
         return plan_recompute(state.context, state.ledger, slot, self._bytes_per_token)
 
     def rebase(self, *, limit: int | None = None) -> Plan:
-        """As `Notebook.rebase`."""
+        """Plan `Notebook.rebase`."""
         if limit is not None:
             require_count(limit, "a limit of tokens")
         state = self._notebook._ready()
-        if not isinstance(state.ledger, Ledger):  # an edit by design writes its value into its place
+        if not isinstance(state.ledger, Ledger):  # under visibility="design" edits append no errata
             return Plan("rebase", len(state.context), state.context, why="there is no erratum to fold back")
         return plan_rebase(state.context, state.ledger, self._tools(), limit)
 
     def append(self, unit: Unit) -> Plan:
-        """Append a unit that was tokenised already."""
+        """Plan to append a unit that is already tokenised."""
         return plan_append(self._notebook._ready().context, unit, bytes_per_token=self._bytes_per_token)
 
     def _design(self) -> by_design.DesignState | None:
-        """What a plan under visibility="design" starts from; None in a notebook without."""
+        """What a plan under visibility="design" starts from; None in a causal notebook."""
         state = self._notebook._ready()
         if not isinstance(state.ledger, Build):
             return None
@@ -186,7 +186,7 @@ class Plans:
         return self._notebook.cache.bytes_per_token
 
     def _tools(self, k: int = 32, notes: dict[str, str] | None = None, turns: Turns = Turns.OPEN) -> EditTools:
-        """`notes`: takes, by the text of an erratum, how the template made it be placed."""
+        """`notes` gets, for the text of each erratum, why it is not a system message."""
         notebook = self._notebook
 
         def write(context: Context, name: str, value: str, known: str | None) -> Unit:
@@ -208,7 +208,7 @@ class Plans:
         return True
 
     def _erratum(self, context: Context, name: str, value: str, known: str | None) -> tuple[Unit, str]:
-        """The unit that states a value at the context's end, and how the chat template made it be placed.
+        """The unit that states a value at the context's end, and why it is not a system message (empty if it is).
 
         `known`: the value that all readers know, if there is one.
         """
@@ -230,13 +230,13 @@ class Plans:
 
 
 def erratum_message(conversation: Conversation, line: str) -> tuple[str, str]:
-    """The line as the chat template can say it here, and why it is not a system message of its own.
+    """The text of an erratum in the form that the chat template takes here, and why it is not a system message.
 
-    In this order: at the beginning of the first user turn, where the context ends there; as a system or a user message; in the
-    form that the template has for a user message after an answer, where it takes none at this point.
+    The forms are tried in this order: at the beginning of the first user turn, if the context ends there; as a system
+    message; as a user message; in the form that the template has for a user message after an answer.
 
     Raises:
-        TemplateError: none of these says it once and in its place.
+        TemplateError: in none of these forms does the line stand once and in its place.
     """
     if conversation.opens_turn:
         return f"{line}\n\n", IN_FIRST_TURN
@@ -259,7 +259,7 @@ def erratum_message(conversation: Conversation, line: str) -> tuple[str, str]:
 
 
 def _explained(plan: Plan, notes: Mapping[str, str]) -> Plan:
-    """With how its errata were placed, if it has any that were placed otherwise than as a system message."""
+    """The plan, with the reasons why some of its errata are not system messages."""
     placed = [notes[unit.text] for unit in plan.after.units if unit.kind is Kind.ERRATUM and unit.text in notes]
     why = "; ".join(dict.fromkeys([*filter(None, [plan.why]), *placed]))
     return replace(plan, why=why)

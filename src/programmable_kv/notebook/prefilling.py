@@ -1,4 +1,4 @@
-"""Computing a notebook's context for the first time: its text, and the skills in it, piece by piece."""
+"""`Notebook.prefill`: the context is computed for the first time, its text and its skills piece by piece."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from programmable_kv.notebook.notebook import Notebook
 
 _SPARE_SLOTS = 128
-"""room for what is appended first, so that the buffer need not grow for it"""
+"""free slots in a new buffer, so that it need not grow for the first tokens that are appended"""
 
 Piece = tuple[Unit, ...] | Skill
 
@@ -38,7 +38,7 @@ Piece = tuple[Unit, ...] | Skill
 def prefill(
     notebook: Notebook, repair: SeamRepair | None, progress: Progress | None
 ) -> tuple[State, KVBuffer, Account]:
-    """As `Notebook.prefill`: the state and the cache that it leaves, and what it cost. The notebook is not changed."""
+    """Carry out `Notebook.prefill`. Returns the new state, the new cache and the account; the notebook is unchanged."""
     engine, prompt = notebook.model.engine, notebook.prompt
     values = prompt.fields
     for skill in notebook._skills.values():
@@ -72,10 +72,11 @@ def prefill(
 
 
 def _pieces(notebook: Notebook, repair: SeamRepair | None) -> list[Piece]:
-    """
+    """The units and skills of the prompt, in order.
+
     Raises:
-        InvalidEditError: a seam is to be repaired where there is none.
-        UnverifiedError: this model cannot compute with a mask of its own.
+        InvalidEditError: a repair recomputes tokens under visibility="design", where skills have no seam.
+        UnverifiedError: the notebook has visibility="design" and this model cannot recompute rows in the middle.
     """
     prompt, tokenizer = notebook.prompt, notebook.model.tokenizer
     found: list[Piece] = []
@@ -105,5 +106,5 @@ def _plan(state: State, piece: Piece, repair: SeamRepair | None) -> Plan:
 
 
 def _offset(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """Progress on a piece, as progress on the whole."""
+    """A callback for one piece that reports progress on the whole context."""
     return None if progress is None else lambda done, _: progress(before + done, total)

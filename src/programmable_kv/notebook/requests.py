@@ -1,4 +1,4 @@
-"""Messages and tools in the shape that chat clients send (OpenAI's), checked and turned into what a notebook takes."""
+"""Messages and tools in the format of OpenAI's chat API: checked and converted to what a notebook takes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from programmable_kv.prompt.values import check_no_markers, check_role
 from programmable_kv.skills.skill import Skill
 
 _PASSED = ("name", "tool_call_id", "reasoning_content")
-"""what a message may have besides role, content and tool calls, for the template to use"""
+"""keys that a message may have besides role, content and tool_calls; the chat template gets them"""
 
 
 def message_of(given: Mapping[str, Any], tokenizer: Any) -> Message:
-    """A client's message: `content` text, None or a list of text parts; `tool_calls` with arguments as JSON or its text.
+    """Convert a client's message.
 
-    Special tokens in the arguments of calls and in `reasoning_content` are marked as plain text (`as_text`). The content is
-    handed on as given: who adds it to a prompt or a conversation marks it.
+    `content` is text, None or a list of text parts. The arguments in `tool_calls` are a JSON object or its text.
+    Special tokens in these arguments and in `reasoning_content` are marked as plain text (`as_text`). The content is
+    passed on unmarked: the caller marks it when it adds it to a prompt or a conversation.
 
     Raises:
-        InvalidValueError: it is no such message, has content that is no text, special tokens in a name, an id or a key, or one
-            elsewhere that this tokenizer cannot write as plain text.
+        InvalidValueError: the message is malformed, its content is not text, a name, an id or a key has a special
+            token, or a special token elsewhere cannot be written as plain text with this tokenizer.
     """
     if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
         raise InvalidValueError(f"a message is a mapping with 'role' and 'content', got {given!r:.200}")
@@ -53,7 +54,7 @@ def _require_list(value: object, what: str) -> None:
 def declared(
     messages: Sequence[Message], elsewhere: Collection[str], fields: Mapping[str, Value | Skill]
 ) -> list[dict[str, Value | Skill]]:
-    """For each message the fields that it is the first to hold. Those in `elsewhere` (tools, variables) are in none.
+    """For each message, the fields whose first placeholder it has, without those in `elsewhere` (tools, variables).
 
     Raises:
         UnknownFieldError: a field has no placeholder anywhere.
@@ -75,7 +76,7 @@ def content_of(content: Any, role: str) -> str:
     """The text of a message's content.
 
     Raises:
-        InvalidValueError: it is neither text, None, nor a list of text parts.
+        InvalidValueError: the content is neither text, None, nor a list of text parts.
     """
     if content is None or isinstance(content, str):
         return content or ""
@@ -96,10 +97,10 @@ def content_of(content: Any, role: str) -> str:
 
 
 def checked_tools(tools: Sequence[Mapping[str, Any]] | None, tokenizer: Any) -> tuple[Mapping[str, Any], ...]:
-    """Tools as OpenAI's API takes them.
+    """Check tools in the format of OpenAI's API.
 
     Raises:
-        InvalidValueError: they are no list, or one has no name, or special tokens.
+        InvalidValueError: `tools` is not a list, or a tool has no name or contains a special token.
     """
     if tools is not None:
         _require_list(tools, "tools")
@@ -117,10 +118,11 @@ def checked_tools(tools: Sequence[Mapping[str, Any]] | None, tokenizer: Any) -> 
 
 
 def checked_options(options: Mapping[str, Any] | None, tokenizer: Any) -> dict[str, Any]:
-    """Other variables of the chat template: JSON, as they are saved with a notebook.
+    """Check other variables of the chat template. They must be JSON, because they are saved with a notebook.
 
     Raises:
-        InvalidValueError: they are no JSON, have special tokens, or are arguments of the rendering itself.
+        InvalidValueError: the variables are not JSON, contain a special token, or are arguments of the rendering
+            itself.
     """
     found = dict(options or {})
     reserved = {"messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template"}
@@ -159,7 +161,7 @@ def _call(call: Any, role: str) -> dict[str, Any]:
 
 
 def _as_text(extra: Mapping[str, Any], tokenizer: Any, role: str) -> dict[str, Any]:
-    """What a message has besides its content, with special tokens marked as plain text where a model may well write them."""
+    """A message's other entries, with special tokens marked as plain text where a model may well generate them."""
     found = dict(extra)
     calls = found.pop("tool_calls", [])
     reasoning = found.pop("reasoning_content", "")

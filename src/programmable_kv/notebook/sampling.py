@@ -1,4 +1,4 @@
-"""How an answer's tokens are drawn, and when it ends. Another parameter is a field here and an argument of `generate`."""
+"""How an answer's tokens are drawn. A new parameter is a field of `Sampling` and an argument of `Notebook.generate`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 Watch = Callable[[int, torch.Tensor], None]
-"""told a drawn token and the model's log-probabilities [V] at its place"""
+"""called with a drawn token and the log-probabilities [V] from which the model predicted it"""
 
 _ROOM = 512
-"""answer tokens that there is room for at first: a limit of a billion tokens must not take memory for them"""
+"""answer tokens that memory is reserved for at first: a `max_new_tokens` of a billion must not reserve as many"""
 _COLDEST = 1e-30
-"""below it logits divided by the temperature overflow float32; the likeliest token is drawn there in any case"""
+"""the temperature below which logits / temperature overflows float32; decoding is greedy there, which is equivalent"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """The parameters of `Notebook.generate`, with its names and defaults. What each one does is transformers' own code.
+    """The parameters of `Notebook.generate`, with its names and defaults. transformers' own code applies each of them.
 
     Raises:
         InvalidArgumentError: a value is of the wrong type or out of its range.
@@ -67,13 +67,13 @@ class Sampling:
             require_number(bias, f"the logit bias of {token!r}")
 
     def processors(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> LogitsProcessorList:
-        """What changes the logits before a token is chosen, in the order in which transformers' `generate` does it.
+        """The logits processors, in the order in which transformers' `generate` applies them.
 
         Args:
-            vocabulary: how many tokens the model can say.
+            vocabulary: the size of the model's vocabulary, in tokens.
 
         Raises:
-            InvalidArgumentError: logit_bias names a token that the model does not have.
+            InvalidArgumentError: `logit_bias` names a token that the model does not have.
         """
         from transformers import LogitsProcessorList
         from transformers.generation import logits_process as rules
@@ -104,11 +104,11 @@ class Sampling:
 
 
 class Sampler:
-    """Draws an answer's tokens one after the other. It remembers what stands before the next one.
+    """Draws an answer's tokens one after the other, and remembers the ids before the next one.
 
     Args:
-        before: the ids of the context and the prompt, which a repetition penalty counts too, as transformers does.
-        watch: told the latest token by `tell`.
+        before: the ids of the context and the prompt. A repetition penalty counts them too, as in transformers.
+        watch: `tell` calls it with the latest token.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Sampler:
         self._length = len(before)
 
     def choose(self, logits: torch.Tensor) -> int:
-        """The next token, from the logits [V] at the last one. Chosen on the CPU, so that a seed means the same everywhere."""
+        """Draw the next token from the logits [V], on the CPU, so that a seed means the same on every machine."""
         scores = logits.float().cpu()[None]
         if self._watch is not None:
             self._latest = torch.log_softmax(scores[0], dim=-1)
@@ -148,6 +148,6 @@ class Sampler:
         return token
 
     def tell(self, token: int) -> None:
-        """Tell whoever watches that the token chosen last is part of the answer."""
+        """Call `watch`, if there is one, with the token drawn last: it is part of the answer."""
         if self._watch is not None:
             self._watch(token, self._latest)

@@ -1,4 +1,4 @@
-"""A notebook as something to keep: what is written of it, and a notebook of what was written."""
+"""`Notebook.save`, `Notebook.load` and pickling: what is written of a notebook, and how it is read back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def save(notebook: Notebook, where: str | Path | Blobs) -> Path | str:
-    """As `Notebook.save`, without the account. A value that was edited away, or a turn that was cut, is not written."""
+    """Carry out `Notebook.save`, without the account. Replaced values and turns that were cut are not written."""
     state, conversation = notebook._ready(), notebook._state.conversation
     written = {name: value.written for name, value in state.context.fields.items()}
     values = {name: written.get(name, value) for name, value in conversation.values.items()} if conversation else {}
@@ -35,7 +35,7 @@ def save(notebook: Notebook, where: str | Path | Blobs) -> Path | str:
 
 
 def load(kind: type[Notebook], where: str | Path | Blobs, model: Model) -> Notebook:
-    """As `Notebook.load`, without the account."""
+    """Carry out `Notebook.load`, without the account."""
     saved = read(where, model)
     way = Visibility.DESIGN if isinstance(saved.ledger, Build) else Visibility.CAUSAL
     notebook = kind(model, erratum_template=saved.erratum_template, visibility=way)
@@ -49,7 +49,7 @@ def load(kind: type[Notebook], where: str | Path | Blobs, model: Model) -> Noteb
 
 
 def pickled(notebook: Notebook) -> tuple[object, ...]:
-    """What `Notebook.__reduce__` returns: a saved notebook in memory, and how to find its model."""
+    """What `Notebook.__reduce__` returns: the notebook saved to memory, and what identifies its model."""
     blobs = MemoryBlobs()
     save(notebook, blobs)
     return unpickled, (
@@ -64,10 +64,11 @@ def pickled(notebook: Notebook) -> tuple[object, ...]:
 def unpickled(
     kind: type[Notebook], contents: dict[str, bytes], fingerprint: str, name: str, ranking: Ranking
 ) -> Notebook:
-    """
+    """Read a pickled notebook back. Its model must be loaded in this process.
+
     Raises:
         ModelUnavailableError: the model is not loaded in this process.
-        CorruptFileError: the contents were damaged.
+        CorruptFileError: the contents are damaged.
     """
     notebook = load(kind, MemoryBlobs(contents), loaded_model(fingerprint, Model, name))
     notebook.ranking = ranking

@@ -1,4 +1,4 @@
-"""What a notebook is in: the context as written, the ledger of what is cached of it, and the conversation. Immutable."""
+"""The immutable state of a notebook: the context as written, the ledger of what is cached, and the conversation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from programmable_kv.states import TokenState, weakest
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a context: its kind, a skill's name, its slots, its text, and its state."""
+    """A part of a context: its kind, its name if it is a skill, its slots, its text, and its state."""
 
     kind: Kind
     name: str
@@ -27,12 +27,12 @@ class Part:
     state: TokenState
     """the weakest of its tokens"""
     superseded: bool = False
-    """an erratum whose value is no longer the field's"""
+    """whether this is an erratum whose value is no longer the field's current one"""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Context, ledger and conversation; replaced as one."""
+    """Context, ledger and conversation, which are always replaced together."""
 
     context: Context = field(default_factory=Context)
     ledger: AnyLedger = field(default_factory=Ledger)
@@ -41,18 +41,18 @@ class State:
 
     @property
     def weakest(self) -> TokenState:
-        """The state of all cached tokens taken together."""
+        """The weakest state of all cached tokens."""
         return weakest_of(self.ledger, self.context)
 
     def token_states(self) -> list[TokenState]:
-        """Of every slot."""
+        """The state of every slot, in order."""
         states: list[TokenState] = []
         for stretch in stretches_of(self.ledger, self.context):
             states += [stretch.state] * len(stretch.span)
         return states
 
     def parts(self) -> tuple[Part, ...]:
-        """The context's pieces in order. A skill is one, a value of a prompt that is read by design is one, too."""
+        """The parts in order. A skill is one part; under visibility="design" so is a field's value in the prompt."""
         states = self.token_states()
         context = self.context
         found = []
@@ -67,11 +67,11 @@ class State:
     # -- places that a caller names ------------------------------------------------------------------------------------
 
     def slot(self, at: int | Part | None) -> int:
-        """The slot before which something goes: a slot, a part's beginning, or the end for None.
+        """The slot that `at` names: the slot itself, the first slot of a part, or the context's end for None.
 
         Raises:
-            UnknownPartError: there is no such slot, or the part no longer stands where it did.
-            InvalidArgumentError: neither slot nor part.
+            UnknownPartError: the context has no such slot, or the part no longer stands at its slots.
+            InvalidArgumentError: `at` is neither a slot nor a part.
         """
         if isinstance(at, Part):
             return self._current(at).start
@@ -84,11 +84,11 @@ class State:
         return at
 
     def span(self, what: str | Part | Span) -> Span:
-        """The slots of a spliced skill (by name), a part, or a span that holds tokens.
+        """The slots that `what` names: those of a spliced skill (by name), of a part, or the span itself.
 
         Raises:
-            UnknownPartError: there is no such part, or no token there.
-            InvalidArgumentError: none of these.
+            UnknownPartError: the context has no such part, or it has no tokens.
+            InvalidArgumentError: `what` is not a name, a part or a span.
         """
         if isinstance(what, str):
             named = self.skill_named(what)
@@ -110,9 +110,10 @@ class State:
         return what
 
     def skill_named(self, name: str) -> Span:
-        """
+        """The slots of the skill of this name.
+
         Raises:
-            UnknownPartError: there is no skill of that name, or more than one: use a part of `.parts`.
+            UnknownPartError: the context has no skill of that name, or several: pass one of `.parts` instead.
         """
         context = self.context
         named = [(context.units[group.start].name, context.slots_of(group)) for group in context.groups]
@@ -130,7 +131,7 @@ class State:
         return found[0]
 
     def _current(self, part: Part) -> Span:
-        """The part's slots, if it still stands there."""
+        """The part's slots, checked: the part must still stand there."""
         context = self.context
         stands = any(
             context.starts[group.start] == part.span.start

@@ -1,4 +1,4 @@
-"""An answer as a stream of text: drawn token by token from the notebook's own cache."""
+"""`Notebook.generate`: an answer is generated token by token on the notebook's own cache, and streamed as text."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Answer:
-    """What has been drawn so far."""
+    """The answer so far."""
 
     drawn: list[int] = field(default_factory=list)
     text: str = ""
     cost: Account = field(default_factory=Account)
     ended: str = ""
-    """why it ended, where the model did not end it"""
+    """why the answer ended; empty if the model ended it"""
 
 
 def stream(
     notebook: Notebook, prompt: str | None, sampling: Sampling, *, keep: bool, watch: Watch | None = None
 ) -> Iterator[str]:
-    """As `Notebook.generate`. Everything that can be refused is refused here, before the stream begins."""
+    """Carry out `Notebook.generate`. Whatever can be refused is refused here, before the stream begins."""
     request = asked(notebook, prompt, think=False)
     turn = tokenised(notebook.model.tokenizer, Rendered(request.text), Kind.TURN)
     model, before = notebook.model, (*notebook.ids, *turn.ids)
@@ -53,7 +53,7 @@ def _streamed(
     *,
     keep: bool,
 ) -> Iterator[str]:
-    """The stream. What each token costs is measured as it is drawn, not what others do in between."""
+    """The stream. Each token is measured while it is drawn, so work done between two tokens is not counted."""
     if notebook._ready() is not state:
         raise OutOfStepError("the notebook was changed before this stream began: ask again")
     buffer = notebook.cache
@@ -76,7 +76,7 @@ def _streamed(
             buffer.release(mark)
     finally:
         notebook._stream_open = False
-        if buffer.holds(mark):  # not to be kept, or not kept whole
+        if buffer.holds(mark):  # the answer is not kept, or keeping it failed
             buffer.rollback(mark)
             notebook._state = state
     why = "; ".join(dict.fromkeys(filter(None, (answer.ended, request.why, kept))))
@@ -88,7 +88,7 @@ def _streamed(
 
 
 def _pieces(notebook: Notebook, turn: Unit, sampling: Sampling, sampler: Sampler, answer: _Answer) -> Iterator[str]:
-    """The answer's text, piece by piece. Some pieces are empty: each drawn token gives one."""
+    """The answer's text: one piece for each drawn token, which may be empty, and what was held back at the end."""
     from tokenizers.decoders import DecodeStream
 
     decoder = DecodeStream(skip_special_tokens=True)
@@ -114,9 +114,9 @@ def _pieces(notebook: Notebook, turn: Unit, sampling: Sampling, sampler: Sampler
 def _drawn(
     notebook: Notebook, turn: Unit, sampling: Sampling, sampler: Sampler
 ) -> Iterator[tuple[int | None, Account]]:
-    """An answer's tokens, each with what it took to draw it, in whichever thread; None where the model ends the answer.
+    """An answer's tokens, each with the cost of drawing it, in any thread. None means that the model ends the answer.
 
-    The last token need not be in the cache.
+    The last token may not be in the cache.
     """
     engine, buffer = notebook.model.engine, notebook.cache
     with buffer.meter.measure() as reading:

@@ -1,4 +1,4 @@
-"""Which lines a model really uses a field on, found by what moves in the cache, and by the decision."""
+"""`Notebook.suggest_readers`: the lines on which a model uses a field, found by movement in the cache and decisions."""
 
 from __future__ import annotations
 
@@ -20,34 +20,35 @@ if TYPE_CHECKING:
     from programmable_kv.notebook.notebook import Notebook
 
 SHARE = 0.1
-"""of the most moved line's movement, from which on a line is suggested; `docs/which-edit.md` has what it finds"""
+"""A line is suggested if it moves at least this share of the most moved line's movement; `docs/which-edit.md` has
+what it finds."""
 SMALLEST_GAP = 0.5
-"""nats between the readers' and the full prefill's gap, below which nothing is left for a line to close"""
+"""Smallest distance between the decisions by readers and by full prefill, in nats, of which lines can close a share."""
 
 
 @dataclass(frozen=True, slots=True)
 class SuggestedReader:
-    """A line behind the field, and how much of the field's value it has noted."""
+    """A line after the field, and how far its keys and values depend on the field's value."""
 
     text: str
     moved: float
-    """how far its keys and values move when the value changes: the sum over its tokens of `movement`"""
+    """how far its keys and values move when the value changes: the sum of `movement` over its tokens"""
     share: float
-    """of the most moved line's movement"""
+    """`moved` as a share of the most moved line's movement"""
     known: str = ""
-    """why it is a reader already; empty if it is none"""
+    """why the line is already a reader; empty if it is not"""
     closes: float | None = None
-    """what share of the distance to full prefill's decision is gone once this line, too, is computed again: 1 all, 0 none.
-    None where that was not tried"""
+    """the share of the distance to full prefill's decision that recomputing this line closes: 1 is all, 0 is none;
+    None if this was not tried"""
 
     @property
     def words(self) -> str:
-        """What to pass to `Notebook.mentions` to make this line a reader."""
+        """The words to pass to `Notebook.mentions` to make this line a reader."""
         return " ".join(self.text.split())
 
     @property
     def reason(self) -> str:
-        """Why it is listed, for people."""
+        """Why the line is listed, as text for people."""
         reason = f"moves {self.share:.0%} as far as the most moved line"
         if self.known:
             return f"{reason}; a reader already: {self.known}"
@@ -56,20 +57,21 @@ class SuggestedReader:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """The decision in which the lines were tried. Choices: with the old value, and with the new one in several ways."""
+    """The choices of the decision that was tried: with the old value, and with the new one computed in several ways."""
 
     before: str
+    """with the old value"""
     full: str
-    """by a full prefill"""
+    """with the new value, by a full prefill"""
     readers: str
-    """where the readers that are known already are computed again"""
+    """with the new value, the known readers recomputed"""
     suggested: str
-    """where the suggested lines are, too"""
+    """with the new value, the known readers and the suggested lines recomputed"""
 
 
 @dataclass(frozen=True, slots=True)
 class Suggestions:
-    """The later lines of a context, the most moved first, and what to declare."""
+    """The result of `Notebook.suggest_readers`: the lines after a field, the most moved first, and what to declare."""
 
     name: str
     lines: tuple[SuggestedReader, ...]
@@ -77,16 +79,16 @@ class Suggestions:
     trial: Trial | None
     account: Account
     unchanged: bool = False
-    """whether the field had the value already, so that nothing could move"""
+    """whether the field already had the given value, so that nothing could move"""
 
     @property
     def missing(self) -> tuple[SuggestedReader, ...]:
-        """Lines that read the field, by how far they move, and are no readers yet."""
+        """Lines that move far enough to be suggested and are not yet readers."""
         return tuple(line for line in self.lines if line.share >= self.threshold and not line.known)
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What to declare: `notebook.mentions(name, *suggestions.words)`, if there are any."""
+        """The words to declare with `notebook.mentions(name, *suggestions.words)`; may be empty."""
         return tuple(dict.fromkeys(line.words for line in self.missing))
 
     def __str__(self) -> str:
@@ -109,7 +111,7 @@ class Suggestions:
 def suggest(
     notebook: Notebook, name: str, value: Value, prompt: str | None, options: Sequence[str], share: float, turns: str
 ) -> Suggestions:
-    """As `Notebook.suggest_readers`."""
+    """Carry out `Notebook.suggest_readers`."""
     if notebook.visibility is Visibility.DESIGN:
         raise InvalidEditError(
             "under visibility='design' a line that is not declared has not read the field, so nothing moves and nothing can be "
@@ -160,7 +162,7 @@ class _Asked:
     turns: str
 
     def decision(self, mode: Mode | None, words: Sequence[str] = ()) -> Decision:
-        """After the edit in a mode, or without it; with more words declared. The notebook is put back."""
+        """The decision after the edit in a mode (None: no edit), with more words declared. Both are then undone."""
         notebook, declared = self.notebook, self.notebook._declared
         mark = notebook.mark()
         try:
@@ -174,7 +176,7 @@ class _Asked:
 
 
 def _tried(asked: _Asked, lines: list[SuggestedReader], share: float) -> tuple[list[SuggestedReader], Trial]:
-    """Lines with what each closes alone, and the decision with all of them."""
+    """The lines, each with the share of the distance that it closes alone, and the decisions that were tried."""
     before, full, readers = (asked.decision(mode) for mode in (None, Mode.SUFFIX, Mode.READERS))
     missing = [line for line in lines if line.share >= share and not line.known]
     if not missing:
@@ -182,7 +184,7 @@ def _tried(asked: _Asked, lines: list[SuggestedReader], share: float) -> tuple[l
     suggested = asked.decision(Mode.READERS, [line.words for line in missing])
     trial = Trial(before.choice, full.choice, readers.choice, suggested.choice)
     if before.choice == full.choice:
-        return lines, trial  # the value does not decide this
+        return lines, trial  # the decision does not depend on the value
     now = readers.gap(full.choice, before.choice)
     distance = full.gap(full.choice, before.choice) - now
     if abs(distance) < SMALLEST_GAP:

@@ -1,4 +1,4 @@
-"""What a chat template can do here, found out by rendering: one row for each template. No model is needed."""
+"""What a chat template can do with a notebook, found by rendering: one row for each template. Needs no model."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ class TemplateRow:
     system: str
     """where a system message stands"""
     mid_conversation: str
-    """a system message after a user turn"""
+    """whether it takes a system message after a user turn"""
     tool: str
-    """a tool's result after an answer"""
+    """whether it takes a tool's result after an answer"""
     multi_turn: str
-    """whether a conversation that is continued has the text of a fresh rendering"""
+    """whether a continued conversation has the text of a fresh rendering"""
     erratum: str
     """how an edit after a user turn states the new value"""
     agent: str
+    """whether errata and answered turns can alternate after a policy with a field, and for values of which case"""
 
 
 COLUMNS = tuple(field.name for field in fields(TemplateRow))
 
 
 def survey(tokenizer: Any) -> TemplateRow:
-    """Render small conversations with a tokenizer's chat template and tell what became of them."""
+    """Render small conversations with a tokenizer's chat template, and describe the result in a row."""
     template = ChatTemplate(tokenizer, fold_system=True)
     system, user = Message("system", Text("Be brief.")), Message("user", Text("Hello."))
     started = Conversation(template, (system, user), {})
@@ -53,7 +54,7 @@ def survey(tokenizer: Any) -> TemplateRow:
 
 
 def survey_of_text(chat_template: str) -> TemplateRow:
-    """The row of a template that comes without a model: `<s>` begins its texts and `</s>` ends them."""
+    """The row of a template without a tokenizer: `<s>` is its beginning-of-text token and `</s>` its end token."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -66,7 +67,7 @@ def survey_of_text(chat_template: str) -> TemplateRow:
 
 
 def page(rows: dict[str, TemplateRow]) -> list[str]:
-    """Rows as the lines of a Markdown table."""
+    """The rows as lines of a Markdown table."""
     names = [name.replace("_", "-") for name in COLUMNS]
     lines = [f"| template | {' | '.join(names)} |", f"|{' --- |' * (len(names) + 1)}"]
     return [*lines, *(f"| {name} | {' | '.join(_cells(row))} |" for name, row in sorted(rows.items()))]

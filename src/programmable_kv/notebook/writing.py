@@ -1,4 +1,4 @@
-"""What a notebook is made of: messages or text, fields and skills, and what is declared of them."""
+"""`Written`: the base of `Notebook` with which its context is written: messages, text, fields, skills, declarations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from programmable_kv.skills.skill import Skill, skills_among, types_in
 
 
 class Written(Live):
-    """A context that is written, message by message."""
+    """A context that is built message by message, or from raw text."""
 
     @classmethod
     def from_messages(
@@ -34,21 +34,21 @@ class Written(Live):
         template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Self:
-        """A notebook from a request in the shape that chat clients send (OpenAI's). It is not prefilled yet.
+        """Build a notebook from a request in the format of OpenAI's chat API. The notebook is not prefilled yet.
 
-        `content` may be None or a list of text parts; `tool_calls`, `tool_call_id`, `name` and `reasoning_content` go to the
-        chat template.
+        `content` may be None or a list of text parts. `tool_calls`, `tool_call_id`, `name` and `reasoning_content` go
+        to the chat template.
 
         Args:
-            fields: values or skills, as in `message`. `{name}` is a field in every content, in the tools' texts, and in strings
-                of `template_kwargs`: with `template_kwargs={"date_string": "{today}"}` the date that a template writes is the
-                field `today`.
+            fields: values or skills, as in `message`. `{name}` marks a field in any content, in the tools' texts, and
+                in strings of `template_kwargs`: with `template_kwargs={"date_string": "{today}"}` the date that a
+                template writes is the field `today`.
             tools, template_kwargs, options: as in `Notebook`.
 
         Raises:
             UnknownFieldError: a field has no placeholder anywhere.
-            InvalidValueError: a tool, a name or a value is not plain data; or a message is none, or has a special token that
-                this tokenizer cannot write as plain text.
+            InvalidValueError: a tool, a name or a value is not plain data; a message is malformed; or a special token
+                in a message cannot be written as plain text with this tokenizer.
             FingerprintMismatchError: another model compiled a skill.
         """
         notebook = cls(model, tools=tools, template_kwargs=template_kwargs, **options)
@@ -62,19 +62,20 @@ class Written(Live):
         return notebook
 
     def message(self, role: str, content: str, /, **fields: Value | Skill) -> Self:
-        """Add a chat message. `{name}` in `content` is a field for every name given here or declared before.
+        """Add a chat message. `{name}` in `content` marks a field, for every name given here or in an earlier message.
 
-        A value is a string, number, boolean, date, time or None, which gives the field its type; or a `Field`, which says more
-        about it. Where a `Skill` is given instead, the compiled skill is spliced in at its placeholder.
+        A value is a string, number, boolean, date, time or None, which sets the field's type; or a `Field`, which
+        states the type and limits. If a `Skill` is given instead, the compiled skill is spliced in at its placeholder.
 
         Raises:
-            InvalidArgumentError: role or content is no string.
+            InvalidArgumentError: `role` or `content` is not a string.
             UnknownFieldError: a field given here has no placeholder in the content.
-            InvalidValueError: a name or value is not plain data, or the content has a special token that this tokenizer cannot
-                write as plain text.
+            InvalidValueError: a name or value is not plain data, or a special token in the content cannot be written as
+                plain text with this tokenizer.
             FingerprintMismatchError: another model compiled the skill.
-            InvalidEditError: the notebook is made of raw text, a field was declared with another value, or a skill twice.
-            AlreadyPrefilledError: the context was computed already.
+            InvalidEditError: the notebook is built from raw text, a field was declared before with another value, or a
+                skill was declared before.
+            AlreadyPrefilledError: the notebook was prefilled before.
         """
         require(role, str, "a message's role is a string")
         require(content, str, "a message's content is a string")
@@ -85,7 +86,7 @@ class Written(Live):
         return self
 
     def text(self, content: str, /, **fields: Value | Skill) -> Self:
-        """Add raw text, as the model will read it. Placeholders and errors as in `message`."""
+        """Add raw text, which the model reads as it is, special tokens included. Fields and errors as in `message`."""
         require(content, str, "a text is a string")
         values, skills = self._given(fields)
         inside = {name: skill.values for name, skill in skills.items()}
@@ -94,33 +95,33 @@ class Written(Live):
         return self
 
     def field(self, name: str, value: Value) -> Self:
-        """Add a field's value as raw text, right after what was added before."""
+        """Add a field as raw text, directly after the text added before."""
         return self.text("{" + name + "}", **{name: value})
 
     def skill(self, skill: Skill) -> Self:
-        """Add a compiled skill as raw text, right after what was added before."""
+        """Add a compiled skill to a raw-text notebook, directly after the text added before."""
         return self.text("{" + skill.name + "}", **{skill.name: skill})
 
     def mentions(self, name: str, /, *words: str) -> Self:
-        """Declare by what words the text speaks of a field. From then on an edit of it computes its readers again.
+        """Declare the words by which the text refers to a field. By default, its edits then recompute its readers.
 
-        Readers are the lines that mention the field, and the open question; `readers` lists them. A line mentions it by its
-        name, or by one of `words`: another name, its values, or the group that its value is looked up in. (The line that looks
-        it up mentions the field, and so defines the group; the lines that mention the group read the field too.) To mark one
-        line, give words of that line. Without `words` its name is all that the text calls it by. Of a block (`Field.block`)
-        nothing need be declared for its lines: what a changed line is about counts by itself (`order` in "- order: shipped",
-        `call Ann` in "- [x] call Ann").
+        Readers are the lines that mention the field, and the open question; `readers` lists them. A line mentions the
+        field by its name or by one of `words`: another name, one of its values, or the group that its value is looked
+        up in. (The line with the lookup mentions the field and defines the group; the lines that mention the group read
+        the field too.) To mark a single line, give words of that line. A call without `words` says that the text uses
+        only the field's name. The lines of a block (`Field.block`) need no declaration: an edit finds the lines that
+        mention what a changed line is about (`order` in "- order: shipped", `call Ann` in "- [x] call Ann").
 
-        `name` may also be a word that was declared before: what is declared for a word counts for every field that declares the
-        word, directly or through others. A chain of groups is said link by link, `mentions("tier", "band")` and
-        `mentions("band", "desk")`, and the lines that mention `desk` read `tier`.
+        `name` may also be a word that was declared before. What is declared for a word counts for every field that
+        declares the word, directly or through other words. So a chain of groups is declared link by link: after
+        `mentions("tier", "band")` and `mentions("band", "desk")`, the lines that mention `desk` read `tier`.
 
-        May be called before and after prefill; saved with the notebook. `suggest_readers` finds what is missing: a line that
-        reads the field and is not declared keeps what it noted.
+        You may call this before or after prefill, and `save` keeps it. A line that reads the field but is not declared
+        keeps what it concluded from the old value; `suggest_readers` finds such lines.
 
         Raises:
-            UnknownFieldError: there is no such field and no such word.
-            InvalidArgumentError: a word without a letter or digit.
+            UnknownFieldError: `name` is neither a field nor a declared word.
+            InvalidArgumentError: a word has no letter or digit.
         """
         if not any(name in said for said in self._declared.words.values()):
             require_fields([name], self.fields)
@@ -128,20 +129,20 @@ class Written(Live):
         return self._declaring(self._declared.with_words({name: words}))
 
     def readable(self, name: str, /, *, by: str | ReadBy) -> Self:
-        """Declare who may read a field's values, or a skill, under `visibility="design"`. Turns always may.
+        """Declare what may read a field or a skill under `visibility="design"`. Turns always may.
 
         Args:
-            by: `mentions` (of a field, the lines that mention or hold it: the default), `all` (all text behind it, as in a
-                causal context: nothing is missed, and an edit computes all of it again), or `turns` (nobody but turns, which
-                is the default for a skill: an edit computes the value and the open question, and the model has to conclude
-                everything there).
+            by: `mentions` (the default for a field): the lines that mention or hold the field. `all`: all text after
+                it, as in a causal context; nothing is missed, and an edit recomputes all of it. `turns` (the default
+                for a skill): only turns; an edit recomputes the value and the open question, where the model has to
+                conclude everything.
 
-        May be called before and after prefill; saved with the notebook. What is to be read differently now counts as stale, and
-        the next edit or `recompute` builds it again.
+        You may call this before or after prefill, and `save` keeps it. Text for which it changes what may be read
+        counts as stale, and the next edit or `recompute` recomputes it.
 
         Raises:
-            UnknownFieldError: there is no such field or skill.
-            InvalidArgumentError: there is no such choice, or not for a skill; or this notebook reads causally.
+            UnknownFieldError: the notebook has no field or skill of that name.
+            InvalidArgumentError: `by` is unknown, or is `mentions` for a skill; or the notebook is causal.
         """
         choice = choice_of(ReadBy, by, "a part is read by")
         if self.visibility is not Visibility.DESIGN:
@@ -168,7 +169,7 @@ class Written(Live):
         return self
 
     def _declared_in(self, state: State) -> State:
-        """A state of this notebook with what is declared now: by design it says what was to be read."""
+        """A state with the current declarations: under visibility="design" the ledger depends on them."""
         if isinstance(state.ledger, Build):
             return replace(state, ledger=replace(state.ledger, declared=self._declared))
         return state

@@ -1,7 +1,7 @@
-"""A cached conversation, and what more messages add to it.
+"""`Conversation`: the messages of a cached chat, and the text that further messages add to it.
 
-What is cached stays as it was computed. Where the template would render earlier messages differently once another follows, only
-the new message is rendered: behind messages that say nothing in particular, cut off at the last of them.
+Cached text is never rendered again. If the template would render earlier messages differently once another one follows,
+only the new message is rendered: after neutral messages, whose text is then cut off.
 """
 
 from __future__ import annotations
@@ -16,46 +16,46 @@ from programmable_kv.prompt.parts import Message, Text, unmarked
 from programmable_kv.prompt.template import HEAD_ROLES, ChatTemplate, mark, marked_json, neutral, sayings, says
 
 _ELSEWHERE = (("user", "assistant"), ("system", "user", "assistant"))
-"""conversations behind which most templates take any message"""
+"""roles of conversations after which most templates take any message"""
 _PRIVATE_USE = re.compile("[\ue000-\uf8ff]")
 _DIFFERS = "so the text differs from a fresh rendering of the conversation"
 
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """What more messages add to a cached conversation."""
+    """What further messages add to a cached conversation."""
 
     added: str
-    """text, behind the cached text; plain text in it is marked (`parts.shielded`) as it is in the messages"""
+    """the text to append to the cached text; plain text in it is marked (`parts.shielded`), as in the messages"""
     conversation: Conversation
-    """with these messages"""
+    """the conversation with these messages"""
     why: str = ""
-    """how the text differs from a fresh rendering of the whole, if it does"""
+    """how the text differs from a fresh rendering of the whole conversation; empty if it does not"""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages that are cached, and the text that the template makes of them.
+    """Cached messages, and the text to which the template renders them.
 
-    `values` fill the placeholders. They need not be those in force: they only have to be the same each time, so that what
-    another message adds can be read off.
+    `values` fill the placeholders. They need not be the current values. They only have to be the same in each
+    rendering, so that comparing two renderings shows what another message adds.
     """
 
     template: ChatTemplate
     messages: tuple[Message, ...]
     values: Mapping[str, str]
     text: str | None = field(default=None, repr=False)
-    """as cached, without errata, and with the marks of plain text (`parts.shielded`); None until it is needed"""
+    """the cached text, without errata and with the marks of plain text (`parts.shielded`); None if not rendered yet"""
 
     @property
     def opens_turn(self) -> bool:
-        """Whether the text ends inside of the first user turn, where that turn's content begins."""
+        """Whether the text ends in the first user turn, at the point where that turn's content begins."""
         heads = all(message.role in HEAD_ROLES for message in self.messages)
         return heads and frame(self.template, self.messages, self.values).opens_turn
 
     @property
     def remarks(self) -> str:
-        """What the template makes of these messages that their author may not expect; empty if nothing."""
+        """What the template does with these messages that their author may not expect; empty if nothing."""
         found: list[str] = []
         heads = any(message.role in HEAD_ROLES for message in self.messages)
         if heads and (self.opens_turn or self.template.folds):
@@ -72,9 +72,9 @@ class Conversation:
         return "; ".join(found)
 
     def still_in(self, text: str, values: Mapping[str, str]) -> tuple[Message, ...]:
-        """The messages; those of which something was cut out of `text` say nothing in particular instead.
+        """The messages; a message of which something was cut out of `text` is replaced by a neutral one.
 
-        `values` are written in the placeholders now; a value that is no text (a skill's mark) is looked past.
+        `values` are what the placeholders have now. Marks of skills are not looked for in the text.
         """
         return tuple(
             message if all(_is_in(saying, text) for saying in sayings(message, values)) else neutral(message.role)
@@ -82,7 +82,7 @@ class Conversation:
         )
 
     def continued(self, more: Sequence[Message], *, prompt_for_answer: bool = False) -> Continuation:
-        """What `more` messages (and the opening of an answer) add.
+        """What the messages `more` add; with `prompt_for_answer`, also the opening of an answer.
 
         Raises:
             TemplateError: the template refuses a message, or drops, repeats, moves or rewrites what it says.
@@ -112,11 +112,10 @@ class Conversation:
         return Continuation("".join(steps), conversation, "; ".join(reasons))
 
     def inserted(self, message: Message) -> str:
-        """The text of a message in the form that the template has for it elsewhere in a conversation, also where it would
-        not take it.
+        """The text of a message in the form that it has elsewhere in a conversation, even if it is not allowed here.
 
         Raises:
-            TemplateError: it has none.
+            TemplateError: the template has no form for this message.
         """
         refused: TemplateError | None = None
         for roles in _ELSEWHERE:
@@ -128,10 +127,11 @@ class Conversation:
         raise refused
 
     def answered(self, asked: str, prompt: Sequence[Message], answer: str, *, space: bool = False) -> Continuation:
-        """What follows a prompt's own text `asked` (with the opening of an answer) once it is answered; the prompt stays.
+        """What follows the text `asked` (a prompt and the opening of an answer) once the prompt is answered.
 
-        Where the template renders an answer in another way than it asks for one (a thought is opened, or left out later), the
-        answer stays behind the opening as it was computed, and `why` says so. `space`: put one before it then, where none is.
+        The template may render an answer in another form than the opening has (it opens a thought, or later omits one).
+        Then the answer stays after the opening as it was computed, and `why` says so. `space`: in this case, put a
+        space before the answer if the opening does not end in white space.
 
         Raises:
             TemplateError: the template takes no answer here.
@@ -160,7 +160,7 @@ class Conversation:
     # -- how ---------------------------------------------------------------------------------------------------------
 
     def _known(self) -> str | None:
-        """The cached text; None where that cannot be told: it was computed turn by turn, saved, and is rendered so no more."""
+        """The cached text; None if it is unknown: it was computed turn by turn, saved, and now renders differently."""
         if self.text is not None:
             return self.text
         try:
@@ -173,11 +173,11 @@ class Conversation:
 
     @property
     def _bare(self) -> ChatTemplate:
-        """Without tools, which are cached: some templates write them again at every turn."""
+        """The template without tools: they are cached already, and some templates write them again in every turn."""
         return self.template.without_tools
 
     def _appended(self, known: str | None, more: Sequence[Message], asks: bool) -> str | None:
-        """What the template writes behind the cached text, if it only appends; None otherwise."""
+        """What the template appends to the cached text; None if it changes that text."""
         if known is None:
             return None
         messages = (*self.messages, *more)
@@ -199,10 +199,10 @@ class Conversation:
         return added.removesuffix(end)
 
     def _step(self, more: Sequence[Message], *, asks: bool) -> Continuation:
-        """One message, appended or on its own.
+        """One message, appended to the cached text or rendered apart from it.
 
         Raises:
-            TemplateError: neither can be done.
+            TemplateError: neither is possible.
         """
         known = self._known()
         added = self._appended(known, more, asks)
@@ -214,10 +214,12 @@ class Conversation:
         return Continuation(added, self._with(more, text), why)
 
     def _apart(self, more: Sequence[Message], asks: bool) -> str:
-        """A message's text without what it changes in earlier ones.
+        """A message's text, without what the message changes in earlier ones.
 
-        Behind these roles; or, if the template says it once and in its place here and only changes earlier ones, behind these
-        without the system message (some templates move it into the last user turn), or behind a plain question and answer.
+        It is rendered after these messages, with marks in place of what they say. If that fails, and the template
+        renders the message once and in its place here and only changes earlier ones, it is rendered after these
+        messages without those that instruct (some templates move a system message into the last user turn), or after a
+        neutral question and answer.
         """
         try:
             return self._behind_either(self.messages, more, asks)
@@ -237,7 +239,7 @@ class Conversation:
         raise refused
 
     def _behind_either(self, history: Sequence[Message], more: Sequence[Message], asks: bool) -> str:
-        """Behind other messages, without tools if the template does without: they are cached already."""
+        """The text after other messages; rendered without tools, which are cached, if the template allows that."""
         if self.template.tools:
             try:
                 return self._behind(history, more, asks=asks, template=self._bare)
@@ -248,10 +250,11 @@ class Conversation:
     def _behind(
         self, history: Sequence[Message], more: Sequence[Message], *, asks: bool, template: ChatTemplate
     ) -> str:
-        """What messages add behind others that say nothing in particular.
+        """What messages add after others, found by rendering both with marks in place of what the others say.
 
         Raises:
-            TemplateError: they do not simply follow, or the template refuses, drops, repeats, moves or rewrites one.
+            TemplateError: the text does not simply follow, or the template refuses, drops, repeats, moves or rewrites a
+                message.
         """
         count = len(_said(history, self.values))
         if not count:
@@ -281,5 +284,5 @@ def _said(messages: Sequence[Message], values: Mapping[str, str]) -> list[str]:
 
 
 def _is_in(content: str, text: str) -> bool:
-    """Whether something that a message says is in a text, apart from private-use characters (marks of skills)."""
+    """Whether the content of a message is in a text, apart from private-use characters (marks of skills)."""
     return all(piece.strip() in text for piece in _PRIVATE_USE.split(content))

@@ -1,7 +1,8 @@
-"""Fields have types: what a value may be, how it stands in the text, and how an erratum states it.
+"""The types of fields: what a value may be, how it is written in the text, and how an erratum states it.
 
-A plain value has the type that it shows: `str` one line of text, `int` and `float` a number, `bool`, `date` and `datetime`. An
-application says more with `Field`: `Field(todo, kind="block")`, `Field.enum("a", among=("a", "b"))`.
+A plain value declares the type that it has: `str` is one line of text, `int` and `float` are numbers; `bool`, `date`,
+`datetime` and `time` are types of their own. An application states more with `Field`: `Field(todo, kind="block")`,
+`Field.enum("a", among=("a", "b"))`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from programmable_kv.prompt.characters import without_byte_order_mark
 from programmable_kv.prompt.written import NOTHING, NUMBER, escaped, rendered, unescaped
 
 Value = Any
-"""str, int, float, Decimal, bool, None, date, datetime, time; for JSON whatever JSON can hold; or a `Field`"""
+"""str, int, float, Decimal, bool, None, date, datetime or time; for kind 'json', any JSON value; or a `Field`"""
 
 
 class FieldKind(StrEnum):
-    """What a field holds."""
+    """The kinds of values that a field may have."""
 
     TEXT = "text"
     """one line"""
@@ -37,23 +38,23 @@ class FieldKind(StrEnum):
     DATETIME = "datetime"
     TIME = "time"
     ENUM = "enum"
-    """one of the values that were declared"""
+    """one of the declared values"""
     BOOLEAN = "boolean"
     JSON = "json"
-    """any value, written as JSON; inside of a JSON string its characters are escaped"""
+    """any value, written as JSON; inside a JSON string its characters are escaped"""
 
 
 _FREE = (FieldKind.TEXT, FieldKind.BLOCK, FieldKind.JSON)
-"""kinds whose values the guard reads: the others hold nothing but what their type allows"""
+"""kinds whose values the guard checks; a value of another kind can only be what its type allows"""
 
 
 _KNOWN = (FieldKind.ENUM, FieldKind.BOOLEAN)
-"""kinds all of whose values are known"""
+"""kinds whose values are all known"""
 
 
 @dataclass(frozen=True, slots=True)
 class FieldType:
-    """What a field's values may be, and how they are written. Values are handed on as the text that stands in the context."""
+    """What a field's values may be, and how they are written. Other modules handle a value as its written text."""
 
     kind: FieldKind = FieldKind.TEXT
     among: tuple[str, ...] = ()
@@ -63,11 +64,11 @@ class FieldType:
     max_length: int | None = None
     trusted: bool = False
     room: int | None = None
-    """positions kept for its values under `visibility="design"`; by the first value when None"""
+    """positions kept for a value under `visibility="design"`; when None, the kind and the first value decide"""
     in_json: bool = False
-    """whether it stands inside of JSON strings, so that quotes in it have to be escaped there"""
+    """whether the field stands inside JSON strings, so that quotes in a value are escaped"""
     mixed: bool = False
-    """whether it stands inside of JSON strings and outside of them, so that what has to be escaped cannot be written"""
+    """whether the field stands both inside and outside JSON strings; a value that needs escaping is then refused"""
 
     def __post_init__(self) -> None:
         if self.kind is FieldKind.ENUM and not self.among:
@@ -97,14 +98,14 @@ class FieldType:
 
     @property
     def guarded(self) -> bool:
-        """Whether the guard reads its values."""
+        """Whether the guard checks its values."""
         return self.kind in _FREE and not self.trusted
 
     def text(self, name: str, value: Value) -> str:
-        """A value as it stands in the text.
+        """A value as it is written in the text.
 
         Raises:
-            InvalidValueError: it is not of this type.
+            InvalidValueError: the value is not of this type.
         """
         if self.kind is FieldKind.JSON:
             return self._limited(name, self._as_json(name, value))
@@ -122,10 +123,12 @@ class FieldType:
         return escaped(said) if self.in_json else said
 
     def standing(self, name: str, text: str, in_json: bool | None) -> FieldType:
-        """The type of a field, given its text, that also stands inside of JSON strings, outside of them, or (None) both.
+        """The type of a field that gets further places: inside JSON strings (True), outside (False), or both (None).
+
+        `text` is the field's value as written.
 
         Raises:
-            InvalidValueError: the value cannot be written in all of its places.
+            InvalidValueError: the value cannot be written in all places of the field.
         """
         if self.mixed or in_json is self.in_json:
             return self
@@ -133,28 +136,28 @@ class FieldType:
         return replace(self, in_json=False, mixed=True)
 
     def joined(self, name: str, text: str, other: FieldType) -> FieldType:
-        """The type of a field, given its text, that also stands where `other` says it does. For the rest it is this one.
+        """This type, for a field that also stands in the places that `other` describes. `text` is its value as written.
 
         Raises:
-            InvalidValueError: the value cannot be written in all of its places.
+            InvalidValueError: the value cannot be written in all places of the field.
         """
         return self.standing(name, text, None if other.mixed else other.in_json)
 
     def told(self, text: str) -> str:
-        """A value, given as it stands in the text, as an erratum states it."""
+        """A value as an erratum states it. `text` is the value as written."""
         if self.kind is FieldKind.JSON:
             return f'"{text}"' if self.in_json else text
         return self.shown(text)
 
     def shown(self, text: str) -> str:
-        """A value, given as it stands in the text, as it was meant."""
+        """A value as the application gave it, unescaped. `text` is the value as written."""
         return str(json.loads(f'"{text}"', strict=False)) if self.in_json else text
 
     def readable(self, text: str) -> str:
-        """A value, given as it stands in the text, as a reader of JSON would take it."""
+        """A value as a JSON parser would read it. `text` is the value as written."""
         if not self.in_json and self.kind is not FieldKind.JSON:
             return text
-        for _ in range(2 if self.in_json and self.kind is FieldKind.JSON else 1):  # a document inside of a string
+        for _ in range(2 if self.in_json and self.kind is FieldKind.JSON else 1):  # twice for JSON inside a string
             text = unescaped(text)
         return text
 
@@ -222,18 +225,20 @@ TEXT = FieldType()
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A field's value, with what the application says about it. Give it where a plain value may stand.
+    """A field's value with its type and limits. Pass it instead of a plain value.
 
     Args:
-        kind: one of 'text', 'block', 'number', 'date', 'datetime', 'time', 'enum', 'boolean', 'json'; by the value when None.
-        among: for an enum, all values that it may have.
+        kind: one of 'text', 'block', 'number', 'date', 'datetime', 'time', 'enum', 'boolean', 'json'. When None, the
+            value decides.
+        among: for an enum, all values that the field may have.
         at_least, at_most: for a number, its bounds.
-        charset: for a text, the characters it may have, as between the brackets of a regular expression: 'A-Z0-9-'.
-        max_length: for a text, in characters.
-        trusted: the guard does not read its values: whatever the tokenizer can write as plain text is taken. The account
-            of an operation that takes such a value says so.
-        room: under `visibility="design"`, how many tokens the longest expected value has. Values up to this length stand at the
-            same positions, and none of them moves the text that follows.
+        charset: for a text, a block or JSON, the allowed characters, as in the brackets of a regular expression:
+            'A-Z0-9-'.
+        max_length: for a text, a block or JSON, the most characters that a value may have.
+        trusted: whether values skip the guard: anything that the tokenizer can write as plain text is accepted. The
+            account of an operation that takes such a value says so.
+        room: under `visibility="design"`, how many tokens the longest expected value has. Values up to this length
+            stand at the same positions, and none of them moves the text that follows.
 
     Raises:
         InvalidArgumentError: the options do not fit the kind.
@@ -267,29 +272,29 @@ class Field:
         cls, value: Value, *, charset: str = "", max_length: int | None = None, trusted: bool = False,
         room: int | None = None,
     ) -> Field:  # fmt: skip
-        """One line of text."""
+        """A field whose value is one line of text."""
         return cls(value, FieldKind.TEXT, charset=charset, max_length=max_length, trusted=trusted, room=room)
 
     @classmethod
     def block(
         cls, value: Value, *, max_length: int | None = None, trusted: bool = False, room: int | None = None
     ) -> Field:
-        """Several lines, or none."""
+        """A field whose value is several lines, or empty."""
         return cls(value, FieldKind.BLOCK, max_length=max_length, trusted=trusted, room=room)
 
     @classmethod
     def number(cls, value: Value, *, at_least: float | None = None, at_most: float | None = None) -> Field:
-        """A number within bounds."""
+        """A field whose value is a number within bounds."""
         return cls(value, FieldKind.NUMBER, at_least=at_least, at_most=at_most)
 
     @classmethod
     def enum(cls, value: Value, *, among: Sequence[str]) -> Field:
-        """One of some values."""
+        """A field whose value is one of the values `among`."""
         return cls(value, FieldKind.ENUM, among=among)
 
     @classmethod
     def json(cls, value: Value, *, trusted: bool = False) -> Field:
-        """Whatever JSON can hold."""
+        """A field whose value is any JSON value, written as JSON."""
         return cls(value, FieldKind.JSON, trusted=trusted)
 
 
@@ -301,11 +306,11 @@ def type_of(value: Value) -> FieldType:
 def declare(
     values: Mapping[str, Value], places: Mapping[str, bool | None], types: Mapping[str, FieldType] | None = None
 ) -> tuple[dict[str, str], dict[str, FieldType]]:
-    """The texts of values where they are declared, and their types.
+    """The texts and types of values that are being declared.
 
     Args:
-        places: whether each field stands inside of JSON strings, outside of them, or (None) both.
-        types: of fields that were declared before.
+        places: for each field, whether it stands inside JSON strings (True), outside of them (False) or both (None).
+        types: the types of fields that were declared before.
 
     Raises:
         InvalidValueError: a value is not of its type.
@@ -323,7 +328,7 @@ def declare(
 def edited(values: Mapping[str, Value], types: Mapping[str, FieldType]) -> tuple[dict[str, str], dict[str, FieldType]]:
     """The texts of new values for declared fields, and the types to check them by.
 
-    A `Field` may say more about this one value (`trusted=True`); its kind must be the declared one.
+    A `Field` may state more about this one value (`trusted=True`). Its kind must be the declared one.
 
     Raises:
         InvalidValueError: a value is not of the field's type.
@@ -343,13 +348,13 @@ def edited(values: Mapping[str, Value], types: Mapping[str, FieldType]) -> tuple
 
 
 def trusted_by(types: Mapping[str, FieldType]) -> str:
-    """What an account says of values that the guard did not read; empty if it has read all."""
+    """What an account says about fields whose values the guard does not check; empty if it checks all."""
     names = sorted(name for name, kind in types.items() if kind.trusted)
     return f"trusted, and not read by the guard: {', '.join(names)}" if names else ""
 
 
 def bare(value: Value) -> Value:
-    """A value without what a `Field` says about it."""
+    """The plain value; of a `Field`, the value in it."""
     return value.value if isinstance(value, Field) else value
 
 
@@ -362,7 +367,7 @@ def _check_needs_no_escape(name: str, text: str) -> None:
 
 
 def _kinds_of(value: Value) -> tuple[FieldKind, ...]:
-    """The kinds that a value fits, the one it declares first."""
+    """The kinds that a value fits. The first one is the kind that it declares."""
     if isinstance(value, str) or value is None:
         return (FieldKind.TEXT, FieldKind.BLOCK)
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Names of fields, roles and erratum templates: what each of them has to look like. Values are `guard.py`'s."""
+"""Checks of the names of fields, of roles, and of erratum templates. `guard.py` checks values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_name(name: str) -> None:
 def check_role(role: str) -> None:
     """
     Raises:
-        InvalidValueError: a role is one word, as chat templates know it.
+        InvalidValueError: the role is not one word of at most 32 letters, digits, `_` and `-`.
     """
     if not _ROLE.match(role):
         raise InvalidValueError(f"a role is one word such as 'user' or 'tool', got {role!r}")
@@ -36,7 +36,7 @@ def check_role(role: str) -> None:
 def check_no_markers(text: str, tokenizer: Any, what: str) -> None:
     """
     Raises:
-        InvalidValueError: the text contains one of the tokenizer's own special tokens.
+        InvalidValueError: the text contains a special token of the tokenizer.
     """
     plain = folded(text)
     added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -49,7 +49,8 @@ def check_no_markers(text: str, tokenizer: Any, what: str) -> None:
 def check_template(template: str) -> None:
     """
     Raises:
-        InvalidValueError: an erratum template must name both the field and its value.
+        InvalidArgumentError: the template is not text.
+        InvalidValueError: the template lacks `{name}` or `{value}`, or contains a line break.
     """
     require(template, str, "an erratum template is text")
     if "{name}" not in template or "{value}" not in template:

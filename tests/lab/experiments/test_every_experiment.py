@@ -1,4 +1,4 @@
-"""Every experiment in processes of their own: the records are those that one process makes."""
+"""Experiments that run in several processes make the same records as one process."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_pair_is_made_once_and_rows_are_those_of_one_experiment_alone(
         return pair_of(model, case)
 
     monkeypatch.setattr("programmable_kv.lab.experiments.runs.pair_of", counted)
-    model = randomised(load_model(asked.model))  # so that what it decides wrongly is measured too
+    model = randomised(load_model(asked.model))  # so that wrong decisions are measured too
     chosen = [experiment(name).briefly() for name in ("prevention", "dose", "locality", "errata")]
 
     def runs(folder: str) -> list[Run]:
@@ -194,7 +194,7 @@ def _running() -> set[int]:
 
 
 def _processes() -> list[tuple[int, int]]:
-    """Every process that has not ended, with its parent."""
+    """Every process that has not ended, with its parent's id."""
     told = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,state="], capture_output=True, text=True, check=True).stdout
     lines = [line.split() for line in told.splitlines()]
     return [(int(process), int(parent)) for process, parent, state in lines if not state.startswith("Z")]
@@ -208,7 +208,7 @@ def _wait(until: Callable[[], bool], otherwise: str) -> None:
 
 
 def test_the_command_prints_a_line_for_each(asked: Every, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What is there is kept, so the second run measures nothing.
+    # Existing records are kept, so the second run measures nothing.
     monkeypatch.setattr("programmable_kv.lab.experiments.every.EXPERIMENTS", NAMES)
     (first, second) = (_every(asked) for _ in range(2))
     assert [line.split()[0] for line in sorted(first)] == [*NAMES]
