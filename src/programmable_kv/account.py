@@ -29,7 +29,7 @@ class Account:
     seconds: float = 0.0
     operation: str = ""
     mode_asked: str | None = None
-    """the edit mode that was asked for; if none was given, the default mode"""
+    """the edit mode that was asked for; None if none was given"""
     mode_used: str | None = None
     why: str = ""
     """why the mode used differs from the mode asked for, or what was done in addition"""
