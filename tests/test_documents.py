@@ -29,6 +29,8 @@ def test_a_wrong_or_unquoted_number_is_found() -> None:
     assert wrong_quotes(right, RESULTS) == []
     assert len(wrong_quotes(right.replace(f"{record.figure('ratio'):.3f}", "0.123"), RESULTS)) == 1
     assert len(wrong_quotes("it is 12 times faster", RESULTS)) == 1
+    unreadable = right.replace(":ratio:", ":ra tio:").replace(f"{record.figure('ratio'):.3f}", "0")
+    assert len(wrong_quotes(unreadable, RESULTS)) == 1, "a quote that the pattern does not find would never be checked"
     assert len(wrong_quotes("it takes 80 ms", RESULTS)) == 1
     assert wrong_quotes("others report 80 ms (Source, 2026) <!--cited-->", RESULTS) == []
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from programmable_kv.records import Record, read_record, results_folder
 
-_QUOTE = re.compile(r"<!--(?P<record>[a-z0-9-]+):(?P<path>[A-Za-z0-9_.]+):(?P<format>[^>]*?)-->(?P<text>.*?)<!--/-->")
+_QUOTE = re.compile(r"<!--(?P<record>[a-z0-9-]+):(?P<path>[A-Za-z0-9_.+]+):(?P<format>[^>]*?)-->(?P<text>.*?)<!--/-->")
+_ENDS = "<!--/-->"
 _CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
 _MEASURED_LOOKING = re.compile(r"\d+(?:\.\d+)?\s?(?:ms\b|%|×|x faster|times faster|tokens/s|nats)|\b0\.\d+")
 CITED = "<!--cited-->"
@@ -57,6 +58,8 @@ def wrong_quotes(text: str, results: Path | None = None) -> list[str]:
             )
     unquoted = _QUOTE.sub("", _CODE.sub("", text))
     for line in unquoted.splitlines():
+        if _ENDS in line:
+            wrong.append(f"a quote cannot be read, and nothing would check its number: {line.strip()[:90]}")
         found = _MEASURED_LOOKING.search(line)
         if found and not line.rstrip().endswith(CITED):
             wrong.append(f"{found.group()!r} looks measured but quotes no record: {line.strip()[:90]}")
