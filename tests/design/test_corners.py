@@ -153,7 +153,7 @@ def test_recompute_from_a_slot_begins_with_the_part_that_holds_it() -> None:
     notebook.prefill()
     plan = notebook.plan.recompute(1)
     assert plan.compute[0].span.start == 0
-    assert "skills stay" in plan.why
+    assert "skills are not recomputed" in plan.why
 
 
 def test_exchanged_runs_are_given_positions_that_fit() -> None:

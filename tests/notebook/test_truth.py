@@ -166,7 +166,7 @@ def test_a_rebase_with_a_limit_folds_back_what_fits() -> None:
     whole = notebook.plan.rebase().tokens_computed
     account = notebook.rebase(limit=whole // 2)
     assert 0 < account.tokens_computed <= whole // 2
-    assert "over" in account.why
+    assert "more than" in account.why
     assert "tier: silver" in notebook.rendered_text
     assert "status: new" in notebook.rendered_text
     assert "status is now: pending" in notebook.rendered_text
