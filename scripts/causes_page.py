@@ -9,7 +9,7 @@ def causes_page(page: str) -> str:
     """Return the page with its table of causes replaced. The text around the table is kept."""
     found = re.search(r"<!-- generated: causes -->\n(.*?)<!-- end -->", page, re.DOTALL)
     if found is None:
-        raise ValueError("docs/explain-miss.md must hold '<!-- generated: causes -->' with an '<!-- end -->'")
+        raise ValueError("docs/explain-miss.md must contain '<!-- generated: causes -->' with an '<!-- end -->'")
     return page[: found.start(1)] + causes_table() + page[found.end(1) :]
 
 

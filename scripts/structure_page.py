@@ -57,7 +57,7 @@ def _first_sentences(path: Path) -> str:
     """Return the first paragraph of a module's docstring as one line."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     if not docstring:
-        raise ValueError(f"{path} has no docstring: its first paragraph is its line on the structure page")
+        raise ValueError(f"{path} has no docstring; the structure page needs its first paragraph")
     return " ".join(docstring.split("\n\n")[0].split()).replace("|", "\\|").replace("<", "\\<").removesuffix(".")
 
 
@@ -65,5 +65,5 @@ def _replaced(page: str, name: str, text: str) -> str:
     pattern = re.compile(rf"(<!-- generated: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
     replaced, count = pattern.subn(lambda match: match[1] + text + match[2], page)
     if count != 1:
-        raise ValueError(f"docs/structure.md must hold '<!-- generated: {name} -->' once, with an '<!-- end -->'")
+        raise ValueError(f"docs/structure.md must contain '<!-- generated: {name} -->' once, with an '<!-- end -->'")
     return replaced

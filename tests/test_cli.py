@@ -155,7 +155,7 @@ BEFORE_A_MODEL_IS_LOADED = [
         ["--field", "status=shipped", "--set", "status=x", "--ask", "?", "--options", '"a,b'],
         "an item with a comma in double",
     ),
-    (["--field", "status=shipped", "--set", "status=x", *ASK, "--mode", "magic"], "no edit mode 'magic'"),
+    (["--field", "status=shipped", "--set", "status=x", *ASK, "--mode", "magic"], "unknown edit mode 'magic'"),
 ]
 WITH_A_MODEL = [
     (["--field", "status=shipped", "--set", "status=", *ASK], "is empty"),
@@ -308,7 +308,7 @@ def test_a_skill_is_compiled_kept_carried_and_removed(policy: str, tiny_folder: 
     assert json.loads(pkv("skills", "show", "refunds", *store).stdout)["unit"]["text"].startswith("You are the support")
     carried = tmp_path / "refunds.skill"
     assert pkv("skills", "export", "refunds", str(carried), *store).returncode == 0
-    assert "is gone" in pkv("skills", "rm", "refunds", *store).stdout
+    assert "was removed" in pkv("skills", "rm", "refunds", *store).stdout
     gone = pkv("skills", "verify", "refunds", *store)
     assert gone.returncode != 0
     assert "0 skills" in gone.stderr

@@ -169,7 +169,7 @@ def test_everything_is_in_the_account() -> None:
 def test_a_mode_that_is_none_costs_no_prefill() -> None:
     model = tiny()
     before = model.engine.meter.tokens_computed
-    with pytest.raises(InvalidEditError, match="no edit mode 'magic'"):
+    with pytest.raises(InvalidEditError, match="unknown edit mode 'magic'"):
         Agent(model, POLICY, mode="magic", status="pending")
     assert model.engine.meter.tokens_computed == before
     assert Agent(model, "mode: {mode}.", {"mode": "slow"}).state == {"mode": "slow"}

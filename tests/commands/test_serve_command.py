@@ -100,7 +100,7 @@ def test_several_upstreams(served: list[Any]) -> None:
         (["--mode", "rewrite"], "--mode is one of observe, pass, erratum, hoist, strict"),
         (["--volatile", "/nowhere/rules.json"], "cannot read"),
         (["--host", "0.0.0.0"], "--api-keys-file"),
-        (["--upstream-key-env", "NOT_SET_ANYWHERE"], "NOT_SET_ANYWHERE holds no key"),
+        (["--upstream-key-env", "NOT_SET_ANYWHERE"], "NOT_SET_ANYWHERE has no usable key"),
         (["--api-keys-file", "/nowhere/keys"], "cannot read"),
     ],
 )

@@ -142,7 +142,7 @@ def test_readers_are_what_an_edit_computes_in_turns_and_skills_too() -> None:
 def test_the_reason_says_which_field_and_which_way() -> None:
     notebook = design().message("system", "status: {status}\nbe kind.\n", status="x").message("user", "ask")
     notebook.prefill()
-    assert "what holds status grew by" in notebook.edit(status="cancelled by the customer").why
+    assert "the text with status grew by" in notebook.edit(status="cancelled by the customer").why
     assert "grew" not in notebook.edit(status="cancelled by the customer and the shop").why, "there is room now"
 
 
@@ -153,7 +153,7 @@ def test_recompute_from_a_slot_begins_with_the_part_that_holds_it() -> None:
     notebook.prefill()
     plan = notebook.plan.recompute(1)
     assert plan.compute[0].span.start == 0
-    assert "skills stay" in plan.why
+    assert "skills are not recomputed" in plan.why
 
 
 def test_exchanged_runs_are_given_positions_that_fit() -> None:

@@ -124,7 +124,7 @@ def test_kept_by_save_fork_and_rollback(tmp_path: Path) -> None:
 def test_refused_where_it_has_no_meaning() -> None:
     notebook = build(tiny())
     states = notebook.states
-    with pytest.raises(InvalidArgumentError, match="a part is read by one of mentions, all, turns"):
+    with pytest.raises(InvalidArgumentError, match="by is one of mentions, all, turns"):
         notebook.readable("status", by="everyone")
     with pytest.raises(UnknownFieldError):
         notebook.readable("state", by="all")

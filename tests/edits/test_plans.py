@@ -164,7 +164,7 @@ def test_rebase_writes_what_errata_state_as_far_as_it_may() -> None:
     near = plan_rebase(*now, tools(), plan.tokens_computed - 1)
     assert "tier: silver" in near.after.text, "the later field is the cheaper one"
     assert "status: pending" in near.after.text
-    assert "over" in near.why
+    assert "more than" in near.why
     assert plan_rebase(*context(), tools(), None).tokens_computed == 0
 
 

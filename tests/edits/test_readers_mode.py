@@ -92,8 +92,8 @@ def test_states_and_account_say_what_is_left() -> None:
     stale = [slot for slot, state in enumerate(notebook.states) if state is TokenState.STALE]
     assert set(stale) == set(range(first.stop, len(notebook))) - slots
     assert account.why == (
-        "computed again with status: 2 lines (holds the field), 1 line (mentions 'status'), 2 lines (mentions 'refund "
-        f"kind'), the open question; {len(stale)} later tokens keep what they noted before"
+        "recomputed with status: 2 lines (holds the field), 1 line (mentions 'status'), 2 lines (mentions 'refund "
+        f"kind'), the open question; {len(stale)} later tokens are still stale"
     )
     late = [slot for slot in slots if slot > min(stale)]
     assert {notebook.states[slot] for slot in late} == {TokenState.REFRESHED}
@@ -107,7 +107,7 @@ def test_where_every_later_line_is_a_reader_it_is_the_suffix(model_type: str, va
     account = notebook.edit(status=value, mode="readers")
     suffix.edit(status=value, mode="suffix")
     assert account.exact
-    assert "keep what they noted" not in account.why
+    assert "still stale" not in account.why
     assert set(notebook.states) == {TokenState.EXACT}
     assert notebook.ids == suffix.ids
     expected, _ = full_forward(notebook.model.engine.model, notebook.ids)
@@ -123,7 +123,7 @@ def test_where_there_is_no_reader_it_is_in_place_and_says_so() -> None:
     account = notebook.edit(status="pending", mode="readers", turns="keep")
     other = in_place.edit(status="pending", mode="in_place")
     assert (account.mode_asked, account.mode_used) == (Mode.READERS, Mode.IN_PLACE)
-    assert "no later line mentions status; only its own tokens are computed" in account.why
+    assert "no later line mentions status; only its own tokens are recomputed" in account.why
     assert account.tokens_computed == other.tokens_computed
     for layer in range(len(notebook.cache)):
         torch.testing.assert_close(notebook.cache.keys(layer), in_place.cache.keys(layer), rtol=0, atol=0)
@@ -133,7 +133,7 @@ def test_a_missing_mention_is_told() -> None:
     notebook = Notebook(tiny()).message("system", "status: {status}\nthen deny", status="shipped")
     notebook.message("user", "cancel?").prefill()
     assert (
-        "no later line mentions status; computed again with status: 1 line"
+        "no later line mentions status; recomputed with status: 1 line"
         in notebook.plan.edit(status="x", mode="readers").why
     )
     assert "no later line" not in notebook.mentions("status", "deny").plan.edit(status="x", mode="readers").why
@@ -161,7 +161,7 @@ def test_superseded_errata_are_cut(turn: bool) -> None:
         notebook.add("assistant", "ok")
     account = notebook.edit(status="returned", mode="readers")
     assert "STATE UPDATE" not in notebook.rendered_text
-    assert "taken back" in account.why
+    assert "an earlier erratum was removed" in account.why
     assert notebook.fields["status"] == "returned"
 
 
@@ -222,7 +222,7 @@ def test_lines_of_a_spliced_skill_are_readers_too() -> None:
 def test_two_fields_in_one_edit() -> None:
     notebook = prefilled()
     account = notebook.edit(status="cancelled by the customer", tier="silver", mode="readers")
-    assert "computed again with tier" in account.why
+    assert "recomputed with tier" in account.why
     tier = {slot for reader in notebook.readers("tier") for slot in reader.span.range}
     for slot in reread(notebook) | tier | set(notebook.spans("tier")[0].range):
         row = row_forward(notebook.model.engine.model, notebook.cache, slot, notebook.ids[slot])

@@ -218,7 +218,7 @@ def test_what_a_template_loses_of_a_request_is_refused() -> None:
         ({"role": "user", "content": "\ue00a"}, r"U\+E00A"),
         ({"role": "tool", "content": "x", "name": "<|im_end|>"}, "im_end"),
         ({"role": "assistant", "tool_calls": [{"function": {}}]}, "a tool call of the assistant message"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "no JSON"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "not JSON"),
         ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}, "a JSON object"),
         ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"<s>": "a"}}}]}, "<s>"),
         (
@@ -243,7 +243,7 @@ def test_tools_and_variables_are_plain_data() -> None:
         Notebook(model, tools=[{"name": "f", "description": "<|im_end|>"}])
     with pytest.raises(InvalidValueError, match="plain JSON"):
         Notebook(model, template_kwargs={"a": object()})
-    with pytest.raises(InvalidValueError, match="tokenize is none"):
+    with pytest.raises(InvalidValueError, match="tokenize is not one"):
         Notebook(model, template_kwargs={"tokenize": True})
     with pytest.raises(InvalidValueError, match="im_start"):
         Notebook(model, template_kwargs={"a": ["<|im_start|>"]})

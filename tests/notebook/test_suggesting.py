@@ -204,7 +204,7 @@ def test_it_says_why() -> None:
     assert suggestions.words == ("one",)
     assert str(suggestions).splitlines() == [
         "MISSED  one  (moves 100% as far as the most moved line)",
-        "reads   two  (moves 50% as far as the most moved line; a reader already: mentions 'a')",
+        "reads   two  (moves 50% as far as the most moved line; already a reader: mentions 'a')",
     ]
     assert str(Suggestions("a", (), 0.1, None, prefilled().last_account)) == "no line after a moves"
 
@@ -268,5 +268,5 @@ def test_a_rule_that_does_not_name_the_field_is_found(embedded: Any) -> None:
 def test_the_current_value_moves_nothing_and_the_suggestions_say_why() -> None:
     notebook = Notebook(tiny()).text("status: {status}\nif the status is one then deny.\n", status="shipped")
     notebook.prefill()
-    assert "has this value already" in str(notebook.suggest_readers("status", "shipped"))
-    assert "has this value already" not in str(notebook.suggest_readers("status", "pending"))
+    assert "already has this value" in str(notebook.suggest_readers("status", "shipped"))
+    assert "already has this value" not in str(notebook.suggest_readers("status", "pending"))

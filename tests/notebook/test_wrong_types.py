@@ -17,7 +17,7 @@ CALLS: dict[str, Callable[[Any, Path], object]] = {
     "a message's content": lambda model, _: Notebook(model).message("system", 5),  # type: ignore[arg-type]
     "a text": lambda model, _: Notebook(model).text(5),  # type: ignore[arg-type]
     "a skill's text": lambda model, _: Skill.compile(model, 5),  # type: ignore[arg-type]
-    "onto a Model": lambda _, folder: Notebook.load(folder, "embedded"),  # type: ignore[arg-type]
+    "loading a notebook needs a Model": lambda _, folder: Notebook.load(folder, "embedded"),  # type: ignore[arg-type]
 }
 
 

@@ -204,7 +204,7 @@ def test_a_policy_that_waits_for_the_first_user_turn() -> None:
     with pytest.raises(TemplateError, match="first user turn"):
         notebook.decide(None, OPTIONS)
     account = notebook.edit(status="shipped", mode="erratum")
-    assert "stands in that turn" in account.why
+    assert "is part of that turn" in account.why
     notebook.add("user", "Where is it?")
     assert notebook.rendered_text.endswith("[STATE UPDATE] status is now: shipped.\n\nWhere is it? [/INST]")
     assert notebook.rendered_text.count("[INST]") == 1

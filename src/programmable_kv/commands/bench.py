@@ -45,7 +45,7 @@ ShapeOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="a torch device; by default the one that torch prefers")]
-LayersOption = Annotated[int | None, typer.Option(min=1, help="build only so many layers of the --shape")]
+LayersOption = Annotated[int | None, typer.Option(min=1, help="build only this many layers of the --shape")]
 _ALL_LENGTHS = "512,1024,2048,4096,7936"
 
 
@@ -92,16 +92,16 @@ def bench_splice(
 @app.command("agent")
 def bench_agent(
     model: ModelOption = "embedded",
-    instances: Annotated[int, typer.Option(min=0, help="policies of each held-out domain")] = 10,
+    instances: Annotated[int, typer.Option(min=0, help="policies for each held-out domain")] = 10,
     lengths: LengthsOption = "1024,2048,4096",
-    turns: Annotated[int, typer.Option(min=1, help="turns of each timed policy")] = 12,
+    turns: Annotated[int, typer.Option(min=1, help="turns for each timed policy")] = 12,
     mode: Annotated[
-        list[str], typer.Option(help="how an agent edits, or 'design'; repeatable, the first one is timed")
+        list[str], typer.Option(help="an agent's edit mode, or 'design'; repeatable, the first one is timed")
     ] = [  # noqa: B006
         "field_erratum",
         "erratum",
     ],
-    times: Annotated[bool, typer.Option(help="also take times, at the lengths given")] = True,
+    times: Annotated[bool, typer.Option(help="also measure times, at the given lengths")] = True,
     out_path: OutOption = None,
 ) -> None:
     """Compare an agent on one live cache with an agent that prefills its whole context in every turn.
@@ -138,7 +138,7 @@ def bench_endurance(
 def bench_overhead(
     lengths: LengthsOption = "4096,16384,65536",
     units: Annotated[
-        str, typer.Option(help="messages of the context of each length, separated by commas")
+        str, typer.Option(help="number of messages in the context of each length, separated by commas")
     ] = "100,400,1000",
     repeats: RepeatsOption = 7,
     out_path: OutOption = None,
@@ -151,7 +151,9 @@ def bench_overhead(
 
     sizes, counts = parse_lengths(lengths), parse_lengths(units, "--units")
     if len(sizes) != len(counts):
-        raise typer.BadParameter(f"{len(counts)} numbers for {len(sizes)} lengths", param_hint="--units")
+        raise typer.BadParameter(
+            f"{len(counts)} numbers for {len(sizes)} lengths: give one for each", param_hint="--units"
+        )
     measure(
         run, model_for(sizes), out_path, "overhead", "Lengths", len(sizes), lengths=sizes, units=counts, repeats=repeats
     )
@@ -160,16 +162,22 @@ def bench_overhead(
 @app.command("serve")
 def bench_serve(
     sizes: Annotated[str, typer.Option(help="sizes of a request's body in KB, separated by commas")] = "8,100,450",
-    sessions: Annotated[str, typer.Option(help="idle conversations known to a gateway while requests arrive")] = (
-        "10,1000,10000"
-    ),
-    per_second: Annotated[float, typer.Option(min=0.1, help="requests that arrive in a second")] = 50.0,
-    open_seconds: Annotated[float, typer.Option(min=0.1, help="how long they arrive on each way, each time")] = 10.0,
-    requests: Annotated[int, typer.Option(min=2, help="timed requests of each way at each size, one by one")] = 150,
-    seconds: Annotated[float, typer.Option(min=0.1, help="how long each way is loaded, twice at each size")] = 1.0,
+    sessions: Annotated[
+        str, typer.Option(help="idle conversations that a gateway knows while requests arrive, separated by commas")
+    ] = ("10,1000,10000"),
+    per_second: Annotated[float, typer.Option(min=0.1, help="requests that arrive per second")] = 50.0,
+    open_seconds: Annotated[
+        float, typer.Option(min=0.1, help="seconds of arriving requests, for each way and number of conversations")
+    ] = 10.0,
+    requests: Annotated[
+        int, typer.Option(min=2, help="timed requests for each way and size, sent one at a time")
+    ] = 150,
+    seconds: Annotated[float, typer.Option(min=0.1, help="seconds of load for each way, twice for each size")] = 1.0,
     litellm_python: Annotated[
         str | None,
-        typer.Option("--litellm-python", help="the Python of an environment with litellm[proxy], to measure it beside"),
+        typer.Option(
+            "--litellm-python", help="the Python of an environment with litellm[proxy], to measure it as well"
+        ),
     ] = None,
     out_path: OutOption = None,
 ) -> None:
@@ -200,8 +208,12 @@ def bench_serve(
 def bench_vllm(
     python: Annotated[str, typer.Option("--python", help="the Python of an environment with vLLM (docs/vllm.md)")],
     model: ModelOption = "embedded",
-    lines: Annotated[int, typer.Option(min=4, help="of each of the eight policies; a line is about 21 tokens")] = 16,
-    requests: Annotated[int, typer.Option(min=0, help="timed prompts of each way; 0 compares and provokes only")] = 6,
+    lines: Annotated[
+        int, typer.Option(min=4, help="lines of each of the eight policies; a line has about 21 tokens")
+    ] = 16,
+    requests: Annotated[
+        int, typer.Option(min=0, help="timed prompts for each way; 0 only compares answers and provokes faults")
+    ] = 6,
     out_path: OutOption = None,
 ) -> None:
     """Measure skills that are composed inside a real vLLM, against its prefix cache.
@@ -223,10 +235,10 @@ def bench_vllm(
 @app.command("serve-vllm")
 def bench_serve_vllm(
     python: Annotated[str, typer.Option("--python", help="the Python of an environment with vLLM (docs/vllm.md)")],
-    part: Annotated[VllmPart, typer.Option(help="what is measured: load, decisions, skills or replay")] = VllmPart.LOAD,
+    part: Annotated[VllmPart, typer.Option(help="what to measure: load, decisions, skills or replay")] = VllmPart.LOAD,
     model: Annotated[str, typer.Option("--model", help="'embedded', or a folder that vLLM serves")] = "embedded",
     quick: Annotated[
-        bool, typer.Option("--quick", help="three minutes at most: see that it runs, and measure little")
+        bool, typer.Option("--quick", help="a short run of at most three minutes, to see that it works")
     ] = False,
     traces: Annotated[
         Path | None, typer.Option(help="a folder of agent traces (kv-cache-tester), for the replay")
@@ -245,7 +257,7 @@ def bench_serve_vllm(
     from programmable_kv.bench import serve_vllm, serve_vllm_decisions, serve_vllm_replay, serve_vllm_skills
 
     if (part is VllmPart.REPLAY) != (traces is not None):
-        raise InvalidArgumentError("--traces FOLDER goes with --part replay, which needs it")
+        raise InvalidArgumentError("--part replay needs --traces FOLDER, and no other part takes it")
     path = record_path(out_path, "serve-vllm" if part is VllmPart.LOAD else f"serve-vllm-{part}")
     said = command().replace(python, "VLLM_PYTHON").replace(str(traces), "TRACES")  # a record names no place
     with progress("Steps", 1) as report:
@@ -271,22 +283,26 @@ def bench_serve_vllm(
 
 @app.command("soak")
 def bench_soak(
-    minutes: Annotated[float, typer.Option(min=0.01, help="how long")] = 30.0,
-    stretches: Annotated[int, typer.Option(min=1, help="rows of the record, each an equal part of the time")] = 15,
-    clients: Annotated[int, typer.Option(min=1, help="conversations at a time")] = 8,
-    per_second: Annotated[float, typer.Option(min=0.1, help="requests of all clients together")] = 20.0,
+    minutes: Annotated[float, typer.Option(min=0.01, help="minutes of load")] = 30.0,
+    stretches: Annotated[
+        int, typer.Option(min=1, help="rows of the record; each covers an equal part of the time")
+    ] = 15,
+    clients: Annotated[int, typer.Option(min=1, help="conversations at the same time")] = 8,
+    per_second: Annotated[float, typer.Option(min=0.1, help="requests per second, of all clients together")] = 20.0,
     kills: Annotated[int, typer.Option(min=0, help="how often the gateway is killed and started again")] = 5,
-    rebase_after: Annotated[int, typer.Option(min=1, help="lines after which a prefix is renewed")] = 12,
-    observe_mib: Annotated[int, typer.Option(min=1, help="text of earlier requests that the gateway keeps")] = 8,
+    rebase_after: Annotated[int, typer.Option(min=1, help="appended lines after which a prefix is renewed")] = 12,
+    observe_mib: Annotated[
+        int, typer.Option(min=1, help="text of earlier requests that the gateway keeps, in MiB")
+    ] = 8,
     gateways: Annotated[
-        int, typer.Option(min=1, help="how many there are, killed in turn; several need a database")
+        int, typer.Option(min=1, help="number of gateways, killed in turn; several need a database")
     ] = 1,
     state: Annotated[str, typer.Option(help="a database for the state: postgresql://USER@HOST/DATABASE")] = "",
-    editors: Annotated[int, typer.Option(min=0, help="clients that edit a notebook, and look for lost edits")] = 0,
+    editors: Annotated[int, typer.Option(min=0, help="clients that edit a notebook and look for lost edits")] = 0,
     database_kills: Annotated[
         int,
         typer.Option(
-            min=0, help="how often a database of the run's own is killed (needs a PostgreSQL server's programs)"
+            min=0, help="how often the run kills a database of its own (needs a PostgreSQL server's programs)"
         ),
     ] = 0,
     out_path: OutOption = None,

@@ -29,12 +29,10 @@ def explain_miss(
         typer.Option("--model", help="count in this model's tokens: 'embedded', a Hub id, a folder, a .gguf file"),
     ] = None,
     block_size: Annotated[int, typer.Option(help="tokens in a block of the engine's cache, with --model")] = 16,
-    prices: Annotated[
-        Path | None, typer.Option(help="a JSON file with prices, instead of the table that ships")
-    ] = None,
-    html: Annotated[Path | None, typer.Option(help="write the report as a page")] = None,
+    prices: Annotated[Path | None, typer.Option(help="a JSON file with prices, instead of the built-in table")] = None,
+    html: Annotated[Path | None, typer.Option(help="write the report to this HTML page")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
-    no_text: Annotated[bool, typer.Option("--no-text", help="print nothing that stood in a prompt")] = False,
+    no_text: Annotated[bool, typer.Option("--no-text", help="print no text of a prompt")] = False,
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="leave out lines that cannot be read, and count them")
     ] = False,

@@ -25,7 +25,7 @@ app = typer.Typer(help="Why it works: experiments on the loaded model.", no_args
 @app.command("run")
 def lab_run(
     name: Annotated[str | None, typer.Argument(help="an experiment; --list names them", show_default=False)] = None,
-    listed: Annotated[bool, typer.Option("--list", help="list the experiments and what each asks")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="list the experiments and the question of each")] = False,
     model: ModelOption = "embedded",
     random_weights: Annotated[
         bool, typer.Option(help="the control: the same architecture, each weight matrix's numbers shuffled")
@@ -34,11 +34,11 @@ def lab_run(
         int | None,
         typer.Option(min=1, help="held-out policies to draw [default: the experiment's]", show_default=False),
     ] = None,
-    everyday: Annotated[bool, typer.Option(help="worded for models that were not trained on the grammar")] = False,
+    everyday: Annotated[bool, typer.Option(help="use wording for models that were not trained on the grammar")] = False,
     quick: Annotated[
         bool,
         typer.Option(
-            help="does everything still run? A few policies of every experiment, or of one; no record is kept"
+            help="check that everything still runs: a few policies of every experiment, or of one; no record is kept"
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, for other programs")] = False,
@@ -90,12 +90,12 @@ def lab_every(
         int | None,
         typer.Option(min=1, help="held-out policies to draw [default: each experiment's]", show_default=False),
     ] = None,
-    everyday: Annotated[bool, typer.Option(help="worded for models that were not trained on the grammar")] = False,
+    everyday: Annotated[bool, typer.Option(help="use wording for models that were not trained on the grammar")] = False,
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="processes, each with the model [default: one for each core]", show_default=False),
     ] = None,
-    again: Annotated[bool, typer.Option("--again", help="make records anew that are there already")] = False,
+    again: Annotated[bool, typer.Option("--again", help="make existing records again")] = False,
     folder: Annotated[
         Path | None, typer.Option(help="where the records go [default: results/]", show_default=False)
     ] = None,
@@ -181,7 +181,7 @@ def lab_readers(
 def lab_blocks(
     model: ModelOption = "embedded",
     count: Annotated[int, typer.Option(min=1, help="held-out blocks of each of four kinds of change")] = 60,
-    everyday: Annotated[bool, typer.Option(help="worded for models that were not trained on the grammar")] = False,
+    everyday: Annotated[bool, typer.Option(help="use wording for models that were not trained on the grammar")] = False,
     out_path: OutOption = None,
 ) -> None:
     """Measure agreement with full prefill after one line of a block changed, by edit mode.
@@ -208,7 +208,7 @@ def lab_long_readers(
 @app.command("mentions")
 def lab_mentions(
     model: ModelOption = "embedded",
-    count: Annotated[int, typer.Option(min=1, help="policies of each way to speak of a field")] = 20,
+    count: Annotated[int, typer.Option(min=1, help="policies for each way to refer to a field")] = 20,
     out_path: OutOption = None,
 ) -> None:
     """Compare readers that are found by name, declared, and suggested, by how the rules refer to the field."""
@@ -221,7 +221,7 @@ def lab_mentions(
 @app.command("stock-readers")
 def lab_stock_readers(
     model: Annotated[str, typer.Option("--model", help="a Hub id, a folder, or a .gguf file of a chat model")],
-    count: Annotated[int, typer.Option(min=1, help="policies of each of two ways")] = 40,
+    count: Annotated[int, typer.Option(min=1, help="policies for each of two ways")] = 40,
     dtype: DtypeOption = "float32",
     out_path: OutOption = None,
 ) -> None:
@@ -236,7 +236,7 @@ def lab_stock_readers(
 @app.command("visibilities")
 def lab_visibilities(
     model: Annotated[str, typer.Option("--model", help="a Hub id, a folder, or a .gguf file")],
-    count: Annotated[int, typer.Option(min=1, help="policies of each of two ways")] = 40,
+    count: Annotated[int, typer.Option(min=1, help="policies for each of two ways")] = 40,
     dtype: DtypeOption = "float32",
     out_path: OutOption = None,
 ) -> None:
@@ -265,7 +265,7 @@ def lab_by_design(
 @app.command("compose")
 def lab_compose(
     model: ModelOption = "embedded",
-    policies: Annotated[int, typer.Option(min=1, help="policies, in every place")] = 24,
+    policies: Annotated[int, typer.Option(min=1, help="policies, each in every place")] = 24,
     others: Annotated[int, typer.Option(min=1, help="tasks of each other kind")] = 24,
     tools: Annotated[int, typer.Option(min=0, help="requests for one of sixteen tools")] = 40,
     horizons: Annotated[int, typer.Option(min=0, help="conversations of forty turns on one edited cache")] = 4,
@@ -329,7 +329,7 @@ def lab_lens_peer(
 
 @app.command("emergence")
 def lab_emergence(
-    seeds: Annotated[int, typer.Option(min=1, help="models, each with a seed of its own")] = 10,
+    seeds: Annotated[int, typer.Option(min=1, help="models, each with its own seed")] = 10,
     out_path: OutOption = None,
 ) -> None:
     """Train toy models from scratch, in minutes, and measure when they begin to write notes."""

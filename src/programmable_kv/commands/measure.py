@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from programmable_kv.records import Record
 
 LengthsOption = Annotated[str, typer.Option(help="lengths in tokens, separated by commas")]
-RepeatsOption = Annotated[int, typer.Option(min=1, help="measurements of each way")]
+RepeatsOption = Annotated[int, typer.Option(min=1, help="measurements for each way")]
 DtypeOption = Annotated[str, typer.Option(help="a torch dtype's name, or 'auto' for the one on disk")]
 
 

@@ -65,15 +65,13 @@ def edit(
     ],
     field: Annotated[
         list[str],
-        typer.Option(help="name=value, or name=@file, as the prompt is first cached; repeatable"),
+        typer.Option(help="name=value, or name=@file: the value in the first cached prompt; repeatable"),
     ],
-    set_: Annotated[list[str], typer.Option("--set", help="name=value, or name=@file, the edit; repeatable")],
+    set_: Annotated[list[str], typer.Option("--set", help="name=value, or name=@file: the new value; repeatable")],
     ask: Annotated[str, typer.Option(help="the question")],
     options: Annotated[
         str | None,
-        typer.Option(
-            help="the possible answers, separated by commas; one that has a comma in quotes: '\"Yes, do\",No'"
-        ),
+        typer.Option(help="the possible answers, separated by commas; quote one that has a comma: '\"Yes, do\",No'"),
     ] = None,
     option: Annotated[list[str] | None, typer.Option(help="one possible answer; repeatable")] = None,
     model: ModelOption = "embedded",
@@ -177,9 +175,7 @@ def _check_fields(text: str, fields: dict[str, str], changes: dict[str, str]) ->
         if name not in fields:
             raise UnknownFieldError(f"there is no field {name!r} to --set; the fields are: {', '.join(fields)}")
     if all(fields[name] == value for name, value in changes.items()):
-        raise InvalidEditError(
-            "--set gives the values that --field gives already, so nothing is edited: give another value"
-        )
+        raise InvalidEditError("--set gives the same values as --field, so nothing is edited: give another value")
 
 
 def _modes(names: Iterable[str] | None) -> list[Mode]:

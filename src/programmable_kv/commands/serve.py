@@ -19,22 +19,22 @@ def serve(
     upstream: Annotated[
         list[str] | None,
         typer.Option(
-            help="the model server to stand in front of, such as http://localhost:8000; of several, a conversation keeps to one"
+            help="the model server to forward to, such as http://localhost:8000; repeatable, a conversation stays with one"
         ),
     ] = None,
     model: Annotated[
         str, typer.Option(help="without --upstream: 'embedded', a Hub id, a folder, or a .gguf file")
     ] = "embedded",
     host: Annotated[
-        str, typer.Option(help="the address to listen at; other than this machine's only with API keys")
+        str, typer.Option(help="the address to listen on; one other than this machine's needs API keys")
     ] = ("127.0.0.1"),
-    port: Annotated[int, typer.Option(help="the port to listen at")] = 8787,
+    port: Annotated[int, typer.Option(help="the port to listen on")] = 8787,
     mode: Annotated[
         str,
         typer.Option(help="'observe' reports on the prefix cache; 'pass' only forwards; 'erratum', 'hoist', 'strict'"),
     ] = "observe",
     volatile: Annotated[
-        Path | None, typer.Option(help="which pieces of prompts may change, and modes of routes: a JSON file")
+        Path | None, typer.Option(help="a JSON file: which pieces of prompts may change, and modes of routes")
     ] = None,
     state: Annotated[
         str | None,
@@ -50,33 +50,33 @@ def serve(
         str | None, typer.Option(help="the environment variable with the key to send to the upstream")
     ] = None,
     max_body_mib: Annotated[int, typer.Option(help="the largest request body, in MiB")] = 32,
-    max_running: Annotated[int, typer.Option(help="requests that are with the upstream at one time")] = 256,
-    max_waiting: Annotated[int, typer.Option(help="requests that wait for a place; more get 429")] = 256,
+    max_running: Annotated[int, typer.Option(help="requests that the upstream handles at the same time")] = 256,
+    max_waiting: Annotated[int, typer.Option(help="requests that wait for their turn; more get 429")] = 256,
     read_timeout: Annotated[float, typer.Option(help="seconds for which the upstream may be silent")] = 600.0,
     observe_mib: Annotated[int, typer.Option(help="memory for earlier requests to compare with, in MiB")] = 256,
     max_notebooks: Annotated[
         int | None,
         typer.Option(
-            help="notebooks that are kept, of all tenants; 64 without --upstream and 10000 with it by default"
+            help="notebooks kept for all tenants together; by default 64 without --upstream and 10000 with it"
         ),
     ] = None,
     skills: Annotated[
         str | None,
         typer.Option(
-            help="the upstream is vLLM with this package's plugin: its store, whose skills notebooks may name; a folder or URL"
+            help="for vLLM with this package's plugin: the folder or URL of its skill store; notebooks may name its skills"
         ),
     ] = None,
     per_minute: Annotated[
         float | None,
-        typer.Option(help="requests of each API key in a minute; `per-minute=` beside a key goes before"),
+        typer.Option(help="requests per minute for each API key; `per-minute=` next to a key overrides it"),
     ] = None,
     cache_salt: Annotated[
-        bool, typer.Option("--cache-salt", help="the upstream is vLLM: part the tenants' caches with a `cache_salt`")
+        bool, typer.Option("--cache-salt", help="for vLLM: separate the tenants' caches with a `cache_salt`")
     ] = False,
     rebase_after: Annotated[
         int,
         typer.Option(
-            help="with 'erratum': lines after which the prefix with the new values is computed in the background"
+            help="with 'erratum': appended lines after which a prefix with the new values is computed in the background"
         ),
     ] = 64,
     line_role: Annotated[
@@ -164,5 +164,5 @@ def _say(text: str) -> None:
 def _secret(variable: str) -> str:
     value = os.environ.get(variable, "").strip()
     if not value or not value.isascii() or not value.isprintable():
-        raise InvalidArgumentError(f"the environment variable {variable} holds no key: set it, and start again")
+        raise InvalidArgumentError(f"the environment variable {variable} has no usable key: set it, and start again")
     return value

@@ -28,14 +28,15 @@ FieldOption = Annotated[
     list[str] | None, typer.Option("--field", help="name=value for a {name} in the text; repeatable")
 ]
 PrefaceOption = Annotated[
-    Path | None, typer.Option("--preface", help="a text file that is read while compiling, and not kept in the skill")
+    Path | None,
+    typer.Option("--preface", help="a text file to read while compiling; it is not kept in the skill"),
 ]
 InsideOption = Annotated[
     str | None,
-    typer.Option("--inside", help="a role: compile as inside a chat message of this role, after the preface"),
+    typer.Option("--inside", help="a role: compile the text inside a chat message of this role, after the preface"),
 ]
 Int8Option = Annotated[bool, typer.Option("--int8", help="keep it in 8 bits")]
-DtypeOption = Annotated[str, typer.Option(help="a torch dtype's name: the one that the model is run in")]
+DtypeOption = Annotated[str, typer.Option(help="the torch dtype that the model runs in")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 _BULKY: Any = {"unit": {"ids", "offsets", "base", "read"}, "pieces": True}
 """entries of a manifest that are long and of no use to a reader"""
@@ -44,7 +45,7 @@ _BULKY: Any = {"unit": {"ids", "offsets", "base", "read"}, "pieces": True}
 @app.command("compile")
 def skills_compile(
     text: Annotated[Path, typer.Argument(help="a text file")],
-    name: Annotated[str | None, typer.Option(help="what it is called; a digest of its text by default")] = None,
+    name: Annotated[str | None, typer.Option(help="its name; a digest of its text by default")] = None,
     field: FieldOption = None,
     role: Annotated[str | None, typer.Option(help="render it as a chat message of this role")] = None,
     preface: PrefaceOption = None,
@@ -54,7 +55,7 @@ def skills_compile(
     ] = "causal",
     mentions: Annotated[
         list[str] | None,
-        typer.Option("--mentions", help="with design, field=words by which lines speak of the field; repeatable"),
+        typer.Option("--mentions", help="with design, field=words with which lines refer to the field; repeatable"),
     ] = None,
     int8: Int8Option = False,
     model: ModelOption = "embedded",
@@ -65,7 +66,7 @@ def skills_compile(
     """Compile a text and keep it in the store, unless the store has it already."""
     if role is not None and inside is not None:
         raise typer.BadParameter(
-            "a skill is a message of its own, or stands inside of one: not both", param_hint="--inside"
+            "--role makes the skill its own message, --inside a part of one: give only one", param_hint="--inside"
         )
     content, before, values = read_text(text), _preface(preface, inside), pairs(field or [], "--field")
     words = _words(mentions or [])
@@ -86,7 +87,7 @@ def skills_compile_together(
     field: FieldOption = None,
     preface: PrefaceOption = None,
     inside: InsideOption = None,
-    between: Annotated[str, typer.Option(help=r"text between two of them; \n is a line break")] = "",
+    between: Annotated[str, typer.Option(help=r"the text between two of them; \n is a line break")] = "",
     int8: Int8Option = False,
     model: ModelOption = "embedded",
     dtype: DtypeOption = "float32",
@@ -120,9 +121,9 @@ def _named_paths(given: list[str]) -> dict[str, Path]:
     for item in given:
         name, _, path = item.partition("=")
         if not name or not path:
-            raise InvalidArgumentError(f"a text is given as name=path, got {item!r}")
+            raise InvalidArgumentError(f"expected name=path for each text, got {item!r}")
         if name in found:
-            raise InvalidArgumentError(f"two texts are called {name!r}: give each a name of its own")
+            raise InvalidArgumentError(f"two texts have the name {name!r}: give each its own name")
         found[name] = Path(path)
     return found
 
@@ -222,7 +223,7 @@ def skills_rm(which: SkillArgument, store: StoreOption = None, as_json: JsonOpti
     if as_json:
         print(json.dumps({"removed": key}))
     else:
-        out.print(f"{key} is gone", highlight=False)
+        out.print(f"{key} was removed", highlight=False)
 
 
 @app.command("export")

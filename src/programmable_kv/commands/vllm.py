@@ -43,9 +43,11 @@ def vllm_certify(folder: FolderArgument, store: StoreOption = None, dtype: Dtype
 
 @app.command("opening")
 def vllm_opening(
-    text: Annotated[Path, typer.Argument(help="a text file: how the system message begins, up to the first skill")],
-    name: Annotated[str, typer.Option(help="what it is called")] = "opening",
-    role: Annotated[str, typer.Option(help="of the message that it begins")] = "system",
+    text: Annotated[
+        Path, typer.Argument(help="a text file: the beginning of the system message, up to the first skill")
+    ],
+    name: Annotated[str, typer.Option(help="its name")] = "opening",
+    role: Annotated[str, typer.Option(help="the role of the message that it begins")] = "system",
     model: ModelOption = "embedded",
     store: StoreOption = None,
     dtype: DtypeOption = "float32",
@@ -66,7 +68,7 @@ def vllm_opening(
 def vllm_export(
     model: Annotated[str, typer.Argument(help="a .gguf file, a Hub id or a folder")],
     folder: Annotated[Path, typer.Argument(help="a new folder")],
-    dtype: Annotated[str, typer.Option(help="of the weights that are written")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="the dtype of the written weights")] = "bfloat16",
 ) -> None:
     """Write a model to a folder that vLLM can serve. A GGUF file is dequantised."""
     from programmable_kv.vllm_plugin.prepare import export

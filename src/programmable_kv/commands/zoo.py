@@ -13,12 +13,12 @@ from programmable_kv.commands.common import OutOption, command, out, progress, r
 
 def zoo(
     types: Annotated[
-        list[str] | None, typer.Option("--type", help="only this type of transformers; repeatable, writes no page")
+        list[str] | None, typer.Option("--type", help="only this transformers model type; repeatable, writes no page")
     ] = None,
     out_path: OutOption = None,
-    page: Annotated[Path, typer.Option(help="the support matrix, written when every type was examined")] = Path(
-        "docs/architectures.md"
-    ),
+    page: Annotated[
+        Path, typer.Option(help="the page of the support matrix, written if every type is examined")
+    ] = Path("docs/architectures.md"),
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
 ) -> None:
     """Check on which architectures relocation is exact, with a tiny random model of every decoder type."""

@@ -58,7 +58,7 @@ def check(plan: Plan, engine: Engine, extra: int = 0) -> KVLayout | None:
     layout = engine.require_relocation(below=max(plan.reach, needed)) if plan.relocates else None
     if plan.computes_in_the_middle:
         if any(isinstance(step, Insert) for step in plan.steps):
-            engine.require_rows(instead="Splice with SeamRepair(0), which computes nothing again.")
+            engine.require_rows(instead="Splice with SeamRepair(0), which recomputes nothing.")
         else:
             engine.require_rows()
     return layout
@@ -118,9 +118,9 @@ def _require_fitting_frequencies(plan: Plan, engine: Engine, buffer: KVBuffer) -
     """
     if not buffer.fits_its_length:
         raise FrequencyRegimeError(
-            f"after this {plan.operation} the context has {buffer.length} positions, for which {engine.layout.model_type} uses "
-            "other rotary frequencies than for the longer one that is cached. Edit with mode='full', which computes all of it, "
-            "or prefill a new notebook."
+            f"after this {plan.operation} the context has {buffer.length} positions, and for that length "
+            f"{engine.layout.model_type} uses other rotary frequencies than the cached ones. Edit with mode='full', which "
+            "recomputes everything, or prefill a new notebook."
         )
 
 

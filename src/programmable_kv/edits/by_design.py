@@ -30,7 +30,7 @@ from programmable_kv.skills.skill import Skill
 
 _MODES = (None, Mode.READERS, Mode.SUFFIX, Mode.FULL)
 _WHOLE = SeamRepair(0)
-_SKILLS_STAY = "skills stay as compiled: they read nothing here"
+_SKILLS_STAY = "skills are not recomputed: they read nothing in this context"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ def check_mode(mode: Mode | None) -> None:
     """
     if mode not in _MODES:
         raise InvalidEditError(
-            f"under visibility='design' an edit is exact: it writes the field and builds its readers again, and mode "
-            f"{str(mode)!r} would not. Leave the mode out, give mode='full' to compute everything, or use a notebook with "
+            f"under visibility='design' an edit is exact: it writes the field and recomputes its readers, which mode "
+            f"{str(mode)!r} does not. Leave the mode out, give mode='full' to compute everything, or use a notebook with "
             "visibility='causal'."
         )
 
@@ -79,7 +79,7 @@ def check_repair(repair: SeamRepair | None) -> None:
     """
     if repair is not None and repair.computes:
         raise InvalidEditError(
-            "under visibility='design' a skill reads itself only, so there is no seam to repair: leave the repair out"
+            "under visibility='design' a skill reads only itself, so there is no seam to repair: leave the repair out"
         )
 
 
@@ -114,7 +114,7 @@ def plan_design_edit(
         if by and ends < len(state.context):
             names = " and ".join(dict.fromkeys(place.name for place in new.places if place.name in rewritten))
             grew = f"grew by {by}" if by > 0 else f"shrank by {-by}"
-            reasons.append(f"what holds {names} {grew} positions, so that what follows stands elsewhere")
+            reasons.append(f"the text with {names} {grew} positions, so what follows was moved")
     wide = Turns.ALL if mode in (Mode.SUFFIX, Mode.FULL) else turns
     plan = Plan("edit", len(state.context), after, tuple(steps), (), mode, mode or Mode.READERS, "; ".join(reasons))
     return _built(state, plan, wide, whole=mode is Mode.FULL)
@@ -185,8 +185,8 @@ def _built(state: DesignState, plan: Plan, turns: Turns, *, whole: bool = False)
         plan = replace(plan, steps=(*plan.steps, *anew))
         for step in anew:
             build = on_ledger(step, build)
-            plan = plan.because(f"skill {step.units[0].name!r} is compiled anew behind the {len(step.units[0].read)} "
-                                "tokens that it reads and does not hold")  # fmt: skip
+            plan = plan.because(f"skill {step.units[0].name!r} is recompiled after the {len(step.units[0].read)} tokens "
+                                "before it that it reads")  # fmt: skip
         spans = build.outdated(plan.after, kept)
     if whole:
         parts = parts_of(plan.after, build.declared)

@@ -55,7 +55,7 @@ def plan_splice(
     if ledger is not None and skill.visibility is Visibility.DESIGN:
         raise InvalidEditError(
             f"skill {skill.name!r} was compiled with visibility='design', so most of its lines have not read its fields, and "
-            "this notebook reads causally. Compile it without, or use Notebook(model, visibility='design')."
+            "this notebook reads causally. Compile it without that, or use Notebook(model, visibility='design')."
         )
     at, (split, first) = where.start, context.split_at(where.start)
     split, last = split.split_at(where.stop, ends=True) if len(where) else (split, first)
@@ -96,7 +96,7 @@ def plan_cut(context: Context, span: Span, bytes_per_token: int = 0) -> Plan:
     after = split.with_units((*split.units[:first], *split.units[last:])).without_lost_fields()
     step: Step = Shift(span.stop, span.start) if span.stop < len(context) else Truncate(span.start)
     moved = len(context) - span.stop
-    why = f"{moved} tokens were relocated; {moved} keep what they noted before" if moved else ""
+    why = f"{moved} later tokens were relocated and not recomputed" if moved else ""
     return Plan("cut", len(context), after, (step,), why=why, bytes_per_token=bytes_per_token)
 
 
@@ -121,7 +121,7 @@ def plan_move(context: Context, span: Span, to: int, bytes_per_token: int = 0) -
     units = split.units
     after = split.with_units((*units[:first], *units[second:end], *units[first:second], *units[end:]))
     later = len(context) - start
-    why = f"{stop - start} tokens were relocated; {later} keep what they noted before"
+    why = f"{stop - start} tokens were relocated; {later} tokens were not recomputed"
     return Plan("move", len(context), after, (Exchange(start, middle, stop),), why=why, bytes_per_token=bytes_per_token)
 
 
@@ -149,6 +149,6 @@ def _check_written(context: Context, skill: Skill) -> None:
         state = context.fields.get(name)
         if state is not None and state.written != state.current:
             raise InvalidEditError(
-                f"{name} is {state.current!r}, and its place still says {state.written!r}, so a skill that holds it cannot "
-                "be spliced in. Edit the field in a mode that writes it (in_place, field_erratum, suffix) first."
+                f"{name} is {state.current!r}, but the text still says {state.written!r}, so a skill with this field cannot be "
+                "spliced in. First edit the field in a mode that writes it (in_place, field_erratum, suffix)."
             )

@@ -70,8 +70,8 @@ def plan_edit(
     suffix = replace(_planned(context, ledger, changes, Mode.SUFFIX, tools), asked=None)
     if suffix.tokens_computed > plan.tokens_computed:
         return plan
-    why = f"recomputing all that follows takes {suffix.tokens_computed} tokens, {default} {plan.tokens_computed}"
-    return suffix.because(f"{why}, and leaves no token that has read another value")
+    why = f"recomputing all later tokens takes {suffix.tokens_computed} tokens ({default}: {plan.tokens_computed})"
+    return suffix.because(f"{why} and leaves no token that has read another value")
 
 
 def _planned(context: Context, ledger: Ledger, changes: Mapping[str, str], mode: Mode, tools: EditTools) -> Plan:
@@ -146,7 +146,7 @@ class _Draft:
             taken += len(inside)
         if taken:
             self.reasons.append(
-                "an earlier erratum was taken back" if taken == 1 else f"{taken} errata were taken back"
+                "an earlier erratum was removed" if taken == 1 else f"{taken} earlier errata were removed"
             )
 
     def write(self, changes: Mapping[str, str], *, rereads: bool) -> None:
@@ -182,7 +182,7 @@ class _Draft:
         self._computed(Compute(span, Origin.REFRESHED) for span in spans)
         self.reasons += [_told(name, found) for name, found in readers.items()]
         if left := self._unread(spans, changes):
-            self.reasons.append(f"{left} later tokens keep what they noted before")
+            self.reasons.append(f"{left} later tokens are still stale")
 
     def _subjects(self, name: str, value: str) -> tuple[str, ...]:
         """What the changed lines of a block are about: the lines that decide mention that, and not the block."""
@@ -226,7 +226,7 @@ class _Draft:
                         f"an earlier erratum about {name} cannot be cut out here, so a new one was needed"
                     )
             elif wanted:
-                self.reasons.append(f"no erratum: everything that follows was computed with {name} = {_short(value)}")
+                self.reasons.append(f"no erratum: all later tokens were computed with {name} = {_short(value)}")
         return stated
 
     def _known(self, name: str, value: str) -> bool:
@@ -317,7 +317,7 @@ def plan_rebase(context: Context, ledger: Ledger, tools: EditTools, limit: int |
         if limit is None or larger.tokens_computed <= limit:
             plan, folded = larger, set(values)
     if left := told - folded:
-        plan = replace(plan, why=f"folding back {', '.join(sorted(left))} as well would take over {limit} tokens")
+        plan = replace(plan, why=f"folding back {', '.join(sorted(left))} too would compute more than {limit} tokens")
     return plan
 
 
@@ -337,7 +337,7 @@ def _told(name: str, readers: Sequence[Reader]) -> str:
     told = [f"{count} line{'s' * (count > 1)} ({reason})" for reason, count in counts.items()]
     told += [reader.reason for reader in readers if reader.reason not in counts]
     reasons = [] if any(reader.why is Why.MENTIONS for reader in readers) else [f"no later line mentions {name}"]
-    reasons.append(f"computed again with {name}: {', '.join(told)}" if told else "only its own tokens are computed")
+    reasons.append(f"recomputed with {name}: {', '.join(told)}" if told else "only its own tokens are recomputed")
     return "; ".join(reasons)
 
 

@@ -76,7 +76,7 @@ def parse_mode(mode: str | Mode) -> Mode:
     try:
         return Mode(mode)
     except ValueError:
-        raise InvalidEditError(f"there is no edit mode {mode!r}; the modes are: {', '.join(Mode)}") from None
+        raise InvalidEditError(f"unknown edit mode {mode!r}; choose from {', '.join(Mode)}") from None
 
 
 def mode_of(*, writes: bool, states: bool) -> Mode:

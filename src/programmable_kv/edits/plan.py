@@ -221,11 +221,11 @@ def _described(step: Step) -> str:
         case Shift(start, to, _):
             return f"move the tail from slot {start} to slot {to}"
         case Insert(at, skill, replacing):
-            instead = f" in the place of {replacing} tokens" if replacing else ""
+            instead = f", replacing {replacing} tokens" if replacing else ""
             return f"insert {skill.name} ({len(skill)} tokens) at slot {at}{instead}"
         case Recompile(span, units):
-            behind = f" behind {len(units[0].read)} tokens" if units[0].read else ""
-            return f"compile {units[0].name} anew{behind}, in slots [{span.start}, {span.stop})"
+            behind = f" after {len(units[0].read)} tokens" if units[0].read else ""
+            return f"recompile {units[0].name}{behind}, in slots [{span.start}, {span.stop})"
         case Exchange(start, middle, stop, _):
             return f"exchange slots [{start}, {middle}) and [{middle}, {stop})"
         case Select(selection, _):

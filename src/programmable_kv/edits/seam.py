@@ -45,7 +45,7 @@ class SeamRepair:
             raise InvalidEditError(f"a seam has at least 0 tokens, got {self.seam}")
         if self.rule is not None and not _SPELLED.fullmatch(self.rule):
             raise InvalidEditError(
-                f"there is no repair {self.rule!r}; write for example 'deviation:15%' or 'influence:8'"
+                f"unknown repair rule {self.rule!r}; write, for example, 'deviation:15%' or 'influence:8'"
             )
 
     @property

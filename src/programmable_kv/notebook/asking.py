@@ -61,7 +61,7 @@ class Change:
 
     def __post_init__(self) -> None:
         if self.skill is None and self.repair is not None:
-            raise InvalidEditError("there is a repair and no skill to repair: give the skill as well")
+            raise InvalidEditError("a repair was given without a skill: give the skill as well")
         if self.skill is not None and self.edits:
             raise InvalidEditError("a skill and edits cannot go into one forward: edit first, or splice first")
 

@@ -63,7 +63,7 @@ def option_ids(tokenizer: Any, prompt_end: str, options: Sequence[str], end_id: 
             string or has no tokens; or one begins another and `end_id` is None.
     """
     if isinstance(options, str):
-        raise InvalidOptionsError(f"options are a list of strings, got the one string {options!r}")
+        raise InvalidOptionsError(f"options are a list of strings, got a single string {options!r}")
     if not all(isinstance(option, str) for option in options):
         raise InvalidOptionsError(f"options are strings, got {list(options)}")
     if len(options) < 2 or len(set(options)) != len(options) or not all(option.strip() for option in options):
@@ -79,15 +79,15 @@ def option_ids(tokenizer: Any, prompt_end: str, options: Sequence[str], end_id: 
         else:
             found.append(tokenizer.encode(space + option, add_special_tokens=False))
     if not all(found):
-        raise InvalidOptionsError(f"an option tokenises to nothing: {list(options)}")
+        raise InvalidOptionsError(f"an option has no tokens: {list(options)}")
     starts_another = any(a != b and b[: len(a)] == a for a in found for b in found)
     if len({tuple(ids) for ids in found}) != len(found):
         raise InvalidOptionsError(f"two options have the same tokens: {list(options)}")
     if starts_another:
         if end_id is None:
             raise InvalidOptionsError(
-                f"one option begins another ({list(options)}), and this tokenizer has no end token to tell them apart. "
-                "Rephrase them."
+                f"one option is the beginning of another ({list(options)}), and this tokenizer has no end token to tell "
+                "them apart. Rephrase them."
             )
         found = [[*ids, end_id] for ids in found]
     return found

@@ -24,9 +24,9 @@ COLOURS = {
 }
 MEANINGS = {
     TokenState.EXACT: "a full prefill of this text gives the same numbers",
-    TokenState.REPAIRED: "the same, for a skill's first tokens, computed again in their place",
-    TokenState.RELOCATED: "compiled apart from this context and moved here",
-    TokenState.REFRESHED: "computed again by an edit, reading stale tokens too",
+    TokenState.REPAIRED: "exact too: the first tokens of a spliced skill, recomputed in their place",
+    TokenState.RELOCATED: "compiled outside this context and moved here",
+    TokenState.REFRESHED: "recomputed by an edit, reading stale tokens too",
     TokenState.AFTER_EDIT: "computed after an edit, reading stale tokens too",
     TokenState.STALE: "computed on another text, or under a value that has changed since",
 }

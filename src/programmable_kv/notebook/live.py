@@ -60,7 +60,7 @@ class Live:
             InvalidValueError: the erratum template lacks `{name}` or `{value}` or has several lines; or tools or
                 variables are not plain data.
         """
-        require(model, Model, "a notebook runs on a Model, as load_model and wrap_model make it")
+        require(model, Model, "a notebook needs a Model from load_model or wrap_model")
         check_template(erratum_template)
         self.model = model
         self.erratum_template = erratum_template
@@ -201,21 +201,21 @@ class Live:
         buffer = self.cache
         if self._stream_open:
             raise OutOfStepError(
-                "a stream from .generate() is still open, and holds tokens of its own in the cache. Finish or close it first."
+                "a stream from .generate() is still open and has its own tokens in the cache. Finish or close it first."
             )
         if buffer.length != len(self._state.context):
             raise OutOfStepError(
-                f"the cache holds {buffer.length} tokens and this notebook knows of {len(self._state.context)}: transformers "
-                "appended to .cache by itself. Roll back to a mark from before."
+                f"the cache has {buffer.length} tokens, but this notebook knows of {len(self._state.context)}: transformers "
+                "wrote to .cache directly. Roll back to a mark from before that."
             )
         if buffer.foreign_from is not None and buffer.foreign_from < buffer.length:
             raise OutOfStepError(
-                f"transformers wrote to .cache by itself from slot {buffer.foreign_from} on, in the place of tokens that this "
-                "notebook knows of. Roll back to a mark from before."
+                f"transformers wrote to .cache directly, from slot {buffer.foreign_from} on, over tokens that this notebook "
+                "knows of. Roll back to a mark from before that."
             )
         buffer.foreign_from = None  # what transformers wrote after the end is gone again
         return self._state
 
     def _require_not_prefilled(self) -> None:
         if self._buffer is not None:
-            raise AlreadyPrefilledError("the context was prefilled already: use .add(role, content) to append to it")
+            raise AlreadyPrefilledError("the context was already prefilled: use .add(role, content) to append to it")

@@ -425,7 +425,7 @@ class Notebook(Written):
             InvalidArgumentError: `mark` is not what `Notebook.mark` returned.
             CacheBufferError: the mark is used up, or belongs to another notebook.
         """
-        require(mark, NotebookMark, "a mark is what `mark` returned")
+        require(mark, NotebookMark, "mark must come from Notebook.mark()")
         with self.model.engine.meter.measure() as reading:
             self.cache.rollback(mark.buffer)
         self._state = self._declared_in(mark.state)
@@ -439,7 +439,7 @@ class Notebook(Written):
             CacheBufferError: the mark is used up, or belongs to another notebook.
             OutOfStepError: a stream is open, which has a mark of its own.
         """
-        require(mark, NotebookMark, "a mark is what `mark` returned")
+        require(mark, NotebookMark, "mark must come from Notebook.mark()")
         self._ready()
         self.cache.release(mark.buffer)
 
@@ -483,7 +483,7 @@ class Notebook(Written):
             CorruptFileError: a file is missing, damaged, of another format version, or does not fit the model.
             StorageError: the notebook cannot be read.
         """
-        require(model, Model, "a notebook is loaded onto a Model, as load_model and wrap_model make it")
+        require(model, Model, "loading a notebook needs a Model from load_model or wrap_model")
         with model.engine.meter.measure() as reading:
             notebook = saving.load(cls, where, model)
         notebook._recorded(notebook._unchanged(reading.account, "load"))

@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     from programmable_kv.notebook.notebook import Notebook
 
 _ERRATUM_ROLES = ("system", "user")
-IN_FIRST_TURN = "the context ends where the first user turn begins, so the erratum stands in that turn"
-AS_USER = "the chat template says no system message at this point, so the erratum is a user message"
+IN_FIRST_TURN = "the context ends where the first user turn begins, so the erratum is part of that turn"
+AS_USER = "the chat template takes no system message at this point, so the erratum is a user message"
 INSERTED = (
-    "the chat template takes neither a system nor a second user message at this point, so the erratum is added in the form "
-    "that it has for a user message"
+    "the chat template takes neither a system nor a second user message at this point, so the erratum is inserted in "
+    "the form of a user message"
 )
 
 
@@ -68,12 +68,12 @@ class Plans:
         **fields: Value,
     ) -> Plan:
         """Plan `Notebook.edit`."""
-        require(changes, (Mapping, type(None)), "changes are a mapping, field -> value")
+        require(changes, (Mapping, type(None)), "changes are a mapping of fields to values")
         state = self._notebook._ready()
         chosen = None if mode is None else parse_mode(mode)
         wanted = parse_turns(turns)
         if isinstance(k, bool) or not isinstance(k, int):
-            raise InvalidArgumentError(f"k is a number of tokens, got {k!r}")
+            raise InvalidArgumentError(f"k is a whole number of tokens, got {k!r}")
         given = {**(changes or {}), **fields}
         require_fields(given, state.context.fields)
         if not given:
@@ -113,7 +113,7 @@ class Plans:
         require(repair, (SeamRepair, type(None)), "a repair is a SeamRepair, or None")
         if not isinstance(skill, Skill):
             raise InvalidArgumentError(
-                f"what is spliced is a Skill, got {type(skill).__name__}: Skill.compile makes one"
+                f"only a Skill can be spliced, got {type(skill).__name__}: make one with Skill.compile"
             )
         skill.check_fits(model)
         values = state.context.values | dict(skill.values)
@@ -161,7 +161,7 @@ class Plans:
     def rebase(self, *, limit: int | None = None) -> Plan:
         """Plan `Notebook.rebase`."""
         if limit is not None:
-            require_count(limit, "a limit of tokens")
+            require_count(limit, "limit")
         state = self._notebook._ready()
         if not isinstance(state.ledger, Ledger):  # under visibility="design" edits append no errata
             return Plan("rebase", len(state.context), state.context, why="there is no erratum to fold back")

@@ -36,8 +36,8 @@ def message_of(given: Mapping[str, Any], tokenizer: Any) -> Message:
     unknown = [key for key, value in given.items() if key not in ("role", "content", "tool_calls", *_PASSED) and value]
     if unknown:
         raise InvalidValueError(
-            f"the {role} message has {unknown[0]!r}, which no chat template is given here. A message has role, content, "
-            f"tool_calls, {', '.join(_PASSED)}: leave the rest out."
+            f"the {role} message has {unknown[0]!r}, which is not passed to chat templates. Leave it out: a message has role, "
+            f"content, tool_calls, {', '.join(_PASSED)}."
         )
     extra: dict[str, Any] = {key: given[key] for key in _PASSED if given.get(key)}
     if calls := given.get("tool_calls"):
@@ -90,7 +90,7 @@ def content_of(content: Any, role: str) -> str:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
         if not isinstance(text, str) or kind not in ("text", "input_text", "output_text"):
             raise InvalidValueError(
-                f"the {role} message has a part of type {kind!r}: only text is cached here. Leave it out, or describe it."
+                f"the {role} message has a part of type {kind!r}: only text is cached. Leave it out, or describe it in text."
             )
         texts.append(text)
     return "\n".join(texts)
@@ -127,7 +127,7 @@ def checked_options(options: Mapping[str, Any] | None, tokenizer: Any) -> dict[s
     found = dict(options or {})
     reserved = {"messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template"}
     if taken := reserved & found.keys():
-        raise InvalidValueError(f"template_kwargs are variables of the chat template, and {min(taken)} is none")
+        raise InvalidValueError(f"template_kwargs are variables of the chat template; {min(taken)} is not one")
     try:
         json.dumps(found)
     except (TypeError, ValueError) as error:
@@ -150,7 +150,7 @@ def _call(call: Any, role: str) -> dict[str, Any]:
             arguments = json.loads(arguments)
         except ValueError as error:
             raise InvalidValueError(
-                f"the arguments of the call of {function['name']} are no JSON ({error}): {arguments[:80]!r}"
+                f"the arguments of the call of {function['name']} are not JSON ({error}): {arguments[:80]!r}"
             ) from error
     if not isinstance(arguments, Mapping):
         raise InvalidValueError(

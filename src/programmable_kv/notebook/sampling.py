@@ -99,7 +99,7 @@ class Sampling:
         if isinstance(token, str):
             return tuple(tokenizer.encode(token, add_special_tokens=False))
         if token >= vocabulary:
-            raise InvalidArgumentError(f"logit_bias names token {token}, and the model has {vocabulary} tokens")
+            raise InvalidArgumentError(f"logit_bias names token {token}, but the model has {vocabulary} tokens")
         return (token,)
 
 

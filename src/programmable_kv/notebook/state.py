@@ -141,7 +141,7 @@ class State:
         )
         if not stands:
             raise UnknownPartError(
-                f"the {part.kind} part of slots [{part.span.start}, {part.span.stop}) no longer stands there: the context has "
+                f"the {part.kind} part in slots [{part.span.start}, {part.span.stop}) is no longer there: the context has "
                 "changed since. Take it from `.parts` again."
             )
         return part.span

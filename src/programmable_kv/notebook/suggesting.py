@@ -51,7 +51,7 @@ class SuggestedReader:
         """Why the line is listed, as text for people."""
         reason = f"moves {self.share:.0%} as far as the most moved line"
         if self.known:
-            return f"{reason}; a reader already: {self.known}"
+            return f"{reason}; already a reader: {self.known}"
         return reason if self.closes is None else f"{reason}; alone it closes {self.closes:.0%} of the distance"
 
 
@@ -102,7 +102,7 @@ class Suggestions:
         if rows:
             return "\n".join(rows)
         return (
-            f"{self.name} has this value already: give another one"
+            f"{self.name} already has this value: give another one"
             if self.unchanged
             else f"no line after {self.name} moves"
         )

@@ -144,7 +144,7 @@ class Written(Live):
             UnknownFieldError: the notebook has no field or skill of that name.
             InvalidArgumentError: `by` is unknown, or is `mentions` for a skill; or the notebook is causal.
         """
-        choice = choice_of(ReadBy, by, "a part is read by")
+        choice = choice_of(ReadBy, by, "by is")
         if self.visibility is not Visibility.DESIGN:
             raise InvalidArgumentError(
                 "in a causal notebook every token reads all text before it: build it with visibility='design' to say who reads "
@@ -152,7 +152,7 @@ class Written(Live):
             )
         if name in self._skill_names():
             if choice is ReadBy.MENTIONS:
-                raise InvalidArgumentError(f"a skill is read by all or by turns; {name!r} is a skill")
+                raise InvalidArgumentError(f"{name!r} is a skill, which only all or turns can read")
         else:
             require_fields([name], self.fields)
         return self._declaring(replace(self._declared, read_by={**self._declared.read_by, name: choice}))
