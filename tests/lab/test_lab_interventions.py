@@ -260,13 +260,13 @@ def test_a_row_that_would_see_nothing_is_refused() -> None:
     buffer = prefilled(engine)
     before = contents(buffer)
     with (
-        pytest.raises(InvalidArgumentError, match="nothing at all in layer 0"),
+        pytest.raises(InvalidArgumentError, match="attend to nothing in layer 0"),
         knocked_out(engine, buffer, Knockout((N - 1,), tuple(range(N)))),
     ):
         engine.compute(buffer, LAST)
     assert_same(buffer, before)
     with (
-        pytest.raises(InvalidArgumentError, match="layer beyond 2"),
+        pytest.raises(InvalidArgumentError, match="there are 2 layers"),
         knocked_out(engine, buffer, Knockout((N - 1,), (1,), layers=(2,))),
     ):
         pass

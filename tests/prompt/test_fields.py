@@ -116,7 +116,7 @@ def test_a_field_given_to_an_edit_has_the_declared_kind() -> None:
     notebook = told("a")
     with pytest.raises(InvalidValueError, match="declared as text"):
         notebook.edit(x=Field.block("a\nb"))
-    with pytest.raises(InvalidValueError, match="allows 2"):
+    with pytest.raises(InvalidValueError, match="allows at most 2"):
         notebook.edit(x=Field.text("abc", max_length=2))
 
 

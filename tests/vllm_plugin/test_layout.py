@@ -92,12 +92,12 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         "side by side",
     ),
-    "another attention": (cache_in((0, 1, 2, 3)), {"backend": "FLASHMLA"}, "known are CPU_ATTN"),
-    "packed without the engine": (cache_in((0, 1, 2, 3)), {"backend": "CPU_ATTN"}, "known are"),
+    "another attention": (cache_in((0, 1, 2, 3)), {"backend": "FLASHMLA"}, "known backends are CPU_ATTN"),
+    "packed without the engine": (cache_in((0, 1, 2, 3)), {"backend": "CPU_ATTN"}, "known backends are"),
     "packed out of order": (
         cache_in((0, 2, 1, 3)),
         {"backend": "CPU_ATTN", "write_packed": lambda *_: None},
-        "must lie in order",
+        "must be in order",
     ),
 }
 

@@ -165,7 +165,7 @@ def test_a_killed_process_is_told(asked: Every) -> None:
 
     killer = threading.Timer(1.0, kill)
     killer.start()
-    with pytest.raises(ExperimentError, match=r"was killed, .* run the same again"):
+    with pytest.raises(ExperimentError, match=r"was killed, .* run the same command again"):
         list(run_every(asked, 2, NAMES))
     killer.join()
 
