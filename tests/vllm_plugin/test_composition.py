@@ -78,5 +78,5 @@ def test_a_salt_is_one_that_vllm_takes(plug: Plugged, salt: str) -> None:
 
 
 def test_a_block_has_a_size(plug: Plugged, tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match="at least one token"):
+    with pytest.raises(InvalidArgumentError, match="at least 1 token"):
         Composition.of([plug.store.entry("refunds")]).requests("tenant", 0)
