@@ -451,7 +451,7 @@ def test_an_error_in_a_change_leaves_nothing_behind() -> None:
         assert hooks_of(engine.model) == 0
         assert_same(buffer, before)
     with (
-        pytest.raises(InvalidArgumentError, match="gave"),
+        pytest.raises(InvalidArgumentError, match="must keep the shape"),
         changed(engine, buffer, Site(Place.RESIDUAL, 1), lambda rows, _: rows[:, :3], [N - 1]),
     ):
         engine.compute(buffer, LAST)

@@ -150,7 +150,7 @@ def test_records_that_are_there_are_kept_unless_they_are_of_other_policies(asked
 
 
 def test_what_a_process_refuses_is_refused_here(asked: Every) -> None:
-    with pytest.raises(InvalidArgumentError, match="no experiment 'nothing'"):
+    with pytest.raises(InvalidArgumentError, match="unknown experiment 'nothing'"):
         next(run_every(asked, 1, ["nothing"]))
     (first,) = run_every(asked, 1, NAMES[:1])
     first.path.rename(first.path.with_suffix(".partial"))  # as of an interrupted run
