@@ -57,13 +57,15 @@ def _embedded_base() -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.adapter", description=__doc__)
     parser.add_argument(
-        "--out", type=Path, required=True, help="where checkpoints and the result go; a checkpoint there is resumed"
+        "--out", type=Path, required=True, help="folder for checkpoints and the result; a checkpoint in it is resumed"
     )
-    parser.add_argument("--base", type=Path, help="a folder with the base model; by default the embedded model's base")
+    parser.add_argument("--base", type=Path, help="a folder with the base model [default: the embedded model's base]")
     parser.add_argument("--stop-after", type=positive, help="stop at this step of the recipe's schedule")
-    parser.add_argument("--seed", type=int, help="another seed than the recipe's")
+    parser.add_argument("--seed", type=int, help="use this seed instead of the recipe's")
     parser.add_argument(
-        "--change-recipe", action="store_true", help="continue from a checkpoint of another recipe, which is recorded"
+        "--change-recipe",
+        action="store_true",
+        help="continue from a checkpoint of another recipe; the change is recorded",
     )
     return parser
 

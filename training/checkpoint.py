@@ -74,7 +74,7 @@ def _from_exported(folder: Path, model: Any, masters: Masters, recipe: TrainingR
     found = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     if found["step"] not in recipe.fresh_starts:
         raise TrainingError(
-            f"{folder} holds an adapter exported at step {found['step']}; without its checkpoint.pt training can only "
+            f"{folder} contains an adapter exported at step {found['step']}; without its checkpoint.pt, training can only "
             f"continue from steps {recipe.fresh_starts}. Choose an empty folder to train from the start."
         )
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))

@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
 
     def report(done: int, total: int) -> None:
-        print(f"looked {done} of {total} times", file=sys.stderr)
+        print(f"probed {done} of {total} times", file=sys.stderr)
 
     try:
         run(
@@ -129,12 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.emergence", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="where checkpoints go; one there is resumed")
-    parser.add_argument(
-        "--record", type=Path, default=Path("results/along-training.json"), help="where the record goes"
-    )
-    parser.add_argument("--base", type=Path, help="a folder with the base model; by default the embedded model's base")
-    parser.add_argument("--scenarios", type=positive, default=COUNT, help="held-out policies to draw")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints; a checkpoint in it is resumed")
+    parser.add_argument("--record", type=Path, default=Path("results/along-training.json"), help="file for the record")
+    parser.add_argument("--base", type=Path, help="a folder with the base model [default: the embedded model's base]")
+    parser.add_argument("--scenarios", type=positive, default=COUNT, help="number of held-out policies to draw")
     return parser
 
 

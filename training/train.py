@@ -64,7 +64,7 @@ def train(
     progress = resume(out, model, masters, recipe, change_recipe=change_recipe)
     last = min(recipe.steps, stop_after or recipe.steps)
     if progress.step >= last:
-        raise TrainingError(f"{out} holds {progress.step} steps already; there is nothing to train up to step {last}")
+        raise TrainingError(f"{out} already has {progress.step} steps; there is nothing to train up to step {last}")
     gradients = Gradients(model, tokenizer, recipe)
     began = time.perf_counter() - progress.seconds
     for step in range(progress.step, last):

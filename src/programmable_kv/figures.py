@@ -21,12 +21,12 @@ _WAYS = {
     "clone": ("clone a cache, append", ORANGE),
     "selective": ("selective (k = 32)", GREEN),
     "field_erratum": ("field + erratum (default)", BLUE),
-    "bare": ("bare forward of as many tokens", SKY),
+    "bare": ("one forward of as many tokens", SKY),
 }
 
 _COMPILED = (
     ("seam_4", "compiled alone, seam of 4", GREY),
-    ("influence_16", "alone, 16 tokens again by influence", ORANGE),
+    ("influence_16", "alone, 16 tokens recomputed by influence", ORANGE),
     ("preface_0", "compiled behind a preface", BLUE),
     ("preface_influence_16", "both", GREEN),
 )
@@ -35,9 +35,9 @@ _COMPETING = {
     "rule_sets_2": "two sets",
     "rule_sets_3": "three sets",
     "rule_sets_6": "six sets",
-    "fact": "a fact\nbeside one",
+    "fact": "one of\ntwo facts",
     "updates": "two\nupdates",
-    "coupled": "facts stand\noutside",
+    "coupled": "facts are\noutside",
     "two_hops_split": "a lookup\nsplit in two",
 }
 _READERS = {
@@ -139,7 +139,7 @@ def _ttft(axes: Any, record: Record) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [str(length) for length in lengths])
-    axes.set_xlabel("tokens of context")
+    axes.set_xlabel("tokens in the context")
     axes.set_ylabel("ms to the first answer token")
     axes.legend(frameon=False, fontsize=8)
 

@@ -18,12 +18,12 @@ _SCORES = {
 }
 _ALIKE = (
     ("sizes", "all tokens", GREY),
-    ("felt", "tokens that do anything", BLUE),
+    ("felt", "tokens with any effect", BLUE),
     ("first", "first eight shared", ORANGE),
 )
 _ARMS = (
     ("alone", "only these heads read the new notes", BLUE, "-"),
-    ("rest", "everything else is new", ORANGE, "-"),
+    ("rest", "everything but these heads is new", ORANGE, "-"),
     ("random", "as many random heads", GREY, "-"),
 )
 

@@ -14,8 +14,8 @@ _REPAIRED = {
     "8": "8 tokens",
     "all": "all later\ntokens",
     "times_2": "8 tokens,\ntwice as far",
-    "times_4": "4 times",
-    "random_times_4": "8 random,\n4 times",
+    "times_4": "8 tokens,\n4 times as far",
+    "random_times_4": "8 random,\n4 times as far",
 }
 _REPAIRS = (("erratum", "erratum", ORANGE), ("field_erratum", "field + erratum", BLUE), ("readers", "readers", GREEN))
 _BLOCKED = (
@@ -42,7 +42,7 @@ def _dose(axes: Any, record: Record) -> None:
         bars(axes, [repaired[dose][mode]["right"] for dose in _REPAIRED], number, len(_REPAIRS), label, colour)
     axes.set_xticks(range(len(_REPAIRED)), list(_REPAIRED.values()), fontsize=8)
     axes.set_xlabel("notes of another value in the cache")
-    shares(axes, "edits that are followed", top=1.3, ncols=3)
+    shares(axes, "edits that take effect", top=1.3, ncols=3)
 
 
 def _reasoning(axes: Any, record: Record) -> None:
@@ -52,7 +52,7 @@ def _reasoning(axes: Any, record: Record) -> None:
         right = [summary[cache][thought][decision]["right"] for (thought, decision), _ in _BLOCKED]
         bars(axes, right, number, 2, label, colour)
     axes.set_xticks(range(len(_BLOCKED)), [name for _, name in _BLOCKED], fontsize=7)
-    axes.set_xlabel("blocked")
+    axes.set_xlabel("blocked reading")
     shares(axes, "right decisions", top=1.3, ncols=2)
 
 

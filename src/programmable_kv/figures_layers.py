@@ -13,7 +13,7 @@ _EXCHANGED = (
     ("read_from", "new notes read from this layer on", SKY, "-"),
     ("committed", "deciding row's stream exchanged before it", ORANGE, "-"),
 )
-_READ = (("notes", "conclusion read on notes", GREEN), ("last", "conclusion read on the deciding row", RED))
+_READ = (("notes", "probe of notes", GREEN), ("last", "probe of the deciding row", RED))
 _DICTIONARIES = (
     ("trained", "trained features", BLUE, "-"),
     ("frozen", "features of random directions", ORANGE, "-"),
@@ -29,7 +29,10 @@ _CARRIED = (
 def _conclusion(axes: Any, record: Record) -> None:
     """By layer: accuracy of a probe for the conclusion; recovery from exchanging notes whole or along one direction."""
     summary: Any = record.summary
-    for key, label, colour in (("applies", "conclusion read", GREEN), ("control", "control tasks read", GREY)):
+    for key, label, colour in (
+        ("applies", "probe of the conclusion", GREEN),
+        ("control", "probe of control tasks", GREY),
+    ):
         found = summary["read"][key]
         curve(axes, [int(layer) for layer in found], list(found.values()), label, colour)
     for key, label, colour in (("whole", "notes exchanged", BLUE), ("along", "exchanged along one direction", ORANGE)):
@@ -89,7 +92,7 @@ def _along(axes: Any, record: Record) -> list[int]:
     places = sorted(parts)
     curve(axes, places, [parts[each]["right"] for each in places], "right under both values", GREEN)
     best = [max((it["accuracy"] for it in parts[each]["read"].values()), key=lambda it: it["value"]) for each in places]
-    curve(axes, places, best, "conclusion read on notes, best layer", ORANGE)
+    curve(axes, places, best, "probe of notes, best layer", ORANGE)
     for name, label, colour in _CARRIED:
         able = [each for each in places if parts[each][name]["recovery"]["n"]]
         curve(axes, able, [parts[each][name]["recovery"] for each in able], label, colour, "--")

@@ -12,8 +12,8 @@ _COUNTS = (1, 2, 4, 8, 16, 32)
 _RANKED = {
     "same": ("chosen on the same policy, as published", GREY, "--"),
     "held_out": ("chosen by their roles on other policies", BLUE, "-"),
-    "moved": ("those that move farthest", ORANGE, "-"),
-    "random": ("random, of the same places", GREEN, "-"),
+    "moved": ("tokens that move farthest", ORANGE, "-"),
+    "random": ("random, from the same places", GREEN, "-"),
 }
 _SETS = {
     "first_of_actions": "first tokens\nof actions",
@@ -48,7 +48,7 @@ _BLOCKED = {
 }
 _DONORS = {
     "field": ("field changed", BLUE),
-    "rules": ("rules exchanged, field held", ORANGE),
+    "rules": ("rules exchanged, field unchanged", ORANGE),
     "both": ("both: same conclusion", GREY),
 }
 _TAKEN = {
@@ -77,7 +77,7 @@ def _locality(axes: Any, record: Record) -> None:
 def _where(axes: Any, record: Record) -> None:
     """Recovery from patching one set of tokens, compared with as many random tokens of the same places."""
     found: Any = record.summary["sets"]
-    series = (("patched", "these tokens patched", BLUE), ("random", "as many random tokens of the same places", GREY))
+    series = (("patched", "these tokens patched", BLUE), ("random", "as many random tokens from the same places", GREY))
     for number, (arm, label, colour) in enumerate(series):
         bars(axes, [found[name][arm]["recovery"] for name in _SETS], number, len(series), label, colour)
     _finish(axes, _SETS, "recovery of the new decision")
@@ -89,9 +89,7 @@ def _blast_radius(axes: Any, record: Record) -> None:
         part: Any = record.summary[name]
         bars(axes, [part["kinds"][kind] for kind in _MOVED], number, 2, name, colour)
         band = part["null"]["bfloat16"]
-        axes.axhspan(
-            band["low"], band["high"], color=colour, alpha=0.3, lw=0, label=f"{name}: bfloat16 alone, nothing changed"
-        )
+        axes.axhspan(band["low"], band["high"], color=colour, alpha=0.3, lw=0, label=f"{name}: bfloat16 rounding only")
     _finish(axes, _MOVED, "relative distance", top=None)
 
 

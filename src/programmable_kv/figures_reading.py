@@ -25,13 +25,13 @@ _PLACES = {
     "above": "above\nits rules",
     "asked_first": "above, asked\nbefore",
     "among": "among\nits rules",
-    "below_far": "below, other\nlines follow",
+    "below_far": "below, then\nother lines",
     "below": "below\nits rules",
     "in_question": "in the\nquestion",
 }
 _PATCHED = (
     ("field", "the field's own keys and values", BLUE),
-    ("actions", "actions of the rules behind it", ORANGE),
+    ("actions", "actions of the rules after it", ORANGE),
     ("tail", "question and template", GREY),
 )
 _TEXTS = {
@@ -43,10 +43,10 @@ _TEXTS = {
 }
 _IN_TEXTS = (
     ("patched", "field", "the field's own keys and values", BLUE),
-    ("patched", "last_half", "the last half of what follows", ORANGE),
+    ("patched", "last_half", "the last half of the later text", ORANGE),
     ("patched", "tail", "question and template", GREY),
 )
-_WAYS = (("recomputed", "prefilled where it stands", BLUE), ("spliced", "compiled alone and spliced", ORANGE))
+_WAYS = (("recomputed", "prefilled in place", BLUE), ("spliced", "compiled alone and spliced", ORANGE))
 _EDITS = {
     "new": "prefilled with\nthe new value",
     "in_place": "edited\nin place",
@@ -64,9 +64,9 @@ def _prevention(axes: Any, record: Record) -> None:
     """Right decisions by what may read the field, with a line at the rate of guessing."""
     arms: Any = record.summary["arms"]
     bars(axes, [arms[name]["right"] for name in _READERS], 0, 1, "right, before and after an edit", BLUE)
-    axes.axhline(record.figure("guess"), color=RED, lw=1, label="a guess")
+    axes.axhline(record.figure("guess"), color=RED, lw=1, label="guessing")
     axes.set_xticks(range(len(_READERS)), list(_READERS.values()), fontsize=7)
-    axes.set_xlabel("what may read the field, beside the question")
+    axes.set_xlabel("what may read the field, besides the question")
     shares(axes, "right decisions", top=1.25)
 
 
@@ -77,7 +77,7 @@ def _boundary(axes: Any, record: Record) -> None:
         found = [settings[name][key]["recovery"] for name in _PLACES]
         bars(axes, found, number, len(_PATCHED), label, colour)
     axes.set_xticks(range(len(_PLACES)), list(_PLACES.values()), fontsize=9)
-    axes.set_xlabel("where the field stands")
+    axes.set_xlabel("place of the field")
     shares(axes, "recovery of the new decision", low=-0.02, top=1.4)
 
 

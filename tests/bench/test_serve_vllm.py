@@ -161,7 +161,7 @@ def test_a_gateway_keeps_the_prefix_of_a_replayed_trace_but_where_its_client_bre
         peer.send(serve_vllm_replay.body(serve_vllm_replay.GATEWAY, shape, number, "salt"), session=shape.name)
     actions = [str(work.plan.action) for work in peer.works]
     assert actions == ["announced", "erratum", "erratum", "announced", "erratum"], "its system prompt is another then"
-    with pytest.raises(InvalidArgumentError, match="holds no traces"):
+    with pytest.raises(InvalidArgumentError, match="contains no traces"):
         serve_vllm_replay.shapes_in(TRACES.parent / "nothing")
 
 

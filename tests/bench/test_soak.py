@@ -136,9 +136,9 @@ def test_an_editor_sees_a_lost_edit_and_a_wrong_answer(kept: Any, lost: int) -> 
 
 
 def test_a_database_that_is_not_the_run_s_own_is_not_killed(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match="is the run's own"):
+    with pytest.raises(InvalidArgumentError, match="a database of its own"):
         run(tmp_path / "soak.json", state="postgresql://user@10.0.0.1/pkv", database_kills=1)
-    with pytest.raises(InvalidArgumentError, match="share a database"):
+    with pytest.raises(InvalidArgumentError, match="need a shared database"):
         run(tmp_path / "soak.json", gateways=2)
 
 

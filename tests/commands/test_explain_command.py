@@ -43,7 +43,7 @@ def test_a_log_is_explained_in_a_table_that_fits(log: Path) -> None:
     assert "Today: …" in shown
     assert "log.jsonl:4, after request 3" in shown
     assert "Counted in bytes" in shown
-    assert "append what is new" in shown
+    assert "leave it there" in shown
 
 
 def test_every_shape_of_the_corpus_is_printed_within_80_columns(tmp_path: Path) -> None:

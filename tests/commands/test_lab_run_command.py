@@ -60,4 +60,4 @@ def test_a_quick_run_keeps_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_an_unknown_experiment_is_refused() -> None:
     done = pkv("nothing")
     assert done.exit_code != 0
-    assert "there is no experiment 'nothing'" in str(done.exception) + done.output
+    assert "unknown experiment 'nothing'" in str(done.exception) + done.output

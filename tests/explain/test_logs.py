@@ -81,7 +81,7 @@ def test_a_file_is_one_request_a_list_or_a_log(tmp_path: Path) -> None:
     [
         ('{"messages": [', r"log.jsonl:2 is not JSON"),
         ("[1]", r"log.jsonl:2 is list; expected a JSON object"),
-        ('{"event": "started"}', r"log.jsonl:2 is no request: .*found the keys event"),
+        ('{"event": "started"}', r"log.jsonl:2 is not a request: .*found the keys event"),
         ('{"messages": [{"content": "x"}]}', r"log.jsonl:2: messages\[0\]"),
         ("[" * 100_000, r"log.jsonl:2 is not JSON"),
     ],
@@ -113,7 +113,7 @@ def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
         explain_miss()
     with pytest.raises(InvalidArgumentError, match="block_size"):
         explain_miss(BODY, block_size=0)
-    with pytest.raises(InvalidArgumentError, match="a path or a request"):
+    with pytest.raises(InvalidArgumentError, match="a path or a mapping"):
         explain_miss(3)  # type: ignore[arg-type]
 
 

@@ -72,7 +72,7 @@ def test_the_page_has_a_bar_for_each_request_and_a_card_for_each_cause() -> None
     assert report.causes[0].fix in found.text
     for note in report.notes:
         assert note in found.text
-    assert f"{report.findings[1].lost:,} again" in str(bars[1]["title"])
+    assert f"{report.findings[1].lost:,} recomputed" in str(bars[1]["title"])
 
 
 def test_bars_are_drawn_to_one_scale() -> None:

@@ -103,7 +103,7 @@ def test_a_report_has_money_only_where_tokens_and_a_price_are_known(tmp_path: Pa
         ({"input": "4"}, "input is '4'"),
         ({"read": None}, "read is None"),
         ({"write": -1}, "write is -1"),
-        ({"cost": 1}, "has 'cost'; a row has above_tokens"),
+        ({"cost": 1}, "has 'cost'; a row takes above_tokens"),
     ],
 )
 def test_a_table_that_lacks_something_is_refused(tmp_path: Path, change: dict[str, Any], match: str) -> None:

@@ -34,7 +34,7 @@ def test_the_break_of_a_real_trace_is_found() -> None:
     assert (broken.line, broken.before, broken.after, broken.behind) == ("", "", "", ()), "a hash is no text"
     assert report.total == sum(request["in"] for request in requests)
     assert report.at_most
-    assert any("why is not" in note for note in report.notes)
+    assert any("not why" in note for note in report.notes)
 
 
 def test_a_block_that_lies_in_two_parts_names_both(tmp_path: Path) -> None:

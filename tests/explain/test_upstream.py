@@ -75,9 +75,9 @@ def test_requests_without_usage_are_left_out_of_the_sums_and_told() -> None:
     assert report.unit == "tokens"
     assert report.total == 50
     assert report.findings[1].total is None
-    assert any("1 of 2 requests have none" in note for note in report.notes)
+    assert any("1 of 2 requests have no usage numbers" in note for note in report.notes)
     few = explain_miss(counted, chat(RULES, ASKED), chat(RULES, ASKED))
     assert few.unit == "bytes"
-    assert any("1 of 3 requests carry" in note for note in few.notes)
+    assert any("1 of 3 requests have" in note for note in few.notes)
     silent = explain_miss({"request": chat(RULES, ASKED), "usage": {"prompt_tokens": 50}})
     assert silent.unit == "bytes", "a count without cached tokens says nothing about a cache"

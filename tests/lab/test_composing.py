@@ -130,7 +130,7 @@ def test_agreement_is_left_out_where_full_prefill_is_never_right() -> None:
 def test_a_server_that_lists_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools, "_PACKAGE", "json")  # a package without a server
     tools.retail_tools.cache_clear()
-    with pytest.raises(MissingDataError, match="did not list its tools"):
+    with pytest.raises(MissingDataError, match="could not list its tools"):
         tools.retail_tools()
 
 

@@ -83,7 +83,7 @@ def test_what_cannot_be_exchanged_is_refused() -> None:
     engine.append(buffer, IDS[:-1], logits=0)
     width = int(engine.model.config.hidden_size)
     for rows, count in ((ROWS, 2), (ROWS, 4), (Rows((1,), (23,), (23,)), 0)):
-        with pytest.raises(InvalidArgumentError, match="two or more"):
+        with pytest.raises(InvalidArgumentError, match="at least two rows"):
             computed_in_copies(engine, buffer, rows, [Exchanged(0, torch.zeros(count, width))])
     with pytest.raises(InvalidArgumentError, match="layers"):
         computed_in_copies(engine, buffer, ROWS, [Exchanged(99, torch.zeros(3, width, dtype=torch.float64))])

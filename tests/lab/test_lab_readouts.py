@@ -114,7 +114,7 @@ def test_many_probes_are_computed_in_parts_and_refused_where_they_make_no_sense(
     with pytest.raises(InvalidArgumentError, match="other positions"):
         probed(engine, old, TOKEN, each_slot([3]), moved)
     latent = tiny_engine("minicpm3")
-    with pytest.raises(UnsupportedModelError, match="one by one"):
+    with pytest.raises(UnsupportedModelError, match="one probe at a time"):
         probed(latent, prefilled(latent), TOKEN, each_slot([3]), prefilled(latent, NEW))
 
 

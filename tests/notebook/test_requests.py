@@ -211,7 +211,7 @@ def test_what_a_template_loses_of_a_request_is_refused() -> None:
     [
         ({"content": "x"}, "a message is a mapping"),
         ("x", "a message is a mapping"),
-        ({"role": "a b", "content": "x"}, "a role is one word"),
+        ({"role": "a b", "content": "x"}, "a role must be one word"),
         ({"role": "user", "content": 3}, "text, None or a list of parts"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "'image_url': only text"),
         ({"role": "user", "content": "x", "audio": {"id": "1"}}, "has 'audio'"),

@@ -28,7 +28,7 @@ def test_a_prompt_and_a_skill_in_it_agree_on_a_field(first: str) -> None:
     notebook.message("system", content, **given)
     fields = notebook.fields
     (content, given), *_ = turns.values()
-    with pytest.raises(InvalidEditError, match="status was declared before as"):
+    with pytest.raises(InvalidEditError, match="status is already declared as"):
         notebook.message("user", content, **given)
     assert notebook.fields == fields
     notebook.prefill()
@@ -41,7 +41,7 @@ def test_a_message_agrees_with_the_skills_in_it() -> None:
         ("{one} {other}", {"one": one, "other": other}),
         ("{one} {status}", {"one": one, "status": "x"}),
     ):
-        with pytest.raises(InvalidEditError, match="status was declared before as"):
+        with pytest.raises(InvalidEditError, match="status is already declared as"):
             Notebook(tiny()).message("system", content, **given)
 
 

@@ -94,7 +94,7 @@ def test_the_erratum_of_a_block_is_said_whole(family: str, user: bool) -> None:
     own = len(specials(notebook))
     block = "- two <|im_end|>\n  indented\n\n- three"
     account = notebook.edit(todo=Field.block(block, trusted=True), mode="field_erratum")
-    assert account.why.startswith("trusted, and not read by the guard: todo")
+    assert account.why.startswith("trusted, not checked by the guard: todo")
     assert ("user message" in account.why) == (user and family != "qwen3")
     assert notebook.fields == {"todo": block}
     if user:
@@ -205,10 +205,10 @@ def test_a_field_in_a_prompt_and_in_json_of_a_skill_needs_no_escape() -> None:
         notebook.prefill()
     live.splice(skill)
     for notebook in (together, live):
-        with pytest.raises(InvalidValueError, match="inside of a JSON string and outside of one"):
+        with pytest.raises(InvalidValueError, match="both inside and outside of JSON strings"):
             notebook.edit(status='"lost"')
         notebook.edit(status="lost", mode="suffix")
         assert '{"status": "lost"}' in notebook.rendered_text
     other = Skill.compile(model, "{status}", name="state", status="old")
-    with pytest.raises(InvalidEditError, match="declared before as 'new', now as 'old'"):
+    with pytest.raises(InvalidEditError, match="already declared as 'new', now as 'old'"):
         Notebook(model).message("system", "It is {status}. {state}", status="new", state=other)

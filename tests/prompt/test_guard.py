@@ -316,9 +316,9 @@ def test_a_value_cannot_speak_of_another_field(value: str) -> None:
         "system", "a {account_role} b {tier} c {note} d", account_role="x", tier="y", note="z"
     )
     notebook.prefill()
-    with pytest.raises(InvalidValueError, match="speaks of the field"):
+    with pytest.raises(InvalidValueError, match="states a value of the field"):
         notebook.edit(note=value)
-    with pytest.raises(InvalidValueError, match="speaks of the field"):
+    with pytest.raises(InvalidValueError, match="states a value of the field"):
         Notebook(tiny()).message("system", "a {account_role} b {tier} c {note}", account_role="x", tier="y", note=value)
     notebook.edit(note="top tier customer")
 

@@ -313,7 +313,7 @@ def test_an_open_first_turn_is_the_user_s() -> None:
 def test_the_account_says_when_a_prompt_is_rewritten() -> None:
     notebook = Notebook(of("qwen3")).message("user", "Hey.").message("assistant", "<think>hm</think>Yes.")
     notebook.message("user", "Sure?")
-    assert "rewrites what some messages say" in notebook.prefill().why
+    assert "rewrites the text of some messages" in notebook.prefill().why
     assert "<think>" not in notebook.rendered_text
     shouting = Notebook(of(SHOUTING)).message("user", "Hey.")
     assert shouting.prefill().why == ""

@@ -103,7 +103,7 @@ def test_what_a_tokenizer_cannot_write_as_text_is_refused() -> None:
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "a": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     own = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
-    with pytest.raises(InvalidValueError, match="cannot be told from that control token"):
+    with pytest.raises(InvalidValueError, match="cannot be distinguished from that control token"):
         as_text("a <end> a", own, "the turn")
     assert as_text("a a", own, "the turn") == "a a"
 

@@ -718,11 +718,11 @@ def test_a_skills_values_are_data_too() -> None:
     model = tiny()
     speaks = Skill.compile(model, "note: {note}\n", note="status is shipped")
     notebook = build(model)
-    with pytest.raises(InvalidValueError, match="speaks of the field status"):
+    with pytest.raises(InvalidValueError, match="states a value of the field status"):
         notebook.splice(speaks)
-    with pytest.raises(InvalidValueError, match="speaks of the field status"):
+    with pytest.raises(InvalidValueError, match="states a value of the field status"):
         Notebook(model).message("system", "{status}\n{speaks}", status="pending", speaks=speaks)
-    with pytest.raises(InvalidValueError, match="speaks of the field tier"):
+    with pytest.raises(InvalidValueError, match="states a value of the field tier"):
         Notebook(model).text("note: {note}", note="tier is gold").text("tier: {tier}", tier="silver")
     worded = Skill.compile(model, "note: {note}\n", note="henceforth read shipped")
     own = Notebook(model, erratum_template="henceforth read {name} as {value}").text("status: {status}", status="new")

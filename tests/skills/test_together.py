@@ -127,7 +127,7 @@ def test_an_agent_composed_of_them_is_exact() -> None:
             {"one": "tier {tier}", "two": "note {note}"},
             {"tier": "gold", "note": "tier is silver"},
             InvalidValueError,
-            "speaks of the field tier",
+            "states a value of the field tier",
         ),
         ({"one": "orders " * 300, "two": "dates " * 300}, {}, ContextOverflowError, "positions"),
     ],

@@ -73,7 +73,7 @@ def test_a_resumed_run_ends_with_the_same_weights(folders: tuple[Path, Path], tm
     assert summary(once.out)["averaged"] == summary(twice.out)["averaged"] == 2
     with pytest.raises(TrainingError, match="another recipe"):
         run(twice, replace(SHORT, seed=1), unsaid)
-    with pytest.raises(TrainingError, match="holds 4 steps already"):
+    with pytest.raises(TrainingError, match="already has 4 steps"):
         run(twice, SHORT, unsaid)
 
 
@@ -219,7 +219,7 @@ def test_families_replace_the_mixture(
     ]  # fmt: skip
     families = ["--family", "updates alone=3", "--family", "facts alone=1"]
     for refused, told in (
-        ("lies alone=1", "names no family"), ("facts alone", "names no family"), ("rule sets alone=0", "above zero"),
+        ("lies alone=1", "does not name"), ("facts alone", "does not name"), ("rule sets alone=0", "above zero"),
         ("rule sets alone=much", "above zero"), ("rule sets alone=nan", "above zero"), ("facts alone=1", "twice"),
     ):  # fmt: skip
         assert main([*command, *families, "--family", refused]) == 1

@@ -67,7 +67,7 @@ def test_a_resumed_run_ends_with_the_same_weights(base: Path, tmp_path: Path) ->
         torch.testing.assert_close(tensor.float(), twice[name].float(), rtol=0.05, atol=2e-4)
     with pytest.raises(TrainingError, match="another recipe"):
         train(base, tmp_path / "twice", replace(SHORT, seed=1))
-    with pytest.raises(TrainingError, match="holds 5 steps already"):
+    with pytest.raises(TrainingError, match="already has 5 steps"):
         train(base, tmp_path / "twice", SHORT)
 
 

@@ -73,10 +73,10 @@ def test_a_seam_between_skills_takes_one_more_request(plug: Plugged) -> None:
 
 @pytest.mark.parametrize("salt", ["", "a@b", "a/b", "a\\b", "a\0b", "a" * 120])
 def test_a_salt_is_one_that_vllm_takes(plug: Plugged, salt: str) -> None:
-    with pytest.raises(InvalidArgumentError, match="a salt has"):
+    with pytest.raises(InvalidArgumentError, match="a salt must have"):
         Composition.of([plug.store.entry("refunds")]).requests(salt, BLOCK)
 
 
 def test_a_block_has_a_size(plug: Plugged, tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match="at least one token"):
+    with pytest.raises(InvalidArgumentError, match="at least 1 token"):
         Composition.of([plug.store.entry("refunds")]).requests("tenant", 0)

@@ -81,23 +81,23 @@ def test_packed_blocks_are_left_to_the_engines_function() -> None:
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "of five dimensions": (torch.zeros(2, BLOCKS, TOKENS, HEADS, WIDTH), {}, "was expected"),
-    "other heads": (cache_in((0, 1, 2, 3)), {"heads": 1}, "was expected"),
-    "another width": (cache_in((0, 1, 2, 3)), {"width": 8}, "was expected"),
+    "of five dimensions": (torch.zeros(2, BLOCKS, TOKENS, HEADS, WIDTH), {}, "expected .blocks"),
+    "other heads": (cache_in((0, 1, 2, 3)), {"heads": 1}, "expected .blocks"),
+    "another width": (cache_in((0, 1, 2, 3)), {"width": 8}, "expected .blocks"),
     "another dtype": (cache_in((0, 1, 2, 3)).half(), {}, "kv-cache-dtype"),
-    "other blocks": (cache_in((0, 1, 2, 3)), {"block_size": 12}, "do not divide"),
-    "numbers apart": (cache_in((0, 1, 3, 2)), {}, "side by side"),
+    "other blocks": (cache_in((0, 1, 2, 3)), {"block_size": 12}, "is not a multiple"),
+    "numbers apart": (cache_in((0, 1, 3, 2)), {}, "must be contiguous"),
     "one block shown as many": (
         torch.zeros(1, HEADS, TOKENS, 2 * WIDTH).expand(BLOCKS, -1, -1, -1),
         {},
-        "side by side",
+        "must be contiguous",
     ),
-    "another attention": (cache_in((0, 1, 2, 3)), {"backend": "FLASHMLA"}, "known are CPU_ATTN"),
-    "packed without the engine": (cache_in((0, 1, 2, 3)), {"backend": "CPU_ATTN"}, "known are"),
+    "another attention": (cache_in((0, 1, 2, 3)), {"backend": "FLASHMLA"}, "known backends are CPU_ATTN"),
+    "packed without the engine": (cache_in((0, 1, 2, 3)), {"backend": "CPU_ATTN"}, "known backends are"),
     "packed out of order": (
         cache_in((0, 2, 1, 3)),
         {"backend": "CPU_ATTN", "write_packed": lambda *_: None},
-        "must lie in order",
+        "must be in order",
     ),
 }
 

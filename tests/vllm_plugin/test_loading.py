@@ -206,7 +206,7 @@ def test_a_certificate_holds_for_the_same_files_only(root: Path, tmp_path: Path)
     with_theta(other, 5e5)
     with pytest.raises(FingerprintMismatchError, match=r"config\.json differ"):
         certificate_of(blobs, other, "float32")
-    with pytest.raises(ModelUnavailableError, match=r"no folder with config\.json"):
+    with pytest.raises(ModelUnavailableError, match=r"not a folder with config\.json"):
         certificate_of(blobs, tmp_path, "float32")
 
 

@@ -104,7 +104,7 @@ def test_a_skill_is_found_by_its_tokens(start: int | None, after: int, expected:
 @pytest.mark.parametrize(
     ("ids", "start", "after", "said"),
     [
-        ([10, 11, 13], None, 0, "do not stand in the prompt"),
+        ([10, 11, 13], None, 0, "are not in the prompt"),
         ([10, 11, 13], 3, 0, "token 2 of 3 differs"),
         ([10, 11, 12], 4, 0, "token 0 of 3 differs"),
         ([4, 10, 11, 12, 5, 6], 6, 0, "token 5 of 6 differs"),

@@ -91,7 +91,7 @@ def test_a_request_without_skills_is_left_alone(plug: Plugged, caplog: pytest.Lo
         assert not caplog.records
         assert plug.scheduling.finished("asked") is None
         assert count(plug, request(plug, parameters=None)) == 0
-    assert "it may read blocks that hold skills" in caplog.text
+    assert "it may read blocks that contain skills" in caplog.text
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -100,8 +100,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an adapter": ({"other": "the adapter french"}, "has the adapter french"),
     "no tokens": ({"prompt": None}, "has no tokens"),
     "an unknown skill": ({"parameters": {"skills": ["terms"]}}, "there are 0 skills called 'terms'"),
-    "another order": ({"parameters": {"skills": ["returns", "refunds"]}}, "do not stand in the prompt"),
-    "another text": ({"prompt": [1, 2, 3, 4, 5]}, "do not stand in the prompt"),
+    "another order": ({"parameters": {"skills": ["returns", "refunds"]}}, "are not in the prompt"),
+    "another text": ({"prompt": [1, 2, 3, 4, 5]}, "are not in the prompt"),
     "another place": ({"parameters": {"skills": [{"skill": "refunds", "start": 1}]}}, "token 0 of"),
     "no marks": ({"parameters": {"skills": 3}}, "Write kv_transfer_params="),
 }

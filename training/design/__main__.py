@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = torch.device(device).type == "cuda"
     if given.rank is not None and given.adapter is not None:
-        parser.error("--rank begins a new adapter, and --adapter continues one: not both")
+        parser.error("--rank begins a new adapter and --adapter continues one: give only one of them")
     recipe = DesignRecipe(seconds=given.seconds)
     chosen = {name: getattr(given, name) for name in _RECIPE if getattr(given, name) is not None}
     recipe = replace(recipe, **chosen)
@@ -75,39 +75,39 @@ _RECIPE = ("steps", "seed", "sequences_per_step", "learning_rate", "replay_windo
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.design", description=__doc__)
     parser.add_argument(
-        "--out", type=Path, required=True, help="where checkpoints and the result go; one there is resumed"
+        "--out", type=Path, required=True, help="folder for checkpoints and the result; a checkpoint in it is resumed"
     )
-    parser.add_argument("--base", type=Path, help="a folder with the base model; by default the embedded model's base")
+    parser.add_argument("--base", type=Path, help="a folder with the base model [default: the embedded model's base]")
+    parser.add_argument("--adapter", type=Path, help="a folder with the adapter to continue [default: the shipped one]")
     parser.add_argument(
-        "--adapter", type=Path, help="a folder with the adapter to continue; by default the shipped one"
+        "--rank", type=positive, help="begin a new adapter of this rank, for a --base other than the embedded models'"
     )
+    parser.add_argument("--device", help="device to train on [default: cuda if available, otherwise cpu]")
     parser.add_argument(
-        "--rank", type=positive, help="begin a new adapter of this rank, for a --base that is no embedded model"
+        "--seconds", type=float, help="training time in seconds; the cosine follows the elapsed share of it"
     )
-    parser.add_argument("--device", help="where to compute; by default cuda if there is one, else cpu")
-    parser.add_argument("--seconds", type=float, help="train so long; the cosine follows the elapsed share of it")
-    parser.add_argument("--steps", type=positive, help="train so many steps, where no seconds are given")
+    parser.add_argument("--steps", type=positive, help="number of training steps, if --seconds is not given")
     parser.add_argument("--stop-after", type=positive, help="stop at this step of the schedule")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make the data; 0: none beside this one")
-    parser.add_argument("--tokens-per-pass", type=positive, help="padded tokens in one forward and backward")
-    parser.add_argument("--score-count", type=int, help="held-out cases in each arm; 0: no scores")
-    parser.add_argument("--checkpoint-seconds", type=float, default=60.0, help="how often to write a checkpoint")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make the data; 0: this process makes it")
+    parser.add_argument("--tokens-per-pass", type=positive, help="padded tokens in one forward and backward pass")
+    parser.add_argument("--score-count", type=int, help="held-out cases in each arm; 0: do not compute scores")
+    parser.add_argument("--checkpoint-seconds", type=float, default=60.0, help="seconds between two checkpoints")
     parser.add_argument(
         "--light-checkpoints",
         action="store_true",
-        help="write the adapter only, which cannot be resumed, as checkpoint",
+        help="write only the adapter as a checkpoint; it cannot be resumed",
     )
     parser.add_argument("--sequences-per-step", type=positive)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--replay-windows", type=int)
     parser.add_argument("--replay-every", type=positive)
-    parser.add_argument("--longest", type=positive, help="tokens; longer sequences are drawn again")
+    parser.add_argument("--longest", type=positive, help="most tokens in a sequence; longer ones are drawn again")
     parser.add_argument("--seed", type=int)
     parser.add_argument(
         "--family",
         action="append",
         metavar="NAME=SHARE",
-        help="a family of sequences and its share of them, as in 'facts alone=0.1'; those given replace the recipe's mixture",
+        help="a family of sequences and its share, as in 'facts alone=0.1'; the families given replace the recipe's mixture",
     )
     return parser
 

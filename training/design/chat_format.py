@@ -44,7 +44,7 @@ class ChatFormat:
         """
         if not getattr(tokenizer, "chat_template", None):
             raise TrainingError(
-                "this model has no chat template, and the recipe writes chats: train a chat model, or set "
+                "this model has no chat template, but the recipe trains on chats: use a chat model, or set "
                 "tokenizer.chat_template and save it with the base"
             )
         try:
@@ -113,8 +113,8 @@ def _check_question(tokenizer: Any, written: str) -> None:
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if rendered != written:
         raise TrainingError(
-            f"the recipe cannot write this model's chats: its template asks for an answer with {rendered[-60:]!r}, and writes "
-            f"earlier answers behind {written[-60:]!r}"
+            f"the recipe cannot write this model's chats: its template asks for an answer with {rendered[-60:]!r}, but writes "
+            f"earlier answers after {written[-60:]!r}"
         )
 
 
@@ -122,7 +122,7 @@ def _before(tokenizer: Any, role: str) -> str:
     """Return the text that a template puts before that of a message in mid-conversation."""
     before, mark, _ = message_alone(tokenizer, Message(role, Text(_SAID[0])), {}).text.partition(_SAID[0])
     if not mark:
-        raise TemplateError(f"the chat template drops what a {role} message says")
+        raise TemplateError(f"the chat template drops the text of a {role} message")
     return before
 
 
@@ -135,6 +135,6 @@ def _rendered(tokenizer: Any, opens: Mapping[str, str]) -> tuple[str, dict[str, 
     for role, following, said in zip(roles, roles[1:], _SAID[1:], strict=False):
         between, _, rest = rest.partition(said)
         if not between.endswith(opens[following]):
-            raise TemplateError(f"the chat template begins a {following} message in another way after a {role} message")
+            raise TemplateError(f"the chat template begins a {following} message differently after a {role} message")
         closes[role] = between.removesuffix(opens[following])
     return first, closes

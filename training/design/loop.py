@@ -95,7 +95,7 @@ class _Run:
     def run(self) -> Path:
         progress, out = self._progress, self._settings.out
         if self._over():
-            raise TrainingError(f"{out} holds {progress.step} steps already; there is nothing left to train")
+            raise TrainingError(f"{out} already has {progress.step} steps; there is nothing left to train")
         if not progress.step:
             progress.before = self._scored("before")
         try:
@@ -171,7 +171,7 @@ class _Run:
         speed = (progress.step - since_step) / max(1e-9, progress.seconds - since)
         memory = ""
         if self._model.device.type == "cuda":
-            memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
+            memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB peak"
         self._say(
             f"step {progress.step}, {progress.seconds:.0f} s, {speed:.2f} steps/s, "
             f"{speed * self._recipe.sequences_per_step:.0f} sequences/s{memory}; text {text:.4f}; "

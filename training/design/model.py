@@ -31,7 +31,7 @@ def new_adapter(base: Path, rank: int, out: Path, seed: int) -> Path:
     if (out / CONFIG).exists():
         found = json.loads((out / CONFIG).read_text(encoding="utf-8"))["r"]
         if found != rank:
-            raise TrainingError(f"{out} begins an adapter of rank {found}, and --rank is {rank}: choose another --out")
+            raise TrainingError(f"{out} has an adapter of rank {found}, but --rank is {rank}: choose another --out")
         return out
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     require_full_reach(model)
@@ -49,8 +49,8 @@ def require_full_reach(model: Any) -> None:
     """
     if any(layer.reach is not Reach.FULL for layer in KVLayout.read(model).layers):
         raise TrainingError(
-            f"{model.config.model_type} has layers that read a window of the last tokens only, and the masks of this recipe do "
-            "not know of it: train a model whose layers read everything"
+            f"{model.config.model_type} has layers that attend only to a window of the last tokens, which the masks of this "
+            "recipe do not support: train a model whose layers attend to the whole context"
         )
 
 
@@ -80,7 +80,9 @@ def load(base: Path, adapter: Path, device: torch.device) -> tuple[Any, Any]:
     model = get_peft_model(model, config, autocast_adapter_dtype=False)
     outcome = set_peft_model_state_dict(model, load_file(adapter / WEIGHTS))
     if outcome.unexpected_keys:
-        raise TrainingError(f"{adapter} is no adapter of the model in {base}: it has {outcome.unexpected_keys[0]}")
+        raise TrainingError(
+            f"{adapter} is not an adapter of the model in {base}: it has the unexpected key {outcome.unexpected_keys[0]}"
+        )
     return model.to(device).train(), AutoTokenizer.from_pretrained(base)
 
 

@@ -30,17 +30,17 @@ def mixture_of(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
         if family not in dict(MIXTURE):
             known = ", ".join(name for name, _ in MIXTURE)
             raise TrainingError(
-                f"--family {text!r} names no family of sequences. Write 'name=share', with one of: {known}"
+                f"--family {text!r} does not name a family of sequences. Write 'name=share'; choose from {known}"
             )
         if family in shares:
-            raise TrainingError(f"--family names {family!r} twice: give its share once")
+            raise TrainingError(f"--family gives {family!r} twice: give its share once")
         try:
             share = float(written)
         except ValueError:
             share = math.nan
         if not 0 < share < math.inf:
             raise TrainingError(
-                f"--family {text!r} gives {written!r} as a share: write a number above zero, as in '{family}=0.3'"
+                f"--family {text!r} has the share {written!r}: write a number above zero, as in '{family}=0.3'"
             )
         shares[family] = share
     total = sum(shares.values())

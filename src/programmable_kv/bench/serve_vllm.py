@@ -132,7 +132,7 @@ def run(
                 cold = ask(engine.port, body(IN_PREFIX, policies[0].text(), 0, [0], "cold"))
                 left = [case for case in cases if not recorder.done(**_key(case))]
                 minutes = estimated_s(left, cold["ttft_ms"] / 1000, len(policies[0].text())) / 60
-                tell(f"About {minutes:.0f} minutes for {len(left)} of {len(cases)} measurements.")
+                tell(f"About {minutes:.0f} minutes left for {len(left)} of {len(cases)} measurements.")
                 recorder.collect(cases, _key, lambda case: _measured(engine, Path(scratch), *case), report)
     return recorder.finish(summarise(recorder.rows))
 

@@ -81,7 +81,7 @@ def _decision(number: int) -> Decision:
         if others:
             asked = question(rng, PHRASINGS["held_out"], gate.topic, think=False)
             return Decision(number, scenario, gate.field, old, rng.choice(others), asked)
-    raise AssertionError("no policy has actions that begin differently")
+    raise AssertionError("no policy has actions with different first letters")
 
 
 def texts(count: int) -> list[str]:

@@ -75,7 +75,7 @@ def shapes_in(folder: Path, most: int = MOST) -> list[Shape]:
     """
     found = [shape_of(json.loads(file.read_text(encoding="utf-8")), most) for file in sorted(folder.glob("*.json"))]
     if not found:
-        raise InvalidArgumentError(f"{folder} holds no traces (*.json, as kv-cache-tester writes them)")
+        raise InvalidArgumentError(f"{folder} contains no traces (*.json files in kv-cache-tester's format)")
     return found
 
 

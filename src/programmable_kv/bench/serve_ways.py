@@ -24,7 +24,7 @@ def checked(answer: Timed) -> Timed:
         ConnectionError: the answer is not the upstream's, byte for byte.
     """
     if answer.body != _ANSWER:
-        raise ConnectionError(f"an answer differs from what the upstream sends: {answer.body[:200]!r}")
+        raise ConnectionError(f"an answer differs from the upstream's: {answer.body[:200]!r}")
     return answer
 
 
@@ -35,7 +35,7 @@ def checked_text(answer: Timed) -> Timed:
         ConnectionError: the answer's text is not the upstream's.
     """
     if said_in(answer.body) != _SAID:
-        raise ConnectionError(f"an answer says something else than the upstream: {answer.body[:200]!r}")
+        raise ConnectionError(f"an answer's text differs from the upstream's: {answer.body[:200]!r}")
     return answer
 
 

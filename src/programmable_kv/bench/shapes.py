@@ -109,7 +109,7 @@ def load_shape(
             leaves out a kind of layer.
     """
     if name not in SHAPES:
-        raise InvalidArgumentError(f"there is no shape {name!r}. Choose from: {', '.join(SHAPES)}.")
+        raise InvalidArgumentError(f"unknown shape {name!r}; choose from {', '.join(SHAPES)}")
     return build(name, SHAPES[name], device=device, dtype=dtype, layers=layers)
 
 
@@ -131,12 +131,14 @@ def build(
         )
     precision = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(precision, torch.dtype) or not precision.is_floating_point:
-        raise InvalidArgumentError(f"{dtype!r} is no floating-point dtype of torch: give float32, bfloat16 or float16.")
+        raise InvalidArgumentError(
+            f"{dtype!r} is not a floating-point dtype of torch: use float32, bfloat16 or float16."
+        )
     try:
         where = torch.get_default_device() if device is None else torch.device(device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
-        raise InvalidArgumentError(f"there is no device {device!r} here: {str(error).splitlines()[0]}") from error
+        raise InvalidArgumentError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from error
     tokenizer = _tokenizer()
     config = AutoConfig.for_model(shape.model_type, **_settings(shape, count, tokenizer))
     register_attention()

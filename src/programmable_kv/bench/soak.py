@@ -77,10 +77,10 @@ def run(
         ExperimentError: a database is to be killed, but no PostgreSQL server is found.
     """
     if database_kills and state:
-        raise InvalidArgumentError("the database that is killed is the run's own: leave --state out")
+        raise InvalidArgumentError("--database-kills starts and kills a database of its own: leave --state out")
     if gateways > 1 and not database_kills and not isinstance(place_of(state), DatabaseAddress):
         raise InvalidArgumentError(
-            "several gateways share a database: give --state postgresql://..., or --database-kills"
+            "several gateways need a shared database: give --state postgresql://... or --database-kills"
         )
     text = " ".join(documents("held_out"))[:_HEAD]
     recorder = Recorder(

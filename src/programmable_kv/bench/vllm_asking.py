@@ -83,7 +83,7 @@ class Asking:
         done = subprocess.run(line, env=_environment(), capture_output=True, text=True, check=False)
         if not answers.exists():
             raise ExperimentError(
-                f"{self._python} did not run vLLM: {(done.stderr or done.stdout)[-600:]}. It must be the Python of an "
+                f"{self._python} could not run vLLM: {(done.stderr or done.stdout)[-600:]}. It must be the Python of an "
                 "environment with vLLM 0.32 (docs/vllm.md)."
             )
         found = Answers(json.loads(answers.read_text(encoding="utf-8")))

@@ -86,7 +86,7 @@ class Shop:
         notebook, opened = self.asked(topics, question)
         end = notebook.part(topics[-1]).span.stop
         head = notebook.ids[: len(self.opening.unit.ids)]
-        assert tuple(head) == self.opening.unit.ids, "the opening must be what the conversation begins with"
+        assert tuple(head) == self.opening.unit.ids, "the conversation must begin with the opening"
         return Composition.of([self.opening, *self.entries(topics), [*notebook.ids[end:], *opened]], seam=seam)
 
     def case(self, name: str, topics: Sequence[str], question: str) -> Case:
@@ -113,7 +113,7 @@ class Shop:
                 notebook.add("user", words[number])
             computed = first_loaded(composition, number, block_size) - composition.placed[number].tokens.start
             notebook.splice(self.skills[topic], repair=SeamRepair(computed))
-        assert notebook.ids == list(composition.ids[: len(notebook)]), "the two must be made of the same tokens"
+        assert notebook.ids == list(composition.ids[: len(notebook)]), "both must have the same tokens"
         return Case(name, composition, answered(self.model.engine, notebook, last))
 
 

@@ -36,7 +36,7 @@ def served_folder(model: str) -> Path:
     """
     source = find_source(model)
     if source.folder is None or source.gguf_file is not None:
-        raise ExperimentError(f"'{model}' is not a folder that vLLM serves: `pkv vllm export` writes one")
+        raise ExperimentError(f"'{model}' is not a folder that vLLM can serve: `pkv vllm export` writes one")
     return source.folder
 
 

@@ -24,12 +24,12 @@ from programmable_kv.explain.report import MissCause, MissReport, RequestFinding
 from programmable_kv.explain.tokens import TokenCounter
 from programmable_kv.explain.upstream import Unread, classify_unread, was_unread
 
-FIRST = CauseClass("first request", "Nothing stands before it.", "", lambda _: False, lost=False)
+FIRST = CauseClass("first request", "No earlier request exists.", "", lambda _: False, lost=False)
 TEMPLATE = CauseClass(
     "chat template",
-    "The client only appended messages; the chat template renders the earlier ones differently now.",
-    "Look for the template's switch (`preserve_thinking`, `clear_thinking`), or fix a date it writes by itself with "
-    "`chat_template_kwargs`.",
+    "The client only appended messages, but the chat template now renders the earlier ones differently.",
+    "Look for the template's switch (`preserve_thinking`, `clear_thinking`). If the template inserts the date, set a constant "
+    "one with `chat_template_kwargs`.",
     lambda _: False,
 )
 WHOLE_REQUEST = "the whole request"
@@ -78,7 +78,7 @@ def explain_miss(
         elif isinstance(log, str | Path):
             reader.read(Path(log))
         else:
-            raise InvalidArgumentError(f"a log is a path or a request as a mapping, got {type(log).__name__}")
+            raise InvalidArgumentError(f"a log must be a path or a mapping (one request), got {type(log).__name__}")
     counter = None if model is None else TokenCounter.of(model)
     report = explain_requests(reader.requests, table, counter=counter, block_size=block_size, progress=progress)
     report = replace(report, skipped=tuple(reader.skipped))

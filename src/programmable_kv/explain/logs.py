@@ -66,7 +66,7 @@ class LogReader:
             raise InvalidRequestError(f"cannot read {path}: {error.strerror or error}") from error
         data = data.removeprefix(codecs.BOM_UTF8)
         if not data.strip():
-            raise InvalidRequestError(f"{path} is empty: expected a request as JSON, or one on each line")
+            raise InvalidRequestError(f"{path} is empty: expected one request as JSON, or one request on each line")
         whole = None if _is_log(data) else _parsed(data)
         if isinstance(whole, Mapping) and is_trace(whole):
             self.requests += requests_of_trace(whole, path.name, len(self.requests) + 1)
@@ -91,8 +91,8 @@ class LogReader:
         protocol = protocol_of(body, route)
         if protocol is None:
             raise InvalidRequestError(
-                f"{source} is no request: expected an object with 'messages', 'input' or 'prompt', or one that holds such an "
-                f"object as 'request' or 'body'; found the keys {', '.join(sorted(map(str, entry))[:8]) or 'none'}"
+                f"{source} is not a request: expected an object with 'messages', 'input' or 'prompt', or an object that has "
+                f"one under 'request' or 'body'; found the keys {', '.join(sorted(map(str, entry))[:8]) or 'none'}"
             )
         if protocol == RESPONSES:
             body = self._joined(body)
@@ -128,9 +128,7 @@ class LogReader:
             self.add(entry, source)
         except InvalidRequestError as error:
             if not self.skip_bad_lines:
-                raise InvalidRequestError(
-                    f"{error}. `--skip-bad-lines` leaves such lines out and counts them."
-                ) from error
+                raise InvalidRequestError(f"{error}. `--skip-bad-lines` skips such lines and counts them.") from error
             self.skipped.append(str(error))
 
     def _joined(self, body: Mapping[str, Any]) -> Mapping[str, Any]:

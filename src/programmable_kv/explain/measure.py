@@ -18,7 +18,7 @@ class Basis(StrEnum):
     UPSTREAM = "the upstream's own usage numbers"
     TOKENIZER = "the named model's tokenizer and chat template"
     BLOCKS = "the trace's hashed blocks"
-    BYTES = "bytes of text; no tokens are known"
+    BYTES = "bytes of text, since token counts are unknown"
 
     @property
     def unit(self) -> str:

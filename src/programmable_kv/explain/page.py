@@ -58,7 +58,7 @@ def page(report: MissReport) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Why the prefix cache missed</title><style>{_STYLE}</style></head><body><main>"
         f"<h1>{escape(report.headline)}</h1>{_whole(report)}"
-        + (f'<h2>Causes, the dearest first</h2><section id="causes">{causes}</section>' if causes else "")
+        + (f'<h2>Causes, most expensive first</h2><section id="causes">{causes}</section>' if causes else "")
         + f'<h2>Requests</h2>{_log(report)}<h2>About these numbers</h2><ul class="soft">{notes}</ul>'
         "</main></body></html>\n"
     )
@@ -69,7 +69,7 @@ def _whole(report: MissReport) -> str:
     most = "at most " if report.at_most else ""
     amounts = (
         ("hit", "from the cache", report.hit),
-        ("lost", f"{most}computed again", report.lost),
+        ("lost", f"{most}recomputed", report.lost),
         ("new", "new", new),
     )
     legend = "".join(
@@ -93,7 +93,7 @@ def _log(report: MissReport) -> str:
     if len(shown) > _MOST_ROWS:
         kept = sorted(shown, key=lambda finding: (-(finding.lost or 0), finding.number))[:_MOST_ROWS]
         shown = sorted(kept, key=lambda finding: finding.number)
-        left = f'<p class="soft">The {_MOST_ROWS} of {len(report.findings):,} requests that lost most.</p>'
+        left = f'<p class="soft">The {_MOST_ROWS} of {len(report.findings):,} requests with the largest losses.</p>'
     scale = max((finding.total or 0 for finding in shown), default=0)
     return f'{left}<div class="log">{"".join(_row(finding, scale, report) for finding in shown)}</div>'
 
@@ -105,7 +105,9 @@ def _row(finding: RequestFinding, scale: int, report: MissReport) -> str:
     if finding.missed and rank is not None and rank <= _MOST_CAUSES:
         what = f'<a class="missed" href="#cause-{rank}">{what}</a>'
     told = (
-        "not counted" if finding.total is None else f"{total:,} {report.unit}: {hit:,} from the cache, {lost:,} again"
+        "not counted"
+        if finding.total is None
+        else f"{total:,} {report.unit}: {hit:,} from the cache, {lost:,} recomputed"
     )
     title = escape(f"{finding.source}, {finding.model or 'no model'}: {told}", quote=True)
     bar = _segments(hit, lost, max(0, total - hit - lost), scale)
@@ -121,8 +123,10 @@ def _cause(rank: int, cause: MissCause, worst: RequestFinding, report: MissRepor
     at = [f"byte {worst.byte:,}"] if worst.byte is not None and worst.path else []
     at += [f"token {worst.token:,}"] if worst.token is not None and worst.path else []
     path = f"<code>{escape(worst.path)}</code>" if worst.path else escape(cause.place)
-    where = f"{path}{', at ' + ', '.join(at) if at else ''}: {escape(worst.source)} after request {worst.compared_with}"
-    behind = f'<p class="soft">Behind it differ also: {escape("; ".join(worst.behind))}.</p>' if worst.behind else ""
+    where = (
+        f"{path}{', at ' + ', '.join(at) if at else ''}: {escape(worst.source)}, after request {worst.compared_with}"
+    )
+    behind = f'<p class="soft">Further differences: {escape("; ".join(worst.behind))}.</p>' if worst.behind else ""
     fix = f'<p class="fix">{escape(cause.fix)}</p>' if cause.fix else ""
     return (
         f'<article id="cause-{rank}"><header><h3>{rank}. {escape(cause.name)}, {escape(cause.place)}</h3>'

@@ -84,7 +84,7 @@ def read_prices(path: Path | None = None) -> PriceTable:
         InvalidRequestError: the file cannot be read or is not a price table, or a row lacks a model, price, source or
             date.
     """
-    name = "the table that ships" if path is None else path.name
+    name = "the built-in table" if path is None else path.name
     try:
         source = files("programmable_kv.explain").joinpath("prices.json") if path is None else path
         given = json.loads(source.read_text(encoding="utf-8"))
@@ -96,7 +96,7 @@ def read_prices(path: Path | None = None) -> PriceTable:
         raise InvalidRequestError(f"{name} has no list of rows. {_FORM}")
     per_tokens = given.get("per_tokens", 1_000_000)
     if not isinstance(per_tokens, int) or per_tokens < 1:
-        raise InvalidRequestError(f"{name}: per_tokens is {per_tokens!r}; expected a whole number, at least 1")
+        raise InvalidRequestError(f"{name}: per_tokens is {per_tokens!r}; expected a whole number of at least 1")
     rows = tuple(_row(row, f"{name}, row {number}") for number, row in enumerate(given["rows"], start=1))
     return PriceTable(str(given.get("currency", "USD")), per_tokens, rows, name)
 
@@ -105,7 +105,7 @@ def _row(given: Any, where: str) -> Price:
     known = {each.name for each in fields(Price)}
     if not isinstance(given, Mapping) or not set(given) <= known:
         extra = sorted(set(given) - known) if isinstance(given, Mapping) else [type(given).__name__]
-        raise InvalidRequestError(f"{where} has {', '.join(map(repr, extra))}; a row has {', '.join(sorted(known))}")
+        raise InvalidRequestError(f"{where} has {', '.join(map(repr, extra))}; a row takes {', '.join(sorted(known))}")
     for key in ("model", "source", "date"):
         if not isinstance(given.get(key), str) or not given[key]:
             raise InvalidRequestError(f"{where} has no {key}. {_FORM}")

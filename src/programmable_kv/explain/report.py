@@ -104,11 +104,11 @@ class MissReport:
     def headline(self) -> str:
         """The report in one sentence."""
         if not self.findings:
-            return "There is no request to compare."
+            return "There are no requests to compare."
         if not self.causes:
             if len(self.findings) == 1:
-                return "There is one request, and nothing to compare it with."
-            return "No prefix was lost: every request begins as an earlier one does, or begins a new conversation."
+                return "There is only one request, so there is nothing to compare it with."
+            return "No prefix was lost: every request continues an earlier one or begins a new conversation."
         count = len(self.causes)
         which = "One cause costs" if count == 1 else f"{count} causes cost"
         most = "at most " if self.at_most else ""

@@ -37,8 +37,8 @@ class TokenCounter:
         tokenizer = load_tokenizer(name)
         if not getattr(tokenizer, "chat_template", None):
             raise TemplateError(
-                f"the tokenizer of '{name}' has no chat template, so it cannot be told what the model reads. Leave the model "
-                "out: the report then counts bytes, or the upstream's own tokens where the log has them."
+                f"the tokenizer of '{name}' has no chat template, so the prompt cannot be rendered. Name no model: the report "
+                "then counts bytes, or the upstream's own tokens if the log has them."
             )
         return cls(str(name), tokenizer)
 
@@ -95,8 +95,8 @@ class TokenCounter:
             )
         except (JinjaError, ValueError, TypeError) as error:
             raise TemplateError(
-                f"{request.source}: the chat template of '{self.name}' refuses this request: {error}. Leave the model out: the "
-                "report then counts bytes, or the upstream's own tokens where the log has them."
+                f"{request.source}: the chat template of '{self.name}' refuses this request: {error}. Name no model: the "
+                "report then counts bytes, or the upstream's own tokens if the log has them."
             ) from error
 
 

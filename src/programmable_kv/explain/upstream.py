@@ -66,32 +66,32 @@ def _row(name: str, what: str, fix: str, *, lost: bool = True) -> CauseClass:
 
 
 _ROWS: tuple[tuple[CauseClass, Callable[[Unread], bool]], ...] = (
-    (_row("below the minimum", "The prefix is shorter than the upstream caches.", "", lost=False), _too_short),
+    (_row("below the minimum", "The prefix is shorter than the minimum that the upstream caches.", "", lost=False), _too_short),
     (
         _row(
-            "no cache_control", "No block of the earlier request asked to be cached.",
+            "no cache_control", "The earlier request had no `cache_control` marker.",
             "Put `cache_control` on the last block of the system prompt and on the newest message.",
         ),
         _unasked,
     ),
     (
         _row(
-            "expired", "More time passed than the upstream keeps a prefix.",
-            "Ask for a longer life where that is offered, or send a small request in time.",
+            "expired", "The prefix expired: more time passed than the upstream keeps it.",
+            "Request a longer lifetime if the upstream offers one, or send a small request before the prefix expires.",
         ),
         _expired,
     ),
     (
         _row(
-            "settings changed", "Tool choice, thinking or another setting that is part of the prompt differs.",
-            "Keep these settings the same through a conversation.",
+            "settings changed", "Tool choice, thinking or another setting that is part of the prompt changed.",
+            "Keep these settings the same throughout a conversation.",
         ),
         _other_settings,
     ),
     (
         _row(
-            "likely the server", "The text is the same, and the upstream did not find it.",
-            "Send a conversation to one replica (session affinity); look for evictions and restarts.",
+            "likely the server", "The text is the same, but the upstream did not find it in its cache.",
+            "Send each conversation to one replica (session affinity); check for evictions and restarts.",
         ),
         lambda _: True,
     ),

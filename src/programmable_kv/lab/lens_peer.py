@@ -90,7 +90,7 @@ class Peer:
         """
         if find_spec("transformer_lens") is None:
             raise MissingExtraError(
-                "the probes are compared with TransformerLens, which is not installed and no dependency of ours. "
+                "the probes are compared with TransformerLens, which is not installed and is not a dependency. "
                 "Run: pip install transformer-lens"
             )
         bridges = import_module("transformer_lens.model_bridge")

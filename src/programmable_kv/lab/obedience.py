@@ -85,7 +85,7 @@ def _policy(number: int) -> Scenario:
         scenario = make_scenario(rng, "held_out", domain=domain, fillers=3, gates=1, two_hop=False)
         if _others(scenario):
             return scenario
-    raise AssertionError("no policy has actions that begin differently")
+    raise AssertionError("no policy has actions with different first letters")
 
 
 def _others(scenario: Scenario) -> list[str]:

@@ -239,8 +239,8 @@ def variants_named(names: Sequence[str]) -> list[Variant]:
     unknown = set(names) - {each.name for each in variants}
     if unknown:
         raise InvalidOptionsError(
-            f"transformers ships no causal language model type {', '.join(sorted(unknown))}, and no image-text type with "
-            "M-RoPE of that name."
+            f"transformers has no causal language model type and no image-text type with M-RoPE called "
+            f"{', '.join(sorted(unknown))}"
         )
     return [each for each in variants if not names or each.name in names]
 

@@ -17,7 +17,7 @@ from programmable_kv.prompt.template import HEAD_ROLES, ChatTemplate, neutral
 _EARLIER = "\ue008"
 """The content of earlier messages where only their presence matters."""
 _THOUGHT = "<think>"
-_FOLD_HINT = "Notebook(model, fold_system=True) puts what it says at the beginning of the first user turn."
+_FOLD_HINT = "Notebook(model, fold_system=True) puts its text at the beginning of the first user turn."
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +102,9 @@ def _check_fields(
     for name in sorted(injected):
         if found.count(name) <= wanted.count(name):
             raise TemplateError(
-                f"the chat template does not write the option or tool that holds the field {name}: there is nothing to edit. "
-                "Look up in the template which variable it reads (date_string in Llama 3.1's, strftime_now in gpt-oss's), or "
-                "write the field in a message."
+                f"the chat template does not write the option or tool that contains the field {name}, so there is nothing to "
+                "edit. Check which variable the template reads (date_string in Llama 3.1's, strftime_now in gpt-oss's), or "
+                "put the field into a message."
             )
     own = [name for name in wanted if name not in injected]
     spans = [span for name, span in rendered.places if name not in injected]
@@ -119,8 +119,8 @@ def _check_fields(
         written = plain[span.start : span.stop]
         if written != values[name]:
             raise TemplateError(
-                f"the chat template writes {written!r} where the value of {name} is {values[name]!r}, so an edit could not "
-                "write what the template would. Use raw text parts."
+                f"the chat template writes {written!r} for {name}, whose value is {values[name]!r}, so an edit cannot write "
+                "the text that the template would. Use raw text parts."
             )
 
 
@@ -129,8 +129,8 @@ def _check_tools(template: ChatTemplate, plain: str) -> None:
         name = str(tool.get("function", tool).get("name", ""))
         if name not in plain:
             raise TemplateError(
-                f"the chat template does not write the tools it is given: {name!r} is not in what it renders. Describe them in "
-                "the system message, and leave `tools` out."
+                f"the chat template does not write the tools: {name!r} is not in the rendered text. Describe them in the "
+                "system message, and leave `tools` out."
             )
 
 
@@ -230,8 +230,8 @@ def message_alone(tokenizer: Any, message: Message, values: Mapping[str, str]) -
             places = tuple((name, span.shifted(-len(before))) for name, span in after.places)
             return Rendered(after.text[len(before) :], places)
     raise refused or TemplateError(
-        f"the chat template does not render a {message.role} message apart from those before it, so it cannot be compiled "
-        "alone. Compile the text without a role."
+        f"the chat template cannot render a {message.role} message without the messages before it, so the message cannot be "
+        "compiled alone. Compile the text without a role."
     )
 
 
@@ -252,8 +252,8 @@ def opened(tokenizer: Any, messages: Sequence[tuple[str, str]], *, inside: bool)
     before, mark, after = template.filled(ended, {}).partition(_EARLIER)
     if not mark or _EARLIER in after:
         raise TemplateError(
-            f"the chat template drops or repeats the {role} message, so no text has its place in it. Write the preface as "
-            "raw text."
+            f"the chat template drops or repeats the {role} message, so text cannot be placed in it. Write the preface as raw "
+            "text."
         )
     template.skeleton([Message(role, Text(content)) for role, content in messages], {})  # checks the earlier messages
     return before

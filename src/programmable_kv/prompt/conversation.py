@@ -59,15 +59,13 @@ class Conversation:
         found: list[str] = []
         heads = any(message.role in HEAD_ROLES for message in self.messages)
         if heads and (self.opens_turn or self.template.folds):
-            found.append(
-                "the chat template has no system message of its own here: what it says begins the first user turn"
-            )
+            found.append("the chat template has no separate system message here: its text begins the first user turn")
         if not self.opens_turn:
             text = self.template.filled(self.messages, self.values)
             pieces = self.template.skeleton(self.messages, self.values)
             if not says(text, pieces, _said(self.messages, self.values)):
                 found.append(
-                    "the chat template rewrites what some messages say (it leaves out thoughts, or changes case)"
+                    "the chat template rewrites the text of some messages (it leaves out thoughts, or changes case)"
                 )
         return "; ".join(found)
 
@@ -90,8 +88,8 @@ class Conversation:
         known = self._known()
         if (not more or more[0].role != "user") and self.opens_turn:
             raise TemplateError(
-                "the chat template has a place for the system message in the first user turn only, and there is no such turn "
-                "yet. Ask with a prompt, or add a user message first."
+                "the chat template can put the system message only into the first user turn, and there is no user turn yet. "
+                "Ask with a prompt, or add a user message first."
             )
         added = self._appended(known, more, prompt_for_answer)
         if added is not None:
@@ -152,9 +150,7 @@ class Conversation:
         rest = between + answer + closing
         known = self._known()
         conversation = self._with([*prompt, said], None if known is None else known + asked + rest)
-        why = (
-            f"the chat template writes an answer in another way than it asks for one; it stays as computed, {_DIFFERS}"
-        )
+        why = f"the chat template renders an answer differently once it is given; it stays as computed, {_DIFFERS}"
         return Continuation(rest, conversation, why)
 
     # -- how ---------------------------------------------------------------------------------------------------------
@@ -267,8 +263,8 @@ class Conversation:
         if not says(rest, pieces, _said(more, self.values)):
             said = unmarked(" ".join(_said(more, self.values))).strip()
             raise TemplateError(
-                f"the chat template drops or rewrites the {roles} message at this point: {said[:60]!r} is not in what it "
-                "renders. Use another role, or raw text parts."
+                f"the chat template drops or rewrites the {roles} message at this point: {said[:60]!r} is not in the "
+                "rendered text. Use another role, or raw text parts."
             )
         if not rest.startswith(tail):
             raise TemplateError(

@@ -72,27 +72,25 @@ class FieldType:
 
     def __post_init__(self) -> None:
         if self.kind is FieldKind.ENUM and not self.among:
-            raise InvalidArgumentError(
-                'an enum needs the values it may have: Field("a", kind="enum", among=("a", "b"))'
-            )
+            raise InvalidArgumentError('an enum needs its allowed values: Field("a", kind="enum", among=("a", "b"))')
         if self.among and self.kind is not FieldKind.ENUM:
-            raise InvalidArgumentError(f"allowed values go with kind='enum', this field's kind is {self.kind}")
+            raise InvalidArgumentError(f"allowed values need kind='enum', but this field's kind is {self.kind}")
         if (self.at_least is not None or self.at_most is not None) and self.kind is not FieldKind.NUMBER:
-            raise InvalidArgumentError(f"at_least and at_most go with kind='number', this field's kind is {self.kind}")
+            raise InvalidArgumentError(f"at_least and at_most need kind='number', but this field's kind is {self.kind}")
         if (self.charset or self.max_length is not None) and self.kind not in _FREE:
-            raise InvalidArgumentError(f"charset and max_length go with texts, this field's kind is {self.kind}")
+            raise InvalidArgumentError(f"charset and max_length are for texts, but this field's kind is {self.kind}")
         if self.room is not None:
             require_count(self.room, "room, in tokens,")
             if self.kind in _KNOWN:
                 raise InvalidArgumentError(
-                    f"all values of kind {self.kind} are known, and the longest gives the room: leave room out"
+                    f"all values of kind {self.kind} are known, and the longest one sets the room: leave room out"
                 )
         if self.charset:
             try:
                 re.compile(f"[{self.charset}]")
             except re.error as error:
                 raise InvalidArgumentError(
-                    f"charset is what may stand between the brackets of a regular expression, such as 'A-Z0-9-'; got "
+                    "charset must be the inside of a regular expression's brackets, such as 'A-Z0-9-'; got "
                     f"{self.charset!r}: {error}"
                 ) from error
 
@@ -190,11 +188,11 @@ class FieldType:
     def _limited(self, name: str, said: str) -> str:
         if self.max_length is not None and len(said) > self.max_length:
             raise InvalidValueError(
-                f"the value of {name} has {len(said)} characters, and its type allows {self.max_length}"
+                f"the value of {name} has {len(said)} characters, but its type allows at most {self.max_length}"
             )
         if self.charset and (found := re.search(f"[^{self.charset}]", said)):
             raise InvalidValueError(
-                f"the value of {name} has the character {found.group()!r}, and its type allows [{self.charset}] only"
+                f"the value of {name} has the character {found.group()!r}, but its type allows only [{self.charset}]"
             )
         return said
 
@@ -261,7 +259,7 @@ class Field:
     def type(self) -> FieldType:
         kind = _kinds_of(self.value)[0] if self.kind is None else self.kind
         if kind not in list(FieldKind):
-            raise InvalidArgumentError(f"there is no kind of field {kind!r}; the kinds are: {', '.join(FieldKind)}")
+            raise InvalidArgumentError(f"unknown kind of field {kind!r}; choose from {', '.join(FieldKind)}")
         return FieldType(
             FieldKind(kind), tuple(map(str, self.among)), self.at_least, self.at_most, self.charset, self.max_length,
             self.trusted, self.room,
@@ -339,7 +337,7 @@ def edited(values: Mapping[str, Value], types: Mapping[str, FieldType]) -> tuple
         if isinstance(value, Field):
             if value.type.kind is not by[name].kind:
                 raise InvalidValueError(
-                    f"{name} was declared as {by[name].kind}, and this value says {value.type.kind}. A field keeps its kind."
+                    f"{name} was declared as {by[name].kind}, but this value is {value.type.kind}. The kind cannot change."
                 )
             by[name].text(name, value.value)
             by[name] = replace(value.type, in_json=by[name].in_json)
@@ -350,7 +348,7 @@ def edited(values: Mapping[str, Value], types: Mapping[str, FieldType]) -> tuple
 def trusted_by(types: Mapping[str, FieldType]) -> str:
     """What an account says about fields whose values the guard does not check; empty if it checks all."""
     names = sorted(name for name, kind in types.items() if kind.trusted)
-    return f"trusted, and not read by the guard: {', '.join(names)}" if names else ""
+    return f"trusted, not checked by the guard: {', '.join(names)}" if names else ""
 
 
 def bare(value: Value) -> Value:
@@ -361,8 +359,8 @@ def bare(value: Value) -> Value:
 def _check_needs_no_escape(name: str, text: str) -> None:
     if escaped(text) != text:
         raise InvalidValueError(
-            f"{name} stands inside of a JSON string and outside of one (or in a tool, which a template may write as JSON), and "
-            f"{text!r} has to be escaped in JSON only. Use two fields, or a value without quotes, backslashes and line breaks."
+            f"{name} is used both inside and outside of JSON strings (or in a tool, which a template may write as JSON), but "
+            f"{text!r} must be escaped in JSON only. Use two fields, or a value without quotes, backslashes and line breaks."
         )
 
 

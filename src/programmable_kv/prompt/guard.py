@@ -81,7 +81,7 @@ def check_value(
         raise InvalidValueError(f"the value of {name} must be a string, got {type(text).__name__}. Convert it first.")
     if not lines and not text.strip():
         raise InvalidValueError(
-            f"the value of {name} is empty. Write what it should say, for example 'none', or declare "
+            f"the value of {name} is empty. Give it a text such as 'none', or declare "
             'Field(value, kind="block"), which may be empty.'
         )
     if not lines and text != text.strip():
@@ -138,8 +138,8 @@ def _shortened(run: str) -> str:
 def _refuse_character(name: str, character: str) -> None:
     if character in "\n\r":
         raise InvalidValueError(
-            f"the value of {name} contains a line break (U+{ord(character):04X}), and this field is one line. Declare it as "
-            'Field(value, kind="block") if it may have several.'
+            f"the value of {name} contains a line break (U+{ord(character):04X}), but this field takes one line. Declare it "
+            'as Field(value, kind="block") if it may have several.'
         )
     what = "a control character" if ord(character) < 0xA0 else "an invisible character"
     raise InvalidValueError(f"the value of {name} contains {what} (U+{ord(character):04X}). Remove it.")
@@ -165,7 +165,7 @@ def _check_markers(name: str, plain: str, tokenizer: Any) -> None:
 
 def _refuse_marker(name: str, marker: str) -> None:
     raise InvalidValueError(
-        f"the value of {name} contains {marker!r}, by which chat formats mark roles, turns or tools. Remove it."
+        f"the value of {name} contains {marker!r}, which chat formats use to mark roles, turns or tools. Remove it."
     )
 
 
@@ -189,8 +189,8 @@ def _check_no_erratum(name: str, text: str, template: str) -> None:
         told = folded(head).replace(" ", "") in folded(text).replace(" ", "")  # one word: with the signs around it
     if told:
         raise InvalidValueError(
-            f"the value of {name} contains words of the erratum template ('{head.strip()}'), so it could pass for an update "
-            "of another field. Rephrase it."
+            f"the value of {name} contains words of the erratum template ('{head.strip()}'), so it could be read as an "
+            "update of another field. Rephrase it."
         )
 
 
@@ -205,8 +205,8 @@ def _check_other(name: str, text: str, forms: tuple[str, str], other: str) -> No
         form = re.sub(rf"(?<![^\W_]){own}(?![^\W_])", "\ue00f", form) if called in own and own != called else form
         if _tells(called).search(form):
             raise InvalidValueError(
-                f"the value of {name} speaks of the field {other}, so it could pass for an update of it: {_shown(text)}. "
-                "Rephrase it, or give that field a name that values do not mention; Field(value, trusted=True) takes it."
+                f"the value of {name} states a value of the field {other}, so it could be read as an update: {_shown(text)}. "
+                "Rephrase it, or rename that field; Field(value, trusted=True) accepts the value unchecked."
             )
 
 

@@ -117,7 +117,7 @@ def unmark(marked: str) -> Rendered:
     pieces.append(marked[cursor:])
     text = "".join(pieces)
     if any(mark in text for mark in (_OPEN, _NAMED, _CLOSE)):
-        raise TemplateError("the rendered text has stray field marks: the chat template cut a field's value apart")
+        raise TemplateError("the rendered text has stray field marks: the chat template split a field's value")
     return Rendered(text, tuple(places))
 
 
@@ -148,9 +148,7 @@ def unshielded(rendered: Rendered) -> Rendered:
         return rendered
     marks = [at for at, character in enumerate(rendered.text) if character in (_PLAIN, _PLAIN_ENDS)]
     if [rendered.text[at] for at in marks] != [_PLAIN, _PLAIN_ENDS] * (len(marks) // 2) or len(marks) % 2:
-        raise TemplateError(
-            "the chat template cut a special token in a message apart: remove that token from the message"
-        )
+        raise TemplateError("the chat template split a special token in a message: remove that token from the message")
     places = tuple((name, _without(span, marks)) for name, span in rendered.places)
     opened, closed = marks[::2], marks[1::2]
     found = [_without(Span(start, stop), marks) for start, stop in zip(opened, closed, strict=True)]

@@ -73,7 +73,7 @@ class Prompt:
             InvalidEditError: the prompt is raw text, a field was declared before with another value, or a skill is
                 declared twice.
         """
-        require(content, str, "a message has text as its content")
+        require(content, str, "a message's content must be text")
         if self.texts:
             raise InvalidEditError("this notebook is made of raw text; chat messages cannot be mixed in. Use .text().")
         check_role(role)
@@ -88,7 +88,7 @@ class Prompt:
         types: Mapping[str, FieldType] | None = None,
     ) -> None:
         """Add raw text. Special tokens in it stay special tokens. Arguments and errors: see `add_message`."""
-        require(content, str, "raw text has text as its content")
+        require(content, str, "raw text must be a string")
         if self.messages:
             raise InvalidEditError(
                 "this notebook is made of chat messages; raw text cannot be mixed in. Use .message()."
@@ -124,7 +124,7 @@ class Prompt:
         for name in skills:
             check_name(name)
             if name in self.values or content.count("{" + name + "}") > 1:
-                raise InvalidEditError(f"{name} was declared before: a skill has one place, and a name of its own")
+                raise InvalidEditError(f"{name} is already declared: a skill has one place and a unique name")
         for name in given:
             check_name(name)
         if places is None:
@@ -138,8 +138,8 @@ class Prompt:
                 check_name(name)
                 if standing.setdefault(name, value) != value:
                     raise InvalidEditError(
-                        f"field {name} was declared before as {standing[name]!r}, now as {value!r}: a field has one value. "
-                        "Compile the skill with that value, or call one of the two fields something else."
+                        f"field {name} is already declared as {standing[name]!r}, now as {value!r}: a field has one value. "
+                        "Compile the skill with that value, or rename one of the two fields."
                     )
         inside = {name: value for values in skills.values() for name, value in values.items()}
         known_types = {**self.types, **types}
@@ -161,7 +161,7 @@ class Prompt:
         texts = [*(message.content for message in self.messages), *self.texts]
         names = dict.fromkeys(name for text in texts for name in text.unfilled)
         listed = ", ".join("{" + name + "}" for name in names)
-        return f"no value was given for {listed}, so the model reads it as it stands" if names else ""
+        return f"no value was given for {listed}, so the model reads the braces as text" if names else ""
 
     def rendered(self) -> Rendered:
         """The whole prompt as the model will read it, with the character span of every field.
@@ -196,7 +196,7 @@ class Prompt:
                 pieces.append(Rendered(rendered.text[start : span.start], inside, plain))
             elif inside:
                 raise InvalidEditError(
-                    f"field {inside[0][0]} is empty and has no text on either side, so it would have no place. Write some text "
+                    f"field {inside[0][0]} is empty and has no text on either side, so it has no position. Write some text "
                     "before or after its placeholder."
                 )
             if name:

@@ -75,7 +75,7 @@ def check_words(words: Sequence[str]) -> None:
     """
     for word in words:
         if not isinstance(word, str) or not any(character.isalnum() for character in word):
-            raise InvalidArgumentError(f"what a line mentions is a text with letters or digits; got {word!r}")
+            raise InvalidArgumentError(f"a word that lines mention must have letters or digits; got {word!r}")
 
 
 def declared_words(mentions: Mapping[str, Sequence[str]], name: str) -> tuple[str, ...]:

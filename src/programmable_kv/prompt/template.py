@@ -106,8 +106,8 @@ class ChatTemplate:
                     does = "repeats" if found else "drops or rewrites" if mark not in "".join(pieces) else "moves"
                     shown = unmarked(saying).strip()[:60]
                     raise TemplateError(
-                        f"the chat template {does} the {message.role} message at this point: {shown!r} would "
-                        "not stand once and in its place in what it renders. Use another role, or raw text parts."
+                        f"the chat template {does} the {message.role} message at this point: {shown!r} must appear "
+                        "once and in its place in the rendered text. Use another role, or raw text parts."
                     )
                 pieces.append(before)
                 number += 1

@@ -59,8 +59,8 @@ def encode(
     for token, span in zip(found, where, strict=True):
         if _matches(added, token, text[slice(*span)]) and _touches(span, held):
             raise InvalidValueError(
-                f"this tokenizer has {added[token]!r} in its vocabulary as a word too, so the text {text[slice(*span)]!r} "
-                "cannot be told from that control token. Remove it, or write it in another way."
+                f"this tokenizer also has {added[token]!r} in its vocabulary as a word, so the text {text[slice(*span)]!r} "
+                "cannot be distinguished from that control token. Remove it, or write it differently."
             )
     return _as_arrays(found, where)
 

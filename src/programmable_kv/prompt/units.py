@@ -114,8 +114,8 @@ class Unit:
         for place in self.places:
             if place.tokens.start < token < place.tokens.stop:
                 raise InvalidEditError(
-                    f"token {token} of this part lies inside the value of {place.name}: a value cannot be split. Choose "
-                    "a boundary before or after it."
+                    f"token {token} of this part is inside the value of {place.name}: a value cannot be split. Choose a "
+                    "boundary before or after it."
                 )
         character = int(self.offsets[token, 0])
         if self.offsets[token - 1, 1] > character:

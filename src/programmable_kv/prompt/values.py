@@ -20,7 +20,7 @@ def check_name(name: str) -> None:
     """
     if not _NAME.match(name):
         raise InvalidValueError(
-            f"a field name must be letters, digits, '_', '.' or '-', starting with a letter, at most 64 long; got {name!r}"
+            f"a field name has at most 64 letters, digits, '_', '.' or '-', and starts with a letter or '_'; got {name!r}"
         )
 
 
@@ -30,7 +30,7 @@ def check_role(role: str) -> None:
         InvalidValueError: the role is not one word of at most 32 letters, digits, `_` and `-`.
     """
     if not _ROLE.match(role):
-        raise InvalidValueError(f"a role is one word such as 'user' or 'tool', got {role!r}")
+        raise InvalidValueError(f"a role must be one word such as 'user' or 'tool', got {role!r}")
 
 
 def check_no_markers(text: str, tokenizer: Any, what: str) -> None:
@@ -43,7 +43,9 @@ def check_no_markers(text: str, tokenizer: Any, what: str) -> None:
     special = {str(token) for token in tokenizer.all_special_tokens} | {t.content for t in added.values() if t.special}
     for token in special:
         if folded(token) in plain:
-            raise InvalidValueError(f"{what} contains {token!r}, which marks roles or the end of a text, not data")
+            raise InvalidValueError(
+                f"{what} contains {token!r}, which marks roles or the end of a text and is not data"
+            )
 
 
 def check_template(template: str) -> None:
@@ -52,7 +54,7 @@ def check_template(template: str) -> None:
         InvalidArgumentError: the template is not text.
         InvalidValueError: the template lacks `{name}` or `{value}`, or contains a line break.
     """
-    require(template, str, "an erratum template is text")
+    require(template, str, "an erratum template must be text")
     if "{name}" not in template or "{value}" not in template:
         raise InvalidValueError(
             "an erratum template needs both {name} and {value}, for example '{name} is now {value}.'"

@@ -130,7 +130,7 @@ def files_of(folder: str | Path) -> dict[str, str]:
     if not weights or not (root / "config.json").is_file():
         raise ModelUnavailableError(
             f"{folder} is not a folder with config.json and .safetensors weights, which vLLM and this package both read. "
-            "Give the folder itself, not a name on a hub; `pkv vllm export MODEL FOLDER` writes one."
+            "Give such a folder, not a Hub id; `pkv vllm export MODEL FOLDER` writes one."
         )
     return {path.name: _sha256(path) for path in (*paths, *weights)}
 
@@ -145,7 +145,7 @@ def _nearest(known: Sequence[Certificate], found: Mapping[str, str], dtype: str)
         if each.dtype == dtype and each.files.keys() == found.keys():
             changed = sorted(name for name in found if each.files[name] != found[name])
             return f"{', '.join(changed)} differ from those of '{each.model_name}' ({each.fingerprint[:8]})"
-    return f"it knows {', '.join(f'{each.model_name} ({each.fingerprint[:8]})' for each in known)}"
+    return f"certified are {', '.join(f'{each.model_name} ({each.fingerprint[:8]})' for each in known)}"
 
 
 def _sha256(path: Path) -> str:

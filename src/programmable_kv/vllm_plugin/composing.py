@@ -55,11 +55,11 @@ class Composition:
             InvalidArgumentError: the block size is less than 1, or vLLM does not accept the salt.
         """
         if block_size < 1:
-            raise InvalidArgumentError(f"a block has at least one token, got {block_size}")
+            raise InvalidArgumentError(f"block_size must be at least 1 token, got {block_size}")
         if not salt or len(SALT_PREFIX + salt) > _LONGEST_SALT or _FORBIDDEN.intersection(salt):
             longest = _LONGEST_SALT - len(SALT_PREFIX)
             raise InvalidArgumentError(
-                f"a salt has 1 to {longest} characters, and no '@', '/', '\\' or NUL; got {salt[:60]!r}"
+                f"a salt must have 1 to {longest} characters, and no '@', '/', '\\' or NUL; got {salt[:60]!r}"
             )
         seam = max((each.seam for each in self.placed), default=0)
         sent = []

@@ -56,8 +56,8 @@ class SkillConnector(KVConnectorBase_V1):  # type: ignore[misc]
         _check_served(vllm_config)
         if (groups := len(kv_cache_config.kv_cache_groups)) != 1:
             raise UnsupportedModelError(
-                f"vLLM keeps the model's layers in {groups} groups of blocks, and skills are written into one. Serve it with "
-                "--disable-hybrid-kv-cache-manager."
+                f"vLLM keeps the model's layers in {groups} groups of blocks, but skills can be written into one group only. "
+                "Serve the model with --disable-hybrid-kv-cache-manager."
             )
         served = vllm_config.model_config
         blobs = blobs_at(options["store"])
@@ -121,7 +121,7 @@ class SkillConnector(KVConnectorBase_V1):  # type: ignore[misc]
             number = extract_layer_index(name)
             if number >= len(self._skills.certificate.layers):
                 raise UnsupportedModelError(
-                    f"vLLM has a cache for {name}, and the model that the skills were compiled with has "
+                    f"vLLM has a cache for {name}, but the model that compiled the skills has only "
                     f"{len(self._skills.certificate.layers)} layers. Serve it without a draft model."
                 )
             known = self._skills.certificate.layers[number]
@@ -161,8 +161,8 @@ def _options(vllm_config: Any) -> dict[str, Any]:
     options = dict(transfer.kv_connector_extra_config or {})
     if not options.get("store") or not options.keys() <= _OPTIONS:
         raise InvalidArgumentError(
-            f"kv_connector_extra_config takes {', '.join(sorted(_OPTIONS))}, and 'store' is needed: the folder or URL of a "
-            f"skill store. Got {sorted(options)}."
+            f"kv_connector_extra_config takes {', '.join(sorted(_OPTIONS))}; 'store', the folder or URL of a skill store, is "
+            f"required. Got {sorted(options)}."
         )
     if transfer.kv_load_failure_policy != "recompute":
         raise InvalidArgumentError(
@@ -190,8 +190,8 @@ def _check_served(vllm_config: Any) -> None:
     for found, what in reasons:
         if found:
             raise UnsupportedModelError(
-                f"vLLM serves the model with {what}, and the skills were computed without it: serve without it, or leave the "
-                "connector out"
+                f"vLLM serves the model with {what}, but the skills were computed without it: serve without it, or without "
+                "the connector"
             )
 
 

@@ -85,16 +85,16 @@ def paged_layer(
         UnsupportedModelError: the layout is unknown.
     """
     found = f"{name} has a cache of {tuple(cache.shape)}, strides {cache.stride()}, {cache.dtype}, of {backend}"
-    again = "The plugin writes only what it knows: leave the connector out, or choose another attention backend."
+    again = "The plugin writes only known layouts: serve without the connector, or choose another attention backend."
     if cache.ndim != 4 or cache.shape[1] != heads or cache.shape[3] != 2 * width:
         raise UnsupportedModelError(
-            f"{found}; [blocks, {heads}, tokens, {2 * width}] (heads, and a key and a value) was expected. {again}"
+            f"{found}; expected [blocks, {heads}, tokens, {2 * width}] (heads, and a key and a value). {again}"
         )
     if cache.dtype != dtype:
         raise UnsupportedModelError(f"{found}; the skills are {dtype}. Use --kv-cache-dtype auto. {again}")
     if block_size % cache.shape[2]:
         raise UnsupportedModelError(
-            f"{found}; a block of {block_size} tokens is not a multiple of the kernel's. {again}"
+            f"{found}; a block of {block_size} tokens is not a multiple of the kernel's block. {again}"
         )
     if cache.stride(3) != 1 or 0 in cache.stride()[:3]:
         raise UnsupportedModelError(
@@ -104,6 +104,6 @@ def paged_layer(
         return SplitLayer(cache)
     if backend == PACKED and write_packed is not None:
         if cache.stride()[1:] != (cache.shape[2] * cache.shape[3], cache.shape[3], 1):
-            raise UnsupportedModelError(f"{found}; a block's numbers must lie in order. {again}")
+            raise UnsupportedModelError(f"{found}; a block's numbers must be in order. {again}")
         return PackedLayer(cache, write_packed)
-    raise UnsupportedModelError(f"{found}; known are {', '.join(sorted({*SPLIT, PACKED}))}. {again}")
+    raise UnsupportedModelError(f"{found}; known backends are {', '.join(sorted({*SPLIT, PACKED}))}. {again}")

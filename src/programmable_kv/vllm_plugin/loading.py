@@ -68,7 +68,7 @@ class StoredSkills:
         entry = self._entries.entry(which, self.certificate.fingerprint)
         if entry.fingerprint != self.certificate.fingerprint:
             raise FingerprintMismatchError(
-                f"skill {entry.name!r} was compiled by a model with fingerprint {entry.fingerprint[:8]}, and vLLM serves "
+                f"skill {entry.name!r} was compiled by a model with fingerprint {entry.fingerprint[:8]}, but vLLM serves "
                 f"'{self.certificate.model_name}' ({self.certificate.fingerprint[:8]}): compile it again"
             )
         return entry
@@ -120,16 +120,16 @@ class StoredSkills:
         segment = unpacked(tensors, entry, self._shapes, where, torch.device("cpu")).segment
         if segment.tables is not None and any(segment.tables):
             raise FrequencyRegimeError(
-                f"skill {entry.name!r} was computed with other frequencies than those that relocation was proved for: "
-                "compile a shorter text"
+                f"skill {entry.name!r} was computed with rotary frequencies for which relocation is not proved: compile a "
+                "shorter text"
             )
         if bool((segment.computed_at.diff() != 1).any()):
             raise UnverifiedError(
-                f"skill {entry.name!r} has gaps between its positions, and vLLM's have none: compile it "
-                "with visibility 'causal'"
+                f"skill {entry.name!r} has gaps between its positions, which vLLM does not allow: compile it with "
+                "visibility 'causal'"
             )
         if len(segment) != len(entry.unit.ids):
-            raise CorruptFileError(f"{where} holds {len(segment)} tokens, and its manifest {len(entry.unit.ids)}")
+            raise CorruptFileError(f"{where} has {len(segment)} tokens, but its manifest lists {len(entry.unit.ids)}")
         self._entries.touch(key)
         return segment
 

@@ -12,8 +12,8 @@ SALT_PREFIX = "composed:"
 """prefix of the cache salt of every request with skills"""
 SKILLS, SEAM = "skills", "seam"
 _FORM = (
-    'Write kv_transfer_params={"skills": [{"skill": "refunds", "start": 24}], "seam": 0}, skills in the order of the '
-    "prompt. Without a start a skill is looked for by its tokens."
+    'Write kv_transfer_params={"skills": [{"skill": "refunds", "start": 24}], "seam": 0}, with the skills in the order of '
+    "the prompt. A skill without a start is located by its tokens."
 )
 
 
@@ -49,9 +49,11 @@ def parse_marks(parameters: Mapping[str, Any] | None) -> Marks | None:
         return None
     listed, seam = parameters[SKILLS], parameters.get(SEAM, 0)
     if not isinstance(listed, list | tuple) or not listed:
-        raise InvalidRequestError(f"the skills of a prompt are a list with at least one entry, got {listed!r}. {_FORM}")
+        raise InvalidRequestError(
+            f"the skills of a prompt must be a list with at least one entry, got {listed!r}. {_FORM}"
+        )
     if not _is_count(seam):
-        raise InvalidRequestError(f"a seam is a number of tokens, 0 or more, got {seam!r}. {_FORM}")
+        raise InvalidRequestError(f"a seam must be a number of tokens, 0 or more, got {seam!r}. {_FORM}")
     return Marks(tuple(map(_mark, listed)), seam)
 
 
@@ -59,12 +61,12 @@ def _mark(item: object) -> Mark:
     if isinstance(item, str):
         item = {"skill": item}
     if not isinstance(item, Mapping) or not {"skill"} <= item.keys() <= {"skill", "start"}:
-        raise InvalidRequestError(f"a skill is marked with 'skill' and 'start', got {item!r}. {_FORM}")
+        raise InvalidRequestError(f"a skill's mark has 'skill' and optionally 'start', got {item!r}. {_FORM}")
     skill, start = item["skill"], item.get("start")
     if not isinstance(skill, str) or not skill:
-        raise InvalidRequestError(f"a skill is named by its key or its name, got {skill!r}. {_FORM}")
+        raise InvalidRequestError(f"'skill' must be a skill's key or name, got {skill!r}. {_FORM}")
     if start is not None and not _is_count(start):
-        raise InvalidRequestError(f"a skill starts at a token of the prompt, got {start!r}. {_FORM}")
+        raise InvalidRequestError(f"'start' must be the index of a token in the prompt, got {start!r}. {_FORM}")
     return Mark(skill, start)
 
 

@@ -61,13 +61,13 @@ def place(key: str, ids: Sequence[int], prompt: Sequence[int], start: int | None
         start = _find(ids, prompt, after)
         if start is None:
             raise InvalidRequestError(
-                f"the {len(ids)} tokens of skill {key} do not stand in the prompt behind token {after}. Text tokenised as a "
-                "whole may merge tokens at the skill's ends: send token ids, or end the skill and the text before it with "
-                "line breaks."
+                f"the {len(ids)} tokens of skill {key} are not in the prompt from token {after} on. If the whole text is "
+                "tokenised at once, tokens may merge at the skill's ends: send token ids, or end the skill and the text "
+                "before it with line breaks."
             )
     if start < after:
         raise InvalidRequestError(
-            f"skill {key} starts at token {start}, and the one before it ends at {after}. List skills in the order of the "
+            f"skill {key} starts at token {start}, but the previous one ends at {after}. List skills in the order of the "
             "prompt."
         )
     span = Span(start, start + len(ids))
@@ -76,7 +76,7 @@ def place(key: str, ids: Sequence[int], prompt: Sequence[int], start: int | None
         same = next((n for n, (one, other) in enumerate(zip(there, ids, strict=False)) if one != other), len(there))
         raise InvalidRequestError(
             f"the prompt's tokens from {start} on are not those of skill {key}: token {same} of {len(ids)} differs. Compile "
-            "the skill from the text as it is sent, or mark the token where it starts."
+            "the skill from exactly the text that is sent, or mark the token where it starts."
         )
     return span
 

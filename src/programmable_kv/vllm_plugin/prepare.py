@@ -58,12 +58,11 @@ def _certificate(model: Model, files: dict[str, str]) -> Certificate:
         if rule.rotated != "keys" or rule.others or keys != values:
             raise UnsupportedModelError(
                 f"layer {number} of {layout.model_type} caches keys of {keys.heads} x {keys.width} and values of "
-                f"{values.heads} x {values.width}. vLLM's cache takes equal shapes, and the connector "
-                "rotates keys only."
+                f"{values.heads} x {values.width}. vLLM's cache needs equal shapes, and the connector rotates keys only."
             )
         if rule.rotary is not None and rule.rotary.axes:
             raise UnsupportedModelError(
-                f"{layout.model_type} rotates keys along several axes, and the plugin along one"
+                f"{layout.model_type} rotates keys along several axes, but the plugin supports only one axis"
             )
         if rule.rotary is not None and rule.rotary not in rotations:
             rotations.append(rule.rotary)

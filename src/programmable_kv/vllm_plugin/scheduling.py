@@ -112,8 +112,8 @@ class Scheduling:
         if not request.parameters or "skills" not in request.parameters:
             if request.salt is not None and request.salt.startswith(self._salt_prefix):
                 log.warning(
-                    "request %s has no skills, and the salt of requests with skills: it may read blocks that hold skills. Give "
-                    "it another salt.", request.name,
+                    "request %s has no skills, but uses the salt of requests with skills, so it may read blocks that contain "
+                    "skills. Give it another salt.", request.name,
                 )  # fmt: skip
             return None
         try:
@@ -136,11 +136,11 @@ class Scheduling:
         if request.salt is None or not request.salt.startswith(self._salt_prefix):
             raise InvalidRequestError(
                 f"a prompt with skills needs a cache_salt that begins with '{self._salt_prefix}', got {request.salt!r}. "
-                "Without one, later requests would find the skills' blocks in the prefix cache and take them for computed ones."
+                "Without it, later requests would read the skills' blocks from the prefix cache as if they had been computed."
             )
         if request.prompt is None or request.other:
             raise InvalidRequestError(
-                f"skills are loaded into prompts of text alone, without an adapter; this one has {request.other or 'no tokens'}"
+                f"skills can be loaded only into text prompts without an adapter; this one has {request.other or 'no tokens'}"
             )
         return self._each_placed(marks, request.prompt)
 

@@ -38,15 +38,15 @@ class Working:
         count = len(self._skills.certificate.layers)
         if strange := sorted(number for number in layers if number >= count):
             raise UnsupportedModelError(
-                f"vLLM has a cache for layer {strange[0]}, and the model that the skills were compiled with has {count}: "
-                "draft models are not supported beside skills"
+                f"vLLM has a cache for layer {strange[0]}, but the model that compiled the skills has only {count} layers: "
+                "draft models cannot be used together with skills"
             )
         for load in loads:
             for number, piece in enumerate(load.pieces):
                 try:
                     self._write(piece, load.block_ids, layers)
                 except (ProgrammableKVError, OSError) as error:
-                    log.error("request %s: skill %s is computed instead: %s", load.request, piece.key, error)
+                    log.error("request %s: skill %s is computed instead of loaded: %s", load.request, piece.key, error)
                     for lost in load.pieces[number:]:
                         self._failed.update(blocks_of(load.block_ids, tokens_of(lost), self._block_size))
                     break

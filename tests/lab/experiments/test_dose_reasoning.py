@@ -87,7 +87,10 @@ def test_a_blinded_row_is_a_knock_out_of_it_and_one_that_may_read_all_is_unchang
     assert float(pair.gap_in(clean[-1])) == pytest.approx(pair.scale.old, **CLOSE)
     assert not torch.allclose(found, clean, rtol=1e-6, atol=1e-6)
     assert pair.old.length == length
-    with pytest.raises(InvalidArgumentError, match="see nothing"), blinded(engine, pair.old, lambda s: range(s + 1)):
+    with (
+        pytest.raises(InvalidArgumentError, match="attend to nothing"),
+        blinded(engine, pair.old, lambda s: range(s + 1)),
+    ):
         engine.compute(pair.old, rows)
 
 

@@ -150,7 +150,7 @@ def test_records_that_are_there_are_kept_unless_they_are_of_other_policies(asked
 
 
 def test_what_a_process_refuses_is_refused_here(asked: Every) -> None:
-    with pytest.raises(InvalidArgumentError, match="no experiment 'nothing'"):
+    with pytest.raises(InvalidArgumentError, match="unknown experiment 'nothing'"):
         next(run_every(asked, 1, ["nothing"]))
     (first,) = run_every(asked, 1, NAMES[:1])
     first.path.rename(first.path.with_suffix(".partial"))  # as of an interrupted run
@@ -165,7 +165,7 @@ def test_a_killed_process_is_told(asked: Every) -> None:
 
     killer = threading.Timer(1.0, kill)
     killer.start()
-    with pytest.raises(ExperimentError, match=r"was killed, .* run the same again"):
+    with pytest.raises(ExperimentError, match=r"was killed, .* run the same command again"):
         list(run_every(asked, 2, NAMES))
     killer.join()
 

@@ -198,7 +198,7 @@ def test_estimates_are_about_what_the_records_took() -> None:
 
 
 def test_an_unknown_experiment_is_named() -> None:
-    with pytest.raises(InvalidArgumentError, match="there is no experiment 'x'; there are blast-radius, "):
+    with pytest.raises(InvalidArgumentError, match="unknown experiment 'x'; choose from blast-radius, "):
         experiment("x")
 
 

@@ -92,7 +92,7 @@ def test_places_that_do_not_exist_are_refused(pair: Pair) -> None:
     for probe in (Probe((1,), places=((99, 0),)), Probe((1,), places=((0, -1),)), Probe((1,), also=(Probe((10**6,)),))):
         with pytest.raises(InvalidArgumentError, match="does not have"):
             pair.gaps([probe])
-    with pytest.raises(InvalidArgumentError, match="besides"):
+    with pytest.raises(InvalidArgumentError, match="must not also name"):
         pair.gaps([Probe((1,), layers=(0,), places=((0, 0),))])
 
 

@@ -48,9 +48,9 @@ class Evidence:
 
     def __post_init__(self) -> None:
         if (self.at_least is None) == (self.at_most is None):
-            raise ValueError(f"{self.record}:{self.figure} needs one condition, at_least or at_most")
+            raise ValueError(f"{self.record}:{self.figure} needs exactly one condition: at_least or at_most")
         if self.bound not in ("value", "low", "high"):
-            raise ValueError(f"a bound is value, low or high, not {self.bound!r}")
+            raise ValueError(f"a bound must be value, low or high, not {self.bound!r}")
 
     @property
     def condition(self) -> str:
@@ -99,7 +99,7 @@ class Claim:
 
     def __post_init__(self) -> None:
         if self.status.needs_evidence != bool(self.evidence):
-            raise ValueError(f"{self.id} is {self.status}, with {len(self.evidence)} conditions on records")
+            raise ValueError(f"{self.id} is {self.status} but has {len(self.evidence)} conditions on records")
 
     def contradictions(self, records: Mapping[str, Record]) -> list[str]:
         """Return one sentence for each piece of evidence that the records contradict."""

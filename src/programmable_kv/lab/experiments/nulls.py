@@ -36,7 +36,9 @@ def matched_heads(
         layer: sorted(set(range(heads)) - {head for each, head in chosen if each == layer}) for layer in range(layers)
     }
     if len(set(chosen)) > sum(map(len, left.values())):
-        raise InvalidArgumentError(f"{len(set(chosen))} of {layers * heads} heads are chosen: too few others to draw")
+        raise InvalidArgumentError(
+            f"{len(set(chosen))} of {layers * heads} heads are chosen, so too few others are left to draw from"
+        )
     drawn = []
     for layer, _ in sorted(set(chosen)):
         nearest = min((each for each in left if left[each]), key=lambda each: (abs(each - layer), each))

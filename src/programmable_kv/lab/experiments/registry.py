@@ -59,5 +59,5 @@ def experiment(name: str) -> Experiment:
         InvalidArgumentError: no experiment has this name.
     """
     if name not in EXPERIMENTS:
-        raise InvalidArgumentError(f"there is no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+        raise InvalidArgumentError(f"unknown experiment {name!r}; choose from {', '.join(EXPERIMENTS)}")
     return EXPERIMENTS[name]

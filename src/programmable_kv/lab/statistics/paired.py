@@ -104,7 +104,7 @@ def tost_differences(differences: Sequence[float], margin: float) -> Equivalence
     from scipy.stats import ttest_1samp
 
     if len(differences) < 2 or len(set(differences)) == 1:
-        raise ValueError(f"{len(differences)} differences without spread: a t-test cannot judge them")
+        raise ValueError(f"a t-test needs at least two unequal differences; got {len(differences)} without spread")
     lower = float(ttest_1samp(differences, -margin, alternative="greater").pvalue)
     upper = float(ttest_1samp(differences, margin, alternative="less").pvalue)
     return Equivalence(sum(differences) / len(differences), margin, lower, upper)

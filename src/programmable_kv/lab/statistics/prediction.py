@@ -44,7 +44,7 @@ def area(scores: Sequence[float], labels: Sequence[bool]) -> float:
     marked = np.asarray(labels, dtype=bool)
     ones = int(marked.sum())
     if not 0 < ones < len(marked):
-        raise ValueError("an area under the curve needs items with and without the label")
+        raise ValueError("the area under the curve needs items with and without the label")
     ranks = rankdata(np.asarray(scores, dtype=float))
     return float((ranks[marked].sum() - ones * (ones + 1) / 2) / (ones * (len(marked) - ones)))
 

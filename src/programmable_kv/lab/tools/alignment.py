@@ -75,7 +75,9 @@ def align(
         raise InvalidArgumentError(f"cannot fit {dimensions} dimensions to {len(exchanges)} exchanges")
     first = exchanges[0].values
     if start is not None and start.shape != (first.shape[-1], dimensions):
-        raise InvalidArgumentError(f"{dimensions} dimensions cannot start from a basis of shape {list(start.shape)}")
+        raise InvalidArgumentError(
+            f"a basis of shape {list(start.shape)} cannot start a fit of {dimensions} dimensions"
+        )
     generator = torch.Generator().manual_seed(seed)
     compute = torch.promote_types(first.dtype, torch.float32)
     if start is None:

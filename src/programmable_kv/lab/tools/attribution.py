@@ -76,11 +76,13 @@ def attribute(
         raise InvalidArgumentError("the two contexts must have the same slots at the same positions")
     layers = len(buffer)
     if any(layer.rotated != "keys" for layer in engine.relocation.layout.layers):
-        raise UnsupportedModelError(f"{engine.layout.model_type} caches something else than its attention reads (MLA)")
+        raise UnsupportedModelError(
+            f"{engine.layout.model_type} does not cache the keys and values that its attention reads (MLA)"
+        )
     with _watched(engine, buffer) as watched, engine.graph(buffer, rows) as graph:
         if graph.last[0].query.shape[-1] != graph.keys[0].shape[-1]:
             raise UnsupportedModelError(
-                f"{engine.layout.model_type} caches something else than its attention reads (MLA)"
+                f"{engine.layout.model_type} does not cache the keys and values that its attention reads (MLA)"
             )
         changes = [_output_changes(graph, source, layer) for layer in range(layers)]
         kept = graph.keys[0].shape[1]

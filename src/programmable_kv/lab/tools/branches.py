@@ -102,9 +102,11 @@ class Branching:
         used = self._buffer.length
         for each in branches:
             if not each.ids or len(each.ids) != len(each.positions):
-                raise InvalidArgumentError(f"a branch needs at least one token, and a position for each: {each}")
+                raise InvalidArgumentError(
+                    f"a branch needs at least one token, and one position for each token: {each}"
+                )
             if not set(each.unread + each.absent) <= set(range(used)):
-                raise InvalidArgumentError(f"a branch cannot read slots that are not among the {used} in use: {each}")
+                raise InvalidArgumentError(f"a branch names slots that are not among the {used} in use: {each}")
         # Each branch's last row goes to the end, where its logits are asked for. Positions ascend in both groups.
         order = sorted(
             (row == len(each.ids) - 1, position, number, row)

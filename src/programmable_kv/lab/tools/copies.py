@@ -58,7 +58,10 @@ def computed_in_copies(engine: Engine, buffer: KVBuffer, rows: Rows, exchanges: 
     """
     require_rotary(engine, buffer)
     if len(rows) < 2 or any(len(each.streams) != len(rows) - 1 for each in exchanges):
-        raise InvalidArgumentError(f"of {len(rows)} rows all but the last are exchanged, so there must be two or more")
+        raise InvalidArgumentError(
+            "all rows except the last are exchanged: give at least two rows, and a stream for each exchanged one; got "
+            f"{len(rows)} rows"
+        )
     found = []
     for start, stop in _forwards(len(exchanges), len(rows)):
         copies = _Copies(buffer, rows, stop - start)
@@ -89,7 +92,10 @@ def rewritten_in_copies(
     """
     require_rotary(engine, buffer)
     if len(rows) < 2 or outputs.shape[1] != len(rows) - 1:
-        raise InvalidArgumentError(f"of {len(rows)} rows all but the last are written, so there must be two or more")
+        raise InvalidArgumentError(
+            "all rows except the last are written: give at least two rows, and outputs for each written one; got "
+            f"{len(rows)} rows"
+        )
     for each in several:
         require_heads(outputs, (*each.heads, *(each.readers or ())))
     found = []

@@ -41,7 +41,9 @@ def knocked_out(engine: Engine, buffer: KVBuffer, *knockouts: Knockout) -> Itera
     count, heads = len(buffer), _heads(engine)
     for each in knockouts:
         if not set(each.layers or ()) <= set(range(count)) or not set(each.heads or ()) <= set(range(heads)):
-            raise InvalidArgumentError(f"{each} names a layer beyond {count} or a head beyond {heads}")
+            raise InvalidArgumentError(
+                f"{each} names an unknown layer or head: there are {count} layers and {heads} heads"
+            )
     layers = sorted({layer for each in knockouts for layer in (range(count) if each.layers is None else each.layers)})
     reached = Reached(tuple(dict.fromkeys(slot for each in knockouts for slot in each.queries)))
 

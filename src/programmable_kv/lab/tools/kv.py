@@ -105,7 +105,7 @@ def mean_ablated(
         InvalidArgumentError: there are no buffers, or a slot has another position in one of them.
     """
     if not sources:
-        raise InvalidArgumentError("a mean ablation needs buffers to take the mean of")
+        raise InvalidArgumentError("a mean ablation needs at least one buffer to average")
     each = [_moved(rows_from(source, slots, which), source, slots, buffer, slots, None) for source in sources]
     rows = [
         Overwrite(same[0].layer, _mean([row.keys for row in same]), _mean([row.values for row in same]), which.heads)
@@ -160,7 +160,7 @@ def _moved(
 ) -> list[Overwrite]:
     """Return the rows with keys rotated to the positions of the slots into which they are put."""
     if len(from_slots) != len(slots):
-        raise InvalidArgumentError(f"{len(from_slots)} slots cannot be put into {len(slots)}")
+        raise InvalidArgumentError(f"cannot put {len(from_slots)} slots into {len(slots)}")
     if not slots or max(slots) >= buffer.length:
         raise InvalidArgumentError(f"slots {list(slots)[:8]}... are not among the {buffer.length} in use")
     offsets = buffer.positions[list(slots)] - source.positions[list(from_slots)]
@@ -168,7 +168,8 @@ def _moved(
         return rows
     if layout is None:
         raise InvalidArgumentError(
-            "these rows would stand at other positions than they were computed at: pass layout=engine.require_relocation()"
+            "these rows would move to other positions than those they were computed at: pass "
+            "layout=engine.require_relocation()"
         )
     rotation = Rotation(offsets)
     result = []

@@ -79,7 +79,7 @@ def control_labels(kinds: Sequence[str], labels: Sequence[bool], rng: np.random.
     """
     names = list(dict.fromkeys(kinds))
     if len(names) < 2:
-        raise ValueError("control tasks need items of at least two kinds")
+        raise ValueError("control tasks need at least two kinds of items")
     true = min(len(names) - 1, max(1, round(len(names) * sum(map(bool, labels)) / len(labels))))
     chosen = set(rng.permutation(len(names))[:true].tolist())
     by_kind = {name: index in chosen for index, name in enumerate(names)}
@@ -94,7 +94,7 @@ def mean_direction(activations: torch.Tensor, labels: Sequence[bool]) -> torch.T
     """
     marked = torch.tensor(list(map(bool, labels)), device=activations.device)
     if not bool(marked.any()) or bool(marked.all()):
-        raise ValueError("a direction between labels needs items of both")
+        raise ValueError("a direction between labels needs items of both labels")
     direction = activations[marked].mean(dim=0) - activations[~marked].mean(dim=0)
     unit: torch.Tensor = direction / direction.norm()
     return unit
@@ -110,7 +110,7 @@ def _held_out(activations: torch.Tensor, labels: Sequence[bool], groups: Sequenc
 
     features, wanted = activations.to("cpu", torch.float64).numpy(), np.asarray(labels, dtype=bool)
     if len(set(groups)) < 2 or len(set(wanted.tolist())) < 2:
-        raise ValueError("a probe that is scored on held-out groups needs two groups and two labels")
+        raise ValueError("scoring a probe on held-out groups needs at least two groups and two labels")
     right = np.zeros(len(wanted), dtype=bool)
     for train, test in LeaveOneGroupOut().split(features, wanted, list(groups)):
         seen = set(wanted[train].tolist())

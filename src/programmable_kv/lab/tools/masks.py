@@ -46,7 +46,7 @@ def _hook(engine: Engine, buffer: KVBuffer, allowed: Allowed, layer: int) -> Cal
             return None
         if not bool(now.any(dim=-1).all()):
             raise InvalidArgumentError(
-                f"a row would see nothing at all in layer {layer}, which has no attention to compute"
+                f"a row could attend to nothing in layer {layer}, so its attention cannot be computed"
             )
         mask = _as_given(engine, given, now)
         position = list(inspect.signature(module.forward).parameters).index("attention_mask")

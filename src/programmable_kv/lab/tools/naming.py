@@ -98,7 +98,9 @@ class NamingEngine(Engine):
             InvalidArgumentError: the buffer belongs to another engine, or the rows do not read everything before them.
         """
         if not isinstance(buffer, NamedBuffer) or reads is not None:
-            raise InvalidArgumentError("rows are named in a buffer of this engine, each of them reading all before it")
+            raise InvalidArgumentError(
+                "rows can only be named in a buffer of this engine whose rows attend to every earlier row"
+            )
         until = self._named(buffer, rows)
         names = [until[slot] for slot in rows.slots]
         with buffer.writing(rows.slots, rows.positions):
@@ -123,7 +125,7 @@ class NamingEngine(Engine):
     def attention_of(self, buffer: KVBuffer, rows: Rows) -> torch.Tensor:
         """See `Engine.attention_of`. Pending rows are computed first, and the last row once more for its attention."""
         if not isinstance(buffer, NamedBuffer):
-            raise InvalidArgumentError("rows are named in a buffer of this engine")
+            raise InvalidArgumentError("rows can only be named in a buffer of this engine")
         names = tuple(self._named(buffer, rows))
         if names not in self._attended:
             self.shared.compute()
@@ -146,7 +148,7 @@ class NamingEngine(Engine):
             InvalidArgumentError: always.
         """
         raise InvalidArgumentError(
-            "rows that are only named have no attention and no activations: use the model's own engine"
+            "rows that are only named have neither attention nor activations: use the model's own engine"
         )
 
 

@@ -27,7 +27,7 @@ def random_slots(
     ordered = sorted(set(eligible))
     taken = set(chosen)
     if not taken <= set(ordered) or len(taken) != len(chosen):
-        raise InvalidArgumentError(f"chosen slots must be eligible, each once; got {sorted(chosen)[:8]}...")
+        raise InvalidArgumentError(f"chosen slots must be eligible and distinct; got {sorted(chosen)[:8]}...")
     drawn: list[int] = []
     for part in _strata(ordered, strata):
         wanted = [slot for slot in part if slot in taken]
@@ -58,7 +58,7 @@ def random_heads(chosen: Sequence[tuple[int, int]], heads: int, rng: random.Rand
         others = sorted(set(range(heads)) - wanted)
         if len(others) < len(wanted):
             raise InvalidArgumentError(
-                f"{len(wanted)} of {heads} heads of layer {layer} are chosen: too few others to draw"
+                f"{len(wanted)} of {heads} heads of layer {layer} are chosen, so too few others are left to draw from"
             )
         drawn += [(layer, head) for head in sorted(rng.sample(others, len(wanted)))]
     return tuple(drawn)

@@ -51,7 +51,9 @@ class Scale:
             ValueError: the item is not valid.
         """
         if not self.valid:
-            raise ValueError(f"gaps of {self.old:.3f} and {self.new:.3f} nats give no recovery: leave the item out")
+            raise ValueError(
+                f"gaps of {self.old:.3f} and {self.new:.3f} nats do not define a recovery: leave the item out"
+            )
         return (measured - self.old) / (self.new - self.old)
 
     def lost(self, measured: float) -> float:

@@ -80,7 +80,9 @@ def _changed(
         shaped = rows.view(len(at), heads, -1) if heads else rows
         result = change(shaped, which)
         if result.shape != shaped.shape:
-            raise InvalidArgumentError(f"a change of {list(shaped.shape)} gave {list(result.shape)}")
+            raise InvalidArgumentError(
+                f"a change must keep the shape {list(shaped.shape)}; it returned {list(result.shape)}"
+            )
         edited = activation.clone()
         edited[0, at] = result.flatten(1) if heads else result
         return edited
@@ -138,7 +140,7 @@ def _module(modules: DecoderModules, site: Site) -> tuple[nn.Module, int]:
     """Return the module whose input (`ATTENTION`: output) is the activation, and its number of heads (0: not split)."""
     count = len(modules.layers)
     if not 0 <= site.layer < count + (site.place is Place.RESIDUAL):
-        raise InvalidArgumentError(f"this model has {count} layers, and no {site.place} of layer {site.layer}")
+        raise InvalidArgumentError(f"this model has {count} layers, so it has no {site.place} of layer {site.layer}")
     if site.place is Place.RESIDUAL:
         return (*modules.layers, modules.final_norm)[site.layer], 0
     return modules.projections[site.layer], modules.heads if site.place is Place.HEADS else 0

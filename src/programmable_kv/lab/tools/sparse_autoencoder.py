@@ -59,7 +59,7 @@ class SparseAutoencoder:
         own = rows.to(self.centre)
         spread = float(((own - own.mean(dim=0)) ** 2).sum())
         if not spread > 0:
-            raise InvalidArgumentError("activations that do not vary have no variance to explain")
+            raise InvalidArgumentError("the activations are all equal, so there is no variance to explain")
         return float(((own - self.decoded(self.codes(own))) ** 2).sum()) / spread
 
 
@@ -82,13 +82,13 @@ def train(
         InvalidArgumentError: there are fewer than two rows, the rows do not vary, or `active` is not in [1, features].
     """
     if not 0 < active <= features or len(rows) < 2:
-        raise InvalidArgumentError(f"cannot keep {active} of {features} features of {len(rows)} activations")
+        raise InvalidArgumentError(f"cannot keep {active} of {features} features with {len(rows)} activations")
     rows = rows.to("cpu", torch.float32)
     centre = rows.mean(dim=0)
     centred = rows - centre
     scale = float((centred**2).mean() ** 0.5)
     if not scale > 0:
-        raise InvalidArgumentError("activations that do not vary have no features")
+        raise InvalidArgumentError("the activations are all equal, so there are no features to learn")
     centred = centred / scale
     generator = torch.Generator().manual_seed(seed)
     decoder = _directions(centred, features, generator, frozen=frozen)

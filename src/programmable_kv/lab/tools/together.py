@@ -182,7 +182,7 @@ def require_rotary(engine: Engine, buffer: KVBuffer) -> None:
     if not proof.exact or proof.encoding is not PositionEncoding.ROTARY or rotated != {"keys"}:
         raise UnsupportedModelError(
             f"many probes in one forward need rotary keys by head, which {engine.layout.model_type} does not cache: "
-            "patch the cache and compute the row, one by one"
+            "patch the cache and compute the row for one probe at a time"
         )
     if not buffer.length:
         raise InvalidArgumentError("an empty buffer has nothing to patch or block")
@@ -199,11 +199,13 @@ def _check(
         if outside or unknown or nowhere:
             raise InvalidArgumentError(f"{part} names a slot, layer or head that this buffer does not have")
         if part.places is not None and (part.layers is not None or part.heads is not None):
-            raise InvalidArgumentError(f"{part} names places, which are layers and heads, and layers or heads besides")
+            raise InvalidArgumentError(
+                f"{part} names places (layers with heads), so it must not also name layers or heads"
+            )
     if patched and (source is None or max(patched) >= source.length):
-        raise InvalidArgumentError("a probe patches slots, and there is no source that holds them")
+        raise InvalidArgumentError("a probe patches slots, but there is no source that contains them")
     if source is not None and not torch.equal(source.positions[list(patched)], buffer.positions[list(patched)]):
-        raise InvalidArgumentError("slots to patch stand at other positions in the source")
+        raise InvalidArgumentError("slots to patch have other positions in the source")
 
 
 def _query_heads(engine: Engine) -> int:
