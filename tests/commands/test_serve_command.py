@@ -35,7 +35,9 @@ async def script(_: Received) -> AsyncIterator[bytes]:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
     monkeypatch.setattr("programmable_kv.serve.run.run_gateway", found.append)
-    monkeypatch.setattr("programmable_kv.serve.run.run_local", lambda _, settings: found.append(settings))
+    monkeypatch.setattr(
+        "programmable_kv.serve.run.run_local", lambda load, settings: found.append((load().name, settings))
+    )
     return found
 
 
@@ -120,7 +122,7 @@ def test_without_an_upstream_it_serves_a_model(served: list[Any], monkeypatch: p
     monkeypatch.setattr("programmable_kv.commands.serve.load", load)
     invoke("--model", "some/model", "--max-notebooks", "3")
     kept = default_state("local-8787")
-    assert (loaded, served) == (["some/model"], [LocalSettings(max_notebooks=3, state=kept)])
+    assert (loaded, served) == (["some/model"], [("loaded", LocalSettings(max_notebooks=3, state=kept))])
     with pytest.raises(InvalidArgumentError, match="--api-keys-file"):
         invoke("--host", "0.0.0.0")
     assert len(loaded) == 1, "what is refused is refused before a model is loaded"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -124,13 +125,10 @@ def serve(
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     if verbose:
         logging.getLogger("programmable_kv.serve").setLevel(logging.INFO)
-    here = f"http://{host}:{port}"
     kept = place_of(state) if state else default_state(f"{'gateway' if upstream else 'local'}-{port}")
     if not upstream:
         settings = LocalSettings(host, port, limits, keys, 64 if max_notebooks is None else max_notebooks, kept)
-        loaded = load(model)
-        _say(f"{here}/v1 serves {loaded.name}; notebooks at {here}/v1/notebooks")
-        run_local(loaded, settings)
+        run_local(partial(load, model), settings)
         return
     secret = _secret(upstream_key_env) if upstream_key_env is not None else ""
     rules = read_rules(volatile) if volatile is not None else Rules()
@@ -139,7 +137,6 @@ def serve(
         first, host, port, GatewayMode(mode), limits, keys, secret, rules, kept, cache_salt, tuple(others), rebase_after,
         10_000 if max_notebooks is None else max_notebooks, skills, LineRole(line_role),
     )  # fmt: skip
-    _say(f"{here}/v1 forwards to {', '.join(upstream)}; report at {here}/pkv/report")
     run_gateway(gateway)
 
 
@@ -150,10 +147,6 @@ def serve_key(name: Annotated[str, typer.Argument(help="the tenant's name")]) ->
     key, line = new_key(name)
     err.print(f"the key, shown this once: {key}", markup=False, highlight=False, soft_wrap=True)
     typer.echo(line)
-
-
-def _say(text: str) -> None:
-    err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _secret(variable: str) -> str:

@@ -36,7 +36,9 @@ class Limits:
     stall_s: float = 60.0
     """a client may take no byte of its answer for this long"""
     shutdown_s: float = 30.0
-    """how long running requests may take to end when the gateway stops"""
+    """how long open requests may take to end when the server gets SIGTERM"""
+    interrupt_s: float = 5.0
+    """the same after Ctrl-C, where somebody waits"""
     observed_bytes: int = 256 * _MIB
     """text of earlier requests that is kept to compare with"""
     queued_bytes: int = 64 * _MIB
@@ -53,7 +55,7 @@ class Limits:
         require_count(self.max_waiting, "max_waiting")
         if self.per_minute is not None and not self.per_minute > 0:
             raise InvalidArgumentError(f"per_minute is a number of requests above 0, got {self.per_minute!r}")
-        for name in ("wait_s", "body_s", "connect_s", "read_s", "stall_s", "shutdown_s"):
+        for name in ("wait_s", "body_s", "connect_s", "read_s", "stall_s", "shutdown_s", "interrupt_s"):
             if not getattr(self, name) > 0:
                 raise InvalidArgumentError(f"{name} is a number of seconds above 0, got {getattr(self, name)!r}")
 
