@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from programmable_kv.arguments import require_count
+from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.serve.checks import refuse
 
 DEFAULT_TOKENS = 512
@@ -58,7 +60,7 @@ def check_known(
             )
 
 
-def sampling_of(body: Mapping[str, Any], limit: int, stop: Any) -> dict[str, Any]:
+def sampling_of(body: Mapping[str, Any], limit: int, stop: Sequence[str] = ()) -> dict[str, Any]:
     """What three protocols call by the same names.
 
     Raises:
@@ -68,10 +70,36 @@ def sampling_of(body: Mapping[str, Any], limit: int, stop: Any) -> dict[str, Any
         "temperature": number(body, "temperature", 1.0),
         "max_new_tokens": limit,
         "seed": count(body, "seed", secrets.randbelow(_SEEDS)),
-        "stop": [stop] if isinstance(stop, str) else stop or [],
+        "stop": stop,
     }
     if body.get("top_p") is not None:
         found["top_p"] = number(body, "top_p", 1.0)
+    return found
+
+
+def limit_of(body: Mapping[str, Any], *names: str, default: int) -> int:
+    """After how many tokens an answer ends: the first of these parameters that the request has.
+
+    Raises:
+        RefusedError: it is no whole number.
+        InvalidArgumentError: it is less than 1.
+    """
+    name = next((each for each in names if body.get(each) is not None), names[0])
+    limit = count(body, name, default)
+    require_count(limit, name, least=1)
+    return limit
+
+
+def stops_of(body: Mapping[str, Any], name: str) -> list[str]:
+    """Strings that end an answer: a list of them, or one.
+
+    Raises:
+        InvalidArgumentError: it is neither.
+    """
+    value = body.get(name)
+    found = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(found, list) or not all(isinstance(each, str) and each for each in found):
+        raise InvalidArgumentError(f"{name} is a list of texts of at least one character each; got {value!r:.80}")
     return found
 
 
