@@ -6,17 +6,26 @@ import logging
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from programmable_kv.commands.common import err, load
 from programmable_kv.errors import InvalidArgumentError
 
+if TYPE_CHECKING:
+    from programmable_kv.serve.settings import GatewaySettings
+
 _MIB = 2**20
+_WITH_UPSTREAM = (
+    "mode", "volatile", "upstream_key_env", "max_running", "read_timeout", "observe_mib", "skills", "cache_salt",
+    "rebase_after", "line_role",
+)  # fmt: skip
+"""options that a server of a model has no use for"""
 
 
 def serve(
+    context: typer.Context,
     upstream: Annotated[
         list[str] | None,
         typer.Option(
@@ -32,10 +41,13 @@ def serve(
     port: Annotated[int, typer.Option(help="the port to listen at")] = 8787,
     mode: Annotated[
         str,
-        typer.Option(help="'observe' reports on the prefix cache; 'pass' only forwards; 'erratum', 'hoist', 'strict'"),
+        typer.Option(
+            help="with --upstream: 'observe' reports on the prefix cache; 'pass' only forwards; 'erratum', 'hoist', 'strict'"
+        ),
     ] = "observe",
     volatile: Annotated[
-        Path | None, typer.Option(help="which pieces of prompts may change, and modes of routes: a JSON file")
+        Path | None,
+        typer.Option(help="with --upstream: which pieces of prompts may change, and modes of routes; a JSON file"),
     ] = None,
     state: Annotated[
         str | None,
@@ -48,13 +60,15 @@ def serve(
         Path | None, typer.Option(help="who may use the gateway: lines that `pkv serve-key` prints")
     ] = None,
     upstream_key_env: Annotated[
-        str | None, typer.Option(help="the environment variable with the key to send to the upstream")
+        str | None, typer.Option(help="with --upstream: the environment variable with the key to send to it")
     ] = None,
     max_body_mib: Annotated[int, typer.Option(help="the largest request body, in MiB")] = 32,
-    max_running: Annotated[int, typer.Option(help="requests that are with the upstream at one time")] = 256,
+    max_running: Annotated[int, typer.Option(help="with --upstream: requests that are with it at one time")] = 256,
     max_waiting: Annotated[int, typer.Option(help="requests that wait for a place; more get 429")] = 256,
-    read_timeout: Annotated[float, typer.Option(help="seconds for which the upstream may be silent")] = 600.0,
-    observe_mib: Annotated[int, typer.Option(help="memory for earlier requests to compare with, in MiB")] = 256,
+    read_timeout: Annotated[float, typer.Option(help="with --upstream: seconds for which it may be silent")] = 600.0,
+    observe_mib: Annotated[
+        int, typer.Option(help="with --upstream: memory for earlier requests to compare with, in MiB")
+    ] = 256,
     max_notebooks: Annotated[
         int | None,
         typer.Option(
@@ -77,14 +91,15 @@ def serve(
     rebase_after: Annotated[
         int,
         typer.Option(
-            help="with 'erratum': lines after which the prefix with the new values is computed in the background"
+            help="with 'erratum' and notebooks of an upstream: lines after which the prefix with the new values is computed "
+            "in the background"
         ),
     ] = 64,
     line_role: Annotated[
         str,
         typer.Option(
-            help="with 'erratum', 'hoist' and notebooks: lines are 'system' messages, 'user' messages, or 'inline' in the "
-            "newest one; 'auto' finds out what reaches the model"
+            help="with 'erratum', 'hoist' and notebooks of an upstream: lines are 'system' messages, 'user' messages, or "
+            "'inline' in the newest one; 'auto' finds out what reaches the model"
         ),
     ] = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", help="log a line for each request; never its text")] = False,
@@ -98,6 +113,7 @@ def serve(
     """
     from programmable_kv.extras import require_extra, require_model_packages
 
+    _check_together(_given(context))
     require_extra("serve", "starlette", "uvicorn", "httptools", "prometheus_client")
     if not upstream:
         require_model_packages(". Or give --upstream: a gateway in front of a model server needs neither")
@@ -137,6 +153,7 @@ def serve(
         first, host, port, GatewayMode(mode), limits, keys, secret, rules, kept, cache_salt, tuple(others), rebase_after,
         10_000 if max_notebooks is None else max_notebooks, skills, LineRole(line_role),
     )  # fmt: skip
+    _check_used(_given(context), gateway)
     run_gateway(gateway)
 
 
@@ -147,6 +164,56 @@ def serve_key(name: Annotated[str, typer.Argument(help="the tenant's name")]) ->
     key, line = new_key(name)
     err.print(f"the key, shown this once: {key}", markup=False, highlight=False, soft_wrap=True)
     typer.echo(line)
+
+
+def _given(context: typer.Context) -> set[str]:
+    """Names of the options that stand on the command line."""
+    return {
+        name
+        for name in context.params
+        if (source := context.get_parameter_source(name)) is not None and source.name != "DEFAULT"
+    }
+
+
+def _check_together(given: set[str]) -> None:
+    """
+    Raises:
+        InvalidArgumentError: an option of a gateway without --upstream, or one of a model with it.
+    """
+    if "upstream" in given:
+        if "model" in given:
+            raise InvalidArgumentError(
+                "--model does not go with --upstream: a gateway loads no model, and requests name one of the upstream's. "
+                "Leave one of the two out"
+            )
+        return
+    if names := [_option(name) for name in _WITH_UPSTREAM if name in given]:
+        them = "it" if len(names) == 1 else "them"
+        raise InvalidArgumentError(
+            f"{', '.join(names)} without --upstream would change nothing: without it, a model is served, and nothing is "
+            f"forwarded. Add --upstream URL, or leave {them} out"
+        )
+
+
+def _check_used(given: set[str], settings: GatewaySettings) -> None:
+    """
+    Raises:
+        InvalidArgumentError: the mode of every route makes an option useless.
+    """
+    mode = settings.mode.value
+    if settings.rules.declared and not settings.rewrites:
+        raise InvalidArgumentError(
+            f"--volatile declares pieces that may change, and mode {mode} rewrites nothing: add --mode erratum or hoist, or "
+            "leave --volatile out"
+        )
+    if "observe_mib" in given and not settings.observes:
+        raise InvalidArgumentError(
+            f"--observe-mib does not go with --mode {mode}, which compares no requests: leave one of the two out"
+        )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _secret(variable: str) -> str:

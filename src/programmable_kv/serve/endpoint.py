@@ -84,8 +84,10 @@ class Endpoint:
             headers = {name.decode(): value.decode() for name, value in refusal.headers(dialect)}
             response = Response(refusal.body(dialect), refusal.status, headers)
         await response(scope, receive, send)
+        seconds = watch.total
         self.metrics.requests.labels(self.label, str(response.status_code)).inc()
-        self.metrics.seconds.labels(self.label).observe(watch.total)
+        self.metrics.seconds.labels(self.label).observe(seconds)
+        _LOG.info("%s %s %s %.1f ms", scope["method"], self.label, response.status_code, 1000 * seconds)
 
     async def _call(self, scope: Scope, receive: Receive) -> Call:
         headers = tuple(scope["headers"])
