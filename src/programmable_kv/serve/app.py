@@ -19,6 +19,7 @@ from programmable_kv.serve.access import Access
 from programmable_kv.serve.address import Address
 from programmable_kv.serve.admission import Admission
 from programmable_kv.serve.aside import Aside
+from programmable_kv.serve.checks import check_query
 from programmable_kv.serve.endpoint import Routing
 from programmable_kv.serve.fleet import Fleet
 from programmable_kv.serve.forward import Forwarder
@@ -103,6 +104,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
         def respond(request: Request) -> Response:
             try:
                 tenant = access.admit(tuple(request.scope["headers"])).tenant
+                check_query(request, ())
             except RefusedError as error:
                 refusal = error.refusal
                 headers = {name.decode(): value.decode() for name, value in refusal.headers(Dialect.OPENAI)}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
+
+from starlette.requests import Request
 
 from programmable_kv.serve.refusal import Refusal, RefusedError
 
@@ -24,6 +26,20 @@ def checked_messages(value: Any) -> list[Mapping[str, Any]]:
         if not listed:
             refuse("invalid_request", "tool_calls is a list of objects with a function, which has a name")
     return value
+
+
+def check_query(request: Request, known: Collection[str]) -> None:
+    """Check the names of a request's query parameters.
+
+    Raises:
+        RefusedError: one is not among the known ones.
+    """
+    for name in request.query_params:
+        if name not in known:
+            takes = ", ".join(known) or "none"
+            refuse(
+                "unknown_query_parameter", f"there is no query parameter {name!r:.60} here; this route takes {takes}"
+            )
 
 
 def refuse(code: str, message: str) -> NoReturn:

@@ -21,6 +21,7 @@ from programmable_kv.errors import (
     QueueFullError,
 )
 from programmable_kv.serve.access import Access
+from programmable_kv.serve.checks import check_query
 from programmable_kv.serve.incoming import check_length, read_body, while_connected
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.rates import Rates
@@ -57,6 +58,8 @@ class Endpoint:
     limits: Limits
     metrics: Metrics
     rates: Rates
+    query: tuple[str, ...] | None
+    """query parameters that it takes; None takes any: clients of other makers' protocols add some"""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -93,10 +96,13 @@ class Endpoint:
         headers = tuple(scope["headers"])
         tenant = self.access.admit(headers).tenant
         self.rates.take(tenant)
+        request = Request(scope)
+        if self.query is not None:
+            check_query(request, self.query)
         check_length(headers, self.limits.max_body_bytes)
         data = await read_body(receive, self.limits.max_body_bytes, self.limits.body_s)
         body = await asyncio.to_thread(_object_of, data) if len(data) > LONG_BODY else _object_of(data)
-        return Call(tenant, Request(scope), body)
+        return Call(tenant, request, body)
 
     async def _answer(self, call: Call, answered: list[Response]) -> None:
         answered.append(await self.handle(call))
@@ -111,16 +117,16 @@ class Routing:
     metrics: Metrics
     rates: Rates
 
-    def route(self, method: str, path: str, handle: Handler) -> Route:
-        """One route for one method."""
-        return Route(path, self._endpoint(path, handle), methods=[method])
+    def route(self, method: str, path: str, handle: Handler, query: tuple[str, ...] | None = ()) -> Route:
+        """One route for one method. `query` names the query parameters that it takes; None takes any."""
+        return Route(path, self._endpoint(path, handle, query), methods=[method])
 
     def nothing(self, path: str, label: str) -> Route:
         """A route, for every method, that answers that there is none."""
-        return Route(path, self._endpoint(label, _nothing))
+        return Route(path, self._endpoint(label, _nothing, None))
 
-    def _endpoint(self, label: str, handle: Handler) -> Endpoint:
-        return Endpoint(label, handle, self.access, self.limits, self.metrics, self.rates)
+    def _endpoint(self, label: str, handle: Handler, query: tuple[str, ...] | None) -> Endpoint:
+        return Endpoint(label, handle, self.access, self.limits, self.metrics, self.rates, query)
 
 
 async def _nothing(_: Call) -> Response:

@@ -224,9 +224,9 @@ def local_app(model: Model, settings: LocalSettings) -> Starlette:
     return Starlette(
         routes=[
             *page_routes(local=True),
-            route("GET", "/v1/models", server.models),
-            route("GET", "/v1/models/{name:path}", server.model),
-            *(route("POST", path, server.answering(form)) for path, form in FORMS.items()),
+            route("GET", "/v1/models", server.models, None),
+            route("GET", "/v1/models/{name:path}", server.model, None),
+            *(route("POST", path, server.answering(form), None) for path, form in FORMS.items()),
             *notebook_routes(server, routing),
             route("GET", "/v1/notebooks/{id}/tokens", server.tokens),
             route("GET", "/metrics", measured),

@@ -33,6 +33,6 @@ def notebook_routes(by: NotebookHandlers, routing: Routing) -> list[Route]:
         routing.route("GET", "/v1/notebooks", by.listed),
         routing.route("GET", "/v1/notebooks/{id}", by.read),
         routing.route("DELETE", "/v1/notebooks/{id}", by.delete),
-        routing.route("PATCH", "/v1/notebooks/{id}/fields", by.edit),
+        routing.route("PATCH", "/v1/notebooks/{id}/fields", by.edit, ("mode",)),
         routing.route("POST", "/v1/notebooks/{id}/fork", by.fork),
     ]
