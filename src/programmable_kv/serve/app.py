@@ -1,4 +1,4 @@
-"""The gateway as an ASGI application: its routes, and what it holds while it runs."""
+"""The gateway as an ASGI application: its routes, and the parts that it is made of."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _PROMETHEUS = "text/plain; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
 
 
 def gateway_app(settings: GatewaySettings) -> Starlette:
-    """A gateway."""
+    """Make the application of a gateway."""
     limits = settings.limits
     state = open_state(settings.state, durable=False)  # first: it may be refused
     access = Access(settings.keys, settings.upstream_key)
@@ -99,7 +99,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
             state.close()
 
     def told(answer: Callable[[str], Response]) -> Callable[[Request], Response]:
-        """A page for whoever may use the gateway."""
+        """A route that anybody who may use the gateway may read."""
 
         def respond(request: Request) -> Response:
             try:
@@ -147,7 +147,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
 
 
 class _Gateway(Starlette):
-    """Prompts go to the forwarder at once: the middleware of Starlette would take part in every chunk of their answers."""
+    """Passes prompts to the forwarder directly: Starlette's middleware would handle every chunk of their answers."""
 
     def __init__(self, forwarder: Forwarder, **options: Any) -> None:
         super().__init__(**options)
@@ -161,7 +161,7 @@ class _Gateway(Starlette):
 
 
 def _health(fleet: Fleet) -> Response:
-    """Whether the gateway runs; of several upstreams, also which were reachable. Anybody may ask, so there are no addresses."""
+    """Whether the gateway runs and which of several upstreams are reachable. Anybody may ask, so it shows no addresses."""
     if not fleet.several:
         return Response(b'{"status":"ok"}', media_type=_JSON)
     upstreams = fleet.health()
@@ -174,5 +174,5 @@ def _client(address: Address, limits: Limits) -> HttpUpstream:
 
 
 def _subject(settings: GatewaySettings) -> str:
-    """Under which name is remembered what the upstreams take: they are taken to be alike."""
+    """The name under which verdicts about the upstreams are kept: one for all, as they are taken to be alike."""
     return ",".join(sorted((settings.upstream, *settings.more_upstreams)))

@@ -1,4 +1,4 @@
-"""Checks of what a client sends that every server here makes. What is not understood is refused, never left out."""
+"""Checks of requests that all servers share. What is not understood is refused, never ignored."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from programmable_kv.serve.refusal import Refusal, RefusedError
 
 
 def checked_messages(value: Any) -> list[Mapping[str, Any]]:
-    """A list of messages, of which each has a role. The rest is the library's to check.
+    """Check that a value is a list of messages that each have a role. The library checks the rest.
 
     Raises:
-        RefusedError: it is none.
+        RefusedError: the value is not such a list.
     """
     if not isinstance(value, list) or not value:
         refuse("invalid_request", "messages is a list of at least one message")
@@ -32,7 +32,7 @@ def check_query(request: Request, known: Collection[str]) -> None:
     """Check the names of a request's query parameters.
 
     Raises:
-        RefusedError: one is not among the known ones.
+        RefusedError: a parameter is not among the known ones.
     """
     for name in request.query_params:
         if name not in known:

@@ -1,4 +1,4 @@
-"""What every route that is answered here does: let in, read JSON, answer, and turn errors into typed ones."""
+"""What all routes that a server answers itself share: access, reading of JSON, and typed errors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Endpoint:
     metrics: Metrics
     rates: Rates
     query: tuple[str, ...] | None
-    """query parameters that it takes; None takes any: clients of other makers' protocols add some"""
+    """query parameters that the route takes; None takes any, for protocols whose clients add their own"""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -110,7 +110,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Makes the routes of one server: all are let in, limited and counted alike."""
+    """Makes the routes of one server, with the same access, limits and metrics."""
 
     access: Access
     limits: Limits
@@ -122,7 +122,7 @@ class Routing:
         return Route(path, self._endpoint(path, handle, query), methods=[method])
 
     def nothing(self, path: str, label: str) -> Route:
-        """A route, for every method, that answers that there is none."""
+        """A route that answers every method with 404 `no_such_route`."""
         return Route(path, self._endpoint(label, _nothing, None))
 
     def _endpoint(self, label: str, handle: Handler, query: tuple[str, ...] | None) -> Endpoint:
@@ -136,7 +136,7 @@ async def _nothing(_: Call) -> Response:
 def _object_of(data: bytes) -> Mapping[str, Any]:
     """
     Raises:
-        RefusedError: it is no JSON object, or holds half of a character.
+        RefusedError: the body is not a JSON object, or has half of a surrogate pair in it.
     """
     body: Any = {}
     if data:
@@ -153,7 +153,7 @@ def _object_of(data: bytes) -> Mapping[str, Any]:
 def _check_text(body: Any, data: bytes) -> None:
     """
     Raises:
-        RefusedError: JSON can write half of a character, which no text in UTF-8 holds and no tokenizer reads.
+        RefusedError: a text has half of a surrogate pair. JSON can write one; UTF-8 cannot, and no tokenizer reads it.
     """
     if b"\\u" in data:
         try:
@@ -167,7 +167,7 @@ def _check_text(body: Any, data: bytes) -> None:
 
 
 def refusal_of(error: ProgrammableKVError) -> Refusal:
-    """An error of the library as an answer. Its message says what was found, what was expected, and what to do."""
+    """The HTTP error for an error of the library. Its message says what was found, what was expected, and what to do."""
     if isinstance(error, QueueFullError):
         return Refusal(429, "model_busy", str(error), 1)
     if isinstance(error, StateUnavailableError):
