@@ -1,4 +1,4 @@
-"""The routes of notebooks, which every server here has."""
+"""The routes of notebooks, which gateways and local servers share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from programmable_kv.serve.endpoint import Call, Routing
 
 
 class NotebookHandlers(Protocol):
-    """What answers each route."""
+    """The handlers of the routes."""
 
     async def create(self, call: Call) -> Response: ...
 
