@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -75,12 +76,15 @@ def test_ctrl_c_says_what_it_waits_for_and_ends_soon(kind: str, times: int, tmp_
         served.send_signal(signal.SIGINT)
         lines = [served.stderr.readline().decode() for _ in range(2)]
         assert lines[1] == "stopping: 1 open request may end within 5 s; press Ctrl-C again to end at once\n"
+        began = time.monotonic()
         if times == 2:
             served.send_signal(signal.SIGINT)
         with pytest.raises(httpx2.TransportError):
             for _ in parts:
                 pass
-        assert served.wait(3 if times == 2 else 8) == INTERRUPTED
+        cut_after = time.monotonic() - began
+        assert (cut_after < 4) is (times == 2), cut_after
+        assert served.wait(30) == INTERRUPTED  # Python takes a while to end on a busy machine
         assert said(served) == "interrupted\n", "no traceback"
 
 
@@ -94,7 +98,7 @@ def test_sigterm_waits_longer_and_ctrl_c_ends_that_too(tmp_path: Path) -> None:
         served.send_signal(signal.SIGINT)
         with suppress(httpx2.TransportError):
             list(parts)
-        served.wait(3)
+        served.wait(20)
         assert "Traceback" not in said(served)
 
 
@@ -104,7 +108,7 @@ def test_without_open_requests_it_ends_without_a_word(tmp_path: Path) -> None:
     with process("-m", "programmable_kv", *words, port=port) as served, httpx2.Client() as idle:
         assert idle.get(f"http://127.0.0.1:{port}/healthz").status_code == 200, "its connection stays open"
         served.send_signal(signal.SIGINT)
-        assert served.wait(5) == INTERRUPTED
+        assert served.wait(30) == INTERRUPTED
         assert said(served).splitlines()[1:] == ["interrupted"]
 
 
@@ -172,7 +176,7 @@ def test_the_announced_port_is_the_real_one(tmp_path: Path) -> None:
         here = served.stderr.readline().split("/v1 ")[0]
         assert httpx2.get(f"{here}/healthz").status_code == 200, "it serves when it says so"
         served.send_signal(signal.SIGINT)
-        assert served.wait(5) == INTERRUPTED
+        assert served.wait(30) == INTERRUPTED
 
 
 def test_every_address_of_a_host_is_bound() -> None:
