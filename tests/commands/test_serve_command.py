@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import typer.main
 from typer.testing import CliRunner
 
 from programmable_kv.cli import app
@@ -35,7 +36,9 @@ async def script(_: Received) -> AsyncIterator[bytes]:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
     monkeypatch.setattr("programmable_kv.serve.run.run_gateway", found.append)
-    monkeypatch.setattr("programmable_kv.serve.run.run_local", lambda _, settings: found.append(settings))
+    monkeypatch.setattr(
+        "programmable_kv.serve.run.run_local", lambda load, settings: found.append((load().name, settings))
+    )
     return found
 
 
@@ -50,12 +53,12 @@ def test_options_become_settings(served: list[Any], tmp_path: Path, monkeypatch:
     key = made.stderr.split()[-1]
     monkeypatch.setenv("THE_KEY", "sk-1")
     invoke(
-        "--upstream", "http://10.0.0.1:8000/v1", "--host", "0.0.0.0", "--port", "9000", "--mode", "pass", "--api-keys-file",
+        "--upstream", "http://10.0.0.1:8000/v1", "--host", "0.0.0.0", "--port", "9000", "--mode", "strict", "--api-keys-file",
         str(keys), "--upstream-key-env", "THE_KEY", "--max-body-mib", "2", "--max-running", "3", "--max-waiting", "4",
         "--read-timeout", "5", "--observe-mib", "6",
     )  # fmt: skip
     [found] = served
-    assert (found.host, found.port, found.mode, found.upstream_key) == ("0.0.0.0", 9000, GatewayMode.PASS, "sk-1")
+    assert (found.host, found.port, found.mode, found.upstream_key) == ("0.0.0.0", 9000, GatewayMode.STRICT, "sk-1")
     assert [(each.name, each.digest) for each in found.keys] == [("me", sha256(key.encode()).hexdigest())]
     limits = found.limits
     assert (limits.max_body_bytes, limits.observed_bytes) == (2 * 2**20, 6 * 2**20)
@@ -110,6 +113,71 @@ def test_what_cannot_be_meant_is_refused(served: list[Any], words: list[str], me
     assert served == []
 
 
+ONLY_WITH_UPSTREAM = {
+    "--mode": ["erratum"], "--volatile": ["rules.json"], "--upstream-key-env": ["KEY"], "--max-running": ["3"],
+    "--read-timeout": ["5"], "--observe-mib": ["6"], "--skills": ["store"], "--cache-salt": [], "--rebase-after": ["3"],
+    "--line-role": ["user"],
+}  # fmt: skip
+FOR_BOTH = {
+    "--host", "--port", "--state", "--api-keys-file", "--max-body-mib", "--max-waiting", "--max-notebooks", "--per-minute",
+    "--verbose",
+}  # fmt: skip
+
+
+def test_every_option_belongs_to_the_gateway_the_model_or_both() -> None:
+    serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    names = {each.opts[0] for each in serve.params}
+    assert names == {"--upstream", "--model"} | ONLY_WITH_UPSTREAM.keys() | FOR_BOTH
+
+
+@pytest.mark.parametrize("option", ONLY_WITH_UPSTREAM)
+def test_an_option_of_the_gateway_needs_an_upstream(served: list[Any], option: str) -> None:
+    with pytest.raises(
+        InvalidArgumentError, match=rf"^{option} without --upstream .*Add --upstream URL, or leave it out$"
+    ):
+        invoke(option, *ONLY_WITH_UPSTREAM[option])
+    assert served == []
+
+
+def test_all_options_that_need_an_upstream_are_named(served: list[Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^--mode, --cache-salt without --upstream .* or leave them out$"):
+        invoke("--cache-salt", "--mode", "observe")
+    assert served == [], "also where the value is the default one"
+
+
+def test_a_model_does_not_go_with_an_upstream(served: list[Any]) -> None:
+    with pytest.raises(
+        InvalidArgumentError, match=r"^--model does not go with --upstream: .* Leave one of the two out$"
+    ):
+        invoke("--upstream", "http://127.0.0.1:8000", "--model", "embedded")
+    assert served == []
+
+
+def test_options_that_the_mode_makes_useless_are_refused(served: list[Any], tmp_path: Path) -> None:
+    rules = tmp_path / "rules.json"
+    rules.write_text('{"volatile": [{"name": "clock", "pattern": "Now: (.*)"}]}')
+    words = ["--upstream", "http://127.0.0.1:8000", "--volatile", str(rules)]
+    with pytest.raises(InvalidArgumentError, match="mode observe rewrites nothing: add --mode erratum or hoist"):
+        invoke(*words)
+    with pytest.raises(InvalidArgumentError, match="--observe-mib does not go with --mode pass"):
+        invoke(*words[:2], "--mode", "pass", "--observe-mib", "6")
+    assert served == []
+    rules.write_text('{"volatile": [{"name": "clock", "pattern": "Now: (.*)"}], "routes": {"/v1/messages": "erratum"}}')
+    invoke(*words)
+    invoke(*words, "--mode", "pass", "--observe-mib", "6")
+    assert len(served) == 2, "one route rewrites, and is observed"
+
+
+def test_a_usage_error_is_one_line(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "programmable_kv", "serve", "--mode", "erratum"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error (InvalidArgument): --mode without --upstream would change nothing: without it, a model is served, and nothing "
+        "is forwarded. Add --upstream URL, or leave it out\n",
+    )
+
+
 def test_without_an_upstream_it_serves_a_model(served: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
 
@@ -120,7 +188,7 @@ def test_without_an_upstream_it_serves_a_model(served: list[Any], monkeypatch: p
     monkeypatch.setattr("programmable_kv.commands.serve.load", load)
     invoke("--model", "some/model", "--max-notebooks", "3")
     kept = default_state("local-8787")
-    assert (loaded, served) == (["some/model"], [LocalSettings(max_notebooks=3, state=kept)])
+    assert (loaded, served) == (["some/model"], [("loaded", LocalSettings(max_notebooks=3, state=kept))])
     with pytest.raises(InvalidArgumentError, match="--api-keys-file"):
         invoke("--host", "0.0.0.0")
     assert len(loaded) == 1, "what is refused is refused before a model is loaded"

@@ -151,7 +151,7 @@ from programmable_kv.bench.tiny_chat import tiny_chat_model
 from programmable_kv.serve.address import place_of
 from programmable_kv.serve.run import run_local
 from programmable_kv.serve.settings import LocalSettings
-run_local(tiny_chat_model(2048), LocalSettings(port=int(sys.argv[1]), state=place_of(sys.argv[2])))
+run_local(lambda: tiny_chat_model(2048), LocalSettings(port=int(sys.argv[1]), state=place_of(sys.argv[2])))
 """
 
 

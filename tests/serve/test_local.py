@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -380,3 +381,18 @@ def test_the_page_s_code_runs(server: Running, capsys: pytest.CaptureFixture[str
     exec(code.replace("http://127.0.0.1:8787", server.url), names)
     assert capsys.readouterr().out.startswith("2 ")
     names["http"].delete(f"/notebooks/{names['book']['id']}")
+
+
+def test_each_request_has_a_line_in_the_log_without_its_text(
+    http: httpx2.Client, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What `--verbose` shows."""
+    with caplog.at_level(logging.INFO, "programmable_kv.serve"):
+        book = made(http)
+        body = {"model": model.name, "messages": [{"role": "user", "content": "a secret"}], "max_tokens": 1}
+        http.post("/v1/chat/completions", json=body)
+        http.get(f"/v1/notebooks/{book['id']}")
+        wait_until(lambda: len(caplog.messages) == 3)
+    said = [line.rsplit(" ", 2)[0] for line in caplog.messages]
+    assert said == ["POST /v1/notebooks 201", "POST /v1/chat/completions 200", "GET /v1/notebooks/{id} 200"]
+    assert "secret" not in caplog.text

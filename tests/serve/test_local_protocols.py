@@ -316,3 +316,32 @@ def test_a_full_context_ends_a_stream_with_the_protocol_s_error(
     assert "context_length_exceeded" in got
     assert ("event: error" in got) == (path in ("/v1/responses", "/v1/messages"))
     assert "[DONE]" not in got
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/v1/chat/completions", "max_tokens"), ("/v1/chat/completions", "max_completion_tokens"),
+        ("/v1/completions", "max_tokens"), ("/v1/responses", "max_output_tokens"), ("/v1/messages", "max_tokens"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [0, -3, 1.5])
+def test_a_bad_limit_is_named_as_the_client_named_it(
+    server: Running, model: Model, path: str, name: str, value: Any
+) -> None:
+    body = {key: each for key, each in LEAST[path].items() if not key.startswith("max_")}
+    got = httpx2.post(server.url + path, json={**body, "model": model.name, name: value})
+    assert got.status_code == 400
+    message = got.json()["error"]["message"]
+    assert message.startswith(f"{name} is a whole number")
+    assert "max_new_tokens" not in message
+
+
+@pytest.mark.parametrize(("path", "name"), [("/v1/completions", "stop"), ("/v1/messages", "stop_sequences")])
+@pytest.mark.parametrize("value", [[""], [3], 3])
+def test_a_bad_stop_string_is_named_as_the_client_named_it(
+    server: Running, model: Model, path: str, name: str, value: Any
+) -> None:
+    got = httpx2.post(server.url + path, json={**LEAST[path], "model": model.name, name: value})
+    assert got.status_code == 400
+    assert got.json()["error"]["message"].startswith(f"{name} is a list of texts")

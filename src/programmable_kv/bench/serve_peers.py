@@ -116,13 +116,15 @@ def gateway(
         folder: the folder for its files.
         port: the port on which it listens; a free port if None.
         more: further options of `pkv serve`.
-        rules: the rules for its clients' prompts, as in the file of `--volatile`.
+        rules: what it is told about its clients' prompts, in modes that rewrite them.
     """
     port = free_port() if port is None else port
-    volatile = folder / "volatile.json"
-    volatile.write_text(json.dumps(rules), encoding="utf-8")
     words = ["-m", "programmable_kv", "serve", "--upstream", f"http://127.0.0.1:{upstream_port}", "--port", str(port)]
-    words += ["--mode", mode, "--volatile", str(volatile), "--state", str(folder / f"{mode}.sqlite3"), *more]
+    words += ["--mode", mode, "--state", str(folder / f"{mode}.sqlite3"), *more]
+    if mode not in ("pass", "observe"):
+        volatile = folder / "volatile.json"
+        volatile.write_text(json.dumps(rules), encoding="utf-8")
+        words += ["--volatile", str(volatile)]
     with _process(words, port, folder / f"{mode}.log") as peer:
         yield peer
 

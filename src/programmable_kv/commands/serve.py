@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from programmable_kv.commands.common import err, load
 from programmable_kv.errors import InvalidArgumentError
 
+if TYPE_CHECKING:
+    from programmable_kv.serve.settings import GatewaySettings
+
 _MIB = 2**20
+_WITH_UPSTREAM = (
+    "mode", "volatile", "upstream_key_env", "max_running", "read_timeout", "observe_mib", "skills", "cache_salt",
+    "rebase_after", "line_role",
+)  # fmt: skip
+"""options that a server of a model has no use for"""
 
 
 def serve(
+    context: typer.Context,
     upstream: Annotated[
         list[str] | None,
         typer.Option(
@@ -31,10 +41,13 @@ def serve(
     port: Annotated[int, typer.Option(help="the port to listen on")] = 8787,
     mode: Annotated[
         str,
-        typer.Option(help="'observe' reports on the prefix cache; 'pass' only forwards; 'erratum', 'hoist', 'strict'"),
+        typer.Option(
+            help="with --upstream: 'observe' reports on the prefix cache; 'pass' only forwards; 'erratum', 'hoist', 'strict'"
+        ),
     ] = "observe",
     volatile: Annotated[
-        Path | None, typer.Option(help="a JSON file: which pieces of prompts may change, and modes of routes")
+        Path | None,
+        typer.Option(help="with --upstream: which pieces of prompts may change, and modes of routes; a JSON file"),
     ] = None,
     state: Annotated[
         str | None,
@@ -47,13 +60,15 @@ def serve(
         Path | None, typer.Option(help="who may use the gateway: lines that `pkv serve-key` prints")
     ] = None,
     upstream_key_env: Annotated[
-        str | None, typer.Option(help="the environment variable with the key to send to the upstream")
+        str | None, typer.Option(help="with --upstream: the environment variable with the key to send to it")
     ] = None,
     max_body_mib: Annotated[int, typer.Option(help="the largest request body, in MiB")] = 32,
-    max_running: Annotated[int, typer.Option(help="requests that the upstream handles at the same time")] = 256,
-    max_waiting: Annotated[int, typer.Option(help="requests that wait for their turn; more get 429")] = 256,
-    read_timeout: Annotated[float, typer.Option(help="seconds for which the upstream may be silent")] = 600.0,
-    observe_mib: Annotated[int, typer.Option(help="memory for earlier requests to compare with, in MiB")] = 256,
+    max_running: Annotated[int, typer.Option(help="with --upstream: requests that are with it at one time")] = 256,
+    max_waiting: Annotated[int, typer.Option(help="requests that wait for a place; more get 429")] = 256,
+    read_timeout: Annotated[float, typer.Option(help="with --upstream: seconds for which it may be silent")] = 600.0,
+    observe_mib: Annotated[
+        int, typer.Option(help="with --upstream: memory for earlier requests to compare with, in MiB")
+    ] = 256,
     max_notebooks: Annotated[
         int | None,
         typer.Option(
@@ -76,14 +91,15 @@ def serve(
     rebase_after: Annotated[
         int,
         typer.Option(
-            help="with 'erratum': appended lines after which a prefix with the new values is computed in the background"
+            help="with 'erratum' and notebooks of an upstream: lines after which the prefix with the new values is computed "
+            "in the background"
         ),
     ] = 64,
     line_role: Annotated[
         str,
         typer.Option(
-            help="with 'erratum', 'hoist' and notebooks: lines are 'system' messages, 'user' messages, or 'inline' in the "
-            "newest one; 'auto' finds out what reaches the model"
+            help="with 'erratum', 'hoist' and notebooks of an upstream: lines are 'system' messages, 'user' messages, or "
+            "'inline' in the newest one; 'auto' finds out what reaches the model"
         ),
     ] = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", help="log a line for each request; never its text")] = False,
@@ -99,6 +115,7 @@ def serve(
     """
     from programmable_kv.extras import require_extra, require_model_packages
 
+    _check_together(_given(context))
     require_extra("serve", "starlette", "uvicorn", "httptools", "prometheus_client")
     if not upstream:
         require_model_packages(". Or give --upstream: a gateway in front of a model server needs neither")
@@ -126,13 +143,10 @@ def serve(
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     if verbose:
         logging.getLogger("programmable_kv.serve").setLevel(logging.INFO)
-    here = f"http://{host}:{port}"
     kept = place_of(state) if state else default_state(f"{'gateway' if upstream else 'local'}-{port}")
     if not upstream:
         settings = LocalSettings(host, port, limits, keys, 64 if max_notebooks is None else max_notebooks, kept)
-        loaded = load(model)
-        _say(f"{here}/v1 serves {loaded.name}; notebooks at {here}/v1/notebooks")
-        run_local(loaded, settings)
+        run_local(partial(load, model), settings)
         return
     secret = _secret(upstream_key_env) if upstream_key_env is not None else ""
     rules = read_rules(volatile) if volatile is not None else Rules()
@@ -141,7 +155,7 @@ def serve(
         first, host, port, GatewayMode(mode), limits, keys, secret, rules, kept, cache_salt, tuple(others), rebase_after,
         10_000 if max_notebooks is None else max_notebooks, skills, LineRole(line_role),
     )  # fmt: skip
-    _say(f"{here}/v1 forwards to {', '.join(upstream)}; report at {here}/pkv/report")
+    _check_used(_given(context), gateway)
     run_gateway(gateway)
 
 
@@ -157,8 +171,54 @@ def serve_key(name: Annotated[str, typer.Argument(help="the tenant's name")]) ->
     typer.echo(line)
 
 
-def _say(text: str) -> None:
-    err.print(text, markup=False, highlight=False, soft_wrap=True)
+def _given(context: typer.Context) -> set[str]:
+    """Names of the options that stand on the command line."""
+    return {
+        name
+        for name in context.params
+        if (source := context.get_parameter_source(name)) is not None and source.name != "DEFAULT"
+    }
+
+
+def _check_together(given: set[str]) -> None:
+    """
+    Raises:
+        InvalidArgumentError: an option of a gateway without --upstream, or one of a model with it.
+    """
+    if "upstream" in given:
+        if "model" in given:
+            raise InvalidArgumentError(
+                "--model does not go with --upstream: a gateway loads no model, and requests name one of the upstream's. "
+                "Leave one of the two out"
+            )
+        return
+    if names := [_option(name) for name in _WITH_UPSTREAM if name in given]:
+        them = "it" if len(names) == 1 else "them"
+        raise InvalidArgumentError(
+            f"{', '.join(names)} without --upstream would change nothing: without it, a model is served, and nothing is "
+            f"forwarded. Add --upstream URL, or leave {them} out"
+        )
+
+
+def _check_used(given: set[str], settings: GatewaySettings) -> None:
+    """
+    Raises:
+        InvalidArgumentError: the mode of every route makes an option useless.
+    """
+    mode = settings.mode.value
+    if settings.rules.declared and not settings.rewrites:
+        raise InvalidArgumentError(
+            f"--volatile declares pieces that may change, and mode {mode} rewrites nothing: add --mode erratum or hoist, or "
+            "leave --volatile out"
+        )
+    if "observe_mib" in given and not settings.observes:
+        raise InvalidArgumentError(
+            f"--observe-mib does not go with --mode {mode}, which compares no requests: leave one of the two out"
+        )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _secret(variable: str) -> str:

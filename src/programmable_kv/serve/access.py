@@ -1,4 +1,4 @@
-"""Who may use a gateway: API keys, of which only hashes are kept; without keys, programs on this machine."""
+"""Who may use a gateway: holders of API keys (only hashes are kept), or without keys any program on this machine."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class ApiKey:
     name: str
     digest: str = field(repr=False)
     per_minute: float | None = None
-    """requests that it may make; None where it has no rate of its own"""
+    """requests that the key may make in a minute; None where it has no rate of its own"""
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """Who asks, and the headers without the gateway's own key."""
+    """The tenant who asks, and the headers for the upstream, without the gateway's own key."""
 
     tenant: str
     headers: Headers = field(repr=False)
@@ -53,11 +53,12 @@ class Access:
     def admit(self, headers: Headers) -> Admitted:
         """Let a request in.
 
-        The key is looked for in `x-pkv-key`; then the client's credentials for the upstream go through. Otherwise it is looked
-        for where clients put theirs (`Authorization: Bearer`, `x-api-key`), and is taken out there.
+        The key may stand in `x-pkv-key`; then the client's own credentials go through to the upstream. Otherwise the key
+        is taken from where clients put theirs (`Authorization: Bearer`, `x-api-key`), and those headers are removed. In
+        both cases the upstream's key, where there is one, replaces the client's credentials.
 
         Raises:
-            RefusedError: no key, another key, or a request that a web page on this machine made.
+            RefusedError: no key or an unknown one; without keys, a browser's request for a page from elsewhere.
         """
         if not self.keys:
             _refuse_web_pages(headers)
@@ -70,7 +71,7 @@ class Access:
         return Admitted(tenant, self._with_upstream_key(headers))
 
     def _tenant(self, *given: bytes) -> str:
-        """The tenant of the first key that is known. Every key is compared with every tenant's, whatever was found before."""
+        """The tenant of the first known key. Every key is compared with every tenant's: time tells nothing."""
         found = ""
         for key in given:
             digest = sha256(key).hexdigest()
@@ -84,7 +85,7 @@ class Access:
         return found
 
     def _with_upstream_key(self, headers: Headers) -> Headers:
-        """The headers with the upstream's key in the place of the client's credentials, or without any."""
+        """The headers without the client's credentials, and with the upstream's key where there is one."""
         anthropic = value_of(headers, b"x-api-key") is not None or value_of(headers, b"anthropic-version") is not None
         kept = tuple((name, value) for name, value in headers if name.lower() not in (b"authorization", b"x-api-key"))
         if not self.upstream_key:
@@ -98,7 +99,7 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     `#` begins a comment.
 
     Raises:
-        InvalidValueError: it cannot be read, holds no key, or a line of it is none. The message never shows the line.
+        InvalidValueError: the file cannot be read, has no key, or a line is not a key. The message never shows the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -130,7 +131,7 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
 
 
 def rates_of(keys: Iterable[ApiKey]) -> dict[str, float]:
-    """The rates that keys have of their own, by tenant."""
+    """The rates of keys that have one of their own, by tenant."""
     return {key.name: key.per_minute for key in keys if key.per_minute is not None}
 
 
@@ -138,7 +139,7 @@ def new_key(name: str) -> tuple[str, str]:
     """A new random key, and the line for the file of keys.
 
     Raises:
-        InvalidValueError: the name is not plain.
+        InvalidValueError: the name is empty, too long, or has other characters than letters, digits, `.`, `_` and `-`.
     """
     if not _NAME.fullmatch(name):
         raise InvalidValueError(f"a tenant's name has up to 64 letters, digits, '.', '_' and '-', got {name!r}")
@@ -156,7 +157,7 @@ def _credentials(headers: Headers) -> Iterable[bytes]:
 
 
 def _refuse_web_pages(headers: Headers) -> None:
-    """Refuse what a browser sends for a page from elsewhere: another origin, or a name that was made to point here."""
+    """Refuse requests that a browser makes for a page from elsewhere: another origin, or a foreign name for this machine."""
     origin = value_of(headers, b"origin")
     names = [_host_of(b"//" + (value_of(headers, b"host") or b"localhost"))]
     names += [_host_of(origin)] if origin is not None else []

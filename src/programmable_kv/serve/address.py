@@ -1,4 +1,4 @@
-"""The address of an upstream, and what follows from it; and that of a database."""
+"""The addresses of an upstream and of a database of state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Address:
     """Where requests go.
 
     Raises:
-        InvalidArgumentError: it is no http or https URL, or holds more than host, port and path.
+        InvalidArgumentError: the URL is not http or https, is not ASCII, or has a user, password, query or fragment.
     """
 
     url: str
@@ -32,17 +32,17 @@ class Address:
 
     @property
     def host(self) -> bytes:
-        """Name and port, as requests' Host header gives them."""
+        """Host name and port, as they stand in the `Host` header."""
         return urlsplit(self.url).netloc.encode("ascii")
 
     @property
     def base_path(self) -> bytes:
-        """What stands before `/v1` in its paths. An address that ends in `/v1` means the same as one without."""
+        """The path before `/v1`. An address that ends in `/v1` means the same as one without."""
         return urlsplit(self.url).path.rstrip("/").removesuffix("/v1").encode()
 
     @property
     def plain(self) -> str:
-        """The same for all ways to write the address."""
+        """The address in one form, however it was written: for comparing addresses."""
         return f"{urlsplit(self.url).scheme}://{self.host.decode().lower()}{self.base_path.decode()}"
 
 
@@ -51,16 +51,16 @@ _DATABASES = ("postgresql://", "postgres://")
 
 @dataclass(frozen=True, slots=True)
 class DatabaseAddress:
-    """Where several servers keep one state. It may hold a password, and is never shown."""
+    """The URL of a database where several servers keep one state. It may contain a password, so it is never shown."""
 
     url: str = field(repr=False)
 
 
 def place_of(text: str) -> Path | DatabaseAddress:
-    """Where a state is kept: a PostgreSQL database where the text is the URL of one, otherwise a file.
+    """Where the state is kept: a database where the text is a PostgreSQL URL, otherwise a file.
 
     Raises:
-        InvalidArgumentError: it is the URL of something else.
+        InvalidArgumentError: the text is a URL of another kind.
     """
     if text.startswith(_DATABASES):
         return DatabaseAddress(text)

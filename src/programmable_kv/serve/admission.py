@@ -1,4 +1,4 @@
-"""How many requests are with the upstream at one time, and how many may wait; how many bodies a tenant sends at one time."""
+"""Bounds on concurrency: requests at the upstream, requests that wait, and bodies that a tenant sends at one time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Admission:
         """Take a place, to be given back with `leave`.
 
         Raises:
-            RefusedError: too many wait already, or this one waited for too long.
+            RefusedError: too many requests wait already, or this one waited too long.
         """
         if self.running < self._max_running:
             self.running += 1
@@ -55,7 +55,7 @@ class Admission:
             raise
 
     def leave(self) -> None:
-        """Give a place back: to the one that waits longest, if any does."""
+        """Give a place back. The request that has waited longest gets it."""
         while self._queue:
             turn = self._queue.popleft()
             if not turn.done():
@@ -65,7 +65,7 @@ class Admission:
 
 
 class Uploads:
-    """How many bodies are being read of each tenant. One that sends them slowly takes no place from another tenant."""
+    """Counts the bodies that are being read for each tenant, so that a slow tenant takes no place from another."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -73,10 +73,10 @@ class Uploads:
 
     @contextmanager
     def one(self, tenant: str) -> Iterator[None]:
-        """While one body is read.
+        """Count one body while the block reads it.
 
         Raises:
-            RefusedError: too many of this tenant's are being read already.
+            RefusedError: too many of this tenant's bodies are being read already.
         """
         if self._reading[tenant] >= self._most:
             raise RefusedError(

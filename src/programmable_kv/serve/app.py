@@ -1,4 +1,4 @@
-"""The gateway as an ASGI application: its routes, and what it holds while it runs."""
+"""The gateway as an ASGI application: its routes, and the parts that it is made of."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from programmable_kv.serve.access import Access
 from programmable_kv.serve.address import Address
 from programmable_kv.serve.admission import Admission
 from programmable_kv.serve.aside import Aside
+from programmable_kv.serve.checks import check_query
 from programmable_kv.serve.endpoint import Routing
 from programmable_kv.serve.fleet import Fleet
 from programmable_kv.serve.forward import Forwarder
@@ -50,7 +51,7 @@ _PROMETHEUS = "text/plain; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
 
 
 def gateway_app(settings: GatewaySettings) -> Starlette:
-    """A gateway."""
+    """Make the application of a gateway."""
     limits = settings.limits
     state = open_state(settings.state, durable=False)  # first: it may be refused
     access = Access(settings.keys, settings.upstream_key)
@@ -98,11 +99,12 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
             state.close()
 
     def told(answer: Callable[[str], Response]) -> Callable[[Request], Response]:
-        """A page for whoever may use the gateway."""
+        """A route that anybody who may use the gateway may read."""
 
         def respond(request: Request) -> Response:
             try:
                 tenant = access.admit(tuple(request.scope["headers"])).tenant
+                check_query(request, ())
             except RefusedError as error:
                 refusal = error.refusal
                 headers = {name.decode(): value.decode() for name, value in refusal.headers(Dialect.OPENAI)}
@@ -145,7 +147,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
 
 
 class _Gateway(Starlette):
-    """Prompts go to the forwarder at once: the middleware of Starlette would take part in every chunk of their answers."""
+    """Passes prompts to the forwarder directly: Starlette's middleware would handle every chunk of their answers."""
 
     def __init__(self, forwarder: Forwarder, **options: Any) -> None:
         super().__init__(**options)
@@ -159,7 +161,7 @@ class _Gateway(Starlette):
 
 
 def _health(fleet: Fleet) -> Response:
-    """Whether the gateway runs; of several upstreams, also which were reachable. Anybody may ask, so there are no addresses."""
+    """Whether the gateway runs and which of several upstreams are reachable. Anybody may ask, so it shows no addresses."""
     if not fleet.several:
         return Response(b'{"status":"ok"}', media_type=_JSON)
     upstreams = fleet.health()
@@ -172,5 +174,5 @@ def _client(address: Address, limits: Limits) -> HttpUpstream:
 
 
 def _subject(settings: GatewaySettings) -> str:
-    """Under which name is remembered what the upstreams take: they are taken to be alike."""
+    """The name under which verdicts about the upstreams are kept: one for all, as they are taken to be alike."""
     return ",".join(sorted((settings.upstream, *settings.more_upstreams)))

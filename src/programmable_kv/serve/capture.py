@@ -1,4 +1,4 @@
-"""A bounded copy of an answer that goes by, from which the upstream's usage numbers are read later."""
+"""A bounded copy of a forwarded answer, from which the upstream's usage numbers are read later."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_DECODED = 32 * 2**20
 
 @dataclass(slots=True)
 class Capture:
-    """The beginning and the end of a body: usage stands in the first event of a stream, the last ones, or at the end.
+    """The beginning and the end of a body. Usage stands in a stream's first or last events, or at the end.
 
     Chunks are kept as they came: nothing is copied while the answer goes by.
     """
@@ -31,7 +31,7 @@ class Capture:
     _tail: deque[bytes] = field(default_factory=deque, repr=False)
 
     def add(self, chunk: bytes) -> None:
-        """Keep a chunk, and let the oldest of the tail go where there are too many."""
+        """Keep a chunk. Where the tail is too long, its oldest chunks are dropped."""
         self.nbytes += len(chunk)
         if self._head_bytes < _HEAD:
             self._head.append(chunk)
@@ -43,7 +43,7 @@ class Capture:
             self.cut = True
 
     def usage(self, encoding: str = "") -> Usage | None:
-        """The upstream's own count of tokens; None where the answer holds none, or cannot be read."""
+        """The upstream's own count of tokens; None where the answer has none or cannot be read."""
         data = b"".join(self._head) + (b"\n" if self.cut else b"") + b"".join(self._tail)
         if encoding not in ("", "identity"):
             data = _decoded(data, encoding) if not self.cut else b""
@@ -57,7 +57,7 @@ class Capture:
 
 
 def _decoded(data: bytes, encoding: str) -> bytes:
-    """What gzip or deflate packed; empty for anything else."""
+    """The unpacked bytes of gzip or deflate; empty for any other encoding or broken data."""
     if encoding not in ("gzip", "x-gzip", "deflate"):
         return b""
     try:

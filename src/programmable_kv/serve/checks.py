@@ -1,18 +1,20 @@
-"""Checks of what a client sends that every server here makes. What is not understood is refused, never left out."""
+"""Checks of requests that all servers share. What is not understood is refused, never ignored."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
+
+from starlette.requests import Request
 
 from programmable_kv.serve.refusal import Refusal, RefusedError
 
 
 def checked_messages(value: Any) -> list[Mapping[str, Any]]:
-    """A list of messages, of which each has a role. The rest is the library's to check.
+    """Check that a value is a list of messages that each have a role. The library checks the rest.
 
     Raises:
-        RefusedError: it is none.
+        RefusedError: the value is not such a list.
     """
     if not isinstance(value, list) or not value:
         refuse("invalid_request", "messages is a list of at least one message")
@@ -24,6 +26,20 @@ def checked_messages(value: Any) -> list[Mapping[str, Any]]:
         if not listed:
             refuse("invalid_request", "tool_calls is a list of objects with a function, which has a name")
     return value
+
+
+def check_query(request: Request, known: Collection[str]) -> None:
+    """Check the names of a request's query parameters.
+
+    Raises:
+        RefusedError: a parameter is not among the known ones.
+    """
+    for name in request.query_params:
+        if name not in known:
+            takes = ", ".join(known) or "none"
+            refuse(
+                "unknown_query_parameter", f"there is no query parameter {name!r:.60} here; this route takes {takes}"
+            )
 
 
 def refuse(code: str, message: str) -> NoReturn:

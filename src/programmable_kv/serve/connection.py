@@ -1,4 +1,4 @@
-"""One HTTP/1.1 connection to an upstream: bytes of a request out, the parts of its answer in."""
+"""One HTTP/1.1 connection to an upstream: it sends requests as bytes and receives the parts of their answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from programmable_kv.serve.unreachable import broken_off
 _MOST_HEAD = 128 * 2**10
 """bytes that an upstream may send before its headers are complete"""
 _MOST_WAITING = 256 * 2**10
-"""bytes of a body that wait to be taken; more are left with the upstream"""
+"""bytes of a body that may wait to be taken; then reading pauses"""
 _INTERIM, _FINAL = range(100, 200), range(200, 600)
 """statuses"""
 
@@ -24,13 +24,13 @@ _INTERIM, _FINAL = range(100, 200), range(200, 600)
 class Connection(asyncio.Protocol):
     """A connection that carries one exchange at a time. For one event loop.
 
-    What arrives together is handed on together: an answer of many small events costs as much as it has reads, not events.
+    Bytes that arrive together are passed on together: many small events cost one step for each read, not for each event.
     """
 
     def __init__(self, read_s: float) -> None:
         """
         Args:
-            read_s: the upstream may be silent for this long, where something is expected of it.
+            read_s: how long the upstream may be silent while something is expected from it.
         """
         self.status = 0
         self.headers: Headers = ()
@@ -42,9 +42,9 @@ class Connection(asyncio.Protocol):
         self._found: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
         self._begun = False
-        """whether a request was sent whose answer is not complete"""
+        """whether a request was sent and its answer is not complete"""
         self._answered = False
-        """whether the headers of the answer are there"""
+        """whether the answer's headers have arrived"""
         self._complete = False
         self._bodiless = False
         self._reusable = True
@@ -66,7 +66,7 @@ class Connection(asyncio.Protocol):
             bodiless: whether the answer has no body, whatever its headers say (the answer to HEAD).
 
         Raises:
-            RefusedError: there is no answer.
+            RefusedError: the upstream did not answer.
         """
         assert self.usable, "a connection carries one exchange at a time"
         assert self._transport is not None
@@ -82,7 +82,7 @@ class Connection(asyncio.Protocol):
         """The body as it arrives. Read once.
 
         Raises:
-            RefusedError: the upstream dies, or is silent for too long.
+            RefusedError: the upstream closed the connection early, or was silent too long.
         """
         while True:
             if self._parts:
@@ -101,7 +101,7 @@ class Connection(asyncio.Protocol):
                 await self._wait()
 
     def end(self) -> bool:
-        """End the exchange. Whether the connection can carry another one; otherwise it is closed now."""
+        """End the exchange. Returns whether the connection can carry another one; otherwise it is closed."""
         taken = self._complete and not self._parts
         drained = self._transport is not None and self._transport.get_write_buffer_size() == 0
         self._begun = False
@@ -131,7 +131,7 @@ class Connection(asyncio.Protocol):
             self._waiter.set_result(None)
 
     def _fail(self, refusal: Refusal) -> None:
-        """Note why there is no more; the first reason stands."""
+        """Note why no more will come. The first reason is kept."""
         self._reusable = False
         if self._fault is None and not self._complete:
             self._fault = refusal
@@ -206,5 +206,5 @@ class Connection(asyncio.Protocol):
 
 
 def _is_framed(headers: Headers) -> bool:
-    """Whether a body says where it ends."""
+    """Whether the headers say where the body ends."""
     return value_of(headers, b"content-length") is not None or value_of(headers, b"transfer-encoding") is not None

@@ -1,4 +1,4 @@
-"""What every route that is answered here does: let in, read JSON, answer, and turn errors into typed ones."""
+"""What all routes that a server answers itself share: access, reading of JSON, and typed errors."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from programmable_kv.errors import (
     QueueFullError,
 )
 from programmable_kv.serve.access import Access
+from programmable_kv.serve.checks import check_query
 from programmable_kv.serve.incoming import check_length, read_body, while_connected
 from programmable_kv.serve.metrics import Metrics
 from programmable_kv.serve.rates import Rates
@@ -57,6 +58,8 @@ class Endpoint:
     limits: Limits
     metrics: Metrics
     rates: Rates
+    query: tuple[str, ...] | None
+    """query parameters that the route takes; None takes any, for protocols whose clients add their own"""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -84,17 +87,22 @@ class Endpoint:
             headers = {name.decode(): value.decode() for name, value in refusal.headers(dialect)}
             response = Response(refusal.body(dialect), refusal.status, headers)
         await response(scope, receive, send)
+        seconds = watch.total
         self.metrics.requests.labels(self.label, str(response.status_code)).inc()
-        self.metrics.seconds.labels(self.label).observe(watch.total)
+        self.metrics.seconds.labels(self.label).observe(seconds)
+        _LOG.info("%s %s %s %.1f ms", scope["method"], self.label, response.status_code, 1000 * seconds)
 
     async def _call(self, scope: Scope, receive: Receive) -> Call:
         headers = tuple(scope["headers"])
         tenant = self.access.admit(headers).tenant
         self.rates.take(tenant)
+        request = Request(scope)
+        if self.query is not None:
+            check_query(request, self.query)
         check_length(headers, self.limits.max_body_bytes)
         data = await read_body(receive, self.limits.max_body_bytes, self.limits.body_s)
         body = await asyncio.to_thread(_object_of, data) if len(data) > LONG_BODY else _object_of(data)
-        return Call(tenant, Request(scope), body)
+        return Call(tenant, request, body)
 
     async def _answer(self, call: Call, answered: list[Response]) -> None:
         answered.append(await self.handle(call))
@@ -102,23 +110,23 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Makes the routes of one server: all are let in, limited and counted alike."""
+    """Makes the routes of one server, with the same access, limits and metrics."""
 
     access: Access
     limits: Limits
     metrics: Metrics
     rates: Rates
 
-    def route(self, method: str, path: str, handle: Handler) -> Route:
-        """One route for one method."""
-        return Route(path, self._endpoint(path, handle), methods=[method])
+    def route(self, method: str, path: str, handle: Handler, query: tuple[str, ...] | None = ()) -> Route:
+        """One route for one method. `query` names the query parameters that it takes; None takes any."""
+        return Route(path, self._endpoint(path, handle, query), methods=[method])
 
     def nothing(self, path: str, label: str) -> Route:
-        """A route, for every method, that answers that there is none."""
-        return Route(path, self._endpoint(label, _nothing))
+        """A route that answers every method with 404 `no_such_route`."""
+        return Route(path, self._endpoint(label, _nothing, None))
 
-    def _endpoint(self, label: str, handle: Handler) -> Endpoint:
-        return Endpoint(label, handle, self.access, self.limits, self.metrics, self.rates)
+    def _endpoint(self, label: str, handle: Handler, query: tuple[str, ...] | None) -> Endpoint:
+        return Endpoint(label, handle, self.access, self.limits, self.metrics, self.rates, query)
 
 
 async def _nothing(_: Call) -> Response:
@@ -128,7 +136,7 @@ async def _nothing(_: Call) -> Response:
 def _object_of(data: bytes) -> Mapping[str, Any]:
     """
     Raises:
-        RefusedError: it is no JSON object, or holds half of a character.
+        RefusedError: the body is not a JSON object, or has half of a surrogate pair in it.
     """
     body: Any = {}
     if data:
@@ -145,7 +153,7 @@ def _object_of(data: bytes) -> Mapping[str, Any]:
 def _check_text(body: Any, data: bytes) -> None:
     """
     Raises:
-        RefusedError: JSON can write half of a character, which no text in UTF-8 holds and no tokenizer reads.
+        RefusedError: a text has half of a surrogate pair. JSON can write one; UTF-8 cannot, and no tokenizer reads it.
     """
     if b"\\u" in data:
         try:
@@ -159,7 +167,7 @@ def _check_text(body: Any, data: bytes) -> None:
 
 
 def refusal_of(error: ProgrammableKVError) -> Refusal:
-    """An error of the library as an answer. Its message says what was found, what was expected, and what to do."""
+    """The HTTP error for an error of the library. Its message says what was found, what was expected, and what to do."""
     if isinstance(error, QueueFullError):
         return Refusal(429, "model_busy", str(error), 1)
     if isinstance(error, StateUnavailableError):

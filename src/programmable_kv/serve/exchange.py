@@ -1,4 +1,4 @@
-"""A request and its answer, as the observer gets them once the answer was sent."""
+"""A request and its answer, as the observer gets them after the answer was sent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from programmable_kv.serve.routes import Route
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """Bytes, not yet looked at."""
+    """One request and its answer, as bytes that are not yet parsed."""
 
     tenant: str
     route: Route
@@ -27,7 +27,7 @@ class Exchange:
     encoding: str = ""
     """the answer's content-encoding"""
     settle: Callable[[Usage | None], object] | None = field(default=None, repr=False)
-    """told the upstream's own count of tokens"""
+    """called with the upstream's own count of tokens"""
 
     @property
     def nbytes(self) -> int:

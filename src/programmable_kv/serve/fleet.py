@@ -1,4 +1,4 @@
-"""One upstream, or several that are alike. Requests with the same key go to the same one, as long as it can be reached."""
+"""One upstream, or several alike. Requests with the same key go to the same upstream while it can be reached."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from programmable_kv.serve.upstream import Upstream, UpstreamAnswer, UpstreamReq
 
 _LOG = logging.getLogger("programmable_kv.serve")
 SKIP_S = 10.0
-"""an upstream that could not be reached is left out for so long; then one request tries it"""
+"""seconds for which an unreachable upstream is left out; then one request tries it"""
 _REMEMBERED = 16_384
-"""keys of which it is known where they went last"""
+"""how many keys' latest upstreams are remembered"""
 
 
 @dataclass(slots=True)
@@ -27,14 +27,14 @@ class Member:
     """One upstream of a fleet."""
 
     number: int
-    """its place in the order in which they were given, from 1: what clients are told"""
+    """its place on the command line, from 1; clients see this number, not the address"""
     address: Address
     client: Upstream = field(repr=False)
     reachable: bool = True
     _skipped_until: float = 0.0
 
     def skipped(self, now: float) -> bool:
-        """Whether requests leave it out."""
+        """Whether requests pass over it now."""
         return not self.reachable and now < self._skipped_until
 
     def skip(self, now: float) -> None:
@@ -42,19 +42,19 @@ class Member:
         self._skipped_until = now + SKIP_S
 
     def weight(self, key: bytes) -> bytes:
-        """Of all upstreams, the one with the greatest weight is a key's own (rendezvous hashing): where one is added or
-        removed, only its own keys move."""
+        """Its weight for a key. The upstream with the greatest weight serves the key (rendezvous hashing), so only an added
+        or removed upstream's own keys move."""
         return blake2b(self.address.plain.encode(), key=key, digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """An answer, and who gave it."""
+    """An answer, and the upstream that gave it."""
 
     answer: UpstreamAnswer
     member: Member
     moved: bool
-    """whether the request before it with the same key went elsewhere: its prefix cache is not to be expected"""
+    """whether the latest request with the same key went to another upstream, which has the prefix cached"""
 
 
 class Fleet:
@@ -86,7 +86,7 @@ class Fleet:
             build: makes the request for an upstream.
 
         Raises:
-            RefusedError: none can be reached, or one broke off before it answered.
+            RefusedError: no upstream can be reached, or one broke off before it answered.
         """
         refusal: RefusedError | None = None
         for member in self._order(key):
@@ -111,11 +111,11 @@ class Fleet:
             await member.client.close()
 
     def health(self) -> list[dict[str, Any]]:
-        """Which of them could be reached when they were last tried; no addresses."""
+        """Whether each upstream could be reached when it was last tried. Shows no addresses."""
         return [{"upstream": member.number, "reachable": member.reachable} for member in self.members]
 
     def _order(self, key: bytes) -> list[Member]:
-        """A key's own upstream first, then where it goes without that one; those that are left out come last."""
+        """The upstreams in the order in which a key prefers them; those that are left out now come last."""
         now = time.monotonic()
         preferred = sorted(self.members, key=lambda member: member.weight(key), reverse=True)
         return sorted(preferred, key=lambda member: member.skipped(now))
@@ -134,7 +134,7 @@ class Fleet:
         member.skip(time.monotonic())
 
     def _remember(self, key: bytes, member: Member) -> bool:
-        """Note where a key went. Whether it went elsewhere before."""
+        """Note where a key went. Returns whether it went elsewhere before."""
         if not self.several:
             return False
         before = self._latest.pop(key, member.number)

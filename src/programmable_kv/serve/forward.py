@@ -60,7 +60,7 @@ class _Job:
     work: Rewriting | None = None
     """what is done with it in a mode that rewrites"""
     key: bytes = b""
-    """which upstream it goes to, of several"""
+    """decides which of several upstreams it goes to"""
     sent: Sent | None = None
     """the answer, and which upstream gave it"""
 
@@ -143,7 +143,7 @@ class Forwarder:
             self._rebase(job, admitted, status)
 
     def _rebase(self, job: _Job, admitted: Admitted, status: int | None) -> None:
-        """Compute in the background what the conversation is to go on with, if that is due."""
+        """Where a rebase is due, let the upstream compute the conversation's new prefix in the background."""
         work = job.work
         if work is None or work.warming is None:
             return
@@ -154,7 +154,7 @@ class Forwarder:
         self._warmer.warm(work, job.key, partial(_request, job.scope, admitted.headers, data, True))
 
     def _salting(self, job: _Job, admitted: Admitted) -> Callable[[bytes], bytes | None]:
-        """What puts the tenant's salt into a body; it gives None where it gets none. Raises as `TenantSalt.salted`."""
+        """What puts the tenant's salt into a body; returns None where none is due. Raises as `TenantSalt.salted`."""
         salt = self._salt
         if salt is None or not job.route.salted or job.scope["method"] != "POST":
             return lambda _: None
@@ -168,11 +168,13 @@ class Forwarder:
         await self._warmer.close()
 
     async def _begun(self, tenant: str, job: _Job, body: bytes) -> Rewriting | None:
-        """What is done with a request. A fault there, or a full disk, is counted and harms no request: but to a notebook, which
-        only the gateway knows.
+        """How a request is rewritten; None where it is forwarded as it came.
+
+        A fault in this, or a full disk, is logged, and the request is forwarded as it came. Requests to a notebook fail
+        instead, because only the gateway knows what the notebook says.
 
         Raises:
-            RefusedError: there is no such notebook, or the request is not one to a notebook.
+            RefusedError: the notebook does not exist, or the request does not fit a notebook.
         """
         work = await self._books.begin(tenant, job.route.label, job.headers, body)
         rewriter = self._rewriter
@@ -190,7 +192,7 @@ class Forwarder:
             )
 
     async def _send(self, job: _Job, admitted: Admitted, body: bytes) -> UpstreamAnswer:
-        """Send a request; and where the upstream refuses what was rewritten, in another form, and last as it came."""
+        """Send a request. Where the upstream refuses a rewritten one, send it in another form, and last as it came."""
         work = job.work
         job.key = await self._key(job, admitted, body) if self._fleet.several else b""
         while True:
@@ -214,7 +216,7 @@ class Forwarder:
         return answer
 
     async def _again(self, work: Rewriting, status: int) -> bool:
-        """Whether the upstream refused what was rewritten, and there is another body to try. A fault there ends the trying."""
+        """Whether the upstream refused a rewritten request and another body is left to try. A fault ends the trying."""
         try:
             return await self._aside.run(_refused, work, status)
         except Exception as error:
@@ -225,13 +227,13 @@ class Forwarder:
         return True
 
     async def _asked(self, job: _Job, admitted: Admitted, path: str, data: bytes) -> bytes | None:
-        """The upstream's answer to a request of the gateway's own; None where it is an error."""
+        """The body of the upstream's answer to a request of the gateway's own; None where the answer is an error."""
         status, found = await self._told_by(job, admitted, path, data)
         return found if status in _SUCCESS else None
 
     async def _told_by(self, job: _Job, admitted: Admitted, path: str, data: bytes) -> tuple[int, bytes]:
-        """The status and the body of the upstream's answer to a request of the gateway's own. It has the client's credentials,
-        and no other header of the client's: those are about the client's request."""
+        """The status and body of the upstream's answer to a request of the gateway's own. It is sent with the client's
+        credentials, but without the client's other headers, which are about the client's request."""
         scope = {**job.scope, "path": path, "raw_path": path.encode(), "query_string": b""}
         headers = (*credentials_of(admitted.headers), (b"content-type", b"application/json"))
         sent = await self._fleet.send(job.key, partial(_request, scope, headers, data, True))
@@ -259,7 +261,7 @@ class Forwarder:
                 self._observe(Exchange(tenant, job.route, job.headers, body, job.time, capture, encoding, settle))
 
     def _observe(self, exchange: Exchange) -> None:
-        """Hand an exchange to the observer. Whatever happens there, the answer is complete."""
+        """Hand an exchange to the observer. A fault there cannot harm the answer, which is complete."""
         assert self._observer is not None
         try:
             self._observer.submit(exchange)
@@ -329,7 +331,7 @@ def _refused(work: Rewriting, status: int) -> bool:
 
 
 def _request(scope: Scope, headers: Headers, data: bytes, rewritten: bool, address: Address) -> UpstreamRequest:
-    """What an upstream is sent: path and query as they came, behind its own path."""
+    """A request for an upstream: path and query as the client sent them, behind the upstream's own path."""
     path = scope.get("raw_path") or quote(scope["path"]).encode()
     query = scope.get("query_string", b"")
     target = address.base_path + path + (b"?" + query if query else b"")
@@ -337,7 +339,7 @@ def _request(scope: Scope, headers: Headers, data: bytes, rewritten: bool, addre
 
 
 def _action(work: Rewriting | None) -> Headers:
-    """What a mode that rewrites did, and how many bytes of the prompt a prefix cache finds again because of it."""
+    """Headers that say what a rewriting mode did, and how many bytes a prefix cache finds again because of it."""
     if work is None:
         return ()
     plan = work.plan

@@ -1,4 +1,4 @@
-"""What a client sends: its body, within limits, and the news that it is gone."""
+"""Reads a client's body within limits, and notices when the client leaves."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from programmable_kv.serve.reply import ClientGoneError, Reply
 
 
 def check_length(headers: Headers, max_bytes: int) -> None:
-    """Refuse a body that says itself that it is too long, before it is read.
+    """Refuse a body whose `content-length` is too long, before it is read.
 
     Raises:
-        RefusedError: it is.
+        RefusedError: the length is above `max_bytes`.
     """
     length = value_of(headers, b"content-length")
     if length is not None and length.isdigit() and int(length) > max_bytes:
@@ -28,7 +28,7 @@ async def read_body(receive: Receive, max_bytes: int, within_s: float) -> bytes:
     """The whole body.
 
     Raises:
-        RefusedError: it is too long, or takes too long.
+        RefusedError: the body is too long, or took too long.
         ClientGoneError: the client left.
     """
     parts: list[bytes] = []
@@ -51,10 +51,10 @@ async def read_body(receive: Receive, max_bytes: int, within_s: float) -> bytes:
 
 
 async def while_connected(work: Coroutine[Any, Any, None], receive: Receive, reply: Reply) -> None:
-    """Do the work, and stop it when the client is gone. Raises what the work raises.
+    """Do the work, and cancel it when the client leaves. Raises what the work raises.
 
     Raises:
-        ClientGoneError: the client left before the answer was complete. The work was cancelled, and has ended.
+        ClientGoneError: the client left before the answer was complete. The work was cancelled and has ended.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))

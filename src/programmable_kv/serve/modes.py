@@ -1,4 +1,4 @@
-"""What a gateway does with a request beside forwarding it."""
+"""The modes of a gateway: what it does with a request besides forwarding it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from enum import StrEnum
 
 
 class GatewayMode(StrEnum):
-    """What is done with a request beside forwarding it."""
+    """What a gateway does with a request besides forwarding it."""
 
     OBSERVE = "observe"
     """compare it with earlier ones, and report"""
     PASS = "pass"
     """nothing"""
     ERRATUM = "erratum"
-    """send again what was sent, and tell in an appended line what changed"""
+    """send the earlier text again, and state what changed in an appended line"""
     HOIST = "hoist"
-    """the same, with declared values at the end from the first request on"""
+    """as `erratum`, and from the first request on declared values stand at the end"""
     STRICT = "strict"
-    """rewrite only what a calibration covers: nothing, as long as there is none"""
+    """rewrite only what a calibration covers; as there is none yet, nothing is rewritten"""

@@ -15,7 +15,7 @@ _ERROR = {"message": TEXT, "type": TEXT, "code": TEXT, "param": {"type": "null"}
 
 
 def record(properties: Mapping[str, Schema], *optional: str, open_ended: bool = False) -> Schema:
-    """An object with these members, of which all are there but the optional ones."""
+    """An object with these members. All but the optional ones are required."""
     required = [name for name in properties if name not in optional]
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": open_ended}
 
@@ -42,7 +42,7 @@ def operation(
     parameters: tuple[Mapping[str, Any], ...] = (),
     error: Schema = OPENAI_ERROR,
 ) -> dict[str, Any]:
-    """One operation. Every other status of 4xx, and 503, is a typed error."""
+    """One operation. Statuses 4xx and 503 are typed errors."""
     refused = {"description": "a typed error", **content(error)}
     responses = {str(status): {"description": "", **answer} for status, answer in answers.items()}
     found: dict[str, Any] = {"summary": summary, "responses": {**responses, "4XX": refused, "503": refused}}
@@ -59,7 +59,7 @@ def parameter(name: str, place: str, schema: Schema = TEXT) -> dict[str, Any]:
 
 
 def document(title: str, paths: Mapping[str, Any]) -> dict[str, Any]:
-    """A whole description."""
+    """A whole OpenAPI description."""
     from programmable_kv import __version__
 
     return {

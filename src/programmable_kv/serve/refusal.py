@@ -1,4 +1,4 @@
-"""What the gateway itself answers where it cannot forward: typed errors, in the form of the protocol that was spoken."""
+"""The servers' own errors: typed, and in the form of the protocol that the client speaks."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rat
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One answer of the gateway's own. The message never holds anything that the client sent."""
+    """One error. Its message has no text of a prompt; it may have names of parameters and fields, cut short."""
 
     status: int
     code: str
-    """what programs look at: `upstream_unreachable`"""
+    """for programs, such as `upstream_unreachable`"""
     message: str
     retry_after_s: int | None = None
 
@@ -39,7 +39,7 @@ class Refusal:
         return json.dumps(_error(self, dialect)).encode()
 
     def headers(self, dialect: Dialect) -> Headers:
-        """The headers that belong to that body."""
+        """The headers of that body."""
         found = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(self.body(dialect))).encode()),
@@ -62,7 +62,7 @@ class Refusal:
 
 
 class RefusedError(Exception):
-    """Carries a refusal to the one place that answers with it."""
+    """Carries a refusal to the place that sends it."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal.message)

@@ -1,4 +1,4 @@
-"""The answer on its way to the client: what was sent of it, and whether an event may follow."""
+"""An answer on its way to the client: how much was sent, and whether an event may follow."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 
 class ClientGoneError(Exception):
-    """The client closed its connection before its answer was complete, or took no byte of it for too long."""
+    """The client closed its connection before its answer was complete, or read nothing for too long."""
 
 
 @dataclass(slots=True)
 class Reply:
-    """One answer. Sending raises ClientGoneError where the client takes nothing for too long."""
+    """One answer. Sending raises `ClientGoneError` where the client reads nothing for `stall_s` seconds."""
 
     send: Send
     stall_s: float | None = None

@@ -1,4 +1,4 @@
-"""What `/pkv/report` says."""
+"""The report of a gateway, which `/pkv/report` shows."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _NOTES = (
 
 @dataclass(frozen=True, slots=True)
 class ObserverState:
-    """What the observer did and holds."""
+    """What the observer did, and what it keeps in memory."""
 
     observed: int = 0
     unreadable: int = 0
-    """requests whose body is compressed, no JSON, or no prompt"""
+    """requests whose body is compressed, is not JSON, or has no prompt"""
     dropped: int = 0
-    """left out because too much waited"""
+    """requests left out because too much was waiting"""
     failed: int = 0
-    """a fault of the observer"""
+    """requests at which the observer itself failed"""
     queued: int = 0
     queued_bytes: int = 0
     sessions: int = 0
@@ -38,7 +38,7 @@ class ObserverState:
 
 @dataclass(frozen=True, slots=True)
 class GatewayReport:
-    """One tenant's view. It holds no text of a prompt."""
+    """One tenant's report. It has no text of a prompt in it."""
 
     since: float
     """seconds since the epoch"""

@@ -1,4 +1,4 @@
-"""The routes that the gateway tells apart: a label for each, and the form in which its errors are written."""
+"""The routes under `/v1` that the gateway distinguishes: their labels, and the form of their errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Dialect(StrEnum):
-    """How a protocol writes errors."""
+    """The form in which a protocol writes errors."""
 
     OPENAI = "openai"
     ANTHROPIC = "anthropic"
@@ -18,14 +18,14 @@ class Route:
     """A path under `/v1`."""
 
     label: str
-    """what metrics and reports call it; the number of labels is fixed"""
+    """its name in metrics and reports; the number of labels is fixed"""
     dialect: Dialect = Dialect.OPENAI
     observed: bool = False
-    """whether its requests hold a prompt that is looked at"""
+    """whether its requests have a prompt that the gateway reads"""
     typed_events: bool = False
     """whether the events of its streams have names"""
     salted: bool = True
-    """whether its requests may make the upstream compute and cache a prompt, as those of unknown routes may"""
+    """whether its requests may make the upstream compute and cache a prompt; true of unknown routes, to be safe"""
 
 
 OTHER = Route("/v1/*")

@@ -1,4 +1,4 @@
-"""A salt for each tenant, so that no tenant can find out by time what another one's prompts share with its own."""
+"""A salt for each tenant, so that no tenant can measure by timing what its prompts share with another tenant's."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _UNREADABLE = Refusal(
 
 
 class TenantSalt:
-    """Puts `cache_salt` into bodies, as vLLM takes it."""
+    """Puts vLLM's `cache_salt` into request bodies."""
 
     def __init__(self, secret: bytes) -> None:
         """
         Args:
-            secret: what the salts are derived from. Another one parts all from what is cached now.
+            secret: the salts are derived from it. With another secret, nothing that is cached now is found again.
         """
         self._secret = secret
 

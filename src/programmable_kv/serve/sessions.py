@@ -1,4 +1,4 @@
-"""The latest requests of each conversation, in bounded memory: the conversation that was silent longest goes first."""
+"""The latest requests of each conversation, in bounded memory: the longest silent conversation is forgotten first."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from programmable_kv.explain.pieces import HEAD, Piece, Request
 from programmable_kv.serve.observation import Tally
 
 _KEPT = 8
-"""requests of one conversation: sub-agents share the name of a session, and take turns"""
+"""requests kept of one conversation; several, because sub-agents share a session's name and take turns"""
 _OTHERS = 8
-"""requests of other conversations that one is compared with: single questions share no message, only a prompt"""
+"""requests of other conversations that one is compared with; single questions share no message, only a system prompt"""
 _LOOKED_AT = 64
-"""conversations that are looked through for those"""
+"""how many conversations are searched for those"""
 _PIECE_BYTES = 700
-"""what a piece takes beside its text: objects, keys, its place in the index"""
+"""memory of a piece besides its text: objects, keys, its entry in the index"""
 _SESSION_BYTES = 4000
 
 
@@ -44,7 +44,7 @@ class Session:
 
 
 class Sessions:
-    """All conversations. Not for several threads at once."""
+    """All conversations. Not thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self.nbytes = 0
@@ -62,7 +62,7 @@ class Sessions:
         return (session for session in reversed(self._sessions.values()) if session.key[0] == tenant)
 
     def find(self, tenant: str, request: Request) -> Session:
-        """The conversation that a request goes on with, or a new one."""
+        """The conversation that a request continues, or a new one."""
         if request.session:
             key = (tenant, f"named {request.session}")
             return self._sessions.get(key) or Session(key)

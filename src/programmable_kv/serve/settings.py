@@ -1,4 +1,4 @@
-"""What a gateway is told when it starts."""
+"""The settings of a gateway and of a local server."""
 
 from __future__ import annotations
 
@@ -19,33 +19,35 @@ _MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one gateway takes on."""
+    """The limits of one server: sizes, numbers, rates and times."""
 
     max_body_bytes: int = 32 * _MIB
     max_running: int = 256
     """requests that are with the upstream at one time"""
     max_waiting: int = 256
-    """requests that wait for one of those to end; more are refused with 429"""
+    """requests that may wait for one of those to end; more are refused with 429"""
     wait_s: float = 30.0
-    """a request that waited this long is refused with 503"""
+    """a request that has waited this long is refused with 503"""
     body_s: float = 60.0
-    """a client has this long to send its body"""
+    """how long a client may take to send its body"""
     connect_s: float = 10.0
     read_s: float = 600.0
-    """the upstream may be silent for this long, before its answer and within it"""
+    """how long the upstream may be silent, before its answer and within it"""
     stall_s: float = 60.0
-    """a client may take no byte of its answer for this long"""
+    """how long a client may read nothing of its answer"""
     shutdown_s: float = 30.0
-    """how long running requests may take to end when the gateway stops"""
+    """how long open requests may take to end when the server gets SIGTERM"""
+    interrupt_s: float = 5.0
+    """the same after Ctrl-C, when somebody is waiting"""
     observed_bytes: int = 256 * _MIB
-    """text of earlier requests that is kept to compare with"""
+    """bytes of memory for earlier requests to compare with"""
     queued_bytes: int = 64 * _MIB
-    """requests and answers that wait to be compared; more are left out and counted"""
+    """bytes of requests and answers that may wait to be compared; more are left out and counted"""
 
     per_minute: float | None = None
-    """requests of a tenant in a minute, where its key says nothing else; None is no limit"""
+    """requests that a tenant without a rate of its own may make in a minute; None sets no limit"""
     conversations: int = 100_000
-    """conversations whose requests may be rewritten; those that were silent longest are forgotten first"""
+    """conversations kept for rewriting; those that were silent longest are forgotten first"""
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_running", "observed_bytes", "queued_bytes", "conversations"):
@@ -53,18 +55,18 @@ class Limits:
         require_count(self.max_waiting, "max_waiting")
         if self.per_minute is not None and not self.per_minute > 0:
             raise InvalidArgumentError(f"per_minute is a number of requests above 0, got {self.per_minute!r}")
-        for name in ("wait_s", "body_s", "connect_s", "read_s", "stall_s", "shutdown_s"):
+        for name in ("wait_s", "body_s", "connect_s", "read_s", "stall_s", "shutdown_s", "interrupt_s"):
             if not getattr(self, name) > 0:
                 raise InvalidArgumentError(f"{name} is a number of seconds above 0, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
-    """One gateway.
+    """The settings of one gateway.
 
     Raises:
-        InvalidArgumentError: an upstream is no http or https URL or is given twice, or the gateway would be open to other
-            machines.
+        InvalidArgumentError: an upstream is not an http or https URL or is given twice, a number is out of range, or the
+            gateway would be open to other machines without API keys.
     """
 
     upstream: str
@@ -73,25 +75,25 @@ class GatewaySettings:
     mode: GatewayMode = GatewayMode.OBSERVE
     limits: Limits = Limits()
     keys: tuple[ApiKey, ...] = ()
-    """who may use it; anybody on this machine where there are none"""
+    """who may use the gateway; without keys, anybody on this machine"""
     upstream_key: str = field(default="", repr=False)
-    """sent to the upstream in the place of the client's credentials"""
+    """sent to the upstream instead of the client's credentials"""
     rules: Rules = field(default_factory=Rules)
     """which pieces of prompts may change, and modes of single routes"""
     state: Path | DatabaseAddress | None = None
     """the file or the database in which conversations are kept; None keeps them in memory"""
     salts: bool = False
-    """whether each tenant's prompts get a `cache_salt` of its own, as vLLM takes it"""
+    """whether each tenant's prompts get a `cache_salt` of their own, for vLLM"""
     more_upstreams: tuple[str, ...] = ()
-    """others like the first one: each conversation goes to one of them"""
+    """further upstreams, like the first: each conversation goes to one of all"""
     rebase_after: int = LINES
     """lines of a conversation after which the prefix with its new values is computed in the background"""
     max_notebooks: int = 10_000
     """notebooks that are kept, of all tenants together"""
     skills: str | None = None
-    """the store of the plugin inside of the upstream's vLLM, whose skills notebooks may name"""
+    """the store of the plugin in the upstream's vLLM; notebooks may name its skills"""
     line_role: LineRole = LineRole.AUTO
-    """in which role lines are sent"""
+    """the role in which lines are sent"""
 
     def __post_init__(self) -> None:
         require_count(self.rebase_after, "rebase_after", least=1)
@@ -114,16 +116,16 @@ class GatewaySettings:
 
     @property
     def addresses(self) -> tuple[Address, ...]:
-        """Of all upstreams."""
+        """The addresses of all upstreams."""
         return tuple(Address(url) for url in (self.upstream, *self.more_upstreams))
 
 
 @dataclass(frozen=True, slots=True)
 class LocalSettings:
-    """One server of a model that runs in this process.
+    """The settings of a server whose model runs in this process.
 
     Raises:
-        InvalidArgumentError: it would be open to other machines, or a number is out of range.
+        InvalidArgumentError: a number is out of range, or the server would be open to other machines without API keys.
     """
 
     host: str = "127.0.0.1"
@@ -140,7 +142,7 @@ class LocalSettings:
 
 
 def default_state(name: str) -> Path:
-    """A file of state in the user's data folder."""
+    """The default file of state, in the user's data folder."""
     from platformdirs import user_data_path
 
     return user_data_path("programmable-kv") / f"{name}.sqlite3"

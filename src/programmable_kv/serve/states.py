@@ -10,15 +10,15 @@ from programmable_kv.serve.state import FileState, State
 
 
 def open_state(place: Path | DatabaseAddress | None, *, durable: bool) -> State:
-    """Open a state, which is made where there is none.
+    """Open a state, or create it where there is none.
 
     Args:
         place: a file or a database; None keeps the state in memory.
         durable: whether a transaction in a file survives a loss of power. A database decides that itself.
 
     Raises:
-        InvalidArgumentError: it cannot be used, or is of another version.
-        MissingExtraError: what reaches a database is not installed.
+        InvalidArgumentError: the state cannot be used, or has another version.
+        MissingExtraError: the database driver is not installed.
     """
     if not isinstance(place, DatabaseAddress):
         return FileState(place, durable=durable)

@@ -1,4 +1,4 @@
-"""The gateway's own time: all of it, less what it waited for clients, for a place, and for the upstream."""
+"""Measures the gateway's own time: the total without the waits for clients, for a place, and for the upstream."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from time import perf_counter
 
 
 class Stopwatch:
-    """Runs from when it is made."""
+    """Starts when it is created."""
 
     def __init__(self) -> None:
         self._began = perf_counter()
@@ -16,7 +16,7 @@ class Stopwatch:
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """The block only waits."""
+        """Count the block's time as waiting."""
         began = perf_counter()
         try:
             yield
@@ -24,15 +24,15 @@ class Stopwatch:
             self._waits[what] = self._waits.get(what, 0.0) + perf_counter() - began
 
     def waited(self, what: str) -> float:
-        """Seconds that were spent waiting for one thing."""
+        """Seconds spent waiting for one thing."""
         return self._waits.get(what, 0.0)
 
     @property
     def total(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the start."""
         return perf_counter() - self._began
 
     @property
     def own(self) -> float:
-        """Seconds that were not spent waiting."""
+        """Seconds not spent waiting."""
         return self.total - sum(self._waits.values())

@@ -1,4 +1,4 @@
-"""What an application answers where none of its routes fits."""
+"""The answer to a request that fits no route."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from programmable_kv.serve.routes import route_of
 
 
 def no_such_route(request: Request, _: Exception) -> Response:
-    """The typed error. A path with a line break fits no route, however wide."""
+    """The typed error. It also answers paths with a line break, which fit no route pattern."""
     dialect = route_of(request.scope["path"]).dialect
     headers = {name.decode(): value.decode() for name, value in NO_SUCH_ROUTE.headers(dialect)}
     return Response(NO_SUCH_ROUTE.body(dialect), NO_SUCH_ROUTE.status, headers)

@@ -1,4 +1,4 @@
-"""Answers of a notebook, drawn in the model's queue. Their form is the protocol's."""
+"""Draws answers in the model's queue. The protocols' own modules write their form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 _BY_LENGTH = "(max_new_tokens)"
-"""what the account of an answer says where its number of tokens ended it"""
+"""stands in the account of an answer that ended at its limit of tokens"""
 _OF_TURNS = {"tool_calls", "tool_call_id", "name"}
 _LEAST = -9999.0
 """stands for minus infinity, which JSON does not have"""
@@ -45,7 +45,7 @@ class TokenShare:
 
     @property
     def utf8(self) -> list[int] | None:
-        """Its bytes; None where it is only a part of a character."""
+        """The token's bytes; None where it is only a part of a character."""
         return None if "\ufffd" in self.text else list(self.text.encode("utf-8", "replace"))
 
 
@@ -58,7 +58,7 @@ class Drawn(TokenShare):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of an answer's text, and the tokens that it was drawn in, where they were asked for."""
+    """A piece of an answer's text, with its tokens where the request asks for them."""
 
     text: str
     tokens: tuple[Drawn, ...] = ()
@@ -79,7 +79,7 @@ class Answer:
     calls: list[ToolCall] = field(default_factory=list)
 
     def of_model(self, model: Model) -> Iterator[Piece]:
-        """Pieces of an answer to messages alone: their whole prompt is prefilled."""
+        """The pieces of an answer to messages without a notebook: the whole prompt is prefilled."""
         ask = self.ask
         if ask.raw is not None:
             notebook = Notebook(model).text(ask.raw)
@@ -92,7 +92,7 @@ class Answer:
         yield from self._read(notebook)
 
     def of_notebook(self, notebook: Notebook) -> Iterator[Piece]:
-        """Pieces of an answer to messages behind a notebook. Afterwards the notebook is unchanged."""
+        """The pieces of an answer to messages that follow a notebook. Afterwards the notebook is unchanged."""
         self.cached_tokens = len(notebook)
         mark = notebook.mark()
         try:
@@ -103,8 +103,8 @@ class Answer:
             notebook.rollback(mark)
 
     def _read(self, notebook: Notebook) -> Iterator[Piece]:
-        """The pieces that a client sees as text. Calls of tools are taken out and kept for the end; where none may be called,
-        there are none: what the model says is text."""
+        """The pieces that a client sees as text. Tool calls are taken out and kept for the end. Where no tool may be called,
+        all that the model says is text."""
         most = self.ask.most_calls
         if most == 0 or not notebook.prompt.template.tools:
             yield from self._drawn(notebook)

@@ -1,4 +1,4 @@
-"""What a request asks for, whatever its protocol; and checks of its parts. What is not supported is refused, never left out."""
+"""What a request asks for, in any protocol, and checks of its parts. What is not supported is refused, never ignored."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from programmable_kv.arguments import require_count
+from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.serve.checks import refuse
 
 DEFAULT_TOKENS = 512
-"""after which an answer ends where the request sets no limit"""
+"""the limit of an answer's tokens where the request sets none"""
 _SEEDS = 2**31
 
 
@@ -20,18 +22,18 @@ class Ask:
 
     model: str
     messages: Sequence[Mapping[str, Any]] = field(repr=False)
-    """as Chat Completions takes them"""
+    """in the form of Chat Completions"""
     sampling: Mapping[str, Any]
     """keyword arguments of `Notebook.generate`"""
     stream: bool = False
     tools: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
-    """as Chat Completions takes them, also where none may be called"""
+    """in the form of Chat Completions; also there where no tool may be called"""
     most_calls: int | None = None
-    """how many tools the answer may call; None is any number"""
+    """how many tools the answer may call; None sets no limit"""
     likeliest: int | None = None
-    """how many tokens to tell at each place beside the drawn one, with log-probabilities; None tells none"""
+    """how many of the likeliest tokens to report at each place, with log-probabilities; None reports none"""
     raw: str | None = field(default=None, repr=False)
-    """the prompt as text, in the place of messages"""
+    """the prompt as raw text, instead of messages"""
 
 
 def check_known(
@@ -40,14 +42,15 @@ def check_known(
     neutral: Mapping[str, tuple[Any, ...]],
     without_effect: Collection[str] = (),
 ) -> None:
-    """
+    """Check that a request has no parameters that this server does not support.
+
     Args:
         read: parameters that have an effect.
-        neutral: parameters that are taken only where they ask for nothing, and their values then.
-        without_effect: parameters that say nothing about the answer.
+        neutral: parameters that are accepted only with these values, with which they ask for nothing.
+        without_effect: parameters that have no bearing on the answer.
 
     Raises:
-        RefusedError: there is another one.
+        RefusedError: there is another parameter, or a neutral one with another value.
     """
     for name, value in body.items():
         if name in read or name in without_effect or value is None:
@@ -58,8 +61,8 @@ def check_known(
             )
 
 
-def sampling_of(body: Mapping[str, Any], limit: int, stop: Any) -> dict[str, Any]:
-    """What three protocols call by the same names.
+def sampling_of(body: Mapping[str, Any], limit: int, stop: Sequence[str] = ()) -> dict[str, Any]:
+    """Keyword arguments of `Notebook.generate`, from parameters whose names the protocols share.
 
     Raises:
         RefusedError: a value is of the wrong type.
@@ -68,15 +71,41 @@ def sampling_of(body: Mapping[str, Any], limit: int, stop: Any) -> dict[str, Any
         "temperature": number(body, "temperature", 1.0),
         "max_new_tokens": limit,
         "seed": count(body, "seed", secrets.randbelow(_SEEDS)),
-        "stop": [stop] if isinstance(stop, str) else stop or [],
+        "stop": stop,
     }
     if body.get("top_p") is not None:
         found["top_p"] = number(body, "top_p", 1.0)
     return found
 
 
+def limit_of(body: Mapping[str, Any], *names: str, default: int) -> int:
+    """After how many tokens an answer ends: the first of these parameters that the request has.
+
+    Raises:
+        RefusedError: the value is not a whole number.
+        InvalidArgumentError: the value is less than 1.
+    """
+    name = next((each for each in names if body.get(each) is not None), names[0])
+    limit = count(body, name, default)
+    require_count(limit, name, least=1)
+    return limit
+
+
+def stops_of(body: Mapping[str, Any], name: str) -> list[str]:
+    """Strings that end an answer: a list of them, or one.
+
+    Raises:
+        InvalidArgumentError: the value is neither, or a text is empty.
+    """
+    value = body.get(name)
+    found = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(found, list) or not all(isinstance(each, str) and each for each in found):
+        raise InvalidArgumentError(f"{name} is a list of texts of at least one character each; got {value!r:.80}")
+    return found
+
+
 def calls_of(allowed: bool, parallel: bool) -> int | None:
-    """How many tools an answer may call.
+    """How many tools an answer may call; None sets no limit.
 
     Args:
         parallel: whether there may be more than one call.
@@ -87,10 +116,10 @@ def calls_of(allowed: bool, parallel: bool) -> int | None:
 
 
 def model_of(body: Mapping[str, Any]) -> str:
-    """The name of the model.
+    """The name of the model in the request.
 
     Raises:
-        RefusedError: there is none.
+        RefusedError: the request names no model.
     """
     model = body.get("model")
     if not isinstance(model, str):
@@ -102,7 +131,7 @@ def mappings(value: Any, what: str) -> Iterator[Mapping[str, Any]]:
     """The objects of a list.
 
     Raises:
-        RefusedError: it is no list, or holds something else.
+        RefusedError: the value is not a list, or an item is not an object.
     """
     if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
         refuse("invalid_request", f"{what} is a list of objects")
@@ -112,7 +141,7 @@ def mappings(value: Any, what: str) -> Iterator[Mapping[str, Any]]:
 def number(body: Mapping[str, Any], name: str, default: float) -> float:
     """
     Raises:
-        RefusedError: it is no number.
+        RefusedError: the value is not a number, or is above 2**31.
     """
     value = body.get(name)
     if value is None:
@@ -125,7 +154,7 @@ def number(body: Mapping[str, Any], name: str, default: float) -> float:
 def count(body: Mapping[str, Any], name: str, default: int) -> int:
     """
     Raises:
-        RefusedError: it is no whole number.
+        RefusedError: the value is not a whole number.
     """
     value = body.get(name)
     if value is None:
@@ -138,7 +167,7 @@ def count(body: Mapping[str, Any], name: str, default: int) -> int:
 def flag(body: Mapping[str, Any], name: str) -> bool:
     """
     Raises:
-        RefusedError: it is neither true nor false.
+        RefusedError: the value is neither true nor false.
     """
     value = body.get(name)
     if value not in (None, True, False):
@@ -149,7 +178,7 @@ def flag(body: Mapping[str, Any], name: str) -> bool:
 def at_most(value: int, name: str, most: int) -> int:
     """
     Raises:
-        RefusedError: it is below 0 or above the most.
+        RefusedError: the value is below 0 or above `most`.
     """
     if not 0 <= value <= most:
         refuse("invalid_request", f"{name} is from 0 to {most}")
@@ -157,5 +186,5 @@ def at_most(value: int, name: str, most: int) -> int:
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Equal, and of one type: 1 is not true here."""
+    """Whether two values are equal and of one type: 1 is not the same as true."""
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)

@@ -16,9 +16,11 @@ from programmable_kv.serve.local.asks import (
     check_known,
     count,
     flag,
+    limit_of,
     mappings,
     model_of,
     sampling_of,
+    stops_of,
 )
 from programmable_kv.serve.local.forms import event, shares_of, text_of, tokens_of
 
@@ -49,7 +51,7 @@ class ChatForm:
         options = body.get("stream_options") or {}
         if not isinstance(options, Mapping):
             refuse("invalid_request", "stream_options is an object")
-        limit = count(body, "max_completion_tokens", count(body, "max_tokens", DEFAULT_TOKENS))
+        limit = limit_of(body, "max_completion_tokens", "max_tokens", default=DEFAULT_TOKENS)
         likeliest = at_most(count(body, "top_logprobs", 0), "top_logprobs", _MOST_LIKELIEST)
         tells = flag(body, "logprobs")
         if likeliest and not tells:
@@ -57,7 +59,7 @@ class ChatForm:
         self.ask = Ask(
             model_of(body),
             messages,
-            sampling_of(body, limit, body.get("stop")),
+            sampling_of(body, limit, stops_of(body, "stop")),
             flag(body, "stream"),
             _tools(body.get("tools")),
             calls_of(may_call(body.get("tool_choice")), body.get("parallel_tool_calls") is not False),

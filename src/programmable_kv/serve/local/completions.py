@@ -14,8 +14,10 @@ from programmable_kv.serve.local.asks import (
     check_known,
     count,
     flag,
+    limit_of,
     model_of,
     sampling_of,
+    stops_of,
 )
 from programmable_kv.serve.local.chat import FINISH, usage_of
 from programmable_kv.serve.local.forms import event, text_of, tokens_of
@@ -63,7 +65,7 @@ class CompletionForm:
             refuse("invalid_request", "stream_options is an object")
         shares = body.get("logprobs")
         likeliest = None if shares is None else at_most(count(body, "logprobs", 0), "logprobs", _MOST_LIKELIEST)
-        sampling = sampling_of(body, count(body, "max_tokens", _TOKENS), body.get("stop"))
+        sampling = sampling_of(body, limit_of(body, "max_tokens", default=_TOKENS), stops_of(body, "stop"))
         self.ask = Ask(model, (), sampling, flag(body, "stream"), likeliest=likeliest, raw=prompt)
         self._usage = flag(options, "include_usage")
         self._identity = f"cmpl-{secrets.token_hex(12)}"

@@ -15,9 +15,11 @@ from programmable_kv.serve.local.asks import (
     check_known,
     count,
     flag,
+    limit_of,
     mappings,
     model_of,
     sampling_of,
+    stops_of,
 )
 from programmable_kv.serve.local.forms import event, text_of
 
@@ -45,7 +47,9 @@ class MessageForm:
         check_known(body, _READ, _NEUTRAL, _WITHOUT_EFFECT)
         if body.get("max_tokens") is None:
             refuse("invalid_request", "max_tokens is needed: a whole number")
-        sampling = sampling_of({**body, "seed": None}, count(body, "max_tokens", 1), body.get("stop_sequences"))
+        sampling = sampling_of(
+            {**body, "seed": None}, limit_of(body, "max_tokens", default=1), stops_of(body, "stop_sequences")
+        )
         if body.get("top_k") is not None:
             sampling["top_k"] = count(body, "top_k", 1)
         messages: list[Mapping[str, Any]] = []

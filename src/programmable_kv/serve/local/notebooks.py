@@ -30,7 +30,7 @@ from programmable_kv.serve.notebooks.source import (
 from programmable_kv.serve.refusal import Refusal, RefusedError
 
 _TRIES = 8
-"""of an edit that other servers' edits of the same notebook overtake"""
+"""how often an edit is tried while other servers' edits of the same notebook come first"""
 _BUSY = Refusal(503, "notebook_busy", "the notebook is in use: try again", 1)
 
 
@@ -39,13 +39,13 @@ class Entry:
     """One notebook of one tenant."""
 
     kept: KeptNotebook
-    """as the state held it last"""
+    """as it was last read from the state or written to it"""
     notebook: Notebook | None = field(default=None, repr=False)
     """None after a restart, until it is used"""
     computed: int = 0
-    """the version whose values `notebook` has: where several servers share a state, another one may have changed them"""
+    """the version whose values `notebook` has; another server that shares the state may have made a later one"""
     in_use: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """an answer that is drawn keeps edits waiting, and the other way round"""
+    """held while an answer is drawn or an edit is made, so that they wait for each other"""
 
     @property
     def tenant(self) -> str:
@@ -68,13 +68,13 @@ class Entry:
         """Check that a request's tools are the notebook's: its cached text names them.
 
         Raises:
-            RefusedError: they are others.
+            RefusedError: the request names other tools.
         """
         if tools and list(tools) != (self.kept.source.get("tools") or []):
             raise tools_differ()
 
     def as_json(self, account: Account | None = None) -> dict[str, Any]:
-        """As data; with what the latest operation cost where that is known."""
+        """The notebook as JSON data, with the latest operation's account where it is given."""
         found: dict[str, Any] = {
             "id": self.identity,
             "object": "notebook",
@@ -95,8 +95,8 @@ class NotebookStore:
     def __init__(self, model: Model, queue: ModelQueue, shelf: NotebookShelf, *, most: int, wait_s: float) -> None:
         """
         Args:
-            shelf: where they are kept, perhaps for several servers. Those that it holds are computed when they are first used.
-            most: how many notebooks are kept on it; to make more, delete some.
+            shelf: where notebooks are kept, perhaps for several servers. Each is computed when it is first used.
+            most: how many notebooks it may keep.
             wait_s: how long an operation waits for a notebook that is in use.
         """
         self._model = model
@@ -105,7 +105,7 @@ class NotebookStore:
         self._wait_s = wait_s
         self._shelf = shelf
         self._entries: dict[str, Entry] = {}
-        """those that were asked for here: their caches, and who uses them"""
+        """the notebooks that this server has used: their caches and locks"""
         self._making = 0
 
     def __len__(self) -> int:
@@ -115,7 +115,7 @@ class NotebookStore:
         """A tenant's notebooks, in the order in which they were made.
 
         Raises:
-            StateUnavailableError: the state cannot be reached. So do all that follow.
+            StateUnavailableError: the state cannot be reached. All methods below raise it too.
         """
         return [self._seen(kept) for kept in await asyncio.to_thread(self._shelf.of_tenant, tenant)]
 
@@ -132,7 +132,7 @@ class NotebookStore:
         return self._seen(kept)
 
     def _seen(self, kept: KeptNotebook) -> Entry:
-        """The entry of a notebook as it was just read. What is known here may be newer: an edit ended meanwhile."""
+        """The entry of a notebook that was just read. The entry may be newer, if an edit ended meanwhile."""
         entry = self._entries.setdefault(kept.identity, Entry(kept))
         if kept.version > entry.version:
             entry.kept = kept
@@ -142,7 +142,7 @@ class NotebookStore:
         """Make a notebook and prefill it.
 
         Raises:
-            RefusedError: the body is none, or there are as many as there may be.
+            RefusedError: the body does not describe a notebook, or no more notebooks may be kept.
             ProgrammableKVError: the messages, fields or tools are refused.
         """
         given = source_of(body)
@@ -160,7 +160,7 @@ class NotebookStore:
         """An independent copy.
 
         Raises:
-            RefusedError: there are as many as there may be, or the notebook is in use for too long.
+            RefusedError: no more notebooks may be kept, or the notebook was in use too long.
         """
         async with self._room():
             async with self.use(entry) as notebook:
@@ -172,7 +172,7 @@ class NotebookStore:
         """Give fields new values. The same values again change nothing, and leave the version as it is.
 
         Raises:
-            RefusedError: the notebook has another version than was expected, or is in use for too long.
+            RefusedError: the notebook has another version than expected, or was in use too long.
             ProgrammableKVError: a field or a value is refused.
         """
         # Shielded: an edit that has begun runs to its end, and the version with it, whether or not the client stays.
@@ -195,10 +195,10 @@ class NotebookStore:
 
     @asynccontextmanager
     async def use(self, entry: Entry) -> AsyncIterator[Notebook]:
-        """A notebook for the length of the block. After a restart, or an edit on another server, it is computed first.
+        """Use a notebook in the block. After a restart, or an edit on another server, its cache is computed first.
 
         Raises:
-            RefusedError: it is in use for too long, or was deleted meanwhile.
+            RefusedError: the notebook was in use too long, or was deleted meanwhile.
         """
         async with self._locked(entry):
             if entry.notebook is None or entry.computed != entry.version:
@@ -230,7 +230,7 @@ class NotebookStore:
     async def _tried(
         self, entry: Entry, fields: Mapping[str, Any], if_match: str | None, mode: str | None
     ) -> Account | None:
-        """An edit of the latest version; None where another server gave the notebook a later one meanwhile."""
+        """Edit the latest version. Returns None where another server made a later one meanwhile."""
         async with self.use(entry) as notebook:
             check_version(entry.version, if_match)
             account = await self._queue.run(notebook.edit, dict(fields), mode=mode)
@@ -256,7 +256,7 @@ class NotebookStore:
 
     @asynccontextmanager
     async def _room(self) -> AsyncIterator[None]:
-        """Room for one more notebook, kept free while it is made: no other one of this server takes it."""
+        """Reserve room for one more notebook of this server while the block makes it."""
         kept = await asyncio.to_thread(self._shelf.identities)
         for gone in self._entries.keys() - kept:  # deleted on another server
             if not self._entries[gone].in_use.locked():
@@ -277,7 +277,7 @@ class NotebookStore:
 
 
 def _made(model: Model, source: Mapping[str, Any]) -> Notebook:
-    """A notebook from what it is made from, prefilled."""
+    """Make a notebook from its source, and prefill it."""
     fields = {name: field_of(name, value) for name, value in source["fields"].items()}
     notebook = Notebook.from_messages(
         model, source["messages"], fields=fields, tools=source["tools"], template_kwargs=source["template_kwargs"]

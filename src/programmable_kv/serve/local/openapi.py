@@ -138,6 +138,6 @@ def local_document() -> dict[str, Any]:
 
 
 def _answer(schema: Schema) -> dict[str, Any]:
-    """In one piece, or as a stream of events."""
+    """An answer in one piece or as a stream of events."""
     event = record({"data": TEXT, "event": TEXT}, "event")
     return {"content": {"application/json": {"schema": schema}, "text/event-stream": {"schema": event}}}

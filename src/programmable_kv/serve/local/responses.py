@@ -16,6 +16,7 @@ from programmable_kv.serve.local.asks import (
     check_known,
     count,
     flag,
+    limit_of,
     mappings,
     model_of,
     sampling_of,
@@ -54,7 +55,7 @@ class ResponseForm:
         likeliest = at_most(count(body, "top_logprobs", 0), "top_logprobs", _MOST_LIKELIEST)
         messages = [{"role": "system", "content": instructions}] if instructions else []
         messages += _messages(body.get("input"))
-        sampling = sampling_of({**body, "seed": None}, count(body, "max_output_tokens", DEFAULT_TOKENS), None)
+        sampling = sampling_of({**body, "seed": None}, limit_of(body, "max_output_tokens", default=DEFAULT_TOKENS))
         tools = _tools(body.get("tools"))
         most_calls = calls_of(may_call(body.get("tool_choice")), body.get("parallel_tool_calls") is not False)
         shares = likeliest if include or likeliest else None

@@ -70,16 +70,16 @@ class LocalServer:
 
     @property
     def waiting(self) -> int:
-        """Operations that wait for the model."""
+        """How many operations wait for the model."""
         return self._queue.waiting
 
     def close(self) -> None:
-        """Let the model's operations end, and take no more."""
+        """Let operations of the model end, and accept no more."""
         self._queue.close()
         self._state.close()
 
     async def models(self, _: Call) -> Response:
-        """`GET /v1/models`, as the clients of both makers read it."""
+        """`GET /v1/models`, in a form that OpenAI's and Anthropic's clients read."""
         model = self._as_json()
         ends = {"first_id": model["id"], "last_id": model["id"], "has_more": False}
         return JSONResponse({"object": "list", "data": [model], **ends})
@@ -90,7 +90,7 @@ class LocalServer:
         return JSONResponse(self._as_json())
 
     def answering(self, form: Callable[[Mapping[str, Any]], Form]) -> Handler:
-        """The route of a protocol: what can be refused is refused before an answer begins."""
+        """The handler of a protocol. It refuses what can be refused before the answer begins."""
 
         async def respond(call: Call) -> Response:
             made = form(call.body)
@@ -149,7 +149,7 @@ class LocalServer:
         return await self.notebooks.get(call.tenant, call.request.path_params["id"])
 
     async def _pieces(self, tenant: str, answer: Answer) -> AsyncGenerator[Piece, None]:
-        """Pieces of an answer. Whoever leaves early closes it, and the notebook is unchanged."""
+        """The pieces of an answer. A caller that stops early closes the generator, and the notebook is unchanged."""
         asked = answer.ask.model
         if asked.startswith(_NOTEBOOK):
             entry = await self.notebooks.get(tenant, asked.removeprefix(_NOTEBOOK))
@@ -182,7 +182,7 @@ class LocalServer:
 
 
 class _Stream(StreamingResponse):
-    """An answer as events. However it ends, and if it never began, the notebook is given back."""
+    """An answer as a stream of events. The notebook is released however the stream ends, also if it never began."""
 
     def __init__(
         self, form: Form, answer: Answer, first: Piece | None, pieces: AsyncGenerator[Piece, None], route: ApiRoute
@@ -198,7 +198,7 @@ class _Stream(StreamingResponse):
 
 
 def local_app(model: Model, settings: LocalSettings) -> Starlette:
-    """A server of one model."""
+    """Make the application that serves one model."""
     access, metrics = Access(settings.keys), Metrics()
     rates = Rates(settings.limits.per_minute, rates_of(settings.keys))
     server = LocalServer(model, settings)
@@ -224,9 +224,9 @@ def local_app(model: Model, settings: LocalSettings) -> Starlette:
     return Starlette(
         routes=[
             *page_routes(local=True),
-            route("GET", "/v1/models", server.models),
-            route("GET", "/v1/models/{name:path}", server.model),
-            *(route("POST", path, server.answering(form)) for path, form in FORMS.items()),
+            route("GET", "/v1/models", server.models, None),
+            route("GET", "/v1/models/{name:path}", server.model, None),
+            *(route("POST", path, server.answering(form), None) for path, form in FORMS.items()),
             *notebook_routes(server, routing),
             route("GET", "/v1/notebooks/{id}/tokens", server.tokens),
             route("GET", "/metrics", measured),

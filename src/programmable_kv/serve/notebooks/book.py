@@ -20,12 +20,12 @@ HEAD_ROLES = ("system", "developer")
 _ROLES = (*HEAD_ROLES, "user", "assistant", "tool")
 _OF_MESSAGE = {"role", "content", "tool_calls", "tool_call_id", "name"}
 _STATE_LINE = "[state {name}: {value}"
-"""how a gateway's own lines begin: no value may look like one"""
+"""the beginning of the gateway's own lines; no value may look like one"""
 
 
 @dataclass(frozen=True, slots=True)
 class Book:
-    """One notebook of one tenant. An edit gives a new value; nothing in it is changed."""
+    """One notebook of one tenant. It is immutable: an edit makes a new `Book`."""
 
     identity: str
     tenant: str
@@ -34,11 +34,11 @@ class Book:
     source: Mapping[str, Any] = field(repr=False)
     """the request it was made from"""
     token: str = field(repr=False)
-    """announced in its text"""
+    """the token that its lines carry; its text announces it"""
     texts: Mapping[str, str] = field(repr=False)
     """the latest values, as they stand in the text"""
     base: Mapping[str, str] = field(repr=False)
-    """the values that its text is sent with, again and again; what differs is told in a line"""
+    """the values that its text is always sent with; lines tell the values that differ from them"""
 
     @property
     def upstream_model(self) -> str:
@@ -58,7 +58,7 @@ class Book:
 
     @property
     def etag(self) -> str:
-        """Of its version."""
+        """The `ETag` of its version."""
         return etag_of(self.version)
 
     @property
@@ -67,7 +67,7 @@ class Book:
         return declared(self.source)[1]
 
     def as_json(self, **more: Any) -> dict[str, Any]:
-        """As data."""
+        """The notebook as JSON data."""
         types = self.types
         return {
             "id": self.identity,
@@ -83,23 +83,23 @@ class Book:
 
 
 def declared(source: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, FieldType]]:
-    """The values that a notebook begins with, as they stand in its text, and their types. The guard does not read them here.
+    """A notebook's first values as they stand in its text, and their types. The guard does not check them here.
 
     Raises:
         UnknownFieldError: a field has no placeholder in any message.
-        InvalidValueError: a name is not plain, or a value not of its type.
+        InvalidValueError: a name is not plain, or a value does not have its type.
     """
     places = source["places"] if "places" in source else located(source)
     return declare(_fields(source), places)
 
 
 def located(source: Mapping[str, Any]) -> dict[str, bool | None]:
-    """Where each field stands: inside of JSON strings, outside of them, or (None) both. It is kept as `places` in the source,
-    so that the messages are not searched again for each request.
+    """Where each field stands: inside of JSON strings (True), outside of them (False), or both (None). The source keeps it
+    as `places`, so that the messages are not searched for each request.
 
     Raises:
         UnknownFieldError: a field has no placeholder in any message.
-        InvalidValueError: a name is not plain, or a skill has not one placeholder of its own.
+        InvalidValueError: a name is not plain, or a skill does not have exactly one placeholder of its own.
     """
     fields, skills = _fields(source), source.get("skills") or {}
     for name in (*fields, *skills):
@@ -122,10 +122,10 @@ def located(source: Mapping[str, Any]) -> dict[str, bool | None]:
 
 
 def check_size(messages: Sequence[Mapping[str, Any]], texts: Mapping[str, str], most_bytes: int) -> None:
-    """Check that no short request makes a long prompt: a value stands wherever its placeholder does.
+    """Check that a short request cannot make a very long prompt by a placeholder that stands in many places.
 
     Raises:
-        RefusedError: all values in all of their places take more bytes than a request may have.
+        RefusedError: the values in all of their places take more bytes than a request may have.
     """
     nbytes = {name: len(text.encode()) for name, text in texts.items()}
     if sum(nbytes.get(name, 0) for name in _placeholders(messages)) > most_bytes:
@@ -150,10 +150,10 @@ def changed(book: Book, values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def guard(texts: Mapping[str, str], types: Mapping[str, FieldType], names: Mapping[str, str]) -> None:
-    """No value may pass for a role, a marker of a chat format, an update of a field, or a line of the gateway's own.
+    """Check that no value can pass for a role, a marker of a chat format, an update of a field, or a gateway's line.
 
     Raises:
-        InvalidValueError: one may.
+        InvalidValueError: a value can.
     """
     for name, text in texts.items():
         check_text(name, text, types[name], None, DEFAULT_TEMPLATE, names)
@@ -161,7 +161,7 @@ def guard(texts: Mapping[str, str], types: Mapping[str, FieldType], names: Mappi
 
 
 def filled(messages: Sequence[Mapping[str, Any]], texts: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The messages with values in place."""
+    """The messages with the values in their places."""
 
     def write(text: str) -> str:
         return PLACEHOLDER.sub(lambda match: texts.get(match[1], match[0]), text)
@@ -178,10 +178,10 @@ def filled(messages: Sequence[Mapping[str, Any]], texts: Mapping[str, str]) -> l
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Check that all of them can be written in every protocol.
+    """Check that the messages can be written in every protocol.
 
     Raises:
-        InvalidValueError: one cannot.
+        InvalidValueError: a message cannot.
     """
     for message in messages:
         role, content = message["role"], message.get("content")

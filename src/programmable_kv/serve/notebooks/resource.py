@@ -1,4 +1,4 @@
-"""Notebooks of a gateway as a resource: made, edited by version, forked and deleted, by the routes of a local server."""
+"""Handlers of a gateway's notebooks: made, edited by version, forked and deleted. The routes are a local server's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from programmable_kv.serve.notebooks.telling import BookRewriter, line_bytes
 from programmable_kv.serve.rewriting.wording import new_token
 
 _TRIES = 8
-"""how often an edit that others overtook is made again"""
+"""how often an edit or deletion is tried while other edits come first"""
 _LONGEST_LINE = 8192
 _MODES = ("erratum", "full")
 
@@ -43,8 +43,8 @@ class BookResource:
     ) -> None:
         """
         Args:
-            stored: the skills that notebooks may name.
-            most_bytes: how long the values of one may be, each as often as it stands in the text.
+            stored: the skills that notebooks may name; None where there is no store.
+            most_bytes: the most bytes that one notebook's values may take in all of their places together.
         """
         self._shelf = shelf
         self._rewriter = rewriter
@@ -110,7 +110,7 @@ class BookResource:
         return JSONResponse({"object": "list", "data": found})
 
     def _edited(self, call: Call, mode: str) -> Response | None:
-        """The answer to an edit of the latest version; None where another edit was faster."""
+        """Edit the latest version. Returns None where another edit came first."""
         before = self._book(call)
         check_version(before.version, call.request.headers.get("if-match"))
         texts = changed(before, call.body)
@@ -135,10 +135,10 @@ class BookResource:
         return self._shelf.remove(book)
 
     def _skills(self, given: Any, tenant: str) -> dict[str, Any]:
-        """The skills that a notebook names, by their placeholders: found in the store now, and the same from then on.
+        """The skills that a notebook names, by their placeholders. They are read from the store once and then kept.
 
         Raises:
-            RefusedError: they are not named as they must be, or this gateway has no store.
+            RefusedError: the value is not an object of names, or this gateway has no store.
             UnknownSkillError: the store has no such skill that the tenant may name.
         """
         if given is None or given == {}:
@@ -163,7 +163,7 @@ class BookResource:
 
 
 def book_routes(books: BookResource, routing: Routing) -> list[Route]:
-    """The routes of a gateway's notebooks. Whatever else there is below them is nothing."""
+    """The routes of a gateway's notebooks. Other paths and methods below them are 404, not forwarded."""
     below = "/v1/notebooks/{rest:path}"
     return [
         *notebook_routes(books, routing),
@@ -188,5 +188,5 @@ def _settled(book: Book, mode: str) -> tuple[Book, str, str]:
 
 
 def _account(asked: str, used: str, why: str, book: Book) -> dict[str, Any]:
-    """What an edit did. Nothing is sent before the next request."""
+    """The account of an edit. Nothing is sent to the upstream before the next request."""
     return {"mode_asked": asked, "mode_used": used, "why": why, "line_bytes": line_bytes(book)}

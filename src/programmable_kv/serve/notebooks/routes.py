@@ -1,4 +1,4 @@
-"""The routes of notebooks, which every server here has."""
+"""The routes of notebooks, which gateways and local servers share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from programmable_kv.serve.endpoint import Call, Routing
 
 
 class NotebookHandlers(Protocol):
-    """What answers each route."""
+    """The handlers of the routes."""
 
     async def create(self, call: Call) -> Response: ...
 
@@ -33,6 +33,6 @@ def notebook_routes(by: NotebookHandlers, routing: Routing) -> list[Route]:
         routing.route("GET", "/v1/notebooks", by.listed),
         routing.route("GET", "/v1/notebooks/{id}", by.read),
         routing.route("DELETE", "/v1/notebooks/{id}", by.delete),
-        routing.route("PATCH", "/v1/notebooks/{id}/fields", by.edit),
+        routing.route("PATCH", "/v1/notebooks/{id}/fields", by.edit, ("mode",)),
         routing.route("POST", "/v1/notebooks/{id}/fork", by.fork),
     ]
