@@ -20,8 +20,9 @@ records. This page lists what was claimed there, and what our own records say of
 - **{Status.NOT_TESTED}**: no record of ours settles it.
 - **{Status.NOT_TESTABLE}**: none can, on the machines and with the tools that this project is for.
 
-A status that rests on records is a set of conditions on them, in brackets: a test fails when a record says otherwise. A
-condition is on the end of the interval at which it is hardest to meet. A status is of the models named, which are small.
+A status that rests on records is a set of conditions on them, in brackets: a test fails when a record says otherwise. Where it
+names an end of the interval, that end has to meet it. The limits were set with the records at hand: they keep a later record
+from contradicting a status, and are no predictions. A status is of the models named, which are small.
 
 {{table}}
 
