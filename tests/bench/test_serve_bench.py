@@ -102,7 +102,7 @@ def test_a_proxy_that_writes_answers_anew_is_held_to_their_text() -> None:
         b"\n\n".join(parts[1:]),
         b"data: {}\n\ndata: [DONE]",
     ):
-        with pytest.raises(ConnectionError, match="something else"):
+        with pytest.raises(ConnectionError, match="text differs"):
             checked_text(Timed(1.0, 2.0, b"", other))
 
 

@@ -69,7 +69,7 @@ _ONE = '[[claim]]\nid = "X"\ngroup = "g"\ntitle = "t"\npublished = "p"\nsource =
         (_ONE.format("proved"), "'proved' is not a valid Status"),
         (_ONE.format("not tested yet") * 2, "several claims are called X"),
         (_ONE.format("not tested yet").replace("settles", "settled"), "claim X: .*settled"),
-        (_ONE.format("refuted"), "with 0 conditions"),
+        (_ONE.format("refuted"), "has 0 conditions"),
     ],
 )
 def test_a_table_that_makes_no_sense_is_refused(text: str, error: str) -> None:
