@@ -165,7 +165,9 @@ class Entries:
                 return entry, body
             newer = self.read(entry.key)
             if newer is None:
-                raise UnknownSkillError(f"skill {entry.name!r} was removed from {self.blobs.where} just now")
+                raise UnknownSkillError(
+                    f"skill {entry.name!r} was just removed from {self.blobs.where}: compile it again"
+                )
             if newer.tensors == entry.tensors:
                 break
             entry = newer
