@@ -134,7 +134,7 @@ def test_edit_shows_which_modes_a_model_refuses(policy: str, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     modes = {row["mode"]: row for row in json.loads(done.stdout)["modes"]}
     assert modes["in_place"]["decision"] is None
-    assert "cached at one position is right at another" in modes["in_place"]["note"]
+    assert "cached at one position is valid at another" in modes["in_place"]["note"]
     assert modes["erratum"]["decision"] in ("cancel", "deny")
     table = pkv("edit", "--prompt", policy, *edited, *ASK, "--model", str(tmp_path / "gpt2"), "--mode", "in_place")
     assert "refused" in table.stdout

@@ -292,7 +292,7 @@ def test_which_cached_tensor_turns() -> None:
     engine = Engine(tiny_model("llama"))
     exact = engine.relocation
     engine._proofs._relocation = replace(exact, layout=replace(exact.layout, layers=(both, both)))
-    with pytest.raises(UnverifiedError, match="more than one tensor"):
+    with pytest.raises(UnverifiedError, match="more than one rotating tensor"):
         engine.require_relocation()
 
 
@@ -313,7 +313,7 @@ def test_scaled_rope_relocates_exactly(parameters: dict[str, Any]) -> None:
 
 
 def test_recurrent_models_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="keeps a state"):
+    with pytest.raises(UnsupportedModelError, match="caches a state"):
         tiny_engine("mamba", state_size=8, expand=2)
 
 

@@ -102,7 +102,7 @@ def test_too_many_are_refused_and_those_who_wait_are_served() -> None:
         tasks = [asyncio.create_task(queue.run(go_on.wait)) for _ in range(3)]
         await asyncio.sleep(0)
         assert queue.waiting == 2
-        with pytest.raises(QueueFullError, match="2 operations wait"):
+        with pytest.raises(QueueFullError, match="2 operations already wait"):
             await queue.run(go_on.wait)
         go_on.set()
         assert await asyncio.gather(*tasks) == [True] * 3

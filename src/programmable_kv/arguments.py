@@ -31,7 +31,7 @@ def require_count(value: Any, what: str, *, least: int = 0) -> None:
         InvalidArgumentError: the value is not a whole number, or is less than `least`.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InvalidArgumentError(f"{what} is a whole number, at least {least}; got {_shown(value)}")
+        raise InvalidArgumentError(f"{what} must be a whole number, at least {least}; got {_shown(value)}")
 
 
 def require_number(
@@ -51,7 +51,7 @@ def require_number(
     if not within:
         bounds = [("at least", least), ("above", above), ("at most", most)]
         expected = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
-        raise InvalidArgumentError(f"{what} is a finite number{expected and ' '}{expected}; got {_shown(value)}")
+        raise InvalidArgumentError(f"{what} must be a finite number{expected and ' '}{expected}; got {_shown(value)}")
 
 
 def choice_of(kind: type[Choice], given: str, what: str) -> Choice:
@@ -76,9 +76,7 @@ def require_fields(names: Iterable[str], known: Collection[str]) -> None:
     """
     for name in names:
         if name not in known:
-            raise UnknownFieldError(
-                f"there is no field {name!r}; the context's fields are: {', '.join(known) or 'none'}"
-            )
+            raise UnknownFieldError(f"unknown field {name!r}; the context's fields are: {', '.join(known) or 'none'}")
 
 
 def _shown(value: object) -> str:

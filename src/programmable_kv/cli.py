@@ -77,12 +77,15 @@ def main() -> None:
         _fail("MissingExtra", told)
     except OSError as error:  # a full disk, a folder without write permission
         _fail(
-            "OS", f"{error}. What was stored before is unchanged: make room or choose another place, and run it again."
+            "OS",
+            f"{error}. What was stored before is unchanged: make room or choose another place, and run it again.",
         )
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
             kept = (
-                ". The same command continues from the rows that were measured" if sys.argv[1:2] in _RECORDING else ""
+                ". Run the same command again to continue from the rows already measured"
+                if sys.argv[1:2] in _RECORDING
+                else ""
             )
             typer.echo(f"interrupted{kept}", err=True)
         raise

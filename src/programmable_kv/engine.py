@@ -82,7 +82,7 @@ class Engine:
         """
         if not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
             raise InvalidArgumentError(
-                f"an engine runs a transformers causal language model, got {type(model).__name__}"
+                f"an Engine needs a transformers causal language model; got {type(model).__name__}"
             )
         self.model: Any = model
         self.layout = KVLayout.read(model)
@@ -167,8 +167,9 @@ class Engine:
         written = buffer.layers[-1].values[:, :, target.slots]
         if not bool(torch.isfinite(output if logits else written).all()):
             raise NonFiniteLogitsError(
-                "the model computed NaN or infinity, so nothing can be read from these rows. Check the weights and the dtype "
-                "(float16 overflows on many models). A notebook is unchanged; a bare buffer has to be rolled back."
+                "the model computed NaN or infinity, so the results of these rows cannot be used. Check the weights "
+                "and the dtype (float16 overflows on many models). A notebook is unchanged; roll back a bare buffer "
+                "yourself."
             )
         return output  # type: ignore[no-any-return]
 
@@ -202,11 +203,11 @@ class Engine:
         """
         if not isinstance(buffer, KVBuffer) or not isinstance(rows, Rows):
             raise InvalidArgumentError(
-                f"compute takes a KVBuffer and Rows, got {type(buffer).__name__} and {type(rows).__name__}"
+                f"compute needs a KVBuffer and Rows; got {type(buffer).__name__} and {type(rows).__name__}"
             )
         for name, number, least in (("logits", logits, 0), ("chunk", chunk, 1)):
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise InvalidArgumentError(f"{name} is a whole number of rows, at least {least}; got {number!r}")
+                raise InvalidArgumentError(f"{name} must be a whole number of rows, at least {least}; got {number!r}")
         return rows.token_ids(self.vocabulary)
 
     def _check_positions(self, rows: Rows) -> None:
@@ -225,8 +226,8 @@ class Engine:
         limit = self.layout.position_limit
         if limit is not None and length > limit:
             raise ContextOverflowError(
-                f"the context needs {length} positions, and {self.layout.model_type} has {limit}. Shorten it, or load a "
-                "model with a longer context."
+                f"the context needs {length} positions, but {self.layout.model_type} has {limit}. Shorten it, or load "
+                "a model with a longer context."
             )
 
     def require_same_regime(self, buffer: KVBuffer, first_row_position: int, last_row_position: int) -> None:
@@ -253,7 +254,7 @@ class Engine:
     ) -> torch.Tensor:
         """Compute tokens after the last one in the buffer. Arguments and errors are those of `compute`."""
         if not isinstance(buffer, KVBuffer):
-            raise InvalidArgumentError(f"append takes a KVBuffer, got {type(buffer).__name__}")
+            raise InvalidArgumentError(f"append needs a KVBuffer; got {type(buffer).__name__}")
         rows = Rows.appended(ids, buffer.length, buffer.next_position)
         return self.compute(buffer, rows, logits=logits, chunk=chunk, progress=progress)
 
@@ -364,7 +365,7 @@ class Engine:
         """
         past = buffer.length
         if rows.slots != tuple(range(past, past + len(rows))):
-            raise InvalidArgumentError(f"gradients are of rows appended after the {past} slots in use")
+            raise InvalidArgumentError(f"gradients are available only for rows appended after the {past} slots in use")
         keys = [buffer.keys(index).detach().clone().requires_grad_() for index in range(len(buffer))]
         values = [buffer.values(index).detach().clone().requires_grad_() for index in range(len(buffer))]
         cache = DynamicCache()
@@ -376,7 +377,9 @@ class Engine:
                 mask = self._mask(buffer, rows, visible, eager=False)
                 logits = self._forward(cache, ids, rows, mask, len(rows)).logits[0]
             if len(last) != len(buffer):
-                raise InvalidArgumentError(f"{self.layout.model_type} does not run this package's attention")
+                raise InvalidArgumentError(
+                    f"{self.layout.model_type} does not use this package's attention, which gradients need"
+                )
             yield Graph(logits, keys, values, last, [layer.values.detach() for layer in cache.layers])
 
     # -- proofs ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ ProgrammableKVError
 ├── ModelError
 │   ├── UnsupportedModelError     the model caches something this package cannot edit
 │   ├── UnverifiedError           not proved exact on this model, so refused
-│   ├── FrequencyRegimeError      new tokens would get other rotary frequencies than the cached ones
+│   ├── FrequencyRegimeError      new tokens would get different rotary frequencies from the cached ones
 │   ├── NonFiniteLogitsError      the model computed NaN or infinity
 │   └── ModelUnavailableError     the weights cannot be found or fetched
 ├── InputError
@@ -29,7 +29,7 @@ ProgrammableKVError
 ├── StorageError
 │   ├── FingerprintMismatchError  saved by another model, tokenizer or dtype
 │   ├── CorruptFileError          a file does not match its manifest
-│   └── UnknownSkillError         the store has no skill of that name, or several
+│   └── UnknownSkillError         the store has no skill of that name, or has several
 ├── ExperimentError
 │   ├── TrainingError             training cannot start or continue
 │   ├── RecordError               a result record is missing or does not fit the schema
@@ -58,7 +58,7 @@ class UnverifiedError(ModelError):
 
 
 class FrequencyRegimeError(ModelError):
-    """The forward would use other rotary frequencies than the cached tokens have (LongRoPE, dynamic NTK)."""
+    """The forward would use different rotary frequencies from the cached tokens (LongRoPE, dynamic NTK)."""
 
 
 class NonFiniteLogitsError(ModelError):
@@ -70,7 +70,7 @@ class ModelUnavailableError(ModelError):
 
 
 class InputError(ProgrammableKVError):
-    """What was passed in cannot be used."""
+    """An argument, a text or a file that the caller passed in cannot be used."""
 
 
 class InvalidArgumentError(InputError):
@@ -134,7 +134,7 @@ class CacheBufferError(StateError):
 
 
 class StorageError(ProgrammableKVError):
-    """A saved object cannot be written, found or trusted."""
+    """A saved object cannot be written, read, found or trusted."""
 
 
 class FingerprintMismatchError(StorageError):
@@ -146,7 +146,7 @@ class CorruptFileError(StorageError):
 
 
 class UnknownSkillError(StorageError):
-    """The store has no skill of the given name, or several."""
+    """The store has no skill of the given name, or has several."""
 
 
 class ExperimentError(ProgrammableKVError):
@@ -162,7 +162,7 @@ class RecordError(ExperimentError):
 
 
 class MissingDataError(ExperimentError):
-    """The package with an experiment's data is not installed."""
+    """The package that contains an experiment's data is not installed."""
 
 
 class MissingExtraError(ProgrammableKVError):

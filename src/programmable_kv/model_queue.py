@@ -74,7 +74,8 @@ class ModelQueue:
         with self._counting:
             if self.max_waiting is not None and self._asked > self.max_waiting:
                 raise QueueFullError(
-                    f"{self.waiting} operations wait for this model already, and {self.max_waiting} may: try again later"
+                    f"{self.waiting} operations already wait for this model (the limit is {self.max_waiting}): try "
+                    "again later"
                 )
         return await self._do(partial(operation, *args, **options))
 

@@ -54,7 +54,7 @@ def wrong_quotes(text: str, results: Path | None = None) -> list[str]:
         expected = formatted(read_record(folder / f"{match['record']}.json"), match["path"], match["format"])
         if match["text"] != expected:
             wrong.append(
-                f"{match['record']}:{match['path']} is {expected} in its record, {match['text']} in the document"
+                f"{match['record']}:{match['path']} is {expected} in its record, but {match['text']} in the document"
             )
     unquoted = _QUOTE.sub("", _CODE.sub("", text))
     for line in unquoted.splitlines():

@@ -176,7 +176,7 @@ class Recorder:
         self._clock, self._began = clock, clock()
         if not re.match(_NAME, name):
             raise RecordError(
-                f"a record cannot be called {name!r}: write lower-case letters, digits and '-', starting with a letter or digit"
+                f"invalid record name {name!r}: use lower-case letters, digits and '-', starting with a letter or digit"
             )
         self.record = Record(
             name=name,
@@ -206,8 +206,8 @@ class Recorder:
         differing = [key for key in same if getattr(earlier, key) != getattr(self.record, key)]
         if differing:
             raise RecordError(
-                f"{self._partial} is an interrupted run with another {', '.join(differing)}. Finish that run with its "
-                "settings, or delete the file."
+                f"{self._partial} is an interrupted run with a different {', '.join(differing)}. Finish that run with "
+                "its settings, or delete the file."
             )
         if earlier.commit != self.record.commit:
             earlier.notes.append(f"resumed at commit {self.record.commit} after {len(earlier.rows)} rows")

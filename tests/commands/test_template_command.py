@@ -47,7 +47,7 @@ def test_what_has_no_chat_template_is_told(tmp_path: Path) -> None:
     for what, error, match in (
         (str(tmp_path), TemplateError, "has no chat template"),
         (str(tmp_path / "none.jinja"), InvalidValueError, "cannot read"),
-        (str(tmp_path / "nowhere"), ModelUnavailableError, "no such folder"),
+        (str(tmp_path / "nowhere"), ModelUnavailableError, "folder does not exist"),
     ):
         with pytest.raises(error, match=match):
             CliRunner().invoke(app, ["template", what], catch_exceptions=False)

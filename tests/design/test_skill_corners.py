@@ -156,7 +156,7 @@ def test_mentions_of_another_shape_are_refused(mentions: Any) -> None:
 
 
 def test_words_that_lead_to_no_field_and_texts_without_tokens_are_refused() -> None:
-    with pytest.raises(UnknownFieldError, match="no field of this skill"):
+    with pytest.raises(UnknownFieldError, match="not a field of this skill"):
         Skill.compile(tiny(), "plain.\n", visibility="design", mentions={"a": ["b"], "b": ["a"]})
     with pytest.raises(InvalidValueError, match="no tokens"):
         compiled(tiny(), "{notes}", notes=block(""))

@@ -290,7 +290,7 @@ def test_damaged_words_are_refused(tmp_path: Path) -> None:
     body = opened(path.read_bytes())
     assert body is not None
     path.write_bytes(seal(body.replace(b'"refund kind"', b'"---"')))
-    with pytest.raises(CorruptFileError, match="words declared for 'status'"):
+    with pytest.raises(CorruptFileError, match="invalid words for 'status'"):
         Notebook.load(tmp_path / "saved", notebook.model)
     path.write_bytes(seal(body.replace(b',"mentions":{"status":["refund kind"]}', b"")))
     older = Notebook.load(tmp_path / "saved", notebook.model)

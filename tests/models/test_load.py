@@ -112,10 +112,10 @@ class TestWhatCannotBeLoaded:
         [
             ("missing.gguf", "no GGUF file at missing.gguf"),
             ("MISSING.GGUF", "no GGUF file at MISSING.GGUF"),
-            ("./no-such-folder", "there is no such folder"),
-            (Path("no-such-folder"), "there is no such folder"),
-            ("a/b/c", "there is no such folder"),
-            ("not a hub id!", "no Hub id"),
+            ("./no-such-folder", "the folder does not exist"),
+            (Path("no-such-folder"), "the folder does not exist"),
+            ("a/b/c", "the folder does not exist"),
+            ("not a hub id!", "neither a Hub id"),
         ],
     )
     def test_a_name_that_leads_nowhere(self, name: str | Path, message: str) -> None:
@@ -131,12 +131,12 @@ class TestWhatCannotBeLoaded:
     @pytest.mark.parametrize("content", [b"GGUF", b"GGUF\x03\x00\x00\x00" + b"\xff" * 16, b"GGUF\x03" + bytes(200)])
     def test_a_gguf_that_is_cut_off(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "m.GGUF").write_bytes(content)
-        with pytest.raises(ModelUnavailableError, match="cut off"):
+        with pytest.raises(ModelUnavailableError, match="truncated"):
             load_model(tmp_path / "m.GGUF")
 
     def test_a_folder_with_a_gguf_only(self, tmp_path: Path) -> None:
         (tmp_path / "m.GGUF").touch()
-        with pytest.raises(ModelUnavailableError, match=r"Give the file itself: load_model\('.*m.GGUF'\)"):
+        with pytest.raises(ModelUnavailableError, match=r"Pass the file itself: load_model\('.*m.GGUF'\)"):
             load_model(tmp_path)
 
     def test_a_folder_without_a_model(self, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ class TestWhatCannotBeLoaded:
             load_model(folder)
 
     def test_a_device_that_is_not_there(self, folder: Path) -> None:
-        with pytest.raises(ModelUnavailableError, match=r"device 'xpu:7' cannot be used here.*Leave the device out"):
+        with pytest.raises(ModelUnavailableError, match=r"device 'xpu:7' cannot be used here.*Omit the device"):
             load_model(folder, device="xpu:7")
         with pytest.raises(ModelUnavailableError, match="cannot be used here"):
             load_model(folder, device="no such device")
@@ -163,11 +163,11 @@ class TestWhatCannotBeLoaded:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"dtype": "float99"}, "dtype is a floating"),
-            ({"dtype": torch.int8}, "dtype is a floating"),
-            ({"dtype": 32}, "dtype is a floating"),
-            ({"attention": "flash"}, "attention is one of"),
-            ({"device": 1.5}, "device is a torch device"),
+            ({"dtype": "float99"}, "dtype must be a floating"),
+            ({"dtype": torch.int8}, "dtype must be a floating"),
+            ({"dtype": 32}, "dtype must be a floating"),
+            ({"attention": "flash"}, "attention must be one of"),
+            ({"device": 1.5}, "device must be a torch device"),
             ({"name": 5}, "a string or a path"),
             ({"name": " "}, "a string or a path"),
         ],
@@ -184,7 +184,7 @@ class TestWhatCannotBeLoaded:
             load_model(tmp_path / "m.gguf")
 
     def test_recurrent_models_are_refused_at_the_door(self) -> None:
-        with pytest.raises(UnsupportedModelError, match="keeps a state"):
+        with pytest.raises(UnsupportedModelError, match="caches a state"):
             wrap_model(tiny_model("mamba", state_size=8, expand=2), tokenizer("byte-level"))
 
     def test_slow_tokenizers_are_refused(self) -> None:

@@ -220,7 +220,7 @@ def test_words_declared_for_words_count_for_every_field_behind_them(tmp_path: Pa
     def read(name: str) -> list[str]:
         return [reader.text.strip() for reader in notebook.readers(name) if reader.word]
 
-    with pytest.raises(UnknownFieldError, match="no field 'band'"):
+    with pytest.raises(UnknownFieldError, match="unknown field 'band'"):
         notebook.mentions("band", "desk")
     notebook.mentions("tier", "band").mentions("band", "desk")
     every = ["tier gold is in band one.", "plan gold is in band two.", "band one has desk a.", "desk a: deny."]

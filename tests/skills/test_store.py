@@ -158,7 +158,7 @@ def test_what_was_rounded_is_never_exact(tmp_path: Path) -> None:
             notebook.prefill(repair=SeamRepair(0))
             assert (set(notebook.states) == {TokenState.EXACT}) is exact
             assert (TokenState.RELOCATED in notebook.states) is not exact
-    with pytest.raises(InvalidValueError, match="8 bits"):
+    with pytest.raises(InvalidValueError, match="8-bit"):
         plain.put(small.get(tiny(), "refunds"))
 
 

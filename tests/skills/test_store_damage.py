@@ -120,7 +120,7 @@ def test_an_older_format_is_told_apart_from_damage(tmp_path: Path) -> None:
     key = store.put(Skill.compile(tiny(), "one thing.", name="one")).key
     old = {"format": 1, "key": key, "name": "one", "fingerprint": "x", "preface_ids": [1, 2]}
     (tmp_path / f"{key}.json").write_text(json.dumps(old, indent=1))
-    with pytest.raises(CorruptFileError, match=r"format 1, and this version reads and writes format 2.*compile"):
+    with pytest.raises(CorruptFileError, match=r"format 1, but this version reads and writes format 2.*compile"):
         store.get(tiny(), key)
     (tmp_path / f"{key}.json").write_bytes(seal(b'{"format": 3, "key": "of a later version"}'))
     with pytest.raises(CorruptFileError, match="format 3"):
@@ -189,7 +189,7 @@ def test_an_entry_that_is_evicted_while_it_is_read_is_gone(tmp_path: Path, momen
 
     key = other.put(Skill.compile(model, TEXT, name="refunds", tier="gold")).key
     store = SkillStore(Evicted(tmp_path))
-    with pytest.raises(UnknownSkillError, match=r"removed .* just now"):
+    with pytest.raises(UnknownSkillError, match=r"just removed"):
         store.get(model, key, verify=verify)
     other.compile(model, TEXT, tier="gold")
     assert store.compile(model, TEXT, tier="gold").account.tokens_computed > 0

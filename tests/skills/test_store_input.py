@@ -161,7 +161,7 @@ def test_a_key_is_that_of_the_content(tmp_path: Path, changed: dict[str, str]) -
     entry = store.put(Skill.compile(model, TEXT, name="refunds", tier="gold"))
     (tmp_path / f"{'1' * 32}.{'0' * 16}.safetensors").write_bytes((tmp_path / entry.tensors).read_bytes())
     (tmp_path / f"{entry.key}.json").write_bytes(entry.model_copy(update=changed).sealed())
-    with pytest.raises(CorruptFileError, match="does not describe the entry of its key"):
+    with pytest.raises(CorruptFileError, match="does not match its key"):
         store.verify(entry.key)
     assert store.compile(model, TEXT, tier="gold").account.tokens_computed > 0
 

@@ -122,7 +122,7 @@ def test_an_agent_composed_of_them_is_exact() -> None:
         (["one", "two"], {}, InvalidValueError, "name -> text"),
         ({"one": 1}, {}, InvalidValueError, "name -> text"),
         ({"one": "a"}, {"between": None}, InvalidValueError, "name -> text"),
-        ({"status": "a {status}"}, {"status": "pending"}, InvalidValueError, "of a text and of a field"),
+        ({"status": "a {status}"}, {"status": "pending"}, InvalidValueError, "of both a text and a field"),
         (
             {"one": "tier {tier}", "two": "note {note}"},
             {"tier": "gold", "note": "tier is silver"},

@@ -69,7 +69,7 @@ def test_a_name_that_is_not_flat_is_refused(blobs: Blobs, name: str) -> None:
         lambda: blobs.touch(name),
         lambda: blobs.remove(name),
     ):
-        with pytest.raises(InvalidArgumentError, match="no folder in it"):
+        with pytest.raises(InvalidArgumentError, match="without a folder"):
             operation()
 
 
@@ -88,7 +88,7 @@ def test_a_url_never_writes_a_local_folder(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("where", ["", 7, None])
 def test_what_is_no_place_is_refused(where: object) -> None:
-    with pytest.raises(InvalidArgumentError, match="a place to store things"):
+    with pytest.raises(InvalidArgumentError, match="a storage location"):
         blobs_at(where)  # type: ignore[arg-type]
 
 

@@ -70,7 +70,7 @@ def test_a_verdict_is_remembered() -> None:
     model = copy.deepcopy(tiny_model("llama"))
     engine = Engine(model)
     hook = model.register_forward_pre_hook(Failing(TypeError("not an argument"), after=2))
-    with pytest.raises(UnverifiedError, match=r"takes no mask from outside \(not an argument\)"):
+    with pytest.raises(UnverifiedError, match=r"does not accept a custom mask \(not an argument\)"):
         engine.require_rows()
     with pytest.raises(UnverifiedError, match=r"could not be run \(not an argument\)"):
         engine.require_relocation()

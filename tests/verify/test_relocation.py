@@ -130,7 +130,7 @@ def test_ignored_positions_are_told_from_alibi() -> None:
     ignoring = prove(tiny_model("bart", d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48))
     assert ignoring.verdict is Verdict.REFUSED
     assert ignoring.encoding is PositionEncoding.LEARNED
-    assert "by its own count" in ignoring.reason
+    assert "by the model's own count" in ignoring.reason
     alibi = prove(tiny_model("bloom", "eager", n_layer=2, n_head=4))
     assert alibi.verdict is Verdict.EXACT
     assert alibi.encoding is PositionEncoding.NONE_CACHED

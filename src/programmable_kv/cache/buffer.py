@@ -207,8 +207,8 @@ class KVBuffer(Cache):  # type: ignore[misc]
         if start == self.layers[0].length:
             if not self.dense:
                 raise CacheBufferError(
-                    "transformers would append at wrong positions: in this cache some positions are kept free, and it takes a "
-                    "row's index for its position. Use the notebook's own generate, decide and add."
+                    "transformers would append at wrong positions: it uses a row's index as its position, and this "
+                    "cache keeps some positions free. Use the notebook's own generate, decide and add."
                 )
             self.foreign_from = start if self.foreign_from is None else min(start, self.foreign_from)
             first = self.next_position
@@ -233,13 +233,13 @@ class KVBuffer(Cache):  # type: ignore[misc]
             FrequencyRegimeError: the forward would use other frequencies than the rows that stay.
         """
         if not len(slots):
-            raise CacheBufferError("there are no slots to write: a forward needs at least one row")
+            raise CacheBufferError("no slots to write: a forward needs at least one row")
         first, last = slots[0], slots[-1]
         contiguous = last - first + 1 == len(slots)
         used = self.length
         fresh = slots[bisect_left(slots, used) :]  # slots ascend, so the new ones are the last
         if fresh and (fresh[0] != used or fresh[-1] - used + 1 != len(fresh)):
-            raise CacheBufferError(f"slots {list(fresh[:3])}... would leave a gap after the {used} in use")
+            raise CacheBufferError(f"slots {list(fresh[:3])}... would leave a gap after the {used} slots in use")
         tables = self.require_tables(max(positions) + 1, remaining=used - (len(slots) - len(fresh)))
         self.ensure_capacity(last + 1)
         where: Slots = slice(first, last + 1) if contiguous else torch.tensor(slots)
@@ -269,11 +269,11 @@ class KVBuffer(Cache):  # type: ignore[misc]
         """
         if not slots or len(set(slots)) != len(slots) or min(slots) < 0 or max(slots) >= self.length:
             raise CacheBufferError(
-                f"slots to overwrite must be among the {self.length} in use, each once: {slots[:8]}..."
+                f"slots to overwrite must be among the {self.length} in use, without repeats; got {slots[:8]}..."
             )
         for each in layers:
             if not 0 <= each.layer < len(self.layers):
-                raise CacheBufferError(f"there is no layer {each.layer} among {len(self.layers)}")
+                raise CacheBufferError(f"layer {each.layer} does not exist; the buffer has {len(self.layers)} layers")
             each.check(len(self.layers), self.layers[each.layer], len(slots))
         where = torch.tensor(slots)
         self._save(where)
@@ -294,7 +294,9 @@ class KVBuffer(Cache):  # type: ignore[misc]
                 with.
         """
         if stop != self.length or not 0 <= start <= stop or to < 0:
-            raise CacheBufferError(f"can only relocate the tail of {self.length} slots, not [{start}, {stop})")
+            raise CacheBufferError(
+                f"only the tail of the {self.length} slots in use can be relocated, not [{start}, {stop})"
+            )
         count = stop - start
         if count:
             self._require_rotation(self.tables, int(self._positions[stop - 1]) + shift + 1)
@@ -375,8 +377,8 @@ class KVBuffer(Cache):  # type: ignore[misc]
         row = torch.cat((before, stand, self._positions[stop : min(stop + 1, self.length)]))
         if len(stand) != stop - start or bool((row[1:] <= row[:-1]).any()):
             raise CacheBufferError(
-                f"the positions {list(positions[:8])} are not one for each of the slots [{start}, {stop}), ascending between "
-                "those of the slots around them"
+                f"slots [{start}, {stop}) need one position each, ascending, between those of the slots around them; "
+                f"got {list(positions[:8])}"
             )
         self._move(order, run, stand, layout)
 
@@ -404,23 +406,27 @@ class KVBuffer(Cache):  # type: ignore[misc]
                 those that relocation was proved with.
         """
         if not isinstance(segment, Segment):
-            raise InvalidArgumentError(f"insert takes a Segment, got {type(segment).__name__}")
+            raise InvalidArgumentError(f"insert needs a Segment; got {type(segment).__name__}")
         if not 0 <= at <= at + replacing <= self.length:
-            raise CacheBufferError(f"cannot insert instead of slots [{at}, {at + replacing}) of {self.length}")
+            raise CacheBufferError(
+                f"cannot insert at slots [{at}, {at + replacing}): the buffer has {self.length} slots in use"
+            )
         if len(segment.keys) != len(self.layers):
-            raise CacheBufferError(f"a segment of {len(segment.keys)} layers does not fit {len(self.layers)}")
+            raise CacheBufferError(f"the segment has {len(segment.keys)} layers; the buffer has {len(self.layers)}")
         count, tail = len(segment), at + replacing
         behind = int(self._positions[at - 1]) + 1 if at else 0
         own = torch.tensor(positions, dtype=torch.long) if positions else behind + torch.arange(count)
         if len(own) != count or bool((own.diff(prepend=torch.tensor([behind - 1])) < 1).any()):
             raise CacheBufferError(
-                f"cannot insert {count} tokens at {len(own)} positions from {positions[:1]} on: they must ascend, and the slot "
-                f"before stands at {behind - 1}"
+                f"cannot insert {count} tokens at {len(own)} positions from {positions[:1]} on: give one for each "
+                f"token, ascending, after the previous slot's position {behind - 1}"
             )
         last = int(own[-1]) + 1 if count else behind
         ends = last if ends is None else ends
         if ends < last:
-            raise CacheBufferError(f"what follows cannot move to position {ends}: the last token stands at {last - 1}")
+            raise CacheBufferError(
+                f"the tokens after the segment cannot move to position {ends}: its last token is at {last - 1}"
+            )
         shift = ends - int(self._positions[tail]) if tail < self.length else 0
         self._require_rotation(self.tables, max(self.next_position + shift, last))
         made_with = segment.tables

@@ -42,7 +42,9 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[misc]
     def _owner(self) -> KVBuffer:
         owner = self._weak_owner()
         if owner is None:
-            raise CacheBufferError("the KVBuffer of this layer is gone: hold the buffer itself, not its layers")
+            raise CacheBufferError(
+                "the KVBuffer of this layer no longer exists: keep a reference to the buffer, not only to its layers"
+            )
         return owner
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -97,7 +99,9 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Remove tokens from the end; as in transformers, their number is given as a negative integer."""
         if tokens_to_remove > 0:
-            raise CacheBufferError(f"crop takes the tokens to remove as a negative number, got {tokens_to_remove}")
+            raise CacheBufferError(
+                f"crop needs the number of tokens to remove as a negative number; got {tokens_to_remove}"
+            )
         self.length = max(0, self.length + tokens_to_remove)
 
     def reset(self) -> None:
@@ -109,7 +113,7 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[misc]
         )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        raise CacheBufferError("KVBuffer holds one sequence and cannot be repeated. Fork the notebook instead.")
+        raise CacheBufferError("a KVBuffer holds one sequence and cannot be repeated. Fork the notebook instead.")
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        raise CacheBufferError("KVBuffer holds one sequence and cannot be re-batched. Fork the notebook instead.")
+        raise CacheBufferError("a KVBuffer holds one sequence and cannot be re-batched. Fork the notebook instead.")

@@ -48,7 +48,7 @@ def fill(buffer: KVBuffer, named: Mapping[str, torch.Tensor]) -> None:
     if count and rules and ("frequencies" not in named or named["frequencies"].numel() != len(rules)):
         raise CacheBufferError(
             "these tensors do not say which frequencies they were computed with, and this model has several "
-            f"({rules[0].name}). Compute the context anew."
+            f"({rules[0].name}). Recompute the context."
         )
     buffer.ensure_capacity(count)
     buffer._tables = tuple(named["frequencies"].tolist()) if count and rules else ()
@@ -74,7 +74,9 @@ def _count(buffer: KVBuffer, named: Mapping[str, torch.Tensor]) -> int:
         CacheBufferError: a tensor is missing, or has another number of rows.
     """
     if "positions" not in named or named["positions"].ndim != 1:
-        raise CacheBufferError(f"these are not a buffer's tensors: no positions [S] among {sorted(named)[:5]}")
+        raise CacheBufferError(
+            f"these are not a buffer's tensors: there is no `positions` [S] among {sorted(named)[:5]}"
+        )
     count = int(named["positions"].numel())
     for index in range(len(buffer) if count else 0):
         for name in (f"keys.{index}", f"values.{index}"):

@@ -64,9 +64,9 @@ def require_same(rules: Sequence[FrequencyRule], length: int, cached: Tables | N
     tables = tables_at(rules, length)
     if cached is not None and cached != tables:
         raise FrequencyRegimeError(
-            f"a forward that reaches position {length - 1} would compute with other rotary frequencies than the tokens in the "
-            f"cache: {_described(rules, model_type)}. Stay on the cached tokens' side of that bound, or compute the whole "
-            "context anew, from its start, in one forward."
+            f"a forward that reaches position {length - 1} would use different rotary frequencies from the cached "
+            f"tokens: {_described(rules, model_type)}. Stay on the cached tokens' side of that bound, or recompute the "
+            "whole context from its start in one forward."
         )
     return tables
 
@@ -80,7 +80,7 @@ def require_first(rules: Sequence[FrequencyRule], tables: Tables | None, model_t
     if tables is not None and any(tables):
         raise FrequencyRegimeError(
             "keys cannot be rotated here: relocation was proved for the first frequencies only, and "
-            f"{_described(rules, model_type)}. Compute the text anew at its place."
+            f"{_described(rules, model_type)}. Recompute the text in its place."
         )
 
 

@@ -69,7 +69,9 @@ class History:
             CacheBufferError: the mark was rolled back or released, or belongs to another buffer.
         """
         if not self.holds(mark):
-            raise CacheBufferError("this mark is not active: it was rolled back, released, or is another buffer's")
+            raise CacheBufferError(
+                "this mark is not active: it was rolled back or released, or it belongs to another buffer"
+            )
 
     def drop(self, mark: Mark) -> None:
         """Drop a mark and every later one; clear the log when no mark is left."""

@@ -108,9 +108,9 @@ class KVLayout:
         for layer in self.layers:
             if layer.kind not in tuple(Reach):
                 raise UnsupportedModelError(
-                    f"{self.model_type} has a layer of type '{layer.kind}', which keeps a state and not (only) the keys and "
-                    "values of each token, so it cannot be edited in place. Use an attention-only model, or append "
-                    "updates as text."
+                    f"{self.model_type} has a layer of type '{layer.kind}', which caches a state, not (only) keys and "
+                    "values per token, so it cannot be edited in place. Use an attention-only model, or append updates "
+                    "as text."
                 )
 
     @classmethod
@@ -130,7 +130,9 @@ class KVLayout:
         try:
             types = cached_layer_types(config)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UnsupportedModelError(f"{model_type} does not say what its layers cache ({error}).") from error
+            raise UnsupportedModelError(
+                f"the configuration of {model_type} does not say what its layers cache ({error})."
+            ) from error
         decoder = decoder_of(model)
         tables = frequency_tables(decoder)
         found = {key: tuple(dict.fromkeys(map(Rotary.from_table, each))) for key, each in tables.items()}

@@ -45,14 +45,15 @@ class DecoderModules:
         norms = [child for name, child in decoder.named_children() if name in _FINAL_NORMS]
         if len(whole) != 1 or len(norms) != 1:
             raise UnsupportedModelError(
-                f"{config.model_type} does not have one stack of {count} layers with an attention each and one final norm "
-                f"(found {len(whole)} and {len(norms)}), so forwards cannot be intervened in."
+                f"{config.model_type} does not have exactly one stack of {count} layers with one attention each, and "
+                f"one final norm (found {len(whole)} and {len(norms)}), so its forwards cannot be intervened in."
             )
         layers, attentions = whole[0]
         projections = [_projection(attention) for attention in attentions]
         if None in projections:
             raise UnsupportedModelError(
-                f"the attention of {config.model_type} has no output projection named one of {', '.join(_PROJECTIONS)}"
+                f"the attention of {config.model_type} has no output projection with a known name "
+                f"({', '.join(_PROJECTIONS)})"
             )
         return cls(layers, attentions, tuple(projections), norms[0], int(config.num_attention_heads))  # type: ignore[arg-type]
 

@@ -37,7 +37,7 @@ class Overwrite:
             if tuple(rows.shape) != expected or not set(heads) <= set(range(held.shape[1])):
                 raise CacheBufferError(
                     f"{name} of shape {list(rows.shape)} do not fit heads {list(heads)} and {slots} slots of layer "
-                    f"{self.layer} (of {layers}), which holds {held.shape[1]} heads: expected {list(expected)}"
+                    f"{self.layer} (of {layers}), which has {held.shape[1]} heads: expected {list(expected)}"
                 )
 
     def put(self, layer: BufferLayer, where: torch.Tensor) -> None:

@@ -56,7 +56,7 @@ class Rotary:
         elif self.axes:
             moved = moved[list(self.axes)].T
         else:
-            raise ValueError("this rotation has no axes of its own: give one offset for each token, [T]")
+            raise ValueError("this rotation has only one axis: give one offset for each token, [T]")
         return moved * torch.tensor(self.frequencies, dtype=torch.float64)
 
 

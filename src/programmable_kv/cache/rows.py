@@ -58,11 +58,11 @@ class Rows:
         try:
             ids = torch.tensor(self.ids)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise InvalidArgumentError(f"token ids are whole numbers, got {self.ids[:3]!r}... ({error})") from error
+            raise InvalidArgumentError(f"token ids must be whole numbers; got {self.ids[:3]!r}... ({error})") from error
         if ids.numel() and (ids.dtype != torch.long or int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
             raise InvalidArgumentError(
-                f"token ids of this model are whole numbers from 0 to {vocabulary - 1}, got numbers from {ids.min()} to "
-                f"{ids.max()}. Were they made by another model's tokenizer?"
+                f"token ids of this model must be whole numbers from 0 to {vocabulary - 1}; got numbers from "
+                f"{ids.min()} to {ids.max()}. Were they made by another model's tokenizer?"
             )
         return ids
 

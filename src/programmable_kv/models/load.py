@@ -82,7 +82,7 @@ def load_model(
     arguments: dict[str, Any] = {"dtype": _dtype(dtype)}
     if attention is not None:
         if attention not in _ATTENTION:
-            raise InvalidArgumentError(f"attention is one of {', '.join(_ATTENTION)}, or None; got {attention!r}")
+            raise InvalidArgumentError(f"attention must be one of {', '.join(_ATTENTION)}, or None; got {attention!r}")
         arguments["attn_implementation"] = attention
     placed = _device(device)
     direct = placed is not None and (placed in _SPREAD or find_spec("accelerate") is not None)
@@ -160,7 +160,7 @@ def _pretrained(name: str, source: Source, shared: dict[str, Any], arguments: di
         if "trust_remote_code" in str(error):
             hint = "Read that code, and pass trust_remote_code=True to run it."
         elif source.gguf_file is not None:
-            hint = "The file may be cut off: fetch it again."
+            hint = "The file may be truncated: download it again."
         raise ModelUnavailableError(f"could not load '{name}': {_first_line(error)} {hint}") from error
     return model, tokenizer
 
@@ -173,7 +173,8 @@ def _dtype(given: str | torch.dtype | None) -> str | torch.dtype:
         return given
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InvalidArgumentError(
-            f"dtype is a floating torch dtype or its name (float32, bfloat16, float16, float64), or 'auto'; got {given!r}"
+            "dtype must be a floating-point torch dtype or its name (float32, bfloat16, float16, float64), or 'auto'; "
+            f"got {given!r}"
         )
     return found
 
@@ -189,14 +190,14 @@ def _device(given: str | int | torch.device | None) -> str | int | torch.device 
         return given
     if not isinstance(given, str | int | torch.device) or isinstance(given, bool):
         raise InvalidArgumentError(
-            f"device is a torch device or its name, or one of {', '.join(_SPREAD)}; got {given!r}"
+            f"device must be a torch device or its name, or one of {', '.join(_SPREAD)}; got {given!r}"
         )
     try:
         torch.empty(1, device=given).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelUnavailableError(
-            f"the device {str(given)!r} cannot be used here: {_first_line(error)} Leave the device out to load on the CPU, or "
-            "install the build of torch for it."
+            f"the device {str(given)!r} cannot be used here: {_first_line(error)} Omit the device to load on the CPU, "
+            "or install the build of torch for it."
         ) from error
     return given
 
@@ -204,8 +205,8 @@ def _device(given: str | int | torch.device | None) -> str | int | torch.device 
 def _check_tokenizer(name: str, tokenizer: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise ModelUnavailableError(
-            f"the tokenizer of '{name}' cannot tell which characters a token covers (it is not a fast tokenizer), so field "
-            "spans cannot be exact. Use a model with a tokenizer.json."
+            f"the tokenizer of '{name}' does not report which characters a token covers (it is not a fast tokenizer), "
+            "so field spans cannot be exact. Use a model with a tokenizer.json."
         )
 
 

@@ -40,7 +40,7 @@ def loaded_model(fingerprint: str, kind: type[AnyModel], name: str) -> AnyModel:
         found = _loaded.get(fingerprint)
     if not isinstance(found, kind):
         raise ModelUnavailableError(
-            f"the model '{name}' ({fingerprint[:8]}) is not loaded in this process, and a pickled notebook does not hold it: "
-            "load it with load_model first, and keep it."
+            f"the model '{name}' ({fingerprint[:8]}) is not loaded in this process, and a pickled notebook does not "
+            "contain it: load it with load_model first, and keep a reference to it."
         )
     return found

@@ -42,7 +42,7 @@ def find_source(name: str | Path, *, revision: str | None = None) -> Source:
         MissingExtraError: a GGUF file or the embedded model needs the `[embedded]` extra.
     """
     if not isinstance(name, str | Path) or not str(name).strip():
-        raise InvalidArgumentError(f"a model's name is a string or a path, got {name!r}. {_FORMS}")
+        raise InvalidArgumentError(f"a model's name must be a string or a path; got {name!r}. {_FORMS}")
     if str(name) in (EMBEDDED, EMBEDDED_DESIGN):
         from programmable_kv.models.fetch import embedded_folder
 
@@ -56,7 +56,7 @@ def find_source(name: str | Path, *, revision: str | None = None) -> Source:
     if path.exists():
         raise ModelUnavailableError(f"{path} is a file, but not a .gguf file. {_FORMS}")
     if isinstance(name, Path) or _spelled_as_a_path(str(name)):
-        raise ModelUnavailableError(f"could not load '{name}': there is no such folder. {_FORMS}")
+        raise ModelUnavailableError(f"could not load '{name}': the folder does not exist. {_FORMS}")
     return _on_the_hub(str(name), revision)
 
 
@@ -67,7 +67,7 @@ def _gguf(path: Path) -> Source:
         magic = file.read(len(_GGUF_MAGIC))
     if magic != _GGUF_MAGIC:
         raise ModelUnavailableError(
-            f"{path} is not a GGUF file: it begins with {magic!r} instead of {_GGUF_MAGIC!r}. Fetch it again."
+            f"{path} is not a GGUF file: it begins with {magic!r} instead of {_GGUF_MAGIC!r}. Download it again."
         )
     require_extra("embedded", "gguf", "accelerate")  # transformers reads GGUF files with both
     return Source(str(path.parent), path.parent, path.name)
@@ -78,7 +78,7 @@ def _folder(path: Path) -> Source:
         files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
         if files:
             raise ModelUnavailableError(
-                f"{path} has no config.json, but a GGUF file. Give the file itself: load_model('{files[0]}')."
+                f"{path} contains a GGUF file but no config.json. Pass the file itself: load_model('{files[0]}')."
             )
         raise ModelUnavailableError(f"could not load '{path}': the folder has no config.json. {_FORMS}")
     return Source(str(path), path)
@@ -96,15 +96,15 @@ def _on_the_hub(name: str, revision: str | None) -> Source:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError as error:
         raise ModelUnavailableError(
-            f"could not load '{name}': that is no Hub id, and no such folder. {_FORMS}"
+            f"could not load '{name}': this is neither a Hub id nor an existing folder. {_FORMS}"
         ) from error
     if _hub_answers():
         return Source(name, None)
     if isinstance(cached, str):  # as a folder, because for a Hub id transformers always asks the Hub for some files
         return Source(str(Path(cached).parent), Path(cached).parent)
     raise ModelUnavailableError(
-        f"could not load '{name}': there is no such folder, the Hub cannot be reached, and its cache here does not hold the "
-        f"model. Check the spelling and the network. {_FORMS}"
+        f"could not load '{name}': the folder does not exist, the Hub cannot be reached, and the local Hub cache does "
+        f"not contain the model. Check the spelling and the network. {_FORMS}"
     )
 
 

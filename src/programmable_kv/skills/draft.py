@@ -89,18 +89,16 @@ class Draft:
             or not all(isinstance(it, str) for it in (*texts.values(), between))
         ):
             raise InvalidValueError(
-                "there is no text to compile: give at least one in a mapping, name -> text; `between` is a text too"
+                "no text to compile: give at least one text in a mapping, name -> text; `between` must be a text too"
             )
         gap = _unit(model.tokenizer, as_text(between, model.tokenizer, "the text between skills"))
         values, types = _checked_fields(model, "\n".join(texts.values()), fields)
         for field_name in fields:
             if field_name in texts:
-                raise InvalidValueError(
-                    f"{field_name} is the name of a text and of a field: call one of them something else"
-                )
+                raise InvalidValueError(f"{field_name} is the name of both a text and a field: rename one of them")
             if not any("{" + field_name + "}" in text for text in texts.values()):
                 raise UnknownFieldError(
-                    f"no text has a placeholder {{{field_name}}}. Write it where the value belongs, or do not give the value."
+                    f"no text has a placeholder {{{field_name}}}. Put it where the value belongs, or omit the value."
                 )
         read = _read(model.tokenizer, preface, inside=True)
         drafts: list[Draft] = []
@@ -141,7 +139,7 @@ class Draft:
         pieces = skill_units(rendered, own_types, model.tokenizer) if designed else ()
         unit = joined_unit(pieces) if designed else tokenised(model.tokenizer, rendered, Kind.SKILL)
         if not len(unit):
-            raise InvalidValueError("the skill has no tokens: all of its text is values, and they are empty")
+            raise InvalidValueError("the skill has no tokens: its text consists only of values, and they are empty")
         if name is None:
             name = "skill_" + hashlib.sha256(f"{read[0]}{unit.text}".encode()).hexdigest()[:12]
         check_name(name)
@@ -210,19 +208,19 @@ def _checked_mentions(mentions: Words | None, values: Collection[str], *, design
     """
     given = {} if mentions is None else mentions
     if not isinstance(given, Mapping) or not all(isinstance(said, list | tuple) for said in given.values()):
-        raise InvalidArgumentError(f"mentions are a mapping, field -> list of words; got {given!r}")
+        raise InvalidArgumentError(f"mentions must be a mapping, field -> list of words; got {given!r}")
     words = {name: tuple(dict.fromkeys(said)) for name, said in given.items()}
     if words and not design:
         raise InvalidArgumentError(
-            "mentions say which lines of a skill read a field, and without visibility='design' all later ones do: leave "
-            "them out, and declare them with Notebook.mentions"
+            "mentions say which lines of a skill read a field, but without visibility='design' all later lines do: "
+            "omit them here, and declare them with Notebook.mentions"
         )
     for said in words.values():
         check_words(said)
     known = {*values, *(word for name in values for word in declared_words(words, name))}
     if unknown := [name for name in words if name not in known]:
         raise UnknownFieldError(
-            f"mentions are declared for {unknown[0]!r}, which is no field of this skill; its fields are: "
+            f"mentions are declared for {unknown[0]!r}, which is not a field of this skill; its fields are: "
             f"{', '.join(values) or 'none'}"
         )
     return words
@@ -236,8 +234,8 @@ def _check_no_option(text: str, fields: Mapping[str, object], options: Mapping[s
     for option, given in options.items():
         if given is not None and option not in fields and "{" + option + "}" in text:
             raise InvalidValueError(
-                f"the text has a placeholder {{{option}}}, and {option}=... is the skill's own {option}, not a value for it. "
-                f"Give the value in a mapping of values: {{{option!r}: ...}}."
+                f"the text has a placeholder {{{option}}}, but {option}=... is the skill's own {option}, not a value "
+                f"for it. Give the value in a mapping of values: {{{option!r}: ...}}."
             )
 
 
@@ -252,7 +250,8 @@ def _read(tokenizer: Any, preface: Preface, *, inside: bool) -> tuple[str, tuple
     for message in preface:
         if not isinstance(message, tuple | list) or len(message) != 2 or not all(isinstance(it, str) for it in message):
             raise InvalidValueError(
-                f"a preface is a text, or a list of messages like ('system', 'Be polite.'); got {str(message)[:80]!r} in it"
+                "a preface must be a text, or a list of messages like ('system', 'Be polite.'); it contains "
+                f"{str(message)[:80]!r}"
             )
         role, content = message
         check_role(role)

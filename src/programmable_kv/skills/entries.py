@@ -36,7 +36,7 @@ def check_key(entry: Entry, where: str) -> None:
         CorruptFileError: the entry's key does not match its content, or the name of its tensors does not match its key.
     """
     if entry.key != entry_key(entry) or not entry.tensors.startswith(f"{entry.key}."):
-        raise CorruptFileError(f"{where} does not describe the entry of its key: {Entry.AGAIN}")
+        raise CorruptFileError(f"{where} does not match its key: {Entry.AGAIN}")
 
 
 class Entries:
@@ -112,7 +112,7 @@ class Entries:
             UnknownSkillError: no entry matches, or more than one.
         """
         if not isinstance(which, str):
-            raise InvalidArgumentError(f"a stored skill is asked for by its name or key, got {which!r}")
+            raise InvalidArgumentError(f"a stored skill's name or key must be a string; got {which!r}")
         if _KEY.match(which) and self.holds(which):
             return which
         entries, damaged = self.inventory()
@@ -139,7 +139,7 @@ class Entries:
         """
         entry = self.read(self.find(which, fingerprint))
         if entry is None:
-            raise UnknownSkillError(f"skill {which!r} was removed from {self.blobs.where} just now: compile it again")
+            raise UnknownSkillError(f"skill {which!r} was just removed from {self.blobs.where}: compile it again")
         return entry
 
     def tensors(self, entry: Entry, *, verify: bool = True) -> tuple[Entry, bytes | Path]:
@@ -159,13 +159,15 @@ class Entries:
             if body is not None:
                 if len(body) != entry.nbytes or sha256_of(body) != entry.tensors_sha256:
                     raise CorruptFileError(
-                        f"the tensors of skill {entry.name!r} ({self.place(entry.tensors)}) are not those of its manifest: "
+                        f"the tensors of skill {entry.name!r} ({self.place(entry.tensors)}) do not match its manifest: "
                         f"{Entry.AGAIN}"
                     )
                 return entry, body
             newer = self.read(entry.key)
             if newer is None:
-                raise UnknownSkillError(f"skill {entry.name!r} was removed from {self.blobs.where} just now")
+                raise UnknownSkillError(
+                    f"skill {entry.name!r} was just removed from {self.blobs.where}: compile it again"
+                )
             if newer.tensors == entry.tensors:
                 break
             entry = newer

@@ -122,16 +122,18 @@ def _check_levels(check: TensorCheck, layer: int, shape: LayerShape) -> None:
 def _preface(tensors: Mapping[str, torch.Tensor], entry: Entry, where: str) -> tuple[str, tuple[int, ...]]:
     text, ids = tensors["preface"], tensors["preface_ids"]
     if text.dtype != torch.uint8 or ids.dtype != torch.int32 or text.ndim != 1 or ids.ndim != 1:
-        raise CorruptFileError(f"{where}: the preface is {text.dtype} and {ids.dtype}, not bytes and token ids")
+        raise CorruptFileError(
+            f"{where}: the preface is stored as {text.dtype} and {ids.dtype}, not as bytes and token ids"
+        )
     found = tuple(ids.tolist())
     if preface_digest(found) != entry.preface_sha256 or len(found) != entry.preface_tokens:
-        raise CorruptFileError(f"{where}: the preface is not the one that the manifest speaks of")
+        raise CorruptFileError(f"{where}: the preface does not match the manifest")
     try:
         preface = bytes(text.tolist()).decode()
     except UnicodeDecodeError as error:
         raise CorruptFileError(f"{where}: the preface is not UTF-8: {error}") from error
     if shortened(preface) != entry.preface:
-        raise CorruptFileError(f"{where}: the preface does not begin as the manifest says")
+        raise CorruptFileError(f"{where}: the preface does not begin with the text in the manifest")
     return preface, found
 
 
@@ -148,7 +150,9 @@ def shapes_in(tensors: Mapping[str, torch.Tensor], where: str) -> tuple[LayerSha
         for name in BOTH:
             tensor = tensors.get(f"{name}.{layer}")
             if tensor is None or tensor.ndim != 4:
-                raise CorruptFileError(f"{where}: there are no {name} of layer {layer} as a cache has them")
+                raise CorruptFileError(
+                    f"{where}: the {name} of layer {layer} are missing or do not have four dimensions"
+                )
             shape[name] = CachedShape.of(tensor)
         shapes.append(shape)
     if not shapes:

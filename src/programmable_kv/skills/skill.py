@@ -210,9 +210,9 @@ def check_fingerprint(name: str, fingerprint: str, model: Model) -> None:
     """
     if fingerprint != model.fingerprint:
         raise FingerprintMismatchError(
-            f"skill {name!r} was compiled by a model with fingerprint {fingerprint[:8]}, and this one's is "
-            f"{model.fingerprint[:8]} ('{model.name}'). Keys and values only fit the weights, tokenizer and dtype that made "
-            "them: compile it again."
+            f"skill {name!r} was compiled by a model with fingerprint {fingerprint[:8]}; this model's is "
+            f"{model.fingerprint[:8]} ('{model.name}'). Keys and values only fit the weights, tokenizer and dtype that "
+            "made them: compile it again."
         )
 
 

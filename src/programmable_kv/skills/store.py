@@ -63,7 +63,7 @@ class SkillStore:
             StorageError: a URL's driver is not installed or cannot connect.
         """
         if limit < 0:
-            raise InvalidArgumentError(f"a store's limit is a number of bytes, got {limit}")
+            raise InvalidArgumentError(f"a store's limit must be a number of bytes, at least 0; got {limit}")
         self.limit = limit
         self.int8 = int8
         self._entries = Entries(blobs_at(where if where is not None else home() / "skills"))
@@ -86,8 +86,8 @@ class SkillStore:
     def _put(self, skill: Skill, model_name: str) -> Entry:
         if skill.rounded and not self.int8:
             raise InvalidValueError(
-                f"skill {skill.name!r} comes from a store of 8 bits, and this one keeps full precision. "
-                "Compile it again, or keep it in a store with int8=True."
+                f"skill {skill.name!r} comes from an 8-bit store, but this store keeps full precision. Compile it "
+                "again, or put it in a store with int8=True."
             )
         check_name(skill.name)
         key = key_of(skill.fingerprint, skill.preface_ids, skill.unit.ids, self.int8, skill.pieces, skill.mentions)
@@ -310,7 +310,7 @@ class SkillStore:
         entry = Entry.read(manifest, str(path))
         check_key(entry, str(path))
         if len(body) != entry.nbytes or sha256_of(body) != entry.tensors_sha256:
-            raise CorruptFileError(f"{path} was damaged or changed: export the skill again")
+            raise CorruptFileError(f"{path} is damaged or was changed: export the skill again")
         _check_content(entry, body, str(path))
         entry = entry.model_copy(update={"tensors": new_name(entry.key)})
         self._entries.write(entry, body)

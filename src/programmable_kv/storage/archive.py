@@ -28,7 +28,7 @@ def write_archive(file: Path, members: Mapping[str, bytes]) -> None:
             partial.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         raise StorageError(
-            f"cannot write {file}: {error}. What was there before is unchanged: make room or choose another place."
+            f"cannot write {file}: {error}. The existing file, if any, is unchanged: make room or choose another place."
         ) from error
 
 
@@ -45,10 +45,10 @@ def read_archive(file: Path, names: tuple[str, ...]) -> tuple[bytes, ...]:
         with zipfile.ZipFile(file) as archive:
             members = {info.filename: info for info in archive.infolist()}
             if sorted(info.filename for info in archive.infolist()) != sorted(names):
-                raise CorruptFileError(f"{file} is not an exported skill: it does not hold just {', '.join(names)}")
+                raise CorruptFileError(f"{file} is not an exported skill: it must contain exactly {', '.join(names)}")
             if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 for info in members.values()):
                 raise CorruptFileError(
-                    f"{file} is compressed or encrypted, which no exported skill is: export it again"
+                    f"{file} is compressed or encrypted, but exported skills are not: export the skill again"
                 )
             return tuple(archive.read(members[name]) for name in names)
     except (
@@ -60,6 +60,6 @@ def read_archive(file: Path, names: tuple[str, ...]) -> tuple[bytes, ...]:
         RuntimeError,
         struct.error,
     ) as error:
-        raise CorruptFileError(f"{file} is not an exported skill, or is damaged: {error}") from error
+        raise CorruptFileError(f"{file} is damaged or not an exported skill: {error}") from error
     except OSError as error:
         raise StorageError(f"cannot read {file}: {error}") from error

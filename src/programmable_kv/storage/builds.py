@@ -50,12 +50,12 @@ class SavedBuild(BaseModel):
         """
         if self.scheme != _SCHEME:
             raise CorruptFileError(
-                f"{where}: it was saved by an earlier version (keys of scheme {self.scheme}, this is {_SCHEME}), which says "
-                "otherwise what was built from what: prefill the notebook again"
+                f"{where}: an earlier version saved it with incompatible build keys (scheme {self.scheme}; this "
+                f"version uses {_SCHEME}): prefill the notebook again"
             )
         found = sum(one.tokens for one in self.built)
         if found != tokens:
-            raise CorruptFileError(f"{where}: {found} tokens were built, and the context has {tokens}")
+            raise CorruptFileError(f"{where}: the build has {found} tokens, but the context has {tokens}")
 
     def build(self, declared: Declared) -> Build:
         return Build(

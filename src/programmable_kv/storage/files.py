@@ -171,9 +171,7 @@ class Blobs(ABC):
                 raise
             raise StorageError(f"cannot {doing} {what}: {error}") from error
         except IsADirectoryError as error:
-            raise CorruptFileError(
-                f"cannot {doing} {what}: a folder stands in its place. Move the folder away."
-            ) from error
+            raise CorruptFileError(f"cannot {doing} {what}: a folder has that name. Move the folder away.") from error
         except Exception as error:
             raise StorageError(
                 f"cannot {doing} {what}: {' '.join(str(error).split()) or type(error).__name__}. {_advice(error)}"
@@ -186,7 +184,7 @@ def _advice(error: Exception) -> str:
     if number in _NO_ROOM or any(f"os error {code})" in str(error) for code in _NO_ROOM):
         return "What was stored before is unchanged: make room or choose another place, and run it again."
     if number in _REFUSED:
-        return "Change its permissions or choose another place."
+        return "Change its permissions, or choose another place."
     return "What was stored before is unchanged."
 
 
@@ -197,7 +195,8 @@ def checked_name(name: str) -> str:
     """
     if not isinstance(name, str) or not _NAME.match(name):
         raise InvalidArgumentError(
-            f"a stored file's name is up to 128 letters, digits, '_', '-' and single dots, with no folder in it; got {name!r}"
+            "a stored file's name must be up to 128 letters, digits, '_', '-' and single dots, without a folder; got "
+            f"{name!r}"
         )
     return name
 
@@ -223,7 +222,7 @@ def blobs_at(where: str | Path | Blobs) -> Blobs:
     if isinstance(where, Blobs):
         return where
     if not isinstance(where, str | Path) or not str(where):
-        raise InvalidArgumentError(f"a place to store things is a folder, a URL or `Blobs`; got {where!r}")
+        raise InvalidArgumentError(f"a storage location must be a folder, a URL or `Blobs`; got {where!r}")
     from programmable_kv.storage.local import LocalBlobs
 
     text = str(where)
@@ -235,7 +234,7 @@ def blobs_at(where: str | Path | Blobs) -> Blobs:
         return FsspecBlobs(text)
     elif _SCHEME.match(text):
         raise InvalidArgumentError(
-            f"{text!r} looks like a URL with one slash. Give a URL as a string with '://' (a `Path` drops a slash), or a local "
-            f"folder as './{text}'."
+            f"{text!r} looks like a URL with only one slash. Give a URL as a string with '://' (a `Path` drops a "
+            f"slash), or a local folder as './{text}'."
         )
     return LocalBlobs(Path(text).expanduser())

@@ -98,13 +98,13 @@ class SavedLedger(_Strict):
         """
         found = sum(run.length for run in self.runs)
         if found != tokens:
-            raise CorruptFileError(f"{where}: the ledger has {found} tokens, and the context {tokens}")
+            raise CorruptFileError(f"{where}: the ledger has {found} tokens, but the context has {tokens}")
         for run in self.runs:
             if run.version >= len(self.versions) or run.origin is Origin.PENDING:
-                raise CorruptFileError(f"{where}: what a run of {run.length} tokens has read is missing")
+                raise CorruptFileError(f"{where}: the record of what a run of {run.length} tokens has read is missing")
             offsets = [offset for offset, _, _ in run.statements]
             if offsets != sorted(offsets) or not all(0 <= offset < run.length for offset in offsets):
-                raise CorruptFileError(f"{where}: a run of {run.length} tokens holds a value outside of it")
+                raise CorruptFileError(f"{where}: a value in a run of {run.length} tokens is outside the run")
 
     def ledger(self, context: Context) -> Ledger:
         """The ledger of a context, which must have as many tokens (see `check`)."""

@@ -97,7 +97,7 @@ class SavedUnit(_Strict):
         count, length = len(self.ids), len(self.text)
         vocabulary = int(model.engine.model.get_input_embeddings().weight.shape[0])
         if not all(0 <= token < vocabulary for token in (*self.ids, *self.read)):
-            raise CorruptFileError(f"{where}: a token id is not one of the model's {vocabulary}")
+            raise CorruptFileError(f"{where}: a token id is not in the model's vocabulary of {vocabulary}")
         if len(self.offsets) != count or not all(0 <= a <= b <= length for a, b in self.offsets):
             raise CorruptFileError(f"{where}: the tokens' offsets do not fit {count} tokens of {length} characters")
         reached = 0
@@ -106,10 +106,10 @@ class SavedUnit(_Strict):
             if place.name not in fields or not reached <= start <= stop <= length:
                 raise CorruptFileError(f"{where}: the value of {place.name!r} has no place in the text")
             if place.tokens != _covering(self.offsets, start, stop):
-                raise CorruptFileError(f"{where}: the tokens of {place.name!r} are not those of its characters")
+                raise CorruptFileError(f"{where}: the tokens of {place.name!r} do not match its characters")
             reached = stop
         if not all(0 <= start < stop <= length for start, stop in self.plain):
-            raise CorruptFileError(f"{where}: plain text is marked outside of the text")
+            raise CorruptFileError(f"{where}: a plain-text mark is outside the text")
         check_mentions(dict(self.words), where)
         if self.piece:
             self.check_piece(self.piece, where)
@@ -121,7 +121,7 @@ class SavedUnit(_Strict):
         """
         one_thing = [place.characters for place in self.places] in ([], [(0, len(self.text))])
         if self.kind is not Kind.SKILL or self.piece != number or self.special or self.corrects or not one_thing:
-            raise CorruptFileError(f"{where}: a piece of a skill is neither text nor one value")
+            raise CorruptFileError(f"{where}: a piece of a skill must be plain text or exactly one value")
 
 
 class SavedType(_Strict):
@@ -275,11 +275,11 @@ class NotebookManifest(Sealed):
             raise CorruptFileError(f"{where}: {error}") from error
         named = {name for message in self.messages for name in message.fields} | set(self.template.fields)
         if not named <= self.placeholders.keys():
-            raise CorruptFileError(f"{where}: a message has a placeholder without a value")
+            raise CorruptFileError(f"{where}: a placeholder in a message has no value")
         self.context.check(model, where)
         check_mentions(self.mentions, where)
         if (self.ledger is None) == (self.build is None):
-            raise CorruptFileError(f"{where}: it must have a ledger or a build, and not both")
+            raise CorruptFileError(f"{where}: it must have either a ledger or a build, not both")
         if self.ledger is not None:
             self.ledger.check(self.context.length, where)
         if self.build is not None:
@@ -323,19 +323,19 @@ class Entry(Sealed):
         """
         unit = self.unit
         if unit.kind is not Kind.SKILL or not unit.ids:
-            raise CorruptFileError(f"{where}: it holds no skill ({len(unit.ids)} tokens of a {unit.kind})")
+            raise CorruptFileError(f"{where}: it does not contain a skill ({len(unit.ids)} tokens of kind {unit.kind})")
         for name, value in self.values.items():
             _check_value(name, value, self.types.get(name, SavedType()), model, where)
         unit.check(self.values, model, where)
         for place in unit.places:
             if unit.text[slice(*place.characters)] != self.values[place.name]:
-                raise CorruptFileError(f"{where}: the value of {place.name!r} is not what stands in the text")
+                raise CorruptFileError(f"{where}: the value of {place.name!r} differs from the text")
         check_mentions(self.mentions, where)
         for number, piece in enumerate(self.pieces, 1):
             piece.check(self.values, model, where)
             piece.check_piece(number, where)
         if self.pieces and joined_unit([piece.unit() for piece in self.pieces]) != unit.unit():
-            raise CorruptFileError(f"{where}: the pieces of the skill are not its text")
+            raise CorruptFileError(f"{where}: the skill's pieces do not add up to its text")
 
 
 def key_of(
@@ -405,7 +405,7 @@ def check_mentions(mentions: Words, where: str) -> None:
         try:
             check_words(words)
         except InvalidArgumentError as error:
-            raise CorruptFileError(f"{where}: the words declared for {name!r}: {error}") from error
+            raise CorruptFileError(f"{where}: invalid words for {name!r}: {error}") from error
 
 
 def _check_value(name: str, value: str, kind: SavedType, model: Model, where: str) -> None:

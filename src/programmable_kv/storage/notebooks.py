@@ -152,7 +152,7 @@ def read(where: str | Path | Blobs, model: Model) -> SavedNotebook:
 def _manifest(blobs: Blobs) -> NotebookManifest:
     body = blobs.read(MANIFEST)
     if body is None:
-        raise CorruptFileError(f"{blobs.where} holds no {MANIFEST}: it is not a saved notebook")
+        raise CorruptFileError(f"{blobs.where} is not a saved notebook: it has no {MANIFEST}")
     return NotebookManifest.read(body, f"{MANIFEST} in {blobs.where}")
 
 
@@ -164,7 +164,9 @@ def _check_model(manifest: NotebookManifest, model: Model, blobs: Blobs) -> None
             "dtype that made them: load that model, or prefill again."
         )
     if not _TENSORS.match(manifest.tensors):
-        raise CorruptFileError(f"{MANIFEST} in {blobs.where} names no tensors of a notebook: {manifest.tensors[:80]!r}")
+        raise CorruptFileError(
+            f"{MANIFEST} in {blobs.where} does not name a notebook's tensors: {manifest.tensors[:80]!r}"
+        )
 
 
 def _tensors(blobs: Blobs, manifest: NotebookManifest, model: Model) -> dict[str, torch.Tensor] | None:
@@ -180,8 +182,8 @@ def _tensors(blobs: Blobs, manifest: NotebookManifest, model: Model) -> dict[str
             found = sha256_of(source)
         if found != manifest.tensors_sha256:
             raise CorruptFileError(
-                f"{where} has sha256 {found[:12]}..., its manifest says {manifest.tensors_sha256[:12]}...: it was damaged or "
-                "exchanged. Save the notebook again."
+                f"{where} has sha256 {found[:12]}..., but its manifest says {manifest.tensors_sha256[:12]}...: it was "
+                "damaged or replaced. Save the notebook again."
             )
         return read_tensors(source, where)
     except FileNotFoundError:
@@ -225,9 +227,7 @@ def _check_stand(positions: Sequence[int], context: Context, where: str) -> None
         CorruptFileError: the cache's positions are not those of the text.
     """
     if list(positions) != list(context.positions_in(Span(0, len(context)))):
-        raise CorruptFileError(
-            f"{where}: the positions of the cache are not those of the text: save the notebook again"
-        )
+        raise CorruptFileError(f"{where}: the cache's positions do not match the text: save the notebook again")
 
 
 def _named(blobs: Blobs) -> set[str] | None:
@@ -249,5 +249,6 @@ def _require_ours(blobs: Blobs) -> None:
     other = blobs.foreign(lambda name: name == MANIFEST or bool(_TENSORS.match(name)))
     if other is not None:
         raise CorruptFileError(
-            f"{blobs.where} exists and is not a saved notebook (it holds {other!r}); choose another name, or remove it yourself"
+            f"{blobs.where} exists but is not a saved notebook (it contains {other!r}): choose another name, or remove "
+            "it yourself"
         )

@@ -38,10 +38,10 @@ class Sealed(BaseModel):
                 return cls.model_validate_json(body)
             reason = "was damaged or changed by hand"
         except (ValidationError, ValueError, RecursionError) as error:
-            reason = f"is no manifest of its kind ({' '.join(str(error).split())[:160]})"
+            reason = f"is not a valid manifest ({' '.join(str(error).split())[:160]})"
         found = _format(sealed)
         if found is not None and found != cls.FORMAT:
-            reason = f"is of format {found}, and this version reads and writes format {cls.FORMAT}"
+            reason = f"has format {found}, but this version reads and writes format {cls.FORMAT}"
         raise CorruptFileError(f"{where} {reason}: {cls.AGAIN}")
 
 

@@ -67,7 +67,7 @@ def read_tensors(source: bytes | Path, where: str) -> dict[str, torch.Tensor]:
         # The file is opened twice, for its header and for the mapping. Another process may remove it in between, for
         # which torch raises a RuntimeError.
         if isinstance(source, Path) and not source.exists():
-            raise FileNotFoundError(f"{where} was removed while it was read") from error
+            raise FileNotFoundError(f"{where} was removed while it was being read") from error
         raise CorruptFileError(f"{where} is not a safetensors file: {error}") from error
 
 
@@ -87,19 +87,19 @@ class TensorCheck:
         """Check that exactly these tensors exist."""
         wanted = set(expected)
         if different := sorted(wanted ^ self.tensors.keys()):
-            word = "is missing" if different[0] in wanted else "does not belong there"
-            raise CorruptFileError(f"{self.where}: the tensor {different[0]!r} {word} ({len(wanted)} are expected)")
+            word = "is missing" if different[0] in wanted else "is unexpected"
+            raise CorruptFileError(f"{self.where}: the tensor {different[0]!r} {word} (expected {len(wanted)} tensors)")
 
     def shaped(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Check a tensor's shape and dtype, and with `finite` that its numbers are finite; returns it."""
         tensor = self.tensors[name]
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise CorruptFileError(
-                f"{self.where}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, and this model caches {dtype} of "
-                f"shape {shape}"
+                f"{self.where}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected {dtype} of shape "
+                f"{shape}"
             )
         if self.finite and dtype.is_floating_point and not _finite(tensor):
-            raise CorruptFileError(f"{self.where}: {name} holds NaN or infinity")
+            raise CorruptFileError(f"{self.where}: {name} contains NaN or infinity")
         return tensor
 
     def cached(self, layer: int, shape: LayerShape, *, prefix: str = "", names: Sequence[Rotated] = BOTH) -> None:
@@ -115,7 +115,9 @@ class TensorCheck:
             return
         lowest, highest = int(found.min()), int(found.max())
         if lowest < 0 or (limit is not None and highest >= limit):
-            raise CorruptFileError(f"{self.where}: {name} lie in [{lowest}, {highest}], and the model has {limit}")
+            raise CorruptFileError(
+                f"{self.where}: {name} range from {lowest} to {highest}, but must be at least 0 and below {limit}"
+            )
         if ascending and bool((found[1:] <= found[:-1]).any()):
             raise CorruptFileError(f"{self.where}: {name} do not ascend")
 
@@ -124,7 +126,8 @@ class TensorCheck:
         found = self.shaped("frequencies", (self.tensors["frequencies"].numel(),), torch.long)
         if (rules is not None and found.numel() != rules) or bool((found < 0).any()):
             raise CorruptFileError(
-                f"{self.where}: frequencies are {found.tolist()[:4]}, and the model has {rules} rules for them"
+                f"{self.where}: frequencies are {found.tolist()[:4]}, but must be one for each of the model's {rules} "
+                "rules, not negative"
             )
 
 

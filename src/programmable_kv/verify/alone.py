@@ -48,7 +48,7 @@ def prefill_alone(
         model(**arguments)
     if not isinstance(cache, Cache):
         raise UnsupportedModelError(
-            f"{model.config.model_type} returns no cache of transformers' own kind, so there is nothing to relocate."
+            f"{model.config.model_type} does not return a transformers `Cache`, so there is nothing to relocate."
         )
     return [
         {name: tensor[:, None] if tensor.ndim == 3 else tensor for name, tensor in layer.items()}

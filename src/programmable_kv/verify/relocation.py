@@ -136,7 +136,7 @@ class _Check:
     def run(self) -> RelocationProof:
         try:
             if self.limit < _CHUNK + _COUNTED:
-                raise _Refused(f"{self.limit} positions are too few to check anything")
+                raise _Refused(f"{self.limit} positions are too few for the check")
             here = self._chunk(0)
             self._sort_tensors(here)
             self._probe()
@@ -149,7 +149,7 @@ class _Check:
         verdict, reason, within = Verdict.EXACT, self.note, None
         if self.states:
             verdict = Verdict.ATTENTION_ONLY
-            reason = f"layers {_listed(self.states)} keep a state, which has to be scanned anew"
+            reason = f"layers {_listed(self.states)} have a recurrent state that must be recomputed"
         elif self.layout.regime is not None and self._regime_matters(here):
             verdict, within = Verdict.WITHIN, self.layout.regime.within
             reason = f"{self.layout.regime.name}: positions below {within} only"
@@ -181,7 +181,7 @@ class _Check:
         if not any(self.names):
             rows = {tensor.shape[-2] for layer in here for name, tensor in layer.items() if name == "keys"}
             raise _Refused(
-                f"it caches {min(rows)} rows for {_CHUNK} tokens, so rows cannot be told apart by their token"
+                f"it caches {min(rows)} rows for {_CHUNK} tokens, so its rows cannot be assigned to tokens"
                 if rows
                 else "no layer caches anything for each token: its whole past is a state"
             )
@@ -231,10 +231,12 @@ class _Check:
             return
         name, found = next(iter(failed.items()))
         tried = "a copy" if found.rule is None else "the closest of the rotations tried"
-        off = f"{tried} is off by {found.error:.2e} of their norm, where {probe_tolerance(self.dtype):.2e} is the rounding"
+        off = f"{tried} is off by {found.error:.2e} of their norm (tolerance {probe_tolerance(self.dtype):.2e})"
         if set(failed) == set(self.names[index]):
             self.encoding = PositionEncoding.LEARNED
-            raise _Refused(f"all that layer {index} caches of a single token depends on its position ({name}: {off})")
+            raise _Refused(
+                f"everything that layer {index} caches of a single token depends on its position ({name}: {off})"
+            )
         raise _Refused(f"in layer {index} the {name} of a single token depend on its position, and {off}")
 
     def _probe_axes(self, token: int, before: list[CachedLayer], largest: int) -> None:
@@ -242,7 +244,7 @@ class _Check:
         axes = self.layout.axes
         unit = torch.eye(axes, dtype=torch.long)[:, :, None] * largest
         mixed = torch.tensor([[max(largest >> axis, 1)] for axis in range(axes)])
-        self.note = "moved along all axes at once; which axis turns which channels could not be told"
+        self.note = "moved along all axes at once; which axis rotates which channels could not be determined"
         try:
             *alone, together = [self.prefill([token], offsets) for offsets in (*unit, mixed)]
         except (ValueError, RuntimeError, IndexError, TypeError):
@@ -284,8 +286,8 @@ class _Check:
         if not largest <= allowed:
             channel = int(error.amax(dim=(0, 1, 2)).argmax())
             raise _Refused(
-                f"in layer {index} the {name} of a chunk {what} differ from those computed there by {largest:.2e} of their "
-                f"norm in channel {channel}, where {allowed:.2e} is the rounding"
+                f"in layer {index} the {name} of a chunk {what} differ from those computed there by {largest:.2e} of "
+                f"their norm in channel {channel} (tolerance {allowed:.2e})"
             )
 
     def _allowed(self, layer: LayerLayout, displacement: int) -> float:
@@ -321,7 +323,7 @@ class _Check:
         whole = self.prefill([*filler, *self.ids], None, padding=_COUNTED if self.states else 0)
         if self.states and not all(bool(torch.isfinite(t).all()) for layer in whole for t in layer.values()):
             # In some models a row of padding attends to nothing, and the softmax over nothing is NaN.
-            raise FloatingPointError("padding makes it compute NaN, so it cannot be left to count positions")
+            raise FloatingPointError("padding makes it compute NaN, so its own counting of positions cannot be checked")
         first = next(index for index, names in enumerate(self.names) if names)
         checked = range(len(here)) if self.states else (first,)
         for index in checked:
@@ -333,7 +335,7 @@ class _Check:
                 if not float(pair.error(rule_of(layer, name)).max()) <= allowed:
                     self.encoding = PositionEncoding.LEARNED
                 self._compare(
-                    index, name, layer, pair, allowed, f"that stands after {_COUNTED} others by its own count"
+                    index, name, layer, pair, allowed, f"placed after {_COUNTED} others by the model's own count"
                 )
 
     def _swap(self, here: list[CachedLayer]) -> None:

@@ -16,7 +16,7 @@ def require_rows(proof: RowsProof, model_type: str, instead: str) -> None:
     """
     if not proof.exact:
         raise UnverifiedError(
-            f"rows in the middle of a context of this {model_type} cannot be computed again: {proof.reason}. {instead}"
+            f"rows in the middle of a context cannot be recomputed on this {model_type}: {proof.reason}. {instead}"
         )
 
 
@@ -33,16 +33,16 @@ def require_relocation(proof: RelocationProof, below: int | None, layout: KVLayo
     instead = "Keep the value's token length, or use the erratum, suffix or full mode, which relocate nothing."
     if proof.encoding is PositionEncoding.LEARNED:
         raise UnverifiedError(
-            f"{name} keeps positions in the hidden states themselves (learned position embeddings, or positions that it "
-            f"counts by itself), so nothing cached at one position is right at another: {proof.reason}. {instead}"
+            f"{name} has positions in its hidden states (learned position embeddings, or positions that it counts "
+            f"itself), so nothing cached at one position is valid at another: {proof.reason}. {instead}"
         )
     if not proof.exact:
         raise UnverifiedError(f"relocation is not exact on this {name}: {proof.reason}. {instead}")
     reached = min((bound for bound in (below, layout.position_limit) if bound is not None), default=None)
     if proof.within is not None and (reached is None or reached > proof.within):
-        raise UnverifiedError(f"relocation on this {name} is exact within a bound only ({proof.reason}). {instead}")
+        raise UnverifiedError(f"relocation on this {name} is exact only within a bound ({proof.reason}). {instead}")
     if any(layer.rotates_more for layer in proof.layout.layers):
         raise UnverifiedError(
-            f"{name} keeps more than one tensor a layer that rotates, and a KVBuffer rotates one of them. {instead}"
+            f"{name} caches more than one rotating tensor per layer, but a KVBuffer rotates only one. {instead}"
         )
     return proof.layout

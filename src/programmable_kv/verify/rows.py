@@ -60,7 +60,7 @@ def prove_rows(
     bounds = [bound for bound in (layout.position_limit, *(rule.within for rule in layout.frequency_rules)) if bound]
     length = min([length, *bounds])
     if length < _FEWEST:
-        return RowsProof(False, float("inf"), f"{length} positions are too few to check anything")
+        return RowsProof(False, float("inf"), f"{length} positions are too few for the check")
     ids = tuple((5 + 29 * i) % vocabulary for i in range(length))
     slots = (1, length // 4, length // 2, length // 2 + 1, length - 1)
     doing = "the check could not be run"
@@ -68,7 +68,7 @@ def prove_rows(
         buffer = prefill(ids[:-1], tuple(range(length - 1)))
         expected = recompute(buffer, ids[-1:], slots[-1:])
         before = [(buffer.keys(i).clone(), buffer.values(i).clone()) for i in range(len(buffer))]
-        doing = "its attention takes no mask from outside"
+        doing = "its attention does not accept a custom mask"
         logits = recompute(buffer, tuple(ids[slot] for slot in slots), slots)
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
         if is_out_of_memory(error):
@@ -87,7 +87,7 @@ def prove_rows(
         if not off / allowed <= worst:
             worst = off / allowed
             where = (
-                f"the {name} layer {index}, of rows computed again in their place, differ by {off:.2e} of their norm, where "
-                f"{allowed:.2e} is the rounding"
+                f"the {name} layer {index} differ by {off:.2e} of their norm after rows are recomputed in place "
+                f"(tolerance {allowed:.2e})"
             )
     return RowsProof(worst <= 1.0, worst, "" if worst <= 1.0 else where)

@@ -154,7 +154,7 @@ def test_what_a_process_refuses_is_refused_here(asked: Every) -> None:
         next(run_every(asked, 1, ["nothing"]))
     (first,) = run_every(asked, 1, NAMES[:1])
     first.path.rename(first.path.with_suffix(".partial"))  # as of an interrupted run
-    with pytest.raises(RecordError, match="interrupted run with another data_digest, settings"):
+    with pytest.raises(RecordError, match="interrupted run with a different data_digest, settings"):
         list(run_every(replace(asked, scenarios=2), 1, NAMES[:1]))
 
 
