@@ -21,7 +21,7 @@ _WITH_UPSTREAM = (
     "mode", "volatile", "upstream_key_env", "max_running", "read_timeout", "observe_mib", "skills", "cache_salt",
     "rebase_after", "line_role",
 )  # fmt: skip
-"""options that a server of a model has no use for"""
+"""Names of the options that have no effect when a model is served."""
 
 
 def serve(
@@ -63,9 +63,11 @@ def serve(
         str | None, typer.Option(help="with --upstream: the environment variable with the key to send to it")
     ] = None,
     max_body_mib: Annotated[int, typer.Option(help="the largest request body, in MiB")] = 32,
-    max_running: Annotated[int, typer.Option(help="with --upstream: requests that are with it at one time")] = 256,
-    max_waiting: Annotated[int, typer.Option(help="requests that wait for a place; more get 429")] = 256,
-    read_timeout: Annotated[float, typer.Option(help="with --upstream: seconds for which it may be silent")] = 600.0,
+    max_running: Annotated[int, typer.Option(help="with --upstream: requests that it handles at the same time")] = 256,
+    max_waiting: Annotated[int, typer.Option(help="requests that wait for their turn; more get 429")] = 256,
+    read_timeout: Annotated[
+        float, typer.Option(help="with --upstream: seconds without a byte from it before a request fails")
+    ] = 600.0,
     observe_mib: Annotated[
         int, typer.Option(help="with --upstream: memory for earlier requests to compare with, in MiB")
     ] = 256,
@@ -172,7 +174,7 @@ def serve_key(name: Annotated[str, typer.Argument(help="the tenant's name")]) ->
 
 
 def _given(context: typer.Context) -> set[str]:
-    """Names of the options that stand on the command line."""
+    """Names of the options that were given on the command line."""
     return {
         name
         for name in context.params
