@@ -99,7 +99,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "the salt of plain requests": ({"salt": "tenant 7"}, "got 'tenant 7'"),
     "an adapter": ({"other": "the adapter french"}, "has the adapter french"),
     "no tokens": ({"prompt": None}, "has no tokens"),
-    "an unknown skill": ({"parameters": {"skills": ["terms"]}}, "there are 0 skills called 'terms'"),
+    "an unknown skill": ({"parameters": {"skills": ["terms"]}}, "there is no skill called 'terms'"),
     "another order": ({"parameters": {"skills": ["returns", "refunds"]}}, "are not in the prompt"),
     "another text": ({"prompt": [1, 2, 3, 4, 5]}, "are not in the prompt"),
     "another place": ({"parameters": {"skills": [{"skill": "refunds", "start": 1}]}}, "token 0 of"),

@@ -123,9 +123,10 @@ class Entries:
         if not found and which:
             found = [key for key in (*(entry.key for entry in entries), *damaged) if key.startswith(which)]
         if len(found) != 1:
-            several = f" ({', '.join(found[:4])}{', ...' if len(found) > 4 else ''}): give a key" if found else ""
+            known = f"are {len(found)} skills" if found else "is no skill"
+            keys = f" ({', '.join(found[:4])}{', ...' if len(found) > 4 else ''}): give a key" if found else ""
             raise UnknownSkillError(
-                f"there are {len(found)} skills called {which!r} in {self.blobs.where}{several}. It was looked up as a key, as "
+                f"there {known} called {which!r} in {self.blobs.where}{keys}. It was looked up as a key, as "
                 "a name, and as the beginning of a key. `pkv skills list` shows all of them."
             )
         return found[0]

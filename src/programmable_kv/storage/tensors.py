@@ -115,8 +115,9 @@ class TensorCheck:
             return
         lowest, highest = int(found.min()), int(found.max())
         if lowest < 0 or (limit is not None and highest >= limit):
+            bound = "" if limit is None else f" and below {limit}"
             raise CorruptFileError(
-                f"{self.where}: {name} range from {lowest} to {highest}, but must be at least 0 and below {limit}"
+                f"{self.where}: {name} range from {lowest} to {highest}, but must be at least 0{bound}"
             )
         if ascending and bool((found[1:] <= found[:-1]).any()):
             raise CorruptFileError(f"{self.where}: {name} do not ascend")
@@ -126,8 +127,8 @@ class TensorCheck:
         found = self.shaped("frequencies", (self.tensors["frequencies"].numel(),), torch.long)
         if (rules is not None and found.numel() != rules) or bool((found < 0).any()):
             raise CorruptFileError(
-                f"{self.where}: frequencies are {found.tolist()[:4]}, but must be one for each of the model's {rules} "
-                "rules, not negative"
+                f"{self.where}: frequencies are {found.tolist()[:4]}, but must not be negative, and one for each of the "
+                "model's rules"
             )
 
 

@@ -149,7 +149,8 @@ class _Check:
         verdict, reason, within = Verdict.EXACT, self.note, None
         if self.states:
             verdict = Verdict.ATTENTION_ONLY
-            reason = f"layers {_listed(self.states)} have a recurrent state that must be recomputed"
+            few = "layer {} has" if len(self.states) == 1 else "layers {} have"
+            reason = f"{few.format(_listed(self.states))} a recurrent state that must be recomputed"
         elif self.layout.regime is not None and self._regime_matters(here):
             verdict, within = Verdict.WITHIN, self.layout.regime.within
             reason = f"{self.layout.regime.name}: positions below {within} only"
