@@ -26,7 +26,7 @@ class SeamRepair:
 
     Args:
         seam: how many of the skill's first tokens to recompute.
-        rule: `"deviation:15%"` picks the 15% of tokens whose keys differ most from keys computed in this context
+        rule: `"deviation:15%"` picks that share of the tokens, those whose keys differ most from keys computed in this context
             (CacheBlend's rule, arXiv 2405.16444, section 4; this computes the whole skill once, which the account
             counts). `"influence:8"` picks the 8 tokens that the skill's last token attends to most. None picks no
             further tokens.
