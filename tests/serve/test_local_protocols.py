@@ -333,7 +333,7 @@ def test_a_bad_limit_is_named_as_the_client_named_it(
     got = httpx2.post(server.url + path, json={**body, "model": model.name, name: value})
     assert got.status_code == 400
     message = got.json()["error"]["message"]
-    assert message.startswith(f"{name} is a whole number")
+    assert message.startswith(f"{name} must be a whole number")
     assert "max_new_tokens" not in message
 
 

@@ -305,7 +305,7 @@ def test_a_splice_and_a_question_in_one_forward(model_type: str, repair: SeamRep
     before = one.ids
     with pytest.raises(InvalidEditError, match="one forward"):
         one.decide("and?", ["refund", "deny"], skill=skill, edits={"status": "shipped"})
-    with pytest.raises(InvalidEditError, match="no skill"):
+    with pytest.raises(InvalidEditError, match="without a skill"):
         one.decide("and?", ["refund", "deny"], repair=repair)
     assert one.ids == before
 

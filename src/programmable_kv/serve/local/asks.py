@@ -160,7 +160,7 @@ def count(body: Mapping[str, Any], name: str, default: int) -> int:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int):
-        refuse("invalid_request", f"{name} is a whole number")
+        refuse("invalid_request", f"{name} must be a whole number")
     return value
 
 
