@@ -80,18 +80,17 @@ def _planned(context: Context, ledger: Ledger, changes: Mapping[str, str], mode:
         names = {**context.values, **changes} if strategy.from_start else dict(changes)
         return plan_rewrite(context, ledger, names, mode, tools, from_start=strategy.from_start)
     draft = _Draft(context, ledger, context.with_values(changes), tools)
+    if mode is Mode.STALE:
+        return draft.plan(mode, mode)
     if strategy.selects:
         draft.select(changes)
     said = _said_last(context, changes) if strategy.states else set()
-    if mode is not Mode.STALE:
-        draft.take_back({name: value for name, value in changes.items() if name not in said})
+    draft.take_back({name: value for name, value in changes.items() if name not in said})
     if strategy.writes:
         draft.write(changes, rereads=strategy.rereads)
-    stated = draft.state(changes, wanted=strategy.states, said=said) if mode is not Mode.STALE else False
-    used = mode
-    if not strategy.selects and not draft.rereads:
-        used = mode_of(writes=strategy.writes, states=stated) if mode is not Mode.STALE else mode
-    return draft.plan(mode, used)
+    stated = draft.state(changes, wanted=strategy.states, said=said)
+    keeps_its_name = strategy.selects or draft.rereads
+    return draft.plan(mode, mode if keeps_its_name else mode_of(writes=strategy.writes, states=stated))
 
 
 class _Draft:
