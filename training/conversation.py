@@ -8,7 +8,9 @@ token of prefill teaches more. Only the assistant's tokens have a loss.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from programmable_kv.scenarios.grammar import Gate, Scenario, make_scenario, other_value
@@ -52,7 +54,9 @@ def _message(role: str, content: str) -> Piece:
     return Piece(f"<|im_start|>{role}\n{content}<|im_end|>\n")
 
 
-def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "full") -> list[Piece]:
+def conversation(
+    rng: random.Random, split: Split = "train", *, stage: Stage = "full", words: Sequence[str] | None = None
+) -> list[Piece]:
     """Draw a scenario and a conversation about it (ChatML, or plain text for one in eight).
 
     Training goes through the stages in order. After 80 steps on only the full mixture, the loss was still at the
@@ -62,18 +66,17 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
     phrasing = phrasing_of(split, stage)
     if stage in FULL_SHARE and rng.random() < FULL_SHARE[stage]:
         stage = "full"
+    draw = partial(make_scenario, rng, split, words=words)
     late = stage in ("hop", "full", "topics", "hard", *GATE_WEIGHTS)
     if stage == "pair":
-        scenario = make_scenario(rng, split, fillers=0, gates=1, two_hop=False, gated_values=2, stage=stage)
+        scenario = draw(fillers=0, gates=1, two_hop=False, gated_values=2, stage=stage)
         count = 1
     elif stage == "short":
-        scenario = make_scenario(rng, split, fillers=rng.randint(0, 3), gates=1, two_hop=False, stage=stage)
+        scenario = draw(fillers=rng.randint(0, 3), gates=1, two_hop=False, stage=stage)
         count = rng.randint(2, 3)
     elif stage == "hop":
         told_apart = 2 if rng.random() < 0.5 else None
-        scenario = make_scenario(
-            rng,
-            split,
+        scenario = draw(
             fillers=0,
             gates=1,
             two_hop=True,
@@ -85,23 +88,21 @@ def conversation(rng: random.Random, split: Split = "train", *, stage: Stage = "
     elif stage == "topics":
         told_apart = 2 if rng.random() < 0.4 else None
         fillers = rng.randint(0, 2)
-        scenario = make_scenario(rng, split, fillers=fillers, gates=2, gated_values=told_apart, stage=stage)
+        scenario = draw(fillers=fillers, gates=2, gated_values=told_apart, stage=stage)
         count = rng.randint(4, 7)
     elif stage == "hard":
         gates, fillers = rng.randint(1, 2), min(12, int(rng.expovariate(1 / 3)))
         told_apart = 2 if gates == 2 and rng.random() < 0.5 else None
         two_hop = True if gates == 1 else None
-        scenario = make_scenario(
-            rng, split, fillers=fillers, gates=gates, two_hop=two_hop, gated_values=told_apart, stage=stage
-        )
+        scenario = draw(fillers=fillers, gates=gates, two_hop=two_hop, gated_values=told_apart, stage=stage)
         count = rng.randint(5, 9)
     elif stage in GATE_WEIGHTS:
         gates = rng.choices((1, 2, 3, 4), weights=GATE_WEIGHTS[stage])[0]
         two_hop = rng.random() < (0.75 if stage == "looked_up" else 0.5) if gates == 1 else None
-        scenario = make_scenario(rng, split, gates=gates, two_hop=two_hop, stage=stage)
+        scenario = draw(gates=gates, two_hop=two_hop, stage=stage)
         count = gates + rng.randint(1, 3) if stage == "settle" else rng.randint(2, 4)
     else:
-        scenario, count = make_scenario(rng, split, stage=stage), rng.randint(3, 6)
+        scenario, count = draw(stage=stage), rng.randint(3, 6)
     if stage in REWRITTEN_SHARE and rng.random() < REWRITTEN_SHARE[stage]:
         return _rewritten(rng, phrasing, scenario, count + 2)
     if rng.random() < 0.12:

@@ -11,18 +11,22 @@ import pytest
 
 from conftest import tiny, tokenizer
 from programmable_kv import Notebook
+from programmable_kv.lab.composing.tools import retail_tools
 from programmable_kv.prompt.readers import mention_pattern
+from programmable_kv.scenarios import vocabulary
 from programmable_kv.scenarios.phrasings import FILLERS, PHRASINGS
 from programmable_kv.scenarios.vocabulary import held_out_domains
 from training.design.blocks import training_facts, training_rule_sets, training_updates
+from training.design.catalogues import drawn_catalogue, hand_written, worded_catalogue
 from training.design.dialogues import Dialogue, rewritten, training_dialogue, under_design, with_errata
 from training.design.lines import runs
 from training.design.mixture import draw, of_family
 from training.design.parts import NEVER, TURNS, Encoding, TokenSequence
 from training.design.recipe import MIXTURE, DesignRecipe
 from training.design.scores import ARMS, CaseMaker, case
-from training.design.tool_words import CHANGE, FIND, THINGS, VERBS
+from training.design.tool_words import CHANGE, FIND, THINGS, VERBS, held_out_tool_words
 from training.design.tools import catalogue, held_out_tools, training_tools, wish
+from training.design.words import vocabulary_words
 
 FAMILIES = [family for family, _ in MIXTURE]
 CAUSAL = {family for family in FAMILIES if family.endswith(" in one")} | {
@@ -147,10 +151,13 @@ def held_out_words() -> re.Pattern[str]:
 
 
 def test_nothing_held_out_is_drawn_in_training() -> None:
+    """Verbs of held-out tools may occur in the names of hand-written tools, but nowhere else."""
     pattern = held_out_words()
+    hand_written_names = re.compile("|".join(f'"{tool.name}"' for tools in hand_written() for tool in tools))
     for family in FAMILIES:
         for seed in range(40):
-            found = pattern.search(text_of(of_family(family, random.Random(seed), encoding())))
+            text = hand_written_names.sub("", text_of(of_family(family, random.Random(seed), encoding())))
+            found = pattern.search(text)
             assert found is None, (family, found)
     drawn = sum(
         pattern.search(text_of(case(arm, number, encoding()))) is not None for arm in ARMS for number in range(2)
@@ -214,3 +221,50 @@ def test_arms_of_a_kind_have_the_same_cases() -> None:
     made = [maker(chunk) for chunk in range(maker.chunks)]
     assert [arm for arm, _ in made] == list(ARMS)
     assert all(sum(len(batch.ids) for batch in cases) == 3 for _, cases in made)
+
+
+def test_hand_written_catalogues() -> None:
+    catalogues = hand_written()
+    assert len(catalogues) > 30
+    for tools in catalogues:
+        names = [tool.name for tool in tools]
+        requests = [request for tool in tools for request in tool.requests]
+        assert len(set(names)) == len(names) >= 14
+        assert len(set(requests)) == len(requests) > 60
+        assert all(re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", name) for name in names)
+        assert all(tool.parameters for tool in tools)
+
+
+def test_no_hand_written_tool_is_one_of_the_retail_agent() -> None:
+    retail = {str(tool["name"]) for tool in retail_tools()}
+    assert len(retail) == 16
+    assert retail.isdisjoint(tool.name for tools in hand_written() for tool in tools)
+
+
+@pytest.mark.parametrize("count", [4, 5, 16])
+def test_drawn_catalogues_have_different_names_and_requests(count: int) -> None:
+    words = ("weigh", "gneiss", "lantern", "polish", "amber", "fold", "crate", "ledger", "tarn", "vellum", "mend")
+    for seed in range(30):
+        rng = random.Random(seed)
+        worded, written_by_hand = worded_catalogue(rng, words, count), drawn_catalogue(rng, count)
+        assert len({tool.name for tool in worded}) == len(worded) == count
+        assert len({tool.name for tool in written_by_hand}) == len(written_by_hand) <= count
+        assert sum(bool(tool.requests) for tool in written_by_hand) >= 2
+        for tool in worded:
+            (request,) = tool.requests
+            assert all(word in request.lower() for word in tool.name.split("_"))
+
+
+def test_vocabulary_words_leave_out_held_out_ones() -> None:
+    class Vocabulary:
+        def __init__(self, words: list[str]) -> None:
+            self._words = words
+
+        def get_vocab(self) -> dict[str, int]:
+            return {f"Ġ{word}": number for number, word in enumerate(self._words)}
+
+    # Letters only, because a word with a digit is none.
+    many = [f"word{''.join(chr(97 + int(digit)) for digit in str(number))}" for number in range(1200)]
+    held_out = sorted(vocabulary.held_out_words() | held_out_tool_words())
+    assert vocabulary_words(Vocabulary([*many, *held_out, "Upper", "x1"])) == tuple(sorted(many))
+    assert vocabulary_words(Vocabulary(many[:900])) is None

@@ -1,4 +1,4 @@
-"""The CPU's own way of computing gives the losses and gradients of the plain way."""
+"""The ways of computing on a CPU and on a GPU give the losses and gradients of the plain way."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ from training.design.batches import Batch, batches, divergence, predicted
 from training.design.blocks import training_rule_sets, write
 from training.design.merged import MergedLinear
 from training.design.parts import Encoding
+from training.design.whole import WholeLinear, whole_layers
 from training.masters import Masters
 
 
-def adapted(lean: bool) -> Any:
-    """A tiny model in float64 whose adapter changes every layer, with the same weights in both ways."""
+def adapted(way: str) -> Any:
+    """A tiny model in float64 whose adapter changes every layer, with the same weights in every way."""
     model = copy.deepcopy(tiny_model("llama", dtype=torch.float64))  # that one is shared by all tests
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    if lean:
+    if way != "plain":
+        config._register_custom_module({torch.nn.Linear: MergedLinear if way == "cpu" else WholeLinear})
+    if way == "cpu":
         model.set_attn_implementation(register())
-        config._register_custom_module({torch.nn.Linear: MergedLinear})
     model = get_peft_model(model, config, autocast_adapter_dtype=False).double()
     generator = torch.Generator().manual_seed(3)
     for weight in adapters.trained(model):
         weight.data.normal_(std=0.2, generator=generator)
+    for layer in whole_layers(model):
+        layer.merge_whole()
     return model
 
 
@@ -50,15 +54,18 @@ def test_losses_and_gradients_are_those_of_the_plain_way() -> None:
     """Under masks and on plain text, and again after the weights were changed in place."""
     together, found = batch(), []
     text = together.ids[:, :80]
-    for lean in (False, True):
-        model = adapted(lean)
-        assert any(isinstance(module, MergedLinear) for module in model.modules()) == lean
-        assert (model.config._attn_implementation == NAME) == lean
+    for way in ("plain", "cpu", "gpu"):
+        model = adapted(way)
+        assert any(isinstance(module, MergedLinear) for module in model.modules()) == (way == "cpu")
+        assert bool(whole_layers(model)) == (way == "gpu")
+        assert (model.config._attn_implementation == NAME) == (way == "cpu")
         values: list[torch.Tensor] = []
         masters = Masters(adapters.trained(model))
         for _ in range(2):
             said, distance = predicted(model, together).loss, divergence(model, text)
             (said.mean() + distance).backward()  # type: ignore[no-untyped-call]
+            for layer in whole_layers(model):
+                layer.fold_gradient()
             gradients = [weight.grad for weight in adapters.trained(model)]
             assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
             values += [
@@ -67,11 +74,14 @@ def test_losses_and_gradients_are_those_of_the_plain_way() -> None:
                 *(gradient.clone() for gradient in gradients if gradient is not None),
             ]
             assert masters.step(1e-2, 1.0)
+            for layer in whole_layers(model):
+                layer.merge_whole()
         found.append(values)
-    plain, ours = found
+    plain, *others = found
     assert not torch.allclose(plain[0], plain[len(plain) // 2], rtol=1e-3)  # the step changed something
-    for one, other in zip(plain, ours, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+    for ours in others:
+        for one, other in zip(plain, ours, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("heads", [(6, 2), (3, 3)])
@@ -98,8 +108,9 @@ def test_attention_is_torchs(heads: tuple[int, int], tokens: int, masked: bool) 
         torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-6)  # parts are summed in float32
 
 
-def test_without_the_adapter_it_is_the_base() -> None:
-    model, together = adapted(True), batch()
+@pytest.mark.parametrize("way", ["cpu", "gpu"])
+def test_without_the_adapter_it_is_the_base(way: str) -> None:
+    model, together = adapted(way), batch()
     rows = torch.from_numpy(together.ids[:, :20]).long()
     with torch.no_grad(), model.disable_adapter():
         off = model(input_ids=rows).logits

@@ -66,7 +66,7 @@ def opening(rng: random.Random, split: Split, fillers: int) -> str:
     return rng.choice(TITLES) + "".join(f"{bullet}{line}\n" for line in lines) + rng.choice(("\n", ""))
 
 
-def training_rule_sets(rng: random.Random) -> Blocks:
+def training_rule_sets(rng: random.Random, words: Sequence[str] | None = None) -> Blocks:
     """Draw one to eight sets of rules, some of them with two hops or as whole policies, and one to four questions."""
     pieces = rng.choices((1, 2, 3, 4, 5, 6, 7, 8), (2, 5, 5, 3, 3, 4, 1, 1))[0]
     whole = rng.random() < 0.12
@@ -75,7 +75,7 @@ def training_rule_sets(rng: random.Random) -> Blocks:
     for _ in range(60):
         one = make_scenario(
             rng, "train", gates=1, two_hop=rng.random() < 0.2, fillers=rng.randint(0, 3) if whole else 0,
-            gated_values=2 if rng.random() < 0.6 else None, stage=rng.choice(("looked_up", "full")),
+            gated_values=2 if rng.random() < 0.6 else None, stage=rng.choice(("looked_up", "full")), words=words,
         )  # fmt: skip
         gate = one.gates[0]
         if taken.isdisjoint((gate.topic, gate.field)):
@@ -147,9 +147,9 @@ _HELD_OUT_SAY = "The {field} of case {case} is {value}.\n"
 _HELD_OUT_ASK = "What is the {field} of case {case}? Reply with the value only."
 
 
-def training_facts(rng: random.Random) -> Blocks:
+def training_facts(rng: random.Random, words: Sequence[str] | None = None) -> Blocks:
     """Draw facts about two to six cases, of which the last may be in the opening, and questions about some of them."""
-    _, fields, _ = draw_vocabulary(rng, "train", rng.random() < 0.6, None)
+    _, fields, _ = draw_vocabulary(rng, "train", words is not None or rng.random() < 0.6, None, words)
     names = rng.sample(sorted(fields), rng.choice((1, 1, 2)))
     say = rng.choice(_SAY)
     cases = _cases(rng, rng.randint(2, 6))
@@ -183,11 +183,13 @@ def _cases(rng: random.Random, count: int) -> list[str]:
     return [f"{letter}{number}" for letter, number in zip(letters, digits, strict=True)]
 
 
-def training_updates(rng: random.Random) -> Blocks:
+def training_updates(rng: random.Random, words: Sequence[str] | None = None) -> Blocks:
     """Draw a policy, in the opening, and one to four updates of its fields, as blocks. A field's last update counts."""
     gates = rng.choice((1, 1, 1, 2))
     fillers = min(12, int(rng.expovariate(1 / 3)))
-    scenario = make_scenario(rng, "train", gates=gates, fillers=fillers, stage=rng.choice(("looked_up", "full")))
+    scenario = make_scenario(
+        rng, "train", gates=gates, fillers=fillers, stage=rng.choice(("looked_up", "full")), words=words
+    )
     phrasing, values = phrasing_of("train"), dict(scenario.values)
     lines = []
     for _ in range(rng.choices((1, 2, 3, 4), (2, 5, 2, 1))[0]):

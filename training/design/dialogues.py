@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, statement
@@ -58,13 +58,13 @@ class Dialogue:
         )
 
 
-def training_dialogue(rng: random.Random) -> Dialogue:
-    """Draw a policy of 1 to 4 gates among 0 to 40 unrelated rules, and 2 to 6 questions."""
+def training_dialogue(rng: random.Random, words: Sequence[str] | None = None) -> Dialogue:
+    """Draw a policy of 1 to 4 gates among 0 to 40 unrelated rules, and 2 to 6 questions. `words`: see `make_scenario`."""
     stage = rng.choice(_STAGES)
     gates = rng.choices(*_GATES)[0]
     two_hop = rng.random() < 0.5 if gates == 1 else None
     fillers = rng.randint(12, 40) if rng.random() < 0.1 else min(12, int(rng.expovariate(1 / 3)))
-    scenario = make_scenario(rng, "train", gates=gates, two_hop=two_hop, fillers=fillers, stage=stage)
+    scenario = make_scenario(rng, "train", gates=gates, two_hop=two_hop, fillers=fillers, stage=stage, words=words)
     turns = rng.choices((2, 3, 4, 5, 6), (5, 5, 4, 2, 1))[0]
     return _dialogue(rng, scenario, phrasing_of("train", stage), turns, edited=0.65)
 

@@ -25,6 +25,7 @@ from training.design.progress import resume, save
 from training.design.recipe import DesignRecipe
 from training.design.replay import held_out_windows, perplexity_ratio
 from training.design.scores import CaseMaker, scores, table
+from training.design.whole import whole_layers
 from training.masters import Masters
 
 _REPORTED = (1, 2, 5, 10, 20)
@@ -81,8 +82,11 @@ class _Run:
         self._model, tokenizer = adapters.load(settings.base, settings.adapter, device)
         self._encoding = Encoding(tokenizer, ChatFormat.of(tokenizer))
         self._masters = Masters(adapters.trained(self._model))
+        self._whole = whole_layers(self._model)
         settings.out.mkdir(parents=True, exist_ok=True)
         self._progress = resume(settings.out, self._masters, recipe, device)
+        for layer in self._whole:
+            layer.merge_whole()
         # Read these once, before worker processes are forked. Otherwise each process would read them again.
         documents("replay", 200, packages=True)
         english()
@@ -147,11 +151,15 @@ class _Run:
             distance = divergence(self._model, data.replayed)
             (recipe.replay_weight * distance).backward()  # type: ignore[no-untyped-call]
             self._divergences.append(distance.detach())
+        for layer in self._whole:
+            layer.fold_gradient()
         share = recipe.share(progress.step, progress.seconds)
         if not self._masters.step(recipe.rate(progress.step, share), recipe.max_gradient_norm):
             progress.skipped += 1
         if share >= 1 - recipe.averaged_share:
             progress.average(self._masters.tensors)
+        for layer in self._whole:
+            layer.merge_whole()
         progress.step += 1
 
     def _over(self) -> bool:
@@ -192,6 +200,8 @@ class _Run:
             with torch.no_grad():
                 for weight, mean in zip(adapters.trained(self._model), self._progress.mean, strict=True):
                     weight.copy_(mean)
+            for layer in self._whole:
+                layer.merge_whole()
 
     def _export(self, after: dict[str, Any]) -> None:
         adapters.write(self._model, self._settings.adapter, self._settings.out)

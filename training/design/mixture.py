@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from programmable_kv.scenarios.phrasings import Stage
 from training.conversation import conversation
@@ -15,7 +15,7 @@ from training.design.recipe import DesignRecipe
 from training.design.tools import training_tools
 
 _STAGES: tuple[Stage, ...] = ("obey", "looked_up", "settle", "full", "full")
-_BLOCKS: dict[str, Callable[[random.Random], Blocks]] = {
+_BLOCKS: dict[str, Callable[[random.Random, Sequence[str] | None], Blocks]] = {
     "rule sets": training_rule_sets, "tools": training_tools, "facts": training_facts, "updates": training_updates,
 }  # fmt: skip
 
@@ -36,22 +36,26 @@ def of_family(family: str, rng: random.Random, encoding: Encoding) -> TokenSeque
     if family == "conversations":
         return plain(rng, encoding)
     if family == "design policies":
-        return under_design(training_dialogue(rng), encoding)
+        return under_design(training_dialogue(rng, encoding.words), encoding)
     if family == "errata policies":
-        return with_errata(training_dialogue(rng), encoding)
+        return with_errata(training_dialogue(rng, encoding.words), encoding)
     if family == "rewritten policies":
-        return rewritten(training_dialogue(rng), encoding)
+        return rewritten(training_dialogue(rng, encoding.words), encoding)
     kind, _, way = family.rpartition(" alone") if family.endswith(" alone") else family.rpartition(" in one")
     assert not way
-    return write(_BLOCKS[kind](rng), encoding, family, alone=family.endswith(" alone"))
+    return write(_BLOCKS[kind](rng, encoding.words), encoding, family, alone=family.endswith(" alone"))
 
 
 def plain(rng: random.Random, encoding: Encoding, *, held_out: bool = False) -> TokenSequence:
     """Draw a causal conversation of the shipped adapter's training; with `held_out`, one in words that it never saw."""
-    pieces = conversation(rng, "held_out" if held_out else "train", stage="full" if held_out else rng.choice(_STAGES))
+    drawn = (
+        conversation(rng, "held_out")
+        if held_out
+        else conversation(rng, stage=rng.choice(_STAGES), words=encoding.words)
+    )
     writer, chat = Writer(), encoding.chat
     answered = False
-    for piece in pieces:
+    for piece in drawn:
         # In ChatML, the line break after an answer is a separate piece.
         behind = answered and piece.text == "\n"
         text = chat.between if behind else chat.of_chatml(piece.text, begins=not len(writer))

@@ -64,7 +64,10 @@ def load(base: Path, adapter: Path, device: torch.device) -> tuple[Any, Any]:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # On other devices torch's attention kernels are faster, and matrix products are limited by their launches.
+    from training.design.merged import MergedLinear
+    from training.design.whole import WholeLinear, whole_layers
+
+    # On other devices torch's attention kernels are faster, and thin products are limited by their launches.
     lean = device.type == "cpu"
     attention = blocks.register() if lean else "sdpa"
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation=attention)
@@ -73,22 +76,22 @@ def load(base: Path, adapter: Path, device: torch.device) -> tuple[Any, Any]:
     found = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     kept = {key: found[key] for key in ("r", "lora_alpha", "target_modules", "task_type")}
     config = LoraConfig(**kept)
-    if lean:
-        from training.design.merged import MergedLinear
-
-        config._register_custom_module({torch.nn.Linear: MergedLinear})
+    config._register_custom_module({torch.nn.Linear: MergedLinear if lean else WholeLinear})
     model = get_peft_model(model, config, autocast_adapter_dtype=False)
     outcome = set_peft_model_state_dict(model, load_file(adapter / WEIGHTS))
     if outcome.unexpected_keys:
         raise TrainingError(
             f"{adapter} is not an adapter of the model in {base}: it has the unexpected key {outcome.unexpected_keys[0]}"
         )
-    return model.to(device).train(), AutoTokenizer.from_pretrained(base)
+    model = model.to(device).train()
+    for layer in whole_layers(model):
+        layer.merge_whole()
+    return model, AutoTokenizer.from_pretrained(base)
 
 
 def trained(model: Any) -> list[torch.nn.Parameter]:
     """Return the adapter's weights."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [weight for name, weight in model.named_parameters() if weight.requires_grad and not name.endswith(".whole")]
 
 
 def write(model: Any, adapter: Path, out: Path) -> None:
@@ -97,7 +100,11 @@ def write(model: Any, adapter: Path, out: Path) -> None:
     from safetensors.torch import save_file
 
     state = get_peft_model_state_dict(model)
-    tensors = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}
+    tensors = {
+        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, tensor in state.items()
+        if "lora_" in name
+    }
     partial = out / f"{WEIGHTS}.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(out / WEIGHTS)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.design.chat_format import CHATML, ChatFormat
+from training.design.words import vocabulary_words
 
 PLAIN, TURNS = 0, 1
 """the two parts of every sequence: plain text of the system message, and all later turns"""
@@ -54,6 +55,8 @@ class Encoding:
     def __init__(self, tokenizer: Any, chat: ChatFormat = CHATML) -> None:
         self._tokenizer = tokenizer
         self.chat = chat
+        self.words = vocabulary_words(tokenizer)
+        """words of which training makes names; None: those of the grammar"""
         self._remembered = lru_cache(maxsize=20_000)(self._with_offsets)
 
     def __reduce__(self) -> tuple[type[Encoding], tuple[Any, ChatFormat]]:

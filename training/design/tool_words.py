@@ -172,3 +172,11 @@ FIND: dict[Split, tuple[tuple[str, str], ...]] = {
         ("browse_{x}s", "Browse the {x}s on offer."),
     ),
 }  # fmt: skip
+
+
+def held_out_tool_words() -> frozenset[str]:
+    """Return the words of the names of held-out tools."""
+    names = [verb.name for verb in (*VERBS["held_out"], *CHANGE["held_out"])]
+    for thing in THINGS["held_out"]:
+        names += [thing.name, *(state for state, _ in thing.states), *(aspect for aspect, _ in thing.aspects)]
+    return frozenset(word for name in names for word in name.split("_"))

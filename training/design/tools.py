@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from programmable_kv.scenarios.phrasings import Split
 from training.design.blocks import Blocks, opening
+from training.design.catalogues import drawn_catalogue, worded_catalogue
 from training.design.tool_words import CHANGE, FIND, THINGS, VERBS, Thing, Verb
 
 _SIZES = ((4, 5, 6, 8, 10, 12, 16), (4, 4, 4, 4, 3, 2, 3))
@@ -37,6 +38,7 @@ _AFTER = (
     "If that does not work, you leave it as it is.", "Thank you.", "You prefer to have it today.", "The number is {number}.",
     "You do not want to pay for it.", "Please confirm by mail.", "You only want this one thing.", "I can wait.",
 )  # fmt: skip
+_HAND_WRITTEN_SHARE, _WORDED_SHARE = 0.55, 0.2
 _NAMES = ("Ana Ruiz", "Jon Berg", "Mei Tan", "Ola Nilsen", "Ravi Shah", "Eva Klein", "Tom Okoro", "Lia Costa")
 _PARAMETERS = (
     ("number", "Its number."), ("reason", "Why it is asked for."), ("person", "Name of the person."),
@@ -121,22 +123,35 @@ def _detail(rng: random.Random, sentences: Sequence[str]) -> str:
     return rng.choice(sentences).format(number=number, name=rng.choice(_NAMES))
 
 
-def training_tools(rng: random.Random) -> Blocks:
-    """Draw four to sixteen tools in random order, in one of several formats, and one to four requests."""
-    tools = catalogue(rng, "train", rng.choices(*_SIZES)[0])
-    asked = []
-    for _ in range(rng.choices((1, 2, 3, 4), (1, 3, 3, 2))[0]):
-        frame = rng.choice(_FRAMES)
-        wanted = _wanted(rng, tools, always_acts=False)
-        said = frame.format(wish=wish(rng, wanted, tools, "train"), question=rng.choice(_QUESTIONS))
-        asked.append((said, wanted.name))
+def training_tools(rng: random.Random, words: Sequence[str] | None = None) -> Blocks:
+    """Draw four to sixteen tools in random order, in one of several formats, and one to four requests.
+
+    Some of the catalogues are hand-written, some have names of random words if `words` are given, and some are
+    combinations of the verbs and things in `tool_words.py`.
+    """
+    count, draw = rng.choices(*_SIZES)[0], rng.random()
+    turns = rng.choices((1, 2, 3, 4), (1, 3, 3, 2))[0]
     style = rng.choices(("json", "function", "line", "heading"), (6, 2, 2, 1))[0]
+    if draw < _HAND_WRITTEN_SHARE or (draw < _HAND_WRITTEN_SHARE + _WORDED_SHARE and words):
+        found = drawn_catalogue(rng, count) if draw < _HAND_WRITTEN_SHARE else worded_catalogue(rng, words or (), count)
+        pieces = [described(tool.name, tool.description, tool.parameters or _parameters(rng), style) for tool in found]
+        wanted = [rng.choice([tool for tool in found if tool.requests]) for _ in range(turns)]
+        asked = [(_asked(rng, rng.choice(tool.requests)), tool.name) for tool in wanted]
+    else:
+        tools = catalogue(rng, "train", count)
+        pieces = [written(rng, tool, style) for tool in tools]
+        wants = [_wanted(rng, tools, always_acts=False) for _ in range(turns)]
+        asked = [(_asked(rng, wish(rng, tool, tools, "train")), tool.name) for tool in wants]
     before = opening(rng, "train", rng.randint(0, 16) if rng.random() < 0.5 else 0)
     if rng.random() < 0.3:
         before = rng.choice(
             ("You have these tools:\n", "Tools:\n", "# Functions\n", "You help customers. Your tools:\n\n")
         )
-    return Blocks(before, tuple(written(rng, tool, style) for tool in tools), tuple(asked))
+    return Blocks(before, tuple(pieces), tuple(asked))
+
+
+def _asked(rng: random.Random, said: str) -> str:
+    return rng.choice(_FRAMES).format(wish=said, question=rng.choice(_QUESTIONS))
 
 
 def held_out_tools(rng: random.Random, count: int) -> Blocks:
@@ -155,15 +170,23 @@ def _wanted(rng: random.Random, tools: Sequence[Tool], *, always_acts: bool) -> 
 
 
 def written(rng: random.Random, tool: Tool, style: str) -> str:
+    """Write a tool as a block of text, with random parameters."""
+    return described(tool.name, tool.description, _parameters(rng), style)
+
+
+def _parameters(rng: random.Random) -> dict[str, str]:
+    return dict(rng.sample(_PARAMETERS, rng.randint(1, 3)))
+
+
+def described(name: str, description: str, parameters: Mapping[str, str], style: str) -> str:
     """Write a tool as a block of text."""
-    parameters = dict(rng.sample(_PARAMETERS, rng.randint(1, 3)))
-    described = {name: {"type": "string", "description": text} for name, text in parameters.items()}
-    body = {"name": tool.name, "description": tool.description, "parameters": described}
+    typed = {parameter: {"type": "string", "description": text} for parameter, text in parameters.items()}
+    body = {"name": name, "description": description, "parameters": typed}
     if style == "json":
         return json.dumps(body) + "\n"
     if style == "function":
-        body["parameters"] = {"type": "object", "properties": described, "required": list(described)}
+        body["parameters"] = {"type": "object", "properties": typed, "required": list(typed)}
         return json.dumps({"type": "function", "function": body}) + "\n"
     if style == "line":
-        return f"- {tool.name}({', '.join(parameters)}): {tool.description}\n"
-    return f"## {tool.name}\n{tool.description}\nArguments: {', '.join(parameters)}\n"
+        return f"- {name}({', '.join(parameters)}): {description}\n"
+    return f"## {name}\n{description}\nArguments: {', '.join(parameters)}\n"

@@ -113,6 +113,7 @@ def make_scenario(
     ordered: bool = False,
     stage: Stage = "full",
     domain: Domain | None = None,
+    words: Sequence[str] | None = None,
 ) -> Scenario:
     """Draw one scenario.
 
@@ -125,12 +126,13 @@ def make_scenario(
         gated_values: how many values each gate distinguishes; drawn from 2 to 4.
         ordered: whether all lookups come before the rules.
         stage: stage of training; scenarios of earlier stages have fewer wordings and fewer words.
+        words: words of which training scenarios make names, instead of `english()`.
     """
     wide = split == "train" and stage not in NARROW
     any_kind = wide and stage != "wide"
     phrasing = phrasing_of(split, stage)
     hops = TRAINED_TWO_HOP_SHARE if wide else TWO_HOP_SHARE
-    trade, fields, actions = draw_vocabulary(rng, split, wide, domain)
+    trade, fields, actions = draw_vocabulary(rng, split, wide, domain, words)
     pairs = TRAINED_PAIR_SHARE if any_kind else PAIR_SHARE
     gate_count = gates if gates is not None else (2 if rng.random() < pairs else 1)
     filler_count = fillers if fillers is not None else _filler_count(rng)

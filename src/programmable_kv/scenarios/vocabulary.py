@@ -98,6 +98,14 @@ def _invented(rng: random.Random, count: int) -> dict[str, Sequence[str]]:
     return fields
 
 
+def held_out_words() -> frozenset[str]:
+    """Return all words of the names of the held-out domains' fields, values and actions, and of held-out groups."""
+    names = [*KINDS["held_out"], *LABELS["held_out"]]
+    for domain in held_out_domains():
+        names += [*domain.fields, *(v for values in domain.fields.values() for v in values), *domain.actions]
+    return frozenset(word for name in names for word in re.split(r"[^a-z]+", name.lower()) if word)
+
+
 @cache
 def english() -> tuple[str, ...]:
     """Return the words of the replayed plain text, without the words that occur in a name of the `held_out` domains."""
@@ -111,24 +119,31 @@ def english() -> tuple[str, ...]:
     return tuple(sorted(found - kept_out))
 
 
-def _english_names(rng: random.Random, count: int) -> list[str]:
-    words = [rng.choice(english()) for _ in range(count)]
-    return [f"{word}_{rng.choice(english())}" if rng.random() < 0.4 else word for word in words]
+def _names(rng: random.Random, words: Sequence[str], count: int) -> list[str]:
+    first = [rng.choice(words) for _ in range(count)]
+    return [f"{word}_{rng.choice(words)}" if rng.random() < 0.4 else word for word in first]
 
 
 def draw_vocabulary(
-    rng: random.Random, split: Split, wide: bool, chosen: Domain | None
+    rng: random.Random, split: Split, wide: bool, chosen: Domain | None, words: Sequence[str] | None = None
 ) -> tuple[Domain, dict[str, Sequence[str]], list[str]]:
+    """Draw a domain, fields with their values, and actions.
+
+    With `wide`, part of the fields and actions are made of random words: `english()`, or `words`, from which a larger
+    part is made.
+    """
     domain = chosen or rng.choice(domains(split))
     fields = dict(domain.fields)
     actions = list(domain.actions)
-    if wide and rng.random() < 0.3:
-        fields = {f"{a}_{b}": _distinct(_english_names(rng, 5)) for a, b in
-                  (rng.sample(english(), 2) for _ in range(4))}  # fmt: skip
+    field_share, action_share = (0.3, 0.45) if words is None else (0.5, 0.7)
+    drawn_from = words or english()
+    if wide and rng.random() < field_share:
+        fields = {f"{a}_{b}": _distinct(_names(rng, drawn_from, 5)) for a, b in
+                  (rng.sample(drawn_from, 2) for _ in range(4))}  # fmt: skip
     elif split == "train" and rng.random() < 0.45:
         fields = _invented(rng, 4)
-    if wide and rng.random() < 0.45:
-        actions = _english_names(rng, 14)
+    if wide and rng.random() < action_share:
+        actions = _names(rng, drawn_from, 14)
     elif split == "train":
         if rng.random() < 0.35:
             actions = [f"{rng.choice(VERBS)}_{rng.choice(OBJECTS)}" for _ in range(12)]
