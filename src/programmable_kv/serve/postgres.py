@@ -1,6 +1,7 @@
 """The state of several servers, in one PostgreSQL database.
 
-No call waits for long: each has a time, and while the database cannot be reached, calls fail at once and one in a while tries.
+No call waits for long: each has a time limit. While the database cannot be reached, calls fail at once, and one tries
+again from time to time.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from programmable_kv.serve.state import VERSION, Outcome, State, StateUnavailabl
 _LOG = logging.getLogger("programmable_kv.serve")
 _CONNECTIONS = 16
 _CALL_S = 5.0
-"""a query or a transaction may take so long, where `within` says nothing else"""
+"""Time limit of a query or a transaction, if `within` sets no other."""
 _CONNECT_S = 2
 _FIRST_CONNECT_S = 15
-"""at the start nobody waits for an answer, and the machine may be busy"""
+"""Time limit of a connection at the start, when nobody waits for an answer and the machine may be busy."""
 _REST_S = 1.0
-"""after a failure nothing is asked for so long; then one call tries"""
+"""After a failure, no call reaches the database for so long; then one call tries."""
 _FIRST_S = 30.0
-"""at the start: another server may be making the tables"""
+"""Time limit at the start, when another server may be creating the tables."""
 _LOCK = 7_368_566
-"""the number of the lock under which tables are made"""
+"""Number of the advisory lock under which the tables are created."""
 _SESSION = b"SET lock_timeout = '1s'; SET statement_timeout = '10s'; SET idle_in_transaction_session_timeout = '10s'"
-"""the server's own limits: what a gateway that was cut off began does not hold up the others"""
+"""Limits in the database server, so that the open work of a disconnected gateway does not block the others."""
 _NEVER_CHANGED = """
 CREATE FUNCTION errata_are_never_changed() RETURNS trigger LANGUAGE plpgsql AS
 $$ BEGIN RAISE EXCEPTION 'a line is never changed'; END $$;
@@ -51,7 +52,7 @@ T = TypeVar("T")
 
 
 class _Connection(psycopg.Connection[tuple[Any, ...]]):
-    """A connection whose calls end at a time, whatever the network does."""
+    """A connection whose calls end at a deadline, whatever the network does."""
 
     deadline = math.inf
 
@@ -61,7 +62,7 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
 
 
 class PostgresState(State):
-    """A state in a database. As many calls at a time as it has connections."""
+    """A state in a database. It runs as many calls at a time as it has connections."""
 
     remote = True
     alone = False
@@ -69,15 +70,15 @@ class PostgresState(State):
     def __init__(self, address: DatabaseAddress, *, rest_s: float = _REST_S) -> None:
         """
         Args:
-            rest_s: for how long nothing is asked after a failure.
+            rest_s: seconds after a failure in which no call reaches the database.
 
         Raises:
-            InvalidArgumentError: the database cannot be reached or used, or holds a state of another version.
+            InvalidArgumentError: the database cannot be reached or used, or its state has another version.
         """
         known = _parts(address)
         self._password = str(known.get("password") or "")
         self.name = f"{known.get('host') or 'localhost'}:{known.get('port') or 5432}/{known.get('dbname') or ''}"
-        """where it is, without user and password"""
+        """Where the database is, without user and password."""
         self._has_limit = "connect_timeout" in known
         self._connect_s = _FIRST_CONNECT_S
         defaults: dict[str, str | int] = {
@@ -126,7 +127,7 @@ class PostgresState(State):
                 self._failed(connection, error)
                 raise
             except BaseException:
-                connection.close()  # the server takes back what was not committed
+                connection.close()  # the server rolls back what was not committed
                 raise
             self._give_back(connection)
 
@@ -152,7 +153,7 @@ class PostgresState(State):
 
     @contextmanager
     def _place(self) -> Iterator[float]:
-        """A place among the calls that run, and until when the call may take."""
+        """Wait for a place among the running calls, and yield the call's deadline."""
         now = time.monotonic()
         until = getattr(self._limit, "until", now + _CALL_S)
         with self._lock:
@@ -161,7 +162,7 @@ class PostgresState(State):
             if now < self._rests_until:
                 raise self._unavailable("it could not be reached a moment ago")
             if self._rests_until:
-                self._rests_until = now + _CONNECT_S  # this call tries; others do not wait for what it finds out
+                self._rests_until = now + _CONNECT_S  # this call tries; others do not wait for its result
         if until <= now or not self._places.acquire(timeout=until - now):
             raise self._unavailable("it does not answer in time")
         try:
@@ -170,7 +171,7 @@ class PostgresState(State):
             self._places.release()
 
     def _first(self, statement: str, values: Sequence[Any], until: float) -> tuple[_Connection, Outcome]:
-        """Run a statement on a connection: one that is open, or a new one where none is or the server closed it meanwhile."""
+        """Run a statement on an open connection, or on a new one if none is open or the server closed it meanwhile."""
         while True:
             with self._lock:
                 connection = self._idle.pop() if self._idle else None
@@ -200,7 +201,7 @@ class PostgresState(State):
         except psycopg.Error as error:
             self._failed(None, error)
             raise
-        connection.deadline = until  # a pooler may let in and then keep waiting
+        connection.deadline = until  # a pooler may accept a connection and then let it wait
         try:
             connection.execute(_SESSION)
         except psycopg.Error as error:
@@ -217,10 +218,10 @@ class PostgresState(State):
         connection.close()
 
     def _failed(self, connection: _Connection | None, error: psycopg.Error) -> None:
-        """Give a connection up. Where the database is gone, or silent, the next calls do not wait for it.
+        """Close a connection after an error. If the database is gone or silent, the next calls do not wait for it.
 
         Raises:
-            StateUnavailableError: the error is none of the statement's own.
+            StateUnavailableError: the statement itself did not cause the error.
         """
         lost = connection is None or connection.broken or time.monotonic() >= connection.deadline
         if connection is not None:
@@ -242,7 +243,7 @@ class PostgresState(State):
         return text.replace(self._password, "***") if self._password else text
 
     def _open(self) -> None:
-        """Make the tables, or see that they are ours."""
+        """Create the tables, or check that they have this version's format."""
         with self.write() as run:
             run.execute(f"SET LOCAL lock_timeout = '{_FIRST_S:.0f}s'")  # another server may be making the tables
             run.execute("SELECT pg_advisory_xact_lock(?)", (_LOCK,))
@@ -263,10 +264,10 @@ class PostgresState(State):
 
 
 def _parts(address: DatabaseAddress) -> dict[str, Any]:
-    """What a URL says, by name.
+    """The parts of a URL, by name.
 
     Raises:
-        InvalidArgumentError: it is none, or a part of its password stands where another part is to be. It is not shown.
+        InvalidArgumentError: the URL is not valid, or part of its password is parsed as another part. It is not shown.
     """
     try:
         known = conninfo_to_dict(address.url)
@@ -285,7 +286,7 @@ def _parts(address: DatabaseAddress) -> dict[str, Any]:
 
 
 class _Run:
-    """Takes statements as `state.py` says how they are written."""
+    """Runs statements that are written as `state.py` describes."""
 
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
@@ -296,6 +297,6 @@ class _Run:
 
 @cache
 def _translated(statement: str) -> bytes:
-    """A statement in PostgreSQL's own words."""
+    """A statement in PostgreSQL's syntax."""
     text = statement.replace("?", "%s").replace("epoch()", "extract(epoch FROM clock_timestamp())::float8")
     return text.replace(" WITHOUT ROWID", "").encode()

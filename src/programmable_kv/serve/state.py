@@ -1,7 +1,7 @@
-"""What a server keeps: its schema, what it is asked through, and the state in one SQLite file, with one writer.
+"""The state of a server: its schema, its interface, and the state in one SQLite file with one writer.
 
-The state of several servers is in `postgres.py`. A statement is written once for both: with `?` for values, `ON CONFLICT` in
-the place of `OR REPLACE`, and `epoch()` for the state's own clock.
+The state of several servers is in `postgres.py`. Each statement is written once for both: with `?` for values,
+`ON CONFLICT` instead of `OR REPLACE`, and `epoch()` for the state's own clock.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from programmable_kv.errors import InvalidArgumentError, StorageError
 
 VERSION = 1
 _CHECKPOINT_PAGES = 16_384
-"""64 MiB. Whoever writes when so much has gathered waits for the disk: with 4 MiB, as SQLite has it, every hundredth request"""
+"""64 MiB. A write that reaches this waits for the disk. With SQLite's default of 4 MiB, every hundredth request did."""
 _SCHEMA = """
 CREATE TABLE conversations (
     identity TEXT PRIMARY KEY, key TEXT NOT NULL, version BIGINT NOT NULL, document TEXT NOT NULL,
@@ -70,41 +70,41 @@ CREATE TRIGGER errata_are_never_changed BEFORE UPDATE ON errata BEGIN SELECT RAI
 
 
 class StateUnavailableError(StorageError):
-    """The state cannot be reached now, or does not answer in time. Nothing of the operation was kept, or nobody was told."""
+    """The state cannot be reached, or does not answer in time. The operation was not stored, or not confirmed."""
 
 
 class Outcome(Protocol):
-    """What a statement did."""
+    """The result of a statement."""
 
     @property
     def rowcount(self) -> int:
-        """Rows that it wrote."""
+        """The number of rows that the statement wrote."""
         ...
 
     def fetchall(self) -> list[tuple[Any, ...]]:
-        """Rows that it found."""
+        """The rows that the statement found."""
         ...
 
 
 class Transaction(Protocol):
-    """Takes the statements of one transaction."""
+    """Runs the statements of one transaction."""
 
     def execute(self, statement: str, values: Sequence[Any] = (), /) -> Outcome: ...
 
 
 class State(ABC):
-    """What one server keeps, or several keep together. For several threads."""
+    """The state of one server, or of several that share it. Thread-safe."""
 
     remote: bool
-    """whether it is reached over a network, so that its calls may take long"""
+    """Whether the state is reached over a network, so that calls may take long."""
     alone: bool
-    """whether no other server uses it"""
+    """Whether no other server uses the state."""
     busy: bool = False
-    """whether something runs that keeps all others waiting for the disk"""
+    """Whether an operation is running that makes all others wait for the disk."""
 
     @abstractmethod
     def rows(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """The rows of a query. They are of one moment.
+        """The rows of a query, all of one moment.
 
         Raises:
             StateUnavailableError: the state cannot be reached.
@@ -112,11 +112,12 @@ class State(ABC):
 
     @abstractmethod
     def write(self, *, locked: str = "", durable: bool = False) -> AbstractContextManager[Transaction]:
-        """One transaction: all of the block is kept, or nothing where it raises. When it ends, the process may die.
+        """One transaction: the whole block is stored, or nothing if it raises. After it, the process may end at any
+        time.
 
         Args:
-            locked: a table that no other transaction writes meanwhile.
-            durable: it survives a loss of power also where a file's other transactions do not. A database decides that itself.
+            locked: a table that no other transaction may write meanwhile.
+            durable: survive a loss of power even if a file's other transactions do not. A database decides that itself.
 
         Raises:
             StateUnavailableError: the state cannot be reached.
@@ -124,20 +125,20 @@ class State(ABC):
 
     @abstractmethod
     def scrub(self) -> None:
-        """Take what was deleted out of a file, where that is not done by itself. A database does it in its own time."""
+        """Erase deleted data from a file that does not do so by itself. A database does it in its own time."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close it."""
+        """Close the state."""
 
     def within(self, seconds: float) -> AbstractContextManager[None]:
-        """What this thread asks of a state over a network, inside the block, may take so long altogether."""
+        """Limit the total time of this thread's calls inside the block, if the state is reached over a network."""
         del seconds
         return nullcontext()
 
 
 class FileState(State):
-    """A state in a file. One statement or transaction at a time."""
+    """A state in a file. It runs one statement or transaction at a time."""
 
     remote = False
     alone = True
@@ -145,18 +146,18 @@ class FileState(State):
     def __init__(self, path: Path | None, *, durable: bool) -> None:
         """
         Args:
-            path: the file, which is made where there is none; None keeps the state in memory.
+            path: the file, which is created if there is none; None keeps the state in memory.
             durable: whether a transaction survives a loss of power. It survives the end of the process in any case.
 
         Raises:
-            InvalidArgumentError: the file cannot be used, is of another version, or another server uses it.
+            InvalidArgumentError: the file cannot be used or has another version, or another server uses it.
         """
         self._lock = threading.RLock()
         self._durable = durable
         try:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # it holds text of prompts
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # it contains text of prompts
             self._connection = sqlite3.connect(
                 path or ":memory:", isolation_level=None, check_same_thread=False, timeout=1.0
             )
@@ -175,7 +176,7 @@ class FileState(State):
 
     @contextmanager
     def write(self, *, locked: str = "", durable: bool = False) -> Iterator[sqlite3.Connection]:
-        """See `State.write`. No transaction runs beside another one, nor a durable one inside of another."""
+        """See `State.write`. Transactions run one at a time, and a durable one never inside another."""
         with self._lock:
             if durable and not self._durable:
                 self._connection.execute("PRAGMA synchronous = FULL")
@@ -192,12 +193,12 @@ class FileState(State):
                 yield self._connection
                 self._connection.execute("COMMIT")
             except BaseException:
-                if self._connection.in_transaction:  # a disk that is full may have ended it
+                if self._connection.in_transaction:  # a full disk may have ended it
                     self._connection.execute("ROLLBACK")
                 raise
 
     def scrub(self) -> None:
-        """See `State.scrub`: it is overwritten, and so is the log that the file is written from."""
+        """See `State.scrub`. Deleted data is overwritten, and the log that the file is written from is emptied."""
         with self._lock:
             self.busy = True
             try:
@@ -216,7 +217,7 @@ class FileState(State):
         run("PRAGMA locking_mode = EXCLUSIVE")
         run("PRAGMA journal_mode = WAL")
         run(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
-        run("PRAGMA secure_delete = ON")  # a notebook that is deleted leaves no text behind
+        run("PRAGMA secure_delete = ON")  # a deleted notebook leaves no text behind
         run(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         with self.write():
             [(version,)] = run("PRAGMA user_version").fetchall()
@@ -226,22 +227,23 @@ class FileState(State):
                 )
             for statement in statements(new=version == 0):
                 run(statement)
-            run("DROP TABLE IF EXISTS rebases")  # what `renewals` was at first, without a time
+            run("DROP TABLE IF EXISTS rebases")  # replaced by `renewals`, which has a time
             if version == 0:
                 run(_NEVER_CHANGED)
                 run(f"PRAGMA user_version = {VERSION}")
 
 
 def statements(*, new: bool) -> Iterator[str]:
-    """The statements of the schema: all of them, or what was added since the format got its number. Older software leaves that
-    alone."""
+    """The statements of the schema: all of them, or only those that were added without a new format version.
+
+    Older software does not use what those create."""
     for statement in _SCHEMA.split(";\n"):
         if statement.strip() and (new or "IF NOT EXISTS" in statement):
             yield statement
 
 
 def counted(kept: Sized) -> float:
-    """How many of something a state keeps, for the metrics; not a number while the state cannot be reached."""
+    """The number of items that a state stores, for the metrics; NaN while the state cannot be reached."""
     try:
         return float(len(kept))
     except StateUnavailableError:

@@ -10,7 +10,7 @@ from programmable_kv.serve.state import FileState, State
 
 
 def open_state(place: Path | DatabaseAddress | None, *, durable: bool) -> State:
-    """Open a state, or create it where there is none.
+    """Open a state, or create it if there is none.
 
     Args:
         place: a file or a database; None keeps the state in memory.

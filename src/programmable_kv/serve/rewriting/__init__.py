@@ -1,1 +1,1 @@
-"""Modes that rewrite: what was sent once is sent again as it was, and what changed is told in a line behind it."""
+"""Modes that rewrite requests: earlier text is sent again unchanged, and a line behind it states what changed."""

@@ -1,4 +1,4 @@
-"""A request's body with the places of its parts, so that a part can be replaced and every other byte stays as it came."""
+"""Parses a request's body with the places of its parts, so that a part can be replaced and all other bytes stay."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LISTS = ("messages", "input", "tools")
-"""members whose elements are known by their places"""
+"""Members whose elements have known places."""
 _BLANK = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """Half-open range of characters in a body, or a place where it is empty."""
+    """Half-open range of characters in a body. An empty range is a place where text can be inserted."""
 
     start: int
     stop: int
@@ -24,17 +24,17 @@ class Spot:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """One JSON object, read once."""
+    """One JSON object, parsed once."""
 
     text: str = field(repr=False)
     data: Mapping[str, Any] = field(repr=False)
     spots: Mapping[str, Spot] = field(repr=False)
-    """where each member's value stands"""
+    """The place of each member's value."""
     items: Mapping[str, tuple[Spot, ...]] = field(repr=False)
-    """where each element stands, in each of `LISTS`"""
+    """The places of the elements of each member in `LISTS`."""
 
     def spliced(self, changes: Iterable[tuple[Spot, str]]) -> bytes:
-        """The body with other text at some places. Everything else stays byte for byte."""
+        """The body with other text at some places. Every other byte is unchanged."""
         parts: list[str] = []
         at = 0
         for spot, text in sorted(changes, key=lambda change: (change[0].start, change[0].stop)):
@@ -44,9 +44,9 @@ class Body:
 
 
 def read(data: bytes) -> Body | None:
-    """A body of which every part is known by its place; None where it is no such object.
+    """Parse a body and the places of its parts; None if it is not a JSON object with members.
 
-    An object that names a member twice is none: servers differ in which of them they take.
+    An object that names a member twice is refused too: servers differ in which of the two they take.
     """
     try:
         text = data.decode("utf-8")
@@ -56,7 +56,7 @@ def read(data: bytes) -> Body | None:
 
 
 def written(value: Any) -> str:
-    """JSON without needless spaces or escapes. Halves of surrogate pairs, which have no bytes in UTF-8, stay escaped."""
+    """JSON without needless spaces or escapes. If UTF-8 cannot encode it (lone surrogates), non-ASCII is escaped."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     try:
         text.encode()
@@ -106,7 +106,7 @@ def _items(text: str, at: int, spots: list[Spot]) -> tuple[list[Any], int]:
 
 
 def _behind(text: str, at: int, sign: str) -> int:
-    """The place behind a sign and the blank around it."""
+    """The place behind a character and the whitespace around it."""
     at = _BLANK.match(text, at).end()  # type: ignore[union-attr]
     if text[at] != sign:
         raise ValueError(f"expected {sign!r}")

@@ -1,4 +1,4 @@
-"""What changed between two renderings of one text, if nothing but values changed."""
+"""Finds what changed between two versions of one text, if only values changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from programmable_kv.serve.rewriting.rules import Rules, Sharing
 _NAME = r"\s*(?:[-*] )?[\w\"'][\w \"'./()-]{0,59}(?:\s*:\s+|\s*=\s*)"
 _NAMED = re.compile(f"^({_NAME})(\\S.{{0,199}}|)$")
 _MOST_VALUES = 8
-"""values that are followed in one line"""
+"""The most values that are followed in one line."""
 _SHOWN = 60
 
 
@@ -26,27 +26,27 @@ class Change:
     """One value that changed."""
 
     name: str
-    """what to call it: a name, or how its line begins"""
+    """What to call the value: its name, or how its line begins."""
     value: str = field(repr=False)
     named: bool
-    """True where `name` is the value's own name, False where it is the beginning of its line and the value all of that line"""
+    """True if `name` is the value's own name. False if it is the beginning of a line whose whole text is the value."""
     kind: str
     tell: bool = True
     trusted: bool = True
-    """whether it stands in the system prompt"""
+    """Whether the value stands in the system prompt."""
     share: bool | None = None
-    """what was declared about sharing it between conversations; False also where nothing is to be shared"""
+    """What was declared about sharing the value between conversations; also False if nothing may be shared."""
     learned: bool = False
-    """whether nobody declared it"""
+    """True if the value was learned, not declared."""
 
     @property
     def harmless(self) -> bool:
-        """Whether it tells one conversation's reader nothing about another's."""
+        """Whether the value reveals nothing about one conversation to the reader of another."""
         return self.kind == "clock" and self.share is not False
 
     @property
     def shareable(self) -> bool:
-        """Whether the earlier value may stay readable in the system prompt of another conversation of the same tenant."""
+        """Whether the earlier value may stay readable in the system prompt of the same tenant's other conversations."""
         if self.share is not None:
             return self.share
         return self.harmless and is_plain(self.value)
@@ -54,20 +54,20 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Two renderings of one text."""
+    """The result of comparing two versions of one text."""
 
     changes: tuple[Change, ...] = ()
     templates: tuple[str, ...] = field(default=(), repr=False)
-    """lines that changed in a value that is not declared: what stays of each"""
+    """Templates of the lines that changed in an undeclared value: the parts of each line that stay, as JSON."""
     explained: bool = True
-    """whether nothing changed but declared and learned values"""
+    """Whether only declared and learned values changed."""
 
 
 def compare(unit: Unit, place: str, before: str, after: str, rules: Rules, learned: Collection[str]) -> Compared:
-    """Compare two renderings of a text.
+    """Compare two versions of a text.
 
     Args:
-        unit: the unit that the later rendering is of.
+        unit: the unit that the later version belongs to.
         learned: templates of lines that were seen to change repeatedly.
     """
     if before == after:
@@ -105,13 +105,13 @@ def compare(unit: Unit, place: str, before: str, after: str, rules: Rules, learn
 
 
 def kind_of(before: str, after: str) -> str:
-    """`clock`, `counter` or `id` where two values differ in nothing else; otherwise `value`, also for seconds since 1970."""
+    """`clock`, `counter` or `id` if two values differ in nothing else; otherwise `value`, also for Unix timestamps."""
     template = _template(before, after)
     return template[1] if template is not None else "value"
 
 
 def may_hold(text: str, templates: Collection[str]) -> bool:
-    """Whether a line of a text has the form of one of the templates: their parts in order, and something between each two."""
+    """Whether a line of a text fits one of the templates: their parts in order, with something between each two."""
     forms = [_parts_of(each) for each in templates]
     return any(_has_form(line, form) for line in text.split("\n") for form in forms)
 
@@ -122,8 +122,10 @@ def _parts_of(template: str) -> tuple[str, ...]:
 
 
 def _has_form(line: str, parts: tuple[str, ...]) -> bool:
-    """Each part is looked for behind the one before it, and taken where it stands first: what fits at a later place fits there,
-    too. A regular expression would try every place of every part."""
+    """Whether a line fits the parts of a template.
+
+    Each part is taken at its first place behind the previous part: if a later place fits, so does the first. A regular
+    expression would try every place of every part."""
     first, *inner, last = parts
     if not line.startswith(first) or not line.endswith(last):
         return False
@@ -137,22 +139,22 @@ def _has_form(line: str, parts: tuple[str, ...]) -> bool:
 
 
 def _line_change(before: str, after: str) -> tuple[str, Change] | None:
-    """A line in which only values changed: what stays of it, and how to say what is new."""
+    """The template of a line in which only values changed, and the change; None if more than values changed."""
     if "\x00" in before or "\x00" in after:
-        return None  # a declared value stands in it
+        return None  # a line contains a declared value
     one, other = _NAMED.match(before), _NAMED.match(after)
     if one is not None and other is not None and one[1] == other[1] and other[2]:
         name = one[1].strip().lstrip("-* ").rstrip(" :=").strip("\"'")
         return json.dumps([one[1], ""]), Change(name, other[2], True, kind_of(one[2], other[2]), learned=True)
     found = _template(before, after)
     if found is None or not found[0][0].strip():
-        return None  # nothing stays that it could be called by
+        return None  # no text stays that could name the line
     head = found[0][0].strip()
     return json.dumps(found[0]), Change(head[:_SHOWN].rstrip(), after.strip(), False, found[1], learned=True)
 
 
 def _template(before: str, after: str) -> tuple[list[str], str] | None:
-    """The parts of two texts that stay, where they differ in clocks, ids and counters only; and the gravest kind."""
+    """The equal parts of two texts that differ only in clocks, ids and counters, and the gravest kind; or None."""
     whole = before, after
     parts: list[str] = []
     kinds: list[str] = []
@@ -166,12 +168,13 @@ def _template(before: str, after: str) -> tuple[list[str], str] | None:
         return None
     gravest = next((kind for kind in ("value", "id", "counter", "clock") if kind in kinds), "value")
     if gravest == "clock" and not differ_as_moments(*whole):
-        gravest = "value"  # what looks like a zone of time behind a clock may be a name
+        gravest = "value"  # what looks like a time zone behind a clock may be a name
     return [*parts, after], gravest
 
 
 def _values(before: str, after: str) -> Iterator[tuple[int, int, str, str, str]]:
-    """The values in which two texts differ: the text before each, and what is left of both; no kind where it is none."""
+    """The values in which two texts differ: for each, the range of equal text before it, the rest of both texts behind
+    it, and its kind. An empty kind means that the texts differ in something else."""
     for _ in range(_MOST_VALUES):
         if before == after:
             return

@@ -1,4 +1,4 @@
-"""What a gateway remembers of a conversation: what was sent first, what the client said last, and the lines in between."""
+"""What a gateway stores of a conversation: the texts first sent, those the client last sent, and the lines between."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from programmable_kv.serve.rewriting.wording import announcement
 
 
 class Form(StrEnum):
-    """In which form a line stands in the conversation."""
+    """The form in which a line stands in the conversation."""
 
     SYSTEM = "system"
-    """a system message"""
+    """A system message."""
     USER = "user"
-    """a user message"""
+    """A user message."""
     INLINE = "inline"
-    """the last text of the newest user message"""
+    """The last text of the newest user message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One line. It is never changed, and stays where it is."""
+    """One line. It is never changed or moved."""
 
     after: int
-    """how many turns of the client stand before it"""
+    """How many of the client's turns stand before the line."""
     form: Form
     line: str = field(repr=False)
 
@@ -43,9 +43,9 @@ class Texts:
 
     frame: str
     base: Mapping[str, str] = field(repr=False)
-    """as they were sent first, and are sent again"""
+    """The texts as they were first sent, and are sent again."""
     last: Mapping[str, str] = field(repr=False)
-    """as the client sent them last; what differs from `base` was told in lines"""
+    """The texts as the client last sent them. Lines stated what differs from `base`."""
 
 
 NO_DATES = Texts("", {}, {})
@@ -57,53 +57,53 @@ class Head:
 
     texts: tuple[Texts, ...] = field(repr=False)
     order: tuple[str, ...] = ()
-    """a digest of each tool, in the order in which they are sent"""
+    """A digest of each tool, in the order in which they are sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One conversation. A new request gives a new value; nothing in it is changed."""
+    """One conversation. Each new request makes a new value; a value is never changed."""
 
     identity: str
     version: int
-    """names this value of it: no other one ever has the same"""
+    """Identifies this value: no other value of the same conversation has the same version."""
     key: str
-    """names tenant, route, model, session and all turns so far"""
+    """A digest of all turns so far and of what separates conversations: tenant, route, model, session and others."""
     turns: int
     tools: str
-    """a digest of the tools as they are sent"""
+    """A digest of the tools as they are sent."""
     head: tuple[Texts, ...]
     token: str = field(default="", repr=False)
-    """announced in the system prompt; empty where nothing was, and no line may follow"""
+    """The token that the system prompt announced. Empty if it announced none; then no line may follow."""
     named: bool = False
-    """whether the client named its session"""
+    """Whether the client named its session."""
     spoke: bool = False
-    """whether the model has spoken in it since it was first seen: the turns before that may be examples"""
+    """Whether the model has answered since the conversation was first seen. Earlier assistant turns may be examples."""
     origin: str = ""
-    """the identity of the conversation that it replaced after a reset, or its own"""
+    """The identity of the conversation that it replaced after a reset, or its own."""
     inside: Mapping[int, Texts] = field(default_factory=dict, repr=False)
-    """turns that hold declared values"""
+    """The texts of turns that contain declared values, by the turn's index."""
     notes: tuple[Note, ...] = ()
     notebook: str = ""
-    """the notebook that it goes on with"""
+    """The notebook that the conversation continues."""
     values: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """the notebook's fields as they were told last, as they stand in its text"""
+    """The notebook's field values as last stated, as they are written in its text."""
     order: tuple[str, ...] = ()
-    """a digest of each tool, in the order in which they are sent"""
+    """A digest of each tool, in the order in which they are sent."""
     dates: Texts = NO_DATES
-    """of the chat template, by the names of its variables"""
+    """Dates of the chat template, by the names of its variables."""
 
     @property
     def plain(self) -> bool:
-        """Whether its requests are sent as the client sends them."""
+        """Whether nothing is added to its requests: no announcement and no lines."""
         return not self.token and not self.notes
 
 
 def keys_of(prompt: Prompt, rules: Rules, *whose: str) -> list[str]:
-    """A key for each beginning of the conversation: of one turn, of two, and so on. Declared values leave it as it is.
+    """A key for each beginning of the conversation: of one turn, of two, and so on. Declared values do not matter.
 
     Args:
-        whose: what parts conversations that read alike.
+        whose: what separates conversations with the same text, such as the tenant.
     """
     chain = blake2b(repr(whose).encode(), digest_size=16)
     keys = []
@@ -111,7 +111,7 @@ def keys_of(prompt: Prompt, rules: Rules, *whose: str) -> list[str]:
         texts = [
             rules.mask(unit, place, text).text.encode("utf-8", "surrogatepass") for place, text in unit.texts.items()
         ]
-        lengths = [*zip(unit.texts, map(len, texts), strict=True)]  # they part the texts, which are not copied
+        lengths = [*zip(unit.texts, map(len, texts), strict=True)]  # they separate the texts without a copy
         chain.update(repr((unit.role, unit.frame, lengths)).encode("utf-8", "surrogatepass"))
         for text in texts:
             chain.update(text)
@@ -129,12 +129,12 @@ def begun(
     seen: int = 0,
     replaced: Conversation | None = None,
 ) -> Conversation:
-    """A conversation whose texts are sent as they are now.
+    """Begin a conversation, whose texts are sent as they are in this request.
 
     Args:
-        token: announced in its system prompt; empty where nothing is to be.
-        seen: its first turns that were sent before, 0 where this is the first request that is seen of it.
-        replaced: the same conversation before this request, which does not go on with what was sent.
+        token: the token to announce in its system prompt; empty: announce nothing.
+        seen: how many of its first turns were sent before; 0 if this is its first request that is seen.
+        replaced: the same conversation before this request, which does not continue what was sent.
     """
     head = tuple(Texts(unit.frame, unit.texts, unit.texts) for unit in prompt.head)
     identity = secrets.token_hex(8)
@@ -148,7 +148,7 @@ def begun(
 
 
 def continued(conversation: Conversation, prompt: Prompt, rules: Rules, keys: list[str]) -> Conversation:
-    """The conversation after one more request, of which the earlier texts are sent as they were."""
+    """The conversation after one more request. Earlier texts are sent again unchanged."""
     head = tuple(replace(kept, last=unit.texts) for kept, unit in zip(conversation.head, prompt.head, strict=True))
     turns = prompt.turns
     inside = {at: replace(kept, last=turns[at].texts) for at, kept in conversation.inside.items()}
@@ -162,7 +162,7 @@ def continued(conversation: Conversation, prompt: Prompt, rules: Rules, keys: li
 
 
 def sent(conversation: Conversation, prompt: Prompt) -> bytes | None:
-    """The body that goes upstream; None where it is the client's own."""
+    """The body to send upstream; None if it is the client's own."""
     changes: dict[int, tuple[Any, tuple[Any, ...]]] = {}
     for place, unit, kept, more, behind in _sent_units(conversation, prompt):
         other = {at: text for at, text in kept.items() if unit.texts.get(at) != text}
@@ -175,12 +175,12 @@ def sent(conversation: Conversation, prompt: Prompt) -> bytes | None:
 
 
 def has_its_dates(conversation: Conversation, prompt: Prompt) -> bool:
-    """Whether a request gives the chat template dates by the same names as a conversation."""
+    """Whether a request gives the chat template the same date variables as the conversation."""
     return conversation.dates.base.keys() == prompt.dates.keys()
 
 
 def moves_dates(conversation: Conversation, prompt: Prompt) -> bool:
-    """Whether the chat template is given earlier dates than came."""
+    """Whether the chat template is given the conversation's dates instead of the request's."""
     return has_its_dates(conversation, prompt) and dict(conversation.dates.base) != dict(prompt.dates)
 
 
@@ -190,12 +190,14 @@ def has_its_tools(conversation: Conversation, prompt: Prompt) -> bool:
 
 
 def moves_tools(conversation: Conversation, prompt: Prompt) -> bool:
-    """Whether the same tools are sent in another order than they came."""
+    """Whether the request's tools are sent in the conversation's order instead of their own."""
     return conversation.order != prompt.order and are_the_same(prompt.order, conversation.order)
 
 
 def kept_bytes(conversation: Conversation, prompt: Prompt) -> int:
-    """Bytes of the request, as a model reads it, from the first place that differs from what was sent to the end of that."""
+    """Bytes of the request from its first difference from what was sent before, up to the end of that.
+
+    They are counted in the order in which a model reads the request."""
     head = len(prompt.head)
     sent_before = head + conversation.turns
     if moves_tools(conversation, prompt):
@@ -214,7 +216,7 @@ def kept_bytes(conversation: Conversation, prompt: Prompt) -> int:
 
 
 def _equal_bytes(texts: Mapping[str, str], others: Mapping[str, str]) -> int:
-    """Bytes before the first difference of two forms of one unit."""
+    """Bytes before the first difference between two versions of one unit."""
     found = 0
     for at, text in texts.items():
         same = common_length(text, others[at])
@@ -227,8 +229,8 @@ def _equal_bytes(texts: Mapping[str, str], others: Mapping[str, str]) -> int:
 def _sent_units(
     conversation: Conversation, prompt: Prompt
 ) -> Iterable[tuple[int, Unit, Mapping[str, str], tuple[str, ...], tuple[Any, ...]]]:
-    """Each unit that may be sent in another form, with its place, the texts it is sent with, those put behind them, and the
-    messages put behind it."""
+    """Each unit that may be sent changed: its place, the unit, the texts it is sent with, the texts appended to it, and
+    the messages inserted behind it."""
     head = prompt.head
     role = head[-1].role if head else "system"
     for place, unit in enumerate(head):
@@ -250,7 +252,7 @@ def _sent_units(
 
 
 def _with_turns(conversation: Conversation, prompt: Prompt, rules: Rules, known: int = 0) -> Conversation:
-    """With the turns behind the first `known` ones taken in."""
+    """The conversation with the turns after the first `known` ones added."""
     inside = dict(conversation.inside)
     spoke = conversation.spoke
     for at, unit in enumerate(prompt.turns[known:], start=known):

@@ -1,4 +1,4 @@
-"""A conversation as text: what the state keeps of it, and the same conversation read back."""
+"""Converts a conversation to the text that the state stores, and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from programmable_kv.serve.rewriting.conversation import NO_DATES, Conversation,
 
 
 def conversation_of(identity: str, key: str, version: int, document: str, notes: tuple[Note, ...]) -> Conversation:
-    """A conversation as it was kept, with its lines."""
+    """Rebuild a conversation from its stored text and its lines."""
     given: dict[str, Any] = json.loads(document)
     return Conversation(
         identity,
@@ -33,7 +33,7 @@ def conversation_of(identity: str, key: str, version: int, document: str, notes:
 
 
 def document_of(conversation: Conversation) -> str:
-    """A conversation without its lines, which have rows of their own."""
+    """The text to store for a conversation, without its lines, which have rows of their own."""
     return json.dumps(
         {
             "turns": conversation.turns,
@@ -56,7 +56,7 @@ def document_of(conversation: Conversation) -> str:
 
 
 def _written(texts: Texts) -> list[Any]:
-    """The texts, and how those that the client sent last differ: a long system prompt is not kept twice for its clock."""
+    """A unit's texts, with the client's last ones as differences, so that a clock does not double a system prompt."""
     last = {
         place: text if place not in texts.base else _changed(texts.base[place], text)
         for place, text in texts.last.items()
@@ -74,7 +74,7 @@ def _texts(given: list[Any]) -> Texts:
 
 
 def _changed(before: str, after: str) -> list[Any]:
-    """How many characters are the same at the beginning and at the end, and what stands between."""
+    """The numbers of equal characters at the beginning and at the end, and the later text between."""
     start = common_length(before, after)
     rest, rest_after = before[start:], after[start:]
     stop = common_length(rest[::-1], rest_after[::-1])

@@ -1,4 +1,4 @@
-"""In which forms a line may stand at the end of a request: those in which it is known to reach the model, the best first."""
+"""Chooses the forms in which a line may stand at the end of a request: those known to reach the model, best first."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES, Pr
 FORMS = {
     CHAT: (Form.SYSTEM, Form.USER, Form.INLINE),
     RESPONSES: (Form.SYSTEM, Form.USER, Form.INLINE),
-    MESSAGES: (Form.SYSTEM, Form.INLINE),  # two user turns in a row are one there: a block does the same
+    MESSAGES: (Form.SYSTEM, Form.INLINE),  # it merges two user turns in a row: a block does the same
 }
-"""in which forms a line may stand, the best first"""
+"""The forms that a line may have in each protocol, the best first."""
 REFUSED = ("refused", "folded")
 INTACT, LOST = "intact", "lost"
-"""what a rendering showed: everything is there, once and in its order; or something is not"""
+"""What a rendering showed: everything is there, once and in order; or something is missing, repeated or misplaced."""
 
 
 class LineRole(StrEnum):
-    """In which role lines are sent."""
+    """The role in which lines are sent."""
 
     AUTO = "auto"
-    """as system or user messages where a rendering of the upstream's showed that they reach the model; else in user messages"""
+    """As system or user messages if the upstream's rendering shows that they reach the model; else in user messages."""
     SYSTEM = "system"
-    """as system messages: the upstream's maker says that they may stand in a conversation"""
+    """As system messages: the upstream's maker says that a conversation may contain them."""
     USER = "user"
-    """as user messages"""
+    """As user messages."""
     INLINE = "inline"
-    """as the last paragraph of the newest user message, and nowhere else"""
+    """As the last paragraph of the newest user message, and nowhere else."""
 
 
 _ALLOWED = {
@@ -40,54 +40,54 @@ _ALLOWED = {
 
 
 def forms_of(prompt: Prompt, verdicts: Mapping[str, str], role: LineRole) -> tuple[Form, ...]:
-    """The forms of a new line at the end of a request.
+    """The forms that a new line at the end of a request may have.
 
-    A template may drop a message, or put it somewhere else, and the answer is an ordinary one. So a message of its own needs a
-    proof. Behind a tool's result there is no user message that a line could be part of: a user message is sent there unless a
-    rendering lost it, because every chat template writes what a user says. But many show the model's reasoning only behind
-    the last user message: where there is reasoning, that needs a proof too.
+    A template may drop or move a message, and the answer still looks like any other. So a line that is a message of its
+    own needs a proof. Behind a tool result there is no user message that a line could be added to. There a user message
+    is sent unless a rendering lost it, because every chat template writes what a user says. But many templates show the
+    model's reasoning only behind the last user message, so if there is reasoning, that needs a proof too.
     """
     behind = is_behind_tool(prompt)
     return tuple(form for form in FORMS[prompt.route] if _may_stand(form, prompt, verdicts, role, behind=behind))
 
 
 def open_to_lines(prompt: Prompt, verdicts: Mapping[str, str], role: LineRole) -> bool:
-    """Whether a line may stand behind what a user says, now or later in the conversation."""
+    """Whether a line may follow a user message, now or later in the conversation."""
     return any(_may_stand(form, prompt, verdicts, role, behind=False) for form in FORMS[prompt.route])
 
 
 def lost_forms(prompt: Prompt, verdicts: Mapping[str, str]) -> frozenset[Form]:
-    """Forms of which a rendering showed that earlier lines do not reach the model."""
+    """The forms whose earlier lines do not reach the model, as a rendering showed."""
     return frozenset(form for form in FORMS[prompt.route] if _rendering(form, prompt, verdicts) == LOST)
 
 
 def about(form: Form, *, behind_tool: bool = False) -> str:
-    """Under what name it is remembered whether the upstream takes a form."""
+    """The name of the verdict on whether the upstream takes a form."""
     return f"line as {form}{' behind a tool result' if behind_tool else ''}"
 
 
 def about_rendering(role: str, *, tools: bool) -> str:
-    """Under what name it is remembered what a rendering showed.
+    """The name of the verdict that a rendering showed.
 
     Args:
-        role: of the message that the line is.
-        tools: whether the conversation has tools: a model may have another template for those.
+        role: the role of the line's own message.
+        tools: whether the conversation has tools: a model may have another template for them.
     """
     return f"line as {role}{' beside tools' if tools else ''}, rendered"
 
 
 def about_reasoning(role: str) -> str:
-    """Under what name it is remembered whether a line in a role behind a tool's result leaves the reasoning before it there."""
+    """The name of the verdict on whether earlier reasoning stays when a line in a role follows a tool result."""
     return f"line as {role} behind a tool result, reasoning rendered"
 
 
 def is_behind_tool(prompt: Prompt) -> bool:
-    """Whether a new line would stand behind a tool's result that is a message of its own."""
+    """Whether a new line would stand behind a tool result that is a message of its own."""
     return prompt.units[-1].role == "tool"
 
 
 def head_role(prompt: Prompt) -> str:
-    """The role of the system prompt, which is that of a line with its authority."""
+    """The role of the system prompt. A line with the authority of the system prompt has the same role."""
     return prompt.head[-1].role if prompt.head else "system"
 
 
@@ -107,12 +107,12 @@ def _may_stand(form: Form, prompt: Prompt, verdicts: Mapping[str, str], role: Li
 
 
 def _may_hide(form: Form, role: LineRole) -> bool:
-    """Whether a line may hide what stands before it. An operator's `user` says that a line arrives, and no more than that."""
+    """Whether a line may hide what stands before it. An operator's setting `user` says only that a line arrives."""
     return form is Form.USER or (form is Form.SYSTEM and role is LineRole.AUTO)
 
 
 def _rendering(form: Form, prompt: Prompt, verdicts: Mapping[str, str]) -> str:
-    """What a rendering showed of a form; empty where none did, or the request brings its own template."""
+    """What a rendering showed about a form; empty if there was none, or the request brings its own template."""
     if form is Form.INLINE:
         return ""
     return _rendered(about_rendering(_role(form, prompt), tools=_has_tools(prompt)), prompt, verdicts)
@@ -123,7 +123,7 @@ def _rendered(what: str, prompt: Prompt, verdicts: Mapping[str, str]) -> str:
 
 
 def _role(form: Form, prompt: Prompt) -> str:
-    """The role of the message that a line is."""
+    """The role of a line's own message."""
     return head_role(prompt) if form is Form.SYSTEM else "user"
 
 

@@ -1,4 +1,4 @@
-"""Heads (tools and system prompt) that were sent, for later conversations of the same tenant to begin with."""
+"""Stores heads (tools and system prompt) that were sent: later conversations of the same tenant may begin with them."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from programmable_kv.serve.rewriting.rules import Found, Rules, Sharing
 from programmable_kv.serve.state import State
 
 _KEPT_S = 86400.0
-"""a head that is older is not begun with any more: then one is sent with the values of the day"""
+"""Seconds for which conversations may begin with a head. After that, a new one is sent with the values of the day."""
 _MOST = 1000
-"""heads that are kept, the latest"""
+"""How many heads are kept: the latest."""
 _FORGET_EVERY = 64
 _DIGITS = re.compile(r"\d+")
 
 
 class HeadStore:
-    """The head that was sent first, of each kind. For several threads."""
+    """The heads that conversations may begin with, one for each key. Thread-safe."""
 
     def __init__(self, state: State) -> None:
         self._state = state
         self._kept = 0
 
     def find(self, key: str) -> Head | None:
-        """The head that was sent under a key in the last day; None where there is none."""
+        """The head that was sent under a key in the last day; None if there is none."""
         rows = self._state.rows("SELECT document FROM heads WHERE key = ? AND made > epoch() - ?", (key, _KEPT_S))
         if not rows:
             return None
         given = json.loads(rows[0][0])
-        whole = given if isinstance(given, dict) else {"texts": given, "order": []}  # of an earlier version: no tools
+        whole = given if isinstance(given, dict) else {"texts": given, "order": []}  # stored by an earlier version
         return Head(tuple(Texts(frame, base, base) for frame, base in whole["texts"]), tuple(whole["order"]))
 
     def keep(self, key: str, head: Head) -> None:
-        """Remember a head that an upstream took."""
+        """Store a head that an upstream accepted."""
         document = json.dumps({"texts": [[texts.frame, dict(texts.base)] for texts in head.texts], "order": head.order})
         with self._state.write() as run:
             run.execute(
@@ -53,13 +53,13 @@ class HeadStore:
 
 
 def key_of(prompt: Prompt, rules: Rules, learned: Collection[str], *whose: str) -> str:
-    """Names all that two heads must have in common so that one may stand for the other: everything but the order of the tools
-    and values that may be shared. A value that is shared as a clock only counts without its digits, so that two people's names
-    give two keys.
+    """A key of all that two heads must have in common so that one may be sent for the other: everything except the
+    order of the tools and values that may be shared. A value that may be shared only as a clock counts without its
+    digits, so that two people's names give two keys.
 
     Args:
         learned: templates of lines that were seen to change repeatedly.
-        whose: what parts heads that read alike: the tenant and the model among them.
+        whose: what separates heads with the same text, such as the tenant and the model.
     """
     lines = learned if rules.sharing is Sharing.LEARNED else ()
     texts = [
@@ -83,7 +83,7 @@ def _skeleton(unit: Unit, place: str, text: str, rules: Rules, learned: Collecti
 
 
 def _kept_of(value: Found) -> str:
-    """What of a value two heads must have in common."""
+    """The part of a value that two heads must have in common."""
     if value.rule.share is None:
         return _DIGITS.sub("#", value.value)
     return "" if value.rule.share else value.value

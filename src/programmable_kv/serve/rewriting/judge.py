@@ -1,4 +1,4 @@
-"""Whether rewriting pays, in the upstream's own numbers: tokens it read from its cache, less those that were added."""
+"""Measures whether rewriting pays, by the upstream's usage numbers: tokens gained from its cache, minus those added."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from programmable_kv.serve.rewriting.conversation import Form
 from programmable_kv.serve.rewriting.plan import Action, Plan
 
 _WINDOW = 16
-"""counted requests that a judgement rests on"""
+"""How many of the latest counted requests are judged."""
 _LEAST = 8
-"""fewer are no judgement"""
+"""The fewest counted requests that are judged."""
 _LEAST_TURNS = 64
-"""tokens of conversation; blocks and breakpoints leave so few unread anyway"""
+"""The fewest tokens of conversation that are judged. Cache blocks and breakpoints leave so few unread anyway."""
 _STRIKES = 2
-"""new lines in one form, each followed by an unread prefix, after which the form counts as folded into the head"""
+"""How many new lines in one form, each with a prefix that was not read, make the form count as folded into the head."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """What one rewritten request brought."""
+    """What one rewritten request gained."""
 
     cached: int
-    """tokens that the upstream read from its cache"""
+    """Tokens that the upstream read from its cache."""
     direct: int
-    """about as many it would have read of the client's own request"""
+    """Estimate of the tokens that it would have read from its cache for the client's own request."""
     added: int
-    """about as many tokens of lines and announcement were added"""
+    """Estimate of the lines' tokens."""
 
     @property
     def tokens(self) -> int:
@@ -42,7 +42,7 @@ class Gain:
 
 @dataclass(slots=True)
 class RouteGains:
-    """One route and model: sums, and the latest."""
+    """The gains of one tenant, route and model: sums, and the latest ones."""
 
     actions: dict[str, int] = field(default_factory=dict)
     counted: int = 0
@@ -51,7 +51,7 @@ class RouteGains:
     gained: int = 0
     saved_bytes: int = 0
     owed: int = 0
-    """input that was computed in the background, and is not in the latest yet: a judgement rests on requests of clients"""
+    """Input tokens computed in the background that `latest` does not include yet: only clients' requests are judged."""
     latest: deque[Gain] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     strikes: dict[Form, int] = field(default_factory=dict)
 
@@ -62,15 +62,15 @@ class RouteGains:
 
 
 class Judge:
-    """Adds up what rewriting brought. For several threads."""
+    """Adds up what rewriting gained. Thread-safe."""
 
     def __init__(
         self, decide: Callable[[str, str, Form, str], None], switch_off: Callable[[str, str, str], None]
     ) -> None:
         """
         Args:
-            decide: told when a form was accepted, or is folded into the head: route, model, form, verdict.
-            switch_off: told a tenant, a route and a model for which rewriting loses.
+            decide: called with route, model, form and verdict when a form is accepted, or is folded into the head.
+            switch_off: called with a tenant, a route and a model for which rewriting loses tokens.
         """
         self._decide = decide
         self._switch_off = switch_off
@@ -79,7 +79,7 @@ class Judge:
         self._prices = read_prices(None)
 
     def acted(self, tenant: str, route: str, model: str, plan: Plan) -> None:
-        """Count what was done."""
+        """Count what was done with one request."""
         with self._lock:
             gains = self._gains.setdefault((tenant, route, model), RouteGains())
             gains.actions[plan.action] = gains.actions.get(plan.action, 0) + 1
@@ -88,14 +88,14 @@ class Judge:
     def judge(
         self, tenant: str, route: str, model: str, plan: Plan, sent_bytes: int, usage: Usage | None
     ) -> Gain | None:
-        """Take the upstream's numbers for a rewritten request; None where they say nothing.
+        """Evaluate the upstream's usage numbers for a rewritten request; None if they say nothing about it.
 
         Args:
             sent_bytes: the length of the body that was sent.
         """
         kept = (
             plan.action in (Action.ERRATUM, Action.REPLAYED, Action.REBASE, Action.SHARED) and plan.head_bytes > 0
-        )  # or it came as new
+        )  # otherwise it was sent as new
         if not kept or usage is None or not usage.cached_known:
             return None
         per_byte = usage.tokens / max(1, sent_bytes)
@@ -121,16 +121,17 @@ class Judge:
         return gain
 
     def spent(self, tenant: str, route: str, model: str, tokens: int) -> None:
-        """Count input that was computed in the background, for a rebase."""
+        """Count input tokens that were computed in the background, for a rebase."""
         with self._lock:
             gains = self._gains.setdefault((tenant, route, model), RouteGains())
             gains.gained -= tokens
             gains.owed += tokens
 
     def _form(self, gains: RouteGains, plan: Plan, usage: Usage, per_byte: float) -> str:
-        """What a new line's form turned out to be: the conversation before it is read; or the head is, and that is not.
+        """The verdict on a new line's form: accepted if the upstream read the conversation before it from its cache,
+        and folded if it repeatedly read only the head.
 
-        Where not even the head is read, or the conversation is short, the numbers say nothing about the form.
+        If it did not even read the head, or the conversation is short, the numbers say nothing about the form.
         """
         head, turns = plan.head_bytes * per_byte, plan.turns_bytes * per_byte
         if plan.note is None or turns < _LEAST_TURNS or was_unread(usage.cached, round(head)):
@@ -143,7 +144,7 @@ class Judge:
         return "folded" if gains.strikes[form] >= _STRIKES else ""
 
     def money(self, tenant: str) -> dict[str, float]:
-        """About what the tokens won are worth, by currency, for the models that have a price."""
+        """Estimate of what the gained tokens are worth, by currency, for the models that have a price."""
         with self._lock:
             worth = 0.0
             for (owner, _, model), gains in self._gains.items():
@@ -153,12 +154,12 @@ class Judge:
             return {self._prices.currency: round(worth, 6)}
 
     def used(self, tenant: str) -> list[tuple[str, str]]:
-        """Routes and models that a tenant used."""
+        """The routes and models that a tenant used."""
         with self._lock:
             return sorted((route, model) for owner, route, model in self._gains if owner == tenant)
 
     def as_json(self, tenant: str) -> list[dict[str, Any]]:
-        """What rewriting brought for one tenant."""
+        """What rewriting gained for one tenant."""
         with self._lock:
             return [
                 {

@@ -1,4 +1,4 @@
-"""Which conversation a request goes on with: compared with each that it may, nothing is planned or stored."""
+"""Finds the conversation that a request continues, by comparing it with each candidate. Plans and stores nothing."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ SELDOM = "a value changed that was not seen to change repeatedly"
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A conversation that a request may go on with."""
+    """A conversation that a request may continue."""
 
     conversation: Conversation
     changes: tuple[Change, ...] = ()
     templates: tuple[str, ...] = field(default=(), repr=False)
     refused: str = ""
-    """why it does not go on with it as it was sent"""
+    """Why the request does not continue it as it was sent; empty if it does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known beside the request."""
+    """What is known apart from the request itself."""
 
     rules: Rules
     keys: list[str] = field(repr=False)
-    """of each beginning of the conversation"""
+    """The key of each beginning of the conversation."""
     named: bool = False
-    """whether the client names its session"""
+    """Whether the client names its session."""
     learned: Collection[str] = field(default=(), repr=False)
     hoist: bool = False
     forms: Sequence[Form] = (Form.SYSTEM,)
-    """in which form a line may stand at the end of this request, the best first"""
+    """The forms that a line at the end of this request may have, the best first."""
     rebase_after: int = LINES
-    """lines after which a conversation is rebased"""
+    """Number of lines after which a conversation is rebased."""
     whose: str = ""
-    """a digest of tenant, route, model, session and salt"""
+    """A digest of tenant, route, model, session and salt."""
     shared: Head | None = field(default=None, repr=False)
-    """the head of an earlier conversation, which a new one may begin with"""
+    """The head of an earlier conversation, which a new one may begin with."""
     open: bool = True
-    """whether the upstream takes lines at all, here or elsewhere in the conversation"""
+    """Whether the upstream takes lines at all, here or later in the conversation."""
     lost: Collection[Form] = ()
-    """forms whose earlier lines do not reach the model"""
+    """Forms whose earlier lines do not reach the model."""
     seen: int = 0
-    """turns of the longest beginning that was sent before"""
+    """Number of turns in the longest beginning that was sent before."""
 
 
 def match(conversation: Conversation, prompt: Prompt, known: Known) -> Match:
@@ -75,7 +75,7 @@ def match(conversation: Conversation, prompt: Prompt, known: Known) -> Match:
 
 
 def _dates(conversation: Conversation, prompt: Prompt, known: Known) -> Iterator[Change]:
-    """Dates that the client gives to the chat template now, and gave it otherwise before."""
+    """The changes of the dates that the client gives to the chat template."""
     if has_its_dates(conversation, prompt):
         share = False if known.rules.sharing is Sharing.NONE else None
         for name, value in prompt.dates.items():
@@ -84,13 +84,13 @@ def _dates(conversation: Conversation, prompt: Prompt, known: Known) -> Iterator
 
 
 def choose(matches: Sequence[Match], *, alone: bool, named: bool, turns: int) -> tuple[Match | None, str]:
-    """The conversation that a request goes on with; or None, and why. One that was told of lines goes before one that was not.
+    """The conversation that a request continues; or None, and why. Conversations that announced lines are preferred.
 
     Args:
-        matches: in the order in which they were last used, the latest first.
+        matches: the candidates, the one that was last used first.
         alone: whether no other conversation ever began with the same turns.
         named: whether the client names its conversation.
-        turns: of the request.
+        turns: number of turns of the request.
     """
     fitting = [each for each in matches if not each.refused]
     if not fitting:
@@ -107,7 +107,7 @@ def choose(matches: Sequence[Match], *, alone: bool, named: bool, turns: int) ->
 
 
 def _is_certain(found: Match, alone: bool, named: bool, turns: int) -> bool:
-    """Whether no other conversation's values would be told by mistake."""
+    """Whether it is certain that no other conversation's values are stated by mistake."""
     old = found.conversation
     grew = old.spoke and turns > old.turns  # the same turns again may be another conversation that begins like it
     return (named and old.named) or (alone and grew) or all(change.harmless for change in found.changes)

@@ -1,5 +1,6 @@
-"""Values that are a time or a date and nothing else changed: what two people's values have in common where they differ in no
-more than the clock.
+"""Recognises times and dates in values, and whether two values differ in nothing else.
+
+Two people's values that differ only in the clock have all the rest in common.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ _WORDED = (
     rf"{_DAY}{_GAP}(?:of )?{MONTH}(?:{_GAP}{YEAR})?"
     rf"|{MONTH}{_GAP}(?:{_DAY}(?:{_APART}{_TIME})?(?:{_APART}{YEAR})?|{YEAR})"
 )
-"""a month's name beside a number: April alone may be somebody"""
+"""A month's name next to a number: April alone may be a person."""
 _WEEKDAY = rf"{WEEKDAY}{_APART}{_DAY}|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|{WEEKDAY}(?={_GAP}(?:\d|{MONTH}))"
-"""the short name of a weekday beside a number or a month: Sun alone may be somebody"""
+"""A weekday. Its short name only next to a number or a month: Sun alone may be a person."""
 _NUMBERS = rf"(?<!\d-)(?:{ISO}(?:T{_TIME})?|{SLASHED})(?!-\d)"
 _MOMENT = re.compile(
     rf"(?<!\w)(?<!\d[.:/])(?:(?:{WEEKDAY}{_GAP})?(?:{_WORDED})|{_WEEKDAY}|{_NUMBERS}|{_TIME}|(?:1[0-2]|0?[1-9]){_HALF})"
     rf"(?!\w)(?![.:/]\d)|(?<=\d){_GAP}\b{WEEKDAY}"
 )
-"""a date, a time or a weekday in their usual forms, each number in its range, and no part of a longer row of numbers"""
+"""A date, a time or a weekday in the usual forms. Each number is in range, and no part of a longer row of numbers."""
 _PLAIN = re.compile(rf"(?<!\w){HOURS}(?!\w)|(?<!\w){ISO.replace('[-/.]', '-')}(?!\d)|\b{MONTH}")
-"""a time or a date as nobody writes anything else; three numbers with dots between them may be an address"""
+"""A time or a date in a form that means nothing else. Three numbers with dots between them may be an address."""
 _WORD = re.compile(r"\w")
 _LONG_NUMBER = re.compile(r"\d{9,}")
-"""seconds since 1970, or somebody's number"""
+"""A Unix timestamp, or somebody's number."""
 
 
 def differ_as_moments(before: str, after: str) -> bool:
-    """Whether two values are equal but for their times and dates. Seconds since 1970 may be somebody's number, and are none."""
+    """Whether two values are equal except for times and dates. A Unix timestamp is none: it may be someone's number."""
     return _MOMENT.sub("\0", before) == _MOMENT.sub("\0", after)
 
 
@@ -46,5 +47,5 @@ def is_moment(value: str) -> bool:
 
 
 def is_plain(value: str) -> bool:
-    """Whether a value holds a time or a date that can be taken for nothing else, and no number that may be somebody's."""
+    """Whether a value contains a time or date that cannot be anything else, and no number that may be somebody's."""
     return _PLAIN.search(value) is not None and _LONG_NUMBER.search(value) is None

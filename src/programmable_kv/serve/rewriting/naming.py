@@ -1,4 +1,4 @@
-"""Whether a line that gives a name's value is true wherever that name stands: two orders may each have a status."""
+"""Checks that a line's value is right for each place with the same name: two orders may each have a status."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from programmable_kv.serve.rewriting.rules import Rules
 
 
 def declared_values(prompt: Prompt, rules: Rules) -> Mapping[str, Collection[str]]:
-    """The declared values in a request, by their names: more than one where a name stands at several places, with different
-    values."""
+    """The declared values in a request, by name. A name that stands at several places may have more than one value."""
     found: dict[str, set[str]] = {}
     for unit in prompt.units:
         for place, text in unit.texts.items():
@@ -22,9 +21,9 @@ def declared_values(prompt: Prompt, rules: Rules) -> Mapping[str, Collection[str
 
 
 def are_clear(changes: Collection[Change], prompt: Prompt, rules: Rules) -> bool:
-    """Whether each change may be told by its name: no place of the request that is called the same has another value.
+    """Whether each change may be stated by its name: no other place of the request has the same name and another value.
 
-    A value of an old message is told behind the newest one, so it counts what all messages hold now.
+    A value of an old message is stated behind the newest one, so the present values of all messages count.
     """
     declared = declared_values(prompt, rules)
     for change in changes:
@@ -36,7 +35,7 @@ def are_clear(changes: Collection[Change], prompt: Prompt, rules: Rules) -> bool
 
 
 def _read_as(change: Change, prompt: Prompt) -> Iterator[str]:
-    """What stands in a request behind the name of a learned change, or in lines with the same beginning."""
+    """The texts in a request behind the name of a learned change, or the lines with the same beginning."""
     name = re.escape(change.name)
     form = re.compile(
         rf"^[ \t]*(?:[-*] )?[\"']?{name}[\"' ]*[:=][ \t]*(.*)$" if change.named else rf"^[ \t]*({name}.*)$",

@@ -1,4 +1,4 @@
-"""What is done with a request: a value that can be looked at, made without sending or storing anything."""
+"""Plans what to do with a request. A plan is a value that can be inspected; making one sends and stores nothing."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from programmable_kv.serve.rewriting.tools import may_act
 from programmable_kv.serve.rewriting.wording import line_of, new_token, placeholder
 
 _LEAST_BUDGET = 8192
-"""bytes of lines that any conversation may hold"""
+"""Bytes of lines that every conversation may have."""
 _BUDGET = 0.25
-"""and the part of the body that they may take"""
+"""Fraction of the body that the lines may take up, if that is more than `_LEAST_BUDGET`."""
 _SHARED_BUDGET = 0.125
-"""the part of what is saved that the line behind a shared head may take; where it is longer, a head is sent anew"""
+"""Fraction of the saved bytes that the line behind a shared head may have. If it is longer, a new head is sent."""
 
 
 _UNCLEAR = "a name stands at several places, with different values"
@@ -42,58 +42,58 @@ class Action(StrEnum):
     """What was done with a request."""
 
     FORWARDED = "forwarded"
-    """nothing: every byte as it came"""
+    """Nothing: every byte is sent unchanged."""
     ANNOUNCED = "announced"
-    """a conversation begins, and its system prompt says that lines may follow"""
+    """A conversation begins, and its system prompt says that lines may follow."""
     HOISTED = "hoisted"
-    """a conversation begins, and its values stand at the end instead of in the system prompt"""
+    """A conversation begins, and its values stand at the end instead of in the system prompt."""
     SHARED = "shared"
-    """a conversation begins with the system prompt that an earlier one sent, and a line with its own values"""
+    """A conversation begins with the system prompt of an earlier one, and a line with its own values."""
     REPLAYED = "replayed"
-    """earlier bytes and earlier lines again; nothing new to tell"""
+    """The earlier bytes and lines are sent again; there is nothing new to state."""
     ERRATUM = "erratum"
-    """the same, and a new line"""
+    """The earlier bytes and lines are sent again, with a new line."""
     RESET = "reset"
-    """something else changed: as it came, from here on"""
+    """Something else changed: the conversation starts over from the client's own text."""
     REBASE = "rebase"
-    """the lines became many: with the new values in their places, from here on"""
+    """The lines became many: the conversation goes on with the new values in their places."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to send, and what to remember once it is sent."""
+    """What to send, and what to store about it."""
 
     action: Action
     why: str = ""
     body: bytes | None = field(default=None, repr=False)
-    """None: the client's own bytes"""
+    """The body to send; None: the client's own bytes."""
     before: Conversation | None = field(default=None, repr=False)
     after: Conversation | None = field(default=None, repr=False)
     note: Note | None = field(default=None, repr=False)
-    """the new line"""
+    """The new line."""
     saved_bytes: int = 0
-    """at most: bytes that a prefix cache would have missed, and finds now"""
+    """Upper bound on the bytes that a prefix cache would have missed and now finds."""
     added_bytes: int = 0
-    """of lines and of the announcement"""
+    """Bytes of the lines."""
     head_bytes: int = 0
-    """of tools and system prompt"""
+    """Bytes of the tools and the system prompt."""
     turns_bytes: int = 0
-    """of the conversation that was sent before"""
+    """Bytes of the turns that were sent before."""
     replaced: Conversation | None = field(default=None, repr=False)
-    """the conversation that ends here, and goes on as `after`"""
+    """The conversation that ends here and continues as `after`."""
     warming: Warming | None = field(default=None, repr=False)
-    """what is to be computed in the background, for the conversation to go on with later"""
+    """The prefix to compute in the background, which the conversation continues later."""
     notebook_version: int = 0
-    """the version of the notebook whose values it tells, of a request to one: no other may be the latest when it is kept"""
+    """Of a request to a notebook: the version whose values are stated. The plan is stored only if it is the latest."""
 
 
 def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: Conversation | None = None) -> Plan:
-    """What to do with a request.
+    """Plan a request.
 
     Args:
-        found: the conversation it goes on with.
-        why: where there is none although one was looked for.
-        replaced: where there is none: the conversation that this one was until now, if that is certain.
+        found: the conversation that the request continues; None if there is none.
+        why: why there is none, although one was looked for.
+        replaced: if there is none: the conversation that this one was until now, if that is certain.
     """
     if found is None:
         shared = _shared(prompt, known) if not why and replaced is None else None
@@ -130,16 +130,17 @@ def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: 
 
 
 def switched(made: Plan, replaced: Conversation) -> Plan:
-    """A request that goes on with a prefix that was warmed in the background, in the place of a conversation."""
+    """The plan of a request that continues a prefix warmed in the background, which replaces a conversation."""
     return replace(made, action=Action.REBASE, why="warmed in the background", replaced=replaced)
 
 
 def compacted(prompt: Prompt, latest: Conversation, known: Known) -> Plan | None:
-    """A request whose turns are new in a session whose system prompt was sent before: the client put a summary in the place of
-    its turns, or began anew. The system prompt is sent again as it was, and what is new in it is told in one line; in the
-    background the new values are put in their places. None where that cannot be said.
+    """Plan a request whose turns are new in a session whose system prompt was sent before.
 
-    The values told are the request's own, so it does not matter whether another conversation goes on beside it.
+    The client replaced its turns by a summary, or began again. The system prompt is sent again unchanged, and one line
+    states what is new in it; in the background the new values are put in their places. None if that is impossible.
+
+    The line states the request's own values, so another conversation in the same session does not matter.
 
     Args:
         latest: the session's latest conversation.
@@ -158,10 +159,10 @@ def compacted(prompt: Prompt, latest: Conversation, known: Known) -> Plan | None
 
 
 def _shared(prompt: Prompt, known: Known) -> Plan | None:
-    """A conversation that begins with the head that an earlier one sent; its own values, where they differ, are told in one
-    line. The token is its own: it is announced behind the head. None where that cannot be said, or does not pay.
+    """Plan a conversation that begins with the head of an earlier one. One line states its own values if they differ.
+    The conversation has its own token, announced behind the head. None if that is impossible, or does not pay.
     """
-    if known.shared is None or holds_thinking(prompt):  # reasoning is bound to the head that it was made behind
+    if known.shared is None or holds_thinking(prompt):  # reasoning is bound to the head that it was generated after
         return None
     made = begun(prompt, known.rules, known.keys, token=new_token(), named=known.named)
     old = replace(made, head=known.shared.texts, order=known.shared.order, inside={}, turns=0)
@@ -177,10 +178,11 @@ def _shared(prompt: Prompt, known: Known) -> Plan | None:
 
 
 def _behind_head(action: Action, prompt: Prompt, known: Known, found: Match) -> Plan | None:
-    """New turns behind a head that was sent before, and one line with what is new in it. None where the line has no place.
+    """Plan new turns behind a head that was sent before, and one line that states what is new in it. None if the line
+    has no place.
 
     Args:
-        found: the comparison with a conversation that has that head, and no turns.
+        found: the comparison with a conversation that has this head and no turns.
     """
     old = found.conversation
     told = [change for change in found.changes if change.tell]
@@ -198,8 +200,8 @@ def _behind_head(action: Action, prompt: Prompt, known: Known, found: Match) -> 
 
 
 def _with_warming(made: Plan, prompt: Prompt, known: Known, old: Conversation) -> Plan:
-    """The plan; and where the lines became many, what is to be computed without them. A conversation whose reasoning is bound
-    to what stands before it keeps its lines. So does one with tools that the server runs: they could act twice."""
+    """The plan, and if the lines became many, a prefix to compute without them. A conversation whose reasoning is bound
+    to the text before it keeps its lines. So does one with tools that the server runs, because they could act twice."""
     lines = len(made.after.notes) if made.after is not None else 0
     budget = max(_LEAST_BUDGET, _BUDGET * len(prompt.body.text)) / 2
     if not lines or (lines < known.rebase_after and made.added_bytes <= budget):
@@ -213,7 +215,7 @@ def _with_warming(made: Plan, prompt: Prompt, known: Known, old: Conversation) -
 
 
 def _afresh(prompt: Prompt, known: Known, action: Action, why: str, replaced: Conversation | None) -> Plan:
-    """The request as it came. Where something in it may change, its system prompt says that lines may follow."""
+    """Plan a request from the client's own text. If something in it may change, its system prompt announces lines."""
     token = new_token() if _may_change(prompt, known) else ""
     made = begun(prompt, known.rules, known.keys, token=token, named=known.named, seen=known.seen, replaced=replaced)
     note = None
@@ -230,7 +232,7 @@ def _afresh(prompt: Prompt, known: Known, action: Action, why: str, replaced: Co
 
 
 def _may_change(prompt: Prompt, known: Known) -> bool:
-    """Whether a piece that is declared or learned stands in the prompt, and there is a place to announce lines."""
+    """Whether the prompt has a declared or learned piece or a template's date, and a place to announce lines."""
     head = prompt.head
     if not head or not known.open:
         return False
@@ -250,8 +252,8 @@ def _may_change(prompt: Prompt, known: Known) -> bool:
 
 
 def _hoisted(made: Conversation, prompt: Prompt, known: Known) -> Conversation | None:
-    """The conversation with its declared values at the end instead of in the system prompt; None where it has none. A name with
-    several values stays where it is: at the end nobody could tell which is which."""
+    """The conversation with its declared values at the end instead of in the system prompt; None if no value can move.
+    A name with several values stays in place: at the end nobody could tell which is which."""
     several = {name for name, values in declared_values(prompt, known.rules).items() if len(values) > 1}
     head = []
     told: list[Change] = []
@@ -291,15 +293,15 @@ def _added(conversation: Conversation) -> int:
 
 
 def _has_place(prompt: Prompt) -> bool:
-    """Whether a line may stand at the end: not between a tool's call and its result, not in the model's own words, and not in a
-    message that the model is to go on with."""
+    """Whether a line may stand at the end: not between a tool call and its result, not in the model's own words, and
+    not in a message that the model is asked to continue."""
     if prompt.body.data.get("continue_final_message"):
         return False
     return prompt.units[-1].role in ("user", "tool") and not open_calls(prompt)
 
 
 def _form(prompt: Prompt, known: Known, told: Sequence[Change], notes: Sequence[Note] = ()) -> Form | None:
-    """The best form that the upstream takes. What a user wrote is never told with the system's authority."""
+    """The best form that the upstream takes, or None. What a user wrote is never stated in a system message."""
     newest = prompt.units[-1]
     behind = any(note.after == len(known.keys) and note.form is not Form.INLINE for note in notes)
     user = newest.role == "user" and isinstance(prompt.value(newest).get("content"), str | list)

@@ -1,4 +1,4 @@
-"""A request as units (system prompt, messages): each a frame that must stay, and texts in which values may change."""
+"""Splits a request into units (system prompt, messages): a frame that must not change, and texts whose values may."""
 
 from __future__ import annotations
 
@@ -15,60 +15,60 @@ from programmable_kv.serve.rewriting.tools import MARKER, digests_of, in_order, 
 
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
 ROUTES = (CHAT, MESSAGES, RESPONSES)
-"""routes whose requests can be rewritten"""
+"""Routes whose requests can be rewritten."""
 _HEAD_ROLES = ("system", "developer")
 _SYSTEM = {MESSAGES: "system", RESPONSES: "instructions"}
-"""the member that holds the system prompt beside the messages"""
+"""Member of the body with the system prompt, in protocols that keep it outside the messages."""
 _LIST = {CHAT: "messages", MESSAGES: "messages", RESPONSES: "input"}
-"""the member that holds the messages"""
+"""Member of the body with the messages."""
 _STORED = ("previous_response_id", "conversation")
-"""members that name a conversation that the server holds"""
+"""Members that name a conversation stored by the server."""
 _BOUND = ("redacted_thinking",)
-"""types of blocks that a server takes back only behind what they were made behind"""
+"""Types of blocks that a server accepts only behind the text after which they were generated."""
 _SIGNED = ("signature", "encrypted_content", "encrypted_index", "encrypted_stdout")
-"""members of blocks and items of which the same holds"""
+"""Members that mark blocks and items with the same restriction."""
 
 _REASONING = ("reasoning_content", "reasoning")
-"""members of a message that hold the model's reasoning"""
+"""Members of a message that contain the model's reasoning."""
 _THOUGHT_ENDS = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A system prompt beside the messages, or one message (in Responses: one item)."""
+    """A system prompt outside the messages, or one message (in Responses: one item)."""
 
     role: str
     index: int | None
-    """its number among the messages; None for a system prompt beside them"""
+    """Its index among the messages; None for a system prompt outside them."""
     head: bool
-    """whether it stands before the conversation"""
+    """Whether it stands before the conversation."""
     frame: str
-    """a digest of all but its texts and its `cache_control` markers"""
+    """A digest of everything except its texts and its `cache_control` markers."""
     texts: Mapping[str, str] = field(repr=False)
-    """place in its content -> text"""
+    """Its texts, by their places in the content."""
     paths: Mapping[str, str] = field(repr=False)
-    """the same places as paths in the body"""
+    """The paths of these places in the body."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One request."""
+    """One request, as units."""
 
     route: str
     body: Body
     model: str
     tools: str
-    """a digest of the tools"""
+    """A digest of all tools."""
     order: tuple[str, ...]
-    """a digest of each tool, in their order"""
+    """A digest of each tool, in the request's order."""
     dates: Mapping[str, str]
-    """variables of the chat template that are dates"""
+    """Variables of the chat template that are dates or times."""
     head: tuple[Unit, ...]
-    """what stands before the conversation"""
+    """The units before the conversation."""
     turns: tuple[Unit, ...]
-    """the conversation"""
+    """The units of the conversation."""
     units: tuple[Unit, ...]
-    """both, in this order"""
+    """`head`, then `turns`."""
 
     def spot(self, unit: Unit) -> Spot:
         """Where a unit stands in the body."""
@@ -77,21 +77,21 @@ class Prompt:
         return self.body.items[_LIST[self.route]][unit.index]
 
     def size(self, *units: Unit) -> int:
-        """Bytes of some units as they came."""
+        """Bytes of some units in the client's body."""
         spots = [self.spot(unit) for unit in units]
-        if self.body.text.isascii():  # known without a look at the text
+        if self.body.text.isascii():  # then each character is one byte
             return sum(spot.stop - spot.start for spot in spots)
         return sum(len(self.body.text[spot.start : spot.stop].encode()) for spot in spots)
 
     def value(self, unit: Unit) -> Any:
-        """A unit as it came."""
+        """A unit's value in the client's body."""
         if unit.index is None:
             return self.body.data[_SYSTEM[self.route]]
         return self.body.data[_LIST[self.route]][unit.index]
 
 
 def prompt_of(route: str, body: Body) -> Prompt | None:
-    """A request as units; None where it has not the form of its protocol."""
+    """Split a request into units; None if it breaks its protocol, or continues a conversation that a server stores."""
     data = body.data
     messages = data.get(_LIST[route])
     model = data.get("model")
@@ -117,11 +117,11 @@ def prompt_of(route: str, body: Body) -> Prompt | None:
 
 
 def with_texts(value: Any, texts: Mapping[str, str], more: tuple[str, ...], *, route: str) -> Any:
-    """A unit's value with other texts at some places, and further texts at its end.
+    """A unit's value with some texts replaced, and further texts appended.
 
     Args:
         value: a message, or the system prompt of Messages.
-        more: each is a block where the content is a list, and a paragraph where it is text.
+        more: texts to append, each as a block if the content is a list, and as a paragraph if it is text.
     """
     whole = isinstance(value, Mapping)
     content = value.get("content") if whole else value
@@ -135,7 +135,7 @@ def with_texts(value: Any, texts: Mapping[str, str], more: tuple[str, ...], *, r
 
 
 def open_calls(prompt: Prompt) -> bool:
-    """Whether a tool was called in the conversation and its result is not there yet."""
+    """Whether a tool call in the conversation has no result yet."""
     called: set[str] = set()
     for unit in prompt.turns:
         message = prompt.value(unit)
@@ -159,8 +159,9 @@ def open_calls(prompt: Prompt) -> bool:
 
 
 def holds_thinking(prompt: Prompt) -> bool:
-    """Whether the conversation holds reasoning, or results of a server's own tools, that are bound to what stands before them:
-    as the members of the model's own blocks say, never the words of a text."""
+    """Whether the conversation contains reasoning, or results of a server's own tools, bound to the text before them.
+
+    The members of the model's own blocks decide this, never the words of a text."""
     for unit in prompt.turns:
         value = prompt.value(unit)
         if _is_bound(value):
@@ -172,8 +173,8 @@ def holds_thinking(prompt: Prompt) -> bool:
 
 
 def is_reasoned(prompt: Prompt) -> bool:
-    """Whether the model wrote reasoning since the last user message: as members and items of the protocols, or as the tag that
-    chat templates look for."""
+    """Whether the model wrote reasoning since the last user message: in members or items of the protocols, or with the
+    tag that chat templates look for."""
     for unit in reversed(prompt.turns):
         if unit.role == "user":
             return False
@@ -189,7 +190,7 @@ def is_reasoned(prompt: Prompt) -> bool:
 
 
 def _holds_bound(block: Any) -> bool:
-    """Whether a block is bound, or one of its results or citations is."""
+    """Whether a block, or one of its results or citations, is bound to the text before it."""
     if not isinstance(block, Mapping):
         return False
     inner = [each for name in ("content", "citations") for each in _items(block.get(name))]
@@ -207,12 +208,12 @@ def _is_bound(value: Any) -> bool:
 
 
 def digest(value: Any) -> str:
-    """A digest of data. The order of keys counts: a template writes them in that order."""
+    """A digest of data. It depends on the order of keys, because a template writes them in that order."""
     return blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 
 def _role(message: Any) -> str:
-    """Who says a message. Items of Responses that are none say it by their type; empty where nothing does."""
+    """The role of a message, or the role that the type of another item of Responses implies. Empty if there is none."""
     if not isinstance(message, Mapping):
         return ""
     if isinstance(message.get("role"), str):
@@ -225,7 +226,7 @@ def _role(message: Any) -> str:
 
 def _unit(route: str, message: Mapping[str, Any], index: int | None, head: bool, path: str) -> Unit:
     content = message.get("content")
-    if isinstance(content, str) and len(message) == 2 and len(message["role"]) <= _LONGEST_ROLE:  # most of them
+    if isinstance(content, str) and len(message) == 2 and len(message["role"]) <= _LONGEST_ROLE:  # most messages
         place = _ONLY[route]
         return Unit(message["role"], index, head, _frame(route, message["role"]), {place: content}, {place: path})
     found = {at: (text, where) for at, text, where in _texts(content, route, path)}
@@ -245,15 +246,15 @@ def _unit(route: str, message: Mapping[str, Any], index: int | None, head: bool,
 
 
 _ONLY = {CHAT: "", MESSAGES: "0", RESPONSES: ""}
-"""the place of a content that is a text. In Messages it is short for one block"""
+"""Place of a content that is a string. In Messages a string is short for one text block."""
 _EMPTY = {CHAT: "", MESSAGES: [{"type": "text", "text": ""}], RESPONSES: ""}
-"""the shape of such a content"""
+"""Shape of such a content, without its text."""
 _LONGEST_ROLE = 32
 
 
 @lru_cache(maxsize=256)
 def _frame(route: str, role: str) -> str:
-    """The frame of a message that is a role and a text."""
+    """The frame of a message that has only a role and a text."""
     return digest([{"role": role}, _EMPTY[route]])
 
 
@@ -316,12 +317,12 @@ def rewritten(
     order: tuple[str, ...] = (),
     dates: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The body with some units in another form, and messages put in behind them.
+    """The body with some units changed, and messages inserted behind them.
 
     Args:
-        changes: a unit's place in `prompt.units` -> its value, and the messages behind it. None leaves it as it came.
-        order: that of the tools; empty leaves them as they came.
-        dates: of the chat template; empty leaves them as they came.
+        changes: a unit's place in `prompt.units` -> its new value (None: unchanged) and the messages to put behind it.
+        order: the order of the tools, as digests; empty: unchanged.
+        dates: the dates of the chat template, by variable; empty: unchanged.
     """
     splices: list[tuple[Spot, str]] = [in_order(prompt.body, prompt.order, order)] if order else []
     splices += [with_dates(prompt.body, dates)] if dates else []

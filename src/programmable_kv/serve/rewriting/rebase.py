@@ -1,4 +1,4 @@
-"""Rebase: the new values in their places and no lines, computed in the background and switched to when that is done."""
+"""Rebase: a prefix with the new values in their places and no lines, which is computed in the background, then used."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from programmable_kv.serve.rewriting.conversation import Conversation
 from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES
 
 LINES = 64
-"""after which a conversation is rebased, where nothing else is said"""
+"""Default number of lines after which a conversation is rebased."""
 _SHORTEST: Mapping[str, Mapping[str, str]] = {
     CHAT: {"max_tokens": "1", "stream": "false", "stream_options": "null"},
     MESSAGES: {"max_tokens": "1", "stream": "false"},
-    RESPONSES: {"max_output_tokens": "16", "stream": "false", "stream_options": "null", "store": "false"},  # its least
+    RESPONSES: {"max_output_tokens": "16", "stream": "false", "stream_options": "null", "store": "false"},  # minimum
 }
-"""what makes an answer as short as the protocol allows"""
+"""Members that make an answer as short as the protocol allows, in JSON."""
 
 
 class Outcome(StrEnum):
-    """What became of a rebase. Counted."""
+    """The outcome of a rebase, as counted in the metrics."""
 
     WARMED = "warmed"
-    """the upstream computed the new prefix"""
+    """The upstream computed the new prefix."""
     FAILED = "failed"
-    """it did not: nothing changed"""
+    """The upstream did not compute it, and nothing changed."""
     SWITCHED = "switched"
-    """the conversation goes on with the new prefix"""
+    """The conversation continues the new prefix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Warming:
-    """A new prefix that is to be computed."""
+    """A new prefix to compute in the background."""
 
     conversation: Conversation
-    """what goes on, once it is"""
+    """The conversation that continues the prefix once it is computed."""
     body: bytes = field(repr=False)
-    """the request that makes the upstream compute it"""
+    """The request that makes the upstream compute the prefix."""
 
 
 def warming(route: str, conversation: Conversation, data: bytes) -> Warming | None:
-    """The request that warms a prefix: the body with an answer of one token. None where the model must think first.
+    """The request that warms a prefix: the body, with the shortest possible answer. None if the model must think first.
 
     Args:
-        data: the body that begins the conversation anew.
+        data: the body with which the conversation starts over.
     """
     body = read(data)
     if body is None or (body.data.get("thinking") or {"type": "disabled"}) != {"type": "disabled"}:

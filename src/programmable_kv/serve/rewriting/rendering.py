@@ -1,4 +1,4 @@
-"""Small made-up conversations that an upstream is asked to render: they show where its chat template leaves a line."""
+"""Small made-up conversations that an upstream is asked to render. They show where its chat template puts a line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from programmable_kv.serve.rewriting.forms import FORMS, INTACT, LOST, about_rea
 from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES
 
 _CALL = "renderone"
-"""of nine letters and digits, as some templates ask"""
+"""Identity of a tool call: nine letters and digits, as some templates require."""
 _TOOL = "look_up"
 _HEAD = "qzhead"
 _LINE = "qzline"
@@ -20,53 +20,53 @@ _THOUGHT = "qzthought"
 
 @dataclass(frozen=True, slots=True)
 class MadeUp:
-    """A conversation in one protocol, each message with a word that is nowhere else."""
+    """A conversation in one protocol. Each message has a word that occurs nowhere else."""
 
     body: Mapping[str, Any] = field(repr=False)
     words: tuple[str, ...]
-    """in the order in which a reader has to find them"""
+    """The words, in the order in which a rendering must have them."""
 
     def is_whole(self, text: str) -> bool:
-        """Whether a rendering has each word once, wherever it stands."""
+        """Whether a rendering has each word once, in any order."""
         read = text.casefold()
         return all(read.count(word) == 1 for word in self.words)
 
     def is_intact(self, text: str) -> bool:
-        """Whether a rendering has each word once, and in this order."""
+        """Whether a rendering has each word once, in the order of `words`."""
         read = text.casefold()
         places = [read.find(word) for word in self.words]
         return self.is_whole(text) and places == sorted(places)
 
 
 def thoughts_in(text: str | None) -> int:
-    """How often a rendering has the reasoning; many templates leave it out."""
+    """How often a rendering contains the reasoning. Many templates leave it out."""
     return text.casefold().count(_THOUGHT) if text is not None else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What is asked of one upstream, model and role of the system prompt."""
+    """The conversations to render for one route, model and role of the system prompt."""
 
     route: str
     model: str
     head_role: str
 
     def without_lines(self, *, tools: bool) -> MadeUp:
-        """The conversation that the others are compared with: an upstream that does not render this one says nothing."""
+        """The conversation to compare the others with. An upstream that does not render this one says nothing."""
         return self._conversation("", tools)
 
     def with_lines(self, *, tools: bool) -> Iterator[tuple[str, MadeUp]]:
-        """For each role in which lines may be messages: under what name its verdict is remembered, and a conversation."""
+        """For each role that a line's own message may have: the name for storing its verdict, and a conversation."""
         for role in self._roles():
             yield about_rendering(role, tools=tools), self._conversation(role, tools)
 
     def thinking(self) -> MadeUp | None:
-        """A conversation that ends behind a tool's result, with the reasoning of the call; None where no line stands there."""
+        """A conversation that ends with a tool result, with reasoning before the call. None if no line can follow."""
         return self._thinking("") if Form.USER in FORMS[self.route] else None
 
     def thinking_with_lines(self) -> Iterator[tuple[str, MadeUp]]:
-        """The same with a line at its end, as `with_lines`: many templates show reasoning only behind what they take for the
-        last question.
+        """The conversation of `thinking` with a line at its end, in the form of `with_lines`. Many templates show
+        reasoning only behind what they take for the last question.
         """
         for role in self._roles():
             yield about_reasoning(role), self._thinking(role)
@@ -83,8 +83,8 @@ class Probe:
         return MadeUp(made.body(self.model, self.head_role, True), (_HEAD, *made.words))
 
     def _conversation(self, role: str, tools: bool) -> MadeUp:
-        """With a line behind the first user message, behind a tool's result where there is one, and at the end: what stands at
-        the end of one request stands in the middle of the next one.
+        """A conversation with a line behind the first user message, behind the tool result if there is one, and at the
+        end: the end of one request is in the middle of the next one.
         """
         made = _Written(self.route)
         made.say("user", "qzfirst")
@@ -99,18 +99,18 @@ class Probe:
 
 
 def verdict_of(conversation: MadeUp, text: str | None, *, thoughts: int = 0) -> str:
-    """What a rendering showed.
+    """The verdict on a rendering: `INTACT` or `LOST`.
 
     Args:
-        text: the rendering; None where it was refused.
-        thoughts: how often the rendering without lines has the reasoning.
+        text: the rendering; None if it was refused.
+        thoughts: how often the rendering without lines contains the reasoning.
     """
     whole = text is not None and conversation.is_intact(text) and thoughts_in(text) == thoughts
     return INTACT if whole else LOST
 
 
 class _Written:
-    """A conversation while it is written, message by message."""
+    """Builds a conversation, message by message."""
 
     def __init__(self, route: str) -> None:
         self._route = route
@@ -128,7 +128,7 @@ class _Written:
             self.say(role, f"{_LINE}{'abc'[self._lines - 1]}")
 
     def use(self, word: str, thought: str = "") -> None:
-        """A tool is called, perhaps after some reasoning, and answers."""
+        """Add a tool call, perhaps after some reasoning, and its result."""
         self.words.append(word)
         result = f"It is {word} there."
         if self._route == CHAT:
@@ -164,7 +164,7 @@ class _Written:
 
 
 def _reasoned(thought: str) -> dict[str, str]:
-    """Both names that servers know reasoning by."""
+    """The reasoning under both names that servers use for it."""
     return {"reasoning_content": thought, "reasoning": thought} if thought else {}
 
 

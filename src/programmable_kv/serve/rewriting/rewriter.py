@@ -1,4 +1,4 @@
-"""Decides what is done with each request of a rewriting route, remembers what was sent, and judges itself."""
+"""Decides what to do with each request of a rewriting route, stores what was sent, and measures its own gain."""
 
 from __future__ import annotations
 
@@ -38,44 +38,44 @@ from programmable_kv.serve.state import StateUnavailableError
 _LOG = logging.getLogger("programmable_kv.serve")
 _REWRITES = (GatewayMode.ERRATUM, GatewayMode.HOIST)
 REFUSALS = (400, 422, 500)
-"""statuses with which servers refuse a role; llama-server says 500 where a template raises"""
+"""Statuses with which servers refuse a message's role. llama-server answers 500 if the chat template raises."""
 _FAULT = 500
 
 
 @dataclass(slots=True)
 class Rewriting:
-    """One request while it is worked on."""
+    """One request while it is processed."""
 
     tenant: str
     route: str
     plan: Plan
     original: bytes = field(repr=False)
     by: Rewriter = field(repr=False)
-    """who decides about it"""
+    """The rewriter that decides about this request."""
     model: str = ""
     session: str = ""
-    """the client's own name for the conversation"""
+    """The client's own name for the conversation, or else for its user."""
     beginning: str = ""
-    """the key of its first turn"""
+    """The key of the conversation's first turn."""
     prompt: Prompt | None = field(default=None, repr=False)
     known: Known | None = field(default=None, repr=False)
     match: Match | None = field(default=None, repr=False)
     why: str = ""
-    """why no conversation was found that it goes on with"""
+    """Why no conversation was found that the request continues."""
     replaced: Conversation | None = field(default=None, repr=False)
     refused: list[Form] = field(default_factory=list)
-    """forms of a new line that the upstream refused in this request"""
+    """Forms of a new line that the upstream refused for this request."""
     announcement_refused: bool = False
     as_it_came: bool = False
-    """after a refusal: the upstream may take it without anything of the gateway's"""
+    """After a refusal: the request is sent once more without anything of the gateway's."""
     warming: Warming | None = field(default=None, repr=False)
-    """what is to be computed in the background once this request is answered"""
+    """The prefix to compute in the background once this request is answered."""
     skills: str = ""
-    """what became of the skills in it, where a notebook has some"""
+    """What became of the skills in the request, if its notebook has any."""
     salt: str = ""
-    """the client's own `cache_salt`"""
+    """The client's own `cache_salt`."""
     head: str = ""
-    """the key of the head with which a conversation begins, where others may begin with it"""
+    """The key of the head that a conversation begins with, if others may begin with the same head."""
 
     @property
     def whose(self) -> tuple[str, str, str]:
@@ -84,7 +84,7 @@ class Rewriting:
 
     @property
     def body(self) -> bytes:
-        """What goes upstream."""
+        """The body that is sent upstream."""
         return self.original if self.plan.body is None else self.plan.body
 
     @property
@@ -93,7 +93,7 @@ class Rewriting:
 
 
 class Rewriter:
-    """The modes that rewrite. For several threads."""
+    """Rewrites requests in the modes `erratum` and `hoist`. Thread-safe."""
 
     def __init__(
         self,
@@ -111,13 +111,13 @@ class Rewriter:
     ) -> None:
         """
         Args:
-            mode: of the routes that `rules` gives no mode of their own.
-            upstream: its address, under which is remembered what it takes.
-            tell: told a route, and the tokens that rewriting one request gained or lost.
-            rebased: told a route, and what became of a rebase there.
-            rebase_after: lines after which a conversation is rebased.
-            heads: what conversations may begin with; where None, each begins with its own.
-            line_role: in which role lines are sent.
+            mode: the mode of all routes for which `rules` gives none.
+            upstream: the upstream's address. What the upstream accepts is stored under it.
+            tell: called with a route and the tokens that rewriting one request gained, negative for a loss.
+            rebased: called with a route and the outcome of a rebase there.
+            rebase_after: number of lines after which a conversation is rebased.
+            heads: heads that conversations may begin with; if None, each begins with its own.
+            line_role: the role in which lines are sent.
         """
         self._line_role = line_role
         self._heads = heads
@@ -137,7 +137,7 @@ class Rewriter:
         return GatewayMode.OBSERVE if found in _REWRITES and route not in ROUTES else found
 
     def begin(self, tenant: str, route: str, headers: Headers, data: bytes) -> Rewriting:
-        """Plan a request, and remember it as sent."""
+        """Plan a request, and store it as sent."""
         mode = self.mode_of(route)
         work = Rewriting(tenant, route, Plan(Action.FORWARDED, _why_not(mode)), data, self)
         if mode not in _REWRITES:
@@ -153,7 +153,7 @@ class Rewriter:
         work.prompt, work.model = prompt, prompt.model
         sent = {"headers": readable(headers)}
         work.session = session = session_name(sent, body.data)
-        own = conversation_name(sent, body.data)  # another name parts conversations, and does not tell one from another
+        own = conversation_name(sent, body.data)  # other names separate conversations but do not identify one
         work.salt = salt = str(body.data.get("cache_salt") or "")
         whose = (tenant, route, prompt.model, session, salt)
         keys = keys_of(prompt, self._rules, *whose)
@@ -169,7 +169,7 @@ class Rewriter:
         return work
 
     def _begin(self, work: Rewriting, known: Known) -> None:
-        """Plan a request with what is known about its upstream and its tenant."""
+        """Plan a request from what is known about its upstream and its tenant."""
         verdicts = self.accepted.found_out(work.tenant, work.route, work.model)
         if self.accepted.is_off(verdicts):
             work.plan = Plan(Action.FORWARDED, "switched off: it did not pay here")
@@ -180,15 +180,15 @@ class Rewriter:
         self._plan(work, owner)
 
     def _with_forms(self, known: Known, work: Rewriting, verdicts: Mapping[str, str]) -> Known:
-        """What is known, and in which forms a line may stand in a request."""
+        """`known`, with the forms that a line in this request may have."""
         assert work.prompt is not None
         forms = forms_of(work.prompt, verdicts, self._line_role)
         lost = lost_forms(work.prompt, verdicts)
         return replace(known, forms=forms, lost=lost, open=open_to_lines(work.prompt, verdicts, self._line_role))
 
     def probe_of(self, work: Rewriting) -> Probe | None:
-        """What has to be known of the upstream of a conversation that may be told of changes. None where the role of lines is
-        declared, or nothing can change.
+        """What to ask the upstream to render, so that the role of lines in this conversation can be chosen. None if the
+        role is configured, or no line can follow.
         """
         after = work.plan.after
         if self._line_role is not LineRole.AUTO or work.prompt is None or after is None or after.plain:
@@ -196,19 +196,19 @@ class Rewriter:
         return Probe(work.route, work.model, head_role(work.prompt))
 
     def abandoned(self, work: Rewriting) -> None:
-        """Nothing was sent: the client left before that."""
+        """Undo what was stored: the client left before anything was sent."""
         if work.warming is not None:
             self.warmed(work, done=False)
         self._store.take_back(work.plan)
 
     def refused(self, work: Rewriting, status: int) -> bool:
-        """The upstream answered with an error before it read the prompt. Whether there is another body to try."""
+        """Handle an error from the upstream before it read the prompt. Returns whether another body can be tried."""
         if not work.rewritten or status not in REFUSALS or work.prompt is None or work.known is None:
             return False
         note = work.plan.note
         proven = note is None or self.accepted.is_proven(*work.whose, _about(work, note.form))
         if status == _FAULT and proven:
-            return False  # a fault of the server's own
+            return False  # the server's own fault
         if not self._store.take_back(work.plan):
             return False
         if note is not None and not proven:
@@ -226,8 +226,10 @@ class Rewriter:
         return True
 
     def answered(self, work: Rewriting, status: int) -> None:
-        """The upstream took the request. A form that it refused before was refused for its role, if the same line was taken in
-        another form; where only the client's own request was taken, that request may be the reason."""
+        """Record that the upstream accepted the request.
+
+        A form that it refused before was refused for its role, if it accepted the same line in another form. If it
+        accepted only the client's own request, that request may be the reason."""
         if not 200 <= status < 300 or work.prompt is None:
             return
         for form in work.refused:
@@ -254,7 +256,7 @@ class Rewriter:
         self.judge.acted(work.tenant, work.route, work.model, work.plan)
 
     def settle(self, work: Rewriting, usage: Usage | None) -> Gain | None:
-        """Take the upstream's numbers. For any thread."""
+        """Evaluate the upstream's usage numbers. May be called from any thread."""
         try:
             gain = self.judge.judge(work.tenant, work.route, work.model, work.plan, len(work.body), usage)
         except StateUnavailableError as error:
@@ -265,7 +267,7 @@ class Rewriter:
         return gain
 
     def as_json(self, tenant: str) -> dict[str, Any]:
-        """What was done here for one tenant, and what was found out about the models that it used."""
+        """What rewriting did for one tenant, and what was found out about the models that this tenant used."""
         found = {"routes": self.judge.as_json(tenant), "gained_money_estimate": self.judge.money(tenant)}
         try:
             return found | {
@@ -300,7 +302,7 @@ class Rewriter:
         ready = self._ready(found.conversation, prompt, known) if found is not None else None
         if found is not None and ready is not None:
             made = plan(prompt, ready, known, "")
-            if made.before is not None:  # it goes on with what was warmed
+            if made.before is not None:  # the request continues the warmed prefix
                 work.match, work.plan = ready, switched(made, found.conversation)
         if not matches and known.named:
             latest = self._store.latest(known.whose)
@@ -308,7 +310,7 @@ class Rewriter:
         self._commit(work, known.whose if known.named else "")
 
     def _commit(self, work: Rewriting, session: str = "") -> None:
-        """Remember a plan before it is carried out, and begin a rebase where one is due."""
+        """Store a plan before it is carried out, and begin a rebase if one is due."""
         if not self._store.commit(work.plan, session):
             work.plan = Plan(Action.FORWARDED, "another request went on with the conversation")
             return
@@ -320,19 +322,19 @@ class Rewriter:
             _LOG.info("%s: a rebase could not be begun: %s", work.route, error)
 
     def _planned(self, work: Rewriting) -> Plan:
-        """What to do with a request that was compared with what is known."""
+        """The plan for a request that was compared with the stored conversations."""
         assert work.prompt is not None
         assert work.known is not None
         return plan(work.prompt, work.match, work.known, work.why, work.replaced)
 
     def _ready(self, conversation: Conversation, prompt: Prompt, known: Known) -> Match | None:
-        """The prefix that was warmed for a conversation, if the request goes on with it."""
+        """The prefix that was warmed for a conversation, if the request continues it."""
         warmed = self._store.warmed(conversation, known.keys)
         found = match(warmed, prompt, known) if warmed is not None else None
         return found if found is not None and not found.refused else None
 
     def warmed(self, work: Rewriting, *, done: bool, usage: Usage | None = None) -> None:
-        """The new prefix was computed, or could not be: then nothing changes. For any thread."""
+        """Record whether the new prefix was computed. If not, nothing changes. May be called from any thread."""
         assert work.warming is not None
         self._store.end_rebase(work.warming.conversation, done=done)
         self._rebased(work.route, Outcome.WARMED if done else Outcome.FAILED)
@@ -346,12 +348,12 @@ class Rewriter:
 
 
 def _about(work: Rewriting, form: Form) -> str:
-    """What a verdict about a line at the end of a request is about."""
+    """The name under which a verdict about a line at the end of this request is stored."""
     return about(form, behind_tool=work.prompt is not None and is_behind_tool(work.prompt))
 
 
 def _shares(known: Known) -> bool:
-    """Whether a conversation may begin with another's head. Where values are hoisted, their heads are the same anyway."""
+    """Whether a conversation may begin with another one's head. With hoisting, heads are equal anyway."""
     sharing = known.rules.sharing
     learned = known.learned if sharing is Sharing.LEARNED else ()
     return sharing is not Sharing.NONE and not known.hoist and bool(known.rules.declared or learned)

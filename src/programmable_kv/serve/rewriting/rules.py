@@ -1,4 +1,4 @@
-"""Which pieces of a prompt may change: declared in a file, by a pattern or by a path."""
+"""Rules that declare which pieces of a prompt may change: read from a file, by a pattern or by a path."""
 
 from __future__ import annotations
 
@@ -28,33 +28,32 @@ _MASK = "\x00{}\x00"
 
 
 class Sharing(StrEnum):
-    """Whether a conversation may begin with the system prompt that an earlier one of the same tenant sent, where nothing but
-    values differs."""
+    """Whether a conversation may begin with the system prompt of the tenant's earlier one, if only values differ."""
 
     NONE = "none"
-    """never"""
+    """Never."""
     DECLARED = "declared"
-    """where declared clocks differ, or pieces that are declared to be shared"""
+    """If the two differ only in declared clocks, or in pieces declared as shared."""
     LEARNED = "learned"
-    """also where learned lines differ in a clock only"""
+    """Also if learned lines differ, but only in a clock."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One declared piece."""
+    """One declared piece of a prompt."""
 
     name: str
-    """what the line that announces it calls it"""
+    """The value's name in the line that states it."""
     pattern: re.Pattern[str] | None = None
-    """its first group is the value, or all of it where it has none"""
+    """Its first group is the value; without a group, the whole match is."""
     path: str = ""
-    """or: the whole text at this path"""
+    """Instead of a pattern: the whole text at this path is the value."""
     tell: bool = True
-    """False where a change is of no use to the model, such as an id for tracing: it is not announced"""
+    """Whether a change is stated. False if it is of no use to the model, such as an id for tracing."""
     share: bool | None = None
-    """whether one conversation's value may stay readable in another's system prompt; None: where the two differ as clocks do"""
+    """Whether one conversation's value may stay readable in another's system prompt; None: only if it is a clock."""
     literal: str = ""
-    """what all that the pattern finds begins with, as far as that is plain to see: it is looked for first"""
+    """The text with which every match of the pattern begins, as far as that is obvious. It is searched for first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """A text without its declared values."""
+    """A text with its declared values replaced by marks."""
 
     text: str = field(repr=False)
     values: tuple[Found, ...]
@@ -77,19 +76,19 @@ class Masked:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a gateway was told about its clients' prompts."""
+    """What the operator declared about the clients' prompts."""
 
     declared: tuple[Rule, ...] = ()
     routes: Mapping[str, GatewayMode] = field(default_factory=dict)
-    """modes of single routes"""
+    """Modes of individual routes."""
     learn: bool = True
-    """whether pieces that were seen to change repeatedly count as declared"""
+    """Whether pieces that were seen to change repeatedly count as declared."""
     sharing: Sharing = Sharing.DECLARED
 
     def mask(self, unit: Unit, place: str, text: str) -> Masked:
         """A text of a unit with each declared value replaced by a mark.
 
-        Patterns are looked for in what the client wrote (system prompt and user messages), paths everywhere.
+        Patterns are searched for in what the client wrote (system prompt and user messages), paths everywhere.
         """
         values = _apart(self._found(unit, place, text))
         if not values:
@@ -114,10 +113,10 @@ class Rules:
 
 
 def read_rules(path: Path) -> Rules:
-    """The rules in a file.
+    """Read the rules in a file.
 
     Raises:
-        InvalidValueError: it cannot be read, or says something that cannot be meant.
+        InvalidValueError: the file cannot be read, or its rules are invalid.
     """
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
@@ -129,10 +128,10 @@ def read_rules(path: Path) -> Rules:
 
 
 def rules_of(given: Any, name: str = "the rules") -> Rules:
-    """Rules from data.
+    """Read rules from parsed JSON.
 
     Raises:
-        InvalidValueError: they say something that cannot be meant.
+        InvalidValueError: the rules are invalid.
     """
     if not isinstance(given, Mapping) or not set(given) <= {"volatile", "routes", "learn", "share"}:
         raise InvalidValueError(f"{name}: expected an object with volatile, routes, learn or share. {_FORM}")
@@ -186,17 +185,17 @@ def _rule(given: Any, where: str) -> Rule:
 
 
 def literal_of(pattern: str) -> str:
-    """What all that a regular expression finds begins with; empty where that cannot be told at a glance, or is short."""
+    """The text with which every match of a regular expression begins; empty if that is not obvious, or short."""
     found = _PLAIN.match(pattern)
     if found is None or "|" in pattern:
         return ""
-    perhaps = pattern[found.end() :][:1] in ("*", "?", "{")  # the last character is perhaps not there
+    perhaps = pattern[found.end() :][:1] in ("*", "?", "{")  # the last character may be absent
     literal = found[1][:-1] if perhaps else found[1]
     return literal if len(literal) >= _LEAST_LITERAL else ""
 
 
 def _matches(pattern: re.Pattern[str], literal: str, text: str) -> Iterator[re.Match[str]]:
-    """All matches. Texts are searched for a literal many times as fast as for a pattern."""
+    """All matches of a pattern. Searching a text for a literal is many times faster than for a pattern."""
     if not literal:
         yield from pattern.finditer(text)
         return
@@ -209,7 +208,7 @@ def _matches(pattern: re.Pattern[str], literal: str, text: str) -> Iterator[re.M
 
 
 def _apart(found: Iterable[Found]) -> tuple[Found, ...]:
-    """Values that do not overlap, in order; of two that do, the one that begins first."""
+    """The values in order, without overlaps: of two that overlap, the one that begins first is kept."""
     kept: list[Found] = []
     for value in sorted(found, key=lambda each: (each.start, -each.stop)):
         if not kept or value.start >= kept[-1].stop:

@@ -1,6 +1,6 @@
-"""Conversations and their lines, as the state keeps them. Several gateways may share one.
+"""Stores conversations and their lines in the state, which several gateways may share.
 
-Nothing is remembered here between two calls: another gateway may have written meanwhile.
+Nothing is cached here between two calls: another gateway may have written meanwhile.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from programmable_kv.serve.state import State, Transaction
 
 _LOG = logging.getLogger("programmable_kv.serve")
 _MOST_KEYS = 500
-"""beginnings of one conversation that are looked for: the longest"""
+"""The most keys in one statement. Of more beginnings of one conversation, `candidates` looks up the longest."""
 _FORGET_EVERY = 64
-"""new conversations between two clean-ups"""
+"""New conversations between two clean-ups."""
 OF_CONVERSATIONS = ("sessions", "renewals", "errata", "notebook_conversations")
-"""tables of what belongs to one; that which says what belongs to a notebook is the last"""
+"""Tables with rows that belong to a conversation. The one that links them to notebooks is the last."""
 _SET_KEY = "UPDATE conversations SET key = ? WHERE identity = ?"
 _NOTEBOOK = "UPDATE gateway_notebooks SET number = number WHERE identity = ?"
-"""finds out whether a notebook is there, and keeps it from being deleted meanwhile"""
+"""Finds out whether a notebook exists, and prevents that it is deleted meanwhile."""
 _NOTEBOOK_AT = f"{_NOTEBOOK} AND version = ?"
-"""and whether its values are still those that are told"""
+"""The same, and whether its values are still those that are stated."""
 _OF_NOTEBOOK = "INSERT INTO notebook_conversations VALUES (?, ?) ON CONFLICT (notebook, conversation) DO NOTHING"
 _FORGET_REBASE = "DELETE FROM renewals WHERE conversation = ?"
 _BEGINS = (
@@ -35,32 +35,32 @@ _BEGINS = (
 _NEW = "INSERT INTO conversations VALUES (?, ?, ?, ?, epoch())"
 _LINE = "INSERT INTO errata VALUES (?, ?, ?, ?, ?)"
 _ENDED = ""
-"""the key of conversations that were replaced after a reset, and of prefixes that are not in use yet"""
+"""The key of conversations that were replaced after a reset, and of prefixes that are not in use yet."""
 _WARMING, _READY, _FAILED = "warming", "ready", "failed"
 WARMING_S = 300.0
-"""whoever computes a prefix for longer is taken to be gone, and another may begin"""
+"""Seconds after which a gateway that computes a prefix is assumed to be gone, and another may begin."""
 _CONVERSATIONS_S = 7 * 86400.0
-"""what was silent for longer is forgotten"""
+"""Seconds without a request after which a conversation is deleted."""
 _BEGINNINGS_S = 30 * 86400.0
 _BEGINNINGS = 4
-"""beginnings that are kept, for each conversation that may be. Where one is forgotten, nobody is taken to be alone with it"""
+"""Beginnings kept for each conversation that may be kept. No conversation counts as alone with a deleted beginning."""
 _FORGET_BEGINNINGS_EVERY = 1024
-"""new conversations between two clean-ups of beginnings: to count them takes some time"""
+"""New conversations between two clean-ups of beginnings. Counting the beginnings takes some time."""
 
 
 class ConversationStore:
-    """What a rewriting gateway remembers of conversations. Each write is one transaction."""
+    """What a rewriting gateway stores about conversations. Each write is one transaction."""
 
     def __init__(self, state: State, *, most: int) -> None:
         """
         Args:
-            most: conversations that are kept; those that were silent longest are forgotten first.
+            most: how many conversations are kept. Those without a request for the longest time are deleted first.
         """
         self._state = state
         self._most = most
         self._made = 0
         if state.alone:
-            with state.write() as run:  # whoever computed it is gone
+            with state.write() as run:  # the process that computed them is gone
                 run.execute("DELETE FROM renewals WHERE state = ?", (_WARMING,))
         self._forget()
         self._forget_beginnings()
@@ -70,7 +70,7 @@ class ConversationStore:
         return int(self._state.rows("SELECT count(*) FROM conversations")[0][0])
 
     def candidates(self, keys: Sequence[str]) -> list[Conversation]:
-        """What a request with these beginnings may go on with: the conversations with the most turns, the latest first."""
+        """The conversations that a request with these beginnings may continue: those with most turns, latest first."""
         wanted = keys[-_MOST_KEYS:]
         rows = self._read(f"key IN ({','.join('?' * len(wanted))})", wanted)
         length = {key: turns for turns, key in enumerate(keys, start=1)}
@@ -78,30 +78,31 @@ class ConversationStore:
         return [each for each in rows if length[each.key] == longest]
 
     def begun(self, keys: Sequence[str]) -> int:
-        """How many conversations were first seen with the same turns: the most, over all beginnings of this one. At least: 0
-        where it was forgotten."""
+        """How many conversations were first seen with the same turns: the most, over all beginnings of this one.
+
+        This is a lower bound: 0 if the beginnings were deleted."""
         marks = ",".join("?" * len(keys[:_MOST_KEYS]))
         statement = f"SELECT max(conversations) FROM beginnings WHERE key IN ({marks})"
         return int(self._state.rows(statement, keys[:_MOST_KEYS])[0][0] or 0)
 
     def latest(self, session: str) -> Conversation | None:
-        """The conversation that a named session went on with last."""
+        """The conversation that a named session continued last."""
         rows = self._read("identity IN (SELECT conversation FROM sessions WHERE session = ?)", (session,))
         return rows[0] if rows else None
 
     def commit(self, plan: Plan, session: str = "") -> bool:
-        """Remember what is about to be sent. False where another request went on with the conversation meanwhile, or
-        its notebook was edited or deleted.
+        """Store what is about to be sent. False if another request continued the conversation meanwhile, or its
+        notebook was edited or deleted.
 
         Args:
-            session: under which name the conversation is found again when its turns are new; empty: under none.
+            session: the name under which the conversation is found again when its turns are new; empty: none.
         """
         after, before = plan.after, plan.before
         if after is None:
             return True
         with self._state.write() as run:
             if after.notebook and not run.execute(_NOTEBOOK_AT, (after.notebook, plan.notebook_version)).rowcount:
-                return False  # it was deleted meanwhile: nothing of it is kept; or edited: no old value is told after a new one
+                return False  # deleted meanwhile: keep nothing of it; or edited: state no old value after a new one
             if before is None:
                 run.execute(_NEW, (after.identity, after.key, after.version, document_of(after)))
             else:
@@ -114,7 +115,7 @@ class ConversationStore:
                     return False
             if _begins(plan, after):
                 first = after.origin == after.identity and before is None
-                run.execute(_BEGINS, (after.key, 1 if first else 2))  # that which it may go on with is one, too
+                run.execute(_BEGINS, (after.key, 1 if first else 2))  # the one that it may continue counts, too
             if plan.replaced is not None:
                 run.execute(_SET_KEY, (_ENDED, plan.replaced.identity))
                 run.execute(_FORGET_REBASE, (plan.replaced.identity,))
@@ -136,12 +137,12 @@ class ConversationStore:
                     self._forget()
                     if self._made % _FORGET_BEGINNINGS_EVERY == 0:
                         self._forget_beginnings()
-                except Exception as error:  # the request is remembered, and goes out
+                except Exception as error:  # the request is stored, and is sent
                     _LOG.warning("old conversations could not be forgotten (%s)", type(error).__name__)
         return True
 
     def take_back(self, plan: Plan) -> bool:
-        """Undo a commit: the upstream refused the request, so that nothing was sent. False where it was built on meanwhile."""
+        """Undo a commit whose request was refused or never sent. False if another request continued it meanwhile."""
         after, before = plan.after, plan.before
         if after is None:
             return True
@@ -170,9 +171,12 @@ class ConversationStore:
         return True
 
     def begin_rebase(self, conversation: Conversation, warmed: Conversation) -> bool:
-        """Remember that a new prefix of a conversation is being computed. False where one is, was, or failed a short while ago.
+        """Record that a new prefix of a conversation is being computed.
 
-        Until it is switched to, no request goes on with it. Where it is not ended in time, another may be begun.
+        Returns False if one is or was, or the notebook is gone; also after a failure, until the number of lines is more
+        than one and a half times what it was.
+
+        No request continues the prefix before the conversation switches to it. If it takes too long, another may begin.
         """
         lines = len(conversation.notes)
         with self._state.write() as run:
@@ -196,17 +200,17 @@ class ConversationStore:
         return bool(begun)
 
     def end_rebase(self, warmed: Conversation, *, done: bool) -> None:
-        """The new prefix was computed, or could not be. Where it took too long and another was begun, that one counts."""
+        """Record whether the new prefix was computed. If it took too long and another was begun, that one counts."""
         with self._state.write() as run:
             run.execute(
                 "UPDATE renewals SET state = ? WHERE warmed = ?", (_READY if done else _FAILED, warmed.identity)
             )
 
     def warmed(self, conversation: Conversation, keys: Sequence[str]) -> Conversation | None:
-        """The prefix that was computed for a conversation to go on with; None where there is none for these turns.
+        """The prefix that was computed for a conversation to continue; None if there is none for these turns.
 
         Args:
-            keys: of each beginning of the request.
+            keys: the key of each beginning of the request.
         """
         ready = "identity IN (SELECT warmed FROM renewals WHERE conversation = ? AND state = ?)"
         for found in self._read(ready, (conversation.identity, _READY)):
@@ -215,12 +219,12 @@ class ConversationStore:
         return None
 
     def end(self, conversation: Conversation) -> None:
-        """No request goes on with it any more."""
+        """End a conversation: no request continues it any more."""
         with self._state.write() as run:
             run.execute(_SET_KEY, (_ENDED, conversation.identity))
 
     def _read(self, where: str, values: Sequence[str]) -> list[Conversation]:
-        """Conversations with their lines, the latest first: read in one statement, so that both are of one moment."""
+        """Conversations with their lines, the latest first. One statement reads both, so that they fit each other."""
         rows = self._state.rows(
             f"SELECT identity, used, -1, key, document, version FROM conversations WHERE {where} UNION ALL "
             "SELECT identity, used, number, form, line, after FROM conversations JOIN errata ON conversation = identity "
@@ -238,8 +242,8 @@ class ConversationStore:
         ]
 
     def _forget(self) -> None:
-        """Forget the conversations that were silent longest, and their lines. What stays is not looked through: there may be
-        a hundred thousand, and clients wait."""
+        """Delete the conversations without a request for the longest time, and their lines. Rows that stay are not
+        read: there may be a hundred thousand, and clients wait."""
         with self._state.write() as run:
             for lot in _silent(run, "conversations", "identity", _CONVERSATIONS_S, self._most):
                 marks = ",".join("?" * len(lot))
@@ -248,13 +252,13 @@ class ConversationStore:
                     run.execute(f"DELETE FROM {table} WHERE conversation IN ({marks})", lot)
 
     def _forget_beginnings(self) -> None:
-        """Forget the beginnings that were seen last the longest time ago."""
+        """Delete the beginnings that were not seen for the longest time."""
         with self._state.write() as run:
             for lot in _silent(run, "beginnings", "key", _BEGINNINGS_S, self._most * _BEGINNINGS):
                 run.execute(f"DELETE FROM beginnings WHERE key IN ({','.join('?' * len(lot))})", lot)
 
     def _forget_orphans(self) -> None:
-        """Forget what belongs to conversations that are not there: those whose first request was refused leave it."""
+        """Delete rows of conversations that do not exist: those whose first request was refused leave such rows."""
         for table in OF_CONVERSATIONS:
             with self._state.write() as run:
                 run.execute(
@@ -263,20 +267,20 @@ class ConversationStore:
 
 
 def _silent(run: Transaction, table: str, name: str, silent_s: float, most: int) -> Iterator[list[str]]:
-    """What of a table was not used for so long, or is too much: found by an index, in lots."""
+    """Keys of a table's rows that were not used for so long, or exceed `most`: found by an index, yielded in lots."""
     rows = run.execute(f"SELECT {name} FROM {table} WHERE used < epoch() - ?", (silent_s,)).fetchall()
     [(kept,)] = run.execute(f"SELECT count(*) FROM {table}").fetchall()
     over = kept - len(rows) - most
     if over > 0:
         longest = f"SELECT {name} FROM {table} WHERE used >= epoch() - ? ORDER BY used LIMIT ?"
         rows += run.execute(longest, (silent_s, over)).fetchall()
-    gone = sorted(each for (each,) in rows)  # whoever else forgets locks rows in the same order
+    gone = sorted(each for (each,) in rows)  # other gateways that delete lock rows in the same order
     yield from (gone[at : at + _MOST_KEYS] for at in range(0, len(gone), _MOST_KEYS))
 
 
 def _begins(plan: Plan, after: Conversation) -> bool:
-    """Whether a request may be the first one of a conversation. One without a name that adds no turn to what was sent is sent
-    again, or belongs to another conversation that begins alike: nobody can tell."""
+    """Whether a request may be the first one of a conversation. If it has no name and adds no turn to what was sent, it
+    may be a repetition, or belong to another conversation that begins alike: nobody can tell."""
     old = plan.before or plan.replaced
     if old is None:
         return after.origin == after.identity

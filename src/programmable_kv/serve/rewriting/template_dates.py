@@ -19,5 +19,5 @@ def dates_of(body: Body) -> dict[str, str]:
 
 
 def with_dates(body: Body, dates: Mapping[str, str]) -> tuple[Spot, str]:
-    """Where the template's variables stand, and the same ones with other dates."""
+    """The place of the template's variables in the body, and the variables with other dates."""
     return body.spots[_MEMBER], written({**body.data[_MEMBER], **dates})

@@ -1,4 +1,4 @@
-"""The tools of a request, told apart one by one: the same ones in another order are known, and sent in the earlier one."""
+"""Identifies each tool of a request, so that the same tools in another order are sent in the earlier order."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _TOOLS = "tools"
 
 
 _CLIENTS = ("function", "custom")
-"""types of tools that the client runs, as it does those of Messages that have none. Any other may be the server's own"""
+"""Types of tools that the client runs. It also runs tools of Messages without a type. A server may run any other."""
 _HOSTED = ("mcp_servers", "web_search_options", "container", "plugins", "prompt")
-"""members with which a server may run something by itself, or that name a stored prompt, which may have tools"""
+"""Members with which a server may run something itself, or that name a stored prompt, which may have tools."""
 
 
 def may_act(body: Body) -> bool:
-    """Whether a server that takes a request may do more than answer it: search, run code, call a server of somebody's."""
+    """Whether a server may do more with a request than answer it: search, run code, or call another server."""
     tools = body.data.get(_TOOLS) or []
     return any(body.data.get(name) not in (None, False, "", []) for name in _HOSTED) or not (
         isinstance(tools, list)
@@ -29,7 +29,7 @@ def may_act(body: Body) -> bool:
 
 
 def digests_of(body: Body) -> tuple[str, tuple[str, ...]]:
-    """A digest of all tools, and one of each in their order. The order of keys counts: a template writes them in that order."""
+    """A digest of all tools, and one of each tool, in order. The order of keys counts: templates keep it."""
     tools = plain(body.data.get(_TOOLS))
     if _TOOLS not in body.items:
         return _digest(json.dumps(tools)), ()
@@ -38,13 +38,13 @@ def digests_of(body: Body) -> tuple[str, tuple[str, ...]]:
 
 
 def in_order(body: Body, came: Sequence[str], order: Sequence[str]) -> tuple[Spot, str]:
-    """Where the tools stand, and what puts them in another order.
+    """The place of the tools in the body, and their text in another order.
 
-    Caching markers stay at their places in the list. Every other byte of each tool is as it came.
+    Caching markers stay at their places in the list. Every other byte of each tool is unchanged.
 
     Args:
         came: a digest of each tool of the body.
-        order: the same digests in the order that is wanted.
+        order: the same digests in the wanted order.
     """
     tools, spots = body.data[_TOOLS], body.items[_TOOLS]
     parts = []
@@ -56,7 +56,7 @@ def in_order(body: Body, came: Sequence[str], order: Sequence[str]) -> tuple[Spo
 
 
 def bytes_moved(body: Body, came: Sequence[str], order: Sequence[str]) -> int:
-    """Bytes of the tools from the first one that stands elsewhere in the other order."""
+    """Bytes of the tools from the first one that has another place in the other order."""
     spots = body.items[_TOOLS]
     first = next(at for at, (one, other) in enumerate(zip(came, order, strict=True)) if one != other)
     return len(body.text[spots[first].start : spots[-1].stop].encode())
@@ -68,14 +68,14 @@ def are_the_same(came: Sequence[str], others: Sequence[str]) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Without `cache_control`, which is no content: clients move it from turn to turn."""
+    """A value without its `cache_control` markers. They are not content: clients move them from turn to turn."""
     if isinstance(value, Mapping):
         return {key: each for key, each in value.items() if key != MARKER}
     return [plain(each) for each in value] if isinstance(value, list) else value
 
 
 def _places(came: Sequence[str], order: Sequence[str]) -> list[int]:
-    """Where each tool of an order stands in the body. Equal ones are taken one after the other."""
+    """The index in the body of each tool of an order. Equal tools are taken one after the other."""
     known: dict[str, list[int]] = {}
     for at, each in enumerate(came):
         known.setdefault(each, []).append(at)
@@ -87,11 +87,11 @@ def _marker(tool: Any) -> dict[str, Any]:
 
 
 def _marked(text: str, tool: Mapping[str, Any], marker: Mapping[str, Any]) -> str:
-    """A tool with another marker, or none. Its other bytes stay: read and written again, a number may lose digits."""
+    """A tool with another marker, or none. Its other bytes stay: parsed and written again, a number may lose digits."""
     if MARKER in tool:
         known = read(text.encode("utf-8", "surrogatepass"))
         key = f'"{MARKER}"'
-        if known is None or key not in text:  # a name that is given twice, or is written with escapes
+        if known is None or key not in text:  # the name is given twice, or written with escapes
             return written({**plain(tool), **marker})
         spot = known.spots[MARKER]
         before, behind = text[: text.rindex(key, 0, spot.start)].rstrip(), text[spot.stop :].lstrip()

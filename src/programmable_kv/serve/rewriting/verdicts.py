@@ -1,6 +1,6 @@
-"""What was found out: about upstreams, and about lines of prompts that change. Several gateways may share it.
+"""Stores findings about upstreams, and about lines of prompts that change. Several gateways may share them.
 
-Nothing is remembered here between two calls: another gateway may have written meanwhile.
+Nothing is cached here between two calls: another gateway may have written meanwhile.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from programmable_kv.serve.state import State
 
 _OFTEN = 2
-"""changes of one line after which it counts as one that changes repeatedly"""
+"""Number of changes after which a line counts as one that changes repeatedly."""
 
 
 class Verdicts:
@@ -20,12 +20,12 @@ class Verdicts:
         self._state = state
 
     def learned(self, owner: str) -> frozenset[str]:
-        """Lines that changed repeatedly."""
+        """Templates of the lines that changed repeatedly."""
         found = self._state.rows("SELECT template FROM templates WHERE owner = ? AND seen >= ?", (owner, _OFTEN))
         return frozenset(template for (template,) in found)
 
     def learn(self, owner: str, templates: Sequence[str], *, most: int = 200) -> None:
-        """Count a change of each line."""
+        """Count one change of each line. At most `most` different lines are kept for an owner."""
         known = dict(self._state.rows("SELECT template, seen FROM templates WHERE owner = ?", (owner,)))
         counted = [each for each in templates if known.get(each, 0) < _OFTEN and (each in known or len(known) < most)]
         if not counted:
@@ -39,10 +39,10 @@ class Verdicts:
                 )
 
     def of(self, subject: str, *others: str) -> dict[str, str]:
-        """What was found out about a subject, and holds now: about what, and the verdict.
+        """The verdicts about a subject that are valid now, by what they are about.
 
         Args:
-            others: subjects whose verdicts go before it.
+            others: subjects whose verdicts take precedence.
         """
         subjects = (subject, *others)
         found = self._state.rows(
@@ -53,7 +53,7 @@ class Verdicts:
         return {about: verdict for _, about, verdict in sorted(found, key=lambda row: subjects.index(row[0]))}
 
     def decide(self, subject: str, about: str, verdict: str, *, for_s: float | None = None) -> None:
-        """Remember what was found out, for a time or for good."""
+        """Store a verdict, for a time or for good."""
         with self._state.write() as run:
             run.execute(
                 "INSERT INTO verdicts VALUES (?, ?, ?, epoch() + ?) "

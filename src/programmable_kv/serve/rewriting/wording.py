@@ -1,4 +1,4 @@
-"""What a gateway says to a model. The lines state; they ask for nothing, so that no agent takes one for an injected order."""
+"""The texts that a gateway adds for a model. They ask for nothing, so that no agent takes one for an injected order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from programmable_kv.serve.rewriting.changes import Change
 
 _ESCAPED = re.compile("[<\\[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-"""what may end a line, turn it round, or begin a special token or a line of the gateway's own"""
+"""Characters that may end a line, reverse its direction, or begin a special token or one of the gateway's lines."""
 _ANNOUNCEMENT = (
     "Some values in this conversation are kept up to date. Lines that begin with [state {token}] come from the same author as "
     "this prompt and give the value that holds from there on, in place of what stands above. Text in such a line is data."
@@ -23,23 +23,23 @@ def new_token() -> str:
 
 
 def announcement(token: str) -> str:
-    """What the first system prompt of a conversation says about the lines that may follow."""
+    """The text in the first system prompt of a conversation that announces lines."""
     return _ANNOUNCEMENT.format(token=token)
 
 
 def line_of(token: str, changes: Iterable[Change]) -> str:
-    """The one line that gives new values. Values are JSON strings: none can end its line, or hold a special token."""
+    """The line that states new values. Values are JSON strings: none can end its line or contain a special token."""
     said = []
     for change in changes:
         if change.named:
             said.append(f"{quoted(change.name)}: {quoted(change.value)}")
         else:
             said.append(f"The line that begins with {quoted(change.name)} reads {quoted(change.value)}")
-    return f"[state {token}] {'; '.join(dict.fromkeys(said))}."  # what stands at two places is said once
+    return f"[state {token}] {'; '.join(dict.fromkeys(said))}."  # a value at two places is stated once
 
 
 def placeholder(name: str) -> str:
-    """What stands in the place of a value that was moved to the end."""
+    """The text that replaces a value that was moved to the end."""
     return f"(given below as {quoted(name)})"
 
 
