@@ -115,7 +115,7 @@ def _forwards(count: int, rows: int) -> list[tuple[int, int]]:
 
 
 class _Copies:
-    """Copies of rows: all of the first row, then of the second, and so on. So positions ascend, and last rows come last."""
+    """All copies of the first row, then of the second, and so on. So positions ascend, and the last rows come last."""
 
     def __init__(self, buffer: KVBuffer, rows: Rows, count: int) -> None:
         self.rows, self.count, self.past = rows, count, buffer.length
