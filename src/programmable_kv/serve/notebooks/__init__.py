@@ -1,1 +1,1 @@
-"""Notebooks in front of an upstream: the text is always sent unchanged, and lines at the end state newer values."""
+"""Notebooks in front of an upstream: their text is sent unchanged, and lines at the end state newer values."""

@@ -30,7 +30,7 @@ class Book:
     identity: str
     tenant: str
     version: int
-    """The version, from 1. Every edit that changes a value adds one."""
+    """The version, from 1. Every edit that changes `texts` or `base` adds one."""
     source: Mapping[str, Any] = field(repr=False)
     """The request that created the notebook."""
     token: str = field(repr=False)
