@@ -1,4 +1,4 @@
-"""The local server in its four protocols, through the openai and anthropic clients. The oracle is the library itself."""
+"""The local server in its four protocols, through the openai and anthropic clients. The oracle is the library."""
 
 from __future__ import annotations
 
