@@ -1,4 +1,4 @@
-"""Chromium, driven over the WebDriver protocol: no package is needed beside the browser and its driver."""
+"""Drives Chromium over the WebDriver protocol. This needs no package besides the browser and its driver."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
 
 class Browser:
-    """One window."""
+    """One browser window."""
 
     def __init__(self, http: httpx2.Client, session: str) -> None:
         self._http, self._base = http, f"/session/{session}"
@@ -35,14 +35,14 @@ class Browser:
         self._call("POST", "/url", url=url)
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """What a script returns."""
+        """Run a script in the page, and return its result."""
         return self._call("POST", "/execute/sync", script=script, args=list(arguments))
 
     def text(self, selector: str) -> str:
         return str(self.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector))
 
     def wait_for(self, selector: str, text: str) -> None:
-        """Until an element's text holds some other."""
+        """Wait until an element's text contains `text`."""
         wait_until(lambda: text in self.text(selector), 20)
 
     def _element(self, selector: str) -> str:
@@ -57,11 +57,11 @@ class Browser:
         self._call("POST", f"/element/{found}/value", text=text)
 
     def value(self, selector: str) -> str:
-        """What a form's control holds."""
+        """The value of a form control."""
         return str(self.run("return document.querySelector(arguments[0]).value", selector))
 
     def choose(self, selector: str, value: str) -> None:
-        """Choose one of a list's values."""
+        """Choose the option of a list that has this value."""
         script = (
             "return [...document.querySelector(arguments[0]).options].findIndex((each) => each.value === arguments[1])"
         )
@@ -69,7 +69,7 @@ class Browser:
         self._call("POST", f"/element/{found}/click")
 
     def errors(self) -> list[str]:
-        """What the page complained about."""
+        """The errors in the browser's log."""
         found = self._call("POST", "/se/log", type="browser")
         return [each["message"] for each in found if each["level"] == "SEVERE"]
 
@@ -79,7 +79,7 @@ class Browser:
 
 @contextmanager
 def chromium(profile: Path, *, width: int = 1200, height: int = 1100) -> Iterator[Browser]:
-    """A headless browser with a new profile."""
+    """Run a headless browser with a new profile."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""An upstream with a real prefix cache over rendered text, which counts its hits in its usage numbers as servers do."""
+"""An upstream with a real prefix cache over rendered text. Like servers, it reports cache hits in its usage numbers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ RENDERS = (
     b"/apply-template",
     *(b"/v1/%b/render" % name for name in (b"messages", b"responses")),
 )
-"""where servers render prompts"""
+"""The paths at which servers render prompts."""
 BLOCK = 16
-"""characters that are cached or not; each counts as one token"""
+"""The characters in a block of the cache. A block counts as one token."""
 
 
 class CachingUpstream:
-    """The script of a `raw_upstream`."""
+    """A script for `raw_upstream` that answers from a prefix cache."""
 
     def __init__(
         self, *, folds: bool = False, refuses: Callable[[Any], bool] = lambda _: False, status: str = "400 Bad Request",
@@ -28,16 +28,17 @@ class CachingUpstream:
     ) -> None:  # fmt: skip
         """
         Args:
-            folds: system messages in the conversation are merged into the head, as some templates' servers do.
-            refuses: bodies that are answered with an error.
-            reads: whether anything is ever found in the cache.
+            folds: move system messages of the conversation to the head, as the servers of some templates do.
+            refuses: says which bodies get an error.
+            status: the status of this error.
+            reads: whether requests may find anything in the cache.
         """
         self.folds, self.refuses, self.status, self.reads = folds, refuses, status, reads
         self.cache: set[str] = set()
         self.bodies: list[Any] = []
-        """those that were answered"""
+        """The bodies that got an answer."""
         self.counts: list[tuple[int, int]] = []
-        """of each of them: tokens, and those that were read from the cache"""
+        """For each of these bodies: its tokens, and how many of them were read from the cache."""
         self.refused = 0
 
     async def __call__(self, request: Received) -> AsyncIterator[bytes]:
@@ -66,7 +67,7 @@ class CachingUpstream:
             yield answer(json.dumps(_completion(total, cached) if chat else _message(total, cached)).encode())
 
     def rendering(self, request: Received) -> list[bytes]:
-        """The answer to a request to render a prompt. A hosted API knows none."""
+        """The answer to a request to render a prompt: 404, as from a hosted API."""
         del request
         return [answer(b'{"detail": "Not Found"}', "404 Not Found")]
 

@@ -1,4 +1,4 @@
-"""A tiny model that was trained on a few prompts to call a tool, so that calls come from a model and a real template."""
+"""A tiny model, trained on a few prompts to call a tool, so that tests get calls from a model with a real template."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _OPENING = "<|im_start|>assistant\n"
 
 
 def templated(template: str = QWEN) -> Model:
-    """An untrained one."""
+    """An untrained model with a chat template."""
     model = tiny_chat_model(2048)
     model.tokenizer.chat_template = template
     return model
 
 
 def taught(lessons: Sequence[tuple[Sequence[dict[str, Any]], str]], tools: Sequence[dict[str, Any]]) -> Model:
-    """A model that gives each conversation's answer, greedily."""
+    """A model that generates the given answer to each conversation under greedy decoding."""
     model = templated()
     network: Any = model.engine.model
     rows = []

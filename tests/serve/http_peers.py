@@ -1,4 +1,4 @@
-"""HTTP peers for the gateway's tests: an upstream that records bytes and answers with scripted ones, and a running gateway."""
+"""HTTP peers for the gateway's tests: an upstream that records requests and sends scripted bytes, and a gateway."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _RENDERS = (b"/tokenize", b"/detokenize", b"/apply-template", b"/render")
 
 @dataclass
 class RawUpstream:
-    """A server that writes exactly the bytes of its script. The connection closes after each answer."""
+    """A server that sends exactly the bytes of its script, and closes the connection after each answer."""
 
     script: Script
     received: list[Received] = field(default_factory=list)
     rendered: list[Received] = field(default_factory=list)
-    """requests to render a prompt, which a gateway makes by itself"""
+    """The requests to render a prompt, which a gateway sends on its own."""
     left: threading.Event = field(default_factory=threading.Event)
-    """a client closed its connection while the script was not done"""
+    """Set when a client closes its connection before the script ends."""
     port: int = 0
     scheme: str = "http"
 
@@ -73,7 +73,7 @@ class RawUpstream:
         work = asyncio.ensure_future(self._answer(request, writer))
         gone = asyncio.ensure_future(reader.read(1))
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done() or work.exception() is not None:  # writing fails where nobody is there
+        if not work.done() or work.exception() is not None:  # writing fails if the client has left
             self.left.set()
         work.cancel()
         gone.cancel()
@@ -87,7 +87,7 @@ class RawUpstream:
 
 
 def answer(body: bytes, status: str = "200 OK", *, kind: str = "application/json", more: str = "") -> bytes:
-    """A whole answer."""
+    """The bytes of a complete answer."""
     return (
         f"HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n{more}\r\n".encode()
         + body
@@ -110,7 +110,7 @@ Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 @contextmanager
 def listening(serve: Serve, tls: ssl.SSLContext | None = None) -> Iterator[int]:
-    """A server of connections in a thread: its port, which is free before."""
+    """Run a server of connections in a thread. Yields its port, which the system chooses."""
     loop, started, stop, ports = asyncio.new_event_loop(), threading.Event(), asyncio.Event(), list[int]()
 
     async def main() -> None:
@@ -132,7 +132,7 @@ def listening(serve: Serve, tls: ssl.SSLContext | None = None) -> Iterator[int]:
 
 @contextmanager
 def raw_upstream(script: Script, tls: ssl.SSLContext | None = None) -> Iterator[RawUpstream]:
-    """An upstream on a free port, in a thread."""
+    """Run an upstream on a free port, in a thread."""
     upstream = RawUpstream(script, scheme="http" if tls is None else "https")
     with listening(upstream.serve, tls) as upstream.port:
         yield upstream
@@ -140,7 +140,7 @@ def raw_upstream(script: Script, tls: ssl.SSLContext | None = None) -> Iterator[
 
 @dataclass
 class Running:
-    """A server in a thread."""
+    """A server that runs in a thread."""
 
     server: uvicorn.Server
     thread: threading.Thread
@@ -157,7 +157,7 @@ class Running:
 
 @contextmanager
 def running(settings: GatewaySettings | LocalSettings, app: Any = None) -> Iterator[Running]:
-    """A gateway, or another application, as `pkv serve` runs it, on a free port."""
+    """Run a gateway, or another application, on a free port, in the way `pkv serve` runs it."""
     server = server_of(settings, app if isinstance(settings, LocalSettings) else gateway_app(settings))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -171,7 +171,7 @@ def running(settings: GatewaySettings | LocalSettings, app: Any = None) -> Itera
 
 
 def wait_until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Wait for something that another thread does."""
+    """Wait until a condition is true that another thread brings about."""
     end = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < end, "it did not happen in time"
@@ -179,7 +179,7 @@ def wait_until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 
 def metric(url: str, line: str) -> float:
-    """The value of one line of the metrics; 0 where it is not there."""
+    """The value of one line of the metrics; 0 if the line does not exist."""
     for each in httpx2.get(f"{url}/metrics").text.splitlines():
         if each.startswith(f"{line} "):
             return float(each.rpartition(" ")[2])

@@ -1,4 +1,4 @@
-"""A server of a test module's own `model`, and the makers' clients for it: `pytest_plugins = ["serve.local_clients"]`."""
+"""A server of a test module's `model`, and official clients for it: `pytest_plugins = ["serve.local_clients"]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the states of a test are kept."""
+"""The places at which a test keeps states: files, or schemas of a database."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Places:
-    """Files; or, with a database, a schema in the place of each file."""
+    """Files, or with a database, one schema instead of each file."""
 
     database: Database | None = None
     known: dict[Path, DatabaseAddress] = field(default_factory=dict)
 
     def at(self, path: Path | None) -> Path | DatabaseAddress | None:
-        """The same place for the same path; without one a new place, in memory where there is no database."""
+        """The place for a path, always the same. Without a path: a new schema, or memory if there is no database."""
         if self.database is None:
             return path
         if path is None:
@@ -30,10 +30,10 @@ class Places:
         return self.known[path]
 
     def option(self, path: Path) -> str:
-        """What `pkv serve --state` takes."""
+        """The place for a path, as an argument of `pkv serve --state`."""
         found = self.at(path)
         return found.url if isinstance(found, DatabaseAddress) else str(found)
 
 
 now = Places()
-"""of the test that runs"""
+"""The places of the running test."""

@@ -1,4 +1,4 @@
-"""Servers in processes of their own."""
+"""Servers in separate processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def free_port() -> int:
 
 @contextmanager
 def process(*words: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A server in a process of its own, ready for requests."""
+    """Run a server in a separate process, and wait until it answers requests."""
     found = subprocess.Popen(
         [sys.executable, *words], stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

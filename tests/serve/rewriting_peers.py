@@ -1,4 +1,4 @@
-"""A rewriter without sockets, and clients that talk to it: what the upstream would have got, request by request."""
+"""A rewriter without sockets, and request bodies for it. It records what the upstream would get, request by request."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ CLOCK = rules_of({"volatile": [{"name": "the time", "pattern": "^Now: (.*)$"}], 
 
 @dataclass
 class Peer:
-    """A rewriter, and what it sent."""
+    """A rewriter, and the bodies that it sent."""
 
     mode: GatewayMode = GatewayMode.ERRATUM
     rules: Rules = CLOCK
     path: Path | None = None
     place: DatabaseAddress | None = None
-    """where the state is kept, in the place of the file"""
+    """The database that keeps the state, instead of the file."""
     sent: list[Any] = field(default_factory=list)
     works: list[Rewriting] = field(default_factory=list)
     rebase_after: int = 64
     rebases: list[tuple[str, str]] = field(default_factory=list)
     line_role: LineRole = LineRole.SYSTEM
-    """there is nobody here whom it could be found out from"""
+    """The role is fixed, because there is no upstream that could be probed for it."""
 
     def __post_init__(self) -> None:
         self.state = open_state(self.place or places.now.at(self.path), durable=False)
@@ -56,7 +56,7 @@ class Peer:
         self, body: Any, *, session: str = "", tenant: str = "t", route: str = CHAT, status: int = 200,
         usage: Usage | None = None,
     ) -> Any:  # fmt: skip
-        """Send a body. Returns what the upstream got."""
+        """Send a body. Returns the body that the upstream gets."""
         headers = ((b"x-session-id", session.encode()),) if session else ()
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         work = self.rewriter.begin(tenant, route, headers, data)
@@ -69,7 +69,7 @@ class Peer:
         return self.sent[-1]
 
     def warmed(self, *, done: bool = True) -> Any:
-        """The prefix that the latest request begins to warm is computed, or not. Returns its body."""
+        """End the warming that the latest request began, with success or not. Returns the body of the warming."""
         work = self.works[-1]
         assert work.warming is not None
         self.rewriter.warmed(work, done=done)
@@ -90,7 +90,7 @@ class Peer:
 
 
 def chat(system: Any, *turns: Any, **other: Any) -> dict[str, Any]:
-    """A Chat Completions body; turns are texts of user and assistant in turn, or whole messages."""
+    """A Chat Completions body. Turns are alternating texts of user and assistant, or whole messages."""
     roles = ("user", "assistant")
     said = [t if isinstance(t, dict) else {"role": roles[n % 2], "content": t} for n, t in enumerate(turns)]
     return {"model": "m", "messages": [{"role": "system", "content": system}, *said], **other}
@@ -103,7 +103,7 @@ def claude(system: Any, *turns: Any, **other: Any) -> dict[str, Any]:
 
 
 def codex(system: Any, *turns: Any, **other: Any) -> dict[str, Any]:
-    """A Responses body; a turn that is no message goes in as an item."""
+    """A Responses body. A turn given as a mapping is an item of any type."""
     return {"model": "m", "instructions": system, "input": chat("", *turns)["messages"][1:], **other}
 
 
@@ -113,7 +113,7 @@ def at(minute: str, rest: str = RULES) -> str:
 
 
 def prefix(body: Any) -> list[Any]:
-    """What a prefix cache reads, in order, without markers."""
+    """The texts of a body in the order in which a prefix cache reads them, without markers."""
     found = copy.deepcopy(body)
     system = found.get("system") or found.get("instructions")
     blocks = [{"type": "text", "text": system}] if isinstance(system, str) else list(system or [])
@@ -129,7 +129,7 @@ def prefix(body: Any) -> list[Any]:
 
 
 def extends(later: Any, earlier: Any) -> bool:
-    """Whether one request begins with all of another, byte for byte."""
+    """Whether the later request begins with the whole earlier one, byte for byte."""
     one, other = prefix(earlier), prefix(later)
     return other[: len(one)] == one
 

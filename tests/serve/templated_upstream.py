@@ -1,4 +1,4 @@
-"""An upstream with a real chat template, which transformers renders: where a line stands in what the model would read."""
+"""An upstream that renders a real chat template with transformers, to show where a line is in the model's input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _tokenizer() -> Any:
 
 
 class TemplatedUpstream(CachingUpstream):
-    """Renders Chat Completions as vLLM does, at `/tokenize`; or as llama-server does, at `/apply-template`."""
+    """Renders Chat Completions like vLLM, at `/tokenize`, or like llama-server, at `/apply-template`."""
 
     def __init__(self, family: str, *, like: str = "vllm", **more: Any) -> None:
         super().__init__(**more)
@@ -30,7 +30,7 @@ class TemplatedUpstream(CachingUpstream):
         self.like = like
 
     def render(self, body: Any) -> str:
-        """What the model reads. Tool calls are given to the template as data, as servers do.
+        """The text that the model reads. As in servers, the template gets the arguments of tool calls as data.
 
         Raises:
             Exception: the template refuses the conversation.
@@ -59,7 +59,7 @@ class TemplatedUpstream(CachingUpstream):
         if self.like == "vllm" and path == "/detokenize":
             return 200, {"prompt": self.tokenizer.decode(body["tokens"])}
         if self.like == "llama-server" and path == "/tokenize":
-            return 200, {"tokens": []}  # it reads `content`, and there is none
+            return 200, {"tokens": []}  # llama-server tokenizes the member `content`, which this body does not have
         if path != {"vllm": "/tokenize", "llama-server": "/apply-template"}.get(self.like):
             return 404, {"detail": "Not Found"}
         try:
@@ -71,6 +71,6 @@ class TemplatedUpstream(CachingUpstream):
         return 200, {"tokens": self.tokenizer(text, add_special_tokens=False)["input_ids"]}
 
     async def ask(self, path: str, data: bytes) -> tuple[int, bytes]:
-        """As a gateway asks, without sockets."""
+        """Answer a request of the gateway's own, without sockets."""
         status, found = self.told(path, json.loads(data))
         return status, json.dumps(found).encode()

@@ -1,4 +1,4 @@
-"""Who may use a gateway, and whose credentials go where."""
+"""Access to a gateway, and the credentials that it forwards."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_an_open_gateway_serves_this_machine(open_gateway: Running, headers: dic
 
 
 def test_every_key_is_compared_with_every_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compared does not depend on what was found: so time tells nothing."""
+    """The comparisons do not depend on earlier matches, so the time of an answer reveals nothing."""
     compared = []
     keys = [new_key(name) for name in ("a", "b", "c")]
     found = Access(tuple(access.ApiKey(*line.replace("sha256:", "").split()) for _, line in keys))

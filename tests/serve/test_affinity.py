@@ -1,4 +1,4 @@
-"""What decides which upstream a request goes to: the same for all requests of a conversation, and for nobody else's."""
+"""The key that decides a request's upstream: equal for all requests of a conversation, and different for others."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_beginning_of_a_conversation(body: Any, text: str) -> None:
 
 
 def test_a_mode_that_rewrites_leaves_declared_values_out() -> None:
-    """The clock stands in the client's first message; without what the rewriter knows, each turn would go elsewhere."""
+    """The client's first message contains the clock. Without the rewriter's rules, each turn would have another key."""
     peer, keys = Peer(), []
     said: list[Any] = []
     for turn in range(3):

@@ -1,4 +1,4 @@
-"""Several gateways in front of several upstreams, all processes: a conversation keeps to one upstream at every gateway."""
+"""Several gateways and upstreams, all in processes: every gateway sends a conversation to the same upstream."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messag
 
 
 def turn(kind: str, number: int, said: list[Any], minute: int) -> tuple[str, dict[str, str], dict[str, Any]]:
-    """Path, headers and body of a conversation's next request, as clients of that kind send it."""
+    """The path, headers and body of a conversation's next request from a kind of client."""
     body: dict[str, Any] = {"model": "m", "messages": [{"role": "system", "content": at(str(minute))}, *said]}
     match kind:
         case "header":
@@ -44,7 +44,7 @@ def turn(kind: str, number: int, said: list[Any], minute: int) -> tuple[str, dic
 
 @pytest.mark.parametrize("mode", ["observe", "erratum"])
 def test_gateways_that_share_nothing_choose_the_same_upstream(tmp_path: Path, mode: str) -> None:
-    """Each has a state of its own. In mode `erratum` the first message of the user holds a clock, too."""
+    """Each gateway has its own state. In mode `erratum` the user's first message contains a clock too."""
     rules = tmp_path / "rules.json"
     rules.write_text(json.dumps(CLOCK_RULES))
     upstreams, ports = [free_port(), free_port(), free_port()], [free_port(), free_port()]
@@ -76,7 +76,7 @@ def test_gateways_that_share_nothing_choose_the_same_upstream(tmp_path: Path, mo
 
 @pytest.mark.xdist_group("postgres")
 def test_an_upstream_dies_and_returns_and_every_conversation_goes_on(database: Database, tmp_path: Path) -> None:
-    """Two gateways on one database, two upstreams. No answer goes by an outdated value, and no conversation begins anew."""
+    """Two gateways on one database, two upstreams. No answer uses an outdated value, and no conversation is reset."""
     rules = tmp_path / "rules.json"
     rules.write_text(json.dumps(CLOCK_RULES))
     place, stop = database.new(), threading.Event()
@@ -125,7 +125,7 @@ def test_an_upstream_dies_and_returns_and_every_conversation_goes_on(database: D
         else:
             assert set(client.places[first + 1 : last]) == {"2"}
             assert client.places[-1] == "1", "and they come back"
-        # As long as a conversation stays at one upstream, that finds again all that it read in the turn before.
+        # While a conversation stays at one upstream, its cache has everything that it read in the turn before.
         stayed = [
             n for (one, other), n in zip(pairwise(client.places), client.uncached[1:], strict=True) if one == other
         ]

@@ -1,4 +1,4 @@
-"""The gateway's own reading of clients and upstreams: what HTTP/1.1 allows, what breaks it, and connections that are kept."""
+"""How the gateway reads from clients and upstreams: valid and invalid HTTP/1.1, and connections that are kept open."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serve.http_peers import EVENTS_HEAD, LAST, Received, answer, chunk, listeni
 
 
 class Keeping:
-    """An upstream that answers every request of a connection with the same bytes, and counts connections."""
+    """An upstream that answers every request with the same bytes, and counts connections and requests."""
 
     def __init__(self, data: bytes, *, closes_after_s: float | None = None) -> None:
         self.data = data
@@ -46,7 +46,7 @@ class Keeping:
 
 @contextmanager
 def keeping(data: bytes, *, closes_after_s: float | None = None) -> Iterator[tuple[Keeping, str]]:
-    """That upstream, in a thread, behind a gateway: the upstream and the gateway's address."""
+    """Run a `Keeping` upstream in a thread, behind a gateway. Yields the upstream and the gateway's address."""
     upstream = Keeping(data, closes_after_s=closes_after_s)
     with (
         listening(upstream.serve) as port,
@@ -73,7 +73,7 @@ def test_a_connection_carries_one_request_after_another() -> None:
     ],
 )
 def test_a_connection_that_says_more_or_wants_to_end_is_not_used_again(data: bytes) -> None:
-    """What follows an answer unasked must never be taken for the answer to the next request."""
+    """The gateway must never take bytes after an answer for the answer to the next request."""
     with keeping(data) as (upstream, url), httpx2.Client() as client:
         assert [client.post(f"{url}/v1/completions", content=b"{}").text for _ in range(3)] == ["ok"] * 3
     assert (upstream.connections, upstream.requests) == (3, 3)
@@ -88,7 +88,7 @@ def test_a_connection_that_the_upstream_closed_meanwhile_is_not_used_again() -> 
 
 
 def ask(data: bytes, *, method: str = "POST", limits: Limits | None = None) -> httpx2.Response:
-    """What a client gets where the upstream writes these bytes and closes the connection."""
+    """The client's answer if the upstream sends these bytes and closes the connection."""
 
     async def script(_: Received) -> AsyncIterator[bytes]:
         yield data
@@ -163,7 +163,7 @@ def test_header_values_are_the_bytes_that_they_were() -> None:
 
 
 def test_an_upstream_that_answers_before_it_read_all_is_heard() -> None:
-    """And its connection, with half a request in it, is not used again."""
+    """The gateway passes the answer on, and does not reuse the connection, on which half of a request was sent."""
     data = b"HTTP/1.1 413 Too Large\r\ncontent-length: 2\r\n\r\nno"
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -205,7 +205,7 @@ def test_an_upstream_is_not_read_faster_than_the_client_reads() -> None:
         parts = got.iter_raw()
         nbytes = len(next(parts))
         last = -1
-        while sent[0] != last:  # until nothing moves
+        while sent[0] != last:  # until the upstream cannot send any more
             last = sent[0]
             time.sleep(0.3)
         assert last < 40_000_000, "the rest must wait in the upstream, not in the gateway"
@@ -226,7 +226,7 @@ def test_headers_of_any_length_are_not_taken(lines: int, ended: bool) -> None:
                     connection.sendall(line + (b"\r\n" if ended or lines > 1 else b""))
                 connection.sendall(b"a" * 2 * MOST_HEAD if not ended else b"\r\n")
                 received = connection.recv(65536)
-            except ConnectionError:  # closed while more was sent
+            except ConnectionError:  # the gateway closed while the client was sending
                 received = b"HTTP/1.1 400"
         assert received.startswith(b"HTTP/1.1 400")
         assert httpx2.post(f"{url}/v1/completions", content=b"{}", headers={"x-long": "a" * 60_000}).text == "ok"
@@ -235,7 +235,7 @@ def test_headers_of_any_length_are_not_taken(lines: int, ended: bool) -> None:
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_client_of_an_older_http_gets_no_chunks(parts: int) -> None:
-    """It gets the bytes and then the end of the connection, also where its version comes late."""
+    """It gets the plain bytes and then the end of the connection, even if its HTTP version arrives late."""
 
     async def script(_: Received) -> AsyncIterator[bytes]:
         yield EVENTS_HEAD + chunk(b"data: one\n\n") + chunk(b"data: [DONE]\n\n") + LAST

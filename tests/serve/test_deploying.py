@@ -1,4 +1,4 @@
-"""`docs/deploying.md` and the files in `deploy/`: their options, metrics and packages exist, and the unit is one."""
+"""`docs/deploying.md` and the files in `deploy/`: their options, metrics and packages exist, and the unit is valid."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def options() -> set[str]:
 
 
 def installed() -> list[str]:
-    """What the container installs beside the package."""
+    """The packages that the container installs besides this one."""
     found = re.search(r"-c constraints\.txt \\\n(.*)\n", CONTAINER)
     assert found
     return found[1].split()
@@ -69,7 +69,7 @@ def test_options_exist(words: list[str]) -> None:
 
 
 def test_the_fleet_is_one() -> None:
-    """Its gateways are alike, reach what is there, and are behind the balancer."""
+    """The fleet's gateways are equal, use services that exist, and are behind the balancer."""
     services = FLEET["services"]
     words = services["gateway"]["command"]
     assert services["gateway-2"] == services["gateway"]
@@ -105,7 +105,7 @@ def test_the_container_installs_what_the_extras_name_at_tested_versions() -> Non
 
 
 def test_a_gateway_needs_no_more_than_the_container_installs() -> None:
-    """A gateway starts and answers where the model's packages cannot be imported."""
+    """A gateway starts and answers even if the model's packages cannot be imported."""
     code = """
 import sys
 for name in ("torch", "transformers", "safetensors", "jinja2", "numpy", "fsspec"):
@@ -129,7 +129,7 @@ with TestClient(gateway_app(settings), base_url="http://127.0.0.1") as client:
 
 
 def without_torch(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """`pkv` in an interpreter that sees every installed package but torch and transformers."""
+    """Run `pkv` in an interpreter that sees every installed package except torch and transformers."""
     import starlette
 
     for entry in Path(starlette.__file__).parents[1].iterdir():
@@ -162,7 +162,7 @@ def test_another_command_that_needs_a_model_says_it_too(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 @pytest.mark.parametrize(("line", "fine"), [("", True), ("ProtectSystem=strictly\n", False)])
 def test_the_unit_is_verified(tmp_path: Path, line: str, fine: bool) -> None:
-    """The program's path is replaced by one that is here. A line that is wrong is found, so the check sees something."""
+    """The unit is verified with the path of an existing program. A wrong line fails, so the check is effective."""
     text = UNIT.replace("/opt/pkv/bin/pkv", sys.executable).replace(
         "CapabilityBoundingSet=\n", f"CapabilityBoundingSet=\n{line}"
     )

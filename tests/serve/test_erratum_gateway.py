@@ -1,4 +1,4 @@
-"""Mode `erratum` over sockets: real clients, a gateway, and an upstream with a prefix cache."""
+"""Mode `erratum` over sockets: official clients, a gateway, and an upstream with a prefix cache."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ Ask = Callable[[Running, str, list[Any]], str | None]
 
 
 def talk(gateway: Running, ask: Ask, turns: int, first: str = "hi") -> None:
-    """A conversation in which the clock at the top moves every turn."""
+    """Have a conversation whose clock in the system prompt changes every turn."""
     said: list[Any] = [{"role": "user", "content": first}]
     for turn in range(turns):
         got = ask(gateway, at(str(turn)), said)
@@ -253,7 +253,7 @@ def test_a_route_on_which_it_does_not_pay_is_switched_off(tmp_path: Path) -> Non
     [(ConversationStore, "candidates"), (ConversationStore, "commit"), (Verdicts, "decide"), (Verdicts, "learned")],
 )
 def test_a_fault_of_the_store_harms_no_request(of: type, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk, say: requests go through as they came."""
+    """If the store fails (a full disk), requests are forwarded unchanged."""
 
     def breaks(*_: object, **__: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
@@ -293,7 +293,7 @@ def test_two_servers_do_not_share_a_file(tmp_path: Path) -> None:
 
 
 def test_tools_that_a_client_reorders_no_longer_break_the_prefix() -> None:
-    """The cause that `observe` reports is gone, and the upstream finds what it read in the turn before."""
+    """The cause that `observe` reports disappears, and the upstream finds the earlier turn in its cache."""
     found = {}
     for mode in (GatewayMode.OBSERVE, GatewayMode.ERRATUM):
         upstream = CachingUpstream()
@@ -316,7 +316,7 @@ def test_tools_that_a_client_reorders_no_longer_break_the_prefix() -> None:
 
 @pytest.mark.parametrize("where", ["before its answer", "within an event", "between two events"])
 def test_an_upstream_that_dies_while_it_answers_leaves_the_session_intact(where: str) -> None:
-    """The turn is asked again with the same clock or a later one, and every request extends what the upstream was sent."""
+    """The client asks again with the same clock or a later one. Every request extends those that the upstream got."""
     upstream = CachingUpstream()
     dies = {3, 5}
 

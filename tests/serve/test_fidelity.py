@@ -1,4 +1,4 @@
-"""What a client sends reaches the upstream byte for byte, and the answer comes back the same way."""
+"""The client's request reaches the upstream byte for byte, and the answer returns byte for byte."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ values = st.recursive(
 
 @st.composite
 def bodies(draw: st.DrawFn) -> bytes:
-    """JSON as some client might write it: any spaces, order and escapes, keys twice; and what is no JSON at all."""
+    """JSON in any client's style (spaces, order, escapes, duplicate keys), and bytes that are not JSON."""
     if draw(st.integers(0, 5)) == 0:
         return draw(st.binary(max_size=200))
     space = draw(st.sampled_from(["", " ", "  ", "\n", "\r\n\t"]))

@@ -1,4 +1,4 @@
-"""Several upstreams: a conversation keeps to one, and one that refuses connections is left out until it is back."""
+"""Several upstreams: a conversation stays at one, and requests skip an upstream that refuses connections."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_an_upstream_that_refuses_connections_is_left_out_for_a_while(clock: Clo
 
 
 def test_one_request_tries_it_again_and_the_others_do_not_wait(clock: Clock) -> None:
-    """Where an upstream takes no connection, each try may last as long as a connection may."""
+    """A try at an unreachable upstream may last as long as the connection timeout, so only one request tries."""
 
     class Slow(Fake):
         async def send(self, request: UpstreamRequest) -> UpstreamAnswer:
@@ -183,7 +183,7 @@ def ask(gateway: Running, session: str, *, url: str = "/v1/chat/completions") ->
 
 @pytest.mark.slow
 def test_one_of_two_upstreams_is_killed_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two real processes. No request fails, no other conversation moves, and the killed one's come back to it."""
+    """Two real processes. No request fails, and only the killed upstream's conversations move; later they return."""
     monkeypatch.setattr(fleets, "SKIP_S", 0.5)
     sessions = [f"s{n}" for n in range(24)]
     ports = free_port(), free_port()
@@ -254,7 +254,7 @@ def test_with_one_upstream_nothing_is_said_of_several() -> None:
 
 
 def test_rewriting_goes_on_at_another_upstream_and_is_not_judged_by_its_cold_cache() -> None:
-    """The second upstream gets the same bytes that the first one had; what it had not cached is no fault of a line's form."""
+    """The second upstream gets the bytes that the first one got. Its cache misses do not count against rewriting."""
     upstreams = CachingUpstream(), CachingUpstream()
     said: list[Any] = [{"role": "user", "content": "hi"}]
 

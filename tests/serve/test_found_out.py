@@ -1,4 +1,4 @@
-"""What is found out about an upstream: by whose requests, for whom, how long, and who is told."""
+"""Verdicts about an upstream: whose requests give them, for whom and how long they hold, and who sees them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def begun(peer: Peer, body: Any, tenant: str) -> Rewriting:
 
 
 def taken_as_it_came(peer: Peer, body: Any, tenant: str) -> Rewriting:
-    """A request that the upstream takes without anything of the gateway's: it is nearly too long, say."""
+    """Send a request that the upstream accepts only unchanged, for example because it is almost too long."""
     work = begun(peer, body, tenant)
     while peer.rewriter.refused(work, 400):
         pass

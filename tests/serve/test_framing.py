@@ -1,4 +1,4 @@
-"""Where a request ends: what a client says of it must never part one request from the next at the upstream."""
+"""The end of a request: whatever the client's headers say, gateway and upstream must agree (request smuggling)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def gateway() -> Iterator[tuple[RawUpstream, int]]:
 
 
 def talk(port: int, pieces: Sequence[bytes]) -> bytes:
-    """What comes back, up to the end of the answer's headers."""
+    """Send pieces of bytes. Returns the answer up to the end of its headers, or more."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for piece in pieces:
@@ -58,7 +58,7 @@ def test_a_body_keeps_its_length_whatever_connection_names(named: bytes) -> None
 @pytest.mark.parametrize("cut", [0, 20, 60, 150, None])
 @pytest.mark.parametrize("before", [0, 1])
 def test_a_request_that_asks_for_another_protocol_keeps_its_body(upgrade: bytes, cut: int | None, before: int) -> None:
-    """Java's client asks for HTTP/2 so, with every request."""
+    """Java's HTTP client sends these headers with every request, to ask for HTTP/2."""
     headers = [b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: " + upgrade, b"HTTP2-Settings: AAE"]
     whole = post(*headers, b"Content-Length: %d" % len(BODY), body=BODY)
     at = len(whole) - len(BODY) if cut is None else cut
@@ -87,7 +87,7 @@ def test_one_that_asks_for_another_protocol_behind_a_request_that_is_not_answere
 
 
 def read_answer(client: socket.socket) -> bytes:
-    """One answer in chunks or of a known length."""
+    """Read one answer, which is chunked or has a known length."""
     found = b""
     while not (found.endswith((b"\r\n0\r\n\r\n", b"{}"))):
         data = client.recv(65536)
@@ -133,7 +133,7 @@ def test_long_headers_may_come_in_pieces_and_longer_ones_are_refused() -> None:
 
     with gateway() as (upstream, port):
         assert asked(MOST_HEAD * 3 // 4).startswith(b"HTTP/1.1 200")
-        with suppress(ConnectionError):  # it was closed while more was sent, and the answer went with it
+        with suppress(ConnectionError):  # the gateway may close while the client sends, and the answer is lost
             assert b" 400 " in asked(3 * MOST_HEAD).partition(b"\r\n")[0]
         assert len(upstream.received) == 1
 

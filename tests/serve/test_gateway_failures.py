@@ -1,4 +1,4 @@
-"""What the gateway does where the upstream or the client fails, and where there is too much: each guard is broken."""
+"""The gateway when the upstream or the client fails, and under too much load. A test breaks each guard on purpose."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_waiting_ends_with_a_typed_error() -> None:
 
 
 def test_a_place_is_never_lost() -> None:
-    """Whatever happens to those that wait (a place, cancelled, timed out, cancelled with a place in hand), places add up."""
+    """Waiting requests may get a place, be cancelled before or after that, or time out: no place is lost or added."""
 
     async def scenario() -> None:
         admission = Admission(max_running=1, max_waiting=5, wait_s=0.05)
@@ -285,8 +285,8 @@ def test_a_place_is_never_lost() -> None:
         await asyncio.sleep(0)
         waits[0].cancel()
         await asyncio.sleep(0)
-        admission.leave()  # the second one has the place
-        waits[1].cancel()  # before it could run
+        admission.leave()  # gives the place to the second one
+        waits[1].cancel()  # before the second one could run
         await asyncio.gather(*waits, return_exceptions=True)
         assert waits[2].exception() is None
         assert (admission.running, admission.waiting) == (1, 0)
@@ -325,7 +325,7 @@ def test_a_gateway_that_stops_does_not_wait_for_ever() -> None:
         running(GatewaySettings(upstream.url, port=0, limits=limits)) as gateway,
     ):
         with httpx2.stream("POST", f"{gateway.url}/v1/chat/completions", json=CHAT) as got:
-            parts = got.iter_raw()  # kept: a stream that is dropped is closed
+            parts = got.iter_raw()  # keep a reference: a garbage-collected stream is closed
             next(parts)
             gateway.server.should_exit = True
             gateway.thread.join(8)

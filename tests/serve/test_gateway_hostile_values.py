@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 class QuickUpstream(CachingUpstream):
-    """It says that all was in its cache: a real one takes long for huge texts, and what is read here is what it was sent."""
+    """An upstream that reports everything as cached, because a real cache would be slow for huge texts."""
 
     def _read(self, text: str) -> tuple[int, int]:
         return len(text), len(text)
@@ -63,7 +63,7 @@ def refused(got: httpx2.Response) -> bool:
 def sent(
     http: httpx2.Client, upstream: CachingUpstream, book: dict[str, Any], asked: str = "so?"
 ) -> list[dict[str, Any]]:
-    """The messages that the upstream gets for a new conversation."""
+    """Begin a conversation with a notebook. Returns the messages that the upstream gets."""
     body = {"model": book["model"], "messages": [{"role": "user", "content": asked}]}
     got = http.post("/v1/chat/completions", json=body)
     assert got.status_code == 200, got.text[:300]

@@ -1,4 +1,4 @@
-"""Notebooks in front of an upstream, through the real clients: what the upstream gets, and what the resource says."""
+"""Notebooks in front of an upstream, through official clients: what the upstream gets, and the resource's answers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def patched(http: httpx2.Client, book: dict[str, Any], **values: Any) -> dict[st
 
 
 def talk(front: str, route: str, book: dict[str, Any], turns: list[Any], *, stream: bool = False) -> None:
-    """One request by the real client of a protocol."""
+    """Send one request with the official client of a protocol."""
     if route == MESSAGES:
         claude = anthropic.Anthropic(base_url=front, api_key="k", max_retries=0)
         said = claude.messages.create(model=book["model"], max_tokens=9, messages=turns)
@@ -88,20 +88,20 @@ def text_of(content: Any) -> str:
 
 
 def head_of(body: Any) -> str:
-    """The system prompt that an upstream was sent."""
+    """The system prompt in a body that the upstream got."""
     system = body.get("system") or body.get("instructions")
     return text_of(system if system is not None else body["messages"][0]["content"])
 
 
 def said(body: Any) -> list[tuple[str, str]]:
-    """The conversation that an upstream was sent."""
+    """The conversation in a body that the upstream got, as (role, text)."""
     messages = body.get("input") or body["messages"]
     found = [(each["role"], text_of(each["content"])) for each in messages]
     return found[1:] if found[0][0] == "system" else found
 
 
 def values_in(line: str) -> dict[str, str]:
-    """The values that a line tells."""
+    """The values that a line states."""
     found = LINE.fullmatch(line)
     assert found is not None, line
     return dict(json.loads("{" + found[2].replace('"; "', '", "') + "}"))
@@ -111,7 +111,7 @@ def values_in(line: str) -> dict[str, str]:
 def test_the_head_stays_and_new_values_are_told_once(
     route: str, http: httpx2.Client, front: str, upstream: tuple[CachingUpstream, str]
 ) -> None:
-    """The head is the same bytes in every request; each edit is one line behind the newest turn, and stays there."""
+    """Every request has the same head. Each edit adds one line after the newest turn, and the line stays there."""
     script, _ = upstream
     book = made(http)
     talk(front, route, book, turns("May it be cancelled?"))
@@ -163,7 +163,7 @@ def test_a_conversation_that_begins_later_has_the_same_head(
 def test_a_line_never_parts_a_call_from_its_result(
     http: httpx2.Client, front: str, upstream: tuple[CachingUpstream, str]
 ) -> None:
-    """While a call is open the request goes with the latest values in their places; behind the result there is a line."""
+    """While a call has no result, the latest values are sent in their places. After the result there is a line."""
     script, _ = upstream
     tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
     book = made(http, tools=[tool])
@@ -194,7 +194,7 @@ def test_a_line_never_parts_a_call_from_its_result(
 def test_turns_of_the_notebooks_own_hold_fields_too(
     http: httpx2.Client, front: str, upstream: tuple[CachingUpstream, str]
 ) -> None:
-    """They are sent as they were first. What stands in a user's turn only is never told in a system message."""
+    """The notebook's turns are sent unchanged. A system message never states a value that is only in a user's turn."""
     script, _ = upstream
     messages = [
         {"role": "system", "content": RULES},
@@ -344,7 +344,7 @@ def test_requests_to_the_model_itself_go_through_as_before(
 
 
 def test_an_upstream_that_refuses_a_role_gets_another_form() -> None:
-    """And one that refuses all of them gets the latest values in their places: the client never sees the error."""
+    """An upstream that refuses all roles gets the latest values in their places. The client never sees an error."""
     strict = CachingUpstream(refuses=lambda body: any(m["role"] == "system" for m in body["messages"][1:]))
     nothing = CachingUpstream(refuses=lambda body: "[state" in json.dumps(body))
     for script, told in ((strict, True), (nothing, False)):

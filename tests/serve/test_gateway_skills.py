@@ -1,4 +1,4 @@
-"""Skills by name in a gateway's notebooks: what the upstream is told of them, and when it is told nothing."""
+"""Skills by name in a gateway's notebooks: when the gateway names them to the upstream, and when it does not."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHAT = "/v1/chat/completions"
 
 
 class RenderingUpstream(CachingUpstream):
-    """It also renders prompts to token ids, with a real tokenizer and its chat template, where vLLM does."""
+    """An upstream that also renders prompts to token ids like vLLM, with a real tokenizer and chat template."""
 
     def __init__(self, model: Model, *, renders: bool = True) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def test_skills_are_named_where_their_tokens_stand(
     ids, entries = upstream.tokens(body), SkillStore(store)
     assert [entries.entry(mark.skill).name for mark in marks.marks] == ["opening", "returns", "refunds"]
     reached = 0
-    for mark in marks.marks:  # the plugin's own check
+    for mark in marks.marks:  # the same check as the plugin's
         reached = place(mark.skill, entries.entry(mark.skill).unit.ids, ids, mark.start, after=reached).stop
     assert marks.marks[0].start == 0
     assert marks.marks[1].start == len(entries.entry("opening").unit.ids)
@@ -142,7 +142,7 @@ def test_places_are_remembered_and_an_edit_keeps_the_head(http: httpx2.Client, u
 def test_a_skill_that_does_not_stand_there_makes_an_ordinary_request(
     http: httpx2.Client, upstream: RenderingUpstream
 ) -> None:
-    """Its first token merges with what stands before it, and the same text is sent as text."""
+    """The skill's first token merges with the text before it, so the gateway sends the skill as plain text."""
     book = made(http, "The shop is work{a}", skills={"a": "merges"})
     got = http.post(CHAT, json={"model": book["model"], "messages": ASKED, "cache_salt": "mine"})
     assert got.status_code == 200
@@ -187,7 +187,7 @@ def test_tenants_compose_under_salts_of_their_own(model: Model, store: Path) -> 
 
 
 def test_a_tenant_s_own_skills_are_named_by_nobody_else(model: Model, tmp_path: Path) -> None:
-    """By its name or by its key: to others such a skill is one that is not there."""
+    """For other tenants, such a skill does not exist, neither by its name nor by its key."""
     skills = SkillStore(tmp_path / "skills")
     for name in ("one.secret", "one.more.secret", "published", "oneself"):
         skills.compile(model, f"Of {name}: {REFUNDS}", name=name)
@@ -259,7 +259,7 @@ def test_what_is_read_is_what_the_store_holds(store: Path, tmp_path: Path) -> No
 
 
 def test_names_and_tokens_are_read_without_tensors(store: Path) -> None:
-    """In the gateway's container there is neither torch nor numpy."""
+    """The gateway's container has neither torch nor numpy."""
     code = (
         "import sys\n"
         "for name in ('torch', 'transformers', 'safetensors', 'jinja2', 'numpy', 'fsspec', 'pydantic'):\n"

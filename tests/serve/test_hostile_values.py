@@ -1,4 +1,4 @@
-"""Two hundred hostile values through the notebooks' API: each is refused, or stored and read back exactly, as data."""
+"""Two hundred hostile values through the notebooks' API: the server refuses each, or stores and returns it exactly."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def http(server: Running) -> Iterator[httpx2.Client]:
 
 
 def post(http: httpx2.Client, method: str, path: str, body: Any) -> httpx2.Response:
-    """With every character that ASCII lacks escaped: halves of surrogate pairs can be sent in no other way."""
+    """Send a body as ASCII with escapes. Halves of surrogate pairs cannot be sent in any other way."""
     return http.request(method, path, content=json.dumps(body), headers={"content-type": "application/json"})
 
 
@@ -58,7 +58,7 @@ def text_of(http: httpx2.Client, path: str) -> str:
 
 
 def rendered(value: str) -> str:
-    """The whole text with a value in it: everything around it as with any other."""
+    """The whole expected text with a value in it. Everything around the value is always the same."""
     system = SYSTEM.format(status=value, note=OTHERS["note"])
     said = [("system", system), ("user", USER.format(question=OTHERS["question"]))]
     return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in said)
@@ -69,7 +69,7 @@ def test_there_are_two_hundred() -> None:
 
 
 def refused(got: httpx2.Response) -> bool:
-    """Whether it was, and then with a typed error."""
+    """Whether the server refused a request. Checks that it did so with a typed error."""
     if 400 <= got.status_code < 500:
         assert got.json()["error"]["code"]
         return True
@@ -124,7 +124,7 @@ def test_hostile_names_of_fields_are_typed_errors_or_names(http: httpx2.Client) 
 
 
 def test_hostile_questions_in_every_protocol_are_answered_or_typed_errors(http: httpx2.Client, model: Model) -> None:
-    """As messages they are data too: none ends its message or opens another one."""
+    """Hostile messages are data too."""
     forms: list[tuple[str, Any]] = [
         ("/v1/chat/completions", lambda text: {"messages": [{"role": "user", "content": text}], "max_tokens": 1}),
         ("/v1/responses", lambda text: {"input": [{"role": "user", "content": text}], "max_output_tokens": 1}),
@@ -137,7 +137,7 @@ def test_hostile_questions_in_every_protocol_are_answered_or_typed_errors(http: 
 
 
 def _check_same(found: str, value: Any) -> None:
-    """What is read back is what was given."""
+    """Check that the value read back equals the given one."""
     if isinstance(value, str):
         assert found == value, repr(value)[:80]
     elif value is None:

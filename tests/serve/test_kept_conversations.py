@@ -1,4 +1,4 @@
-"""What is kept of conversations, and how values are found in them: shortcuts give what the long way gives."""
+"""What the state keeps of conversations, and how values are found in them. Shortcuts give the full method's results."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def test_a_long_system_prompt_is_not_kept_twice() -> None:
 
 
 def test_states_of_earlier_versions_are_read() -> None:
-    """They hold the client's last texts whole."""
+    """Earlier versions stored the client's last texts as a whole."""
     assert documents._texts(["f", {"": "one"}, {"": "two"}]) == Texts("f", {"": "one"}, {"": "two"})
 
 
 def test_of_earlier_versions_the_order_of_tools_is_not_known() -> None:
-    """Their conversations go on as long as the tools stay in their order."""
+    """Conversations of earlier versions continue as long as the tools keep their order."""
     peer, tools = Peer(), [{"name": "a"}, {"name": "b"}]
     peer.send(body(1, "hi") | {"tools": tools}, session="s")
     with peer.state.write() as run:
@@ -74,7 +74,7 @@ def test_the_conversations_that_were_silent_longest_are_forgotten_with_all_that_
     peer.store._most = 3
     for number in range(8):
         peer.send(body(1, f"question {number}"), session=f"s{number}")
-        peer.send(body(2, f"question {number}"), session=f"s{number}")  # with a line
+        peer.send(body(2, f"question {number}"), session=f"s{number}")  # this one adds a line
     assert len(peer.store) == count(peer, "sessions") == count(peer, "errata") == 3
     left = {conversation for (conversation,) in peer.state.rows("SELECT identity FROM conversations")}
     for table in ("sessions", "errata"):
@@ -212,7 +212,7 @@ def test_conversations_that_read_alike_but_are_parted_otherwise_have_other_keys(
 @pytest.mark.parametrize("route", [CHAT, MESSAGES])
 @pytest.mark.parametrize("message", [{"role": "user", "content": "hi"}, {"content": "hi", "role": "user"}])
 def test_the_frame_of_a_plain_message_is_the_one_that_a_marked_one_has(route: str, message: dict[str, str]) -> None:
-    """The short way for a role and a text, and the long way, which a `cache_control` takes."""
+    """A plain message takes a shortcut. A message with `cache_control` does not, and has the same frame."""
     frames = []
     for each in (message, {**message, "cache_control": {"type": "ephemeral"}}):
         whole = read(json.dumps({"model": "m", "messages": [each]}).encode())

@@ -1,4 +1,4 @@
-"""A field keeps the kind that its first value declared: over edits, restarts and forks, on both servers."""
+"""A field keeps the kind that its first value declares, over edits, restarts and forks, on both kinds of servers."""
 
 from __future__ import annotations
 

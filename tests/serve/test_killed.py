@@ -1,4 +1,4 @@
-"""Servers that are killed under load: what was acknowledged is there after the restart, and no conversation's lines differ."""
+"""Servers killed under load: acknowledged edits survive the restart, and no line of a conversation changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KILLS = 2
 
 
 def kills() -> int:
-    """A start takes most of the time; what differs with a database shows at the first."""
+    """The number of kills. With a database one is enough, because starts are slow and later kills show nothing new."""
     return KILLS if places.now.database is None else 1
 
 
@@ -33,7 +33,7 @@ CLOCK_RULES = {"volatile": [{"name": "the time", "pattern": "^Now: (.*)$"}]}
 
 
 class Talker(threading.Thread):
-    """One client with one conversation, whose clock moves at every request. It repeats what failed."""
+    """One client with one conversation, whose clock changes with every request. It repeats failed requests."""
 
     def __init__(self, port: int, number: int, stop: threading.Event) -> None:
         super().__init__(daemon=True)
@@ -61,7 +61,7 @@ class Talker(threading.Thread):
 
 
 def test_a_killed_gateway_goes_on_with_every_conversation(tmp_path: Path) -> None:
-    """Every request that reached the upstream extends the one before it, over three kills: no line was lost or reworded."""
+    """Over three kills, every request at the upstream extends the one before it: no line is lost or reworded."""
     rules = tmp_path / "rules.json"
     rules.write_text(json.dumps(CLOCK_RULES))
     upstream = CachingUpstream()
@@ -97,7 +97,7 @@ def test_a_killed_gateway_goes_on_with_every_conversation(tmp_path: Path) -> Non
 
 
 def test_a_killed_gateway_keeps_every_acknowledged_value_of_a_notebook(tmp_path: Path) -> None:
-    """Over three kills no acknowledged edit is lost, and what the upstream is sent tells the latest one."""
+    """Over three kills, no acknowledged edit is lost, and the upstream's requests state the latest one."""
     upstream = CachingUpstream()
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -204,7 +204,7 @@ def test_a_killed_local_server_keeps_every_acknowledged_value(tmp_path: Path) ->
 
 
 def _check(url: str, names: list[str], acknowledged: dict[str, tuple[int, str]], tried: dict[str, str]) -> None:
-    """Each notebook has its last acknowledged value, or the one that was on its way when the server died."""
+    """Check that each notebook has its last acknowledged value, or the one that was in flight when the server died."""
     for name in names:
         found = httpx2.get(f"{url}/{name}", timeout=30).json()
         version, value = acknowledged.get(name, (1, "new"))

@@ -1,4 +1,4 @@
-"""Wherever a chat template puts messages: the system prompt and every line of a gateway's reach the model, in their order."""
+"""With every chat template, the system prompt and every line of the gateway reach the model, in the right order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from serve.templated_upstream import TEMPLATES, TemplatedUpstream
 
 FAMILIES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
 NO_SYSTEM_PROMPT = {"gemma", "mistral_v1"}
-"""they refuse what the client itself sends"""
+"""These templates refuse the client's own system prompt."""
 ONLY_INLINE = {"llama2", "mistral_v3", "command_r"}
 WITH_TOOLS = {"chatml", "ending", "llama3", "llama31", "qwen25", "qwen3", "shouting", "today", "trimming"}
 AS_USER = {"alpaca", "deepseek_r1", "nemotron", "vicuna", "yi"}
@@ -44,7 +44,7 @@ RESULT = {"role": "tool", "tool_call_id": "callnumb1", "name": "look", "content"
 
 
 def find_out(peer: Peer, upstream: TemplatedUpstream) -> dict[str, str]:
-    """What a gateway does behind its first request."""
+    """Probe the upstream, as a gateway does after its first request. Returns the verdicts."""
     work = peer.works[-1]
     probe = peer.rewriter.probe_of(work)
     assert probe is not None
@@ -66,7 +66,7 @@ def expect(family: str) -> Form:
 
 
 def conversation(peer: Peer, upstream: TemplatedUpstream | None, **more: Any) -> Iterator[tuple[Any, Form | None]]:
-    """Four turns with a clock that moves: what is sent, and the form of the new line."""
+    """Yield the body sent, and the form of the new line, for four turns with a changing clock."""
     said: list[Any] = ["question0"]
     for turn in range(4):
         body = peer.send(chat(at(str(turn)), *said, **more))
@@ -78,7 +78,7 @@ def conversation(peer: Peer, upstream: TemplatedUpstream | None, **more: Any) ->
 
 
 def in_order(text: str, turns: int) -> bool:
-    """Whether the policy, every question and behind it the line with the time of its turn are there, once."""
+    """Whether a text has, once each: the policy, and every question followed by the line with the time of its turn."""
     words = ["You are a shop's agent.", *(word for n in range(turns) for word in (f"question{n}", f"10:0{n}"))]
     read = text.casefold().replace("now: 10:00", "now", 1)
     words = [word.casefold() for word in words if word != "10:00"]
@@ -87,7 +87,7 @@ def in_order(text: str, turns: int) -> bool:
 
 
 def _moved_head(places: list[int]) -> bool:
-    """Mistral's template itself puts the system prompt before the latest question."""
+    """Whether only the system prompt is moved: Mistral's template puts it before the latest question."""
     return places[1:] == sorted(places[1:]) and places[0] < places[-2]
 
 
@@ -103,7 +103,7 @@ def test_every_line_reaches_the_model(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_system_messages_are_lost_or_moved_where_nobody_looks(family: str) -> None:
-    """The witness: what the test above would see."""
+    """The negative witness: without probing, the check of the test above fails for some templates."""
     upstream, peer = TemplatedUpstream(family), Peer(line_role=LineRole.SYSTEM)
     seen = []
     for turn, (body, _) in enumerate(conversation(peer, None)):
@@ -140,7 +140,7 @@ def test_a_line_behind_a_tools_result_reaches_the_model(family: str) -> None:
 
 
 def test_tools_may_bring_another_template() -> None:
-    """What was proven without tools says nothing beside them."""
+    """A verdict from a conversation without tools does not hold for one with tools."""
     upstream, peer = TemplatedUpstream("granite"), Peer(line_role=LineRole.AUTO)
     peer.send(chat(at("0"), "question0", tools=TOOLS))
     assert find_out(peer, upstream) == {"line as system, rendered": "intact", "line as user, rendered": "intact"}
@@ -171,7 +171,7 @@ def test_a_request_with_a_template_of_its_own_is_not_what_was_rendered() -> None
 
 
 def test_another_role_of_the_system_prompt_is_looked_at_for_itself() -> None:
-    """The template knows `system`, and drops what it does not know."""
+    """A template may support the role `system` and drop messages of an unknown role."""
     upstream, peer = TemplatedUpstream("deepseek_r1"), Peer(line_role=LineRole.AUTO)
 
     def developed(minute: str, *turns: Any) -> Any:
@@ -190,7 +190,7 @@ def test_another_role_of_the_system_prompt_is_looked_at_for_itself() -> None:
 
 
 def test_lines_of_an_earlier_template_are_not_sent_again() -> None:
-    """A server that is started with another template loses the lines that it was sent: the conversation begins anew."""
+    """If a server restarts with a template that drops the earlier lines, the gateway resets the conversation."""
     peer = Peer(line_role=LineRole.AUTO)
     peer.send(chat(at("0"), "question0"))
     find_out(peer, TemplatedUpstream("qwen25"))
@@ -205,7 +205,7 @@ def test_lines_of_an_earlier_template_are_not_sent_again() -> None:
 
 
 def test_an_answer_that_proves_nothing_is_no_verdict() -> None:
-    """A server that is busy, or one whose answers hold no rendering."""
+    """The server is busy, or its answers contain no rendering."""
     upstream, peer = TemplatedUpstream("qwen25"), Peer(line_role=LineRole.AUTO)
     peer.send(chat(at("0"), "question0"))
     probe = peer.rewriter.probe_of(peer.works[-1])
@@ -270,9 +270,6 @@ def test_it_is_asked_once_in_a_while_and_soon_after_a_failure(monkeypatch: pytes
         assert each.rewriter.probe_of(each.works[-1]) is None, "there is nothing to find out"
 
 
-# -- over sockets -------------------------------------------------------------------------------------------------------
-
-
 def gateway_of(url: str, **more: Any) -> GatewaySettings:
     return GatewaySettings(url, port=0, mode=GatewayMode.ERRATUM, rules=CLOCK, **more)
 
@@ -317,7 +314,7 @@ def test_a_gateway_in_front_of_a_hosted_api_writes_lines_into_users_messages() -
 
 
 class ScaledOut(TemplatedUpstream):
-    """vLLM that was started with --enable-scale-out: it renders the other protocols too, each in its own way."""
+    """Like vLLM started with --enable-scale-out: it also renders the other protocols, each in its own way."""
 
     def told(self, path: str, body: Any) -> tuple[int, Any]:
         if not path.endswith("/render"):
@@ -336,7 +333,7 @@ class ScaledOut(TemplatedUpstream):
 
 @pytest.mark.parametrize(("path", "make"), [("/v1/messages", claude), ("/v1/responses", codex)])
 def test_each_protocol_is_proven_by_its_own_rendering(path: str, make: Any) -> None:
-    """A server may keep system messages of Chat Completions in their places, and merge those of the others into the head."""
+    """A server may keep the places of system messages in one protocol, and merge them into the head in another."""
 
     class Kept(ScaledOut):
         def messages_of(self, listed: list[Any], head: str) -> list[Any]:
@@ -355,7 +352,7 @@ def test_each_protocol_is_proven_by_its_own_rendering(path: str, make: Any) -> N
 
 @pytest.mark.parametrize("family", ["deepseek_r1", "llama2", "mistral_v3", "qwen25", "yi"])
 def test_an_edit_of_a_notebook_reaches_the_model(family: str) -> None:
-    """In every mode, from the first question on: also before anything is known about the template."""
+    """This holds from the first question on, before anything is known about the template."""
     upstream = TemplatedUpstream(family)
     with raw_upstream(upstream) as server, running(GatewaySettings(server.url, port=0)) as gateway:
         system = {"role": "system", "content": f"The order is {{status}}.\n{RULES}"}

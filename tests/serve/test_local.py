@@ -1,4 +1,4 @@
-"""The local server on a tiny model, through the openai client and plain HTTP. The oracle is the library itself."""
+"""The local server with a tiny model, through the openai client and plain HTTP. The oracle is the library itself."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_answers_leave_a_notebook_unchanged(http: httpx2.Client, server: Running
     ask = {"model": book["model"], "messages": [{"role": "user", "content": "so?"}], "temperature": 0}
     first = http.post("/v1/chat/completions", json={**ask, "max_tokens": 8}).json()["choices"]
     with http.stream("POST", "/v1/chat/completions", json={**ask, "stream": True, "max_tokens": 1500}) as got:
-        next(got.iter_raw())  # and leave
+        next(got.iter_raw())  # then the client leaves
     for bad in ([{"role": "user", "content": "word " * 3000}], [{"role": "user", "content": "a"}, {"role": "x y"}]):
         assert http.post("/v1/chat/completions", json={**ask, "messages": bad}).status_code == 400
     wait_until(lambda: http.get(f"/v1/notebooks/{book['id']}").json() == before)
@@ -271,7 +271,7 @@ def test_a_notebook_in_use_keeps_edits_waiting_but_not_for_ever(
     monkeypatch.setattr(Notebook, "generate", slowly)
     ask = {"model": book["model"], "messages": [{"role": "user", "content": "so?"}], "stream": True, "max_tokens": 4}
     with http.stream("POST", "/v1/chat/completions", json=ask) as got:
-        parts = got.iter_raw()  # kept: a stream that is dropped is closed
+        parts = got.iter_raw()  # keep a reference: a garbage-collected stream is closed
         next(parts)
         late = http.patch(f"/v1/notebooks/{book['id']}/fields", json={"amount": 9})
         assert (late.status_code, late.json()["error"]["code"]) == (503, "notebook_busy")
@@ -373,7 +373,7 @@ def test_the_model_is_listed(openai_client: openai.OpenAI, model: Model) -> None
 
 
 def test_the_page_s_code_runs(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
-    """The Python of `docs/serving.md`, against this server."""
+    """The Python code of `docs/serving.md` runs against this server."""
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
     code = page.partition("```python\n")[2].partition("```")[0]
     assert code.count("http://127.0.0.1:8787") == 2
@@ -386,7 +386,7 @@ def test_the_page_s_code_runs(server: Running, capsys: pytest.CaptureFixture[str
 def test_each_request_has_a_line_in_the_log_without_its_text(
     http: httpx2.Client, model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What `--verbose` shows."""
+    """These lines are the output of `--verbose`."""
     with caplog.at_level(logging.INFO, "programmable_kv.serve"):
         book = made(http)
         body = {"model": model.name, "messages": [{"role": "user", "content": "a secret"}], "max_tokens": 1}

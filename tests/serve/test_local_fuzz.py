@@ -1,4 +1,4 @@
-"""Whatever JSON is sent to the local server: a typed error, or what was asked. A notebook stays in order."""
+"""The local server answers any JSON with a typed error or a valid answer, and notebooks stay intact."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ fields = st.dictionaries(
 
 
 def typed(got: httpx2.Response, *good: int) -> bool:
-    """Whether it did what was asked. Anything else is a typed error."""
+    """Whether the server did what the request asks. Otherwise check that the answer is a typed error."""
     assert got.status_code in good or 400 <= got.status_code < 500, got.text
     if got.status_code not in good:
         assert got.json()["error"]["code"], got.text

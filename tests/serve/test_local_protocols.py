@@ -1,4 +1,4 @@
-"""The local server in its four protocols, through the openai and anthropic clients. The oracle is the library itself."""
+"""The local server in its four protocols, through the openai and anthropic clients. The oracle is the library."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ SAID = [
     {"role": "user", "content": "Sure?"},
 ]
 GREEDY: Any = {"temperature": 0}
-"""the anthropic client has no parameter for it"""
+"""Extra members of the body, because the anthropic client has no parameter for the temperature."""
 LEAST = {
     "/v1/chat/completions": {"messages": SAID, "max_tokens": 4},
     "/v1/completions": {"prompt": "Is it so?", "max_tokens": 4},
     "/v1/responses": {"input": "Is it so?", "max_output_tokens": 4},
     "/v1/messages": {"messages": SAID, "max_tokens": 4},
 }
-"""of each protocol, a request that is answered"""
+"""protocol's path -> members of a valid request"""
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +53,13 @@ def library_s(model: Model, messages: list[Any], tokens: int = 8) -> tuple[str, 
 
 
 def behind(model: Model, said: list[Any], tokens: int = 8) -> tuple[str, int, int]:
-    """The same behind the notebook."""
+    """The oracle for messages after the notebook: the answer's text, the prompt's tokens, and the cached tokens."""
     notebook = Notebook.from_messages(model, [{"role": "system", "content": SYSTEM}], fields={"status": "pending"})
     notebook.prefill()
     cached = len(notebook)
     for message in said:
         notebook.add(message["role"], message["content"])
     return "".join(notebook.generate(max_new_tokens=tokens)), len(notebook), cached
-
-
-# -- Responses ---------------------------------------------------------------------------------------------------------
 
 
 def test_responses_says_what_the_library_says(openai_client: openai.OpenAI, model: Model) -> None:
@@ -107,9 +104,6 @@ def test_responses_behind_a_notebook(openai_client: openai.OpenAI, model: Model,
     assert got.output_text == expected
     assert got.usage is not None
     assert (got.usage.input_tokens, got.usage.input_tokens_details.cached_tokens) == (prompt, cached)
-
-
-# -- Messages ----------------------------------------------------------------------------------------------------------
 
 
 def test_messages_says_what_the_library_says(claude: anthropic.Anthropic, model: Model) -> None:
@@ -160,9 +154,6 @@ def test_messages_names_the_stop_sequence(claude: anthropic.Anthropic, model: Mo
     assert (got.stop_reason, got.stop_sequence) == ("stop_sequence", stop)
 
 
-# -- Completions, models -----------------------------------------------------------------------------------------------
-
-
 def test_completions_continues_raw_text(openai_client: openai.OpenAI, model: Model) -> None:
     prompt = "<|im_start|>user\nIs it so?<|im_end|>\n<|im_start|>assistant\n"
     expected, tokens = library_s(model, [{"role": "user", "content": "Is it so?"}])
@@ -191,9 +182,6 @@ def test_both_clients_list_the_model(openai_client: openai.OpenAI, claude: anthr
     assert openai_client.models.retrieve(model.name).id == claude.models.retrieve(model.name).id == model.name
     with pytest.raises(openai.NotFoundError):
         openai_client.models.retrieve("gpt-9")
-
-
-# -- log-probabilities -------------------------------------------------------------------------------------------------
 
 
 def test_log_probabilities_are_the_model_s(openai_client: openai.OpenAI, model: Model) -> None:
@@ -237,8 +225,6 @@ def test_every_protocol_that_has_them_tells_the_same(openai_client: openai.OpenA
     assert list(zip(raw.logprobs.tokens or [], raw.logprobs.token_logprobs or [], strict=True)) == expected
     assert raw.logprobs.text_offset == [len("".join(t for t, _ in expected[:n])) for n in range(len(expected))]
 
-
-# -- refusals ----------------------------------------------------------------------------------------------------------
 
 REFUSED = [
     ("/v1/responses", {"previous_response_id": "r"}), ("/v1/responses", {"store": True}), ("/v1/responses", {"a_new_one": 1}),

@@ -1,4 +1,4 @@
-"""Tools on the local server: rendered by the chat template and called by a model, or refused."""
+"""Tools on the local server: the chat template shows them and a model calls them, or the server refuses them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from programmable_kv.serve.settings import LocalSettings
 from serve.calling_model import CALL, QWEN, SAID, TOOL, taught, templated
 from serve.http_peers import Running, running
 
-pytestmark = pytest.mark.xdist_group("tools of the local server")  # whose start takes longest
+pytestmark = pytest.mark.xdist_group("tools of the local server")  # the slowest servers to start
 
 pytest_plugins = ["serve.local_clients"]
 ASK = [{"role": "user", "content": "What is on A1?"}]
@@ -134,7 +134,7 @@ def test_a_notebook_keeps_its_tools(server: Running, openai_client: openai.OpenA
 
 
 def called(server: Running, path: str, **more: Any) -> tuple[str, list[str], str]:
-    """What a notebook with a tool answers: its text, the tools that it calls, and why it ended."""
+    """Ask a notebook with a tool. Returns the answer's text, the called tools, and the reason why it ended."""
     body = {"messages": [SHELVES], "tools": [TOOL]}
     book = httpx2.post(f"{server.url}/v1/notebooks", json=body, timeout=30).json()
     asked = {"input": ASK} if path == "/v1/responses" else {"messages": ASK}
@@ -195,7 +195,7 @@ def test_tools_that_may_not_be_called_must_be_the_notebook_s_too(server: Running
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/notebooks"])
 def test_a_template_without_tools_refuses_them(path: str) -> None:
-    """As the embedded model's."""
+    """The embedded model has such a template."""
     tools = {"/v1/messages": FOR_CLAUDE, "/v1/responses": FOR_RESPONSES}.get(path, [TOOL])
     asked = {"input": ASK} if path == "/v1/responses" else {"messages": ASK}
     named = {} if path == "/v1/notebooks" else {"model": "tiny random llama"}
@@ -219,7 +219,7 @@ def test_the_embedded_model_s_template_takes_no_tools() -> None:
 
 
 def test_calls_in_another_form_are_refused() -> None:
-    """The template shows the tools, and writes calls as this server does not read them."""
+    """The template shows the tools, but writes calls in a form that the server does not read."""
     other = QWEN.replace("<tool_call>", "[CALL]").replace("</tool_call>", "[/CALL]")
     with pytest.raises(RefusedError, match="in a form"):
         check_tools(templated(other), [TOOL])

@@ -1,4 +1,4 @@
-"""What takes long is done beside the event loop: long bodies of a server's own routes, and what waits for the disk."""
+"""Slow work does not block the event loop: long bodies of a server's own routes, and calls that wait for the disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from serve.http_peers import running
 
 
 def test_while_a_file_waits_for_the_disk_the_loop_goes_on(tmp_path: Path) -> None:
-    """A call that needs the state waits in a thread, and others are answered."""
+    """A call that needs the state waits in a thread, while the loop goes on."""
     state = FileState(tmp_path / "state.sqlite", durable=False)
     aside = Aside(state)
     begun, end = threading.Event(), threading.Event()

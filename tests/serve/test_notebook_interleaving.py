@@ -1,4 +1,4 @@
-"""Requests and edits of one notebook at the same time: whatever comes in between, no old value follows a new one."""
+"""Concurrent requests and edits of one notebook: however they interleave, no old value follows a new one."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from serve.rewriting_peers import CHAT, MESSAGES, RESPONSES, RULES
 
 ROUTES = [CHAT, MESSAGES, RESPONSES]
 BETWEEN = st.lists(st.sampled_from(["edit", "ask"]), max_size=3)
-"""what other clients do between two steps of a request"""
+"""The actions of other clients between two steps of a request."""
 REQUESTS = st.lists(
     st.tuples(st.sampled_from(["again", "next"]), st.lists(BETWEEN, max_size=4)), min_size=1, max_size=6
 )
 
 
 class Watched(BookShelf):
-    """Something may happen after each look at a notebook."""
+    """A shelf that calls `after` whenever a notebook was read."""
 
     after: Callable[[], None] = staticmethod(lambda: None)
 
@@ -45,7 +45,7 @@ class Watched(BookShelf):
 
 
 class WatchedStore(ConversationStore):
-    """Something may happen after each look for a conversation."""
+    """A store that calls `after` whenever conversations were read."""
 
     after: Callable[[], None] = staticmethod(lambda: None)
 
@@ -56,7 +56,7 @@ class WatchedStore(ConversationStore):
 
 
 class Peer:
-    """A notebook with one field. Each edit gives it the next number."""
+    """A notebook with one field. Each edit sets the field to the next number."""
 
     def __init__(self, route: str) -> None:
         self.route = route
@@ -70,12 +70,12 @@ class Peer:
         self.shelf.add(Book("nb_1", "t", 1, source, new_token(), texts, texts))
         self.latest, self.turns = 0, ["0?"]
         self.steps: list[list[str]] = []
-        """what happens at the next places between two steps of the request that runs"""
+        """The actions at the next points between two steps of the running request."""
         self.shelf.after = self.store.after = self.happen
 
     def happen(self) -> None:
         doing, self.steps = (self.steps[0] if self.steps else []), self.steps[1:]
-        left, self.steps = self.steps, []  # nothing comes between the steps of what happens here
+        left, self.steps = self.steps, []  # nothing interleaves with these actions
         for each in doing:
             if each == "edit":
                 self.edit()
@@ -122,7 +122,7 @@ def test_no_old_value_is_told_after_a_new_one(route: str, requests: list[tuple[s
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_request_that_was_overtaken_tells_the_new_value(route: str) -> None:
-    """The notebook is read; then it is edited, and a second try of the same request tells the new value."""
+    """After the request reads the notebook, an edit follows, and a second try of the request states the new value."""
     peer = Peer(route)
     peer.ask()
     peer.steps = [["edit", "ask"]]

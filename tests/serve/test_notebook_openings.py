@@ -1,4 +1,4 @@
-"""A notebook's own part of a request in each protocol: written as it was made, beside whatever the client sends."""
+"""A notebook's own part of a request, in each protocol and together with anything that the client sends."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def error(got: httpx2.Response) -> tuple[int, str]:
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("content", ["", [{"text": "The order is new."}], [{"type": "text", "text": ""}]])
 def test_a_result_may_follow_any_text(route: str, content: Any, http: httpx2.Client, upstream: CachingUpstream) -> None:
-    """Also one that is empty, or a part that leaves out its type."""
+    """The text may be empty, and a part of it may leave out its type."""
     model = made(http, [SYSTEM, CALLS, {"role": "user", "content": content}, RESULT], fields={"status": "new"})
     got = ask(http, route, model)
     assert got.status_code == 200, got.text
@@ -82,7 +82,7 @@ def test_a_result_may_follow_any_text(route: str, content: Any, http: httpx2.Cli
 def test_a_system_prompt_of_another_form_is_refused(
     route: str, member: str, value: Any, fields: dict[str, Any], http: httpx2.Client, upstream: CachingUpstream
 ) -> None:
-    """It is never left out."""
+    """The gateway refuses it instead of leaving it out."""
     messages = [SYSTEM] if fields else [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
     model, before = made(http, messages, fields=fields), len(upstream.bodies)
     assert error(ask(http, route, model, **{member: value})) == (400, "invalid_request")
@@ -100,7 +100,7 @@ def test_a_system_prompt_of_messages_follows_as_it_came(
 
 
 def test_a_client_may_begin_with_a_system_message_of_its_own(http: httpx2.Client, upstream: CachingUpstream) -> None:
-    """It belongs to the head, and another one begins another conversation."""
+    """The message belongs to the head. A different one begins a different conversation."""
     model = made(http, [SYSTEM], fields={"status": "new"})
     said = [{"role": "system", "content": "Answer in French."}, {"role": "user", "content": "May it be cancelled?"}]
     assert ask(http, CHAT, model, messages=said).status_code == 200
@@ -185,7 +185,7 @@ ASKED = st.fixed_dictionaries(
 
 
 def typed(got: httpx2.Response) -> bool:
-    """Whether it is an error with a code: the client was wrong, or the upstream does not understand it."""
+    """Whether an answer is an error with a code, due to the client's request or to the upstream's refusal."""
     assert got.status_code < 500 or error(got)[1] == "upstream_error", got.text[:300]
     return got.status_code >= 400 and bool(error(got)[1])
 

@@ -1,4 +1,4 @@
-"""Whatever edits and turns follow each other: a reader of what is sent knows the latest values, and nothing sent is changed."""
+"""After any sequence of edits and turns, a reader of the requests knows the latest values, and no sent text changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from serve.rewriting_peers import CHAT, MESSAGES, RESPONSES, RULES, extends
 
 SYSTEM = RULES + "One: <{one}>. Two: <{two}>. The end."
 VALUES = ["a", "b", "a b", "x y z", "7"]
-"""with `{one}{two}` side by side some of them read alike in several ways"""
+"""Values that are ambiguous side by side: in `{one} {two}`, different values may give the same text."""
 STEPS = st.lists(
     st.tuples(st.sampled_from(["edit", "turn", "turn", "other"]), st.sampled_from(["one", "two"]), st.sampled_from(VALUES)),
     min_size=1, max_size=14,
@@ -34,7 +34,7 @@ STEPS = st.lists(
 
 
 class Peer:
-    """A notebook, and what is sent for it."""
+    """A notebook, and the requests sent for it."""
 
     def __init__(
         self, route: str, system: str = SYSTEM, rebase_after: int = 64, line_role: LineRole = LineRole.AUTO
@@ -75,7 +75,7 @@ class Peer:
 
 
 def known(body: Any, system: str = SYSTEM) -> dict[str, str]:
-    """The values that a reader of a request knows: those of the text, and then those of each line."""
+    """The values that a reader of a request knows: the values in the text, overridden by each line in order."""
     text = json.dumps(body, ensure_ascii=False)
     head = body.get("system") or body.get("instructions") or body["messages"][0]["content"]
     head = head if isinstance(head, str) else "\n\n".join(block["text"] for block in head)
@@ -124,7 +124,7 @@ def test_and_also_over_rebases(steps: list[tuple[str, str, str]]) -> None:
 
 
 def test_values_that_read_alike_are_told_apart() -> None:
-    """The same text before and after, and yet both fields changed: from the text nobody could see it."""
+    """Both fields change, but the text stays the same, so comparing texts would not show the change."""
     system = RULES + "{one} {two}"
     peer = Peer(CHAT, system)
     peer.edit(one="x y", two="z")
@@ -150,7 +150,7 @@ def test_a_request_that_outlives_its_notebook_leaves_nothing() -> None:
 
 @pytest.mark.parametrize("route", [CHAT, MESSAGES, RESPONSES])
 def test_an_empty_value_takes_no_other_text_with_it(route: str) -> None:
-    """A system message that holds nothing but a value is no block of text while the value is empty."""
+    """A system message that consists of one value has no text block while the value is empty."""
     source: dict[str, Any] = {
         "messages": [{"role": "system", "content": "{note}"}, {"role": "system", "content": "POLICY"}],
         "fields": {"note": {"value": "Be brief.", "kind": "block"}}, "tools": None, "template_kwargs": None,

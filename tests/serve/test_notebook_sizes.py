@@ -1,4 +1,4 @@
-"""Short requests that ask for much: a long notebook takes time in proportion to its length, and others are answered."""
+"""Short requests with much work: a long notebook takes time in proportion to its length, and does not block others."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_string_with_far_ends_is_text() -> None:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of the thread, the least of three."""
+    """The thread's CPU time, the minimum of three runs."""
     taken = []
     for _ in range(3):
         begun = time.thread_time()
@@ -74,7 +74,7 @@ def test_twice_as_many_placeholders_take_twice_as_long(text: str) -> None:
 
 
 def test_the_messages_are_searched_once() -> None:
-    """A notebook that is kept knows where its fields stand: a request to it does not search them."""
+    """The state keeps the places of a notebook's fields, so that requests do not search its messages."""
     source = source_of({"messages": [{"role": "user", "content": '{"a": "{f}"}'}], "fields": {"f": "x"}})
     source["places"] = located(source)
     texts, _ = declared(source)
@@ -84,7 +84,7 @@ def test_the_messages_are_searched_once() -> None:
 
 
 def test_many_fields_are_guarded_in_time() -> None:
-    """Each value is read for each name; what a name is made of is found out once."""
+    """The guard checks each value against each name, but prepares each name only once."""
     names = [f"field_{number}" for number in range(1000)]
     texts, types = declared(body_of(" ".join("{" + name + "}" for name in names), **dict.fromkeys(names, "x")))
     assert seconds(lambda: guard(texts, types, texts)) < 2
@@ -107,7 +107,7 @@ def test_others_are_answered_while_a_notebook_is_made(http: httpx2.Client) -> No
 
 
 def test_a_short_request_makes_no_long_prompt(http: httpx2.Client) -> None:
-    """A value stands wherever its placeholder does."""
+    """A short request may repeat a placeholder of a long value very often."""
     text, value = "{f}" * 300, "x" * 50_000
     got = http.post("/v1/notebooks", json=body_of(text, f=value))
     assert (got.status_code, got.json()["error"]["code"]) == (413, "notebook_too_large")

@@ -1,4 +1,4 @@
-"""Mode `observe`: what it finds, in whose numbers, and that it is never in the way."""
+"""Mode `observe`: its findings, in the upstream's own numbers, and that it never delays or breaks a request."""
 
 from __future__ import annotations
 
@@ -420,7 +420,7 @@ def test_each_tenant_sees_its_own_report() -> None:
 
 
 def test_the_page_shows_a_report_as_it_is(gateway: Running) -> None:
-    """The report in `docs/serving.md` is what these three requests give."""
+    """These three requests give the report that `docs/serving.md` shows."""
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
     shown = json.loads(page.partition("```json\n")[2].partition("```")[0])
     for minute in (1, 2, 3):

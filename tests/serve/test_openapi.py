@@ -1,4 +1,4 @@
-"""schemathesis against what the servers say about themselves: no fault of theirs, and every answer as described."""
+"""schemathesis checks the servers against their OpenAPI descriptions: no server errors, and answers as described."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ gateway = schemathesis.openapi.from_dict(gateway_document())
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[dict[str, str]]:
-    """A running local server, and a notebook on it."""
+    """Run a local server with a notebook."""
     model = tiny_chat_model(512)
     serving = LocalSettings(port=0, max_notebooks=4)
     with running(serving, local_app(model, serving)) as found:
@@ -54,7 +54,7 @@ def server() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def front() -> Iterator[dict[str, str]]:
-    """A gateway, and a notebook on it."""
+    """Run a gateway with a notebook."""
     with running(GatewaySettings("http://127.0.0.1:1", port=0, max_notebooks=4)) as found:
         body = {"upstream_model": "m", "messages": [{"role": "system", "content": "It is {status}."}]}
         book = httpx2.post(f"{found.url}/v1/notebooks", json={**body, "fields": {"status": "new"}}).json()
@@ -65,8 +65,8 @@ def front() -> Iterator[dict[str, str]]:
 @local.parametrize()
 @FUZZED
 def test_the_local_server_keeps_to_its_description(case: Any, server: dict[str, str]) -> None:
-    """Two of three cases are about what is there: the model or the notebook, with a short answer; half of those have one
-    member that was drawn, in a request that is answered without it."""
+    """Two thirds of the cases name the existing model or notebook. Half of these put one drawn member into a valid
+    request. All answers are short."""
     body, path = case.body, case.path
     if isinstance(body, dict) and body and path in GOOD:
         size, keep = len(str(body)), sorted(body)[len(str(body)) % len(body)]
@@ -90,7 +90,7 @@ def test_the_local_server_keeps_to_its_description(case: Any, server: dict[str, 
 @gateway.parametrize()
 @FUZZED
 def test_the_gateways_own_routes_keep_to_their_description(case: Any, front: dict[str, str]) -> None:
-    """Every other case is about the notebook that is there."""
+    """Every other case uses the existing notebook."""
     body = case.body
     if isinstance(body, dict) and body and case.path.endswith("/fields"):
         case.body = {"status": next(iter(body.values()))} if len(str(body)) % 3 else body
@@ -117,7 +117,7 @@ def test_every_route_of_the_local_server_is_described() -> None:
 
 
 def test_a_route_that_breaks_its_description_is_found(server: dict[str, str]) -> None:
-    """The checks see something: a description that promises another answer fails."""
+    """The negative witness: the checks fail for a description that promises another answer."""
     wrong = local_document()
     wrong["paths"] = {
         "/healthz": {"get": {**wrong["paths"]["/healthz"]["get"], "responses": {"204": {"description": ""}}}}

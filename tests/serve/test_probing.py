@@ -1,4 +1,4 @@
-"""What a gateway concludes from renderings of its own asking, whom it asks and with what: no error that passes is a verdict."""
+"""Probes of the gateway: whom it asks, with what, and what it concludes. A temporary error is never a verdict."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def called(**more: Any) -> dict[str, Any]:
 
 
 def behind_a_result(peer: Peer, *said: Any) -> tuple[Any, Any]:
-    """A request with another time behind a tool's result: as it came, and as the upstream gets it."""
+    """Send a request with a changed time after a tool's result. Returns the client's body and the upstream's."""
     came = chat(at("1"), *said, RESULT, tools=TOOLS)
     return came, peer.send(came)
 
@@ -61,21 +61,18 @@ def form_of(peer: Peer) -> Form | None:
     return note.form if note is not None else None
 
 
-# -- reasoning ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("line_role", [LineRole.AUTO, LineRole.USER])
 @pytest.mark.parametrize(
     "more",
     [{"reasoning_content": "my plan"}, {"reasoning": "my plan"}, {"content": "<think>\nmy plan\n</think>\n\nI look."}],
 )
 def test_no_user_message_hides_the_models_reasoning(more: dict[str, Any], line_role: LineRole) -> None:
-    """Qwen3's template shows it only behind the last user message; a host shows no rendering."""
+    """Qwen3's template shows reasoning only after the last user message. A hosted API shows no rendering."""
     peer = begun(line_role)
     came, body = behind_a_result(peer, "question0", called(**more))
     assert peer.action == "reset"
     assert body["messages"][1:] == came["messages"][1:]
-    if "reasoning" not in more:  # this template does not know the name
+    if "reasoning" not in more:  # this template does not read the member `reasoning`
         assert "my plan" in TemplatedUpstream("qwen3").render(body)
 
 
@@ -113,11 +110,8 @@ def test_a_proven_line_leaves_the_reasoning_where_it_is(family: str) -> None:
     assert upstream.render(body).count("my plan") == upstream.render(came).count("my plan") == (family == "qwen3")
 
 
-# -- errors -------------------------------------------------------------------------------------------------------------
-
-
 class Failing:
-    """An upstream of whose answers some are errors."""
+    """An upstream that answers some requests with an error."""
 
     def __init__(self, upstream: TemplatedUpstream, fails: Any) -> None:
         self.upstream, self.fails, self.asked = upstream, fails, 0
@@ -136,7 +130,7 @@ def test_an_error_that_passes_is_no_verdict(status: int) -> None:
         try:
             found = asyncio.run(renderings(PROBE, failing.ask))
         except Exception:
-            continue  # it is asked again soon
+            continue  # the gateway asks again soon
         assert found.items() <= INTACT.items()
         assert failing.asked >= at_request
         if status == 500:
@@ -154,15 +148,12 @@ def test_a_refusal_that_repeats_is_a_verdict_and_a_fault_never_is() -> None:
     assert asyncio.run(renderings(PROBE, Failing(upstream, of(500)).ask)) == {
         about: "intact" for about in INTACT if about not in as_user
     }
-    with pytest.raises(Exception, match="tokenize"):  # from then on it refuses everything
+    with pytest.raises(Exception, match="tokenize"):  # after the second request it refuses everything
         asyncio.run(renderings(PROBE, Failing(upstream, lambda n, path, data: 400 if n > 2 else 0).ask))
 
 
-# -- whom it asks, and when ---------------------------------------------------------------------------------------------
-
-
 async def looked(prober: Prober, peer: Peer, ask: Ask, *, tenant: str = "t", model: str = "m") -> int:
-    """How many requests one look makes."""
+    """The number of requests that one call of `look` makes."""
     peer.send({**chat(at("0"), "question0"), "model": model}, tenant=tenant)
     asked = 0
 

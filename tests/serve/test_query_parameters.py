@@ -1,4 +1,4 @@
-"""Query parameters: our own routes refuse those they do not know; all others leave them to the protocol or the upstream."""
+"""Query parameters: our own routes refuse unknown ones. All other routes leave them to the protocol or the upstream."""
 
 from __future__ import annotations
 

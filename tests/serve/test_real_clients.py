@@ -1,4 +1,4 @@
-"""What the makers' own clients send and read through a gateway is what they send and read without one."""
+"""The official clients send and read the same through a gateway as without one."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def script(request: Received) -> AsyncIterator[bytes]:
 
 
 def events(found: Any) -> list[bytes]:
-    """The same answer as events of Chat Completions or Completions, their usage at the end."""
+    """An answer as events of Chat Completions or Completions, with the usage at the end."""
     [choice] = found["choices"]
     said = (
         {"text": choice["text"]}
@@ -150,7 +150,7 @@ def message(client: anthropic.Anthropic) -> Any:
 
 
 def asked(ask: Callable[[Any], Any], url: str) -> Any:
-    """What a client made of the answer, as data."""
+    """The answer that a client returns to its user, as data."""
     client: Any = (
         anthropic.Anthropic(base_url=url, api_key="k", max_retries=0)
         if ask is message
@@ -165,7 +165,7 @@ def asked(ask: Callable[[Any], Any], url: str) -> Any:
 def test_a_client_sends_and_reads_the_same_with_and_without_a_gateway(
     ask: Callable[[Any], Any], mode: GatewayMode
 ) -> None:
-    """Tools, log-probabilities, usage, reasoning that is opaque, betas, and what no client knows."""
+    """This covers tools, log-probabilities, usage, opaque reasoning, betas, and members that no client knows."""
     with raw_upstream(script) as upstream:
         directly = asked(ask, upstream.url)
         with running(GatewaySettings(upstream.url, port=0, mode=mode, rules=CLOCK)) as gateway:
@@ -180,7 +180,7 @@ def test_a_client_sends_and_reads_the_same_with_and_without_a_gateway(
 @pytest.mark.parametrize("ask", [completion, completion_stream])
 @pytest.mark.parametrize("mode", [GatewayMode.ERRATUM, GatewayMode.HOIST])
 def test_raw_completions_are_not_rewritten(ask: Callable[[Any], Any], mode: GatewayMode) -> None:
-    """A prompt without messages has no place for a line."""
+    """A prompt without messages has no place for a line, so it is forwarded unchanged."""
     with raw_upstream(script) as upstream:
         directly = asked(ask, upstream.url)
         with running(GatewaySettings(upstream.url, port=0, mode=mode, rules=CLOCK)) as gateway:
@@ -190,7 +190,7 @@ def test_raw_completions_are_not_rewritten(ask: Callable[[Any], Any], mode: Gate
 
 
 def test_mode_strict_sends_every_prompt_as_it_came() -> None:
-    """As long as no calibration covers a case, a clock that moves is computed again, and the answer says why."""
+    """While no calibration covers a case, a request with a changed clock is forwarded, and the answer says why."""
     with raw_upstream(script) as upstream:
         settings = GatewaySettings(upstream.url, port=0, mode=GatewayMode.STRICT, rules=CLOCK)
         with running(settings) as gateway:

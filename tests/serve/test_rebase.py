@@ -1,4 +1,4 @@
-"""Rebase: the prefix with the new values is computed in the background, and a conversation switches to it in one step."""
+"""Rebase: the upstream computes a prefix with new values in the background, and the conversation switches to it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MAKE = {CHAT: chat, MESSAGES: claude, RESPONSES: codex}
 
 
 class Talk:
-    """One conversation in which the clock at the top moves every turn."""
+    """One conversation whose clock in the system prompt changes every turn."""
 
     def __init__(self, peer: Peer, route: str = CHAT, **other: Any) -> None:
         self.peer, self.route, self.other = peer, route, other
@@ -121,7 +121,7 @@ def test_a_warm_up_that_fails_changes_nothing_and_is_tried_again_later() -> None
 
 
 def test_a_request_that_does_not_go_on_with_what_was_warmed_stays_where_it_is() -> None:
-    """The client changed a rule while the prefix was computed."""
+    """The client changes a rule while the prefix is being computed."""
     peer = Peer(rebase_after=3)
     talk = Talk(peer)
     talk.until_warming()
@@ -274,7 +274,7 @@ def test_a_restart_keeps_what_was_warmed_and_forgets_what_was_being_computed(tmp
     warm = json.loads(peer.works[-1].warming.body)  # type: ignore[union-attr]
     if state != "warming":
         peer.warmed(done=state == "ready")
-    elif not peer.state.alone:  # another gateway may be at it until its time is over
+    elif not peer.state.alone:  # until the time is over, another gateway may be computing the prefix
         with peer.state.write() as run:
             run.execute("UPDATE renewals SET until = epoch() - 1")
     peer.state.close()
@@ -287,9 +287,6 @@ def test_a_restart_keeps_what_was_warmed_and_forgets_what_was_being_computed(tmp
         assert peer.action == "erratum"
         assert extends(got, latest)
         assert (peer.works[-1].warming is not None) == (state == "warming"), "a lost one is begun again"
-
-
-# -- over sockets ------------------------------------------------------------------------------------------------------
 
 
 def gateway(url: str, **more: Any) -> GatewaySettings:
@@ -389,7 +386,7 @@ def test_an_upstream_that_is_lost_while_it_warms_leaves_the_session_intact(tmp_p
 
 @pytest.mark.slow
 def test_a_gateway_that_is_killed_while_it_rebases_loses_no_line(tmp_path: Path) -> None:
-    """Each request extends the one before it, or the warm-up that it switched to: over three kills, with many rebases."""
+    """Over three kills and many rebases, each request extends the one before it, or the warm-up that it switches to."""
     rules = tmp_path / "rules.json"
     rules.write_text(json.dumps(CLOCK_RULES))
     upstream, port, stop = CachingUpstream(), free_port(), threading.Event()
@@ -429,7 +426,7 @@ def test_a_gateway_that_is_killed_while_it_rebases_loses_no_line(tmp_path: Path)
 
 
 def test_a_rebase_that_costs_more_than_lines_save_switches_the_mode_off() -> None:
-    """It is counted against the gain, and alone it is no judgement."""
+    """The cost of a rebase counts against the gain. It does not decide before requests of clients are counted."""
     peer = Peer()
     talk = Talk(peer)
     talk.turn()

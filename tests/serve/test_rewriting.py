@@ -1,4 +1,4 @@
-"""Mode `erratum`: what the upstream gets, turn by turn. The oracle is the list of what it got before."""
+"""Mode `erratum`: the requests that the upstream gets, turn by turn. The oracle is the list of its earlier requests."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_line_never_parts_a_call_from_its_result(route: str) -> None:
 
 
 def test_a_message_that_the_model_goes_on_with_gets_no_line() -> None:
-    """vLLM goes on with the last message where it is asked to: that must be the client's own."""
+    """vLLM continues the last message if the client asks for it, so the last message must stay the client's own."""
     peer = Peer()
     open_ended: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
     peer.send(chat(at("1"), "hi"))
@@ -129,7 +129,7 @@ def test_a_message_that_the_model_goes_on_with_gets_no_line() -> None:
 
 
 def test_responses_with_items() -> None:
-    """Each call is an item of its own; `instructions` is the head; what the server holds is left alone."""
+    """Each call is a separate item. `instructions` is the head. A conversation that the server stores is forwarded."""
     peer = Peer()
 
     def item(role: str, text: str) -> dict[str, Any]:
@@ -257,7 +257,10 @@ def test_an_edited_message_is_a_new_beginning() -> None:
 
 
 def test_what_changes_repeatedly_is_learned() -> None:
-    """Two resets, after the second one lines are announced, and the third change is told. Later conversations begin with it."""
+    """The first two changes are resets. The second one announces lines, and a line states the third change.
+
+    Later conversations announce lines from their first request on.
+    """
     peer = Peer(rules=rules_of({}))
     system = "You are.\nIt is 2026-11-26 10:0{}:00.\n" + RULES
     said = ["hi"]
@@ -286,7 +289,7 @@ def test_a_word_that_changes_once_is_not_volatile() -> None:
 
 
 def test_a_named_value_needs_a_conversation_that_is_certain() -> None:
-    """Two people who say hello must not meet: the second one's prompt would hold the first one's name."""
+    """Two clients with the same first message are separate: the second prompt must not contain the first one's name."""
     rules = rules_of({"volatile": [{"name": "customer", "pattern": "^Customer: (.*)$"}]})
     peer = Peer(rules=rules)
     peer.send(chat(f"Customer: Alice\n{RULES}", "hi"))

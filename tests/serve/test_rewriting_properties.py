@@ -1,4 +1,4 @@
-"""Whatever clients do: what was sent once is sent again, or the answer says that it is not; and nothing is lost."""
+"""Random clients: each request repeats what was sent before, or the answer says that it does not. Nothing is lost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RULESET = {"volatile": [{"name": "time", "pattern": "^Now: (.*)$"}, {"name": "le
 
 
 class Client:
-    """A client with its conversation, in either protocol."""
+    """A client with its conversation, in one of the protocols."""
 
     def __init__(self, route: str) -> None:
         self.route = route
@@ -147,17 +147,17 @@ def _check(
     route: str, mode: GatewayMode, steps: list[str], session: str, refused: set[Form], rebase_after: int,
     place: DatabaseAddress | None = None,
 ) -> None:  # fmt: skip
-    """With a place, two gateways take turns."""
+    """Check a random conversation. If `place` is given, two gateways that share it take turns."""
     peer = Peer(mode=mode, rules=rules_of(RULESET), rebase_after=rebase_after, place=place)
     other = Peer(mode=mode, rules=rules_of(RULESET), rebase_after=rebase_after, place=place) if place else peer
     for form in refused:
         peer.rewriter.accepted.decide(route, "m", form, "refused")
     client = Client(route)
     latest: dict[str, Any] = {}
-    """by conversation, as the gateway knows them: without a session's name, requests that begin alike may be several"""
+    """the gateway's conversation -> its latest body; without a session name, a client may have several conversations"""
     previous: Any = None
     warming: dict[str, Rewriting] = {}
-    """prefixes that are being computed, by the conversation that they are for"""
+    """conversation -> the request whose prefix is being warmed"""
     for step in ["first", *steps]:
         if step in ("warmed", "lost"):
             for work in warming.values():
@@ -200,7 +200,7 @@ def _notes(peer: Peer) -> tuple[Any, ...]:
 
 
 def _goes_on(later: Any, earlier: Any) -> bool:
-    """Whether a request begins with all of another. A line that is put into the newest message lengthens that."""
+    """Whether a request extends an earlier one. The earlier one's last message may be longer, by an inline line."""
     one, other = prefix(earlier), prefix(later)
     return extends(later, earlier) or (
         other[: len(one) - 1] == one[:-1] and str(other[len(one) - 1]).startswith(str(one[-1]))
@@ -208,7 +208,7 @@ def _goes_on(later: Any, earlier: Any) -> bool:
 
 
 def _check_meaning(peer: Peer, body: Any, got: Any) -> None:
-    """Text, then lines in order: each value that the client's request holds is the last one told. Its turns are all there."""
+    """Check that a reader of the text and then of its lines knows the client's values, and that the turns remain."""
     plan = peer.works[-1].plan
     text = json.dumps(got)
     turns = body.get("messages") or body["input"]
@@ -227,7 +227,7 @@ def _check_meaning(peer: Peer, body: Any, got: Any) -> None:
 
 
 def _check_calls(got: Any) -> None:
-    """Nothing stands between a call and its result."""
+    """Check that nothing is inserted between a call and its result."""
     messages = got.get("messages") or got["input"]
     for message, behind in pairwise(messages):
         if message.get("type") == "function_call":

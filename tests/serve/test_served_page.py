@@ -1,4 +1,4 @@
-"""The page at `/`: its files, and what a person sees and does in a real browser."""
+"""The page at `/`: its files, and its use in a real browser."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ class TestInBrowser:
 
 
 def gateway_notebook(http: httpx2.Client, customer: str) -> str:
-    """One with a field of every kind that has a form of its own in the page. Returns its id."""
+    """Create a notebook with one field of every kind that the page shows in its own way. Returns the id."""
     text = "The order is {status}, {amount} euros, due {due}.\nTodo:\n{todo}\nRecord: {record}\nFor {customer}. Paid: {paid}."
     fields = {
         "status": {"value": "pending", "kind": "enum", "among": ["pending", "shipped"]},

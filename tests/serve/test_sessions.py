@@ -1,4 +1,4 @@
-"""Conversations in bounded memory: sums stay right, and nothing is left of what was forgotten."""
+"""Conversations in bounded memory: sums stay right, and nothing of a forgotten conversation remains."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""A new conversation begins with the system prompt that an earlier one sent: byte for byte, of the same tenant, and without
-what is somebody's own. The oracle is the list of what was sent.
+"""A new conversation reuses the system prompt of an earlier one, byte for byte.
+
+It is never one of another tenant, and contains no personal values. The oracle is the list of sent requests.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PIECES: list[dict[str, Any]] = [
 
 
 def head_of(body: Any) -> str:
-    """What a prefix cache reads before the announcement."""
+    """The text that a prefix cache reads before the announcement of lines."""
     head, channel, _ = "\n".join(prefix(body)).partition(CHANNEL)
     assert channel, "it is announced"
     return head
@@ -76,7 +77,7 @@ def test_a_conversation_whose_tools_stand_in_another_order_begins_with_the_same_
 
 
 def test_heads_of_earlier_versions_are_read() -> None:
-    """Theirs are lists of texts. Where there are tools, they are under keys of their own, and not found."""
+    """Earlier versions stored a head as a list of texts. Heads with tools had other keys, so they are not found."""
     peer = Peer()
     first = peer.send(chat(at("1"), "one"), session="one")
     with peer.state.write() as run:
@@ -242,7 +243,7 @@ def test_it_is_judged_by_the_upstreams_numbers(cached: int, switched_off: bool) 
 
 @dataclass(frozen=True)
 class Begin:
-    """A conversation begins. Times and traces are of one tenant and customer each, so that a leak shows."""
+    """The first request of a conversation. Each time and trace belongs to one tenant and customer, so a leak shows."""
 
     tenant: int
     customer: int
@@ -305,7 +306,7 @@ def test_whatever_begins_a_shared_head_was_sent_before_and_nothing_of_others_is_
 
 
 def test_a_key_without_the_tenant_would_let_tenants_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The negative witness of the property above: the key is what keeps them apart."""
+    """The negative witness of the property above: without the tenant in the key, a value leaks."""
     monkeypatch.setattr(
         "programmable_kv.serve.rewriting.rewriter.key_of",
         lambda prompt, rules, learned, _, *rest: key_of(prompt, rules, learned, *rest),

@@ -1,4 +1,4 @@
-"""Two gateways on one database, under load: each of them, the upstream and the database are killed, and no client notices."""
+"""Two gateways on one database under load. Gateways, upstream and database are killed, and conversations go on."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("postgres")]
 ALLOWED = {"upstream_unreachable", "upstream_died", "upstream_error"}
-"""refusals that are the upstream's, while it is away"""
+"""The error codes that clients may get while the upstream is down."""
 
 
 class Client(threading.Thread):
-    """One conversation whose clock moves at every request. Its turns go to the gateways in turn; it repeats what failed."""
+    """One conversation whose clock changes every request. It takes turns between gateways, and retries failures."""
 
     def __init__(self, ports: list[int], number: int, stop: threading.Event, *, named: bool = True) -> None:
         super().__init__(daemon=True)
@@ -39,9 +39,9 @@ class Client(threading.Thread):
         self.refused: list[str] = []
         self.wrong: list[tuple[str, str]] = []
         self.uncached: list[int] = []
-        """blocks of each prompt that the upstream had not read before"""
+        """For each answer: the prompt's blocks that were not in the upstream's cache."""
         self.places: list[str] = []
-        """of several upstreams, which one gave each answer"""
+        """For each answer: the number of the upstream that gave it, if there are several."""
 
     def run(self) -> None:
         tries = 0
@@ -110,7 +110,7 @@ def test_whatever_is_killed_the_conversations_go_on(database: Database, tmp_path
         assert all(max(client.uncached[1:]) < 20 for client in clients), "and with the same bytes"
         stack.enter_context(gateway(ports[0]))
 
-        upstream.close()  # killed
+        upstream.close()  # kills it
         before = [len(client.refused) for client in clients]
         wait_until(lambda: all(len(c.refused) > n for c, n in zip(clients, before, strict=True)), 60)
         upstream.enter_context(process(*upstream_words, port=upstream_port))

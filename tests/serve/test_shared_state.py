@@ -1,4 +1,4 @@
-"""Several gateways, or local servers, on one PostgreSQL database: each goes on with what another one did."""
+"""Several gateways, or local servers, on one PostgreSQL database: each continues the work of the others."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ AWAY = "forwarded; why=the state cannot be reached"
 
 
 def peers(database: Database, number: int = 2, **more: Any) -> list[Peer]:
-    """Gateways without sockets, on one empty state."""
+    """Gateways without sockets that share one empty state."""
     place = database.new()
     return [Peer(place=place, **more) for _ in range(number)]
 
 
 def plain(body: Any) -> str:
-    """A body without what is random in it."""
+    """A body as text, with its random tokens replaced."""
     return re.sub(r"\[state \w+\]|state \w{6,}", "[state T]", json.dumps(body))
 
 
 def conversation(send: Callable[[int, Any], Any], turns: int = 12) -> list[Any]:
-    """Turns in which the clock moves; and once, a system prompt that changed in a line that nobody declared."""
+    """A conversation whose clock changes every turn. Undeclared lines of the system prompt change too."""
     said: list[Any] = ["hi"]
     sent = []
     for turn in range(turns):
@@ -68,7 +68,7 @@ def conversation(send: Callable[[int, Any], Any], turns: int = 12) -> list[Any]:
 def test_a_conversation_that_takes_turns_between_gateways_is_sent_as_by_one(
     database: Database, mode: GatewayMode
 ) -> None:
-    """Also what was learned and what was warmed by one is what the other goes on with."""
+    """A gateway also uses the lines that another one learned, and the prefixes that another one warmed."""
     rules = rules_of({"volatile": [{"name": "the time", "pattern": "^Now: (.*)$"}]})
 
     def talk(gateways: list[Peer]) -> tuple[list[str], list[str]]:
@@ -124,7 +124,7 @@ def test_of_two_requests_at_once_one_goes_on_with_the_conversation(database: Dat
 
 
 def test_a_request_that_is_taken_back_does_not_come_back_by_its_number(database: Database) -> None:
-    """A version names what was written, not how often: what was read before it was taken back is not gone on with."""
+    """A version is not a count. After a write is taken back and repeated, the new version differs from the old one."""
     one, other = peers(database)
     one.send(chat(at("1"), "hi"))
     body = chat(at("2"), "hi", "Yes.", "so")
@@ -177,7 +177,7 @@ def test_a_rebase_whose_gateway_died_is_done_again_by_another(database: Database
         run.execute("UPDATE renewals SET until = epoch() - 1")
     third.send(chat(at("4"), *said))
     assert third.works[-1].warming is not None, "its time is over"
-    one.rewriter.warmed(lost, done=True)  # it lived after all
+    one.rewriter.warmed(lost, done=True)  # the first gateway ends its warming late
     said += ["Yes.", "more"]
     other.send(chat(at("5"), *said))
     assert other.action == "erratum", "what another began later counts"
@@ -236,9 +236,6 @@ def test_what_is_silent_is_forgotten_and_the_rest_is_kept(database: Database) ->
     assert len(ConversationStore(other.state, most=1)) == 1
 
 
-# -- addresses ---------------------------------------------------------------------------------------------------------
-
-
 def test_the_password_is_never_shown(database: Database, caplog: pytest.LogCaptureFixture) -> None:
     good = database.url()
     secrets = (PASSWORD, PASSWORD.replace("/", "%2F"), "Pa55")
@@ -291,9 +288,6 @@ def test_a_database_of_others_is_left_alone(database: Database) -> None:
         connection.execute("UPDATE programmable_kv_format SET version = 99")
     with pytest.raises(InvalidArgumentError, match="format 99"):
         open_state(place, durable=False)
-
-
-# -- over sockets ------------------------------------------------------------------------------------------------------
 
 
 def gateway(url: str, place: DatabaseAddress, **more: Any) -> GatewaySettings:
@@ -375,9 +369,6 @@ def test_a_database_that_hangs_or_is_killed_delays_no_one_for_long(
     assert "can be reached again" in caplog.text
     assert PASSWORD not in caplog.text + report
     assert "Pa55" not in caplog.text + report
-
-
-# -- notebooks ---------------------------------------------------------------------------------------------------------
 
 
 def local(place: DatabaseAddress) -> Any:

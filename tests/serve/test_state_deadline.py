@@ -1,4 +1,4 @@
-"""A database that lets a server in and then says nothing, as a pooler without a free place does."""
+"""A database that accepts a connection and then does not answer, like a pooler without a free connection."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NO_TLS, _TLS_OR_GSS = b"N", (80877103, 80877104)
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """The address of such a database."""
+    """Run a database that accepts connections and does not answer. Yields its address."""
     listening = socket.create_server(("127.0.0.1", 0))
     held: list[socket.socket] = []
 

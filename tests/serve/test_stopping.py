@@ -1,4 +1,4 @@
-"""Starting and stopping: a server binds its port before anything else; Ctrl-C ends it soon, with a word and no traceback."""
+"""Starting and stopping: a server binds its port first. Ctrl-C ends it soon, with one word and no traceback."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def never_ends(_: Received) -> AsyncIterator[bytes]:
 
 @contextmanager
 def open_stream(kind: str, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], httpx2.Response]]:
-    """A process that serves, and a stream of it that would go on for minutes."""
+    """Run a server in a process, and open a stream that would last for minutes."""
     port = free_port()
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "Tell me."}], "stream": True}
     with raw_upstream(never_ends) as upstream:
@@ -84,7 +84,7 @@ def test_ctrl_c_says_what_it_waits_for_and_ends_soon(kind: str, times: int, tmp_
                 pass
         cut_after = time.monotonic() - began
         assert (cut_after < 4) is (times == 2), cut_after
-        assert served.wait(30) == INTERRUPTED  # Python takes a while to end on a busy machine
+        assert served.wait(30) == INTERRUPTED  # Python may end slowly on a busy machine
         assert said(served) == "interrupted\n", "no traceback"
 
 
@@ -113,7 +113,7 @@ def test_without_open_requests_it_ends_without_a_word(tmp_path: Path) -> None:
 
 
 def test_a_notebook_whose_answer_is_cut_off_is_given_back() -> None:
-    """The connections are closed, and what was drawn is taken back before the model's thread ends."""
+    """The connections are closed, and the answer is rolled back before the model's thread ends."""
     model = tiny_chat_model(200_000)
     settings = LocalSettings(port=0, limits=Limits(shutdown_s=0.2))
     with running(settings, local_app(model, settings)) as server:
@@ -151,7 +151,7 @@ def test_a_port_in_use_is_a_plain_error_before_anything_is_announced(kind: str, 
 
 
 def test_a_port_that_another_server_listens_at_first() -> None:
-    """Two servers may bind a port while neither listens: the one that listens second says that the port is in use."""
+    """Two servers may bind a port while neither listens. The one that listens second reports the port as in use."""
     port = free_port()
 
     def load() -> Any:

@@ -1,4 +1,4 @@
-"""Dates that a client gives to the chat template: sent as they were first, and told."""
+"""Dates that a client gives to the chat template: the gateway repeats the first date, and a line states the new one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_earlier_date_is_sent_and_the_new_one_told(route: str, mode: Gateway
 
 
 def test_in_a_real_template_the_prefix_stays_and_the_new_date_is_read() -> None:
-    """And without the gateway it would not stay."""
+    """Without the gateway, the prefix would change."""
     tokenizer = of("llama31").tokenizer
 
     def rendered(body: Any) -> str:

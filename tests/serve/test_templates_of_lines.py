@@ -1,4 +1,4 @@
-"""Lines that were seen to change are found again by what stays of them: as a regular expression would find them, and fast."""
+"""Finds changing lines by their constant parts: with the results of a regular expression, and fast."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_it_finds_what_a_regular_expression_finds(text: str, templates: list[lis
 
 
 def test_a_text_full_of_a_templates_parts_takes_no_long_time() -> None:
-    """The line was learned from one client of a tenant; the text comes from any other one."""
+    """One client of a tenant teaches the line, and any other client may send the text."""
     template = json.dumps(["a ", *[" q "] * 7, " z"])
     started = time.perf_counter()
     assert not may_hold("a " + " q " * 100_000 + " c", [template])

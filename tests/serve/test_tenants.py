@@ -1,4 +1,4 @@
-"""Rates of tenants, and the salt that parts their caches."""
+"""Rate limits of tenants, and the salt that separates their caches."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_each_tenant_s_prompts_are_salted(upstream: RawUpstream, tmp_path: Path)
     state = tmp_path / "state"
     settings = GatewaySettings(upstream.url, port=0, keys=KEYS, salts=True, state=state)
     salts: dict[str, set[str]] = {}
-    for _ in range(2):  # and after a restart
+    for _ in range(2):  # the second time after a restart
         with running(settings) as gateway:
             for name in ("one", "two"):
                 for path in ("chat/completions", "completions", "responses", "messages"):
@@ -182,7 +182,7 @@ def test_a_client_s_own_salt_stays_within_its_tenant(upstream: RawUpstream) -> N
 
 
 def test_a_salt_of_prompts_with_skills_is_still_known_as_one(upstream: RawUpstream) -> None:
-    """vLLM's plugin loads skills under such a salt only; each tenant's is another all the same."""
+    """vLLM's plugin loads skills only under such a salt. The salts of tenants differ nevertheless."""
     with running(GatewaySettings(upstream.url, port=0, keys=KEYS, salts=True)) as gateway:
         found: list[str] = []
         for name, own in (("one", "composed:x"), ("two", "composed:x"), ("one", "x"), ("one", "")):

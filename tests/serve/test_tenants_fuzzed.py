@@ -1,4 +1,4 @@
-"""Two tenants at one gateway, in any order and against each other: neither reads, changes or is sent what is the other's."""
+"""Random requests of two tenants at one gateway: neither reads, changes or receives anything of the other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from serve.rewriting_peers import RULES
 TENANTS = ("ann", "bob")
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 SHARED = rules_of({"volatile": [{"name": "the time", "pattern": "^Now: (.*)$", "share": True}], "share": "learned"})
-"""whatever can be shared within a tenant is"""
+"""Rules that share as much as possible within a tenant."""
 
 whoever = st.sampled_from(TENANTS)
 numbers = st.integers(0, 3)
@@ -39,7 +39,7 @@ operations = st.one_of(
 
 @dataclass
 class World:
-    """A gateway with two tenants, and what it ought to hold for them."""
+    """A gateway with two tenants, and the notebooks that it should have for them."""
 
     url: str
     upstream: CachingUpstream
@@ -48,7 +48,7 @@ class World:
     """tenant -> notebook -> fields"""
     said: dict[tuple[str, str, str, int], list[Any]] = field(default_factory=dict)
     sent: list[str] = field(default_factory=list)
-    """all that went upstream, warmed prefixes too as far as they were sent in time"""
+    """All bodies sent upstream, including warmed prefixes if they were sent in time."""
     minute: int = 0
 
     def reset(self) -> None:
@@ -58,7 +58,7 @@ class World:
         self.books, self.said, self.sent = {tenant: {} for tenant in TENANTS}, {}, []
 
     def call(self, tenant: str, method: str, path: str, body: Any = None, session: str = "") -> httpx2.Response:
-        """One request. Whatever it asks for, nothing of the other tenant's is in the answer."""
+        """Send one request, and check that the answer contains nothing of the other tenant."""
         headers = {"x-api-key": self.keys[tenant], **({"x-session-id": session} if session else {})}
         self.upstream.bodies.clear()
         got = httpx2.request(method, self.url + path, json=body, headers=headers, timeout=30)
@@ -70,11 +70,11 @@ class World:
         return got
 
     def reached(self, text: str) -> bool:
-        """Whether the latest request went upstream with a text in it. Prefixes are warmed in the background beside it."""
+        """Whether the latest request sent a body with a text upstream. Other bodies may be prefixes that are warmed."""
         return any(text in json.dumps(body) for body in self.upstream.bodies)
 
     def ask(self, tenant: str, route: str, number: int, session: str) -> None:
-        """The next turn of a conversation. Both tenants' conversations begin alike but for what is theirs."""
+        """Send the next turn of a conversation. The tenants' conversations begin alike, except for their own values."""
         self.minute += 1
         said = self.said.setdefault((tenant, route, session, number), [{"role": "user", "content": f"hi {number}"}])
         system = f"Now: {self.minute}-of-{tenant}\nCustomer: {number}-of-{tenant}\n{RULES}"
@@ -97,7 +97,7 @@ class World:
         self.books[tenant][got.json()["id"]] = fields
 
     def use(self, what: str, tenant: str, owner: str, number: int) -> None:
-        """A tenant does something with a notebook, perhaps the other's."""
+        """Let a tenant use a notebook, which may belong to the other tenant or not exist."""
         book = [*self.books[owner], "nb_0"][number % (len(self.books[owner]) + 1)]
         known = self.books[tenant].get(book)
         self.minute += 1
@@ -124,7 +124,7 @@ class World:
             assert self.reached(known["who"])
 
     def check(self) -> None:
-        """Both have what is theirs, and nothing else; and no prompt has something of both."""
+        """Check that each tenant has exactly its own notebooks, and that no prompt has values of both."""
         assert not [text for text in self.sent if all(f"of-{tenant}" in text for tenant in TENANTS)]
         for tenant in TENANTS:
             found = self.call(tenant, "GET", "/v1/notebooks").json()["data"]
@@ -159,7 +159,7 @@ def test_neither_tenant_meets_anything_of_the_other_s(world: World, steps: list[
 
 
 def test_within_a_tenant_values_are_shared_and_so_a_leak_would_show(world: World) -> None:
-    """The fuzz proves something only where sharing happens at all: a second conversation begins with the first one's text."""
+    """The fuzz test proves something only if values are shared: a second conversation begins with the first's text."""
     world.reset()
     world.minute += 1000
     heads = []

@@ -1,4 +1,4 @@
-"""An upstream behind TLS, as hosted APIs are: bytes both ways, streams, and certificates that do not fit."""
+"""An upstream behind TLS, like a hosted API: bytes in both directions, streams, and certificates that are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATH = "/v1/chat/completions"
 
 
 def certificate(folder: Path, host: str) -> ssl.SSLContext:
-    """What a server shows that is called `host`. Its certificate is its own authority: `cert.pem` in the folder."""
+    """The TLS context of a server for `host`, with a self-signed certificate: `cert.pem` in the folder."""
     folder.mkdir()
     key, cert = folder / "key.pem", folder / "cert.pem"
     subprocess.run(
@@ -54,7 +54,7 @@ def of_another(folders: Path) -> ssl.SSLContext:
 def trusted(
     folders: Path, fitting: ssl.SSLContext, of_another: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gateway trusts both certificates: the other one is refused for its name only."""
+    """Let the gateway trust both certificates, so that it refuses the other one only for its name."""
     bundle = folders / "both.pem"
     bundle.write_text("".join((folders / name / "cert.pem").read_text() for name in ("fitting", "of_another")))
     monkeypatch.setenv("SSL_CERT_FILE", str(bundle))
@@ -101,7 +101,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(
 
 
 def refused(tls: ssl.SSLContext, why: str, caplog: pytest.LogCaptureFixture) -> None:
-    """The gateway says why it did not reach the upstream, which got no request. Nobody is told the address."""
+    """Check that the gateway says why it refuses the upstream, sends it no request, and does not reveal its address."""
     with raw_upstream(whole, tls) as upstream, running(GatewaySettings(upstream.url, port=0)) as gateway:
         answered = httpx2.post(f"{gateway.url}{PATH}", content=b"{}", timeout=30)
         assert answered.status_code == 502
@@ -129,13 +129,13 @@ def test_an_upstream_without_tls_is_named(caplog: pytest.LogCaptureFixture) -> N
 def test_an_upstream_that_asks_for_a_certificate_is_named(
     folders: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A connection seems to be made: the upstream says no where the client sends its request."""
+    """The connection seems to succeed. The upstream refuses it only when the gateway sends its request."""
     asks = certificate(folders / "asks", "IP:127.0.0.1")
     asks.load_verify_locations(folders / "asks" / "cert.pem")
     asks.verify_mode = ssl.CERT_REQUIRED
     monkeypatch.setenv("SSL_CERT_FILE", str(folders / "asks" / "cert.pem"))
 
-    def serve(server: socket.socket) -> None:  # asyncio's servers close without the word of TLS that says why
+    def serve(server: socket.socket) -> None:  # asyncio's servers close without the TLS alert that says why
         with server.accept()[0] as plain, pytest.raises(ssl.SSLError):
             asks.wrap_socket(plain, server_side=True)
 

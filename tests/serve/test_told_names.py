@@ -1,4 +1,4 @@
-"""A line says a name and a value. It is true wherever that name stands in what a model reads, or it is not said."""
+"""A line states a name and a value. It is sent only if it is true for every place of that name in the model's input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def orders(*statuses: str) -> str:
 
 
 def taught(peer: Peer, system: Any, *values: str) -> list[str]:
-    """A conversation in which a line of the system prompt changed often enough to be learned. Returns its turns."""
+    """Have a conversation in which a line of the system prompt changes until it is learned. Returns the turns."""
     said = ["hi"]
     for number, value in enumerate(values):
         peer.send(chat(system(value), *said), session="s")
@@ -53,7 +53,7 @@ def test_a_learned_line_whose_name_stands_once_is_told() -> None:
 @pytest.mark.parametrize("role", ["user", "assistant", "tool"])
 @pytest.mark.parametrize("line", ["Status: open", "- Status = open", '"Status": open', "  Status:open"])
 def test_the_name_of_a_learned_line_is_looked_for_in_messages_too(role: str, line: str) -> None:
-    """A tool's result may say the status of another order."""
+    """A tool's result may contain the status of another order."""
     peer = Peer(rules=rules_of({}))
     said = taught(peer, orders, "pending", "paid", "packed")
     other = {"role": role, "content": f"Order 99:\n{line}\nThat is all."}
@@ -110,7 +110,7 @@ def test_hoist_leaves_a_name_with_several_values_where_it_is() -> None:
 
 @pytest.mark.parametrize("route", [CHAT, MESSAGES])
 def test_a_change_in_an_old_message_is_not_told_behind_the_newest_value(route: str) -> None:
-    """A client that keeps the cart in the newest message only, and takes it out of the earlier ones."""
+    """The client keeps the cart only in the newest message, and removes it from earlier ones."""
     peer, make = Peer(rules=rules_of(CART)), {CHAT: chat, MESSAGES: claude}[route]
     peer.send(make(RULES, "<cart>1 apple</cart> what is in it?"), session="s", route=route)
     said = ["<cart>(left out)</cart> what is in it?", "1 apple.", "<cart>1 apple, 2 pears</cart> and now?"]
@@ -137,7 +137,7 @@ STEPS = st.lists(st.tuples(VALUES, VALUES, st.lists(VALUES, min_size=1, max_size
 def test_what_is_told_is_so_wherever_the_name_stands(
     mode: GatewayMode, steps: list[tuple[str, str, list[str]]]
 ) -> None:
-    """In the system prompt at two places, and in the user's messages, old and new."""
+    """The name is in two places of the system prompt, and in old and new messages of the user."""
     peer = Peer(mode=mode, rules=rules_of({"volatile": [{"name": "left", "pattern": "<left>(.*?)</left>"}]}))
     for number, (one, other, inside) in enumerate(steps):
         said = ["hi"]

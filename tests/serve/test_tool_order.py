@@ -1,4 +1,4 @@
-"""Tools that are put in another order: markers stay at their places in the list, every other byte of a tool as it came."""
+"""Reordered tools: markers keep their places in the list, and every other byte of a tool stays unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from programmable_kv.serve.rewriting.tools import MARKER, digests_of, in_order, 
 
 
 def turned(one: str, other: str) -> str:
-    """The list of two tools the other way round."""
+    """The list of two tools after it is put into reverse order."""
     body = read(f'{{"tools": [ {one} , {other} ]}}'.encode())
     assert body is not None
     _, came = digests_of(body)
@@ -62,6 +62,6 @@ def test_it_is_the_same_data_with_the_markers_in_place(
     wanted = [
         plain(each) | {MARKER: at[MARKER]} if MARKER in at else plain(each) for each, at in ((other, one), (one, other))
     ]
-    if plain(one) == plain(other):  # equal tools need no other order
+    if plain(one) == plain(other):  # equal tools are not reordered
         wanted = [one, other]
     assert json.loads(turned(*texts)) == wanted

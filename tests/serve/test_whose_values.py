@@ -1,5 +1,8 @@
-"""No conversation is told another one's values, or begins with them: what names one, what is a clock, and what was declared
-to be kept apart. The oracle is the list of what was sent."""
+"""No request contains values of another conversation.
+
+The tests cover the names of conversations, clocks, and values that are declared to be kept apart. The oracle is the
+list of sent requests.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def of(customer: str) -> str:
 
 
 def sent(peer: Peer, body: Any, headers: Any = ()) -> str:
-    """What the upstream gets, as text."""
+    """Send a body. Returns the text that the upstream gets."""
     work = peer.rewriter.begin("t", CHAT, headers, json.dumps(body).encode())
     peer.rewriter.answered(work, 200)
     peer.works.append(work)
@@ -55,7 +58,7 @@ def test_a_users_or_an_applications_name_is_no_conversations_name(
 
 
 def test_beside_a_users_name_a_sessions_name_still_names_one_conversation() -> None:
-    """Also where the user's name stands in a header, and the session's in the body."""
+    """This also holds if a header names the user and the body names the session."""
     peer, headers = Peer(rules=rules_of(CUSTOMER)), ((b"user_id", b"app"),)
     sent(peer, chat(of(ALICE), "hi", session_id="1"), headers)
     got = sent(peer, chat(of(BOB), "hi", session_id="2"), headers)
@@ -75,7 +78,7 @@ def test_a_sessions_name_and_a_users_of_the_same_letters_do_not_meet() -> None:
 
 
 def test_who_begins_with_equal_values_is_another_conversation_all_the_same() -> None:
-    """Alice and Bob say hello before anything is known of either. Later each has a value of their own."""
+    """Alice and Bob begin with equal requests, before anything is known about either. Later their values differ."""
     peer = Peer(rules=rules_of(CUSTOMER))
     sent(peer, chat(of("(not known)"), "hi"))
     sent(peer, chat(of("(not known)"), "hi"))
@@ -89,7 +92,7 @@ def test_who_begins_with_equal_values_is_another_conversation_all_the_same() -> 
 
 
 def test_so_is_one_whose_first_request_could_not_go_on_with_what_was_sent() -> None:
-    """Between a call and its result there is no place for a line: the second one's prompt is sent as it came."""
+    """A line cannot stand between a call and its result, so the gateway sends the second prompt unchanged."""
     rules = {"volatile": [*CUSTOMER["volatile"], {"name": "the time", "pattern": "^Now: (.*)$"}]}
     peer = Peer(rules=rules_of(rules))
     call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
@@ -124,7 +127,7 @@ def test_one_conversation_without_a_name_is_told_as_long_as_it_is_alone() -> Non
 
 @pytest.mark.parametrize("said", [["hi", "Hello!", "so"], ["For example?", "As this.", "hi"]])
 def test_turns_that_a_conversation_is_first_seen_with_are_no_proof(said: list[str]) -> None:
-    """They may be examples that each conversation begins with. What changes is told once the model has spoken behind them."""
+    """Such turns may be examples in every conversation. Lines are used once the model has answered after them."""
     peer, more = Peer(rules=rules_of(CUSTOMER)), ["Yes.", "and"]
     sent(peer, chat(of(ALICE), *said))
     assert ALICE not in sent(peer, chat(of(BOB), *said, *more))
@@ -223,7 +226,7 @@ NUMBERS = [
 def test_a_number_that_looks_like_a_moment_is_its_customers_own(one: str, other: str) -> None:
     assert not Change("the customer", other, True, kind_of(one, other)).harmless
     assert not Change("the customer", other, True, kind_of(one, other)).shareable
-    for first in ("hi", "Another question"):  # the same beginning without a name, and a new conversation
+    for first in ("hi", "Another question"):  # an equal beginning without a session name, and another conversation
         peer = Peer(rules=rules_of(CUSTOMER))
         peer.send(chat(of(one), "hi"))
         got = json.dumps(peer.send(chat(of(other), first)))
@@ -246,7 +249,7 @@ def test_a_number_that_looks_like_a_moment_is_its_customers_own(one: str, other:
 def test_what_is_declared_to_be_kept_apart_is(
     mode: GatewayMode, more: dict[str, Any], share: str, apart: bool, first: str
 ) -> None:
-    """A date of birth is a clock to the gateway, and somebody's own."""
+    """The gateway takes a date of birth for a clock, although it is a personal value."""
     rules = {"volatile": [{"name": "born", "pattern": "^Born: (.*)$", **more}], "share": share}
     peer = Peer(mode=mode, rules=rules_of(rules))
     one, other = "1980-01-02", "1990-03-04"

@@ -1,4 +1,4 @@
-"""The page of supported architectures, written from the zoo's record alone."""
+"""Writes the page of supported architectures from the zoo's record alone."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ To see the row of one type: `pkv zoo --type llama`.
 
 
 def page(record: Record) -> str:
-    """The text of docs/architectures.md."""
+    """Return the text of docs/architectures.md."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in record.rows:
         groups[row["verdict"]].append(row)
@@ -69,7 +69,7 @@ def _counts(verdicts: Sequence[str], groups: dict[str, list[dict[str, Any]]]) ->
 
 
 def _table(verdict: str, rows: list[dict[str, Any]]) -> list[str]:
-    """One line for each type: the reason if there is one, the worst error if it can be relocated."""
+    """Return one line for each type, with the reason if there is one, and the worst error if it can be relocated."""
     explained = any(row["reason"] for row in rows)
     last = ["reason"] if explained else []
     if verdict in (Verdict.EXACT, Verdict.WITHIN, Verdict.ATTENTION_ONLY):

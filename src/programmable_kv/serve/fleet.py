@@ -1,4 +1,4 @@
-"""One upstream, or several alike. Requests with the same key go to the same upstream while it can be reached."""
+"""One or several equal upstreams. Requests with the same key go to the same upstream while it can be reached."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from programmable_kv.serve.upstream import Upstream, UpstreamAnswer, UpstreamReq
 
 _LOG = logging.getLogger("programmable_kv.serve")
 SKIP_S = 10.0
-"""seconds for which an unreachable upstream is left out; then one request tries it"""
+"""Seconds for which requests skip an unreachable upstream. Then one request tries it."""
 _REMEMBERED = 16_384
-"""how many keys' latest upstreams are remembered"""
+"""The number of keys whose latest upstream is remembered."""
 
 
 @dataclass(slots=True)
@@ -27,23 +27,23 @@ class Member:
     """One upstream of a fleet."""
 
     number: int
-    """its place on the command line, from 1; clients see this number, not the address"""
+    """Its position on the command line, from 1. Clients see this number instead of the address."""
     address: Address
     client: Upstream = field(repr=False)
     reachable: bool = True
     _skipped_until: float = 0.0
 
     def skipped(self, now: float) -> bool:
-        """Whether requests pass over it now."""
+        """Whether requests skip this upstream now."""
         return not self.reachable and now < self._skipped_until
 
     def skip(self, now: float) -> None:
-        """Leave it out for a while."""
+        """Skip this upstream for the next `SKIP_S` seconds."""
         self._skipped_until = now + SKIP_S
 
     def weight(self, key: bytes) -> bytes:
-        """Its weight for a key. The upstream with the greatest weight serves the key (rendezvous hashing), so only an added
-        or removed upstream's own keys move."""
+        """The weight of this upstream for a key. The upstream with the greatest weight serves the key (rendezvous
+        hashing). So when an upstream is added or removed, only the keys that it serves move."""
         return blake2b(self.address.plain.encode(), key=key, digest_size=16).digest()
 
 
@@ -54,16 +54,16 @@ class Sent:
     answer: UpstreamAnswer
     member: Member
     moved: bool
-    """whether the latest request with the same key went to another upstream, which has the prefix cached"""
+    """Whether the previous request with this key went to another upstream, which has the prefix in its cache."""
 
 
 class Fleet:
-    """All upstreams of a gateway. For one event loop."""
+    """All upstreams of a gateway. Use it from one event loop."""
 
     def __init__(self, members: Sequence[tuple[Address, Upstream]], metrics: Metrics) -> None:
         """
         Args:
-            members: at least one; no address twice.
+            members: at least one upstream, all with different addresses.
         """
         self.members = tuple(
             Member(number, address, client) for number, (address, client) in enumerate(members, start=1)
@@ -75,22 +75,22 @@ class Fleet:
 
     @property
     def several(self) -> bool:
-        """Whether there is a choice."""
+        """Whether the fleet has more than one upstream."""
         return len(self.members) > 1
 
     async def send(self, key: bytes, build: Callable[[Address], UpstreamRequest]) -> Sent:
-        """Send a request to its key's upstream, or to the next one where no connection can be made. Nothing is sent twice.
+        """Send a request to its key's upstream, or to the next one if no connection can be made. Nothing is sent twice.
 
         Args:
             key: at most 64 bytes.
             build: makes the request for an upstream.
 
         Raises:
-            RefusedError: no upstream can be reached, or one broke off before it answered.
+            RefusedError: no upstream can be reached, or the connection broke before the upstream answered.
         """
         refusal: RefusedError | None = None
         for member in self._order(key):
-            if not member.reachable:  # the next requests do not wait for what this one finds out
+            if not member.reachable:  # other requests skip it while this one tries
                 member.skip(time.monotonic())
             try:
                 answer = await member.client.send(build(member.address))
@@ -111,11 +111,11 @@ class Fleet:
             await member.client.close()
 
     def health(self) -> list[dict[str, Any]]:
-        """Whether each upstream could be reached when it was last tried. Shows no addresses."""
+        """Whether each upstream could be reached at the latest try, without addresses."""
         return [{"upstream": member.number, "reachable": member.reachable} for member in self.members]
 
     def _order(self, key: bytes) -> list[Member]:
-        """The upstreams in the order in which a key prefers them; those that are left out now come last."""
+        """The upstreams by descending weight for a key; upstreams to skip come last."""
         now = time.monotonic()
         preferred = sorted(self.members, key=lambda member: member.weight(key), reverse=True)
         return sorted(preferred, key=lambda member: member.skipped(now))
@@ -134,7 +134,7 @@ class Fleet:
         member.skip(time.monotonic())
 
     def _remember(self, key: bytes, member: Member) -> bool:
-        """Note where a key went. Returns whether it went elsewhere before."""
+        """Record the upstream of a key's request. Returns whether the previous request went to another one."""
         if not self.several:
             return False
         before = self._latest.pop(key, member.number)

@@ -1,4 +1,4 @@
-"""What was found about one request, and sums of it."""
+"""The finding about one request, and sums of findings over requests."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from programmable_kv.serve.remedies import Remedy, remedy_of
 
 
 class Outcome(StrEnum):
-    """What became of the prefix that was sent before."""
+    """Whether a request reuses the prefix that an earlier request sent."""
 
     HIT = "hit"
-    """the request kept it"""
+    """The request keeps the prefix."""
     MISS = "miss"
-    """it was, or will be, computed again"""
+    """The prefix was, or will be, recomputed."""
     NEW = "new"
-    """there was none"""
+    """No earlier request sent a prefix."""
     UNKNOWN = "unknown"
-    """the server holds the conversation: there is nothing to compare"""
+    """The server stores the conversation, so the request does not contain text to compare."""
 
 
 _NEW = ("first request", "new conversation")
@@ -30,7 +30,7 @@ _UNKNOWN = ("stored conversation",)
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One request. It holds no text of the prompt."""
+    """The finding about one request. It contains no text of the prompt."""
 
     tenant: str
     route: str
@@ -40,15 +40,16 @@ class Observation:
     path: str
     fix: str
     usage: Usage | None
-    """the upstream's own numbers; None where it sent none"""
+    """The upstream's usage numbers; None if it sent none."""
     lost_tokens: int | None
-    """at most; None where the upstream's numbers do not say"""
+    """An upper bound on the tokens that were recomputed although an earlier request sent them; None if the upstream
+    does not say how many were cached."""
     lost_money: float | None = None
-    """what those cost, at most; None where that or the model's price is not known"""
+    """An upper bound on the cost of the lost tokens; None without a miss, or if the tokens or the price are unknown."""
 
     @classmethod
     def of(cls, finding: RequestFinding, fix: str, usage: Usage | None, *, tenant: str, route: str) -> Observation:
-        """From a finding of `explain`."""
+        """Make an observation from a finding of `explain`."""
         outcome = Outcome.MISS if finding.missed else Outcome.HIT
         if not finding.missed and finding.cause in (*_NEW, *_UNKNOWN):
             outcome = Outcome.NEW if finding.cause in _NEW else Outcome.UNKNOWN
@@ -59,13 +60,13 @@ class Observation:
 
     @property
     def remedy(self) -> Remedy:
-        """What would have kept the prefix."""
+        """The change by which a gateway could have kept the prefix."""
         return remedy_of(self.cause) if self.outcome is Outcome.MISS else Remedy.NONE
 
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """A miss with the text around the first difference: only for whoever sent it, and only the latest."""
+    """A miss with the text around the first difference. Only its tenant sees it, and only the latest one is kept."""
 
     route: str
     cause: str
@@ -79,22 +80,22 @@ class Miss:
 
 @dataclass(slots=True)
 class CauseTally:
-    """Requests of one class."""
+    """Sums over the requests with one class of cause."""
 
     requests: int = 0
     lost_tokens_at_most: int = 0
     uncounted: int = 0
-    """misses among them of which the upstream's numbers say nothing"""
+    """Misses for which the upstream did not say how many tokens were cached."""
     remedy: Remedy = Remedy.NONE
     place: str = ""
-    """where the last of them differed"""
+    """The place of the first difference in the latest miss."""
     path: str = ""
     fix: str = ""
 
 
 @dataclass(slots=True)
 class Tally:
-    """Sums over requests. Tokens are the upstream's own numbers, and only of requests that it counted."""
+    """Sums over requests. Tokens are the upstream's own numbers, only of requests for which it sent them."""
 
     requests: int = 0
     hit: int = 0
@@ -102,18 +103,18 @@ class Tally:
     new: int = 0
     unknown: int = 0
     counted: int = 0
-    """requests for which the upstream told its input and how much of it was cached"""
+    """Requests for which the upstream sent the number of input tokens and how many of them were cached."""
     input_tokens: int = 0
     cached_tokens: int = 0
     lost_tokens_at_most: int = 0
     remediable_tokens_at_most: int = 0
-    """of those lost, what a gateway that rewrites could have kept, less the line that it appends"""
+    """The lost tokens that a rewriting gateway could have kept. The line that it would append is not subtracted."""
     lost_money_at_most: float = 0.0
-    """of those lost whose model has a price"""
+    """The cost of the lost tokens of models with a known price."""
     causes: dict[str, CauseTally] = field(default_factory=dict)
 
     def add(self, observation: Observation) -> None:
-        """Count one more."""
+        """Add one observation to the sums."""
         self.requests += 1
         setattr(self, observation.outcome, getattr(self, observation.outcome) + 1)
         usage = observation.usage
@@ -136,7 +137,7 @@ class Tally:
             self.remediable_tokens_at_most += lost or 0
 
     def as_json(self) -> dict[str, Any]:
-        """As data, the dearest cause first."""
+        """The sums as JSON data. The cause with the most lost tokens comes first."""
         ranked = sorted(self.causes.items(), key=lambda item: (-item[1].lost_tokens_at_most, -item[1].requests))
         return {
             "requests": self.requests,

@@ -1,4 +1,4 @@
-"""Mode `observe`: compares each request with the earlier ones of its conversation, in a thread, after its answer was sent."""
+"""Mode `observe`: a thread compares each request with earlier ones of its conversation, after the answer was sent."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from programmable_kv.serve.sessions import Sessions
 
 _LOG = logging.getLogger("programmable_kv.serve")
 _KEPT_OF_BODY = ("cache_control",)
-"""what the classes look at in a body beside its pieces and options"""
+"""The keys of a body that the classes of causes read, besides its pieces and options."""
 
 
 class Observer:
-    """Takes exchanges in, in bounded memory, and sums up what it finds.
+    """Compares submitted exchanges in bounded memory, and sums up the findings.
 
-    `submit` costs next to nothing and raises nothing. Everything else runs in the observer's own thread.
+    `submit` costs almost nothing and raises nothing. The comparing runs in the observer's own thread.
     """
 
     def __init__(
@@ -43,15 +43,15 @@ class Observer:
     ) -> None:
         """
         Args:
-            max_bytes: text of earlier requests that is kept.
-            max_queued_bytes: exchanges that may wait; more are left out and counted.
+            max_bytes: the most memory for earlier requests.
+            max_queued_bytes: the most bytes of exchanges that may wait. Further ones are dropped and counted.
             tell: called with every observation, in the observer's thread.
         """
         self._max_queued_bytes = max_queued_bytes
         self._tell = tell
         self._sessions = Sessions(max_bytes)
         self._routes: dict[tuple[str, str], Tally] = {}
-        """tenant and route -> sums, which outlive the conversations"""
+        """(tenant, route) -> sums. They outlive the conversations."""
         self._misses: dict[str, Miss] = {}
         self._since = time.time()
         self._numbers = 0
@@ -64,7 +64,7 @@ class Observer:
         self._thread.start()
 
     def submit(self, exchange: Exchange) -> None:
-        """Take one in, unless too much waits already."""
+        """Queue an exchange, or drop and count it if too much waits already."""
         with self._lock:
             if self._state.queued_bytes + exchange.nbytes > self._max_queued_bytes:
                 self._state = replace(self._state, dropped=self._state.dropped + 1)
@@ -78,11 +78,11 @@ class Observer:
 
     @property
     def state(self) -> ObserverState:
-        """What it did and holds."""
+        """What the observer did, and what it keeps in memory."""
         return self._state
 
     def report(self, tenant: str, *, sessions: int = 50) -> GatewayReport:
-        """What was found about one tenant's requests, with its latest conversations."""
+        """The findings about one tenant's requests, with its latest conversations."""
         with self._lock:
             routes = {route: tally.as_json() for (owner, route), tally in self._routes.items() if owner == tenant}
             latest: list[dict[str, Any]] = []
@@ -93,11 +93,11 @@ class Observer:
             return GatewayReport(self._since, routes, tuple(latest), self._state, self._prices.currency)
 
     def latest_miss(self, tenant: str) -> Miss | None:
-        """The tenant's latest miss, with text of its prompts."""
+        """The tenant's latest miss, with text from its prompts."""
         return self._misses.get(tenant)
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Finish what waits, for as long as that may take, and end the thread."""
+        """Let the thread finish the waiting exchanges and end. Return after `timeout_s` at the latest."""
         self._queue.put(None)
         self._thread.join(timeout_s)
 
@@ -108,7 +108,7 @@ class Observer:
                 observation = self._observe(exchange)
                 if observation is not None:
                     self._tell(observation)
-            except Exception as error:  # whatever a client sent, later requests are observed
+            except Exception as error:  # a request that cannot be observed must not end the thread
                 _LOG.warning("a request could not be observed (%s)", type(error).__name__)
                 self._count(failed=self._state.failed + 1)
             finally:
@@ -146,7 +146,7 @@ class Observer:
         return observation
 
     def _request(self, exchange: Exchange) -> Request | None:
-        """The request as pieces; None where it cannot be read."""
+        """The request as pieces; None if it cannot be read."""
         if value_of(exchange.headers, b"content-encoding") not in (None, b"identity"):
             return None
         try:

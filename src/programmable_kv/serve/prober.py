@@ -1,5 +1,6 @@
-"""Requests of the gateway's own that ask an upstream to render a small conversation: they show in which role a line reaches the
-model. They compute nothing, and no client waits for them.
+"""Asks an upstream to render small conversations, to find out in which roles a line reaches the model.
+
+These are requests of the gateway's own. They compute nothing at the upstream, and no client waits for them.
 """
 
 from __future__ import annotations
@@ -19,35 +20,35 @@ from programmable_kv.serve.rewriting.rewriter import REFUSALS, Rewriter, Rewriti
 
 _LOG = logging.getLogger("programmable_kv.serve")
 _AGAIN_S = 3600.0
-"""a server may be started again with another template under the same name"""
+"""Seconds until a template is probed again: a server may restart with another template under the same model name."""
 _SOON_S = 60.0
-"""after a failure that says nothing about the template"""
+"""Seconds until the next probe after a failure that says nothing about the template."""
 _WITHIN_S = 60.0
 _AT_ONCE = 4
 _REMEMBERED = 4096
 _LONGEST_NAME = 256
-"""of a model: longer ones are made up"""
+"""The most characters of a model's name. A longer name is not a real one, and is not probed."""
 _NOT_THERE = (404, 405, 501)
 _DENIED = (401, 403, 404)
-"""these may be about the credentials of one client"""
+"""Statuses that may be due to the credentials of one client."""
 _FAULTS = 500
-"""from here on, statuses tell of faults of the server's own"""
+"""Statuses from this one on are faults of the server itself."""
 _SUCCESS = range(200, 300)
 
 Ask = Callable[[str, bytes], Awaitable[tuple[int, bytes]]]
-"""sends a body to a path of the upstream: the status of the answer, and its body"""
+"""Sends a body to a path of the upstream. Returns the status and the body of the answer."""
 
 
 class _NoRendererError(Exception):
-    """The upstream does not render at this path."""
+    """The upstream does not render conversations at this path."""
 
 
 class _UndecidedError(Exception):
-    """The answer says nothing about the template: the server is busy, say."""
+    """The answer says nothing about the template. The server may be busy, for example."""
 
 
 class _RefusedError(Exception):
-    """The upstream refused what a body says, or could not do it."""
+    """The upstream refused a body, or failed at it."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -55,23 +56,23 @@ class _RefusedError(Exception):
 
 
 _Key = tuple[type[Rewriter], Probe, str]
-"""what is asked, and the tenant that waits; empty where all do"""
+"""The subject of a probe, and the tenant for which the waiting time holds; an empty tenant stands for all tenants."""
 
 
 class Prober:
-    """Finds out which lines reach a model. For one event loop."""
+    """Finds out which lines reach a model. Use it from one event loop."""
 
     def __init__(self, aside: Aside) -> None:
         self._aside = aside
         self._next: OrderedDict[_Key, float] = OrderedDict()
-        """when each is asked again"""
+        """key -> the `time.monotonic()` from which it may be probed again"""
         self._running: set[asyncio.Task[None]] = set()
 
     def look(self, work: Rewriting, ask: Ask) -> None:
-        """Begin to find out what a request's conversation needs, unless that was done a short while ago. Returns at once.
+        """Start a probe for a request's conversation, unless a recent one covers it. Returns at once.
 
         Args:
-            work: a request that the upstream answered: there is such a model, and its client may use it.
+            work: a request that the upstream answered with success. So the model exists, and the client may use it.
         """
         probe = work.by.probe_of(work)
         if probe is None or len(probe.model) > _LONGEST_NAME or len(self._running) >= _AT_ONCE:
@@ -86,7 +87,7 @@ class Prober:
         task.add_done_callback(self._running.discard)
 
     async def close(self) -> None:
-        """Stop what runs."""
+        """Cancel the probes that run."""
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
@@ -113,7 +114,7 @@ class Prober:
             if found:
                 await self._aside.run(by.accepted.rendered, probe.route, probe.model, found)
             wait_s = _AGAIN_S
-        except Exception as error:  # lines stay where they are safe, and no request is harmed
+        except Exception as error:  # without a verdict, lines stay where they are safe
             _LOG.info("%s: it was not found out which lines reach the model (%s)", probe.route, type(error).__name__)
         if denied and not found:  # another tenant may be allowed to ask
             self._next.pop(shared, None)
@@ -123,11 +124,11 @@ class Prober:
 
 
 async def renderings(probe: Probe, ask: Ask) -> dict[str, str]:
-    """What renderings show: about what, and the verdict. Empty where the upstream renders nothing.
+    """The verdicts from renderings: the name of a verdict -> the verdict. Empty if the upstream renders nothing.
 
     Raises:
-        _UndecidedError: it did not answer as a server does that renders, nor as one that does not.
-        RefusedError: it cannot be reached.
+        _UndecidedError: the answers do not show whether the upstream renders conversations.
+        RefusedError: the upstream cannot be reached.
     """
     found: dict[str, str] = {}
     paths = ("/tokenize", "/apply-template") if probe.route == CHAT else (f"{probe.route}/render",)
@@ -148,11 +149,13 @@ async def renderings(probe: Probe, ask: Ask) -> dict[str, str]:
 async def _verdicts(
     path: str, plain: MadeUp, with_lines: Iterable[tuple[str, MadeUp]], ask: Ask, *, thoughts: int = 0
 ) -> dict[str, str]:
-    """What the conversations with lines show, about what. A refusal counts where it comes again, and the plain conversation is
-    rendered meanwhile; a fault of the server's never does.
+    """The verdicts from conversations with lines: the name of a verdict -> the verdict.
+
+    A refusal is a verdict only if the upstream repeats it and still renders the plain conversation. A fault of the
+    server (a status from 500 on) never is.
 
     Raises:
-        _UndecidedError: the plain conversation is refused now too.
+        _UndecidedError: the upstream does not render the plain conversation any more.
     """
     found: dict[str, str] = {}
     for about, made in with_lines:
@@ -167,7 +170,7 @@ async def _verdicts(
 
 
 async def _renderer(plain: MadeUp, paths: tuple[str, ...], ask: Ask) -> tuple[str | None, str | None]:
-    """The path at which the upstream renders a conversation that holds no line, and the rendering; None where there is none."""
+    """The first path at which the upstream renders a conversation without lines, and the rendering; or None."""
     for path in paths:
         try:
             text, _ = await _twice(path, plain, ask)
@@ -179,7 +182,7 @@ async def _renderer(plain: MadeUp, paths: tuple[str, ...], ask: Ask) -> tuple[st
 
 
 async def _twice(path: str, made: MadeUp, ask: Ask) -> tuple[str | None, list[int]]:
-    """A rendering, asked for once more where it is refused; None where it is again. And the statuses of the refusals."""
+    """A rendering, with one retry after a refusal; None if both are refused. Also returns the refusals' statuses."""
     statuses: list[int] = []
     while len(statuses) < 2:
         try:
@@ -190,15 +193,15 @@ async def _twice(path: str, made: MadeUp, ask: Ask) -> tuple[str | None, list[in
 
 
 async def _rendering(path: str, made: MadeUp, ask: Ask) -> str:
-    """A conversation as the model would read it.
+    """The text of a conversation as the model would read it.
 
-    vLLM renders Chat Completions to token ids at `/tokenize`, and the other protocols at paths of their own, where it was
-    started with --enable-scale-out. llama-server renders to text.
+    vLLM renders Chat Completions to token ids at `/tokenize`. It renders the other protocols at paths of their own if
+    it was started with --enable-scale-out. llama-server renders to text.
 
     Raises:
-        _NoRendererError: the upstream does not render there.
-        _RefusedError: it refused the conversation.
-        _UndecidedError: it is busy, say.
+        _NoRendererError: the upstream does not render at this path.
+        _RefusedError: the upstream refused the conversation, or failed at it.
+        _UndecidedError: the answer has another status. The upstream may be busy, for example.
     """
     answer = await _asked(path, made.body, ask)
     if isinstance(answer.get("prompt"), str):
@@ -211,7 +214,7 @@ async def _rendering(path: str, made: MadeUp, ask: Ask) -> str:
     except _RefusedError as error:
         if error.status >= _FAULTS:
             raise
-        raise _NoRendererError("/detokenize") from error  # it says nothing about the conversation
+        raise _NoRendererError("/detokenize") from error  # this refusal says nothing about the conversation
     found = text.get("prompt", text.get("content"))
     if not isinstance(found, str):
         raise _NoRendererError("/detokenize")
@@ -219,7 +222,7 @@ async def _rendering(path: str, made: MadeUp, ask: Ask) -> str:
 
 
 async def _asked(path: str, body: Mapping[str, Any], ask: Ask) -> dict[str, Any]:
-    """The answer as data. Raises as `_rendering`."""
+    """The upstream's answer as JSON data. It raises the errors of `_rendering`."""
     status, data = await ask(path, json.dumps(body).encode())
     if status in REFUSALS:
         raise _RefusedError(status)

@@ -1,4 +1,4 @@
-"""Requests of the gateway's own: they make an upstream compute a prefix before a conversation goes on with it."""
+"""The gateway's own requests that let an upstream compute a new prefix before the conversation switches to it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ _SUCCESS = range(200, 300)
 
 
 class Warmer:
-    """Warms prefixes in the background. For one event loop.
+    """Warms prefixes in the background. Use it from one event loop.
 
-    A request takes a place like any other. It goes where the conversation's own requests go, with the same salt.
+    A warming request waits for a place like any client's request. It goes to the same upstream as the conversation's
+    own requests, with the same salt.
     """
 
     def __init__(self, fleet: Fleet, admission: Admission, aside: Aside) -> None:
@@ -35,20 +36,20 @@ class Warmer:
         self._running: set[asyncio.Task[None]] = set()
 
     def warm(self, work: Rewriting, key: bytes, build: Callable[[Address], UpstreamRequest]) -> None:
-        """Begin. Returns at once.
+        """Start to warm a prefix. Returns at once.
 
         Args:
-            key: of the conversation, for the fleet.
+            key: the conversation's key, by which the fleet chooses an upstream.
             build: makes the request for an upstream.
         """
         self._begin(self._warm(work, key, build))
 
     def give_up(self, work: Rewriting) -> None:
-        """The request that it followed was not answered: nothing is computed for it."""
+        """Record that nothing is warmed, because the upstream did not answer the client's request with success."""
         self._begin(self._ended(work, done=False, usage=None))
 
     async def close(self) -> None:
-        """Stop what runs. What was not complete counts as failed."""
+        """Cancel the warming requests that run. They count as failed."""
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
@@ -72,7 +73,7 @@ class Warmer:
             await self._ended(work, done=done, usage=usage)
 
     async def _computed(self, key: bytes, build: Callable[[Address], UpstreamRequest]) -> tuple[bool, Usage | None]:
-        """Whether the conversation's own upstream computed it, and its count of tokens."""
+        """Whether the conversation's own upstream computed the prefix, and the upstream's count of tokens."""
         sent = await self._fleet.send(key, build)
         capture = Capture()
         try:
@@ -84,7 +85,7 @@ class Warmer:
         return sent.answer.status in _SUCCESS and not sent.moved, capture.usage(encoding)
 
     async def _ended(self, work: Rewriting, *, done: bool, usage: Usage | None) -> None:
-        """Remember it. A fault there (a full disk) leaves the conversation as it is."""
+        """Record the outcome in the state. If that fails (a full disk), the conversation stays unchanged."""
         try:
             await self._aside.run(work.by.warmed, work, done=done, usage=usage)
         except Exception as error:

@@ -1,8 +1,8 @@
 """Recomputes some rows of a context many times in one forward, each time with other activations.
 
-Each copy of the rows has its own slots behind the context. Its mask lets it see the context without the rows that it
-replaces, and no other copy. So an intervention costs a few rows instead of a forward. The result is exact: it equals
-computing the rows in place, one intervention after the other.
+Each copy of the rows has its own slots behind the context. Its mask shows it the context without the rows that it
+replaces, and hides the other copies. So an intervention costs a few rows instead of a forward. The result is exact: it
+equals computing the rows in place, one intervention after the other.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from programmable_kv.lab.tools.sites import Place, Site, all_changed
 from programmable_kv.lab.tools.together import require_rotary
 
 _ROWS = 192
-"""most rows of one forward"""
+"""The most rows in one forward."""
 _Edit = tuple[Site, Change, Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Exchanged:
-    """One copy's intervention: the residual stream before a layer, [rows - 1, d], for all rows except the last."""
+    """One copy's intervention: the new residual stream before a layer, [rows - 1, d], of all rows except the last."""
 
     layer: int
     streams: torch.Tensor
@@ -39,11 +39,12 @@ class Exchanged:
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
-    """One copy's intervention: heads with replaced outputs in all rows but the last, and heads that read these rows."""
+    """One copy's intervention: replaces the outputs of heads in all rows except the last."""
 
     heads: tuple[Head, ...]
+    """The heads with replaced outputs."""
     readers: tuple[Head, ...] | None = None
-    """heads of the last row that read the copy's rows, while all others read the original rows; None: all heads"""
+    """The heads of the last row that read the copy's rows. All other heads read the original rows. None: all heads."""
 
 
 def computed_in_copies(engine: Engine, buffer: KVBuffer, rows: Rows, exchanges: Sequence[Exchanged]) -> torch.Tensor:
@@ -83,8 +84,8 @@ def rewritten_in_copies(
 
     Args:
         rows: rows whose slots are in use; the last row may also be a new one behind the context.
-        outputs: head outputs of all rows except the last, [L, rows - 1, heads, D_v]; a copy takes those of the heads it
-            names.
+        outputs: head outputs of all rows except the last, [L, rows - 1, heads, D_v]. Each copy takes the outputs of the
+            heads that it names.
 
     Raises:
         InvalidArgumentError: there is only one row, the outputs have another number of rows, or a head does not exist.
@@ -108,13 +109,13 @@ def rewritten_in_copies(
 
 
 def _forwards(count: int, rows: int) -> list[tuple[int, int]]:
-    """Return (first, stop) of the copies in each forward."""
+    """Return the half-open range (start, stop) of the copies in each forward."""
     some = max(1, _ROWS // rows)
     return [(start, min(start + some, count)) for start in range(0, count, some)]
 
 
 class _Copies:
-    """All copies of the first row, then of the second, and so on: positions ascend and the last rows are at the end."""
+    """All copies of the first row, then of the second, and so on. So positions ascend, and the last rows come last."""
 
     def __init__(self, buffer: KVBuffer, rows: Rows, count: int) -> None:
         self.rows, self.count, self.past = rows, count, buffer.length
@@ -125,7 +126,7 @@ class _Copies:
         )
 
     def slots_of(self, which: Sequence[int]) -> list[int]:
-        """Return the slots of all rows except the last of some copies, copy by copy."""
+        """Return the slots of some copies, copy by copy, without each copy's last row."""
         return [self.past + row * self.count + number for number in which for row in range(len(self.rows) - 1)]
 
 
@@ -186,7 +187,7 @@ def _seeing(engine: Engine, buffer: KVBuffer, copies: _Copies, seen: _Seen) -> I
 
 
 class _Seen:
-    """What each copied row sees, [1 or heads, T, S]. The slots are the context and then the copies."""
+    """The attention mask of the copied rows, [1 or heads, T, S]. The slots are the context, then the copies."""
 
     def __init__(
         self, buffer: KVBuffer, copies: _Copies, *, readers: Sequence[tuple[Head, ...] | None] = (), heads: int = 1
@@ -214,7 +215,7 @@ class _Seen:
             if readers is not None:
                 elsewhere = torch.ones(self._heads, dtype=torch.bool)
                 elsewhere[[head for at, head in readers if at == layer]] = False
-                # These heads see the row itself, and the context as without a copy.
+                # These heads see the row itself, and the original rows of the context instead of the copy.
                 unread = context[last + number].clone()
                 unread[[slot for slot in self._replaced if slot == self._own]] = False
                 unread[self._past :] = False

@@ -1,1 +1,1 @@
-"""A model served by this process in four protocols, and notebooks whose fields are edited in the cache."""
+"""Serves one model from this process in four protocols, and notebooks whose fields are edited in the cache."""

@@ -1,4 +1,4 @@
-"""Draws answers in the model's queue. The protocols' own modules write their form."""
+"""Generates the text of answers. Each protocol's module writes it in the protocol's form."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ if TYPE_CHECKING:
     import torch
 
 _BY_LENGTH = "(max_new_tokens)"
-"""stands in the account of an answer that ended at its limit of tokens"""
+"""Part of the account's `why` if an answer ended at its token limit."""
 _OF_TURNS = {"tool_calls", "tool_call_id", "name"}
 _LEAST = -9999.0
-"""stands for minus infinity, which JSON does not have"""
+"""The log-probability sent in place of minus infinity, which JSON does not have."""
 
 
 class End(StrEnum):
-    """What ended an answer."""
+    """The reason why an answer ended."""
 
     MODEL = "model"
+    """The model ended its turn."""
     LENGTH = "length"
+    """The answer reached its token limit."""
     STOP = "stop"
-    """a stop string"""
+    """The model generated a stop string."""
     CALLS = "calls"
-    """the model calls tools"""
+    """The model called tools."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +47,20 @@ class TokenShare:
 
     @property
     def utf8(self) -> list[int] | None:
-        """The token's bytes; None where it is only a part of a character."""
+        """The token's bytes; None if the token is only a part of a character."""
         return None if "\ufffd" in self.text else list(self.text.encode("utf-8", "replace"))
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn(TokenShare):
-    """A token of an answer."""
+    """A token of an answer, with the likeliest tokens at its place if the request asks for them."""
 
     likeliest: tuple[TokenShare, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of an answer's text, with its tokens where the request asks for them."""
+    """A piece of an answer's text, with its tokens if the request asks for them."""
 
     text: str
     tokens: tuple[Drawn, ...] = ()
@@ -66,7 +68,7 @@ class Piece:
 
 @dataclass(slots=True)
 class Answer:
-    """One answer while it is drawn."""
+    """One answer while it is generated."""
 
     ask: Ask
     created: int = field(default_factory=lambda: int(time.time()))
@@ -75,11 +77,11 @@ class Answer:
     cached_tokens: int = 0
     end: End = End.MODEL
     stop: str | None = None
-    """the stop string that ended it"""
+    """The stop string that ended the answer."""
     calls: list[ToolCall] = field(default_factory=list)
 
     def of_model(self, model: Model) -> Iterator[Piece]:
-        """The pieces of an answer to messages without a notebook: the whole prompt is prefilled."""
+        """Yield the pieces of an answer without a notebook. The whole prompt is prefilled."""
         ask = self.ask
         if ask.raw is not None:
             notebook = Notebook(model).text(ask.raw)
@@ -92,7 +94,7 @@ class Answer:
         yield from self._read(notebook)
 
     def of_notebook(self, notebook: Notebook) -> Iterator[Piece]:
-        """The pieces of an answer to messages that follow a notebook. Afterwards the notebook is unchanged."""
+        """Yield the pieces of an answer to messages appended to a notebook. Afterwards the notebook is unchanged."""
         self.cached_tokens = len(notebook)
         mark = notebook.mark()
         try:
@@ -103,8 +105,10 @@ class Answer:
             notebook.rollback(mark)
 
     def _read(self, notebook: Notebook) -> Iterator[Piece]:
-        """The pieces that a client sees as text. Tool calls are taken out and kept for the end. Where no tool may be called,
-        all that the model says is text."""
+        """Yield the pieces that a client sees as text. Tool calls are removed from the text and collected in `calls`.
+
+        If no tool may be called, everything that the model says is text.
+        """
         most = self.ask.most_calls
         if most == 0 or not notebook.prompt.template.tools:
             yield from self._drawn(notebook)

@@ -1,4 +1,4 @@
-"""What a request asks for, in any protocol, and checks of its parts. What is not supported is refused, never ignored."""
+"""A request in a form that all protocols share, and checks of its parts. Unsupported parts are never ignored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.serve.checks import refuse
 
 DEFAULT_TOKENS = 512
-"""the limit of an answer's tokens where the request sets none"""
+"""The token limit of an answer if the request sets none."""
 _SEEDS = 2**31
 
 
@@ -22,18 +22,18 @@ class Ask:
 
     model: str
     messages: Sequence[Mapping[str, Any]] = field(repr=False)
-    """in the form of Chat Completions"""
+    """The messages in the form of Chat Completions."""
     sampling: Mapping[str, Any]
-    """keyword arguments of `Notebook.generate`"""
+    """Keyword arguments of `Notebook.generate`."""
     stream: bool = False
     tools: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
-    """in the form of Chat Completions; also there where no tool may be called"""
+    """The tools in the form of Chat Completions. They are also given if no tool may be called."""
     most_calls: int | None = None
-    """how many tools the answer may call; None sets no limit"""
+    """The most tool calls in the answer; None sets no limit."""
     likeliest: int | None = None
-    """how many of the likeliest tokens to report at each place, with log-probabilities; None reports none"""
+    """The number of likeliest tokens to report at each place, with log-probabilities; None reports none."""
     raw: str | None = field(default=None, repr=False)
-    """the prompt as raw text, instead of messages"""
+    """The prompt as raw text, instead of messages."""
 
 
 def check_known(
@@ -46,11 +46,11 @@ def check_known(
 
     Args:
         read: parameters that have an effect.
-        neutral: parameters that are accepted only with these values, with which they ask for nothing.
-        without_effect: parameters that have no bearing on the answer.
+        neutral: parameters that are accepted only with these values, which request nothing special.
+        without_effect: parameters that do not affect the answer.
 
     Raises:
-        RefusedError: there is another parameter, or a neutral one with another value.
+        RefusedError: the request has another parameter, or a neutral one with another value.
     """
     for name, value in body.items():
         if name in read or name in without_effect or value is None:
@@ -62,7 +62,7 @@ def check_known(
 
 
 def sampling_of(body: Mapping[str, Any], limit: int, stop: Sequence[str] = ()) -> dict[str, Any]:
-    """Keyword arguments of `Notebook.generate`, from parameters whose names the protocols share.
+    """Return keyword arguments of `Notebook.generate`, from the parameters whose names all protocols share.
 
     Raises:
         RefusedError: a value is of the wrong type.
@@ -79,7 +79,7 @@ def sampling_of(body: Mapping[str, Any], limit: int, stop: Sequence[str] = ()) -
 
 
 def limit_of(body: Mapping[str, Any], *names: str, default: int) -> int:
-    """After how many tokens an answer ends: the first of these parameters that the request has.
+    """Return the token limit of an answer: the first of these parameters that the request has.
 
     Raises:
         RefusedError: the value is not a whole number.
@@ -92,10 +92,10 @@ def limit_of(body: Mapping[str, Any], *names: str, default: int) -> int:
 
 
 def stops_of(body: Mapping[str, Any], name: str) -> list[str]:
-    """Strings that end an answer: a list of them, or one.
+    """Return the strings that end an answer. The request gives one string or a list of strings.
 
     Raises:
-        InvalidArgumentError: the value is neither, or a text is empty.
+        InvalidArgumentError: the value is neither a string nor a list of strings, or a string is empty.
     """
     value = body.get(name)
     found = [value] if isinstance(value, str) else [] if value is None else value
@@ -105,9 +105,10 @@ def stops_of(body: Mapping[str, Any], name: str) -> list[str]:
 
 
 def calls_of(allowed: bool, parallel: bool) -> int | None:
-    """How many tools an answer may call; None sets no limit.
+    """Return the most tool calls in an answer; None sets no limit.
 
     Args:
+        allowed: whether the answer may call tools at all.
         parallel: whether there may be more than one call.
     """
     if not allowed:
@@ -116,7 +117,7 @@ def calls_of(allowed: bool, parallel: bool) -> int | None:
 
 
 def model_of(body: Mapping[str, Any]) -> str:
-    """The name of the model in the request.
+    """Return the name of the model in the request.
 
     Raises:
         RefusedError: the request names no model.
@@ -128,7 +129,7 @@ def model_of(body: Mapping[str, Any]) -> str:
 
 
 def mappings(value: Any, what: str) -> Iterator[Mapping[str, Any]]:
-    """The objects of a list.
+    """Yield the objects of a list.
 
     Raises:
         RefusedError: the value is not a list, or an item is not an object.
@@ -141,7 +142,7 @@ def mappings(value: Any, what: str) -> Iterator[Mapping[str, Any]]:
 def number(body: Mapping[str, Any], name: str, default: float) -> float:
     """
     Raises:
-        RefusedError: the value is not a number, or is above 2**31.
+        RefusedError: the value is not a number, or its absolute value is above 2**31.
     """
     value = body.get(name)
     if value is None:

@@ -39,12 +39,13 @@ _MOST_LIKELIEST = 20
 
 
 class ChatForm:
-    """One request and its answer."""
+    """One request to Chat Completions and its answer."""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         """
         Raises:
-            RefusedError: a part of it is missing, of the wrong type, or asks for what is not supported here.
+            RefusedError: a part of the body is missing, has the wrong type or is not supported.
+            InvalidArgumentError: the token limit is below 1, or the stop strings are invalid.
         """
         check_known(body, _READ, _NEUTRAL, _WITHOUT_EFFECT)
         messages = checked_messages(body.get("messages"))
@@ -113,7 +114,7 @@ class ChatForm:
 
 
 def usage_of(answer: Answer) -> dict[str, Any]:
-    """Tokens of the context that was answered, those of them that a notebook had cached, and of the answer's text."""
+    """The `usage` member: tokens of the prompt, those of them that a notebook had cached, and tokens of the answer."""
     return {
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": answer.text_tokens,
@@ -126,7 +127,7 @@ def may_call(choice: Any) -> bool:
     """Whether the model may call a tool.
 
     Raises:
-        RefusedError: a call is demanded, which nothing here can enforce.
+        RefusedError: the request demands a call, which this server cannot enforce.
     """
     if choice not in (None, "auto", "none"):
         refuse("unsupported_parameter", "tool_choice is 'auto' or 'none' here: a call cannot be enforced")
@@ -148,7 +149,7 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
 def refuse_strict(function: Mapping[str, Any]) -> None:
     """
     Raises:
-        RefusedError: arguments shall follow a schema, which nothing here can enforce.
+        RefusedError: the function is `strict`. This server cannot make arguments follow a schema.
     """
     if function.get("strict"):
         refuse("unsupported_parameter", "'strict' is not supported: nothing here makes a call follow its schema")

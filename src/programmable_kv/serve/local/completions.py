@@ -1,4 +1,4 @@
-"""Completions: `/v1/completions`. The prompt is raw text, special tokens included."""
+"""Completions: `/v1/completions`. The prompt is raw text, which may contain special tokens."""
 
 from __future__ import annotations
 
@@ -39,17 +39,18 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
 }  # fmt: skip
 _TOKENS = 16
-"""after which an answer ends where the request sets no limit, as the protocol has it"""
+"""The token limit of an answer if the request sets none. The protocol defines this default."""
 _MOST_LIKELIEST = 5
 
 
 class CompletionForm:
-    """One request and its answer."""
+    """One request to Completions and its answer."""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         """
         Raises:
-            RefusedError: a part of it is missing, of the wrong type, or asks for what is not supported here.
+            RefusedError: a part of the body is missing, has the wrong type or is not supported.
+            InvalidArgumentError: the token limit is below 1, or the stop strings are invalid.
         """
         check_known(body, _READ, _NEUTRAL, ("user",))
         prompt = body.get("prompt")
@@ -70,7 +71,7 @@ class CompletionForm:
         self._usage = flag(options, "include_usage")
         self._identity = f"cmpl-{secrets.token_hex(12)}"
         self._shown = 0
-        """characters of the answer that were sent"""
+        """The number of the answer's characters that were sent."""
 
     def whole(self, answer: Answer, pieces: Sequence[Piece]) -> Mapping[str, Any]:
         """See `Form`."""

@@ -1,6 +1,6 @@
-"""Notebooks as the state keeps them: what each was made from and its latest values. Caches are computed again.
+"""Notebooks in the server's state: the source of each and its latest values. The state keeps no KV caches.
 
-Several servers may share one state: what is read may have been written by another one.
+Several servers may share one state, so a notebook that is read may have been written by another server.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from programmable_kv.serve.state import State
 
 @dataclass(frozen=True, slots=True)
 class KeptNotebook:
-    """One notebook as it is kept."""
+    """One notebook as the state keeps it."""
 
     identity: str
     tenant: str
     version: int
     source: Mapping[str, Any] = field(repr=False)
-    """the request it was made from"""
+    """The request that created the notebook."""
     values: Mapping[str, Any] = field(repr=False)
-    """the latest values that clients gave"""
+    """The latest values of the fields that clients edited."""
     shown: Mapping[str, str] = field(repr=False)
-    """all values as they stand in the text"""
+    """The values of all fields as the text shows them."""
     tokens: int = 0
 
     def request(self) -> dict[str, Any]:
-        """The request that makes it with its latest values. Each field keeps the kind that its first value declared: the number
-        5 in a field of text is text."""
+        """Return a request that creates the notebook with its latest values.
+
+        Each field keeps the kind that its first value declared: the number 5 in a text field stays text.
+        """
         given = dict(self.source.get("fields") or {})
         for name, value in self.values.items():
             known = given[name]
@@ -42,7 +44,7 @@ class KeptNotebook:
 
 
 class NotebookShelf:
-    """All notebooks that are kept. Each call is one transaction, and is kept when it returns."""
+    """All notebooks in the state. Each call is one transaction, and its change is stored when it returns."""
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -51,20 +53,20 @@ class NotebookShelf:
         return int(self._state.rows("SELECT count(*) FROM notebooks")[0][0])
 
     def identities(self) -> set[str]:
-        """Of all notebooks."""
+        """The ids of all notebooks."""
         return {identity for (identity,) in self._state.rows("SELECT identity FROM notebooks")}
 
     def of_tenant(self, tenant: str) -> list[KeptNotebook]:
-        """A tenant's notebooks, in the order in which they were made."""
+        """A tenant's notebooks, oldest first."""
         return self._read("tenant = ? ORDER BY number", tenant)
 
     def get(self, identity: str) -> KeptNotebook | None:
-        """One notebook; None where there is none."""
-        found = self._read("identity = ?", identity) if "\0" not in identity else []  # no text holds that
+        """The notebook with an id; None if it does not exist."""
+        found = self._read("identity = ?", identity) if "\0" not in identity else []  # PostgreSQL has no NUL in texts
         return found[0] if found else None
 
     def add(self, kept: KeptNotebook, *, most: int) -> bool:
-        """Keep a new one. False where there are as many as there may be."""
+        """Store a new notebook. Returns False, and stores nothing, if the state has `most` notebooks already."""
         with self._state.write(locked="notebooks") as run:
             [(count, number)] = run.execute("SELECT count(*), coalesce(max(number), 0) + 1 FROM notebooks").fetchall()
             if count >= most:
@@ -76,7 +78,7 @@ class NotebookShelf:
         return True
 
     def change(self, kept: KeptNotebook, *, version: int) -> bool:
-        """Keep new values of one. False where it has another version than this one by now, or is gone."""
+        """Store new values of a notebook. Returns False if it no longer has this version, or was deleted."""
         with self._state.write() as run:
             changed = run.execute(
                 "UPDATE notebooks SET version = ?, fields = ? WHERE identity = ? AND version = ?",
@@ -85,7 +87,7 @@ class NotebookShelf:
             return changed.rowcount == 1
 
     def remove(self, identity: str, *, version: int | None) -> bool:
-        """Forget one. False where it has another version than this one by now, or is gone; None is any version."""
+        """Delete a notebook. Returns False if it no longer has this version (None: any version), or was deleted."""
         with self._state.write() as run:
             same, values = ("", ()) if version is None else (" AND version = ?", (version,))
             removed = run.execute(f"DELETE FROM notebooks WHERE identity = ?{same}", (identity, *values)).rowcount == 1

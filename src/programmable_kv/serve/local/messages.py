@@ -37,12 +37,13 @@ _MARKER = "cache_control"
 
 
 class MessageForm:
-    """One request and its answer."""
+    """One request to Messages and its answer."""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         """
         Raises:
-            RefusedError: a part of it is missing, of the wrong type, or asks for what is not supported here.
+            RefusedError: a part of the body is missing, has the wrong type or is not supported.
+            InvalidArgumentError: the token limit is below 1, or the stop strings are invalid.
         """
         check_known(body, _READ, _NEUTRAL, _WITHOUT_EFFECT)
         if body.get("max_tokens") is None:
@@ -64,7 +65,7 @@ class MessageForm:
         self.ask = Ask(model_of(body), messages, sampling, flag(body, "stream"), tools, most_calls)
         self._identity = f"msg_{secrets.token_hex(12)}"
         self._open = False
-        """whether the block of text has begun"""
+        """Whether the stream's text block has begun."""
 
     def whole(self, answer: Answer, pieces: Sequence[Piece]) -> Mapping[str, Any]:
         """See `Form`."""
@@ -114,7 +115,7 @@ class MessageForm:
 
 
 def _usage(answer: Answer) -> dict[str, Any]:
-    """In this protocol tokens that were read from the cache are no part of the input's."""
+    """The `usage` member. In this protocol, `input_tokens` does not include tokens that were read from the cache."""
     return {
         "input_tokens": answer.prompt_tokens - answer.cached_tokens,
         "cache_creation_input_tokens": 0,
@@ -128,7 +129,7 @@ def _event(kind: str, **data: Any) -> bytes:
 
 
 def _messages(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A message as Chat Completions has it: results of tools are messages there, and calls a part of the model's."""
+    """Convert a message to Chat Completions: tool results become messages, and calls a part of the model's message."""
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant"):
         refuse("invalid_request", "a message is an object with the role user or assistant, and content")

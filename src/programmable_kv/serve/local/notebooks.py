@@ -1,4 +1,4 @@
-"""Notebooks as a resource: made from messages with placeholders, their fields edited by version, forked and deleted."""
+"""Notebooks as a resource: created from messages with placeholders, edited by version, forked and deleted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from programmable_kv.serve.notebooks.source import (
 from programmable_kv.serve.refusal import Refusal, RefusedError
 
 _TRIES = 8
-"""how often an edit is tried while other servers' edits of the same notebook come first"""
+"""The most tries of an edit while other servers edit the same notebook first."""
 _BUSY = Refusal(503, "notebook_busy", "the notebook is in use: try again", 1)
 
 
@@ -39,13 +39,13 @@ class Entry:
     """One notebook of one tenant."""
 
     kept: KeptNotebook
-    """as it was last read from the state or written to it"""
+    """The notebook as the server last read it from the state or wrote it there."""
     notebook: Notebook | None = field(default=None, repr=False)
-    """None after a restart, until it is used"""
+    """The computed notebook; None after a restart, until it is used."""
     computed: int = 0
-    """the version whose values `notebook` has; another server that shares the state may have made a later one"""
+    """The version whose values `notebook` has. Another server that shares the state may have made a later one."""
     in_use: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """held while an answer is drawn or an edit is made, so that they wait for each other"""
+    """Locked while an answer is generated or an edit is made, so that they wait for each other."""
 
     @property
     def tenant(self) -> str:
@@ -57,7 +57,7 @@ class Entry:
 
     @property
     def version(self) -> int:
-        """One more with every edit that changes a value."""
+        """The version, from 1. Every edit that changes a value adds one."""
         return self.kept.version
 
     @property
@@ -65,16 +65,16 @@ class Entry:
         return etag_of(self.version)
 
     def check_tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
-        """Check that a request's tools are the notebook's: its cached text names them.
+        """Check that a request gives no tools or the notebook's own, because the cached text contains those.
 
         Raises:
-            RefusedError: the request names other tools.
+            RefusedError: the request gives other tools.
         """
         if tools and list(tools) != (self.kept.source.get("tools") or []):
             raise tools_differ()
 
     def as_json(self, account: Account | None = None) -> dict[str, Any]:
-        """The notebook as JSON data, with the latest operation's account where it is given."""
+        """The notebook as JSON data, with the latest operation's account if it is given."""
         found: dict[str, Any] = {
             "id": self.identity,
             "object": "notebook",
@@ -90,14 +90,14 @@ class Entry:
 
 
 class NotebookStore:
-    """The notebooks of all tenants. All work on a model goes through its queue."""
+    """The notebooks of all tenants. Every operation on the model goes through its queue."""
 
     def __init__(self, model: Model, queue: ModelQueue, shelf: NotebookShelf, *, most: int, wait_s: float) -> None:
         """
         Args:
-            shelf: where notebooks are kept, perhaps for several servers. Each is computed when it is first used.
-            most: how many notebooks it may keep.
-            wait_s: how long an operation waits for a notebook that is in use.
+            shelf: the notebooks in the state, which several servers may share. Each cache is computed at first use.
+            most: the most notebooks in the state.
+            wait_s: the seconds for which an operation waits for a notebook in use.
         """
         self._model = model
         self._queue = queue
@@ -105,14 +105,14 @@ class NotebookStore:
         self._wait_s = wait_s
         self._shelf = shelf
         self._entries: dict[str, Entry] = {}
-        """the notebooks that this server has used: their caches and locks"""
+        """id -> a notebook that this server has used, with its cache and lock"""
         self._making = 0
 
     def __len__(self) -> int:
         return len(self._shelf)
 
     async def of_tenant(self, tenant: str) -> list[Entry]:
-        """A tenant's notebooks, in the order in which they were made.
+        """A tenant's notebooks, oldest first.
 
         Raises:
             StateUnavailableError: the state cannot be reached. All methods below raise it too.
@@ -132,17 +132,17 @@ class NotebookStore:
         return self._seen(kept)
 
     def _seen(self, kept: KeptNotebook) -> Entry:
-        """The entry of a notebook that was just read. The entry may be newer, if an edit ended meanwhile."""
+        """The entry of a notebook that was just read. The entry may be newer, if an edit ended in the meantime."""
         entry = self._entries.setdefault(kept.identity, Entry(kept))
         if kept.version > entry.version:
             entry.kept = kept
         return entry
 
     async def create(self, tenant: str, body: Mapping[str, Any]) -> tuple[Entry, Account]:
-        """Make a notebook and prefill it.
+        """Create a notebook and prefill it.
 
         Raises:
-            RefusedError: the body does not describe a notebook, or no more notebooks may be kept.
+            RefusedError: the body does not describe a notebook, or the server has as many notebooks as it may keep.
             ProgrammableKVError: the messages, fields or tools are refused.
         """
         given = source_of(body)
@@ -157,10 +157,10 @@ class NotebookStore:
             return await self._add(Entry(kept, notebook, 1)), notebook.last_account
 
     async def fork(self, entry: Entry) -> tuple[Entry, Account]:
-        """An independent copy.
+        """Create an independent copy of a notebook and its cache.
 
         Raises:
-            RefusedError: no more notebooks may be kept, or the notebook was in use too long.
+            RefusedError: the server has as many notebooks as it may keep, or the notebook was in use too long.
         """
         async with self._room():
             async with self.use(entry) as notebook:
@@ -169,17 +169,17 @@ class NotebookStore:
             return await self._add(Entry(kept, copy, kept.version)), copy.last_account
 
     async def edit(self, entry: Entry, fields: Mapping[str, Any], if_match: str | None, mode: str | None) -> Account:
-        """Give fields new values. The same values again change nothing, and leave the version as it is.
+        """Give fields new values. If all values are the same as before, the version stays unchanged.
 
         Raises:
             RefusedError: the notebook has another version than expected, or was in use too long.
             ProgrammableKVError: a field or a value is refused.
         """
-        # Shielded: an edit that has begun runs to its end, and the version with it, whether or not the client stays.
+        # Shielded: an edit that has begun is completed and stored with its version, even if the client leaves.
         return await asyncio.shield(asyncio.ensure_future(self._edited(entry, fields, if_match, mode)))
 
     async def delete(self, entry: Entry, if_match: str | None) -> None:
-        """Forget a notebook and its cache.
+        """Delete a notebook and its cache.
 
         Raises:
             RefusedError: as in `edit`.
@@ -195,10 +195,10 @@ class NotebookStore:
 
     @asynccontextmanager
     async def use(self, entry: Entry) -> AsyncIterator[Notebook]:
-        """Use a notebook in the block. After a restart, or an edit on another server, its cache is computed first.
+        """Lock a notebook for the block. After a restart, or an edit on another server, its cache is computed first.
 
         Raises:
-            RefusedError: the notebook was in use too long, or was deleted meanwhile.
+            RefusedError: the notebook was in use too long, or was deleted in the meantime.
         """
         async with self._locked(entry):
             if entry.notebook is None or entry.computed != entry.version:
@@ -230,7 +230,7 @@ class NotebookStore:
     async def _tried(
         self, entry: Entry, fields: Mapping[str, Any], if_match: str | None, mode: str | None
     ) -> Account | None:
-        """Edit the latest version. Returns None where another server made a later one meanwhile."""
+        """Edit the latest version. Returns None if another server made a later one in the meantime."""
         async with self.use(entry) as notebook:
             check_version(entry.version, if_match)
             account = await self._queue.run(notebook.edit, dict(fields), mode=mode)
@@ -246,7 +246,7 @@ class NotebookStore:
                 try:
                     changed = await asyncio.to_thread(self._shelf.change, kept, version=entry.version)
                 except BaseException:
-                    entry.notebook = None  # what is kept holds: it is computed again
+                    entry.notebook = None  # the state keeps the old values: the cache is computed again from them
                     raise
                 if not changed:
                     entry.notebook = None
@@ -256,7 +256,7 @@ class NotebookStore:
 
     @asynccontextmanager
     async def _room(self) -> AsyncIterator[None]:
-        """Reserve room for one more notebook of this server while the block makes it."""
+        """Reserve room for one more notebook of this server while the block creates it."""
         kept = await asyncio.to_thread(self._shelf.identities)
         for gone in self._entries.keys() - kept:  # deleted on another server
             if not self._entries[gone].in_use.locked():
@@ -277,7 +277,7 @@ class NotebookStore:
 
 
 def _made(model: Model, source: Mapping[str, Any]) -> Notebook:
-    """Make a notebook from its source, and prefill it."""
+    """Create a notebook from its source, and prefill it."""
     fields = {name: field_of(name, value) for name, value in source["fields"].items()}
     notebook = Notebook.from_messages(
         model, source["messages"], fields=fields, tools=source["tools"], template_kwargs=source["template_kwargs"]

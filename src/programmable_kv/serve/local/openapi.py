@@ -1,4 +1,4 @@
-"""The OpenAPI description of the local server. Tests hold the server to it."""
+"""The OpenAPI description of the local server. Tests check the server's answers against it."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ _MODEL = record({"id": TEXT, "object": {"const": "model"}}, open_ended=True)
 
 
 def local_document() -> dict[str, Any]:
-    """All routes of the local server."""
+    """Return the OpenAPI document with all routes of the local server."""
     answers = {
         "/v1/chat/completions": ("Chat Completions", _CHAT, _CHAT_ANSWER, OPENAI_ERROR),
         "/v1/completions": ("Completions", _COMPLETION, _COMPLETION_ANSWER, OPENAI_ERROR),
@@ -138,6 +138,6 @@ def local_document() -> dict[str, Any]:
 
 
 def _answer(schema: Schema) -> dict[str, Any]:
-    """An answer in one piece or as a stream of events."""
+    """The description of an answer, in one piece or as a stream of events."""
     event = record({"data": TEXT, "event": TEXT}, "event")
     return {"content": {"application/json": {"schema": schema}, "text/event-stream": {"schema": event}}}

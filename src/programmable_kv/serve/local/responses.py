@@ -1,4 +1,4 @@
-"""Responses: `/v1/responses`. Nothing is stored: each request holds its whole conversation."""
+"""Responses: `/v1/responses`. The server stores nothing: each request contains its whole conversation."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ _LENGTH = {"reason": "max_output_tokens"}
 
 
 class ResponseForm:
-    """One request and its answer."""
+    """One request to Responses and its answer."""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         """
         Raises:
-            RefusedError: a part of it is missing, of the wrong type, or asks for what is not supported here.
+            RefusedError: a part of the body is missing, has the wrong type or is not supported.
+            InvalidArgumentError: the token limit is below 1.
         """
         check_known(body, _READ, _NEUTRAL, _WITHOUT_EFFECT)
         instructions, include = body.get("instructions"), body.get("include") or []
@@ -65,7 +66,7 @@ class ResponseForm:
         self._message = f"msg_{secrets.token_hex(12)}"
         self._number = 0
         self._pieces: list[Piece] = []
-        """what was sent of a stream"""
+        """The pieces that a stream has sent."""
 
     def whole(self, answer: Answer, pieces: Sequence[Piece]) -> Mapping[str, Any]:
         """See `Form`."""
@@ -173,7 +174,7 @@ def _usage(answer: Answer) -> dict[str, Any]:
 
 
 def _shares(tokens: Sequence[Drawn]) -> list[dict[str, Any]]:
-    """As events have them: without bytes."""
+    """Log-probabilities in the form of stream events, which have no bytes."""
     return [
         {
             "token": token.text,
@@ -185,7 +186,7 @@ def _shares(tokens: Sequence[Drawn]) -> list[dict[str, Any]]:
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
-    """The input as messages. A call belongs to what the model said right before it."""
+    """Convert the input to messages. A function call becomes a part of the model's message right before it."""
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     found: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""The local server as an ASGI application: one model in every protocol, and notebooks."""
+"""The local server as an ASGI application. It serves one model in every protocol, and notebooks."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ FORMS: Mapping[str, Callable[[Mapping[str, Any]], Form]] = {
     "/v1/responses": ResponseForm,
     "/v1/messages": MessageForm,
 }
-"""path -> the form of its protocol"""
+"""path -> the class that reads and writes its protocol"""
 _PROMETHEUS = "text/plain; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
 
 
 class LocalServer:
-    """The handlers of one model's routes."""
+    """The handlers of the routes of one model."""
 
     def __init__(self, model: Model, settings: LocalSettings) -> None:
         self._state = open_state(settings.state, durable=True)
@@ -70,11 +70,11 @@ class LocalServer:
 
     @property
     def waiting(self) -> int:
-        """How many operations wait for the model."""
+        """The number of operations that wait for the model."""
         return self._queue.waiting
 
     def close(self) -> None:
-        """Let operations of the model end, and accept no more."""
+        """Let the model's running operations end, accept no more, and close the state."""
         self._queue.close()
         self._state.close()
 
@@ -90,7 +90,7 @@ class LocalServer:
         return JSONResponse(self._as_json())
 
     def answering(self, form: Callable[[Mapping[str, Any]], Form]) -> Handler:
-        """The handler of a protocol. It refuses what can be refused before the answer begins."""
+        """Make a protocol's handler. It waits for the first piece, so that it can refuse before the answer begins."""
 
         async def respond(call: Call) -> Response:
             made = form(call.body)
@@ -149,7 +149,7 @@ class LocalServer:
         return await self.notebooks.get(call.tenant, call.request.path_params["id"])
 
     async def _pieces(self, tenant: str, answer: Answer) -> AsyncGenerator[Piece, None]:
-        """The pieces of an answer. A caller that stops early closes the generator, and the notebook is unchanged."""
+        """Yield the pieces of an answer. If a caller closes the generator early, the notebook is unchanged."""
         asked = answer.ask.model
         if asked.startswith(_NOTEBOOK):
             entry = await self.notebooks.get(tenant, asked.removeprefix(_NOTEBOOK))
@@ -182,7 +182,7 @@ class LocalServer:
 
 
 class _Stream(StreamingResponse):
-    """An answer as a stream of events. The notebook is released however the stream ends, also if it never began."""
+    """An answer as a stream of events. The notebook is released however the stream ends, even if it never began."""
 
     def __init__(
         self, form: Form, answer: Answer, first: Piece | None, pieces: AsyncGenerator[Piece, None], route: ApiRoute

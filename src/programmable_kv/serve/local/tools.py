@@ -1,4 +1,4 @@
-"""Tools: whether the model's chat template takes them, and the calls in what the model says."""
+"""Tools: checks whether the model's chat template supports them, and finds the calls in the model's text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from programmable_kv.prompt.template import ChatTemplate
 from programmable_kv.serve.refusal import Refusal, RefusedError
 
 CALL = "<tool_call>"
-"""how a call begins in the form that is read here. Qwen, Hermes and others write it"""
+"""The beginning of a call in the form that this server reads. Qwen, Hermes and other models write it."""
 _CALLS = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 _PROBE: dict[str, Any] = {
     "type": "function",
@@ -29,18 +29,18 @@ class ToolCall:
 
     name: str
     arguments: str
-    """JSON"""
+    """The arguments as the text of a JSON object."""
     identity: str = ""
 
 
 def check_tools(model: Model, tools: Sequence[Mapping[str, Any]]) -> None:
-    """Check that the chat template shows the model every tool, and that calls in its form can be read.
+    """Check that the chat template shows the model every tool, and writes calls in the form that this server reads.
 
-    The template itself is asked: it is given tools with names that stand nowhere else, and a call.
+    The check renders the template with the tools under random names, and with a call.
 
     Raises:
-        RefusedError: it leaves tools out, or writes calls in another form.
-        TemplateError: it refuses tools.
+        RefusedError: the template leaves tools out, or writes calls in another form.
+        TemplateError: the template raises an error for tools.
     """
     names = [f"pkv_tool_{number}_{secrets.token_hex(4)}" for number in range(len(tools))]
     renamed = tuple(_renamed(tool, name) for tool, name in zip(tools, names, strict=True))
@@ -59,7 +59,7 @@ def check_tools(model: Model, tools: Sequence[Mapping[str, Any]]) -> None:
 
 
 def split(text: str) -> tuple[str, list[ToolCall]]:
-    """What the model says, and the tools that it calls. A call that cannot be read stays text: nothing is lost."""
+    """Split the model's output into text and tool calls. A call that cannot be read stays in the text."""
     calls: list[ToolCall] = []
 
     def read(match: re.Match[str]) -> str:

@@ -1,1 +1,1 @@
-"""Notebooks in front of an upstream: their text is sent as it was first, and later values are told in lines behind it."""
+"""Notebooks in front of an upstream: their text is sent unchanged, and lines at the end state newer values."""

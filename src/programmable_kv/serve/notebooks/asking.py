@@ -1,4 +1,4 @@
-"""Requests with a notebook's name as their model: found among all that go through a gateway, and planned."""
+"""Finds requests whose model is the name of a notebook among all requests of a gateway, and plans them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from programmable_kv.serve.state import StateUnavailableError
 _LOG = logging.getLogger("programmable_kv.serve")
 _NAMED = PREFIX.encode()
 _TRIES = 8
-"""how often a request that edits overtake is planned again"""
+"""The most plans for one request while edits of its notebook overtake it."""
 
 
 class Asking:
-    """Knows which requests are to notebooks."""
+    """Recognises and plans the requests to notebooks."""
 
     def __init__(
         self, shelf: BookShelf, rewriter: BookRewriter, aside: Aside, composer: Composer | None = None
@@ -36,10 +36,11 @@ class Asking:
         self._composer = composer
 
     async def begin(self, tenant: str, route: str, headers: Headers, data: bytes) -> Rewriting | None:
-        """What is done with a request; None where it is to no notebook.
+        """Plan a request; None if it is not a request to a notebook.
 
         Raises:
-            RefusedError: there is no such notebook, or the request is not one that a notebook can answer.
+            RefusedError: the tenant has no such notebook, the request does not fit a notebook, edits always come first,
+                the state cannot be reached, or the gateway failed.
         """
         if _NAMED not in data:
             return None
@@ -47,7 +48,7 @@ class Asking:
         return await self._aside.run_long(begin, undo=_abandoned)
 
     async def composed(self, work: Rewriting | None, data: bytes, ask: Ask) -> bytes:
-        """What is sent: with the skills of a notebook named, where they stand in the prompt."""
+        """Return the body to send. If the notebook has skills, the body names them with their places in the prompt."""
         if self._composer is None or not isinstance(work, BookRewriting) or work.book is None or not work.book.skills:
             return data
         return await self._composer.composed(work, data, ask)
@@ -77,8 +78,10 @@ class Asking:
             raise RefusedError(Refusal(500, "internal_error", "the gateway failed at this request")) from error
 
     def _planned(self, tenant: str, route: str, headers: Headers, body: Body, identity: str) -> BookRewriting:
-        """The plan for a request. The notebook is read, and then its conversation. Where it is edited in between, both are
-        read again: another request may have told the new values in the conversation, and the old ones would follow them.
+        """Plan a request to a notebook. This reads the notebook, and then the conversation.
+
+        If the notebook is edited in between, both are read again: another request may have stated the new values in the
+        conversation, and this one would state the old values behind them.
         """
         book = self._shelf.get(tenant, identity)
         for _ in range(_TRIES):
@@ -87,7 +90,7 @@ class Asking:
                 return work
             latest = self._shelf.get(tenant, identity)
             if latest.version == book.version:
-                return work  # another request went on with the conversation: this one tells nothing in it
+                return work  # another request continued the conversation; this one states no values in it
             book = latest
         raise busy()
 

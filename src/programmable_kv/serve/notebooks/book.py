@@ -1,4 +1,4 @@
-"""A notebook in front of an upstream: its text with placeholders, the values it was sent with first, and the latest ones."""
+"""A notebook in front of an upstream: text with placeholders, the values sent in the text, and the latest values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEAD_ROLES = ("system", "developer")
 _ROLES = (*HEAD_ROLES, "user", "assistant", "tool")
 _OF_MESSAGE = {"role", "content", "tool_calls", "tool_call_id", "name"}
 _STATE_LINE = "[state {name}: {value}"
-"""the beginning of the gateway's own lines; no value may look like one"""
+"""The beginning of the gateway's own lines. The guard refuses values that look like one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,40 +30,40 @@ class Book:
     identity: str
     tenant: str
     version: int
-    """one more with every edit that changes a value"""
+    """The version, from 1. Every edit that changes `texts` or `base` adds one."""
     source: Mapping[str, Any] = field(repr=False)
-    """the request it was made from"""
+    """The request that created the notebook."""
     token: str = field(repr=False)
-    """the token that its lines carry; its text announces it"""
+    """The token that marks the notebook's lines. The notebook's text announces it."""
     texts: Mapping[str, str] = field(repr=False)
-    """the latest values, as they stand in the text"""
+    """The latest values, as the text shows them."""
     base: Mapping[str, str] = field(repr=False)
-    """the values that its text is always sent with; lines tell the values that differ from them"""
+    """The values in the text that is sent. Lines state the latest values that differ from them."""
 
     @property
     def upstream_model(self) -> str:
-        """What the upstream calls the model."""
+        """The model's name at the upstream."""
         return str(self.source["upstream_model"])
 
     @property
     def messages(self) -> Sequence[Mapping[str, Any]]:
-        """As Chat Completions takes them, with placeholders."""
+        """The messages in the form of Chat Completions, with placeholders."""
         found: Sequence[Mapping[str, Any]] = self.source["messages"]
         return found
 
     @property
     def skills(self) -> Mapping[str, str]:
-        """Texts of compiled skills, by their placeholders."""
+        """placeholder -> the text of a compiled skill"""
         return {name: skill["text"] for name, skill in (self.source.get("skills") or {}).items()}
 
     @property
     def etag(self) -> str:
-        """The `ETag` of its version."""
+        """The `ETag` of the version."""
         return etag_of(self.version)
 
     @property
     def types(self) -> Mapping[str, FieldType]:
-        """What each field may hold."""
+        """The type of each field."""
         return declared(self.source)[1]
 
     def as_json(self, **more: Any) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Book:
 
 
 def declared(source: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, FieldType]]:
-    """A notebook's first values as they stand in its text, and their types. The guard does not check them here.
+    """Return a notebook's first values as its text shows them, and their types. This does not run the guard.
 
     Raises:
         UnknownFieldError: a field has no placeholder in any message.
@@ -94,12 +94,13 @@ def declared(source: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Field
 
 
 def located(source: Mapping[str, Any]) -> dict[str, bool | None]:
-    """Where each field stands: inside of JSON strings (True), outside of them (False), or both (None). The source keeps it
-    as `places`, so that the messages are not searched for each request.
+    """Return whether each field stands inside of JSON strings (True), outside of them (False), or both (None).
+
+    The source keeps the result as `places`, so that requests need not search the messages again.
 
     Raises:
         UnknownFieldError: a field has no placeholder in any message.
-        InvalidValueError: a name is not plain, or a skill does not have exactly one placeholder of its own.
+        InvalidValueError: a name is not plain, a skill has no placeholder or several, or a field has the skill's name.
     """
     fields, skills = _fields(source), source.get("skills") or {}
     for name in (*fields, *skills):
@@ -122,10 +123,10 @@ def located(source: Mapping[str, Any]) -> dict[str, bool | None]:
 
 
 def check_size(messages: Sequence[Mapping[str, Any]], texts: Mapping[str, str], most_bytes: int) -> None:
-    """Check that a short request cannot make a very long prompt by a placeholder that stands in many places.
+    """Check the size of all values in all of their places. A short request could repeat a placeholder very often.
 
     Raises:
-        RefusedError: the values in all of their places take more bytes than a request may have.
+        RefusedError: the values take more than `most_bytes` bytes.
     """
     nbytes = {name: len(text.encode()) for name, text in texts.items()}
     if sum(nbytes.get(name, 0) for name in _placeholders(messages)) > most_bytes:
@@ -133,7 +134,7 @@ def check_size(messages: Sequence[Mapping[str, Any]], texts: Mapping[str, str], 
 
 
 def changed(book: Book, values: Mapping[str, Any]) -> dict[str, str]:
-    """All values after an edit, as they stand in the text.
+    """Return all values after an edit, as the text shows them.
 
     Raises:
         UnknownFieldError: the notebook has no such field.
@@ -150,10 +151,10 @@ def changed(book: Book, values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def guard(texts: Mapping[str, str], types: Mapping[str, FieldType], names: Mapping[str, str]) -> None:
-    """Check that no value can pass for a role, a marker of a chat format, an update of a field, or a gateway's line.
+    """Check that no value looks like a role, a marker of a chat format, an update of a field, or a gateway's line.
 
     Raises:
-        InvalidValueError: a value can.
+        InvalidValueError: a value looks like one of these.
     """
     for name, text in texts.items():
         check_text(name, text, types[name], None, DEFAULT_TEMPLATE, names)
@@ -161,7 +162,7 @@ def guard(texts: Mapping[str, str], types: Mapping[str, FieldType], names: Mappi
 
 
 def filled(messages: Sequence[Mapping[str, Any]], texts: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The messages with the values in their places."""
+    """Return the messages with values in place of the placeholders."""
 
     def write(text: str) -> str:
         return PLACEHOLDER.sub(lambda match: texts.get(match[1], match[0]), text)
@@ -181,7 +182,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     """Check that the messages can be written in every protocol.
 
     Raises:
-        InvalidValueError: a message cannot.
+        InvalidValueError: a message cannot be written in every protocol.
     """
     for message in messages:
         role, content = message["role"], message.get("content")
@@ -218,7 +219,7 @@ def _fields(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _placeholders(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The name in each placeholder."""
+    """Yield the name in each placeholder."""
     for text in _texts(messages):
         for match in PLACEHOLDER.finditer(text):
             yield match[1]

@@ -1,7 +1,7 @@
-"""Skills in the requests of notebooks: where they stand in the prompt's tokens, told to the plugin inside of vLLM.
+"""Finds the skills of a notebook in the tokens of a prompt, and names their places for the plugin inside of vLLM.
 
-The upstream itself renders the prompt to token ids. A skill that does not stand there as it was compiled is not named: the
-request goes out as any other, under the client's own salt.
+The upstream renders the prompt to token ids. If these do not contain every skill as it was compiled, the request names
+none and is sent like any other, with the client's own salt.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from programmable_kv.vllm_plugin.marks import SALT_PREFIX, Mark, Marks
 from programmable_kv.vllm_plugin.matching import place
 
 Ask = Callable[[str, bytes], Awaitable[bytes | None]]
-"""sends a body to a path of the upstream; None where the answer is an error"""
+"""Sends a body to a path of the upstream. Returns the answer's body; None if the answer is an error."""
 _OPENING = "opening"
-"""the name of the store's entries that prompts begin with (`pkv vllm opening`)"""
+"""The name of the store's entries with which prompts may begin (`pkv vllm opening`)."""
 _OF_TOKENIZE = ("model", "messages", "tools", "chat_template_kwargs")
 _MOST = 1024
-"""heads whose skills' places are remembered"""
+"""The number of heads for which the places of skills are remembered."""
 
 
 class Composer:
-    """Names the skills of prompts. For one event loop."""
+    """Names the skills of prompts. Use it from one event loop."""
 
     def __init__(self, texts: StoredTexts) -> None:
         self._texts = texts
         self._known: OrderedDict[str, Marks] = OrderedDict()
 
     async def composed(self, work: BookRewriting, data: bytes, ask: Ask) -> bytes:
-        """A body with its skills named, where they stand in its prompt. What was done is told in `work.skills`."""
+        """Return a body that names its skills and their places in the prompt. `work.skills` states what was done."""
         assert work.book is not None
         keys = [each["key"] for each in work.book.source["skills"].values()]
         body = read(data)
         if not keys or body is None:
             return data
         head = _head(work.route, body, work.book.identity)
-        moves = any(each["role"] not in HEAD_ROLES for each in work.book.messages)  # its turns may hold fields
+        moves = any(each["role"] not in HEAD_ROLES for each in work.book.messages)  # fields in turns may move skills
         marks = None if moves else self._known.get(head)
         if marks is None:
             try:
@@ -64,9 +64,10 @@ class Composer:
         return _with(body, members)
 
     def _placed(self, keys: Sequence[str], rendered: bytes | None) -> Marks:
-        """
+        """Find the skills, and the opening before them, in a rendered prompt.
+
         Raises:
-            InvalidRequestError: the upstream renders no prompts, or a skill does not stand in this one.
+            InvalidRequestError: the upstream does not render prompts, or this one does not contain a skill as compiled.
             UnknownSkillError: a skill is not in the store any more.
             StorageError: the store cannot be read.
         """
@@ -85,7 +86,7 @@ class Composer:
         return Marks(tuple(found))
 
     def _opening(self, ids: Sequence[int], stop: int) -> StoredText | None:
-        """The longest opening in the store that this prompt begins with."""
+        """The longest opening in the store with which the prompt begins, and which fits before the token `stop`."""
         fitting = [
             each
             for each in self._texts.named(_OPENING)
@@ -95,7 +96,7 @@ class Composer:
 
 
 def _rendering(route: str, body: Body) -> tuple[str, bytes]:
-    """Where vLLM renders a prompt to token ids, and what it is sent. Only that of Chat Completions is there in every vLLM."""
+    """The path at which vLLM renders a prompt to token ids, and the body. Only Chat Completions' path always exists."""
     if route != CHAT:
         return f"{route}/render", body.text.encode()
     kept = {name: body.data[name] for name in _OF_TOKENIZE if name in body.data}
@@ -114,7 +115,7 @@ def _tokens(rendered: bytes | None) -> tuple[int, ...]:
 
 
 def _head(route: str, body: Body, notebook: str) -> str:
-    """What decides where a notebook's skills stand: all that comes before the client's messages."""
+    """A digest of everything before the client's messages, which decides the places of a notebook's skills."""
     data = body.data
     listed = data.get("messages", data.get("input"))
     leading = []
@@ -129,7 +130,7 @@ def _head(route: str, body: Body, notebook: str) -> str:
 
 
 def _with(body: Body, members: Mapping[str, Any]) -> bytes:
-    """A body with other members; everything else stays byte for byte."""
+    """Set members of a body. Everything else stays byte for byte."""
     start = body.text.index("{") + 1
     new = "".join(f"{written(key)}:{written(value)}," for key, value in members.items() if key not in body.spots)
     changes = [(body.spots[key], written(value)) for key, value in members.items() if key in body.spots]

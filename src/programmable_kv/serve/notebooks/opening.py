@@ -1,4 +1,4 @@
-"""A notebook's own part of a request, in each protocol: what stands before the client's messages."""
+"""Writes a notebook's own part of a request, which comes before the client's messages, in each protocol."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from programmable_kv.serve.rewriting.prompt import CHAT, MESSAGES, RESPONSES, Un
 _LIST = {CHAT: "messages", MESSAGES: "messages", RESPONSES: "input"}
 _SYSTEM = {MESSAGES: "system", RESPONSES: "instructions"}
 _HEADLESS = "These messages hold values that may change."
-"""the system prompt of a notebook that has fields and no system message: later lines are announced behind it"""
+"""The system prompt of a notebook that has fields and no system message. The announcement of later lines follows it."""
 _MARK = "\ue000"
-"""no value has this character"""
+"""A character that no value contains."""
 Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """The units of a notebook and of the client's own system prompt, with some values."""
+    """The units of a notebook, and of the client's own system prompt, with one set of values."""
 
     head: tuple[Unit, ...]
     turns: tuple[Unit, ...]
-    """the notebook's messages behind its system prompt"""
+    """The notebook's messages after its system prompt."""
 
 
 def request_of(route: str, body: Body, book: Book, texts: Mapping[str, str]) -> Body:
-    """The request as a client without notebooks would send it. What the client wrote stays byte for byte.
+    """Return the request as a client without notebooks would send it. The client's own text stays byte for byte.
 
     Raises:
-        RefusedError: it is no request of its protocol, or names other tools.
+        RefusedError: the request does not have the form of its protocol, or gives other tools than the notebook's.
     """
     system, own = _own(route, body, book, texts)
     name = _LIST[route]
@@ -65,10 +65,10 @@ def request_of(route: str, body: Body, book: Book, texts: Mapping[str, str]) -> 
 
 
 def own_of(route: str, body: Body, book: Book, texts: Mapping[str, str]) -> Own:
-    """The notebook's units with some values, as they stand in `request_of`.
+    """Return the notebook's units with a set of values, as in the request that `request_of` returns.
 
     Args:
-        body: the client's, whose own system prompt belongs to the head.
+        body: the client's body. The client's own system prompt belongs to the head.
     """
     system, own = _own(route, body, book, texts)
     said = body.data.get(_LIST[route])
@@ -88,12 +88,12 @@ def own_of(route: str, body: Body, book: Book, texts: Mapping[str, str]) -> Own:
 
 
 def marked(book: Book) -> dict[str, str]:
-    """Values that differ from all others wherever they stand."""
+    """Return a value for each field that differs from every possible value, to find the field's places."""
     return {name: f"{_MARK}{name}" for name in book.texts}
 
 
 def places_of(one: Sequence[Unit], other: Sequence[Unit]) -> list[tuple[Unit, str]]:
-    """Where the texts of two renderings differ: a unit and the path of a text."""
+    """Return the places at which the texts of two renderings differ, as (unit, path of the text)."""
     return [
         (unit, unit.paths[at])
         for unit, another in zip(one, other, strict=True)
@@ -103,7 +103,7 @@ def places_of(one: Sequence[Unit], other: Sequence[Unit]) -> list[tuple[Unit, st
 
 
 def tools_of(route: str, book: Book) -> list[Any]:
-    """The notebook's tools in the form of a protocol."""
+    """Return the notebook's tools in the form of a protocol."""
     return [_tool(route, tool) for tool in book.source.get("tools") or ()]
 
 
@@ -120,7 +120,7 @@ def check_tools(tools: Sequence[Any] | None) -> None:
 
 
 def _own(route: str, body: Body, book: Book, texts: Mapping[str, str]) -> tuple[Any, Messages]:
-    """The member for the system prompt (None where it stays as the client sent it), and the messages before the client's."""
+    """Return the member for the system prompt (None: keep the client's), and the messages before the client's."""
     messages = filled(book.messages, {**texts, **book.skills})
     count = next((at for at, each in enumerate(messages) if each["role"] not in HEAD_ROLES), len(messages))
     head, rest = messages[:count], messages[count:]
@@ -148,7 +148,7 @@ def _blocks(content: Any) -> list[Any]:
 
 
 def _block(part: Any) -> Any:
-    """A part of a notebook's content, which may leave out that it is text."""
+    """A part of a notebook's content, with its type. A text part may leave its type out."""
     return {"type": "text", **part} if isinstance(part, Mapping) and "type" not in part else part
 
 
@@ -159,7 +159,7 @@ def _as_claude(messages: Messages) -> Messages:
         if role == "tool":
             result = {"type": "tool_result", "tool_use_id": message["tool_call_id"], "content": blocks}
             if found and found[-1]["role"] == "user" and _is_result(found[-1]["content"][-1:]):
-                found[-1]["content"].append(result)  # results of one turn stand in one message
+                found[-1]["content"].append(result)  # the protocol wants all results of one turn in one message
                 continue
             role, blocks = "user", [result]
         for call in message.get("tool_calls") or ():

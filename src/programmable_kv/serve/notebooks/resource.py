@@ -1,4 +1,4 @@
-"""Handlers of a gateway's notebooks: made, edited by version, forked and deleted. The routes are a local server's."""
+"""The handlers that create, edit, fork and delete a gateway's notebooks. A local server has the same routes."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from programmable_kv.serve.notebooks.telling import BookRewriter, line_bytes
 from programmable_kv.serve.rewriting.wording import new_token
 
 _TRIES = 8
-"""how often an edit or deletion is tried while other edits come first"""
+"""The most tries of an edit or deletion while other edits come first."""
 _LONGEST_LINE = 8192
 _MODES = ("erratum", "full")
 
 
 class BookResource:
-    """The handlers of the notebooks' routes. Each does its work in a thread: a notebook may be as long as a request."""
+    """The handlers of the notebooks' routes. Each works in a thread, because a notebook may be as long as a request."""
 
     def __init__(
         self, shelf: BookShelf, rewriter: BookRewriter, stored: StoredTexts | None = None, *, most_bytes: int
     ) -> None:
         """
         Args:
-            stored: the skills that notebooks may name; None where there is no store.
-            most_bytes: the most bytes that one notebook's values may take in all of their places together.
+            stored: the skills that notebooks may name; None if the gateway has no store.
+            most_bytes: the most bytes of one notebook's values, in all of their places together.
         """
         self._shelf = shelf
         self._rewriter = rewriter
@@ -71,7 +71,7 @@ class BookResource:
                 f"in front of an upstream an edit's mode is one of {', '.join(_MODES)}, got {mode!r:.40}: leave it out"
             )
         for _ in range(_TRIES):
-            # An edit that has begun runs to its end, whether or not the client stays: nothing stops a thread.
+            # An edit that has begun is completed even if the client leaves, because nothing stops a thread.
             found = await asyncio.to_thread(self._edited, call, mode)
             if found is not None:
                 return found
@@ -110,7 +110,7 @@ class BookResource:
         return JSONResponse({"object": "list", "data": found})
 
     def _edited(self, call: Call, mode: str) -> Response | None:
-        """Edit the latest version. Returns None where another edit came first."""
+        """Edit the latest version. Returns None if another edit came first."""
         before = self._book(call)
         check_version(before.version, call.request.headers.get("if-match"))
         texts = changed(before, call.body)
@@ -135,7 +135,7 @@ class BookResource:
         return self._shelf.remove(book)
 
     def _skills(self, given: Any, tenant: str) -> dict[str, Any]:
-        """The skills that a notebook names, by their placeholders. They are read from the store once and then kept.
+        """Return the skills that a notebook names: placeholder -> skill. The notebook keeps their texts.
 
         Raises:
             RefusedError: the value is not an object of names, or this gateway has no store.
@@ -163,7 +163,7 @@ class BookResource:
 
 
 def book_routes(books: BookResource, routing: Routing) -> list[Route]:
-    """The routes of a gateway's notebooks. Other paths and methods below them are 404, not forwarded."""
+    """The routes of a gateway's notebooks. Other paths and methods below them answer 404 and are not forwarded."""
     below = "/v1/notebooks/{rest:path}"
     return [
         *notebook_routes(books, routing),
@@ -173,10 +173,10 @@ def book_routes(books: BookResource, routing: Routing) -> list[Route]:
 
 
 def _settled(book: Book, mode: str) -> tuple[Book, str, str]:
-    """The notebook after an edit, the mode that was used, and why it is not the one asked for.
+    """Return the notebook after an edit, the mode used, and why this is not the mode asked for.
 
-    In mode `full` its text is written anew: new conversations begin with the latest values in their places. Those that run keep
-    what they were sent.
+    In mode `full`, new conversations begin with the latest values in the notebook's text. Conversations that have begun
+    keep the text that was sent.
     """
     if mode == "full":
         return replace(book, base=book.texts), mode, ""

@@ -11,7 +11,7 @@ from programmable_kv.serve.endpoint import Call, Routing
 
 
 class NotebookHandlers(Protocol):
-    """The handlers of the routes."""
+    """The handlers of the notebooks' routes."""
 
     async def create(self, call: Call) -> Response: ...
 
@@ -27,7 +27,7 @@ class NotebookHandlers(Protocol):
 
 
 def notebook_routes(by: NotebookHandlers, routing: Routing) -> list[Route]:
-    """The routes."""
+    """Return the routes of notebooks."""
     return [
         routing.route("POST", "/v1/notebooks", by.create),
         routing.route("GET", "/v1/notebooks", by.listed),

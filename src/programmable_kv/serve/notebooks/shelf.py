@@ -19,12 +19,12 @@ _ABOUT_CONVERSATIONS = (
 
 
 class BookShelf:
-    """Every notebook is read from the state when it is used, so that a server that starts again has them all."""
+    """All notebooks of a gateway. Each is read from the state when it is used, so a restarted gateway has them all."""
 
     def __init__(self, state: State, *, most: int) -> None:
         """
         Args:
-            most: how many are kept, of all tenants together.
+            most: the most notebooks of all tenants together.
         """
         self._state = state
         self._most = most
@@ -33,7 +33,7 @@ class BookShelf:
         return int(self._state.rows("SELECT count(*) FROM gateway_notebooks")[0][0])
 
     def of_tenant(self, tenant: str) -> list[Book]:
-        """A tenant's notebooks, in the order in which they were made."""
+        """A tenant's notebooks, oldest first."""
         statement = f"SELECT {_COLUMNS} FROM gateway_notebooks WHERE tenant = ? ORDER BY number"
         return [_book(*row) for row in self._state.rows(statement, (tenant,))]
 
@@ -43,16 +43,16 @@ class BookShelf:
             RefusedError: the tenant has no such notebook.
         """
         statement = f"SELECT {_COLUMNS} FROM gateway_notebooks WHERE identity = ? AND tenant = ?"
-        rows = self._state.rows(statement, (identity, tenant)) if "\0" not in identity else []  # no text holds that
+        rows = self._state.rows(statement, (identity, tenant)) if "\0" not in identity else []  # no text has NUL
         if not rows:
             raise no_such_notebook()
         return _book(*rows[0])
 
     def add(self, book: Book) -> None:
-        """Keep a new one.
+        """Store a new notebook.
 
         Raises:
-            RefusedError: there are as many as there may be.
+            RefusedError: the state has as many notebooks as it may have.
         """
         with self._state.write(durable=True, locked="gateway_notebooks") as run:
             [(count, last)] = run.execute("SELECT count(*), max(number) FROM gateway_notebooks").fetchall()
@@ -64,15 +64,17 @@ class BookShelf:
             )
 
     def change(self, book: Book, before: Book) -> bool:
-        """Keep new values of one. False where it was edited or deleted since `before` was read."""
+        """Store new values of a notebook. Returns False if it was edited or deleted since `before` was read."""
         with self._state.write(durable=True) as run:
             statement = "UPDATE gateway_notebooks SET version = ?, fields = ? WHERE identity = ? AND version = ?"
             values = (book.version, _fields(book), book.identity, before.version)
             return bool(run.execute(statement, values).rowcount)
 
     def remove(self, book: Book) -> bool:
-        """Forget one, with every conversation that went on with it. Nothing of them is left in the state. False where it was
-        edited or deleted since it was read."""
+        """Delete a notebook and every conversation with it, so that nothing of them is left in the state.
+
+        Returns False if the notebook was edited or deleted since it was read.
+        """
         with self._state.write(durable=True) as run:
             statement = "DELETE FROM gateway_notebooks WHERE identity = ? AND version = ?"
             if not run.execute(statement, (book.identity, book.version)).rowcount:

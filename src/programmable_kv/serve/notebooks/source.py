@@ -1,4 +1,4 @@
-"""What a notebook is made from, checked; and what notebooks refuse, on every server alike."""
+"""Checks the request that creates a notebook, and makes the refusals of notebooks. Every server uses them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from programmable_kv.serve.checks import checked_messages
 from programmable_kv.serve.refusal import Refusal, RefusedError
 
 PREFIX = "notebook:"
-"""how the name of a notebook as a model begins"""
+"""The beginning of a notebook's name as a model."""
 _OF_FIELD: Mapping[str, type] = {
     "value": object, "kind": str, "among": list, "at_least": float, "at_most": float, "charset": str, "max_length": int,
 }  # fmt: skip
-"""what may be said about a field. Whether the guard reads its values is not for a client to say"""
+"""The members of a field's description. A client cannot turn the guard off, so `trusted` is not among them."""
 _LIMITS = ("among", "at_least", "at_most", "charset", "max_length")
 _NO_LIMITS = FieldType()
 _OF_BODY = ("messages", "fields", "tools", "template_kwargs")
 
 
 def source_of(body: Mapping[str, Any], *more: str) -> dict[str, Any]:
-    """What a notebook is made from.
+    """Return the source of a notebook from a request's body.
 
     Args:
-        more: what else the body may have, which is checked elsewhere.
+        more: further members that the body may have. The caller checks them.
 
     Raises:
-        RefusedError: the body is none.
-        InvalidArgumentError: what is said about a field does not fit its kind.
+        RefusedError: the body does not describe a notebook.
+        InvalidArgumentError: the description of a field does not fit the field's kind.
     """
     if unknown := body.keys() - {*_OF_BODY, *more}:
         raise invalid(f"a notebook has {', '.join((*_OF_BODY, *more))}; got {min(unknown)!r:.60}")
@@ -48,11 +48,11 @@ def source_of(body: Mapping[str, Any], *more: str) -> dict[str, Any]:
 
 
 def field_of(name: str, value: Any) -> Any:
-    """A plain value, or an object that says more about it.
+    """Return a plain value unchanged, and an object that describes a field as a `Field`.
 
     Raises:
-        RefusedError: it is an object of another form.
-        InvalidArgumentError: what it says does not fit its kind.
+        RefusedError: the object has another form.
+        InvalidArgumentError: the description does not fit the field's kind.
     """
     if not isinstance(value, Mapping):
         return value
@@ -62,10 +62,10 @@ def field_of(name: str, value: Any) -> Any:
 
 
 def types_told(source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The types of a notebook's fields, as they were declared: the kind of each, and its limits.
+    """Return the declared kind and limits of each field of a notebook.
 
     Args:
-        source: the request it was made from.
+        source: the request that created the notebook.
     """
     declared = {name: type_of(field_of(name, value)) for name, value in (source.get("fields") or {}).items()}
     return {name: _type_told(found) for name, found in declared.items()}
@@ -74,7 +74,7 @@ def types_told(source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def check_version(version: int, if_match: str | None) -> None:
     """
     Raises:
-        RefusedError: another version was expected.
+        RefusedError: `if_match` does not name this version.
     """
     if if_match is None or any_version(if_match):
         return
@@ -85,7 +85,7 @@ def check_version(version: int, if_match: str | None) -> None:
 
 
 def any_version(if_match: str | None) -> bool:
-    """Whether no version in particular is expected."""
+    """Whether the request accepts any version."""
     return if_match is None or if_match.strip() == "*"
 
 
@@ -95,24 +95,24 @@ def etag_of(version: int) -> str:
 
 
 def new_identity() -> str:
-    """A name for a new notebook."""
+    """Return a random id for a new notebook."""
     return f"nb_{secrets.token_hex(12)}"
 
 
 def no_such_notebook() -> RefusedError:
-    """The tenant has no notebook of that name."""
+    """The refusal if the tenant has no notebook with the id."""
     return RefusedError(Refusal(404, "no_such_notebook", "there is no notebook with that id"))
 
 
 def full(most: int) -> RefusedError:
-    """There are as many as there may be."""
+    """The refusal if the server has as many notebooks as it may keep."""
     return RefusedError(
         Refusal(429, "notebooks_full", f"{most} notebooks are kept at most: delete one that is not needed")
     )
 
 
 def too_large(most_bytes: int) -> RefusedError:
-    """Its text with all values in their places is too long."""
+    """The refusal if the values in all of their places are too long."""
     return RefusedError(
         Refusal(
             413,
@@ -124,19 +124,19 @@ def too_large(most_bytes: int) -> RefusedError:
 
 
 def busy() -> RefusedError:
-    """Others change it all the time."""
+    """The refusal if other edits of the notebook always come first."""
     return RefusedError(Refusal(503, "notebook_busy", "the notebook is in use: try again", 1))
 
 
 def tools_differ() -> RefusedError:
-    """A request names other tools than its notebook, whose text names them already."""
+    """The refusal if a request gives other tools than its notebook, whose text contains its tools already."""
     return RefusedError(
         Refusal(400, "tools_differ", "a notebook's tools are given when it is made: leave them out, or give the same")
     )
 
 
 def invalid(message: str) -> RefusedError:
-    """The request is not of the form that is described."""
+    """The refusal if a request does not have the form that the message describes."""
     return RefusedError(Refusal(400, "invalid_request", message))
 
 
@@ -144,7 +144,7 @@ def _fits(key: str, value: Any) -> bool:
     kind = _OF_FIELD.get(key)
     if kind is None or (isinstance(value, bool) and kind in (int, float)):
         return False
-    if kind is float:  # JSON as Python reads it has NaN and Infinity, which nobody else reads
+    if kind is float:  # Python's JSON reader accepts NaN and Infinity, which are not JSON
         return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
     return isinstance(value, kind)
 

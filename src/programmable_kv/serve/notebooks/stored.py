@@ -1,4 +1,4 @@
-"""Skills of a store as a gateway needs them: names, texts and token ids. Needs neither a model nor tensors."""
+"""Reads the names, texts and token ids of a store's skills. This needs neither a model nor tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from programmable_kv.storage.seal import opened
 
 _MANIFEST = re.compile(r"([0-9a-f]{32})\.json")
 _FORMAT = 2
-"""of the manifests that are read here (`storage.manifests.Entry.FORMAT`; a test holds the two together)"""
+"""The format of the manifests that this module reads. A test compares it with `storage.manifests.Entry.FORMAT`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +29,13 @@ class StoredText:
 
 
 class StoredTexts:
-    """The skills of a store. A manifest's name is a digest of its content, so that each is read once."""
+    """The skills of a store. A manifest's name is a digest of its content, so each manifest is read only once."""
 
     def __init__(self, where: str | Path | Blobs, tenants: Collection[str] = ()) -> None:
         """
         Args:
-            tenants: all there are. A skill whose name begins with one of them and a dot is that tenant's alone; the others are
-                published.
+            tenants: all tenants. A skill whose name begins with a tenant's name and a dot is for this tenant alone. All
+                other skills are for every tenant.
 
         Raises:
             StorageError: a URL's driver is not installed or cannot connect.
@@ -45,11 +45,11 @@ class StoredTexts:
         self._read: dict[str, StoredText] = {}
 
     def find(self, which: str, tenant: str) -> StoredText:
-        """A skill by its key or its name, for a tenant.
+        """Return a skill by its key or its name, for a tenant.
 
         Raises:
-            UnknownSkillError: there is none that the tenant may name, or more than one.
-            CorruptFileError: its manifest is damaged.
+            UnknownSkillError: the tenant may name no such skill, or more than one.
+            CorruptFileError: the skill's manifest is damaged.
             StorageError: the store cannot be read.
         """
         keys = self._keys()
@@ -63,7 +63,7 @@ class StoredTexts:
         return found[0]
 
     def named(self, name: str) -> list[StoredText]:
-        """All intact skills of a name.
+        """Return all skills of a name whose manifests are intact.
 
         Raises:
             StorageError: the store cannot be read.
@@ -71,11 +71,11 @@ class StoredTexts:
         return [each for each in map(self._intact, self._keys()) if each is not None and each.name == name]
 
     def of_key(self, key: str) -> StoredText:
-        """A skill by its key.
+        """Return a skill by its key.
 
         Raises:
-            UnknownSkillError: there is none.
-            CorruptFileError: its manifest is damaged.
+            UnknownSkillError: the store has no such skill.
+            CorruptFileError: the skill's manifest is damaged.
             StorageError: the store cannot be read.
         """
         if key not in self._read:
@@ -86,7 +86,7 @@ class StoredTexts:
         return self._read[key]
 
     def _owner(self, name: str) -> str | None:
-        """Whose alone a skill is."""
+        """The only tenant that may name a skill; None if every tenant may."""
         return next((tenant for tenant in self._tenants if name.startswith(f"{tenant}.")), None)
 
     def _keys(self) -> list[str]:

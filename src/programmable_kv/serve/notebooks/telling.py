@@ -1,8 +1,8 @@
-"""Requests that go on with a notebook: its text as it was sent first, and new values in lines, by the modes' own mechanism.
+"""Plans requests to a notebook: the notebook's text as it was sent first, and new values in lines.
 
-Every such request is written as a client without notebooks would write it, with the latest values in their places. That is
-sent where nothing else can be. Otherwise the rewriter takes it as a request whose fields are declared pieces; what changed is
-known from the values, never from comparing texts.
+Each request is first written as a client without notebooks would write it, with the latest values in their places. The
+gateway sends this form if it cannot use lines. Otherwise it uses the mechanism of mode `erratum`, with the fields as
+declared pieces. The changes follow from the values, never from comparing texts.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from programmable_kv.serve.rewriting.verdicts import Verdicts
 from programmable_kv.serve.rewriting.wording import line_of
 
 _MOST_COUNTED = 10_000
-"""notebooks whose usage is added up"""
+"""The number of notebooks whose usage is summed."""
 
 
 @dataclass(slots=True)
 class Counted:
-    """What the upstream counted for a notebook's requests since the gateway started."""
+    """The upstream's usage numbers, summed over a notebook's requests since the gateway started."""
 
     requests: int = 0
     counted_by_upstream: int = 0
@@ -54,14 +54,16 @@ class BookRewriting(Rewriting):
 
     book: Book | None = field(default=None, repr=False)
     root: Conversation | None = field(default=None, repr=False)
-    """the notebook as a conversation without turns of a client: each new conversation goes on with it"""
+    """The notebook as a conversation without turns of a client. Each new conversation continues it."""
     overtaken: bool = False
-    """whether the notebook or the conversation was changed after they were read, so that the plan was given up"""
+    """Whether the plan was dropped because the notebook or the conversation changed after they were read."""
 
 
 class BookRewriter(Rewriter):
-    """Plans requests to notebooks. For several threads. What it finds out about an upstream is its own: the modes' verdicts do
-    not touch notebooks, nor the other way round."""
+    """Plans requests to notebooks. Thread-safe.
+
+    Its verdicts about an upstream are separate from those of the gateway's modes, so neither affects the other.
+    """
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class BookRewriter(Rewriter):
         rebase_after: int = LINES,
         line_role: LineRole = LineRole.AUTO,
     ) -> None:
-        """As a `Rewriter`, without rules and mode."""
+        """The arguments are those of `Rewriter`, without rules and a mode."""
         super().__init__(
             store, verdicts, Rules(learn=False), GatewayMode.ERRATUM, f"notebooks at {upstream}", tell, rebased,
             rebase_after=rebase_after, line_role=line_role,
@@ -83,10 +85,10 @@ class BookRewriter(Rewriter):
         self._lock = threading.Lock()
 
     def ask(self, route: str, headers: Headers, body: Body, book: Book) -> BookRewriting:
-        """Plan a request to a notebook, and remember it as sent.
+        """Plan a request to a notebook, and store the conversation as if it were sent.
 
         Raises:
-            RefusedError: it is no request of its protocol, or names other tools.
+            RefusedError: the request does not have the form of its protocol, or gives other tools than the notebook's.
         """
         whole = request_of(route, body, book, book.texts)
         prompt = prompt_of(route, whole)
@@ -128,7 +130,7 @@ class BookRewriter(Rewriter):
         return work
 
     def settle(self, work: Rewriting, usage: Usage | None) -> Gain | None:
-        """Take the upstream's numbers, for the notebook too."""
+        """Take the upstream's usage numbers, and add them to the notebook's sums."""
         assert isinstance(work, BookRewriting)
         assert work.book is not None
         with self._lock:
@@ -144,7 +146,7 @@ class BookRewriter(Rewriter):
         return Rewriter.settle(self, work, usage)
 
     def counted(self, book: Book) -> Counted:
-        """What the upstream counted for a notebook's requests."""
+        """The sums of the upstream's usage numbers for a notebook's requests."""
         return self._counted.get(book.identity, Counted())
 
     def _commit(self, work: Rewriting, session: str = "") -> None:
@@ -168,20 +170,20 @@ class _Renderings:
         self._made: dict[str, Own] = {}
         base, mark = self.of(book.base), self.of(marked(book))
         self.steady = _frames(base) == _frames(mark) == _frames(self.of(book.texts))
-        """whether all values leave the same texts: an empty one may take a block away, and its place with it"""
+        """Whether all sets of values give the same frames. An empty value may remove a text block with its place."""
         self.places = places_of((*base.head, *base.turns), (*mark.head, *mark.turns)) if self.steady else []
-        """every text that holds a field: its unit and its path"""
+        """Every text that contains a field, as (unit, path of the text)."""
         self._types = book.types
 
     def of(self, values: Mapping[str, str]) -> Own:
-        """With some values."""
+        """The units with a set of values."""
         key = repr(sorted(values.items()))
         if key not in self._made:
             self._made[key] = own_of(*self._asked, values)
         return self._made[key]
 
     def changes(self, told: Mapping[str, str]) -> tuple[Change, ...]:
-        """What a reader of some values does not know."""
+        """The latest values that differ from the values that a reader was told."""
         _, _, book = self._asked
         return tuple(
             Change(name, self._types[name].told(text), True, "value", True, self._trusted(name))
@@ -190,7 +192,7 @@ class _Renderings:
         )
 
     def match(self, conversation: Conversation, prompt: Prompt) -> Match:
-        """Whether a request goes on with a conversation: all is the same but values, of which the old ones are known."""
+        """Match a request to a conversation. They match if they differ only in values, and the old values are known."""
         _, _, book = self._asked
         if conversation.notebook != book.identity or conversation.values.keys() != book.texts.keys():
             return Match(conversation, refused="it is of another notebook")
@@ -208,7 +210,7 @@ class _Renderings:
         return Match(conversation, self.changes(conversation.values))
 
     def _trusted(self, name: str) -> bool:
-        """Whether a field stands in the system prompt."""
+        """Whether a field has a place in the system prompt."""
         _, _, book = self._asked
         others = self.of({**book.base, name: marked(book)[name]})
         return bool(places_of(self.of(book.base).head, others.head))
@@ -219,7 +221,7 @@ def _frames(own: Own) -> tuple[list[str], list[str]]:
 
 
 def line_bytes(book: Book) -> int:
-    """Bytes of the line that tells a new conversation the latest values; 0 where it is told none."""
+    """The size of the line that states the latest values to a new conversation, in bytes; 0 if there is no line."""
     types = book.types
     told = [
         Change(name, types[name].told(text), True, "value")
@@ -230,7 +232,7 @@ def line_bytes(book: Book) -> int:
 
 
 def _root(own: Own, prompt: Prompt, known: Known, book: Book) -> Conversation:
-    """The notebook with the values that it is sent with, as a conversation that goes on."""
+    """The notebook, with the values in its text, as a conversation that a request can continue."""
     inside = {
         at: _texts(unit)
         for at, unit in enumerate(own.turns)
@@ -245,7 +247,7 @@ def _root(own: Own, prompt: Prompt, known: Known, book: Book) -> Conversation:
 
 
 def _head(own: Own, prompt: Prompt) -> tuple[Unit, ...]:
-    """What stands before the conversation: the notebook's own, and system messages that the client begins with."""
+    """The units before the conversation: the notebook's own, and the client's system messages."""
     return (*own.head, *prompt.head[len(own.head) :])
 
 
@@ -254,12 +256,12 @@ def _texts(unit: Unit) -> Texts:
 
 
 def _of_book(made: Plan, book: Book) -> Plan:
-    """The plan, with what it leaves behind kept as the notebook's, at its latest values."""
+    """Mark the conversation that a plan stores as the notebook's, with the latest values."""
     if made.after is None:
         return made
     after = replace(made.after, notebook=book.identity, values=book.texts)
     made = replace(made, notebook_version=book.version)
-    if made.warming is None or book.skills:  # a prefix with skills is not warmed: they are loaded
+    if made.warming is None or book.skills:  # a prefix with skills is not warmed, because vLLM loads the skills
         return replace(made, after=after, warming=None)
     conversation = replace(made.warming.conversation, notebook=book.identity, values=book.texts)
     return replace(made, after=after, warming=replace(made.warming, conversation=conversation))
