@@ -14,13 +14,13 @@ from programmable_kv.verify.relocation import Verdict
 _MEANING = {
     Verdict.EXACT: (
         "Cached tokens can be relocated. The third column says what rotates with the position, and how. The last column is the "
-        "worst error of the check divided by its tolerance (1 would be a failure). If a row names indexer keys or shared layers, "
-        "the rotation is proved, but `KVBuffer` cannot hold this kind of cache yet and refuses it."
+        "worst error of the check divided by its tolerance (1 would be a failure). If a row names indexer keys or shared "
+        "layers, the rotation is proved, but `KVBuffer` cannot hold this kind of cache yet and refuses it."
     ),
     Verdict.WITHIN: "As above, while every position is below the bound. Relocation across the bound is refused.",
     Verdict.ATTENTION_ONLY: (
-        "The attention layers' cache can be relocated, but other layers keep a running state instead of tokens. This state must "
-        "be recomputed over the tokens that follow. The library refuses these models as a whole; the rows say what would be "
+        "The attention layers' cache can be relocated, but other layers keep a running state instead of tokens. This state "
+        "must be recomputed over the tokens that follow. The library refuses these models as a whole; the rows say what would be "
         "possible."
     ),
     Verdict.REFUSED: (
