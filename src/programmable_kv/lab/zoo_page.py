@@ -20,8 +20,8 @@ _MEANING = {
     Verdict.WITHIN: "As above, while every position is below the bound. Relocation across the bound is refused.",
     Verdict.ATTENTION_ONLY: (
         "The attention layers' cache can be relocated, but other layers keep a running state instead of tokens. This state "
-        "must be recomputed over the tokens that follow. The library refuses these models as a whole; the rows say what would be "
-        "possible."
+        "must be recomputed over the tokens that follow. The library refuses these models as a whole; the rows say what would "
+        "be possible."
     ),
     Verdict.REFUSED: (
         "What is cached at one position is wrong at another, or there is nothing to relocate. The edit modes `erratum` and "
