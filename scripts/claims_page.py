@@ -12,17 +12,18 @@ from programmable_kv.records import Record, all_records
 
 _TEXT = f"""# Published claims, and what is known here
 
-The idea that this package rests on was published in *Models Take Notes at Prefill* (arXiv 2606.17107), with its code and
-records. This page lists what was claimed there, and what our own records say of it.
+The idea behind this package was published in *Models Take Notes at Prefill* (arXiv 2606.17107), with its code and records.
+This page lists what was claimed there, and what our own records say about it.
 
-- **{Status.REPRODUCED}**: it holds here, by our own measure. **{Status.BOUNDED}**: it holds within limits that are stated.
-  **{Status.REFUTED}**: measured as it should be, it does not hold here.
-- **{Status.NOT_TESTED}**: no record of ours settles it.
-- **{Status.NOT_TESTABLE}**: none can, on the machines and with the tools that this project is for.
+- **{Status.REPRODUCED}**: the claim holds here, by our own measure.
+- **{Status.BOUNDED}**: the claim holds within limits, which are stated.
+- **{Status.REFUTED}**: measured properly, the claim does not hold here.
+- **{Status.NOT_TESTED}**: none of our records settles it.
+- **{Status.NOT_TESTABLE}**: no record can settle it on the machines and with the tools of this project.
 
-A status that rests on records is a set of conditions on them, in brackets: a test fails when a record says otherwise. Where it
-names an end of the interval, that end has to meet it. The limits were set with the records at hand: they keep a later record
-from contradicting a status, and are no predictions. A status is of the models named, which are small.
+A status that rests on records is a set of conditions on them, in brackets. A test fails if a record does not meet one. If a
+condition names an end of the interval, that end must meet it. We chose the limits with the records at hand. They are not
+predictions; they show when a later record contradicts a status. A status is about the models named, which are small.
 
 {{table}}
 

@@ -9,32 +9,35 @@ from programmable_kv.notebook.survey import page, survey_of_text
 _TEXT = """# Chat templates
 
 A chat template is a program: it may drop a message, move it, rewrite it, or render earlier messages differently once another
-follows. The library renders small conversations to find out what a template does. What a turn, an erratum or a policy says is
-then in the context once and in its place, or the call is refused with a `TemplateError` that says what the template does.
+follows. The library renders small conversations to find out what a template does. The text of a turn, an erratum or a policy
+is then in the context once and in its place. Otherwise the library refuses the call with a `TemplateError` that says what the
+template does.
 
-The rows below are of templates written for the tests, in the shapes of the families that they are named after
-(`tests/templates/`). A model's own template may be of another version: `pkv template MODEL` prints its row.
+`pkv template MODEL` prints the row of your model's template. The rows below are of templates written for the tests, in the
+shapes of the families that they are named after (`tests/templates/`). A model's own template may be of another version.
 
 {table}
 
-- **system**: where a system message stands. *First user turn*: the template itself puts it there. *When asked*: it has no place
-  for one, and `Notebook(model, fold_system=True)` puts what it says at the beginning of the first user turn (`Agent` does so
-  by itself). A notebook may be prefilled with the system message alone; it then ends where the first user turn begins.
-- **mid-conversation**: a system message after a user turn.
-- **tool**: a tool's result after an answer. *Apart from earlier turns*: the template would render those differently now; they
-  stay as they were computed.
+- **system**: where a system message stands. *First user turn*: the template itself puts it there. *When asked*: the template
+  has no place for a system message, and `Notebook(model, fold_system=True)` puts its text at the beginning of the first user
+  turn (`Agent` does so by itself). You may prefill a notebook with the system message alone; it then ends where the first user
+  turn begins.
+- **mid-conversation**: whether a system message may stand after a user turn.
+- **tool**: whether a tool's result may stand after an answer. *Apart from earlier turns*: the template would now render earlier
+  turns differently; in the cache they stay as they were computed.
 - **multi-turn**: *as rendered afresh*: a conversation that is continued turn by turn has the text of a fresh rendering.
-  *Turns stay as computed*: it has not, because the template changes earlier turns (it strips their thoughts, or moves the
-  system message into the last user turn). Only the new turn is rendered, and the account's `why` says so. *Opens a thought*: an
-  answer is asked for behind `<think>`. `generate` goes on there; `decide` closes the thought first: options are answers.
+  *Turns stay as computed*: it has another text, because the template changes earlier turns (it strips their thoughts, or moves
+  the system message into the last user turn). The library renders only the new turn, and the account's `why` says so. *Opens a
+  thought*: an answer begins after `<think>`. `generate` continues there; `decide` closes the thought first, because options are
+  answers.
   (Qwen3 leaves the opening to the model: pass `template_kwargs={{"enable_thinking": False}}` before decisions.)
-- **erratum**: how an edit after a user turn states the new value: as a system message; as a user message; or *inserted* in the
-  form of a user message, where the template takes no second one in a row. The plan's `why` says which.
-- **agent**: whether `Agent` works. A template that writes in upper case takes values in upper case only: another value would
-  not stand as it was given, so it is refused.
+- **erratum**: how an edit after a user turn states the new value: as a system message, as a user message, or *inserted* in the
+  form of a user message, if the template takes no second user message in a row. The plan's `why` says which.
+- **agent**: whether `Agent` works. A template that writes in upper case takes only values in upper case. It would change any
+  other value, so the library refuses that value.
 
-What a template writes only at the very end of a conversation (an end-of-text token) is not cached: it would stand in the middle
-once another turn follows.
+The library does not cache what a template writes only at the very end of a conversation (an end-of-text token), because it
+would stand in the middle once another turn follows.
 
 ## Requests in the shape that clients send
 
@@ -61,12 +64,13 @@ notebook.edit(today="26 November 2026")
 
 A template that asks the clock itself (gpt-oss, SmolLM3) takes the date as `template_kwargs={{"strftime_now": "{{today}}"}}`.
 
-Tools that a template does not write, a tool call that it drops, and a field in a variable that it does not read are refused.
+The library refuses tools that the template does not write, a tool call that it drops, and a field in a variable that it does
+not read.
 
-Values have types as anywhere ([prompts](prompts.md)): `"today": date(2026, 11, 25)` takes dates only. Most templates
+Values have types as everywhere ([prompts](prompts.md)): `"today": date(2026, 11, 25)` takes dates only. Most templates
 write tools as JSON, so a field in a tool takes values without quotes, backslashes and line breaks. Special tokens in
 contents, results, the arguments of calls and `reasoning_content` are plain text. In names, ids, keys, tools and
-variables they are refused.
+variables the library refuses them.
 """
 
 

@@ -43,7 +43,7 @@ def zoo(
         print(json.dumps(rows, indent=1))
         return
     table = Table()
-    for column in ("type", "verdict", "what turns", "worst", "reason"):
+    for column in ("type", "verdict", "what rotates", "worst", "reason"):
         table.add_column(column, overflow="fold")
     for row in rows:
         side = "" if row["side"] == "causal LM" else f" ({row['side']})"

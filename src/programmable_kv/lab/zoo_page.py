@@ -14,37 +14,38 @@ from programmable_kv.verify.relocation import Verdict
 _MEANING = {
     Verdict.EXACT: (
         "Cached tokens can be relocated. The third column says what rotates with the position, and how. The last column is the "
-        "worst error of the check over its tolerance (1 would be a failure). Where a row names indexer keys or shared layers, "
-        "the rotation is proved, but `KVBuffer` does not hold such a cache yet and refuses it."
+        "worst error of the check divided by its tolerance (1 would be a failure). If a row names indexer keys or shared "
+        "layers, the rotation is proved, but `KVBuffer` cannot hold this kind of cache yet and refuses it."
     ),
-    Verdict.WITHIN: "As above, as long as every position stays below the bound. Across it, relocation is refused.",
+    Verdict.WITHIN: "As above, while every position is below the bound. Relocation across the bound is refused.",
     Verdict.ATTENTION_ONLY: (
-        "The attention layers' cache can be relocated, but other layers keep a running state instead of tokens. That state has "
-        "to be recomputed over the tokens that follow. The library refuses these models as a whole; the rows say "
-        "what would be possible."
+        "The attention layers' cache can be relocated, but other layers keep a running state instead of tokens. This state "
+        "must be recomputed over the tokens that follow. The library refuses these models as a whole; the rows say what would "
+        "be possible."
     ),
     Verdict.REFUSED: (
-        "What is cached at one position is wrong at another, or there is nothing to relocate. Edits by erratum or suffix do "
-        "not need relocation."
+        "What is cached at one position is wrong at another, or there is nothing to relocate. The edit modes `erratum` and "
+        "`suffix` do not need relocation."
     ),
     NOT_BUILT: "Nothing is claimed about these.",
 }
 
 _INTRODUCTION = """# Which architectures
 
-Moving a cached token to another position (an edit that changes a value's length, a splice, a cut) is right only if
-everything that the model cached about the token depends on its position in a known way. This is not looked up in a list of
-model types. It is proved on your weights when it is first needed, in about a second (`engine.relocation`): tokens and chunks
-prefilled alone at one position and relocated must equal the same tokens prefilled alone at the other, in every layer, keys
-and values; and a chunk left to count positions by itself must move in the same way, so that a model which ignores the
-positions it is given cannot pass by standing still. A model that fails is refused, with the layer, the error and the reason.
+An edit that changes a value's length, a splice and a cut move cached tokens to other positions. This is right only if
+everything that the model cached about a token depends on its position in a known way. The library does not look this up in
+a list of model types. It proves it on your weights when it first needs it, in about a second (`engine.relocation`). It
+prefills tokens and chunks alone at one position, relocates them, and compares them with the same tokens prefilled alone at
+the other position: keys and values must be equal in every layer, up to rounding. It also lets the model count a chunk's
+positions by itself; this chunk must move in the same way, so that a model which ignores the positions it is given does not
+pass. If a model fails, the library refuses to relocate, and says which layer failed, by how much, and why.
 
-This page is the same check on a tiny random model of every causal language model type of transformers {transformers}, of the
-rotary scalings on one type, and of the text side of the image-text types with M-RoPE. It is written by `pkv zoo` from
-[its record](../results/zoo.json): a real checkpoint of a type can have other settings (a rotary scaling, say), and the check on
-your weights is the one that counts.
+This page shows the same check on tiny random models: every causal language model type of transformers {transformers}, the
+rotary scalings on one type, and the text side of the image-text types with M-RoPE. `pkv zoo` writes it from
+[its record](../results/zoo.json). A real checkpoint of a type can have other settings (a rotary scaling, for example), so only
+the check on your weights counts.
 
-To see the row of one type: `pkv zoo --type llama`.
+`pkv zoo --type llama` prints the row of one type.
 """
 
 
@@ -73,7 +74,7 @@ def _table(verdict: str, rows: list[dict[str, Any]]) -> list[str]:
     explained = any(row["reason"] for row in rows)
     last = ["reason"] if explained else []
     if verdict in (Verdict.EXACT, Verdict.WITHIN, Verdict.ATTENTION_ONLY):
-        head = ["type", "layers", "what turns", *last, "worst"]
+        head = ["type", "layers", "what rotates", *last, "worst"]
     else:
         head = ["type", "reason"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
@@ -82,7 +83,7 @@ def _table(verdict: str, rows: list[dict[str, Any]]) -> list[str]:
         cells = {
             "type": name,
             "layers": ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in row.get("layers", {}).items()),
-            "what turns": row.get("family", ""),
+            "what rotates": row.get("family", ""),
             "reason": " ".join(filter(None, [_plain(row["reason"]), NOTES.get(row["type"], "")])),
             "worst": f"{row['worst']:.0e}" if "worst" in row else "",
         }
