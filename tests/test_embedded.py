@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import DynamicCache
 
@@ -72,12 +73,15 @@ def test_a_slice_of_the_held_out_experiment(embedded: Any, tmp_path: Path) -> No
     assert read_record(tmp_path / "edit-modes.json") == record
 
 
-def test_a_slice_of_the_adapters_evaluation(embedded: Any, tmp_path: Path) -> None:
+@pytest.mark.weights
+@pytest.mark.parametrize("name", ["embedded", "embedded_design"])
+def test_a_slice_of_the_adapters_evaluation(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The first scenarios give the committed record's decisions, except for at most one near tie."""
-    from programmable_kv.lab.adapter import KINDS, evaluate
+    from programmable_kv.lab.adapter import KINDS, evaluate, record_name
 
-    record = evaluate(embedded, 6, tmp_path / "adapter-held-out.json")
-    committed = read_record(RESULTS / "adapter-held-out.json")
+    model = request.getfixturevalue(name)
+    record = evaluate(model, 6, tmp_path / "adapter-held-out.json")
+    committed = read_record(RESULTS / f"{record_name(model)}.json")
     answers = [(row[k], before[k]) for row, before in zip(record.rows, committed.rows, strict=False) for k in KINDS]
     assert len(answers) == 6 * len(KINDS)
     assert sum(ours != theirs for ours, theirs in answers) <= 1

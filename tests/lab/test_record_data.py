@@ -48,6 +48,7 @@ def suite_texts(kind: type[Any], settings: dict[str, Any]) -> Iterable[str]:
 
 DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "adapter-held-out": lambda settings: scenario_texts(settings["scenarios"], adapter.SEED),
+    "adapter-held-out-embedded-design": lambda settings: scenario_texts(settings["scenarios"], adapter.SEED),
     "edit-modes": lambda settings: scenario_texts(settings["scenarios"], edit_modes.SEED),
     "readers": lambda settings: (case.text() for case in readers.cases(settings["count"])),
     "mentions": lambda settings: (case.text() for _, case in mentions.cases(settings["count"])),

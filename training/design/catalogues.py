@@ -1,8 +1,8 @@
 """Catalogues of tools for training: written by hand, or with names of random words.
 
-The hand-written catalogues (`catalogues.toml`) are of twenty-odd agents, none of which sells goods: the tools of a retail
-agent are the test. Their requests say what a person wants mostly in other words than the tool's own. Tools with names
-of random words teach to find a tool by its words, and to spell its name.
+The hand-written catalogues (`catalogues.toml`) belong to 32 agents. None is an online shop, because the tools of a retail
+agent are the test. Most requests say what a person wants in other words than the tool's own. Tools with names of random
+words teach the model to find a tool by its words, and to spell its name.
 """
 
 from __future__ import annotations

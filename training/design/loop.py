@@ -213,10 +213,10 @@ class _Run:
             "recipe": asdict(self._recipe), "step": progress.step, "seconds": round(progress.seconds, 1),
             "skipped": progress.skipped, "averaged": progress.averaged, "device": self._model.device.type,
             "python": platform.python_version(), "torch": torch.__version__,
-            "held_out": {"before": progress.before, "after": after},
+            "held_out": {"before": progress.before, "after": after}, "earlier": adapters.earlier_runs(self._settings.adapter),
             "columns": ["step", "seconds", "divergence", "loss_by_family"], "curve": progress.curve,
         }  # fmt: skip
-        (self._settings.out / "training.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
+        (self._settings.out / adapters.SUMMARY).write_text(json.dumps(summary) + "\n", encoding="utf-8")
 
     def _scored(self, when: str) -> dict[str, Any]:
         """Return held-out scores. A failure here is reported and does not end the run."""

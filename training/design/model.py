@@ -13,7 +13,7 @@ from programmable_kv.cache.layout import KVLayout, Reach
 from programmable_kv.errors import TrainingError
 from training.design import attention as blocks
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, SUMMARY = "adapter_model.safetensors", "adapter_config.json", "training.json"
 
 
 def new_adapter(base: Path, rank: int, out: Path, seed: int) -> Path:
@@ -87,6 +87,17 @@ def load(base: Path, adapter: Path, device: torch.device) -> tuple[Any, Any]:
     for layer in whole_layers(model):
         layer.merge_whole()
     return model, AutoTokenizer.from_pretrained(base)
+
+
+def earlier_runs(adapter: Path) -> list[dict[str, Any]]:
+    """Return the summaries, without their curves, of the runs of this kind that led to an adapter, the first one first."""
+    if not (adapter / SUMMARY).exists():
+        return []
+    summary: dict[str, Any] = json.loads((adapter / SUMMARY).read_text(encoding="utf-8"))
+    if "held_out" not in summary:
+        return []  # another kind of training
+    own = {key: value for key, value in summary.items() if key not in ("earlier", "columns", "curve")}
+    return [*summary.get("earlier", []), own]
 
 
 def trained(model: Any) -> list[torch.nn.Parameter]:

@@ -15,28 +15,39 @@ NAME = "design-training"
 def record_of(
     folder: Path, *, fingerprint: str, command: str, commit: str, started: datetime, machine: Machine, notes: list[str]
 ) -> Record:
-    """Return the record of the run that wrote an adapter and its `training.json` to a folder.
+    """Return the record of the runs that led to an adapter, from the `training.json` in its folder.
+
+    A row has an arm's scores before the first run, between the runs, and after the last one.
 
     Args:
         fingerprint: fingerprint of the model with this adapter.
         command, commit, started, machine, notes: how and where the run was made, which `training.json` does not
             contain.
     """
-    run: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    before, after = run["held_out"]["before"], run["held_out"]["after"]
-    rows = [{"arm": arm, "before": count, "after": after["answers"][arm]} for arm, count in before["answers"].items()]
+    last: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    runs = [*last["earlier"], last]
+    scored = {"before": runs[0]["held_out"]["before"]}
+    scored |= {f"between_{number}": run["held_out"]["before"] for number, run in enumerate(runs[1:], start=1)}
+    scored["after"] = last["held_out"]["after"]
+    rows = [
+        {"arm": arm, **{when: found["answers"][arm] for when, found in scored.items()}}
+        for arm in scored["before"]["answers"]
+    ]
     summary: dict[str, Any] = {
         record_slug(row["arm"]).replace("-", "_"): {
-            when: wilson(row[when]["right"], row[when]["n"]).model_dump() for when in ("before", "after")
+            when: wilson(row[when]["right"], row[when]["n"]).model_dump() for when in scored
         }
         for row in rows
     }
-    summary["perplexity_ratio"] = {"before": before["perplexity_ratio"], "after": after["perplexity_ratio"]}
-    summary |= {"steps": run["step"], "seconds": run["seconds"]}
+    summary["perplexity_ratio"] = {when: found["perplexity_ratio"] for when, found in scored.items()}
+    for number, run in enumerate(runs, start=1):
+        sequences = run["step"] * run["recipe"]["sequences_per_step"]
+        summary[f"run_{number}"] = {"steps": run["step"], "seconds": run["seconds"], "sequences": sequences}
     return Record(
-        name=NAME, version=1, title="Held-out answers before and after training under visibility by design",
-        command=command, commit=commit, started=started, wall_seconds=run["seconds"], model="embedded-design",
+        name=NAME, version=2, title="Held-out answers before and after training under visibility by design",
+        command=command, commit=commit, started=started, wall_seconds=last["seconds"], model="embedded-design",
         model_fingerprint=fingerprint, data_digest=digest_of(row["arm"] for row in rows),
-        seeds=[run["recipe"]["seed"]], machine=machine, settings=run["recipe"], rows=rows, summary=summary, complete=True,
+        seeds=[run["recipe"]["seed"] for run in runs], machine=machine, rows=rows, summary=summary, complete=True,
+        settings={f"run_{number}": run["recipe"] for number, run in enumerate(runs, start=1)},
         notes=notes,
     )  # fmt: skip

@@ -359,16 +359,18 @@ def lab_along_adapter(
 
 @app.command("adapter")
 def lab_adapter(
+    model: ModelOption = "embedded",
     scenarios: Annotated[int, typer.Option(min=1, help="held-out scenarios")] = 800,
     attach: Annotated[
         Path | None, typer.Option(help="also put the figures into the training.json of this folder of weights")
     ] = None,
     out_path: OutOption = None,
 ) -> None:
-    """Measure how often the embedded model follows policies that it never saw, and updates of them."""
-    from programmable_kv.lab.adapter import attach_figures, evaluate
+    """Measure how often an embedded model follows policies that it never saw, and updates of them."""
+    from programmable_kv.lab.adapter import attach_figures, evaluate, record_name
 
-    record = measure(evaluate, load("embedded"), out_path, "adapter-held-out", "Scenarios", scenarios, count=scenarios)
+    loaded = load(model)
+    record = measure(evaluate, loaded, out_path, record_name(loaded), "Scenarios", scenarios, count=scenarios)
     if attach is not None:
         attach_figures(attach, record)
 

@@ -1,4 +1,4 @@
-"""Does the embedded model follow policies it never saw? Held-out domains, fields, values, actions and phrasings.
+"""Does an embedded model follow policies it never saw? Held-out domains, fields, values, actions and phrasings.
 
 A drawn policy has one set of 2 to 4 rules, or two such sets for two topics of requests. A rule depends on the field's
 value, or on the group that the value is looked up in (two hops). The summary reports each kind separately.
@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from programmable_kv.models.load import Model, load_model
+from programmable_kv.models.source import EMBEDDED
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, statement
-from programmable_kv.records import Record, Recorder, digest_of, wilson
+from programmable_kv.records import Record, Recorder, digest_of, record_on, wilson
 from programmable_kv.scenarios.grammar import Scenario, other_value
 from programmable_kv.scenarios.held_out import held_out_scenarios
 from programmable_kv.scenarios.phrasings import PHRASINGS, question, update
@@ -50,9 +51,9 @@ def evaluate(
     drawn = held_out_scenarios(count, SEED)
     recorder = Recorder(
         path,
-        name="adapter-held-out",
+        name=record_name(model),
         version=2,
-        title="The embedded model on held-out gated decisions",
+        title=f"{'The embedded model' if model.name == EMBEDDED else model.name} on held-out gated decisions",
         command=command,
         model=model.name,
         model_fingerprint=model.fingerprint,
@@ -66,6 +67,11 @@ def evaluate(
         if report is not None:
             report(index + 1, count)
     return recorder.finish(summarise(recorder.rows))
+
+
+def record_name(model: Model) -> str:
+    """The record's name. The default model's has no model in it."""
+    return "adapter-held-out" if model.name == EMBEDDED else record_on("adapter-held-out", model.name)
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
