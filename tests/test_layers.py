@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "programmable_kv"
 
 ALLOWED = {
-    ("cache.copies", "cache.buffer"): "types only: it reads and fills a buffer",
-    ("cache.buffer_layer", "cache.buffer"): "types only: a layer refers to the buffer that it belongs to",
+    ("cache.copies", "cache.slot_storage"): "types only: it reads and fills a buffer",
+    ("cache.buffer_layer", "cache.slot_storage"): "types only: a layer refers to the buffer that it belongs to",
     ("notebook.asking", "notebook.notebook"): "types only: a question is put to a notebook",
     ("notebook.html", "notebook.notebook"): "types only: it shows a notebook",
     ("notebook.keeping", "notebook.notebook"): "types only: turns are kept in a notebook",

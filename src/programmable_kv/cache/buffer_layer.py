@@ -13,7 +13,7 @@ from programmable_kv.cache.transformers_api import CacheLayerMixin
 from programmable_kv.errors import CacheBufferError
 
 if TYPE_CHECKING:
-    from programmable_kv.cache.buffer import KVBuffer
+    from programmable_kv.cache.slot_storage import SlotStorage
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, owner: KVBuffer) -> None:
+    def __init__(self, owner: SlotStorage) -> None:
         super().__init__()
         # The buffer refers to its layers. The reference back is weak, so that the memory is freed as soon as the last
         # reference to the buffer goes away. The garbage collector would wait long: it counts objects, not their bytes.
@@ -39,7 +39,7 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length = 0
 
     @property
-    def _owner(self) -> KVBuffer:
+    def _owner(self) -> SlotStorage:
         owner = self._weak_owner()
         if owner is None:
             raise CacheBufferError(

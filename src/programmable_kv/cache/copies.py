@@ -1,4 +1,4 @@
-"""Export of a buffer as named tensors, for copying and saving, and import. Both use private parts of `KVBuffer`."""
+"""Export of a buffer as named tensors, for copying and saving, and import. Both use private parts of `SlotStorage`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from programmable_kv.cache.layout import Rotated
 from programmable_kv.errors import CacheBufferError
 
 if TYPE_CHECKING:
-    from programmable_kv.cache.buffer import KVBuffer
+    from programmable_kv.cache.slot_storage import SlotStorage
 
 
-def named_tensors(buffer: KVBuffer) -> dict[str, torch.Tensor]:
+def named_tensors(buffer: SlotStorage) -> dict[str, torch.Tensor]:
     """Everything in use, as named views: `keys.I` and `values.I` [B, H, S, D] for layer I, `positions` [S].
 
     If the model's frequencies depend on the length, also `frequencies`: the tables that the rows were computed with. If
@@ -35,7 +35,7 @@ def named_tensors(buffer: KVBuffer) -> dict[str, torch.Tensor]:
     return named
 
 
-def fill(buffer: KVBuffer, named: Mapping[str, torch.Tensor]) -> None:
+def fill(buffer: SlotStorage, named: Mapping[str, torch.Tensor]) -> None:
     """Fill an empty buffer with copies of named tensors.
 
     Raises:
@@ -67,7 +67,7 @@ def fill(buffer: KVBuffer, named: Mapping[str, torch.Tensor]) -> None:
     buffer.meter.count(moved=buffer.nbytes)
 
 
-def _count(buffer: KVBuffer, named: Mapping[str, torch.Tensor]) -> int:
+def _count(buffer: SlotStorage, named: Mapping[str, torch.Tensor]) -> int:
     """The number of rows in the tensors.
 
     Raises:
