@@ -123,7 +123,7 @@ def test_a_skill_that_had_read_a_beginning_is_compiled_anew_with_the_words_of_he
     assert TokenState.STALE in notebook.states
     planned = notebook.plan.edit(status="yy")
     account = notebook.edit(status="yy")
-    assert "recompiled after the 1 tokens" in account.why
+    assert "recompiled after the token before it" in account.why
     assert (account.tokens_computed, account.tokens_relocated) == (planned.tokens_computed, planned.tokens_relocated)
     assert_all_exact(notebook, zone=["zone", "two"])
     notebook.edit(zone="two")

@@ -31,3 +31,5 @@ def test_a_notebook_shows_its_model_tokens_and_fields() -> None:
     notebook = Notebook(tiny()).text("status: {status}", status="pending")
     notebook.prefill()
     assert repr(notebook) == f"<Notebook on {notebook.model.name}: {len(notebook)} cached tokens, status='pending'>"
+    notebook.edit(status="delayed" * 50)
+    assert len(repr(notebook)) < 150  # a long value is shortened

@@ -26,7 +26,7 @@ _LARGEST_STEP = 8192
 
 
 class SlotStorage(Cache):  # type: ignore[misc]
-    """Keys and values of one token sequence in slots, all layers. What may be done with them is `KVBuffer`'s."""
+    """Keys and values of one token sequence in slots, all layers. `KVBuffer` adds writing, moving and splicing."""
 
     def __init__(self, layout: KVLayout, *, capacity: int = SMALLEST_CAPACITY, meter: Meter | None = None) -> None:
         self.layout = layout

@@ -11,6 +11,7 @@ notebook.decide(options=["cancel", "deny"])
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -500,7 +501,7 @@ class Notebook(Written):
         return saving.pickled(self)
 
     def __repr__(self) -> str:
-        fields = "".join(f", {name}={value!r}" for name, value in self.fields.items())
+        fields = "".join(f", {name}={reprlib.repr(value)}" for name, value in self.fields.items())
         return f"<Notebook on {self.model.name}: {len(self)} cached tokens{fields}>"
 
     def _repr_html_(self) -> str:

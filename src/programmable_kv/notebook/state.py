@@ -118,16 +118,14 @@ class State:
         context = self.context
         named = [(context.units[group.start].name, context.slots_of(group)) for group in context.groups]
         found = [span for known, span in named if known == name]
-        if len(found) != 1:
-            if found:
-                raise UnknownPartError(
-                    f"{len(found)} skills are called {name!r} in this context. Choose from `.parts` and pass the part itself."
-                )
-            known = ", ".join(filter(None, (known for known, _ in named)))
+        if len(found) > 1:
             raise UnknownPartError(
-                f"there is no skill {name!r} in this context; "
-                + (f"its skills are: {known}" if known else "it has none")
+                f"{len(found)} skills are called {name!r} in this context. Choose from `.parts` and pass the part itself."
             )
+        if not found:
+            known = ", ".join(filter(None, (known for known, _ in named)))
+            its = f"its skills are: {known}" if known else "it has none"
+            raise UnknownPartError(f"there is no skill {name!r} in this context; {its}")
         return found[0]
 
     def _current(self, part: Part) -> Span:
