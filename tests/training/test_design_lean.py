@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch.nn.functional import scaled_dot_product_attention
 
 from conftest import tiny_model, tokenizer
+from programmable_kv.models.fetch import adapter_folder
 from training.design import model as adapters
 from training.design.attention import NAME, attention, register
 from training.design.batches import Batch, batches, divergence, predicted
@@ -115,6 +117,25 @@ def test_without_the_adapter_it_is_the_base(way: str) -> None:
     with torch.no_grad(), model.disable_adapter():
         off = model(input_ids=rows).logits
     torch.testing.assert_close(off, tiny_model("llama", dtype=torch.float64)(input_ids=rows).logits)
+
+
+def test_only_the_adapter_is_written(tmp_path: Path) -> None:
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / adapters.CONFIG).write_text("{}")
+    model = adapted("gpu")
+    adapters.write(model, tmp_path / "start", tmp_path)
+    written = load_file(tmp_path / adapters.WEIGHTS)
+    assert len(written) == len(adapters.trained(model)) == 2 * len(whole_layers(model))
+    assert all("lora_" in name for name in written)
+
+
+def test_a_run_keeps_the_summaries_of_earlier_ones(tmp_path: Path) -> None:
+    assert adapters.earlier_runs(tmp_path) == []
+    assert adapters.earlier_runs(adapter_folder("embedded")) == []  # another kind of training
+    first, second = adapters.earlier_runs(adapter_folder("embedded-design"))
+    assert first["step"] != second["step"]
+    assert first["held_out"]["after"]["answers"].keys() == second["held_out"]["before"]["answers"].keys()
+    assert "curve" not in second
 
 
 def test_a_cpu_loads_it_lean(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ In reading order:
     lines.py      splits a system message into plain text, fields and readers
     dialogues.py  policies with edits between turns: under design, with errata, or rewritten
     blocks.py     texts compiled alone or in one piece: rule sets, facts, updates
-    tools.py      catalogues of invented tools, and requests for one of them
+    tools.py      catalogues of tools, invented or written by hand (catalogues.py), and requests for one of them
+    words.py      the words of the tokenizer's vocabulary, of which names are made
     recipe.py     the mixture, the rates and the schedule
     mixture.py    the sequences of a step, drawn from (seed, step, index)
     batches.py    sequences padded into batches, and the losses on them

@@ -85,8 +85,7 @@ class _Run:
         self._whole = whole_layers(self._model)
         settings.out.mkdir(parents=True, exist_ok=True)
         self._progress = resume(settings.out, self._masters, recipe, device)
-        for layer in self._whole:
-            layer.merge_whole()
+        self._merge()
         # Read these once, before worker processes are forked. Otherwise each process would read them again.
         documents("replay", 200, packages=True)
         english()
@@ -158,8 +157,7 @@ class _Run:
             progress.skipped += 1
         if share >= 1 - recipe.averaged_share:
             progress.average(self._masters.tensors)
-        for layer in self._whole:
-            layer.merge_whole()
+        self._merge()
         progress.step += 1
 
     def _over(self) -> bool:
@@ -200,8 +198,12 @@ class _Run:
             with torch.no_grad():
                 for weight, mean in zip(adapters.trained(self._model), self._progress.mean, strict=True):
                     weight.copy_(mean)
-            for layer in self._whole:
-                layer.merge_whole()
+            self._merge()
+
+    def _merge(self) -> None:
+        """On a GPU, compute the merged weights again after the adapter changed."""
+        for layer in self._whole:
+            layer.merge_whole()
 
     def _export(self, after: dict[str, Any]) -> None:
         adapters.write(self._model, self._settings.adapter, self._settings.out)

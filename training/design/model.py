@@ -94,7 +94,7 @@ def earlier_runs(adapter: Path) -> list[dict[str, Any]]:
     if not (adapter / SUMMARY).exists():
         return []
     summary: dict[str, Any] = json.loads((adapter / SUMMARY).read_text(encoding="utf-8"))
-    if "held_out" not in summary:
+    if "mixture" not in summary.get("recipe", {}):
         return []  # another kind of training
     own = {key: value for key, value in summary.items() if key not in ("earlier", "columns", "curve")}
     return [*summary.get("earlier", []), own]
@@ -106,7 +106,10 @@ def trained(model: Any) -> list[torch.nn.Parameter]:
 
 
 def write(model: Any, adapter: Path, out: Path) -> None:
-    """Write the adapter's weights in bfloat16, atomically, and copy the configuration of the initial adapter."""
+    """Write the adapter's weights in bfloat16, atomically, and copy the configuration of the initial adapter.
+
+    Merged weights are left out.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 

@@ -187,7 +187,9 @@ def _built(state: DesignState, plan: Plan, turns: Turns, *, whole: bool = False)
             build = on_ledger(step, build)
             read = len(step.units[0].read)
             tokens = "token" if read == 1 else f"{read} tokens"
-            plan = plan.because(f"skill {step.units[0].name!r} is recompiled after the {tokens} before it that it reads")
+            plan = plan.because(
+                f"skill {step.units[0].name!r} is recompiled after the {tokens} before it that it reads"
+            )
         spans = build.outdated(plan.after, kept)
     if whole:
         parts = parts_of(plan.after, build.declared)
