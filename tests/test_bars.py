@@ -79,6 +79,8 @@ BARS = [
     ("by-design-embedded-design", "rule_sets_3.design.right.value", AT_LEAST, 0.97),
     ("by-design-embedded-design", "rule_sets_6.design.right.value", AT_LEAST, 0.93),
     ("design-training", "perplexity_ratio.after", AT_MOST, 1.1),
+    ("adapter-held-out-embedded-design", "direct.value", AT_LEAST, 0.97),
+    ("adapter-held-out-embedded-design", "irrelevant_update.value", AT_LEAST, 0.97),
     ("agent-design", "design.agreement.value", AT_LEAST, 0.97),
     ("edit-ttft-embedded-design", "at_4096.design_over_erratum_tokens", AT_MOST, 3),
     ("edit-ttft", "at_4096.design_over_causal_prefill", AT_MOST, 1.1),
