@@ -129,7 +129,7 @@ def test_a_notebook_keeps_its_tools(server: Running, openai_client: openai.OpenA
     openai_client.chat.completions.create(model=book["model"], messages=said, tools=[TOOL], max_tokens=2)  # type: ignore[list-item]
     for model in (book["model"], with_tools["model"]):
         other: Any = [{**TOOL, "function": {**TOOL["function"], "name": "other"}}]
-        with pytest.raises(openai.BadRequestError, match="when it is made"):
+        with pytest.raises(openai.BadRequestError, match="when it is created"):
             openai_client.chat.completions.create(model=model, messages=said, tools=other)
 
 

@@ -20,7 +20,9 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = self._counter("requests", "answered requests", "route", "status")
-        self.refused = self._counter("refused", "requests that the gateway refused itself", "route", "code")
+        self.refused = self._counter(
+            "refused", "requests that this server answered with an error of its own", "route", "code"
+        )
         self.upstream_failures = self._counter("upstream_failures", "failures of the upstream", "route", "code")
         self.upstream_answers = self._counter(
             "upstream_answers", "answers of each upstream, by the upstream's number", "upstream"
