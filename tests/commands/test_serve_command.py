@@ -93,7 +93,7 @@ def test_by_default_it_observes_on_this_machine_only(served: list[Any]) -> None:
 def test_several_upstreams(served: list[Any]) -> None:
     invoke("--upstream", "http://10.0.0.1:8000", "--upstream", "http://10.0.0.2:8000")
     assert (served[0].upstream, served[0].more_upstreams) == ("http://10.0.0.1:8000", ("http://10.0.0.2:8000",))
-    with pytest.raises(InvalidArgumentError, match="given once"):
+    with pytest.raises(InvalidArgumentError, match="only once"):
         invoke("--upstream", "http://10.0.0.1:8000", "--upstream", "http://10.0.0.1:8000/")
 
 

@@ -161,7 +161,7 @@ def test_keys_are_not_shown() -> None:
         ("name sha256:12\n", "line 1"),
         ("a b sha256:" + "0" * 64, "line 1"),
         ("bad/name sha256:" + "0" * 64, "line 1"),
-        ("a sha256:" + "0" * 64 + "\na sha256:" + "1" * 64, "second time"),
+        ("a sha256:" + "0" * 64 + "\na sha256:" + "1" * 64, "repeats the name"),
     ],
 )
 def test_a_file_of_keys_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -237,7 +237,10 @@ def test_a_route_on_which_it_does_not_pay_is_switched_off(tmp_path: Path) -> Non
                 body = {"model": "m", "messages": [{"role": "system", "content": at(str(turn % 7))}, *said]}
                 got = httpx2.post(f"{gateway.url}{CHAT}", json=body)
                 settled(gateway, turn + 1)
-            assert got.headers["x-pkv-action"] == "forwarded; why=switched off: it did not pay here"
+            assert (
+                got.headers["x-pkv-action"]
+                == "forwarded; why=rewriting is switched off here for now, because it did not pay"
+            )
             assert upstream.bodies[-1] == body
             assert metric(gateway.url, f'pkv_rewriting_lost_tokens_estimate_total{{route="{CHAT}"}}') > 0
             assert {"of": f"{CHAT} m", "about": "off", "verdict": "rewriting lost tokens"} in rewriting(gateway)[
@@ -267,7 +270,7 @@ def test_a_fault_of_the_store_harms_no_request(of: type, fault: str, monkeypatch
         got = httpx2.post(f"{gateway.url}{CHAT}", json={"model": "m", "messages": said})
         assert got.status_code == 200
         if fault != "decide":
-            assert got.headers["x-pkv-action"] == "forwarded; why=a fault of the gateway's own"
+            assert got.headers["x-pkv-action"] == "forwarded; why=the gateway failed to rewrite the request"
             assert upstream.bodies[-1]["messages"] == said
 
 

@@ -30,7 +30,10 @@ def test_a_tenants_long_requests_switch_nothing_off_for_others() -> None:
     peer = Peer()
     for number in range(9):
         taken_as_it_came(peer, chat(at("1"), f"long {number}"), "bob")
-    assert begun(peer, chat(at("1"), "one more"), "bob").plan.why == "switched off: it did not pay here"
+    assert (
+        begun(peer, chat(at("1"), "one more"), "bob").plan.why
+        == "rewriting is switched off here for now, because it did not pay"
+    )
     peer.send(chat(at("1"), "hi"), tenant="alice")
     assert peer.action == "announced"
 
@@ -100,7 +103,7 @@ def test_a_loss_of_one_tenant_is_that_tenants() -> None:
     for turn in range(12):
         peer.send(chat(at(str(turn % 7)), *said), tenant="bob", usage=Usage(2000, 0, 0))
         said += ["Yes.", "so"]
-    assert peer.why == "switched off: it did not pay here"
+    assert peer.why == "rewriting is switched off here for now, because it did not pay"
     peer.send(chat(at("1"), "hi"), tenant="alice")
     assert peer.action == "announced"
 

@@ -146,7 +146,7 @@ def test_an_upstream_that_is_not_there_is_named() -> None:
         port = free.getsockname()[1]
     with running(GatewaySettings(f"http://127.0.0.1:{port}", port=0)) as gateway:
         client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="k", max_retries=0)
-        with pytest.raises(openai.InternalServerError, match="it is refused"):
+        with pytest.raises(openai.InternalServerError, match="the connection was refused"):
             client.models.list()
         assert metric(gateway.url, 'pkv_upstream_failures_total{code="upstream_unreachable",route="/v1/models"}') == 1
 
@@ -154,20 +154,23 @@ def test_an_upstream_that_is_not_there_is_named() -> None:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (ConnectionRefusedError(111, "Connect call failed ('10.0.0.1', 80)"), "it is refused. Is it running?"),
-        (TimeoutError(), "it did not take one in time"),
-        (socket.gaierror(-2, "Name or service not known"), "the name in its address is not known"),
+        (
+            ConnectionRefusedError(111, "Connect call failed ('10.0.0.1', 80)"),
+            "the connection was refused. Is it running?",
+        ),
+        (TimeoutError(), "it did not answer in time"),
+        (socket.gaierror(-2, "Name or service not known"), "the host name in its address is unknown"),
         (OSError(errno.EHOSTUNREACH, "Connect call failed ('10.0.0.1', 80)"), "No route to host. Is it running?"),
         (
             OSError("Multiple exceptions: [Errno 111] ('10.0.0.1', 80), [Errno 101] ('::1', 80)"),
-            "none of its addresses takes one. Is it",
+            "none of its addresses accepts a connection. Is it",
         ),
     ],
 )
 def test_it_is_said_why_there_is_no_connection_and_no_address(error: OSError, said: str) -> None:
     refusal = not_connected(error)
     assert (refusal.status, refusal.code) == (502, "upstream_unreachable")
-    assert refusal.message.startswith(f"no connection to the upstream: {said}")
+    assert refusal.message.startswith(f"cannot connect to the upstream: {said}")
     assert "10.0.0.1" not in refusal.message
 
 

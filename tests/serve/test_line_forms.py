@@ -128,7 +128,7 @@ def test_a_line_behind_a_tools_result_reaches_the_model(family: str) -> None:
         assert note is None or note.form is Form.USER, "nothing is known, and the client's own request is refused"
         return
     if family == "mistral_v3":
-        assert (peer.action, peer.why) == ("reset", "the upstream takes no line")
+        assert (peer.action, peer.why) == ("reset", "the upstream accepts no line")
         return
     assert note is not None
     assert note.form is (Form.SYSTEM if family in WITH_TOOLS else Form.USER)

@@ -330,4 +330,4 @@ def test_a_bad_stop_string_is_named_as_the_client_named_it(
 ) -> None:
     got = httpx2.post(server.url + path, json={**LEAST[path], "model": model.name, name: value})
     assert got.status_code == 400
-    assert got.json()["error"]["message"].startswith(f"{name} is a list of texts")
+    assert got.json()["error"]["message"].startswith(f"{name} must be a text or a list of texts")

@@ -129,7 +129,7 @@ def test_a_notebook_keeps_its_tools(server: Running, openai_client: openai.OpenA
     openai_client.chat.completions.create(model=book["model"], messages=said, tools=[TOOL], max_tokens=2)  # type: ignore[list-item]
     for model in (book["model"], with_tools["model"]):
         other: Any = [{**TOOL, "function": {**TOOL["function"], "name": "other"}}]
-        with pytest.raises(openai.BadRequestError, match="when it is made"):
+        with pytest.raises(openai.BadRequestError, match="when it is created"):
             openai_client.chat.completions.create(model=model, messages=said, tools=other)
 
 
@@ -206,7 +206,7 @@ def test_a_template_without_tools_refuses_them(path: str) -> None:
         assert got.status_code == 400, got.text
         found = got.json()
         assert (found["code"] if path == "/v1/messages" else found["error"]["code"]) == "tools_not_supported"
-        assert "leaves tools out" in found["error"]["message"]
+        assert "ignores tools" in found["error"]["message"]
         assert httpx2.post(f"{server.url}{path}", json={**asked, **named, **limit}).is_success
 
 
@@ -214,7 +214,7 @@ def test_a_template_without_tools_refuses_them(path: str) -> None:
 def test_the_embedded_model_s_template_takes_no_tools() -> None:
     from programmable_kv import load_model
 
-    with pytest.raises(RefusedError, match="leaves tools out"):
+    with pytest.raises(RefusedError, match="ignores tools"):
         check_tools(load_model(), [TOOL])
 
 

@@ -439,4 +439,4 @@ def test_a_rebase_that_costs_more_than_lines_save_switches_the_mode_off() -> Non
         body = chat(at(str(minute % 10)), *said)
         peer.send(body, usage=Usage(1000, 900, 0, True))
         said += ["Yes.", f"more {minute}"]
-    assert peer.why == "switched off: it did not pay here"
+    assert peer.why == "rewriting is switched off here for now, because it did not pay"

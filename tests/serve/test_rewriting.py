@@ -106,7 +106,7 @@ def test_a_line_never_parts_a_call_from_its_result(route: str) -> None:
         make = claude
     peer.send(make(at("1"), "look"), route=route)
     open_call = peer.send(make(at("2"), "look", *calls), route=route)
-    assert (peer.action, peer.why) == ("reset", "there is no place for a line")
+    assert (peer.action, peer.why) == ("reset", "no line can be appended to this request")
     assert "[state" not in json.dumps(open_call["messages"][-1])
     closed = peer.send(make(at("3"), "look", *calls, *rest), route=route)
     assert peer.action == "erratum"
@@ -120,7 +120,7 @@ def test_a_message_that_the_model_goes_on_with_gets_no_line() -> None:
     open_ended: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
     peer.send(chat(at("1"), "hi"))
     got = peer.send(chat(at("2"), "hi", "Yes.", "I would like to", **open_ended))
-    assert (peer.action, peer.why) == ("reset", "there is no place for a line")
+    assert (peer.action, peer.why) == ("reset", "no line can be appended to this request")
     assert got["messages"][-1] == {"role": "user", "content": "I would like to"}
     assert got["messages"][0]["content"].startswith(at("2"))
     hoisting = Peer(mode=GatewayMode.HOIST)
@@ -151,12 +151,12 @@ def test_responses_with_items() -> None:
     assert extends(third, second)
     held = codex(at("4"), item("user", "so"), previous_response_id="r1")
     assert peer.send(held, route=RESPONSES) == held
-    assert (peer.action, peer.why) == ("forwarded", "the body is no conversation")
+    assert (peer.action, peer.why) == ("forwarded", "the body is not a conversation that can be rewritten")
     partly = [item("user", "hi"), thought, *calls, results[0]]
     other = Peer()
     other.send(codex(at("1"), item("user", "hi")), route=RESPONSES)
     other.send(codex(at("2"), *partly), route=RESPONSES)
-    assert (other.action, other.why) == ("reset", "there is no place for a line")
+    assert (other.action, other.why) == ("reset", "no line can be appended to this request")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_the_same_tools_in_another_order_are_sent_in_the_earlier_one(system: Cal
     tools = [tool("a"), tool("b"), tool("b"), tool("c")]
     first = peer.send(chat(system("1"), "hi", tools=tools))
     second = peer.send(chat(system("1"), "hi", "Yes.", "so", tools=tools[::-1]))
-    assert (peer.action, peer.why) == ("replayed", "the tools are in their earlier order")
+    assert (peer.action, peer.why) == ("replayed", "the tools are sent in their earlier order")
     assert second["tools"] == tools
     assert extends(second, first)
     plan = peer.works[-1].plan
@@ -252,7 +252,10 @@ def test_an_edited_message_is_a_new_beginning() -> None:
         "it begins with the same system prompt, and its own line"
     )
     got = peer.send(chat(at("3"), "hi", "No.", "so"))
-    assert (peer.action, peer.why) == ("reset", "an earlier message changed, or a conversation begins like another")
+    assert (peer.action, peer.why) == (
+        "reset",
+        "an earlier message changed, or another conversation begins the same way",
+    )
     assert len(got["messages"]) == 4
 
 
@@ -334,7 +337,7 @@ def test_a_text_that_holds_the_token_ends_the_channel() -> None:
     peer.send(chat(at("1"), "hi"))
     token = peer.works[-1].plan.after.token  # type: ignore[union-attr]
     peer.send(chat(at("2"), "hi", "Yes.", f'[state {token}] "the time": "9"'))
-    assert (peer.action, peer.why) == ("reset", "the client's text holds the token")
+    assert (peer.action, peer.why) == ("reset", "the client's text contains the conversation's token")
     assert peer.works[-1].plan.after.token != token  # type: ignore[union-attr]
     assert peer.sent[-1]["messages"][0]["content"].count(token) == 0
 

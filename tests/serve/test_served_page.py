@@ -225,7 +225,7 @@ class TestInBrowser:
 
             browser.type("#field-record", "{")
             browser.click("#edit")
-            browser.wait_for("#account", "the value of record is no JSON")
+            browser.wait_for("#account", "the value of record is not valid JSON")
             browser.type("#field-record", '{"id": 1}')
             browser.choose("#mode", "full")
             browser.click("#edit")
@@ -238,7 +238,7 @@ class TestInBrowser:
             assert http.patch(f"/v1/notebooks/{book}/fields", json={"paid": True}).status_code == 200
             browser.choose("#field-status", "pending")
             browser.click("#edit")
-            browser.wait_for("#account", "the notebook is at version 4 now: read it, and decide again")
+            browser.wait_for("#account", "the notebook is now at version 4: read it again, then decide")
             browser.wait_for("#notebook-name", "version 4")
             assert browser.value("#field-paid") == "true"
             assert browser.value("#field-status") == "shipped", "what the notebook holds, not what was refused"

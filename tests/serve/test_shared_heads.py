@@ -72,7 +72,7 @@ def test_a_conversation_whose_tools_stand_in_another_order_begins_with_the_same_
     fourth = peer.send(
         chat(at(minute), "two", "Yes.", "so", "Yes.", "then", tools=tools[1:] + tools[:1]), session="two"
     )
-    assert (peer.action, peer.why) == ("replayed", "the tools are in their earlier order")
+    assert (peer.action, peer.why) == ("replayed", "the tools are sent in their earlier order")
     assert extends(fourth, third)
 
 
@@ -163,9 +163,9 @@ def test_it_can_be_switched_off() -> None:
         peer.send(chat(at("1"), "one"), session="one")
         peer.send(chat(at("2"), "two"), session="two")
         assert peer.action == action
-    with pytest.raises(InvalidValueError, match="share is one of none, declared, learned"):
+    with pytest.raises(InvalidValueError, match="share must be one of none, declared, learned"):
         rules_of({**rules, "share": True})
-    with pytest.raises(InvalidValueError, match="tell and share are true or false"):
+    with pytest.raises(InvalidValueError, match="tell and share must be true or false"):
         rules_of({"volatile": [{"name": "time", "pattern": "x", "share": "yes"}]})
 
 

@@ -111,7 +111,7 @@ def test_of_two_requests_at_once_one_goes_on_with_the_conversation(database: Dat
         thread.join(30)
     actions = {peer.action: peer for peer in (one, other)}
     assert set(actions) == {"erratum", "forwarded"}, "both read the same version, and one of them wrote it first"
-    assert actions["forwarded"].why == "another request went on with the conversation"
+    assert actions["forwarded"].why == "another request continued the conversation"
     won = actions["erratum"]
     loser = actions["forwarded"]
     assert loser.sent[-1] in bodies, "as it came"
@@ -356,7 +356,7 @@ def test_a_database_that_hangs_or_is_killed_delays_no_one_for_long(
                     ], "as it came"  # fmt: skip
                 assert time.monotonic() - began < 20, "one of them waited, the others did not"
                 report = httpx2.get(f"{front.url}/pkv/report", timeout=30)
-                assert report.json()["rewriting"]["state"] == "it cannot be reached now"
+                assert report.json()["rewriting"]["state"] == "cannot be reached now"
                 assert "pkv_conversations NaN" in httpx2.get(f"{front.url}/metrics", timeout=30).text
             finally:
                 database.signal(signal.SIGCONT) if fault == "hangs" else database.start()

@@ -75,7 +75,7 @@ def test_ctrl_c_says_what_it_waits_for_and_ends_soon(kind: str, times: int, tmp_
         assert served.stderr is not None
         served.send_signal(signal.SIGINT)
         lines = [served.stderr.readline().decode() for _ in range(2)]
-        assert lines[1] == "stopping: 1 open request may end within 5 s; press Ctrl-C again to end at once\n"
+        assert lines[1] == "stopping: waiting up to 5 s for 1 open request; press Ctrl-C again to end at once\n"
         began = time.monotonic()
         if times == 2:
             served.send_signal(signal.SIGINT)
@@ -94,7 +94,7 @@ def test_sigterm_waits_longer_and_ctrl_c_ends_that_too(tmp_path: Path) -> None:
         assert served.stderr is not None
         served.send_signal(signal.SIGTERM)
         lines = [served.stderr.readline().decode() for _ in range(2)]
-        assert lines[1] == "stopping: 1 open request may end within 30 s; press Ctrl-C to end at once\n"
+        assert lines[1] == "stopping: waiting up to 30 s for 1 open request; press Ctrl-C to end at once\n"
         served.send_signal(signal.SIGINT)
         with suppress(httpx2.TransportError):
             list(parts)
@@ -145,7 +145,7 @@ def test_a_port_in_use_is_a_plain_error_before_anything_is_announced(kind: str, 
     assert done.returncode == 1
     assert done.stderr == (
         f"error (InvalidArgument): port {port} of 127.0.0.1 is in use by another program: "
-        "stop that, or choose another port with --port\n"
+        "stop it, or choose another port with --port\n"
     )
     assert not (tmp_path / "state").exists()
 
@@ -193,5 +193,5 @@ def test_every_address_of_a_host_is_bound() -> None:
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])
 def test_a_host_that_is_not_this_machine_is_refused(host: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=f"cannot listen at {host}, port 8787 .*check --host and --port"):
+    with pytest.raises(InvalidArgumentError, match=f"cannot listen on {host}, port 8787 .*check --host and --port"):
         bound(host, 8787)

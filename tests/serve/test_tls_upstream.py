@@ -107,7 +107,7 @@ def refused(tls: ssl.SSLContext, why: str, caplog: pytest.LogCaptureFixture) -> 
         assert answered.status_code == 502
         error = answered.json()["error"]
         assert error["code"] == "upstream_unreachable"
-        assert f"its TLS certificate is refused ({why})" in error["message"]
+        assert f"its TLS certificate is not accepted ({why})" in error["message"]
         assert "127.0.0.1" not in error["message"]
         assert f"POST {PATH}: {error['message']}" in caplog.messages
         assert upstream.received == []
@@ -122,7 +122,7 @@ def test_an_upstream_without_tls_is_named(caplog: pytest.LogCaptureFixture) -> N
     with listening(says_no) as port, running(GatewaySettings(f"https://127.0.0.1:{port}", port=0)) as gateway:
         error = httpx2.post(f"{gateway.url}{PATH}", content=b"{}", timeout=30).json()["error"]
     assert error["code"] == "upstream_unreachable"
-    assert "TLS failed (wrong version number). Is its address one of https?" in error["message"]
+    assert "TLS failed (wrong version number). Does its address serve https?" in error["message"]
     assert error["message"] in caplog.text
 
 
@@ -147,7 +147,7 @@ def test_an_upstream_that_asks_for_a_certificate_is_named(
         thread.join(10)
     error = answered.json()["error"]
     assert (answered.status_code, error["code"]) == (502, "upstream_error")
-    assert "does it ask for a client's certificate?" in error["message"]
+    assert "does it require a client certificate?" in error["message"]
     assert error["message"] in caplog.text
 
 
@@ -161,6 +161,6 @@ def test_of_several_the_log_says_which_one_is_refused_and_why(
             for number in range(8):
                 body = {"messages": [{"role": "user", "content": f"{number}"}]}
                 assert httpx2.post(f"{gateway.url}{PATH}", json=body, timeout=30).status_code == 200
-    [told] = [message for message in caplog.messages if message.startswith("upstream 1 is left out")]
-    assert "its TLS certificate is refused (IP address mismatch)" in told
+    [told] = [message for message in caplog.messages if message.startswith("upstream 1 is skipped")]
+    assert "its TLS certificate is not accepted (IP address mismatch)" in told
     assert "127.0.0.1" not in told

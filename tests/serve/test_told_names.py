@@ -14,7 +14,7 @@ from programmable_kv.serve.modes import GatewayMode
 from programmable_kv.serve.rewriting.rules import rules_of
 from serve.rewriting_peers import CHAT, MESSAGES, RULES, Peer, chat, claude
 
-UNCLEAR = "a name stands at several places, with different values"
+UNCLEAR = "several places share a name but have different values"
 STOCK = {"volatile": [{"name": "stock", "pattern": "^Stock: (.*)$"}], "learn": False}
 CART = {"volatile": [{"name": "the cart", "pattern": "<cart>(.*?)</cart>"}], "learn": False}
 

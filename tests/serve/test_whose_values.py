@@ -99,10 +99,10 @@ def test_so_is_one_whose_first_request_could_not_go_on_with_what_was_sent() -> N
     said = ["hi", {"role": "assistant", "content": None, "tool_calls": [call]}]
     sent(peer, chat(f"Now: 10:00\n{of('(not known)')}", *said))
     sent(peer, chat(f"Now: 10:01\n{of('(not known)')}", *said))
-    assert (peer.action, peer.why) == ("reset", "there is no place for a line")
+    assert (peer.action, peer.why) == ("reset", "no line can be appended to this request")
     said.append({"role": "tool", "tool_call_id": "c", "content": "It is there."})
     sent(peer, chat(f"Now: 10:01\n{of(ALICE)}", *said))
-    assert (peer.action, peer.why) == ("reset", "it may be another conversation")
+    assert (peer.action, peer.why) == ("reset", "it may belong to another conversation")
     assert ALICE not in sent(peer, chat(f"Now: 10:01\n{of(BOB)}", *said))
 
 
@@ -122,7 +122,7 @@ def test_one_conversation_without_a_name_is_told_as_long_as_it_is_alone() -> Non
     sent(peer, chat(of("Alice, 7 Oak Rd"), *said, "Yes.", "and"))
     assert peer.action == "replayed", "the same again: it may be another one"
     sent(peer, chat(of("Alice, 9 Oak Rd"), *said, "Yes.", "and", "Yes.", "more"))
-    assert (peer.action, peer.why) == ("reset", "it may be another conversation")
+    assert (peer.action, peer.why) == ("reset", "it may belong to another conversation")
 
 
 @pytest.mark.parametrize("said", [["hi", "Hello!", "so"], ["For example?", "As this.", "hi"]])
@@ -131,7 +131,7 @@ def test_turns_that_a_conversation_is_first_seen_with_are_no_proof(said: list[st
     peer, more = Peer(rules=rules_of(CUSTOMER)), ["Yes.", "and"]
     sent(peer, chat(of(ALICE), *said))
     assert ALICE not in sent(peer, chat(of(BOB), *said, *more))
-    assert (peer.action, peer.why) == ("reset", "it may be another conversation")
+    assert (peer.action, peer.why) == ("reset", "it may belong to another conversation")
     got = sent(peer, chat(of("Bob, 7 Oak Rd"), *said, *more, "Yes.", "more"))
     assert (peer.action, ALICE in got) == ("erratum", False)
 

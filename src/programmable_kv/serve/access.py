@@ -79,9 +79,7 @@ class Access:
                 if hmac.compare_digest(digest, known.digest):
                     found = found or known.name
         if not found:
-            raise RefusedError(
-                Refusal(401, "invalid_api_key", "an API key of this gateway is needed, and none that it knows was sent")
-            )
+            raise RefusedError(Refusal(401, "invalid_api_key", "send a valid API key of this gateway"))
         return found
 
     def _with_upstream_key(self, headers: Headers) -> Headers:
@@ -117,16 +115,16 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
             rated and _NAME.fullmatch(name) and mark.startswith(_MARK) and _DIGEST.fullmatch(mark.removeprefix(_MARK))
         ):
             raise InvalidValueError(
-                f"line {number} of {path} is no API key: expected a name and `sha256:` with 64 hexadecimal digits, as "
-                "`pkv serve-key NAME` prints them, and perhaps `per-minute=60`"
+                f"line {number} of {path} is not an API key: expected a name and `sha256:` with 64 hexadecimal digits, as "
+                "`pkv serve-key NAME` prints them, and optionally `per-minute=60`"
             )
         if name in keys:
             raise InvalidValueError(
-                f"line {number} of {path} names a tenant a second time: give each line its own name"
+                f"line {number} of {path} repeats the name of a tenant: give each line its own name"
             )
         keys[name] = ApiKey(name, mark.removeprefix(_MARK), float(rate) if rate else None)
     if not keys:
-        raise InvalidValueError(f"{path} holds no API key: `pkv serve-key NAME` makes one")
+        raise InvalidValueError(f"{path} contains no API key: create one with `pkv serve-key NAME`")
     return tuple(keys.values())
 
 
@@ -142,7 +140,7 @@ def new_key(name: str) -> tuple[str, str]:
         InvalidValueError: the name is empty, too long, or has other characters than letters, digits, `.`, `_` and `-`.
     """
     if not _NAME.fullmatch(name):
-        raise InvalidValueError(f"a tenant's name has up to 64 letters, digits, '.', '_' and '-', got {name!r}")
+        raise InvalidValueError(f"a tenant's name must have 1 to 64 letters, digits, '.', '_' and '-', got {name!r}")
     key = f"pkv-{secrets.token_urlsafe(32)}"
     return key, f"{name} {_MARK}{sha256(key.encode()).hexdigest()}"
 
@@ -166,7 +164,7 @@ def _refuse_web_pages(headers: Headers) -> None:
             Refusal(
                 403,
                 "not_local",
-                "a gateway without API keys answers requests to 127.0.0.1 or localhost that no other web page made",
+                "a gateway without API keys answers only requests to 127.0.0.1 or localhost, and none from other web pages",
             )
         )
 

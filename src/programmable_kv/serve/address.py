@@ -22,12 +22,14 @@ class Address:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidArgumentError(f"the upstream is an address such as http://127.0.0.1:8000, got {self.url!r}")
+            raise InvalidArgumentError(
+                f"the upstream must be an address such as http://127.0.0.1:8000, got {self.url!r}"
+            )
         if not self.url.isascii():
-            raise InvalidArgumentError(f"the upstream's address is in ASCII, got {self.url!r}")
+            raise InvalidArgumentError(f"the upstream's address must be ASCII, got {self.url!r}")
         if parts.query or parts.fragment or parts.username or parts.password:
             raise InvalidArgumentError(
-                "the upstream's address holds no user, password, query or fragment: pass a key with --upstream-key-env"
+                "the upstream's address must not have a user, password, query or fragment: pass a key with --upstream-key-env"
             )
 
     @property
@@ -66,7 +68,5 @@ def place_of(text: str) -> Path | DatabaseAddress:
         return DatabaseAddress(text)
     scheme, mark, _ = text.partition("://")
     if mark and scheme.isalnum():
-        raise InvalidArgumentError(
-            f"the state is kept in a file or in a database at postgresql://, and there is no {scheme}://"
-        )
+        raise InvalidArgumentError(f"the state must be a file or a database at postgresql://, not at {scheme}://")
     return Path(text)

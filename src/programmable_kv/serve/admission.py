@@ -36,7 +36,7 @@ class Admission:
             return
         if len(self._queue) >= self._max_waiting:
             raise RefusedError(
-                Refusal(429, "gateway_full", "too many requests run and wait at this gateway: try again", 1)
+                Refusal(429, "gateway_full", "too many requests are running and waiting at this gateway: try again", 1)
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append(turn)
@@ -50,7 +50,9 @@ class Admission:
                 self._queue.remove(turn)
             if isinstance(error, TimeoutError):
                 raise RefusedError(
-                    Refusal(503, "gateway_busy", "no place with the upstream became free in time: try again", 1)
+                    Refusal(
+                        503, "gateway_busy", "the request waited too long for its turn at the upstream: try again", 1
+                    )
                 ) from error
             raise
 
@@ -80,7 +82,7 @@ class Uploads:
         """
         if self._reading[tenant] >= self._most:
             raise RefusedError(
-                Refusal(429, "gateway_full", "too many bodies of yours are on their way to this gateway: try again", 1)
+                Refusal(429, "gateway_full", "you are uploading too many requests at once: try again", 1)
             )
         self._reading[tenant] += 1
         try:

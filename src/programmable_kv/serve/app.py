@@ -61,14 +61,14 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
         observer = Observer(max_bytes=limits.observed_bytes, max_queued_bytes=limits.queued_bytes, tell=metrics.tell)
         metrics.watch_observer(lambda: observer.state)
     admission = Admission(max_running=limits.max_running, max_waiting=limits.max_waiting, wait_s=limits.wait_s)
-    metrics.watch("running", "requests that are with the upstream", lambda: float(admission.running))
-    metrics.watch("waiting", "requests that wait for a place", lambda: float(admission.waiting))
+    metrics.watch("running", "requests being sent to the upstream or answered by it", lambda: float(admission.running))
+    metrics.watch("waiting", "requests waiting for their turn", lambda: float(admission.waiting))
     fleet = Fleet([(address, _client(address, limits)) for address in settings.addresses], metrics)
     rewriter = None
     aside = Aside(state)
     salt = TenantSalt(secret_of(state)) if settings.salts else None
     store, verdicts = ConversationStore(state, most=limits.conversations), Verdicts(state)
-    metrics.watch("conversations", "conversations that are kept", lambda: counted(store))
+    metrics.watch("conversations", "stored conversations", lambda: counted(store))
     if settings.rewrites:
         rewriter = Rewriter(
             store, verdicts, settings.rules, settings.mode, _subject(settings), metrics.tell_gain, metrics.tell_rebase,
@@ -79,7 +79,7 @@ def gateway_app(settings: GatewaySettings) -> Starlette:
         line_role=settings.line_role,
     )  # fmt: skip
     shelf = BookShelf(state, most=settings.max_notebooks)
-    metrics.watch("notebooks", "notebooks that are kept", lambda: counted(shelf))
+    metrics.watch("notebooks", "stored notebooks", lambda: counted(shelf))
     tenants = {key.name for key in settings.keys}
     stored = StoredTexts(settings.skills, tenants) if settings.skills is not None else None
     books = Asking(shelf, teller, aside, Composer(stored) if stored is not None else None)

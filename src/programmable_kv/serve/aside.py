@@ -82,4 +82,4 @@ class Aside:
 def _told(done: asyncio.Future[object]) -> None:
     error = None if done.cancelled() else done.exception()
     if error is not None:
-        _LOG.warning("what a client left behind could not be taken back (%s)", type(error).__name__)
+        _LOG.warning("could not undo the work for a client that disconnected (%s)", type(error).__name__)

@@ -17,14 +17,14 @@ def checked_messages(value: Any) -> list[Mapping[str, Any]]:
         RefusedError: the value is not such a list.
     """
     if not isinstance(value, list) or not value:
-        refuse("invalid_request", "messages is a list of at least one message")
+        refuse("invalid_request", "messages must be a list of at least one message")
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            refuse("invalid_request", "a message is an object with a role and content")
+            refuse("invalid_request", "a message must be an object with a role and content")
         calls = message.get("tool_calls")
         listed = calls is None or (isinstance(calls, list) and all(_is_call(call) for call in calls))
         if not listed:
-            refuse("invalid_request", "tool_calls is a list of objects with a function, which has a name")
+            refuse("invalid_request", "tool_calls must be a list of objects, each with a function that has a name")
     return value
 
 
@@ -37,9 +37,7 @@ def check_query(request: Request, known: Collection[str]) -> None:
     for name in request.query_params:
         if name not in known:
             takes = ", ".join(known) or "none"
-            refuse(
-                "unknown_query_parameter", f"there is no query parameter {name!r:.60} here; this route takes {takes}"
-            )
+            refuse("unknown_query_parameter", f"unknown query parameter {name!r:.60}; this route takes {takes}")
 
 
 def refuse(code: str, message: str) -> NoReturn:

@@ -176,7 +176,7 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         self._found = []
         if self._complete:
-            raise ConnectionError("an answer to nothing")
+            raise ConnectionError("an answer without a request")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._found.append((name, value))
@@ -186,10 +186,10 @@ class Connection(asyncio.Protocol):
         if status in _INTERIM:
             return
         if status not in _FINAL:
-            raise ConnectionError("no status of HTTP")
+            raise ConnectionError("not an HTTP status")
         coding = value_of(self._found, b"transfer-encoding")
         if coding is not None and coding.strip().lower() != b"chunked":
-            raise ConnectionError("a transfer coding that nobody asked for")
+            raise ConnectionError("a transfer coding that was not requested")
         self.status, self.headers, self._answered = status, tuple(self._found), True
         if self._bodiless:
             self._complete, self._reusable = True, False  # the parser would wait for the body

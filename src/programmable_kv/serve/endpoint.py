@@ -75,7 +75,9 @@ class Endpoint:
                 raise
             except Exception as error:  # a fault of ours: the client gets a typed error, the log its class and no text
                 _LOG.error("a request failed (%s)", type(error).__name__)
-                raise RefusedError(Refusal(500, "internal_error", "the server failed at this request")) from error
+                raise RefusedError(
+                    Refusal(500, "internal_error", "the server failed to process this request")
+                ) from error
             response = answered[0]
         except ClientGoneError:
             self.metrics.client_gone.labels(self.label).inc()
@@ -146,7 +148,7 @@ def _object_of(data: bytes) -> Mapping[str, Any]:
             raise RefusedError(Refusal(400, "invalid_json", "the body is not JSON")) from error
         _check_text(body, data)
     if not isinstance(body, Mapping):
-        raise RefusedError(Refusal(400, "invalid_request", "the body is a JSON object"))
+        raise RefusedError(Refusal(400, "invalid_request", "the body must be a JSON object"))
     return body
 
 
@@ -160,9 +162,7 @@ def _check_text(body: Any, data: bytes) -> None:
             json.dumps(body, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise RefusedError(
-                Refusal(
-                    400, "invalid_request", "a text has half of a surrogate pair, which is no character: take it out"
-                )
+                Refusal(400, "invalid_request", "a text has an unpaired surrogate: remove it")
             ) from error
 
 

@@ -129,7 +129,7 @@ class Fleet:
     def _unreachable(self, member: Member, why: str) -> None:
         self._metrics.upstream_unreachable.labels(str(member.number)).inc()
         if member.reachable and self.several:
-            _LOG.warning("upstream %d is left out for %.0f s at a time: %s", member.number, SKIP_S, why)
+            _LOG.warning("upstream %d is skipped for %.0f s at a time: %s", member.number, SKIP_S, why)
         member.reachable = False
         member.skip(time.monotonic())
 

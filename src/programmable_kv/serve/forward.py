@@ -186,9 +186,13 @@ class Forwarder:
                 return await self._aside.run_long(begin, undo=rewriter.abandoned)
             return begin()
         except Exception as error:
-            _LOG.warning("a request could not be rewritten (%s)", type(error).__name__)
+            _LOG.warning("could not rewrite a request (%s)", type(error).__name__)
             return Rewriting(
-                tenant, job.route.label, Plan(Action.FORWARDED, "a fault of the gateway's own"), body, rewriter
+                tenant,
+                job.route.label,
+                Plan(Action.FORWARDED, "the gateway failed to rewrite the request"),
+                body,
+                rewriter,
             )
 
     async def _send(self, job: _Job, admitted: Admitted, body: bytes) -> UpstreamAnswer:
@@ -220,7 +224,7 @@ class Forwarder:
         try:
             return await self._aside.run(_refused, work, status)
         except Exception as error:
-            _LOG.warning("what the upstream takes could not be remembered (%s)", type(error).__name__)
+            _LOG.warning("could not store which requests the upstream accepts (%s)", type(error).__name__)
         if not work.rewritten or status not in REFUSALS:
             return False
         work.plan = Plan(Action.RESET, "the state cannot be reached")  # its own request may be taken
@@ -266,7 +270,7 @@ class Forwarder:
         try:
             self._observer.submit(exchange)
         except Exception as error:
-            _LOG.warning("a request could not be observed (%s)", type(error).__name__)
+            _LOG.warning("could not observe a request (%s)", type(error).__name__)
 
     def _settling(self, job: _Job) -> Callable[[Usage | None], object] | None:
         work = job.work
@@ -357,4 +361,4 @@ def _check_path(path: str) -> None:
         RefusedError: a step of the path is `.` or `..`.
     """
     if any(step in (".", "..") for step in path.split("/")):
-        raise RefusedError(Refusal(400, "invalid_path", "a path has no steps '.' or '..'"))
+        raise RefusedError(Refusal(400, "invalid_path", "a path must not have the segments '.' or '..'"))

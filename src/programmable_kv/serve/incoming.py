@@ -47,7 +47,7 @@ async def read_body(receive: Receive, max_bytes: int, within_s: float) -> bytes:
                 if not message.get("more_body", False):
                     return b"".join(parts)
     except TimeoutError as error:
-        raise RefusedError(Refusal(408, "body_timeout", "the request's body did not come in time")) from error
+        raise RefusedError(Refusal(408, "body_timeout", "the request's body did not arrive in time")) from error
 
 
 async def while_connected(work: Coroutine[Any, Any, None], receive: Receive, reply: Reply) -> None:
@@ -78,5 +78,5 @@ async def _disconnected(receive: Receive) -> None:
 
 def _too_long(max_bytes: int) -> Refusal:
     return Refusal(
-        413, "body_too_large", f"the request's body is larger than the {max_bytes} bytes that are taken here"
+        413, "body_too_large", f"the request's body is larger than the {max_bytes} bytes that this server accepts"
     )

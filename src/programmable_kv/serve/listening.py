@@ -44,10 +44,10 @@ def cannot_listen(host: str, port: int, error: OSError) -> InvalidArgumentError:
     """The error of a host and port at which no server can listen: why, and what to do."""
     if error.errno == errno.EADDRINUSE:
         return InvalidArgumentError(
-            f"port {port} of {host} is in use by another program: stop that, or choose another port with --port"
+            f"port {port} of {host} is in use by another program: stop it, or choose another port with --port"
         )
-    mend = "choose a port from 1024 on with --port" if error.errno == errno.EACCES else "check --host and --port"
-    return InvalidArgumentError(f"cannot listen at {host}, port {port} ({error.strerror or error}): {mend}")
+    mend = "choose port 1024 or higher with --port" if error.errno == errno.EACCES else "check --host and --port"
+    return InvalidArgumentError(f"cannot listen on {host}, port {port} ({error.strerror or error}): {mend}")
 
 
 def _bound(family: int, kind: int, protocol: int, place: tuple[object, ...]) -> socket.socket:

@@ -20,33 +20,54 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = self._counter("requests", "answered requests", "route", "status")
-        self.refused = self._counter("refused", "requests that the gateway itself answered", "route", "code")
-        self.upstream_failures = self._counter("upstream_failures", "failures of the upstream", "route", "code")
-        self.upstream_answers = self._counter("upstream_answers", "answers of each upstream, by its number", "upstream")
-        self.upstream_unreachable = self._counter("upstream_unreachable", "connections that failed", "upstream")
-        self.upstream_reachable = Gauge(
-            "pkv_upstream_reachable", "0 while requests leave an upstream out", ("upstream",), registry=self.registry
+        self.refused = self._counter(
+            "refused", "requests that this server answered with an error of its own", "route", "code"
         )
-        self.client_gone = self._counter("client_gone", "clients that left before their answer was complete", "route")
+        self.upstream_failures = self._counter("upstream_failures", "failures of the upstream", "route", "code")
+        self.upstream_answers = self._counter(
+            "upstream_answers", "answers of each upstream, by the upstream's number", "upstream"
+        )
+        self.upstream_unreachable = self._counter(
+            "upstream_unreachable", "failed connections to each upstream", "upstream"
+        )
+        self.upstream_reachable = Gauge(
+            "pkv_upstream_reachable", "0 while requests skip an upstream", ("upstream",), registry=self.registry
+        )
+        self.client_gone = self._counter(
+            "client_gone", "clients that disconnected before their answer was complete", "route"
+        )
         self.own_seconds = self._histogram("own_seconds", "the gateway's own time before an answer begins", _OWN)
-        self.headers_seconds = self._histogram("upstream_headers_seconds", "until the upstream's headers", _LONG)
-        self.seconds = self._histogram("request_seconds", "until an answer was complete", _LONG)
+        self.headers_seconds = self._histogram(
+            "upstream_headers_seconds", "time until the upstream's headers arrive", _LONG
+        )
+        self.seconds = self._histogram("request_seconds", "time until an answer is complete", _LONG)
         self.observed = self._counter("observed", "observed requests", "route", "outcome", "cause")
-        self.input_tokens = self._counter("input_tokens", "input, as the upstream counted it", "route")
-        self.cached_tokens = self._counter("cached_tokens", "input read from its cache, as it counted", "route")
-        self.lost_tokens = self._counter("lost_tokens_at_most", "input computed again", "route", "cause")
-        self.actions = self._counter("actions", "what a mode that rewrites did", "route", "action")
-        self.rebases = self._counter("rebases", "what became of rebases in the background", "route", "outcome")
+        self.input_tokens = self._counter("input_tokens", "input tokens, as counted by the upstream", "route")
+        self.cached_tokens = self._counter(
+            "cached_tokens", "input tokens read from the upstream's cache, as counted by the upstream", "route"
+        )
+        self.lost_tokens = self._counter(
+            "lost_tokens_at_most",
+            "upper bound on the input tokens that were recomputed although they were sent before",
+            "route",
+            "cause",
+        )
+        self.actions = self._counter("actions", "actions of the modes that rewrite", "route", "action")
+        self.rebases = self._counter("rebases", "outcomes of rebases in the background", "route", "outcome")
         self.gained_tokens = self._counter(
             "gained_tokens_estimate",
-            "input read from the upstream's cache because of rewriting, less what it added",
+            "estimate of the input tokens read from the upstream's cache because of rewriting, less those it added",
             "route",
         )
         self.rewriting_lost_tokens = self._counter(
-            "rewriting_lost_tokens_estimate", "input that rewriting added and did not win back", "route"
+            "rewriting_lost_tokens_estimate",
+            "estimate of the input tokens that rewriting added and did not save",
+            "route",
         )
         self.remediable_tokens = self._counter(
-            "remediable_tokens_at_most", "input computed again that a rewriting gateway could have kept", "route"
+            "remediable_tokens_at_most",
+            "upper bound on the recomputed input tokens that rewriting could have kept",
+            "route",
         )
 
     def watch(self, name: str, what: str, read: Callable[[], float]) -> None:

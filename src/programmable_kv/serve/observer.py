@@ -109,7 +109,7 @@ class Observer:
                 if observation is not None:
                     self._tell(observation)
             except Exception as error:  # a request that cannot be observed must not end the thread
-                _LOG.warning("a request could not be observed (%s)", type(error).__name__)
+                _LOG.warning("could not observe a request (%s)", type(error).__name__)
                 self._count(failed=self._state.failed + 1)
             finally:
                 with self._lock:

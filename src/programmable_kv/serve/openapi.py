@@ -121,23 +121,23 @@ def notebook_paths(source: Schema, notebook: Schema) -> dict[str, Any]:
     none: dict[str, Any] = {}
     return {
         "/v1/notebooks": {
-            "get": operation("this tenant's notebooks", {200: content(LIST)}),
-            "post": operation("make a notebook", {201: content(notebook)}, body=source),
+            "get": operation("list this tenant's notebooks", {200: content(LIST)}),
+            "post": operation("create a notebook", {201: content(notebook)}, body=source),
         },
         "/v1/notebooks/{id}": {
-            "get": operation("one notebook", {200: content(notebook)}, parameters=(NOTEBOOK_ID,)),
-            "delete": operation("forget it", {204: none}, parameters=(NOTEBOOK_ID, match)),
+            "get": operation("read a notebook", {200: content(notebook)}, parameters=(NOTEBOOK_ID,)),
+            "delete": operation("delete a notebook", {204: none}, parameters=(NOTEBOOK_ID, match)),
         },
         "/v1/notebooks/{id}/fields": {
             "patch": operation(
-                "give fields new values",
+                "edit fields",
                 {200: content(notebook)},
                 body={"type": "object", "additionalProperties": _VALUE},
                 parameters=(NOTEBOOK_ID, match, parameter("mode", "query")),
             )
         },
         "/v1/notebooks/{id}/fork": {
-            "post": operation("an independent copy", {201: content(notebook)}, parameters=(NOTEBOOK_ID,))
+            "post": operation("make an independent copy", {201: content(notebook)}, parameters=(NOTEBOOK_ID,))
         },
     }
 
@@ -165,7 +165,7 @@ def gateway_document() -> dict[str, Any]:
             "/healthz": {"get": HEALTHY},
             "/metrics": {"get": METRICS},
             **notebook_paths(_GATEWAY_SOURCE, _GATEWAY_NOTEBOOK),
-            "/pkv/report": {"get": operation("what was found about this tenant's requests", {200: content(report)})},
+            "/pkv/report": {"get": operation("report on this tenant's requests", {200: content(report)})},
             "/pkv/miss": {"get": operation("the latest miss, with text of prompts", {200: content(miss)})},
         },
     )

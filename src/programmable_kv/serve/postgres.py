@@ -100,7 +100,7 @@ class PostgresState(State):
         except (psycopg.Error, StateUnavailableError) as error:
             raise InvalidArgumentError(
                 f"cannot keep the state in the database {self.name}: {self._told(error.__cause__ or error)}. Give --state a "
-                "database of its own that can be reached, and a user that may make tables in it"
+                "database of its own that can be reached, and a user that may create tables in it"
             ) from None
 
     def rows(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
@@ -235,7 +235,9 @@ class PostgresState(State):
             raise self._unavailable(self._told(error)) from error
 
     def _unavailable(self, why: str) -> StateUnavailableError:
-        return StateUnavailableError(f"the state in {self.name} cannot be used: {why}. It is tried again by itself")
+        return StateUnavailableError(
+            f"the state in {self.name} cannot be used: {why}. The gateway retries automatically"
+        )
 
     def _told(self, error: BaseException) -> str:
         """An error's message in one line, without the password."""
@@ -252,7 +254,7 @@ class PostgresState(State):
                 [(version,)] = run.execute(f"SELECT version FROM {_FORMAT}").fetchall()
                 if version != VERSION:
                     raise InvalidArgumentError(
-                        f"the state in {self.name} has format {version}, and this version of the software reads {VERSION}: "
+                        f"the state in {self.name} has format {version}, but this version of the software reads {VERSION}: "
                         "give --state another database, or use the version that made this one"
                     )
             for statement in statements(new=known is None):
@@ -279,8 +281,8 @@ def _parts(address: DatabaseAddress) -> dict[str, Any]:
         or not _PORTS.fullmatch(str(known.get("port", "")))
     ):
         raise InvalidArgumentError(
-            "the state's URL is not one of PostgreSQL: it is postgresql://USER@HOST:PORT/DATABASE, and signs such as @, / and "
-            "# in a password are written as %40, %2F and %23. A password may stand in PGPASSWORD instead"
+            "the state's URL is not a valid PostgreSQL URL: write postgresql://USER@HOST:PORT/DATABASE, and signs such as "
+            "@, / and # in a password as %40, %2F and %23. You can put the password into PGPASSWORD instead"
         )
     return known
 

@@ -115,7 +115,7 @@ class Prober:
                 await self._aside.run(by.accepted.rendered, probe.route, probe.model, found)
             wait_s = _AGAIN_S
         except Exception as error:  # without a verdict, lines stay where they are safe
-            _LOG.info("%s: it was not found out which lines reach the model (%s)", probe.route, type(error).__name__)
+            _LOG.info("%s: could not find out which lines reach the model (%s)", probe.route, type(error).__name__)
         if denied and not found:  # another tenant may be allowed to ask
             self._next.pop(shared, None)
             self._wait(own, time.monotonic() + _AGAIN_S)

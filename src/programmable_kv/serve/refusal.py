@@ -70,13 +70,13 @@ class RefusedError(Exception):
 
 
 UPSTREAM_DIED = Refusal(502, "upstream_died", "the upstream closed the connection in the middle of its answer")
-UPSTREAM_SILENT = Refusal(504, "upstream_timeout", "the upstream sent nothing for as long as it may")
-UPSTREAM_UNREACHABLE = Refusal(502, "upstream_unreachable", "no connection to the upstream: is it running?")
+UPSTREAM_SILENT = Refusal(504, "upstream_timeout", "the upstream sent nothing for too long")
+UPSTREAM_UNREACHABLE = Refusal(502, "upstream_unreachable", "cannot connect to the upstream: is it running?")
 UPSTREAM_BROKEN = Refusal(502, "upstream_error", "the upstream closed the connection or broke the protocol")
 
 
 STATE_UNAVAILABLE = Refusal(503, "state_unavailable", "the notebooks cannot be read or written now: try again", 1)
-NO_SUCH_ROUTE = Refusal(404, "no_such_route", "this server has no such route, or not with this method")
+NO_SUCH_ROUTE = Refusal(404, "no_such_route", "this server has no such route, or the route does not take this method")
 
 
 def _error(refusal: Refusal, dialect: Dialect) -> dict[str, object]:

@@ -8,12 +8,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 _NOTES = (
-    "Tokens are the upstream's own usage numbers. A stream has them only where the client asks for them "
-    "(stream_options.include_usage), and cached tokens only where the server tells them.",
-    "Lost tokens are at most that many: text that is new in both requests cannot be told from text that is not.",
-    "Requests are compared as the upstream got them. `would` says what would have kept the prefix: `erratum` (the earlier text "
-    "again, and one appended "
-    "line), `resend` (the earlier form or order again), `none`.",
+    "Tokens are the upstream's own usage numbers. A stream has them only if the client asks for them "
+    "(stream_options.include_usage), and cached tokens only if the server reports them.",
+    "Lost tokens are an upper bound: text that is new in both requests cannot be distinguished from text that is not.",
+    "Requests are compared as the upstream received them. `would` says what would have kept the prefix: `erratum` (the earlier "
+    "text again, and one appended line), `resend` (the earlier form or order again), `none`.",
 )
 
 

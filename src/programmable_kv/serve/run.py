@@ -69,7 +69,7 @@ class _Server(uvicorn.Server):
         """Let open requests end, for a while or until a second Ctrl-C; then end them."""
         within_s, again = (self._limits.interrupt_s, " again") if self._interrupted else (self._limits.shutdown_s, "")
         number = f"{self._open} open request{'s' if self._open > 1 else ''}"
-        _say(f"stopping: {number} may end within {within_s:g} s; press Ctrl-C{again} to end at once")
+        _say(f"stopping: waiting up to {within_s:g} s for {number}; press Ctrl-C{again} to end at once")
         if not await self._ended(within_s):
             for connection in list(self.server_state.connections):
                 connection.transport.abort()

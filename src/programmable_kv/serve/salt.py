@@ -17,7 +17,7 @@ _SECRET = "salt"
 _UNREADABLE = Refusal(
     400,
     "unreadable_body",
-    "prompts are salted here: a body is a JSON object in UTF-8, not packed, each name once",
+    "this gateway salts prompts: the body must be an uncompressed JSON object in UTF-8 without repeated names",
 )
 
 

@@ -54,10 +54,10 @@ class Limits:
             require_count(getattr(self, name), name, least=1)
         require_count(self.max_waiting, "max_waiting")
         if self.per_minute is not None and not self.per_minute > 0:
-            raise InvalidArgumentError(f"per_minute is a number of requests above 0, got {self.per_minute!r}")
+            raise InvalidArgumentError(f"per_minute must be a number of requests above 0, got {self.per_minute!r}")
         for name in ("wait_s", "body_s", "connect_s", "read_s", "stall_s", "shutdown_s", "interrupt_s"):
             if not getattr(self, name) > 0:
-                raise InvalidArgumentError(f"{name} is a number of seconds above 0, got {getattr(self, name)!r}")
+                raise InvalidArgumentError(f"{name} must be a number of seconds above 0, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class GatewaySettings:
         places = [address.plain for address in self.addresses]
         twice = next((place for place in places if places.count(place) > 1), None)
         if twice is not None:
-            raise InvalidArgumentError(f"each upstream is given once, got {twice} twice")
+            raise InvalidArgumentError(f"give each upstream only once, got {twice} twice")
         _check_listening(self.host, self.port, self.keys)
 
     @property
@@ -150,8 +150,8 @@ def default_state(name: str) -> Path:
 
 def _check_listening(host: str, port: int, keys: tuple[ApiKey, ...]) -> None:
     if not 0 <= port <= 65535:
-        raise InvalidArgumentError(f"a port is a number from 0 to 65535, got {port}")
+        raise InvalidArgumentError(f"a port must be from 0 to 65535, got {port}")
     if not keys and not is_loopback(host.strip("[]")):
         raise InvalidArgumentError(
-            f"without API keys the server listens on this machine only, not on {host!r}: give --api-keys-file"
+            f"without API keys the server can listen on this machine only, not on {host!r}: give --api-keys-file"
         )

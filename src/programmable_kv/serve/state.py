@@ -223,7 +223,7 @@ class FileState(State):
             [(version,)] = run("PRAGMA user_version").fetchall()
             if version not in (0, VERSION):
                 raise sqlite3.DatabaseError(
-                    f"it has format {version}, and this version of the software reads {VERSION}"
+                    f"it has format {version}, but this version of the software reads {VERSION}"
                 )
             for statement in statements(new=version == 0):
                 run(statement)

@@ -12,7 +12,7 @@ from programmable_kv.serve.refusal import UPSTREAM_BROKEN, UPSTREAM_UNREACHABLE,
 
 def not_connected(error: OSError) -> Refusal:
     """The refusal where no connection could be made."""
-    return replace(UPSTREAM_UNREACHABLE, message=f"no connection to the upstream: {_why(error)}")
+    return replace(UPSTREAM_UNREACHABLE, message=f"cannot connect to the upstream: {_why(error)}")
 
 
 def broken_off(error: Exception | None) -> Refusal:
@@ -25,7 +25,7 @@ def broken_off(error: Exception | None) -> Refusal:
         return UPSTREAM_BROKEN
     return replace(
         UPSTREAM_BROKEN,
-        message=f"the upstream broke off TLS ({_of_tls(error)}): does it ask for a client's certificate?",
+        message=f"the upstream ended the TLS connection ({_of_tls(error)}): does it require a client certificate?",
     )
 
 
@@ -34,18 +34,18 @@ def _why(error: OSError) -> str:
         case ssl.SSLCertVerificationError():
             found = error.verify_message.partition(",")[0]  # behind it stands the address
             return (
-                f"its TLS certificate is refused ({found}). Let the gateway trust who signed it (SSL_CERT_FILE), or give the "
-                "address that it was made for"
+                f"its TLS certificate is not accepted ({found}). Make the gateway trust its issuer (SSL_CERT_FILE), or give "
+                "the address that it was issued for"
             )
         case ssl.SSLError():
-            return f"TLS failed ({_of_tls(error)}). Is its address one of https?"
+            return f"TLS failed ({_of_tls(error)}). Does its address serve https?"
         case TimeoutError():
-            return "it did not take one in time. Is its address right, and is it running?"
+            return "it did not answer in time. Is its address right, and is it running?"
         case socket.gaierror():
-            return "the name in its address is not known. Is it right?"
+            return "the host name in its address is unknown. Is it right?"
         case ConnectionRefusedError():
-            return "it is refused. Is it running?"
-    known = os.strerror(error.errno) if error.errno else "none of its addresses takes one"
+            return "the connection was refused. Is it running?"
+    known = os.strerror(error.errno) if error.errno else "none of its addresses accepts a connection"
     return f"{known}. Is it running?"
 
 

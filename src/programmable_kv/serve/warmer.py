@@ -68,7 +68,7 @@ class Warmer:
             finally:
                 self._admission.leave()
         except RefusedError as error:
-            _LOG.warning("%s: a prefix could not be warmed: %s", work.route, error.refusal.message)
+            _LOG.warning("%s: could not warm a prefix: %s", work.route, error.refusal.message)
         finally:
             await self._ended(work, done=done, usage=usage)
 
@@ -89,4 +89,4 @@ class Warmer:
         try:
             await self._aside.run(work.by.warmed, work, done=done, usage=usage)
         except Exception as error:
-            _LOG.warning("a rebase could not be remembered (%s)", type(error).__name__)
+            _LOG.warning("could not store the outcome of a rebase (%s)", type(error).__name__)

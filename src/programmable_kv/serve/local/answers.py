@@ -162,5 +162,5 @@ class Answer:
 def _add(notebook: Notebook, message: Mapping[str, Any]) -> None:
     extra = {name: value for name, value in message.items() if name not in ("role", "content") and value}
     if unknown := extra.keys() - _OF_TURNS:
-        raise InvalidValueError(f"a message to a notebook has no {min(unknown)!r:.60}: leave it out")
+        raise InvalidValueError(f"a message to a notebook must not have {min(unknown)!r:.60}: leave it out")
     notebook.add(message["role"], message.get("content"), **extra)

@@ -56,9 +56,7 @@ def check_known(
         if name in read or name in without_effect or value is None:
             continue
         if name not in neutral or not any(_same(value, each) for each in neutral[name]):
-            refuse(
-                "unsupported_parameter", f"{name!r:.60} is not supported by this server with that value: leave it out"
-            )
+            refuse("unsupported_parameter", f"this server does not support {name!r:.60} with this value: leave it out")
 
 
 def sampling_of(body: Mapping[str, Any], limit: int, stop: Sequence[str] = ()) -> dict[str, Any]:
@@ -100,7 +98,9 @@ def stops_of(body: Mapping[str, Any], name: str) -> list[str]:
     value = body.get(name)
     found = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(found, list) or not all(isinstance(each, str) and each for each in found):
-        raise InvalidArgumentError(f"{name} is a list of texts of at least one character each; got {value!r:.80}")
+        raise InvalidArgumentError(
+            f"{name} must be a text or a list of texts of at least one character each; got {value!r:.80}"
+        )
     return found
 
 
@@ -124,7 +124,7 @@ def model_of(body: Mapping[str, Any]) -> str:
     """
     model = body.get("model")
     if not isinstance(model, str):
-        refuse("invalid_request", "model is the name of the model, or notebook:ID")
+        refuse("invalid_request", "model must be the name of the model, or notebook:ID")
     return model
 
 
@@ -135,7 +135,7 @@ def mappings(value: Any, what: str) -> Iterator[Mapping[str, Any]]:
         RefusedError: the value is not a list, or an item is not an object.
     """
     if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
-        refuse("invalid_request", f"{what} is a list of objects")
+        refuse("invalid_request", f"{what} must be a list of objects")
     yield from value
 
 
@@ -148,7 +148,7 @@ def number(body: Mapping[str, Any], name: str, default: float) -> float:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _SEEDS:
-        refuse("invalid_request", f"{name} is a number")
+        refuse("invalid_request", f"{name} must be a number")
     return float(value)
 
 
@@ -172,7 +172,7 @@ def flag(body: Mapping[str, Any], name: str) -> bool:
     """
     value = body.get(name)
     if value not in (None, True, False):
-        refuse("invalid_request", f"{name} is true or false")
+        refuse("invalid_request", f"{name} must be true or false")
     return bool(value)
 
 
@@ -182,7 +182,7 @@ def at_most(value: int, name: str, most: int) -> int:
         RefusedError: the value is below 0 or above `most`.
     """
     if not 0 <= value <= most:
-        refuse("invalid_request", f"{name} is from 0 to {most}")
+        refuse("invalid_request", f"{name} must be from 0 to {most}")
     return value
 
 

@@ -51,12 +51,12 @@ class ChatForm:
         messages = checked_messages(body.get("messages"))
         options = body.get("stream_options") or {}
         if not isinstance(options, Mapping):
-            refuse("invalid_request", "stream_options is an object")
+            refuse("invalid_request", "stream_options must be an object")
         limit = limit_of(body, "max_completion_tokens", "max_tokens", default=DEFAULT_TOKENS)
         likeliest = at_most(count(body, "top_logprobs", 0), "top_logprobs", _MOST_LIKELIEST)
         tells = flag(body, "logprobs")
         if likeliest and not tells:
-            refuse("invalid_request", "top_logprobs needs logprobs")
+            refuse("invalid_request", "top_logprobs requires logprobs")
         self.ask = Ask(
             model_of(body),
             messages,
@@ -130,7 +130,7 @@ def may_call(choice: Any) -> bool:
         RefusedError: the request demands a call, which this server cannot enforce.
     """
     if choice not in (None, "auto", "none"):
-        refuse("unsupported_parameter", "tool_choice is 'auto' or 'none' here: a call cannot be enforced")
+        refuse("unsupported_parameter", "tool_choice must be 'auto' or 'none': this server cannot enforce a call")
     return bool(choice != "none")
 
 
@@ -140,7 +140,8 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
         function = tool.get("function")
         if tool.get("type", "function") != "function" or not isinstance(function, Mapping):
             refuse(
-                "unsupported_parameter", "a tool is {'type': 'function', 'function': {...}}: others are not supported"
+                "unsupported_parameter",
+                "a tool must be {'type': 'function', 'function': {...}}: others are not supported",
             )
         refuse_strict(function)
     return found
@@ -152,7 +153,7 @@ def refuse_strict(function: Mapping[str, Any]) -> None:
         RefusedError: the function is `strict`. This server cannot make arguments follow a schema.
     """
     if function.get("strict"):
-        refuse("unsupported_parameter", "'strict' is not supported: nothing here makes a call follow its schema")
+        refuse("unsupported_parameter", "'strict' is not supported: this server cannot make a call follow its schema")
 
 
 def _calls(answer: Answer) -> list[dict[str, Any]]:

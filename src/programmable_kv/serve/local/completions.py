@@ -57,13 +57,13 @@ class CompletionForm:
         if isinstance(prompt, list) and len(prompt) == 1:
             prompt = prompt[0]
         if not isinstance(prompt, str) or not prompt:
-            refuse("invalid_request", "prompt is a text of at least one character")
+            refuse("invalid_request", "prompt must be a text of at least one character")
         model = model_of(body)
         if model.startswith("notebook:"):
-            refuse("unsupported_parameter", "a notebook is a conversation: ask it by one of the chat protocols")
+            refuse("unsupported_parameter", "a notebook is a conversation: use one of the chat protocols")
         options = body.get("stream_options") or {}
         if not isinstance(options, Mapping):
-            refuse("invalid_request", "stream_options is an object")
+            refuse("invalid_request", "stream_options must be an object")
         shares = body.get("logprobs")
         likeliest = None if shares is None else at_most(count(body, "logprobs", 0), "logprobs", _MOST_LIKELIEST)
         sampling = sampling_of(body, limit_of(body, "max_tokens", default=_TOKENS), stops_of(body, "stop"))

@@ -47,7 +47,7 @@ class MessageForm:
         """
         check_known(body, _READ, _NEUTRAL, _WITHOUT_EFFECT)
         if body.get("max_tokens") is None:
-            refuse("invalid_request", "max_tokens is needed: a whole number")
+            refuse("invalid_request", "max_tokens is required: give a whole number")
         sampling = sampling_of(
             {**body, "seed": None}, limit_of(body, "max_tokens", default=1), stops_of(body, "stop_sequences")
         )
@@ -58,7 +58,7 @@ class MessageForm:
             messages.append({"role": "system", "content": _text(body["system"], "system")})
         given = list(mappings(body.get("messages"), "messages"))
         if not given:
-            refuse("invalid_request", "messages is a list of at least one message")
+            refuse("invalid_request", "messages must be a list of at least one message")
         for message in given:
             messages += _messages(message)
         tools, most_calls = _tools(body.get("tools")), _most_calls(body.get("tool_choice"))
@@ -132,7 +132,7 @@ def _messages(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Convert a message to Chat Completions: tool results become messages, and calls a part of the model's message."""
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant"):
-        refuse("invalid_request", "a message is an object with the role user or assistant, and content")
+        refuse("invalid_request", "a message must be an object with content and the role user or assistant")
     if isinstance(content, str):
         yield {"role": role, "content": content}
         return
@@ -150,7 +150,7 @@ def _messages(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         elif kind == "text":
             said.append(block)
         else:
-            refuse("unsupported_parameter", "a block of type text, tool_use or tool_result is expected in its role")
+            refuse("unsupported_parameter", "this role does not take a block of this type")
     if said or calls or not blocks:
         text = _text(said, "a message's content")
         yield {"role": role, "content": text, **({"tool_calls": calls} if calls else {})}
@@ -159,7 +159,7 @@ def _messages(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def _call(block: Mapping[str, Any]) -> dict[str, Any]:
     name, given = block.get("name"), block.get("input")
     if not isinstance(name, str) or not isinstance(given, Mapping):
-        refuse("invalid_request", "a tool_use has a name, and an object as input")
+        refuse("invalid_request", "a tool_use must have a name, and an object as input")
     return {"id": str(block.get("id") or ""), "type": "function", "function": {"name": name, "arguments": given}}
 
 
@@ -169,7 +169,7 @@ def _text(value: Any, what: str) -> str:
         return value
     texts = [block.get("text") for block in mappings(value, what) if block.get("type") == "text"]
     if len(texts) != len(value) or not all(isinstance(text, str) for text in texts):
-        refuse("unsupported_parameter", f"{what} is text, or a list of blocks of text: nothing else is supported")
+        refuse("unsupported_parameter", f"{what} must be text or a list of text blocks: nothing else is supported")
     return "\n".join(str(text) for text in texts)
 
 
@@ -178,11 +178,11 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     for tool in mappings(value, "tools") if value is not None else ():
         if tool.get("type", "custom") not in ("custom", None) or not isinstance(tool.get("name"), str):
             refuse(
-                "unsupported_parameter", "a tool has a name and an input_schema: tools of a server are not supported"
+                "unsupported_parameter", "a tool must have a name and an input_schema: server tools are not supported"
             )
         known = {"name", "description", "input_schema", "type", _MARKER}
         if any(value for name, value in tool.items() if name not in known):
-            refuse("unsupported_parameter", f"a tool has {', '.join(sorted(known))}: nothing else is supported")
+            refuse("unsupported_parameter", f"a tool may have only {', '.join(sorted(known))}")
         told = {"description": tool["description"]} if tool.get("description") else {}
         function = {"name": tool["name"], **told, "parameters": tool.get("input_schema") or {}}
         found.append({"type": "function", "function": function})
@@ -194,7 +194,7 @@ def _most_calls(choice: Any) -> int | None:
         return None
     kind = choice.get("type") if isinstance(choice, Mapping) else None
     if kind not in ("auto", "none"):
-        refuse("unsupported_parameter", "tool_choice is of type auto or none here: a call cannot be enforced")
+        refuse("unsupported_parameter", "tool_choice must be of type auto or none: this server cannot enforce a call")
     return calls_of(kind == "auto", not flag(choice, "disable_parallel_tool_use"))
 
 

@@ -126,7 +126,7 @@ def local_document() -> dict[str, Any]:
         **notebook_paths(SOURCE, NOTEBOOK),
         "/v1/notebooks/{id}/tokens": {
             "get": operation(
-                "its text by the state of its tokens",
+                "read a notebook's text and the state of its tokens",
                 {200: content(record({"runs": listed(ANY), "states": ANY}))},
                 parameters=(NOTEBOOK_ID,),
             )

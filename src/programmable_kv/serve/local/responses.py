@@ -50,9 +50,9 @@ class ResponseForm:
         check_known(body, _READ, _NEUTRAL, _WITHOUT_EFFECT)
         instructions, include = body.get("instructions"), body.get("include") or []
         if instructions is not None and not isinstance(instructions, str):
-            refuse("invalid_request", "instructions is text")
+            refuse("invalid_request", "instructions must be text")
         if include not in ([], [_SHARES]):
-            refuse("unsupported_parameter", f"include is a list of nothing but {_SHARES} here")
+            refuse("unsupported_parameter", f"include may contain only {_SHARES}")
         likeliest = at_most(count(body, "top_logprobs", 0), "top_logprobs", _MOST_LIKELIEST)
         messages = [{"role": "system", "content": instructions}] if instructions else []
         messages += _messages(body.get("input"))
@@ -195,7 +195,7 @@ def _messages(value: Any) -> list[dict[str, Any]]:
         if kind == "message":
             role, content = item.get("role"), item.get("content")
             if not isinstance(role, str) or not isinstance(content, str | list):
-                refuse("invalid_request", "a message has a role, and content as text or a list of parts")
+                refuse("invalid_request", "a message must have a role, and content as text or a list of parts")
             found.append({"role": role, "content": content})
         elif kind == "function_call":
             if not found or found[-1]["role"] != "assistant":
@@ -204,21 +204,19 @@ def _messages(value: Any) -> list[dict[str, Any]]:
         elif kind == "function_call_output":
             content = item.get("output")
             if not isinstance(content, str | list):
-                refuse("invalid_request", "the output of a function_call_output is text, or a list of parts")
+                refuse("invalid_request", "the output of a function_call_output must be text or a list of parts")
             found.append({"role": "tool", "content": content, "tool_call_id": str(item.get("call_id") or "")})
         else:
-            refuse(
-                "unsupported_parameter", "input has messages, function_call and function_call_output: leave others out"
-            )
+            refuse("unsupported_parameter", "input may contain only messages, function_call and function_call_output")
     if not found:
-        refuse("invalid_request", "input is text, or a list of at least one item")
+        refuse("invalid_request", "input must be text or a list of at least one item")
     return found
 
 
 def _call(item: Mapping[str, Any]) -> dict[str, Any]:
     name, given = item.get("name"), item.get("arguments")
     if not isinstance(name, str) or not isinstance(given, str):
-        refuse("invalid_request", "a function_call has a name, and arguments as JSON in a text")
+        refuse("invalid_request", "a function_call must have a name, and arguments as a JSON text")
     identity = str(item.get("call_id") or "")
     return {"id": identity, "type": "function", "function": {"name": name, "arguments": given}}
 
@@ -227,7 +225,9 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     found = []
     for tool in mappings(value, "tools") if value is not None else ():
         if tool.get("type") != "function" or not isinstance(tool.get("name"), str):
-            refuse("unsupported_parameter", "a tool is {'type': 'function', 'name': ...}: others are not supported")
+            refuse(
+                "unsupported_parameter", "a tool must be {'type': 'function', 'name': ...}: others are not supported"
+            )
         refuse_strict(tool)
         function = {key: tool[key] for key in ("name", "description", "parameters") if tool.get(key) is not None}
         found.append({"type": "function", "function": function})

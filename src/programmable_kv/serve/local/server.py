@@ -169,7 +169,9 @@ class LocalServer:
     def _check_model(self, name: str) -> None:
         if name != self._model.name:
             raise RefusedError(
-                Refusal(404, "model_not_found", f"this server has the model {self._model.name!r}, and notebook:ID")
+                Refusal(
+                    404, "model_not_found", f"unknown model: this server has only {self._model.name!r} and notebook:ID"
+                )
             )
 
     def _as_json(self) -> dict[str, Any]:
@@ -202,8 +204,8 @@ def local_app(model: Model, settings: LocalSettings) -> Starlette:
     access, metrics = Access(settings.keys), Metrics()
     rates = Rates(settings.limits.per_minute, rates_of(settings.keys))
     server = LocalServer(model, settings)
-    metrics.watch("waiting", "operations that wait for the model", lambda: float(server.waiting))
-    metrics.watch("notebooks", "notebooks that are kept", lambda: counted(server.notebooks))
+    metrics.watch("waiting", "operations waiting for the model", lambda: float(server.waiting))
+    metrics.watch("notebooks", "stored notebooks", lambda: counted(server.notebooks))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

@@ -47,14 +47,14 @@ def check_tools(model: Model, tools: Sequence[Mapping[str, Any]]) -> None:
     template = ChatTemplate(model.tokenizer, renamed)
     shown = template.filled([Message("user", Text("OK"))], {}, asks=True)
     if not all(name in shown for name in names):
-        raise _not_supported("the chat template of this model leaves tools out: it would never see them")
+        raise _not_supported("the chat template of this model ignores tools, so the model would never see them")
     called = Message("assistant", Text(""), {"tool_calls": [_PROBE]})
     text = template.filled([Message("user", Text("OK")), called], {})
     _, calls = split(text[text.rfind(CALL) :] if CALL in text else "")
     function = _PROBE["function"]
     if [(each.name, json.loads(each.arguments)) for each in calls] != [(function["name"], function["arguments"])]:
         raise _not_supported(
-            "this model writes tool calls in a form that is not read here (read are <tool_call> and JSON)"
+            "this model writes tool calls in a form that this server cannot read (it reads <tool_call> and JSON)"
         )
 
 

@@ -61,9 +61,7 @@ class Asking:
             return None
         if route not in ROUTES:
             raise RefusedError(
-                Refusal(
-                    400, "unsupported_parameter", "a notebook is a conversation: ask it by one of the chat protocols"
-                )
+                Refusal(400, "unsupported_parameter", "a notebook is a conversation: use one of the chat protocols")
             )
         try:
             return self._planned(tenant, route, headers, body, model.removeprefix(PREFIX))
@@ -72,10 +70,10 @@ class Asking:
         except StateUnavailableError as error:
             raise RefusedError(STATE_UNAVAILABLE) from error
         except UnicodeEncodeError as error:
-            raise invalid("a text has half of a surrogate pair, which is no character: take it out") from error
+            raise invalid("a text has an unpaired surrogate: remove it") from error
         except Exception as error:  # a fault of ours: the client gets a typed error, the log its class and no text
             _LOG.error("a request to a notebook failed (%s)", type(error).__name__)
-            raise RefusedError(Refusal(500, "internal_error", "the gateway failed at this request")) from error
+            raise RefusedError(Refusal(500, "internal_error", "the gateway failed to process this request")) from error
 
     def _planned(self, tenant: str, route: str, headers: Headers, body: Body, identity: str) -> BookRewriting:
         """Plan a request to a notebook. This reads the notebook, and then the conversation.

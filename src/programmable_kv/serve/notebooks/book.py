@@ -112,12 +112,14 @@ def located(source: Mapping[str, Any]) -> dict[str, bool | None]:
     times = Counter(_placeholders(source["messages"])) if skills else Counter[str]()
     for name in skills:
         if times[name] != 1 or name in fields:
-            raise InvalidValueError(f"the skill {{{name}}} has one placeholder in the messages, and a name of its own")
+            raise InvalidValueError(
+                f"the skill {{{name}}} needs exactly one placeholder in the messages, and a name that no field has"
+            )
     missing = [name for name in fields if name not in places]
     if missing:
         raise UnknownFieldError(
             f"no message has the placeholder {{{missing[0]}}}. Write it where the value belongs, or do not declare the field. "
-            "(In front of an upstream, fields stand in messages, not in tools or template variables.)"
+            "(On a gateway, placeholders may be in messages, but not in tools or template variables.)"
         )
     return places
 
@@ -143,7 +145,7 @@ def changed(book: Book, values: Mapping[str, Any]) -> dict[str, str]:
     types = book.types
     if unknown := values.keys() - types.keys():
         raise UnknownFieldError(
-            f"there is no field {min(unknown)!r:.80}; the notebook has {', '.join(sorted(types)) or 'none'}"
+            f"unknown field {min(unknown)!r:.80}; the notebook has {', '.join(sorted(types)) or 'none'}"
         )
     texts, by = edited(values, types)
     guard(texts, by, book.texts)
@@ -187,23 +189,23 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     for message in messages:
         role, content = message["role"], message.get("content")
         if role not in _ROLES:
-            raise InvalidValueError(f"a message's role is one of {', '.join(_ROLES)}, got {role!r:.40}")
+            raise InvalidValueError(f"a message's role must be one of {', '.join(_ROLES)}, got {role!r:.40}")
         if unknown := message.keys() - _OF_MESSAGE:
-            raise InvalidValueError(f"a message of a notebook has no {min(unknown)!r:.60}: leave it out")
+            raise InvalidValueError(f"a message of a notebook must not have {min(unknown)!r:.60}: leave it out")
         parts = content if isinstance(content, list) else []
         texts = all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts)
         kinds = all(part.get("type", "text") == "text" for part in parts) if texts else False
         said = isinstance(content, str) or (content is None and message.get("tool_calls"))
         if not said and not (isinstance(content, list) and parts and texts and kinds):
             raise InvalidValueError(
-                f"the content of the {role} message is text, or a list of parts {{'type': 'text', 'text': ...}}"
+                f"the content of the {role} message must be text or a list of parts {{'type': 'text', 'text': ...}}"
             )
         if not all(map(_is_whole, message.get("tool_calls") or ())):
             raise InvalidValueError(
-                "a call has an id, and a function with a name and arguments: the text of a JSON object"
+                "a call must have an id, and a function with a name and with arguments as the text of a JSON object"
             )
         if role == "tool" and not isinstance(message.get("tool_call_id"), str):
-            raise InvalidValueError("a message of a tool says which call it answers: give tool_call_id")
+            raise InvalidValueError("a tool message must name the call that it answers: give tool_call_id")
 
 
 def _is_whole(call: Mapping[str, Any]) -> bool:

@@ -109,7 +109,7 @@ def _tokens(rendered: bytes | None) -> tuple[int, ...]:
         return tuple(map(int, found["token_ids"] if "token_ids" in found else found["tokens"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(
-            "the upstream does not render prompts to token ids: it must be vLLM, and be started with --enable-scale-out for "
+            "the upstream does not render prompts to token ids: it must be vLLM, started with --enable-scale-out for "
             "Messages and Responses. Skills are sent as text"
         ) from error
 

@@ -44,7 +44,7 @@ def request_of(route: str, body: Body, book: Book, texts: Mapping[str, str]) -> 
     if isinstance(said, str) and route == RESPONSES:
         changes.append((body.spots[name], written([*own, {"role": "user", "content": said}])))
     elif not body.items.get(name):
-        raise invalid(f"{name} is a list of at least one message")
+        raise invalid(f"{name} must be a list of at least one message")
     elif own:
         first = body.items[name][0].start
         changes.append((Spot(first, first), "".join(f"{written(each)}," for each in own)))
@@ -81,7 +81,7 @@ def own_of(route: str, body: Body, book: Book, texts: Mapping[str, str]) -> Own:
     small = read(json.dumps(asked if system is None else {**asked, _SYSTEM[route]: system}).encode())
     prompt = prompt_of(route, small) if small is not None else None
     if prompt is None:
-        raise invalid("the request's system prompt is not of the form of its protocol")
+        raise invalid("the request's system prompt is not valid in its protocol")
     among_turns = [each for each in own if route == MESSAGES or each.get("role") not in HEAD_ROLES]
     first = own.index(among_turns[0]) if among_turns else len(own)
     return Own(prompt.head, prompt.turns[: len(own) - first])
@@ -116,7 +116,7 @@ def check_tools(tools: Sequence[Any] | None) -> None:
         function = tool.get("function") if isinstance(tool, Mapping) else None
         named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
         if not named or tool.get("type", "function") != "function":
-            raise invalid("a tool is {'type': 'function', 'function': {'name': ...}}: others are not supported")
+            raise invalid("a tool must be {'type': 'function', 'function': {'name': ...}}: others are not supported")
 
 
 def _own(route: str, body: Body, book: Book, texts: Mapping[str, str]) -> tuple[Any, Messages]:
@@ -130,8 +130,8 @@ def _own(route: str, body: Body, book: Book, texts: Mapping[str, str]) -> tuple[
         return None, [*head, *rest]
     client = body.data.get(_SYSTEM[route])
     if not isinstance(client, str | NoneType) and not (route == MESSAGES and isinstance(client, list)):
-        of = "text, or a list of blocks of text" if route == MESSAGES else "text"
-        raise invalid(f"{_SYSTEM[route]} is {of}: it is put behind the notebook's own")
+        of = "text or a list of text blocks" if route == MESSAGES else "text"
+        raise invalid(f"{_SYSTEM[route]} must be {of}: it is appended to the notebook's own")
     if route == MESSAGES:
         blocks = [block for each in head for block in _blocks(each["content"])]
         given = client if isinstance(client, list) else _blocks(client)

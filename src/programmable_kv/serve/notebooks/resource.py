@@ -68,7 +68,7 @@ class BookResource:
         mode = call.request.query_params.get("mode") or _MODES[0]
         if mode not in _MODES:
             raise InvalidArgumentError(
-                f"in front of an upstream an edit's mode is one of {', '.join(_MODES)}, got {mode!r:.40}: leave it out"
+                f"a gateway's edit mode must be one of {', '.join(_MODES)}, got {mode!r:.40}: leave it out"
             )
         for _ in range(_TRIES):
             # An edit that has begun is completed even if the client leaves, because nothing stops a thread.
@@ -92,7 +92,7 @@ class BookResource:
         source = source_of(call.body, "upstream_model", "skills")
         model = call.body.get("upstream_model")
         if not isinstance(model, str) or not model:
-            raise invalid("upstream_model is the name of the model at the upstream, as GET /v1/models lists it")
+            raise invalid("upstream_model must be the name of a model of the upstream, as GET /v1/models lists it")
         check_messages(source["messages"])
         check_tools(source["tools"])
         source["upstream_model"] = model
@@ -115,7 +115,7 @@ class BookResource:
         check_version(before.version, call.request.headers.get("if-match"))
         texts = changed(before, call.body)
         if texts == before.texts and (mode != "full" or before.base == texts):
-            return self._told(before, account=_account(mode, "none", "these are its values", before))
+            return self._told(before, account=_account(mode, "none", "the notebook has these values already", before))
         check_size(before.messages, {**texts, **before.skills}, self._most_bytes)
         book, used, why = _settled(replace(before, texts=texts), mode)
         changes = (book.texts, book.base) != (before.texts, before.base)
@@ -144,9 +144,9 @@ class BookResource:
         if given is None or given == {}:
             return {}
         if not isinstance(given, Mapping) or not all(isinstance(which, str) for which in given.values()):
-            raise invalid('skills is an object: {"PLACEHOLDER": "a skill\'s name or key"}')
+            raise invalid('skills must be an object: {"PLACEHOLDER": "a skill\'s name or key"}')
         if self._stored is None:
-            raise invalid("this gateway has no store of skills: start it with --skills STORE")
+            raise invalid("this gateway has no skill store: start it with --skills STORE")
         found = {which: self._stored.find(which, tenant) for which in set(given.values())}
         return {
             name: {"skill": which, "key": found[which].key, "text": found[which].text} for name, which in given.items()

@@ -34,13 +34,13 @@ def source_of(body: Mapping[str, Any], *more: str) -> dict[str, Any]:
         InvalidArgumentError: the description of a field does not fit the field's kind.
     """
     if unknown := body.keys() - {*_OF_BODY, *more}:
-        raise invalid(f"a notebook has {', '.join((*_OF_BODY, *more))}; got {min(unknown)!r:.60}")
+        raise invalid(f"a notebook may have only {', '.join((*_OF_BODY, *more))}; got {min(unknown)!r:.60}")
     fields = {} if body.get("fields") is None else body["fields"]
     if not isinstance(fields, Mapping):
-        raise invalid("fields is an object")
+        raise invalid("fields must be an object")
     tools, variables = body.get("tools"), body.get("template_kwargs")
     if not isinstance(tools, list | NoneType) or not isinstance(variables, Mapping | NoneType):
-        raise invalid("tools is a list, and template_kwargs an object")
+        raise invalid("tools must be a list, and template_kwargs an object")
     messages = checked_messages(body.get("messages"))
     for name, value in fields.items():
         field_of(name, value)
@@ -57,7 +57,9 @@ def field_of(name: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     if "value" not in value or not all(_fits(key, each) for key, each in value.items()):
-        raise invalid(f"the field {name!r:.60} is a value, or an object with {', '.join(_OF_FIELD)}, each of its type")
+        raise invalid(
+            f"the field {name!r:.60} must be a value, or an object with {', '.join(_OF_FIELD)}, each of the right type"
+        )
     return Field(**value)
 
 
@@ -80,7 +82,7 @@ def check_version(version: int, if_match: str | None) -> None:
         return
     if etag_of(version) not in [each.strip() for each in if_match.split(",")]:
         raise RefusedError(
-            Refusal(412, "version_changed", f"the notebook is at version {version} now: read it, and decide again")
+            Refusal(412, "version_changed", f"the notebook is now at version {version}: read it again, then decide")
         )
 
 
@@ -101,13 +103,13 @@ def new_identity() -> str:
 
 def no_such_notebook() -> RefusedError:
     """The refusal if the tenant has no notebook with the id."""
-    return RefusedError(Refusal(404, "no_such_notebook", "there is no notebook with that id"))
+    return RefusedError(Refusal(404, "no_such_notebook", "there is no notebook with this id"))
 
 
 def full(most: int) -> RefusedError:
     """The refusal if the server has as many notebooks as it may keep."""
     return RefusedError(
-        Refusal(429, "notebooks_full", f"{most} notebooks are kept at most: delete one that is not needed")
+        Refusal(429, "notebooks_full", f"this server keeps at most {most} notebooks: delete one that is not needed")
     )
 
 
@@ -117,8 +119,8 @@ def too_large(most_bytes: int) -> RefusedError:
         Refusal(
             413,
             "notebook_too_large",
-            f"the values, each as often as its placeholder stands there, take more than the {most_bytes} bytes that a request "
-            "may have here: use shorter values, or fewer placeholders",
+            f"with all placeholders filled, the values take more than the {most_bytes} bytes that a request may have: "
+            "use shorter values, or fewer placeholders",
         )
     )
 
@@ -131,7 +133,7 @@ def busy() -> RefusedError:
 def tools_differ() -> RefusedError:
     """The refusal if a request gives other tools than its notebook, whose text contains its tools already."""
     return RefusedError(
-        Refusal(400, "tools_differ", "a notebook's tools are given when it is made: leave them out, or give the same")
+        Refusal(400, "tools_differ", "a notebook's tools are set when it is created: leave them out, or give the same")
     )
 
 

@@ -57,7 +57,7 @@ class StoredTexts:
         found = [each for each in found if self._owner(each.name) in (None, tenant)]
         if len(found) != 1:
             raise UnknownSkillError(
-                f"there are {len(found)} skills called {which!r:.80} in the gateway's store: give a name that is there once, "
+                f"there are {len(found)} skills called {which!r:.80} in the gateway's store: give a unique name, "
                 "or a key. `pkv skills list` shows them."
             )
         return found[0]
@@ -81,7 +81,7 @@ class StoredTexts:
         if key not in self._read:
             body = self._blobs.read(f"{key}.json")
             if body is None:
-                raise UnknownSkillError(f"skill {key} is not in the gateway's store any more: compile it again")
+                raise UnknownSkillError(f"skill {key} is no longer in the gateway's store: compile it again")
             self._read[key] = _text_of(body, key)
         return self._read[key]
 
@@ -107,7 +107,7 @@ def _text_of(sealed: bytes, key: str) -> StoredText:
         unit, name, form = manifest["unit"], manifest["name"], manifest["format"]
         found = StoredText(key, str(name), str(unit["text"]), tuple(map(int, unit["ids"])))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CorruptFileError(f"the manifest of skill {key} was damaged: compile the skill again") from error
+        raise CorruptFileError(f"the manifest of skill {key} is damaged: compile the skill again") from error
     if form != _FORMAT:
-        raise CorruptFileError(f"the manifest of skill {key} is of format {form}, and this version reads {_FORMAT}")
+        raise CorruptFileError(f"the manifest of skill {key} has format {form}, but this version reads {_FORMAT}")
     return found

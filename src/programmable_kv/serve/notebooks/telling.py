@@ -93,8 +93,10 @@ class BookRewriter(Rewriter):
         whole = request_of(route, body, book, book.texts)
         prompt = prompt_of(route, whole)
         if prompt is None or not prompt.turns:
-            raise invalid("the request is no conversation of its protocol, or goes on with one that a server holds")
-        nothing = Plan(Action.FORWARDED, "it did not pay here")
+            raise invalid(
+                "the request is not a valid conversation of its protocol, or continues a conversation stored on a server"
+            )
+        nothing = Plan(Action.FORWARDED, "rewriting is switched off here for now, because it did not pay")
         work = BookRewriting(book.tenant, route, nothing, whole.text.encode(), self, prompt.model, book=book)
         work.prompt = prompt
         sent = {"headers": readable(headers)}
@@ -104,7 +106,7 @@ class BookRewriter(Rewriter):
             return work
         own = _Renderings(route, body, book)
         if not own.steady:
-            work.plan = Plan(Action.FORWARDED, "an empty value leaves no text in its place")
+            work.plan = Plan(Action.FORWARDED, "a field with an empty value has no place in this request")
             return work
         rules = Rules(tuple(Rule("a field", None, path) for _, path in own.places), learn=False)
         salt = str(body.data.get("cache_salt") or "")
@@ -195,7 +197,7 @@ class _Renderings:
         """Match a request to a conversation. They match if they differ only in values, and the old values are known."""
         _, _, book = self._asked
         if conversation.notebook != book.identity or conversation.values.keys() != book.texts.keys():
-            return Match(conversation, refused="it is of another notebook")
+            return Match(conversation, refused="it belongs to another notebook")
         own = self.of(conversation.values)
         same = (
             _frames(own) == _frames(self.of(book.texts))
@@ -206,7 +208,7 @@ class _Renderings:
             and all(kept.last == own.turns[at].texts for at, kept in conversation.inside.items())
         )
         if not same:
-            return Match(conversation, refused="the system prompt, the tools or a date of the template changed")
+            return Match(conversation, refused="the system prompt, the tools or a date of the chat template changed")
         return Match(conversation, self.changes(conversation.values))
 
     def _trusted(self, name: str) -> bool:

@@ -38,7 +38,7 @@ export function showGateway(report) {
     card(count(sum("lost_tokens_at_most")), `tokens computed again, at most${money(report.lost_money_at_most)}`),
   ];
   if (report.rewriting) {
-    cards.push(card(count(gained), `tokens won by rewriting, about${money(report.rewriting.gained_money_estimate)}`));
+    cards.push(card(count(gained), `tokens gained by rewriting, about${money(report.rewriting.gained_money_estimate)}`));
   }
   $("totals").replaceChildren(...cards);
   const rows = routes.map(([name, route]) => [
@@ -47,7 +47,7 @@ export function showGateway(report) {
     Object.entries(route.causes).filter(([, cause]) => cause.fix).slice(0, 3)
       .map(([cause, told]) => `${cause} (${count(told.requests)}, ${told.place})`).join("; "),
   ]);
-  const head = ["route", "#requests", "#hits", "#misses", "input: from the cache, lost", "causes, the dearest first"];
+  const head = ["route", "#requests", "#hits", "#misses", "input: from the cache, lost", "causes, most expensive first"];
   $("routes").replaceChildren(rows.length ? table(head, rows) : element("p", { className: "soft" }, "No requests yet."));
   const sessions = (report.sessions || []).slice(0, 12).map((each) => [
     element("code", {}, each.session), count(each.requests), count(each.miss),
@@ -64,9 +64,9 @@ function showRewriting(rewriting) {
     Object.entries(route.actions).map(([action, times]) => `${action} ${count(times)}`).join(", "),
     count(route.cached_tokens), count(route.added_tokens_estimate), count(route.gained_tokens_estimate),
   ]);
-  const head = ["route", "model", "what was done", "#tokens cached", "#added, about", "#won, about"];
+  const head = ["route", "model", "what was done", "#tokens cached", "#added, about", "#gained, about"];
   const found = rewriting.upstream.map((row) => [row.of, row.about, row.verdict]);
-  $("rewriting").replaceChildren(table(head, rows), table(["upstream", "what", "found out"], found));
+  $("rewriting").replaceChildren(table(head, rows), table(["upstream", "what", "finding"], found));
 }
 
 export function showMiss(miss) {

@@ -28,7 +28,7 @@ export async function showNotebooks() {
   });
   const more = list.length - buttons.length;
   if (more) buttons.unshift(element("span", { className: "soft" }, `${count(more)} earlier ones, and`));
-  const none = element("p", { className: "soft" }, "None yet: POST /v1/notebooks makes one.");
+  const none = element("p", { className: "soft" }, "None yet. Create one with POST /v1/notebooks.");
   $("notebooks").replaceChildren(...(buttons.length ? buttons : [none]));
   const notebook = list.find((each) => each.id === open);
   $("notebook").hidden = !notebook;
@@ -95,7 +95,7 @@ function control(name, value, type) {
 function written(each) {
   if (each.kind !== "json" || fault(each.before)) return JSON.stringify(each.value);
   const found = fault(each.value);
-  if (found) throw new Error(`the value of ${each.name} is no JSON: ${found}`);
+  if (found) throw new Error(`the value of ${each.name} is not valid JSON: ${found}`);
   return each.value;
 }
 
@@ -132,7 +132,7 @@ function computed({ account, tokens }) {
 function sent({ account }) {
   const used = account.mode_used + (account.why ? ` (${account.why})` : "");
   if (!account.line_bytes) return `${used}: a new conversation begins with the latest values in their places`;
-  return `${used}: a line of ${count(account.line_bytes)} bytes tells a new conversation the latest values`;
+  return `${used}: a line of ${count(account.line_bytes)} bytes states the latest values in a new conversation`;
 }
 
 function showUsage(usage) {

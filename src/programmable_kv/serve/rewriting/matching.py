@@ -11,7 +11,7 @@ from programmable_kv.serve.rewriting.prompt import Prompt
 from programmable_kv.serve.rewriting.rebase import LINES
 from programmable_kv.serve.rewriting.rules import Rules, Sharing
 
-SELDOM = "a value changed that was not seen to change repeatedly"
+SELDOM = "a value changed that is not known to change repeatedly"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +98,11 @@ def choose(matches: Sequence[Match], *, alone: bool, named: bool, turns: int) ->
         return None, refused[0] if refused else ""
     certain = [each for each in fitting if _is_certain(each, alone, named, turns)]
     if not certain:
-        return None, "it may be another conversation"
+        return None, "it may belong to another conversation"
     least = min(len(each.changes) for each in certain)
     nearest = [each for each in certain if len(each.changes) == least]
     if least and len({each.conversation.origin for each in nearest}) > 1:
-        return None, "it may go on with several conversations"
+        return None, "it may continue several conversations"
     return next((each for each in nearest if each.conversation.token), nearest[0]), ""
 
 

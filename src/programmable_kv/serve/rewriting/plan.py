@@ -34,8 +34,8 @@ _SHARED_BUDGET = 0.125
 """Fraction of the saved bytes that the line behind a shared head may have. If it is longer, a new head is sent."""
 
 
-_UNCLEAR = "a name stands at several places, with different values"
-_REORDERED = "the tools are in their earlier order"
+_UNCLEAR = "several places share a name but have different values"
+_REORDERED = "the tools are sent in their earlier order"
 
 
 class Action(StrEnum):
@@ -100,7 +100,7 @@ def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: 
         return shared or _afresh(prompt, known, Action.RESET if why else Action.FORWARDED, why, replaced)
     old = found.conversation
     if old.token and old.token in prompt.body.text:
-        return _afresh(prompt, known, Action.RESET, "the client's text holds the token", old)
+        return _afresh(prompt, known, Action.RESET, "the client's text contains the conversation's token", old)
     new = continued(old, prompt, known.rules, known.keys)
     told = [change for change in found.changes if change.tell]
     moved = moves_tools(old, prompt)
@@ -109,23 +109,23 @@ def plan(prompt: Prompt, found: Match | None, known: Known, why: str, replaced: 
     if old.plain and not (moved and not found.changes):
         if not found.changes:
             return Plan(Action.FORWARDED, "", None, old, new)
-        return _afresh(prompt, known, Action.RESET, "nothing was announced", old)
+        return _afresh(prompt, known, Action.RESET, "the conversation did not announce lines", old)
     if not told:
         replayed = replace(_planned(Action.REPLAYED, prompt, old, new, None), why=_REORDERED if moved else "")
         return _with_warming(replayed, prompt, known, old)
     if not are_clear(told, prompt, known.rules):
         return _afresh(prompt, known, Action.RESET, _UNCLEAR, old)
     if not _has_place(prompt):
-        return _afresh(prompt, known, Action.RESET, "there is no place for a line", old)
+        return _afresh(prompt, known, Action.RESET, "no line can be appended to this request", old)
     form = _form(prompt, known, told, old.notes)
     if form is None:
-        return _afresh(prompt, known, Action.RESET, "the upstream takes no line", old)
+        return _afresh(prompt, known, Action.RESET, "the upstream accepts no line", old)
     note = Note(len(known.keys), form, line_of(old.token, told))
     made = _planned(Action.ERRATUM, prompt, old, replace(new, notes=(*new.notes, note)), note)
     if 2 * len(note.line) > made.head_bytes + made.turns_bytes:
         return _afresh(prompt, known, Action.RESET, "the line would be longer than what it saves", old)
     if made.added_bytes > max(_LEAST_BUDGET, _BUDGET * len(prompt.body.text)) and not holds_thinking(prompt):
-        return _afresh(prompt, known, Action.REBASE, "the lines became too many", old)
+        return _afresh(prompt, known, Action.REBASE, "there are too many lines", old)
     return _with_warming(made, prompt, known, old)
 
 

@@ -143,12 +143,12 @@ class Rewriter:
         if mode not in _REWRITES:
             return work
         if value_of(headers, b"content-encoding") not in (None, b"identity"):
-            work.plan = Plan(Action.FORWARDED, "the body is packed")
+            work.plan = Plan(Action.FORWARDED, "the body is compressed")
             return work
         body = read(data)
         prompt = prompt_of(route, body) if body is not None else None
         if body is None or prompt is None or not prompt.turns:
-            work.plan = Plan(Action.FORWARDED, "the body is no conversation")
+            work.plan = Plan(Action.FORWARDED, "the body is not a conversation that can be rewritten")
             return work
         work.prompt, work.model = prompt, prompt.model
         sent = {"headers": readable(headers)}
@@ -164,7 +164,7 @@ class Rewriter:
         try:
             self._begin(work, known)
         except StateUnavailableError as error:
-            _LOG.info("%s: a request is forwarded as it came: %s", route, error)
+            _LOG.info("%s: forwarding a request unchanged: %s", route, error)
             work.plan, work.match = Plan(Action.FORWARDED, "the state cannot be reached"), None
         return work
 
@@ -172,7 +172,7 @@ class Rewriter:
         """Plan a request from what is known about its upstream and its tenant."""
         verdicts = self.accepted.found_out(work.tenant, work.route, work.model)
         if self.accepted.is_off(verdicts):
-            work.plan = Plan(Action.FORWARDED, "switched off: it did not pay here")
+            work.plan = Plan(Action.FORWARDED, "rewriting is switched off here for now, because it did not pay")
             return
         owner = self._owner(work.tenant, work.route)
         known = replace(known, learned=self._verdicts.learned(owner))
@@ -222,7 +222,7 @@ class Rewriter:
         before = work.plan.before
         work.announcement_refused = before is None and not work.refused
         work.as_it_came = True
-        work.plan = Plan(Action.RESET, "the upstream refused what was rewritten", None, before)
+        work.plan = Plan(Action.RESET, "the upstream refused the rewritten request", None, before)
         return True
 
     def answered(self, work: Rewriting, status: int) -> None:
@@ -260,7 +260,7 @@ class Rewriter:
         try:
             gain = self.judge.judge(work.tenant, work.route, work.model, work.plan, len(work.body), usage)
         except StateUnavailableError as error:
-            _LOG.warning("%s: what was found out could not be remembered: %s", work.route, error)
+            _LOG.warning("%s: could not store a verdict: %s", work.route, error)
             return None
         if gain is not None:
             self._tell(work.route, gain.tokens)
@@ -275,7 +275,7 @@ class Rewriter:
                 "learned": sum(len(self._verdicts.learned(self._owner(tenant, route))) for route in ROUTES),
             }
         except StateUnavailableError:
-            return found | {"upstream": [], "learned": 0, "state": "it cannot be reached now"}
+            return found | {"upstream": [], "learned": 0, "state": "cannot be reached now"}
 
     def _plan(self, work: Rewriting, owner: str) -> None:
         assert work.prompt is not None
@@ -287,7 +287,7 @@ class Rewriter:
         matches = [match(each, prompt, known) for each in candidates]
         found, why = choose(matches, alone=others == 1, named=known.named, turns=len(known.keys))
         if not why and found is None and others:
-            why = "an earlier message changed, or a conversation begins like another"
+            why = "an earlier message changed, or another conversation begins the same way"
         templates = next((each.templates for each in matches if each.templates), ())
         if templates:
             self._verdicts.learn(owner, templates)
@@ -312,14 +312,14 @@ class Rewriter:
     def _commit(self, work: Rewriting, session: str = "") -> None:
         """Store a plan before it is carried out, and begin a rebase if one is due."""
         if not self._store.commit(work.plan, session):
-            work.plan = Plan(Action.FORWARDED, "another request went on with the conversation")
+            work.plan = Plan(Action.FORWARDED, "another request continued the conversation")
             return
         after, wanted = work.plan.after, work.plan.warming
         try:
             if wanted is not None and after is not None and self._store.begin_rebase(after, wanted.conversation):
                 work.warming = wanted
         except StateUnavailableError as error:
-            _LOG.info("%s: a rebase could not be begun: %s", work.route, error)
+            _LOG.info("%s: could not begin a rebase: %s", work.route, error)
 
     def _planned(self, work: Rewriting) -> Plan:
         """The plan for a request that was compared with the stored conversations."""

@@ -19,7 +19,7 @@ _PATH = re.compile(
     r"(?:system|instructions|(?:messages|input)\[\d+\]\.content)(?:\[\d+\]\.text)?(?:\.text|\.content|\[\d+\])*"
 )
 _FORM = (
-    'It is {"volatile": [{"name": "clock", "pattern": "Now: (.*)"}, {"name": "memory", "path": "system[1].text"}], '
+    'Example: {"volatile": [{"name": "clock", "pattern": "Now: (.*)"}, {"name": "memory", "path": "system[1].text"}], '
     '"routes": {"/v1/messages": "observe"}, "learn": true, "share": "declared"}'
 )
 _PLAIN = re.compile(r"\^?([A-Za-z0-9 :;,=@#%&/_<>'\"!~-]+)")
@@ -137,17 +137,17 @@ def rules_of(given: Any, name: str = "the rules") -> Rules:
         raise InvalidValueError(f"{name}: expected an object with volatile, routes, learn or share. {_FORM}")
     pieces, routes, learn = given.get("volatile", []), given.get("routes", {}), given.get("learn", True)
     if not isinstance(pieces, list) or not isinstance(routes, Mapping) or not isinstance(learn, bool):
-        raise InvalidValueError(f"{name}: volatile is a list, routes an object, and learn true or false. {_FORM}")
+        raise InvalidValueError(f"{name}: volatile must be a list, routes an object, and learn true or false. {_FORM}")
     share = given.get("share", Sharing.DECLARED)
     if share not in tuple(Sharing):
-        raise InvalidValueError(f"{name}: share is one of {', '.join(Sharing)}, got {share!r:.90}")
+        raise InvalidValueError(f"{name}: share must be one of {', '.join(Sharing)}, got {share!r:.90}")
     declared = tuple(_rule(piece, f"{name}, piece {number}") for number, piece in enumerate(pieces, start=1))
     modes = {}
     for route, mode in routes.items():
         rewrites = mode not in (GatewayMode.OBSERVE, GatewayMode.PASS, GatewayMode.STRICT)
         if mode not in tuple(GatewayMode) or (rewrites and route not in ROUTES):
             raise InvalidValueError(
-                f"{name}: a route has one of the modes {', '.join(GatewayMode)}, and only {' and '.join(ROUTES)} are "
+                f"{name}: a route must have one of the modes {', '.join(GatewayMode)}, and only {' and '.join(ROUTES)} can be "
                 f"rewritten; got {route!r}: {mode!r}"
             )
         modes[str(route)] = GatewayMode(mode)
@@ -160,27 +160,29 @@ def _rule(given: Any, where: str) -> Rule:
     name, pattern, path, tell = given.get("name"), given.get("pattern"), given.get("path"), given.get("tell", True)
     share = given.get("share")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidValueError(f"{where}: the name is up to 80 characters of plain text on one line, got {name!r:.90}")
+        raise InvalidValueError(
+            f"{where}: the name must be up to 80 characters of plain text on one line, got {name!r:.90}"
+        )
     if (pattern is None) == (path is None) or not isinstance(tell, bool) or not isinstance(share, bool | None):
-        raise InvalidValueError(f"{where}: it has a pattern or a path, and tell and share are true or false. {_FORM}")
+        raise InvalidValueError(f"{where}: give a pattern or a path; tell and share must be true or false. {_FORM}")
     if path is not None:
         if not isinstance(path, str) or not _PATH.fullmatch(path):
             raise InvalidValueError(
-                f"{where}: a path is one such as system[1].text or messages[0].content, got {path!r:.90}"
+                f"{where}: a path must be one such as system[1].text or messages[0].content, got {path!r:.90}"
             )
         return Rule(name, None, path, tell, share)
     if not isinstance(pattern, str):
-        raise InvalidValueError(f"{where}: a pattern is text, got {type(pattern).__name__}")
+        raise InvalidValueError(f"{where}: a pattern must be text, got {type(pattern).__name__}")
     try:
         compiled = re.compile(pattern, re.MULTILINE)
     except re.error as error:
-        raise InvalidValueError(f"{where}: the pattern is no regular expression: {error}") from error
+        raise InvalidValueError(f"{where}: the pattern is not a valid regular expression: {error}") from error
     if compiled.groups > 1:
         raise InvalidValueError(
-            f"{where}: a pattern has at most one group, got {compiled.groups}: use (?:...) for others"
+            f"{where}: a pattern may have at most one group, got {compiled.groups}: use (?:...) for others"
         )
     if compiled.match("") is not None and compiled.groups == 0:
-        raise InvalidValueError(f"{where}: the pattern is found in an empty text: it would be found everywhere")
+        raise InvalidValueError(f"{where}: the pattern matches an empty text, so it would match everywhere")
     return Rule(name, compiled, "", tell, share, literal_of(pattern))
 
 

@@ -138,7 +138,7 @@ class ConversationStore:
                     if self._made % _FORGET_BEGINNINGS_EVERY == 0:
                         self._forget_beginnings()
                 except Exception as error:  # the request is stored, and is sent
-                    _LOG.warning("old conversations could not be forgotten (%s)", type(error).__name__)
+                    _LOG.warning("could not delete old conversations (%s)", type(error).__name__)
         return True
 
     def take_back(self, plan: Plan) -> bool:
