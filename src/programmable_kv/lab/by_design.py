@@ -164,10 +164,15 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if policies:
         found["policies"] = _right(policies)
     pieces = [row for row in rows if row["kind"] not in of_policies]
+    for kind in dict.fromkeys(row["kind"] for row in pieces):
+        found[kind]["order_changes"] = _order_changes([row for row in pieces if row["kind"] == kind])
     if pieces:
-        changed = sum(row["design"]["choice"] != row["reordered"]["choice"] for row in pieces)
-        found["order_changes"] = wilson(changed, len(pieces)).model_dump()
+        found["order_changes"] = _order_changes(pieces)
     return found
+
+
+def _order_changes(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return wilson(sum(row["design"]["choice"] != row["reordered"]["choice"] for row in rows), len(rows)).model_dump()
 
 
 def _right(rows: list[dict[str, Any]]) -> dict[str, Any]:
