@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from programmable_kv.scenarios.phrasings import Split
 from training.design.blocks import Blocks, opening
-from training.design.catalogues import drawn_catalogue, worded_catalogue
+from training.design.catalogues import CatalogueTool, drawn_catalogue, worded_catalogue
 from training.design.tool_words import CHANGE, FIND, THINGS, VERBS, Thing, Verb
 
 _SIZES = ((4, 5, 6, 8, 10, 12, 16), (4, 4, 4, 4, 3, 2, 3))
@@ -132,11 +132,10 @@ def training_tools(rng: random.Random, words: Sequence[str] | None = None) -> Bl
     count, draw = rng.choices(*_SIZES)[0], rng.random()
     turns = rng.choices((1, 2, 3, 4), (1, 3, 3, 2))[0]
     style = rng.choices(("json", "function", "line", "heading"), (6, 2, 2, 1))[0]
-    if draw < _HAND_WRITTEN_SHARE or (draw < _HAND_WRITTEN_SHARE + _WORDED_SHARE and words):
-        found = drawn_catalogue(rng, count) if draw < _HAND_WRITTEN_SHARE else worded_catalogue(rng, words or (), count)
-        pieces = [described(tool.name, tool.description, tool.parameters or _parameters(rng), style) for tool in found]
-        wanted = [rng.choice([tool for tool in found if tool.requests]) for _ in range(turns)]
-        asked = [(_asked(rng, rng.choice(tool.requests)), tool.name) for tool in wanted]
+    if draw < _HAND_WRITTEN_SHARE:
+        pieces, asked = _of_catalogue(rng, drawn_catalogue(rng, count), turns, style)
+    elif words and draw < _HAND_WRITTEN_SHARE + _WORDED_SHARE:
+        pieces, asked = _of_catalogue(rng, worded_catalogue(rng, words, count), turns, style)
     else:
         tools = catalogue(rng, "train", count)
         pieces = [written(rng, tool, style) for tool in tools]
@@ -148,6 +147,15 @@ def training_tools(rng: random.Random, words: Sequence[str] | None = None) -> Bl
             ("You have these tools:\n", "Tools:\n", "# Functions\n", "You help customers. Your tools:\n\n")
         )
     return Blocks(before, tuple(pieces), tuple(asked))
+
+
+def _of_catalogue(
+    rng: random.Random, tools: Sequence[CatalogueTool], turns: int, style: str
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Write the tools as blocks, and draw requests with their answers."""
+    pieces = [described(tool.name, tool.description, tool.parameters or _parameters(rng), style) for tool in tools]
+    wanted = [rng.choice([tool for tool in tools if tool.requests]) for _ in range(turns)]
+    return pieces, [(_asked(rng, rng.choice(tool.requests)), tool.name) for tool in wanted]
 
 
 def _asked(rng: random.Random, said: str) -> str:
