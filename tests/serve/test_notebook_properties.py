@@ -174,5 +174,5 @@ def test_a_request_without_a_turn_is_refused() -> None:
     peer = Peer(CHAT)
     asked = read(json.dumps({"model": "notebook:nb_1", "messages": [{"role": "system", "content": "x"}]}).encode())
     assert asked is not None
-    with pytest.raises(RefusedError, match="no conversation"):
+    with pytest.raises(RefusedError, match="not a valid conversation"):
         peer.rewriter.ask(CHAT, (), asked, peer.book)
