@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from programmable_kv.commands import bench
+from programmable_kv.commands import bench, lab
 from programmable_kv.commands.measure import parse_lengths
 
 PACKAGE = Path(__file__).parent.parent.parent / "src" / "programmable_kv"
@@ -43,3 +43,11 @@ def test_layers_belong_to_a_shape() -> None:
     done = CliRunner().invoke(bench.app, ["edit", "--layers", "2"])
     assert done.exit_code == 2
     assert "only a --shape" in done.output
+
+
+def test_figures_of_another_model_are_not_attached(tmp_path: Path) -> None:
+    (tmp_path / "training.json").write_text("{}")
+    done = CliRunner().invoke(lab.app, ["adapter", "--model", "embedded-design", "--attach", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "only the figures of --model embedded" in done.output
+    assert (tmp_path / "training.json").read_text() == "{}"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import scaled_dot_product_attention
 
 from conftest import tiny_model, tokenizer
+from programmable_kv.errors import TrainingError
 from programmable_kv.models.fetch import adapter_folder
 from training.design import model as adapters
 from training.design.attention import NAME, attention, register
@@ -136,6 +137,13 @@ def test_a_run_keeps_the_summaries_of_earlier_ones(tmp_path: Path) -> None:
     assert first["step"] != second["step"]
     assert first["held_out"]["after"]["answers"].keys() == second["held_out"]["before"]["answers"].keys()
     assert "curve" not in second
+
+
+@pytest.mark.parametrize("text", ["", "{", "3"])
+def test_a_damaged_summary_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / adapters.SUMMARY).write_text(text)
+    with pytest.raises(TrainingError, match="restore or delete"):
+        adapters.earlier_runs(tmp_path)
 
 
 def test_a_cpu_loads_it_lean(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ class _Run:
             # cuDNN builds a plan for every new shape, and here every step has a new shape.
             torch.backends.cuda.enable_cudnn_sdp(False)
         began = time.perf_counter()
+        self._earlier = adapters.earlier_runs(settings.adapter)
         self._model, tokenizer = adapters.load(settings.base, settings.adapter, device)
         self._encoding = Encoding(tokenizer, ChatFormat.of(tokenizer))
         self._masters = Masters(adapters.trained(self._model))
@@ -215,7 +216,7 @@ class _Run:
             "recipe": asdict(self._recipe), "step": progress.step, "seconds": round(progress.seconds, 1),
             "skipped": progress.skipped, "averaged": progress.averaged, "device": self._model.device.type,
             "python": platform.python_version(), "torch": torch.__version__,
-            "held_out": {"before": progress.before, "after": after}, "earlier": adapters.earlier_runs(self._settings.adapter),
+            "held_out": {"before": progress.before, "after": after}, "earlier": self._earlier,
             "columns": ["step", "seconds", "divergence", "loss_by_family"], "curve": progress.curve,
         }  # fmt: skip
         (self._settings.out / adapters.SUMMARY).write_text(json.dumps(summary) + "\n", encoding="utf-8")

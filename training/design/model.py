@@ -90,10 +90,18 @@ def load(base: Path, adapter: Path, device: torch.device) -> tuple[Any, Any]:
 
 
 def earlier_runs(adapter: Path) -> list[dict[str, Any]]:
-    """Return the summaries, without their curves, of the runs of this kind that led to an adapter, the first one first."""
-    if not (adapter / SUMMARY).exists():
+    """Return the summaries, without their curves, of the runs of this kind that led to an adapter, the first one first.
+
+    Raises:
+        TrainingError: the adapter's summary cannot be read.
+    """
+    path = adapter / SUMMARY
+    if not path.exists():
         return []
-    summary: dict[str, Any] = json.loads((adapter / SUMMARY).read_text(encoding="utf-8"))
+    try:
+        summary: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise TrainingError(f"{path} is not the summary of a training run ({error}): restore or delete it") from error
     if "mixture" not in summary.get("recipe", {}):
         return []  # another kind of training
     own = {key: value for key, value in summary.items() if key not in ("earlier", "columns", "curve")}

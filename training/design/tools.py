@@ -154,7 +154,8 @@ def _of_catalogue(
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """Write the tools as blocks, and draw requests with their answers."""
     pieces = [described(tool.name, tool.description, tool.parameters or _parameters(rng), style) for tool in tools]
-    wanted = [rng.choice([tool for tool in tools if tool.requests]) for _ in range(turns)]
+    requested = [tool for tool in tools if tool.requests]
+    wanted = [rng.choice(requested) for _ in range(turns)]
     return pieces, [(_asked(rng, rng.choice(tool.requests)), tool.name) for tool in wanted]
 
 

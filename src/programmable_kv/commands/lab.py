@@ -369,6 +369,8 @@ def lab_adapter(
     """Measure how often an embedded model follows policies that it never saw, and updates of them."""
     from programmable_kv.lab.adapter import attach_figures, evaluate, record_name
 
+    if attach is not None and model != "embedded":  # the other adapter's file has scores of its own
+        raise typer.BadParameter("only the figures of --model embedded can be attached", param_hint="--attach")
     loaded = load(model)
     record = measure(evaluate, loaded, out_path, record_name(loaded), "Scenarios", scenarios, count=scenarios)
     if attach is not None:

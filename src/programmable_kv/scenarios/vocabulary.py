@@ -100,23 +100,26 @@ def _invented(rng: random.Random, count: int) -> dict[str, Sequence[str]]:
 
 def held_out_words() -> frozenset[str]:
     """Return all words of the names of the held-out domains' fields, values and actions, and of held-out groups."""
-    names = [*KINDS["held_out"], *LABELS["held_out"]]
-    for domain in held_out_domains():
-        names += [*domain.fields, *(v for values in domain.fields.values() for v in values), *domain.actions]
-    return frozenset(word for name in names for word in re.split(r"[^a-z]+", name.lower()) if word)
+    groups = {name.lower() for name in (*KINDS["held_out"], *LABELS["held_out"])}
+    return _words_of(held_out_domains()) | groups
+
+
+def _words_of(chosen: Sequence[Domain]) -> frozenset[str]:
+    """Return the words of the names of these domains' fields, values and actions."""
+    return frozenset(
+        word
+        for domain in chosen
+        for name in (*domain.fields, *(v for values in domain.fields.values() for v in values), *domain.actions)
+        for word in re.split(r"[^a-z]+", name.lower())
+        if word
+    )
 
 
 @cache
 def english() -> tuple[str, ...]:
     """Return the words of the replayed plain text, without the words that occur in a name of the `held_out` domains."""
-    kept_out = {
-        word
-        for domain in domains("held_out")
-        for name in (*domain.fields, *(v for values in domain.fields.values() for v in values), *domain.actions)
-        for word in re.split(r"[^a-z]+", name.lower())
-    }
     found = {word for text in documents("replay") for word in re.findall(r"\b[a-z]{4,10}\b", text)}
-    return tuple(sorted(found - kept_out))
+    return tuple(sorted(found - _words_of(domains("held_out"))))
 
 
 def _names(rng: random.Random, words: Sequence[str], count: int) -> list[str]:
@@ -136,7 +139,7 @@ def draw_vocabulary(
     fields = dict(domain.fields)
     actions = list(domain.actions)
     field_share, action_share = (0.3, 0.45) if words is None else (0.5, 0.7)
-    drawn_from = words or english()
+    drawn_from = english() if words is None else words
     if wide and rng.random() < field_share:
         fields = {f"{a}_{b}": _distinct(_names(rng, drawn_from, 5)) for a, b in
                   (rng.sample(drawn_from, 2) for _ in range(4))}  # fmt: skip
