@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     from programmable_kv.models.fetch import adapter_folder, base_folder
+    from programmable_kv.models.source import EMBEDDED_PLAIN
     from training.design.loop import Settings, run
     from training.design.model import new_adapter
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.family:
             recipe = replace(recipe, mixture=mixture_of(given.family))
         base = given.base or base_folder()
-        adapter = given.adapter or adapter_folder()
+        adapter = given.adapter or adapter_folder(EMBEDDED_PLAIN)
         if given.rank is not None:
             adapter = new_adapter(base, given.rank, given.out / "start", recipe.seed)
         settings = Settings(

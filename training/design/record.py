@@ -45,7 +45,7 @@ def record_of(
         summary[f"run_{number}"] = {"steps": run["step"], "seconds": run["seconds"], "sequences": sequences}
     return Record(
         name=NAME, version=2, title="Held-out answers before and after training under visibility by design",
-        command=command, commit=commit, started=started, wall_seconds=last["seconds"], model="embedded-design",
+        command=command, commit=commit, started=started, wall_seconds=last["seconds"], model="embedded",
         model_fingerprint=fingerprint, data_digest=digest_of(row["arm"] for row in rows),
         seeds=[run["recipe"]["seed"] for run in runs], machine=machine, rows=rows, summary=summary, complete=True,
         settings={f"run_{number}": run["recipe"] for number, run in enumerate(runs, start=1)},

@@ -11,6 +11,7 @@ import typer
 from programmable_kv.commands.common import ModelOption, OutOption, command, err, out, progress, record_path
 from programmable_kv.commands.measure import DtypeOption, load, measure, print_figures, print_summary
 from programmable_kv.extras import require_extra
+from programmable_kv.models.source import EMBEDDED_PLAIN
 
 if TYPE_CHECKING:
     from programmable_kv.lab.composing.suites.suite import Suite
@@ -26,7 +27,7 @@ app = typer.Typer(help="Why it works: experiments on the loaded model.", no_args
 def lab_run(
     name: Annotated[str | None, typer.Argument(help="an experiment; --list names them", show_default=False)] = None,
     listed: Annotated[bool, typer.Option("--list", help="list the experiments and the question of each")] = False,
-    model: ModelOption = "embedded",
+    model: ModelOption = EMBEDDED_PLAIN,
     random_weights: Annotated[
         bool, typer.Option(help="the control: the same architecture, each weight matrix's numbers shuffled")
     ] = False,
@@ -85,7 +86,7 @@ def lab_run(
 
 @app.command("every")
 def lab_every(
-    model: ModelOption = "embedded",
+    model: ModelOption = EMBEDDED_PLAIN,
     scenarios: Annotated[
         int | None,
         typer.Option(min=1, help="held-out policies to draw [default: each experiment's]", show_default=False),
@@ -250,7 +251,7 @@ def lab_visibilities(
 
 @app.command("by-design")
 def lab_by_design(
-    model: ModelOption = "embedded-design",
+    model: ModelOption = "embedded",
     count: Annotated[int, typer.Option(min=1, help="questions of each kind")] = 60,
     dtype: DtypeOption = "float32",
     out_path: OutOption = None,
@@ -313,7 +314,7 @@ def lab_catalogue(
 
 @app.command("lens-peer")
 def lab_lens_peer(
-    model: ModelOption = "embedded",
+    model: ModelOption = EMBEDDED_PLAIN,
     count: Annotated[int, typer.Option(min=1, help="held-out policies; about two thirds can be probed")] = 4,
     out_path: OutOption = None,
 ) -> None:
@@ -354,7 +355,7 @@ def lab_along_adapter(
     """
     from programmable_kv.lab.along_adapter import SHARES, run
 
-    measure(run, load("embedded"), out_path, "along-adapter", "Shares of the adapter", len(SHARES), count=count)
+    measure(run, load(EMBEDDED_PLAIN), out_path, "along-adapter", "Shares of the adapter", len(SHARES), count=count)
 
 
 @app.command("adapter")
@@ -369,8 +370,8 @@ def lab_adapter(
     """Measure how often an embedded model follows policies that it never saw, and updates of them."""
     from programmable_kv.lab.adapter import attach_figures, evaluate, record_name
 
-    if attach is not None and model != "embedded":  # the other adapter's file has scores of its own
-        raise typer.BadParameter("only the figures of --model embedded can be attached", param_hint="--attach")
+    if attach is not None and model != EMBEDDED_PLAIN:  # the other adapter's file has scores of its own
+        raise typer.BadParameter("only the figures of --model embedded-plain can be attached", param_hint="--attach")
     loaded = load(model)
     record = measure(evaluate, loaded, out_path, record_name(loaded), "Scenarios", scenarios, count=scenarios)
     if attach is not None:

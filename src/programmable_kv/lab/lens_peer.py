@@ -29,6 +29,7 @@ from programmable_kv.lab.tools.kv import patched
 from programmable_kv.lab.tools.lens import logit_lens
 from programmable_kv.lab.tools.together import Probe
 from programmable_kv.models.load import Model
+from programmable_kv.models.source import EMBEDDED_PLAIN
 from programmable_kv.records import Record, Recorder, digest_of, record_on
 
 SEED = 97_000
@@ -46,7 +47,7 @@ def drawn(count: int) -> list[Case]:
 
 
 def record_name(model: Model) -> str:
-    return "lens-peer" if model.name == "embedded" else record_on("lens-peer", model.name)
+    return "lens-peer" if model.name == EMBEDDED_PLAIN else record_on("lens-peer", model.name)
 
 
 def run(

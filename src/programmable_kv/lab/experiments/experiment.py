@@ -8,6 +8,7 @@ from typing import Any
 
 from programmable_kv.lab.experiments.cases import RANKING_SEED, SEED, Case, cases, domain_names
 from programmable_kv.lab.experiments.pair import Pair
+from programmable_kv.models.source import EMBEDDED_PLAIN
 from programmable_kv.records import digest_of, record_on
 
 Row = dict[str, Any]
@@ -76,8 +77,8 @@ class Experiment:
 
 
 def record_name(experiment: Experiment, model: str) -> str:
-    """The experiment's name; for another model than the embedded one, with the model's name."""
-    return experiment.name if model == "embedded" else record_on(experiment.name, model)
+    """The experiment's name; for another model than `embedded-plain`, with the model's name."""
+    return experiment.name if model == EMBEDDED_PLAIN else record_on(experiment.name, model)
 
 
 def of_other_domains(rows: Sequence[Row], domain: str) -> list[Row]:
