@@ -74,7 +74,7 @@ def test_a_slice_of_the_held_out_experiment(embedded: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.weights
-@pytest.mark.parametrize("name", ["embedded", "embedded_design"])
+@pytest.mark.parametrize("name", ["embedded", "embedded_plain"])
 def test_a_slice_of_the_adapters_evaluation(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The first scenarios give the committed record's decisions, except for at most one near tie."""
     from programmable_kv.lab.adapter import KINDS, evaluate, record_name

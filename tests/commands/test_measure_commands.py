@@ -47,7 +47,7 @@ def test_layers_belong_to_a_shape() -> None:
 
 def test_figures_of_another_model_are_not_attached(tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text("{}")
-    done = CliRunner().invoke(lab.app, ["adapter", "--model", "embedded-design", "--attach", str(tmp_path)])
+    done = CliRunner().invoke(lab.app, ["adapter", "--model", "embedded", "--attach", str(tmp_path)])
     assert done.exit_code == 2
-    assert "only the figures of --model embedded" in done.output
+    assert "only the figures of --model embedded-plain can" in done.output
     assert (tmp_path / "training.json").read_text() == "{}"

@@ -76,12 +76,15 @@ def test_agent_loop(model: Any) -> None:
 
 def test_skills_from_folder(model: Any, tmp_path: Path) -> None:
     module = example("skills_from_folder")
-    decided = module.main(model, EXAMPLES / "skills", SkillStore(tmp_path))
+    decided = module.main(model, EXAMPLES / "skills", SkillStore(tmp_path), module.VALUES)
+    assert set(decided) == {file.stem for file in (EXAMPLES / "skills").glob("*.md")}
     if model.name == "embedded":
         assert decided == {"cancellation": "deny", "refund": "issue_refund"}
-    assert set(decided) == {file.stem for file in (EXAMPLES / "skills").glob("*.md")}
+        others = {"order_status": "pending", "account_role": "suspended"}
+        decided = module.main(model, EXAMPLES / "skills", SkillStore(tmp_path), others)
+        assert decided == {"cancellation": "cancel", "refund": "escalate"}
     with model.engine.meter.measure() as reading:
-        skills = module.compiled(model, EXAMPLES / "skills", SkillStore(tmp_path))
+        skills = module.compiled(model, EXAMPLES / "skills", SkillStore(tmp_path), module.VALUES)
     assert set(skills) == set(decided)
     shortest = min(len(skill) for skill in skills.values())
     assert reading.account.tokens_computed < shortest, "a second run takes every skill from the store"

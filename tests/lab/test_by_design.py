@@ -34,13 +34,13 @@ def test_the_summary_counts_right_answers_and_changes_by_order() -> None:
 
 
 @pytest.mark.weights
-def test_a_slice_of_the_record(embedded_design: Any) -> None:
+def test_a_slice_of_the_record(embedded: Any) -> None:
     """The first case of each kind of policy, and of two rule sets, as the committed record has them."""
-    committed = read_record(RESULTS / "by-design-embedded-design.json")
-    assert committed.model_fingerprint == embedded_design.fingerprint
+    committed = read_record(RESULTS / "by-design-embedded.json")
+    assert committed.model_fingerprint == embedded.fingerprint
     known = {(row["kind"], row["number"]): row for row in committed.rows}
     wanted = ("one_set", "two_hops", "two_sets", "rule_sets_2")
     for one in by_design.drawn(1):
         key = by_design._key(one)
         if key["kind"] in wanted:
-            assert by_design._row(embedded_design, one) == known[key["kind"], key["number"]]
+            assert by_design._row(embedded, one) == known[key["kind"], key["number"]]

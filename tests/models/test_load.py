@@ -59,7 +59,7 @@ def test_an_adapter_is_small(name: str) -> None:
 
 
 def test_the_adapter_comes_with_its_record() -> None:
-    folder = fetch.adapter_folder()
+    folder = fetch.adapter_folder("embedded-plain")
     from programmable_kv.lab.adapter import training_summary
 
     summary = training_summary(folder)

@@ -132,8 +132,8 @@ def test_only_the_adapter_is_written(tmp_path: Path) -> None:
 
 def test_a_run_keeps_the_summaries_of_earlier_ones(tmp_path: Path) -> None:
     assert adapters.earlier_runs(tmp_path) == []
-    assert adapters.earlier_runs(adapter_folder("embedded")) == []  # another kind of training
-    first, second = adapters.earlier_runs(adapter_folder("embedded-design"))
+    assert adapters.earlier_runs(adapter_folder("embedded-plain")) == []  # another kind of training
+    first, second = adapters.earlier_runs(adapter_folder("embedded"))
     assert first["step"] != second["step"]
     assert first["held_out"]["after"]["answers"].keys() == second["held_out"]["before"]["answers"].keys()
     assert "curve" not in second

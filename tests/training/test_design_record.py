@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_record_is_made_of_the_run_s_own_scores() -> None:
     committed = read_record(ROOT / "results" / f"{NAME}.json")
     again = record_of(
-        adapter_folder("embedded-design"), fingerprint=committed.model_fingerprint, command=committed.command,
+        adapter_folder("embedded"), fingerprint=committed.model_fingerprint, command=committed.command,
         commit=committed.commit, started=committed.started, machine=committed.machine, notes=committed.notes,
     )  # fmt: skip
     assert again == committed
@@ -24,5 +24,5 @@ def test_the_record_is_made_of_the_run_s_own_scores() -> None:
 
 
 @pytest.mark.weights
-def test_the_record_names_the_model_that_loads(embedded_design: object) -> None:
-    assert read_record(ROOT / "results" / f"{NAME}.json").model_fingerprint == embedded_design.fingerprint  # type: ignore[attr-defined]
+def test_the_record_names_the_model_that_loads(embedded: object) -> None:
+    assert read_record(ROOT / "results" / f"{NAME}.json").model_fingerprint == embedded.fingerprint  # type: ignore[attr-defined]

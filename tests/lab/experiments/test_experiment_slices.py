@@ -27,21 +27,21 @@ RECORDED = [name for name in EXPERIMENTS if (RESULTS / f"{name}.json").exists()]
 
 
 @pytest.fixture(scope="module")
-def pair(embedded: Any) -> Pair:
-    found = pair_of(embedded, cases(NUMBER + 1)[NUMBER])
+def pair(embedded_plain: Any) -> Pair:
+    found = pair_of(embedded_plain, cases(NUMBER + 1)[NUMBER])
     assert isinstance(found, Pair), found
     return found
 
 
 @pytest.mark.xdist_group("experiments")  # the pair is prefilled once
 @pytest.mark.parametrize("name", RECORDED)
-def test_a_slice_of_the_record(name: str, pair: Pair, embedded: Any) -> None:
+def test_a_slice_of_the_record(name: str, pair: Pair, embedded_plain: Any) -> None:
     record, experiment = read_record(RESULTS / f"{name}.json"), EXPERIMENTS[name]
     assert record.version == experiment.version
     rows = [row for row in record.rows if row["part"] == "scoring"]
     if experiment.sets > 1 or experiment.values is not None:  # other policies
         row = next(row for row in rows if "skipped" not in row)
-        drawn = pair_of(embedded, experiment.cases(row["number"] + 1)[-1][1])
+        drawn = pair_of(embedded_plain, experiment.cases(row["number"] + 1)[-1][1])
         assert isinstance(drawn, Pair)
         pair = drawn
     else:
