@@ -128,6 +128,11 @@ def record_on(stem: str, model: str) -> str:
     return f"{stem}-{record_slug(Path(model).name.lower().removesuffix('.gguf'))}"
 
 
+def record_for(stem: str, model: str, usual: str) -> str:
+    """The name of a record: the stem alone for the model that such records are usually about, else with the model."""
+    return stem if model == usual else record_on(stem, model)
+
+
 def read_record(path: Path) -> Record:
     """
     Raises:

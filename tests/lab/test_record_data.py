@@ -47,20 +47,16 @@ def suite_texts(kind: type[Any], settings: dict[str, Any]) -> Iterable[str]:
 
 
 DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
-    "adapter-held-out-embedded-plain": lambda settings: scenario_texts(settings["scenarios"], adapter.SEED),
     "adapter-held-out": lambda settings: scenario_texts(settings["scenarios"], adapter.SEED),
     "edit-modes": lambda settings: scenario_texts(settings["scenarios"], edit_modes.SEED),
     "readers": lambda settings: (case.text() for case in readers.cases(settings["count"])),
     "mentions": lambda settings: (case.text() for _, case in mentions.cases(settings["count"])),
     "long-readers": lambda settings: (case.text() for case in readers.cases(settings["count"], long_readers.KINDS)),
-    "by-design-embedded-plain": lambda settings: map(by_design._text, by_design.drawn(settings["count"])),
     "by-design-embedded": lambda settings: map(by_design._text, by_design.drawn(settings["count"])),
     "blocks": lambda settings: (case.text() for case in blocks.cases(settings["count"])),
     "blocks-qwen2-5-coder-1-5b-instruct-q4-k-m": lambda settings: (
         case.text() for case in blocks.cases(settings["count"], everyday=settings["everyday"])
     ),
-    "agent-design": lambda settings: (scenario.text() for scenario in policies(settings["instances"])),
-    "agent-readers": lambda settings: (scenario.text() for scenario in policies(settings["instances"])),
     "agent": lambda settings: (scenario.text() for scenario in policies(settings["instances"])),
     "serve": lambda settings: serve.texts(settings["sizes_kb"]),
     "serve-vllm": lambda settings: serve_vllm.texts(serve_vllm.policies_of(settings)),
@@ -71,10 +67,17 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "lens-peer": lambda settings: (case.text() for case in lens_peer.drawn(settings["count"])),
     "obedience": lambda settings: (each.text() for each in obedience.policies(settings["scenarios"])),
     "edit-ttft": lambda _: [policy(), *VALUES.values()],
-    "compose-embedded-plain": lambda settings: suite_texts(Composing, settings),
-    "preface-embedded-plain": lambda settings: suite_texts(Prefaces, settings),
+    "compose-embedded": lambda settings: suite_texts(Composing, settings),
+    "preface-embedded": lambda settings: suite_texts(Prefaces, settings),
     "emergence": lambda _: (str(policy.ids()) for policy in probed_policies()),
-    "catalogue-embedded-plain": lambda settings: suite_texts(Catalogue, settings),
+    "catalogue-embedded": lambda settings: suite_texts(Catalogue, settings),
+}
+# The records of the embedded model, of `embedded-plain`, or of both.
+DRAWN = {
+    name + of: draw
+    for name, draw in DRAWN.items()
+    for of in ("", "-plain", "-embedded-plain", "-design", "-readers")
+    if (RESULTS / f"{name}{of}.json").exists()
 }
 for name, draw in (("along-adapter", experiment_cases), ("along-training", along_training.drawn)):
     for path in RESULTS.glob(f"{name}.json"):

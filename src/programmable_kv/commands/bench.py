@@ -16,6 +16,7 @@ from programmable_kv.commands.measure import (
     RepeatsOption,
     load,
     measure,
+    named,
     parse_lengths,
     print_summary,
 )
@@ -113,8 +114,9 @@ def bench_agent(
 
     sizes, modes = parse_lengths(lengths) if times else [], [parse_way(each) for each in mode]
     total = instances * len(held_out_domains()) + len(sizes)
+    loaded = load(model)
     measure(
-        run, load(model), out_path, "agent", "Policies", total,
+        run, loaded, out_path, named("agent", loaded), "Policies", total,
         instances=instances, lengths=sizes, timed_turns=turns, modes=modes,
     )  # fmt: skip
 
@@ -131,7 +133,8 @@ def bench_endurance(
     """
     from programmable_kv.bench.endurance import run
 
-    measure(run, load(model), out_path, "endurance", "Edits", edits, edits=edits)
+    loaded = load(model)
+    measure(run, loaded, out_path, named("endurance", loaded), "Edits", edits, edits=edits)
 
 
 @app.command("overhead")

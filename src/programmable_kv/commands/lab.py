@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from programmable_kv.commands.common import ModelOption, OutOption, command, err, out, progress, record_path
-from programmable_kv.commands.measure import DtypeOption, load, measure, print_figures, print_summary
+from programmable_kv.commands.measure import DtypeOption, load, measure, named, print_figures, print_summary
 from programmable_kv.extras import require_extra
 from programmable_kv.models.source import EMBEDDED_PLAIN
 
@@ -145,7 +145,8 @@ def lab_edit_modes(
     """
     from programmable_kv.lab.edit_modes import run
 
-    measure(run, load(model), out_path, "edit-modes", "Scenarios", scenarios, count=scenarios)
+    loaded = load(model)
+    measure(run, loaded, out_path, named("edit-modes", loaded), "Scenarios", scenarios, count=scenarios)
 
 
 @app.command("obedience")
@@ -160,7 +161,8 @@ def lab_obedience(
     """
     from programmable_kv.lab.obedience import run
 
-    measure(run, load(model), out_path, "obedience", "Policies", scenarios, count=scenarios)
+    loaded = load(model)
+    measure(run, loaded, out_path, named("obedience", loaded), "Policies", scenarios, count=scenarios)
 
 
 @app.command("readers")
@@ -175,7 +177,8 @@ def lab_readers(
     """
     from programmable_kv.lab.readers import KINDS, run
 
-    measure(run, load(model), out_path, "readers", "Policies", count * len(KINDS), count=count)
+    loaded = load(model)
+    measure(run, loaded, out_path, named("readers", loaded), "Policies", count * len(KINDS), count=count)
 
 
 @app.command("blocks")
@@ -191,7 +194,10 @@ def lab_blocks(
     """
     from programmable_kv.lab.blocks import KINDS, run
 
-    measure(run, load(model), out_path, "blocks", "Blocks", count * len(KINDS), count=count, everyday=everyday)
+    loaded = load(model)
+    measure(
+        run, loaded, out_path, named("blocks", loaded), "Blocks", count * len(KINDS), count=count, everyday=everyday
+    )
 
 
 @app.command("long-readers")
@@ -203,7 +209,8 @@ def lab_long_readers(
     """Measure what `pkv lab readers` does, in contexts of about 4,000 tokens, most of them unrelated rules."""
     from programmable_kv.lab.long_readers import KINDS, run
 
-    measure(run, load(model), out_path, "long-readers", "Policies", count * len(KINDS), count=count)
+    loaded = load(model)
+    measure(run, loaded, out_path, named("long-readers", loaded), "Policies", count * len(KINDS), count=count)
 
 
 @app.command("mentions")
@@ -216,7 +223,8 @@ def lab_mentions(
     from programmable_kv.lab.mentions import run
     from programmable_kv.scenarios.mentioned import WAYS
 
-    measure(run, load(model), out_path, "mentions", "Policies", count * len(WAYS), count=count)
+    loaded = load(model)
+    measure(run, loaded, out_path, named("mentions", loaded), "Policies", count * len(WAYS), count=count)
 
 
 @app.command("stock-readers")

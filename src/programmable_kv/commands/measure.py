@@ -43,6 +43,7 @@ def measure(
 
     Args:
         out_path: the file for the record; None for `name` in the results folder.
+        name: the record's name (see `named`).
         title: the title of the progress bar.
         total: how many steps the progress bar has.
     """
@@ -51,6 +52,14 @@ def measure(
         record = run(model, path=path, report=report, command=command(), **settings)
     print_summary(record)
     return record
+
+
+def named(stem: str, model: Model) -> str:
+    """The name of a record that is usually about the embedded model; for another model, with the model's name."""
+    from programmable_kv.models.source import EMBEDDED
+    from programmable_kv.records import record_for
+
+    return record_for(stem, model.name, EMBEDDED)
 
 
 def print_summary(record: Record) -> None:

@@ -23,7 +23,7 @@ from programmable_kv.models.load import Model, load_model
 from programmable_kv.models.source import EMBEDDED
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, statement
-from programmable_kv.records import Record, Recorder, digest_of, record_on, wilson
+from programmable_kv.records import Record, Recorder, digest_of, record_for, wilson
 from programmable_kv.scenarios.grammar import Scenario, other_value
 from programmable_kv.scenarios.held_out import held_out_scenarios
 from programmable_kv.scenarios.phrasings import PHRASINGS, question, update
@@ -71,7 +71,7 @@ def evaluate(
 
 def record_name(model: Model) -> str:
     """The record's name. The default model's has no model in it."""
-    return "adapter-held-out" if model.name == EMBEDDED else record_on("adapter-held-out", model.name)
+    return record_for("adapter-held-out", model.name, EMBEDDED)
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from programmable_kv.lab.tools.lens import logit_lens
 from programmable_kv.lab.tools.together import Probe
 from programmable_kv.models.load import Model
 from programmable_kv.models.source import EMBEDDED_PLAIN
-from programmable_kv.records import Record, Recorder, digest_of, record_on
+from programmable_kv.records import Record, Recorder, digest_of, record_for
 
 SEED = 97_000
 PROBES = 6
@@ -47,7 +47,7 @@ def drawn(count: int) -> list[Case]:
 
 
 def record_name(model: Model) -> str:
-    return "lens-peer" if model.name == EMBEDDED_PLAIN else record_on("lens-peer", model.name)
+    return record_for("lens-peer", model.name, EMBEDDED_PLAIN)
 
 
 def run(

@@ -9,7 +9,7 @@ from typing import Any
 from programmable_kv.lab.experiments.cases import RANKING_SEED, SEED, Case, cases, domain_names
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.models.source import EMBEDDED_PLAIN
-from programmable_kv.records import digest_of, record_on
+from programmable_kv.records import digest_of, record_for
 
 Row = dict[str, Any]
 
@@ -78,7 +78,7 @@ class Experiment:
 
 def record_name(experiment: Experiment, model: str) -> str:
     """The experiment's name; for another model than `embedded-plain`, with the model's name."""
-    return experiment.name if model == EMBEDDED_PLAIN else record_on(experiment.name, model)
+    return record_for(experiment.name, model, EMBEDDED_PLAIN)
 
 
 def of_other_domains(rows: Sequence[Row], domain: str) -> list[Row]:
