@@ -24,6 +24,7 @@ This page lists what was claimed there, and what our own records say about it.
 A status that rests on records is a set of conditions on them, in brackets. A test fails if a record does not meet one. If a
 condition names an end of the interval, that end must meet it. We chose the limits with the records at hand. They are not
 predictions; they show when a later record contradicts a status. A status is about the models named, which are small.
+`embedded-plain` is [the embedded model](embedded-model.md) before its training by design; we trained it on policies.
 
 {{table}}
 

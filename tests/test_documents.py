@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from programmable_kv.figures import draw_all
+from programmable_kv.models.source import EMBEDDED_PLAIN
 from programmable_kv.quotes import documents, refreshed, wrong_quotes
-from programmable_kv.records import Record, all_records
+from programmable_kv.records import Record, all_records, read_record
 from scripts.cli_page import commands, options_of
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +42,16 @@ def test_records_are_complete_and_of_the_shipped_model() -> None:
     assert all(r.complete for r in records)
     fingerprints = {r.model_fingerprint for r in records if r.model == "embedded"}
     assert len(fingerprints) == 1, "records of different adapters are mixed"
+
+
+def test_a_document_names_the_model_of_its_figures() -> None:
+    """A reader who is told nothing takes a figure to be about the model that `load_model()` returns."""
+    plain = {path.stem for path in RESULTS.glob("*.json") if read_record(path).model == EMBEDDED_PLAIN}
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        quoted = plain & set(re.findall(r"<!--([a-z0-9-]+):", text))
+        said = EMBEDDED_PLAIN in re.sub(r"<!--.*?-->", "", text)
+        assert said or not quoted, f"{path.name} quotes {sorted(quoted)} but does not name the model"
 
 
 def test_figures_are_drawn_from_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

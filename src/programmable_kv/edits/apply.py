@@ -166,7 +166,7 @@ def _carried_out(
 def _reads(ledger: AnyLedger, after: Context, computes: Sequence[Compute], followed_by: int) -> PartReads | None:
     """What the rows of a plan and `followed_by` rows after the end may read; None if that is everything before them."""
     if not isinstance(ledger, Build):
-        return None
+        return _without_unread(computes, len(after) + followed_by)
     parts = parts_of(after, ledger.declared)
     touched = (
         part
@@ -174,6 +174,22 @@ def _reads(ledger: AnyLedger, after: Context, computes: Sequence[Compute], follo
         if any(one.span.start < part.span.stop and part.span.start < one.span.stop for one in computes)
     )
     return reads_of(parts, len(after), followed_by) if reads_less(touched) else None
+
+
+def _without_unread(computes: Sequence[Compute], slots: int) -> PartReads | None:
+    """Every row reads what is before it, except the slots that its `Compute` leaves out; None if none leaves any out."""
+    partial = [one for one in computes if one.unread]
+    if not partial:
+        return None
+    part_of = torch.zeros(slots, dtype=torch.long)
+    for one in partial:
+        assert one.unread == partial[0].unread, "the lines of one edit leave out the same slots"
+        part_of[one.span.start : one.span.stop] = 1
+    for span in partial[0].unread:
+        part_of[span.start : span.stop] = 2
+    reads = torch.ones(3, 3, dtype=torch.bool)
+    reads[1, 2] = False
+    return PartReads(part_of, reads)
 
 
 def _on_buffer(step: Step, engine: Engine, buffer: KVBuffer, layout: KVLayout | None) -> None:

@@ -48,6 +48,8 @@ class EditTools:
     """(context, field, further words that its readers mention) -> its readers"""
     declared: Collection[str] = ()
     """the fields whose readers were declared"""
+    lines_read_fields: bool = False
+    """whether an erratum reads the field that is refreshed with it, as in the published method; the lab measures both"""
 
 
 def plan_edit(
@@ -105,6 +107,8 @@ class _Draft:
         self.reasons: list[str] = []
         self.rereads = False
         """whether readers are recomputed"""
+        self.refreshed: tuple[Span, ...] = ()
+        """the places into which this edit writes the new values"""
 
     def step(self, step: Step) -> None:
         self.steps.append(step)
@@ -170,6 +174,7 @@ class _Draft:
         if tail:
             self.reasons.append(f"the value's token length changed: {tail} later tokens were relocated")
         spans = [replacement.new for replacement in replacements]
+        self.refreshed = tuple(sorted(spans))
         if not rereads:
             self._computed(Compute(span, Origin.REFRESHED) for span in spans)
             return
@@ -203,7 +208,9 @@ class _Draft:
     def state(self, changes: Mapping[str, str], *, wanted: bool, said: Collection[str] = ()) -> bool:
         """Append an erratum for each value that later tokens have not read. Returns whether any was appended.
 
-        This happens if `wanted`, or if an earlier erratum about the field could not be cut out.
+        This happens if `wanted`, or if an earlier erratum about the field could not be cut out. An erratum does not read the
+        places that this edit refreshes: a line that finds its own value there already is a weaker correction
+        (results/edit-modes.json: `erratum`, and `field_erratum` before and after).
 
         `said`: the fields whose last erratum already states the value.
         """
@@ -218,7 +225,8 @@ class _Draft:
                 self.after = self.after.appended(
                     self.tools.write_erratum(self.after, name, value, self._read_by_all(name))
                 )
-                self._computed([Compute(Span(start, len(self.after)), Origin.COMPUTED)])
+                unread = () if self.tools.lines_read_fields else self.refreshed
+                self._computed([Compute(Span(start, len(self.after)), Origin.COMPUTED, unread)])
                 stated = True
                 if not wanted:
                     self.reasons.append(
@@ -354,8 +362,10 @@ def _joined(computes: Sequence[Compute]) -> tuple[Compute, ...]:
     """In ascending order, with adjacent appended spans joined into one."""
     found: list[Compute] = []
     for one in sorted(computes, key=lambda one: one.span.start):
-        if found and found[-1].span.stop == one.span.start and found[-1].origin == one.origin == Origin.COMPUTED:
-            found[-1] = Compute(Span(found[-1].span.start, one.span.stop), one.origin)
+        before = found[-1] if found else None
+        adjacent = before is not None and before.span.stop == one.span.start and before.unread == one.unread
+        if before is not None and adjacent and before.origin == one.origin == Origin.COMPUTED:
+            found[-1] = replace(before, span=Span(before.span.start, one.span.stop))
         else:
             found.append(one)
     return tuple(found)

@@ -59,8 +59,9 @@ def computed(ledger: AnyLedger, after: Context, computes: Iterable[Compute]) -> 
         return ledger.computed(after, [one.span for one in computes])
     for one in computes:
         ledger = ledger.computed(
-            one.span.start, after.packed(one.span), after.statements_in(one.span), origin=one.origin
-        )
+            one.span.start, after.packed(one.span), after.statements_in(one.span), origin=one.origin,
+            partly=bool(one.unread),
+        )  # fmt: skip
     return ledger
 
 

@@ -101,6 +101,8 @@ class Compute:
 
     span: Span
     origin: Origin = Origin.COMPUTED
+    unread: tuple[Span, ...] = ()
+    """slots before it that it does not read, ascending"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +164,12 @@ class Plan:
 
     @property
     def computes_in_the_middle(self) -> bool:
-        """Whether tokens are computed that are not the last ones of the context."""
+        """Whether tokens are computed that are not the last ones of the context, or that do not read all before them."""
         if self.selects:
             return True
         ends = len(self.after)
         for one in reversed(self.compute):
-            if one.span.stop != ends:
+            if one.span.stop != ends or one.unread:
                 return True
             ends = one.span.start
         return False

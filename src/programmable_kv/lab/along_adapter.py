@@ -1,7 +1,7 @@
-"""Does what the notes carry grow with the adapter? Probes models between the base model and the embedded one.
+"""Does what the notes carry grow with the adapter? Probes models between the base model and `embedded-plain`.
 
 The adapter's training left no checkpoints, so its change of the weights is scaled instead: share 0 is the base model,
-share 1 the embedded one. This is a straight line between two models, not the path that training took.
+share 1 is `embedded-plain`. This is a straight line between two models, not the path that training took.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run(
     Args:
         model: the model with the whole adapter; the record names it.
         count: policies to draw; about two thirds can be measured.
-        joined: makes the model at a share; None for the embedded model's (see `at_share`).
+        joined: makes the model at a share; None for `embedded-plain`'s (see `at_share`).
     """
     drawn = cases(count)
     make = joined or at_share
@@ -58,7 +58,7 @@ def run(
         path,
         name="along-adapter",
         version=1,
-        title="From the base model to the embedded one, by the share of the adapter's change: decisions and notes",
+        title="From the base model to embedded-plain, by the share of the adapter's change: decisions and notes",
         command=command,
         model=model.name,
         model_fingerprint=model.fingerprint,
@@ -73,7 +73,7 @@ def run(
 
 
 def at_share(part: float) -> Model:
-    """The base model with a share of the embedded model's adapter, rounded as the embedded weights are stored.
+    """The base model with a share of the adapter of `embedded-plain`, rounded as its weights are stored.
 
     Raises:
         ModelUnavailableError: the base model could not be obtained.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice, pairwise
 
 from programmable_kv.cache.span import Span
@@ -93,15 +93,18 @@ class Ledger:
         runs = ledger.runs
         return ledger._with((*runs[:first], *runs[second:end], *runs[first:second], *runs[end:]), first)
 
-    def computed(self, start: int, tokens: bytes, statements: Iterable[Statement] = (), *, origin: Origin) -> Ledger:
+    def computed(
+        self, start: int, tokens: bytes, statements: Iterable[Statement] = (), *, origin: Origin, partly: bool = False
+    ) -> Ledger:
         """Record that `tokens` were computed in the slots from `start` on, behind the tokens that precede them now.
 
-        They may extend the context.
+        They may extend the context. `partly`: they did not read all of those tokens, so they are not exact.
         """
         count = len(tokens) // TOKEN_BYTES
         ledger, first = self._cut_at(start)
         ledger, last = ledger._cut_at(min(start + count, len(ledger)))
-        run = Run(tokens, ledger.version_at(first), tuple(statements), origin)
+        version = ledger.version_at(first)
+        run = Run(tokens, replace(version, exact=False) if partly else version, tuple(statements), origin)
         return ledger._with((*ledger.runs[:first], run, *ledger.runs[last:]), first)
 
     def _cut_at(self, slot: int) -> tuple[Ledger, int]:

@@ -198,6 +198,7 @@ class Plans:
         return EditTools(
             notebook.model.tokenizer, write, self._can_relocate, notebook.ranking, k, self._bytes_per_token,
             lambda context, name, words: notebook._readers_in(context, name, turns, words), notebook._declared.words.keys(),
+            notebook._lines_read_fields,
         )  # fmt: skip
 
     def _can_relocate(self) -> bool:

@@ -26,6 +26,7 @@ from programmable_kv.lab.experiments.locality import rank, ranked
 from programmable_kv.lab.experiments.nulls import matched
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.summaries import Value, at, mean_by_domain, share
+from programmable_kv.lab.published import as_published
 from programmable_kv.lab.tools.kv import injected, rows_from
 from programmable_kv.lab.tools.together import Probe
 from programmable_kv.notebook.notebook import Notebook
@@ -131,7 +132,8 @@ def _strongly(pair: Pair, slots: Sequence[int], times: float) -> dict[str, float
 
 def cached(pair: Pair) -> Notebook:
     """A prefilled notebook with the policy, the old value and the question, to be poisoned and edited."""
-    notebook = Notebook(pair.model).message("system", pair.case.scenario.prompt, **pair.case.values(pair.change[0]))
+    notebook = as_published(Notebook(pair.model))
+    notebook.message("system", pair.case.scenario.prompt, **pair.case.values(pair.change[0]))
     notebook.message("user", pair.case.asked).prefill()
     return notebook
 

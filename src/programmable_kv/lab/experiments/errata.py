@@ -18,6 +18,7 @@ from programmable_kv.lab.experiments.experiment import Experiment, Row
 from programmable_kv.lab.experiments.named_pair import known_of
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.summaries import share
+from programmable_kv.lab.published import as_published
 from programmable_kv.lab.tools.naming import naming, settled
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
@@ -100,7 +101,7 @@ def measure(pair: Pair, _: Sequence[Row], arms: Arms = ALL) -> Row:
 def prefilled(model: Model, pair: Pair, template: str) -> Notebook:
     """A prefilled notebook with the policy and the old value. `template` words its errata."""
     case = pair.case
-    notebook = Notebook(model, erratum_template=template)
+    notebook = as_published(Notebook(model, erratum_template=template))
     notebook.message("system", case.scenario.prompt, **case.values(pair.change[0])).prefill()
     return notebook
 

@@ -14,7 +14,7 @@ from programmable_kv.records import digest_of, record_for
 Row = dict[str, Any]
 
 PAIR_SECONDS = 0.4
-"""About how many seconds the pair of a drawn case takes to make, for the embedded model on one core."""
+"""About how many seconds the pair of a drawn case takes to make, for `embedded-plain` on one core."""
 RANKING = 48
 """Cases on which roles are ranked, in an experiment that ranks any: three from each held-out domain."""
 
@@ -43,13 +43,13 @@ class Experiment:
     values: int | None = None
     """Values that a set of rules tells apart (None: two to four)."""
     seconds: float = 0.0
-    """About how many seconds a drawn case takes for the embedded model on one core, with all parts and its pair."""
+    """About how many seconds a drawn case takes for `embedded-plain` on one core, with all parts and its pair."""
     quick: Callable[[Pair, Sequence[Row]], Row] | None = None
     """A part of `measure`, for `briefly`, if the whole takes long."""
 
     @property
     def minutes(self) -> float:
-        """About how many minutes the whole experiment takes for the embedded model on one core."""
+        """About how many minutes the whole experiment takes for `embedded-plain` on one core."""
         return self.seconds * self.scenarios / 60
 
     def minutes_beside(self, others: Iterable[Experiment]) -> float:

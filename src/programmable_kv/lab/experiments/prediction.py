@@ -22,6 +22,7 @@ from programmable_kv.lab.experiments.experiment import Experiment, Row
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.summaries import at, mean_by_domain, share
 from programmable_kv.lab.experiments.written import RULES, TAIL, Part, Text
+from programmable_kv.lab.published import as_published
 from programmable_kv.lab.statistics.many_tests import permute_map
 from programmable_kv.lab.statistics.prediction import area, predicted
 from programmable_kv.lab.tools.together import Probe
@@ -108,8 +109,8 @@ def _of_notes(pair: Pair) -> dict[str, float]:
 def _failures(pair: Pair) -> dict[str, bool]:
     """Make each edit. It fails if the decision is not the new value's."""
     case = pair.case
-    notebook = Notebook(pair.model).message("system", case.scenario.prompt, **case.values(pair.change[0]))
-    notebook.prefill()
+    notebook = as_published(Notebook(pair.model))
+    notebook.message("system", case.scenario.prompt, **case.values(pair.change[0])).prefill()
     found = {f"{mode}{ASKED_AFTER}": _fails(pair, notebook, mode, case.asked) for mode in MODES}
     notebook.add("user", case.asked)
     return {str(mode): _fails(pair, notebook, mode, None) for mode in MODES} | found

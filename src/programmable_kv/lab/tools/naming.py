@@ -95,13 +95,11 @@ class NamingEngine(Engine):
     ) -> torch.Tensor:
         """
         Raises:
-            InvalidArgumentError: the buffer belongs to another engine, or the rows do not read everything before them.
+            InvalidArgumentError: the buffer belongs to another engine.
         """
-        if not isinstance(buffer, NamedBuffer) or reads is not None:
-            raise InvalidArgumentError(
-                "rows can only be named in a buffer of this engine whose rows attend to every earlier row"
-            )
-        until = self._named(buffer, rows)
+        if not isinstance(buffer, NamedBuffer):
+            raise InvalidArgumentError("rows can only be named in a buffer of this engine")
+        until = self._named(buffer, rows, reads)
         names = [until[slot] for slot in rows.slots]
         with buffer.writing(rows.slots, rows.positions):
             buffer.name(names)
@@ -111,15 +109,27 @@ class NamingEngine(Engine):
         found = [self._logits(*each) for each in zip(names[asked:], nexts, strict=False)]
         return torch.stack(found) if found else torch.empty(0)
 
-    def _named(self, buffer: NamedBuffer, rows: Rows) -> list[int]:
-        """Return the names of all rows up to the last of `rows`, which are computed against the buffer."""
-        standing = buffer.names
+    def _named(self, buffer: NamedBuffer, rows: Rows, reads: PartReads | None = None) -> list[int]:
+        """Return the names of all rows up to the last of `rows`, which are computed against the buffer.
+
+        `reads`: which earlier rows each of `rows` reads; None means all of them.
+        """
+        standing, stop = buffer.names, rows.slots[-1] + 1
         tokens = dict(zip(rows.slots, zip(rows.ids, rows.positions, strict=True), strict=True))
-        sees, names = NOTHING, []
-        for slot in range(rows.slots[-1] + 1):
-            name = self.shared.name(*tokens[slot], sees) if slot in tokens else standing[slot]
-            sees = self.shared.longer(sees, name)
-            names.append(name)
+        allowed = {} if reads is None else dict(zip(rows.slots, reads.allowed(rows.slots, stop).tolist(), strict=True))
+        names: list[int] = []
+        everything = NOTHING
+        for slot in range(stop):
+            if slot in tokens:
+                sees = everything
+                if not all(allowed.get(slot, [])[:slot]):
+                    sees = NOTHING
+                    for earlier, read in zip(names, allowed[slot], strict=False):
+                        sees = self.shared.longer(sees, earlier) if read else sees
+                names.append(self.shared.name(*tokens[slot], sees))
+            else:
+                names.append(standing[slot])
+            everything = self.shared.longer(everything, names[-1])
         return names
 
     def attention_of(self, buffer: KVBuffer, rows: Rows) -> torch.Tensor:

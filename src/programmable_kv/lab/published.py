@@ -1,0 +1,15 @@
+"""`field_erratum` as it was published: the line that states the new value reads the refreshed field.
+
+The product's line does not read it, because a line that finds its own value there already corrects less
+(`docs/which-edit.md`). Experiments about the published method use this one.
+"""
+
+from __future__ import annotations
+
+from programmable_kv.notebook.notebook import Notebook
+
+
+def as_published(notebook: Notebook) -> Notebook:
+    """Let the notebook's errata read the fields that are refreshed with them. Returns the notebook."""
+    notebook._lines_read_fields = True
+    return notebook
