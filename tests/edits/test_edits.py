@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
 from conftest import tiny
 from programmable_kv import Mode, Notebook
@@ -30,6 +31,7 @@ from programmable_kv.errors import (
     UnknownFieldError,
     UnverifiedError,
 )
+from programmable_kv.lab.published import as_published
 from programmable_kv.prompt.units import Kind
 from programmable_kv.states import TokenState
 from reference import assert_rows_equal, full_forward, largest_difference
@@ -112,6 +114,43 @@ def test_refreshing_modes(model_type: str, mode: Mode, value: str) -> None:
     extra = 4 + 1 if mode is Mode.SELECTIVE else len(notebook) - len(ids)  # the ranking computes one row
     assert account.tokens_computed == changed + extra
     assert account.tokens_computed + account.tokens_relocated + account.tokens_reused >= len(notebook)
+
+
+@pytest.mark.parametrize("value", ["pending", "cancelled by the customer"])
+@pytest.mark.parametrize("published", [False, True])
+def test_the_line_does_not_read_the_refreshed_field(value: str, published: bool) -> None:
+    """The erratum is what transformers computes behind the cached tokens without the field's; as published, it is not."""
+    notebook = build()
+    if published:
+        as_published(notebook)
+    length = len(build(notebook.model, status=value))
+    notebook.edit(status=value, mode="field_erratum")
+    (field,) = notebook.spans("status")
+    line = range(length, len(notebook))
+    kept = [slot for slot in range(length) if slot not in field.range]
+    cache = DynamicCache()
+    for layer in range(len(notebook.cache)):
+        cache.update(notebook.cache.keys(layer)[:, :, kept], notebook.cache.values(layer)[:, :, kept], layer)
+    with torch.no_grad():
+        notebook.model.engine.model(
+            input_ids=torch.tensor([notebook.ids[length:]]),
+            position_ids=torch.tensor([list(line)]),
+            past_key_values=cache,
+        )
+    apart = max(
+        float((ours[:, :, list(line)] - theirs[:, :, len(kept) :]).abs().max())
+        for index, layer in enumerate(cache.layers)
+        for ours, theirs in (
+            (notebook.cache.keys(index), layer.keys), (notebook.cache.values(index), layer.values),
+        )
+    )  # fmt: skip
+    assert len(line) > 5
+    assert apart > 1e-4 if published else apart < 1e-9
+    assert {notebook.states[slot] for slot in line} == {TokenState.AFTER_EDIT}
+    notebook.edit(tier="silver", mode="suffix")
+    notebook.rebase()
+    expected, _ = full_forward(notebook.model.engine.model, notebook.ids)
+    assert_rows_equal(notebook.cache, expected, range(len(notebook)), atol=1e-9)
 
 
 def test_relocated_tail_equals_one_rotation(model_type: str) -> None:

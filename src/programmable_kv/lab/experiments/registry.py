@@ -14,6 +14,7 @@ from programmable_kv.lab.experiments.errata import ERRATA
 from programmable_kv.lab.experiments.experiment import Experiment
 from programmable_kv.lab.experiments.families import FAMILIES
 from programmable_kv.lab.experiments.knock_out import KNOCK_OUT
+from programmable_kv.lab.experiments.line_reads import LINE_READS
 from programmable_kv.lab.experiments.locality import LOCALITY
 from programmable_kv.lab.experiments.memory import MEMORY
 from programmable_kv.lab.experiments.path_closure import PATH_CLOSURE
@@ -38,6 +39,7 @@ EXPERIMENTS = {
         SEAM,
         BOUNDARY,
         ERRATA,
+        LINE_READS,
         ATTRIBUTION,
         PATH_CLOSURE,
         CONCLUSION,
