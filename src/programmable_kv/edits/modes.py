@@ -18,7 +18,7 @@ class Mode(StrEnum):
     ERRATUM = "erratum"
     """append a line that states the new value"""
     FIELD_ERRATUM = "field_erratum"
-    """`in_place` and `erratum` together: the default"""
+    """`in_place` and `erratum` together: the default. The line does not read the refreshed field."""
     SELECTIVE = "selective"
     """recompute the field's tokens and the k later tokens that matter most"""
     READERS = "readers"
@@ -30,7 +30,8 @@ class Mode(StrEnum):
 
 
 DEFAULT_MODE = Mode.FIELD_ERRATUM
-"""The mode of an edit that names none, unless recomputing the suffix costs no more."""
+"""The mode of an edit that names none, unless recomputing the suffix costs no more. It decides as often as a full prefill
+as `erratum` does (results/edit-modes.json), and later text reads the current value (results/line-reads.json)."""
 DECLARED_MODE = Mode.READERS
 """The mode of an edit that names none if the readers of every edited field were declared. It then agrees with a full
 prefill more often than an erratum does (results/readers.json). Without declarations it fails where a rule does not name
