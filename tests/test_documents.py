@@ -44,6 +44,10 @@ def test_records_are_complete_and_of_the_shipped_model() -> None:
     assert len(fingerprints) == 1, "records of different adapters are mixed"
 
 
+def test_a_record_has_the_name_of_its_file() -> None:
+    assert {path.stem for path in RESULTS.glob("*.json")} == {record.name for record in all_records(RESULTS)}
+
+
 def test_a_document_names_the_model_of_its_figures() -> None:
     """A reader who is told nothing takes a figure to be about the model that `load_model()` returns."""
     plain = {path.stem for path in RESULTS.glob("*.json") if read_record(path).model == EMBEDDED_PLAIN}

@@ -42,7 +42,10 @@ class Reference:
         token = self.tokens[slot]
         return token.read_exact and token.read == tuple(it.id for it in self.tokens[:slot])
 
-    def compute(self, start: int, ids: list[int], values: dict[int, tuple[str, str]], origin: Origin) -> None:
+    def compute(
+        self, start: int, ids: list[int], values: dict[int, tuple[str, str]], origin: Origin, partly: bool = False
+    ) -> None:
+        """`partly`: the tokens do not read everything before them."""
         for offset, token_id in enumerate(ids):
             slot = start + offset
             before = self.tokens[:slot]
@@ -51,7 +54,7 @@ class Reference:
             token = Token(
                 token_id,
                 tuple(it.id for it in before),
-                all(self.exact(earlier) for earlier in range(slot)),
+                not partly and all(self.exact(earlier) for earlier in range(slot)),
                 frozenset(seen | set(own)),
                 origin,
                 own,
@@ -93,17 +96,18 @@ def test_a_ledger_says_what_the_reference_says(data: st.DataObject) -> None:
         )
         start = data.draw(st.integers(0, length - 1)) if length else 0
         origin = data.draw(st.sampled_from([Origin.COMPUTED, Origin.REPAIRED, Origin.REFRESHED]))
+        partly = data.draw(st.booleans())
         if what == "append":
             ids = data.draw(IDS)
             values = {0: ("f", data.draw(st.sampled_from("ab")))} if data.draw(st.booleans()) else {}
-            reference.compute(length, ids, values, Origin.COMPUTED)
-            ledger = ledger.computed(length, packed(ids), statements(values), origin=Origin.COMPUTED)
+            reference.compute(length, ids, values, Origin.COMPUTED, partly)
+            ledger = ledger.computed(length, packed(ids), statements(values), origin=Origin.COMPUTED, partly=partly)
         elif what == "compute":
             stop = data.draw(st.integers(start + 1, length))
             ids = [it.id for it in reference.tokens[start:stop]]
             values = {i: it.states[0] for i, it in enumerate(reference.tokens[start:stop]) if it.states}
-            reference.compute(start, ids, values, origin)
-            ledger = ledger.computed(start, packed(ids), statements(values), origin=origin)
+            reference.compute(start, ids, values, origin, partly)
+            ledger = ledger.computed(start, packed(ids), statements(values), origin=origin, partly=partly)
         elif what == "replace":
             stop, ids = data.draw(st.integers(start + 1, length)), data.draw(IDS)
             ledger = ledger.shifted(stop, start + len(ids))
@@ -213,6 +217,13 @@ def test_contents_are_equal_however_they_were_put_together() -> None:
     saved = Content.saved(whole.digest, whole.length)
     assert saved.same(whole)
     assert not saved.extended(packed([5])).same(whole.extended(packed([5]))), "a loaded digest cannot be extended"
+
+
+def test_what_does_not_read_everything_before_it_is_not_exact() -> None:
+    ledger = read(Ledger(), [1, 2])
+    line = ledger.computed(2, packed([3]), (), origin=Origin.COMPUTED, partly=True)
+    assert states(line) == [TokenState.EXACT] * 2 + [TokenState.AFTER_EDIT]
+    assert states(read(line, [4]))[-1] is TokenState.AFTER_EDIT
 
 
 def test_the_weakest_state_counts() -> None:

@@ -79,7 +79,7 @@ def run(
     drawn = policies(instances)
     recorder = Recorder(
         path,
-        name="agent",
+        name=path.stem,
         version=3,
         title="An agent on a live cache against re-prefilling every turn",
         command=command,

@@ -171,7 +171,7 @@ def run(
     drawn = list(cases(count, everyday=everyday))
     recorder = Recorder(
         path,
-        name="blocks",
+        name=path.stem,
         version=1,
         title="Agreement with full prefill after a line of a block has changed, by edit mode",
         command=command,

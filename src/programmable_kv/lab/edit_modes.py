@@ -53,7 +53,7 @@ def run(
     drawn = held_out_scenarios(count, SEED)
     recorder = Recorder(
         path,
-        name="edit-modes",
+        name=path.stem,
         version=2,
         title="Agreement with full prefill and recovery, by edit mode",
         command=command,

@@ -32,7 +32,7 @@ def run(
     drawn = list(readers.cases(count, KINDS))
     recorder = Recorder(
         path,
-        name="long-readers",
+        name=path.stem,
         version=1,
         title="Agreement with full prefill where a field and its readers are computed again, in long contexts",
         command=command,

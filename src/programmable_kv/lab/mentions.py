@@ -42,7 +42,7 @@ def run(
     drawn = list(cases(count))
     recorder = Recorder(
         path,
-        name="mentions",
+        name=path.stem,
         version=1,
         title="Agreement with full prefill of readers that are named, declared and suggested",
         command=command,

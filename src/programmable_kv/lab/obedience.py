@@ -45,7 +45,7 @@ def run(
     drawn = policies(count)
     recorder = Recorder(
         path,
-        name="obedience",
+        name=path.stem,
         version=1,
         title="How often a model follows genuine and forged lines of the gateway",
         command=command,

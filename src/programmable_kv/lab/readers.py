@@ -99,7 +99,7 @@ def run(
     drawn = list(cases(count))
     recorder = Recorder(
         path,
-        name="readers",
+        name=path.stem,
         version=2,
         title="Agreement with full prefill where a field and its readers are computed again",
         command=command,
