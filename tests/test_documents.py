@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from programmable_kv.figures import draw_all
-from programmable_kv.models.source import EMBEDDED_PLAIN
+from programmable_kv.models.source import EMBEDDED, EMBEDDED_PLAIN
 from programmable_kv.quotes import documents, refreshed, wrong_quotes
 from programmable_kv.records import Record, all_records, read_record
 from scripts.cli_page import commands, options_of
@@ -40,8 +40,9 @@ def test_records_are_complete_and_of_the_shipped_model() -> None:
     records = all_records(RESULTS)
     assert {"adapter-held-out", "adapter-abilities", "edit-modes", "edit-ttft"} <= {r.name for r in records}
     assert all(r.complete for r in records)
-    fingerprints = {r.model_fingerprint for r in records if r.model == "embedded"}
-    assert len(fingerprints) == 1, "records of different adapters are mixed"
+    for name in (EMBEDDED, EMBEDDED_PLAIN):
+        fingerprints = {r.model_fingerprint for r in records if r.model == name}
+        assert len(fingerprints) == 1, "records of different adapters are mixed"
 
 
 def test_a_record_has_the_name_of_its_file() -> None:

@@ -1,4 +1,4 @@
-"""`python -m training.adapter --out FOLDER`: train the adapter of the embedded model.
+"""`python -m training.adapter --out FOLDER`: train the adapter of `embedded-plain`.
 
 Training takes about four and a half hours on two cores. It resumes from the last checkpoint in FOLDER.
 """

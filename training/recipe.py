@@ -1,4 +1,4 @@
-"""The recipe of the embedded model's adapter: stages, rates and weights of the losses."""
+"""The recipe of the adapter of `embedded-plain`: stages, rates and weights of the losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train the embedded model's adapter: LoRA on generated conversations, with plain text replayed.
+"""Train the adapter of `embedded-plain`: LoRA on generated conversations, with plain text replayed.
 
 Run it as `python -m training.adapter --out FOLDER`. It resumes from the last checkpoint in FOLDER. The data of step
 `n` depends only on (seed, n), so a resumed run gets the same data as an uninterrupted one.

@@ -145,7 +145,7 @@ def _ttft(axes: Any, record: Record) -> None:
 
 
 _FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
-    "edit-modes": ("edit-modes-embedded-plain", _modes),
+    "edit-modes": ("edit-modes", _modes),
     "edit-ttft": ("edit-ttft", _ttft),
     "composing": ("compose-embedded-plain", _composing),
     "mentions": ("mentions-embedded-plain", _mentions),

@@ -153,6 +153,18 @@ def test_the_line_does_not_read_the_refreshed_field(value: str, published: bool)
     assert_rows_equal(notebook.cache, expected, range(len(notebook)), atol=1e-9)
 
 
+@pytest.mark.parametrize("mode", [Mode.ERRATUM, Mode.FIELD_ERRATUM])
+def test_a_line_does_not_read_its_own_value_where_an_earlier_edit_wrote_it(mode: Mode) -> None:
+    notebook = build()
+    notebook.edit(status="pending", mode="in_place")
+    (field,) = notebook.spans("status")
+    (line,) = notebook.plan.edit(status="pending", mode=mode).compute
+    assert line.unread == (field,)
+    assert "without reading" in str(notebook.plan.edit(status="pending", mode=mode))
+    (plain,) = notebook.plan.edit(tier="silver", mode="erratum").compute
+    assert plain.unread == (), "the field still has the old value, which the line contradicts"
+
+
 def test_relocated_tail_equals_one_rotation(model_type: str) -> None:
     notebook = build(tiny(model_type))
     before = notebook.fork()

@@ -1,4 +1,4 @@
-"""The recipe of the design adapter: the mixture of sequences, the rates, and the length of the run."""
+"""The recipe of the training by design: the mixture of sequences, the rates, and the length of the run."""
 
 from __future__ import annotations
 

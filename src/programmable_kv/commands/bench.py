@@ -350,6 +350,7 @@ def _measure_lengths(
         if layers is not None:
             raise typer.BadParameter("only a --shape can be built with fewer layers", param_hint="--layers")
         loaded = load(model, dtype=dtype, device=device)
+        name = named(name, loaded)
     else:
         from programmable_kv.bench.shapes import load_shape, settings_of
         from programmable_kv.records import record_slug

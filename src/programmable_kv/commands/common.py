@@ -58,7 +58,9 @@ class Output:
 out = Output()
 err = Output(stderr=True)
 
-ModelOption = Annotated[str, typer.Option("--model", help="'embedded', a Hub id, a folder, or a .gguf file")]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="'embedded', 'embedded-plain', a Hub id, a folder, or a .gguf file")
+]
 OutOption = Annotated[Path | None, typer.Option("--out", help="the record's file; by default in results/")]
 
 

@@ -47,7 +47,7 @@ def lab_run(
 ) -> None:
     """Run one experiment on the keys and values of a prefilled context, and write its record.
 
-    Without a name, the command lists the experiments and about how many minutes each takes for the embedded model on
+    Without a name, the command lists the experiments and about how many minutes each takes for `embedded-plain` on
     one core. `pkv lab every` runs them all.
     """
     from programmable_kv.lab.experiments.experiment import record_name
@@ -357,7 +357,7 @@ def lab_along_adapter(
     count: Annotated[int, typer.Option(min=1, help="held-out policies; about two thirds can be measured")] = 56,
     out_path: OutOption = None,
 ) -> None:
-    """Measure which tokens carry the decision in models between the base model and the embedded one.
+    """Measure which tokens carry the decision in models between the base model and `embedded-plain`.
 
     These models are the base with a share of the adapter added.
     """

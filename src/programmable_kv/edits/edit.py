@@ -107,8 +107,6 @@ class _Draft:
         self.reasons: list[str] = []
         self.rereads = False
         """whether readers are recomputed"""
-        self.refreshed: tuple[Span, ...] = ()
-        """the places into which this edit writes the new values"""
 
     def step(self, step: Step) -> None:
         self.steps.append(step)
@@ -174,7 +172,6 @@ class _Draft:
         if tail:
             self.reasons.append(f"the value's token length changed: {tail} later tokens were relocated")
         spans = [replacement.new for replacement in replacements]
-        self.refreshed = tuple(sorted(spans))
         if not rereads:
             self._computed(Compute(span, Origin.REFRESHED) for span in spans)
             return
@@ -208,9 +205,9 @@ class _Draft:
     def state(self, changes: Mapping[str, str], *, wanted: bool, said: Collection[str] = ()) -> bool:
         """Append an erratum for each value that later tokens have not read. Returns whether any was appended.
 
-        This happens if `wanted`, or if an earlier erratum about the field could not be cut out. An erratum does not read the
-        places that this edit refreshes: a line that finds its own value there already is a weaker correction
-        (results/edit-modes.json: `erratum`, and `field_erratum` before and after).
+        This happens if `wanted`, or if an earlier erratum about the field could not be cut out. An erratum does not read
+        the places that already have its value: a line that finds its own value there corrects less
+        (results/line-reads.json).
 
         `said`: the fields whose last erratum already states the value.
         """
@@ -225,8 +222,7 @@ class _Draft:
                 self.after = self.after.appended(
                     self.tools.write_erratum(self.after, name, value, self._read_by_all(name))
                 )
-                unread = () if self.tools.lines_read_fields else self.refreshed
-                self._computed([Compute(Span(start, len(self.after)), Origin.COMPUTED, unread)])
+                self._computed([Compute(Span(start, len(self.after)), Origin.COMPUTED, self._unread_by_lines(changes))])
                 stated = True
                 if not wanted:
                     self.reasons.append(
@@ -235,6 +231,13 @@ class _Draft:
             elif wanted:
                 self.reasons.append(f"no erratum: all later tokens were computed with {name} = {_short(value)}")
         return stated
+
+    def _unread_by_lines(self, changes: Mapping[str, str]) -> tuple[Span, ...]:
+        """The places of the edited fields that have their new value: no line of this edit reads them."""
+        if self.tools.lines_read_fields:
+            return ()
+        written = [name for name, value in changes.items() if self.after.fields[name].written == value]
+        return tuple(sorted(span for name in written for span in self.after.spans(name)))
 
     def _known(self, name: str, value: str) -> bool:
         """Whether the field's places have this value, and all tokens after them have read it and no other value."""

@@ -205,7 +205,7 @@ class Plan:
             instead = f", {self.asked} was asked for" if self.asked not in (None, self.used) else ""
             lines[0] += f", mode {self.used}{instead}"
         lines += [f"  {_described(step)}" for step in self.steps]
-        lines += [f"  compute slots [{one.span.start}, {one.span.stop}) ({one.origin})" for one in self.compute]
+        lines += [f"  {_computing(one)}" for one in self.compute]
         most = "at most " if self.selects else ""
         lines.append(
             f"  = {most}{self.tokens_computed} tokens computed, {self.tokens_relocated} relocated, "
@@ -214,6 +214,12 @@ class Plan:
         if self.why:
             lines.append(f"  why: {self.why}")
         return "\n".join(lines)
+
+
+def _computing(one: Compute) -> str:
+    unread = ", ".join(f"[{span.start}, {span.stop})" for span in one.unread)
+    without = f", without reading {unread}" if unread else ""
+    return f"compute slots [{one.span.start}, {one.span.stop}) ({one.origin}{without})"
 
 
 def _described(step: Step) -> str:

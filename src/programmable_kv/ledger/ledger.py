@@ -2,8 +2,8 @@
 
 A ledger is immutable. Its operations mirror those of the cache buffer (`truncated`, `shifted`, `inserted`, `exchanged`,
 `computed`), and a plan applies each step to both. States are derived, never set: a run is exact if the tokens before it
-are the ones that it was computed behind, and if those were exact at that time. So a value that changes and changes back
-leaves its readers exact.
+are the ones that it was computed behind, if it read all of them, and if they were exact at that time. So a value that
+changes and changes back leaves its readers exact.
 
 Cost: operations and states take time proportional to the number of runs, plus hashing the tokens after the change.
 """

@@ -451,7 +451,7 @@ class Notebook(Written):
             self.model, erratum_template=self.erratum_template, ranking=self.ranking, visibility=self.visibility
         )
         other.prompt, other._skills, other._state = self.prompt, self._skills, state
-        other._declared = self._declared
+        other._declared, other._lines_read_fields = self._declared, self._lines_read_fields
         with self.model.engine.meter.measure() as reading:
             other._buffer = self.cache.fork()
         other._recorded(other._unchanged(reading.account, "fork"))

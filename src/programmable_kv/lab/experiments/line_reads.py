@@ -1,8 +1,8 @@
 """Is a line that states a new value a stronger correction if it reads the old value, the new one, or none?
 
 Each policy's field is edited by an appended line, and by the same line with the field's own tokens refreshed as well.
-Then the line may read the refreshed field (as was published), or it may not; the null hides as many random other tokens
-from it instead. `added`: the same edits, but the question is about a rule that is added after the edit.
+Then the line may read the refreshed field (as was published), or it may not; the null hides a random stretch of as many
+other tokens from it instead. `added`: the same edits, but the question is about a rule that is added after the edit.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from programmable_kv.scenarios.phrasings import PHRASINGS, question
 
 READS_OLD, READS_NEW, READS_NEITHER, RANDOM = "reads_old", "reads_new", "reads_neither", "random"
 LINES = (READS_OLD, READS_NEW, READS_NEITHER, RANDOM)
-"""What the line reads. With `reads_old` the field stays as it was; else it is refreshed. `random` also reads the new
-value, but not as many random later tokens."""
+"""What the line reads. With `reads_old` the field stays as it was; else it is refreshed. `random` reads the new
+value; a random stretch of as many later tokens is hidden from it."""
 ADDED = (Mode.STALE, READS_OLD, READS_NEW, READS_NEITHER, Mode.READERS, Mode.FULL)
 """Edits before a rule is added."""
 TOPIC = "a callback"
