@@ -19,7 +19,7 @@ from typing import Any
 
 from programmable_kv.edits.modes import Mode
 from programmable_kv.lab import same_budget
-from programmable_kv.lab.tools.naming import NamingEngine, naming, settled
+from programmable_kv.lab.tools.naming import NamingEngine, naming, settled, tried
 from programmable_kv.lab.tools.shared_rows import SharedRows
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
@@ -147,7 +147,7 @@ def _asks(
         return notebook.decide(prompt, options, edits=edit, mode=mode, k=k, think=think)
 
     for arm, mode in ((BEFORE, None), *((str(mode), mode) for mode in Mode)):
-        yield arm, partial(_tried, notebook, partial(ask, mode))
+        yield arm, partial(tried, notebook, partial(ask, mode))
     for arm in same_budget.ARMS:
         yield arm, partial(_budgeted, notebook, edit, f"{SEED}/lines/{case.number}", ask, arm)
 
@@ -173,14 +173,6 @@ def _expect(notebook: Notebook, token: int) -> None:
     assert conversation is not None
     opening = conversation.continued([], prompt_for_answer=True).added
     engine.follows[tokenised(notebook.model.tokenizer, Rendered(opening), Kind.TURN).ids[-1]] = token
-
-
-def _tried(notebook: Notebook, ask: Callable[[], Decision]) -> Decision:
-    mark = notebook.mark()
-    try:
-        return ask()
-    finally:
-        notebook.rollback(mark)
 
 
 def _budgeted(

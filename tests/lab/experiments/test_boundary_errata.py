@@ -65,7 +65,7 @@ def test_a_way_back_in_place_leaves_no_trace_and_a_stale_cache_decides_as_before
         gaps[mode, asked] = errata.back(pair, notebook, mode, asked=asked).gap(*pair.actions)
         notebook.rollback(mark)
     before = notebook.decide(pair.case.asked, list(pair.first_tokens)).gap(*pair.actions)
-    stale = errata.tried(notebook, partial(errata.edited, pair, notebook, Mode.STALE))
+    stale = errata.chosen(notebook, partial(errata.edited, pair, notebook, Mode.STALE))
     assert gaps[Mode.IN_PLACE, False] == pytest.approx(before, abs=1e-9)
     assert gaps[Mode.ERRATUM, False] == pytest.approx(before, abs=1e-9), "nothing was said behind it: it is taken back"
     assert gaps[Mode.ERRATUM, True] != pytest.approx(before, abs=1e-6)

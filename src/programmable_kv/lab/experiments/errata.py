@@ -19,7 +19,7 @@ from programmable_kv.lab.experiments.named_pair import known_of
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.summaries import share
 from programmable_kv.lab.published import as_published
-from programmable_kv.lab.tools.naming import naming, settled
+from programmable_kv.lab.tools.naming import naming, settled, tried
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.notebook import Notebook
@@ -73,18 +73,18 @@ def measure(pair: Pair, _: Sequence[Row], arms: Arms = ALL) -> Row:
         f"wording.{name}": _edited(pair, other, Mode.ERRATUM) for name, other in worded.items()
     }
     asks |= {"wording.stale": _edited(pair, notebook, Mode.STALE), "full": _edited(pair, notebook, Mode.FULL)}
-    asks |= {f"back.{mode}": partial(tried, notebook, partial(back, pair, notebook, mode)) for mode in arms.back}
+    asks |= {f"back.{mode}": partial(chosen, notebook, partial(back, pair, notebook, mode)) for mode in arms.back}
     asks |= {f"first.{mode}": _edited(pair, notebook, mode) for mode in arms.back}
     asks |= {f"thought.{mode}": _edited(pair, notebook, mode, think=True) for mode in arms.thought}
     before = partial(notebook.decide, pair.case.asked, _options(pair))
-    asks["history.before"] = partial(tried, notebook, before)
+    asks["history.before"] = partial(chosen, notebook, before)
     found = settled(engine, asks)
     # The first answer is known now, so what follows needs no guess about it.
     answered = prefilled(model, pair, DEFAULT_TEMPLATE)
     answered._thoughts = [thought]
     answered.decide(pair.case.asked, _options(pair), keep=True)
     asks = {
-        f"back_asked.{mode}": partial(tried, notebook, partial(back, pair, notebook, mode, asked=True))
+        f"back_asked.{mode}": partial(chosen, notebook, partial(back, pair, notebook, mode, asked=True))
         for mode in arms.back
     }
     asks |= {f"history.{mode}": _edited(pair, answered, mode) for mode in arms.history}
@@ -107,20 +107,16 @@ def prefilled(model: Model, pair: Pair, template: str) -> Notebook:
 
 
 def _edited(pair: Pair, notebook: Notebook, mode: Mode, *, think: bool = False) -> Callable[[], str]:
-    return partial(tried, notebook, partial(edited, pair, notebook, mode, think=think))
+    return partial(chosen, notebook, partial(edited, pair, notebook, mode, think=think))
 
 
 def _options(pair: Pair) -> list[str]:
     return list(pair.first_tokens)
 
 
-def tried(notebook: Notebook, ask: Callable[[], Decision]) -> str:
+def chosen(notebook: Notebook, ask: Callable[[], Decision]) -> str:
     """The choice. The notebook is unchanged."""
-    mark = notebook.mark()
-    try:
-        return ask().choice
-    finally:
-        notebook.rollback(mark)
+    return tried(notebook, ask).choice
 
 
 def edited(pair: Pair, notebook: Notebook, mode: Mode, *, think: bool = False) -> Decision:

@@ -22,7 +22,7 @@ from programmable_kv.lab.experiments.named_pair import known_of
 from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.summaries import at, mean_by_domain, share
 from programmable_kv.lab.statistics.paired import PairedCounts, mcnemar
-from programmable_kv.lab.tools.naming import naming, settled
+from programmable_kv.lab.tools.naming import naming, settled, tried
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE
@@ -50,12 +50,12 @@ def measure(pair: Pair, _: Sequence[Row]) -> Row:
     rules = f"For {TOPIC}: If {name} is {new}, {first}.\nFor {TOPIC}: If {name} is {old}, {second}."
     asked = question(rng, PHRASINGS["held_out"], TOPIC, think=False)
     asks: dict[str, Callable[[], Decision]] = {
-        f"asked.{line}": partial(_tried, notebook, partial(_asked, pair, notebook, line, hidden))
+        f"asked.{line}": partial(tried, notebook, partial(_asked, pair, notebook, line, hidden))
         for line in (Mode.STALE, *LINES, Mode.FULL)
     }
     for line in ADDED:
         ask = partial(_of_added, pair, notebook, line, rules, asked, [first, second])
-        asks[f"added.{line}"] = partial(_tried, notebook, ask)
+        asks[f"added.{line}"] = partial(tried, notebook, ask)
     found = settled(engine, asks)
     row: Row = {"right": list(pair.actions), "asked": {}, "added_right": [second, first], "added": {}}
     for key, decision in found.items():
@@ -90,14 +90,6 @@ def _elsewhere(notebook: Notebook, pair: Pair, rng: random.Random) -> Span:
     (field,) = notebook.spans(pair.case.gate.field)
     start = rng.randrange(field.stop, len(notebook) - len(field))
     return Span(start, start + len(field))
-
-
-def _tried(notebook: Notebook, ask: Callable[[], Decision]) -> Decision:
-    mark = notebook.mark()
-    try:
-        return ask()
-    finally:
-        notebook.rollback(mark)
 
 
 def _asked(pair: Pair, notebook: Notebook, line: str, hidden: Span) -> Decision:

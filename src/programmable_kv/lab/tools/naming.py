@@ -25,6 +25,7 @@ from programmable_kv.errors import InvalidArgumentError
 from programmable_kv.lab.tools.shared_rows import NOTHING, SharedRows
 from programmable_kv.models.load import Model
 from programmable_kv.models.loaded import remember
+from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.verify.relocation import RelocationProof
 from programmable_kv.verify.rows import RowsProof
 
@@ -168,6 +169,15 @@ def naming(model: Model, shared: SharedRows) -> tuple[Model, NamingEngine]:
     named = replace(model, engine=engine)
     remember(model)  # notebooks that are read from a file get the model that computes
     return named, engine
+
+
+def tried(notebook: Notebook, ask: Callable[[], Answer]) -> Answer:
+    """The answer to a question that may change the notebook. Afterwards the notebook is as it was."""
+    mark = notebook.mark()
+    try:
+        return ask()
+    finally:
+        notebook.rollback(mark)
 
 
 def settled(engine: NamingEngine, asks: Mapping[str, Callable[[], Answer]]) -> dict[str, Answer]:
