@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from programmable_kv.figures import draw_all
-from programmable_kv.models.source import EMBEDDED, EMBEDDED_PLAIN
+from programmable_kv.models.names import EMBEDDED, EMBEDDED_PLAIN
 from programmable_kv.quotes import documents, refreshed, wrong_quotes
 from programmable_kv.records import Record, all_records, read_record
 from scripts.cli_page import commands, options_of

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     from programmable_kv.models.fetch import adapter_folder, base_folder
-    from programmable_kv.models.source import EMBEDDED_PLAIN
+    from programmable_kv.models.names import EMBEDDED_PLAIN
     from training.design.loop import Settings, run
     from training.design.model import new_adapter
 

@@ -11,7 +11,7 @@ import typer
 from programmable_kv.commands.common import ModelOption, OutOption, command, err, out, progress, record_path
 from programmable_kv.commands.measure import DtypeOption, load, measure, named, print_figures, print_summary
 from programmable_kv.extras import require_extra
-from programmable_kv.models.source import EMBEDDED_PLAIN
+from programmable_kv.models.names import EMBEDDED_PLAIN
 
 if TYPE_CHECKING:
     from programmable_kv.lab.composing.suites.suite import Suite

@@ -56,7 +56,7 @@ def measure(
 
 def named(stem: str, model: Model) -> str:
     """The name of a record that is usually about the embedded model; for another model, with the model's name."""
-    from programmable_kv.models.source import EMBEDDED
+    from programmable_kv.models.names import EMBEDDED
     from programmable_kv.records import record_for
 
     return record_for(stem, model.name, EMBEDDED)

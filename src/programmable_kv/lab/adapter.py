@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from programmable_kv.models.load import Model, load_model
-from programmable_kv.models.source import EMBEDDED
+from programmable_kv.models.names import EMBEDDED
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, statement
 from programmable_kv.records import Record, Recorder, digest_of, record_for, wilson

@@ -25,7 +25,7 @@ from programmable_kv.lab.tools.linear_probes import probe
 from programmable_kv.lab.tools.together import Probe
 from programmable_kv.models.fetch import adapter_folder, base_folder, merged
 from programmable_kv.models.load import Model, load_model, wrap_model
-from programmable_kv.models.source import EMBEDDED_PLAIN
+from programmable_kv.models.names import EMBEDDED_PLAIN
 from programmable_kv.records import Record, Recorder, digest_of
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -29,7 +29,7 @@ from programmable_kv.lab.tools.kv import patched
 from programmable_kv.lab.tools.lens import logit_lens
 from programmable_kv.lab.tools.together import Probe
 from programmable_kv.models.load import Model
-from programmable_kv.models.source import EMBEDDED_PLAIN
+from programmable_kv.models.names import EMBEDDED_PLAIN
 from programmable_kv.records import Record, Recorder, digest_of, record_for
 
 SEED = 97_000

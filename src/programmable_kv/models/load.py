@@ -19,7 +19,8 @@ from programmable_kv.errors import InvalidArgumentError, ModelUnavailableError
 from programmable_kv.models.fingerprint import FileIdentity, fingerprint
 from programmable_kv.models.loaded import remember
 from programmable_kv.models.quiet import quiet_transformers
-from programmable_kv.models.source import EMBEDDED, Source, find_source
+from programmable_kv.models.names import EMBEDDED
+from programmable_kv.models.source import Source, find_source
 
 _ATTENTION = ("sdpa", "eager")
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")

@@ -8,10 +8,8 @@ from pathlib import Path
 
 from programmable_kv.errors import InvalidArgumentError, ModelUnavailableError
 from programmable_kv.extras import require_extra
+from programmable_kv.models.names import EMBEDDED, EMBEDDED_PLAIN
 
-EMBEDDED = "embedded"
-EMBEDDED_PLAIN = "embedded-plain"
-"""The embedded model as it was before its training for `visibility="design"`. The lab's records are about it."""
 _GGUF_MAGIC = b"GGUF"
 _REACHED_WITHIN_SECONDS = 3.0
 _FORMS = (

@@ -17,7 +17,7 @@ from programmable_kv.lab.experiments.experiment import Experiment, record_name
 from programmable_kv.lab.experiments.registry import EXPERIMENTS, experiment
 from programmable_kv.lab.experiments.runs import Report, Run, run_together
 from programmable_kv.models.load import Model, load_model
-from programmable_kv.models.source import EMBEDDED_PLAIN
+from programmable_kv.models.names import EMBEDDED_PLAIN
 from programmable_kv.records import Record, read_record
 
 _LOOK = 0.2

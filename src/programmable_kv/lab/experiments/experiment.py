@@ -8,7 +8,7 @@ from typing import Any
 
 from programmable_kv.lab.experiments.cases import RANKING_SEED, SEED, Case, cases, domain_names
 from programmable_kv.lab.experiments.pair import Pair
-from programmable_kv.models.source import EMBEDDED_PLAIN
+from programmable_kv.models.names import EMBEDDED_PLAIN
 from programmable_kv.records import digest_of, record_for
 
 Row = dict[str, Any]
