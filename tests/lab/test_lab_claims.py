@@ -42,7 +42,10 @@ def test_a_change_of_a_record_is_found() -> None:
     asked = {**record.summary["asked_before"], "in_place": {"recovery": {"value": 0.4, "low": 0.3, "high": 0.5}}}
     changed: Record = record.model_copy(update={"summary": {**record.summary, "asked_before": asked}})
     found = claim.contradictions({**RECORDS, first.record: changed})
-    assert found[0] == "edit-modes:asked_before.in_place.recovery.high is 0.5, which is not high end <= 0.03"
+    assert (
+        found[0]
+        == "edit-modes-embedded-plain:asked_before.in_place.recovery.high is 0.5, which is not high end <= 0.03"
+    )
     assert "has no figure" in found[1]
     assert claim.contradictions({}) == ["there is no record edit-modes"] * 3
 

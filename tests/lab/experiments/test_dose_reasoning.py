@@ -13,6 +13,7 @@ from programmable_kv.lab.experiments import dose, reasoning
 from programmable_kv.lab.experiments.cases import cases
 from programmable_kv.lab.experiments.pair import Pair, pair_of
 from programmable_kv.lab.experiments.written import RULES
+from programmable_kv.lab.published import as_published
 from programmable_kv.lab.tools.knockout import Knockout, blinded, knocked_out
 from programmable_kv.lab.tools.kv import injected, rows_from
 from programmable_kv.notebook.notebook import Notebook
@@ -47,7 +48,9 @@ def test_a_cache_poisoned_everywhere_is_repaired_as_the_context_that_the_poison_
     assert third is not None
     notebook = dose.cached(pair)
     before = [tensor.clone() for tensor in notebook.cache.tensors().values()]
-    donor = Notebook(pair.model).message("system", pair.case.scenario.prompt, **pair.case.values(pair.change[1]))
+    donor = as_published(Notebook(pair.model)).message(
+        "system", pair.case.scenario.prompt, **pair.case.values(pair.change[1])
+    )
     donor.message("user", pair.case.asked).prefill()
     everything = [slot for slot in (*pair.text.field.range, *pair.text.later) if slot < len(notebook)]
     found = dose._repairs(pair, notebook, third, everything)
