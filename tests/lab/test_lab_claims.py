@@ -47,7 +47,7 @@ def test_a_change_of_a_record_is_found() -> None:
         == "edit-modes-embedded-plain:asked_before.in_place.recovery.high is 0.5, which is not high end <= 0.03"
     )
     assert "has no figure" in found[1]
-    assert claim.contradictions({}) == ["there is no record edit-modes"] * 3
+    assert claim.contradictions({}) == ["there is no record edit-modes-embedded-plain"] * 3
 
 
 def test_a_status_goes_with_its_evidence() -> None:

@@ -28,8 +28,8 @@ from programmable_kv.errors import ModelUnavailableError
 from programmable_kv.extras import require_extra
 from programmable_kv.models.download import download
 from programmable_kv.models.home import HOME_VARIABLE, home
-from programmable_kv.models.quiet import quiet_transformers
 from programmable_kv.models.names import EMBEDDED, EMBEDDED_PLAIN
+from programmable_kv.models.quiet import quiet_transformers
 
 ADAPTERS = {EMBEDDED: "embedded_adapter", EMBEDDED_PLAIN: "embedded_plain_adapter"}
 """Embedded model -> the folder with its adapter. The first adapter is the second, trained further for "design"."""

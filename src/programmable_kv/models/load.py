@@ -18,8 +18,8 @@ from programmable_kv.engine import Engine
 from programmable_kv.errors import InvalidArgumentError, ModelUnavailableError
 from programmable_kv.models.fingerprint import FileIdentity, fingerprint
 from programmable_kv.models.loaded import remember
-from programmable_kv.models.quiet import quiet_transformers
 from programmable_kv.models.names import EMBEDDED
+from programmable_kv.models.quiet import quiet_transformers
 from programmable_kv.models.source import Source, find_source
 
 _ATTENTION = ("sdpa", "eager")
