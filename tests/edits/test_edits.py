@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from conftest import tiny
-from programmable_kv import Mode, Notebook
+from conftest import tiny, tiny_model, tokenizer
+from programmable_kv import Mode, Notebook, wrap_model
 from programmable_kv.edits.ranking import RandomOrder, Recency
 from programmable_kv.errors import (
     AlreadyPrefilledError,
@@ -163,6 +163,16 @@ def test_a_line_does_not_read_its_own_value_where_an_earlier_edit_wrote_it(mode:
     assert "without reading" in str(notebook.plan.edit(status="pending", mode=mode))
     (plain,) = notebook.plan.edit(tier="silver", mode="erratum").compute
     assert plain.unread == (), "the field still has the old value, which the line contradicts"
+
+
+def test_where_nothing_can_be_hidden_a_way_back_is_still_appended() -> None:
+    model = wrap_model(tiny_model("bloom", "eager", n_layer=2, n_head=4), tokenizer("byte-level"), name="tiny bloom")
+    notebook = build(model)
+    notebook.edit(status="pending", mode="erratum")
+    notebook.add("user", "and now?")
+    (line,) = notebook.plan.edit(status="shipped", mode="erratum").compute
+    assert line.unread == (), "this model makes its own masks"
+    assert notebook.edit(status="shipped", mode="erratum").mode_used == "erratum"
 
 
 def test_relocated_tail_equals_one_rotation(model_type: str) -> None:

@@ -48,8 +48,8 @@ class EditTools:
     """(context, field, further words that its readers mention) -> its readers"""
     declared: Collection[str] = ()
     """the fields whose readers were declared"""
-    lines_read_fields: bool = False
-    """whether an erratum reads the field that is refreshed with it, as in the published method; the lab measures both"""
+    can_hide: Callable[[], bool] = lambda: True
+    """() -> whether an erratum can leave out the field that already has its value: a model with its own masks cannot"""
 
 
 def plan_edit(
@@ -233,10 +233,10 @@ class _Draft:
         return stated
 
     def _unread_by_lines(self, changes: Mapping[str, str]) -> tuple[Span, ...]:
-        """The places of the edited fields that have their new value: no line of this edit reads them."""
-        if self.tools.lines_read_fields:
-            return ()
+        """The places of the edited fields that have their new value: no line of this edit reads them, if they can be hidden."""
         written = [name for name, value in changes.items() if self.after.fields[name].written == value]
+        if not written or not self.tools.can_hide():
+            return ()
         return tuple(sorted(span for name in written for span in self.after.spans(name)))
 
     def _known(self, name: str, value: str) -> bool:

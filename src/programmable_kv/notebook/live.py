@@ -65,7 +65,7 @@ class Live:
         self.model = model
         self.erratum_template = erratum_template
         self.ranking = ranking or AttentionInfluence()
-        self._lines_read_fields = False  # see `EditTools`; only the lab sets it
+        self._lines_read_fields = False  # only the lab sets it: `lab/published.py`
         self.visibility = choice_of(Visibility, visibility, "visibility is")
         """what a token may read of the text before it"""
         self.prompt = Prompt(

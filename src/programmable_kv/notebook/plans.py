@@ -198,8 +198,17 @@ class Plans:
         return EditTools(
             notebook.model.tokenizer, write, self._can_relocate, notebook.ranking, k, self._bytes_per_token,
             lambda context, name, words: notebook._readers_in(context, name, turns, words), notebook._declared.words.keys(),
-            notebook._lines_read_fields,
+            self._can_hide,
         )  # fmt: skip
+
+    def _can_hide(self) -> bool:
+        if self._notebook._lines_read_fields:
+            return False
+        try:
+            self._notebook.model.engine.require_rows()
+        except UnverifiedError:
+            return False
+        return True
 
     def _can_relocate(self) -> bool:
         try:
