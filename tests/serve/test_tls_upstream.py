@@ -158,7 +158,7 @@ def test_of_several_the_log_says_which_one_is_refused_and_why(
     with raw_upstream(whole, of_another) as bad, raw_upstream(whole, fitting) as good:
         settings = GatewaySettings(bad.url, port=0, more_upstreams=(good.url,))
         with running(settings) as gateway:
-            for number in range(8):
+            for number in range(40):  # the ports decide which upstream a conversation belongs to: half of them each
                 body = {"messages": [{"role": "user", "content": f"{number}"}]}
                 assert httpx2.post(f"{gateway.url}{PATH}", json=body, timeout=30).status_code == 200
     [told] = [message for message in caplog.messages if message.startswith("upstream 1 is skipped")]
