@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from programmable_kv.edits.modes import Mode
-from programmable_kv.lab.published import as_published
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.fields import Field
@@ -192,7 +191,7 @@ def run(
 
 def notebook_of(model: Model, case: Case, *, asked: bool) -> Notebook:
     """A prefilled notebook with the policy, and with the request if `asked`."""
-    notebook = as_published(Notebook(model)).message("system", case.prompt, **{NAME: Field.block(case.old)})
+    notebook = Notebook(model).message("system", case.prompt, **{NAME: Field.block(case.old)})
     if asked:
         notebook.message("user", case.asked)
     notebook.prefill()

@@ -21,7 +21,6 @@ from programmable_kv.lab.composing import tasks
 from programmable_kv.lab.composing.frame import TITLE, other_lines
 from programmable_kv.lab.composing.tasks import Task
 from programmable_kv.lab.composing.tools import tool_requests
-from programmable_kv.lab.published import as_published
 from programmable_kv.lab.readers import KINDS, Case, cases
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
@@ -126,7 +125,7 @@ def policy_decision(model: Model, case: Case, arm: str) -> Decision:
     """The decision under the new value, in one arm."""
     field, options = case.gate.field, case.scenario.options
     way = Visibility.DESIGN if arm == "design" else Visibility.CAUSAL
-    notebook = as_published(Notebook(model, visibility=way))
+    notebook = Notebook(model, visibility=way)
     values = {**case.scenario.values, field: case.new} if arm == "causal" else case.scenario.values
     notebook.message("system", case.scenario.prompt, **values)
     for gate in case.scenario.gates:

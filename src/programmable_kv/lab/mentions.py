@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from programmable_kv.edits.modes import Mode
-from programmable_kv.lab.published import as_published
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.notebook import Notebook
@@ -68,7 +67,7 @@ def _row(model: Model, case: Mentioned) -> dict[str, Any]:
 
 def notebook_of(model: Model, case: Mentioned) -> Notebook:
     """A prefilled notebook with the policy and the request, and nothing declared."""
-    notebook = written(as_published(Notebook(model)), case, case.values)
+    notebook = written(Notebook(model), case, case.values)
     notebook.prefill()
     return notebook
 

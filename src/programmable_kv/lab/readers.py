@@ -16,7 +16,6 @@ from typing import Any
 
 from programmable_kv.edits.modes import Mode
 from programmable_kv.lab import same_budget
-from programmable_kv.lab.published import as_published
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.notebook import Notebook
@@ -115,7 +114,7 @@ def run(
 
 def notebook_of(model: Model, case: Case, *, asked: bool) -> Notebook:
     """A prefilled notebook with the policy, and the request if `asked`. Declares the group of a looked-up field."""
-    notebook = as_published(Notebook(model)).message("system", case.scenario.prompt, **case.scenario.values)
+    notebook = Notebook(model).message("system", case.scenario.prompt, **case.scenario.values)
     if case.gate.kind is not None:
         notebook.mentions(case.gate.field, case.gate.kind)
     if asked:

@@ -14,7 +14,6 @@ import math
 import random
 from typing import Any
 
-from programmable_kv.lab.published import as_published
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.notebook import Notebook
@@ -33,7 +32,7 @@ def play(model: Model, number: int, turns: int) -> list[dict[str, Any]]:
         rng, "held_out", domain=trades[number % len(trades)], gates=1, two_hop=False, gated_values=3
     )
     values, gate = dict(scenario.values), scenario.gates[0]
-    live = as_published(Notebook(model)).message("system", scenario.prompt, **values)
+    live = Notebook(model).message("system", scenario.prompt, **values)
     live.prefill()
     said: list[tuple[str, str]] = []
     rows: list[dict[str, Any]] = []
