@@ -15,6 +15,7 @@ from programmable_kv.records import (
     all_records,
     bootstrap_mean,
     cluster_bootstrap,
+    clustered_wilson,
     digest_of,
     read_record,
     wilson,
@@ -103,6 +104,27 @@ def test_clusters_widen_the_interval() -> None:
     narrow = bootstrap_mean([value for cluster in clusters for value in cluster])
     assert wide.value == narrow.value == 0.5
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+
+
+def test_shares_in_clusters_have_wider_intervals() -> None:
+    """Ten copies of an item count once, and items that are independent count as before."""
+    alike = [[bool(k % 2)] * 10 for k in range(20)]
+    assert clustered_wilson(alike).low == pytest.approx(wilson(10, 20).low, abs=0.01)
+    mixed = [[True, False] * 5] * 20
+    assert clustered_wilson(mixed).model_copy(update={"method": "wilson"}) == wilson(100, 200)
+    assert clustered_wilson([[True] * 10] * 5).low == wilson(50, 50).low < 1.0
+    assert clustered_wilson([[True, False]]).high == wilson(1, 2).high
+    assert clustered_wilson([]).n == 0
+
+
+def test_shares_in_clusters_are_covered_about_as_often_as_is_said() -> None:
+    rng = np.random.default_rng(6)
+    covered = plain = 0
+    for _ in range(300):
+        clusters = [(rng.random(12) < share).tolist() for share in rng.beta(3, 3, size=16)]
+        covered += (i := clustered_wilson(clusters)).low <= 0.5 <= i.high
+        plain += (i := wilson(sum(map(sum, clusters)), 192)).low <= 0.5 <= i.high
+    assert plain < 0.85 * 300 < 0.9 * 300 < covered
 
 
 def test_a_digest_tells_lists_apart() -> None:

@@ -65,7 +65,7 @@ class Interval(_Strict):
     low: float
     high: float
     n: int
-    method: Literal["wilson", "clopper-pearson", "cluster bootstrap", "bootstrap", "none"]
+    method: Literal["wilson", "clustered wilson", "clopper-pearson", "cluster bootstrap", "bootstrap", "none"]
 
 
 class Record(_Strict):
@@ -144,6 +144,14 @@ def read_record(path: Path) -> Record:
         raise RecordError(f"there is no record at {path}") from None
     except ValidationError as error:
         raise RecordError(f"{path} is not a record of schema 1: {error}") from error
+
+
+def write_record(record: Record, path: Path) -> None:
+    """Write a record. A file at the path is replaced when the new one is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(_compact_json(record), encoding="utf-8")
+    temporary.replace(path)
 
 
 def all_records(folder: Path | None = None) -> list[Record]:
@@ -265,10 +273,7 @@ class Recorder:
 
     def _write(self, path: Path) -> None:
         self.record.wall_seconds = round(self._earlier_seconds + self._clock() - self._began, 3)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(_compact_json(self.record), encoding="utf-8")
-        temporary.replace(path)
+        write_record(self.record, path)
 
 
 def digest_of(items: Iterable[str]) -> str:
@@ -288,6 +293,27 @@ def wilson(successes: int, n: int) -> Interval:
         return Interval(value=float("nan"), low=0.0, high=1.0, n=0, method="wilson")
     low, high = proportion_confint(successes, n, alpha=0.05, method="wilson")
     return Interval(value=successes / n, low=float(low), high=float(high), n=n, method="wilson")
+
+
+def clustered_wilson(clusters: Sequence[Sequence[bool]]) -> Interval:
+    """A proportion with a 95% interval for items that come in clusters, whose items are not independent.
+
+    It is Wilson's interval of as many independent items as give the same variance: n over the design effect, which is
+    the variance between clusters over that of n independent items (Rao and Scott, A simple method for the analysis of
+    clustered binary data, 1992). An effect below 1, which chance may give, counts as 1. Unlike an interval from
+    resampling clusters, it has a width where all items agree.
+    """
+    from statsmodels.stats.proportion import proportion_confint
+
+    filled = [cluster for cluster in clusters if len(cluster)]
+    n, successes = sum(map(len, filled)), sum(map(sum, filled))
+    if not 0 < successes < n or len(filled) < 2:
+        return wilson(successes, n).model_copy(update={"method": "clustered wilson"})
+    share = successes / n
+    between = sum((sum(cluster) - share * len(cluster)) ** 2 for cluster in filled) * len(filled) / (len(filled) - 1)
+    effect = max(1.0, between / (n * share * (1 - share)))
+    low, high = proportion_confint(successes / effect, n / effect, alpha=0.05, method="wilson")
+    return Interval(value=share, low=float(low), high=float(high), n=n, method="clustered wilson")
 
 
 def bootstrap_mean(values: Sequence[float], *, statistic: str = "mean", seed: int = 0) -> Interval:

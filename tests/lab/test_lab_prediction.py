@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from programmable_kv.lab.experiments.prediction import _adjust
 from programmable_kv.lab.statistics.prediction import area, held_out_scores, predicted
 
 GROUPS = [f"group {number % 8}" for number in range(160)]
@@ -61,3 +62,10 @@ def test_an_item_is_scored_by_others_groups_alone() -> None:
     again = held_out_scores(features, turned, GROUPS)
     assert np.array_equal(scores[inside], again[inside])
     assert not np.array_equal(scores, again)
+
+
+def test_tests_are_adjusted_for_each_other() -> None:
+    tests: list[dict[str, float]] = [{"p": 0.01}, {"p": 0.02}, {"p": 0.5}]
+    _adjust(tests)
+    assert [test["p_adjusted"] for test in tests] == pytest.approx([0.03, 0.03, 0.5])
+    _adjust([])

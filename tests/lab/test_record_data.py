@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from leaves import leaves
 from programmable_kv.bench import serve, serve_vllm, serve_vllm_decisions, vllm_splice
 from programmable_kv.bench.agent import policies
 from programmable_kv.demo.demo import VALUES, policy
@@ -28,8 +29,10 @@ from programmable_kv.lab.composing.experiment import texts_of
 from programmable_kv.lab.composing.suites.catalogue import Catalogue
 from programmable_kv.lab.composing.suites.composing import Composing
 from programmable_kv.lab.composing.suites.prefaces import Prefaces
+from programmable_kv.lab.experiments import summaries
 from programmable_kv.lab.experiments.cases import cases as experiment_cases
 from programmable_kv.lab.experiments.registry import EXPERIMENTS
+from programmable_kv.lab.experiments.runs import summary_of
 from programmable_kv.lab.toy.emergence import probed_policies
 from programmable_kv.records import digest_of, read_record
 from programmable_kv.scenarios.held_out import held_out_scenarios
@@ -99,6 +102,22 @@ def test_the_data_of_a_record_is_drawn_again(name: str) -> None:
     assert digest_of(DRAWN[name](record.settings)) == record.data_digest, (
         f"{name} was computed from other texts: raise the experiment's version and make the record again"
     )
+
+
+@pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - {"attribution", "prediction"}))
+def test_the_summary_of_a_record_follows_from_its_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but what is resampled: the intervals of means, and two experiments that would take long."""
+    monkeypatch.setattr(summaries, "RESAMPLES", 2)
+
+    def told(summary: dict[str, Any]) -> dict[str, Any]:
+        found = dict(leaves(summary))
+        resampled = {path.removesuffix("method") for path, value in found.items() if value == "cluster bootstrap"}
+        ends = {interval + end for interval in resampled for end in ("low", "high")}
+        return {path: value for path, value in found.items() if path not in ends}
+
+    record = read_record(RESULTS / f"{name}.json")
+    again = told(summary_of(EXPERIMENTS[name], record.rows))
+    assert again == pytest.approx(told(record.model_dump(mode="json")["summary"]))
 
 
 def test_a_longer_draw_begins_with_a_shorter_one() -> None:

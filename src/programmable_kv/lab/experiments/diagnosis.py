@@ -173,7 +173,7 @@ def _halves(edited: Sequence[Edit]) -> list[list[Edit]]:
 
 def _scored(flagged: Sequence[tuple[Edit, bool]]) -> dict[str, Any]:
     """Precision, recall and accuracy, each a share with its interval."""
-    pairs = [{"needs": needs(edit), "flagged": flag} for edit, flag in flagged]
+    pairs = [{"domain": edit["domain"], "needs": needs(edit), "flagged": flag} for edit, flag in flagged]
     return {
         "precision": share(pairs, partial(_given, "flagged", "needs")),
         "recall": share(pairs, partial(_given, "needs", "flagged")),
@@ -181,8 +181,8 @@ def _scored(flagged: Sequence[tuple[Edit, bool]]) -> dict[str, Any]:
     }
 
 
-def _given(condition: str, outcome: str, each: Mapping[str, bool]) -> bool | None:
-    return each[outcome] if each[condition] else None
+def _given(condition: str, outcome: str, each: Mapping[str, Any]) -> bool | None:
+    return bool(each[outcome]) if each[condition] else None
 
 
 DIAGNOSIS = Experiment(

@@ -23,7 +23,7 @@ from programmable_kv.lab.experiments.pair import Pair
 from programmable_kv.lab.experiments.summaries import at, mean_by_domain, share
 from programmable_kv.lab.experiments.written import RULES, TAIL, Part, Text
 from programmable_kv.lab.published import as_published
-from programmable_kv.lab.statistics.many_tests import permute_map
+from programmable_kv.lab.statistics.many_tests import benjamini_hochberg, permute_map
 from programmable_kv.lab.statistics.prediction import area, predicted
 from programmable_kv.lab.tools.together import Probe
 from programmable_kv.notebook.notebook import Notebook
@@ -137,7 +137,14 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         if FEWEST <= sum(failed) <= len(failed) - FEWEST:
             part |= _scores(right, failed)
         summary["predicted"][edit] = part
+    _adjust([kind for part in summary["predicted"].values() for kind in part.get("kinds", {}).values()])
     return summary
+
+
+def _adjust(tests: Sequence[dict[str, Any]]) -> None:
+    """Add to each prediction by a kind of features its p-value adjusted for all of them (Benjamini and Hochberg)."""
+    for test, adjusted in zip(tests, benjamini_hochberg([test["p"] for test in tests]), strict=True):
+        test["p_adjusted"] = adjusted
 
 
 def _failed(edit: str, row: Row) -> bool:

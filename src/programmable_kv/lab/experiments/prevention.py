@@ -234,7 +234,8 @@ def _right(name: str, *asked: str) -> Value:
         found = row["arms"].get(name)
         if found is None or any(ask not in found for ask in asked):
             return None
-        return fmean(found[ask]["choice"] == row["right"][ask != "old"] for ask in asked)
+        is_right = [bool(found[ask]["choice"] == row["right"][ask != "old"]) for ask in asked]
+        return is_right[0] if len(is_right) == 1 else fmean(is_right)
 
     return right
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from programmable_kv.lab.experiments.cases import RANKING_SEED, SEED, Case
 from programmable_kv.lab.experiments.control import RANDOM_WEIGHTS
@@ -103,16 +104,21 @@ class Run:
     def finish(self) -> Record:
         """Summarise what was found and write the finished record."""
         with self._watch.running():
-            scored = [row for row in self._recorder.rows if row["part"] == "scoring"]
-            counted = [row for row in scored if "skipped" not in row]
-            summary = {
-                "drawn": len(scored),
-                "aligned": len([row for row in scored if row.get("skipped", WRONG) == WRONG]),
-                "right_both_ways": sum(row["valid"] for row in counted),
-                "counted": len(counted),
-                "domains": len({row["domain"] for row in counted}),
-            }
-            return self._recorder.finish(summary | self.experiment.summarise(counted))
+            return self._recorder.finish(summary_of(self.experiment, self._recorder.rows))
+
+
+def summary_of(experiment: Experiment, rows: Sequence[Row]) -> dict[str, Any]:
+    """What the rows of an experiment's record show."""
+    scored = [row for row in rows if row["part"] == "scoring"]
+    counted = [row for row in scored if "skipped" not in row]
+    numbers = {
+        "drawn": len(scored),
+        "aligned": len([row for row in scored if row.get("skipped", WRONG) == WRONG]),
+        "right_both_ways": sum(row["valid"] for row in counted),
+        "counted": len(counted),
+        "domains": len({row["domain"] for row in counted}),
+    }
+    return numbers | experiment.summarise(counted)
 
 
 def run(

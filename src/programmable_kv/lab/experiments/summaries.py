@@ -1,44 +1,54 @@
-"""Turns rows into figures: means with intervals that resample whole domains, shares, and the effect of an arm."""
+"""Turns rows into figures: means and shares with intervals that allow for domains, and the effect of an arm."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
-from programmable_kv.records import Interval, cluster_bootstrap, wilson
+from programmable_kv.records import Interval, cluster_bootstrap, clustered_wilson
 
 Row = dict[str, Any]
 Value = Callable[[Row], float | None]
+Found = TypeVar("Found", bound=float)
 
 RESAMPLES = 4000
 
 
 def mean_by_domain(rows: Sequence[Row], value: Value) -> dict[str, Any]:
-    """The mean of a value over the rows that have it, with an interval that resamples domains."""
-    clusters: dict[str, list[float]] = {}
+    """The mean of a value over the rows that have it, with an interval that resamples domains.
+
+    If all values are True or False, it is their `share`.
+    """
+    clusters = _by_domain(rows, value)
+    values = [each for cluster in clusters for each in cluster]
+    if not values:
+        return Interval(value=0.0, low=0.0, high=0.0, n=0, method="none").model_dump()
+    if all(isinstance(each, bool) for each in values):
+        return clustered_wilson([[bool(each) for each in cluster] for cluster in clusters]).model_dump()
+    if len(clusters) < 2:
+        mean = fmean(values)
+        return Interval(value=mean, low=mean, high=mean, n=len(values), method="none").model_dump()
+    return cluster_bootstrap(clusters, resamples=RESAMPLES).model_dump()
+
+
+def share(rows: Sequence[Row], holds: Callable[[Row], bool | None]) -> dict[str, Any]:
+    """The share of rows for which something holds, without the rows that give None. The interval allows for domains."""
+    clusters = _by_domain(rows, holds)
+    if not clusters:
+        return Interval(value=0.0, low=0.0, high=1.0, n=0, method="none").model_dump()
+    return clustered_wilson(clusters).model_dump()
+
+
+def _by_domain(rows: Sequence[Row], value: Callable[[Row], Found | None]) -> list[list[Found]]:
+    """The values that are not None, in a list for each domain."""
+    clusters: dict[str, list[Found]] = {}
     for row in rows:
         found = value(row)
         if found is not None:
             clusters.setdefault(row["domain"], []).append(found)
-    values = [each for cluster in clusters.values() for each in cluster]
-    if not values:
-        return Interval(value=0.0, low=0.0, high=0.0, n=0, method="none").model_dump()
-    if len(clusters) < 2:
-        mean = fmean(values)
-        return Interval(value=mean, low=mean, high=mean, n=len(values), method="none").model_dump()
-    return cluster_bootstrap(list(clusters.values()), resamples=RESAMPLES).model_dump()
-
-
-def share(rows: Sequence[Row], holds: Callable[[Row], bool | None]) -> dict[str, Any]:
-    """The share of rows for which something holds (Wilson), without the rows that give None."""
-    found = [each for each in map(holds, rows) if each is not None]
-    return wilson(sum(found), len(found)).model_dump() if found else wilson_of_none()
-
-
-def wilson_of_none() -> dict[str, Any]:
-    return Interval(value=0.0, low=0.0, high=1.0, n=0, method="none").model_dump()
+    return list(clusters.values())
 
 
 def arm(rows: Sequence[Row], gap: Value) -> dict[str, Any]:
@@ -78,7 +88,7 @@ def at(path: str) -> Value:
             if not isinstance(found, Mapping) or key not in found:
                 return None
             found = found[key]
-        return None if found is None else float(found)
+        return found if isinstance(found, bool) else None if found is None else float(found)
 
     return value
 
@@ -97,7 +107,7 @@ def nested(rows: Sequence[Row], path: str) -> dict[str, Any]:
 
 def _number(keys: Sequence[str], row: Row) -> float | None:
     found = _found(row, keys)
-    return None if found is None else float(found)
+    return found if isinstance(found, bool) else None if found is None else float(found)
 
 
 def _found(row: Any, keys: Sequence[str]) -> Any:
