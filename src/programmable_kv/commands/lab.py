@@ -105,20 +105,28 @@ def lab_every(
 
     Each process runs its experiments on one policy after the other, so all its records are complete only near the end.
     Existing records of the same policies and weights are kept. Run the same command again to continue an interrupted
-    run.
+    run. A run that made all records from the start also writes how long it took, in the record `lab-time`.
     """
     import os
+    import time
 
     from programmable_kv.lab.experiments.every import Every, run_every
     from programmable_kv.lab.experiments.registry import EXPERIMENTS
+    from programmable_kv.lab.experiments.whole_time import record_time, untouched
     from programmable_kv.records import results_folder
 
     require_extra("lab", "scipy", "statsmodels")
     asked = Every(model, folder or results_folder(), scenarios, everyday, again)
+    processes, outcomes = workers or os.cpu_count() or 1, []
+    from_the_start, began = untouched(asked), time.perf_counter()
     with progress("Policies", sum(map(asked.cases, EXPERIMENTS.values()))) as report:
-        for each in run_every(asked, workers or os.cpu_count() or 1, report=report):
+        for each in run_every(asked, processes, report=report):
             how = "kept" if each.kept else f"{each.seconds / 60:.1f} min"
             out.print(f"{each.name:18}{each.counted:4} policies, {how}: {each.path}", highlight=False, soft_wrap=True)
+            outcomes.append(each)
+    if from_the_start:
+        took = record_time(asked, outcomes, processes, time.perf_counter() - began, command=command())
+        out.print(f"{'all of them':18}{took.figure('minutes'):.1f} min")
 
 
 def _quick(model: Model, names: list[str], *, everyday: bool) -> None:

@@ -21,7 +21,7 @@ from programmable_kv.errors import ExperimentError, InvalidArgumentError, Record
 from programmable_kv.lab.experiments.cases import Case
 from programmable_kv.lab.experiments.control import randomised
 from programmable_kv.lab.experiments.every import Every, balanced, run_every
-from programmable_kv.lab.experiments.experiment import PAIR_SECONDS
+from programmable_kv.lab.experiments.experiment import PAIR_SECONDS, record_name
 from programmable_kv.lab.experiments.pair import Pair, pair_of
 from programmable_kv.lab.experiments.registry import EXPERIMENTS, experiment
 from programmable_kv.lab.experiments.runs import Run, run, run_together
@@ -147,6 +147,35 @@ def test_records_that_are_there_are_kept_unless_they_are_of_other_policies(asked
     assert kept(asked)
     assert not kept(replace(asked, again=True))
     assert not kept(replace(asked, scenarios=2))
+
+
+def test_the_time_of_a_whole_run_is_recorded(asked: Every, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: experiment(name) for name in NAMES}
+    for module in ("every", "whole_time", "registry"):
+        monkeypatch.setattr(f"programmable_kv.lab.experiments.{module}.EXPERIMENTS", few)
+    words = ["lab", "every", "--model", asked.model, "--workers", "1", "--folder", str(asked.folder)]
+    monkeypatch.setattr("sys.argv", ["pkv", *words])
+
+    def timed(*more: str) -> bool:
+        for path in asked.folder.glob("lab-time*"):
+            path.unlink()
+        assert CliRunner().invoke(app, [*words, "--scenarios", "2", *more]).exit_code == 0
+        return bool(list(asked.folder.glob("lab-time*.json")))
+
+    assert timed()
+    (path,) = asked.folder.glob("lab-time*.json")
+    record = read_record(path)
+    assert {row["name"] for row in record.rows} == {*NAMES}
+    drawn = sum(len(each.cases(each.scenarios)) for each in few.values())
+    assert record.figure("cases") == 4
+    assert record.figure("minutes_of_all") == pytest.approx(record.figure("minutes") * drawn / 4)
+    assert record.wall_seconds == pytest.approx(60 * record.figure("minutes"), abs=0.01)
+    assert not timed(), "everything was kept"
+    assert timed("--again")
+    (asked.folder / f"{record_name(experiment(NAMES[0]), asked.model)}.json").rename(
+        asked.folder / f"{record_name(experiment(NAMES[0]), asked.model)}.partial"
+    )
+    assert not timed(), "one was kept, the other continued"
 
 
 def test_what_a_process_refuses_is_refused_here(asked: Every) -> None:
