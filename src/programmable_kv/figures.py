@@ -148,7 +148,7 @@ _FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "edit-modes": ("edit-modes", _modes),
     "edit-ttft": ("edit-ttft", _ttft),
     "composing": ("compose-embedded-plain", _composing),
-    "mentions": ("mentions-embedded-plain", _mentions),
+    "mentions": ("mentions", _mentions),
     **FIGURES,
     **READING,
     **CIRCUIT,
