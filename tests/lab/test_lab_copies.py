@@ -82,8 +82,9 @@ def test_what_cannot_be_exchanged_is_refused() -> None:
     buffer = engine.new_buffer()
     engine.append(buffer, IDS[:-1], logits=0)
     width = int(engine.model.config.hidden_size)
-    for rows, count in ((ROWS, 2), (ROWS, 4), (Rows((1,), (23,), (23,)), 0)):
-        with pytest.raises(InvalidArgumentError, match="at least two rows"):
+    alone = Rows((1,), (23,), (23,))
+    for rows, count, why in ((ROWS, 2, "3 streams, got 2"), (ROWS, 4, "got 4"), (alone, 0, "at least two rows; got 1")):
+        with pytest.raises(InvalidArgumentError, match=why):
             computed_in_copies(engine, buffer, rows, [Exchanged(0, torch.zeros(count, width))])
     with pytest.raises(InvalidArgumentError, match="layers"):
         computed_in_copies(engine, buffer, ROWS, [Exchanged(99, torch.zeros(3, width, dtype=torch.float64))])

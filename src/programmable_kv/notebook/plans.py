@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -202,20 +202,11 @@ class Plans:
         )  # fmt: skip
 
     def _can_hide(self) -> bool:
-        if self._notebook._lines_read_fields:
-            return False
-        try:
-            self._notebook.model.engine.require_rows()
-        except UnverifiedError:
-            return False
-        return True
+        return not self._notebook._lines_read_fields and _passes(self._notebook.model.engine.require_rows)
 
     def _can_relocate(self) -> bool:
-        try:
-            self._notebook.model.engine.require_relocation(below=self._notebook.cache.next_position)
-        except UnverifiedError:
-            return False
-        return True
+        below = self._notebook.cache.next_position
+        return _passes(lambda: self._notebook.model.engine.require_relocation(below=below))
 
     def _erratum(self, context: Context, name: str, value: str, known: str | None) -> tuple[Unit, str]:
         """The unit that states a value at the context's end, and why it is not a system message (empty if it is).
@@ -273,3 +264,12 @@ def _explained(plan: Plan, notes: Mapping[str, str]) -> Plan:
     placed = [notes[unit.text] for unit in plan.after.units if unit.kind is Kind.ERRATUM and unit.text in notes]
     why = "; ".join(dict.fromkeys([*filter(None, [plan.why]), *placed]))
     return replace(plan, why=why)
+
+
+def _passes(require: Callable[[], object]) -> bool:
+    """Whether the model passes a check that raises if it does not."""
+    try:
+        require()
+    except UnverifiedError:
+        return False
+    return True

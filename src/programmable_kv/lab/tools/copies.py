@@ -58,11 +58,9 @@ def computed_in_copies(engine: Engine, buffer: KVBuffer, rows: Rows, exchanges: 
         UnsupportedModelError: attention depends on positions in other ways than through the keys and the mask.
     """
     require_rotary(engine, buffer)
-    if len(rows) < 2 or any(len(each.streams) != len(rows) - 1 for each in exchanges):
-        raise InvalidArgumentError(
-            "all rows except the last are exchanged: give at least two rows, and a stream for each exchanged one; got "
-            f"{len(rows)} rows"
-        )
+    _require_several(rows)
+    for each in exchanges:
+        _require_one_each(rows, len(each.streams), "streams")
     found = []
     for start, stop in _forwards(len(exchanges), len(rows)):
         copies = _Copies(buffer, rows, stop - start)
@@ -92,11 +90,8 @@ def rewritten_in_copies(
         UnsupportedModelError: attention depends on positions in other ways than through the keys and the mask.
     """
     require_rotary(engine, buffer)
-    if len(rows) < 2 or outputs.shape[1] != len(rows) - 1:
-        raise InvalidArgumentError(
-            "all rows except the last are written: give at least two rows, and outputs for each written one; got "
-            f"{len(rows)} rows"
-        )
+    _require_several(rows)
+    _require_one_each(rows, outputs.shape[1], "rows of outputs")
     for each in several:
         require_heads(outputs, (*each.heads, *(each.readers or ())))
     found = []
@@ -106,6 +101,18 @@ def rewritten_in_copies(
         seen = _Seen(buffer, copies, readers=readers, heads=outputs.shape[2])
         found.append(_in_one_forward(engine, buffer, copies, _writings(copies, outputs, some), seen))
     return torch.cat(found) if found else torch.empty(0)
+
+
+def _require_several(rows: Rows) -> None:
+    if len(rows) < 2:
+        raise InvalidArgumentError(f"all rows except the last are changed, so give at least two rows; got {len(rows)}")
+
+
+def _require_one_each(rows: Rows, given: int, what: str) -> None:
+    if given != len(rows) - 1:
+        raise InvalidArgumentError(
+            f"all rows except the last are changed: {len(rows)} rows need {len(rows) - 1} {what}, got {given}"
+        )
 
 
 def _forwards(count: int, rows: int) -> list[tuple[int, int]]:
