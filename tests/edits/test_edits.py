@@ -165,6 +165,21 @@ def test_a_line_does_not_read_its_own_value_where_an_earlier_edit_wrote_it(mode:
     assert plain.unread == (), "the field still has the old value, which the line contradicts"
 
 
+@pytest.mark.parametrize("mode", [Mode.ERRATUM, Mode.FIELD_ERRATUM])
+def test_a_line_about_a_value_that_the_text_noted_reads_it(mode: Mode) -> None:
+    """After a way back the policy's notes are of the current value again. A line that contradicted them would mislead."""
+    notebook = build()
+    for value in ("pending", "lost"):
+        notebook.edit(status=value, mode=mode)
+        notebook.add("user", f"is it {value}?")
+    (*_, line) = notebook.plan.edit(status="shipped", mode=mode).compute
+    assert line.unread == ()
+    notebook.edit(status="shipped", mode=mode)
+    notebook.add("user", "and now?")
+    (*_, line) = notebook.plan.edit(status="pending", mode="field_erratum").compute
+    assert line.unread == notebook.plan.edit(status="pending", mode="field_erratum").after.spans("status")
+
+
 def test_where_nothing_can_be_hidden_a_way_back_is_still_appended() -> None:
     model = wrap_model(tiny_model("bloom", "eager", n_layer=2, n_head=4), tokenizer("byte-level"), name="tiny bloom")
     notebook = build(model)

@@ -206,8 +206,9 @@ class _Draft:
         """Append an erratum for each value that later tokens have not read. Returns whether any was appended.
 
         This happens if `wanted`, or if an earlier erratum about the field could not be cut out. An erratum does not read
-        the places that already have its value: a line that finds its own value there corrects less
-        (results/line-reads.json).
+        the places that already have its value, if the text behind them noted another one: a line that finds its own
+        value there corrects less (results/line-reads.json). If that text noted this value (it is back after other ones),
+        the line reads the places and agrees with the notes.
 
         `said`: the fields whose last erratum already states the value.
         """
@@ -233,8 +234,15 @@ class _Draft:
         return stated
 
     def _unread_by_lines(self, changes: Mapping[str, str]) -> tuple[Span, ...]:
-        """The places of the edited fields that have their new value: no line of this edit reads them, if they can be hidden."""
-        written = [name for name, value in changes.items() if self.after.fields[name].written == value]
+        """The places of the edited fields whose new value stands there while the text behind them noted another: no line
+        of this edit reads them, if they can be hidden.
+        """
+        written = [
+            name
+            for name, value in changes.items()
+            if self.after.fields[name].written == value
+            and value not in self.ledger.values_read_at(self.after.spans(name)[0].stop, name)
+        ]
         if not written or not self.tools.can_hide():
             return ()
         return tuple(sorted(span for name in written for span in self.after.spans(name)))

@@ -267,6 +267,14 @@ class Ledger:
             begins = ends
         return True
 
+    def values_read_at(self, slot: int, name: str) -> frozenset[str]:
+        """The values of a field that the token at `slot` has read; none behind the last token."""
+        index = bisect_right(self._ends, slot)
+        if index == len(self.runs):
+            return frozenset()
+        run = self.runs[index]
+        return self._read_by(run, slot - self._ends[index] + len(run), name)
+
     @staticmethod
     def _read_by(run: Run, offset: int, name: str) -> frozenset[str]:
         """The values of a field that the run's token at `offset` has read."""
