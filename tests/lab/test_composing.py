@@ -17,6 +17,7 @@ from programmable_kv.lab.composing.horizon import play
 from programmable_kv.lab.composing.suites.catalogue import Catalogue
 from programmable_kv.lab.composing.suites.composing import Composing
 from programmable_kv.lab.composing.suites.prefaces import Prefaces
+from programmable_kv.ledger.ledger import Ledger
 from programmable_kv.skills.draft import Draft
 
 NEAR = InsertionPoint("system", 64)
@@ -171,6 +172,14 @@ def test_a_preface_tells_what_a_piece_lacks(embedded: Any) -> None:
     assert sum(row["alone"]["kl"] for row in rows) > 4 * sum(row["informed"]["kl"] for row in rows)
     together = next(tasks.two_hops(1, together=True))
     assert "informed" not in comparison.compare([together], [alone, informed])[0]  # it has no preface
+
+
+def test_a_value_that_comes_back_is_decided_right(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fourth edit gives the field its first value again. Its line must read the field, as the notes are of that
+    value: a line from which the field is hidden is not obeyed there."""
+    assert [row["live_right"] for row in play(embedded, 3, 4)] == [True] * 4
+    monkeypatch.setattr(Ledger, "values_read_at", lambda *_: frozenset())
+    assert [row["live_right"] for row in play(embedded, 3, 4)] == [True, True, True, False]
 
 
 def test_the_horizon_compares_an_edited_cache_with_the_text_as_it_is_now(embedded: Any) -> None:
