@@ -75,6 +75,7 @@ BARS = [
     ("compose-qwen2-5-coder-1-5b-instruct-q4-k-m", "fact.system_512.preface_0.agreement.value", AT_LEAST, 0.97),
     ("catalogue-embedded-plain", "every_second_behind_two.system_512.preface_4.agreement.value", AT_LEAST, 0.97),
     ("compose-embedded-plain", "horizon.last.agreement.value", AT_LEAST, 0.97),
+    ("compose-embedded", "horizon.last.agreement.value", AT_LEAST, 0.97),
     ("zoo", "causal.exact", AT_LEAST, 105),
     ("agent", "readers.agreement.value", AT_LEAST, 0.97),
     ("agent", "decisions", AT_LEAST, 500),

@@ -112,8 +112,8 @@ def test_shares_in_clusters_have_wider_intervals() -> None:
     assert clustered_wilson(alike).low == pytest.approx(wilson(10, 20).low, abs=0.01)
     mixed = [[True, False] * 5] * 20
     assert clustered_wilson(mixed).model_copy(update={"method": "wilson"}) == wilson(100, 200)
-    assert clustered_wilson([[True] * 10] * 5).low == wilson(50, 50).low < 1.0
-    assert clustered_wilson([[True, False]]).high == wilson(1, 2).high
+    assert clustered_wilson([[True] * 10] * 5) == wilson(50, 50), "nothing shows how alike the items are"
+    assert clustered_wilson([[True, False]]) == wilson(1, 2)
     assert clustered_wilson([]).n == 0
 
 
@@ -124,7 +124,7 @@ def test_shares_in_clusters_are_covered_about_as_often_as_is_said() -> None:
         clusters = [(rng.random(12) < share).tolist() for share in rng.beta(3, 3, size=16)]
         covered += (i := clustered_wilson(clusters)).low <= 0.5 <= i.high
         plain += (i := wilson(sum(map(sum, clusters)), 192)).low <= 0.5 <= i.high
-    assert plain < 0.85 * 300 < 0.9 * 300 < covered
+    assert plain < 0.85 * 300 < 0.92 * 300 < covered
 
 
 def test_a_digest_tells_lists_apart() -> None:

@@ -300,15 +300,16 @@ def clustered_wilson(clusters: Sequence[Sequence[bool]]) -> Interval:
 
     It is Wilson's interval of as many independent items as give the same variance: n over the design effect, which is
     the variance between clusters over that of n independent items (Rao and Scott, A simple method for the analysis of
-    clustered binary data, 1992). An effect below 1, which chance may give, counts as 1. Unlike an interval from
-    resampling clusters, it has a width where all items agree.
+    clustered binary data, 1992). An effect below 1, which chance may give, counts as 1. Where all items agree, or there is
+    one cluster, nothing shows the effect: it is Wilson's plain interval, and says so. (An interval from resampling
+    clusters has no width there.) Where nearly all agree, it can be too narrow.
     """
     from statsmodels.stats.proportion import proportion_confint
 
     filled = [cluster for cluster in clusters if len(cluster)]
     n, successes = sum(map(len, filled)), sum(map(sum, filled))
     if not 0 < successes < n or len(filled) < 2:
-        return wilson(successes, n).model_copy(update={"method": "clustered wilson"})
+        return wilson(successes, n)
     share = successes / n
     between = sum((sum(cluster) - share * len(cluster)) ** 2 for cluster in filled) * len(filled) / (len(filled) - 1)
     effect = max(1.0, between / (n * share * (1 - share)))

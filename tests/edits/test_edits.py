@@ -180,6 +180,25 @@ def test_a_line_about_a_value_that_the_text_noted_reads_it(mode: Mode) -> None:
     assert line.unread == notebook.plan.edit(status="pending", mode="field_erratum").after.spans("status")
 
 
+def test_what_the_text_noted_is_told_from_what_was_computed_again() -> None:
+    """The tokens right behind a field may have been computed again with its new value, while the rules were not."""
+    one_line = Notebook(tiny()).message(
+        "system", "Sum {sum} in {coin}.\nUp to ten: pay it out.", sum="nine", coin="euros"
+    )
+    one_line.prefill()
+    one_line.edit(sum="fifty", mode="field_erratum")
+    one_line.edit(coin="pounds", mode="readers")  # computes the rest of the fields' line again
+    (*_, line) = one_line.plan.edit(sum="nine", mode="field_erratum").compute
+    assert line.unread == (), "the rule noted this value"
+
+    adjacent = Notebook(tiny()).message(
+        "system", "State: {sum}{coin}.\nUp to ten: pay it out.", sum="nine", coin="euros"
+    )
+    adjacent.prefill()
+    plan = adjacent.plan.edit(sum="fifty", coin="pounds", mode="field_erratum")
+    assert plan.compute[-1].unread == (*plan.after.spans("sum"), *plan.after.spans("coin"))
+
+
 def test_where_nothing_can_be_hidden_a_way_back_is_still_appended() -> None:
     model = wrap_model(tiny_model("bloom", "eager", n_layer=2, n_head=4), tokenizer("byte-level"), name="tiny bloom")
     notebook = build(model)

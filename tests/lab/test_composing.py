@@ -178,7 +178,7 @@ def test_a_value_that_comes_back_is_decided_right(embedded: Any, monkeypatch: py
     """The fourth edit gives the field its first value again. Its line must read the field, as the notes are of that
     value: a line from which the field is hidden is not obeyed there."""
     assert [row["live_right"] for row in play(embedded, 3, 4)] == [True] * 4
-    monkeypatch.setattr(Ledger, "values_read_at", lambda *_: frozenset())
+    monkeypatch.setattr(Ledger, "noted_behind", lambda *_: frozenset())
     assert [row["live_right"] for row in play(embedded, 3, 4)] == [True, True, True, False]
 
 

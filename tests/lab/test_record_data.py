@@ -33,6 +33,7 @@ from programmable_kv.lab.experiments import summaries
 from programmable_kv.lab.experiments.cases import cases as experiment_cases
 from programmable_kv.lab.experiments.registry import EXPERIMENTS
 from programmable_kv.lab.experiments.runs import summary_of
+from programmable_kv.lab.statistics.many_tests import benjamini_hochberg
 from programmable_kv.lab.toy.emergence import probed_policies
 from programmable_kv.records import digest_of, read_record
 from programmable_kv.scenarios.held_out import held_out_scenarios
@@ -104,8 +105,17 @@ def test_the_data_of_a_record_is_drawn_again(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - {"attribution", "prediction"}))
-def test_the_summary_of_a_record_follows_from_its_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def recorded(name: str) -> list[Path]:
+    """The records of an experiment on all models."""
+    return [RESULTS / f"{name}.json", *sorted(RESULTS.glob(f"{name}-*.json"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [(name, path) for name in sorted(EXPERIMENTS.keys() - {"attribution", "prediction"}) for path in recorded(name)],
+    ids=lambda it: it.stem if isinstance(it, Path) else "",
+)
+def test_the_summary_of_a_record_follows_from_its_rows(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but what is resampled: the intervals of means, and two experiments that would take long."""
     monkeypatch.setattr(summaries, "RESAMPLES", 2)
 
@@ -115,9 +125,17 @@ def test_the_summary_of_a_record_follows_from_its_rows(name: str, monkeypatch: p
         ends = {interval + end for interval in resampled for end in ("low", "high")}
         return {path: value for path, value in found.items() if path not in ends}
 
-    record = read_record(RESULTS / f"{name}.json")
+    record = read_record(path)
     again = told(summary_of(EXPERIMENTS[name], record.rows))
     assert again == pytest.approx(told(record.model_dump(mode="json")["summary"]))
+
+
+@pytest.mark.parametrize("path", recorded("prediction"), ids=lambda path: path.stem)
+def test_the_tests_of_predictions_are_adjusted_for_each_other(path: Path) -> None:
+    predicted: Any = read_record(path).summary["predicted"]
+    tests = [kind for edit in predicted.values() for kind in edit.get("kinds", {}).values()]
+    adjusted = benjamini_hochberg([test["p"] for test in tests])
+    assert [test["p_adjusted"] for test in tests] == pytest.approx(adjusted)
 
 
 def test_a_longer_draw_begins_with_a_shorter_one() -> None:

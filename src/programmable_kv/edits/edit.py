@@ -212,7 +212,7 @@ class _Draft:
 
         `said`: the fields whose last erratum already states the value.
         """
-        stated = False
+        stated, unread = False, self._unread_by_lines(changes)
         for name, value in changes.items():
             if name in said:
                 self.reasons.append(f"no new erratum: the last one about {name} states this value")
@@ -223,7 +223,7 @@ class _Draft:
                 self.after = self.after.appended(
                     self.tools.write_erratum(self.after, name, value, self._read_by_all(name))
                 )
-                self._computed([Compute(Span(start, len(self.after)), Origin.COMPUTED, self._unread_by_lines(changes))])
+                self._computed([Compute(Span(start, len(self.after)), Origin.COMPUTED, unread)])
                 stated = True
                 if not wanted:
                     self.reasons.append(
@@ -241,7 +241,7 @@ class _Draft:
             name
             for name, value in changes.items()
             if self.after.fields[name].written == value
-            and value not in self.ledger.values_read_at(self.after.spans(name)[0].stop, name)
+            and value not in self.ledger.noted_behind(self.after.spans(name)[0].stop, name)
         ]
         if not written or not self.tools.can_hide():
             return ()

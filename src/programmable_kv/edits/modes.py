@@ -18,8 +18,8 @@ class Mode(StrEnum):
     ERRATUM = "erratum"
     """append a line that states the new value"""
     FIELD_ERRATUM = "field_erratum"
-    """`in_place` and `erratum` together: the default. The line does not read the refreshed field, unless the text behind it
-    noted that value before."""
+    """`in_place` and `erratum` together: the default. The line does not read the refreshed field, unless the field goes back
+    to the value with which the text behind it was computed."""
     SELECTIVE = "selective"
     """recompute the field's tokens and the k later tokens that matter most"""
     READERS = "readers"

@@ -1,7 +1,8 @@
 """`field_erratum` as it was published: the line that states the new value reads the refreshed field.
 
-The product's line reads it only if the text behind the field noted this value before, because otherwise a line that
-finds its own value there already corrects less (`docs/mechanism.md`, "A line that repeats corrects less"). Experiments about the published method use this one.
+The product's line reads it only if the text behind the field was computed with this value. Otherwise a line that finds
+its own value there already corrects less (`docs/mechanism.md`, "A line that repeats corrects less"). Experiments about
+the published method use this one.
 """
 
 from __future__ import annotations

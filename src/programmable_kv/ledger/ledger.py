@@ -267,13 +267,16 @@ class Ledger:
             begins = ends
         return True
 
-    def values_read_at(self, slot: int, name: str) -> frozenset[str]:
-        """The values of a field that the token at `slot` has read; none behind the last token."""
-        index = bisect_right(self._ends, slot)
-        if index == len(self.runs):
-            return frozenset()
-        run = self.runs[index]
-        return self._read_by(run, slot - self._ends[index] + len(run), name)
+    def noted_behind(self, slot: int, name: str) -> frozenset[str]:
+        """The values of a field that the first token from `slot` on has read that read any, and that no edit computed
+        again; none if there is no such token.
+        """
+        for run, ends in zip(self.runs, self._ends, strict=True):
+            if ends > slot and run.origin is not Origin.REFRESHED:
+                found = self._read_by(run, max(0, slot - ends + len(run)), name)
+                if found:
+                    return found
+        return frozenset()
 
     @staticmethod
     def _read_by(run: Run, offset: int, name: str) -> frozenset[str]:

@@ -165,10 +165,8 @@ def test_the_time_of_a_whole_run_is_recorded(asked: Every, monkeypatch: pytest.M
     assert timed()
     (path,) = asked.folder.glob("lab-time*.json")
     record = read_record(path)
-    assert {row["name"] for row in record.rows} == {*NAMES}
-    drawn = sum(len(each.cases(each.scenarios)) for each in few.values())
+    assert [row["name"] for row in record.rows] == list(NAMES)
     assert record.figure("cases") == 4
-    assert record.figure("minutes_of_all") == pytest.approx(record.figure("minutes") * drawn / 4)
     assert record.wall_seconds == pytest.approx(60 * record.figure("minutes"), abs=0.01)
     assert not timed(), "everything was kept"
     assert timed("--again")
