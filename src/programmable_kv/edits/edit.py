@@ -241,7 +241,7 @@ class _Draft:
             name
             for name, value in changes.items()
             if self.after.fields[name].written == value
-            and value not in self.ledger.noted_behind(self.after.spans(name)[0].stop, name)
+            and value not in self.ledger.noted_behind(self.after.first_place(name), name)
         ]
         if not written or not self.tools.can_hide():
             return ()
