@@ -277,7 +277,16 @@ def lab_by_design(
     from programmable_kv.lab.by_design import drawn, record_name, run
 
     loaded = load(model, dtype=dtype)
-    measure(run, loaded, out_path, record_name(loaded), "Questions", len(drawn(count, policies)), count=count, policies=policies)
+    measure(
+        run,
+        loaded,
+        out_path,
+        record_name(loaded),
+        "Questions",
+        len(drawn(count, policies)),
+        count=count,
+        policies=policies,
+    )
 
 
 @app.command("compose")
