@@ -35,8 +35,8 @@ DEFAULT_MODE = Mode.FIELD_ERRATUM
 often as `erratum` does (results/edit-modes.json), and the cached field itself has the new value."""
 DECLARED_MODE = Mode.READERS
 """The mode of an edit that names none if the readers of every edited field were declared. It then agrees with a full
-prefill more often than an erratum does (results/readers-embedded-plain.json). Without declarations it fails where a
-rule does not name the field (results/mentions.json)."""
+prefill more often than an erratum does (results/readers.json). Without declarations it fails where a rule does not name
+the field (results/mentions.json)."""
 
 
 @dataclass(frozen=True, slots=True)
