@@ -1,29 +1,60 @@
-"""Computes the summaries of the lab's records again from their rows: `python -m scripts.summarise_records`.
+"""Computes summaries of the lab's records again from their rows: `python -m scripts.summarise_records`.
 
 Run it after a change to the statistics. Rows, and all that is written about the run, stay as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from programmable_kv.lab import adapter, by_design, edit_modes, obedience, readers
+from programmable_kv.lab.composing import experiment as composing
 from programmable_kv.lab.experiments.registry import EXPERIMENTS
 from programmable_kv.lab.experiments.runs import summary_of
 from programmable_kv.records import read_record, results_folder, write_record
 
+Summarise = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+SUITES: dict[str, Summarise] = {
+    "adapter-held-out": adapter.summarise,
+    "by-design": by_design.summarise,
+    "catalogue": composing.summarise,
+    "compose": composing.summarise,
+    "edit-modes": edit_modes.summarise,
+    "obedience": obedience.summarise,
+    "preface": composing.summarise,
+    "readers": readers.summarise,
+}
+"""Suites that are not experiments of `pkv lab run`, and how each summarises its rows."""
+
+
+def records_of(name: str, folder: Path) -> list[Path]:
+    """The records of an experiment or a suite, on all models."""
+    return [path for path in (folder / f"{name}.json", *sorted(folder.glob(f"{name}-*.json"))) if path.exists()]
+
+
+def _summarised(folder: Path) -> Iterator[tuple[Path, Summarise]]:
+    for name, experiment in EXPERIMENTS.items():
+        for path in records_of(name, folder):
+            if read_record(path).version == experiment.version:
+                yield path, partial(summary_of, experiment)
+            else:
+                print(f"{path.name} is of another version of the experiment: left as it is")
+    for name, summarise in SUITES.items():
+        yield from ((path, summarise) for path in records_of(name, folder))
+
 
 def main() -> None:
-    """Write each record of an experiment in `results/` anew, and name those whose summary changed."""
-    for name, experiment in EXPERIMENTS.items():
-        for path in (results_folder() / f"{name}.json", *sorted(results_folder().glob(f"{name}-*.json"))):
-            record = read_record(path)
-            if record.version != experiment.version:
-                print(
-                    f"{path.name} is of version {record.version} of the experiment, not {experiment.version}: left as it is"
-                )
-                continue
-            again = record.model_copy(update={"summary": summary_of(experiment, record.rows)})
-            if again.model_dump(mode="json")["summary"] != record.model_dump(mode="json")["summary"]:
-                write_record(again, path)
-                print(path.name)
+    """Write each record whose summary changes anew, and name it."""
+    for path, summarise in _summarised(results_folder()):
+        record = read_record(path)
+        again = record.model_copy(update={"summary": summarise(record.rows)})
+        if again.model_dump(mode="json")["summary"] != record.model_dump(mode="json")["summary"]:
+            write_record(again, path)
+            print(path.name)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,13 @@ def test_the_summary_counts_right_answers_and_changes_by_order() -> None:
     def arm(choice: str, right: bool) -> dict[str, Any]:
         return {"choice": choice, "right": right, "tokens_computed": 10}
 
-    policy = {"number": 0, "kind": "one_set", **{a: arm("x", a == "design") for a in by_design.POLICY_ARMS}}
-    pieces = {"number": 0, "kind": "rule_sets_2", **{a: arm(a, True) for a in by_design.PIECE_ARMS}}
+    policy = {
+        "number": 0,
+        "kind": "one_set",
+        "domain": "a",
+        **{a: arm("x", a == "design") for a in by_design.POLICY_ARMS},
+    }
+    pieces = {"number": 0, "kind": "rule_sets_2", "domain": "a", **{a: arm(a, True) for a in by_design.PIECE_ARMS}}
     found = by_design.summarise([policy, pieces])
     assert found["one_set"]["design"]["right"]["value"] == 1
     assert found["policies"]["causal"]["right"]["value"] == 0

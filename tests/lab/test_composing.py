@@ -120,7 +120,8 @@ def test_tools_compiled_together_read_what_they_would_in_one_forward(embedded: A
 
 
 def test_agreement_is_left_out_where_full_prefill_is_never_right() -> None:
-    row = {"kind": "policy", "place": "system_64", "right": False, "seam_0": {"agrees": True, "cosine": 1.0, "kl": 0.0}}
+    seam = {"agrees": True, "cosine": 1.0, "kl": 0.0}
+    row = {"kind": "policy", "domain": "a", "place": "system_64", "right": False, "seam_0": seam}
     wrong = experiment.summarise([row])["policy"]["system_64"]["seam_0"]
     assert "agreement" not in wrong
     assert wrong["flips"]["value"] == 0

@@ -52,7 +52,13 @@ def test_one_token_tells_the_actions_apart() -> None:
 
 def row(**choices: str) -> dict[str, Any]:
     found = {"before": "keep", "in_place": "drop", **dict.fromkeys(ARMS, "drop"), **choices}
-    return {"old": "keep", "new": "drop", "announced": found, "not_announced": {"before": "drop", "in_place": "drop"}}
+    return {
+        "domain": "a",
+        "old": "keep",
+        "new": "drop",
+        "announced": found,
+        "not_announced": {"before": "drop", "in_place": "drop"},
+    }
 
 
 def test_following_is_counted_where_there_is_a_decision_to_change() -> None:

@@ -37,6 +37,7 @@ from programmable_kv.lab.statistics.many_tests import benjamini_hochberg
 from programmable_kv.lab.toy.emergence import probed_policies
 from programmable_kv.records import digest_of, read_record
 from programmable_kv.scenarios.held_out import held_out_scenarios
+from scripts.summarise_records import SUITES, records_of
 from training import emergence as along_training
 
 RESULTS = Path(__file__).parent.parent.parent / "results"
@@ -107,14 +108,13 @@ def test_the_data_of_a_record_is_drawn_again(name: str) -> None:
     )
 
 
-def recorded(name: str) -> list[Path]:
-    """The records of an experiment on all models."""
-    return [RESULTS / f"{name}.json", *sorted(RESULTS.glob(f"{name}-*.json"))]
-
-
 @pytest.mark.parametrize(
     ("name", "path"),
-    [(name, path) for name in sorted(EXPERIMENTS.keys() - {"attribution", "prediction"}) for path in recorded(name)],
+    [
+        (name, path)
+        for name in sorted(EXPERIMENTS.keys() - {"attribution", "prediction"})
+        for path in records_of(name, RESULTS)
+    ],
     ids=lambda it: it.stem if isinstance(it, Path) else "",
 )
 def test_the_summary_of_a_record_follows_from_its_rows(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,18 @@ def test_the_summary_of_a_record_follows_from_its_rows(name: str, path: Path, mo
     assert again == pytest.approx(told(record.model_dump(mode="json")["summary"]))
 
 
-@pytest.mark.parametrize("path", recorded("prediction"), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [(name, path) for name in SUITES for path in records_of(name, RESULTS)],
+    ids=lambda it: it.stem if isinstance(it, Path) else "",
+)
+def test_the_summary_of_a_suite_follows_from_its_rows(name: str, path: Path) -> None:
+    record = read_record(path)
+    again = dict(leaves(SUITES[name](record.rows)))
+    assert again == pytest.approx(dict(leaves(record.model_dump(mode="json")["summary"])))
+
+
+@pytest.mark.parametrize("path", records_of("prediction", RESULTS), ids=lambda path: path.stem)
 def test_the_tests_of_predictions_are_adjusted_for_each_other(path: Path) -> None:
     predicted: Any = read_record(path).summary["predicted"]
     tests = [kind for edit in predicted.values() for kind in edit.get("kinds", {}).values()]

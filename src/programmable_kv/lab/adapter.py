@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
+from programmable_kv.lab.experiments.summaries import share_true
 from programmable_kv.models.load import Model, load_model
 from programmable_kv.models.names import EMBEDDED
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, statement
-from programmable_kv.records import Record, Recorder, digest_of, record_for, wilson
+from programmable_kv.records import Record, Recorder, digest_of, record_for
 from programmable_kv.scenarios.grammar import Scenario, other_value
 from programmable_kv.scenarios.held_out import held_out_scenarios
 from programmable_kv.scenarios.phrasings import PHRASINGS, question, update
@@ -75,16 +76,13 @@ def record_name(model: Model) -> str:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rates of right answers with Wilson intervals, over all policies and over each of `PARTS`."""
+    """Rates of right answers, over all policies and over each of `PARTS`. The intervals allow for domains."""
     summary: dict[str, Any] = _rates(rows)
     return summary | {name: _rates([row for row in rows if belongs(row)]) for name, belongs in PARTS.items()}
 
 
 def _rates(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        kind: wilson(sum(row[kind] for row in rows if kind in row), sum(kind in row for row in rows)).model_dump()
-        for kind in KINDS
-    }
+    return {kind: share_true(rows, [row.get(kind) for row in rows]) for kind in KINDS}
 
 
 def _ask(model: Model, scenario: Scenario, index: int) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from programmable_kv.lab.composing import tasks
 from programmable_kv.lab.composing.frame import TITLE, other_lines
 from programmable_kv.lab.composing.tasks import Task
 from programmable_kv.lab.composing.tools import tool_requests
+from programmable_kv.lab.experiments.summaries import share_true
 from programmable_kv.lab.readers import KINDS, Case, cases
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.notebook import Notebook
-from programmable_kv.records import Record, Recorder, digest_of, record_on, wilson
+from programmable_kv.records import Record, Recorder, digest_of, record_on
 from programmable_kv.skills.skill import Skill
 
 SEED = 97_000
@@ -165,7 +166,10 @@ def piece_decision(model: Model, one: Piecewise, skills: Sequence[Skill], arm: s
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How often each arm is right (Wilson), by kind and over all policies; how often reordering changes an answer."""
+    """How often each arm is right, by kind and over all policies; how often reordering changes an answer.
+
+    The intervals allow for domains.
+    """
     kinds = list(dict.fromkeys(str(row["kind"]) for row in rows))
     of_policies = {kind.name for kind in KINDS}
     found: dict[str, Any] = {kind: _right([row for row in rows if row["kind"] == kind]) for kind in kinds}
@@ -181,7 +185,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _order_changes(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return wilson(sum(row["design"]["choice"] != row["reordered"]["choice"] for row in rows), len(rows)).model_dump()
+    return share_true(rows, [row["design"]["choice"] != row["reordered"]["choice"] for row in rows])
 
 
 def _right(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -189,7 +193,7 @@ def _right(rows: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"asked": len(rows)}
     for arm in dict.fromkeys(arms):
         found[arm] = {
-            "right": wilson(sum(row[arm]["right"] for row in rows), len(rows)).model_dump(),
+            "right": share_true(rows, [row[arm]["right"] for row in rows]),
             "mean_tokens_computed": round(sum(row[arm]["tokens_computed"] for row in rows) / len(rows), 1),
         }
     return found

@@ -19,6 +19,7 @@ from typing import Any
 
 from programmable_kv.edits.modes import Mode
 from programmable_kv.lab import same_budget
+from programmable_kv.lab.experiments.summaries import share_true
 from programmable_kv.lab.tools.naming import NamingEngine, naming, settled, tried
 from programmable_kv.lab.tools.shared_rows import SharedRows
 from programmable_kv.models.load import Model
@@ -27,7 +28,7 @@ from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.parts import Rendered
 from programmable_kv.prompt.units import Kind, tokenised
 from programmable_kv.prompt.wording import THINK_INSTRUCTION
-from programmable_kv.records import Record, Recorder, bootstrap_mean, digest_of, wilson
+from programmable_kv.records import Record, Recorder, bootstrap_mean, digest_of
 from programmable_kv.scenarios.grammar import Gate, Scenario, other_value
 from programmable_kv.scenarios.held_out import held_out_scenarios
 from programmable_kv.scenarios.phrasings import PHRASINGS, question
@@ -183,7 +184,9 @@ def _budgeted(
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Agreement with full prefill (Wilson) and recovery (bootstrap of the mean) for each mode.
+    """Agreement with full prefill and recovery for each mode.
+
+    The interval of the agreement allows for domains; that of the recovery is a bootstrap of the mean.
 
     Only scenarios that full prefill gets right under the old and the new value count: otherwise there is no decision to
     preserve.
@@ -198,8 +201,8 @@ def _by_layout(rows: list[dict[str, Any]]) -> dict[str, Any]:
         right = [r for r in rows if r[layout]["before"] == r["old"] and r[layout]["full"]["choice"] == r["new"]]
         part: dict[str, Any] = {"counted": len(right)}
         for mode in ARMS:
-            agreed = sum(r[layout][mode]["choice"] == r[layout]["full"]["choice"] for r in right)
-            entry: dict[str, Any] = {"agreement": wilson(agreed, len(right)).model_dump()}
+            agreed = [r[layout][mode]["choice"] == r[layout]["full"]["choice"] for r in right]
+            entry: dict[str, Any] = {"agreement": share_true(right, agreed)}
             recoveries = [
                 (r[layout][mode]["gap"] - r[layout]["stale"]["gap"]) / span
                 for r in right

@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from programmable_kv.lab.experiments.summaries import share_true
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.notebook import Notebook
 from programmable_kv.prompt.wording import DEFAULT_TEMPLATE, statement
-from programmable_kv.records import Record, Recorder, digest_of, wilson
+from programmable_kv.records import Record, Recorder, digest_of
 from programmable_kv.scenarios.grammar import Gate, Scenario, make_scenario
 from programmable_kv.scenarios.phrasings import PHRASINGS, question
 from programmable_kv.scenarios.vocabulary import held_out_domains
@@ -180,9 +181,10 @@ def _order(token: str, name: str, value: str) -> str:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How often each line is followed (Wilson), where the model is right under the old and under the new value.
+    """How often each line is followed, where the model is right under the old and under the new value.
 
-    A forged line that restores the old value counts as followed if the decision is the old one.
+    A forged line that restores the old value counts as followed if the decision is the old one. The intervals allow
+    for domains.
     """
     summary: dict[str, Any] = {"policies": len(rows)}
     for setting in SETTINGS:
@@ -190,7 +192,6 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         part: dict[str, Any] = {"counted": len(counted)}
         for arm in ARMS:
             wanted = "old" if arm == BACK else "new"
-            followed = sum(row[setting][arm] == row[wanted] for row in counted)
-            part[arm] = wilson(followed, len(counted)).model_dump()
+            part[arm] = share_true(counted, [row[setting][arm] == row[wanted] for row in counted])
         summary[setting] = part
     return summary

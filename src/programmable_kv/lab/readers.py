@@ -16,10 +16,11 @@ from typing import Any
 
 from programmable_kv.edits.modes import Mode
 from programmable_kv.lab import same_budget
+from programmable_kv.lab.experiments.summaries import share_true
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
 from programmable_kv.notebook.notebook import Notebook
-from programmable_kv.records import Record, Recorder, digest_of, wilson
+from programmable_kv.records import Record, Recorder, digest_of
 from programmable_kv.scenarios.grammar import Gate, Scenario, make_scenario, other_value
 from programmable_kv.scenarios.phrasings import PHRASINGS, question
 from programmable_kv.scenarios.vocabulary import held_out_domains
@@ -174,10 +175,11 @@ def measured(decision: Decision) -> dict[str, Any]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Agreement (Wilson) by layout: over all cases, by kind, and with and without unrelated rules.
+    """Agreement by layout: over all cases, by kind, and with and without unrelated rules.
 
     Only cases that full prefill gets right under the old and the new value count: otherwise there is no decision to
-    preserve. Each arm's agreement has its own number of cases, as not all cases take every arm.
+    preserve. Each arm's agreement has its own number of cases, as not all cases take every arm. The intervals
+    allow for domains.
     """
     few = {kind.name for kind in KINDS if not kind.fillers}
     groups: dict[str, Callable[[dict[str, Any]], bool]] = {
@@ -200,9 +202,8 @@ def _agreement(rows: list[dict[str, Any]], layout: str) -> dict[str, Any]:
     part["full"] = {"mean_tokens_computed": _mean([row["full"]["tokens_computed"] for row in right])}
     for arm in ARMS[layout]:
         ran = [row for row in right if arm in row.get(layout, {})]
-        agreed = sum(row[layout][arm]["choice"] == row["full"]["choice"] for row in ran)
         part[arm] = {
-            "agreement": wilson(agreed, len(ran)).model_dump(),
+            "agreement": share_true(ran, [row[layout][arm]["choice"] == row["full"]["choice"] for row in ran]),
             "mean_tokens_computed": _mean([row[layout][arm]["tokens_computed"] for row in ran]),
         }
     return part

@@ -13,8 +13,9 @@ from programmable_kv.lab.composing.frame import InsertionPoint, frame_at
 from programmable_kv.lab.composing.horizon import SEED as HORIZON_SEED
 from programmable_kv.lab.composing.horizon import play
 from programmable_kv.lab.composing.suites.suite import Group, Suite
+from programmable_kv.lab.experiments.summaries import share_true
 from programmable_kv.models.load import Model
-from programmable_kv.records import Record, Recorder, bootstrap_mean, cluster_bootstrap, digest_of, record_on, wilson
+from programmable_kv.records import Record, Recorder, bootstrap_mean, cluster_bootstrap, digest_of, record_on
 
 TURNS = 40
 """Turns of each long conversation."""
@@ -107,18 +108,21 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _arms(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Agreement where full prefill is right; disagreements (`flips`), cosine and KL over all rows."""
+    """Agreement where full prefill is right; disagreements (`flips`), cosine and KL over all rows.
+
+    The intervals of shares allow for domains.
+    """
     right = [row for row in rows if row["right"]]
-    part: dict[str, Any] = {"full_right": wilson(len(right), len(rows)).model_dump()}
+    part: dict[str, Any] = {"full_right": share_true(rows, [row["right"] for row in rows])}
     for arm in (arm.name for arm in ALL_ARMS if arm.name in rows[0]):
         part[arm] = {
-            "flips": wilson(sum(not row[arm]["agrees"] for row in rows), len(rows)).model_dump(),
+            "flips": share_true(rows, [not row[arm]["agrees"] for row in rows]),
             "cosine": bootstrap_mean([row[arm]["cosine"] for row in rows], statistic="median").model_dump(),
             "kl": bootstrap_mean([row[arm]["kl"] for row in rows], statistic="median").model_dump(),
         }
         # If full prefill is never right, there is no decision to preserve.
         if right:
-            part[arm]["agreement"] = wilson(sum(row[arm]["agrees"] for row in right), len(right)).model_dump()
+            part[arm]["agreement"] = share_true(right, [row[arm]["agrees"] for row in right])
     return part
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -39,6 +40,12 @@ def share(rows: Sequence[Row], holds: Callable[[Row], bool | None]) -> dict[str,
     if not clusters:
         return Interval(value=0.0, low=0.0, high=1.0, n=0, method="none").model_dump()
     return clustered_wilson(clusters).model_dump()
+
+
+def share_true(rows: Sequence[Row], truths: Sequence[bool | None]) -> dict[str, Any]:
+    """The share of rows whose entry in `truths` is True, as `share` gives it."""
+    paired = [{"domain": row["domain"], "truth": truth} for row, truth in zip(rows, truths, strict=True)]
+    return share(paired, itemgetter("truth"))
 
 
 def _by_domain(rows: Sequence[Row], value: Callable[[Row], Found | None]) -> list[list[Found]]:
