@@ -185,5 +185,18 @@ def test_the_record_s_figures_follow_from_its_rows() -> None:
     right = [turn for row in single for turn in row["turns"] if turn["right"]]
     agreed = [turn for turn in right if turn["modes"]["field_erratum"]["agrees"]]
     assert found["one_rule_set"]["field_erratum"]["agreement"]["value"] == pytest.approx(len(agreed) / len(right))
+    last = [turn for row in record.rows if row["kind"] == "decisions" for turn in row["turns"][4:] if turn["right"]]
+    agreed_at_last = [turn for turn in last if turn["modes"]["field_erratum"]["agrees"]]
+    at_last = found["thirds"]["last"]["field_erratum"]["agreement"]
+    assert at_last["value"] == pytest.approx(len(agreed_at_last) / len(last))
+    assert at_last["value"] < found["thirds"]["first"]["field_erratum"]["agreement"]["value"]
     assert 0 < len(single) < record.settings["instances"] * record.settings["domains"]
     assert Record.model_validate(record.model_dump() | {"summary": found}).summary == record.summary
+
+
+def test_a_conversation_of_two_turns_has_no_thirds() -> None:
+    turn = {"right": True, "changed": True, "modes": {"erratum": {"right": True, "agrees": True}}}
+    row = {"kind": "decisions", "policy": 0, "turns": [turn, turn]}
+    found: Any = summarise([row], policies(1))
+    assert "thirds" not in found
+    assert found["erratum"]["agreement"]["value"] == 1

@@ -43,7 +43,9 @@ LENGTHS = (1024, 2048, 4096)
 INSTANCES = 10
 """Policies of each held-out domain."""
 TURNS = 6
+"""Turns about each held-out policy."""
 TIMED_TURNS = 12
+THIRDS = ("first", "middle", "last")
 MODES = (str(DEFAULT_MODE), str(Mode.ERRATUM))
 """Default modes of the agents. Times are those of the first mode. For agents in mode `readers` or `design`, the bench
 declares the words by which the policy looks up a field."""
@@ -298,8 +300,19 @@ def summarise(rows: list[dict[str, Any]], drawn: Sequence[Scenario]) -> dict[str
 
 
 def _decisions(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The rates for these policies. If the rival is never right, there is no decision to agree with, and no figure."""
+    """The rates over all turns, and if there are enough, over the first, middle and last third of each conversation."""
     plays: list[list[dict[str, Any]]] = [row["turns"] for row in rows]
+    if any(len(turns) < len(THIRDS) for turns in plays):
+        return _rates(plays)
+    thirds = {
+        name: _rates([turns[third * len(turns) // 3 : (third + 1) * len(turns) // 3] for turns in plays])
+        for third, name in enumerate(THIRDS)
+    }
+    return _rates(plays) | {"thirds": thirds}
+
+
+def _rates(plays: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """The rates over these turns. If the rival is never right, there is no decision to agree with, and no figure."""
     part: dict[str, Any] = {"decisions": sum(map(len, plays))}
     right = [[turn for turn in turns if turn["right"]] for turns in plays]
     changed = [[turn for turn in turns if turn["changed"]] for turns in right]

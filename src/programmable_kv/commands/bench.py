@@ -95,7 +95,8 @@ def bench_agent(
     model: ModelOption = "embedded",
     instances: Annotated[int, typer.Option(min=0, help="policies for each held-out domain")] = 10,
     lengths: LengthsOption = "1024,2048,4096",
-    turns: Annotated[int, typer.Option(min=1, help="turns for each timed policy")] = 12,
+    turns: Annotated[int, typer.Option(min=1, help="turns for each held-out policy")] = 6,
+    timed_turns: Annotated[int, typer.Option(min=1, help="turns for each timed policy")] = 12,
     mode: Annotated[
         list[str], typer.Option(help="an agent's edit mode, or 'design'; repeatable, the first one is timed")
     ] = [  # noqa: B006
@@ -117,7 +118,7 @@ def bench_agent(
     loaded = load(model)
     measure(
         run, loaded, out_path, named("agent", loaded), "Policies", total,
-        instances=instances, lengths=sizes, timed_turns=turns, modes=modes,
+        instances=instances, lengths=sizes, turns=turns, timed_turns=timed_turns, modes=modes,
     )  # fmt: skip
 
 
