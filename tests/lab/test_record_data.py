@@ -65,6 +65,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
         case.text() for case in blocks.cases(settings["count"], everyday=settings["everyday"])
     ),
     "agent": lambda settings: (scenario.text() for scenario in policies(settings["instances"])),
+    "agent-long": lambda settings: (scenario.text() for scenario in policies(settings["instances"])),
     "serve": lambda settings: serve.texts(settings["sizes_kb"]),
     "serve-vllm": lambda settings: serve_vllm.texts(serve_vllm.policies_of(settings)),
     "serve-vllm-decisions": lambda settings: serve_vllm_decisions.texts(settings["count"]),

@@ -18,3 +18,8 @@ class GatewayMode(StrEnum):
     """as `erratum`, and from the first request on declared values stand at the end"""
     STRICT = "strict"
     """rewrite only what a calibration covers; as there is none yet, nothing is rewritten"""
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether a gateway in this mode changes requests."""
+        return self in (GatewayMode.ERRATUM, GatewayMode.HOIST)

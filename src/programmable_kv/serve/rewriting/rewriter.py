@@ -36,7 +36,6 @@ from programmable_kv.serve.rewriting.verdicts import Verdicts
 from programmable_kv.serve.state import StateUnavailableError
 
 _LOG = logging.getLogger("programmable_kv.serve")
-_REWRITES = (GatewayMode.ERRATUM, GatewayMode.HOIST)
 REFUSALS = (400, 422, 500)
 """Statuses with which servers refuse a message's role. llama-server answers 500 if the chat template raises."""
 _FAULT = 500
@@ -134,13 +133,13 @@ class Rewriter:
     def mode_of(self, route: str) -> GatewayMode:
         """The mode of a route."""
         found = self._rules.routes.get(route, self._mode)
-        return GatewayMode.OBSERVE if found in _REWRITES and route not in ROUTES else found
+        return GatewayMode.OBSERVE if found.rewrites and route not in ROUTES else found
 
     def begin(self, tenant: str, route: str, headers: Headers, data: bytes) -> Rewriting:
         """Plan a request, and store it as sent."""
         mode = self.mode_of(route)
         work = Rewriting(tenant, route, Plan(Action.FORWARDED, _why_not(mode)), data, self)
-        if mode not in _REWRITES:
+        if not mode.rewrites:
             return work
         if value_of(headers, b"content-encoding") not in (None, b"identity"):
             work.plan = Plan(Action.FORWARDED, "the body is compressed")

@@ -144,8 +144,7 @@ def rules_of(given: Any, name: str = "the rules") -> Rules:
     declared = tuple(_rule(piece, f"{name}, piece {number}") for number, piece in enumerate(pieces, start=1))
     modes = {}
     for route, mode in routes.items():
-        rewrites = mode not in (GatewayMode.OBSERVE, GatewayMode.PASS, GatewayMode.STRICT)
-        if mode not in tuple(GatewayMode) or (rewrites and route not in ROUTES):
+        if mode not in tuple(GatewayMode) or (GatewayMode(mode).rewrites and route not in ROUTES):
             raise InvalidValueError(
                 f"{name}: a route must have one of the modes {', '.join(GatewayMode)}, and only {' and '.join(ROUTES)} can be "
                 f"rewritten; got {route!r}: {mode!r}"
