@@ -1,6 +1,7 @@
 """Computes summaries of the lab's records again from their rows: `python -m scripts.summarise_records`.
 
-Run it after a change to the statistics. Rows, and all that is written about the run, stay as they are.
+Run it after a change to the statistics. Rows, and all that is written about the run, stay as they are. It also writes
+the figures of `embedded-plain` that ship with its weights.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from programmable_kv.lab import adapter, by_design, edit_modes, obedience, readers
+from programmable_kv.lab import adapter, by_design, edit_modes, long_readers, obedience, readers
 from programmable_kv.lab.composing import experiment as composing
 from programmable_kv.lab.experiments.registry import EXPERIMENTS
 from programmable_kv.lab.experiments.runs import summary_of
+from programmable_kv.models.fetch import adapter_folder
+from programmable_kv.models.names import EMBEDDED_PLAIN
 from programmable_kv.records import read_record, results_folder, write_record
 
 Summarise = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -24,6 +27,7 @@ SUITES: dict[str, Summarise] = {
     "catalogue": composing.summarise,
     "compose": composing.summarise,
     "edit-modes": edit_modes.summarise,
+    "long-readers": long_readers.summarise,
     "obedience": obedience.summarise,
     "preface": composing.summarise,
     "readers": readers.summarise,
@@ -33,7 +37,7 @@ SUITES: dict[str, Summarise] = {
 
 def records_of(name: str, folder: Path) -> list[Path]:
     """The records of an experiment or a suite, on all models."""
-    return [path for path in (folder / f"{name}.json", *sorted(folder.glob(f"{name}-*.json"))) if path.exists()]
+    return sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}-*.json")])
 
 
 def _summarised(folder: Path) -> Iterator[tuple[Path, Summarise]]:
@@ -55,6 +59,8 @@ def main() -> None:
         if again.model_dump(mode="json")["summary"] != record.model_dump(mode="json")["summary"]:
             write_record(again, path)
             print(path.name)
+    plain = read_record(results_folder() / "adapter-held-out-embedded-plain.json")
+    adapter.attach_figures(adapter_folder(EMBEDDED_PLAIN), plain)
 
 
 if __name__ == "__main__":

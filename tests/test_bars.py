@@ -73,7 +73,6 @@ BARS = [
     ("compose-gemma-3-270m-q4-k-m", "policy.system_512.not_rotated.cosine.value", AT_MOST, 0.9),
     ("compose-qwen2-5-coder-1-5b-instruct-q4-k-m", "fact.system_512.seam_4.agreement.value", AT_MOST, 0.5),
     ("compose-qwen2-5-coder-1-5b-instruct-q4-k-m", "fact.system_512.preface_0.agreement.value", AT_LEAST, 0.97),
-    ("catalogue-embedded", "every_second_alone.system_512.seam_4.agreement.value", AT_LEAST, 0.97),
     ("compose-embedded-plain", "horizon.last.agreement.value", AT_LEAST, 0.97),
     ("compose-embedded", "horizon.last.agreement.value", AT_LEAST, 0.97),
     ("zoo", "causal.exact", AT_LEAST, 105),

@@ -58,6 +58,10 @@ class Machine(_Strict):
         )
 
 
+RESAMPLES = 10_000
+"""How often a bootstrap interval resamples."""
+
+
 class Interval(_Strict):
     """An estimate with its 95% interval and the method that gave the interval."""
 
@@ -318,7 +322,7 @@ def clustered_wilson(clusters: Sequence[Sequence[bool]]) -> Interval:
 
 
 def bootstrap_mean(values: Sequence[float], *, statistic: str = "mean", seed: int = 0) -> Interval:
-    """A mean or median with a percentile bootstrap interval (10,000 resamples of the items, seeded)."""
+    """A mean or median with a percentile bootstrap interval (`RESAMPLES` resamples of the items, seeded)."""
     import numpy as np
     from scipy.stats import bootstrap
 
@@ -327,7 +331,7 @@ def bootstrap_mean(values: Sequence[float], *, statistic: str = "mean", seed: in
         value = float(values[0]) if values else float("nan")
         return Interval(value=value, low=value, high=value, n=len(values), method="none")
     outcome = bootstrap(
-        (np.asarray(values, dtype=float),), function, n_resamples=10_000, method="percentile",
+        (np.asarray(values, dtype=float),), function, n_resamples=RESAMPLES, method="percentile",
         rng=np.random.default_rng(seed), vectorized=True, batch=1000,
     )  # fmt: skip
     interval = outcome.confidence_interval
@@ -337,13 +341,13 @@ def bootstrap_mean(values: Sequence[float], *, statistic: str = "mean", seed: in
     )  # fmt: skip
 
 
-def cluster_bootstrap(clusters: Sequence[Sequence[float]], *, resamples: int = 10_000, seed: int = 0) -> Interval:
+def cluster_bootstrap(clusters: Sequence[Sequence[float]], *, resamples: int | None = None, seed: int = 0) -> Interval:
     """The mean over all items, with an interval from resampling whole clusters, whose items are not independent."""
     import numpy as np
 
     sums = np.array([sum(cluster) for cluster in clusters], dtype=float)
     sizes = np.array([len(cluster) for cluster in clusters], dtype=float)
-    drawn = np.random.default_rng(seed).integers(len(clusters), size=(resamples, len(clusters)))
+    drawn = np.random.default_rng(seed).integers(len(clusters), size=(resamples or RESAMPLES, len(clusters)))
     means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(

@@ -185,7 +185,13 @@ def test_the_record_s_figures_follow_from_its_rows() -> None:
     right = [turn for row in single for turn in row["turns"] if turn["right"]]
     agreed = [turn for turn in right if turn["modes"]["field_erratum"]["agrees"]]
     assert found["one_rule_set"]["field_erratum"]["agreement"]["value"] == pytest.approx(len(agreed) / len(right))
-    last = [turn for row in record.rows if row["kind"] == "decisions" for turn in row["turns"][4:] if turn["right"]]
+    last = [
+        turn
+        for row in record.rows
+        if row["kind"] == "decisions"
+        for turn in row["turns"][-(record.settings["turns"] // 3) :]
+        if turn["right"]
+    ]
     agreed_at_last = [turn for turn in last if turn["modes"]["field_erratum"]["agrees"]]
     at_last = found["thirds"]["last"]["field_erratum"]["agreement"]
     assert at_last["value"] == pytest.approx(len(agreed_at_last) / len(last))

@@ -23,6 +23,9 @@ from programmable_kv import (
 )
 from programmable_kv.cache.transformers_api import GROUPED_SDPA
 from programmable_kv.models import fetch
+from programmable_kv.records import read_record
+
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 @pytest.fixture
@@ -68,6 +71,8 @@ def test_the_adapter_comes_with_its_record() -> None:
     assert summary["step"] == sum(summary["recipe"][name] for name in stages), "the schedule was trained to its end"
     assert {"python", "text_digest", "held_out"} <= set(summary)
     assert all(figure["n"] >= 200 for figure in summary["held_out"].values())
+    recorded: Any = read_record(RESULTS / "adapter-held-out-embedded-plain.json").model_dump(mode="json")["summary"]
+    assert summary["held_out"] == {kind: recorded[kind] for kind in summary["held_out"]}
 
 
 def test_loaded_with_attention_that_does_not_repeat_keys(embedded: Any) -> None:

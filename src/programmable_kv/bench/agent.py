@@ -30,7 +30,7 @@ from programmable_kv.notebook.decision import likeliest, option_ids
 from programmable_kv.prompt.chat import render_chat
 from programmable_kv.prompt.parts import Message, Text
 from programmable_kv.prompt.template import ChatTemplate
-from programmable_kv.records import Record, Recorder, cluster_bootstrap, digest_of
+from programmable_kv.records import Record, Recorder, clustered_wilson, digest_of
 from programmable_kv.scenarios.grammar import Scenario, other_value
 from programmable_kv.scenarios.held_out import held_out_scenarios_per_domain
 from programmable_kv.scenarios.phrasings import PHRASINGS, question
@@ -275,7 +275,7 @@ def summarise(rows: list[dict[str, Any]], drawn: Sequence[Scenario]) -> dict[str
     of summed times and tokens.
 
     Agreement is counted where the rival is right, `agreement_on_all` everywhere. The turns of one policy are not
-    independent, so the intervals resample whole policies.
+    independent, so the intervals allow for policies.
     """
     decided = [row for row in rows if row["kind"] == "decisions"]
     single = [row for row in decided if len(drawn[row["policy"]].gates) == 1]
@@ -302,7 +302,7 @@ def summarise(rows: list[dict[str, Any]], drawn: Sequence[Scenario]) -> dict[str
 def _decisions(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The rates over all turns, and if there are enough, over the first, middle and last third of each conversation."""
     plays: list[list[dict[str, Any]]] = [row["turns"] for row in rows]
-    if any(len(turns) < len(THIRDS) for turns in plays):
+    if not plays or any(len(turns) < len(THIRDS) for turns in plays):
         return _rates(plays)
     thirds = {
         name: _rates([turns[third * len(turns) // 3 : (third + 1) * len(turns) // 3] for turns in plays])
@@ -335,4 +335,4 @@ def _rates(plays: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def _rate(turns_of_policies: list[list[bool]]) -> dict[str, Any]:
-    return cluster_bootstrap(turns_of_policies).model_dump()
+    return clustered_wilson(turns_of_policies).model_dump()

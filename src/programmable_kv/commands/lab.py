@@ -269,7 +269,9 @@ def lab_visibilities(
 def lab_by_design(
     model: ModelOption = "embedded",
     count: Annotated[int, typer.Option(min=1, help="questions about each kind of pieces")] = 60,
-    policies: Annotated[int | None, typer.Option(min=1, help="policies of each kind; by default as many")] = None,
+    policies: Annotated[
+        int | None, typer.Option(min=1, help="policies of each kind; by default the same number")
+    ] = None,
     dtype: DtypeOption = "float32",
     out_path: OutOption = None,
 ) -> None:

@@ -48,7 +48,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], bool]] = {
 def evaluate(
     model: Model, count: int, path: Path, *, report: Callable[[int, int], None] | None = None, command: str = ""
 ) -> Record:
-    """Ask the questions in `KINDS` about `count` held-out scenarios, and write the record with Wilson intervals."""
+    """Ask the questions in `KINDS` about `count` held-out scenarios, and write the record."""
     drawn = held_out_scenarios(count, SEED)
     recorder = Recorder(
         path,

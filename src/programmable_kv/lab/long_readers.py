@@ -13,9 +13,10 @@ from typing import Any
 
 from programmable_kv.edits.modes import Mode
 from programmable_kv.lab import readers, same_budget
+from programmable_kv.lab.experiments.summaries import share_true
 from programmable_kv.models.load import Model
 from programmable_kv.notebook.decision import Decision
-from programmable_kv.records import Record, Recorder, digest_of, wilson
+from programmable_kv.records import Record, Recorder, digest_of
 
 FILLERS = 410
 KINDS = tuple(
@@ -49,7 +50,7 @@ def run(
 def _row(model: Model, case: readers.Case) -> dict[str, Any]:
     notebook = readers.notebook_of(model, case, asked=True)
     row: dict[str, Any] = {
-        "number": case.number, "kind": case.kind.name, "tokens": len(notebook),
+        "number": case.number, "kind": case.kind.name, "domain": case.scenario.domain, "tokens": len(notebook),
         "old": case.gate.actions[case.old], "new": case.gate.actions[case.new],
         "before": notebook.decide(None, case.scenario.options).choice,
     }  # fmt: skip
@@ -72,7 +73,10 @@ def _row(model: Model, case: readers.Case) -> dict[str, Any]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Agreement (Wilson) and share of a full prefill's tokens, where full prefill is right under both values."""
+    """Agreement and share of a full prefill's tokens, where full prefill is right under both values.
+
+    The intervals allow for domains.
+    """
     kinds = {kind.name: [row for row in rows if row["kind"] == kind.name] for kind in KINDS}
     return {name: _part(found) for name, found in {"all": rows, **kinds}.items()}
 
@@ -83,10 +87,9 @@ def _part(rows: list[dict[str, Any]]) -> dict[str, Any]:
     part: dict[str, Any] = {"drawn": len(rows), "counted": len(right)}
     part["full"] = {"mean_tokens_computed": round(full / max(1, len(right)), 1)}
     for arm in ARMS:
-        agreed = sum(row[arm]["choice"] == row["full"]["choice"] for row in right)
         computed = sum(row[arm]["tokens_computed"] for row in right)
         part[arm] = {
-            "agreement": wilson(agreed, len(right)).model_dump(),
+            "agreement": share_true(right, [row[arm]["choice"] == row["full"]["choice"] for row in right]),
             "mean_tokens_computed": round(computed / max(1, len(right)), 1),
             "share_of_tokens": round(computed / max(1, full), 5),
         }

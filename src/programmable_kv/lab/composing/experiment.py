@@ -15,7 +15,15 @@ from programmable_kv.lab.composing.horizon import play
 from programmable_kv.lab.composing.suites.suite import Group, Suite
 from programmable_kv.lab.experiments.summaries import share_true
 from programmable_kv.models.load import Model
-from programmable_kv.records import Record, Recorder, bootstrap_mean, cluster_bootstrap, digest_of, record_on
+from programmable_kv.records import (
+    Record,
+    Recorder,
+    bootstrap_mean,
+    cluster_bootstrap,
+    clustered_wilson,
+    digest_of,
+    record_on,
+)
 
 TURNS = 40
 """Turns of each long conversation."""
@@ -110,7 +118,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _arms(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Agreement where full prefill is right; disagreements (`flips`), cosine and KL over all rows.
 
-    The intervals of shares allow for domains.
+    The intervals of shares allow for domains. (Requests for tools have one domain, so theirs are Wilson's.)
     """
     right = [row for row in rows if row["right"]]
     part: dict[str, Any] = {"full_right": share_true(rows, [row["right"] for row in rows])}
@@ -127,19 +135,19 @@ def _arms(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _horizon(plays: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Figures by thirds of the turns. The intervals resample whole conversations."""
+    """Figures by thirds of the turns. The intervals allow for conversations, whose turns are not independent."""
     turns = len(plays[0])
     part: dict[str, Any] = {}
     for index, name in enumerate(_STAGES):
         first, last = index * turns // 3, (index + 1) * turns // 3
         thirds = [play[first:last] for play in plays]
         part[name] = {
-            "full_right": cluster_bootstrap([[row["right"] for row in third] for third in thirds]).model_dump(),
-            "live_right": cluster_bootstrap([[row["live_right"] for row in third] for third in thirds]).model_dump(),
+            "full_right": clustered_wilson([[row["right"] for row in third] for third in thirds]).model_dump(),
+            "live_right": clustered_wilson([[row["live_right"] for row in third] for third in thirds]).model_dump(),
             "kl": cluster_bootstrap([[row["kl"] for row in third] for third in thirds]).model_dump(),
         }
         # If full prefill is never right, there is no decision to preserve.
         right = [agreed for third in thirds if (agreed := [row["agrees"] for row in third if row["right"]])]
         if right:
-            part[name]["agreement"] = cluster_bootstrap(right).model_dump()
+            part[name]["agreement"] = clustered_wilson(right).model_dump()
     return part

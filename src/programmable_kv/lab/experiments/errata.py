@@ -141,7 +141,7 @@ def back(pair: Pair, notebook: Notebook, mode: Mode, *, asked: bool = False) -> 
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """How often each arm is right (Wilson), over the policies that full prefill decides correctly under both values."""
+    """How often each arm is right, over the policies that full prefill decides correctly under both values."""
     right = [row for row in rows if row["full"] == row["right"][1] and row["history"]["before"] == row["right"][0]]
     summary: dict[str, Any] = {"full_right": share(rows, lambda row: bool(row["full"] == row["right"][1]))}
     for part in ("wording", "thought", "history"):

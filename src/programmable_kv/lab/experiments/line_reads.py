@@ -104,7 +104,7 @@ def _of_added(pair: Pair, notebook: Notebook, line: str, rules: str, asked: str,
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """Right decisions (Wilson) and mean gaps of the policies that full prefills decide correctly under both values."""
+    """Right decisions and mean gaps of the policies that full prefills decide correctly under both values."""
     edits = tuple(arm for arm in ADDED if arm not in (Mode.STALE, Mode.FULL))
     return {"asked": _part(rows, "asked", "right", LINES), "added": _part(rows, "added", "added_right", edits)}
 
