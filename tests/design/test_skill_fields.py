@@ -289,6 +289,7 @@ def test_whatever_is_done_what_is_called_exact_is(
                 words[arguments[0]].append(arguments[1])
         known = {name: said for name, said in words.items() if name in notebook.fields}
         exact = [slot for slot, state in enumerate(notebook.states) if state is TokenState.EXACT]
-        assert_rows_equal(notebook.cache, layers_of(notebook, known), exact, atol=1e-5)
+        # transformers computes the rotation's angles in float32, so keys that were moved several times differ by about 1e-5.
+        assert_rows_equal(notebook.cache, layers_of(notebook, known), exact, atol=4e-5)
     notebook.recompute()
     assert set(notebook.states) == {TokenState.EXACT}

@@ -131,7 +131,8 @@ def test_agreement_counts_where_full_prefill_is_right_on_both_sides() -> None:
     def row(before: str, full: str, chosen: str) -> dict[str, Any]:
         arms = {arm: {"choice": chosen, "tokens_computed": 10} for arm in readers.ARMS["asked before"]}
         return {
-            "kind": "one_set", "old": "a", "new": "b", "before": before, "full": {"choice": full, "tokens_computed": 50},
+            "kind": "one_set", "domain": "d", "old": "a", "new": "b", "before": before,
+            "full": {"choice": full, "tokens_computed": 50},
             "asked before": arms, "asked after": arms,
         }  # fmt: skip
 
