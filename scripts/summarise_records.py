@@ -17,7 +17,7 @@ from programmable_kv.lab.experiments.registry import EXPERIMENTS
 from programmable_kv.lab.experiments.runs import summary_of
 from programmable_kv.models.fetch import adapter_folder
 from programmable_kv.models.names import EMBEDDED_PLAIN
-from programmable_kv.records import read_record, results_folder, write_record
+from programmable_kv.records import Record, read_record, results_folder, write_record
 
 Summarise = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -40,21 +40,21 @@ def records_of(name: str, folder: Path) -> list[Path]:
     return sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}-*.json")])
 
 
-def _summarised(folder: Path) -> Iterator[tuple[Path, Summarise]]:
+def _summarised(folder: Path) -> Iterator[tuple[Path, Record, Summarise]]:
     for name, experiment in EXPERIMENTS.items():
         for path in records_of(name, folder):
-            if read_record(path).version == experiment.version:
-                yield path, partial(summary_of, experiment)
+            record = read_record(path)
+            if record.version == experiment.version:
+                yield path, record, partial(summary_of, experiment)
             else:
                 print(f"{path.name} is of another version of the experiment: left as it is")
     for name, summarise in SUITES.items():
-        yield from ((path, summarise) for path in records_of(name, folder))
+        yield from ((path, read_record(path), summarise) for path in records_of(name, folder))
 
 
 def main() -> None:
     """Write each record whose summary changes anew, and name it."""
-    for path, summarise in _summarised(results_folder()):
-        record = read_record(path)
+    for path, record, summarise in _summarised(results_folder()):
         again = record.model_copy(update={"summary": summarise(record.rows)})
         if again.model_dump(mode="json")["summary"] != record.model_dump(mode="json")["summary"]:
             write_record(again, path)

@@ -25,6 +25,7 @@ from programmable_kv.errors import RecordError
 
 Case = TypeVar("Case")
 """The type of what one row of an experiment measures: a policy, a scenario."""
+Turn = TypeVar("Turn")
 
 _NAME = r"^[a-z0-9][a-z0-9-]*$"
 
@@ -339,6 +340,14 @@ def bootstrap_mean(values: Sequence[float], *, statistic: str = "mean", seed: in
         value=float(function(values)), low=float(interval.low), high=float(interval.high), n=len(values),
         method="bootstrap",
     )  # fmt: skip
+
+
+def by_thirds(conversations: Sequence[Sequence[Turn]]) -> dict[str, list[Sequence[Turn]]]:
+    """The first, middle and last third of each conversation's turns: name of the third -> one sequence of turns each."""
+    return {
+        name: [turns[index * len(turns) // 3 : (index + 1) * len(turns) // 3] for turns in conversations]
+        for index, name in enumerate(("first", "middle", "last"))
+    }
 
 
 def cluster_bootstrap(clusters: Sequence[Sequence[float]], *, resamples: int | None = None, seed: int = 0) -> Interval:

@@ -30,7 +30,7 @@ from programmable_kv.notebook.decision import likeliest, option_ids
 from programmable_kv.prompt.chat import render_chat
 from programmable_kv.prompt.parts import Message, Text
 from programmable_kv.prompt.template import ChatTemplate
-from programmable_kv.records import Record, Recorder, clustered_wilson, digest_of
+from programmable_kv.records import Record, Recorder, by_thirds, clustered_wilson, digest_of
 from programmable_kv.scenarios.grammar import Scenario, other_value
 from programmable_kv.scenarios.held_out import held_out_scenarios_per_domain
 from programmable_kv.scenarios.phrasings import PHRASINGS, question
@@ -45,7 +45,6 @@ INSTANCES = 10
 TURNS = 6
 """Turns about each held-out policy."""
 TIMED_TURNS = 12
-THIRDS = ("first", "middle", "last")
 MODES = (str(DEFAULT_MODE), str(Mode.ERRATUM))
 """Default modes of the agents. Times are those of the first mode. For agents in mode `readers` or `design`, the bench
 declares the words by which the policy looks up a field."""
@@ -302,16 +301,12 @@ def summarise(rows: list[dict[str, Any]], drawn: Sequence[Scenario]) -> dict[str
 def _decisions(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The rates over all turns, and if there are enough, over the first, middle and last third of each conversation."""
     plays: list[list[dict[str, Any]]] = [row["turns"] for row in rows]
-    if not plays or any(len(turns) < len(THIRDS) for turns in plays):
+    if not plays or any(len(turns) < 3 for turns in plays):
         return _rates(plays)
-    thirds = {
-        name: _rates([turns[third * len(turns) // 3 : (third + 1) * len(turns) // 3] for turns in plays])
-        for third, name in enumerate(THIRDS)
-    }
-    return _rates(plays) | {"thirds": thirds}
+    return _rates(plays) | {"thirds": {name: _rates(turns) for name, turns in by_thirds(plays).items()}}
 
 
-def _rates(plays: list[list[dict[str, Any]]]) -> dict[str, Any]:
+def _rates(plays: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """The rates over these turns. If the rival is never right, there is no decision to agree with, and no figure."""
     part: dict[str, Any] = {"decisions": sum(map(len, plays))}
     right = [[turn for turn in turns if turn["right"]] for turns in plays]

@@ -19,6 +19,7 @@ from programmable_kv.records import (
     Record,
     Recorder,
     bootstrap_mean,
+    by_thirds,
     cluster_bootstrap,
     clustered_wilson,
     digest_of,
@@ -27,8 +28,6 @@ from programmable_kv.records import (
 
 TURNS = 40
 """Turns of each long conversation."""
-_STAGES = ("first", "middle", "last")
-"""Thirds of a long conversation's turns."""
 
 
 def run(
@@ -136,11 +135,8 @@ def _arms(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _horizon(plays: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """Figures by thirds of the turns. The intervals allow for conversations, whose turns are not independent."""
-    turns = len(plays[0])
     part: dict[str, Any] = {}
-    for index, name in enumerate(_STAGES):
-        first, last = index * turns // 3, (index + 1) * turns // 3
-        thirds = [play[first:last] for play in plays]
+    for name, thirds in by_thirds(plays).items():
         part[name] = {
             "full_right": clustered_wilson([[row["right"] for row in third] for third in thirds]).model_dump(),
             "live_right": clustered_wilson([[row["live_right"] for row in third] for third in thirds]).model_dump(),
